@@ -1,0 +1,132 @@
+"""The command line behind `just train | generate | compare | runs`.
+
+Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from experiments import runs
+from fgpt.errors import InputError
+
+
+def train(args: Sequence[str]) -> None:
+    name, *options = args or [""]
+    if name in ("", "-h", "--help"):
+        raise InputError(f"expected a run: just train NAME [--option value ..]; there are {', '.join(runs.RUNS)}")
+    run = parse(type(runs.find(name)), options, runs.find(name), f"just train {name}")
+    if isinstance(run, runs.Pretrain):
+        from experiments.pretrain import pretrain as go
+    else:
+        from experiments.train import train as go
+    go(run)  # pyright: ignore[reportArgumentType]
+
+
+def list_runs(args: Sequence[str]) -> None:
+    if args:
+        raise InputError(f"`runs` takes no options, got {args[0]!r}")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, line in runs.describe():
+        table.add_row(f"[bold]{name}[/]", line)
+    Console(highlight=False).print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Answer a prompt with a trained run, in the run's own template."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+    prompt: tyro.conf.Positional[str]
+    input: str = ""
+    """What the instruction is to be applied to."""
+    most: int = 200
+    """Most new tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    seed: int = 0
+
+
+def generate(args: Sequence[str]) -> None:
+    options = parse(Generate, args, None, "just generate")
+    from experiments.answer import answer
+
+    answer(options.run, options.prompt, options.input, options.most, options.temperature, options.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Base against tuned on a run's held-out prompts."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+
+
+def compare(args: Sequence[str]) -> None:
+    options = parse(Compare, args, None, "just compare")
+    from experiments.compare import again
+
+    again(options.run)
+
+
+def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
+    """`cls` from command-line options. Raises InputError for an option that is none of its fields."""
+    known = [f"--{name}" for name in _options(cls)]
+    for arg in args:
+        name = arg.partition("=")[0].replace("_", "-")
+        if arg.startswith("--") and name not in [*known, "--help"]:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"{command}: no option {arg.partition('=')[0]}; {hint}there are {', '.join(known)}")
+    given = {} if default is None else {"default": default}
+    return tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
+
+
+def _options(cls: type[Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        nested = field.type if isinstance(field.type, type) and dataclasses.is_dataclass(field.type) else None
+        found += _options(nested, f"{name}.") if nested else [name]
+    return found
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "runs": list_runs,
+    "generate": generate,
+    "compare": compare,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    command, *args = argv or [""]
+    try:
+        if command not in COMMANDS:
+            raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
+        COMMANDS[command](args)
+    except InputError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    except OSError as err:
+        if err.filename is None and err.errno is None:
+            raise
+        print(
+            f"error: {err.filename or 'writing'}: {err.strerror}; free space or choose another folder", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

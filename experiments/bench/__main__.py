@@ -1,0 +1,14 @@
+"""The benchmarks' command line: `python -m experiments.bench train --help`."""
+
+import sys
+
+import tyro
+
+from experiments.bench.train import Train, train
+from fgpt.errors import InputError
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(tyro.extras.subcommand_type_from_defaults({"train": Train()})))
+    except InputError as err:
+        sys.exit(str(err))

@@ -1,0 +1,139 @@
+"""One training step on either side: forward, backward, clipping at 1.0 and AdamW, of a LoRA on GPT-2's fused q, k, v."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fgpt.adapters import Adapters, LoRA, adapt, lora
+from fgpt.data.packing import collate
+from fgpt.data.templates import Example
+from fgpt.errors import InputError
+from fgpt.families.gpt2 import config_to_hf, to_hf
+from fgpt.loss import Batch, nll
+from fgpt.model import GPT, Config
+from fgpt.optim import adamw
+from fgpt.rng import key
+from fgpt.train import State, make_step, start
+from fgpt.tree import tree_map
+
+LR, RANK, ALPHA, CLIP = 1e-4, 8, 16.0, 1.0
+
+Inputs: TypeAlias = dict[str, Tensor]
+
+
+def adapters_of(base: GPT) -> Adapters:
+    """The same adapter for both sides: rank 8, alpha 16, on the fused q, k, v of `base`."""
+    return lora(base, key(1), RANK, ALPHA, r"blocks\..*\.qkv")
+
+
+def ours(base: GPT, compile: bool = False) -> Callable[[Batch], float]:
+    """fgpt: a step that takes a batch and returns its mean loss. `base` is fused."""
+    optimizer = adamw(LR)
+    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch), optimizer, CLIP, compile)
+    state: State = start(adapters_of(base), optimizer)
+
+    def run(batch: Batch) -> float:
+        nonlocal state
+        state, metrics = step(state, base, [batch], None)
+        return metrics.loss.item()
+
+    return run
+
+
+def theirs(cfg: Config, device: torch.device, dtype: torch.dtype, base: GPT | None = None) -> Callable[[Inputs], float]:
+    """transformers + peft with AdamW: the same step. With `base`, the same weights and the same fresh adapter.
+
+    Attention is sdpa, dropout is 0, and no key-value cache is kept. Raises InputError where they are not installed.
+    """
+    try:
+        import peft
+        import transformers
+    except ImportError as err:
+        raise InputError(f"{err.name} is not installed, and the benchmark compares with it: just setup-dev") from None
+    values = config_to_hf(cfg) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+    config = transformers.GPT2Config(**values, attn_implementation="sdpa")
+    model: Any = transformers.GPT2LMHeadModel(config)
+    if base is not None:
+        model.transformer.load_state_dict(to_hf(base))
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    model = peft.get_peft_model(model.to(device, dtype), settings).train()
+    if base is not None:
+        for path, adapter in adapters_of(base).items():
+            assert isinstance(adapter, LoRA)
+            block = model.base_model.model.transformer.h[int(path.split(".")[1])]
+            block.attn.c_attn.lora_A["default"].weight.data.copy_(adapter.a)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0)
+
+    def run(inputs: Inputs) -> float:
+        loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return run
+
+
+def our_batch(rows: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+    """Rows of one or more examples; loss on the answers, and logits only there."""
+    return tree_map(lambda x: x.to(device), collate(rows))
+
+
+def their_batch(examples: Sequence[Example], device: torch.device, pad_to: int | None = None) -> Inputs:
+    """What transformers' collators make: an example a row, padded on the right to the longest or to `pad_to`, label
+    -100 on padding and, as for ours, on the prompt. Without padding there is no attention mask: the faster way.
+    """
+    seq = max(len(e.tokens) for e in examples) if pad_to is None else pad_to
+    tokens = [[*e.tokens, *[0] * (seq - len(e.tokens))] for e in examples]
+    labels = [[*[-100] * e.prompt, *e.tokens[e.prompt :], *[-100] * (seq - len(e.tokens))] for e in examples]
+    seen = [[*[1] * len(e.tokens), *[0] * (seq - len(e.tokens))] for e in examples]
+    inputs = {"input_ids": tokens, "labels": labels} | (
+        {"attention_mask": seen} if any(0 in row for row in seen) else {}
+    )
+    return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
+
+
+def products(base: GPT, batch: Batch) -> Callable[[], None]:
+    """The matrix products of our step and nothing else, on operands of the same shapes, written into one buffer.
+
+    Forward: every linear, the adapter's two, attention's two, the head where there is loss. Backward: the gradient of
+    each frozen product's input (the first block's qkv needs none), of the adapter's four, of attention's four.
+    Attention is counted as causal: half of the square.
+    """
+    cfg, (rows, seq) = base.cfg, batch.tokens.shape
+    w = base.wte.w
+    assert isinstance(w, Tensor)
+    n, m, d = rows * seq, int((batch.weights != 0).sum()), cfg.d_model
+    made: dict[tuple[int, ...], Tensor] = {}
+
+    def some(*size: int) -> Tensor:
+        if size not in made:
+            made[size] = torch.randn(size, dtype=w.dtype, device=w.device)
+        return made[size]
+
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, p in enumerate(base.blocks):
+        for linear in (p.attn.qkv, p.attn.o, p.mlp.up, p.mlp.down):  # pyright: ignore[reportAttributeAccessIssue]
+            out, inp = linear.w.shape
+            pairs += [(some(n, inp), linear.w.T)]
+            pairs += [(some(n, out), linear.w)] if i or out != 3 * d else []
+        a, b, x, low, dy = some(RANK, d), some(3 * d, RANK), some(n, d), some(n, RANK), some(n, 3 * d)
+        pairs += [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x)] + ([(low, a)] if i else [])
+        bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head
+        q, k, s = some(bh, half, dh), some(bh, seq, dh), some(bh, half, seq)
+        pairs += [(q, k.mT), (s, k), (q, k.mT), (s.mT, q), (s, k), (s.mT, q)]
+    pairs += [(some(m, d), w.T), (some(m, cfg.vocab), w)]
+    scratch = torch.empty(max(x.shape[:-1].numel() * y.shape[-1] for x, y in pairs), dtype=w.dtype, device=w.device)
+
+    def run() -> None:
+        for x, y in pairs:
+            size = (*x.shape[:-1], y.shape[-1])
+            torch.matmul(x, y, out=scratch[: torch.Size(size).numel()].view(size))
+
+    return run

@@ -1,0 +1,176 @@
+"""The runs: functions that return what to do, as frozen dataclasses. Their docstrings say what to expect."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from fgpt.data.sources import Columns
+from fgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained, and from where."""
+
+    kind: Literal["lora", "full"] = "lora"
+    """lora: a low-rank product beside each target layer. full: the target leaves themselves."""
+    rank: int = 8
+    alpha: float = 16.0
+    target: str = r"blocks\..*\.(q|k|v|o)"
+    """Regular expression that must match the whole path of a layer (lora) or a leaf (full)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Instruction tuning of a base on rows of instruction, input and output; loss on the responses alone."""
+
+    name: str
+    base: str
+    """Embedded ("nano"), a local folder, or a hub name."""
+    data: str
+    """Embedded ("nano"), a hub source (alpaca, dolly, lima), or a local json, jsonl, csv, parquet file or folder."""
+    columns: Columns = field(default_factory=Columns)
+    """Which columns of a file hold instruction, input and output."""
+    template: str = "alpaca"
+    adapter: Adapter = field(default_factory=Adapter)
+    lr: float = 3e-4
+    """Peak learning rate of AdamW; it rises over `warmup` steps and falls to 0 on a cosine."""
+    warmup: int = 20
+    weight_decay: float = 0.0
+    epochs: float = 1.0
+    steps: int | None = None
+    """Stop after so many updates; None trains `epochs`."""
+    seq: int = 512
+    """Tokens in a row: examples are packed into rows of this width, each seeing itself alone."""
+    rows: int = 8
+    """Rows in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches in an update."""
+    long: Literal["error", "drop"] = "error"
+    """What to do with examples longer than `seq`: refuse to begin, or drop and count them."""
+    heldout: int = 64
+    """Rows kept out of training, for the comparison. The embedded data brings its own."""
+    compare: int = 8
+    """Held-out prompts answered by base and tuned after training; 0 answers none."""
+    most: int = 128
+    """Most new tokens of an answer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
+    device: str = "auto"
+    """cuda where there is one, else cpu."""
+    seed: int = 0
+    out: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Next-token training of a small GPT-2 from random params on a stream of stories."""
+
+    name: str
+    data: tuple[Path, ...] = ()
+    """Text files of stories separated by <|endoftext|>; none takes TinyStories from the hub."""
+    heldout: Path | None = None
+    """Stories for the held-out figure; None keeps 500 of the training stories out."""
+    tokenizer: str = "nano"
+    """The model whose tokenizer is used."""
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 256
+    seq: int = 512
+    """Tokens in a row, and the model's context."""
+    rows: int = 4
+    lr: float = 2e-3
+    warmup: int = 150
+    weight_decay: float = 0.1
+    steps: int = 6600
+    compile: bool = True
+    """Compile the gradient (needs a C++ compiler); about 1.4x on a CPU."""
+    seed: int = 0
+    out: Path = Path("runs")
+
+
+AnyRun: TypeAlias = Run | Pretrain
+
+
+def lora_nano() -> Run:
+    """LoRA on the embedded base and instructions: no hub, minutes on 2 cores."""
+    return Run(
+        name="lora-nano",
+        base="nano",
+        data="nano",
+        template="plain",
+        adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
+        lr=3e-3,
+        epochs=4,
+        rows=4,
+        compare=120,
+        most=160,
+    )
+
+
+def pretrain_nano() -> Pretrain:
+    """How the embedded base was made: a 4.3 M GPT-2 on simple English stories."""
+    return Pretrain(name="pretrain-nano")
+
+
+def lora_small() -> Run:
+    """LoRA (r 8, alpha 16, q k v o) on gpt2 and Alpaca from the hub."""
+    return Run(name="lora-small", base="gpt2", data="alpaca", seq=1024, rows=4, long="drop")
+
+
+def lora_medium() -> Run:
+    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and Alpaca from the hub."""
+    return Run(name="lora-medium", base="gpt2-medium", data="alpaca", seq=1024, rows=2, accumulate=2, long="drop")
+
+
+def lora_large() -> Run:
+    """LoRA (r 8, alpha 16, every block matrix) on gpt2-large and Alpaca from the hub."""
+    adapter = Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)")
+    return Run(
+        name="lora-large",
+        base="gpt2-large",
+        data="alpaca",
+        adapter=adapter,
+        seq=1024,
+        rows=2,
+        accumulate=2,
+        long="drop",
+    )
+
+
+def full_small() -> Run:
+    """Full fine-tuning of gpt2 on Alpaca from the hub."""
+    adapter = Adapter(kind="full", target=".*")
+    return Run(
+        name="full-small",
+        base="gpt2",
+        data="alpaca",
+        adapter=adapter,
+        lr=2e-5,
+        weight_decay=0.01,
+        seq=1024,
+        rows=4,
+        long="drop",
+    )
+
+
+RUNS: dict[str, Callable[[], AnyRun]] = {
+    run.__name__.replace("_", "-"): run
+    for run in (lora_nano, pretrain_nano, lora_small, lora_medium, lora_large, full_small)
+}
+
+
+def find(name: str) -> AnyRun:
+    """Raises InputError for a name that is no run."""
+    if name not in RUNS:
+        near = difflib.get_close_matches(name, RUNS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no run named {name!r}; {hint}there are {', '.join(RUNS)}")
+    return RUNS[name]()
+
+
+def describe() -> list[tuple[str, str]]:
+    """Each run's name and the first line of its docstring."""
+    return [(name, (run.__doc__ or "").strip().splitlines()[0]) for name, run in RUNS.items()]

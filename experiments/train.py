@@ -1,0 +1,115 @@
+"""Instruction tuning, from a run to an adapter in use."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from experiments import compare, folder
+from experiments.fit import console, fit, plot_loss
+from experiments.runs import Run
+from fgpt.adapters import Adapters, adapt, lora, trainable, tune
+from fgpt.data import packing, sources
+from fgpt.data.templates import Example, Row, encode, template
+from fgpt.errors import InputError
+from fgpt.io import hub
+from fgpt.loss import Batch, nll
+from fgpt.model import GPT, fuse
+from fgpt.optim import adamw, cosine
+from fgpt.rng import fold_in, key
+from fgpt.train import make_step, start
+from fgpt.tree import cast, count, leaves, tree_map, update
+
+NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["nano"] / "heldout.jsonl"
+
+
+def split(run: Run) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed.
+
+    Raises InputError where holding out would leave nothing to train on.
+    """
+    if run.data == "nano":
+        return sources.rows(NANO_TASKS), sources.rows(NANO_HELDOUT)
+    rows = sources.rows(run.data, None if run.columns == sources.Columns() else run.columns)
+    if len(rows) <= run.heldout:
+        raise InputError(f"{run.data} has {len(rows)} rows, all wanted by --heldout {run.heldout}: lower it")
+    order = torch.randperm(len(rows), generator=fold_in(key(run.seed), "heldout")).tolist()
+    cut = len(rows) - run.heldout
+    return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
+
+
+def batches(examples: list[Example], run: Run, width: int) -> Iterator[list[Batch]]:
+    """The micro-batches of one update after the other, epoch after epoch in a fresh order, without end."""
+    micro: list[Batch] = []
+    for number in itertools.count():
+        for rows in packing.epoch(examples, width, run.rows, fold_in(key(run.seed), f"epoch {number}")):
+            micro.append(packing.collate(rows))
+            if len(micro) == run.accumulate:
+                yield micro
+                micro = []
+
+
+def steps_of(examples: list[Example], run: Run, width: int) -> int:
+    """Updates in the run's epochs, or as many as it names."""
+    one = len(packing.epoch(examples, width, run.rows, fold_in(key(run.seed), "epoch 0")))
+    return run.steps or max(1, round(run.epochs * one / run.accumulate))
+
+
+def place(params: GPT, run: Run) -> GPT:
+    """The base on the run's device, in its dtype, fused where the run adapts q, k and v as one."""
+    device = folder.device_of(run.device)
+    params = tree_map(lambda x: x.to(device), cast(params, getattr(torch, run.dtype)))
+    one, three = (re.fullmatch(run.adapter.target, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
+    return fuse(params) if one and not three else params
+
+
+def adapters_of(run: Run, params: GPT) -> Adapters:
+    if run.adapter.kind == "full":
+        return tune(params, run.adapter.target)
+    return lora(params, fold_in(key(run.seed), "lora"), run.adapter.rank, run.adapter.alpha, run.adapter.target)
+
+
+def release(params: GPT, adapters: Adapters) -> GPT:
+    """`params` without the storage of leaves that `adapters` replace: full tuning then holds its weights once."""
+    return update(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
+
+
+def train(run: Run) -> Path:
+    """Tune, save, compare. Returns the run's folder.
+
+    Everything that bad input can spoil is read before anything slow begins. Raises InputError.
+    """
+    look, _ = template(run.template), folder.device_of(run.device)
+    rows, heldout = split(run)
+    cfg, tokenizer = hub.describe(run.base)
+    width = min(run.seq, cfg.context)
+    examples, dropped = packing.fit([encode(row, look, tokenizer) for row in rows], width, run.long == "drop")
+    if dropped.long or dropped.empty:
+        console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
+    base = place(hub.load(run.base, None), run)
+    adapters = adapters_of(run, base)
+    steps = steps_of(examples, run, width)
+    weights = sum(len(e.tokens) - e.prompt for e in examples)
+    console.print(
+        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
+        f"{len(examples):,} examples, {weights:,} response tokens, {steps} steps"
+    )
+    out = folder.create(run)
+    schedule = cosine(run.lr, steps, run.warmup)
+    optimizer = adamw(schedule, weight_decay=run.weight_decay)
+    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch), optimizer)
+    frozen = release(base, adapters)
+    fitted = fit(
+        step, start(adapters, optimizer), frozen, batches(examples, run, width), steps, schedule, out / folder.METRICS
+    )
+    saved = folder.save_tuned(out, frozen, fitted.state.trainable, run.base)
+    plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
+    console.print(f"{int(fitted.state.step)} steps in {fitted.seconds:.0f} s; saved {saved}")
+    if fitted.interrupted:
+        console.print(f"interrupted: what was trained so far is usable; compare it with `just compare {out}`")
+        raise KeyboardInterrupt
+    if run.compare and heldout:
+        compare.report(run, out, heldout)
+    return out

@@ -1,0 +1,58 @@
+"""GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree."""
+
+from fgpt.adapters import Adapters, LoRA, adapt, functional_call, lora, merge, trainable, tune
+from fgpt.errors import InputError
+from fgpt.generate import Generated, generate
+from fgpt.io.hub import load, save, tokenizer
+from fgpt.io.peft import load_peft, save_peft
+from fgpt.loss import Batch, loss, nll
+from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
+from fgpt.optim import AdamState, Optimizer, adamw
+from fgpt.rng import fold_in, key
+from fgpt.train import Metrics, State, make_step, start
+from fgpt.weights import Adapted, dense, embed, linear
+
+__all__ = [
+    "GPT",
+    "AdamState",
+    "Adapted",
+    "Adapters",
+    "Batch",
+    "Cache",
+    "Config",
+    "Generated",
+    "InputError",
+    "LoRA",
+    "Metrics",
+    "Optimizer",
+    "State",
+    "adamw",
+    "adapt",
+    "apply",
+    "dense",
+    "embed",
+    "extend",
+    "fold_in",
+    "functional_call",
+    "fuse",
+    "generate",
+    "head",
+    "hidden",
+    "init",
+    "key",
+    "linear",
+    "load",
+    "load_peft",
+    "logits",
+    "lora",
+    "loss",
+    "make_step",
+    "merge",
+    "nll",
+    "save",
+    "save_peft",
+    "start",
+    "tokenizer",
+    "trainable",
+    "tune",
+]

@@ -1,0 +1,27 @@
+"""Shape and type checks that vanish while compiling."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def shaped(fn: Callable[P, R]) -> Callable[P, R]:
+    """Check the jaxtyping annotations of `fn` at every call: under grad, vmap and jvp too, where a mapped tensor
+    shows the shape of one example.
+
+    Inside `torch.compile` the checks step aside: dynamo cannot trace them, and the eager run has already made them.
+    """
+    checked = jaxtyped(fn, typechecker=beartype)
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (fn if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+
+    return call

@@ -1,0 +1,241 @@
+"""Rows of text from the hub by name, or from a file or folder."""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fgpt.data.templates import Row
+from fgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. `input=None` takes the column "input" where there is one; a name given must be there."""
+
+    instruction: str = "instruction"
+    input: str | None = None
+    output: str = "output"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset on the hub: repository, the files in it that hold the rows, and its columns."""
+
+    repo: str
+    files: str
+    columns: Columns
+
+
+HUB = {
+    "alpaca": Hub("tatsu-lab/alpaca", "data/*.parquet", Columns()),
+    "dolly": Hub("databricks/databricks-dolly-15k", "*.jsonl", Columns("instruction", "context", "response")),
+    "lima": Hub("GAIR/lima", "train.jsonl", Columns()),
+}
+
+TEXTS = {"tinystories": Hub("roneneldan/TinyStories", "data/train-00000-of-*.parquet", Columns())}
+"""Plain text, one document a row, in the column "text"."""
+
+PROBE = 5.0
+"""Seconds the hub has to answer. Without this the libraries retry for half a minute before they say it is away."""
+
+Record: TypeAlias = tuple[str, Any]
+"""(where it stands, for errors; its columns)."""
+
+
+def rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[Row]:
+    """The first `limit` rows (default: all) of a source.
+
+    `source` is a name in `HUB`; a .json (list of objects), .jsonl, .csv or .parquet file; or a folder in the hub's
+    dataset layout, of which the split "train" is read. A file or folder of that name comes before the hub. `columns`
+    defaults to the source's own, or to instruction, input, output.
+
+    Raises InputError for a source that is not there or cannot be read, and for a row without the text it should hold.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}, expected at least 1")
+    path, hub = Path(source), HUB.get(str(source))
+    if path.is_dir() and str(source):  # Path("") would be the current folder
+        records = _folder(path)
+    elif path.is_file():
+        records = _file(path)
+    elif hub is not None:
+        records, columns = _folder(_download(str(source), hub)), columns or hub.columns
+    elif path.suffix or len(path.parts) > 1:
+        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}")
+    else:
+        raise InputError(
+            f"unknown source {str(source)!r}: expected one of {', '.join(HUB)}, or the path of a file or folder"
+        )
+    found = [
+        _row(record, columns or Columns(), f"{source}, {where}") for where, record in itertools.islice(records, limit)
+    ]
+    if not found:
+        raise InputError(f"{source}: it holds no rows, expected at least one")
+    return found
+
+
+def texts(source: str, limit: int) -> list[str]:
+    """The first `limit` documents of a source in `TEXTS`.
+
+    Raises InputError where the hub cannot be reached.
+    """
+    records = _folder(_download(source, TEXTS[source]))
+    return [_text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(records, limit)]
+
+
+def _row(record: Any, columns: Columns, where: str) -> Row:
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
+    turns = record.get("conversations")
+    if columns.instruction not in record and isinstance(turns, list):  # LIMA's layout; later turns are left out
+        record = dict(zip((columns.instruction, columns.output), turns, strict=False))
+    wanted = [columns.instruction, columns.output] + ([] if columns.input is None else [columns.input])
+    for name in wanted:
+        if name not in record:
+            have = ", ".join(map(repr, record)) or "none"
+            raise InputError(
+                f"{where}: no column {name!r}; there are {have}: name the columns to use with --columns.instruction, "
+                "--columns.input and --columns.output"
+            )
+    name = columns.input or "input"
+    given = record.get(name)
+    return Row(
+        _text(record[columns.instruction], columns.instruction, where),
+        "" if given is None else _text(given, name, where),
+        _text(record[columns.output], columns.output, where),
+    )
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    came = "null" if value is None else type(value).__name__
+    raise InputError(f"{where}: column {name!r} should hold text, got {came}: mend the row or use another column")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _file(path: Path) -> Iterator[Record]:
+    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty, expected rows")
+        yield from readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as err:
+        raise InputError(f"{path}: not UTF-8 text ({err.reason} at byte {err.start}): save it as UTF-8") from None
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read: {err.strerror or _first_line(err)}") from None
+
+
+def _json(path: Path) -> Iterator[Record]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as err:
+        hint = "if it holds one object a line, name it .jsonl" if err.msg == "Extra data" else "mend it there"
+        raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
+    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as err:
+                raise InputError(
+                    f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object a line"
+                ) from None
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if not values:  # a blank line
+                    continue
+                if len(values) != len(header):
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: {len(values)} fields, but the header names {len(header)}: "
+                        "quote the fields that hold commas or newlines"
+                    )
+                yield f"line {reader.line_num}", dict(zip(header, values, strict=True))
+        except csv.Error as err:
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({err}): mend it there") from None
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet  # here, because importing fgpt must stay fast
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+    except pyarrow.ArrowException as err:
+        raise InputError(f"{path}: not a Parquet file ({_first_line(err)}): write it again") from None
+
+
+# -------------------------------------------------------------------------------------------- folders and the hub
+
+
+def _folder(path: Path) -> Iterator[Record]:
+    import datasets
+
+    try:
+        splits: Any = datasets.load_dataset(str(path))
+    except Exception as err:  # the library raises a dozen unrelated types for a folder it cannot read
+        raise InputError(f"{path}: expected a folder in the hub's dataset layout: {_first_line(err)}") from None
+    names = list(splits)
+    if "train" not in names and len(names) > 1:
+        raise InputError(f"{path}: no split 'train'; there are {', '.join(names)}: name one split's file instead")
+    split = splits["train" if "train" in names else names[0]]
+    yield from ((f"row {number}", record) for number, record in enumerate(split, 1))
+
+
+def _download(name: str, hub: Hub) -> Path:
+    """The local folder that holds the files of a hub dataset: from the cache if they are there, else fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def get(local: bool) -> Path:
+        return Path(snapshot_download(hub.repo, repo_type="dataset", allow_patterns=hub.files, local_files_only=local))
+
+    try:
+        folder = get(local=True)
+        if any(folder.glob(hub.files)):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        HfApi().dataset_info(hub.repo, timeout=PROBE)
+        return get(local=False)
+    except Exception as err:  # whatever the transport of the day raises; only an HTTP answer means the hub is there
+        cause = err if isinstance(err, HfHubHTTPError) else err.__cause__
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        if status in (401, 403):
+            raise InputError(
+                f"the hub refuses {hub.repo} (HTTP {status}): accept its terms at "
+                f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file with `--data FILE`"
+            ) from None
+        raise InputError(
+            f"the hub gave no {name!r} ({type(err).__name__}: {_first_line(err)}): connect and try again, give a "
+            "file with `--data FILE`, or train the run `lora-nano`, which needs no hub"
+        ) from None
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]

@@ -1,0 +1,163 @@
+"""GPT-2's tensors on the hub, and our tree.
+
+The hub keeps OpenAI's layout: every block matrix is a Conv1D, [in, out], and q, k and v are one matrix, c_attn. Here
+weights are [out, in] and split. This is the one place that knows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fgpt.errors import InputError
+from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, Linear, Norm, fused
+
+BUFFER_ENDINGS = (".attn.bias", ".attn.masked_bias")
+"""Causal masks that old checkpoints carry; no parameters."""
+
+
+def config_from_hf(config: Mapping[str, Any]) -> Config:
+    """Our config of a hub `config.json`.
+
+    Raises InputError where a field is missing or asks for an architecture that GPT-2 proper does not have.
+    """
+    missing = [
+        k for k in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size") if not isinstance(config.get(k), int)
+    ]
+    if missing:
+        raise InputError(f"config.json: expected whole numbers for {', '.join(missing)}")
+    expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise InputError(f"config.json: {name}={config[name]} is not supported, expected {value}")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise InputError(f"config.json: activation_function={activation!r} is not supported, expected 'gelu_new'")
+    return Config(
+        n_layer=config["n_layer"],
+        n_head=config["n_head"],
+        d_model=config["n_embd"],
+        context=config["n_positions"],
+        vocab=config["vocab_size"],
+        d_mlp=config.get("n_inner") or 4 * config["n_embd"],
+        eps=config.get("layer_norm_epsilon", 1e-5),
+        tied=config.get("tie_word_embeddings", True),
+    )
+
+
+def config_to_hf(cfg: Config) -> dict[str, Any]:
+    """The hub's `config.json` of our config."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": cfg.vocab,
+        "n_positions": cfg.context,
+        "n_embd": cfg.d_model,
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
+        "layer_norm_epsilon": cfg.eps,
+        "tie_word_embeddings": cfg.tied,
+        "bos_token_id": cfg.vocab - 1,
+        "eos_token_id": cfg.vocab - 1,
+    }
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the hub's layout, with its shape: what a file is held against before it is read."""
+    d, m = cfg.d_model, cfg.d_mlp
+    block = {
+        "ln_1.weight": (d,),
+        "ln_1.bias": (d,),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "attn.c_proj.bias": (d,),
+        "ln_2.weight": (d,),
+        "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, m),
+        "mlp.c_fc.bias": (m,),
+        "mlp.c_proj.weight": (m, d),
+        "mlp.c_proj.bias": (d,),
+    }
+    return {
+        "wte.weight": (cfg.vocab, d),
+        "wpe.weight": (cfg.context, d),
+        **{f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()},
+        "ln_f.weight": (d,),
+        "ln_f.bias": (d,),
+        **({} if cfg.tied else {"lm_head.weight": (cfg.vocab, d)}),
+    }
+
+
+def plain_name(name: str) -> str | None:
+    """A tensor's name without the `transformer.` that GPT2LMHeadModel's files have and GPT2Model's have not; None for a
+    tensor that is no parameter.
+    """
+    return None if name.endswith(BUFFER_ENDINGS) else name.removeprefix("transformer.")
+
+
+def from_hf(tensors: Mapping[str, Tensor], cfg: Config) -> GPT:
+    """Our tree of the hub's tensors (plain names). Transposed weights are views: no copy is made.
+
+    Raises InputError where a tensor is missing, surplus, or of another shape.
+    """
+    expected = shapes(cfg)
+    surplus = set(tensors) - set(expected) - ({"lm_head.weight"} if cfg.tied else set())
+    if missing := [name for name in expected if name not in tensors]:
+        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole GPT-2 of this config")
+    if surplus:
+        raise InputError(f"tensor {min(surplus)} has no place in a GPT-2 of this config ({len(surplus)} in all)")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(f"tensor {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")
+
+    def norm(name: str) -> Norm:
+        return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def conv(name: str) -> Linear:
+        return Linear(tensors[f"{name}.weight"].T, tensors[f"{name}.bias"])
+
+    def block(h: str) -> Block:
+        c_attn = conv(f"{h}.attn.c_attn")
+        parts = zip(c_attn.w.chunk(3), c_attn.b.chunk(3), strict=True)  # pyright: ignore
+        q, k, v = (Linear(w, b) for w, b in parts)
+        attn = Attention(q, k, v, conv(f"{h}.attn.c_proj"))
+        return Block(norm(f"{h}.ln_1"), attn, norm(f"{h}.ln_2"), MLP(conv(f"{h}.mlp.c_fc"), conv(f"{h}.mlp.c_proj")))
+
+    return GPT(
+        Embedding(tensors["wte.weight"]),
+        Embedding(tensors["wpe.weight"]),
+        tuple(block(f"h.{i}") for i in range(cfg.n_layer)),
+        norm("ln_f"),
+        None if cfg.tied else Linear(tensors["lm_head.weight"]),
+        cfg,
+    )
+
+
+def to_hf(params: GPT) -> dict[str, Tensor]:
+    """The hub's tensors of our tree, plain names. Raises InputError for a tree that still carries adapters."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(name: str, p: Linear | Norm | Embedding, transposed: bool = False) -> None:
+        if not isinstance(p.w, Tensor):
+            raise InputError(f"{name} still carries an adapter: merge(params) first")
+        tensors[f"{name}.weight"] = p.w.T if transposed else p.w
+        if not isinstance(p, Embedding) and p.b is not None:
+            tensors[f"{name}.bias"] = p.b
+
+    put("wte", params.wte)
+    put("wpe", params.wpe)
+    for i, p in enumerate(params.blocks):
+        h = f"h.{i}"
+        put(f"{h}.ln_1", p.ln_1)
+        put(f"{h}.attn.c_attn", fused(p.attn), transposed=True)
+        put(f"{h}.attn.c_proj", p.attn.o, transposed=True)
+        put(f"{h}.ln_2", p.ln_2)
+        put(f"{h}.mlp.c_fc", p.mlp.up, transposed=True)
+        put(f"{h}.mlp.c_proj", p.mlp.down, transposed=True)
+    put("ln_f", params.ln_f)
+    if params.head is not None:
+        put("lm_head", params.head)
+    return tensors

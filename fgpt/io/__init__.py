@@ -1,0 +1,1 @@
+"""Files: safetensors and JSON only, written whole or not at all."""

@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and readers whose errors name the file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fgpt.errors import InputError
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write `data` to a temporary name in the same folder, flush it to disk, and rename it to `path`.
+
+    Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as err:
+        raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. The metadata defaults to what the hub's libraries expect."""
+    write(path, save({k: x.detach().contiguous() for k, x in tensors.items()}, metadata or {"format": "pt"}))
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError where the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror}; expected a JSON file") from None
+    except ValueError as err:
+        raise InputError(f"{path}: not valid JSON: {err}") from None
+
+
+def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose name `keep` accepts.
+
+    Raises InputError where the file is missing, truncated or malformed.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as err:
+        raise InputError(f"{path}: not a whole safetensors file: {err}") from None

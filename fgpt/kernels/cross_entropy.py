@@ -1,0 +1,113 @@
+"""Cross entropy of a linear head, in chunks: -log softmax(logits)[y], with never more than a chunk of logits alive.
+
+A head is a sum of products, logits = Σ_j x_j W_jᵀ + b: one product for a plain weight, one more for each adapter on
+it (x_j = s·h Aᵀ, W_j = B). The loss of a row depends on that row alone, so its gradient is known as soon as its logits
+are:
+
+    ∂nll_i/∂x_ij = (softmax(logits_i) - e_y) W_j
+
+The forward pass computes it while the logits are warm and the backward only scales it: two GEMMs for a frozen head,
+where recomputing in the backward would take three.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgpt._typing import shaped
+from fgpt.kernels.transforms import differentiated_again
+
+CHUNK_BYTES = 64 << 20
+"""Logits alive at once, in bytes of fp32: large enough for full GEMM speed (333 rows at GPT-2's vocabulary)."""
+
+Products = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
+
+
+def reference(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The definition, softmax in fp32."""
+    return F.cross_entropy(_logits(products, b), y, reduction="none")
+
+
+def _logits(products: Products, b: Tensor | None, rows: slice = slice(None)) -> Tensor:
+    (x, w), *others = products
+    logits = F.linear(x[rows], w, b)
+    for x, w in others:
+        logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
+    return logits.float()
+
+
+def _chunks(n: int, vocab: int) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // (4 * vocab))
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] or [slice(0, 0)]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(differentiate, y, b, x_1, W_1, x_2, W_2, ...) -> (nll, ∂nll/∂x_1, ∂nll/∂x_2, ...)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(differentiate: bool, y: Tensor, b: Tensor | None, *xw: Tensor) -> tuple[Tensor, ...]:
+        products = list(zip(xw[::2], xw[1::2], strict=True))
+        nll: list[Tensor] = []
+        dxs: list[list[Tensor]] = [[] for _ in products]
+        for rows in _chunks(y.shape[0], xw[1].shape[0]):
+            logits, target = _logits(products, b, rows), y[rows]
+            lse = logits.logsumexp(-1, keepdim=True)
+            nll.append((lse - logits.gather(-1, target[:, None])).squeeze(-1))
+            if differentiate:
+                p = logits.sub_(lse).exp_()
+                for dx, (x, w) in zip(dxs, products, strict=True):
+                    dx.append((p.to(w.dtype) @ w - F.embedding(target, w)).to(x.dtype))
+        return torch.cat(nll), *(torch.cat(dx) for dx in dxs if dx)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[1:], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n = (len(ctx.saved_tensors) - 2) // 3
+        y, b, *rest = ctx.saved_tensors
+        products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
+        g = grad[0][:, None]
+        need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
+        dws: list[Tensor | None] = [
+            torch.zeros_like(w) if need else None for (_, w), need in zip(products, needs[1::2], strict=True)
+        ]
+        db = torch.zeros_like(b) if need_b else None
+        if need_b or any(needs[1::2]):
+            # A trained head: dW_j = Σ_i g_i (p_i - e_y) x_ijᵀ wants the probabilities once more.
+            for rows in _chunks(y.shape[0], products[0][1].shape[0]):
+                gp = _logits(products, b, rows).softmax(-1) * g[rows]
+                dws = [
+                    None if dw is None else dw + gp.to(x.dtype).T @ x[rows]
+                    for dw, (x, _) in zip(dws, products, strict=True)
+                ]
+                db = None if db is None else db + gp.sum(0)
+            dws = [
+                None if dw is None else dw.index_add(0, y, -(g * x).to(dw.dtype))
+                for dw, (x, _) in zip(dws, products, strict=True)
+            ]
+            db = None if db is None else db.index_add(0, y, -g.squeeze(-1).to(db.dtype))
+        out: list[Tensor | None] = []
+        for dx, dw in zip(dxs, dws, strict=True):
+            out += [dx * g.to(dx.dtype), dw]
+        return None, None, db, *out
+
+
+@shaped
+def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32.
+
+    Chunked under grad, vmap and vmap(grad); the reference under jvp and nested grads.
+    """
+    if differentiated_again():
+        return reference(products, b, y)
+    operands = [x for pair in products for x in pair]
+    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None)
+    return _CrossEntropy.apply(differentiate, y, b, *operands)[0]  # pyright: ignore

@@ -1,0 +1,23 @@
+"""Which torch.func transforms surround this call. A fused kernel with one backward asks before it runs."""
+
+import torch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _differentiated_again() -> bool:
+    kinds = [layer.key() for layer in functorch.get_interpreter_stack() or ()]
+    return functorch.TransformType.Jvp in kinds or kinds.count(functorch.TransformType.Grad) > 1
+
+
+@torch.compiler.assume_constant_result
+def _differentiated_again_now() -> bool:
+    return _differentiated_again()
+
+
+def differentiated_again() -> bool:
+    """True under jvp, or under two nested grads: where a kernel that knows only its first backward cannot go.
+
+    vmap, grad and vmap(grad) leave it False. The answer is a property of the program, never of the data, so a compiler
+    may take it as a constant.
+    """
+    return _differentiated_again_now() if torch.compiler.is_compiling() else _differentiated_again()

@@ -1,0 +1,44 @@
+"""Batches, and the loss of a model on one."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgpt._typing import shaped
+from fgpt.kernels.cross_entropy import cross_entropy
+from fgpt.model import GPT, head, hidden
+from fgpt.tree import node
+from fgpt.weights import products
+
+
+@node
+class Batch:
+    """Rows of tokens, and what is asked of them.
+
+    `targets[i]` is the token to predict at position i (the text's token i + 1), `weights[i]` what that prediction
+    counts: 0 where nothing is asked. `segments` is None where every row is one document, padded on the right at most:
+    the causal mask alone then keeps padding out. `at` lists the flat positions with weight, so that logits are computed
+    nowhere else; None computes them everywhere, which suits vmap over rows and whole-text training.
+    """
+
+    tokens: Int[Tensor, "*batch seq"]
+    targets: Int[Tensor, "*batch seq"]
+    weights: Float[Tensor, "*batch seq"]
+    segments: Int[Tensor, "*batch seq"] | None = None
+    at: Int[Tensor, " n"] | None = None
+
+
+@shaped
+def nll(params: GPT, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(Σ weight · nll, Σ weight) in nats: sums, so that unequal batches add up exactly."""
+    h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)
+    y, weights = batch.targets.flatten(), batch.weights.flatten()
+    if batch.at is not None:
+        h, y, weights = h[batch.at], y[batch.at], weights[batch.at]
+    each = cross_entropy(products(h, head(params).w), head(params).b, y)
+    return (weights * each).sum(), weights.sum()
+
+
+def loss(params: GPT, batch: Batch) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood in nats per weighted token."""
+    total, weight = nll(params, batch)
+    return total / weight

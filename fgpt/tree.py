@@ -1,0 +1,140 @@
+"""Params trees: nodes are frozen dataclasses, every leaf has a dotted path, an update rebuilds only what it touches.
+
+blocks.3.attn.q        a layer (a node)
+blocks.3.attn.q.w      a leaf (a tensor)
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fgpt.errors import InputError
+
+T = TypeVar("T")
+
+
+def static(**options: Any) -> Any:
+    """A field that belongs to the tree's structure and not to its leaves: hashable, never differentiated."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def node(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass and a torch pytree whose children carry key paths.
+
+    A field that is None goes to the structure, like the static ones: to torch's pytree a bare None is a leaf, and
+    torch.func.grad refuses leaves that are not tensors.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # eq would compare tensors elementwise
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    statics = tuple(f.name for f in fields if f.metadata.get("static"))
+    dynamics = tuple(f.name for f in fields if not f.metadata.get("static"))
+
+    def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        present = tuple(name for name in dynamics if getattr(x, name) is not None)
+        return [getattr(x, name) for name in present], (present, tuple(getattr(x, name) for name in statics))
+
+    def flatten_with_keys(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values, context = flatten(x)
+        return [(pytree.GetAttrKey(name), value) for name, value in zip(context[0], values, strict=True)], context
+
+    def unflatten(values: Iterable[Any], context: tuple[Any, ...]) -> T:
+        present, static_values = context
+        fields = dict.fromkeys(dynamics) | dict(zip(present, values, strict=True))
+        return cls(**fields, **dict(zip(statics, static_values, strict=True)))
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+    return cls
+
+
+def children(tree: Any) -> list[tuple[str, Any]]:
+    """The named children of a node, tuple, list or dict; nothing for a leaf."""
+    if isinstance(tree, Tensor):
+        return []
+    if isinstance(tree, Mapping):
+        return [(str(k), v) for k, v in tree.items()]
+    if isinstance(tree, tuple | list):
+        return [(str(i), v) for i, v in enumerate(tree)]
+    if dataclasses.is_dataclass(tree):
+        named = ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree) if not f.metadata.get("static"))
+        return [(name, value) for name, value in named if value is not None]
+    return []
+
+
+def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (path, subtree) below `tree`, parents first, leaves included."""
+    for name, child in children(tree):
+        here = f"{path}.{name}" if path else name
+        yield here, child
+        yield from walk(child, here)
+
+
+def leaves(tree: Any) -> dict[str, Tensor]:
+    """The tensors of `tree` by path, in pytree order."""
+    return {path: x for path, x in walk(tree) if isinstance(x, Tensor)}
+
+
+def update(tree: T, new: Mapping[str, Any]) -> T:
+    """`tree` with the subtrees at the given paths replaced. Untouched subtrees are shared, not copied.
+
+    Raises InputError for a path that is not in the tree.
+    """
+    if "" in new:
+        return new[""]
+    below: dict[str, dict[str, Any]] = {}
+    for path, value in new.items():
+        head, _, rest = path.partition(".")
+        below.setdefault(head, {})[rest] = value
+    old = dict(children(tree))
+    for head in below.keys() - old.keys():
+        raise InputError(f"no '{head}' here: expected one of {', '.join(old) or 'nothing (this is a leaf)'}")
+    fresh: dict[str, Any] = {head: update(old[head], rest) for head, rest in below.items()}
+    if isinstance(tree, dict):
+        return {**tree, **fresh}  # pyright: ignore[reportReturnType]
+    if isinstance(tree, tuple | list):
+        return type(tree)(fresh.get(str(i), v) for i, v in enumerate(tree))  # pyright: ignore
+    return dataclasses.replace(tree, **fresh)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def select(paths: Iterable[str], pattern: str) -> list[str]:
+    """The paths that `pattern` matches in full.
+
+    Raises InputError when it matches none: a selector that silently does nothing trains nothing.
+    """
+    paths = list(paths)
+    try:
+        found = [p for p in paths if re.fullmatch(pattern, p)]
+    except re.error as err:
+        raise InputError(f"selector {pattern!r} is not a regular expression: {err}") from None
+    if not found:
+        plain = pattern.replace("\\", "").replace("d+", "0").replace(".*", "")
+        near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.1) or paths[:4]
+        raise InputError(f"selector {pattern!r} matches no path; nearest are {', '.join(near) or '(none)'}")
+    return found
+
+
+def count(tree: Any) -> int:
+    """How many numbers the leaves of `tree` hold."""
+    return sum(x.numel() for x in leaves(tree).values())
+
+
+def cast(tree: T, dtype: torch.dtype) -> T:
+    """`tree` with its floating-point leaves in `dtype`."""
+    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
+    """`fn` over the leaves of one or more trees of equal structure."""
+    return pytree.tree_map(fn, tree, *rest)

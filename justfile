@@ -1,0 +1,58 @@
+# fgpt: every recipe sets itself up. `just` lists them.
+
+set positional-arguments
+
+python := ".venv/bin/python"
+
+_default:
+    @just --list
+
+# Make .venv and install fgpt into it
+setup:
+    @just _install ready
+
+# The same with what the tests, benchmarks and checks need
+setup-dev:
+    @just _install ready-dev --group dev
+
+_install stamp *groups:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    stamp=.venv/{{ stamp }}
+    if [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then exit 0; fi
+    [ -x {{ python }} ] || "${PYTHON:-python3}" -m venv .venv
+    echo "setting up .venv ({{ stamp }}) .."
+    {{ python }} -m pip install --quiet --upgrade --constraint constraints.txt pip
+    {{ python }} -m pip install --quiet --constraint constraints.txt --editable . ${@:2}
+    touch "$stamp"
+
+# Train a run: `just train lora-nano`, with overrides: `just train lora-nano --lr 1e-3 --adapter.rank 16`
+train *args: setup
+    @{{ python }} -m experiments train "$@"
+
+# The runs there are, one line each
+runs: setup
+    @{{ python }} -m experiments runs
+
+# Answer a prompt with a trained run: `just generate lora-nano "Write a story about a fox named Tim."`
+generate *args: setup
+    @{{ python }} -m experiments generate "$@"
+
+# Base against tuned on held-out prompts, again: `just compare lora-nano`
+compare *args: setup
+    @{{ python }} -m experiments compare "$@"
+
+# Benchmarks, side by side with transformers + peft: `just bench train`
+bench *args: setup-dev
+    @{{ python }} -m experiments.bench "$@"
+
+# All tests
+test *args: setup-dev
+    @{{ python }} -m pytest "$@"
+
+# Lint, format, types, layers
+check: setup-dev
+    {{ python }} -m ruff check .
+    {{ python }} -m ruff format --check .
+    {{ python }} -m pyright
+    {{ python }} -m importlinter.cli lint-imports --config pyproject.toml

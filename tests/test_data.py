@@ -1,0 +1,484 @@
+"""Rows, templates, packing: what reaches the loss is what the files say, once, and no document sees another."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fgpt
+from fgpt.data.packing import Dropped, collate, epoch, fit, pack
+from fgpt.data.sources import Columns, rows
+from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, encode, encode_prompt
+from fgpt.data.tokenizers import RANKS, from_ranks
+from fgpt.errors import InputError
+from fgpt.loss import nll
+from fgpt.model import Config, hidden, init
+from fgpt.rng import key
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+TOKENIZER = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
+VOCAB = 40
+GPT = init(Config(n_layer=2, n_head=2, d_model=16, context=64, vocab=VOCAB, d_mlp=32), key(0))
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+row_texts = st.builds(Row, texts, texts, texts.filter(str.strip))
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> Example:
+    length = draw(st.integers(2, 20))
+    tokens = draw(st.lists(st.integers(1, VOCAB - 1), min_size=length, max_size=length))
+    return Example(tuple(tokens), draw(st.integers(0, length - 2)))
+
+
+# --------------------------------------------------------------------------------------------------------- templates
+
+
+def test_alpaca_is_stanfords_text():
+    assert ALPACA.prompt(Row("Add.", "1 2")) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert ALPACA.prompt(Row("Add.")) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+    assert PLAIN.prompt(Row("Add.", " \n")) == "Instruction: Add.\n\nResponse:\n"
+
+
+@given(row_texts, st.sampled_from(sorted(TEMPLATES)))
+def test_training_and_generation_share_the_prompt(row: Row, name: str):
+    example = encode(row, TEMPLATES[name], TOKENIZER)
+    assert example.tokens[: example.prompt] == encode_prompt(
+        Row(row.instruction, row.input), TEMPLATES[name], TOKENIZER
+    )
+    assert TOKENIZER.decode(list(example.tokens[: example.prompt])) == TEMPLATES[name].prompt(row)
+    assert TOKENIZER.decode(list(example.tokens[example.prompt : -1])) == row.output
+    assert example.tokens[-1] == TOKENIZER.eot_token
+    assert example.tokens.count(TOKENIZER.eot_token) == 1
+
+
+@pytest.mark.parametrize("text", ["{input}", "{", "{0}", "}{instruction}", "<|endoftext|>", "a {{b}}"])
+def test_users_text_is_only_text(text: str):
+    example = encode(Row(text, text, text), ALPACA, TOKENIZER)
+    assert TOKENIZER.decode(list(example.tokens[:-1])).count(text) == 3
+    assert example.tokens.count(TOKENIZER.eot_token) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+
+
+@given(st.lists(st.integers(0, 12), max_size=60))
+def test_pack_is_first_fit(lengths: list[int]):
+    bins: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        room = (b for b in bins if sum(lengths[j] for j in b) + length <= 12)
+        home = next(room, None)
+        bins.append([i]) if home is None else home.append(i)
+    assert pack(lengths, 12) == bins
+
+
+def test_pack_is_fast_and_tight():
+    lengths = (torch.randn(52_000, generator=key(0)) * 0.6 + 4.6).exp().clamp(1, 512).long().tolist()
+    begin = time.perf_counter()
+    bins = pack(lengths, 512)
+    assert time.perf_counter() - begin < 10  # 0.4 s alone on one core
+    assert len(bins) < 1.02 * sum(lengths) / 512
+
+
+def test_pack_refuses_what_cannot_fit():
+    with pytest.raises(InputError, match=r"^row 2 has 9 tokens, the limit is 8: .*"):
+        pack([8, 9], 8)
+
+
+@given(st.lists(documents(), min_size=1, max_size=40), st.integers(1, 4), st.booleans(), st.integers(0, 9))
+def test_an_epoch_loses_and_repeats_nothing(examples: list[Example], rows: int, packed: bool, seed: int):
+    rng = key(seed)
+    before = rng.get_state()
+    batches = epoch(examples, 24, rows, rng, packed)
+    assert Counter(e for batch in batches for row in batch for e in row) == Counter(examples)
+    assert all(sum(len(e.tokens) for e in row) <= 24 for batch in batches for row in batch)
+    assert all(1 <= len(batch) <= rows for batch in batches)
+    assert packed or all(len(row) == 1 for batch in batches for row in batch)
+    assert batches == epoch(examples, 24, rows, key(seed), packed)
+    assert torch.equal(before, rng.get_state())
+
+
+def test_keys_shuffle_and_unpacked_batches_pad_little():
+    lengths = torch.randint(2, 200, (4096,), generator=key(1)).tolist()
+    examples = [Example(tuple(range(n)), 0) for n in lengths]
+    batches = epoch(examples, 200, 8, key(0), packed=False)
+    assert batches != epoch(examples, 200, 8, key(1), packed=False)
+    padded = sum(len(batch) * max(len(row[0].tokens) for row in batch) for batch in batches)
+    assert padded < 1.05 * sum(lengths)  # in random batches of 8 it is about 1.75
+    firsts = [len(batch[0][0].tokens) for batch in batches[:100]]
+    assert firsts != sorted(firsts)
+
+
+@given(st.lists(st.lists(documents(), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 5))
+def test_collate_against_its_definition(rows: list[list[Example]], extra: int):
+    width = max(sum(len(e.tokens) for e in row) for row in rows) + extra
+    batch = collate(rows, width)
+    assert batch.tokens.shape == (len(rows), width)
+    assert batch.at is not None
+    positive = set()
+    for r, row in enumerate(rows):
+        owner = [(n, i) for n, e in enumerate(row) for i in range(len(e.tokens))]
+        owner += [(-1, 0)] * (width - len(owner))
+        for c, (n, i) in enumerate(owner):
+            if batch.segments is not None:
+                assert batch.segments[r, c] == n + 1
+            else:
+                assert n <= 0
+            assert batch.tokens[r, c] == (row[n].tokens[i] if n >= 0 else 0)
+            inside = n >= 0 and i + 1 < len(row[n].tokens)
+            asked = inside and i + 1 >= row[n].prompt
+            assert batch.weights[r, c] == float(asked)
+            if inside:
+                assert batch.targets[r, c] == row[n].tokens[i + 1]
+            if asked:
+                positive.add(r * width + c)
+    assert batch.at.tolist() == sorted(positive)
+    assert batch.at.dtype == torch.int64
+    assert (batch.segments is None) == all(len(row) == 1 for row in rows)
+
+
+@given(st.lists(row_texts, min_size=1, max_size=4))
+def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list[Row]):
+    examples = [encode(row, PLAIN, TOKENIZER) for row in given_rows]
+    batch = collate([examples])
+    asked = batch.targets[batch.weights > 0].tolist()
+    assert asked == [token for e in examples for token in e.tokens[e.prompt :]]
+    assert asked.count(TOKENIZER.eot_token) == len(examples)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(documents(), min_size=1, max_size=8), st.integers(0, 4))
+def test_packing_and_padding_change_no_loss(examples: list[Example], extra: int):
+    alone = [nll(GPT, collate([[e]])) for e in examples]
+    bins = pack([len(e.tokens) for e in examples], 40)
+    packed = [[examples[i] for i in b] for b in bins]
+    total, weight = nll(GPT, collate(packed, 40 + extra))
+    assert weight == sum(w for _, w in alone)
+    torch.testing.assert_close(total / weight, sum(v for v, _ in alone) / weight, atol=1e-5, rtol=0)
+    for row, indices in zip(packed, bins, strict=True):  # a sum could hide what one row takes from another
+        value, weight = nll(GPT, collate([row], 40 + extra))
+        torch.testing.assert_close(value / weight, sum(alone[i][0] for i in indices) / weight, atol=1e-5, rtol=0)
+    for example, (value, weight) in zip(examples, alone, strict=True):
+        padded, _ = nll(GPT, collate([[example]], 50))
+        torch.testing.assert_close(padded / weight, value / weight, atol=1e-5, rtol=0)
+
+
+def test_no_document_sees_another():
+    a, b, other = Example((1, 2, 3, 4), 1), Example((5, 6, 7), 1), Example((9, 8, 9, 8), 1)
+    one, two = collate([[a, b]]), collate([[other, b]])
+    assert one.segments is not None
+    left, right = (hidden(GPT, batch.tokens, batch.segments)[0, 4:] for batch in (one, two))
+    assert torch.equal(left, right)
+    assert not torch.equal(*(hidden(GPT, batch.tokens)[0, 4:] for batch in (one, two)))
+
+
+def test_fit_refuses_or_counts():
+    good, long, empty = Example((1, 2, 3), 1), Example(tuple(range(9)), 1), Example((1, 2), 1)
+    assert fit([good], 8) == ([good], Dropped(0, 0))
+    assert fit([long, good, empty, long], 8, drop=True) == ([good], Dropped(2, 1))
+    with pytest.raises(InputError, match=r"^row 2 has 9 tokens, the limit is 8: shorten it, raise the limit, or drop"):
+        fit([good, long], 8)
+    with pytest.raises(InputError, match=r"^row 3 has no response: give it one, or drop empty rows$"):
+        fit([good, good, empty], 8)
+    with pytest.raises(
+        InputError, match=r"^no row with .* fits: 2 rows came, 1 above the limit of 8 tokens and 1 without"
+    ):
+        fit([long, empty], 8, drop=True)
+    with pytest.raises(InputError, match=r"^no row with a response"):
+        fit([], 8)
+    with pytest.raises(InputError, match=r"^row 2 has no response"):
+        epoch([good, empty], 8, 1, key(0))
+    with pytest.raises(InputError, match=r"^row 1 of the batch has 9 tokens, the limit is 8"):
+        collate([[long]], 8)
+
+
+@pytest.mark.parametrize("output", ["", " \n\t"])
+def test_a_blank_answer_is_no_answer(output: str):
+    with pytest.raises(InputError, match="row 1 has no response"):
+        fit([encode(Row("Say nothing.", "", output), PLAIN, TOKENIZER)], 512)
+
+
+# ----------------------------------------------------------------------------------------------------- sources: files
+
+OBJECTS = [
+    {"instruction": "a", "input": "b", "output": "c\n\u2028d"},
+    {"instruction": "é", "input": "", "output": "{x}"},
+]
+WANTED = [Row("a", "b", "c\n\u2028d"), Row("é", "", "{x}")]
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps(OBJECTS, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\n\n".join(json.dumps(o, ensure_ascii=False) for o in OBJECTS), encoding="utf-8-sig"
+    )
+    (tmp_path / "a.CSV").write_text(
+        'instruction,input,output\na,b,"c\n\u2028d"\n\né,,{x}\n', encoding="utf-8", newline=""
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OBJECTS), tmp_path / "a.parquet")
+    for name in ("a.json", "a.jsonl", "a.CSV", "a.parquet"):
+        assert rows(tmp_path / name) == WANTED, name
+        assert rows(str(tmp_path / name), limit=1) == WANTED[:1]
+
+
+def test_columns(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"q": 1, "a": 2.5, "input": null}')
+    assert rows(file, Columns("q", output="a")) == [Row("1", "", "2.5")]
+    assert rows(file, Columns("a", "q", "a")) == [Row("2.5", "1", "2.5")]
+    file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
+    assert rows(file) == [Row("hello", "", "good day")]
+
+
+PR, TL = Columns("p", output="r"), Columns("text", output="label")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("a.json", "", Columns(), r"a\.json: the file is empty, expected rows$"),
+        ("a.json", "[]", Columns(), r"a\.json: it holds no rows, expected at least one$"),
+        ("a.json", '{"a": 1}', Columns(), r"a\.json: expected a list of objects, got dict: wrap the rows in \[ \]$"),
+        (
+            "a.json",
+            '[{"a": 1},\n {"a" 2}]',
+            Columns(),
+            r"line 2: not JSON \(Expecting ':' delimiter, column 7\)",
+        ),
+        ("a.json", '{"a": 1}\n{"a": 2}', Columns(), r"a\.json, line 2: not JSON .*name it \.jsonl$"),
+        ("a.json", '["x"]', Columns(), r"a\.json, row 1: expected an object of columns, got str$"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "output": "b"}\n{oops}\n',
+            Columns(),
+            r"line 2: not JSON .*one object a line$",
+        ),
+        (
+            "a.jsonl",
+            '{"p": 1, "r": 2}',
+            Columns(),
+            r"line 1: no column 'instruction'; there are 'p', 'r': name ",
+        ),
+        ("a.jsonl", '{"p": 1, "r": 2}', Columns("p", "x", "r"), r"line 1: no column 'x'; there are 'p', 'r'"),
+        (
+            "a.jsonl",
+            '\n{"p": ["z"], "r": "y"}',
+            PR,
+            r"line 2: column 'p' should hold text, got list",
+        ),
+        (
+            "a.jsonl",
+            '{"p": "z", "r": null}',
+            PR,
+            r"line 1: column 'r' should hold text, got null",
+        ),
+        (
+            "a.jsonl",
+            '{"p": "z", "r": true}',
+            PR,
+            r"line 1: column 'r' should hold text, got bool",
+        ),
+        ("a.csv", "label,text\n", TL, r"a\.csv: it holds no rows"),
+        ("a.csv", "\ufeff", Columns(), r"a\.csv: it holds no rows"),
+        (
+            "a.csv",
+            "label,text\nx,y\nx,y,z\n",
+            TL,
+            r"csv, line 3: 3 fields, but the header names 2",
+        ),
+        (
+            "a.csv",
+            'label,text\nx,"y\nz\n',
+            TL,
+            r"csv, line 3: not CSV \(unexpected end of data\)",
+        ),
+        ("a.parquet", "PAR1 no, not really PAR1", Columns(), r"a\.parquet: not a Parquet file \("),
+        (
+            "a.txt",
+            "hello",
+            Columns(),
+            r"a\.txt: cannot tell its format; expected .* \.jsonl, ",
+        ),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str, columns: Columns, message: str):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as caught:
+        rows(tmp_path / name, columns)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_text_and_not_there(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 text \(.* at byte 7\): save it as UTF-8$"):
+        rows(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"gone\.json: no such file; expected a path or one of alpaca, dolly, lima$"):
+        rows(tmp_path / "gone.json")
+    for name in ("alpacca", ""):
+        with pytest.raises(
+            InputError, match=rf"^unknown source '{name}': expected one of alpaca, dolly, lima, or the path"
+        ):
+            rows(name)
+    with pytest.raises(InputError, match=r"^limit is 0, expected at least 1$"):
+        rows("alpaca", limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "count"),
+    [
+        ("dolly/dolly_hhrlhf_train_small.jsonl", Columns("prompt", output="response"), 1000),
+        ("dolly/dolly_finqa_val.jsonl", None, 796),
+        ("lima/lima.json", None, 1029),
+        ("alpaca_demo/alpaca_en_demo.json", None, 999),
+        ("davidson/train.csv", TL, 1000),
+        ("davidson/labeled_data.csv", Columns("tweet", output="class"), 24783),
+    ],
+)
+def test_real_files(name: str, columns: Columns | None, count: int):
+    if not (SHARED / name).exists():
+        pytest.skip("the shared development data is not beside this checkout")
+    found = rows(SHARED / name, columns)
+    assert len(found) == count
+    kept, dropped = fit([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
+    assert len(kept) + dropped.long + dropped.empty == 200
+
+
+# -------------------------------------------------------------------------------------------- sources: folders, the hub
+
+
+def elsewhere(home: Path, source: str, **env: str) -> str:
+    """The rows of `source`, or the error, printed by another process: the libraries read their environment once."""
+    code = f"""
+import time
+from fgpt.data.sources import rows
+from fgpt.errors import InputError
+begin = time.perf_counter()
+try:
+    print(rows({source!r}))
+except InputError as err:
+    print("InputError", err)
+assert time.perf_counter() - begin < 15
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.removesuffix("\n")
+
+
+def test_folder_in_the_hubs_layout(tmp_path: Path):
+    data = tmp_path / "mine" / "data"
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OBJECTS), data / f"{split}-00000-of-00001.parquet")
+    assert elsewhere(tmp_path, str(data.parent), HF_HUB_OFFLINE="1") == str(WANTED)
+    (tmp_path / "void").mkdir()
+    error = elsewhere(tmp_path, str(tmp_path / "void"), HF_HUB_OFFLINE="1")
+    assert error.startswith(f"InputError {tmp_path / 'void'}: expected a folder in the hub's dataset layout: ")
+    assert "\n" not in error
+
+
+def test_the_hub_from_the_cache_alone(tmp_path: Path):
+    """What was fetched once is read with the network away."""
+    snapshot = tmp_path / "hub" / "datasets--databricks--databricks-dolly-15k" / "snapshots" / "abc"
+    blob, ref = snapshot.parent.parent / "blobs" / "123", snapshot.parent.parent / "refs" / "main"
+    for folder in (snapshot, blob.parent, ref.parent):
+        folder.mkdir(parents=True)
+    ref.write_text("abc")
+    blob.write_text(json.dumps({"instruction": "a", "context": "b", "response": "c", "category": "d"}))
+    (snapshot / "databricks-dolly-15k.jsonl").symlink_to("../../blobs/123")
+    assert elsewhere(tmp_path, "dolly", HF_HUB_OFFLINE="1") == str([Row("a", "b", "c")])
+
+
+@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_the_hub_is_away(tmp_path: Path, env: dict[str, str]):
+    """Nothing cached: one line that says what to do instead, and soon (`elsewhere` allows 15 s; alone it takes 1)."""
+    error = elsewhere(tmp_path, "alpaca", **env)
+    assert error.startswith("InputError the hub gave no 'alpaca' (")
+    assert "--data FILE" in error
+    assert "lora-nano" in error
+    assert "\n" not in error
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """A hub of one dataset, GAIR/lima, to be read with the token "hf_good"."""
+    content = json.dumps({"conversations": ["hello", "good day"], "source": "x"}).encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            info = self.path.startswith("/api/datasets/GAIR/lima")
+            body = json.dumps({"id": "GAIR/lima", "sha": "a" * 40, "siblings": [{"rfilename": "train.jsonl"}]}).encode()
+            if "/tree/" in self.path:
+                body = json.dumps(
+                    [{"type": "file", "path": "train.jsonl", "size": len(content), "oid": "b" * 40}]
+                ).encode()
+            allowed = info or self.headers.get("Authorization") == "Bearer hf_good"
+            body = body if info else content if allowed else b""
+            self.send_response(200 if allowed else 401)
+            if not allowed:
+                self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", '"0123456789"')
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = answer  # noqa: N815 (the library's names)
+
+        def log_message(self, format: str, *args: object):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_gated_dataset(tmp_path: Path, hub: str):
+    error = elsewhere(tmp_path, "lima", HF_ENDPOINT=hub)
+    assert error.startswith(
+        "InputError the hub refuses GAIR/lima (HTTP 401): accept its terms at https://huggingface.co/"
+    )
+    assert "\n" not in error
+    assert elsewhere(tmp_path, "lima", HF_ENDPOINT=hub, HF_TOKEN="hf_good") == str([Row("hello", "", "good day")])
+    assert elsewhere(tmp_path, "lima", HF_HUB_OFFLINE="1") == str([Row("hello", "", "good day")])
+
+
+def test_importing_is_light():
+    code = "import sys, fgpt.data.sources; print({'datasets', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
