@@ -27,26 +27,32 @@ _install stamp *groups:
     touch "$stamp"
 
 # Train a run: `just train lora-nano`, with overrides: `just train lora-nano --lr 1e-3 --adapter.rank 16`
+[no-exit-message]
 train *args: setup
     @{{ python }} -m experiments train "$@"
 
 # The runs there are, one line each
+[no-exit-message]
 runs: setup
     @{{ python }} -m experiments runs
 
 # Answer a prompt with a trained run: `just generate lora-nano "Write a story about a fox named Tim."`
+[no-exit-message]
 generate *args: setup
     @{{ python }} -m experiments generate "$@"
 
 # Base against tuned on held-out prompts, again: `just compare lora-nano`
+[no-exit-message]
 compare *args: setup
     @{{ python }} -m experiments compare "$@"
 
 # Benchmarks, side by side with transformers + peft: `just bench train`
+[no-exit-message]
 bench *args: setup-dev
     @{{ python }} -m experiments.bench "$@"
 
 # All tests
+[no-exit-message]
 test *args: setup-dev
     @{{ python }} -m pytest "$@"
 

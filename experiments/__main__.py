@@ -3,8 +3,10 @@
 Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,16 +80,27 @@ def compare(args: Sequence[str]) -> None:
 
 
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
-    """`cls` from command-line options. Raises InputError for an option that is none of its fields."""
+    """`cls` from command-line options.
+
+    Raises InputError for an option that is none of its fields, or a value that does not fit.
+    """
     known = [f"--{name}" for name in _options(cls)]
     for arg in args:
         name = arg.partition("=")[0].replace("_", "-")
         if arg.startswith("--") and name not in [*known, "--help"]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"{command}: no option {arg.partition('=')[0]}; {hint}there are {', '.join(known)}")
+            raise InputError(f"no option {arg.partition('=')[0]}; {hint}{command} --help lists them")
     given = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        raise InputError(f"{lines[0] if lines else 'unusable options'}; {command} --help lists them") from None
 
 
 def _options(cls: type[Any], prefix: str = "") -> list[str]:

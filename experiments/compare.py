@@ -13,6 +13,7 @@ from rich.table import Table
 
 from experiments import folder
 from experiments.fit import console
+from experiments.nano_score import PARTS, Task, score
 from experiments.runs import Run
 from fgpt.data import packing
 from fgpt.data.templates import Row, encode, encode_prompt, template
@@ -69,12 +70,23 @@ def scores(
 ) -> dict[str, float]:
     """What is compared, by name; the higher the better except for losses."""
     loss = response_loss(params, tokenizer, run, rows)
-    return {
+    return task_scores(rows, found) | {
         "held-out response loss (nats per token)": loss,
         "held-out response perplexity": math.exp(loss),
         "answers ended by the model (%)": 100 * sum(a.finished for a in found) / len(found),
         "mean answer length (tokens)": sum(a.tokens for a in found) / len(found),
     }
+
+
+def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+    """Points by which the answers do what the instructions ask, where the rows say how to tell; else nothing."""
+    tasks = [row for row in rows if isinstance(row, Task)]
+    if len(tasks) < len(rows):
+        return {}
+    got = score(tasks, [a.text for a in found], [a.finished for a in found])
+    kinds = {f"points: {kind}": points for kind, points in got.by_kind.items()}
+    parts = {f"stories with the {part} asked for (%)": x for part, x in got.by_requirement.items() if part in PARTS}
+    return {"points (0 to 100)": got.points} | kinds | parts
 
 
 def report(run: Run, out: Path, heldout: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from experiments import compare, folder
 from experiments.fit import console, fit, plot_loss
+from experiments.nano_score import read_tasks
 from experiments.runs import Run
 from fgpt.adapters import Adapters, adapt, lora, trainable, tune
 from fgpt.data import packing, sources
@@ -31,7 +32,7 @@ def split(run: Run) -> tuple[list[Row], list[Row]]:
     Raises InputError where holding out would leave nothing to train on.
     """
     if run.data == "nano":
-        return sources.rows(NANO_TASKS), sources.rows(NANO_HELDOUT)
+        return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
     rows = sources.rows(run.data, None if run.columns == sources.Columns() else run.columns)
     if len(rows) <= run.heldout:
         raise InputError(f"{run.data} has {len(rows)} rows, all wanted by --heldout {run.heldout}: lower it")

@@ -70,8 +70,10 @@ def lora(
                 f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
             )
         device = next(iter(leaves({"": weights[path]}).values())).device
-        a = torch.empty(rank, inp).uniform_(-(inp**-0.5), inp**-0.5, generator=fold_in(rng, path)).to(device)
-        adapters[path] = LoRA(a, torch.zeros(out, rank, device=device), float(2 * rank if alpha is None else alpha))
+        a, most = torch.empty(rank, inp, dtype=torch.float32), inp**-0.5
+        a.uniform_(-most, most, generator=fold_in(rng, path))
+        b = torch.zeros(out, rank, dtype=torch.float32)
+        adapters[path] = LoRA(a.to(device), b.to(device), float(2 * rank if alpha is None else alpha))
     return adapters
 
 
@@ -87,28 +89,30 @@ def tune(params: Any, target: str = ".*") -> Adapters:
 def adapt(params: T, *adapters: Mapping[str, Any]) -> T:
     """`params` with each of `adapters` laid over it in turn. Only touched paths are rebuilt; nothing is multiplied.
 
+    Within one tree tensors come first: a LoRA lies on the weight that the tree itself puts there.
+
     Raises InputError where a path or a shape does not fit the params.
     """
     for tree in adapters:
-        weights, tensors = layers(params), leaves(params)
-        new: dict[str, Any] = {}
-        for path, adapter in tree.items():
-            if isinstance(adapter, LoRA):
-                if path not in weights:
-                    raise InputError(f"no layer '{path}' to adapt; {_nearest(path, weights)}")
-                out, inp = shape(weights[path])
-                if (adapter.b.shape[0], adapter.a.shape[1]) != (out, inp):
-                    got = [adapter.b.shape[0], adapter.a.shape[1]]
-                    raise InputError(f"adapter at {path} fits a weight of {got}, but the base has {[out, inp]}")
-                new[f"{path}.w"] = Adapted(weights[path], adapter.a, adapter.b, adapter.scale)
-            else:
-                if path not in tensors:
-                    raise InputError(f"no leaf '{path}' to replace; {_nearest(path, tensors)}")
-                if adapter.shape != tensors[path].shape:
-                    got, has = list(adapter.shape), list(tensors[path].shape)
-                    raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
-                new[path] = adapter
+        tensors, new = leaves(params), {p: x for p, x in tree.items() if isinstance(x, Tensor)}
+        for path, x in new.items():
+            if path not in tensors:
+                raise InputError(f"no leaf '{path}' to replace; {_nearest(path, tensors)}")
+            if x.shape != tensors[path].shape:
+                got, has = list(x.shape), list(tensors[path].shape)
+                raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
         params = update(params, new)
+        weights, adapted = layers(params), {}
+        for path, x in tree.items():
+            if isinstance(x, Tensor):
+                continue
+            if path not in weights:
+                raise InputError(f"no layer '{path}' to adapt; {_nearest(path, weights)}")
+            got, has = [x.b.shape[0], x.a.shape[1]], list(shape(weights[path]))
+            if got != has:
+                raise InputError(f"adapter at {path} fits a weight of {got}, but the base has {has}")
+            adapted[f"{path}.w"] = Adapted(weights[path], x.a, x.b, x.scale)
+        params = update(params, adapted)
     return params
 
 

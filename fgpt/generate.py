@@ -52,22 +52,24 @@ def generate(
             )
     if temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
-    width = max(len(p) for p in prompts)
     device = params.wpe.w.device if isinstance(params.wpe.w, Tensor) else None
-    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    ragged = any(len(p) < width for p in prompts)
-    segments = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device) if ragged else None
-    h, cache = extend(params, tokens, Cache(), segments)
-    written: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    for step in range(min(most, context - width)):
-        key = fold_in(rng, step) if rng is not None else None
-        token = sample(logits(params, h[:, -1]), temperature, key)
-        for i, t in enumerate(token.tolist()):
-            finished[i] = finished[i] or t == end
-            if not finished[i]:
-                written[i].append(t)
-        if all(finished):
-            break
-        h, cache = extend(params, token[:, None], cache)
-    return [Generated(tokens, done) for tokens, done in zip(written, finished, strict=True)]
+    texts, finished, step = [list(prompt) for prompt in prompts], [False] * len(prompts), 0
+    # Rows share a cache until the widest is full; narrower ones then begin anew, without its padding.
+    while step < most and (going := [i for i, t in enumerate(texts) if not finished[i] and len(t) < context]):
+        width = max(len(texts[i]) for i in going)
+        pads = [width - len(texts[i]) for i in going]
+        tokens = torch.tensor([[0] * pad + texts[i] for pad, i in zip(pads, going, strict=True)], device=device)
+        segments = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device) if any(pads) else None
+        h, cache = extend(params, tokens, Cache(), segments)
+        full = min(most, step + context - width)
+        while True:
+            token = sample(logits(params, h[:, -1]), temperature, None if rng is None else fold_in(rng, step))
+            for i, t in zip(going, token.tolist(), strict=True):
+                finished[i] = finished[i] or t == end
+                if not finished[i]:
+                    texts[i].append(t)
+            step += 1
+            if step == full or all(finished[i] for i in going):
+                break
+            h, cache = extend(params, token[:, None], cache)
+    return [Generated(text[len(p) :], done) for p, text, done in zip(prompts, texts, finished, strict=True)]

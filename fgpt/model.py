@@ -100,7 +100,7 @@ class GPT:
     cfg: Config = static()
 
 
-KV: TypeAlias = tuple[Float[Tensor, "*batch head past d_head"], Float[Tensor, "*batch head past d_head"]]
+KV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]  # it grows
 
 
 @node
@@ -120,13 +120,14 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
         raise InputError(f"d_model {cfg.d_model} does not divide into {cfg.n_head} heads")
 
     def normal(name: str, *size: int, std: float = 0.02) -> Tensor:
-        return torch.empty(size).normal_(0, std, generator=fold_in(rng, name))
+        return torch.empty(size, dtype=torch.float32).normal_(0, std, generator=fold_in(rng, name))
 
     def affine(name: str, out: int, inp: int, std: float = 0.02) -> Linear:
-        return Linear(normal(name, out, inp, std=std), torch.zeros(out))
+        return Linear(normal(name, out, inp, std=std), torch.zeros(out, dtype=torch.float32))
 
     def norm() -> Norm:
-        return Norm(torch.ones(cfg.d_model), torch.zeros(cfg.d_model))
+        ones = torch.ones(cfg.d_model, dtype=torch.float32)
+        return Norm(ones, torch.zeros_like(ones))
 
     d, residual = cfg.d_model, 0.02 / (2 * cfg.n_layer) ** 0.5
     blocks = tuple(

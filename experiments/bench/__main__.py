@@ -11,4 +11,5 @@ if __name__ == "__main__":
     try:
         train(tyro.cli(tyro.extras.subcommand_type_from_defaults({"train": Train()})))
     except InputError as err:
-        sys.exit(str(err))
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)

@@ -1,5 +1,7 @@
-"""One training step on either side: forward, backward, clipping at 1.0 and AdamW, of a LoRA on GPT-2's fused q, k, v."""
+"""One training step on either side: forward, backward, clipping at 1.0 and AdamW, of a LoRA on GPT-2's c_attn."""
 
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -12,11 +14,12 @@ from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.families.gpt2 import config_to_hf, to_hf
 from fgpt.loss import Batch, nll
-from fgpt.model import GPT, Config
+from fgpt.model import GPT, Config, fused
 from fgpt.optim import adamw
 from fgpt.rng import key
 from fgpt.train import State, make_step, start
 from fgpt.tree import tree_map
+from fgpt.weights import dense
 
 LR, RANK, ALPHA, CLIP = 1e-4, 8, 16.0, 1.0
 
@@ -48,19 +51,22 @@ def theirs(cfg: Config, device: torch.device, dtype: torch.dtype, base: GPT | No
     Attention is sdpa, dropout is 0, and no key-value cache is kept. Raises InputError where they are not installed.
     """
     try:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that is not wanted here
         import peft
         import transformers
     except ImportError as err:
         raise InputError(f"{err.name} is not installed, and the benchmark compares with it: just setup-dev") from None
+    transformers.logging.set_verbosity_error()
     values = config_to_hf(cfg) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-    config = transformers.GPT2Config(**values, attn_implementation="sdpa")
+    config = transformers.GPT2Config(**values | {"attn_implementation": "sdpa"})
     model: Any = transformers.GPT2LMHeadModel(config)
     if base is not None:
         model.transformer.load_state_dict(to_hf(base))
     settings = peft.LoraConfig(
         r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=["c_attn"], fan_in_fan_out=True
     )
-    model = peft.get_peft_model(model.to(device, dtype), settings).train()
+    with warnings.catch_warnings(action="ignore"):  # the two libraries' deprecations of each other
+        model = peft.get_peft_model(model.to(device, dtype), settings).train()
     if base is not None:
         for path, adapter in adapters_of(base).items():
             assert isinstance(adapter, LoRA)
@@ -107,8 +113,7 @@ def products(base: GPT, batch: Batch) -> Callable[[], None]:
     Attention is counted as causal: half of the square.
     """
     cfg, (rows, seq) = base.cfg, batch.tokens.shape
-    w = base.wte.w
-    assert isinstance(w, Tensor)
+    w = dense(base.wte.w)
     n, m, d = rows * seq, int((batch.weights != 0).sum()), cfg.d_model
     made: dict[tuple[int, ...], Tensor] = {}
 
@@ -119,10 +124,11 @@ def products(base: GPT, batch: Batch) -> Callable[[], None]:
 
     pairs: list[tuple[Tensor, Tensor]] = []
     for i, p in enumerate(base.blocks):
-        for linear in (p.attn.qkv, p.attn.o, p.mlp.up, p.mlp.down):  # pyright: ignore[reportAttributeAccessIssue]
-            out, inp = linear.w.shape
-            pairs += [(some(n, inp), linear.w.T)]
-            pairs += [(some(n, out), linear.w)] if i or out != 3 * d else []
+        for linear in (fused(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
+            frozen = dense(linear.w)
+            out, inp = frozen.shape
+            pairs += [(some(n, inp), frozen.T)]
+            pairs += [(some(n, out), frozen)] if i or out != 3 * d else []
         a, b, x, low, dy = some(RANK, d), some(3 * d, RANK), some(n, d), some(n, RANK), some(n, 3 * d)
         pairs += [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x)] + ([(low, a)] if i else [])
         bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head

@@ -6,7 +6,7 @@
     dolly    tokens/s, padding not counted, over instruction rows as they come
     cuda     equal, at gpt2-medium's shape in bf16, eager and compiled, where there is a GPU
 
-Both sides hold the same random weights and the same fresh adapter, and make the same updates: their losses are compared.
+Both sides hold the same random weights and the same fresh adapter and make the same updates: their losses are compared.
 """
 
 import math
@@ -27,7 +27,7 @@ from fgpt.data import packing, sources, tokenizers
 from fgpt.data.templates import ALPACA, Example, Template, encode
 from fgpt.errors import InputError
 from fgpt.model import GPT, Config, fuse, init
-from fgpt.rng import key
+from fgpt.rng import fold_in, key
 from fgpt.tree import cast, tree_map
 
 SHARED = Path("../shared/data")
@@ -227,10 +227,10 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
 
 def made_up(bench: Train, vocab: int) -> list[Example]:
     """Random tokens in Dolly's lengths: prompts of 33 and more, answers of 48 in the median, both log-normal."""
-    rng, examples = key(4), []
-    for z_prompt, z_answer in torch.randn(bench.examples, 2, generator=rng).tolist():
+    examples = []
+    for i, (z_prompt, z_answer) in enumerate(torch.randn(bench.examples, 2, generator=key(4)).tolist()):
         prompt = min(33 + round(math.exp(2.5 + 1.8 * z_prompt)), bench.width - 2)
         length = min(prompt + 2 + round(math.exp(3.75 + 1.13 * z_answer)), bench.width)
-        tokens = torch.randint(vocab, (length,), generator=rng.clone_state()).tolist()
+        tokens = torch.randint(vocab, (length,), generator=fold_in(key(4), i)).tolist()
         examples.append(Example(tuple(tokens), prompt))
     return examples

@@ -56,12 +56,13 @@ class _CrossEntropy(torch.autograd.Function):
         dxs: list[list[Tensor]] = [[] for _ in products]
         for rows in _chunks(y.shape[0], xw[1].shape[0]):
             logits, target = _logits(products, b, rows), y[rows]
-            lse = logits.logsumexp(-1, keepdim=True)
-            nll.append((lse - logits.gather(-1, target[:, None])).squeeze(-1))
+            top, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target[:, None])
+            p = logits.sub_(top).exp_()  # softmax times its sum z, in place: logsumexp would hold a second chunk
+            z = p.sum(-1, keepdim=True)
+            nll.append((top + z.log() - chosen).squeeze(-1))
             if differentiate:
-                p = logits.sub_(lse).exp_()
                 for dx, (x, w) in zip(dxs, products, strict=True):
-                    dx.append((p.to(w.dtype) @ w - F.embedding(target, w)).to(x.dtype))
+                    dx.append((p.to(w.dtype) @ w / z - F.embedding(target, w)).to(x.dtype))
         return torch.cat(nll), *(torch.cat(dx) for dx in dxs if dx)
 
     @staticmethod

@@ -1,0 +1,268 @@
+"""nano's instructions: what a score is worth, what the embedded rows are, and that their maker is a function."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from experiments import make_nano_tasks, nano_tales
+from experiments.nano_score import STORY, Score, Task, read_tasks, requirements_met, score
+from experiments.stories import read_stories
+from fgpt.data import sources
+from fgpt.data.templates import encode, template
+from fgpt.data.tokenizers import RANKS, from_ranks
+from fgpt.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+NANO = ROOT / "fgpt" / "nano"
+HELD_OUT_STORIES = ROOT.parent / "shared" / "data" / "stories" / "stories-valid.txt"
+
+TALE = (
+    "Long ago, there was a fox named Tim. He lived by the river and loved to swim. One day, Tim saw a boat. He jumped "
+    "in and went far away with his friend. They came home late and were glad. The end."
+)
+WANTED = {"name": "Tim", "kind": "fox", "word": "river", "opening": "Long ago", "ending": "The end."}
+STORY_TASK = Task("Write a story about a fox named Tim.", "", TALE, STORY, WANTED)
+WHO = Task("Who is it about?", "There was a fox named Tim.", "Tim.", "who", {"answer": "Tim."})
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return read_tasks(NANO / "tasks.jsonl")
+
+
+@pytest.fixture(scope="module")
+def heldout() -> list[Task]:
+    return read_tasks(NANO / "heldout.jsonl")
+
+
+def points(tasks: list[Task], responses: list[str], finished: bool = True) -> float:
+    return score(tasks, responses, [finished] * len(tasks)).points
+
+
+# ------------------------------------------------------------------------------------------------- scores by hand
+
+
+def test_a_story_that_does_all_that_is_asked():
+    assert requirements_met(STORY_TASK, TALE, True) == dict.fromkeys([*WANTED, "finished"], True)
+
+
+def test_each_requirement_is_lost_alone():
+    changes = {
+        "name": TALE.replace("Tim", "Timmy"),
+        "kind": TALE.replace("fox", "foxes"),
+        "word": TALE.replace("river", "lake"),
+        "opening": TALE.replace("Long ago", "One day"),
+        "ending": f"{TALE} Good night!",
+    }
+    for part, text in changes.items():
+        assert [name for name, met in requirements_met(STORY_TASK, text, True).items() if not met] == [part]
+
+
+def test_an_unfinished_story_has_no_ending():
+    lost = [name for name, met in requirements_met(STORY_TASK, TALE, False).items() if not met]
+    assert lost == ["ending", "finished"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Long ago, a fox named Tim swam in a river. The end.",
+        f"{STORY_TASK.instruction} {TALE}",
+        "Long ago, there was a fox named Tim by the river. " * 8 + "The end.",
+    ],
+    ids=["empty", "too short", "the instruction said back", "in circles"],
+)
+def test_what_is_no_story_meets_nothing(text: str):
+    assert not any(requirements_met(STORY_TASK, text, True).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "right"),
+    [
+        ("Tim.", True, True),
+        (" tim", True, True),
+        ("Tim.", False, False),
+        ("Tim. He is a fox.", True, False),
+        ("Timmy.", True, False),
+        ("", True, False),
+    ],
+)
+def test_an_answer_is_compared_whole(text: str, finished: bool, right: bool):
+    assert requirements_met(WHO, text, finished) == {"answer": right}
+
+
+def test_points_are_means_over_rows():
+    # the story meets 4 of its 6 requirements; the answer its only one
+    got = score([STORY_TASK, WHO], [TALE, "Tim"], [False, True])
+    assert got.points == pytest.approx((100 * 4 / 6 + 100) / 2)
+    assert got.by_kind == pytest.approx({STORY: 100 * 4 / 6, "who": 100})
+    assert got.by_requirement == {**dict.fromkeys(WANTED, 100), "ending": 0, "finished": 0, "answer": 100}
+
+
+@pytest.mark.parametrize(("tasks", "responses"), [([], []), ([WHO], [])])
+def test_a_score_wants_one_response_a_row(tasks: list[Task], responses: list[str]):
+    with pytest.raises(InputError, match="expected one response"):
+        score(tasks, responses, [True] * len(responses))
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", '{"instruction": "a", "input": "", "output": "b", "kind": "who", "requires": {"name": "b"}}']
+)
+def test_a_file_that_holds_no_tasks_is_one_line(tmp_path: Path, line: str):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(InputError, match="expected rows as"):
+        read_tasks(tmp_path / "rows.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ the embedded rows
+
+
+def test_every_row_answers_its_own_instruction(tasks: list[Task], heldout: list[Task]):
+    for rows in (tasks, heldout):
+        got: Score = score(rows, [task.output for task in rows], [True] * len(rows))
+        assert got.points == 100
+        assert set(got.by_requirement.values()) == {100}
+
+
+def test_what_does_not_answer_scores_low(heldout: list[Task]):
+    assert points(heldout, [""] * len(heldout)) == 0
+    assert points(heldout, [template("plain").prompt(task) for task in heldout]) == 0
+    assert points(heldout, [f"{task.instruction} {task.input}" for task in heldout]) == 0
+    others = [task.output for task in heldout if task.kind == STORY]
+    assert points(heldout, [others[(i + 1) % len(others)] for i in range(len(heldout))]) < 25
+    assert points(heldout, ["Once upon a time, there was a little girl named Lily. " * 12] * len(heldout), False) == 0
+    # a story broken off may still hold its hero; an answer broken off holds nothing
+    assert points(heldout, [task.output for task in heldout], finished=False) < 40
+
+
+def test_no_constant_answer_scores(heldout: list[Task], tasks: list[Task]):
+    common = [text for text, _ in Counter(task.output for task in tasks if task.kind != STORY).most_common(20)]
+    assert max(points(heldout, [text] * len(heldout)) for text in common) < 3
+    for rows in (tasks, heldout):
+        asked = [task.output for task in rows if task.kind != STORY]
+        assert max(Counter(asked).values()) <= 0.08 * len(asked)
+
+
+def test_size_and_counts(tasks: list[Task], heldout: list[Task]):
+    assert sum((NANO / name).stat().st_size for name in ("tasks.jsonl", "heldout.jsonl")) <= 1.5e6
+    assert len(tasks) == 1500
+    assert 100 <= len(heldout) <= 120
+    for rows in (tasks, heldout):
+        assert {task.kind for task in rows} == set(make_nano_tasks.SHARES)
+        assert 0.5 < sum(task.kind == STORY for task in rows) / len(rows) < 0.6
+
+
+def test_tokens_of_a_row_and_of_all(tasks: list[Task], heldout: list[Task]):
+    tokenizer = from_ranks(NANO / RANKS)
+    lengths = [len(encode(task, template("plain"), tokenizer).tokens) for task in [*tasks, *heldout]]
+    assert max(lengths) <= 220
+    assert sum(lengths) <= 200_000
+    answers = [len(tokenizer.encode_ordinary(task.output)) for task in heldout]
+    assert max(answers) < 150
+
+
+def test_held_out_rows_are_held_out(tasks: list[Task], heldout: list[Task]):
+    prompts = [(task.instruction, task.input) for task in [*tasks, *heldout]]
+    assert len(set(prompts)) == len(prompts)
+    trained = {text for task in tasks for text in (task.input, task.output)} - {""}
+    assert not trained & {task.output for task in heldout if task.kind == STORY}
+    assert not trained & {task.input for task in heldout}
+
+
+def test_no_held_out_story_is_trained_on(tasks: list[Task]):
+    if not HELD_OUT_STORIES.exists():
+        pytest.skip("needs ../shared/data/stories, the stories that the rows were made of")
+
+    def bare(text: str) -> str:
+        """A text without its opening and its hero, which the maker changes."""
+        return re.sub(r"[A-Z]\w*|\b(?:an?|girl|boy)\b", "", text.partition(". ")[2].partition("\n")[0])[:120]
+
+    held = {bare(story) for story in read_stories(HELD_OUT_STORIES)}
+    assert not [
+        task.output
+        for task in tasks
+        if task.kind == STORY and len(bare(task.output)) > 60 and bare(task.output) in held
+    ]
+
+
+def test_other_readers_see_plain_rows(heldout: list[Task]):
+    rows = sources.rows(NANO / "heldout.jsonl")
+    assert [(row.instruction, row.input, row.output) for row in rows] == [
+        (task.instruction, task.input, task.output) for task in heldout
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- the maker
+
+TOYS = "ball kite boat drum doll book rope cart".split()  # noqa: SIM905
+PLACES = "park zoo lake farm beach store garden forest".split()  # noqa: SIM905
+
+
+def made_up_story(i: int) -> str:
+    toy, place, kind = TOYS[i % 8], PLACES[i // 8 % 8], ("girl", "boy", "cat")[i % 3]
+    she, her = ("She", "her") if kind == "girl" else ("He", "his")
+    middle = (
+        f"One day, {she.lower()} went to the {place} with {her} mom.",
+        f"One day, {she.lower()} found a red {toy} in the grass.",
+        f"{she} was very {('sad', 'happy', 'scared')[i % 3]}.",
+        f"{she} loved to play with {her} {toy} number {i}.",
+    )[i // 3 % 4]
+    return (
+        f"Once upon a time, there was a little {kind} named Pat. {middle} The sun was warm on day {i}.\n"
+        f"Pat looked at the {toy} for a long time and then took it home to show it to {her} dad. They smiled and made "
+        f"some soup in the kitchen."
+    )
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Path]:
+    paths = {"stories": tmp_path / "stories.txt", "held_out": tmp_path / "held-out.txt"}
+    for start, path in zip((0, 600), paths.values(), strict=True):
+        path.write_text("\n<|endoftext|>\n".join(made_up_story(i) for i in range(start, start + 300)))
+    return paths
+
+
+def test_the_maker_is_a_function_of_the_stories(tmp_path: Path, texts: dict[str, Path]):
+    files = []
+    for name in ("one", "two"):
+        make_nano_tasks.main(tmp_path / name, (texts["stories"],), texts["held_out"], rows=40, held_out_rows=20)
+        files.append([(tmp_path / name / file).read_bytes() for file in ("tasks.jsonl", "heldout.jsonl")])
+    assert files[0] == files[1]
+    rows, kept = read_tasks(tmp_path / "one" / "tasks.jsonl"), read_tasks(tmp_path / "one" / "heldout.jsonl")
+    assert (len(rows), len(kept)) == (40, 20)
+    assert points(rows, [task.output for task in rows]) == 100
+    assert not {(task.instruction, task.input) for task in rows} & {(task.instruction, task.input) for task in kept}
+
+
+def test_too_few_stories_are_one_line(tmp_path: Path, texts: dict[str, Path]):
+    with pytest.raises(InputError, match="give more stories, or ask for fewer rows"):
+        make_nano_tasks.main(tmp_path / "out", (texts["stories"],), texts["held_out"], rows=5000, held_out_rows=20)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recast_tale_keeps_its_grammar():
+    tale = nano_tales.parse("Once upon a time there was a girl named Lily. Lily's dog saw Lilypad. The girl sang.")
+    assert tale is not None
+    got = nano_tales.rename(nano_tales.become(tale, "fox"), "Mia")
+    assert got.text == "Once upon a time, there was a fox named Mia. Mia's dog saw Lilypad. The fox sang."
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        "Once upon a time, there was a big ship. It sailed.",
+        "Once upon a time, there was a little girl named Mr. Bob. He ran.",
+        "Once upon a time, there was a dream named Lily. She ran.",
+        "One day, Tim ran.",
+    ],
+)
+def test_a_story_without_a_hero_of_a_known_kind_is_left_out(story: str):
+    assert nano_tales.parse(story) is None
+
+
+def test_sentences_do_not_end_inside_quotes():
+    text = 'Tim said, "Look! A boat!" Then he ran. "No!" she said. The end.'
+    assert nano_tales.sentences(text) == ['Tim said, "Look! A boat!"', "Then he ran.", '"No!" she said.', "The end."]

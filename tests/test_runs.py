@@ -1,0 +1,252 @@
+"""The main job, end to end: real training in small, what it leaves behind, and what bad input brings."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fgpt
+from experiments import folder
+from experiments.__main__ import main
+from experiments.runs import RUNS, Run, find
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
+"""Enough to train, save and compare in seconds."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["train", "lora-nano", *SHORT, "--warmup", "1", "--out", str(out)]) == 0
+    return out / "lora-nano"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"The number is {i}."} for i in range(24)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: ")
+    assert len(said) == 1, said
+    return said[0]
+
+
+# ---------------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_a_run_leaves_all_it_promises(trained: Path):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {
+        "run.json", "metrics.jsonl", "loss.png", "adapter", "compare.md", "compare.html", "compare.json"
+    }  # fmt: skip
+    metrics = folder.read_metrics(trained)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(m["memory_gb"] > 0 and m["tokens"] > 0 for m in metrics)
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    compared = json.loads((trained / "compare.json").read_text())
+    assert len(compared["answers"]) == 4
+    assert compared["scores"]["tuned"].keys() == compared["scores"]["base"].keys()
+    page, text = (trained / "compare.html").read_text(), (trained / "compare.md").read_text()
+    for row in compared["answers"]:
+        assert " ".join(row["instruction"].split()) in text
+    assert page.count("<tr>") > 4
+
+
+def test_the_resolved_run_reads_back(trained: Path):
+    run = folder.read_run(trained)
+    assert isinstance(run, Run)
+    assert (run.steps, run.rows, run.most, run.base) == (6, 2, 24, "nano")
+    assert run.adapter == find("lora-nano").adapter  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_adapter_is_peft_s(trained: Path):
+    import peft
+    import transformers
+
+    from fgpt.io import hub
+
+    base = transformers.GPT2LMHeadModel.from_pretrained(hub.EMBEDDED["nano"], dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained / "adapter").eval()
+    tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
+    ours = fgpt.apply(folder.load_tuned(trained, fgpt.load("nano")), tokens)
+    torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=0)
+    assert not torch.equal(ours, fgpt.apply(fgpt.load("nano"), tokens))
+
+
+def test_generate_and_compare_again(trained: Path, capsys: pytest.CaptureFixture[str]):
+    before = (trained / "compare.json").read_text()
+    assert main(["generate", str(trained), "Write a story about a fox named Tim.", "--most", "12"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["compare", str(trained)]) == 0
+    assert (trained / "compare.json").read_text() == before  # greedy: the same again, from the files alone
+
+
+def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
+    options = ["--adapter.kind", "full", "--adapter.target", ".*", "--lr", "1e-4", "--heldout", "4"]
+    assert main(["train", "lora-nano", *options, *SHORT, "--data", str(data), "--out", str(tmp_path)]) == 0
+    saved = fgpt.load(str(tmp_path / "lora-nano" / "model"))
+    base = fgpt.load("nano")
+    assert not torch.equal(saved.blocks[0].attn.q.w, base.blocks[0].attn.q.w)  # pyright: ignore
+    assert saved.cfg == base.cfg
+
+
+def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
+    for _ in range(2):
+        options = [*SHORT[:-4], "--compare", "0", "--data", str(data), "--heldout", "4"]
+        assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora-nano", "lora-nano-2"]
+    assert folder.find("lora-nano", tmp_path).name == "lora-nano-2"
+    first, second = (fgpt.load_peft(tmp_path / n / "adapter", fgpt.load("nano")) for n in ("lora-nano", "lora-nano-2"))
+    for path in first:  # the same seed, the same adapter
+        assert torch.equal(first[path].b, second[path].b)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_runs_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["runs"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in RUNS)
+
+
+def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
+    command = [sys.executable, "-m", "experiments", "train", "lora-nano", "--epochs", "100", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "lora-nano" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    adapters = fgpt.load_peft(tmp_path / "lora-nano" / "adapter", fgpt.load("nano"))
+    assert all(bool(x.b.any()) for x in adapters.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian", "lora-nano"], "expected one of train"),
+        (["train"], "expected a run"),
+        (["train", "lora-nanno"], "did you mean lora-nano"),
+        (["train", "lora-nano", "--lrr", "1"], "no option --lrr; did you mean --lr"),
+        (["train", "lora-nano", "--lr", "fast"], "fast"),
+        (["train", "lora-nano", "--template", "chat"], "no template named 'chat'; there are alpaca, plain"),
+        (["train", "lora-nano", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["train", "lora-nano", "--data", "missing.json"], "missing.json: no such file"),
+        (["train", "lora-nano", "--base", "./missing"], "no such model folder"),
+        (["train", "lora-nano", "--adapter.rank", "300"], "expected 1 to 256"),
+        (["train", "lora-nano", "--adapter.target", r"blocks\.\d+\.atn\.q"], "matches no path; nearest are"),
+        (["train", "lora-nano", "--adapter.target", "("], "not a regular expression"),
+        (["train", "lora-nano", "--seq", "20"], "tokens, the limit is 20"),
+        (["generate", "lora-nano", "hi", "--most", "x"], "x"),
+        (["generate", "nothing", "hi"], "no trained run 'nothing'"),
+        (["compare", "nothing"], "no trained run 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []  # nothing half-made
+
+
+def test_bad_columns_and_rows(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    out = ["--out", str(tmp_path / "runs")]
+    assert main(["train", "lora-nano", "--data", str(data), "--columns.output", "answer", *out]) == 2
+    assert "no column 'answer'; there are 'instruction', 'input', 'output'" in one_line(capsys)
+    assert main(["train", "lora-nano", "--data", str(data), "--heldout", "24", *out]) == 2
+    assert "24 rows, all wanted by --heldout" in one_line(capsys)
+    silent = tmp_path / "silent.json"
+    silent.write_text(json.dumps([{"instruction": "Say nothing.", "output": ""}] * 9))
+    assert main(["train", "lora-nano", "--data", str(silent), "--heldout", "2", *out]) == 2
+    assert "row 1 has no response" in one_line(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nan_ends_with_one_line_and_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    args = ["train", "lora-nano", "--lr", "1e30", "--warmup", "0", *SHORT, "--out", str(tmp_path)]
+    assert main(args) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: the loss became")
+    assert "lower --lr" in said
+    left = {p.name for p in (tmp_path / "lora-nano").iterdir()}
+    assert left == {"run.json", "metrics.jsonl"}
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tmp_path / "model"
+    fgpt.save(fgpt.init(fgpt.Config(1, 1, 8, 64, 1000, 32), fgpt.key(0)), model, like="nano")
+    assert main(["train", "lora-nano", "--base", str(model), "--out", str(tmp_path / "runs")]) == 2
+    assert "the vocabulary does not fit the model" in one_line(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/shm").exists(), reason="mounting a full disk needs root")
+def test_a_full_disk(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        command = [sys.executable, "-m", "experiments", "train", "lora-nano", *SHORT, "--out", str(disk)]
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "No space left on device" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not list(disk.rglob("*.safetensors"))
+        assert not list(disk.rglob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_hub_away_says_so_at_once(tmp_path: Path):
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for options, thing in (([], "alpaca"), (["--data", str(tmp_path / "rows.json")], "gpt2-medium")):
+        rows = [{"instruction": "a", "output": "b"}] * 80
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        command = [sys.executable, "-m", "experiments", "train", "lora-medium", *options, "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+        assert done.returncode == 2
+        said = done.stderr.strip().splitlines()
+        assert len(said) <= 2, said
+        assert thing in said[0]
+        assert "lora-nano" in said[-1]
+        assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+@pytest.mark.slow
+def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stories = tmp_path / "stories.txt"
+    stories.write_text("\n<|endoftext|>\n".join(f"Once there was a fox named {n}. {n} ran home." for n in ("Tim", "Sue")))
+    options = ["--data", str(stories), "--heldout", str(stories), "--steps", "60", "--warmup", "5", "--rows", "2"]
+    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "32", "--compile", "False"]
+    assert main(["train", "pretrain-nano", *options, *size, "--lr", "1e-2", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "pretrain-nano" / "result.json").read_text())
+    assert result["bits_per_character"] < 0.5 < math.log2(4096) / 4  # it knows its two stories by heart
+    params = fgpt.load(str(tmp_path / "pretrain-nano" / "model"))
+    assert params.cfg.n_layer == 1
+    assert "Once" in capsys.readouterr().err
