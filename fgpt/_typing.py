@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from beartype import beartype
 from jaxtyping import jaxtyped
 
 P = ParamSpec("P")
@@ -18,10 +17,15 @@ def shaped(fn: Callable[P, R]) -> Callable[P, R]:
 
     Inside `torch.compile` the checks step aside: dynamo cannot trace them, and the eager run has already made them.
     """
-    checked = jaxtyped(fn, typechecker=beartype)
+
+    @functools.cache
+    def checked() -> Callable[P, R]:
+        from beartype import beartype  # here, because importing it takes longer than the rest of fgpt
+
+        return jaxtyped(fn, typechecker=beartype)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (fn if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+        return (fn if torch.compiler.is_compiling() else checked())(*args, **kwargs)
 
     return call

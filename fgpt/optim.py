@@ -47,11 +47,11 @@ def cosine(lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule
 
 
 def _rise(step: Tensor, warmup: int) -> Tensor:
-    return ((step + 1) / max(warmup, 1)).clamp(max=1.0)
+    return ((step.double() + 1) / max(warmup, 1)).clamp(max=1.0)
 
 
 def _progress(step: Tensor, steps: int, warmup: int) -> Tensor:
-    return ((step - warmup) / max(steps - warmup, 1)).clamp(0.0, 1.0)
+    return ((step.double() - warmup) / max(steps - warmup, 1)).clamp(0.0, 1.0)
 
 
 # -------------------------------------------------------------------------------------------------------- optimisers
@@ -88,7 +88,7 @@ def adamw(
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         eta, t = rate(state.count), state.count + 1
-        bias1, bias2 = 1 - betas[0] ** t, 1 - betas[1] ** t
+        bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
         mean = tree_map(lambda m, g: torch.lerp(m, g, 1 - betas[0]), state.mean, grads)
         square = tree_map(lambda v, g: torch.addcmul(v * betas[1], g, g, value=1 - betas[1]), state.square, grads)
 

@@ -45,9 +45,14 @@ def node(cls: type[T]) -> type[T]:
         return [(pytree.GetAttrKey(name), value) for name, value in zip(context[0], values, strict=True)], context
 
     def unflatten(values: Iterable[Any], context: tuple[Any, ...]) -> T:
+        # Past __init__, where a checker would look: torch.func puts axes and stacked tensors into these trees too.
         present, static_values = context
-        fields = dict.fromkeys(dynamics) | dict(zip(present, values, strict=True))
-        return cls(**fields, **dict(zip(statics, static_values, strict=True)))
+        x = object.__new__(cls)
+        for name, value in (dict.fromkeys(dynamics) | dict(zip(present, values, strict=True))).items():
+            object.__setattr__(x, name, value)
+        for name, value in zip(statics, static_values, strict=True):
+            object.__setattr__(x, name, value)
+        return x
 
     pytree.register_pytree_node(
         cls,

@@ -196,9 +196,7 @@ def test_training_lowers_the_loss():
 
 PROBE = """
 import json, logging, os, sys, time, warnings
-start = time.perf_counter()
 import torch
-torch_took = time.perf_counter() - start
 def state():
     return {
         "dtype": str(torch.get_default_dtype()), "device": str(torch.get_default_device()),
@@ -211,21 +209,21 @@ def state():
         "level": logging.root.level, "hook": str(sys.excepthook),
     }
 before = json.dumps(state())
-start = time.perf_counter()
+start = time.process_time()
 import fgpt
-took = time.perf_counter() - start
+took = time.process_time() - start
 after = json.dumps(state())
-heavy = ["matplotlib", "datasets", "transformers", "pandas", "pyarrow", "bitsandbytes", "huggingface_hub", "tyro"]
-print(json.dumps([json.loads(before), json.loads(after), [m for m in heavy if m in sys.modules], took, torch_took]))
+heavy = ["torch._dynamo", "matplotlib", "datasets", "transformers", "pandas", "pyarrow", "bitsandbytes", "huggingface_hub", "tyro"]
+print(json.dumps([json.loads(before), json.loads(after), [m for m in heavy if m in sys.modules], took]))
 """
 
 
 def test_importing_changes_nothing_and_is_quick():
-    """Under a second beyond torch, the best of three, and nothing heavy that it does not need."""
+    """Under a second beyond torch (of CPU, so that a busy machine tells the same; the best of three), nothing heavy."""
     took = []
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True)
-        before, after, heavy, seconds, _ = json.loads(done.stdout)
+        before, after, heavy, seconds = json.loads(done.stdout)
         assert before == after
         assert heavy == []
         assert done.stderr == ""

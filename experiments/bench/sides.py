@@ -57,8 +57,8 @@ def theirs(cfg: Config, device: torch.device, dtype: torch.dtype, base: GPT | No
     except ImportError as err:
         raise InputError(f"{err.name} is not installed, and the benchmark compares with it: just setup-dev") from None
     transformers.logging.set_verbosity_error()
-    values = config_to_hf(cfg) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-    config = transformers.GPT2Config(**values | {"attn_implementation": "sdpa"})
+    values: dict[str, Any] = {**config_to_hf(cfg), "attn_implementation": "sdpa", "use_cache": False}
+    config = transformers.GPT2Config(**values, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model: Any = transformers.GPT2LMHeadModel(config)
     if base is not None:
         model.transformer.load_state_dict(to_hf(base))

@@ -226,10 +226,12 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
 
 
 def made_up(bench: Train, vocab: int) -> list[Example]:
-    """Random tokens in Dolly's lengths: prompts of 33 and more, answers of 48 in the median, both log-normal."""
+    """Random tokens in Dolly's lengths: log-normal, prompts of 45 tokens in the median (33 are the template's own) with
+    a long tail, answers of 45.
+    """
     examples = []
     for i, (z_prompt, z_answer) in enumerate(torch.randn(bench.examples, 2, generator=key(4)).tolist()):
-        prompt = min(33 + round(math.exp(2.5 + 1.8 * z_prompt)), bench.width - 2)
+        prompt = min(33 + round(math.exp(2.5 + 2.4 * z_prompt)), bench.width - 2)
         length = min(prompt + 2 + round(math.exp(3.75 + 1.13 * z_answer)), bench.width)
         tokens = torch.randint(vocab, (length,), generator=fold_in(key(4), i)).tolist()
         examples.append(Example(tuple(tokens), prompt))

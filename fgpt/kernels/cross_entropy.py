@@ -67,14 +67,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         n = (len(ctx.saved_tensors) - 2) // 3
         y, b, *rest = ctx.saved_tensors
         products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
+        if any(x is not None for x in grad[1:]) and not torch.compiler.is_compiling():
+            raise RuntimeError("cross_entropy knows its first backward only: nest torch.func.grad or jvp instead")
         g = grad[0][:, None]
         need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         dws: list[Tensor | None] = [
@@ -110,5 +112,7 @@ def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[
     if differentiated_again():
         return reference(products, b, y)
     operands = [x for pair in products for x in pair]
-    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None)
+    # A compiler drops what is not used, and does not always know what requires a gradient.
+    wanted = torch.compiler.is_compiling() or any(x.requires_grad for x in operands)
+    differentiate = torch.is_grad_enabled() and wanted
     return _CrossEntropy.apply(differentiate, y, b, *operands)[0]  # pyright: ignore

@@ -9,9 +9,12 @@ def _differentiated_again() -> bool:
     return functorch.TransformType.Jvp in kinds or kinds.count(functorch.TransformType.Grad) > 1
 
 
-@torch.compiler.assume_constant_result
 def _differentiated_again_now() -> bool:
     return _differentiated_again()
+
+
+# What torch.compiler.assume_constant_result sets. Calling it would import the compiler: seconds, at every import.
+_differentiated_again_now._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def differentiated_again() -> bool:
