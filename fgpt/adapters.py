@@ -53,7 +53,7 @@ def lora(
     params: Any,
     rng: torch.Generator,
     rank: int = 8,
-    alpha: float | None = None,
+    alpha: int | float | None = None,
     target: str = r"blocks\..*\.(q|k|v|qkv)",
 ) -> Adapters:
     """A fresh LoRA on every layer whose path matches `target` in full: B = 0, so that it begins as the identity, and A

@@ -43,6 +43,14 @@ def tiny(**overrides: Any) -> fgpt.GPT:
     return shaken(fgpt.init(fgpt.Config(**fields | overrides), fgpt.key(0)))
 
 
+def gpt2_shape(n_layer: int, n_head: int, d_model: int) -> fgpt.GPT:
+    """GPT-2 at its real shape, without storage."""
+    rng = fgpt.key(0)
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr("fgpt.model.fold_in", lambda *_: None)  # a key belongs to a device, and here there is none
+        return fgpt.init(fgpt.Config(n_layer, n_head, d_model, 1024, 50257, 4 * d_model), rng)
+
+
 def hf_gpt2(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
     """transformers' GPT-2 with random weights in every place: biases and norms too, ten times the usual spread."""
     fields: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 31}
@@ -73,6 +81,11 @@ def close(a: Any, b: Any, atol: float, rtol: float = 0.0) -> None:
     assert x.keys() == y.keys()
     for path in x:
         torch.testing.assert_close(x[path], y[path], atol=atol, rtol=rtol, msg=lambda m, p=path: f"{p}: {m}")
+
+
+def stack(trees: list[Any]) -> Any:
+    """Trees of equal structure as one, its leaves stacked: what vmap maps over."""
+    return tree_map(lambda *x: torch.stack(x), *trees)
 
 
 @pytest.fixture

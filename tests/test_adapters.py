@@ -1,21 +1,17 @@
-"""LoRA against PEFT, its files both ways, and the laws of the weight algebra."""
+"""Adapters as param transforms: the laws of the weight algebra, training, unions and selectors."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from conftest import close, hf_gpt2, ours, same, shaken, shared, tiny, tokens
+from conftest import close, gpt2_shape, same, shaken, tiny, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import grad
-from torch.nn import functional as F
 
 import fgpt
 from fgpt.adapters import layers
@@ -24,7 +20,6 @@ from fgpt.tree import cast, count, leaves, update, walk
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
 BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
-MODULES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 
 
 def loss_of(params: fgpt.GPT) -> Callable[[fgpt.Adapters], Tensor]:
@@ -35,144 +30,17 @@ def step_loss(adapters: Any, params: Any, batch: fgpt.Batch, rng: torch.Generato
     return fgpt.nll(fgpt.adapt(params, adapters), batch)
 
 
-def peft_model(**options: Any) -> Any:
-    """A PEFT LoRA on every linear layer of a GPT-2, moved away from the identity."""
-    targets = {"r": 4, "lora_alpha": 8, "target_modules": list(MODULES), "fan_in_fan_out": True}
-    model = peft.get_peft_model(hf_gpt2(), peft.LoraConfig(**targets | options))
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    return model.eval()
-
-
-# --------------------------------------------------------------------------------------------------------------- PEFT
-
-
-def test_logits_and_gradients_are_pefts(tmp_path: Path):
-    model = peft_model()
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path))
-    theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    prefix = "base_model.model.transformer.h"
-
-    def pair(i: int, module: str) -> list[Tensor]:
-        return [theirs[f"{prefix}.{i}.{module}.lora_{side}.default.weight"] for side in "AB"]
-
-    paths = {f"blocks.{i}.{path}": (i, module) for i in range(2) for module, path in MODULES.items()}
-    adapters = {path: fgpt.LoRA(*(x.detach() for x in pair(*at)), 8.0) for path, at in paths.items()}
-    logits = model(X).logits
-    close(fgpt.functional_call(fgpt.apply, (params, adapters), X), logits.detach(), 1e-5)
-    F.cross_entropy(logits.flatten(0, 1), Y.flatten()).backward()
-    grads: Any = grad(loss_of(params))(adapters)
-    for path, at in paths.items():
-        a, b = (p.grad for p in pair(*at))
-        assert min(x.abs().max() for x in (a, b) if x is not None) > 1e-3
-        close((grads[path].a, grads[path].b), (a, b), 1e-5)
-
-
-@pytest.mark.parametrize("target", [r".*\.qkv", r"blocks\.1\.attn\.qkv|blocks\.\d+\.(attn\.o|mlp\..*)"])
-def test_our_file_in_peft(target: str, tmp_path: Path):
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
-    fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-    model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.trainable(adapters)
-    with torch.no_grad():
-        close(fgpt.apply(fgpt.adapt(params, adapters), X), model(X).logits, 1e-5)
-    again = fgpt.load_peft(tmp_path / "adapter", params)
-    assert same(again, adapters)
-    assert {p: x.scale for p, x in again.items()} == pytest.approx({p: x.scale for p, x in adapters.items()})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"attn.c_attn": 2, r"h\.1\.mlp\.c_fc": 5}, "alpha_pattern": {"mlp.c_proj": 3}},
-        {"rank_pattern": {"attn.c_attn": 2}, "alpha_pattern": {"attn.c_attn": 32}, "use_rslora": True},
-    ],
-)
-def test_pefts_file_with_us(options: dict[str, Any], tmp_path: Path):
-    model = peft_model(**options)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
-    adapters = fgpt.load_peft(tmp_path / "adapter", params)
-    assert fgpt.trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    with torch.no_grad():
-        close(fgpt.apply(fgpt.adapt(params, adapters), X), model(X).logits, 1e-5)
-
-
-def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
-    """PEFT sees one exact LoRA on c_attn; we get back the adapters that we saved."""
-    params = ours(hf_gpt2(), tmp_path / "base")
-    adapters = shaken(
-        fgpt.lora(params, fgpt.key(0), 2, 8, r"blocks\.\d+\.attn\.q")
-        | fgpt.lora(params, fgpt.key(0), 3, 6, r"blocks\.0\.attn\.v")
-        | fgpt.lora(params, fgpt.key(0), 4, 2, r"blocks\.1\.attn\.(k|v)")
-    )
-    fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-    model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    expected = fgpt.apply(fgpt.adapt(params, adapters), X)
-    with torch.no_grad():
-        close(expected, model(X).logits, 1e-5)
-    again = fgpt.load_peft(tmp_path / "adapter", params)
-    assert again.keys() == adapters.keys()
-    for path, x in adapters.items():
-        assert torch.equal(again[path].a, x.a)
-        close(again[path].scale * again[path].b, x.scale * x.b, 1e-7)
-    close(fgpt.apply(fgpt.adapt(params, again), X), expected, 1e-5)
-    on_fused = fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params))
-    close(fgpt.apply(fgpt.adapt(fgpt.fuse(params), on_fused), X), expected, 1e-5)
-
-
-def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
-    params = tiny()
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 4, 8, r"blocks\.\d+\.attn\.(q|v)"))
-    fgpt.save_peft(adapters, params, tmp_path, "base")
-    again = fgpt.load_peft(tmp_path, params)
-    assert same(again, adapters)
-    assert [x.alpha for x in again.values()] == [x.alpha for x in adapters.values()]
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (8, 16)  # r' = 2r and alpha' = 2 alpha
-
-
 # -------------------------------------------------------------------------------------------------------------- counts
 
 
-def gpt2(n_layer: int, n_head: int, d: int, monkeypatch: pytest.MonkeyPatch) -> fgpt.GPT:
-    """GPT-2's real shape, and no storage."""
-    rng = fgpt.key(0)
-    with monkeypatch.context() as patch, torch.device("meta"):
-        patch.setattr("fgpt.model.fold_in", lambda *_: None)
-        return fgpt.init(fgpt.Config(n_layer, n_head, d, 1024, 50257, 4 * d), rng)
-
-
-def test_counts(monkeypatch: pytest.MonkeyPatch):
-    small, medium = gpt2(12, 12, 768, monkeypatch), gpt2(24, 16, 1024, monkeypatch)
+def test_counts():
+    small, medium = gpt2_shape(12, 12, 768), gpt2_shape(24, 16, 1024)
     assert fgpt.trainable(fgpt.lora(small, fgpt.key(0), 8, target=r"blocks\..*\.attn\.[qkvo]")) == 589_824
     assert fgpt.trainable(fgpt.lora(fgpt.fuse(small), fgpt.key(0), 8, target=r"blocks\..*\.(qkv|o)")) == 442_368
     assert fgpt.trainable(fgpt.lora(medium, fgpt.key(0), 4, target=r"blocks\..*\.attn\.(q|v)")) == 393_216
     fused = r"blocks\..*\.(attn\.qkv|attn\.o|mlp\.down)"
     assert fgpt.trainable(fgpt.lora(fgpt.fuse(small), fgpt.key(0), 8, target=fused)) == 811_008
     assert fgpt.trainable(fgpt.tune(small)) == 124_439_808
-
-
-def test_a_real_adapter(monkeypatch: pytest.MonkeyPatch):
-    folder = shared("gpt2-lora-adapter")
-    adapters: Any = fgpt.load_peft(folder, fgpt.fuse(gpt2(12, 12, 768, monkeypatch)))
-    stored = load_file(folder / "adapter_model.safetensors")
-    assert fgpt.trainable(adapters) == 811_008
-    assert sum(len(leaves(x)) for x in adapters.values()) == len(stored)
-    for name, path in MODULES.items():
-        for i in range(12 if name != "mlp.c_fc" else 0):
-            lora = adapters[f"blocks.{i}.{path}"]
-            a, b = (stored[f"base_model.model.transformer.h.{i}.{name}.lora_{side}.weight"] for side in "AB")
-            assert same(lora, fgpt.LoRA(a, b, 16.0))
-            assert lora.scale == 2.0
-    with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
-        fgpt.load_peft(folder, gpt2(12, 12, 768, monkeypatch))
 
 
 # ------------------------------------------------------------------------------------------------------------ training

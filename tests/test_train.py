@@ -213,7 +213,7 @@ start = time.process_time()
 import fgpt
 took = time.process_time() - start
 after = json.dumps(state())
-heavy = ["torch._dynamo", "matplotlib", "datasets", "transformers", "pandas", "pyarrow", "bitsandbytes", "huggingface_hub", "tyro"]
+heavy = "torch._dynamo matplotlib datasets transformers pandas pyarrow bitsandbytes huggingface_hub tyro".split()
 print(json.dumps([json.loads(before), json.loads(after), [m for m in heavy if m in sys.modules], took]))
 """
 

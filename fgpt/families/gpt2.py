@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, Linear, Norm, fused
+from fgpt.tree import walk
+from fgpt.weights import Adapted
 
 BUFFER_ENDINGS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry; no parameters."""
@@ -139,10 +141,11 @@ def from_hf(tensors: Mapping[str, Tensor], cfg: Config) -> GPT:
 def to_hf(params: GPT) -> dict[str, Tensor]:
     """The hub's tensors of our tree, plain names. Raises InputError for a tree that still carries adapters."""
     tensors: dict[str, Tensor] = {}
+    if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
+        raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
 
     def put(name: str, p: Linear | Norm | Embedding, transposed: bool = False) -> None:
-        if not isinstance(p.w, Tensor):
-            raise InputError(f"{name} still carries an adapter: merge(params) first")
+        assert isinstance(p.w, Tensor)
         tensors[f"{name}.weight"] = p.w.T if transposed else p.w
         if not isinstance(p, Embedding) and p.b is not None:
             tensors[f"{name}.bias"] = p.b

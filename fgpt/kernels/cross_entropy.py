@@ -111,8 +111,9 @@ def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[
     """
     if differentiated_again():
         return reference(products, b, y)
-    operands = [x for pair in products for x in pair]
-    # A compiler drops what is not used, and does not always know what requires a gradient.
-    wanted = torch.compiler.is_compiling() or any(x.requires_grad for x in operands)
-    differentiate = torch.is_grad_enabled() and wanted
-    return _CrossEntropy.apply(differentiate, y, b, *operands)[0]  # pyright: ignore
+    operands = [b, *(x for pair in products for x in pair)]
+    if torch.compiler.is_compiling():
+        # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
+        operands = [None if x is None else x.view_as(x) for x in operands]
+    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None)
+    return _CrossEntropy.apply(differentiate, y, *operands)[0]  # pyright: ignore

@@ -1,16 +1,22 @@
 """Which torch.func transforms surround this call. A fused kernel with one backward asks before it runs."""
 
+from typing import Any
+
 import torch
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _kinds() -> list[Any]:
+    return [layer.key() for layer in functorch.get_interpreter_stack() or ()]
+
+
 def _differentiated_again() -> bool:
-    kinds = [layer.key() for layer in functorch.get_interpreter_stack() or ()]
+    kinds = _kinds()
     return functorch.TransformType.Jvp in kinds or kinds.count(functorch.TransformType.Grad) > 1
 
 
 def _differentiated_again_now() -> bool:
-    return _differentiated_again()
+    return _differentiated_again() or functorch.TransformType.Vmap in _kinds()
 
 
 # What torch.compiler.assume_constant_result sets. Calling it would import the compiler: seconds, at every import.
@@ -20,7 +26,7 @@ _differentiated_again_now._dynamo_marked_constant = True  # pyright: ignore[repo
 def differentiated_again() -> bool:
     """True under jvp, or under two nested grads: where a kernel that knows only its first backward cannot go.
 
-    vmap, grad and vmap(grad) leave it False. The answer is a property of the program, never of the data, so a compiler
+    vmap, grad and vmap(grad) leave it False, except in compiled code, whose autograd Functions have no vmap. The answer is a property of the program, never of the data, so a compiler
     may take it as a constant.
     """
     return _differentiated_again_now() if torch.compiler.is_compiling() else _differentiated_again()
