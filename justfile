@@ -61,4 +61,4 @@ check: setup-dev
     {{ python }} -m ruff check .
     {{ python }} -m ruff format --check .
     {{ python }} -m pyright
-    {{ python }} -m importlinter.cli lint-imports --config pyproject.toml
+    .venv/bin/lint-imports

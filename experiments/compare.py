@@ -159,7 +159,8 @@ def _page(run: Run, table: dict[str, dict[str, float]], rows: Sequence[Row], fou
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>{title}</h1><p>Base {html.escape(run.base)}; {len(rows)} held-out prompts; same template, greedy "
         f"decoding of at most {run.most} tokens for both.</p>"
-        f'<table class="scores"><tr><th></th><th>base</th><th>tuned</th></tr>{score_rows}</table><table class="answers"><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{answer_rows}'
+        f'<table class="scores"><tr><th></th><th>base</th><th>tuned</th></tr>{score_rows}</table>'
+        f'<table class="answers"><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{answer_rows}'
         "</table></html>\n"
     )
 

@@ -38,9 +38,7 @@ def create(run: AnyRun) -> Path:
             continue
         except OSError as err:
             raise InputError(f"cannot make {folder}: {err.strerror}; choose another place with --out FOLDER") from None
-        write_json(
-            folder / RUN, dataclasses.asdict(run) | {k: str(v) for k, v in vars(run).items() if isinstance(v, Path)}
-        )
+        write_json(folder / RUN, dataclasses.asdict(run))
         return folder
     raise InputError(f"{run.out} holds 9999 runs named {run.name}: move some away")
 

@@ -111,7 +111,18 @@ def lora_nano() -> Run:
 
 
 def pretrain_nano() -> Pretrain:
-    """How the embedded base was made: a 4.3 M GPT-2 on simple English stories."""
+    """How the embedded base was made: a 4.3 M GPT-2 on simple English stories.
+
+    just train pretrain-nano takes TinyStories from the hub. The embedded file is of other, local stories:
+    just train pretrain-nano --data stories-train.txt.xz tinystories_sample.txt --heldout stories-valid.txt
+
+    13.5 M tokens, 2.8 epochs of 26,674 stories; 80 minutes on 2 cores of an AMD EPYC that had other work too (4,700
+    tokens/s when alone: 48 minutes), 1 GB; 0.770 bits per character on 500 held-out stories.
+
+    The embedded file was made before a fault was mended: the compiled gradient of `wte` lacked the part that comes
+    through the tied head. The run as it stands learns faster (loss 4.27 after 97 steps, which took the embedded file
+    over 400), so a repeat gives another file, and should give a better one.
+    """
     return Pretrain(name="pretrain-nano")
 
 

@@ -1,13 +1,16 @@
 """A training step as a pure function."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
 
+from fgpt.kernels.transforms import transformed
 from fgpt.loss import Batch
 from fgpt.optim import Optimizer, clip, global_norm
 from fgpt.tree import node, tree_map
@@ -43,6 +46,22 @@ def start(trainable: Tree, optimizer: Optimizer) -> State:
     return State(trainable, optimizer.init(trainable), torch.zeros((), dtype=torch.int64))
 
 
+def first_gradient(
+    fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """grad_and_value(fn, has_aux=True)(tree, *args), bit for bit, where nobody will differentiate the result.
+
+    torch.func.grad keeps the graph of its own backward for a second one: 1.06 GB against 0.73 GB above the model in a
+    LoRA step of GPT-2 small on 1,024 tokens. Plain autograd lets go of each activation once it is used.
+    """
+    with torch.enable_grad():
+        inputs = tree_map(lambda x: x.detach().requires_grad_(), tree)
+        value, aux = fn(inputs, *args)
+    leaves, structure = pytree.tree_flatten(inputs)
+    grads = torch.autograd.grad(value, leaves, materialize_grads=True)
+    return pytree.tree_unflatten(grads, structure), (value.detach(), aux.detach())
+
+
 def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, compile: bool = False) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
 
@@ -53,9 +72,11 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
     def total(trainable: Tree, frozen: Tree, batch: Batch, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return loss(trainable, frozen, batch, rng)
 
-    gradient: Any = grad_and_value(total, has_aux=True)
-    if compile:
-        gradient = torch.compile(gradient, dynamic=False)
+    again: Any = grad_and_value(total, has_aux=True)
+    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, total)
+
+    def gradient(*args: Any) -> Any:
+        return (again if transformed() else once)(*args)
 
     def step(
         state: State, frozen: Tree, batches: Sequence[Batch], rng: torch.Generator | None = None

@@ -225,7 +225,8 @@ def test_the_hub_away_says_so_at_once(tmp_path: Path):
     for options, thing in (([], "alpaca"), (["--data", str(tmp_path / "rows.json")], "gpt2-medium")):
         rows = [{"instruction": "a", "output": "b"}] * 80
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        command = [sys.executable, "-m", "experiments", "train", "lora-medium", *options, "--out", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "experiments", "train", "lora-medium", *options]
+        command += ["--out", str(tmp_path / "out")]
         done = subprocess.run(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
         assert done.returncode == 2
         said = done.stderr.strip().splitlines()
@@ -241,7 +242,8 @@ def test_the_hub_away_says_so_at_once(tmp_path: Path):
 @pytest.mark.slow
 def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stories = tmp_path / "stories.txt"
-    stories.write_text("\n<|endoftext|>\n".join(f"Once there was a fox named {n}. {n} ran home." for n in ("Tim", "Sue")))
+    told = [f"Once there was a fox named {name}. {name} ran home." for name in ("Tim", "Sue")]
+    stories.write_text("\n<|endoftext|>\n".join(told))
     options = ["--data", str(stories), "--heldout", str(stories), "--steps", "60", "--warmup", "5", "--rows", "2"]
     size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "32", "--compile", "False"]
     assert main(["train", "pretrain-nano", *options, *size, "--lr", "1e-2", "--out", str(tmp_path)]) == 0

@@ -38,7 +38,8 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Indented JSON; a path in `value` becomes its text."""
+    write(path, json.dumps(value, indent=2, ensure_ascii=False, default=os.fspath) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -77,6 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
         if any(x is not None for x in grad[1:]) and not torch.compiler.is_compiling():
             raise RuntimeError("cross_entropy knows its first backward only: nest torch.func.grad or jvp instead")
+        assert grad[0] is not None
         g = grad[0][:, None]
         need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         dws: list[Tensor | None] = [

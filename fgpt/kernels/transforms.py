@@ -26,7 +26,12 @@ _differentiated_again_now._dynamo_marked_constant = True  # pyright: ignore[repo
 def differentiated_again() -> bool:
     """True under jvp, or under two nested grads: where a kernel that knows only its first backward cannot go.
 
-    vmap, grad and vmap(grad) leave it False, except in compiled code, whose autograd Functions have no vmap. The answer is a property of the program, never of the data, so a compiler
-    may take it as a constant.
+    vmap, grad and vmap(grad) leave it False; compiled, vmap does not, as dynamo knows no vmap of an autograd.Function.
+    The answer is a property of the program, never of the data, so a compiler may take it as a constant.
     """
     return _differentiated_again_now() if torch.compiler.is_compiling() else _differentiated_again()
+
+
+def transformed() -> bool:
+    """True under any transform at all, and while compiling, which has its own way with torch.func."""
+    return torch.compiler.is_compiling() or bool(_kinds())
