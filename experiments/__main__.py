@@ -99,8 +99,10 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
     except SystemExit as end:
         if not end.code:
             raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        raise InputError(f"{lines[0] if lines else 'unusable options'}; {command} --help lists them") from None
+        # tyro frames its errors where it can: a title, the message, an explanation
+        lines = [line for line in (line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()) if line]
+        message = " ".join(lines[1 : 3 if lines[1:2] and lines[1].endswith(":") else 2])
+        raise InputError(f"{message or 'unusable options'}; {command} --help lists them") from None
 
 
 def _options(cls: type[Any], prefix: str = "") -> list[str]:

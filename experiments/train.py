@@ -1,7 +1,6 @@
 """Instruction tuning, from a run to an adapter in use."""
 
 import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fgpt.model import GPT, fuse
 from fgpt.optim import adamw, cosine
 from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
-from fgpt.tree import cast, count, leaves, tree_map, update
+from fgpt.tree import cast, count, leaves, matches, tree_map, update
 
 NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["nano"] / "heldout.jsonl"
 
@@ -62,7 +61,7 @@ def place(params: GPT, run: Run) -> GPT:
     """The base on the run's device, in its dtype, fused where the run adapts q, k and v as one."""
     device = folder.device_of(run.device)
     params = tree_map(lambda x: x.to(device), cast(params, getattr(torch, run.dtype)))
-    one, three = (re.fullmatch(run.adapter.target, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
+    one, three = (matches(run.adapter.target, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
     return fuse(params) if one and not three else params
 
 

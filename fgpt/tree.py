@@ -113,16 +113,21 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
     return dataclasses.replace(tree, **fresh)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern` matches `path` in full. Raises InputError where it is no regular expression."""
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as err:
+        raise InputError(f"selector {pattern!r} is not a regular expression: {err}") from None
+
+
 def select(paths: Iterable[str], pattern: str) -> list[str]:
     """The paths that `pattern` matches in full.
 
     Raises InputError when it matches none: a selector that silently does nothing trains nothing.
     """
     paths = list(paths)
-    try:
-        found = [p for p in paths if re.fullmatch(pattern, p)]
-    except re.error as err:
-        raise InputError(f"selector {pattern!r} is not a regular expression: {err}") from None
+    found = [p for p in paths if matches(pattern, p)]
     if not found:
         plain = pattern.replace("\\", "").replace("d+", "0").replace(".*", "")
         near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.1) or paths[:4]
