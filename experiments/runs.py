@@ -95,7 +95,11 @@ AnyRun: TypeAlias = Run | Pretrain
 
 
 def lora_nano() -> Run:
-    """LoRA on the embedded base and instructions: no hub, minutes on 2 cores."""
+    """LoRA on the embedded base and instructions: no hub, minutes on 2 cores.
+
+    just train lora-nano. 328 steps in 120 s, then 20 s of comparing, on 2 cores of an AMD EPYC; 0.68 GB. Held-out
+    response loss 2.62 before, 2.02 after; 10.6 points before, 53.9 after.
+    """
     return Run(
         name="lora-nano",
         base="nano",
