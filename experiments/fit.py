@@ -108,6 +108,11 @@ def fit(
     return Fitted(state, interrupted, time.perf_counter() - began, tokens)
 
 
+def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
+    """What `fit` wrote, a dict a step."""
+    return [json.loads(line) for line in metrics_file.read_text().splitlines()]
+
+
 def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
     """Draw loss over steps, raw and smoothed, from a metrics file."""
     import matplotlib
@@ -115,7 +120,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = read_metrics(metrics_file)
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     if not rows:
         return

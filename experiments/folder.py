@@ -6,7 +6,6 @@ model/         the whole model in the hub's layout, for full tuning and pretrain
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,6 @@ def load_tuned(folder: Path, base: GPT) -> GPT:
         return load(str(folder / MODEL))
     adapters = load_peft(folder / ADAPTER, base)
     return adapt(fuse(base) if any(path.endswith(".qkv") for path in adapters) else base, adapters)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def device_of(name: str) -> torch.device:

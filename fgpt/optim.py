@@ -1,7 +1,6 @@
 """Optimisers as (init, update) pairs of pure functions over trees, and schedules as functions of the step."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt.tree import leaves, node, tree_map
+from fgpt.tree import leaves, matches, node, tree_map
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
@@ -96,7 +95,7 @@ def adamw(
             step = (m / bias1) / ((v / bias2).sqrt() + eps)
             return theta - eta * (step + weight_decay * theta if decays and weight_decay else step)
 
-        decays = iter([x.ndim > 1 and re.fullmatch(decay, path) is not None for path, x in leaves(params).items()])
+        decays = iter([x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()])
         new = tree_map(lambda theta, m, v: moved(theta, m, v, next(decays)), params, mean, square)
         return new, AdamState(mean, square, t)
 

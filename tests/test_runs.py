@@ -15,6 +15,7 @@ import torch
 import fgpt
 from experiments import folder
 from experiments.__main__ import main
+from experiments.fit import read_metrics
 from experiments.runs import RUNS, Run, find
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def test_a_run_leaves_all_it_promises(trained: Path):
     assert names == {
         "run.json", "metrics.jsonl", "loss.png", "adapter", "compare.md", "compare.html", "compare.json"
     }  # fmt: skip
-    metrics = folder.read_metrics(trained)
+    metrics = read_metrics(trained / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert all(m["memory_gb"] > 0 and m["tokens"] > 0 for m in metrics)
