@@ -81,7 +81,7 @@ class Pretrain:
     seq: int = 512
     """Tokens in a row, and the model's context."""
     rows: int = 4
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 150
     weight_decay: float = 0.1
     steps: int = 6600

@@ -1,0 +1,35 @@
+"""bitsandbytes' raw operators, imported when first wanted: its import takes longer than the rest of fgpt."""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def register() -> None:
+    """Put bitsandbytes' operators under `torch.ops.bitsandbytes`.
+
+    Whatever makes a quantised node calls this first, so that the kernels, which may be compiled, need not.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of an optional kernel package that is not used here
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    finally:
+        log.setLevel(level)
+
+
+@functools.cache
+def dynamic_code(signed: bool = True) -> torch.Tensor:
+    """The 256 values of the dynamic 8-bit code, ascending, in [-1, 1], or in [0, 1] where unsigned.
+
+    Source: Dettmers 2016, section 2.2; Dettmers et al. 2022 (8-bit optimizers), section 1.3.
+    """
+    register()
+    from bitsandbytes.functional import create_dynamic_map
+
+    code: Any = create_dynamic_map(signed)
+    return code.float()
