@@ -1,6 +1,6 @@
 """GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree."""
 
-from fgpt.adapters import Adapters, LoRA, adapt, functional_call, lora, merge, trainable, tune
+from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, dora, functional_call, ia3, lora, merge, trainable, tune
 from fgpt.errors import InputError
 from fgpt.generate import Generated, generate
 from fgpt.io.hub import load, save, tokenizer
@@ -8,28 +8,34 @@ from fgpt.io.peft import load_peft, save_peft
 from fgpt.loss import Batch, loss, nll
 from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
 from fgpt.optim import AdamState, Optimizer, adamw
-from fgpt.rng import fold_in, key
+from fgpt.quantize import quantize
+from fgpt.rng import fold_in, key, seed
+from fgpt.shift import Shift, shift
 from fgpt.train import Metrics, State, make_step, start
 from fgpt.weights import Adapted, dense, embed, linear
 
 __all__ = [
     "GPT",
+    "IA3",
     "AdamState",
     "Adapted",
     "Adapters",
     "Batch",
     "Cache",
     "Config",
+    "DoRA",
     "Generated",
     "InputError",
     "LoRA",
     "Metrics",
     "Optimizer",
+    "Shift",
     "State",
     "adamw",
     "adapt",
     "apply",
     "dense",
+    "dora",
     "embed",
     "extend",
     "fold_in",
@@ -38,6 +44,7 @@ __all__ = [
     "generate",
     "head",
     "hidden",
+    "ia3",
     "init",
     "key",
     "linear",
@@ -49,8 +56,11 @@ __all__ = [
     "make_step",
     "merge",
     "nll",
+    "quantize",
     "save",
     "save_peft",
+    "seed",
+    "shift",
     "start",
     "tokenizer",
     "trainable",

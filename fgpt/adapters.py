@@ -1,23 +1,25 @@
 """Adapters: small trees of float tensors that a transform lays over a frozen params tree.
 
-    Adapters = {path: LoRA | Tensor}
+    Adapters = {path: LoRA | DoRA | IA3 | Tensor}
 
-A `LoRA` at the path of a layer adapts its weight; a plain tensor at the path of a leaf replaces that leaf. LoRA, norm,
-bias, partial and full tuning are one mechanism, and they compose by dict union: `lora(..) | tune(..)`. The adapters are
-the one tree that is differentiated.
+A `LoRA`, `DoRA` or `IA3` at the path of a layer adapts its weight; a plain tensor at the path of a leaf replaces that
+leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and they compose by dict union:
+`lora(.., rank=4, target="..") | lora(.., rank=16, target="..") | tune(..)`. The adapters are the one tree that is
+differentiated. What the base is made of, fp32 or 4-bit, they never ask: `lora` over a quantised tree is QLoRA.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.rng import fold_in
+from fgpt.kernels.quantised import QUANTISED
+from fgpt.rng import fold_in, fold_in_seed, seed
 from fgpt.tree import count, leaves, node, select, static, update, walk
-from fgpt.weights import Adapted, Weight, dense, shape
+from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,28 +27,59 @@ R = TypeVar("R")
 
 @node
 class LoRA:
-    """W' = W + (alpha / rank) B·A.
+    """W' = W + s·B·A, with s = alpha / rank, or alpha / √rank where rank-stabilised.
 
-    Source: Hu et al. 2021, section 4.1.
+    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
     """
 
     a: Float[Tensor, "rank in"]
     b: Float[Tensor, "out rank"]
     alpha: float = static()
+    rs: bool = static(default=False)
+    dropout: float = static(default=0.0)
+    """Probability that a component of the input of A is dropped while training: where `adapt` is given a key."""
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.a.shape[0]
+        rank = self.a.shape[0]
+        return self.alpha / (rank**0.5 if self.rs else rank)
 
 
-Adapter: TypeAlias = LoRA | Tensor
+@node
+class DoRA:
+    """W' = m · V / ‖V‖ by row, with V = W + s·B·A: magnitude and direction apart. The gradient takes ‖V‖ as a constant.
+
+    Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
+    """
+
+    lora: LoRA
+    m: Float[Tensor, " out"]
+
+
+@node
+class IA3:
+    """W' = diag(row) · W · diag(col), and bias' = row ⊙ bias: outputs rescaled, or inputs.
+
+    Source: Liu et al. 2022 (IA3), section 3.3.
+    """
+
+    row: Float[Tensor, " out"] | None = None
+    col: Float[Tensor, " in"] | None = None
+
+
+Adapter: TypeAlias = LoRA | DoRA | IA3 | Tensor
 Adapters: TypeAlias = dict[str, Adapter]
 
 
+# ------------------------------------------------------------------------------------------------------------- making
+
+
 def layers(params: Any) -> dict[str, Weight]:
-    """The weight matrices of `params` by the path of the layer that holds them: what a LoRA can adapt."""
+    """The weight matrices of `params` by the path of the layer that holds them: what can be adapted."""
     found = ((path, getattr(x, "w", None)) for path, x in walk(params) if not isinstance(x, Tensor | Adapted))
-    return {path: w for path, w in found if isinstance(w, Adapted) or (isinstance(w, Tensor) and w.ndim == 2)}
+    return {
+        path: w for path, w in found if isinstance(w, (Adapted, *QUANTISED)) or (isinstance(w, Tensor) and w.ndim == 2)
+    }
 
 
 def lora(
@@ -55,12 +88,18 @@ def lora(
     rank: int = 8,
     alpha: int | float | None = None,
     target: str = r"blocks\..*\.(q|k|v|qkv)",
+    rs: bool = False,
+    dropout: float = 0.0,
 ) -> Adapters:
     """A fresh LoRA on every layer whose path matches `target` in full: B = 0, so that it begins as the identity, and A
-    uniform in ±1/sqrt(in) (Kaiming, as in the paper's code). `alpha` is 2·rank unless given. Adapters are fp32.
+    uniform in ±1/sqrt(in) (Kaiming, as in the paper's code). `alpha` is 2·rank unless given, and 2·√rank where
+    rank-stabilised (`rs`). Adapters are fp32.
 
-    Raises InputError where `target` matches nothing, or `rank` exceeds a layer's smaller side.
+    Raises InputError where `target` matches nothing, `rank` exceeds a layer's smaller side, or `dropout` is not in
+    [0, 1).
     """
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout}: expected a probability from 0 to less than 1")
     weights = layers(params)
     adapters: Adapters = {}
     for path in select(weights, target):
@@ -69,31 +108,80 @@ def lora(
             raise InputError(
                 f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
             )
-        device = next(iter(leaves({"": weights[path]}).values())).device
-        a, most = torch.empty(rank, inp, dtype=torch.float32), inp**-0.5
-        a.uniform_(-most, most, generator=fold_in(rng, path))
+        device, most = _device(weights[path]), inp**-0.5
+        a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-most, most, generator=fold_in(rng, path))
         b = torch.zeros(out, rank, dtype=torch.float32)
-        adapters[path] = LoRA(a.to(device), b.to(device), float(2 * rank if alpha is None else alpha))
+        strength = 2 * (rank**0.5 if rs else rank) if alpha is None else alpha
+        adapters[path] = LoRA(a.to(device), b.to(device), float(strength), rs, dropout)
+    return adapters
+
+
+def dora(
+    params: Any,
+    rng: torch.Generator,
+    rank: int = 8,
+    alpha: int | float | None = None,
+    target: str = r"blocks\..*\.(q|k|v|qkv)",
+) -> Adapters:
+    """A fresh DoRA on every layer whose path matches `target` in full: a fresh LoRA, and m = ‖W‖ by row, so that it
+    begins as the identity, to the bit.
+
+    Raises InputError as `lora` does.
+    """
+    weights, adapters = layers(params), lora(params, rng, rank, alpha, target)
+    return {p: DoRA(x, row_norms(weights[p], x.a, x.b, x.scale)) for p, x in adapters.items() if isinstance(x, LoRA)}
+
+
+def ia3(
+    params: Any, rows: str | None = r"blocks\..*\.attn\.(k|v|qkv)", cols: str | None = r"blocks\..*\.mlp\.down"
+) -> Adapters:
+    """A fresh IA3 of ones: on the outputs of the layers whose path matches `rows` in full (the paper's keys and values;
+    of a fused product, all of it), and on the inputs of those that match `cols`.
+
+    Raises InputError where a selector matches nothing, or something that is no linear layer.
+    """
+    weights, nodes = layers(params), dict(walk(params))
+    adapters: Adapters = {}
+    for side, target in enumerate((rows, cols)):
+        for path in select(weights, target) if target else ():
+            if not hasattr(nodes[path], "b"):
+                raise InputError(f"IA3 on {path}: expected a linear layer, got {type(nodes[path]).__name__}")
+            ones = torch.ones(shape(weights[path])[side], dtype=torch.float32, device=_device(weights[path]))
+            had = adapters.get(path)
+            adapters[path] = IA3(ones) if side == 0 else IA3(had.row if isinstance(had, IA3) else None, ones)
     return adapters
 
 
 def tune(params: Any, target: str = ".*") -> Adapters:
     r"""The leaves themselves, fp32, as the trainable tree: `".*ln_.*"` tunes norms, `r".*\.b"` biases, `".*"` all.
 
-    Raises InputError where `target` matches nothing.
+    Raises InputError where `target` matches nothing, or a part of a quantised weight.
     """
-    found = leaves(params)
-    return {path: found[path].float() for path in select(found, target)}
+    found, held = leaves(params), [path for path, x in walk(params) if isinstance(x, QUANTISED)]
+    chosen = select(found, target)
+    for path in chosen:
+        if inside := [q for q in held if path.startswith(f"{q}.")]:
+            raise InputError(f"cannot tune {inside[0]}, which is quantised: narrow the target, or tune, then quantize")
+    return {path: found[path].float() for path in chosen}
 
 
-def adapt(params: T, *adapters: Mapping[str, Any]) -> T:
-    """`params` with each of `adapters` laid over it in turn. Only touched paths are rebuilt; nothing is multiplied.
+def _device(w: Weight) -> torch.device:
+    return next(iter(leaves({"": w}).values())).device
 
-    Within one tree tensors come first: a LoRA lies on the weight that the tree itself puts there.
+
+# ------------------------------------------------------------------------------------------------------------ applying
+
+
+def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Tensor, ""] | None = None) -> T:
+    """`params` with each of `adapters` laid over it in turn. Only touched paths are rebuilt; nothing is multiplied,
+    but for the row norms of DoRA. `rng`, a key or its seed, turns dropout on.
+
+    Within one tree tensors come first: an adapter lies on the weight that the tree itself puts there.
 
     Raises InputError where a path or a shape does not fit the params.
     """
-    for tree in adapters:
+    draw = seed(rng) if isinstance(rng, torch.Generator) else rng
+    for number, tree in enumerate(adapters):
         tensors, new = leaves(params), {p: x for p, x in tree.items() if isinstance(x, Tensor)}
         for path, x in new.items():
             if path not in tensors:
@@ -102,18 +190,51 @@ def adapt(params: T, *adapters: Mapping[str, Any]) -> T:
                 got, has = list(x.shape), list(tensors[path].shape)
                 raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
         params = update(params, new)
-        weights, adapted = layers(params), {}
+        weights, changed = layers(params), {}
         for path, x in tree.items():
             if isinstance(x, Tensor):
                 continue
             if path not in weights:
                 raise InputError(f"no layer '{path}' to adapt; {_nearest(path, weights)}")
-            got, has = [x.b.shape[0], x.a.shape[1]], list(shape(weights[path]))
-            if got != has:
-                raise InputError(f"adapter at {path} fits a weight of {got}, but the base has {has}")
-            adapted[f"{path}.w"] = Adapted(weights[path], x.a, x.b, x.scale)
-        params = update(params, adapted)
+            _check(path, x, weights[path])
+            own = None if draw is None else fold_in_seed(draw, f"{number}/{path}")
+            changed[f"{path}.w"] = _over(weights[path], x, own)
+            bias = tensors.get(f"{path}.b") if f"{path}.b" not in new else new[f"{path}.b"]
+            if isinstance(x, IA3) and x.row is not None and bias is not None:
+                changed[f"{path}.b"] = x.row * bias
+        params = update(params, changed)
     return params
+
+
+def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adapted:
+    """`w` under an adapter, in the normal form of the family."""
+    if isinstance(x, IA3):
+        return Adapted(w, row=x.row, col=x.col)
+    if isinstance(x, LoRA):
+        drop = draw is not None and x.dropout > 0
+        return Adapted(w, x.a, x.b, seed=draw if drop else None, scale=x.scale, drop=x.dropout if drop else 0.0)
+    v = x.lora
+    norms = row_norms(_constant(w), v.a.detach(), v.b.detach(), v.scale)
+    return Adapted(w, v.a, v.b, row=x.m / norms.clamp(min=1e-30), scale=v.scale)
+
+
+def _constant(w: T) -> T:
+    return update({"": w}, {path: x.detach() for path, x in leaves({"": w}).items()})[""]  # pyright: ignore
+
+
+def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:
+    out, inp = shape(w)
+    if isinstance(x, IA3):
+        sides = [(s.shape[0], has) for s, has in ((x.row, out), (x.col, inp)) if s is not None]
+        if wrong := [(got, has) for got, has in sides if got != has]:
+            raise InputError(f"IA3 at {path} scales {wrong[0][0]} components, but the base has {wrong[0][1]}")
+        return
+    v = x.lora if isinstance(x, DoRA) else x
+    got, has = [v.b.shape[0], v.a.shape[1]], [out, inp]
+    if got != has:
+        raise InputError(f"adapter at {path} fits a weight of {got}, but the base has {has}")
+    if isinstance(x, DoRA) and x.m.shape[0] != out:
+        raise InputError(f"DoRA at {path} has {x.m.shape[0]} magnitudes, but the base has {out} rows")
 
 
 def _nearest(path: str, known: Mapping[str, Any]) -> str:
@@ -124,11 +245,41 @@ def _nearest(path: str, known: Mapping[str, Any]) -> str:
     return f"the base has {', '.join(list(known)[:4])} .."
 
 
-def merge(params: T) -> T:
-    """A plain tree again: every adapted weight becomes the one matrix it means."""
-    found = {path: dense(x) for path, x in walk(params) if isinstance(x, Adapted)}
+def merge(params: T, onto: Any = None) -> T:
+    """A plain tree again: every adapted weight becomes the one matrix it means.
+
+    Over a quantised base there are two answers, and `onto` says which: "dequantised" adds the adapters to the numbers
+    that they were trained on; the original params tree adds them to the numbers that were quantised, which they have
+    never seen. Neither is the model that was trained once it is rounded to a short dtype or quantised anew:
+    `fgpt.shift` measures by how much it differs.
+
+    Raises InputError for an adapter over a quantised weight where `onto` is not given.
+    """
+    found = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *QUANTISED))}
     outermost = {p: w for p, w in found.items() if not any(p.startswith(f"{q}.") for q in found)}
-    return update(params, outermost)
+    quantised = {p for p, w in outermost.items() if isinstance(_bottom(w), QUANTISED)}
+    if onto is None:
+        if stuck := [p for p in outermost if p in quantised and isinstance(outermost[p], Adapted)]:
+            raise InputError(
+                f'{stuck[0]} is quantised below: merge(params, onto="dequantised"), or onto the original params'
+            )
+        return update(params, {p: dense(w) for p, w in outermost.items() if p not in quantised})
+    if isinstance(onto, str):
+        if onto != "dequantised":
+            raise InputError(f'merge onto {onto!r}: expected "dequantised" or a params tree')
+        return update(params, {p: dense(w) for p, w in outermost.items()})
+    original = {path: x for path, x in walk(onto) if path in outermost}
+    if lost := [p for p, w in outermost.items() if p not in original or shape(original[p]) != shape(w)]:
+        raise InputError(f"{lost[0]} is not in the params to merge onto, or has another shape there")
+    return update(params, {p: dense(_rebased(w, original[p])) for p, w in outermost.items()})
+
+
+def _bottom(w: Weight) -> Weight:
+    return _bottom(w.base) if isinstance(w, Adapted) else w
+
+
+def _rebased(w: Weight, base: Weight) -> Weight:
+    return update(w, {"base": _rebased(w.base, base)}) if isinstance(w, Adapted) else base
 
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:

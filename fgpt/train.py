@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from fgpt.kernels.transforms import transformed
 from fgpt.loss import Batch
 from fgpt.optim import Optimizer, clip, global_norm
+from fgpt.rng import fold_in, seed
 from fgpt.tree import node, tree_map
 
 Tree: TypeAlias = Any
-Loss: TypeAlias = Callable[[Tree, Tree, Batch, torch.Generator | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
-"""(trainable, frozen, batch, rng) -> (Σ weight · nll, Σ weight)."""
+Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+"""(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)."""
 
 
 @node
@@ -66,14 +67,11 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
 
     Gradients of the sums are added and divided once by the total weight, so that k ragged micro-batches give the
-    gradient of their union. Only `trainable` is differentiated. `compile` compiles the gradient (needs a C++ compiler).
+    gradient of their union. Each micro-batch gets a seed of its own from `rng`; give each step a fresh key. Only
+    `trainable` is differentiated. `compile` compiles the gradient (needs a C++ compiler).
     """
-
-    def total(trainable: Tree, frozen: Tree, batch: Batch, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        return loss(trainable, frozen, batch, rng)
-
-    again: Any = grad_and_value(total, has_aux=True)
-    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, total)
+    again: Any = grad_and_value(loss, has_aux=True)
+    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, loss)
 
     def gradient(*args: Any) -> Any:
         return (again if transformed() else once)(*args)
@@ -81,9 +79,10 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
     def step(
         state: State, frozen: Tree, batches: Sequence[Batch], rng: torch.Generator | None = None
     ) -> tuple[State, Metrics]:
-        grads, (value, weight) = gradient(state.trainable, frozen, batches[0], rng)
-        for batch in batches[1:]:
-            more, (v, w) = gradient(state.trainable, frozen, batch, rng)
+        seeds = [None if rng is None else seed(fold_in(rng, i)) for i in range(len(batches))]
+        grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
+        for batch, draw in zip(batches[1:], seeds[1:], strict=True):
+            more, (v, w) = gradient(state.trainable, frozen, batch, draw)
             grads, value, weight = tree_map(torch.add, grads, more), value + v, weight + w
         grads = tree_map(lambda g: g / weight, grads)
         size = global_norm(grads)

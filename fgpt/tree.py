@@ -140,9 +140,26 @@ def count(tree: Any) -> int:
     return sum(x.numel() for x in leaves(tree).values())
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes that the leaves of `tree` keep alive, storage that they share counted once."""
+    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves(tree).values()}
+    return sum(kept.values())
+
+
 def cast(tree: T, dtype: torch.dtype) -> T:
-    """`tree` with its floating-point leaves in `dtype`."""
-    return tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+    """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantised weight, they are scales and
+    stay as they are.
+    """
+
+    def floats(at: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+        below = children(at)
+        if any(isinstance(x, Tensor) and not x.is_floating_point() for _, x in below):
+            return
+        for name, child in below:
+            here = f"{path}.{name}" if path else name
+            yield from [(here, child)] if isinstance(child, Tensor) else floats(child, here)
+
+    return update(tree, {path: x.to(dtype) for path, x in floats(tree, "")})
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:

@@ -1,11 +1,13 @@
-"""The weight algebra. A weight is a tensor or an adapted weight; it has one meaning, `dense`, and one fast reading,
-`linear`:
+"""The weight algebra. A weight is a tensor, a quantised matrix or an adapted weight; it has one meaning, `dense`, and
+one fast reading, `linear`:
 
     linear(x, w) == x @ dense(w).T
 
-    Adapted:  W' = W + s·B·A
+    Adapted:  W' = diag(row) · (W + s·B·A) · diag(col)
 
-An adapted weight holds another weight, so adapters stack with no further code. Weights are [out, in] everywhere.
+One normal form holds every adapter of the family: LoRA is s·B·A; DoRA sets row = m / ‖W + s·B·A‖ beside it; IA3 is row
+or col alone. An adapted weight holds another weight, so adapters stack with no further code. Weights are [out, in]
+everywhere.
 """
 
 from typing import TypeAlias, Union
@@ -15,63 +17,144 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.kernels.dropout import dropout
+from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
 from fgpt.tree import node, static
+
+EXPANDED = 1 << 20
+"""Numbers of a frozen matrix, quantised or of a short dtype, expanded to fp32 at once where its row norms are taken."""
 
 
 @node
 class Adapted:
-    """W + s·B·A, a frozen weight moved within the span of a rank-r product.
+    """A frozen weight moved within the span of a rank-r product, and scaled by row and by column; what is None does
+    nothing. `seed` draws the dropout of the input of A, in the factored reading alone.
 
-    Source: Hu et al. 2021 (LoRA), section 4.1.
+    Source: Hu et al. 2021 (LoRA), section 4.1; Liu et al. 2024 (DoRA), section 4.1; Liu et al. 2022 (IA3), section 3.3.
     """
 
     base: "Weight"
-    a: Float[Tensor, "rank in"]
-    b: Float[Tensor, "out rank"]
-    scale: float = static()
+    a: Float[Tensor, "rank in"] | None = None
+    b: Float[Tensor, "out rank"] | None = None
+    row: Float[Tensor, " out"] | None = None
+    col: Float[Tensor, " in"] | None = None
+    seed: Int[Tensor, ""] | None = None
+    scale: float = static(default=1.0)
+    drop: float = static(default=0.0)
 
 
-Weight: TypeAlias = Union[Tensor, Adapted]
+Weight: TypeAlias = Union[Tensor, Quantised, Adapted]
 
 
 def dense(w: Weight) -> Float[Tensor, "out in"]:
     """The merged reading: the one matrix that `w` means."""
     if isinstance(w, Tensor):
         return w
-    return (dense(w.base) + w.scale * (w.b @ w.a)).to(dtype(w))
-
-
-def products(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
-    """The factored reading, undone: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ, the frozen weight first."""
-    if isinstance(w, Tensor):
-        return [(x, w)]
-    return [*products(x, w.base), (w.scale * F.linear(x, w.a.to(x.dtype)), w.b.to(x.dtype))]
+    if isinstance(w, QUANTISED):
+        return dequantise(w)
+    m = dense(w.base)
+    if w.a is not None and w.b is not None:
+        m = m + w.scale * (w.b @ w.a)
+    if w.row is not None:
+        m = w.row[:, None] * m
+    return (m if w.col is None else m * w.col).to(dtype(w))
 
 
 def linear(
     x: Float[Tensor, "*batch in"], w: Weight, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + s (x Aᵀ) Bᵀ + bias, never forming B·A."""
-    (x, frozen), *updates = products(x, w)
-    y = F.linear(x, frozen, bias)
-    for low, up in updates:  # addmm adds the update in the product's own pass over y
+    """The factored reading: row ⊙ (W (col ⊙ x) + s B A (col ⊙ x)) + bias, never forming B·A or a scaled W."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w, bias)
+    if isinstance(w, QUANTISED):
+        y = product(x, w)
+        return y if bias is None else y + bias
+    x = x if w.col is None else x * w.col.to(x.dtype)
+    y = linear(x, w.base, bias)
+    if w.a is not None and w.b is not None:  # addmm adds the update in the product's own pass over y
+        low, up = lowered(x, w), w.b.to(y.dtype)
         y = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), up.T).view(y.shape)
-    return y
+    if w.row is None:
+        return y
+    # y holds the bias already: row ⊙ y + (1 - row) ⊙ bias scales all but the bias, and is y itself where row is 1
+    row = w.row.to(y.dtype)
+    return y * row if bias is None else torch.addcmul(((1 - w.row) * bias).to(y.dtype), y, row)
+
+
+def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
+    """s A x, with the dropout of x."""
+    assert w.a is not None
+    x = x if w.seed is None else dropout(x, w.seed, w.drop)
+    return w.scale * F.linear(x, w.a.to(x.dtype))
+
+
+def products(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
+    """The factored reading, undone: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ, the frozen weight first. One that
+    is scaled by row, or quantised, is no such sum, and is merged.
+    """
+    if isinstance(w, Tensor):
+        return [(x, w)]
+    if isinstance(w, QUANTISED) or w.row is not None:
+        return [(x, dense(w).to(x.dtype))]
+    x = x if w.col is None else x * w.col.to(x.dtype)
+    frozen = products(x, w.base)
+    return frozen if w.a is None or w.b is None else [*frozen, (lowered(x, w), w.b.to(x.dtype))]
 
 
 def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"]:
     """Rows of `w`: dense(w)[tokens]. An adapter on a tied table thus moves embedding and head together."""
     if isinstance(w, Tensor):
         return F.embedding(tokens, w)
+    if isinstance(w, QUANTISED):
+        return gather(w, tokens)
     rows = embed(tokens, w.base)
-    return rows + w.scale * (F.embedding(tokens, w.b) @ w.a).to(rows.dtype)
+    if w.a is not None and w.b is not None:
+        rows = rows + w.scale * (F.embedding(tokens, w.b) @ w.a).to(rows.dtype)
+    if w.row is not None:
+        rows = rows * w.row[tokens][..., None].to(rows.dtype)
+    return rows if w.col is None else rows * w.col.to(rows.dtype)
+
+
+def row_norms(
+    w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float
+) -> Float[Tensor, " out"]:
+    """‖w_i + s b_i A‖ for every row i, with neither B·A nor a whole fp32 copy of W:
+
+    ‖w_i + s b_i A‖² = ‖w_i‖² + 2s b_i·(A w_iᵀ) + s² b_i (A Aᵀ) b_iᵀ
+    """
+    squares, cross = gram(w, a)
+    return (squares + 2 * scale * (b * cross).sum(-1) + scale**2 * ((b @ (a @ a.T)) * b).sum(-1)).sqrt()
+
+
+def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
+    """(‖w_i‖², w_i Aᵀ) for every row i, in fp32."""
+    if not isinstance(w, Adapted):
+        out, inp = shape(w)
+        step = out if dtype(w) == torch.float32 and isinstance(w, Tensor) else max(1, EXPANDED // inp)
+        parts = [_rows(w, slice(i, i + step)) for i in range(0, out, step)]
+        squares = torch.cat([torch.linalg.vector_norm(p, dim=-1).square() for p in parts])
+        return squares, torch.cat([F.linear(p, a) for p in parts])
+    if w.col is not None:  # the columns' scales mix with W's: no Gram matrix of W alone says how
+        m = dense(w).float()
+        return m.square().sum(-1), m @ a.T
+    if w.a is None or w.b is None:
+        squares, cross = gram(w.base, a)
+    else:
+        _, inner = gram(w.base, torch.cat([w.a, a]))
+        cross = inner[:, len(w.a) :] + w.scale * w.b @ (w.a @ a.T)
+        squares = row_norms(w.base, w.a, w.b, w.scale).square()
+    return (squares, cross) if w.row is None else (w.row**2 * squares, w.row[:, None] * cross)
+
+
+def _rows(w: Tensor | Quantised, rows: slice) -> Float[Tensor, "rows in"]:
+    return w[rows].float() if isinstance(w, Tensor) else dequantise(part(w, rows), torch.float32)
 
 
 def shape(w: Weight) -> tuple[int, int]:
     """(out, in)."""
-    return (w.shape[0], w.shape[1]) if isinstance(w, Tensor) else shape(w.base)
+    return shape(w.base) if isinstance(w, Adapted) else (w.shape[0], w.shape[1])
 
 
 def dtype(w: Weight) -> torch.dtype:
     """The dtype of the frozen weight at the bottom, which activations share."""
-    return w.dtype if isinstance(w, Tensor) else dtype(w.base)
+    return dtype(w.base) if isinstance(w, Adapted) else w.dtype

@@ -77,7 +77,7 @@ def test_linear_is_dense(depth: int, rank: int, alpha: float, seed: int):
     meaning = w.double()
     for i in range(depth):
         a, b = (torch.randn(*s, generator=fgpt.fold_in(fgpt.key(seed), i)) for s in ((rank, 5), (7, rank)))
-        w, meaning = fgpt.Adapted(w, a, b, alpha / rank), meaning + alpha / rank * b.double() @ a.double()
+        w, meaning = fgpt.Adapted(w, a, b, scale=alpha / rank), meaning + alpha / rank * b.double() @ a.double()
     x, bias = torch.randn(2, 3, 5, generator=fgpt.key(seed + 1)), torch.randn(7)
     close(fgpt.dense(w).double(), meaning, 1e-5, 1e-5)
     close(fgpt.linear(x, w, bias), x @ fgpt.dense(w).T + bias, 1e-4, 1e-5)

@@ -1,0 +1,37 @@
+"""Dropout as a function of a seed: each element's fate is a hash of the seed and of the element's place.
+
+A torch.Generator has a state that vmap, torch.compile and a recomputed forward would each have to carry; a hash has
+none, so the mask is the same wherever and however often it is asked for. The hash is in 32-bit arithmetic that wraps:
+one for rows and one for columns, joined by a finaliser of full avalanche.
+
+Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finaliser MurmurHash3's.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_A, _B, _GOLDEN = -2048144789, -1028477387, -1640531527  # 0x85ebca6b, 0xc2b2ae35, 0x9e3779b9 as signed 32 bits
+
+
+def _finalise(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
+    h = (h ^ (h >> 16 & 0xFFFF)) * _A
+    h = (h ^ (h >> 13 & 0x7FFFF)) * _B
+    return h ^ (h >> 16 & 0xFFFF)
+
+
+def kept(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
+    """True with probability 1 - p, independently for each element, decided by `seed`."""
+
+    def hashes(n: int, salt: int) -> Tensor:
+        counter = torch.arange(1, n + 1, dtype=torch.int32, device=seed.device)
+        return _finalise(counter * _GOLDEN + _finalise((seed ^ salt).to(torch.int32)))
+
+    joined = _finalise(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :])
+    return joined >= round(p * 2**32) - 2**31
+
+
+def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""], p: float) -> Float[Tensor, "*batch in"]:
+    """x with each element zeroed with probability p, and divided by 1 - p otherwise."""
+    keep = kept(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
+    return x * (keep / (1 - p)).to(x.dtype)
