@@ -18,7 +18,7 @@ from torch import Tensor
 from fgpt.errors import InputError
 from fgpt.kernels.quantised import QUANTISED
 from fgpt.rng import fold_in, fold_in_seed, seed
-from fgpt.tree import count, leaves, node, select, static, update, walk
+from fgpt.tree import count, leaves, node, select, static, tree_map, update, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
@@ -214,12 +214,8 @@ def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adap
         drop = draw is not None and x.dropout > 0
         return Adapted(w, x.a, x.b, seed=draw if drop else None, scale=x.scale, drop=x.dropout if drop else 0.0)
     v = x.lora
-    norms = row_norms(_constant(w), v.a.detach(), v.b.detach(), v.scale)
+    norms = row_norms(tree_map(torch.detach, w), v.a.detach(), v.b.detach(), v.scale)
     return Adapted(w, v.a, v.b, row=x.m / norms.clamp(min=1e-30), scale=v.scale)
-
-
-def _constant(w: T) -> T:
-    return update({"": w}, {path: x.detach() for path, x in leaves({"": w}).items()})[""]  # pyright: ignore
 
 
 def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:

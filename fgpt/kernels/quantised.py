@@ -196,25 +196,36 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Product.apply(g, ctx.w, not ctx.transposed, False), None, None, None  # pyright: ignore[reportReturnType]
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Product.apply(t, ctx.w, ctx.transposed, False)  # pyright: ignore[reportReturnType]
+        return _multiply(g, ctx.w, not ctx.transposed, False), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, w: Quantised, *modes: bool) -> tuple[Tensor, int]:
-        return _Product.apply(x.movedim(in_dims[0], 0), w, *modes), 0  # pyright: ignore[reportReturnType]
+        return _multiply(x.movedim(in_dims[0], 0), w, *modes), 0
+
+
+class _ProductForward(_Product):
+    """The same with a forward mode, which dynamo refuses to trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _multiply(t, ctx.w, ctx.transposed, False)
+
+
+def _multiply(x: Tensor, w: Quantised, transposed: bool, whole: bool) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return _ProductForward.apply(x, w, transposed, whole)  # pyright: ignore[reportReturnType]
+    # To dynamo the very input of torch.func.grad requires no gradient, and it would inline the forward; a view does.
+    return _Product.apply(x.view_as(x), w, transposed, whole)  # pyright: ignore[reportReturnType]
 
 
 def product(x: Float[Tensor, "*batch in"], w: Quantised) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ in the dtype of x, under every transform; compiled under vmap, which dynamo refuses to an autograd.Function,
-    autograd keeps the expanded matrix.
+    """x Wᵀ in the dtype of x, under every transform. Compiled under vmap or jvp, which dynamo refuses to an
+    autograd.Function, autograd keeps the expanded matrix.
     """
     whole = isinstance(w, Rowwise8)
     if torch.compiler.is_compiling() and differentiated_again():
         return F.linear(rounded(x) if whole else x, dequantise(w, x.dtype))
-    return _Product.apply(x, w, False, whole)  # pyright: ignore[reportReturnType]
+    return _multiply(x, w, False, whole)
 
 
 def rounded(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
