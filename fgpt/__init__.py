@@ -7,7 +7,7 @@ from fgpt.io.hub import load, save, tokenizer
 from fgpt.io.peft import load_peft, save_peft
 from fgpt.loss import Batch, loss, nll
 from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
-from fgpt.optim import AdamState, Optimizer, adamw
+from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key, seed
 from fgpt.shift import Shift, shift
@@ -32,6 +32,7 @@ __all__ = [
     "Shift",
     "State",
     "adamw",
+    "adamw8bit",
     "adapt",
     "apply",
     "dense",

@@ -80,7 +80,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise InputError("8-bit moments are rounded, which has no derivative; differentiate steps of fgpt.adamw instead")
+        raise InputError("8-bit moments are rounded, which has no derivative: differentiate steps of fgpt.adamw")
 
     jvp = backward
 
@@ -92,7 +92,8 @@ class _Quantize(_Blockwise):
         return codes + ((codes == 0) & (x > 0)), absmax  # signed, code 0 is -0.993: no positive number has it
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, code: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
+        x, code = args
         x = x.movedim(in_dims[0], 0)
         codes, absmax = _Quantize.apply(_whole_blocks(x), code)  # pyright: ignore[reportGeneralTypeIssues]
         return (codes[:, : x[0].numel()].reshape(x.shape), absmax.view(len(x), -1)), (0, 0)
@@ -104,12 +105,12 @@ class _Dequantize(_Blockwise):
         return torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, code, BLOCK, torch.float32)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, codes: Tensor, absmax: Tensor, code: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
         codes, absmax = (
             x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip((codes, absmax), in_dims[:2], strict=True)
+            for x, dim in zip(args[:2], in_dims[:2], strict=True)
         )
-        x: Any = _Dequantize.apply(_whole_blocks(codes), absmax.flatten(), code)
+        x: Any = _Dequantize.apply(_whole_blocks(codes), absmax.flatten(), args[2])
         return x[:, : codes[0].numel()].reshape(codes.shape), 0
 
 
