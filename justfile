@@ -46,6 +46,11 @@ generate *args: setup
 compare *args: setup
     @{{ python }} -m experiments compare "$@"
 
+# A trained run as one plain model, and what merging changed: `just merge qlora-nano --onto dequantised`
+[no-exit-message]
+merge *args: setup
+    @{{ python }} -m experiments merge "$@"
+
 # Benchmarks, side by side with transformers + peft: `just bench train`
 [no-exit-message]
 bench *args: setup-dev

@@ -1,4 +1,4 @@
-"""The command line behind `just train | generate | compare | runs`.
+"""The command line behind `just train | generate | compare | merge | runs`.
 
 Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -9,7 +9,7 @@ import difflib
 import io
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -79,6 +79,23 @@ def compare(args: Sequence[str]) -> None:
     again(options.run)
 
 
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """A trained run as one plain model, and by how much it answers differently."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+    onto: Literal["dequantised", "original"] | None = None
+    """Over a quantised base: add the adapter to the numbers it was trained on, or to those that were quantised."""
+
+
+def merge(args: Sequence[str]) -> None:
+    options = parse(Merge, args, None, "just merge")
+    from experiments.merge import merge as go
+
+    go(options.run, options.onto)
+
+
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
     """`cls` from command-line options.
 
@@ -119,6 +136,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "runs": list_runs,
     "generate": generate,
     "compare": compare,
+    "merge": merge,
 }
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fgpt.errors import InputError
 from fgpt.loss import Batch
 from fgpt.optim import Schedule
+from fgpt.rng import fold_in
 from fgpt.train import State, Step
 from fgpt.tree import leaves, tree_map
 
@@ -48,9 +49,11 @@ def fit(
     batches: Iterable[Sequence[Batch]],
     steps: int,
     schedule: Schedule,
+    rng: torch.Generator,
     metrics_file: Path,
 ) -> Fitted:
-    """Run `steps` updates; each takes the next list of micro-batches. One JSON line a step goes to `metrics_file`.
+    """Run `steps` updates; each takes the next list of micro-batches and a fresh key of `rng`. One JSON line a step
+    goes to `metrics_file`.
 
     Ctrl-C ends the training after the last whole step. Raises InputError where the loss is no longer a number.
     """
@@ -74,7 +77,7 @@ def fit(
             for done, micro in enumerate(batches):
                 micro = [tree_map(lambda x: x.to(device), b) for b in micro]
                 lr = float(schedule(state.step))
-                state_after, metrics = step(state, frozen, micro, None)
+                state_after, metrics = step(state, frozen, micro, fold_in(rng, done))
                 loss = float(metrics.loss)
                 if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
                     raise InputError(

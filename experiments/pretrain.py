@@ -85,7 +85,7 @@ def pretrain(run: Pretrain) -> Path:
     optimizer = adamw(schedule, BETAS, weight_decay=run.weight_decay)
     step = make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile)
     stream = batches(tokens, tokenizer.eot_token, run, fold_in(rng, "order"))
-    fitted = fit(step, start(params, optimizer), None, stream, run.steps, schedule, out / folder.METRICS)
+    fitted = fit(step, start(params, optimizer), None, stream, run.steps, schedule, rng, out / folder.METRICS)
     params = cast(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
     hub.save(params, out / folder.MODEL, like=run.tokenizer)
     plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)

@@ -10,14 +10,15 @@ from experiments import compare, folder
 from experiments.fit import console, fit, plot_loss
 from experiments.nano_score import read_tasks
 from experiments.runs import Run
-from fgpt.adapters import Adapters, adapt, lora, trainable, tune
+from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
 from fgpt.data import packing, sources
 from fgpt.data.templates import Example, Row, encode, template
 from fgpt.errors import InputError
 from fgpt.io import hub
 from fgpt.loss import Batch, nll
 from fgpt.model import GPT, fuse
-from fgpt.optim import adamw, cosine
+from fgpt.optim import adamw, adamw8bit, cosine
+from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
 from fgpt.tree import cast, count, leaves, matches, tree_map, update
@@ -61,14 +62,21 @@ def place(params: GPT, run: Run) -> GPT:
     """The base on the run's device, in its dtype, fused where the run adapts q, k and v as one."""
     device = folder.device_of(run.device)
     params = tree_map(lambda x: x.to(device), cast(params, getattr(torch, run.dtype)))
-    one, three = (matches(run.adapter.target, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
-    return fuse(params) if one and not three else params
+    one, three = (matches(run.adapter.where, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
+    params = fuse(params) if one and not three else params
+    return params if run.quantize is None else quantize(params, run.quantize)
 
 
 def adapters_of(run: Run, params: GPT) -> Adapters:
-    if run.adapter.kind == "full":
-        return tune(params, run.adapter.target)
-    return lora(params, fold_in(key(run.seed), "lora"), run.adapter.rank, run.adapter.alpha, run.adapter.target)
+    """Raises InputError where the target matches nothing that the kind can adapt."""
+    adapter, rng = run.adapter, fold_in(key(run.seed), "lora")
+    if adapter.kind == "lora":
+        return lora(params, rng, adapter.rank, adapter.alpha, adapter.where, dropout=adapter.dropout)
+    if adapter.kind == "dora":
+        return dora(params, rng, adapter.rank, adapter.alpha, adapter.where)
+    if adapter.kind == "ia3":
+        return ia3(params) if adapter.target is None else ia3(params, adapter.target, None)
+    return tune(params, adapter.where)
 
 
 def release(params: GPT, adapters: Adapters) -> GPT:
@@ -97,12 +105,22 @@ def train(run: Run) -> Path:
         f"{len(examples):,} examples, {weights:,} response tokens, {steps} steps"
     )
     out = folder.create(run)
-    schedule = cosine(run.lr, steps, run.warmup)
-    optimizer = adamw(schedule, weight_decay=run.weight_decay)
-    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch), optimizer)
+    schedule = cosine(run.peak, steps, run.warmup)
+    adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
+    optimizer = adam(schedule, weight_decay=run.weight_decay)
+    step = make_step(
+        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=run.remat), optimizer
+    )
     frozen = release(base, adapters)
     fitted = fit(
-        step, start(adapters, optimizer), frozen, batches(examples, run, width), steps, schedule, out / folder.METRICS
+        step,
+        start(adapters, optimizer),
+        frozen,
+        batches(examples, run, width),
+        steps,
+        schedule,
+        fold_in(key(run.seed), "steps"),
+        out / folder.METRICS,
     )
     saved = folder.save_tuned(out, frozen, fitted.state.trainable, run.base)
     plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)

@@ -135,6 +135,7 @@ def reference(w: Quantised) -> Float[Tensor, "*size"]:
 def scales(w: FourBit | Blockwise8) -> Float[Tensor, " blocks"]:
     """The largest magnitude of each block."""
     if isinstance(w, FourBit) and isinstance(w.absmax, Blockwise8):
+        assert w.offset is not None
         return dequantise(w.absmax) + w.offset
     assert isinstance(w.absmax, Tensor)
     return w.absmax
@@ -182,7 +183,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Quantised, transposed: bool, whole: bool) -> Tensor:
-        if not whole:
+        if not (whole and isinstance(w, Rowwise8)):
             dense = dequantise(w, x.dtype)
             return x @ dense if transposed else F.linear(x, dense)
         codes, absmax = _round(x)
@@ -199,8 +200,9 @@ class _Product(torch.autograd.Function):
         return _multiply(g, ctx.w, not ctx.transposed, False), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, w: Quantised, *modes: bool) -> tuple[Tensor, int]:
-        return _multiply(x.movedim(in_dims[0], 0), w, *modes), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        x, *others = inputs
+        return _multiply(x.movedim(in_dims[0], 0), *others), 0
 
 
 class _ProductForward(_Product):

@@ -1,0 +1,60 @@
+"""A trained run as one plain model in the hub's layout, and what the merging changed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from experiments import folder
+from experiments.fit import console
+from experiments.train import place, split
+from fgpt.adapters import merge as merged
+from fgpt.data import packing
+from fgpt.data.templates import encode, template
+from fgpt.errors import InputError
+from fgpt.io import hub
+from fgpt.io.files import write_json
+from fgpt.shift import shift
+from fgpt.tree import leaves, tree_map
+
+MERGED = "merged"
+
+PROBES = 32
+"""Held-out rows on which the merged model is held against the one that was trained."""
+
+Onto = Literal["dequantised", "original"]
+
+
+def merge(name: str, onto: Onto | None) -> Path:
+    """Write the merged model of run `name` into its folder, and print by how much it answers differently.
+
+    Raises InputError for a run over a quantised base where `onto` is not given.
+    """
+    out = folder.find(name)
+    run = folder.read_run(out)
+    if run.quantize is not None and onto is None:
+        raise InputError(
+            f"{name} was trained over {run.quantize}: say --onto dequantised, its own base, or --onto original"
+        )
+    original = hub.load(run.base, None)
+    base = place(original, run)
+    trained = folder.load_tuned(out, base)
+    plain = merged(trained, place(original, replace(run, quantize=None)) if onto == "original" else onto)
+    rows = split(run)[1][:PROBES]
+    tokenizer, width = hub.tokenizer(run.base), min(run.seq, base.cfg.context)
+    examples, _ = packing.fit([encode(row, template(run.template), tokenizer) for row in rows], width, drop=True)
+    device = next(iter(leaves(base).values())).device
+    batch = tree_map(lambda x: x.to(device), packing.collate([[e] for e in examples]))
+    hub.save(plain, out / MERGED, like=run.base)
+    found: dict[str, Any] = {"onto": onto, "held-out rows": len(examples)}
+    table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
+    stored = tree_map(lambda x: x.to(device), hub.load(str(out / MERGED), None))
+    for what, model in (("in memory", plain), ("read back", stored)):
+        moved = shift(trained, model, batch)
+        found |= {what: {"logit": float(moved.logit), "nll": float(moved.nll)}}
+        table.add_row(what, f"{float(moved.logit):.3g}", f"{float(moved.nll):+.3g}")
+    write_json(out / MERGED / "merge.json", found)
+    console.print(table)
+    console.print(f"saved {out / MERGED}")
+    return out / MERGED
