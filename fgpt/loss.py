@@ -28,9 +28,9 @@ class Batch:
 
 
 @shaped
-def nll(params: GPT, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Σ weight · nll, Σ weight) in nats: sums, so that unequal batches add up exactly."""
-    h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)
+def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(Σ weight · nll, Σ weight) in nats: sums, so that unequal batches add up exactly. `remat` is that of `hidden`."""
+    h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
     y, weights = batch.targets.flatten(), batch.weights.flatten()
     if batch.at is not None:
         h, y, weights = h[batch.at], y[batch.at], weights[batch.at]
@@ -38,7 +38,7 @@ def nll(params: GPT, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]
     return (weights * each).sum(), weights.sum()
 
 
-def loss(params: GPT, batch: Batch) -> Float[Tensor, ""]:
+def loss(params: GPT, batch: Batch, remat: bool = False) -> Float[Tensor, ""]:
     """Mean negative log-likelihood in nats per weighted token."""
-    total, weight = nll(params, batch)
+    total, weight = nll(params, batch, remat)
     return total / weight

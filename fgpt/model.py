@@ -19,6 +19,8 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention
+from fgpt.kernels.remat import remat as rematerialised
+from fgpt.kernels.transforms import differentiated_again
 from fgpt.rng import fold_in
 from fgpt.tree import node, static, update
 from fgpt.weights import Weight, embed, linear
@@ -151,8 +153,19 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm, eps: float) -> Float[Tensor, "*batch d_model"]:
-    """LayerNorm. torch's kernel keeps its statistics in fp32 whatever the dtype of x."""
-    return F.layer_norm(x, x.shape[-1:], p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype), eps)
+    """LayerNorm, its statistics in fp32 whatever the dtype of x.
+
+    torch's kernel has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and hessian where
+    the scale is differentiated: silently, by several per cent. There the definition stands in.
+
+    Source: Ba et al. 2016, section 3.1; pytorch issue 196700.
+    """
+    w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
+    if not differentiated_again():
+        return F.layer_norm(x, x.shape[-1:], w, b, eps)
+    y = x.float() - x.float().mean(-1, keepdim=True)
+    y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w
+    return y if b is None else y + b
 
 
 def qkv(x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +193,9 @@ def block(
     return x + linear(y, p.mlp.down.w, p.mlp.down.b), (k, v)
 
 
-def _forward(params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache, keep: bool) -> tuple[Tensor, Cache]:
+def _forward(
+    params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache, keep: bool, remat: bool = False
+) -> tuple[Tensor, Cache]:
     cfg, seq = params.cfg, tokens.shape[-1]
     past = cache.kv[0][0].shape[-2] if cache.kv else 0
     if past + seq > cfg.context:
@@ -196,8 +211,9 @@ def _forward(params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache,
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
     x = embed(tokens, params.wte.w) + embed(positions, params.wpe.w)
     kvs: list[KV] = []
+    step = rematerialised(block) if remat else block
     for i, p in enumerate(params.blocks):
-        x, kv = block(x, p, cfg, mask, cache.kv[i] if cache.kv else None)
+        x, kv = step(x, p, cfg, mask, cache.kv[i] if cache.kv else None)
         if keep:
             kvs.append(kv)
     return norm(x, params.ln_f, cfg.eps), Cache(tuple(kvs), seen)
@@ -205,16 +221,22 @@ def _forward(params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache,
 
 @shaped
 def hidden(
-    params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
 ) -> Float[Tensor, "*batch seq d_model"]:
     """The last hidden states, after ln_f: what a head or a loss reads.
 
     `segments` names the document each token of a packed row belongs to: attention stays inside a document and its
     positions count from 0. Padding is one more document, commonly 0.
 
+    `remat` keeps only each block's input for the backward, which runs the block again: the same gradient in less memory
+    and more time.
+
     Raises InputError when a row is longer than the context.
     """
-    return _forward(params, tokens, segments, Cache(), keep=False)[0]
+    return _forward(params, tokens, segments, Cache(), keep=False, remat=remat)[0]
 
 
 def head(params: GPT) -> Linear:
@@ -248,12 +270,14 @@ def extend(
 
 
 def fused(p: Attention | FusedAttention) -> Linear:
-    """q, k and v as one layer. Raises InputError where one of them carries an adapter."""
+    """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantised."""
     if isinstance(p, FusedAttention):
         return p.qkv
     weights, biases = [x.w for x in (p.q, p.k, p.v)], [x.b for x in (p.q, p.k, p.v) if x.b is not None]
     if not all(isinstance(w, Tensor) for w in weights):
-        raise InputError("q, k and v carry adapters of their own: fuse the base first, then adapt it")
+        raise InputError(
+            "q, k and v are quantised or adapted already: fuse the plain base, then quantize and adapt it"
+        )
     return Linear(torch.cat(weights), torch.cat(biases) if biases else None)  # pyright: ignore[reportArgumentType]
 
 

@@ -196,6 +196,7 @@ def check(fn, *args):
     close(compiled(*args), fn(*args), 1e-6)
 check(grad_and_value(loss), ADAPTERS, PACKED)
 check(grad(loss), fgpt.tune(GPT), PACKED)
+check(loss, ADAPTERS, PACKED)
 check(lambda a, b: vmap(grad(loss), in_dims=(None, 0))(a, b), ADAPTERS, ROWS)
 print("compiled")
 """

@@ -117,4 +117,6 @@ def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[
         # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
         operands = [None if x is None else x.view_as(x) for x in operands]
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None)
+    if torch.compiler.is_compiling() and not differentiate:  # dynamo cannot call a Function that nothing differentiates
+        return _CrossEntropy.forward(False, y, *operands)[0]
     return _CrossEntropy.apply(differentiate, y, *operands)[0]  # pyright: ignore

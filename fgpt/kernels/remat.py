@@ -1,0 +1,163 @@
+"""Rematerialisation: keep the inputs of a function, not what it computes on the way, and run it again for its gradient.
+
+    memory    Σ over blocks of all that a block computes   →   Σ over blocks of its input, and one block at a time
+    work      forward + backward                           →   2 forward + backward
+
+torch.utils.checkpoint does so by hooks on saved tensors, which torch.func refuses. Here it is an autograd.Function
+whose rule for each transform moves the transform inside,
+
+    vmap(remat(f)) = remat(vmap(f))        grad(remat(f)) = (the gradient of f, run below the transform)
+
+so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block.
+
+Source: Chen et al. 2016 (Training Deep Nets with Sublinear Memory Cost), section 4.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fgpt.kernels.transforms import differentiated_again, transformed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Flat: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""Tensors to a tuple of tensors: all that an autograd.Function can be given and give."""
+
+_TENSOR = object()
+
+
+def _split(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of `tree`, and what puts others in their places. The latter holds no tensor."""
+    leaves, structure = pytree.tree_flatten(tree)
+    form = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+
+    def join(tensors: Sequence[Tensor]) -> Any:
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if x is _TENSOR else x for x in form], structure)
+
+    return [x for x in leaves if isinstance(x, Tensor)], join
+
+
+def _mapped(fn: Flat, info: Any, in_dims: Sequence[int | None]) -> Flat:
+    return torch.func.vmap(fn, in_dims=tuple(in_dims[1:]), randomness=info.randomness)
+
+
+def _pull_back(fn: Flat, needs: Sequence[bool], gives: Sequence[bool], *operands: Tensor) -> tuple[Tensor, ...]:
+    """fn, run again: uᵀ ∂fn/∂x for each input x that needs it.
+
+    `operands` are all inputs, then a cotangent u for each output that gives one.
+    """
+    inputs, cotangents = operands[: len(needs)], operands[len(needs) :]
+
+    def of(*needed: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(needed)
+        out = fn(*(next(rest) if need else x for x, need in zip(inputs, needs, strict=True)))
+        return tuple(y for y, give in zip(out, gives, strict=True) if give)
+
+    needed = [x for x, need in zip(inputs, needs, strict=True) if need]
+    if transformed():  # under vmap no tensor may be made to require a gradient
+        return torch.func.vjp(of, *needed)[1](cotangents)
+    with torch.enable_grad():
+        needed = [x.detach().requires_grad_() for x in needed]
+        reached = [(y, u) for y, u in zip(of(*needed), cotangents, strict=True) if y.requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(x) for x in needed)
+    # vjp would keep the graph of this backward too: here each activation is let go of once it is used
+    out, cotangents = zip(*reached, strict=True)
+    return torch.autograd.grad(out, needed, cotangents, materialize_grads=True)
+
+
+class _Below(torch.autograd.Function):
+    """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), below every grad: none of them records what fn does."""
+
+    @staticmethod
+    def forward(fn: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
+        return fn(*xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError("remat knows its first backward only: nest torch.func.grad or jvp instead")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, fn: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Below.apply(_mapped(fn, info, in_dims), *xs), 0
+
+
+class _Remat(torch.autograd.Function):
+    """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), which keeps x_1, x_2, ... and nothing else."""
+
+    @staticmethod
+    def forward(fn: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
+        return fn(*xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.fn = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs = tuple(ctx.needs_input_grad[1:])
+        pull_back = functools.partial(_pull_back, ctx.fn, needs, tuple(u is not None for u in grad))
+        if not torch.compiler.is_compiling():  # the compiler sees one graph and drops from it what nobody reads
+            pull_back = functools.partial(_Below.apply, pull_back)
+        found = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
+        return None, *(next(found) if need else None for need in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, fn: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Remat.apply(_mapped(fn, info, in_dims), *xs), 0
+
+
+def remat(fn: Callable[P, R]) -> Callable[P, R]:
+    """`fn`, keeping only its inputs for the backward, which runs `fn` again.
+
+    Arguments and results are pytrees: node trees, tensors of any dtype, None, static config. Only arguments that need
+    a gradient get one, so a frozen weight costs none. `fn` must be pure, and must take as an argument whatever tensor
+    is differentiated or mapped over: through one that it closes over no gradient comes back.
+
+    Rematerialised under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
+    gradients of `fn` to the bit; and under torch.compile(grad), where `fn` is run again as inside two nested grads and
+    its kernels may take their slower paths. Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn`
+    itself: right, at full memory.
+
+    Source: Chen et al. 2016, section 4.
+    """
+
+    @functools.wraps(fn)
+    def rematerialised(*args: Any, **kwargs: Any) -> Any:
+        if differentiated_again():
+            return fn(*args, **kwargs)
+        tensors, join = _split((args, kwargs))
+        form: list[Callable[[Sequence[Tensor]], R]] = []
+        compiling = torch.compiler.is_compiling()
+
+        def flat(*xs: Tensor) -> tuple[Tensor, ...]:
+            a, k = join(xs)
+            out, join_out = _split(fn(*a, **k))  # pyright: ignore[reportCallIssue]
+            if not compiling:
+                form[:] = [join_out]
+            # a Function may not save what it returns: an argument handed through comes back as a view
+            return tuple(y.view_as(y) if any(y is x for x in xs) else y for y in out)
+
+        if compiling:
+            # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
+            tensors = [x.view_as(x) for x in tensors]
+            plain = fn(*args, **kwargs)
+            if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+                return plain  # dynamo takes `fn` for the context of a Function that it does not differentiate
+            form = [_split(plain)[1]]  # a Function may change nothing outside it; unread, this run is compiled away
+        out = _Remat.apply(flat, *tensors)
+        return form[0](out)  # pyright: ignore[reportArgumentType]
+
+    return rematerialised
