@@ -137,7 +137,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .5rem .7rem; border-bottom: 1px solid #dde3ea }
-.scores { width: auto } .scores td + td, .scores th + th { text-align: right; font-variant-numeric: tabular-nums }
+.scores { width: auto; margin-bottom: 2rem }
+.scores td + td, .scores th + th { text-align: right; font-variant-numeric: tabular-nums }
 .answers td { width: 38%; white-space: pre-wrap } .answers td:first-child { width: 24%; font-weight: 600 }
 .input { font-weight: 400; color: #5a6877 } .cut { color: #b3541e }
 """

@@ -24,7 +24,7 @@ class Method:
 METHODS: dict[Kind, Method] = {
     "lora": Method(r"blocks\..*\.(q|k|v|o)", 3e-4),
     "dora": Method(r"blocks\..*\.(q|k|v|o)", 3e-4),
-    "ia3": Method(r"blocks\..*\.(k|v)", 1e-2),
+    "ia3": Method(r"blocks\..*\.(k|v)", 3e-2),
     "ln": Method(r".*ln_.*", 5e-3),
     "bias": Method(r".*\.b", 2e-3),
     "full": Method(".*", 5e-5),

@@ -73,7 +73,7 @@ def adapters_of(run: Run, params: GPT) -> Adapters:
     if adapter.kind == "lora":
         return lora(params, rng, adapter.rank, adapter.alpha, adapter.where, dropout=adapter.dropout)
     if adapter.kind == "dora":
-        return dora(params, rng, adapter.rank, adapter.alpha, adapter.where)
+        return dora(params, rng, adapter.rank, adapter.alpha, adapter.where, dropout=adapter.dropout)
     if adapter.kind == "ia3":
         return ia3(params) if adapter.target is None else ia3(params, adapter.target, None)
     return tune(params, adapter.where)

@@ -122,13 +122,14 @@ def dora(
     rank: int = 8,
     alpha: int | float | None = None,
     target: str = r"blocks\..*\.(q|k|v|qkv)",
+    dropout: float = 0.0,
 ) -> Adapters:
     """A fresh DoRA on every layer whose path matches `target` in full: a fresh LoRA, and m = ‖W‖ by row, so that it
     begins as the identity, to the bit.
 
     Raises InputError as `lora` does.
     """
-    weights, adapters = layers(params), lora(params, rng, rank, alpha, target)
+    weights, adapters = layers(params), lora(params, rng, rank, alpha, target, dropout=dropout)
     return {p: DoRA(x, row_norms(weights[p], x.a, x.b, x.scale)) for p, x in adapters.items() if isinstance(x, LoRA)}
 
 
@@ -189,6 +190,8 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
             if x.shape != tensors[path].shape:
                 got, has = list(x.shape), list(tensors[path].shape)
                 raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
+        # What is computed in the base's dtype is trained in fp32: a trained leaf is rounded where it is laid.
+        new = {path: x.to(tensors[path].dtype) for path, x in new.items()}
         params = update(params, new)
         weights, changed = layers(params), {}
         for path, x in tree.items():
@@ -201,7 +204,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
             changed[f"{path}.w"] = _over(weights[path], x, own)
             bias = tensors.get(f"{path}.b") if f"{path}.b" not in new else new[f"{path}.b"]
             if isinstance(x, IA3) and x.row is not None and bias is not None:
-                changed[f"{path}.b"] = x.row * bias
+                changed[f"{path}.b"] = (x.row * bias).to(bias.dtype)
         params = update(params, changed)
     return params
 
@@ -210,12 +213,14 @@ def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adap
     """`w` under an adapter, in the normal form of the family."""
     if isinstance(x, IA3):
         return Adapted(w, row=x.row, col=x.col)
-    if isinstance(x, LoRA):
-        drop = draw is not None and x.dropout > 0
-        return Adapted(w, x.a, x.b, seed=draw if drop else None, scale=x.scale, drop=x.dropout if drop else 0.0)
-    v = x.lora
-    norms = row_norms(tree_map(torch.detach, w), v.a.detach(), v.b.detach(), v.scale)
-    return Adapted(w, v.a, v.b, row=x.m / norms.clamp(min=1e-30), scale=v.scale)
+    v, row = (x.lora, x.m / _norms(w, x.lora)) if isinstance(x, DoRA) else (x, None)
+    drops = draw is not None and v.dropout > 0
+    return Adapted(w, v.a, v.b, row, seed=draw if drops else None, scale=v.scale, drop=v.dropout if drops else 0.0)
+
+
+def _norms(w: Weight, v: LoRA) -> Float[Tensor, " out"]:
+    """‖V‖ by row, a constant to every derivative."""
+    return row_norms(tree_map(torch.detach, w), v.a.detach(), v.b.detach(), v.scale).clamp(min=1e-30)
 
 
 def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:
@@ -226,6 +231,8 @@ def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:
             raise InputError(f"IA3 at {path} scales {wrong[0][0]} components, but the base has {wrong[0][1]}")
         return
     v = x.lora if isinstance(x, DoRA) else x
+    if v.a.shape[0] != v.b.shape[1]:
+        raise InputError(f"adapter at {path} has A of rank {v.a.shape[0]}, but B of rank {v.b.shape[1]}")
     got, has = [v.b.shape[0], v.a.shape[1]], [out, inp]
     if got != has:
         raise InputError(f"adapter at {path} fits a weight of {got}, but the base has {has}")

@@ -123,7 +123,9 @@ def row_norms(
     ‖w_i + s b_i A‖² = ‖w_i‖² + 2s b_i·(A w_iᵀ) + s² b_i (A Aᵀ) b_iᵀ
     """
     squares, cross = gram(w, a)
-    return (squares + 2 * scale * (b * cross).sum(-1) + scale**2 * ((b @ (a @ a.T)) * b).sum(-1)).sqrt()
+    moved = squares + 2 * scale * (b * cross).sum(-1) + scale**2 * ((b @ (a @ a.T)) * b).sum(-1)
+    # Where V nearly cancels W the sum is rounding, and may be negative: the floor is what fp32 can tell of it.
+    return torch.maximum(moved, torch.finfo(moved.dtype).eps * squares).sqrt()
 
 
 def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:

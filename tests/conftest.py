@@ -1,5 +1,6 @@
 """What the tests share: real data, tiny models with every weight in play, and a trap for the merged reading."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -7,11 +8,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 import fgpt
 from fgpt.tree import leaves, tree_map
+from fgpt.weights import dense
 
 settings.register_profile("fgpt", deadline=None, max_examples=20)
 settings.load_profile("fgpt")
@@ -88,6 +92,23 @@ def stack(trees: list[Any]) -> Any:
     return tree_map(lambda *x: torch.stack(x), *trees)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that a new tensor had, and every new tensor's shape. Views are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.shapes = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in old:
+                self.numel = max(self.numel, x.numel())
+                self.shapes.add(tuple(x.shape))
+        return out
+
+
 @pytest.fixture
 def gpt() -> fgpt.GPT:
     return tiny()
@@ -100,6 +121,7 @@ def factored(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("dense was called on the factored path")
 
-    monkeypatch.setattr("fgpt.weights.dense", refuse)
-    monkeypatch.setattr("fgpt.adapters.dense", refuse)
+    for name, module in list(sys.modules.items()):  # whoever has imported the name has it refused
+        if name.split(".")[0] in ("fgpt", "experiments") and getattr(module, "dense", None) is dense:
+            monkeypatch.setattr(module, "dense", refuse)
     return monkeypatch.undo

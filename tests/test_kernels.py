@@ -4,19 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import close, stack, tiny, tokens
+from conftest import Largest, close, stack, tiny, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
+from fgpt.kernels.dropout import dropout, kept
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -123,23 +122,6 @@ def test_a_frozen_head_costs_two_products_and_a_trained_one_four(monkeypatch: py
         assert flops.get_total_flops() == products * 2 * n * vocab * d
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that a new tensor had, and every new tensor's shape. Views are not new."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel, self.shapes = 0, set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in old:
-                self.numel = max(self.numel, x.numel())
-                self.shapes.add(tuple(x.shape))
-        return out
-
-
 @pytest.mark.parametrize("kernel", [C.cross_entropy, C.reference])
 def test_full_logits_are_never_held(kernel: Any, monkeypatch: pytest.MonkeyPatch):
     n, vocab, d = 64, 50, 8
@@ -160,3 +142,60 @@ def test_a_training_gradient_makes_no_full_logits_and_no_head_gradient(monkeypat
     with Largest() as seen:
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.tune(big, r"head\.w"))
     assert (500, 16) in seen.shapes
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+
+
+def fate(seed: int, i: int, j: int) -> int:
+    """The hash of one element, in Python's whole numbers: MurmurHash3's finaliser, over Weyl counters."""
+
+    def finalise(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+
+    row = finalise(((i + 1) * 0x9E3779B9 + finalise(seed)) % 2**32)
+    column = finalise(((j + 1) * 0x9E3779B9 + finalise(seed ^ 0x5BD1E995)) % 2**32)
+    return finalise((row + column) % 2**32)
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(0, 0.99))
+def test_a_fate_is_a_hash_of_seed_and_place(seed: int, p: float):
+    """Of nothing else: the mask is the same in every program, and on every machine."""
+    limit = round(p * 2**32)
+    signed = [[(fate(seed, i, j) + 2**31) % 2**32 for j in range(5)] for i in range(4)]
+    expected = torch.tensor([[h >= limit for h in row] for row in signed])
+    got = kept(torch.tensor(seed), 4, 5, p)
+    assert torch.equal(got, expected)
+    assert torch.equal(kept(torch.tensor(seed), 3, 2, p), expected[:3, :2])
+    x = torch.randn(2, 2, 5, generator=fgpt.key(0))
+    close(dropout(x, torch.tensor(seed), p), x * expected.view(2, 2, 5) / (1 - p), 1e-5, 1e-5)
+    assert dropout(x.bfloat16(), torch.tensor(seed), p).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_fates_are_independent(p: float):
+    """At the given rate; and with no pattern of rows, columns, neighbours or neighbouring seeds.
+
+    A random 512 x 512 of unit variance has a largest singular value of 2 √512; any pattern adds one above it.
+    """
+    n = 512
+    masks = [
+        (kept(torch.tensor(seed), n, n, p).float() - (1 - p)) / (p * (1 - p)) ** 0.5 for seed in (0, 1, 2, 1 << 30)
+    ]
+    for i, mask in enumerate(masks):
+        assert mask.mean().abs() < 5 / n
+        assert torch.linalg.matrix_norm(mask, 2) < 2.15 * n**0.5
+        for other in [*masks[:i], mask.T, mask.roll(1, 0), mask.roll(1, 1), mask.roll((1, 1), (0, 1))]:
+            assert (mask * other).mean().abs() < 5 * 2**0.5 / n  # each pair is twice in mask * mask.T
+
+
+def test_dropout_under_transforms():
+    x, seeds = torch.randn(3, 8, generator=fgpt.key(0)), torch.tensor([5, 6, 7])
+    masks = torch.stack([kept(s, 3, 8, 0.5) for s in seeds])
+    close(vmap(lambda s: dropout(x, s, 0.5))(seeds), x * masks * 2.0, 0)
+    assert len({tuple(m.flatten().tolist()) for m in masks}) == 3
+    close(vmap(grad(lambda x, s: dropout(x, s, 0.5).sum()), in_dims=(None, 0))(x, seeds), masks * 2.0, 0)
+    rows = vmap(lambda x: dropout(x, seeds[0], 0.5))(x[:, None])  # one seed for all: each example has the same mask
+    close(rows[:, 0], x * masks[0, 0] * 2.0, 0)

@@ -17,6 +17,7 @@ from experiments import folder
 from experiments.__main__ import main
 from experiments.fit import read_metrics
 from experiments.runs import RUNS, Run, find
+from experiments.train import place
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
@@ -105,6 +106,58 @@ def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
     assert saved.cfg == base.cfg
 
 
+METHODS = {name: [name] for name in RUNS if name.endswith("-nano") and name != "pretrain-nano"} | {
+    "bias": ["lora-nano", "--adapter.kind", "bias", "--adapter.target", r".*\.b", "--lr", "1e-2"],
+    "dropout": ["lora-nano", "--adapter.dropout", "0.2"],
+    "remat": ["qdora-nano", "--remat", "True"],
+}
+
+
+def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """They differ in what they train: the first loss, before any step, is the base's, and from then on they part."""
+    losses = {}
+    for name, args in METHODS.items():
+        options = ["--steps", "3", "--rows", "1", "--warmup", "1", "--compare", "0", "--out", str(tmp_path / name)]
+        assert main(["train", *args, *options]) == 0
+        out = tmp_path / name / args[0]
+        losses[name] = [m["loss"] for m in read_metrics(out / "metrics.jsonl")]
+        run = folder.read_run(out)
+        base = place(fgpt.load("nano"), run)
+        tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
+        assert not torch.equal(
+            fgpt.apply(folder.load_tuned(out, base), tokens), fgpt.apply(place(fgpt.load("nano"), run), tokens)
+        )
+        assert main(["generate", str(out), "Write a story about a fox.", "--most", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+    quantised = {name for name in METHODS if name.startswith("q") or name == "remat"}
+    for alike in (quantised, METHODS.keys() - quantised):
+        first = [losses[name][0] for name in alike]
+        assert max(first) - min(first) < 1e-5
+    assert losses["qlora-nano"][0] != losses["lora-nano"][0]
+    assert losses["remat"] == pytest.approx(losses["qdora-nano"], abs=1e-5)
+    ends = [losses[name][2] for name in METHODS if name != "remat"]
+    assert len(set(ends)) == len(ends)
+
+
+def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--steps", "8", "--rows", "1", "--warmup", "1", "--compare", "0", "--out", str(tmp_path)]
+    assert main(["train", "qlora-nano", *options]) == 0
+    out = tmp_path / "qlora-nano"
+    capsys.readouterr()
+    assert main(["merge", str(out)]) == 2
+    assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
+    assert not (out / "merged").exists()
+    tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
+    tuned = fgpt.apply(folder.load_tuned(out, place(fgpt.load("nano"), folder.read_run(out))), tokens)
+    for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
+        assert main(["merge", str(out), "--onto", onto]) == 0
+        told = json.loads((out / "merged" / "merge.json").read_text())
+        merged = fgpt.load(str(out / "merged"))
+        assert least <= told["read back"]["logit"] <= most
+        assert least <= float((fgpt.apply(merged, tokens) - tuned).abs().max()) <= most
+        assert f"{told['read back']['logit']:.3g}" in capsys.readouterr().err
+
+
 def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
     for _ in range(2):
         options = [*SHORT[:-4], "--compare", "0", "--data", str(data), "--heldout", "4"]
@@ -161,6 +214,12 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
         (["generate", "lora-nano", "hi", "--most", "x"], "x"),
         (["generate", "nothing", "hi"], "no trained run 'nothing'"),
         (["compare", "nothing"], "no trained run 'nothing'"),
+        (["merge", "nothing"], "no trained run 'nothing'"),
+        (["merge", "nothing", "--onto", "both"], "both"),
+        (["train", "lora-nano", "--quantize", "nf5"], "nf5"),
+        (["train", "full-nano", "--quantize", "nf4"], "which is quantised"),
+        (["train", "lora-nano", "--adapter.dropout", "1"], "expected a probability"),
+        (["train", "ia3-nano", "--adapter.target", "wte"], "IA3 on wte: expected a linear layer"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from jaxtyping import Int8 as SInt8
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from fgpt.errors import InputError
 from fgpt.kernels.bnb import dynamic_code, register
 from fgpt.kernels.transforms import differentiated_again
 from fgpt.tree import node, static
@@ -202,6 +204,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         x, *others = inputs
+        if in_dims[0] is None or tree_leaves(in_dims[1]):
+            raise InputError("cannot vmap over quantised weights: map over the adapters and the rows")
         return _multiply(x.movedim(in_dims[0], 0), *others), 0
 
 

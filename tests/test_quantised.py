@@ -1,0 +1,476 @@
+"""Quantised matrices: bitsandbytes' numbers to the bit, products with them under every transform, and their cost."""
+
+from collections.abc import Callable
+from inspect import unwrap
+from typing import Any, get_args
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import Largest, close, same, shaken, stack, tiny, tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fgpt
+from fgpt.kernels.quantised import (
+    QUANTISED,
+    Blockwise8,
+    Format,
+    FourBit,
+    Rowwise8,
+    dequantise,
+    encode,
+    gather,
+    part,
+    product,
+    reference,
+    rounded,
+)
+from fgpt.model import Linear
+from fgpt.train import make_step
+from fgpt.tree import cast, leaves, nbytes, tree_map, update, walk
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = tiny(d_model=64, d_mlp=128)
+X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
+BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
+
+
+def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=fgpt.key(seed)).to(dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_are_bitsandbytes(kind: Any, double: bool, dtype: torch.dtype):
+    w = normal(48, 320, dtype=dtype)  # 240 scales: not a whole block of them
+    ours = encode(w, kind, double)
+    state: Any
+    codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type=kind)
+    assert isinstance(ours, FourBit)
+    assert torch.equal(ours.codes.flatten(), codes.flatten())
+    assert torch.equal(ours.code, state.code)
+    if double:
+        assert isinstance(ours.absmax, Blockwise8)
+        assert ours.offset is not None
+        assert torch.equal(ours.offset, state.offset)
+        assert torch.equal(ours.absmax.codes, state.absmax)
+        assert torch.equal(ours.absmax.absmax, state.state2.absmax)
+        assert torch.equal(ours.absmax.code, state.state2.code)
+    else:
+        assert isinstance(ours.absmax, Tensor)
+        assert ours.offset is None
+        assert torch.equal(ours.absmax, state.absmax)
+    expanded = dequantise(ours)
+    assert expanded.dtype == dtype
+    assert torch.equal(expanded, bnb.dequantize_4bit(codes, state))
+    assert (expanded - w).abs().mean() < 0.13 * w.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_eight_bits_by_block_are_bitsandbytes(dtype: torch.dtype):
+    w = normal(48, 320, dtype=dtype)
+    ours = encode(w, "blockwise8")
+    state: Any
+    codes, state = bnb.quantize_blockwise(w, blocksize=64)
+    assert isinstance(ours, Blockwise8)
+    assert torch.equal(ours.codes, codes)
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(ours.code, state.code)
+    assert torch.equal(dequantise(ours), bnb.dequantize_blockwise(codes, state))
+    assert (dequantise(ours) - w).abs().mean() < 0.02 * w.abs().mean()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_eight_bits_by_row_are_bitsandbytes(dtype: torch.dtype):
+    w = normal(48, 100, dtype=dtype)
+    ours = encode(w, "int8")
+    codes, absmax, _ = bnb.int8_vectorwise_quant(w)
+    assert isinstance(ours, Rowwise8)
+    assert torch.equal(ours.codes, codes)
+    assert torch.equal(ours.absmax, absmax)
+    assert (dequantise(ours, torch.float32) - w.float()).abs().max() <= w.float().abs().max() / 127 * 0.51
+
+
+@given(st.sampled_from(FORMATS), st.booleans(), st.sampled_from(HALF), st.integers(1, 9), st.integers(1, 5), st.data())
+def test_the_definition_the_operator_and_the_parts_are_one(
+    kind: Any, double: bool, dtype: torch.dtype, rows: int, blocks: int, data: st.DataObject
+):
+    """Bitwise: `dequantise` is `reference`, `gather` and `part` are its rows."""
+    w = encode(normal(rows, 64 * blocks, seed=data.draw(st.integers(0, 99)), dtype=dtype), kind, double)
+    expanded = dequantise(w)
+    assert w.shape == expanded.shape == (rows, 64 * blocks)
+    assert torch.equal(reference(w), dequantise(w, torch.float32))
+    assert torch.equal(reference(w).to(dtype), expanded)
+    chosen = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, rows - 1), min_size=2, max_size=2), min_size=1)))
+    assert torch.equal(gather(w, chosen), expanded[chosen])
+    assert torch.equal(vmap(lambda r: gather(w, r))(chosen), expanded[chosen])
+    start = data.draw(st.integers(0, rows - 1))
+    stop = data.draw(st.integers(start + 1, rows + 2))
+    some = part(w, slice(start, stop))
+    assert type(some) is type(w)
+    assert torch.equal(dequantise(some), expanded[start:stop])
+    assert some.shape == expanded[start:stop].shape
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_of_zeros_and_large_rows_survive(kind: Any):
+    w = normal(4, 64)
+    w[1], w[2] = 0, w[2] * 1e30
+    expanded = dequantise(encode(w, kind, False))
+    assert torch.equal(expanded[1], torch.zeros(64)) or kind == "blockwise8"  # whose 0 is 2e-5 of a block's largest
+    assert torch.isfinite(expanded).all()
+    x = torch.stack([torch.zeros(64), torch.ones(64)])
+    assert torch.isfinite(product(x, encode(w, kind, False))).all()
+    assert torch.equal(product(x, encode(w, kind, False))[0], torch.zeros(4))
+
+
+# ----------------------------------------------------------------------------------------------------------------- size
+
+
+@pytest.mark.parametrize(
+    ("kind", "double", "most"),
+    [
+        ("nf4", True, 0.516),
+        ("fp4", True, 0.516),
+        ("nf4", False, 0.563),
+        ("blockwise8", True, 1.063),
+        ("int8", True, 1.002),
+    ],
+)
+def test_bytes_a_number(kind: Any, double: bool, most: float):
+    """Of 2048 x 2048; the code of 256 values is one for the whole tree."""
+    one = encode(normal(2048, 2048), kind, double)
+    shared = 1024 if isinstance(one, Blockwise8) or isinstance(getattr(one, "absmax", None), Blockwise8) else 0
+    assert most - 0.001 < (nbytes(one) - shared) / 2048**2 <= most
+    tree = [one, encode(normal(2048, 2048, seed=1), kind, double)]
+    assert nbytes(tree) == 2 * (nbytes(one) - shared) + shared
+
+
+def test_a_quantised_model_weighs_what_its_parts_do():
+    """The rest of the tree is shared with the original, not copied; a cast leaves codes and scales alone."""
+    for kind in FORMATS:
+        frozen = fgpt.quantize(PLAIN, kind)
+        held = [x for _, x in walk(frozen) if isinstance(x, QUANTISED) and len(x.shape) == 2]
+        assert len(held) == 12
+        assert nbytes(frozen) < 0.4 * nbytes(PLAIN)
+        assert frozen.wte.w is PLAIN.wte.w
+        short = leaves(cast(frozen, torch.bfloat16))
+        for path, x in leaves(frozen).items():
+            inside = ".w." in path
+            assert torch.equal(short[path], x) if inside else short[path].dtype == torch.bfloat16
+            assert short[path].dtype == (x.dtype if inside else torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+
+
+def expanded(x: Tensor, w: Any) -> Tensor:
+    """What a product means: x Wᵀ, x in 8 bits where W is in whole numbers, differentiated as if it were not."""
+    return F.linear(rounded(x) if isinstance(w, Rowwise8) else x, reference(w).to(x.dtype))
+
+
+@pytest.fixture(params=FORMATS)
+def w(request: pytest.FixtureRequest) -> Any:
+    return encode(normal(5, 64), request.param)
+
+
+@pytest.mark.parametrize("size", [(64,), (0, 64), (1, 64), (3, 64), (2, 3, 64)], ids=str)
+def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]):
+    x = normal(*size, seed=1)
+    close(product(x, w), expanded(x, w), 1e-5)
+    for dtype in (torch.bfloat16, torch.float16):
+        y = product(x.to(dtype), w)
+        assert y.dtype == dtype
+        close(y.float(), expanded(x.to(dtype), w).float(), 0.1, 0.02)
+
+
+def test_rounding_is_half_a_step_and_differentiates_as_nothing():
+    x = normal(4, 64) * torch.tensor([[1.0], [1e-3], [1e3], [0.0]])
+    step = x.abs().amax(-1, keepdim=True) / 127
+    got = rounded(x)
+    assert ((got - x).abs() <= step * 0.50001).all()
+    assert (got - x).abs().amax(-1)[:3].gt(0.4 * step[:3, 0]).all()
+    whole = got[:3] / step[:3]
+    close(whole, whole.round(), 1e-3)
+    close(grad(lambda x: (rounded(x) * normal(4, 64)).sum())(x), normal(4, 64), 0)
+    close(jvp(rounded, (x,), (torch.ones_like(x),))[1], torch.ones_like(x), 0)
+
+
+def test_products_under_every_transform(w: Any):
+    """Against torch's own product with the expanded matrix: values and all derivatives."""
+    x, t = normal(3, 64, seed=1), normal(3, 64, seed=2)
+
+    def of(multiply: Callable[[Tensor, Any], Tensor]) -> dict[str, Any]:
+        def f(x: Tensor) -> Tensor:
+            return (multiply(x, w) / 8).sin().square().sum()
+
+        return {
+            "value": f(x),
+            "grad": grad(f)(x),
+            "vmap": vmap(lambda x: multiply(x, w))(x),
+            "vmap over columns": vmap(lambda x: multiply(x, w), in_dims=1)(x.T),
+            "vmap of vmap": vmap(vmap(lambda x: multiply(x, w)))(torch.stack([x, t])),
+            "vmap(grad)": vmap(grad(f))(x),
+            "grad of vmap": grad(lambda x: vmap(f)(x).sum())(x),
+            "jvp": jvp(f, (x,), (t,)),
+            "vjp": vjp(lambda x: multiply(x, w), x)[1](normal(3, 5, seed=3)),
+            "jvp(grad)": jvp(grad(f), (x,), (t,)),
+            "grad(grad)": grad(lambda x: (grad(f)(x) * t).sum())(x),
+            "vmap(jvp(grad))": vmap(lambda x, t: jvp(grad(f), (x,), (t,))[1])(x, t),
+            "third": grad(lambda x: jvp(grad(f), (x,), (t,))[1].square().sum())(x),
+            "hessian": hessian(f)(x[0]),
+            "jacobian": jacrev(lambda x: multiply(x, w))(x[0]),
+        }
+
+    got, expected = of(product), of(expanded)
+    for name in expected:
+        a, b = (x[name] if isinstance(x[name], tuple) else (x[name],) for x in (got, expected))
+        assert max(y.abs().max() for y in b) > 1e-3, name
+        for y, z in zip(a, b, strict=True):
+            torch.testing.assert_close(y, z, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_autograds_double_backward(w: Any):
+    x, t = normal(3, 64, seed=1).requires_grad_(), normal(3, 64, seed=2)
+
+    def twice(multiply: Callable[[Tensor, Any], Tensor]) -> tuple[Tensor, Tensor]:
+        (first,) = torch.autograd.grad((multiply(x, w) / 8).sin().square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * t).sum(), x)
+        return first.detach(), second
+
+    for got, expected in zip(twice(product), twice(expanded), strict=True):
+        close(got, expected, 2e-5, 1e-4)
+        assert expected.abs().max() > 1e-2
+
+
+def test_mapping_over_quantised_weights_is_refused():
+    many = stack([encode(normal(5, 64, seed=i), "nf4") for i in range(3)])
+    for axes in ((None, 0), (0, 0)):
+        with pytest.raises(fgpt.InputError, match="cannot vmap over quantised weights: map over the adapters"):
+            vmap(product, in_dims=axes)(normal(3, 64), many)
+
+
+class Expansions(TorchDispatchMode):
+    """Every storage of floats as large as a matrix, and whether anything still holds it."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.seen = numel, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.numel() >= self.numel:
+            self.seen.append(StorageWeakRef(out.untyped_storage()))
+        return out
+
+    def held(self) -> int:
+        return sum(not ref.expired() for ref in self.seen)
+
+
+def test_a_product_makes_its_matrix_and_nothing_as_large_beside_it():
+    w = encode(normal(256, 1024), "nf4")
+    with Largest() as seen:
+        product(normal(2, 1024), w)
+    assert sorted(s for s in seen.shapes if torch.Size(s).numel() > 256 * 1024 // 2) == [(256, 1024)]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
+    """Whether saved by autograd or kept by hand."""
+    out, inp = 96, 128
+    w: Any = encode(normal(out, inp), kind)
+    x, saved = normal(3, inp, seed=1).requires_grad_(), []
+    if adapted:
+        a, b = normal(2, inp, seed=2).requires_grad_(), normal(out, 2, seed=3).requires_grad_()
+        w = fgpt.Adapted(w, a, b, torch.ones(out, requires_grad=True), torch.ones(inp, requires_grad=True))
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with Expansions(out * inp) as expansions, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = fgpt.linear(x, w)
+        in_forward = len(expansions.seen)
+        assert expansions.held() == 0
+        assert not [t for t in saved if t.is_floating_point() and t.numel() >= out * inp]
+        y.square().sum().backward()
+        assert len(expansions.seen) > max(in_forward, 0 if kind == "int8" else 1)  # expanded anew, and let go
+        assert expansions.held() == 0
+    assert x.grad is not None
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_quantised_model_is_the_model_of_its_numbers(kind: Any):
+    frozen = fgpt.quantize(PLAIN, kind)
+    expected = fgpt.apply(fgpt.merge(frozen, onto="dequantised"), X)
+    logits = fgpt.apply(frozen, X)
+    assert logits.shape == expected.shape
+    rounding = (logits - expected).abs().max() / expected.std()
+    assert (1e-3 < rounding < 0.2) if kind == "int8" else (rounding < 1e-5)
+    assert 1e-3 < (logits - fgpt.apply(PLAIN, X)).abs().mean() / expected.std() < 0.5
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_embedding_by_a_quantised_table(kind: Any):
+    """Tied: rows of it, and products with all of it; under vmap too."""
+    frozen = fgpt.quantize(PLAIN, kind, target="wte|wpe")
+    tables = fgpt.merge(frozen, onto="dequantised")
+    close(fgpt.hidden(frozen, X), fgpt.hidden(tables, X), 1e-6)
+    close(fgpt.loss(frozen, BATCH), fgpt.loss(tables, BATCH), 1e-5)
+    close(vmap(fgpt.hidden, in_dims=(None, 0))(frozen, X), fgpt.hidden(tables, X), 1e-5)
+    assert torch.equal(vmap(lambda r: fgpt.embed(r, frozen.wte.w))(X), fgpt.embed(X, tables.wte.w))
+    lora = shaken(fgpt.lora(frozen, fgpt.key(0), 2, target="wte"))
+    close(fgpt.hidden(fgpt.adapt(frozen, lora), X), fgpt.hidden(fgpt.adapt(tables, lora), X), 1e-5)
+
+
+@pytest.mark.parametrize("method", [fgpt.lora, fgpt.dora])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "blockwise8"])
+def test_adapters_over_a_quantised_base_have_the_gradient_over_its_numbers(kind: Any, method: Any):
+    frozen = fgpt.quantize(PLAIN, kind)
+    plain, adapters = fgpt.merge(frozen, onto="dequantised"), shaken(method(frozen, fgpt.key(0), 2))
+    got, expected = (grad(lambda a, p=p: fgpt.loss(fgpt.adapt(p, a), BATCH))(adapters) for p in (frozen, plain))
+    close(got, expected, 1e-5)
+    rows = fgpt.Batch(X, Y, torch.ones(2, 9))
+    got, expected = (
+        vmap(grad(lambda a, b, p=p: fgpt.loss(fgpt.adapt(p, a), b)), in_dims=(None, 0))(adapters, rows)
+        for p in (frozen, plain)
+    )
+    close(got, expected, 1e-5)
+    along = tree_map(torch.ones_like, adapters)
+    got, expected = (
+        jvp(grad(lambda a, p=p: fgpt.loss(fgpt.adapt(p, a), BATCH)), (adapters,), (along,))[1] for p in (frozen, plain)
+    )
+    close(got, expected, 2e-4, 1e-4)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("method", [fgpt.lora, fgpt.dora, lambda p, _: fgpt.ia3(p)], ids=["lora", "dora", "ia3"])
+def test_training_leaves_the_frozen_tree_as_it_is_bitwise(kind: Any, method: Any):
+    frozen = fgpt.quantize(PLAIN, kind)
+    before = {path: x.clone() for path, x in leaves(frozen).items()}
+    adapters, optimizer = method(frozen, fgpt.key(0)), fgpt.adamw(3e-2)
+    step = make_step(lambda a, p, batch, rng: fgpt.nll(fgpt.adapt(p, a, rng=rng), batch), optimizer)
+    state, losses = fgpt.start(adapters, optimizer), []
+    for i in range(8):
+        state, metrics = step(state, frozen, [BATCH], fgpt.fold_in(fgpt.key(0), i))
+        losses.append(metrics.loss.item())
+    assert same(before, leaves(frozen))
+    assert losses[-1] < losses[0] - 0.05
+    assert not same(state.trainable, adapters)
+
+
+# ---------------------------------------------------------------------------------------------------------------- shift
+
+
+def test_shift_is_what_changed():
+    zero = fgpt.shift(PLAIN, PLAIN, BATCH)
+    assert (zero.logit.item(), zero.nll.item()) == (0.0, 0.0)
+    for after in (fgpt.quantize(PLAIN, "nf4"), cast(PLAIN, torch.bfloat16), shaken(PLAIN)):
+        got = fgpt.shift(PLAIN, after, BATCH)
+        a, b = (fgpt.apply(p, X) for p in (PLAIN, after))
+        assert got.logit == max(abs(x - y) for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True))
+        mean = [F.cross_entropy(z.flatten(0, 1).float(), Y.flatten()) for z in (a, b)]
+        close(got.nll, mean[1] - mean[0], 1e-2 if a.dtype != b.dtype else 1e-5)
+        assert got.logit > 1e-3
+        assert fgpt.shift(after, PLAIN, BATCH).logit == got.logit  # whichever way it went
+        assert not got.logit.requires_grad
+
+
+def test_merging_is_measured_by_shift():
+    """Over the numbers trained on, merging costs only rounding; onto those never seen, what quantising had cost."""
+    frozen = fgpt.quantize(PLAIN, "nf4")
+    adapted = fgpt.adapt(frozen, shaken(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
+    exact = fgpt.shift(adapted, fgpt.merge(adapted, onto="dequantised"), BATCH)
+    onto = fgpt.shift(adapted, fgpt.merge(adapted, onto=PLAIN), BATCH)
+    assert exact.logit < 1e-4
+    assert onto.logit > 100 * exact.logit
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+NF4 = fgpt.quantize(PLAIN, "nf4")
+ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: unwrap(fgpt.quantize)(PLAIN, "nf5"),  # as users run it: here every type is checked first
+            "quantize to 'nf5': expected one of nf4, fp4, int8, blockwise8",
+        ),
+        (
+            lambda: fgpt.quantize(NF4),
+            r"blocks\.0\.attn\.q is FourBit already: quantize a plain params tree, then adapt",
+        ),
+        (
+            lambda: fgpt.quantize(fgpt.adapt(PLAIN, fgpt.lora(PLAIN, fgpt.key(0), 2))),
+            r"blocks\.0\.attn\.q is Adapted already: quantize a plain params tree, then adapt it",
+        ),
+        (lambda: fgpt.quantize(tiny()), r"blocks\.0\.attn\.q has rows of 16: nf4 wants multiples of 64"),
+        (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16: blockwise8 wants multiples of 64"),
+        (lambda: fgpt.quantize(PLAIN, target=r"blocks\..*\.c_attn"), r"matches no path; nearest are blocks\.\d\.attn"),
+        (lambda: fgpt.quantize(PLAIN, target=r".*ln_1"), "matches no path; nearest are"),
+        (lambda: fgpt.tune(NF4), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised: narrow the target"),
+        (lambda: fgpt.tune(NF4, r".*\.absmax\.codes"), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised"),
+        (
+            lambda: fgpt.adapt(NF4, {"blocks.0.attn.q.w": torch.ones(64, 64)}),
+            r"no leaf 'blocks\.0\.attn\.q\.w' to replace",
+        ),
+        (lambda: fgpt.lora(NF4, fgpt.key(0), rank=65), r"rank 65 on blocks\.0\.attn\.q: expected 1 to 64"),
+        (
+            lambda: fgpt.adapt(NF4, {"blocks.0.mlp.up": fgpt.IA3(torch.ones(64))}),
+            r"IA3 at blocks\.0\.mlp\.up scales 64 components, but the base has 128",
+        ),
+        (
+            lambda: fgpt.merge(ADAPTED),
+            r"blocks\.0\.attn\.q\.w is quantised below: merge\(params, onto=\"dequantised\"\)",
+        ),
+        (
+            lambda: fgpt.merge(ADAPTED, onto="original"),
+            "merge onto 'original': expected \"dequantised\" or a params tree",
+        ),
+        (
+            lambda: fgpt.merge(ADAPTED, onto=tiny()),
+            r"blocks\.0\.attn\.q\.w is not in the params to merge onto, or has another shape there",
+        ),
+        (
+            lambda: fgpt.merge(ADAPTED, onto=fgpt.fuse(PLAIN)),
+            r"blocks\.0\.attn\.q\.w is not in the params to merge onto",
+        ),
+        (lambda: fgpt.merge(NF4, onto=tiny(d_model=64, d_mlp=64)), r"blocks\.0\.mlp\.up\.w is not in the params"),
+    ],
+)
+def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str):
+    with pytest.raises(fgpt.InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_narrow_may_be_held_in_whole_numbers_and_the_rest_tuned():
+    """int8 wants no blocks; a target narrowed past what is quantised tunes."""
+    narrow = tiny()
+    assert isinstance(fgpt.quantize(narrow, "int8").blocks[0].attn.o.w, Rowwise8)
+    assert fgpt.trainable(fgpt.tune(NF4, r".*ln_.*|.*\.b")) > 0
+    mixed = fgpt.quantize(fgpt.quantize(PLAIN, "nf4", target=r".*\.mlp\..*"), "int8", target=r".*\.attn\..*")
+    assert {type(x.w) for _, x in walk(mixed) if isinstance(x, Linear)} == {FourBit, Rowwise8}
+    partly = fgpt.adapt(update(NF4, {"blocks.0.attn.q.w": PLAIN.blocks[0].attn.q.w}), {})  # pyright: ignore
+    adapters = shaken(fgpt.lora(partly, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q"))
+    merged = fgpt.merge(fgpt.adapt(partly, adapters))  # nothing adapted is quantised, so nothing has to be said
+    assert isinstance(merged.blocks[0].attn.q.w, Tensor)  # pyright: ignore
+    assert isinstance(merged.blocks[1].attn.q.w, FourBit)  # pyright: ignore
