@@ -1,8 +1,11 @@
 """A run's folder, runs/NAME: what was asked, what happened, and what came of it.
 
 run.json       the resolved run               metrics.jsonl, loss.png   how the training went
-adapter/       LoRA in PEFT's format          compare.md, compare.html  base against tuned
+adapter/       what was trained               compare.md, compare.html  base against tuned
 model/         the whole model in the hub's layout, for full tuning and pretraining
+
+adapter/ is in PEFT's format where PEFT has one: LoRA, DoRA, IA3, norms. Else, for tuned biases or several kinds in one,
+it holds a single file of our own.
 """
 
 import dataclasses
@@ -13,15 +16,19 @@ from typing import Any
 import torch
 
 from experiments.runs import Adapter, AnyRun, Run
-from fgpt.adapters import Adapters, LoRA, adapt, merge
+from fgpt.adapters import Adapters, adapt, merge
 from fgpt.data.sources import Columns
 from fgpt.errors import InputError
 from fgpt.io.files import read_json, write_json
 from fgpt.io.hub import load, save
-from fgpt.io.peft import load_peft, save_peft
-from fgpt.model import GPT, fuse
+from fgpt.io.peft import load_peft, pack, save_peft
+from fgpt.io.trees import load_adapters, save_adapters
+from fgpt.model import GPT
+from fgpt.tree import leaves, tree_map
+from fgpt.weights import dtype
 
 RUN, METRICS, LOSS, ADAPTER, MODEL = "run.json", "metrics.jsonl", "loss.png", "adapter", "model"
+ADAPTERS = "adapters.safetensors"
 
 
 def create(run: AnyRun) -> Path:
@@ -71,20 +78,27 @@ def read_run(folder: Path) -> Run:
 
 
 def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path:
-    """Keep what was trained: LoRAs as a PEFT adapter; whole tensors as a whole model. Returns where."""
-    if all(isinstance(x, LoRA) for x in adapters.values()):
+    """Keep what was trained: a whole model where every leaf was, else the adapters. Returns where."""
+    if adapters.keys() == leaves(params).keys():
+        save(merge(adapt(params, adapters)), folder / MODEL, like=base)
+        return folder / MODEL
+    try:
+        pack(adapters, params, base)
+    except InputError:  # PEFT cannot hold them
+        save_adapters(adapters, folder / ADAPTER / ADAPTERS)
+    else:
         save_peft(adapters, params, folder / ADAPTER, base)
-        return folder / ADAPTER
-    save(merge(adapt(params, adapters)), folder / MODEL, like=base)
-    return folder / MODEL
+    return folder / ADAPTER
 
 
 def load_tuned(folder: Path, base: GPT) -> GPT:
-    """`base` as the run in `folder` has tuned it."""
+    """`base`, made as the run made it, as the run in `folder` has tuned it: on its device, in its dtype."""
     if (folder / MODEL).is_dir():
-        return load(str(folder / MODEL))
-    adapters = load_peft(folder / ADAPTER, base)
-    return adapt(fuse(base) if any(path.endswith(".qkv") for path in adapters) else base, adapters)
+        tuned, device = load(str(folder / MODEL), dtype(base.wte.w)), next(iter(leaves(base).values())).device
+        return tree_map(lambda x: x.to(device), tuned)
+    if (folder / ADAPTER / ADAPTERS).is_file():
+        return adapt(base, load_adapters(folder / ADAPTER / ADAPTERS, base))
+    return adapt(base, load_peft(folder / ADAPTER, base))
 
 
 def device_of(name: str) -> torch.device:

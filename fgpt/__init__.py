@@ -5,6 +5,7 @@ from fgpt.errors import InputError
 from fgpt.generate import Generated, generate
 from fgpt.io.hub import load, save, tokenizer
 from fgpt.io.peft import load_peft, save_peft
+from fgpt.io.trees import load_adapters, save_adapters
 from fgpt.loss import Batch, loss, nll
 from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
@@ -50,6 +51,7 @@ __all__ = [
     "key",
     "linear",
     "load",
+    "load_adapters",
     "load_peft",
     "logits",
     "lora",
@@ -59,6 +61,7 @@ __all__ = [
     "nll",
     "quantize",
     "save",
+    "save_adapters",
     "save_peft",
     "seed",
     "shift",

@@ -79,11 +79,15 @@ def children(tree: Any) -> list[tuple[str, Any]]:
 
 
 def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (path, subtree) below `tree`, parents first, leaves included."""
+    """Every (path, subtree) below `tree`, parents first, leaves included.
+
+    Below the key of a dict, which may be a path itself, a path goes on after a slash: `blocks.0.attn.q/b` is the B of
+    an adapter, `blocks.0.attn.q.b` a tuned bias beside it.
+    """
     for name, child in children(tree):
-        here = f"{path}.{name}" if path else name
+        here = f"{path}{name}"
         yield here, child
-        yield from walk(child, here)
+        yield from walk(child, f"{here}{'/' if isinstance(tree, Mapping) else '.'}")
 
 
 def leaves(tree: Any) -> dict[str, Tensor]:
@@ -100,7 +104,7 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
         return new[""]
     below: dict[str, dict[str, Any]] = {}
     for path, value in new.items():
-        head, _, rest = path.partition(".")
+        head, _, rest = path.partition("/" if isinstance(tree, Mapping) else ".")
         below.setdefault(head, {})[rest] = value
     old = dict(children(tree))
     for head in below.keys() - old.keys():
@@ -150,16 +154,16 @@ def cast(tree: T, dtype: torch.dtype) -> T:
     """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantised weight, they are scales and
     stay as they are.
     """
+    beside = {  # subtrees that hold codes, and all that is below them
+        path
+        for path, x in [("", tree), *walk(tree)]
+        if any(isinstance(y, Tensor) and not y.is_floating_point() for _, y in children(x))
+    }
 
-    def floats(at: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-        below = children(at)
-        if any(isinstance(x, Tensor) and not x.is_floating_point() for _, x in below):
-            return
-        for name, child in below:
-            here = f"{path}.{name}" if path else name
-            yield from [(here, child)] if isinstance(child, Tensor) else floats(child, here)
+    def stays(path: str) -> bool:
+        return any(not held or path.startswith((f"{held}.", f"{held}/")) for held in beside)
 
-    return update(tree, {path: x.to(dtype) for path, x in floats(tree, "")})
+    return update(tree, {p: x.to(dtype) for p, x in leaves(tree).items() if x.is_floating_point() and not stays(p)})
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:

@@ -21,8 +21,8 @@ from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
 from fgpt.tree import node, static
 
-EXPANDED = 1 << 20
-"""Numbers of a frozen matrix, quantised or of a short dtype, expanded to fp32 at once where its row norms are taken."""
+PIECE = 1 << 18
+"""Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache."""
 
 
 @node
@@ -129,15 +129,15 @@ def row_norms(
 
 
 def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
-    """(‖w_i‖², w_i Aᵀ) for every row i, in fp32."""
+    """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
     if not isinstance(w, Adapted):
         out, inp = shape(w)
-        step = out if dtype(w) == torch.float32 and isinstance(w, Tensor) else max(1, EXPANDED // inp)
-        parts = [_rows(w, slice(i, i + step)) for i in range(0, out, step)]
+        step = max(1, PIECE // inp)
+        parts = [_rows(w, slice(i, i + step), a.dtype) for i in range(0, out, step)]
         squares = torch.cat([torch.linalg.vector_norm(p, dim=-1).square() for p in parts])
         return squares, torch.cat([F.linear(p, a) for p in parts])
     if w.col is not None:  # the columns' scales mix with W's: no Gram matrix of W alone says how
-        m = dense(w).float()
+        m = dense(w).to(a.dtype)
         return m.square().sum(-1), m @ a.T
     if w.a is None or w.b is None:
         squares, cross = gram(w.base, a)
@@ -148,8 +148,8 @@ def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"],
     return (squares, cross) if w.row is None else (w.row**2 * squares, w.row[:, None] * cross)
 
 
-def _rows(w: Tensor | Quantised, rows: slice) -> Float[Tensor, "rows in"]:
-    return w[rows].float() if isinstance(w, Tensor) else dequantise(part(w, rows), torch.float32)
+def _rows(w: Tensor | Quantised, rows: slice, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
+    return w[rows].to(dtype) if isinstance(w, Tensor) else dequantise(part(w, rows), torch.float32).to(dtype)
 
 
 def shape(w: Weight) -> tuple[int, int]:

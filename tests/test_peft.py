@@ -1,6 +1,7 @@
-"""LoRA against PEFT, on the same weights, and PEFT's files both ways."""
+"""Adapters against PEFT, on the same weights, and PEFT's files both ways."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import grad
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import fgpt
-from fgpt.tree import leaves
+from fgpt.tree import cast, leaves
 
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
 BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
@@ -29,13 +31,35 @@ def loss_of(params: fgpt.GPT) -> Callable[[fgpt.Adapters], Tensor]:
 def peft_model(**options: Any) -> Any:
     """A PEFT LoRA on every linear layer of a GPT-2, moved away from the identity."""
     targets = {"r": 4, "lora_alpha": 8, "target_modules": list(MODULES), "fan_in_fan_out": True}
-    model = peft.get_peft_model(hf_gpt2(), peft.LoraConfig(**targets | options))
+    return trained(peft.LoraConfig(**targets | options))
+
+
+def trained(config: Any) -> Any:
+    """A GPT-2 under PEFT's adapters of `config`, each moved away from the identity."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # PEFT draws A from the global generator
+        model = peft.get_peft_model(hf_gpt2(), config)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_" in name:
+            if re.search("lora_|ia3_|ln_tuning", name):
                 p.add_(0.1 * torch.randn(p.shape, generator=rng))
     return model.eval()
+
+
+def agrees(params: fgpt.GPT, adapters: fgpt.Adapters, model: Any) -> None:
+    """Asserts that ours and theirs give the same logits over an fp64 base, and that the adapters change them."""
+    base = cast(params, torch.float64)
+    with torch.no_grad():
+        got = fgpt.apply(fgpt.adapt(base, adapters), X)
+        close(got, model.double()(X).logits, 1e-6)
+        assert (got - fgpt.apply(base, X)).abs().max() > 1e-2
+
+
+def identical(a: fgpt.Adapters, b: fgpt.Adapters) -> None:
+    """Asserts the same adapters: paths, kinds, static fields and, bitwise, tensors."""
+    assert same(a, b)
+    assert {p: pytree.tree_structure(x) for p, x in a.items()} == {p: pytree.tree_structure(x) for p, x in b.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
@@ -51,7 +75,10 @@ def test_logits_and_gradients_are_pefts(tmp_path: Path):
         return [theirs[f"{prefix}.{i}.{module}.lora_{side}.default.weight"] for side in "AB"]
 
     paths = {f"blocks.{i}.{path}": (i, module) for i in range(2) for module, path in MODULES.items()}
-    adapters = {path: fgpt.LoRA(*(x.detach() for x in pair(*at)), 8.0) for path, at in paths.items()}
+    adapters: Any = {}
+    for path, at in paths.items():
+        a, b = (x.detach() for x in pair(*at))
+        adapters[path] = fgpt.LoRA(a, b, 8.0)
     logits = model(X).logits
     close(fgpt.functional_call(fgpt.apply, (params, adapters), X), logits.detach(), 1e-5)
     F.cross_entropy(logits.flatten(0, 1), Y.flatten()).backward()
@@ -65,13 +92,12 @@ def test_logits_and_gradients_are_pefts(tmp_path: Path):
 @pytest.mark.parametrize("target", [r".*\.qkv", r"blocks\.1\.attn\.qkv|blocks\.\d+\.(attn\.o|mlp\..*)"])
 def test_our_file_in_peft(target: str, tmp_path: Path):
     params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
+    adapters: Any = shaken(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.trainable(adapters)
-    with torch.no_grad():
-        close(fgpt.apply(fgpt.adapt(params, adapters), X), model(X).logits, 1e-5)
-    again = fgpt.load_peft(tmp_path / "adapter", params)
+    agrees(params, adapters, model)
+    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     assert same(again, adapters)
     assert {p: x.scale for p, x in again.items()} == pytest.approx({p: x.scale for p, x in adapters.items()})
 
@@ -91,8 +117,7 @@ def test_pefts_file_with_us(options: dict[str, Any], tmp_path: Path):
     params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
     adapters = fgpt.load_peft(tmp_path / "adapter", params)
     assert fgpt.trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    with torch.no_grad():
-        close(fgpt.apply(fgpt.adapt(params, adapters), X), model(X).logits, 1e-5)
+    agrees(params, adapters, model)
 
 
 def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
@@ -105,24 +130,21 @@ def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
     )
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    expected = fgpt.apply(fgpt.adapt(params, adapters), X)
-    with torch.no_grad():
-        close(expected, model(X).logits, 1e-5)
-    again = fgpt.load_peft(tmp_path / "adapter", params)
+    agrees(params, adapters, model)
+    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     assert again.keys() == adapters.keys()
     for path, x in adapters.items():
         assert torch.equal(again[path].a, x.a)
         close(again[path].scale * again[path].b, x.scale * x.b, 1e-7)
-    close(fgpt.apply(fgpt.adapt(params, again), X), expected, 1e-5)
-    on_fused = fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params))
-    close(fgpt.apply(fgpt.adapt(fgpt.fuse(params), on_fused), X), expected, 1e-5)
+    agrees(params, again, model)
+    agrees(fgpt.fuse(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params)), model)
 
 
 def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
     params = tiny()
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 4, 8, r"blocks\.\d+\.attn\.(q|v)"))
     fgpt.save_peft(adapters, params, tmp_path, "base")
-    again = fgpt.load_peft(tmp_path, params)
+    again: Any = fgpt.load_peft(tmp_path, params)
     assert same(again, adapters)
     assert [x.alpha for x in again.values()] == [x.alpha for x in adapters.values()]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -143,3 +165,168 @@ def test_a_real_adapter():
             assert lora.scale == 2.0
     with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
         fgpt.load_peft(folder, gpt2_shape(12, 12, 768))
+
+
+# -------------------------------------------------------------------------------------------------- every format, ours
+
+ATTN, ALL = r"blocks\.\d+\.attn\.(q|k|v|qkv)", r"blocks\..*"
+
+
+def lora(params: fgpt.GPT, **options: Any) -> fgpt.Adapters:
+    return fgpt.lora(params, fgpt.key(0), **{"rank": 3, "alpha": 5, "target": ALL} | options)
+
+
+def dora(params: fgpt.GPT, **options: Any) -> fgpt.Adapters:
+    return fgpt.dora(params, fgpt.key(0), **{"rank": 3, "alpha": 5, "target": ALL} | options)
+
+
+def rs_dora(params: fgpt.GPT) -> fgpt.Adapters:
+    adapters: dict[str, Any] = lora(params, rs=True, dropout=0.1, alpha=3)
+    made: dict[str, Any] = dora(params)
+    return {path: fgpt.DoRA(adapters[path], x.m) for path, x in made.items()}
+
+
+OURS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
+    "lora": lora,
+    "rslora": lambda p: lora(p, rs=True),
+    "dropout": lambda p: lora(p, dropout=0.25),
+    "dora": dora,
+    "dora of one block": lambda p: dora(p, target=r"blocks\.1\..*"),
+    "rsdora with dropout": rs_dora,
+    "ia3": fgpt.ia3,
+    "ia3 here and there": lambda p: fgpt.ia3(p, r"blocks\.0\.(attn\.o|mlp\.down)", r"blocks\.1\.(attn\.o|mlp\..*)"),
+    "norms": lambda p: fgpt.tune(p, r".*ln_.*"),
+    "gains of some norms": lambda p: fgpt.tune(p, r"blocks\.0\.ln_1\.w|blocks\.\d\.ln_2\..|ln_f\.b"),
+}
+SOME = {
+    "rslora of q and v": lambda p: lora(p, rs=True, target=r".*\.(q|v)"),
+    "dora of q and v": lambda p: dora(p, target=r".*\.(q|v)"),
+    "dora of k, unequal": lambda p: dora(p, target=r".*\.0\..*k") | dora(p, rank=2, alpha=7, target=r".*\.0\..*v"),
+    "ia3 of q": lambda p: fgpt.ia3(p, r"blocks\.1\.attn\.q", None),
+}
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(k, w) for k in OURS for w in (False, True)] + [(k, False) for k in SOME])
+def test_ours_in_peft_and_back(kind: str, whole: bool, tmp_path: Path):
+    params = ours(hf_gpt2(), tmp_path / "base")
+    params = fgpt.fuse(params) if whole else params
+    adapters = shaken((OURS | SOME)[kind](params), 0.1)
+    fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
+    model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
+    agrees(params, adapters, model)
+    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
+    if "unequal" in kind:  # B takes up the quotient of the scales, and gives it back but for rounding
+        close(again, adapters, 1e-7)
+        again = {
+            path: fgpt.DoRA(fgpt.LoRA(x.lora.a, adapters[path].lora.b, x.lora.alpha), x.m) for path, x in again.items()
+        }
+    identical(again, adapters)
+    if not whole:
+        agrees(fgpt.fuse(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params)), model)
+
+
+def test_peft_reads_our_options(tmp_path: Path):
+    params = tiny()
+    fgpt.save_peft(rs_dora(params), params, tmp_path, "base")
+    config: Any = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.use_rslora, config.use_dora, config.lora_dropout) == (True, True, 0.1)
+    fgpt.save_peft(fgpt.ia3(params), params, tmp_path, "base")
+    config = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.target_modules, config.feedforward_modules) == ({"attn.c_attn", "mlp.c_proj"}, {"mlp.c_proj"})
+
+
+# ------------------------------------------------------------------------------------------------ every format, theirs
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": True}
+IA3: dict[str, Any] = {"fan_in_fan_out": True}
+THEIRS = {
+    "dora": peft.LoraConfig(**LORA, use_dora=True, target_modules=["attn.c_attn", "mlp.c_fc"], lora_dropout=0.2),
+    "dora of c_proj": peft.LoraConfig(**LORA, use_dora=True, use_rslora=True, target_modules=["c_proj"]),
+    "rslora of c_fc": peft.LoraConfig(
+        **LORA, use_rslora=True, target_modules=["c_fc"], rank_pattern={"h.0.mlp.c_fc": 2}
+    ),
+    "ia3": peft.IA3Config(**IA3, target_modules=["attn.c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+    "ia3 by pattern": peft.IA3Config(
+        **IA3, target_modules=r".*\.c_(attn|fc)", feedforward_modules=r".*1\.(attn|mlp)\..*"
+    ),
+    "norms": peft.LNTuningConfig(target_modules=["ln_1", "ln_2", "ln_f"]),
+    "a norm": peft.LNTuningConfig(target_modules=["h.1.ln_2"]),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_theirs_with_us(kind: str, tmp_path: Path):
+    model = trained(THEIRS[kind])
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    params = ours(hf_gpt2(), tmp_path / "base")
+    for base in (fgpt.fuse(params), params):
+        if kind == "dora" and base is params:
+            with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+                fgpt.load_peft(tmp_path / "adapter", base)
+            continue
+        adapters = fgpt.load_peft(tmp_path / "adapter", base)
+        agrees(base, adapters, model)
+        if base is not params or not kind.startswith("ia3"):
+            numbers = sum(p.numel() for n, p in model.named_parameters() if re.search("lora_|ia3_|ln_tuning", n))
+            assert fgpt.trainable(adapters) == numbers
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: lora(p, target=ATTN) | fgpt.tune(p, r".*ln_.*"),
+        lambda p: lora(p, target=ATTN) | dora(p, target=r".*\.up"),
+        lambda p: fgpt.tune(p, r".*\.q\.b"),
+        lambda p: lora(p, target="wte"),
+        lambda p: lora(p, target=ATTN) | lora(p, dropout=0.1, target=r".*\.up"),
+        lambda p: lora(p, target=r".*\.q") | lora(p, dropout=0.1, target=r".*\.v"),
+        lambda p: fgpt.ia3(p, r".*\.o", r".*\.o"),
+        lambda p: fgpt.ia3(p, None, r".*\.k"),
+        lambda p: {},
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(make: Callable[[fgpt.GPT], fgpt.Adapters], tmp_path: Path):
+    params = tiny()
+    with pytest.raises(fgpt.InputError, match=r"save_adapters\(adapters, path\)"):
+        fgpt.save_peft(make(params), params, tmp_path / "adapter", "base")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
+    """PiSSA takes its first product out of the base: without that, W + sBA is another model."""
+    config = peft.LoraConfig(**LORA, target_modules=["c_fc"], init_lora_weights="pissa")
+    trained(config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(fgpt.InputError, match="init_lora_weights 'pissa' belongs to a base that was changed"):
+        fgpt.load_peft(tmp_path / "adapter", tiny())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "expected"),
+    [
+        ("dora", {"use_dora": False}, "needs lora_A and lora_B: .* got .*lora_magnitude_vector"),
+        ("dora", {"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]"),
+        ("dora", {"lora_dropout": 1.0}, "expected lora_dropout from 0 to less than 1, got 1.0"),
+        ("dora", {"lora_alpha": None}, "expected a number for lora_alpha, got None"),
+        ("dora", {"alpha_pattern": {"(": 2}}, "not a regular expression"),
+        ("dora", {"alpha_pattern": [2]}, "expected an object for alpha_pattern"),
+        ("dora", {"peft_type": "IA3"}, "lora_A.weight is none of peft_type 'IA3'"),
+        ("ia3", {"peft_type": "VERA"}, "expected peft_type 'LORA', 'IA3', 'LN_TUNING', got 'VERA'"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str, Any], expected: str, tmp_path: Path):
+    trained(THEIRS[kind]).save_pretrained(tmp_path, save_embedding_layers=False)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(fgpt.InputError, match=expected) as caught:
+        fgpt.load_peft(tmp_path, fgpt.fuse(tiny()))
+    assert "\n" not in str(caught.value)
+
+
+def test_tuning_of_a_matrix_is_no_norm(tmp_path: Path):
+    """attn.c_proj is square, and transposed: read as it is, it would fit, and be another model."""
+    trained(peft.LNTuningConfig(target_modules=["attn.c_proj"])).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(fgpt.InputError, match=r"attn\.c_proj is no norm"):
+        fgpt.load_peft(tmp_path, tiny())

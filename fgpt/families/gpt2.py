@@ -1,18 +1,21 @@
 """GPT-2's tensors on the hub, and our tree.
 
 The hub keeps OpenAI's layout: every block matrix is a Conv1D, [in, out], and q, k and v are one matrix, c_attn. Here
-weights are [out, in] and split. This is the one place that knows.
+weights are [out, in] and split. A matrix that was quantised on the way to the hub was transposed before, and is
+[out, in] there too. This is the one place that knows.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, Linear, Norm, fused
+from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, fused
 from fgpt.tree import walk
-from fgpt.weights import Adapted
+from fgpt.weights import Adapted, shape
 
 BUFFER_ENDINGS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry; no parameters."""
@@ -100,8 +103,11 @@ def plain_name(name: str) -> str | None:
     return None if name.endswith(BUFFER_ENDINGS) else name.removeprefix("transformer.")
 
 
-def from_hf(tensors: Mapping[str, Tensor], cfg: Config) -> GPT:
+def from_hf(tensors: Mapping[str, Tensor | Quantised], cfg: Config) -> GPT:
     """Our tree of the hub's tensors (plain names). Transposed weights are views: no copy is made.
+
+    A quantised c_attn is split where its blocks, and the blocks of quantised scales, end between q, k and v (for NF4
+    with double quantisation, where d_model is a multiple of 128); else q, k and v stay one, as `fuse` makes them.
 
     Raises InputError where a tensor is missing, surplus, or of another shape.
     """
@@ -111,31 +117,75 @@ def from_hf(tensors: Mapping[str, Tensor], cfg: Config) -> GPT:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole GPT-2 of this config")
     if surplus:
         raise InputError(f"tensor {min(surplus)} has no place in a GPT-2 of this config ({len(surplus)} in all)")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(f"tensor {name}: expected shape {list(shape)}, got {list(tensors[name].shape)}")
+    for name, size in expected.items():
+        x = tensors[name]
+        want = size[::-1] if name.startswith("h.") and isinstance(x, QUANTISED) else size
+        if tuple(x.shape) != want:
+            raise InputError(f"tensor {name}: expected shape {list(want)}, got {list(x.shape)}")
+
+    def plain(name: str) -> Tensor:
+        x = tensors[name]
+        if not isinstance(x, Tensor):
+            raise InputError(f"tensor {name} is quantised; expected plain numbers")
+        return x
 
     def norm(name: str) -> Norm:
-        return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+        return Norm(plain(f"{name}.weight"), plain(f"{name}.bias"))
 
     def conv(name: str) -> Linear:
-        return Linear(tensors[f"{name}.weight"].T, tensors[f"{name}.bias"])
+        w = tensors[f"{name}.weight"]
+        return Linear(w.T if isinstance(w, Tensor) else w, plain(f"{name}.bias"))
+
+    def attention(name: str) -> Attention | FusedAttention:
+        c_attn, o = conv(f"{name}.c_attn"), conv(f"{name}.c_proj")
+        w, b = c_attn.w, plain(f"{name}.c_attn.bias")
+        parts = w.chunk(3) if isinstance(w, Tensor) else thirds(w) if isinstance(w, QUANTISED) else None
+        if parts is None:
+            return FusedAttention(c_attn, o)
+        q, k, v = (Linear(p, bias) for p, bias in zip(parts, b.chunk(3), strict=True))
+        return Attention(q, k, v, o)
 
     def block(h: str) -> Block:
-        c_attn = conv(f"{h}.attn.c_attn")
-        parts = zip(c_attn.w.chunk(3), c_attn.b.chunk(3), strict=True)  # pyright: ignore
-        q, k, v = (Linear(w, b) for w, b in parts)
-        attn = Attention(q, k, v, conv(f"{h}.attn.c_proj"))
-        return Block(norm(f"{h}.ln_1"), attn, norm(f"{h}.ln_2"), MLP(conv(f"{h}.mlp.c_fc"), conv(f"{h}.mlp.c_proj")))
+        mlp = MLP(conv(f"{h}.mlp.c_fc"), conv(f"{h}.mlp.c_proj"))
+        return Block(norm(f"{h}.ln_1"), attention(f"{h}.attn"), norm(f"{h}.ln_2"), mlp)
 
     return GPT(
         Embedding(tensors["wte.weight"]),
-        Embedding(tensors["wpe.weight"]),
+        Embedding(plain("wpe.weight")),
         tuple(block(f"h.{i}") for i in range(cfg.n_layer)),
         norm("ln_f"),
         None if cfg.tied else Linear(tensors["lm_head.weight"]),
         cfg,
     )
+
+
+def thirds(w: Quantised) -> list[Any] | None:
+    """The rows of `w` in three equal parts, still quantised as they are; None where a block lies across two parts."""
+    per = w.block if isinstance(w, Blockwise8) else BLOCK if isinstance(w, FourBit) else w.shape[1]
+    if w.shape.numel() % (3 * per):
+        return None
+    scales = list(w.absmax.chunk(3)) if isinstance(w.absmax, Tensor) else thirds(w.absmax)
+    return scales and [replace(w, codes=c, absmax=a) for c, a in zip(w.codes.chunk(3), scales, strict=True)]
+
+
+def check(params: GPT) -> None:
+    """Raises InputError where a part of `params` has not the size that its config gives it."""
+    cfg = params.cfg
+    d, m = cfg.d_model, cfg.d_mlp
+    sizes = {"wte": (cfg.vocab, d), "wpe": (cfg.context, d), "head": (cfg.vocab, d)}
+    sizes |= {"q": (d, d), "k": (d, d), "v": (d, d), "qkv": (3 * d, d), "o": (d, d), "up": (m, d), "down": (d, m)}
+    if len(params.blocks) != cfg.n_layer or (params.head is None) != cfg.tied or d % cfg.n_head:
+        raise InputError(f"{len(params.blocks)} blocks, head {params.head is not None}: not a model of {cfg}")
+    for path, x in walk(params):
+        if isinstance(x, Linear | Embedding | Norm):
+            want = sizes.get(path.rpartition(".")[2], (d,))
+            got, bias = tuple(x.w.shape) if isinstance(x, Norm) else shape(x.w), getattr(x, "b", None)
+            if got != want:
+                raise InputError(f"{path}.w: expected shape {list(want)}, got {list(got)}")
+            if bias is not None and tuple(bias.shape) != want[:1]:
+                raise InputError(f"{path}.b: expected shape {list(want[:1])}, got {list(bias.shape)}")
+            if isinstance(x.w, Tensor) and not x.w.is_floating_point():
+                raise InputError(f"{path}.w: expected a floating dtype, got {x.w.dtype}")
 
 
 def to_hf(params: GPT) -> dict[str, Tensor]:

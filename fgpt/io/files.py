@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file. The metadata defaults to what the hub's libraries expect."""
-    write(path, save({k: x.detach().contiguous() for k, x in tensors.items()}, metadata or {"format": "pt"}))
+    """A safetensors file. The metadata defaults to what the hub's libraries expect. Tensors that share their storage,
+    as the codes of quantised weights do, are each written in full.
+
+    Raises InputError for a tensor without storage, and as `write` does.
+    """
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, x in tensors.items():
+        if x.is_meta:
+            raise InputError(f"{name} has no storage (it is on the meta device): nothing to write to {path}")
+        x = x.detach().contiguous()
+        own[name] = x.clone() if x.untyped_storage().data_ptr() in seen else x
+        seen.add(own[name].untyped_storage().data_ptr())
+    write(path, save(own, metadata or {"format": "pt"}))
 
 
 def read_json(path: Path) -> Any:
@@ -62,10 +75,22 @@ def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> di
 
     Raises InputError where the file is missing, truncated or malformed.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises InputError as `read_tensors` does."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as err:
         raise InputError(f"{path}: not a whole safetensors file: {err}") from None

@@ -1,184 +1,298 @@
-"""LoRA adapters in PEFT's file format, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters in PEFT's file formats, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT names the hub's layers, where q, k and v are one matrix, c_attn. A LoRA on our `attn.qkv` is theirs on c_attn.
-LoRAs on q, k or v alone, which PEFT cannot express, are stacked exactly: A' = [A_q; A_v], B' has each B in its own rows
-and columns, and alpha' = s·r', so that the scale stays. How they were stacked is kept in the file's metadata.
+peft_type   ours                     tensors of a module
+LORA        LoRA, or DoRA            lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out]
+IA3         IA3                      ia3_l: [out, 1] scales outputs, [1, in] the inputs of a feedforward module
+LN_TUNING   tensors of norms         weight and bias, the whole norm
+
+A folder is of one type. What PEFT cannot hold, unions and tuned biases, `save_adapters` keeps.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fgpt.adapters import Adapters, LoRA, adapt
+from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
-from fgpt.io.files import read_json, read_tensors, write_json, write_tensors
+from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from fgpt.io.peft_names import (
+    NORMS,
+    PREFIX,
+    Held,
+    dropout_of,
+    held,
+    module_of,
+    path_of,
+    stack,
+    targets,
+    thirds,
+    unstack,
+)
+from fgpt.io.trees import fitted
 from fgpt.model import GPT, Attention
+from fgpt.tree import leaves, matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STACKED = "fgpt_stacked"
+HELD = "fgpt_held"
+"""The entry of the file's metadata that says which parts of a module our adapters held, where not all of it."""
 
-MODULES = {"attn.qkv": "attn.c_attn", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-"""Our layers of a block, and the hub's."""
+KEYS = {
+    "LORA": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?",
+    "IA3": r"(?P<module>.+)\.(?P<part>ia3_l)(\.default)?",
+    "LN_TUNING": r"(?P<module>.+)\.ln_tuning_layers(\.default)?\.(?P<part>weight|bias)",
+}
 
-PREFIX = "base_model.model."
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.(?:default\.)?weight")
+LEAVES = (("w", "weight"), ("b", "bias"))
+"""Our leaves of a norm, and the hub's."""
+
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights after which the adapter belongs to a base that was changed at the start."""
+UNREAD = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+)
+"""Options that change the forward pass in ways that we have no adapter for."""
+
+
+class Packed(NamedTuple):
+    """What PEFT's two files hold."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    held: dict[str, Held]
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
 def save_peft(adapters: Adapters, params: GPT, folder: Path, base: str) -> None:
-    """Write LoRA `adapters` of the model `params`, known to others as `base`, so that `peft` loads them.
+    """Write `adapters` of the model `params`, known to others as `base`, so that `peft` loads them.
 
-    Raises InputError for adapters that PEFT's LoRA format cannot hold.
+    Raises InputError for adapters that no format of PEFT's holds.
+    """
+    tensors, config, parts = pack(adapters, params, base)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"} | ({HELD: json.dumps(parts)} if parts else {}))
+    write_json(folder / CONFIG, config)
+
+
+def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
+    """`adapters` as PEFT's files hold them.
+
+    Raises InputError for adapters that do not fit `params`, or that no format of PEFT's holds.
     """
     adapt(params, adapters)  # a path or shape that does not fit is better met now than at loading
-    loras, stacked = _stack(adapters, params)
-    tensors = {
-        f"{PREFIX}{module}.lora_{side}.weight": x
-        for module, lora in loras.items()
-        for side, x in (("A", lora.a), ("B", lora.b))
-    }
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"} | ({STACKED: json.dumps(stacked)} if stacked else {}))
-    write_json(folder / CONFIG, _config(loras, params.cfg.n_layer, base))
+    modules: dict[str, dict[str, Any]] = {}
+    for path, x in adapters.items():
+        module, part = module_of(path)
+        modules.setdefault(module, {})[part] = x
+    kinds = {next(c for c in (LoRA, DoRA, IA3, Tensor) if isinstance(x, c)) for x in adapters.values()}
+    if len(kinds) != 1:
+        names = ", ".join(sorted(c.__name__ for c in kinds)) or "nothing"
+        raise InputError(f"no format of PEFT's holds {names} in one: save_adapters(adapters, path) does")
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    if kinds == {Tensor}:
+        tensors, config, some = _pack_norms(modules, params)
+    else:
+        some = {module: held(parts) for module, parts in modules.items() if "" not in parts}
+        whole: dict[str, Any] = {m: x[""] if "" in x else stack(x, _attention(m, params)) for m, x in modules.items()}
+        make = _pack_ia3 if kinds == {IA3} else _pack_lora
+        tensors, config = make(whole, params.cfg.n_layer)
+    return Packed({PREFIX + name: x for name, x in tensors.items()}, common | config, some)
 
 
-def _stack(adapters: Adapters, params: GPT) -> tuple[dict[str, LoRA], dict[str, dict[str, int]]]:
-    """The LoRAs by PEFT's module names, and for stacked ones the rank that each of q, k, v holds."""
-    d = params.cfg.d_model
-    loras: dict[str, LoRA] = {}
-    parts: dict[str, dict[str, LoRA]] = {}
-    for path, lora in adapters.items():
-        if not isinstance(lora, LoRA):
-            raise InputError(
-                f"{path} is a whole tensor: PEFT's LoRA format holds LoRAs only; save the merged model instead"
-            )
-        block, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", path).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        if block and layer in MODULES:
-            loras[f"transformer.h.{block}.{MODULES[layer]}"] = lora
-        elif block and layer in ("attn.q", "attn.k", "attn.v"):
-            parts.setdefault(f"transformer.h.{block}.attn.c_attn", {})[layer[-1]] = lora
-        elif path == "head":
-            loras["lm_head"] = lora
-        else:
-            raise InputError(f"PEFT's LoRA format has no place for an adapter on {path}; save the merged model instead")
-    for module, some in parts.items():
-        scale = next(iter(some.values())).scale
-        zero = {x: torch.zeros(d, 0) for x in "qkv"}
-        # exact even for unequal scales: the quotient is absorbed in B
-        b = torch.block_diag(*(some[x].b * (some[x].scale / scale) if x in some else zero[x] for x in "qkv"))
-        a = torch.cat([some[x].a for x in "qkv" if x in some])
-        loras[module] = LoRA(a, b, scale * a.shape[0])
-    return loras, {module: {x: some[x].a.shape[0] for x in "qkv" if x in some} for module, some in parts.items()}
+def _attention(module: str, params: GPT) -> Attention:
+    attn = params.blocks[int(module.split(".")[2])].attn
+    assert isinstance(attn, Attention)  # q, k or v fit
+    return attn
 
 
-def _config(loras: Mapping[str, LoRA], n_layer: int, base: str) -> dict[str, Any]:
-    ranks = {module: lora.a.shape[0] for module, lora in loras.items()}
-    alphas = {module: lora.alpha for module, lora in loras.items()}
+def _pack_lora(whole: Mapping[str, LoRA | DoRA], n_layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    loras = {module: x.lora if isinstance(x, DoRA) else x for module, x in whole.items()}
+    rs, dropout = all(x.rs for x in loras.values()), dropout_of(loras.values())
+    ranks = {module: x.a.shape[0] for module, x in loras.items()}
+    # where some are rank-stabilised and some are not, alpha alone says how strong each is
+    alphas = {module: x.alpha if x.rs == rs else x.scale * ranks[module] for module, x in loras.items()}
     rank, alpha = (max(set(x.values()), key=list(x.values()).count) for x in (ranks, alphas))
-    targets: set[str] = set()
-    for module in loras:
-        layer = re.sub(r"^transformer\.h\.\d+\.", "", module)
-        everywhere = sum(m.endswith(f".{layer}") for m in loras) == n_layer
-        targets.add(layer if everywhere else module)
-    return {
+    tensors = {f"{m}.lora_{side}.weight": t for m, x in loras.items() for side, t in (("A", x.a), ("B", x.b))}
+    tensors |= {f"{m}.lora_magnitude_vector": x.m for m, x in whole.items() if isinstance(x, DoRA)}
+    return tensors, {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
+        "use_rslora": rs,
+        "use_dora": any(isinstance(x, DoRA) for x in whole.values()),
         "bias": "none",
         "fan_in_fan_out": True,
-        "inference_mode": True,
-        "target_modules": sorted(targets),
+        "target_modules": targets(loras, n_layer),
         "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(m): a for m, a in alphas.items() if a != alpha},
     }
+
+
+def _pack_ia3(whole: Mapping[str, IA3], n_layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    for module, x in whole.items():
+        if (x.row is None) == (x.col is None):
+            raise InputError(
+                f"IA3 on {module} scales inputs and outputs, or neither: PEFT's scales one; "
+                "save_adapters(adapters, path) keeps it"
+            )
+        if x.row is not None:
+            tensors[f"{module}.ia3_l"] = x.row[:, None]
+        elif x.col is not None:
+            tensors[f"{module}.ia3_l"] = x.col[None]
+    feedforward = targets([m for m, x in whole.items() if x.col is not None], n_layer)
+    others = targets([m for m, x in whole.items() if x.row is not None], n_layer)
+    return tensors, {
+        "peft_type": "IA3",
+        "fan_in_fan_out": True,
+        "target_modules": sorted(feedforward + others),
+        "feedforward_modules": feedforward,
+    }
+
+
+def _pack_norms(
+    modules: Mapping[str, Mapping[str, Tensor]], params: GPT
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Held]]:
+    """PEFT keeps whole norms: the leaf that is not tuned is the base's."""
+    base = leaves(params)
+    tensors: dict[str, Tensor] = {}
+    for module, parts in modules.items():
+        for leaf, theirs in LEAVES:
+            x = parts[leaf] if leaf in parts else base[f"{path_of(module)}.{leaf}"].float()
+            tensors[f"{module}.ln_tuning_layers.{theirs}"] = x
+    some: dict[str, Held] = {m: {leaf: [] for leaf in parts} for m, parts in modules.items() if len(parts) == 1}
+    return tensors, {"peft_type": "LN_TUNING", "target_modules": targets(modules, params.cfg.n_layer)}, some
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
 def load_peft(folder: Path, params: GPT) -> Adapters:
-    """The LoRA adapters in `folder`, for the model `params`. A LoRA on the hub's c_attn wants a fused base:
-    `load_peft(folder, fuse(params))`; one that we stacked is unstacked on a base that is not fused.
+    """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, or tensors of norms.
 
-    Raises InputError for a file that is not a PEFT LoRA, or does not fit the model.
+    A LoRA or DoRA on the hub's c_attn wants a fused base: `load_peft(folder, fuse(params))`; one that we stacked is
+    unstacked on a base that is not fused, and IA3 on c_attn becomes IA3 on q, on k and on v there.
+
+    Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
     """
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else config
-        raise InputError(f"{folder / CONFIG}: expected peft_type 'LORA', got {got!r}")
-    if config.get("use_dora"):
-        raise InputError(f"{folder / CONFIG}: use_dora is set; expected a plain LoRA")
-    tensors = read_tensors(folder / WEIGHTS)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stacked = json.loads((file.metadata() or {}).get(STACKED, "{}"))
-    ours = {theirs: layer for layer, theirs in MODULES.items()}
-    adapters: Adapters = {}
-    for module, (a, b) in _pairs(tensors, folder).items():
-        lora = LoRA(a.float(), b.float(), _scale(config, module, a.shape[0]) * a.shape[0])
-        match = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", module)
-        layer = ours.get(match[2]) if match else "head" if module == "lm_head" else None
-        if layer is None:
-            raise InputError(f"{folder / WEIGHTS}: adapter on {module}, which is no layer of a GPT-2")
-        path = f"blocks.{match[1]}.{layer}" if match else layer
-        unfused = (
-            match and int(match[1]) < len(params.blocks) and isinstance(params.blocks[int(match[1])].attn, Attention)
-        )
-        if module in stacked and unfused:
-            adapters |= _unstack(lora, stacked[module], path.removesuffix("qkv"), params.cfg.d_model)
-        else:
-            adapters[path] = lora
+    kind = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(kind, str) or kind not in KEYS:
+        raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {kind!r}")
+    tensors, metadata = read_tensors(folder / WEIGHTS), read_metadata(folder / WEIGHTS)
     try:
-        adapt(params, adapters)
+        _refuse(config)
+        modules, parts = _modules(tensors, kind), _held(metadata.get(HELD, "{}"))
+        adapters = _norms(modules, parts) if kind == "LN_TUNING" else _low(kind, modules, config, parts, params)
     except InputError as err:
         raise InputError(f"{folder}: {err}") from None
+    return fitted(adapters, params, folder)
+
+
+def _refuse(config: Mapping[str, Any]) -> None:
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
+        raise InputError(
+            f"init_lora_weights {init!r} belongs to a base that was changed at the start: convert it to a plain LoRA, "
+            "save_pretrained(.., path_initial_model_for_weight_conversion=..)"
+        )
+    if used := [name for name in UNREAD if config.get(name)]:
+        raise InputError(f"{used[0]} is {config[used[0]]!r}, which has no adapter here; expected none")
+
+
+def _modules(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Tensor]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + KEYS[kind], name)
+        if match is None:
+            raise InputError(f"tensor {name} is none of peft_type {kind!r}")
+        modules.setdefault(match["module"], {})[match["part"]] = x.float()
+    if not modules:
+        raise InputError(f"{WEIGHTS} holds no adapter")
+    return modules
+
+
+def _held(text: str) -> dict[str, Held]:
+    try:
+        parts = json.loads(text)
+    except ValueError:
+        parts = None
+    if not isinstance(parts, dict) or not all(isinstance(x, dict) for x in parts.values()):
+        raise InputError(f"{WEIGHTS}: metadata {HELD} is {text[:60]!r}; expected an object of objects")
+    return parts
+
+
+def _low(
+    kind: str,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    parts: Mapping[str, Held],
+    params: GPT,
+) -> Adapters:
+    read: Callable[..., Any] = _lora if kind == "LORA" else _ia3
+    adapters: Adapters = {}
+    for module, tensors in modules.items():
+        path, whole = path_of(module), read(module, tensors, config)
+        parent, _, last = path.rpartition(".")
+        block = int(path.split(".")[1]) if last == "qkv" else len(params.blocks)
+        if block < len(params.blocks) and isinstance(params.blocks[block].attn, Attention):
+            if module in parts:
+                adapters |= {f"{parent}.{x}": p for x, p in unstack(whole, parts[module]).items()}
+                continue
+            if isinstance(whole, IA3):
+                adapters |= {f"{parent}.{x}": p for x, p in thirds(whole).items()}
+                continue
+        adapters[path] = whole
     return adapters
 
 
-def _pairs(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, x in tensors.items():
-        match = KEY.fullmatch(name)
-        if match is None:
-            raise InputError(f"{folder / WEIGHTS}: tensor {name} is no LoRA of a linear layer")
-        sides.setdefault(match["module"], {})[match["side"]] = x
-    for module, pair in sides.items():
-        if (
-            pair.keys() != {"A", "B"}
-            or pair["A"].ndim != 2
-            or pair["B"].ndim != 2
-            or len(pair["A"]) != pair["B"].shape[1]
-        ):
-            got = {side: list(x.shape) for side, x in pair.items()}
-            raise InputError(f"{folder / WEIGHTS}: {module} needs A [rank, in] and B [out, rank], got {got}")
-    if not sides:
-        raise InputError(f"{folder / WEIGHTS}: holds no adapter")
-    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+def _lora(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRA | DoRA:
+    names = ("lora_A", "lora_B", "lora_magnitude_vector") if config.get("use_dora") else ("lora_A", "lora_B")
+    a, b, m = (tensors.get(name) for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    if (
+        tensors.keys() != set(names)
+        or a is None
+        or b is None
+        or (a.ndim, b.ndim, b.shape[-1]) != (2, 2, a.shape[0])
+        or (m is not None and m.numel() != b.shape[0])
+    ):
+        got = {name: list(x.shape) for name, x in tensors.items()}
+        raise InputError(f"{module} needs {' and '.join(names)}: [rank, in], [out, rank] and [out]; got {got}")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{CONFIG}: expected lora_dropout from 0 to less than 1, got {dropout!r}")
+    lora = LoRA(a, b, _alpha(config, module), bool(config.get("use_rslora")), float(dropout))
+    return lora if m is None else DoRA(lora, m.flatten())
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. Source: Kalajdzievski 2023, section 3."""
+def _alpha(config: Mapping[str, Any], module: str) -> float:
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), config.get("lora_alpha"))
+    if not isinstance(patterns, dict):
+        raise InputError(f"{CONFIG}: expected an object for alpha_pattern, got {patterns!r}")
+    alpha = next((a for p, a in patterns.items() if matches(rf"(.*\.)?({p})", module)), config.get("lora_alpha"))
     if not isinstance(alpha, int | float):
         raise InputError(f"{CONFIG}: expected a number for lora_alpha, got {alpha!r}")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return float(alpha)
 
 
-def _unstack(lora: LoRA, ranks: Mapping[str, int], parent: str, d: int) -> Adapters:
-    adapters, at = {}, 0
-    for x, rank in ranks.items():
-        rows = slice("qkv".index(x) * d, ("qkv".index(x) + 1) * d)
-        columns = slice(at, at + rank)
-        adapters[f"{parent}{x}"] = LoRA(lora.a[columns], lora.b[rows, columns], lora.scale * rank)
-        at += rank
+def _ia3(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IA3:
+    x = tensors["ia3_l"]
+    if x.ndim != 2 or 1 not in x.shape:
+        raise InputError(f"{module} needs ia3_l [out, 1] or [1, in], got {list(x.shape)}")
+    return IA3(row=x.flatten()) if x.shape[1] == 1 else IA3(col=x.flatten())
+
+
+def _norms(modules: Mapping[str, Mapping[str, Tensor]], parts: Mapping[str, Held]) -> Adapters:
+    adapters: Adapters = {}
+    for module, tensors in modules.items():
+        path, kept = path_of(module), parts.get(module, {"w": [], "b": []})
+        if path.rpartition(".")[2] not in NORMS:  # a Conv1D's weight is transposed, and may be square
+            raise InputError(f"{module} is no norm of a GPT-2")
+        adapters |= {f"{path}.{leaf}": tensors[name] for leaf, name in LEAVES if leaf in kept and name in tensors}
     return adapters

@@ -116,7 +116,7 @@ def dequantise(w: Quantised, dtype: torch.dtype | None = None) -> Float[Tensor, 
     """The numbers that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
     if isinstance(w, Rowwise8):
-        return (w.codes * (w.absmax / 127)[:, None]).to(dtype)
+        return w.codes.float().mul_((w.absmax / 127)[:, None]).to(dtype)
     if isinstance(w, Blockwise8):
         return torch.ops.bitsandbytes.dequantize_blockwise(w.codes, w.absmax, w.code, w.block, dtype)
     return torch.ops.bitsandbytes.dequantize_4bit(
@@ -190,8 +190,8 @@ class _Product(torch.autograd.Function):
             return x @ dense if transposed else F.linear(x, dense)
         codes, absmax = _round(x)
         y = torch.ops.bitsandbytes.int8_linear_matmul(codes.flatten(0, -2) if x.ndim > 1 else codes[None], w.codes)
-        y = y.view(*x.shape[:-1], w.shape[0]) * (absmax / 127)
-        return y.mul_(w.absmax / 127).to(x.dtype)
+        y = y.float().view(*x.shape[:-1], w.shape[0])
+        return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,430 @@
+"""Files: quantised trees and any adapters bit by bit, bitsandbytes' own files, and what a run keeps."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from conftest import close, hf_gpt2, same, shaken, tiny, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel
+
+import fgpt
+from experiments import folder
+from fgpt.io import hub
+from fgpt.kernels.quantised import QUANTISED, FourBit, Rowwise8
+from fgpt.model import FusedAttention
+from fgpt.tree import cast, tree_map, walk
+
+X = tokens(31, 2, 9)
+
+
+def identical(a: Any, b: Any) -> None:
+    """Asserts the same nodes with the same static fields, and bitwise the same tensors."""
+    assert pytree.tree_structure(a) == pytree.tree_structure(b)
+    x, y = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    assert all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+def wide(**overrides: Any) -> fgpt.GPT:
+    return tiny(**{"d_model": 64, "d_mlp": 128} | overrides)
+
+
+# ------------------------------------------------------------------------------------------------------ quantised trees
+
+MIXED = {
+    "nf4": lambda p: fgpt.quantize(p),
+    "nf4, plain scales": lambda p: fgpt.quantize(p, double_quant=False),
+    "fp4": lambda p: fgpt.quantize(p, "fp4"),
+    "int8": lambda p: fgpt.quantize(p, "int8"),
+    "blockwise8": lambda p: fgpt.quantize(p, "blockwise8"),
+    "the table": lambda p: fgpt.quantize(p, "int8", target="wte"),
+    "all, mixed": lambda p: fgpt.quantize(
+        fgpt.quantize(fgpt.quantize(p, "nf4", target=r".*\.0\.attn\..*"), "int8", target=r".*\.down"),
+        *("blockwise8", True, r".*\.1\.attn\..*|wte|head" if p.head else r".*\.1\.attn\..*|wte"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantised_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bool, tmp_path: Path):
+    params = MIXED[kind](fgpt.fuse(wide(tied=tied)) if whole else wide(tied=tied))
+    assert any(isinstance(x, QUANTISED) for _, x in walk(params))
+    fgpt.save(params, tmp_path)
+    again = fgpt.load(str(tmp_path))
+    identical(again, params)
+    assert torch.equal(fgpt.apply(again, X), fgpt.apply(params, X))
+
+
+def test_dtypes_stay_or_change_together(tmp_path: Path):
+    params = fgpt.quantize(cast(wide(), torch.bfloat16))
+    fgpt.save(params, tmp_path)
+    identical(fgpt.load(str(tmp_path), dtype=None), params)
+    fp32 = fgpt.load(str(tmp_path))
+    assert {x.dtype for _, x in walk(fp32) if isinstance(x, FourBit)} == {torch.float32}
+    assert fp32.blocks[0].ln_1.w.dtype == torch.float32
+    assert fgpt.apply(fp32, X).dtype == torch.float32
+    w, v = (p.blocks[1].mlp.up.w for p in (fp32, params))
+    assert same(w, v)  # codes and scales are as they were; the numbers are no longer rounded to bfloat16
+    assert torch.equal(fgpt.dense(w).bfloat16(), fgpt.dense(v))
+    identical(fgpt.load(str(tmp_path), dtype=torch.bfloat16), params)  # scales of scales mean fp32 as before
+
+
+def test_others_refuse_a_quantised_folder(tmp_path: Path):
+    """transformers fills in what a model.safetensors of other names lacks with random numbers: it must find none."""
+    plain = wide()
+    fgpt.save(plain, tmp_path, like="nano")
+    fgpt.save(fgpt.quantize(plain), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hub._config(tmp_path) == plain.cfg
+    fgpt.save(plain, tmp_path)
+    assert same(fgpt.load(str(tmp_path)), plain)  # not the quantised one of before
+    assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64
+
+
+def test_a_fresh_process_computes_with_what_it_loads(tmp_path: Path):
+    """bitsandbytes' operators are there, though nothing was quantised."""
+    params = fgpt.quantize(wide(n_layer=1))
+    fgpt.save(params, tmp_path)
+    code = "import sys, torch, fgpt; print(fgpt.apply(fgpt.load(sys.argv[1]), torch.tensor([[1, 2, 3]])).sum().item())"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder.__file__.rsplit("/", 2)[0])
+    expected = fgpt.apply(params, torch.tensor([[1, 2, 3]])).sum().item()
+    assert float(said.stdout) == pytest.approx(expected, abs=1e-4)
+
+
+def test_adapted_params_are_not_saved(tmp_path: Path):
+    params = fgpt.quantize(wide())
+    adapted = fgpt.adapt(params, fgpt.lora(params, fgpt.key(0)))
+    with pytest.raises(fgpt.InputError, match=r"attn\.q\.w is Adapted.*merge\(params\) first"):
+        fgpt.save(adapted, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- any adapters
+
+
+def union(params: fgpt.GPT) -> fgpt.Adapters:
+    """Every kind, and a LoRA whose B and a bias whose path would both be called blocks.0.attn.q.b."""
+    key = fgpt.key(0)
+    return shaken(
+        fgpt.lora(params, key, 3, target=r"blocks\.0\.attn\.q", rs=True, dropout=0.1)
+        | fgpt.tune(params, r"blocks\.0\.attn\.q\.b|.*ln_.*")
+        | fgpt.dora(params, key, 2, target=r"blocks\.1\.attn\..|wte")
+        | fgpt.ia3(params, r".*\.0\.attn\.k", r".*\.down")
+    )
+
+
+def test_any_union_of_adapters_comes_back_bit_by_bit(tmp_path: Path):
+    params = wide()
+    adapters = union(params)
+    fgpt.save_adapters(adapters, tmp_path / "a.safetensors")
+    again = fgpt.load_adapters(tmp_path / "a.safetensors", params)
+    identical(again, adapters)
+    whole = load_file(tmp_path / "a.safetensors")
+    whole["blocks.0.attn.q/b"] = torch.zeros(64, 4)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        save_file(whole, tmp_path / "b.safetensors", file.metadata())
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q/b: expected Float.*out rank.*got .* \[64, 4\]"):
+        fgpt.load_adapters(tmp_path / "b.safetensors", params)
+    other = wide(d_model=32)
+    with pytest.raises(fgpt.InputError, match=r"a\.safetensors: .* but the base has"):
+        fgpt.load_adapters(tmp_path / "a.safetensors", other)
+    fgpt.save(fgpt.quantize(params), tmp_path)
+    with pytest.raises(fgpt.InputError, match="expected adapters, got GPT"):
+        fgpt.load_adapters(tmp_path / "fgpt.safetensors", params)
+
+
+# ------------------------------------------------------------------------------------------------------- spoiled files
+
+Q, K = "blocks.0.attn.q", "blocks.0.attn.k"
+Edit = Callable[[dict[str, Tensor], Any], Any]
+
+
+def put(name: str, x: Any) -> Edit:
+    def edit(tensors: dict[str, Tensor], structure: Any) -> None:
+        tensors[name] = x if isinstance(x, Tensor) else x(tensors[name])
+
+    return edit
+
+
+def field(*path: Any) -> Edit:
+    """The structure with the value at path[:-1] replaced by path[-1]."""
+
+    def edit(tensors: dict[str, Tensor], structure: Any) -> None:
+        for step in path[:-2]:
+            structure = structure[step]
+        structure[path[-2]] = path[-1]
+
+    return edit
+
+
+W = ("GPT", "blocks", "tuple", 0, "Block", "attn", "Attention", "q", "Linear", "w")
+SPOILED: dict[str, tuple[Edit, str]] = {
+    "missing": (lambda t, s: t.pop(f"{Q}.w.codes"), rf"tensor {Q}\.w\.codes is missing"),
+    "surplus": (put("extra", torch.zeros(1)), "tensor extra has no place in the structure"),
+    "dtype": (
+        put(f"{Q}.w.codes", lambda x: x.float()),
+        rf"{Q}\.w\.codes: expected UInt8.*got torch.float32 \[64, 32\]",
+    ),
+    "axes": (put(f"{Q}.w.codes", lambda x: x.view(-1)), rf"{Q}\.w\.codes: expected UInt8.*got torch.uint8 \[2048\]"),
+    "code": (put(f"{Q}.w.code", lambda x: x[:8]), rf"{Q}\.w\.code: expected"),
+    "blocks": (put(f"{Q}.w.absmax.codes", lambda x: x[:9]), r"want \d+ scales"),
+    "scales": (put(f"{Q}.w.absmax.absmax", lambda x: x.half()), "scales and code of a quantised weight are float32"),
+    "rows": (put(f"{Q}.b", lambda x: x[:9]), rf"{Q}\.b: expected shape \[64\], got \[9\]"),
+    "narrow": (put(f"{Q}.w.codes", lambda x: x.view(32, 64)), rf"{Q}\.w: expected shape \[64, 64\], got \[32, 128\]"),
+    "whole numbers": (put("wte.w", lambda x: x.int()), r"wte\.w: expected a floating dtype, got torch\.int32"),
+    "node": (field(*W, {"Popen": {}}), rf'{Q}\.w is {{"Popen": {{}}}}; expected a tensor, dict, tuple or known node'),
+    "place": (field(*W[:-2], {"tuple": []}), rf"{Q}: expected Linear, got \(\)"),
+    "field": (field(*W, "FourBit", "colour", "tensor"), r"FourBit has no field 'colour'"),
+    "kind": (field(*W, "FourBit", "kind", "nf5"), rf"{Q}\.w\.kind: expected .*got 'nf5'"),
+    "static dtype": (field(*W, "FourBit", "dtype", "nn"), rf"{Q}\.w\.dtype: expected dtype, got <module"),
+    "offset": (
+        lambda t, s: (t.pop(f"{Q}.w.offset"), _at(s, *W, "FourBit").pop("offset")),
+        "an offset to quantised scales only",
+    ),
+    "nothing": (field(*W[:-1], {}), rf"{Q}\.w: expected .*got None"),
+    "config": (field("GPT", "cfg", "n_head", 4), r"is a model of Config.*but config\.json says Config"),
+    "config's type": (field("GPT", "cfg", "n_head", "2"), r"cfg: expected Config, got"),
+    "layers": (lambda t, s: _drop_block(t, s), "1 blocks, head False"),
+    "depth": (field(*W, "deep"), "expected a tensor, dict, tuple or known node"),
+}
+
+
+def _at(structure: Any, *path: Any) -> Any:
+    for step in path:
+        structure = structure[step]
+    return structure
+
+
+def _drop_block(tensors: dict[str, Tensor], structure: Any) -> None:
+    structure["GPT"]["blocks"]["tuple"].pop()
+    for name in [name for name in tensors if name.startswith("blocks.1.")]:
+        del tensors[name]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved")
+    fgpt.save(fgpt.quantize(wide()), path)
+    return path
+
+
+def copied(saved: Path, to: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    (to / "config.json").write_bytes((saved / "config.json").read_bytes())
+    with safe_open(saved / "fgpt.safetensors", framework="pt") as file:
+        return load_file(saved / "fgpt.safetensors"), file.metadata()
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_file_gets_one_typed_line(name: str, saved: Path, tmp_path: Path):
+    tensors, metadata = copied(saved, tmp_path)
+    structure = json.loads(metadata["structure"])
+    edit, expected = SPOILED[name]
+    edit(tensors, structure)
+    whole = {name: x.contiguous().clone() for name, x in tensors.items()}
+    save_file(whole, tmp_path / "fgpt.safetensors", metadata | {"structure": json.dumps(structure)})
+    with pytest.raises(fgpt.InputError, match=expected) as caught:
+        fgpt.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert "fgpt.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"format": "pt"}, "format is 'pt'; expected a file that fgpt has saved"),
+        ({"format": "fgpt", "structure": "{"}, "structure is not valid JSON"),
+        ({"format": "fgpt", "structure": '{"tuple": [' * 5000}, "structure is not valid JSON"),
+        ({"format": "fgpt", "structure": '{"tuple": [' * 900 + "]}" * 900}, "structure is not valid JSON|has no place"),
+    ],
+)
+def test_other_structures_are_refused(metadata: dict[str, str], expected: str, saved: Path, tmp_path: Path):
+    tensors, _ = copied(saved, tmp_path)
+    save_file(tensors, tmp_path / "fgpt.safetensors", metadata)
+    with pytest.raises(fgpt.InputError, match=expected):
+        fgpt.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_refused(keep: float, saved: Path, tmp_path: Path):
+    copied(saved, tmp_path)
+    data = (saved / "fgpt.safetensors").read_bytes()
+    (tmp_path / "fgpt.safetensors").write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(fgpt.InputError, match="not a whole safetensors file"):
+        fgpt.load(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ bitsandbytes' files
+
+PLAIN = "transformer.h.0.attn.c_attn.weight"
+STATE = f"{PLAIN}.quant_state.bitsandbytes__nf4"
+
+
+def theirs(path: Path, width: int, **options: Any) -> GPT2LMHeadModel:
+    """A GPT-2 that transformers has loaded through bitsandbytes and saved, with no dropout."""
+    off: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    hf_gpt2(n_embd=width, n_layer=1, **off).save_pretrained(path / "plain")
+    config = BitsAndBytesConfig(**options)
+    model = GPT2LMHeadModel.from_pretrained(path / "plain", quantization_config=config, device_map="cpu")
+    model.save_pretrained(path / "quantised")
+    return model
+
+
+def numbers(layer: Any) -> Tensor:
+    """The matrix that a layer of bitsandbytes means, by its own functions."""
+    w = layer.weight
+    return dequantize_4bit(w.data, w.quant_state) if hasattr(w, "quant_state") else int8_vectorwise_dequant(w, w.SCB)
+
+
+def matrices(p: fgpt.GPT) -> dict[str, Tensor]:
+    attn, mlp = p.blocks[0].attn, p.blocks[0].mlp
+    parts = [attn.qkv] if hasattr(attn, "qkv") else [attn.q, attn.k, attn.v]  # pyright: ignore
+    whole = torch.cat([fgpt.dense(x.w) for x in parts])
+    rest = {"attn.c_proj": attn.o, "mlp.c_fc": mlp.up, "mlp.c_proj": mlp.down}
+    return {"attn.c_attn": whole} | {name: fgpt.dense(x.w) for name, x in rest.items()}
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "double", "storage", "fused"),
+    [
+        (64, "nf4", True, "uint8", True),  # 64 blocks in each of q, k and v, but their scales go by 256
+        (128, "nf4", True, "uint8", False),
+        (64, "fp4", False, "uint8", False),
+        (128, "nf4", True, "bfloat16", False),
+    ],
+)
+def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage: str, fused: bool, tmp_path: Path):
+    options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_quant_storage": storage}
+    model = theirs(tmp_path, width, load_in_4bit=True, **options)
+    assert load_file(tmp_path / "quantised" / "model.safetensors")[PLAIN].dtype == getattr(torch, storage)
+    params = fgpt.load(str(tmp_path / "quantised"))
+    assert isinstance(params.blocks[0].attn, FusedAttention) == fused
+    expected = {name: numbers(model.transformer.h[0].get_submodule(name)) for name in matrices(params)}
+    for name, w in matrices(params).items():
+        assert torch.equal(w, expected[name]), name
+    held = [x for _, x in walk(params) if isinstance(x, FourBit)]
+    assert len(held) == (4 if fused else 6)
+    assert all(isinstance(x.absmax, Tensor) != double and x.kind == kind for x in held)
+    model.train()  # in eval mode bitsandbytes multiplies in bfloat16 on some CPUs
+    with torch.no_grad():
+        close(fgpt.apply(params, X), model(X).logits, 1e-5)
+    adapters = fgpt.lora(params, fgpt.key(0), target=r".*\.(q|v|qkv)")
+    assert fgpt.apply(fgpt.adapt(params, adapters), X).isfinite().all()
+    fgpt.save(params, tmp_path / "again")
+    identical(fgpt.load(str(tmp_path / "again")), params)
+
+
+def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, registered = theirs(tmp_path, 64, load_in_8bit=True), []
+    monkeypatch.setattr("fgpt.io.bnb.register", lambda: registered.append(True))
+    params = fgpt.load(str(tmp_path / "quantised"))
+    assert registered
+    stored = load_file(tmp_path / "quantised" / "model.safetensors")
+    attn: Any = params.blocks[0].attn
+    assert all(isinstance(x.w, Rowwise8) for x in (attn.q, attn.k, attn.v, attn.o))
+    codes, scales = (torch.cat([getattr(x.w, name) for x in (attn.q, attn.k, attn.v)]) for name in ("codes", "absmax"))
+    assert torch.equal(codes, stored[PLAIN])
+    assert torch.equal(scales, stored[PLAIN.replace("weight", "SCB")])
+    for name, w in matrices(params).items():  # c·s/127 in another order of rounding
+        torch.testing.assert_close(w, numbers(model.transformer.h[0].get_submodule(name)), rtol=3e-7, atol=0)
+
+
+def stated(**changes: Any) -> Callable[[Tensor], Tensor]:
+    """A packed state with other fields."""
+    return lambda x: torch.tensor(list(json.dumps(json.loads(bytes(x.tolist())) | changes).encode()), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("nested")
+    theirs(path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return path / "quantised"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        (PLAIN, None, "c_attn.weight is missing, but .* of it are there"),
+        (f"{PLAIN}.absmax", None, "c_attn.weight.absmax is missing"),
+        (f"{PLAIN}.nested_quant_map", None, "nested_quant_map is missing"),
+        (f"{PLAIN}.absmax", lambda x: x[:-1], "want 192 scales, got 191"),
+        (f"{PLAIN}.absmax", lambda x: x.float(), "absmax: expected uint8 under a map of 256, got float32"),
+        (f"{PLAIN}.nested_absmax", lambda x: torch.cat([x, x]), "want 1 scales, got 2"),
+        (f"{PLAIN}.quant_map", lambda x: x.flip(0), "not the values of nf4"),
+        (PLAIN, lambda x: x[:-64], r"do not make a 4-bit matrix of \[192, 64\]"),
+        (STATE, None, "expected one quant_state.bitsandbytes__nf4 or fp4 beside it, got none"),
+        (STATE, lambda x: x[:9], "not the state of a 4-bit matrix"),
+        (STATE, stated(blocksize=128), "quantised by blocks of 128; expected 64"),
+        (STATE, stated(nested_blocksize=300), "block is 300; expected one of 64"),
+        (STATE, stated(quant_type="nf5"), "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
+        (STATE, stated(shape=[64, 192]), r"c_attn.weight: expected shape \[192, 64\], got \[64, 192\]"),
+        (STATE, stated(dtype="int8"), "not the state of a 4-bit matrix"),
+    ],
+)
+def test_a_spoiled_file_of_bitsandbytes(name: str, change: Any, expected: str, nested: Path, tmp_path: Path):
+    tensors = load_file(nested / "model.safetensors")
+    part = tensors.pop(name)
+    tensors |= {} if change is None else {name: change(part).contiguous()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((nested / "config.json").read_bytes())
+    with pytest.raises(fgpt.InputError, match=expected) as caught:
+        fgpt.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- what a run keeps
+
+KEPT: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
+    "lora": (lambda p: fgpt.lora(p, fgpt.key(0), target=r".*\.(q|v)"), "adapter/adapter_model.safetensors"),
+    "dora": (lambda p: fgpt.dora(p, fgpt.key(0), target=r".*\.(q|v)"), "adapter/adapter_model.safetensors"),
+    "ia3": (fgpt.ia3, "adapter/adapter_model.safetensors"),
+    "norms": (lambda p: fgpt.tune(p, r".*ln_.*"), "adapter/adapter_model.safetensors"),
+    "biases": (lambda p: fgpt.tune(p, r".*\.b"), "adapter/adapters.safetensors"),
+    "a union": (union, "adapter/adapters.safetensors"),
+    "full": (fgpt.tune, "model/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_path: Path):
+    make, file = KEPT[kind]
+    base = cast(wide(), dtype)
+    adapters = shaken(make(base), 0.1)
+    tuned = fgpt.adapt(base, adapters)
+    released = tree_map(lambda x: x.to("meta"), base) if kind == "full" else base  # as training lets go of them
+    folder.save_tuned(tmp_path, released, adapters, "nano")
+    assert (tmp_path / file).is_file()
+    again = folder.load_tuned(tmp_path, base)
+    assert pytree.tree_structure(again) == pytree.tree_structure(tuned)
+    close(again, tuned, 1e-6)  # DoRA's row norms may round otherwise where a file puts the tensors
+    assert not torch.equal(fgpt.apply(base, X), fgpt.apply(tuned, X))
+
+
+def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
+    base = wide()
+    folder.save_tuned(tmp_path, base, fgpt.tune(base), "nano")
+    there = tree_map(lambda x: x.to("meta"), cast(base, torch.float16))  # a device that every machine has
+    assert {(x.device.type, x.dtype) for x in pytree.tree_leaves(folder.load_tuned(tmp_path, there))} == {
+        ("meta", torch.float16)
+    }
+
+
+def test_adapters_over_a_quantised_base(tmp_path: Path):
+    base = fgpt.quantize(wide())
+    adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.tune(base, r".*\.b"), 0.1)
+    folder.save_tuned(tmp_path, base, adapters, "nano")
+    identical(folder.load_tuned(tmp_path, base), fgpt.adapt(base, adapters))
