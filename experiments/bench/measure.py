@@ -9,33 +9,39 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
 from fgpt.io.files import write, write_json
+from fgpt.tree import leaves
 
 console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of a benchmark: a quantity on both sides, in `unit`, and how they compare."""
+    """One line of a benchmark: a quantity on two sides, in `unit`, and how they compare."""
 
     what: str
     unit: str
-    ours: float
-    theirs: float
+    value: float
+    other: float
     ratio: float
-    """The quotient the bar is about, ours / theirs; of speeds, the median of the turns' quotients."""
+    """The quotient the bar is about, value / other; of times and speeds, the median of the turns' quotients."""
     bar: str = ""
     """What the ratio should be: ">= 1.3" or "<= 0.8"; empty where it is only told."""
+    spread: tuple[float, float] | None = None
+    """Lower and upper quartile of the turns' quotients."""
 
     @property
     def cells(self) -> tuple[str, ...]:
         met = "" if not self.bar else " (met)" if self.met else " (missed)"
-        return self.what, self.unit, f"{self.ours:,.4g}", f"{self.theirs:,.4g}", f"{self.ratio:.2f}", self.bar + met
+        spread = "" if self.spread is None else f"{self.spread[0]:.2f} .. {self.spread[1]:.2f}"
+        numbers = f"{self.value:,.4g}", f"{self.other:,.4g}", f"{self.ratio:.2f}"
+        return self.what, self.unit, *numbers, spread, self.bar + met
 
     @property
     def met(self) -> bool:
@@ -43,7 +49,31 @@ class Result:
         return not self.bar or (self.ratio >= float(number) if sign == ">=" else self.ratio <= float(number))
 
 
-HEADS = ("measurement", "unit", "ours", "theirs", "ours / theirs", "bar")
+def times(what: str, value: Sequence[float], other: Sequence[float], bar: str = "") -> Result:
+    """Times of a call, given as seconds of each turn on either side."""
+    ratios = quotients(value, other)
+    medians = 1e3 * statistics.median(value), 1e3 * statistics.median(other)
+    return Result(what, "ms", *medians, statistics.median(ratios), bar, quartiles(ratios))
+
+
+def speeds(what: str, tokens: int, value: Sequence[float], other: Sequence[float], bar: str = "") -> Result:
+    """Speeds over so many tokens, from seconds of each turn on either side."""
+    ratios = quotients(other, value)
+    medians = tokens / statistics.median(value), tokens / statistics.median(other)
+    return Result(what, "tokens/s", *medians, statistics.median(ratios), bar, quartiles(ratios))
+
+
+def quotients(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Turn by turn."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def quartiles(xs: Sequence[float]) -> tuple[float, float] | None:
+    """Lower and upper; None of fewer than two."""
+    if len(xs) < 2:
+        return None
+    low, _, high = statistics.quantiles(xs, n=4, method="inclusive")
+    return low, high
 
 
 def interleaved(
@@ -71,11 +101,6 @@ def interleaved(
     return seconds
 
 
-def quotient(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median of the turns' quotients."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
 def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[int, int]:
     """(most bytes held during `steps` calls of what `build` returns, of that what was not held just before them).
 
@@ -99,6 +124,22 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
+def saved_bytes(forward: Callable[[], object], held: Any) -> int:
+    """Bytes that `forward` keeps for its backward, storage that several tensors share counted once, and that of the
+    leaves of `held` (parameters, inputs) not at all.
+    """
+    known = {x.untyped_storage().data_ptr() for x in leaves(held).values()}
+    kept: dict[int, Tensor] = {}  # the tensors themselves, lest one's place be given to the next
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        forward()
+    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in known)
+
+
 def hardware(device: torch.device) -> str:
     """One line that a figure should never be without."""
     try:
@@ -110,13 +151,31 @@ def hardware(device: torch.device) -> str:
     return f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads){gpu}, torch {torch.__version__}"
 
 
-def report(name: str, results: Sequence[Result], notes: Sequence[str], out: Path) -> None:
-    """Print the table, and write it to out/NAME.json and out/NAME.md."""
-    table = Table(*HEADS, title=f"{name}: fgpt and transformers + peft")
-    for result in results:
-        table.add_row(*result.cells)
-    console.print(table, *notes, sep="\n")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADS, ("---",) * len(HEADS), *(r.cells for r in results))]
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up, so that it reads as well in a terminal."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (heads, *rows)]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(row) + " |" for row in padded)
+
+
+def report(
+    name: str,
+    sides: tuple[str, str],
+    results: Sequence[Result],
+    notes: Sequence[str],
+    out: Path,
+    more: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = (),
+) -> None:
+    """Print the results of two `sides` as a table, then tables of (heads, rows) that have no two sides; and write them
+    to out/NAME.json and out/NAME.md.
+    """
+    heads = ("measurement", "unit", *sides, f"{sides[0]} / {sides[1]}", "quartiles", "bar")
+    sheets = [(heads, [result.cells for result in results])] if results else []
+    text = "\n\n".join([*(markdown(*sheet) for sheet in (*sheets, *more)), "\n".join(notes)])
+    console.print(text, markup=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / f"{name}.md", ("\n".join([*lines, "", *notes]) + "\n").encode())
-    write_json(out / f"{name}.json", {"results": [asdict(r) | {"met": r.met} for r in results], "notes": list(notes)})
+    write(out / f"{name}.md", f"{text}\n".encode())
+    told: dict[str, Any] = {"sides": list(sides), "results": [asdict(r) | {"met": r.met} for r in results]}
+    told["more"] = [[dict(zip(heads, row, strict=True)) for row in rows] for heads, rows in more]
+    write_json(out / f"{name}.json", told | {"notes": list(notes)})

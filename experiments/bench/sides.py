@@ -14,11 +14,11 @@ from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.families.gpt2 import config_to_hf, to_hf
 from fgpt.loss import Batch, nll
-from fgpt.model import GPT, Config, fused
+from fgpt.model import GPT, Config, fuse, fused, init
 from fgpt.optim import adamw
 from fgpt.rng import key
 from fgpt.train import State, make_step, start
-from fgpt.tree import tree_map
+from fgpt.tree import cast, nbytes, tree_map
 from fgpt.weights import dense
 
 LR, RANK, ALPHA, CLIP = 1e-4, 8, 16.0, 1.0
@@ -26,16 +26,33 @@ LR, RANK, ALPHA, CLIP = 1e-4, 8, 16.0, 1.0
 Inputs: TypeAlias = dict[str, Tensor]
 
 
+def shape(cfg: Config) -> str:
+    return f"a GPT-2 of {cfg.n_layer} layers, {cfg.d_model} wide, vocabulary {cfg.vocab:,}"
+
+
+def base_of(cfg: Config, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Random weights, q, k and v fused."""
+    return tree_map(lambda x: x.to(device), cast(fuse(init(cfg, key(0))), dtype))
+
+
+def equal_rows(rows: int, seq: int, vocab: int) -> list[Example]:
+    """`rows` of `seq` random tokens, of which half are prompt."""
+    tokens = torch.randint(vocab, (rows, seq), generator=key(2)).tolist()
+    return [Example(tuple(row), seq // 2) for row in tokens]
+
+
 def adapters_of(base: GPT) -> Adapters:
     """The same adapter for both sides: rank 8, alpha 16, on the fused q, k, v of `base`."""
     return lora(base, key(1), RANK, ALPHA, r"blocks\..*\.qkv")
 
 
-def ours(base: GPT, compile: bool = False) -> Callable[[Batch], float]:
-    """fgpt: a step that takes a batch and returns its mean loss. `base` is fused."""
+def ours(
+    base: GPT, tuned: Adapters | None = None, compile: bool = False, remat: bool = False
+) -> Callable[[Batch], float]:
+    """fgpt: a step that takes a batch and returns its mean loss. `base` is fused, unless `tuned` is given."""
     optimizer = adamw(LR)
-    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch), optimizer, CLIP, compile)
-    state: State = start(adapters_of(base), optimizer)
+    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch, remat), optimizer, CLIP, compile)
+    state: State = start(adapters_of(base) if tuned is None else tuned, optimizer)
 
     def run(batch: Batch) -> float:
         nonlocal state
@@ -45,10 +62,12 @@ def ours(base: GPT, compile: bool = False) -> Callable[[Batch], float]:
     return run
 
 
-def theirs(cfg: Config, device: torch.device, dtype: torch.dtype, base: GPT | None = None) -> Callable[[Inputs], float]:
-    """transformers + peft with AdamW: the same step. With `base`, the same weights and the same fresh adapter.
+def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
+    """transformers' GPT-2, with the weights of `base` where it is given. Attention is sdpa, dropout is 0, and no
+    key-value cache is kept. `nf4` loads `base` in 4 bits, scales quantised too, through bitsandbytes, and makes it
+    ready for training as peft does, without gradient checkpointing.
 
-    Attention is sdpa, dropout is 0, and no key-value cache is kept. Raises InputError where they are not installed.
+    Raises InputError where they are not installed.
     """
     try:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that is not wanted here
@@ -57,21 +76,68 @@ def theirs(cfg: Config, device: torch.device, dtype: torch.dtype, base: GPT | No
     except ImportError as err:
         raise InputError(f"{err.name} is not installed, and the benchmark compares with it: just setup-dev") from None
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     values: dict[str, Any] = {**config_to_hf(cfg), "attn_implementation": "sdpa", "use_cache": False}
     config = transformers.GPT2Config(**values, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model: Any = transformers.GPT2LMHeadModel(config)
-    if base is not None:
-        model.transformer.load_state_dict(to_hf(base))
+    if base is None or not nf4:
+        model: Any = transformers.GPT2LMHeadModel(config)
+        if base is not None:
+            model.transformer.load_state_dict(to_hf(base))
+        return model
+    bits: Any = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    state: Any = {f"transformer.{name}": x for name, x in to_hf(base).items()}
+    load: Any = transformers.GPT2LMHeadModel.from_pretrained
+    with warnings.catch_warnings(action="ignore"):
+        model = load(None, config=config, state_dict=state, quantization_config=bits, dtype=torch.float32)
+        return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def hub_bytes(model: Any) -> tuple[int, int]:
+    """Bytes held by the matrices that bitsandbytes quantised, scales and codes included, and by the whole model."""
+    states = {id(p): getattr(p, "quant_state", None) for p in model.parameters()}
+    quantised = {
+        str(i): [p.data, *(x for s in (state, state.state2) for x in (s.absmax, s.code, s.offset) if x is not None)]
+        for i, p in enumerate(model.parameters())
+        if (state := states[id(p)]) is not None
+    }
+    rest = [p.data for p in model.parameters() if states[id(p)] is None]
+    return nbytes(quantised), nbytes([quantised, rest])
+
+
+def theirs(
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    tuned: Adapters | None = None,
+    rank: int = RANK,
+    modules: str | Sequence[str] = ("c_attn",),
+    dora: bool = False,
+) -> Callable[[Inputs], float]:
+    """transformers + peft with AdamW: the same step, on a `hub_model`; `tuned` are the adapters of `ours`, whose A are
+    copied to c_attn.
+    """
+    import peft
+
+    quantised = bool(getattr(model, "is_loaded_in_4bit", False))
     settings = peft.LoraConfig(
-        r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=["c_attn"], fan_in_fan_out=True
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        fan_in_fan_out=not quantised,
+        use_dora=dora,
     )
     with warnings.catch_warnings(action="ignore"):  # the two libraries' deprecations of each other
-        model = peft.get_peft_model(model.to(device, dtype), settings).train()
-    if base is not None:
-        for path, adapter in adapters_of(base).items():
-            assert isinstance(adapter, LoRA)
-            block = model.base_model.model.transformer.h[int(path.split(".")[1])]
-            block.attn.c_attn.lora_A["default"].weight.data.copy_(adapter.a)
+        model = peft.get_peft_model(model if quantised else model.to(device, dtype), settings).train()
+    for path, adapter in (tuned or {}).items():
+        assert isinstance(adapter, LoRA)
+        block = model.base_model.model.transformer.h[int(path.split(".")[1])]
+        block.attn.c_attn.lora_A["default"].weight.data.copy_(adapter.a)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0)
 

@@ -21,14 +21,24 @@ from typing import Literal
 
 import torch
 
-from experiments.bench.measure import Result, console, hardware, interleaved, peak_bytes, quotient, report
-from experiments.bench.sides import our_batch, ours, products, their_batch, theirs
+from experiments.bench.measure import Result, console, hardware, interleaved, peak_bytes, quotients, report, speeds
+from experiments.bench.sides import (
+    adapters_of,
+    base_of,
+    equal_rows,
+    hub_model,
+    our_batch,
+    ours,
+    products,
+    shape,
+    their_batch,
+    theirs,
+)
 from fgpt.data import packing, sources, tokenizers
 from fgpt.data.templates import ALPACA, Example, Template, encode
 from fgpt.errors import InputError
-from fgpt.model import GPT, Config, fuse, init
+from fgpt.model import Config
 from fgpt.rng import fold_in, key
-from fgpt.tree import cast, tree_map
 
 SHARED = Path("../shared/data")
 """Real rows beside the checkout, where this project is developed."""
@@ -86,22 +96,7 @@ def train(bench: Train) -> None:
         found, gap = equal(medium, bench, gpu, torch.bfloat16, compiled=True)
         results += found
         notes.append(f"{hardware(gpu)}, bf16; {shape(medium)}; losses differ by {gap:.1e}")
-    report("train", results, notes, bench.out)
-
-
-def shape(cfg: Config) -> str:
-    return f"a GPT-2 of {cfg.n_layer} layers, {cfg.d_model} wide, vocabulary {cfg.vocab:,}"
-
-
-def base_of(cfg: Config, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Random weights, q, k and v fused."""
-    return tree_map(lambda x: x.to(device), cast(fuse(init(cfg, key(0))), dtype))
-
-
-def equal_rows(bench: Train, vocab: int) -> list[Example]:
-    """Rows of `seq` random tokens, of which half are prompt."""
-    tokens = torch.randint(vocab, (bench.rows, bench.seq), generator=key(2)).tolist()
-    return [Example(tuple(row), bench.seq // 2) for row in tokens]
+    report("train", ("ours", "theirs"), results, notes, bench.out)
 
 
 def equal(
@@ -109,11 +104,11 @@ def equal(
 ) -> tuple[list[Result], float]:
     """Tokens/s of the same steps on both sides, prompt tokens counted; and how far their last losses lie apart."""
     console.print(f"equal: {bench.rows} x {bench.seq} tokens on {device.type} ..")
-    base, rows = base_of(cfg, device, dtype), equal_rows(bench, cfg.vocab)
+    base, rows = base_of(cfg, device, dtype), equal_rows(bench.rows, bench.seq, cfg.vocab)
     batch, inputs, losses = our_batch([[row] for row in rows], device), their_batch(rows, device), {}
     steps: dict[str, Callable[[], float]] = {
         "ours": partial(ours(base), batch),
-        "theirs": partial(theirs(cfg, device, dtype, base), inputs),
+        "theirs": partial(theirs(hub_model(cfg, base), device, dtype, adapters_of(base)), inputs),
     }
     if compiled:
         steps["compiled"] = partial(ours(base, compile=True), batch)
@@ -125,15 +120,15 @@ def equal(
     if limit:
         sides["products"] = products(base, batch)
     seconds = interleaved({name: [call] * bench.repeats for name, call in sides.items()}, device)
-    speed = {name: bench.rows * bench.seq / statistics.median(s) for name, s in seconds.items()}
+    tokens = bench.rows * bench.seq
     what = f"LoRA step, {bench.rows} x {bench.seq} tokens, half prompt, {device.type}"
     results = [
-        Result(f"{what}, {name}" if compiled else what, "tokens/s", speed[name], speed["theirs"], ratio, bar)
+        speeds(f"{what}, {name}" if compiled else what, tokens, seconds[name], seconds["theirs"], bar)
         for name, bar in (("ours", ">= 1.3"), ("compiled", ""))
-        if name in seconds and (ratio := quotient(seconds["theirs"], seconds[name]))
+        if name in seconds
     ]
     if limit:
-        part = {name: quotient(seconds["products"], seconds[name]) for name in ("ours", "theirs")}
+        part = {name: statistics.median(quotients(seconds["products"], seconds[name])) for name in ("ours", "theirs")}
         name = "its matrix products alone / the step"
         results.append(Result(name, "of the time", part["ours"], part["theirs"], part["ours"] / part["theirs"]))
     return results, abs(losses["ours"] - losses["theirs"])
@@ -158,12 +153,12 @@ def memory(cfg: Config, bench: Train) -> list[Result]:
 
 def peak(side: str, cfg: Config, bench: Train) -> tuple[int, int]:
     """`peak_bytes` of one side's step."""
-    device, rows = torch.device("cpu"), equal_rows(bench, cfg.vocab)
+    device, rows = torch.device("cpu"), equal_rows(bench.rows, bench.seq, cfg.vocab)
 
     def build() -> Callable[[], object]:
         if side == "ours":
             return partial(ours(base_of(cfg, device, torch.float32)), our_batch([[row] for row in rows], device))
-        return partial(theirs(cfg, device, torch.float32), their_batch(rows, device))
+        return partial(theirs(hub_model(cfg), device, torch.float32), their_batch(rows, device))
 
     return peak_bytes(build, steps=3)
 
@@ -182,7 +177,7 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
     random, by_length = ([rows[i : i + n] for i in range(0, len(rows), n)] for rows in (examples, ascending))
     full = max(1, round(n * tokens / len(examples) / bench.width))
     bins = [[examples[i] for i in indices] for indices in packing.pack([len(e.tokens) for e in examples], bench.width)]
-    their, our = theirs(cfg, device, torch.float32, base), ours(base)
+    their, our = theirs(hub_model(cfg, base), device, torch.float32, adapters_of(base)), ours(base)
     seconds = interleaved(
         {
             "random": [partial(their, their_batch(rows, device)) for rows in random],

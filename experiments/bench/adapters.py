@@ -1,0 +1,298 @@
+"""What an adapter, a quantised base or a transform adds to a step of a GPT-2 from random weights, on the CPU.
+
+    dora       the step of a DoRA against that of a LoRA, ours and peft's: two ranks, on attention and on all matrices
+    int8       a LoRA step over a base in 8 or 4 bits against fp32, and what the rounding does to loss and gradient
+    remat      a LoRA step that keeps each block's input alone against one that keeps all: bytes and time
+    examples   the gradients of 32 examples, each its own, against the gradient of their sum, and against a loop
+    medium     the step of a LoRA over NF4, scales quantised too, at gpt2-medium's shape: ours and peft + bitsandbytes
+
+Every pair is timed turn and turn about, on the same tokens, half of each row being prompt.
+"""
+
+import multiprocessing
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from experiments.bench.measure import Result, console, hardware, interleaved, peak_bytes, report, saved_bytes, times
+from experiments.bench.sides import (
+    adapters_of,
+    base_of,
+    equal_rows,
+    hub_bytes,
+    hub_model,
+    our_batch,
+    ours,
+    shape,
+    their_batch,
+    theirs,
+)
+from fgpt.adapters import Adapters, adapt, dora, lora, merge
+from fgpt.data import sources
+from fgpt.data.templates import PLAIN, encode
+from fgpt.io.hub import EMBEDDED, load, tokenizer
+from fgpt.kernels.quantised import Format, FourBit
+from fgpt.loss import Batch, nll
+from fgpt.model import GPT, Config, fuse, init
+from fgpt.quantize import quantize
+from fgpt.rng import fold_in, key
+from fgpt.train import first_gradient
+from fgpt.tree import leaves, nbytes, tree_map, walk
+
+CPU = torch.device("cpu")
+FORMATS: tuple[Format, ...] = ("int8", "nf4", "blockwise8")
+EXAMPLES, EXAMPLE = 32, 64
+"""Rows of `examples`, and their tokens."""
+NANO_ROWS = 16
+"""Held-out rows on which the embedded model's loss and gradient are compared."""
+
+Part = Literal["dora", "int8", "remat", "examples", "medium"]
+Sheet = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What adapters, quantised bases and transforms cost: DoRA, int8, rematerialisation, per-example gradients, NF4."""
+
+    parts: tuple[Part, ...] = get_args(Part)
+    repeats: int = 5
+    """Turns of every pair; the median of their quotients is told, and the quartiles."""
+    layers: int = 12
+    """12 is GPT-2 small, and medium has twice as many; fewer for a quick look."""
+    vocab: int = 50257
+    out: Path = Path("runs/bench")
+
+
+def adapters(bench: Bench) -> None:
+    """Run the parts and write runs/bench/adapters.json and adapters.md. Raises InputError."""
+    small = Config(bench.layers, 12, 768, 1024, bench.vocab, 3072)
+    results: list[Result] = []
+    sheets: list[Sheet] = []
+    notes = [f"{hardware(CPU)}, fp32; {shape(small)}"]
+    if "dora" in bench.parts:
+        results += magnitudes(small, bench.repeats)
+        notes.append("peft's adapters lie on the fused q, k, v, ours on each of the three")
+    if "int8" in bench.parts:
+        found, sheet = rounded(small, bench.repeats)
+        results += found
+        sheets.append(sheet)
+    if "remat" in bench.parts:
+        results += rematerialised(small, bench.repeats)
+    if "examples" in bench.parts:
+        found, gap = per_example(small, bench.repeats)
+        results += found
+        notes.append(f"the sum of the examples' gradients differs from the batch's by {gap:.1e} of its norm")
+    if "medium" in bench.parts:
+        medium = Config(2 * bench.layers, 16, 1024, 1024, bench.vocab, 4096)
+        found, gap = four_bits(medium, bench.repeats)
+        results += found
+        notes.append(
+            f"NF4: {shape(medium)}; the two sides' losses after {bench.repeats + 1} updates differ by {gap:.1e}"
+        )
+    report("adapters", ("this", "that"), results, notes, bench.out, sheets)
+
+
+def timed(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    return interleaved({name: [call] * repeats for name, call in sides.items()}, CPU)
+
+
+def told(name: str) -> None:
+    console.print(f"{name} ..")
+
+
+# ---------------------------------------------------------------------------------------------------------------- DoRA
+
+
+def magnitudes(cfg: Config, repeats: int) -> list[Result]:
+    """DoRA's step against LoRA's of the same rank and targets, on either side."""
+    base, (row,) = init(cfg, key(0)), equal_rows(1, 512, cfg.vocab)
+    batch, inputs = our_batch([[row]], CPU), their_batch([row], CPU)
+    results = []
+    for rank, what, target, modules in (
+        (8, "q, k, v, o", r"blocks\..*\.attn\.(q|k|v|o)", r".*\.attn\.(c_attn|c_proj)"),
+        (16, "all six block matrices", r"blocks\..*\.(q|k|v|o|up|down)", ("c_attn", "c_proj", "c_fc")),
+    ):
+        told(f"dora: rank {rank} on {what}")
+        sides: dict[str, Callable[[], object]] = {}
+        for name, make in (("LoRA", lora), ("DoRA", dora)):
+            model = hub_model(cfg, fuse(base))
+            step = theirs(model, CPU, torch.float32, rank=rank, modules=modules, dora=name == "DoRA")
+            sides[f"our {name}"] = partial(ours(base, make(base, key(1), rank, target=target)), batch)
+            sides[f"their {name}"] = partial(step, inputs)
+        seconds, where = timed(sides, repeats), f"r{rank} on {what}, 1 x 512 tokens"
+        results += [
+            times(f"DoRA step / LoRA step, {where}", seconds["our DoRA"], seconds["our LoRA"], "<= 1.1"),
+            times(f"the same, of peft, {where}", seconds["their DoRA"], seconds["their LoRA"]),
+            times(f"DoRA step, ours / peft's, {where}", seconds["our DoRA"], seconds["their DoRA"]),
+        ]
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------- 8 bits
+
+
+def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
+    """A LoRA step over each format against one over fp32; and loss and gradient, there and over the same numbers."""
+    told("int8: steps")
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 512, cfg.vocab)
+    batch = our_batch([[row]], CPU)
+    frozen = {"fp32": base} | {to: quantize(base, to) for to in FORMATS}
+    seconds = timed({name: partial(ours(x, adapters_of(base)), batch) for name, x in frozen.items()}, repeats)
+    results = [
+        times(f"LoRA step over fp32 / over {to}, r8 on c_attn, 1 x 512 tokens", seconds["fp32"], seconds[to], bar)
+        for to, bar in zip(FORMATS, (">= 1.3", "", ""), strict=True)
+    ]
+    told("int8: errors")
+    heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
+    return results, (heads, [*errors("random", base, batch), *errors("nano", fuse(load("nano")), heldout())])
+
+
+def heldout() -> Batch:
+    """The embedded model's own rows, which it never saw."""
+    rows = sources.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=NANO_ROWS)
+    return our_batch([[encode(row, PLAIN, tokenizer("nano"))] for row in rows], CPU)
+
+
+def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
+    """Each format against fp32. int8 rounds activations too: its error is parted into that of the weights alone (the
+    dequantised base against fp32) and that of the activations alone (int8 against the dequantised base).
+    """
+    tuned = moved(adapters_of(base))
+    found = {"fp32": gradient(base, tuned, batch)}
+    for to in FORMATS:
+        held = quantize(base, to)
+        found[to] = gradient(held, tuned, batch)
+        if to == "int8":
+            found["int8, dequantised"] = gradient(merge(held, onto="dequantised"), tuned, batch)
+    pairs = [("int8, dequantised", "fp32"), ("int8", "int8, dequantised"), *((to, "fp32") for to in FORMATS)]
+    rows = []
+    for name, other in pairs:
+        (loss, g), (true, h) = found[name], found[other]
+        off, size = abs(loss / true - 1), float((g - h).norm() / h.norm())
+        cosine = float(torch.cosine_similarity(g, h, dim=0))
+        rows.append((numbers, name, other, f"{loss:.5f}", f"{off:.1e}", f"{size:.1e}", f"{cosine:.6f}"))
+    return rows
+
+
+def moved(tuned: Adapters) -> Adapters:
+    """`tuned` as after some training: where B is 0, A has no gradient."""
+    noise = (torch.randn(x.shape, generator=fold_in(key(5), path)) for path, x in leaves(tuned).items())
+    return tree_map(lambda x: x + 0.02 * next(noise), tuned)
+
+
+def gradient(base: GPT, tuned: Adapters, batch: Batch) -> tuple[float, Tensor]:
+    """(mean loss, its gradient by the adapters, in one row and in fp64)."""
+    grads, (total, weight) = first_gradient(lambda tuned: nll(adapt(base, tuned), batch), tuned)
+    flat = torch.cat([g.double().flatten() for g in leaves(grads).values()])
+    return (total / weight).item(), flat / weight.item()
+
+
+# -------------------------------------------------------------------------------------------------- rematerialisation
+
+
+def rematerialised(cfg: Config, repeats: int) -> list[Result]:
+    """What is saved for the backward, resident memory of a step in a process of its own, and time."""
+    told("remat")
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 1024, cfg.vocab)
+    batch, trained = our_batch([[row]], CPU), tree_map(lambda x: x.requires_grad_(), adapters_of(base))
+    saved = [
+        saved_bytes(lambda remat=remat: nll(adapt(base, trained), batch, remat), (base, trained, batch))
+        for remat in (True, False)
+    ]
+    where = "remat / without, 1 x 1024 tokens"
+    results = [
+        Result(f"saved for backward, {where}", "MB", saved[0] / 1e6, saved[1] / 1e6, saved[0] / saved[1], "<= 0.35")
+    ]
+    if Path("/proc/self/clear_refs").exists():
+        told("remat: a fresh process a side")
+        peaks = []
+        for remat in (True, False):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peaks.append(process.submit(peak, remat, cfg).result())
+        for what, a, b in zip(("of the process", "of the step, beyond the model"), *peaks, strict=True):
+            results.append(Result(f"peak memory {what}, {where}", "MB", a / 1e6, b / 1e6, a / b))
+    seconds = timed({str(remat): partial(ours(base, remat=remat), batch) for remat in (True, False)}, repeats)
+    return [*results, times(f"LoRA step, {where}", seconds["True"], seconds["False"], "<= 1.4")]
+
+
+def peak(remat: bool, cfg: Config) -> tuple[int, int]:
+    """`peak_bytes` of three steps."""
+
+    def build() -> Callable[[], object]:
+        (row,) = equal_rows(1, 1024, cfg.vocab)
+        return partial(ours(base_of(cfg, CPU, torch.float32), remat=remat), our_batch([[row]], CPU))
+
+    return peak_bytes(build, steps=3)
+
+
+# ------------------------------------------------------------------------------------------------ per-example gradients
+
+
+def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
+    """Gradients of each example against that of their sum, and against a loop; and how far their sum is from it."""
+    told("examples")
+    base, rows = base_of(cfg, CPU, torch.float32), equal_rows(EXAMPLES, EXAMPLE, cfg.vocab)
+    tuned, whole, singles = (
+        adapters_of(base),
+        our_batch([[row] for row in rows], CPU),
+        [our_batch([[row]], CPU) for row in rows],
+    )
+    stacked = tree_map(lambda *xs: torch.stack(xs), *singles)
+
+    def total(tuned: Adapters, batch: Batch) -> tuple[Tensor, Tensor]:
+        return nll(adapt(base, tuned), batch)
+
+    each = vmap(grad(lambda tuned, batch: total(tuned, batch)[0]), in_dims=(None, 0))
+    sides: dict[str, Callable[[], Any]] = {
+        "each": lambda: each(tuned, stacked),
+        "sum": lambda: first_gradient(total, tuned, whole)[0],
+        "loop": lambda: [first_gradient(total, tuned, batch)[0] for batch in singles],
+    }
+    with warnings.catch_warnings(action="ignore"):  # fused attention has no batching rule: what that costs is told here
+        seconds = timed(sides, repeats)
+        parted = tree_map(lambda g: g.sum(0), sides["each"]())
+    what = f"{EXAMPLES} gradients of {EXAMPLE} tokens, vmap(grad)"
+    summed, true = (torch.cat([g.flatten() for g in leaves(tree).values()]) for tree in (parted, sides["sum"]()))
+    return [
+        times(f"{what} / one of their sum", seconds["each"], seconds["sum"], "<= 3"),
+        times(f"{what} / a loop", seconds["each"], seconds["loop"]),
+    ], float((summed - true).norm() / true.norm())
+
+
+# --------------------------------------------------------------------------------------------------------------- 4 bits
+
+
+def four_bits(cfg: Config, repeats: int) -> tuple[list[Result], float]:
+    """Bytes held and the step, ours and peft + bitsandbytes; and how far their last losses lie apart."""
+    told("medium: quantising")
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 256, cfg.vocab)
+    tuned, batch, inputs = adapters_of(base), our_batch([[row]], CPU), their_batch([row], CPU)
+    held, model = quantize(base, "nf4"), hub_model(cfg, base, nf4=True)
+    matrices = {path: x for path, x in walk(held) if isinstance(x, FourBit)}
+    numbers = sum(x.shape.numel() for x in matrices.values())
+    (mine, my_whole), (their, their_whole) = (nbytes(matrices), nbytes(held)), hub_bytes(model)
+    told("medium: steps")
+    losses: dict[str, float] = {}
+    steps: dict[str, Callable[[], float]] = {
+        "ours": partial(ours(held, tuned), batch),
+        "theirs": partial(theirs(model, CPU, torch.float32, tuned), inputs),
+    }
+
+    def keep(name: str) -> None:
+        losses[name] = steps[name]()
+
+    seconds = timed({name: partial(keep, name) for name in steps}, repeats)
+    where = "ours / peft + bitsandbytes"
+    return [
+        Result(f"NF4 matrices, a number, {where}", "bytes", mine / numbers, their / numbers, mine / their),
+        Result(f"NF4 model, {where}", "MB", my_whole / 1e6, their_whole / 1e6, my_whole / their_whole),
+        times(f"LoRA step over NF4, r8 on c_attn, 1 x 256 tokens, {where}", seconds["ours"], seconds["theirs"]),
+    ], abs(losses["ours"] - losses["theirs"])
