@@ -51,7 +51,7 @@ compare *args: setup
 merge *args: setup
     @{{ python }} -m experiments merge "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `just bench adapters`
 [no-exit-message]
 bench *args: setup-dev
     @{{ python }} -m experiments.bench "$@"

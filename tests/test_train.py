@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 import fgpt
 from fgpt.optim import clip, constant, cosine, global_norm, linear
-from fgpt.tree import leaves, tree_map
+from fgpt.tree import cast, leaves, tree_map
 from fgpt.weights import Adapted
 
 TREE = {"w": torch.randn(3, 4, generator=fgpt.key(0)), "b": torch.randn(4, generator=fgpt.key(1))}
@@ -229,3 +229,20 @@ def test_importing_changes_nothing_and_is_quick():
         assert done.stderr == ""
         took.append(seconds)
     assert min(took) < 1.0
+
+
+def test_the_b_of_an_adapter_is_not_the_bias_beside_it(gpt: fgpt.GPT):
+    """Both could be called blocks.0.attn.q.b: counted, decayed and trained apart."""
+    both = fgpt.lora(gpt, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q") | fgpt.tune(gpt, r"blocks\.0\.attn\.q\.b")
+    assert fgpt.trainable(both) == 2 * 16 * 2 + 16
+    optimizer = fgpt.adamw(1e-2, weight_decay=0.5)
+    step = fgpt.make_step(objective, optimizer)
+    state = fgpt.start(both, optimizer)
+    for _ in range(2):
+        state, metrics = step(state, gpt, [BATCH], None)
+    moved = {path: not torch.equal(x, leaves(both)[path]) for path, x in leaves(state.trainable).items()}
+    assert moved == dict.fromkeys(["blocks.0.attn.q/a", "blocks.0.attn.q/b", "blocks.0.attn.q.b"], True)
+    grads = torch.func.grad(lambda a: objective(a, gpt, BATCH, None)[0])(state.trainable)
+    assert len(leaves(grads)) == 3
+    assert float(metrics.grad_norm) > 0
+    assert cast(both, torch.bfloat16)["blocks.0.attn.q"].b.dtype == torch.bfloat16  # pyright: ignore
