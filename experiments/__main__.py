@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -116,10 +117,10 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
     except SystemExit as end:
         if not end.code:
             raise
-        # tyro frames its errors where it can: a title, the message, an explanation
-        lines = [line for line in (line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()) if line]
-        message = " ".join(lines[1 : 3 if lines[1:2] and lines[1].endswith(":") else 2])
-        raise InputError(f"{message or 'unusable options'}; {command} --help lists them") from None
+        # tyro frames its errors where it can: a title, a message that ends at an empty line or a rule, explanations
+        lines = [line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()]
+        message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
+        raise InputError(f"{message.rstrip('.') or 'unusable options'}; {command} --help lists them") from None
 
 
 def _options(cls: type[Any], prefix: str = "") -> list[str]:
