@@ -81,13 +81,19 @@ def children(tree: Any) -> list[tuple[str, Any]]:
 def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every (path, subtree) below `tree`, parents first, leaves included.
 
-    Below the key of a dict, which may be a path itself, a path goes on after a slash: `blocks.0.attn.q/b` is the B of
-    an adapter, `blocks.0.attn.q.b` a tuned bias beside it.
+    Below the keys of a dict of paths, as adapters are, a path goes on after a slash: `blocks.0.attn.q/b` is the B of an
+    adapter, `blocks.0.attn.q.b` a tuned bias beside it.
     """
+    joint = _joint(tree)
     for name, child in children(tree):
         here = f"{path}{name}"
         yield here, child
-        yield from walk(child, f"{here}{'/' if isinstance(tree, Mapping) else '.'}")
+        yield from walk(child, f"{here}{joint}")
+
+
+def _joint(tree: Any) -> str:
+    """What stands between the name of a child of `tree` and the names below it."""
+    return "/" if isinstance(tree, Mapping) and any("." in str(key) for key in tree) else "."
 
 
 def leaves(tree: Any) -> dict[str, Tensor]:
@@ -104,7 +110,7 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
         return new[""]
     below: dict[str, dict[str, Any]] = {}
     for path, value in new.items():
-        head, _, rest = path.partition("/" if isinstance(tree, Mapping) else ".")
+        head, _, rest = path.partition(_joint(tree))
         below.setdefault(head, {})[rest] = value
     old = dict(children(tree))
     for head in below.keys() - old.keys():

@@ -414,7 +414,7 @@ def test_row_norms_are_the_norms_of_the_rows(w: Any, rows: int, seed: int):
     while isinstance(bottom, fgpt.Adapted):
         bottom, columns = bottom.base, columns or bottom.col is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fgpt.weights.EXPANDED", rows * IN)
+        patch.setattr("fgpt.weights.PIECE", rows * IN)
         for weight in (bottom, w):
             exact = meaning(weight) + 0.7 * b.double() @ a.double()
             got = row_norms(weight, a, b, 0.7)
@@ -767,7 +767,7 @@ B = torch.ones(40, 2)
             lambda p: fgpt.merge(p, onto="quantised"),
             "merge onto 'quantised': expected \"dequantised\" or a params tree",
         ),
-        (lambda p: fgpt.fuse(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the base first"),
+        (lambda p: fgpt.fuse(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the plain base"),
         (lambda p: fgpt.save(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2)), Path("x")), r"merge\(params\) first"),
     ],
 )
