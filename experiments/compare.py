@@ -16,14 +16,14 @@ from experiments.fit import console
 from experiments.nano_score import PARTS, Task, score
 from experiments.runs import Run
 from fgpt.data import packing
-from fgpt.data.templates import Row, encode, encode_prompt, template
+from fgpt.data.templates import Example, Row, encode, encode_prompt, template
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.generate import generate
 from fgpt.io import hub
 from fgpt.io.files import write, write_json
 from fgpt.loss import nll
-from fgpt.model import GPT
-from fgpt.tree import leaves, tree_map
+from fgpt.model import GPT, Config
+from fgpt.tree import device, tree_map
 
 AT_ONCE = 32
 """Prompts answered in one batch."""
@@ -51,16 +51,20 @@ def answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) ->
     return [found[i] for i in range(len(rows))]
 
 
+def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> list[Example]:
+    """The rows that fit the run's width, in its template."""
+    encoded = [encode(row, template(run.template), tokenizer) for row in rows]
+    return packing.fit(encoded, min(run.seq, cfg.context), drop=True)[0]
+
+
 @torch.no_grad()
 def response_loss(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> float:
     """Mean nats per response token, end of text included, over the rows that fit the run's width."""
-    width = min(run.seq, params.cfg.context)
-    examples, _ = packing.fit([encode(row, template(run.template), tokenizer) for row in rows], width, drop=True)
-    device = next(iter(leaves(params).values())).device
+    at = device(params)
     total = weight = 0.0
-    for example in examples:
+    for example in fitting(params.cfg, tokenizer, run, rows):
         batch = packing.collate([[example]])
-        value, w = nll(params, tree_map(lambda x: x.to(device), batch))
+        value, w = nll(params, tree_map(lambda x: x.to(at), batch))
         total, weight = total + float(value), weight + float(w)
     return total / weight
 

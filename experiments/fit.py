@@ -19,7 +19,7 @@ from fgpt.loss import Batch
 from fgpt.optim import Schedule
 from fgpt.rng import fold_in
 from fgpt.train import State, Step
-from fgpt.tree import leaves, tree_map
+from fgpt.tree import device, tree_map
 
 console = Console(stderr=True, highlight=False)
 
@@ -57,7 +57,7 @@ def fit(
 
     Ctrl-C ends the training after the last whole step. Raises InputError where the loss is no longer a number.
     """
-    device = next(iter(leaves(state.trainable).values())).device
+    at = device(state.trainable)
     began, tokens, interrupted = time.perf_counter(), 0, False
     columns = (
         TextColumn("{task.description}"),
@@ -75,7 +75,7 @@ def fit(
         task = bar.add_task("training", total=steps, loss="-", speed="-", memory="-")
         try:
             for done, micro in enumerate(batches):
-                micro = [tree_map(lambda x: x.to(device), b) for b in micro]
+                micro = [tree_map(lambda x: x.to(at), b) for b in micro]
                 lr = float(schedule(state.step))
                 state_after, metrics = step(state, frozen, micro, fold_in(rng, done))
                 loss = float(metrics.loss)
@@ -86,7 +86,7 @@ def fit(
                     )
                 state, tokens = state_after, tokens + sum(b.tokens.numel() for b in micro)
                 seconds = time.perf_counter() - began
-                speed, memory = tokens / seconds, peak_memory(device)
+                speed, memory = tokens / seconds, peak_memory(at)
                 line = {
                     "step": done + 1,
                     "loss": loss,

@@ -24,7 +24,7 @@ from fgpt.io.hub import load, save
 from fgpt.io.peft import load_peft, pack, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
 from fgpt.model import GPT
-from fgpt.tree import leaves, tree_map
+from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
 
 RUN, METRICS, LOSS, ADAPTER, MODEL = "run.json", "metrics.jsonl", "loss.png", "adapter", "model"
@@ -94,8 +94,8 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path
 def load_tuned(folder: Path, base: GPT) -> GPT:
     """`base`, made as the run made it, as the run in `folder` has tuned it: on its device, in its dtype."""
     if (folder / MODEL).is_dir():
-        tuned, device = load(str(folder / MODEL), dtype(base.wte.w)), next(iter(leaves(base).values())).device
-        return tree_map(lambda x: x.to(device), tuned)
+        tuned, at = load(str(folder / MODEL), dtype(base.wte.w)), device(base)
+        return tree_map(lambda x: x.to(at), tuned)
     if (folder / ADAPTER / ADAPTERS).is_file():
         return adapt(base, load_adapters(folder / ADAPTER / ADAPTERS, base))
     return adapt(base, load_peft(folder / ADAPTER, base))

@@ -7,16 +7,16 @@ from typing import Any, Literal
 from rich.table import Table
 
 from experiments import folder
+from experiments.compare import fitting
 from experiments.fit import console
 from experiments.train import place, split
 from fgpt.adapters import merge as merged
 from fgpt.data import packing
-from fgpt.data.templates import encode, template
 from fgpt.errors import InputError
 from fgpt.io import hub
 from fgpt.io.files import write_json
 from fgpt.shift import shift
-from fgpt.tree import leaves, tree_map
+from fgpt.tree import device, tree_map
 
 MERGED = "merged"
 
@@ -42,14 +42,12 @@ def merge(name: str, onto: Onto | None) -> Path:
     trained = folder.load_tuned(out, base)
     plain = merged(trained, place(original, replace(run, quantize=None)) if onto == "original" else onto)
     rows = split(run)[1][:PROBES]
-    tokenizer, width = hub.tokenizer(run.base), min(run.seq, base.cfg.context)
-    examples, _ = packing.fit([encode(row, template(run.template), tokenizer) for row in rows], width, drop=True)
-    device = next(iter(leaves(base).values())).device
-    batch = tree_map(lambda x: x.to(device), packing.collate([[e] for e in examples]))
+    examples, at = fitting(base.cfg, hub.tokenizer(run.base), run, rows), device(base)
+    batch = tree_map(lambda x: x.to(at), packing.collate([[e] for e in examples]))
     hub.save(plain, out / MERGED, like=run.base)
     found: dict[str, Any] = {"onto": onto, "held-out rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
-    stored = tree_map(lambda x: x.to(device), hub.load(str(out / MERGED), None))
+    stored = tree_map(lambda x: x.to(at), hub.load(str(out / MERGED), None))
     for what, model in (("in memory", plain), ("read back", stored)):
         moved = shift(trained, model, batch)
         found |= {what: {"logit": float(moved.logit), "nll": float(moved.nll)}}

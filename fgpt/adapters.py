@@ -18,7 +18,7 @@ from torch import Tensor
 from fgpt.errors import InputError
 from fgpt.kernels.quantised import QUANTISED
 from fgpt.rng import fold_in, fold_in_seed, seed
-from fgpt.tree import count, leaves, node, select, static, tree_map, update, walk
+from fgpt.tree import count, device, leaves, node, select, static, tree_map, update, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
@@ -108,11 +108,11 @@ def lora(
             raise InputError(
                 f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
             )
-        device, most = _device(weights[path]), inp**-0.5
+        at, most = device({path: weights[path]}), inp**-0.5
         a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-most, most, generator=fold_in(rng, path))
         b = torch.zeros(out, rank, dtype=torch.float32)
         strength = 2 * (rank**0.5 if rs else rank) if alpha is None else alpha
-        adapters[path] = LoRA(a.to(device), b.to(device), float(strength), rs, dropout)
+        adapters[path] = LoRA(a.to(at), b.to(at), float(strength), rs, dropout)
     return adapters
 
 
@@ -147,7 +147,7 @@ def ia3(
         for path in select(weights, target) if target else ():
             if not hasattr(nodes[path], "b"):
                 raise InputError(f"IA3 on {path}: expected a linear layer, got {type(nodes[path]).__name__}")
-            ones = torch.ones(shape(weights[path])[side], dtype=torch.float32, device=_device(weights[path]))
+            ones = torch.ones(shape(weights[path])[side], dtype=torch.float32, device=device({path: weights[path]}))
             had = adapters.get(path)
             adapters[path] = IA3(ones) if side == 0 else IA3(had.row if isinstance(had, IA3) else None, ones)
     return adapters
@@ -164,10 +164,6 @@ def tune(params: Any, target: str = ".*") -> Adapters:
         if inside := [q for q in held if path.startswith(f"{q}.")]:
             raise InputError(f"cannot tune {inside[0]}, which is quantised: narrow the target, or tune, then quantize")
     return {path: found[path].float() for path in chosen}
-
-
-def _device(w: Weight) -> torch.device:
-    return next(iter(leaves({"": w}).values())).device
 
 
 # ------------------------------------------------------------------------------------------------------------ applying
@@ -192,7 +188,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
                 raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
         # What is computed in the base's dtype is trained in fp32: a trained leaf is rounded where it is laid.
         new = {path: x.to(tensors[path].dtype) for path, x in new.items()}
-        params = update(params, new)
+        params, tensors = update(params, new), tensors | new
         weights, changed = layers(params), {}
         for path, x in tree.items():
             if isinstance(x, Tensor):
@@ -202,7 +198,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
             _check(path, x, weights[path])
             own = None if draw is None else fold_in_seed(draw, f"{number}/{path}")
             changed[f"{path}.w"] = _over(weights[path], x, own)
-            bias = tensors.get(f"{path}.b") if f"{path}.b" not in new else new[f"{path}.b"]
+            bias = tensors.get(f"{path}.b")
             if isinstance(x, IA3) and x.row is not None and bias is not None:
                 changed[f"{path}.b"] = (x.row * bias).to(bias.dtype)
         params = update(params, changed)

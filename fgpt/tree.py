@@ -145,6 +145,11 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
     return found
 
 
+def device(tree: Any) -> torch.device:
+    """Where the leaves of `tree` are."""
+    return next(iter(leaves(tree).values())).device
+
+
 def count(tree: Any) -> int:
     """How many numbers the leaves of `tree` hold."""
     return sum(x.numel() for x in leaves(tree).values())

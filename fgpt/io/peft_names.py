@@ -21,7 +21,7 @@ from torch import Tensor
 from fgpt.adapters import IA3, DoRA, LoRA
 from fgpt.errors import InputError
 from fgpt.model import Attention
-from fgpt.tree import leaves
+from fgpt.tree import device
 from fgpt.weights import Weight, row_norms, shape
 
 Held = Mapping[str, list[Any]]
@@ -163,5 +163,5 @@ def _near(x: float, y: float) -> bool:
 
 
 def _norms(w: Weight) -> Tensor:
-    (out, inp), device = shape(w), next(iter(leaves({"": w}).values())).device
-    return row_norms(w, torch.zeros(1, inp, device=device), torch.zeros(out, 1, device=device), 0.0)
+    (out, inp), at = shape(w), device({"": w})
+    return row_norms(w, torch.zeros(1, inp, device=at), torch.zeros(out, 1, device=at), 0.0)

@@ -27,7 +27,7 @@ from fgpt.io.files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm
-from fgpt.tree import leaves, tree_map, walk
+from fgpt.tree import device, leaves, tree_map, walk
 
 PARAMS = (GPT, Embedding, Block, Norm, Attention, FusedAttention, MLP, Linear, *QUANTISED)
 NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3)}
@@ -219,9 +219,9 @@ def fitted(adapters: Adapters, params: Any, source: Path) -> Adapters:
     """`adapters` from a file, on the device of `params` (those without storage say what fits, and leave them where they
     are). Raises InputError where they do not fit.
     """
-    device = next(iter(leaves(params).values())).device
-    if device.type != "meta":
-        adapters = tree_map(lambda x: x.to(device), adapters)
+    at = device(params)
+    if at.type != "meta":
+        adapters = tree_map(lambda x: x.to(at), adapters)
     try:
         adapt(params, adapters)
     except InputError as err:

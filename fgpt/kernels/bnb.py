@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from fgpt.kernels.transforms import transformed
+
+CPU = torch.device("cpu")
+
 
 @functools.cache
 def register() -> None:
@@ -22,12 +26,22 @@ def register() -> None:
         log.setLevel(level)
 
 
-@functools.cache
-def dynamic_code(signed: bool = True) -> torch.Tensor:
+def dynamic_code(signed: bool = True, device: torch.device = CPU) -> torch.Tensor:
     """The 256 values of the dynamic 8-bit code, ascending, in [-1, 1], or in [0, 1] where unsigned.
 
     Source: Dettmers 2016, section 2.2; Dettmers et al. 2022 (8-bit optimizers), section 1.3.
     """
+    # A copy made under a transform belongs to that transform, and may not outlive it in a cache.
+    return _made(signed).to(device) if transformed() else _kept(signed, device)
+
+
+@functools.cache
+def _kept(signed: bool, device: torch.device) -> torch.Tensor:
+    return _made(signed).to(device)
+
+
+@functools.cache
+def _made(signed: bool) -> torch.Tensor:
     register()
     from bitsandbytes.functional import create_dynamic_map
 

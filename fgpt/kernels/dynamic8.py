@@ -14,7 +14,6 @@ a step of m̂/ε: where a small gradient is followed by none, hundreds of learni
 Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 1.3 and 2.1.
 """
 
-import functools
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.bnb import dynamic_code
-from fgpt.kernels.transforms import transformed
 
 BLOCK = 256
 SMALL = 1e-4
@@ -35,24 +33,14 @@ def quantize(
     x: Float[Tensor, "*shape"], signed: bool = True
 ) -> tuple[UInt8[Tensor, "*shape"], Float32[Tensor, " blocks"]]:
     """The codes of `x` and the largest magnitude of each block; `signed=False` has finer codes for x >= 0."""
-    return _Quantize.apply(x.float(), _table(signed, x.device))  # pyright: ignore[reportReturnType]
+    return _Quantize.apply(x.float(), dynamic_code(signed, x.device))  # pyright: ignore[reportReturnType]
 
 
 def dequantize(
     codes: UInt8[Tensor, "*shape"], absmax: Float32[Tensor, " blocks"], signed: bool = True
 ) -> Float32[Tensor, "*shape"]:
     """absmax[i // 256] · code[k_i]."""
-    return _Dequantize.apply(codes, absmax, _table(signed, codes.device))  # pyright: ignore[reportReturnType]
-
-
-def _table(signed: bool, device: torch.device) -> Tensor:
-    # A table made under a transform belongs to that transform, and may not outlive it in a cache.
-    return dynamic_code(signed).to(device) if transformed() else _kept_table(signed, device)
-
-
-@functools.cache
-def _kept_table(signed: bool, device: torch.device) -> Tensor:
-    return dynamic_code(signed).to(device)
+    return _Dequantize.apply(codes, absmax, dynamic_code(signed, codes.device))  # pyright: ignore[reportReturnType]
 
 
 def _nearest(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:

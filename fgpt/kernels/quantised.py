@@ -107,7 +107,7 @@ def encode(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) ->
 
 def blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Blockwise8:
     """`x` in the dynamic 8-bit code, scaled by blocks of `block` consecutive numbers."""
-    code = dynamic_code().to(x.device)
+    code = dynamic_code(True, x.device)
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(x, code, block)
     return Blockwise8(codes, absmax, code, block, dtype)
 
