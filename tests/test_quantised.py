@@ -1,8 +1,9 @@
 """Quantised matrices: bitsandbytes' numbers to the bit, products with them under every transform, and their cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import unwrap
 from typing import Any, get_args
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
+from fgpt.kernels import quantised
 from fgpt.kernels.quantised import (
     QUANTISED,
     Blockwise8,
@@ -180,6 +182,13 @@ def expanded(x: Tensor, w: Any) -> Tensor:
     return F.linear(rounded(x) if isinstance(w, Rowwise8) else x, reference(w).to(x.dtype))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exact_derivatives() -> Iterator[None]:
+    """As on a CPU that does not multiply bf16."""
+    with mock.patch.object(quantised, "MULTIPLIES_BF16", False):
+        yield
+
+
 @pytest.fixture(params=FORMATS)
 def w(request: pytest.FixtureRequest) -> Any:
     return encode(normal(5, 64), request.param)
@@ -252,6 +261,36 @@ def test_autograds_double_backward(w: Any):
     for got, expected in zip(twice(product), twice(expanded), strict=True):
         close(got, expected, 2e-5, 1e-4)
         assert expected.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeypatch: pytest.MonkeyPatch, dtype: Any):
+    """Over whole numbers in fp32 or bf16, forward and backward; the value, and other dtypes, stay as they are."""
+    w = encode(normal(96, 128) * torch.logspace(-2, 2, 96)[:, None], "int8")
+    x, t, g = normal(5, 128, seed=1).to(dtype), normal(5, 128, seed=2).to(dtype), normal(5, 96, seed=3).to(dtype)
+    row, codes = w.absmax.double() / 127, w.codes.double()
+
+    def short(y: Tensor) -> Tensor:
+        return y.to(torch.bfloat16).double()
+
+    def found() -> tuple[Tensor, Tensor, Tensor]:
+        (y, tangent), (back,) = jvp(lambda x: product(x, w), (x,), (t,)), vjp(lambda x: product(x, w), x)[1](g)
+        assert y.dtype == tangent.dtype == back.dtype == dtype
+        return y, tangent, back
+
+    y, *exact = found()
+    monkeypatch.setattr(quantised, "MULTIPLIES_BF16", True)
+    same, tangent, back = found()
+    assert torch.equal(same, y)
+    if dtype in (torch.float32, torch.bfloat16):
+        # the product is rounded to 8 bits, and again where scaling it follows
+        for got, want in ((tangent, short(t) @ codes.T * row), (back, short(g.float() * row.float()) @ codes)):
+            far = (1.02 + (dtype == torch.bfloat16)) * want.abs() / 2**8 + 1e-6 * want.abs().max()
+            assert ((got.double() - want).abs() <= far).all()
+            assert (short(got) - want).abs().max() > 1e-4 * want.abs().max()
+    else:
+        assert torch.equal(tangent, exact[0])
+        assert torch.equal(back, exact[1])
 
 
 def test_mapping_over_quantised_weights_is_refused():
