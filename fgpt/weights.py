@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
+from fgpt.kernels.scale import scaled
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
@@ -77,8 +78,7 @@ def linear(
     if w.row is None:
         return y
     # y holds the bias already: row ⊙ y + (1 - row) ⊙ bias scales all but the bias, and is y itself where row is 1
-    row = w.row.to(y.dtype)
-    return y * row if bias is None else torch.addcmul(((1 - w.row) * bias).to(y.dtype), y, row)
+    return scaled(y, w.row.to(y.dtype), None if bias is None else ((1 - w.row) * bias).to(y.dtype))
 
 
 def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:

@@ -97,7 +97,7 @@ class Largest(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel, self.shapes = 0, set()
+        self.numel, self.shapes = 0, []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -105,7 +105,7 @@ class Largest(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in old:
                 self.numel = max(self.numel, x.numel())
-                self.shapes.add(tuple(x.shape))
+                self.shapes.append(tuple(x.shape))
         return out
 
 

@@ -16,6 +16,7 @@ import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.kernels.dropout import dropout, kept
+from fgpt.kernels.scale import scaled
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -199,3 +200,28 @@ def test_dropout_under_transforms():
     close(vmap(grad(lambda x, s: dropout(x, s, 0.5).sum()), in_dims=(None, 0))(x, seeds), masks * 2.0, 0)
     rows = vmap(lambda x: dropout(x, seeds[0], 0.5))(x[:, None])  # one seed for all: each example has the same mask
     close(rows[:, 0], x * masks[0, 0] * 2.0, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, None), (0, 1, None)], ids=str)
+def test_scaled_components(needs: tuple[Any, ...]):
+    """By finite differences, twice; in no more memory of an activation's width than the gradient's own."""
+    sizes = ((2, 3, 5), (5,), (5,))
+    inputs = [
+        None if need is None else torch.randn(size, dtype=torch.float64).requires_grad_(bool(need))
+        for size, need in zip(sizes, needs, strict=True)
+    ]
+    y, row, shift = inputs
+    assert y is not None
+    assert row is not None
+    expected = y * row + (0 if shift is None else shift)
+    close(scaled(*inputs), expected, 1e-14)  # pyright: ignore[reportArgumentType]
+    close(vmap(scaled, in_dims=(0, None, None))(*inputs), expected, 1e-14)
+    assert torch.autograd.gradcheck(scaled, inputs)
+    assert torch.autograd.gradgradcheck(scaled, inputs)
+    out = scaled(*inputs)  # pyright: ignore[reportArgumentType]
+    with Largest() as seen:
+        out.backward(torch.ones_like(expected))
+    assert seen.shapes.count(out.shape) <= 2  # one of them the ones

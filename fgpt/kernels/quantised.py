@@ -7,8 +7,8 @@
 A product expands the matrix, multiplies, and lets it go; the backward expands it again instead of keeping it. With
 `Rowwise8` the forward product is one of whole numbers: each row of x is rounded to 8 bits as the rows of W are, which
 costs a relative error of about 1 % in y. Its derivatives, of every order, are those of x Wᵀ with the expanded W
-(straight through the rounding). On a CPU that multiplies bf16 they multiply in it: W's whole numbers are bf16 numbers,
-so that a gradient is rounded to 8 bits and the matrix is not, and the error is a tenth of y's. Elsewhere they are exact.
+(straight through the rounding). On a CPU that multiplies bf16 they do so in it: W's whole numbers are bf16 numbers, so
+that a gradient is rounded, to 8 bits, and the matrix is not, and the error is a third of y's. Elsewhere they are exact.
 
 Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (8-bit optimizers), section 2; Dettmers et al.
 2022 (LLM.int8()), section 3.1. The operators are bitsandbytes'.
