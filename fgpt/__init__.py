@@ -6,6 +6,7 @@ from fgpt.generate import Generated, generate
 from fgpt.io.hub import load, save, tokenizer
 from fgpt.io.peft import load_peft, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
+from fgpt.lift import lift
 from fgpt.loss import Batch, loss, nll
 from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
@@ -49,6 +50,7 @@ __all__ = [
     "ia3",
     "init",
     "key",
+    "lift",
     "linear",
     "load",
     "load_adapters",
