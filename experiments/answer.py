@@ -22,5 +22,5 @@ def answer(name: str, instruction: str, given: str, most: int, temperature: floa
     tokenizer = hub.tokenizer(run.base)
     prompt = encode_prompt(Row(instruction, given, ""), template(run.template), tokenizer)
     tuned = folder.load_tuned(out, base)
-    [got] = generate(tuned, [prompt], tokenizer.eot_token, most, temperature, key(seed) if temperature else None)
+    [got] = generate(tuned, [prompt], tokenizer.eos, most, temperature, key(seed) if temperature else None)
     print(tokenizer.decode(got.tokens).strip())

@@ -44,9 +44,7 @@ def answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) ->
     found: dict[int, Answer] = {}
     for i in range(0, len(rows), AT_ONCE):
         some = by_length[i : i + AT_ONCE]
-        for at, out in zip(
-            some, generate(params, [prompts[j] for j in some], tokenizer.eot_token, run.most), strict=True
-        ):
+        for at, out in zip(some, generate(params, [prompts[j] for j in some], tokenizer.eos, run.most), strict=True):
             found[at] = Answer(tokenizer.decode(out.tokens).strip(), len(out.tokens), out.finished)
     return [found[i] for i in range(len(rows))]
 

@@ -46,8 +46,8 @@ def bits_per_character(params: GPT, tokenizer: Tokenizer, stories: Sequence[str]
     """
     nats = characters = 0.0
     for story in stories:
-        tokens = tokenizer.encode_ordinary(story)[: params.cfg.context - 1]
-        x = torch.tensor([[tokenizer.eot_token, *tokens, tokenizer.eot_token]])
+        tokens = tokenizer.encode(story)[: params.cfg.context - 1]
+        x = torch.tensor([[tokenizer.eos, *tokens, tokenizer.eos]])
         weights = torch.ones(1, x.shape[1] - 1)
         whole = len(tokens) < params.cfg.context - 1
         weights[0, -1] = float(whole)
@@ -84,7 +84,7 @@ def pretrain(run: Pretrain) -> Path:
     schedule = cosine(run.lr, run.steps, run.warmup, end=run.lr / 100)
     optimizer = adamw(schedule, BETAS, weight_decay=run.weight_decay)
     step = make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile)
-    stream = batches(tokens, tokenizer.eot_token, run, fold_in(rng, "order"))
+    stream = batches(tokens, tokenizer.eos, run, fold_in(rng, "order"))
     fitted = fit(step, start(params, optimizer), None, stream, run.steps, schedule, rng, out / folder.METRICS)
     params = cast(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
     hub.save(params, out / folder.MODEL, like=run.tokenizer)
@@ -95,6 +95,6 @@ def pretrain(run: Pretrain) -> Path:
     params = cast(params, torch.float32)
     bits = bits_per_character(params, tokenizer, heldout)
     write_json(out / "result.json", {"bits_per_character": bits, "heldout_stories": len(heldout)})
-    story = generate(params, [[tokenizer.eot_token]], tokenizer.eot_token, run.seq - 2, 0.7, fold_in(rng, "story"))[0]
+    story = generate(params, [[tokenizer.eos]], tokenizer.eos, run.seq - 2, 0.7, fold_in(rng, "story"))[0]
     console.print(f"held out: {bits:.3f} bits per character\n\n{tokenizer.decode(story.tokens)}")
     return out

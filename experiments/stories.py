@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fgpt.data.tokenizers import END, Tokenizer
+from fgpt.data.ranks import END
+from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
 
@@ -42,4 +43,4 @@ def rows(stories: list[list[int]], end: int, seq: int, rng: torch.Generator) -> 
 
 def encode(stories: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Tokens of each story, without the closing end."""
-    return tokenizer.encode_ordinary_batch(stories, num_threads=2)
+    return [tokenizer.encode(story) for story in stories]

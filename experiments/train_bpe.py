@@ -12,7 +12,7 @@ import tyro
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from experiments.stories import read_stories
-from fgpt.data.tokenizers import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
+from fgpt.data.ranks import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
 
 
 def train(texts: list[str], vocab: int) -> list[bytes]:

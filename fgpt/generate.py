@@ -10,6 +10,7 @@ from torch import Tensor
 from fgpt.errors import InputError
 from fgpt.model import GPT, Cache, extend, logits
 from fgpt.rng import fold_in
+from fgpt.tree import device
 
 
 class Generated(NamedTuple):
@@ -52,14 +53,14 @@ def generate(
             )
     if temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
-    device = params.wpe.w.device if isinstance(params.wpe.w, Tensor) else None
+    at = device(params)
     texts, finished, step = [list(prompt) for prompt in prompts], [False] * len(prompts), 0
     # Rows share a cache until the widest is full; narrower ones then begin anew, without its padding.
     while step < most and (going := [i for i, t in enumerate(texts) if not finished[i] and len(t) < context]):
         width = max(len(texts[i]) for i in going)
         pads = [width - len(texts[i]) for i in going]
-        tokens = torch.tensor([[0] * pad + texts[i] for pad, i in zip(pads, going, strict=True)], device=device)
-        segments = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device) if any(pads) else None
+        tokens = torch.tensor([[0] * pad + texts[i] for pad, i in zip(pads, going, strict=True)], device=at)
+        segments = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=at) if any(pads) else None
         h, cache = extend(params, tokens, Cache(), segments)
         full = min(most, step + context - width)
         while True:

@@ -4,11 +4,16 @@
     x   = x + attn(ln_1(x));  x = x + mlp(ln_2(x))      for each block
     out = ln_f(x) headᵀ                                  the head is wte itself when `head` is None
 
-Source: Radford et al. 2019 (GPT-2), section 2.3.
+What a tree holds says what is computed: without `wpe` queries and keys are rotated, an MLP with a `gate` multiplies by
+it, and a block without `ln_2` has one norm for both its branches. What no leaf can say is in the Config.
+
+Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT-J); Touvron et al. 2023 (LLaMA),
+section 2.2.
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +25,10 @@ from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention
 from fgpt.kernels.remat import remat as rematerialised
+from fgpt.kernels.rotary import Stretch, Turn, rotate, turn
 from fgpt.kernels.transforms import differentiated_again
 from fgpt.rng import fold_in
-from fgpt.tree import node, static, update
+from fgpt.tree import leaves, node, static, update
 from fgpt.weights import Weight, embed, linear
 
 # ---------------------------------------------------------------------------------------------------------- the tree
@@ -36,13 +42,44 @@ class Config:
     n_head: int
     d_model: int
     context: int
-    """Most positions a row may have: rows of `wpe`."""
+    """Most positions a row may have."""
     vocab: int
     d_mlp: int
     eps: float = 1e-5
     """Added to the variance in every norm."""
     tied: bool = True
     """The head is the embedding table."""
+    n_kv: int | None = None
+    """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
+    d_head: int | None = None
+    """None divides d_model among the heads."""
+    act: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    """q and k are normed, head by head."""
+    gated: bool = False
+    parallel: bool = False
+    """Attention and MLP read the same x, and are added to it together."""
+    norms: Literal[1, 2] = 2
+    """Norms of a block: where there is one, both branches read it."""
+    biases: str = "q k v o up down norm"
+    """Layers that have a bias."""
+    rotary: int = 0
+    """Components of a head that are rotated by position; 0 adds learned positions instead."""
+    interleaved: bool = False
+    """Rotated pairs are neighbours, and not one of each half."""
+    base: float = 10000.0
+    """Of the rotation's angles."""
+    stretch: Stretch | None = None
+    """How the angles are slowed for a longer context."""
+
+    @property
+    def head_size(self) -> int:
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv or self.n_head
 
 
 @node
@@ -58,6 +95,11 @@ class Norm:
 
 
 @node
+class RMSNorm:
+    w: Float[Tensor, " d_model"]
+
+
+@node
 class Embedding:
     w: Weight
 
@@ -68,6 +110,8 @@ class Attention:
     k: Linear
     v: Linear
     o: Linear
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
 
 
 @node
@@ -76,28 +120,31 @@ class FusedAttention:
 
     qkv: Linear
     o: Linear
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
 
 
 @node
 class MLP:
     up: Linear
     down: Linear
+    gate: Linear | None = None
 
 
 @node
 class Block:
-    ln_1: Norm
+    ln_1: Norm | RMSNorm
     attn: Attention | FusedAttention
-    ln_2: Norm
+    ln_2: Norm | RMSNorm | None
     mlp: MLP
 
 
 @node
 class GPT:
     wte: Embedding
-    wpe: Embedding
+    wpe: Embedding | None
     blocks: tuple[Block, ...]
-    ln_f: Norm
+    ln_f: Norm | RMSNorm
     head: Linear | None
     cfg: Config = static()
 
@@ -113,53 +160,81 @@ class Cache:
     segments: Int[Tensor, "*batch past"] | None = None
 
 
+def skeleton(cfg: Config) -> GPT:
+    """The tree of a config, its leaves without storage: what its files are held against before they are read.
+
+    Raises InputError where the sizes do not fit one another.
+    """
+    d, m, n, kv = cfg.d_model, cfg.d_mlp, cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
+    if cfg.d_head is None and d % cfg.n_head:
+        raise InputError(f"d_model {d} does not divide into {cfg.n_head} heads")
+    if cfg.n_head % cfg.kv_heads:
+        raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
+    if cfg.rotary % 2 or cfg.rotary > cfg.head_size:
+        raise InputError(f"{cfg.rotary} rotated components of a head of {cfg.head_size}: expected an even part of them")
+    if cfg.norms == 1 and not cfg.parallel:
+        raise InputError("one norm in a block serves parallel branches: expected parallel=True, or norms=2")
+    empty = partial(torch.empty, device="meta", dtype=torch.float32)
+
+    def bias(name: str, size: int) -> Tensor | None:
+        return empty(size) if name in cfg.biases.split() else None
+
+    def layer(name: str, out: int, inp: int) -> Linear:
+        return Linear(empty(out, inp), bias(name, out))
+
+    def norm() -> Norm | RMSNorm:
+        return RMSNorm(empty(d)) if cfg.norm == "rms" else Norm(empty(d), bias("norm", d))
+
+    def head_norm() -> RMSNorm | None:
+        return RMSNorm(empty(cfg.head_size)) if cfg.qk_norm else None
+
+    def block() -> Block:
+        q, k, v, o = layer("q", n, d), layer("k", kv, d), layer("v", kv, d), layer("o", d, n)
+        mlp = MLP(layer("up", m, d), layer("down", d, m), layer("gate", m, d) if cfg.gated else None)
+        second = norm() if cfg.norms == 2 else None
+        return Block(norm(), Attention(q, k, v, o, head_norm(), head_norm()), second, mlp)
+
+    return GPT(
+        Embedding(empty(cfg.vocab, d)),
+        None if cfg.rotary else Embedding(empty(cfg.context, d)),
+        tuple(block() for _ in range(cfg.n_layer)),
+        norm(),
+        None if cfg.tied else layer("head", cfg.vocab, d),
+        cfg,
+    )
+
+
 def init(cfg: Config, rng: torch.Generator) -> GPT:
     """Random params: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) for the products that write to the residual stream.
 
     Source: Radford et al. 2019, section 2.3.
     """
-    if cfg.d_model % cfg.n_head:
-        raise InputError(f"d_model {cfg.d_model} does not divide into {cfg.n_head} heads")
+    bare = skeleton(cfg)
 
-    def normal(name: str, *size: int, std: float = 0.02) -> Tensor:
-        return torch.empty(size, dtype=torch.float32).normal_(0, std, generator=fold_in(rng, name))
+    def fresh(path: str, x: Tensor) -> Tensor:
+        if x.ndim == 1:
+            return torch.full(x.shape, 0.0 if path.endswith(".b") else 1.0, dtype=torch.float32)
+        name = path.removesuffix(".w").replace("blocks.", "").replace("attn.", "").replace("mlp.", "")
+        std = 0.02 / (2 * cfg.n_layer) ** 0.5 if name.endswith((".o", ".down")) else 0.02
+        return torch.empty(x.shape, dtype=torch.float32).normal_(0, std, generator=fold_in(rng, name))
 
-    def affine(name: str, out: int, inp: int, std: float = 0.02) -> Linear:
-        return Linear(normal(name, out, inp, std=std), torch.zeros(out, dtype=torch.float32))
-
-    def norm() -> Norm:
-        ones = torch.ones(cfg.d_model, dtype=torch.float32)
-        return Norm(ones, torch.zeros_like(ones))
-
-    d, residual = cfg.d_model, 0.02 / (2 * cfg.n_layer) ** 0.5
-    blocks = tuple(
-        Block(
-            norm(),
-            Attention(
-                affine(f"{i}.q", d, d), affine(f"{i}.k", d, d), affine(f"{i}.v", d, d), affine(f"{i}.o", d, d, residual)
-            ),
-            norm(),
-            MLP(affine(f"{i}.up", cfg.d_mlp, d), affine(f"{i}.down", d, cfg.d_mlp, residual)),
-        )
-        for i in range(cfg.n_layer)
-    )
-    head = None if cfg.tied else Linear(normal("head", cfg.vocab, d))
-    return GPT(
-        Embedding(normal("wte", cfg.vocab, d)), Embedding(normal("wpe", cfg.context, d)), blocks, norm(), head, cfg
-    )
+    return update(bare, {path: fresh(path, x) for path, x in leaves(bare).items()})
 
 
 # ----------------------------------------------------------------------------------------------------- the functions
 
 
-def norm(x: Float[Tensor, "*batch d_model"], p: Norm, eps: float) -> Float[Tensor, "*batch d_model"]:
-    """LayerNorm, its statistics in fp32 whatever the dtype of x.
+def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
+    """LayerNorm, or RMSNorm, its statistics in fp32 whatever the dtype of x.
 
-    torch's kernel has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and hessian where
-    the scale is differentiated: silently, by several per cent. There the definition stands in.
+    torch's kernel of LayerNorm has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and
+    hessian where the scale is differentiated: silently, by several per cent. There the definition stands in.
 
-    Source: Ba et al. 2016, section 3.1; pytorch issue 196700.
+    Source: Ba et al. 2016, section 3.1; Zhang and Sennrich 2019 (RMSNorm), equation 4; pytorch issue 196700.
     """
+    if isinstance(p, RMSNorm):
+        y = x.float()
+        return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
     if not differentiated_again():
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
@@ -168,29 +243,64 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm, eps: float) -> Float[Tenso
     return y if b is None else y + b
 
 
-def qkv(x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each [*batch seq d_model]."""
+def qkv(
+    x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention, cfg: Config
+) -> tuple[Float[Tensor, "*batch head seq d_head"], ...]:
+    """Queries, keys and values of every head; of keys and values, `cfg.kv_heads`."""
     if isinstance(p, FusedAttention):
-        q, k, v = linear(x, p.qkv.w, p.qkv.b).chunk(3, -1)
-        return q, k, v
-    return linear(x, p.q.w, p.q.b), linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
+        n, kv = cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
+        flat = linear(x, p.qkv.w, p.qkv.b).split((n, kv, kv), -1)
+    else:
+        flat = linear(x, p.q.w, p.q.b), linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
+    q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
+    q = q if p.q_norm is None else norm(q, p.q_norm, cfg.eps)
+    return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.eps), v
+
+
+def attend(
+    x: Float[Tensor, "*batch seq d_model"],
+    p: Attention | FusedAttention,
+    cfg: Config,
+    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    past: KV | None,
+    by: Turn | None,
+) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
+    """Attention, and the keys and values it has seen by now."""
+    q, k, v = qkv(x, p, cfg)
+    if by is not None:
+        q, k = rotate(q, by, cfg.interleaved), rotate(k, by, cfg.interleaved)
+    if past is not None:
+        k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
+    y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
+    return linear(y, p.o.w, p.o.b), (k, v)
+
+
+def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
+    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)).
+
+    Source: Shazeer 2020 (GLU Variants), equation 6.
+    """
+    y = linear(x, p.up.w, p.up.b)
+    a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
+    a = F.silu(a) if cfg.act == "silu" else F.gelu(a, approximate="tanh" if cfg.act == "gelu_tanh" else "none")
+    return linear(a if p.gate is None else a * y, p.down.w, p.down.b)
 
 
 def block(
     x: Float[Tensor, "*batch seq d_model"],
     p: Block,
     cfg: Config,
-    mask: Bool[Tensor, "*batch 1 seq key"] | None,
-    past: KV | None,
+    mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
+    past: KV | None = None,
+    by: Turn | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
     """One transformer block, and the keys and values it has seen by now."""
-    q, k, v = (rearrange(y, "... s (h d) -> ... h s d", h=cfg.n_head) for y in qkv(norm(x, p.ln_1, cfg.eps), p.attn))
-    if past is not None:
-        k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
-    y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
-    x = x + linear(y, p.attn.o.w, p.attn.o.b)
-    y = F.gelu(linear(norm(x, p.ln_2, cfg.eps), p.mlp.up.w, p.mlp.up.b), approximate="tanh")
-    return x + linear(y, p.mlp.down.w, p.mlp.down.b), (k, v)
+    normed = norm(x, p.ln_1, cfg.eps)
+    y, kv = attend(normed, p.attn, cfg, mask, past, by)
+    after = x + y
+    if p.ln_2 is not None:
+        normed = norm(x if cfg.parallel else after, p.ln_2, cfg.eps)
+    return after + feed(normed, p.mlp, cfg), kv
 
 
 def _forward(
@@ -209,11 +319,13 @@ def _forward(
         same = now[..., :, None] == seen[..., None, :]
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
-    x = embed(tokens, params.wte.w) + embed(positions, params.wpe.w)
+    x = embed(tokens, params.wte.w)
+    x = x if params.wpe is None else x + embed(positions, params.wpe.w)
+    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch) if cfg.rotary else None
     kvs: list[KV] = []
     step = rematerialised(block) if remat else block
     for i, p in enumerate(params.blocks):
-        x, kv = step(x, p, cfg, mask, cache.kv[i] if cache.kv else None)
+        x, kv = step(x, p, cfg, mask, cache.kv[i] if cache.kv else None, by)
         if keep:
             kvs.append(kv)
     return norm(x, params.ln_f, cfg.eps), Cache(tuple(kvs), seen)
@@ -283,6 +395,5 @@ def fuse(params: GPT) -> GPT:
     """The same model with q, k and v of every block in one product. A LoRA on `attn.qkv` then shares its A among the
     three, which is what PEFT's LoRA on GPT-2's c_attn does.
     """
-    return update(
-        params, {f"blocks.{i}.attn": FusedAttention(fused(p.attn), p.attn.o) for i, p in enumerate(params.blocks)}
-    )
+    whole = (FusedAttention(fused(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm) for p in params.blocks)
+    return update(params, {f"blocks.{i}.attn": attn for i, attn in enumerate(whole)})

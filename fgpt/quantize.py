@@ -6,8 +6,9 @@ from torch import Tensor
 
 from fgpt.adapters import layers
 from fgpt.errors import InputError
-from fgpt.kernels.quantised import BLOCK, Format, encode
+from fgpt.kernels.quantised import BLOCK, Format, Quantised, encode
 from fgpt.tree import select, update
+from fgpt.weights import Weight
 
 T = TypeVar("T")
 
@@ -21,15 +22,18 @@ def quantize(params: T, to: Format = "nf4", double_quant: bool = True, target: s
 
     Raises InputError where `target` matches nothing, or a weight that is adapted, quantised already, or too small.
     """
+    weights = layers(params)
+    return update(
+        params, {f"{path}.w": held(path, weights[path], to, double_quant) for path in select(weights, target)}
+    )
+
+
+def held(path: str, w: Weight, to: Format, double_quant: bool = True) -> Quantised:
+    """The weight of the layer at `path`, quantised. Raises InputError as `quantize` does."""
     if to not in get_args(Format):
         raise InputError(f"quantize to {to!r}: expected one of {', '.join(get_args(Format))}")
-    weights = layers(params)
-    new = {}
-    for path in select(weights, target):
-        w = weights[path]
-        if not isinstance(w, Tensor):
-            raise InputError(f"{path} is {type(w).__name__} already: quantize a plain params tree, then adapt it")
-        if to != "int8" and w.shape[1] % BLOCK:
-            raise InputError(f"{path} has rows of {w.shape[1]}: {to} wants multiples of {BLOCK}; narrow the target")
-        new[f"{path}.w"] = encode(w, to, double_quant)
-    return update(params, new)
+    if not isinstance(w, Tensor):
+        raise InputError(f"{path} is {type(w).__name__} already: quantize a plain params tree, then adapt it")
+    if to != "int8" and w.shape[1] % BLOCK:
+        raise InputError(f"{path} has rows of {w.shape[1]}: {to} wants multiples of {BLOCK}; narrow the target")
+    return encode(w, to, double_quant)

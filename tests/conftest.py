@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 import fgpt
+from fgpt.model import skeleton
 from fgpt.tree import leaves, tree_map
 from fgpt.weights import dense
 
@@ -49,10 +50,7 @@ def tiny(**overrides: Any) -> fgpt.GPT:
 
 def gpt2_shape(n_layer: int, n_head: int, d_model: int) -> fgpt.GPT:
     """GPT-2 at its real shape, without storage."""
-    rng = fgpt.key(0)
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr("fgpt.model.fold_in", lambda *_: None)  # a key belongs to a device, and here there is none
-        return fgpt.init(fgpt.Config(n_layer, n_head, d_model, 1024, 50257, 4 * d_model), rng)
+    return skeleton(fgpt.Config(n_layer, n_head, d_model, 1024, 50257, 4 * d_model))
 
 
 def hf_gpt2(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:

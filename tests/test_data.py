@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.data.packing import Dropped, collate, epoch, fit, pack
+from fgpt.data.ranks import RANKS, from_ranks
 from fgpt.data.sources import Columns, rows
 from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, encode, encode_prompt
-from fgpt.data.tokenizers import RANKS, from_ranks
 from fgpt.errors import InputError
 from fgpt.loss import nll
 from fgpt.model import Config, hidden, init
@@ -69,15 +69,15 @@ def test_training_and_generation_share_the_prompt(row: Row, name: str):
     )
     assert TOKENIZER.decode(list(example.tokens[: example.prompt])) == TEMPLATES[name].prompt(row)
     assert TOKENIZER.decode(list(example.tokens[example.prompt : -1])) == row.output
-    assert example.tokens[-1] == TOKENIZER.eot_token
-    assert example.tokens.count(TOKENIZER.eot_token) == 1
+    assert example.tokens[-1] == TOKENIZER.eos
+    assert example.tokens.count(TOKENIZER.eos) == 1
 
 
 @pytest.mark.parametrize("text", ["{input}", "{", "{0}", "}{instruction}", "<|endoftext|>", "a {{b}}"])
 def test_users_text_is_only_text(text: str):
     example = encode(Row(text, text, text), ALPACA, TOKENIZER)
     assert TOKENIZER.decode(list(example.tokens[:-1])).count(text) == 3
-    assert example.tokens.count(TOKENIZER.eot_token) == 1
+    assert example.tokens.count(TOKENIZER.eos) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- packing
@@ -164,7 +164,7 @@ def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list
     batch = collate([examples])
     asked = batch.targets[batch.weights > 0].tolist()
     assert asked == [token for e in examples for token in e.tokens[e.prompt :]]
-    assert asked.count(TOKENIZER.eot_token) == len(examples)
+    assert asked.count(TOKENIZER.eos) == len(examples)
 
 
 @settings(max_examples=20, deadline=None)

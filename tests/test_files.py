@@ -196,9 +196,9 @@ SPOILED: dict[str, tuple[Edit, str]] = {
         "an offset to quantised scales only",
     ),
     "nothing": (field(*W[:-1], {}), rf"{Q}\.w: expected .*got None"),
-    "config": (field("GPT", "cfg", "n_head", 4), r"is a model of Config.*but config\.json says Config"),
+    "config": (field("GPT", "cfg", "n_head", 4), r"is a model of n_head=4, but config\.json says n_head=2"),
     "config's type": (field("GPT", "cfg", "n_head", "2"), r"cfg: expected Config, got"),
-    "layers": (lambda t, s: _drop_block(t, s), "1 blocks, head False"),
+    "layers": (lambda t, s: _drop_block(t, s), r"blocks\.1 is missing: not a whole model of its config"),
     "depth": (field(*W, "deep"), "expected a tensor, dict, tuple or known node"),
 }
 

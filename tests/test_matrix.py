@@ -115,11 +115,11 @@ class Point:
     gradient: a slope that is a small difference of large terms would have no digits to compare.
     """
 
-    def __init__(self, kind: str, frozen: fgpt.GPT):
+    def __init__(self, kind: str, frozen: fgpt.GPT, reference: Loss | None = None):
         fresh = KINDS[kind](frozen)
         self.many = [short(shaken(fresh, 0.08, seed)) for seed in range(3)]
         self.at, *others = self.many
-        _, slope, _ = derivatives(reference_over(frozen), self.at, ROWS, SEED)
+        _, slope, _ = derivatives(reference or reference_over(frozen), self.at, ROWS, SEED)
         v, self.w = (short(unit(tree_map(torch.sub, x, self.at))) for x in others)
         self.v = short(tree_map(torch.add, v, unit(slope)))
 

@@ -12,7 +12,8 @@ from fgpt.adapters import Adapters, LoRA, adapt, lora
 from fgpt.data.packing import collate
 from fgpt.data.templates import Example
 from fgpt.errors import InputError
-from fgpt.families.gpt2 import config_to_hf, to_hf
+from fgpt.families import GPT2
+from fgpt.families.names import to_hf
 from fgpt.loss import Batch, nll
 from fgpt.model import GPT, Config, fuse, fused, init
 from fgpt.optim import adamw
@@ -77,12 +78,12 @@ def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
         raise InputError(f"{err.name} is not installed, and the benchmark compares with it: just setup-dev") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    values: dict[str, Any] = {**config_to_hf(cfg), "attn_implementation": "sdpa", "use_cache": False}
+    values: dict[str, Any] = {**GPT2.config_to_hf(cfg), "attn_implementation": "sdpa", "use_cache": False}
     config = transformers.GPT2Config(**values, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if base is None or not nf4:
         model: Any = transformers.GPT2LMHeadModel(config)
         if base is not None:
-            model.transformer.load_state_dict(to_hf(base))
+            model.load_state_dict(to_hf(base, GPT2), strict=False)  # the tied head has no tensor of its own
         return model
     bits: Any = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -90,7 +91,7 @@ def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    state: Any = {f"transformer.{name}": x for name, x in to_hf(base).items()}
+    state: Any = to_hf(base, GPT2)
     load: Any = transformers.GPT2LMHeadModel.from_pretrained
     with warnings.catch_warnings(action="ignore"):
         model = load(None, config=config, state_dict=state, quantization_config=bits, dtype=torch.float32)

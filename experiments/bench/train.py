@@ -34,7 +34,7 @@ from experiments.bench.sides import (
     their_batch,
     theirs,
 )
-from fgpt.data import packing, sources, tokenizers
+from fgpt.data import packing, ranks, sources
 from fgpt.data.templates import ALPACA, Example, Template, encode
 from fgpt.errors import InputError
 from fgpt.model import Config
@@ -205,7 +205,7 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
 def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
     """A fixed sample of the data in random order, cut to `width`, and where it is from."""
     try:
-        tokenizer = tokenizers.from_ranks(RANKS) if RANKS.is_file() else tokenizers.gpt2()
+        tokenizer = ranks.from_ranks(RANKS) if RANKS.is_file() else ranks.gpt2()
         rows = sources.rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
         cut = (Example(e.tokens[: bench.width], e.prompt) for e in (encode(row, template, tokenizer) for row in rows))

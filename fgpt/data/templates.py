@@ -62,7 +62,7 @@ class Example:
 
 def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The prompt's tokens, in training and in generation alike. Special tokens in the row's text are plain text."""
-    return tuple(tokenizer.encode_ordinary(template.prompt(row)))
+    return tuple(tokenizer.encode(template.prompt(row)))
 
 
 def encode(row: Row, template: Template, tokenizer: Tokenizer) -> Example:
@@ -72,8 +72,8 @@ def encode(row: Row, template: Template, tokenizer: Tokenizer) -> Example:
     An answer of nothing but white space is no answer; `packing.fit` reports it.
     """
     prompt = encode_prompt(row, template, tokenizer)
-    answer = tokenizer.encode_ordinary(row.output) if row.output.strip() else []
-    return Example((*prompt, *answer, tokenizer.eot_token), len(prompt))
+    answer = tokenizer.encode(row.output) if row.output.strip() else []
+    return Example((*prompt, *answer, tokenizer.eos), len(prompt))
 
 
 def template(name: str) -> Template:

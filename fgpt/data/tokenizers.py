@@ -1,100 +1,108 @@
-"""Byte-level BPE through tiktoken: GPT-2's own, or a rank file that lies beside a model."""
+"""One small protocol for all tokenizers, and which of them a model has."""
 
-import base64
-import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-import tiktoken
-
+from fgpt.data import chat, tokenizer_json
+from fgpt.data.chat import Messages
+from fgpt.data.ranks import RANKS, from_ranks, from_vocab, gpt2
+from fgpt.data.tokenizer_json import HubTokenizer
 from fgpt.errors import InputError
 
-Tokenizer = tiktoken.Encoding
+VOCAB = "vocab.json"
+FILES = (RANKS, tokenizer_json.FILE, VOCAB, chat.CONFIG, chat.TEMPLATE, "generation_config.json")
+"""What a tokenizer is read from in a model folder, besides config.json: to be fetched and copied with a model."""
 
-RANKS = "ranks.tiktoken"
-"""The rank file's name in a model folder: `base64(bytes) rank` lines, as tiktoken has it."""
-
-END = "<|endoftext|>"
-
-GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-"""How GPT-2 cuts text before merging. Source: Radford et al. 2019, section 2.2; possessive as in tiktoken."""
+GPT2_LIKE = ("gpt2", "gptj", "gpt_neo")
+"""Model types that use GPT-2's ranks, so that a folder needs no tokenizer of its own."""
 
 
-@functools.cache
-def gpt2() -> Tokenizer:
-    """GPT-2's tokenizer: 50,256 ranks and <|endoftext|>. tiktoken fetches the ranks once and keeps them."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as err:
-        raise InputError(
-            f"GPT-2's ranks could not be fetched ({type(err).__name__}): connect once, or set TIKTOKEN_CACHE_DIR to a "
-            "folder that holds them"
-        ) from None
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
 
+    @property
+    def n_vocab(self) -> int:
+        """One more than the largest token; a model's table may have more rows."""
+        ...
 
-def from_ranks(path: Path) -> Tokenizer:
-    """The tokenizer of a rank file, with <|endoftext|> as the token after the last rank.
+    @property
+    def eos(self) -> int:
+        """The token that ends a document, or an answer."""
+        ...
 
-    Raises InputError for a file that is not one.
-    """
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (OSError, ValueError) as err:
-        raise InputError(f"{path}: not a tiktoken rank file (lines of `base64 rank`): {err}") from None
-    return _bpe(path, ranks)
+    def encode(self, text: str) -> list[int]:
+        """`text` as ordinary text: a special token written in it is so many letters. Nothing is put before it or
+        after: a family whose texts begin with a BOS token gets it from its chat template, or from whoever calls.
+        """
+        ...
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special ones written out. Rows of the model's table that are no token have no text."""
+        ...
 
-def from_vocab(path: Path) -> Tokenizer:
-    """The tokenizer of a `vocab.json` as GPT-2's hub repositories carry it: token to id, bytes in printable stand-ins.
+    def chat(self, messages: Messages, answer: bool = True) -> list[int]:
+        """`messages` by the model's chat template, special tokens and all; with `answer`, up to where it answers.
 
-    Raises InputError for a file that is not one.
-    """
-    try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-        ranks = {bytes(BYTE_OF_CHAR[c] for c in token): rank for token, rank in vocab.items() if token != END}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
-        raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None
-    return _bpe(path, ranks)
+        A special token that a message spells out is read as one, as transformers does.
 
-
-def write_ranks(ranks: list[bytes], path: Path) -> None:
-    """The inverse of `from_ranks`."""
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
+        Raises InputError where there is no template, or it refuses the messages.
+        """
+        ...
 
 
 def of_folder(folder: Path, vocab: int) -> Tokenizer:
-    """The tokenizer of a model folder: its rank file, else its vocab.json, else GPT-2's own.
+    """The tokenizer of a model folder: its rank file, else its tokenizer.json, else its vocab.json, else GPT-2's own,
+    the last two for models of GPT-2's line alone.
 
-    Raises InputError where the tokenizer has tokens that the model's table of `vocab` rows has not.
+    Raises InputError where there is none, or it has tokens that the model's table of `vocab` rows has not.
     """
+    config, model = _json(folder / chat.CONFIG), _json(folder / "config.json")
+    template = chat.of_folder(folder, config)
     if (folder / RANKS).exists():
-        tokenizer = from_ranks(folder / RANKS)
-    elif (folder / "vocab.json").exists():
-        tokenizer = from_vocab(folder / "vocab.json")
-    else:
-        tokenizer = gpt2()
-    if tokenizer.n_vocab > vocab:
-        raise InputError(
-            f"the vocabulary does not fit the model: the tokenizer of {folder} has {tokenizer.n_vocab} tokens, the "
-            f"model {vocab}; put the model's own {RANKS} or vocab.json beside it"
+        tokenizer = from_ranks(folder / RANKS).chatting(template)
+    elif (folder / tokenizer_json.FILE).exists():
+        eos = _json(folder / "generation_config.json").get("eos_token_id", model.get("eos_token_id"))
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        tokenizer = tokenizer_json.from_json(
+            folder, config, eos if isinstance(eos, int) and 0 <= eos < vocab else None, template
         )
+    elif (kind := model.get("model_type", "gpt2")) not in GPT2_LIKE:
+        raise InputError(f"{folder}: no {tokenizer_json.FILE}; expected it beside a model of type {kind!r}")
+    elif (folder / VOCAB).exists():
+        tokenizer = from_vocab(folder / VOCAB).chatting(template)
+    else:
+        tokenizer = gpt2().chatting(template)
+    _fits(tokenizer, vocab, str(folder), f"put the model's own {RANKS}, {tokenizer_json.FILE} or {VOCAB} beside it")
     return tokenizer
 
 
-def _byte_of_char() -> dict[str, int]:
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") -> HubTokenizer:
+    """The tokenizer of a GGUF file's metadata; see `tokenizer_json.from_gguf`.
+
+    Raises InputError where they hold none that is known, or it has tokens that the table of `vocab` rows has not.
+    """
+    tokenizer = tokenizer_json.from_gguf(fields, name)
+    _fits(tokenizer, vocab, name, "the file is spoiled; fetch it again")
+    return tokenizer
 
 
-BYTE_OF_CHAR = _byte_of_char()
-"""GPT-2's printable stand-ins: a printable byte stands for itself, the i-th other one is chr(256 + i)."""
+def _fits(tokenizer: Tokenizer, vocab: int, name: str, remedy: str) -> None:
+    if tokenizer.n_vocab > vocab:
+        raise InputError(
+            f"the vocabulary does not fit the model: the tokenizer of {name} has {tokenizer.n_vocab} tokens, the model "
+            f"{vocab}; {remedy}"
+        )
 
 
-def _bpe(path: Path, ranks: dict[bytes, int]) -> Tokenizer:
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{path}: expected every rank from 0 on once; got {len(ranks)} of them, with gaps or repeats")
-    if lost := 256 - sum(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{path}: {lost} of the 256 single bytes have no rank: some texts could not be encoded")
-    return tiktoken.Encoding(str(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says, if it is there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as err:
+        raise InputError(f"{path}: not valid JSON: {err}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

@@ -1,1 +1,38 @@
-"""One small file a family: pure name maps between the hub's tensors and our tree."""
+"""One small file a family: its config both ways, and a table of names between the hub's tensors and our leaves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fgpt.errors import InputError
+from fgpt.families.gpt2 import GPT2
+from fgpt.families.gptj import GPTJ
+from fgpt.families.llama import LLAMA
+from fgpt.families.names import Family
+from fgpt.families.neox import NEOX
+from fgpt.model import Config
+
+FAMILIES = (GPT2, GPTJ, NEOX, LLAMA)
+
+
+def of_config(config: Mapping[str, Any]) -> Family:
+    """The family of a hub's `config.json`. Raises InputError for an architecture that is none of ours."""
+    known = {kind: family for family in FAMILIES for kind in family.model_types}
+    if (kind := config.get("model_type")) not in known:
+        raise InputError(
+            f"model_type is {kind!r}, expected one of {', '.join(known)}; fgpt.lift takes any other module"
+        )
+    return known[kind]
+
+
+def of(cfg: Config) -> Family:
+    """The family that a config of ours belongs to: the one that gives it back.
+
+    Raises InputError where there is none.
+    """
+    for family in FAMILIES:
+        try:
+            if family.config_from_hf(family.config_to_hf(cfg)) == cfg:
+                return family
+        except InputError:
+            continue
+    raise InputError(f"no family of the hub's has models of {cfg}")

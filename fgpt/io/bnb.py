@@ -11,12 +11,14 @@ Source: bitsandbytes 0.50, functional.QuantState.as_dict; nn.modules.Linear8bitL
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.families.names import Held
 from fgpt.io.trees import check_quantised
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, Blockwise8, FourBit, Quantised, Rowwise8
@@ -28,28 +30,31 @@ PART = re.compile(
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Quantised]:
+def gathered(tensors: Mapping[str, Held]) -> dict[str, Held]:
     """`tensors` with the parts of each quantised matrix made one node [out, in], under the name of its weight.
 
-    Raises InputError where a part is missing or not what bitsandbytes writes, and for 4-bit blocks of other than 64.
+    Raises InputError where a part is missing; and when one is read that is not what bitsandbytes writes, and for 4-bit
+    blocks of other than 64.
     """
-    whole: dict[str, Tensor | Quantised] = {}
-    held: dict[str, dict[str, Tensor]] = {}
-    for name, x in tensors.items():
+    whole = {name: x for name, x in tensors.items() if not PART.fullmatch(name)}
+    parts: dict[str, dict[str, Held]] = {}
+    for name in tensors.keys() - whole.keys():
         if match := PART.fullmatch(name):
-            held.setdefault(match["layer"], {})[match["part"].removeprefix("weight.")] = x
-        else:
-            whole[name] = x
-    for layer, parts in held.items():
-        name = f"{layer}.weight"
-        codes = whole.get(name)
-        if not isinstance(codes, Tensor):
-            raise InputError(f"tensor {name} is missing, but {', '.join(parts)} of it are there")
-        whole[name] = _eight(codes, parts, name) if "SCB" in parts else _four(codes, parts, name)
-        check_quantised(whole[name], name)  # pyright: ignore[reportArgumentType]
-    if held:
+            parts.setdefault(match["layer"], {})[match["part"].removeprefix("weight.")] = tensors[name]
+    for layer, held in parts.items():
+        if (name := f"{layer}.weight") not in whole:
+            raise InputError(f"tensor {name} is missing, but {', '.join(sorted(held))} of it are there")
+        whole[name] = Held(None, partial(_read, whole[name], held, name))
+    if parts:
         register()
     return whole
+
+
+def _read(codes: Held, parts: Mapping[str, Held], name: str) -> Quantised:
+    found: dict[str, Any] = {part: x.read() for part, x in parts.items()}
+    node = (_eight if "SCB" in found else _four)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
+    check_quantised(node, name)
+    return node
 
 
 def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> Rowwise8:

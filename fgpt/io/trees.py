@@ -26,10 +26,10 @@ from fgpt.errors import InputError
 from fgpt.io.files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
-from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm
+from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import device, leaves, tree_map, walk
 
-PARAMS = (GPT, Embedding, Block, Norm, Attention, FusedAttention, MLP, Linear, *QUANTISED)
+PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTISED)
 NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3)}
 
 FORMAT, STRUCTURE = "fgpt", "structure"
@@ -162,8 +162,9 @@ def _static(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
-        fits = value.keys() == declared.keys() and all(is_bearable(value[k], declared[k]) for k in declared)
-        return Config(**value) if fits else value
+        given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
+        return Config(**given) if fits else value
     return value
 
 

@@ -32,15 +32,18 @@ def reference(
 @shaped
 def attention(
     q: Float[Tensor, "*batch head query d_head"],
-    k: Float[Tensor, "*batch head key d_head"],
-    v: Float[Tensor, "*batch head key d_head"],
+    k: Float[Tensor, "*batch kv key d_head"],
+    v: Float[Tensor, "*batch kv key d_head"],
     mask: Bool[Tensor, "*batch 1 query key"] | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
     """Attention under `mask` (True where a query sees a key); None is causal, aligned at the end.
 
     Fused under grad, vmap and vmap(grad). The fused kernel has neither a forward-mode rule nor a second backward, so
-    jvp, jvp(grad) and grad(grad) take the reference.
+    jvp, jvp(grad) and grad(grad) take the reference. Where there are fewer heads of k and v, each serves as many
+    consecutive heads of q.
     """
+    if (group := q.shape[-3] // k.shape[-3]) > 1:
+        k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     if differentiated_again():
         return reference(q, k, v, mask)
     queries, keys = q.shape[-2], k.shape[-2]

@@ -1,0 +1,284 @@
+"""What all families share: a hub's tensors and our leaves, by a table of names.
+
+A family is such a table, and its config both ways. The sizes come from our own tree: a leaf has the shape that
+`skeleton` gives it, and a tensor of the hub's the shape that its leaves make up.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fgpt.errors import InputError
+from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused, skeleton
+from fgpt.tree import leaves, update, walk
+from fgpt.weights import Adapted, shape
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is read when it is asked for: its shape, where that can be told before, and how to read it."""
+
+    shape: tuple[int, ...] | None
+    read: Callable[[], Tensor | Quantised]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the hub's, and the leaves of ours that it holds, as rows one after the other."""
+
+    name: str
+    paths: tuple[str, ...]
+    transposed: bool = False
+    """[in, out]. One that was quantised on the way to the hub was transposed before, and is [out, in]."""
+    heads: int = 0
+    """Above 0 the leaves take turns, head by head."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a file of this package says of its models."""
+
+    model_types: tuple[str, ...]
+    """What config.json calls them."""
+    prefix: str
+    """Before the names of all tensors but the head's, where a file has the head."""
+    buffers: tuple[str, ...]
+    """Endings of tensors that are no parameters."""
+    config_from_hf: Callable[[Mapping[str, Any]], Config]
+    config_to_hf: Callable[[Config], dict[str, Any]]
+    stored: Callable[[Config], list[Stored]]
+
+
+Place: TypeAlias = Callable[[str, Any], Any]
+"""(path, leaf) -> what stands there: cast, or quantised."""
+
+
+def whole(names: Mapping[str, str]) -> list[Stored]:
+    """The tensors that are one leaf each: {our path: the hub's name}."""
+    return [Stored(name, (path,)) for path, name in names.items()]
+
+
+def layers(names: Mapping[str, str], bare: Container[str]) -> list[Stored]:
+    """The same for {our layer: the hub's module}: weight and bias of each, where they are among `bare`, our leaves."""
+    pairs = (
+        (f"{ours}.{leaf}", f"{theirs}.{ending}")
+        for ours, theirs in names.items()
+        for leaf, ending in (("w", "weight"), ("b", "bias"))
+    )
+    return whole({path: name for path, name in pairs if path in bare})
+
+
+# --------------------------------------------------------------------------------------------------------- hub to ours
+
+
+def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
+    """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
+    are views: no copy is made.
+
+    A quantised product of q, k and v is split where its blocks, and the blocks of quantised scales, end between them
+    (for NF4 with double quantisation, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
+
+    Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
+    shape of a quantised one.
+    """
+    bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
+    held = {family_name(name, family): x for name, x in held.items() if not name.endswith(family.buffers)}
+    if missing := [name for name in table if name not in held]:
+        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
+    spare = {name for name in held if cfg.tied and name.rpartition(".")[0] in ("lm_head", "embed_out")}
+    if surplus := held.keys() - table.keys() - spare:
+        raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
+    empty = leaves(bare)
+    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    for name, size in sizes.items():
+        _same(name, size, held[name].shape)
+    new: dict[str, Any] = {}
+    for name, s in table.items():
+        x = held[name].read()
+        _same(name, sizes[name][::-1] if s.transposed and not isinstance(x, Tensor) else sizes[name], tuple(x.shape))
+        parts = _split(x, s, [tuple(empty[p].shape) for p in s.paths])
+        if len(parts) < len(s.paths):
+            attn = s.paths[0].removesuffix(".q.w")
+            bare = update(bare, {attn: FusedAttention(fused(_node(bare, attn)), _node(bare, f"{attn}.o"))})
+            new[f"{attn}.qkv.w"] = parts[0]
+            continue
+        for path, part in zip(s.paths, parts, strict=True):
+            new[path] = place(path, part)
+    for path in [path for path in new if path.endswith(".qkv.w")]:
+        attn = path.removesuffix(".qkv.w")
+        biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
+        new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
+    return update(bare, new)
+
+
+def family_name(name: str, family: Family) -> str:
+    """A tensor's name without the prefix that a file with the head has, and one without has not."""
+    return name.removeprefix(family.prefix)
+
+
+def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
+    if got is not None and got != want:
+        raise InputError(f"tensor {name}: expected shape {list(want)}, got {list(got)}")
+
+
+def _node(tree: Any, path: str) -> Any:
+    return dict(walk(tree))[path]
+
+
+def _split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
+    """The leaves in a tensor; it alone where it is quantised and cannot be split."""
+    if len(s.paths) == 1:
+        return [x.T if s.transposed and isinstance(x, Tensor) else x]
+    if isinstance(x, QUANTISED):
+        if s.heads:
+            raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantised: quantize a plain one")
+        return equal_parts(x, len(s.paths)) or [x]
+    if s.heads:
+        parts = x.unflatten(0, (s.heads, len(s.paths), -1)).unbind(1)
+        return [part.flatten(0, 1) for part in parts]
+    return list((x.T if s.transposed and x.ndim == 2 else x).split([size[0] for size in sizes]))
+
+
+def _joined(parts: list[Tensor], s: Stored) -> Tensor:
+    if s.heads:
+        return torch.stack([x.unflatten(0, (s.heads, -1)) for x in parts], 1).flatten(0, 2)
+    x = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return x.T if s.transposed else x
+
+
+def equal_parts(w: Quantised, n: int) -> list[Any] | None:
+    """The rows of `w` in n equal parts, still quantised as they are; None where a block lies across two parts."""
+    per = w.block if isinstance(w, Blockwise8) else BLOCK if isinstance(w, FourBit) else w.shape[1]
+    if w.shape.numel() % (n * per):
+        return None
+    scales = list(w.absmax.chunk(n)) if isinstance(w.absmax, Tensor) else equal_parts(w.absmax, n)
+    return scales and [replace(w, codes=c, absmax=a) for c, a in zip(w.codes.chunk(n), scales, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- ours to hub
+
+
+def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
+    """The hub's tensors of our tree, as a file with the head names them.
+
+    Raises InputError for a tree that still carries adapters.
+    """
+    if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
+        raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
+    held = leaves(params)
+    for i, p in enumerate(params.blocks):
+        if isinstance(p.attn, FusedAttention):
+            n, kv = (params.cfg.head_size * heads for heads in (params.cfg.n_head, params.cfg.kv_heads))
+            for leaf in ("w", "b"):
+                if (x := held.get(f"blocks.{i}.attn.qkv.{leaf}")) is not None:
+                    names = (f"blocks.{i}.attn.{part}.{leaf}" for part in "qkv")
+                    held |= dict(zip(names, x.split((n, kv, kv)), strict=True))
+    made = {s.name: _joined([held[path] for path in s.paths], s) for s in family.stored(params.cfg)}
+    return {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
+
+
+def paths(cfg: Config) -> Container[str]:
+    """Our leaves under a config."""
+    return leaves(skeleton(cfg)).keys()
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the head's, which no prefix is before."""
+    return name.rpartition(".")[0] in ("lm_head", "embed_out")
+
+
+def check(params: GPT) -> None:
+    """Raises InputError where a part of `params` has not the size that its config gives it."""
+    cfg = params.cfg
+    bare = skeleton(cfg)
+    want: dict[str, Any] = {path: x for path, x in walk(bare) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}
+    for i, p in enumerate(params.blocks[: cfg.n_layer]):
+        if isinstance(p.attn, FusedAttention):
+            want[f"blocks.{i}.attn.qkv"] = fused(bare.blocks[i].attn)
+            for part in "qkv":
+                del want[f"blocks.{i}.attn.{part}"]
+    got: dict[str, Any] = {path: x for path, x in walk(params) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}
+    if len(params.blocks) < cfg.n_layer:
+        raise InputError(f"blocks.{len(params.blocks)} is missing: not a whole model of its config")
+    if odd := sorted(want.keys() ^ got.keys()):
+        raise InputError(f"{odd[0]} is {'missing' if odd[0] in want else 'surplus'}: not a whole model of its config")
+    for path, x in got.items():
+        if type(x) is not type(want[path]):
+            raise InputError(f"{path}: expected {type(want[path]).__name__}, got {type(x).__name__}")
+        sizes = [tuple(y.w.shape) if isinstance(y, Norm | RMSNorm) else shape(y.w) for y in (want[path], x)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{path}.w: expected shape {list(sizes[0])}, got {list(sizes[1])}")
+        biases = [None if (b := getattr(y, "b", None)) is None else list(b.shape) for y in (want[path], x)]
+        if biases[0] != biases[1]:
+            raise InputError(f"{path}.b: expected shape {biases[0]}, got {biases[1]}")
+        if isinstance(x.w, Tensor) and not x.w.is_floating_point():
+            raise InputError(f"{path}.w: expected a floating dtype, got {x.w.dtype}")
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+def whole_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises InputError where one of `names` is missing or no whole number above 0."""
+    bad = [name for name in names if type(config.get(name)) is not int or config[name] < 1]
+    if bad:
+        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}")
+
+
+def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise InputError(f"config.json: {name}={config[name]!r} is not supported, expected {value!r}")
+
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
+"""The hub's names of activations, and ours."""
+
+
+def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
+    """Our name of the activation that a config has. Raises InputError for one that we do not compute."""
+    found = config.get(name, default)
+    if found not in ACTIVATIONS:
+        raise InputError(f"config.json: {name}={found!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[found]
+
+
+def rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `base` and `stretch` of our config, of what old and new configs say of rotary positions.
+
+    Raises InputError for a scaling that we do not compute.
+    """
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise InputError(f"config.json: rope_scaling={scaling!r} is not supported, expected its fields")
+    base = scaling.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
+    kind, stretch = scaling.get("rope_type", scaling.get("type", "default")), None
+    try:
+        if kind == "linear":
+            stretch = (float(scaling["factor"]), 1.0, 4.0, 0.0)
+        elif kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            stretch = tuple(float(scaling[name]) for name in names)
+        elif kind != "default":
+            raise InputError(f"config.json: rope_type={kind!r} is not supported, expected default, linear or llama3")
+        return {"base": float(base), "stretch": stretch}
+    except (KeyError, TypeError, ValueError) as err:
+        raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {err}") from None
+
+
+def rope_to_hf(cfg: Config) -> dict[str, Any]:
+    """`rope` undone, as old and new readers know it."""
+    if cfg.stretch is None:
+        scaling = None
+    elif cfg.stretch[3] == 0:
+        scaling = {"rope_type": "linear", "factor": cfg.stretch[0]}
+    else:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = {"rope_type": "llama3"} | dict(zip(names, cfg.stretch, strict=True))
+        scaling["original_max_position_embeddings"] = int(cfg.stretch[3])
+    return {"rope_theta": cfg.base, "rope_scaling": scaling}

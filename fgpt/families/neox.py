@@ -1,0 +1,88 @@
+"""GPT-NeoX's and Pythia's tensors on the hub, and our tree: parallel branches on two norms, and q, k and v of each head
+side by side in one product.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fgpt.families.names import Family, Stored, activation, layers, only, paths, rope, rope_to_hf, whole, whole_numbers
+from fgpt.model import Config
+
+LAYERS = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.o": "attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+
+
+def config_from_hf(config: Mapping[str, Any]) -> Config:
+    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    whole_numbers(config, (*names, "max_position_embeddings"))
+    only(config, {"attention_bias": True})
+    of_head = config["hidden_size"] // config["num_attention_heads"]
+    part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    return Config(
+        n_layer=config["num_hidden_layers"],
+        n_head=config["num_attention_heads"],
+        d_model=config["hidden_size"],
+        context=config["max_position_embeddings"],
+        vocab=config["vocab_size"],
+        d_mlp=config["intermediate_size"],
+        eps=config.get("layer_norm_eps", 1e-5),
+        tied=config.get("tie_word_embeddings", False),
+        act=activation(config, "hidden_act", "gelu"),
+        parallel=config.get("use_parallel_residual", True),
+        rotary=int(of_head * part),
+        **rope(config),
+    )
+
+
+def config_to_hf(cfg: Config) -> dict[str, Any]:
+    """The hub's `config.json` of our config."""
+    scaling = rope_to_hf(cfg)
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_act": {"gelu_tanh": "gelu_new"}.get(cfg.act, cfg.act),
+        "vocab_size": cfg.vocab,
+        "max_position_embeddings": cfg.context,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "intermediate_size": cfg.d_mlp,
+        "use_parallel_residual": cfg.parallel,
+        "rotary_pct": cfg.rotary / cfg.head_size,
+        "rotary_emb_base": scaling["rope_theta"],
+        "rope_scaling": scaling["rope_scaling"],
+        "layer_norm_eps": cfg.eps,
+        "tie_word_embeddings": cfg.tied,
+    }
+
+
+def stored(cfg: Config) -> list[Stored]:
+    """The hub's tensors, and our leaves in them."""
+    bare = paths(cfg)
+    found = whole({"wte.w": "embed_in.weight"})
+    for i in range(cfg.n_layer):
+        found += layers({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        for leaf, ending in (("w", "weight"), ("b", "bias")):
+            parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
+            found.append(Stored(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
+    return found + layers({"ln_f": "final_layer_norm"} | ({} if cfg.tied else {"head": "embed_out"}), bare)
+
+
+NEOX = Family(
+    model_types=("gpt_neox",),
+    prefix="gpt_neox.",
+    buffers=(
+        ".attention.bias",
+        ".attention.masked_bias",
+        ".rotary_emb.inv_freq",
+    ),  # causal masks and angles that old checkpoints carry
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    stored=stored,
+)

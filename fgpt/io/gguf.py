@@ -1,0 +1,450 @@
+"""Models in GGUF files, as llama.cpp's tools write them: tensors by their hub names, as the hub has them.
+
+llama.cpp reorders some tensors for its kernels, each architecture's in its own way; that is undone here. What a file
+says of its model becomes a hub's `config.json`. A key or a tensor that would change the model, and has no counterpart
+there, is refused: a model that is almost read answers almost sensibly.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgpt.errors import InputError
+from fgpt.io.gguf_container import PLAIN, Container, Entry, numbers, parsed
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a hub tensor comes from: the file's name for it, the hub's shape, and what undoes llama.cpp's order."""
+
+    name: str
+    shape: tuple[int, ...]
+    undo: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape that the file must have."""
+        return self.shape[::-1] if self.undo is _transposed else self.shape
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """A GGUF file whose header has been read and checked: reading a tensor can only fail if the file changes."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    """All metadata by its key in the file; lists are lists."""
+    config: Config
+    """A hub's `config.json`."""
+    sources: Mapping[str, Source]
+    entries: Mapping[str, Entry]
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter tensor by its hub name, with the hub's shape."""
+        return {name: source.shape for name, source in self.sources.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its hub name, on its own memory: fp32, or fp16 and bf16 where the file has those.
+
+        Raises InputError for a name that is not in `sizes`, or where the file has changed.
+        """
+        if name not in self.sources:
+            raise InputError(
+                f"{self.path}: no tensor named {name}; expected a hub name such as {next(iter(self.sources))}"
+            )
+        source = self.sources[name]
+        x = numbers(self.path, self.entries[source.name])
+        return source.undo(x) if source.undo else x
+
+
+def opened(path: Path) -> GGUF:
+    """The model of a GGUF file; no tensor is read yet, but for the few numbers of Llama 3's rope.
+
+    Raises InputError for a file that is missing, no GGUF, cut short, of an unknown architecture, or whose metadata and
+    tensors are not those of one model.
+    """
+    file = parsed(path)
+    name = file.fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(f"{path}: general.architecture is {name!r}; expected one of {', '.join(ARCHITECTURES)}")
+    config, sources = ARCHITECTURES[name](_Said(file, name))
+    _check(file, sources, name)
+    for key in ("bos", "eos"):
+        if isinstance(token := file.fields.get(f"tokenizer.ggml.{key}_token_id"), int):
+            config[f"{key}_token_id"] = token
+    return GGUF(path, file.fields, config | {"torch_dtype": _dtype(file)}, sources, file.entries)
+
+
+def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
+    """Raises InputError where the tensors are not just those that the metadata speak of."""
+    wanted = {source.name: (hub, source.stored) for hub, source in sources.items()}
+    for name, (hub, shape) in wanted.items():
+        if name not in file.entries:
+            raise InputError(f"{file.path}: tensor {name} ({hub}) is missing; expected shape {list(shape)}")
+        if file.entries[name].shape != shape:
+            got = list(file.entries[name].shape)
+            raise InputError(f"{file.path}: tensor {name} ({hub}) has shape {got}; its metadata say {list(shape)}")
+    used = {ROPE} if arch == "llama" else set()  # it has become part of the config
+    if surplus := sorted(file.entries.keys() - wanted.keys() - used):
+        raise InputError(
+            f"{file.path}: tensor {surplus[0]} has no place in {arch} as its metadata describe it; expected none but "
+            "its own, so this may be a variant that is not read here"
+        )
+
+
+def _dtype(file: Container) -> str:
+    """The dtype in which most numbers come."""
+    counts: dict[torch.dtype, int] = {}
+    for entry in file.entries.values():
+        dtype = PLAIN.get(entry.kind, torch.float32)
+        counts[dtype] = counts.get(dtype, 0) + math.prod(entry.shape)
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
+
+
+# ----------------------------------------------------------------------------------------------------- what a file says
+
+
+class _Said:
+    """An architecture's metadata, key by key, each checked; and in the end, whether any was left unread."""
+
+    def __init__(self, file: Container, arch: str):
+        self.file, self.arch, self.asked = file, arch, set[str]()
+
+    def bad(self, key: str, expected: str) -> InputError:
+        key = f"{self.arch}.{key}"
+        got = repr(self.file.fields[key])[:80] if key in self.file.fields else "nothing"
+        return InputError(f"{self.file.path}: {key}: expected {expected}, got {got}")
+
+    def get(self, key: str) -> Any:
+        self.asked.add(f"{self.arch}.{key}")
+        return self.file.fields.get(f"{self.arch}.{key}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        found = self.get(key)
+        found = default if found is None else found
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 1 << 31:
+            raise self.bad(key, "a positive whole number")
+        return found
+
+    def number(self, key: str, default: float | None = None) -> float:
+        found = self.get(key)
+        found = default if found is None else found
+        if not isinstance(found, int | float) or not 0 < found < 1e30:
+            raise self.bad(key, "a positive number")
+        return float(str(np.float32(found)))  # 1e-05, as its author wrote it, and not 9.999999747378752e-06
+
+    def flag(self, key: str, default: bool) -> bool:
+        found = self.get(key)
+        if not isinstance(found, bool | None):
+            raise self.bad(key, "true or false")
+        return default if found is None else found
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self.file.entries
+
+    def blocks(self) -> int:
+        layers = self.whole("block_count")
+        if layers > len(self.file.entries):
+            raise self.bad("block_count", f"at most the {len(self.file.entries)} tensors of the file")
+        return layers
+
+    def rows(self, tensor: str) -> int:
+        if not self.has(tensor):
+            raise InputError(f"{self.file.path}: tensor {tensor} is missing; expected the model's table of tokens")
+        return self.file.entries[tensor].shape[0]
+
+    def vocab(self) -> int:
+        rows = self.rows("token_embd.weight")
+        if self.whole("vocab_size", rows) != rows:
+            raise self.bad("vocab_size", f"{rows}, the rows of token_embd.weight")
+        return rows
+
+    def rest(self, **neutral: Any) -> None:
+        """Raises InputError for a key of the architecture that was not asked for and says more than nothing."""
+        harmless = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True} | neutral
+        for key, value in self.file.fields.items():
+            short = key.removeprefix(f"{self.arch}.")
+            if short != key and key not in self.asked and (short not in harmless or harmless[short] != value):
+                raise InputError(
+                    f"{self.file.path}: {key} is {repr(value)[:80]}, which is not read here: a variant of {self.arch}"
+                )
+
+
+# --------------------------------------------------------------------------------------- Llama and the Qwens after it
+
+
+def _llama(said: _Said) -> tuple[Config, dict[str, Source]]:
+    """Llama, and what shares its architecture: SmolLM2, TinyLlama, Llama 3, Mistral without its window."""
+    config = _llama_config(said)
+    config |= {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "mlp_bias": said.has("blk.0.ffn_gate.bias"),
+    }
+    config |= {"attention_bias": said.has("blk.0.attn_q.bias")}
+    if said.has(ROPE):
+        if config["rope_scaling"]:
+            raise InputError(f"{said.file.path}: expected tensor {ROPE} or {said.arch}.rope.scaling.type, got both")
+        config["rope_scaling"] = _llama3_rope(said.file, config)
+    bias = config["attention_bias"]
+    return config, _llama_sources(config, True, bias, bias, mlp_bias=config["mlp_bias"])
+
+
+def _qwen2(said: _Said) -> tuple[Config, dict[str, Source]]:
+    config = _llama_config(said) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    return config | {"use_sliding_window": False}, _llama_sources(config, False, qkv_bias=True)
+
+
+def _qwen3(said: _Said) -> tuple[Config, dict[str, Source]]:
+    config = _llama_config(said) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    bias = said.has("blk.0.attn_q.bias")
+    config |= {"use_sliding_window": False, "attention_bias": bias}
+    return config, _llama_sources(config, False, bias, bias, qk_norm=True)
+
+
+def _llama_config(said: _Said) -> Config:
+    width, heads, context = (
+        said.whole("embedding_length"),
+        said.whole("attention.head_count"),
+        said.whole("context_length"),
+    )
+    kv_heads = said.whole("attention.head_count_kv", heads)
+    each = said.whole("attention.key_length", max(1, width // heads))
+    if said.get("attention.key_length") is None and width % heads:
+        raise said.bad("attention.head_count", f"a divisor of the width {width}")
+    if heads % kv_heads:
+        raise said.bad("attention.head_count_kv", f"a divisor of the {heads} heads")
+    if said.whole("attention.value_length", each) != each:
+        raise said.bad("attention.value_length", f"{each}, as the keys")
+    if said.whole("rope.dimension_count", each) != each or each % 2:
+        raise said.bad("rope.dimension_count", f"{each}, an even number and the whole head")
+    if said.whole("attention.sliding_window", context) < context:
+        raise said.bad("attention.sliding_window", f"no window, or at least the context of {context}")
+    config = {
+        "hidden_size": width,
+        "num_hidden_layers": said.blocks(),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": each,
+        "intermediate_size": said.whole("feed_forward_length"),
+        "vocab_size": said.vocab(),
+        "max_position_embeddings": context,
+        "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": said.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(said),
+        "hidden_act": "silu",
+        "tie_word_embeddings": not said.has("output.weight"),
+    }
+    said.get("rope.scaling.finetuned")  # whether the scale was trained with changes no number
+    said.rest(**{"rope.scaling.attn_factor": 1.0})
+    return config
+
+
+def _rope_scaling(said: _Said) -> dict[str, Any] | None:
+    kind = said.get("rope.scaling.type")
+    if kind in (None, "none"):
+        if said.get("rope.scaling.factor") not in (None, 0.0, 1.0):
+            raise said.bad("rope.scaling.type", "linear or yarn beside a factor")
+        said.get("rope.scaling.original_context_length")
+        return None
+    if kind not in ("linear", "yarn"):
+        raise said.bad("rope.scaling.type", "none, linear or yarn")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": said.number("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = said.whole("rope.scaling.original_context_length")
+    else:
+        said.get("rope.scaling.original_context_length")  # a linear scale does not need it
+    return scaling
+
+
+ROPE = "rope_freqs.weight"
+"""By what Llama 3 divides each frequency of its rope: the file has the quotients, the hub what they are made from."""
+
+
+def _llama3_rope(file: Container, config: Config) -> dict[str, Any] | None:
+    """The hub's scaling that gives the file's factors, one for each pair of a head.
+
+    Llama 3's own: frequencies of more than `high` turns within the `original` context stay, those of fewer than `low`
+    are divided by `factor`, those between by what interpolates. Only original / low and original / high count, so of
+    the three we look for the published ones alone.
+
+    Raises InputError for factors that these do not give.
+    """
+    entry, pairs = file.entries[ROPE], config["head_dim"] // 2
+    if entry.shape != (pairs,) or entry.kind != "F32":
+        raise InputError(f"{file.path}: tensor {ROPE} is {entry.kind} {list(entry.shape)}; expected F32 [{pairs}]")
+    got = numbers(file.path, entry).double()
+    factor, original, low, high = round(got.max().item(), 4), 8192, 1.0, 4.0
+    if torch.equal(got, torch.ones_like(got)):
+        return None
+    turns = original * config["rope_theta"] ** (-torch.arange(pairs).double() / pairs) / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the frequency as it was
+    if not torch.allclose(got, 1 / ((1 - share) / factor + share), rtol=1e-4, atol=0):
+        raise InputError(
+            f"{file.path}: tensor {ROPE}: expected Llama 3's factors (original context {original}, {low:g} to {high:g} "
+            f"turns), got others, up to {factor}: the file does not say how they were made; use the model's hub folder"
+        )
+    turns = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": factor} | turns
+
+
+def _llama_sources(
+    config: Config, permuted: bool, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False, mlp_bias: bool = False
+) -> dict[str, Source]:
+    width, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    each, inner, vocab = config["head_dim"], config["intermediate_size"], config["vocab_size"]
+    sources = {"model.embed_tokens.weight": Source("token_embd.weight", (vocab, width))}
+    for i in range(config["num_hidden_layers"]):
+        hub, own = f"model.layers.{i}", f"blk.{i}"
+        for part, name, out, wide, bias, of in (
+            ("self_attn.q_proj", "attn_q", heads * each, width, qkv_bias, heads),
+            ("self_attn.k_proj", "attn_k", kv_heads * each, width, qkv_bias, kv_heads),
+            ("self_attn.v_proj", "attn_v", kv_heads * each, width, qkv_bias, 0),
+            ("self_attn.o_proj", "attn_output", width, heads * each, o_bias, 0),
+            ("mlp.gate_proj", "ffn_gate", inner, width, mlp_bias, 0),
+            ("mlp.up_proj", "ffn_up", inner, width, mlp_bias, 0),
+            ("mlp.down_proj", "ffn_down", width, inner, mlp_bias, 0),
+        ):
+            undo = partial(_halves, heads=of) if permuted and of else None
+            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (out, wide), undo)
+            if bias:
+                sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,), undo)
+        if qk_norm:
+            sources[f"{hub}.self_attn.q_norm.weight"] = Source(f"{own}.attn_q_norm.weight", (each,))
+            sources[f"{hub}.self_attn.k_norm.weight"] = Source(f"{own}.attn_k_norm.weight", (each,))
+        sources[f"{hub}.input_layernorm.weight"] = Source(f"{own}.attn_norm.weight", (width,))
+        sources[f"{hub}.post_attention_layernorm.weight"] = Source(f"{own}.ffn_norm.weight", (width,))
+    sources["model.norm.weight"] = Source("output_norm.weight", (width,))
+    if not config["tie_word_embeddings"]:
+        sources["lm_head.weight"] = Source("output.weight", (vocab, width))
+    return sources
+
+
+def _halves(x: Tensor, heads: int) -> Tensor:
+    """Rows of each head as rope in halves wants them (i with i + d/2), from llama.cpp's neighbours (2i with 2i + 1)."""
+    pairs = x.shape[0] // heads // 2
+    return x.unflatten(0, (heads, pairs, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------ GPT-2, GPT-NeoX
+
+
+def _gpt2(said: _Said) -> tuple[Config, dict[str, Source]]:
+    width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
+    inner, context = said.whole("feed_forward_length", 4 * width), said.whole("context_length")
+    config: Config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": said.whole("attention.head_count"),
+        "n_inner": inner,
+        "n_positions": context,
+        "vocab_size": vocab,
+        "layer_norm_epsilon": said.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": not said.has("output.weight"),
+    }
+    if width % config["n_head"]:
+        raise said.bad("attention.head_count", f"a divisor of the width {width}")
+    said.whole("attention.head_count_kv", config["n_head"])
+    said.rest(**{"attention.head_count_kv": config["n_head"]})
+    sources = {
+        "transformer.wte.weight": Source("token_embd.weight", (vocab, width)),
+        "transformer.wpe.weight": Source("position_embd.weight", (context, width)),
+        **_norm("transformer.ln_f", "output_norm", width),
+    }
+    for i in range(layers):
+        hub, own = f"transformer.h.{i}", f"blk.{i}"
+        sources |= _norm(f"{hub}.ln_1", f"{own}.attn_norm", width) | _norm(f"{hub}.ln_2", f"{own}.ffn_norm", width)
+        for part, name, out, wide in (
+            ("attn.c_attn", "attn_qkv", 3 * width, width),
+            ("attn.c_proj", "attn_output", width, width),
+            ("mlp.c_fc", "ffn_up", inner, width),
+            ("mlp.c_proj", "ffn_down", width, inner),
+        ):  # the hub's are [in, out]
+            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (wide, out), _transposed)
+            sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,))
+    if not config["tie_word_embeddings"]:
+        sources["lm_head.weight"] = Source("output.weight", (vocab, width))
+    return config, sources
+
+
+def _gptneox(said: _Said) -> tuple[Config, dict[str, Source]]:
+    """GPT-NeoX and Pythia. The activation is not in the file; it is the architecture's, GELU by the error function."""
+    width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
+    heads, inner = said.whole("attention.head_count"), said.whole("feed_forward_length")
+    if width % heads:
+        raise said.bad("attention.head_count", f"a divisor of the width {width}")
+    rotary = said.whole("rope.dimension_count", width // heads)
+    if rotary > width // heads or rotary % 2:
+        raise said.bad("rope.dimension_count", f"an even number up to the head's {width // heads}")
+    config: Config = {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "max_position_embeddings": said.whole("context_length"),
+        "layer_norm_eps": said.number("attention.layer_norm_epsilon"),
+        "rotary_pct": rotary / (width // heads),
+        "rotary_emb_base": said.number("rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "use_parallel_residual": said.flag("use_parallel_residual", True),
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": not said.has("output.weight"),
+    }
+    config["rope_theta"] = config["rotary_emb_base"]
+    said.rest(**{"attention.head_count_kv": heads, "rope.scaling.type": "none"})
+    sources = {"gpt_neox.embed_in.weight": Source("token_embd.weight", (vocab, width))}
+    for i in range(layers):
+        hub, own = f"gpt_neox.layers.{i}", f"blk.{i}"
+        sources |= _norm(f"{hub}.input_layernorm", f"{own}.attn_norm", width)
+        sources |= _norm(f"{hub}.post_attention_layernorm", f"{own}.ffn_norm", width)
+        for part, name, out, wide, undo in (
+            ("attention.query_key_value", "attn_qkv", 3 * width, width, partial(_by_head, heads=heads)),
+            ("attention.dense", "attn_output", width, width, None),
+            ("mlp.dense_h_to_4h", "ffn_up", inner, width, None),
+            ("mlp.dense_4h_to_h", "ffn_down", width, inner, None),
+        ):
+            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (out, wide), undo)
+            sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,), undo)
+    sources |= _norm("gpt_neox.final_layer_norm", "output_norm", width)
+    if not config["tie_word_embeddings"]:
+        sources["embed_out.weight"] = Source("output.weight", (vocab, width))
+    return config, sources
+
+
+def _norm(hub: str, own: str, width: int) -> dict[str, Source]:
+    return {f"{hub}.{part}": Source(f"{own}.{part}", (width,)) for part in ("weight", "bias")}
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.T.contiguous()
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """q, k and v of each head together, as the hub has them, from all q, all k, all v."""
+    return x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+ARCHITECTURES: dict[str, Callable[[_Said], tuple[Config, dict[str, Source]]]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+    "gptneox": _gptneox,
+}

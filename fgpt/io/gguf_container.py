@@ -1,0 +1,228 @@
+"""GGUF's container: what a file says of itself, and where each of its tensors lies.
+
+The header is read here and not by `gguf.GGUFReader`, which takes the counts in it on trust: a spoiled count has it loop
+over nothing for hours. Here a count, a length or an offset that the rest of the file cannot hold is an error before
+anything of that size is made. Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgpt.errors import InputError
+
+MAGIC = b"GGUF"
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+"""The type numbers of plain values, as `struct` names them."""
+STRING, ARRAY = 8, 9
+MOST = {"keys": 1 << 16, "tensors": 1 << 20, "bytes of a name": 1 << 16, "elements of a list": 1 << 24}
+"""Far above what any model has: past it, a header is spoiled though the file could hold it."""
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that are read as they are."""
+STEP = 1 << 20
+"""So many numbers are expanded at a time: of a large table, only the result is held whole."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in the file: its type, its shape in torch's order, and its bytes."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """Metadata by key, tensors by the file's own names."""
+
+    path: Path
+    fields: dict[str, Any]
+    entries: dict[str, Entry]
+
+
+def parsed(path: Path) -> Container:
+    """The header of a GGUF file.
+
+    Raises InputError where the file is missing, is no GGUF, is cut short, or holds what cannot be read.
+    """
+    with _file(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        header = _Header(path, file, size)
+        fields, found = header.parsed()
+        if isinstance(fields.get("split.count"), int) and fields["split.count"] > 1:
+            raise InputError(
+                f"{path}: is one of {fields['split.count']} parts; merge them with llama-gguf-split --merge"
+            )
+        start = _aligned(file.tell(), header.alignment(fields))
+    entries = {name: _placed(path, name, kind, shape, start + at) for name, (kind, shape, at) in found.items()}
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.offset < end or entry.offset % header.alignment(fields):
+            raise header.bad(f"tensor {name} begins at byte {entry.offset}, inside another or off its alignment")
+        end = entry.offset + entry.size
+        if end > size:
+            raise header.bad(f"tensor {name} ends at byte {end:,}, the file at {size:,}")
+    return Container(path, fields, entries)
+
+
+def numbers(path: Path, entry: Entry) -> Tensor:
+    """A tensor of the file, on its own memory: quantised types as fp32, others as they are.
+
+    Raises InputError where the file has become shorter.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    kind = GGMLQuantizationType[entry.kind]
+    out = torch.empty(entry.shape, dtype=PLAIN.get(entry.kind, torch.float32))
+    with _file(path) as file:
+        file.seek(entry.offset)
+        if entry.kind in PLAIN:
+            held = out.view(-1).view(torch.uint8).numpy()
+            if file.readinto(held) != entry.size:  # pyright: ignore[reportAttributeAccessIssue]
+                raise _short(path)
+            return out
+        block, wide = GGML_QUANT_SIZES[kind]
+        rows = out.view(-1, entry.shape[-1])
+        width = entry.shape[-1] // block * wide  # bytes of a row
+        for some in rows.split(max(1, STEP // rows.shape[1])):
+            data = file.read(len(some) * width)
+            if len(data) != len(some) * width:
+                raise _short(path)
+            with np.errstate(all="ignore"):  # a spoiled scale may be infinite
+                some.copy_(torch.from_numpy(dequantize(np.frombuffer(data, np.uint8).reshape(-1, width), kind)))
+    return out
+
+
+class _Header:
+    """A reader that never asks for more than the rest of the file."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int):
+        self.path, self.file, self.size = path, file, size
+
+    def bad(self, what: str) -> InputError:
+        return InputError(f"{self.path}: not a whole GGUF file: {what}; fetch it again")
+
+    def parsed(self) -> tuple[dict[str, Any], dict[str, tuple[int, tuple[int, ...], int]]]:
+        """Metadata, and of each tensor its type, its shape and its offset in the data."""
+        if self.size < 24 or self.take(4) != MAGIC:
+            raise InputError(f"{self.path}: not a GGUF file: it does not begin with {MAGIC.decode()}")
+        version = self.scalar("<I")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+            got = "a big-endian file" if swapped else f"version {version}"
+            raise InputError(f"{self.path}: expected GGUF version 2 or 3 in little-endian order, got {got}")
+        tensors, keys = self.scalar("<Q"), self.scalar("<Q")
+        self.bounded(tensors, "tensors", 24)
+        self.bounded(keys, "keys", 13)
+        fields: dict[str, Any] = {}
+        for _ in range(keys):
+            key = self.name(fields)
+            fields[key] = self.value(key, self.scalar("<I"))
+        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        for _ in range(tensors):
+            name = self.name(found)
+            axes = self.scalar("<I")
+            if not 1 <= axes <= 4:
+                raise self.bad(f"tensor {name} has {axes} axes, expected 1 to 4")
+            shape = struct.unpack(f"<{axes}Q", self.take(8 * axes))[::-1]  # the file puts the fastest axis first
+            found[name] = (self.scalar("<I"), shape, self.scalar("<Q"))
+        return fields, found
+
+    def alignment(self, fields: dict[str, Any]) -> int:
+        found = fields.get("general.alignment", 32)
+        if not isinstance(found, int) or not 0 < found <= 1 << 20 or found & (found - 1):
+            raise self.bad(f"general.alignment is {found!r}, expected a power of two")
+        return found
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise self.bad(f"{count:,} bytes are to follow byte {self.file.tell():,}, the file ends at {self.size:,}")
+        return self.file.read(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def bounded(self, count: int, of: str, least: int) -> int:
+        """`count`, where so many things of `least` bytes or more can follow."""
+        if count > MOST.get(of, self.size) or count * least > self.size - self.file.tell():
+            raise self.bad(f"it tells of {count:,} {of} at byte {self.file.tell():,} of {self.size:,}")
+        return count
+
+    def text(self, of: str) -> str:
+        try:
+            return self.take(self.bounded(self.scalar("<Q"), of, 1)).decode()
+        except UnicodeDecodeError as err:
+            raise self.bad(f"text before byte {self.file.tell():,} is not UTF-8 ({err.reason})") from None
+
+    def name(self, seen: dict[str, Any]) -> str:
+        name = self.text("bytes of a name")
+        if name in seen:
+            raise self.bad(f"{name} is there twice")
+        return name
+
+    def value(self, key: str, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.text("bytes of text")
+        if kind != ARRAY:
+            raise self.bad(f"{key} is of type {kind}, expected 0 to 12")
+        kind, count = self.scalar("<I"), self.scalar("<Q")
+        if kind == STRING:
+            return [self.text("bytes of text") for _ in range(self.bounded(count, "elements of a list", 8))]
+        if kind not in SCALARS:
+            raise self.bad(f"{key} is a list of type {kind}, expected plain values or text")
+        dtype = np.dtype(SCALARS[kind])
+        self.bounded(count, "elements of a list", dtype.itemsize)
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+
+def _placed(path: Path, name: str, number: int, shape: tuple[int, ...], offset: int) -> Entry:
+    """Raises InputError for a type that cannot be expanded, or a shape that it cannot have."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        kind = GGMLQuantizationType(number)
+        block, wide = GGML_QUANT_SIZES[kind]
+        if kind.name not in PLAIN:
+            dequantize(np.zeros((1, wide), np.uint8), kind)  # the one public way to ask whether it can
+    except (ValueError, KeyError, NotImplementedError):
+        known = getattr(locals().get("kind"), "name", f"type {number}")
+        raise InputError(
+            f"{path}: tensor {name} is stored as {known}; expected F32, F16, BF16 or a quantised type that the gguf "
+            "package expands (Q4_0 to Q8_0, the K and IQ types)"
+        ) from None
+    if 0 in shape or shape[-1] % block:
+        raise InputError(
+            f"{path}: tensor {name} has shape {list(shape)}; expected rows of {kind.name}, in multiples of {block}"
+        )
+    return Entry(kind.name, shape, offset, math.prod(shape) // block * wide)
+
+
+@contextmanager
+def _file(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror or err}; expected a GGUF file") from None
+
+
+def _short(path: Path) -> InputError:
+    return InputError(f"{path}: has become shorter since it was opened; fetch it again")
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to

