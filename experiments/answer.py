@@ -1,7 +1,7 @@
 """One answer from a trained run."""
 
 from experiments import folder
-from experiments.train import place
+from experiments.train import base_of
 from fgpt.data.templates import Row, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generate import generate
@@ -18,7 +18,7 @@ def answer(name: str, instruction: str, given: str, most: int, temperature: floa
         raise InputError("the prompt is empty: say what to write")
     out = folder.find(name)
     run = folder.read_run(out)
-    base = place(hub.load(run.base, None), run)
+    base = base_of(run)
     tokenizer = hub.tokenizer(run.base)
     prompt = encode_prompt(Row(instruction, given, ""), template(run.template), tokenizer)
     tuned = folder.load_tuned(out, base)

@@ -95,10 +95,10 @@ def report(run: Run, out: Path, heldout: Sequence[Row]) -> None:
     """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
     folder, and print the scores with a few answers.
     """
-    from experiments.train import place  # train ends with a comparison, and a comparison needs the base as trained
+    from experiments.train import base_of  # train ends with a comparison, and a comparison needs the base as trained
 
     rows = list(heldout[: run.compare])
-    base = place(hub.load(run.base, None), run)
+    base = base_of(run)
     tokenizer = hub.tokenizer(run.base)
     console.print(f"comparing base and tuned on {len(rows)} held-out prompts ..")
     sides = {"base": base, "tuned": folder.load_tuned(out, base)}

@@ -9,7 +9,7 @@ from rich.table import Table
 from experiments import folder
 from experiments.compare import fitting
 from experiments.fit import console
-from experiments.train import place, split
+from experiments.train import base_of, split
 from fgpt.adapters import merge as merged
 from fgpt.data import packing
 from fgpt.errors import InputError
@@ -37,10 +37,9 @@ def merge(name: str, onto: Onto | None) -> Path:
         raise InputError(
             f"{name} was trained over {run.quantize}: say --onto dequantised, its own base, or --onto original"
         )
-    original = hub.load(run.base, None)
-    base = place(original, run)
+    base = base_of(run)
     trained = folder.load_tuned(out, base)
-    plain = merged(trained, place(original, replace(run, quantize=None)) if onto == "original" else onto)
+    plain = merged(trained, base_of(replace(run, quantize=None)) if onto == "original" else onto)
     rows = split(run)[1][:PROBES]
     examples, at = fitting(base.cfg, hub.tokenizer(run.base), run, rows), device(base)
     batch = tree_map(lambda x: x.to(at), packing.collate([[e] for e in examples]))

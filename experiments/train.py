@@ -21,7 +21,7 @@ from fgpt.optim import adamw, adamw8bit, cosine
 from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
-from fgpt.tree import cast, count, leaves, matches, tree_map, update
+from fgpt.tree import count, leaves, matches, tree_map, update
 
 NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["nano"] / "heldout.jsonl"
 
@@ -58,13 +58,19 @@ def steps_of(examples: list[Example], run: Run, width: int) -> int:
     return run.steps or max(1, round(run.epochs * one / run.accumulate))
 
 
-def place(params: GPT, run: Run) -> GPT:
-    """The base on the run's device, in its dtype, fused where the run adapts q, k and v as one."""
-    device = folder.device_of(run.device)
-    params = tree_map(lambda x: x.to(device), cast(params, getattr(torch, run.dtype)))
+def base_of(run: Run) -> GPT:
+    """The base in its dtype, quantised as it is read, on the run's device; fused where the run adapts q, k, v as one.
+
+    Raises InputError where there is no such base or device.
+    """
+    device, dtype = folder.device_of(run.device), getattr(torch, run.dtype)
     one, three = (matches(run.adapter.where, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
-    params = fuse(params) if one and not three else params
-    return params if run.quantize is None else quantize(params, run.quantize)
+    if one and not three:
+        params = fuse(hub.load(run.base, dtype))
+        params = params if run.quantize is None else quantize(params, run.quantize)
+    else:
+        params = hub.load(run.base, dtype, run.quantize)
+    return tree_map(lambda x: x.to(device), params)
 
 
 def adapters_of(run: Run, params: GPT) -> Adapters:
@@ -96,7 +102,7 @@ def train(run: Run) -> Path:
     examples, dropped = packing.fit([encode(row, look, tokenizer) for row in rows], width, run.long == "drop")
     if dropped.long or dropped.empty:
         console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
-    base = place(hub.load(run.base, None), run)
+    base = base_of(run)
     adapters = adapters_of(run, base)
     steps = steps_of(examples, run, width)
     weights = sum(len(e.tokens) - e.prompt for e in examples)

@@ -23,7 +23,8 @@ from fgpt.kernels.scale import scaled
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
-"""Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache."""
+"""Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache. What
+is in the dtype of its adapter already is taken whole."""
 
 
 @node
@@ -132,7 +133,7 @@ def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"],
     """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
     if not isinstance(w, Adapted):
         out, inp = shape(w)
-        step = max(1, PIECE // inp)
+        step = out if isinstance(w, Tensor) and w.dtype == a.dtype else max(1, PIECE // inp)
         parts = [_rows(w, slice(i, i + step), a.dtype) for i in range(0, out, step)]
         squares = torch.cat([torch.linalg.vector_norm(p, dim=-1).square() for p in parts])
         return squares, torch.cat([F.linear(p, a) for p in parts])

@@ -1,6 +1,7 @@
 """Every family is transformers' model of it: logits, text, files; and what a bad folder says."""
 
 import json
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,11 +13,14 @@ from conftest import close, same, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
 from fgpt import families
 from fgpt import model as M
-from fgpt.tree import count
+from fgpt.families import names
+from fgpt.io import hub
+from fgpt.tree import count, leaves
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
 GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
@@ -295,3 +299,54 @@ def twice(folder: Path) -> None:
     first, second = (load_file(folder / f"model-0000{i}.safetensors") for i in (1, 2))
     name = min(first)
     save_file(second | {name: first[name]}, folder / "model-00002.safetensors", {"format": "pt"})
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+class Made(TorchDispatchMode):
+    """The most bytes that a new tensor of a dtype took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out.is_meta:
+            self.most[out.dtype] = max(self.most.get(out.dtype, 0), out.nbytes)
+        return out
+
+
+def test_a_bf16_file_is_loaded_without_an_fp32_copy(tmp_path: Path):
+    theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    with Made() as made:
+        params = fgpt.load(str(tmp_path), torch.bfloat16)
+    assert torch.float32 not in made.most
+    assert made.most[torch.bfloat16] == max(x.nbytes for x in leaves(params).values())
+    with Made() as made:  # and quantised, with one of the largest matrix at most
+        fgpt.load(str(tmp_path), torch.bfloat16, quantize="int8")
+    assert made.most[torch.float32] <= 4 * params.blocks[0].mlp.up.w.numel()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was read is let go of before the next is read, where it is not what is kept."""
+    theirs("gptj").half().save_pretrained(tmp_path)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    read = hub.held_tensors
+
+    def watched(path: Path) -> dict[str, names.Held]:
+        def one(held: names.Held) -> names.Held:
+            def reader() -> Any:
+                assert not [x for ref in alive if (x := ref()) is not None]
+                x = held.read()
+                alive.append(weakref.ref(x))  # pyright: ignore[reportArgumentType]
+                return x
+
+            return names.Held(held.shape, reader)
+
+        return {name: one(x) for name, x in read(path).items()}
+
+    monkeypatch.setattr(hub, "held_tensors", watched)
+    fgpt.load(str(tmp_path))
+    assert len(alive) > 20

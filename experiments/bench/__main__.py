@@ -1,17 +1,23 @@
 """The benchmarks' command line: `python -m experiments.bench train --help`."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
 from experiments.bench.adapters import Bench, adapters
+from experiments.bench.load import Load, loading
 from experiments.bench.train import Train, train
 from fgpt.errors import InputError
 
+RUN: dict[type, Callable[[Any], None]] = {Train: train, Bench: adapters, Load: loading}
+
 if __name__ == "__main__":
     try:
-        chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults({"train": Train(), "adapters": Bench()}))
-        train(chosen) if isinstance(chosen, Train) else adapters(chosen)
+        defaults = {"train": Train(), "adapters": Bench(), "load": Load()}
+        chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults))
+        RUN[type(chosen)](chosen)
     except InputError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(2)

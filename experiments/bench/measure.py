@@ -111,15 +111,16 @@ def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[i
     call = build()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(steps):
         call()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     return peak, peak - before
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A figure of this process in /proc/self/status, in bytes. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 

@@ -22,6 +22,8 @@ class Template:
     name: str
     with_input: str
     without_input: str
+    chat: bool = False
+    """The text is what a user says in the model's own chat template."""
 
     def prompt(self, row: Row) -> str:
         """All that precedes the answer. The row's text is never read as a format: braces are safe."""
@@ -49,7 +51,10 @@ PLAIN = Template(
     "Instruction: {instruction}\n\nResponse:\n",
 )
 
-TEMPLATES = {template.name: template for template in (ALPACA, PLAIN)}
+# For models that have learned to chat.
+CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
+
+TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,13 @@ class Example:
 
 
 def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt's tokens, in training and in generation alike. Special tokens in the row's text are plain text."""
+    """The prompt's tokens, in training and in generation alike. Special tokens in the row's text are plain text, but in
+    a chat.
+
+    Raises InputError for a chat with a model that has no template for it.
+    """
+    if template.chat:
+        return tuple(tokenizer.chat([{"role": "user", "content": template.prompt(row)}]))
     return tuple(tokenizer.encode(template.prompt(row)))
 
 

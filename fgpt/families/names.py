@@ -96,20 +96,20 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
     for name, size in sizes.items():
         _same(name, size, held[name].shape)
-    new: dict[str, Any] = {}
-    for name, s in table.items():
-        x = held[name].read()
-        _same(name, sizes[name][::-1] if s.transposed and not isinstance(x, Tensor) else sizes[name], tuple(x.shape))
+
+    def read(s: Stored) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
+        x, size = held[s.name].read(), sizes[s.name]
+        _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
         parts = _split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
-            attn = s.paths[0].removesuffix(".q.w")
-            bare = update(bare, {attn: FusedAttention(fused(_node(bare, attn)), _node(bare, f"{attn}.o"))})
-            new[f"{attn}.qkv.w"] = parts[0]
-            continue
-        for path, part in zip(s.paths, parts, strict=True):
-            new[path] = place(path, part)
-    for path in [path for path in new if path.endswith(".qkv.w")]:
-        attn = path.removesuffix(".qkv.w")
+            return {s.paths[0].removesuffix(".q.w") + ".qkv.w": x}
+        return {path: place(path, part) for path, part in zip(s.paths, parts, strict=True)}
+
+    new: dict[str, Any] = {}
+    for s in table.values():
+        new |= read(s)
+    for attn in [path.removesuffix(".qkv.w") for path in new if path.endswith(".qkv.w")]:
+        bare = update(bare, {attn: FusedAttention(fused(_node(bare, attn)), _node(bare, f"{attn}.o"))})
         biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
         new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
     return update(bare, new)

