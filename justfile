@@ -54,7 +54,7 @@ compare *args: setup
 merge *args: setup
     @{{ python }} -m experiments merge "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]
 bench *args: setup-dev
     @{{ python }} -m experiments.bench "$@"

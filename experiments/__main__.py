@@ -8,13 +8,15 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
 from experiments import runs
+from experiments.writing import PLAINLY, Writing
 from fgpt.errors import InputError
 
 
@@ -51,18 +53,30 @@ class Generate:
     prompt: tyro.conf.Positional[str]
     input: str = ""
     """What the instruction is to be applied to."""
-    most: int = 200
-    """Most new tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time."""
-    seed: int = 0
+    how: tyro.conf.OmitArgPrefixes[Writing] = PLAINLY
 
 
 def generate(args: Sequence[str]) -> None:
     options = parse(Generate, args, None, "just generate")
     from experiments.answer import answer
 
-    answer(options.run, options.prompt, options.input, options.most, options.temperature, options.seed)
+    answer(options.run, options.prompt, options.input, options.how)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation with a trained run, in the run's own template."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+    how: tyro.conf.OmitArgPrefixes[Writing] = PLAINLY
+
+
+def chat(args: Sequence[str]) -> None:
+    options = parse(Chat, args, None, "just chat")
+    from experiments.answer import chat as go
+
+    go(options.run, options.how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +134,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
         # tyro frames its errors where it can: a title, a message that ends at an empty line or a rule, explanations
         lines = [line.strip("│╭╮╰╯─|+- ") for line in said.getvalue().splitlines()]
         message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
+        message = re.sub(r"^Error parsing [\w.]+: ", "", message)
         raise InputError(f"{message.rstrip('.') or 'unusable options'}; {command} --help lists them") from None
 
 
@@ -127,8 +142,10 @@ def _options(cls: type[Any], prefix: str = "") -> list[str]:
     found: list[str] = []
     for field in dataclasses.fields(cls):
         name = prefix + field.name.replace("_", "-")
-        nested = field.type if isinstance(field.type, type) and dataclasses.is_dataclass(field.type) else None
-        found += _options(nested, f"{name}.") if nested else [name]
+        bare = get_origin(field.type) is Annotated  # OmitArgPrefixes: the options of such a field stand by themselves
+        kind: Any = get_args(field.type)[0] if bare else field.type
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        found += _options(kind, "" if bare else f"{name}.") if nested else [name]
     return found
 
 
@@ -136,6 +153,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "runs": list_runs,
     "generate": generate,
+    "chat": chat,
     "compare": compare,
     "merge": merge,
 }

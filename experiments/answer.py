@@ -1,26 +1,157 @@
-"""One answer from a trained run."""
+"""Answers from a trained run: one, as it is written, or several; and a conversation."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from experiments import folder
+from experiments.runs import Run
 from experiments.train import base_of
+from experiments.writing import Writing
+from fgpt.beam import beam_search
 from fgpt.data.templates import Row, encode_prompt, template
+from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
-from fgpt.generate import generate
+from fgpt.generate import cut, generate, pieces, stop_at, stream
 from fgpt.io import hub
-from fgpt.rng import key
+from fgpt.model import GPT
+from fgpt.rng import fold_in, key
 
 
-def answer(name: str, instruction: str, given: str, most: int, temperature: float, seed: int) -> None:
-    """Print the answer of run `name` to an instruction, in the template it was trained with.
+class Opened(NamedTuple):
+    """A trained run, ready to write."""
+
+    run: Run
+    params: GPT
+    tokenizer: Tokenizer
+
+
+def opened(name: str) -> Opened:
+    """Raises InputError for an unknown run."""
+    out = folder.find(name)
+    run = folder.read_run(out)
+    return Opened(run, folder.load_tuned(out, base_of(run)), hub.tokenizer(run.base))
+
+
+def answer(name: str, instruction: str, given: str, how: Writing) -> None:
+    """Print what run `name` answers to an instruction, in the template it was trained with.
 
     Raises InputError for an unknown run, or an empty or overlong prompt.
     """
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
-    out = folder.find(name)
-    run = folder.read_run(out)
-    base = base_of(run)
-    tokenizer = hub.tokenizer(run.base)
-    prompt = encode_prompt(Row(instruction, given, ""), template(run.template), tokenizer)
-    tuned = folder.load_tuned(out, base)
-    [got] = generate(tuned, [prompt], tokenizer.eos, most, temperature, key(seed) if temperature else None)
-    print(tokenizer.decode(got.tokens).strip())
+    if how.samples < 1:
+        raise InputError(f"samples is {how.samples}: expected 1 or more")
+    it = opened(name)
+    prompt = encode_prompt(Row(instruction, given, ""), template(it.run.template), it.tokenizer)
+    if how.beams > 1:
+        sampling = replace(how.sampling, temperature=0.0)
+        found = beam_search(it.params, prompt, it.tokenizer.eos, how.most, how.beams, how.length_penalty, sampling)
+        texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.samples]]
+    elif how.samples == 1:
+        tell(written(it, prompt, how))
+        return
+    else:
+        if not how.sampling.temperature:
+            raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
+        many, stop = [prompt] * how.samples, stop_at(it.tokenizer.decode, how.stop)
+        made = generate(it.params, many, it.tokenizer.eos, how.most, how.sampling, key(how.seed), stop)
+        texts = [it.tokenizer.decode(x.tokens) for x in made]
+    print("\n\n".join(cut(text, how.stop).strip() for text in texts))
+
+
+def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
+    """One text, piece by piece."""
+    stop = stop_at(it.tokenizer.decode, how.stop)
+    steps = stream(it.params, [prompt], it.tokenizer.eos, how.most, how.sampling, key(how.seed), stop)
+    return pieces(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
+
+
+def tell(text: Iterator[str]) -> str:
+    """Print a text as it comes, without white space about it; returns it."""
+    told = ""
+    for piece in text:
+        new = (told + piece).strip()[len(told.strip()) :] if told.strip() else piece.lstrip()
+        told += piece
+        print(new, end="", flush=True)
+    print()
+    return told.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+HELP = "/reset forgets what was said, /temp 0.8 sets the temperature, /quit ends"
+
+
+def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
+    """A conversation with run `name`, line by line.
+
+    Raises InputError for an unknown run.
+    """
+    it = opened(name)
+    print(f"{it.run.name}: {it.run.base}. {HELP}.")
+    said: list[Row] = []
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                said = []
+            elif command == "/temp":
+                how = replace(how, sampling=replace(how.sampling, temperature=_number(value)))
+            elif line.startswith("/"):
+                raise InputError(f"no command {command}: {HELP}")
+            elif line:
+                said.append(Row(line))
+                prompt, kept = fitting(it, said, how.most)
+                if kept < len(said):
+                    print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
+                text = tell(written(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed())))
+                said[-1] = replace(said[-1], output=text)
+        except InputError as err:
+            said = [row for row in said if row.output]
+            print(f"error: {err}", file=sys.stderr)
+
+
+def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]:
+    """The prompt of as many of the last turns as leave room for `most` tokens, or for half the context if that is less;
+    and their number. The newest turn stays whole.
+
+    Raises InputError where it alone is too long.
+    """
+    context = it.params.cfg.context
+    limit, length = context - min(most, context // 2), 0
+    for start in range(len(said)):
+        prompt = conversation(it, said[start:])
+        if (length := len(prompt)) <= limit:
+            return prompt, len(said) - start
+    raise InputError(f"that is {length} tokens; the model takes {limit} and an answer: say it in fewer words")
+
+
+def conversation(it: Opened, said: Sequence[Row]) -> list[int]:
+    """The turns as the run's template has them, answers between, up to where the model is to answer."""
+    look = template(it.run.template)
+    if look.chat:
+        messages = []
+        for row in said:
+            messages.append({"role": "user", "content": look.prompt(row)})
+            messages += [{"role": "assistant", "content": row.output}] if row.output else []
+        return it.tokenizer.chat(messages)
+    tokens: list[int] = []
+    for row in said:
+        tokens += encode_prompt(row, look, it.tokenizer)
+        tokens += [*it.tokenizer.encode(row.output), it.tokenizer.eos] if row.output else []
+    return tokens
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"/temp wants a number such as 0.8, got {text!r}") from None

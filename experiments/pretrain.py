@@ -19,6 +19,7 @@ from fgpt.loss import Batch, nll
 from fgpt.model import GPT, Config, init
 from fgpt.optim import adamw, cosine
 from fgpt.rng import fold_in, key
+from fgpt.sampling import Sampling
 from fgpt.train import make_step, start
 from fgpt.tree import cast, count
 
@@ -95,6 +96,7 @@ def pretrain(run: Pretrain) -> Path:
     params = cast(params, torch.float32)
     bits = bits_per_character(params, tokenizer, heldout)
     write_json(out / "result.json", {"bits_per_character": bits, "heldout_stories": len(heldout)})
-    story = generate(params, [[tokenizer.eos]], tokenizer.eos, run.seq - 2, 0.7, fold_in(rng, "story"))[0]
+    warm = Sampling(temperature=0.7)
+    story = generate(params, [[tokenizer.eos]], tokenizer.eos, run.seq - 2, warm, fold_in(rng, "story"))[0]
     console.print(f"held out: {bits:.3f} bits per character\n\n{tokenizer.decode(story.tokens)}")
     return out

@@ -1,8 +1,9 @@
 """GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree."""
 
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, dora, functional_call, ia3, lora, merge, trainable, tune
+from fgpt.beam import beam_search, lookup
 from fgpt.errors import InputError
-from fgpt.generate import Generated, generate
+from fgpt.generate import Generated, generate, stream
 from fgpt.io.hub import load, save, tokenizer
 from fgpt.io.peft import load_peft, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
@@ -12,6 +13,7 @@ from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, in
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key, seed
+from fgpt.sampling import Sampling
 from fgpt.shift import Shift, shift
 from fgpt.train import Metrics, State, make_step, start
 from fgpt.weights import Adapted, dense, embed, linear
@@ -31,12 +33,14 @@ __all__ = [
     "LoRA",
     "Metrics",
     "Optimizer",
+    "Sampling",
     "Shift",
     "State",
     "adamw",
     "adamw8bit",
     "adapt",
     "apply",
+    "beam_search",
     "dense",
     "dora",
     "embed",
@@ -56,6 +60,7 @@ __all__ = [
     "load_adapters",
     "load_peft",
     "logits",
+    "lookup",
     "lora",
     "loss",
     "make_step",
@@ -68,6 +73,7 @@ __all__ = [
     "seed",
     "shift",
     "start",
+    "stream",
     "tokenizer",
     "trainable",
     "tune",

@@ -1,6 +1,6 @@
 """Quantising a params tree: one more transform of it."""
 
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def quantize(params: T, to: Format = "nf4", double_quant: bool = True, target: s
     )
 
 
-def held(path: str, w: Weight, to: Format, double_quant: bool = True) -> Quantised:
+def held(path: str, w: Weight, to: Any, double_quant: bool = True) -> Quantised:
     """The weight of the layer at `path`, quantised. Raises InputError as `quantize` does."""
     if to not in get_args(Format):
         raise InputError(f"quantize to {to!r}: expected one of {', '.join(get_args(Format))}")

@@ -785,9 +785,12 @@ def test_keys_are_read_and_never_advanced(gpt: fgpt.GPT):
     before = rng.get_state()
     fgpt.init(gpt.cfg, rng)
     fgpt.lora(gpt, rng, 2)
-    first = fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, temperature=1.0, rng=rng)
-    assert fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, temperature=1.0, rng=rng) == first
-    assert fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, temperature=1.0, rng=fgpt.key(4)) != first
+    first = fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=rng)
+    assert fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=rng) == first
+    assert (
+        fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=fgpt.key(4))
+        != first
+    )
     assert torch.equal(rng.get_state(), before)
     assert torch.equal(torch.get_rng_state(), world)
 

@@ -61,7 +61,7 @@ def test_alpaca_is_stanfords_text():
     assert PLAIN.prompt(Row("Add.", " \n")) == "Instruction: Add.\n\nResponse:\n"
 
 
-@given(row_texts, st.sampled_from(sorted(TEMPLATES)))
+@given(row_texts, st.sampled_from(["alpaca", "plain"]))
 def test_training_and_generation_share_the_prompt(row: Row, name: str):
     example = encode(row, TEMPLATES[name], TOKENIZER)
     assert example.tokens[: example.prompt] == encode_prompt(

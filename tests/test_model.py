@@ -212,7 +212,7 @@ def test_greedy_text_is_transformers(lengths: list[int], seed: int):
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
         written = model.generate(ids, do_sample=False, max_new_tokens=room, **options)[0, len(prompt) :].tolist()
         expected = written[: written.index(0)] if 0 in written else written
-        assert got == fgpt.Generated(expected, 0 in written)
+        assert got == fgpt.Generated(expected, 0 in written, [])
         assert fgpt.generate(params, [prompt], end=0, most=30) == [got]
 
 
@@ -222,7 +222,7 @@ def test_bad_prompts_are_named(gpt: fgpt.GPT):
     with pytest.raises(fgpt.InputError, match="prompt 0 has 24 tokens"):
         fgpt.generate(gpt, [[1] * 24], end=0, most=1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
-        fgpt.generate(gpt, [[1]], end=0, most=1, temperature=1.0)
+        fgpt.generate(gpt, [[1]], end=0, most=1, sampling=fgpt.Sampling(temperature=1.0))
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

@@ -17,7 +17,7 @@ from experiments import folder
 from experiments.__main__ import main
 from experiments.fit import read_metrics
 from experiments.runs import RUNS, Run, find
-from experiments.train import place
+from experiments.train import base_of
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
@@ -122,11 +122,9 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         out = tmp_path / name / args[0]
         losses[name] = [m["loss"] for m in read_metrics(out / "metrics.jsonl")]
         run = folder.read_run(out)
-        base = place(fgpt.load("nano"), run)
+        base = base_of(run)
         tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-        assert not torch.equal(
-            fgpt.apply(folder.load_tuned(out, base), tokens), fgpt.apply(place(fgpt.load("nano"), run), tokens)
-        )
+        assert not torch.equal(fgpt.apply(folder.load_tuned(out, base), tokens), fgpt.apply(base_of(run), tokens))
         assert main(["generate", str(out), "Write a story about a fox.", "--most", "3"]) == 0
     assert capsys.readouterr().out.strip()
     quantised = {name for name in METHODS if name.startswith("q") or name == "remat"}
@@ -148,7 +146,7 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
     assert not (out / "merged").exists()
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-    tuned = fgpt.apply(folder.load_tuned(out, place(fgpt.load("nano"), folder.read_run(out))), tokens)
+    tuned = fgpt.apply(folder.load_tuned(out, base_of(folder.read_run(out))), tokens)
     for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
         assert main(["merge", str(out), "--onto", onto]) == 0
         told = json.loads((out / "merged" / "merge.json").read_text())
@@ -203,7 +201,7 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
         (["train", "lora-nanno"], "did you mean lora-nano"),
         (["train", "lora-nano", "--lrr", "1"], "no option --lrr; did you mean --lr"),
         (["train", "lora-nano", "--lr", "fast"], "fast"),
-        (["train", "lora-nano", "--template", "chat"], "no template named 'chat'; there are alpaca, plain"),
+        (["train", "lora-nano", "--template", "chta"], "no template named 'chta'; there are alpaca, plain, chat"),
         (["train", "lora-nano", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "lora-nano", "--data", "missing.json"], "missing.json: no such file"),
         (["train", "lora-nano", "--base", "./missing"], "no such model folder"),

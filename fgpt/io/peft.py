@@ -3,37 +3,38 @@
 peft_type   ours                     tensors of a module
 LORA        LoRA, or DoRA            lora_A [rank, in], lora_B [out, rank], lora_magnitude_vector [out]
 IA3         IA3                      ia3_l: [out, 1] scales outputs, [1, in] the inputs of a feedforward module
-LN_TUNING   tensors of norms         weight and bias, the whole norm
+LN_TUNING   tensors of norms         weight and, but for an RMSNorm, bias: the whole norm
 
 A folder is of one type. What PEFT cannot hold, unions and tuned biases, `save_adapters` keeps.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
+from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, layers
 from fgpt.errors import InputError
 from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fgpt.io.peft_names import (
-    NORMS,
     PREFIX,
     Held,
+    Module,
+    by_turns,
     dropout_of,
     held,
-    module_of,
-    path_of,
+    modules_of,
+    named,
     stack,
     targets,
     thirds,
     unstack,
 )
 from fgpt.io.trees import fitted
-from fgpt.model import GPT, Attention
+from fgpt.model import GPT
 from fgpt.tree import leaves, matches
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,40 +86,49 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
     Raises InputError for adapters that do not fit `params`, or that no format of PEFT's holds.
     """
     adapt(params, adapters)  # a path or shape that does not fit is better met now than at loading
-    modules: dict[str, dict[str, Any]] = {}
-    for path, x in adapters.items():
-        module, part = module_of(path)
-        modules.setdefault(module, {})[part] = x
+    known, weights = modules_of(params.cfg), layers(params)
+    parts = _by_module(adapters, known)
     kinds = {next(c for c in (LoRA, DoRA, IA3, Tensor) if isinstance(x, c)) for x in adapters.values()}
     if len(kinds) != 1:
         names = ", ".join(sorted(c.__name__ for c in kinds)) or "nothing"
         raise InputError(f"no format of PEFT's holds {names} in one: save_adapters(adapters, path) does")
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
     if kinds == {Tensor}:
-        tensors, config, some = _pack_norms(modules, params)
+        tensors, config, some = _pack_norms(parts, known, params)
     else:
-        some = {module: held(parts) for module, parts in modules.items() if "" not in parts}
-        whole: dict[str, Any] = {m: x[""] if "" in x else stack(x, _attention(m, params)) for m, x in modules.items()}
+        some = {m.name: held(x) for m, x in parts.items() if "" not in x}
+        whole: dict[Module, Any] = {
+            m: x[""] if "" in x else stack(x, {path[-1]: weights[path] for path in m.parts}) for m, x in parts.items()
+        }
         make = _pack_ia3 if kinds == {IA3} else _pack_lora
-        tensors, config = make(whole, params.cfg.n_layer)
+        tensors, config = make({m: by_turns(x, m) for m, x in whole.items()}, known)
     return Packed({PREFIX + name: x for name, x in tensors.items()}, common | config, some)
 
 
-def _attention(module: str, params: GPT) -> Attention:
-    attn = params.blocks[int(module.split(".")[2])].attn
-    assert isinstance(attn, Attention)  # q, k or v fit
-    return attn
+def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict[str, Any]]:
+    """What is on each module: on q, k or v of one that is all three, on w or b of a norm, or on all of it, ""."""
+    where = {path: m for m in known for path in (m.path, *m.parts)}
+    parts: dict[Module, dict[str, Any]] = {}
+    for path, x in adapters.items():
+        m = where.get(path.rpartition(".")[0] if isinstance(x, Tensor) else path)
+        if m is None or m.norm != isinstance(x, Tensor):
+            why = ", as q, k and v are modules of their own" if path.endswith(".qkv") else ""
+            raise InputError(f"PEFT has no place for an adapter on {path}{why}: save_adapters(adapters, path) keeps it")
+        parts.setdefault(m, {})["" if path == m.path else path[-1]] = x
+    return parts
 
 
-def _pack_lora(whole: Mapping[str, LoRA | DoRA], n_layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    loras = {module: x.lora if isinstance(x, DoRA) else x for module, x in whole.items()}
+def _pack_lora(
+    whole: Mapping[Module, LoRA | DoRA], known: Iterable[Module]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    loras = {m.name: x.lora if isinstance(x, DoRA) else x for m, x in whole.items()}
     rs, dropout = all(x.rs for x in loras.values()), dropout_of(loras.values())
     ranks = {module: x.a.shape[0] for module, x in loras.items()}
     # where some are rank-stabilised and some are not, alpha alone says how strong each is
     alphas = {module: x.alpha if x.rs == rs else x.scale * ranks[module] for module, x in loras.items()}
     rank, alpha = (max(set(x.values()), key=list(x.values()).count) for x in (ranks, alphas))
     tensors = {f"{m}.lora_{side}.weight": t for m, x in loras.items() for side, t in (("A", x.a), ("B", x.b))}
-    tensors |= {f"{m}.lora_magnitude_vector": x.m for m, x in whole.items() if isinstance(x, DoRA)}
+    tensors |= {f"{m.name}.lora_magnitude_vector": x.m for m, x in whole.items() if isinstance(x, DoRA)}
     return tensors, {
         "peft_type": "LORA",
         "r": rank,
@@ -127,47 +137,50 @@ def _pack_lora(whole: Mapping[str, LoRA | DoRA], n_layer: int) -> tuple[dict[str
         "use_rslora": rs,
         "use_dora": any(isinstance(x, DoRA) for x in whole.values()),
         "bias": "none",
-        "fan_in_fan_out": True,
-        "target_modules": targets(loras, n_layer),
+        "fan_in_fan_out": any(m.transposed for m in whole),
+        "target_modules": targets(whole, known),
         "rank_pattern": {re.escape(m): r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(m): a for m, a in alphas.items() if a != alpha},
     }
 
 
-def _pack_ia3(whole: Mapping[str, IA3], n_layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pack_ia3(whole: Mapping[Module, IA3], known: Iterable[Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    for module, x in whole.items():
+    for m, x in whole.items():
         if (x.row is None) == (x.col is None):
             raise InputError(
-                f"IA3 on {module} scales inputs and outputs, or neither: PEFT's scales one; "
+                f"IA3 on {m.name} scales inputs and outputs, or neither: PEFT's scales one; "
                 "save_adapters(adapters, path) keeps it"
             )
         if x.row is not None:
-            tensors[f"{module}.ia3_l"] = x.row[:, None]
+            tensors[f"{m.name}.ia3_l"] = x.row[:, None]
         elif x.col is not None:
-            tensors[f"{module}.ia3_l"] = x.col[None]
-    feedforward = targets([m for m, x in whole.items() if x.col is not None], n_layer)
-    others = targets([m for m, x in whole.items() if x.row is not None], n_layer)
+            tensors[f"{m.name}.ia3_l"] = x.col[None]
+    feedforward = targets([m for m, x in whole.items() if x.col is not None], known)
+    others = targets([m for m, x in whole.items() if x.row is not None], known)
     return tensors, {
         "peft_type": "IA3",
-        "fan_in_fan_out": True,
+        "fan_in_fan_out": any(m.transposed for m in whole),
         "target_modules": sorted(feedforward + others),
         "feedforward_modules": feedforward,
     }
 
 
 def _pack_norms(
-    modules: Mapping[str, Mapping[str, Tensor]], params: GPT
+    modules: Mapping[Module, Mapping[str, Tensor]], known: Iterable[Module], params: GPT
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Held]]:
     """PEFT keeps whole norms: the leaf that is not tuned is the base's."""
     base = leaves(params)
     tensors: dict[str, Tensor] = {}
-    for module, parts in modules.items():
-        for leaf, theirs in LEAVES:
-            x = parts[leaf] if leaf in parts else base[f"{path_of(module)}.{leaf}"].float()
-            tensors[f"{module}.ln_tuning_layers.{theirs}"] = x
-    some: dict[str, Held] = {m: {leaf: [] for leaf in parts} for m, parts in modules.items() if len(parts) == 1}
-    return tensors, {"peft_type": "LN_TUNING", "target_modules": targets(modules, params.cfg.n_layer)}, some
+    some: dict[str, Held] = {}
+    for m, parts in modules.items():
+        has = {leaf: theirs for leaf, theirs in LEAVES if f"{m.path}.{leaf}" in base}  # an RMSNorm has no bias
+        for leaf, theirs in has.items():
+            x = parts[leaf] if leaf in parts else base[f"{m.path}.{leaf}"].float()
+            tensors[f"{m.name}.ln_tuning_layers.{theirs}"] = x
+        if len(parts) < len(has):
+            some[m.name] = {leaf: [] for leaf in parts}
+    return tensors, {"peft_type": "LN_TUNING", "target_modules": targets(modules, known)}, some
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -176,8 +189,9 @@ def _pack_norms(
 def load_peft(folder: Path, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, or tensors of norms.
 
-    A LoRA or DoRA on the hub's c_attn wants a fused base: `load_peft(folder, fuse(params))`; one that we stacked is
-    unstacked on a base that is not fused, and IA3 on c_attn becomes IA3 on q, on k and on v there.
+    A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
+    base: `load_peft(folder, fuse(params))`; one that we stacked is unstacked on a base that is not fused, and IA3 on
+    such a module becomes IA3 on q, on k and on v there.
 
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
     """
@@ -188,8 +202,13 @@ def load_peft(folder: Path, params: GPT) -> Adapters:
     tensors, metadata = read_tensors(folder / WEIGHTS), read_metadata(folder / WEIGHTS)
     try:
         _refuse(config)
-        modules, parts = _modules(tensors, kind), _held(metadata.get(HELD, "{}"))
-        adapters = _norms(modules, parts) if kind == "LN_TUNING" else _low(kind, modules, config, parts, params)
+        found, parts = _modules(tensors, kind), _held(metadata.get(HELD, "{}"))
+        known = named(modules_of(params.cfg))
+        if lost := [name for name in found if name not in known]:
+            raise InputError(f"adapter on {lost[0]}, which is no layer of this model")
+        adapters = (
+            _norms(found, known, parts) if kind == "LN_TUNING" else _low(kind, found, known, config, parts, params)
+        )
     except InputError as err:
         raise InputError(f"{folder}: {err}") from None
     return fitted(adapters, params, folder)
@@ -231,24 +250,21 @@ def _held(text: str) -> dict[str, Held]:
 def _low(
     kind: str,
     modules: Mapping[str, Mapping[str, Tensor]],
+    known: Mapping[str, Module],
     config: Mapping[str, Any],
     parts: Mapping[str, Held],
     params: GPT,
 ) -> Adapters:
     read: Callable[..., Any] = _lora if kind == "LORA" else _ia3
     adapters: Adapters = {}
-    for module, tensors in modules.items():
-        path, whole = path_of(module), read(module, tensors, config)
-        parent, _, last = path.rpartition(".")
-        block = int(path.split(".")[1]) if last == "qkv" else len(params.blocks)
-        if block < len(params.blocks) and isinstance(params.blocks[block].attn, Attention):
-            if module in parts:
-                adapters |= {f"{parent}.{x}": p for x, p in unstack(whole, parts[module]).items()}
-                continue
-            if isinstance(whole, IA3):
-                adapters |= {f"{parent}.{x}": p for x, p in thirds(whole).items()}
-                continue
-        adapters[path] = whole
+    weights = layers(params)
+    for name, tensors in modules.items():
+        module = known[name]
+        whole = by_turns(read(name, tensors, config), module, back=True)
+        apart = {}
+        if len(module.parts) > 1 and module.parts[0] in weights:  # q, k and v in one, and a base that is not fused
+            apart = unstack(whole, parts[name]) if name in parts else thirds(whole) if isinstance(whole, IA3) else {}
+        adapters |= {module.path.removesuffix("qkv") + x: part for x, part in apart.items()} or {module.path: whole}
     return adapters
 
 
@@ -288,11 +304,13 @@ def _ia3(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
     return IA3(row=x.flatten()) if x.shape[1] == 1 else IA3(col=x.flatten())
 
 
-def _norms(modules: Mapping[str, Mapping[str, Tensor]], parts: Mapping[str, Held]) -> Adapters:
+def _norms(
+    modules: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Module], parts: Mapping[str, Held]
+) -> Adapters:
     adapters: Adapters = {}
-    for module, tensors in modules.items():
-        path, kept = path_of(module), parts.get(module, {"w": [], "b": []})
-        if path.rpartition(".")[2] not in NORMS:  # a Conv1D's weight is transposed, and may be square
-            raise InputError(f"{module} is no norm of a GPT-2")
-        adapters |= {f"{path}.{leaf}": tensors[name] for leaf, name in LEAVES if leaf in kept and name in tensors}
+    for name, tensors in modules.items():
+        module, kept = known[name], parts.get(name, {"w": [], "b": []})
+        if not module.norm:  # a Conv1D's weight is transposed, and may be square
+            raise InputError(f"{name} is no norm of this model")
+        adapters |= {f"{module.path}.{leaf}": tensors[x] for leaf, x in LEAVES if leaf in kept and x in tensors}
     return adapters

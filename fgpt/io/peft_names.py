@@ -1,7 +1,7 @@
-"""The hub's modules and our layers: their names, and q, k and v as rows of one module, c_attn.
+"""The hub's modules and our layers: their names, and q, k and v as rows of one module.
 
-An adapter of our `attn.qkv` is one of c_attn. Adapters of q, k or v alone, which PEFT cannot express, are stacked, and
-what is absent stays as it was:
+Where they are (GPT-2's c_attn, GPT-NeoX's query_key_value), an adapter of our `attn.qkv` is the module's. Those of q, k
+or v alone, which PEFT cannot express, are stacked, and what is absent stays as it was:
 
     LoRA   A' = [A_q; A_v], B' has each B in its own rows and columns, and alpha' keeps the scale
     DoRA   the same, and the magnitudes one after the other: ‖W_i‖ for an absent row
@@ -12,88 +12,93 @@ What was stacked is kept as {part: [rank, alpha]}, or {part: []} for IA3, so tha
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fgpt import families
 from fgpt.adapters import IA3, DoRA, LoRA
 from fgpt.errors import InputError
-from fgpt.model import Attention
-from fgpt.tree import device
+from fgpt.families.names import is_head
+from fgpt.model import Config, Linear, Norm, RMSNorm, skeleton
+from fgpt.tree import device, leaves, update, walk
 from fgpt.weights import Weight, row_norms, shape
 
 Held = Mapping[str, list[Any]]
 S = TypeVar("S", LoRA, DoRA, IA3)
 
 PREFIX = "base_model.model."
-LAYERS = {"attn.qkv": "attn.c_attn", "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-"""Our layers of a block, and the hub's."""
-NORMS = ("ln_1", "ln_2", "ln_f")
+HEAD, OLD_HEAD = "lm_head", "embed_out"  # of a GPT-NeoX before transformers 5.14, and of its files
 
 
-def module_of(path: str) -> tuple[str, str]:
-    """The hub's module of a path of ours, and the part of it: q, k or v of c_attn, w or b of a norm, else all, "".
+@dataclass(frozen=True)
+class Module:
+    """A linear layer or a norm of the hub's, and where it is in our tree."""
 
-    Raises InputError for a path that is no layer or norm of a GPT-2.
-    """
-    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", path)
-    block, layer = match.groups() if match else (None, path)
-    h = "transformer." if block is None else f"transformer.h.{block}."
-    if block and layer in LAYERS:
-        return h + LAYERS[layer], ""
-    if block and layer in ("attn.q", "attn.k", "attn.v"):
-        return h + "attn.c_attn", layer[-1]
-    if path == "head":
-        return "lm_head", ""
-    name, _, leaf = layer.partition(".")
-    if name in NORMS and (block is None) == (name == "ln_f") and leaf in ("w", "b"):
-        return h + name, leaf
-    raise InputError(f"PEFT has no place for an adapter on {path}: save_adapters(adapters, path) keeps it")
+    name: str
+    path: str
+    parts: tuple[str, ...]
+    """q, k and v where it is all three, and `path` the layer of a fused base; else `path` alone."""
+    norm: bool
+    transposed: bool
+    heads: int
+    """Above 0 its rows are q's, k's and v's by turns, head by head."""
 
 
-def path_of(module: str) -> str:
-    """Our path of a module of the hub's. Raises InputError where it is none of a GPT-2's."""
-    ours = {theirs: layer for layer, theirs in LAYERS.items()} | {name: name for name in NORMS[:2]}
-    match = re.fullmatch(r"(?:transformer\.)?h\.(\d+)\.(.+)", module)
-    if match and match[2] in ours:
-        return f"blocks.{match[1]}.{ours[match[2]]}"
-    others = {"lm_head": "head", "transformer.ln_f": "ln_f", "ln_f": "ln_f"}
-    if module not in others:
-        raise InputError(f"adapter on {module}, which is no layer of a GPT-2")
-    return others[module]
+def modules_of(cfg: Config) -> list[Module]:
+    """The modules that PEFT's adapters of a model are on. Raises InputError where no family of the hub's has it."""
+    try:
+        family = families.of(cfg)
+    except InputError:
+        says = "PEFT's files name layers as a family of the hub's does, and this model is of none"
+        raise InputError(f"{says}: save_adapters(adapters, path) keeps its adapters") from None
+    nodes, found = dict(walk(skeleton(cfg))), []
+    for s in family.stored(cfg):
+        parts = tuple(path.removesuffix(".w") for path in s.paths)
+        if isinstance(node := nodes[parts[0]], Linear | Norm | RMSNorm):  # no bias, which goes with its weight
+            name = HEAD if is_head(s.name) else family.prefix + s.name.removesuffix(".weight")
+            path = parts[0] if len(parts) == 1 else f"{parts[0][:-1]}qkv"
+            found.append(Module(name, path, parts, not isinstance(node, Linear), s.transposed, s.heads))
+    return found
 
 
-def targets(modules: Iterable[str], n_layer: int) -> list[str]:
-    """The shortest names that select just `modules`: a layer's, where every block is among them."""
-    modules = list(modules)
-    found: set[str] = set()
-    for module in modules:
-        layer = re.sub(r"^transformer\.(h\.\d+\.)?", "", module)
-        everywhere = sum(m.endswith(f".{layer}") for m in modules) == (1 if layer == "ln_f" else n_layer)
-        found.add(layer if everywhere else module)
+def named(known: Iterable[Module]) -> dict[str, Module]:
+    """The modules by all that a file may call them: of a model without its head, they have no prefix."""
+    return {name: m for m in known for name in (m.name, m.name.partition(".")[2] or OLD_HEAD)}
+
+
+def targets(chosen: Iterable[Module], known: Iterable[Module]) -> list[str]:
+    """The shortest names that select just `chosen`: a layer's, where all that it selects are among them."""
+    names, found = {m.name for m in chosen}, set()
+    rest = [f".{m.name}" for m in known if m.name not in names]
+    for name in names:
+        layer = re.sub(r"^(\w+\.)?(\w+\.\d+\.)?", "", name)
+        found.add(name if any(x.endswith(f".{layer}") for x in rest) else layer)
     return sorted(found)
 
 
 # ------------------------------------------------------------------------------------------------------------ stacking
 
 
-def stack(parts: Mapping[str, LoRA | DoRA | IA3], base: Attention) -> LoRA | DoRA | IA3:
-    """Adapters of one kind on some of q, k and v of `base`, as one of c_attn."""
-    weights: dict[str, Weight] = {"q": base.q.w, "k": base.k.w, "v": base.v.w}
-    loras = {x: p.lora if isinstance(p, DoRA) else p for x, p in parts.items() if not isinstance(p, IA3)}
-    if not loras:
-        rows = {x: p.row for x, p in parts.items() if isinstance(p, IA3) and p.col is None}
-        if len(rows) < len(parts):
+def stack(parts: Mapping[str, Any], weights: Mapping[str, Weight]) -> LoRA | DoRA | IA3:
+    """Adapters of one kind on some of q, k and v, which have these weights, as one of all three."""
+    first = next(iter(parts.values()))
+    if isinstance(first, IA3):
+        if any(p.row is None or p.col is not None for p in parts.values()):
             raise InputError("IA3 on the inputs of q, k or v: PEFT has no such; save_adapters(adapters, path) keeps it")
-        like = next(x for x in rows.values() if x is not None)
-        return IA3(torch.cat([rows[x] if x in rows else torch.ones_like(like) for x in weights]))  # pyright: ignore
-    lora = _stack_loras(loras, {x: shape(w)[0] for x, w in weights.items()})
-    magnitudes = {x: p.m for x, p in parts.items() if isinstance(p, DoRA)}
-    if not magnitudes:
-        return lora
-    return DoRA(lora, torch.cat([magnitudes[x] if x in magnitudes else _norms(w) for x, w in weights.items()]))
+        ones = {x: torch.ones(shape(w)[0], device=device(first)) for x, w in weights.items()}
+        return IA3(torch.cat([parts[x].row if x in parts else ones[x] for x in weights]))
+    if isinstance(first, DoRA):
+        lora: Any = stack({x: p.lora for x, p in parts.items()}, weights)
+        return DoRA(lora, torch.cat([parts[x].m if x in parts else _norms(w) for x, w in weights.items()]))
+    bs = {x: torch.zeros(shape(w)[0], 0, device=device(first)) for x, w in weights.items()}
+    for x, p in parts.items():  # exact even for unequal scales: the quotient is absorbed in B
+        bs[x] = p.b if _near(p.scale, first.scale) else p.b * (p.scale / first.scale)
+    a, rs = torch.cat([parts[x].a for x in weights if x in parts]), all(p.rs for p in parts.values())
+    alpha = first.scale * (len(a) ** 0.5 if rs else len(a))
+    return LoRA(a, torch.block_diag(*bs.values()), alpha, rs, dropout_of(parts.values()))
 
 
 def held(parts: Mapping[str, LoRA | DoRA | IA3]) -> Held:
@@ -128,25 +133,20 @@ def unstack(whole: S, parts: Held) -> dict[str, S]:
 
 
 def thirds(whole: IA3) -> dict[str, IA3]:
-    """IA3 on c_attn as IA3 on q, on k and on v: the same model."""
+    """IA3 on q, k and v in one as IA3 on each: the same model."""
     rows = [None] * 3 if whole.row is None else whole.row.chunk(3)
     return {x: IA3(row, whole.col) for x, row in zip("qkv", rows, strict=True)}
 
 
-def _stack_loras(parts: Mapping[str, LoRA], outs: Mapping[str, int]) -> LoRA:
-    first = next(iter(parts.values()))
-    scale, device = first.scale, first.a.device
-    a = torch.cat([parts[x].a for x in outs if x in parts])
+def by_turns(x: S, module: Module, back: bool = False) -> S:
+    """`x`, whose rows are q's, then k's, then v's, with the rows as `module` has them; or `back`. To the bit."""
+    sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
-    def b(x: str, out: int) -> Tensor:
-        if x not in parts:
-            return torch.zeros(out, 0, device=device)
-        ratio = parts[x].scale / scale  # exact even for unequal scales: the quotient is absorbed in B
-        return parts[x].b if _near(ratio, 1.0) else parts[x].b * ratio
+    def turned(rows: Tensor) -> Tensor:
+        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # where some are left, `adapt` says that they do not fit
+        return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
 
-    rank, rs = a.shape[0], all(p.rs for p in parts.values())
-    b_whole = torch.block_diag(*(b(x, out) for x, out in outs.items()))
-    return LoRA(a, b_whole, scale * (rank**0.5 if rs else rank), rs, dropout_of(parts.values()))
+    return update(x, {name: turned(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
 
 
 def dropout_of(loras: Iterable[LoRA]) -> float:

@@ -37,6 +37,10 @@ MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
 IN_BF16 = (torch.float32, torch.bfloat16)
 """The dtypes whose derivatives over whole numbers are then multiplied so: the others ask for more digits."""
 
+PIECE = 1 << 16
+"""Numbers that are quantised to 4 bits at once: bitsandbytes' operator on a CPU takes 25 bytes for each, and is several
+times faster where they fit a cache."""
+
 Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
 
 
@@ -104,7 +108,11 @@ def encode(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) ->
     from bitsandbytes.functional import get_4bit_type
 
     code: Any = get_4bit_type(to, device=w.device)
-    codes, absmax = torch.ops.bitsandbytes.quantize_4bit(w.contiguous(), BLOCK, to, torch.uint8)
+    step = max(1, PIECE // w.shape[1])
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit(p.float().contiguous(), BLOCK, to, torch.uint8) for p in w.split(step)
+    ]
+    codes, absmax = (torch.cat([part.flatten() for part in side]) for side in zip(*parts, strict=True))
     offset = absmax.mean() if double_quant else None
     scales = absmax if offset is None else blockwise(absmax - offset, SCALES_BLOCK, torch.float32)
     return FourBit(codes.view(w.shape[0], -1), scales, code, offset, to, w.dtype)

@@ -1,0 +1,87 @@
+"""Writing with a GPT-2 of random weights, ours and transformers' `generate`: greedy, batch 1 and 8.
+
+A step reads every weight once, so that the limit is bytes over the bandwidth of memory, which is measured beside it by
+summing a tensor of the same size.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.bench.measure import Result, hardware, interleaved, report, speeds
+from experiments.bench.sides import base_of, equal_rows, hub_model, shape
+from fgpt.generate import generate
+from fgpt.model import GPT, Config
+from fgpt.quantize import quantize
+from fgpt.tree import nbytes
+
+CPU = torch.device("cpu")
+PROMPT = 32
+"""Tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Tokens a second of greedy text, beside transformers."""
+
+    repeats: int = 3
+    most: int = 128
+    """New tokens."""
+    layers: int = 12
+    """12 is GPT-2 small; fewer for a quick look."""
+    vocab: int = 50257
+    out: Path = Path("runs/bench")
+
+
+def decode(bench: Decode) -> None:
+    """Run both sides and write runs/bench/decode.json and decode.md. Raises InputError."""
+    cfg = Config(bench.layers, 12, 768, 1024, bench.vocab, 3072)
+    base = base_of(cfg, CPU, torch.float32)
+    model = hub_model(cfg, base).eval()
+    model.generation_config.eos_token_id = None  # a text of random weights must not end
+    frozen = {"fp32": base, "int8": quantize(base, "int8", target=r"wte|blocks\..*")}
+    results: list[Result] = []
+    notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.most} new ones"]
+    for rows in (1, 8):
+        prompts = [row[:PROMPT].tolist() for row in equal_rows(rows, PROMPT + 1, cfg.vocab)]
+        sides: dict[str, Callable[[], object]] = {
+            name: partial(ours, params, prompts, bench.most) for name, params in frozen.items()
+        }
+        sides["theirs"] = partial(theirs, model, torch.tensor(prompts), bench.most)
+        seconds = interleaved({name: [call] * bench.repeats for name, call in sides.items()}, CPU)
+        for name, bar in (("fp32", ">= 1.6" if rows == 1 else ">= 1.5"), ("int8", ">= 2.5" if rows == 1 else "")):
+            what = f"{name}, batch {rows}, against transformers in fp32"
+            results.append(speeds(what, rows * bench.most, seconds[name], seconds["theirs"], bar))
+            if rows == 1:
+                rate = bandwidth(nbytes(frozen[name]))
+                limit = rate / nbytes(frozen[name])
+                part = bench.most / min(seconds[name]) / limit
+                size = f"{nbytes(frozen[name]) / 1e6:,.0f} MB at {rate / 1e9:.1f} GB/s"
+                notes.append(f"{name}: {size} allow {limit:.1f} tokens/s; the fastest run reached {part:.2f} of it")
+    report("decode", ("ours", "theirs"), results, notes, bench.out)
+
+
+def ours(params: GPT, prompts: list[list[int]], most: int) -> None:
+    generate(params, prompts, -1, most)
+
+
+def theirs(model: Any, prompts: torch.Tensor, most: int) -> None:
+    model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=most, do_sample=False, use_cache=True
+    )
+
+
+def bandwidth(size: int) -> float:
+    """Bytes a second of reading a tensor of so many bytes, the best of a few times."""
+    x = torch.ones(size // 4)
+    best = float("inf")
+    for _ in range(7):
+        began = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - began)
+    return size / best

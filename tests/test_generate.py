@@ -1,0 +1,253 @@
+"""Writing: transformers' own texts token by token, rows that see no neighbours, and text that streams whole."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from conftest import close, hf_gpt2, ours, tiny, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fgpt
+from fgpt.beam import beam_search, draft, lookup
+from fgpt.generate import cut, pieces, stop_at, stream
+from fgpt.io import hub
+from fgpt.sampling import Sampling
+
+NANO = hub.tokenizer("nano")
+
+
+def both(seed: int) -> tuple[Any, fgpt.GPT]:
+    with TemporaryDirectory() as folder:
+        model = hf_gpt2(seed)
+        return model, ours(model, Path(folder))
+
+
+def theirs(model: Any, prompt: list[int], most: int, **options: Any) -> Any:
+    ids = torch.tensor([prompt])
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "do_sample": False,
+    } | options
+    return model.generate(ids, max_new_tokens=most, return_dict_in_generate=True, **options)
+
+
+def text(row: torch.Tensor, start: int) -> tuple[list[int], bool]:
+    written = row[start:].tolist()
+    return (written[: written.index(0)], True) if 0 in written else (written, False)
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    st.sampled_from([None, 0.7, 1.3, 2.0]),
+    st.sampled_from([None, 1, 2, 3]),
+    st.integers(0, 99),
+)
+def test_penalised_greedy_text_is_transformers(lengths: list[int], penalty: Any, ngram: Any, seed: int):
+    """A ragged batch, each row against transformers on it alone."""
+    model, params = both(seed)
+    prompts = [tokens(31, n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
+    sampling = Sampling(repetition_penalty=penalty, no_repeat_ngram=ngram)
+    for prompt, got in zip(prompts, fgpt.generate(params, prompts, 0, 11, sampling), strict=True):
+        options = {"repetition_penalty": penalty or 1.0, "no_repeat_ngram_size": ngram or 0}
+        expected = text(theirs(model, prompt, 11, **options).sequences[0], len(prompt))
+        assert (got.tokens, got.finished) == expected
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 12),
+    st.integers(2, 5),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_beams_are_transformers(length: int, beams: int, penalty: float, penalised: bool, seed: int):
+    """Texts and scores, all of them, in their order."""
+    model, params = both(seed)
+    prompt = tokens(31, length, seed=seed).tolist()
+    extra: dict[str, Any] = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2} if penalised else {}
+    sampling = Sampling(repetition_penalty=1.5, no_repeat_ngram=2) if penalised else Sampling()
+    found = beam_search(params, prompt, 0, 10, beams, penalty, sampling)
+    expected = theirs(
+        model,
+        prompt,
+        10,
+        num_beams=beams,
+        num_return_sequences=beams,
+        length_penalty=penalty,
+        output_scores=True,
+        **extra,
+    )
+    assert [(x.tokens, x.finished) for x in found] == [text(row, length) for row in expected.sequences]
+    close(torch.tensor([x.score for x in found]), expected.sequences_scores, 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+WARM = Sampling(temperature=1.2, top_k=20, top_p=0.95)
+
+
+def test_a_row_does_not_see_its_neighbours():
+    """Sampled, ragged, some ending early: whatever is beside it, and however wide the padding."""
+    params, rng = tiny(), fgpt.key(3)
+    prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
+    together = fgpt.generate(params, prompts, 0, 30, WARM, rng)
+    others = [tokens(31, n, seed=50 + n).tolist() for n in (11, 1, 2)]
+    for i in range(3):
+        beside = [prompts[j] if j == i else others[j] for j in range(3)]
+        assert fgpt.generate(params, beside, 0, 30, WARM, rng)[i] == together[i]
+    assert fgpt.generate(params, prompts, 0, 30, WARM, rng) == together
+    assert fgpt.generate(params, prompts, 0, 30, WARM, fgpt.key(4)) != together
+    assert len({tuple(x.tokens) for x in fgpt.generate(params, prompts[:1] * 6, 0, 12, WARM, rng)}) > 3
+
+
+def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
+    """A prompt that is there several times is read once, and a row at its end is computed no more."""
+    params, sizes = tiny(), []
+
+    def watched(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
+        sizes.append(tuple(x.shape))
+        return fgpt.extend(p, x, *rest)
+
+    monkeypatch.setattr(sys.modules["fgpt.generate"], "extend", watched)
+    prompt = tokens(31, 4).tolist()
+    got = fgpt.generate(params, [prompt] * 5, 0, 15, Sampling(temperature=2.0), fgpt.key(0))
+    assert sizes[0] == (1, 4)
+    steps = [len(x.tokens) + x.finished for x in got]
+    assert len(set(steps)) > 1
+    assert [n for n, one in sizes[1:] if one == 1] == [sum(s > i for s in steps) for i in range(1, max(steps))]
+
+
+def test_log_probabilities_are_the_models():
+    params = tiny()
+    prompts = [tokens(31, n, seed=n).tolist() for n in (2, 6)]
+    for prompt, got in zip(
+        prompts, fgpt.generate(params, prompts, 0, 9, WARM, fgpt.key(1), logprobs=True), strict=True
+    ):
+        whole = torch.tensor([[*prompt, *got.tokens, *([0] if got.finished else [])]])
+        log_p = (
+            fgpt.apply(params, whole[:, :-1]).log_softmax(-1).gather(-1, whole[:, 1:, None])[0, len(prompt) - 1 :, 0]
+        )
+        close(torch.tensor(got.logprobs), log_p, 1e-5)
+
+
+def test_several_adapters_in_one_batch():
+    """Each row by its own adapter: vmap over the adapters that the rows name, one product of the base for all."""
+    params = tiny()
+    many = [
+        {p: fgpt.LoRA(x.a, 0.3 * torch.randn_like(x.b), x.alpha) for p, x in fgpt.lora(params, fgpt.key(i), 2).items()}
+        for i in range(3)
+    ]
+    which = torch.tensor([2, 0, 0, 1])
+    rows = tokens(31, 4, 7)
+    stacked = fgpt.tree.tree_map(lambda *xs: torch.stack(xs)[which], *many) if hasattr(fgpt, "tree") else None
+    from fgpt.tree import tree_map
+
+    stacked = tree_map(lambda *xs: torch.stack(xs)[which], *many)
+    got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(stacked, rows)
+    for i, k in enumerate(which.tolist()):
+        close(got[i], fgpt.apply(fgpt.adapt(params, many[k]), rows[i]), 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
+def test_pieces_are_whole_characters_and_stop_before_the_stop(written: str, strings: list[str]):
+    """Cut into single bytes, the worst that a tokenizer can do."""
+    codes = list(written.encode())
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    got = list(pieces(decode, codes, strings))
+    assert "".join(got) == cut(written, strings)
+    assert all(got)
+    if "�" not in written:
+        assert "�" not in "".join(got)
+    if not strings and written and "�" not in written:
+        assert len(got) == len(written)  # each as soon as it is whole
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 99))
+def test_stop_strings(seed: int):
+    params = fgpt.load("nano")
+    prompt = NANO.encode("Once upon a time")
+    rng, sampling = fgpt.key(seed), Sampling(temperature=1.0)
+    free = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng)[0]
+    whole = NANO.decode(free.tokens)
+    strings = [whole[20:23], "never this"]
+    until = stop_at(NANO.decode, strings)
+    got = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng, until)[0]
+    assert cut(NANO.decode(got.tokens), strings) == cut(whole, strings)
+    assert got.tokens == free.tokens[: len(got.tokens)]
+    assert strings[0] not in NANO.decode(got.tokens[:-1])
+    steps = stream(params, [prompt], NANO.eos, 60, sampling, rng, until)
+    assert "".join(pieces(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)) == cut(
+        whole, strings
+    )
+    with pytest.raises(fgpt.InputError, match="a stop string is empty"):
+        stop_at(NANO.decode, ["a", ""])
+
+
+# ------------------------------------------------------------------------------------------------------------ lookup
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99))
+def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, seed: int):
+    params = tiny(context=64)
+    prompt = tokens(5, length, seed=seed).tolist()
+    for most in (1, 7, 100):
+        [expected] = fgpt.generate(params, [prompt], 0, most)
+        assert lookup(params, prompt, 0, most, ngram, ahead) == expected
+
+
+def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
+    params, passes = tiny(context=200), 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return fgpt.extend(*args)
+
+    monkeypatch.setattr("fgpt.beam.extend", counted)
+    got = lookup(params, [1, 2], -1, 150)
+    assert got == fgpt.generate(params, [[1, 2]], -1, 150)[0]
+    assert passes < 0.6 * len(got.tokens)
+
+
+def test_a_draft_is_what_followed_last():
+    assert draft([1, 2, 3, 9, 1, 2, 3, 7, 1, 2, 3], 3, 2) == [7, 1]
+    assert draft([1, 2, 3], 3, 2) == []
+    assert draft([1, 1, 1, 1], 2, 5) == [1]
+
+
+def test_bad_input_is_named():
+    params = tiny()
+    for call in (
+        lambda p: fgpt.generate(params, [p], 0, 1),
+        lambda p: beam_search(params, p, 0, 1),
+        lambda p: lookup(params, p, 0, 1),
+    ):
+        for prompt in ([], [1] * 24):
+            with pytest.raises(fgpt.InputError, match=f"prompt 0 has {len(prompt)} tokens: expected 1 to 23"):
+                call(prompt)
+    with pytest.raises(fgpt.InputError, match="needs a key"):
+        fgpt.generate(params, [[1]], 0, 1, Sampling(temperature=1.0))
+    with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):
+        beam_search(params, [1], 0, 1, beams=0)
+    with pytest.raises(fgpt.InputError, match="draws nothing"):
+        beam_search(params, [1], 0, 1, sampling=Sampling(temperature=0.5))
