@@ -48,7 +48,7 @@ def decode(bench: Decode) -> None:
     results: list[Result] = []
     notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.most} new ones"]
     for rows in (1, 8):
-        prompts = [row[:PROMPT].tolist() for row in equal_rows(rows, PROMPT + 1, cfg.vocab)]
+        prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab)]
         sides: dict[str, Callable[[], object]] = {
             name: partial(ours, params, prompts, bench.most) for name, params in frozen.items()
         }
