@@ -237,9 +237,9 @@ def lora_smollm2() -> Run:
         template="chat",
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|gate|up|down)"),
         rows=2,
-        steps=60,
-        warmup=5,
-        compare=24,
+        steps=30,
+        warmup=3,
+        compare=12,
         most=160,
     )
 
