@@ -44,6 +44,11 @@ runs: setup
 generate *args: setup
     @{{ python }} -m experiments generate "$@"
 
+# A conversation with a trained run: `just chat lora-nano`
+[no-exit-message]
+chat *args: setup
+    @{{ python }} -m experiments chat "$@"
+
 # Base against tuned on held-out prompts, again: `just compare lora-nano`
 [no-exit-message]
 compare *args: setup

@@ -1,4 +1,4 @@
-"""The command line behind `just train | generate | compare | merge | runs`.
+"""The command line behind `just train | generate | chat | compare | merge | runs`.
 
 Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
 """
