@@ -7,8 +7,41 @@ weights are [out, in] and split. This is the one place that knows.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.names import Family, Stored, activation, layers, only, paths, whole, whole_numbers
+from fgpt.families.names import (
+    Family,
+    Stored,
+    activation,
+    activation_to_hf,
+    layers,
+    only,
+    paths,
+    sizes,
+    sizes_to_hf,
+    whole,
+)
 from fgpt.model import Config
+
+SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model", "n_positions": "context", "vocab_size": "vocab"}
+"""The hub's names of sizes, and ours."""
+
+
+def common(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """What GPT-2's config says, and GPT-J's alike, by our names. Raises InputError as `sizes` and `activation` do."""
+    return sizes(config, names) | {
+        "d_mlp": config.get("n_inner") or 4 * config["n_embd"],
+        "eps": config.get("layer_norm_epsilon", 1e-5),
+        "act": activation(config, "activation_function", "gelu_new"),
+    }
+
+
+def common_to_hf(cfg: Config, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
+    """`common` undone."""
+    return sizes_to_hf(cfg, names) | {
+        "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
+        "layer_norm_epsilon": cfg.eps,
+        "activation_function": activation_to_hf(cfg),
+        "tie_word_embeddings": cfg.tied,
+    }
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
@@ -16,41 +49,18 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
     Raises InputError where a field is missing or asks for an architecture that GPT-2 proper does not have.
     """
-    whole_numbers(config, ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"))
+    found = common(config)
     only(
         config,
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
     )
-    return Config(
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        d_model=config["n_embd"],
-        context=config["n_positions"],
-        vocab=config["vocab_size"],
-        d_mlp=config.get("n_inner") or 4 * config["n_embd"],
-        eps=config.get("layer_norm_epsilon", 1e-5),
-        tied=config.get("tie_word_embeddings", True),
-        act=activation(config, "activation_function", "gelu_new"),
-    )
+    return Config(**found, tied=config.get("tie_word_embeddings", True))
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(cfg.act, cfg.act),
-        "vocab_size": cfg.vocab,
-        "n_positions": cfg.context,
-        "n_embd": cfg.d_model,
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
-        "layer_norm_epsilon": cfg.eps,
-        "tie_word_embeddings": cfg.tied,
-        "bos_token_id": cfg.vocab - 1,
-        "eos_token_id": cfg.vocab - 1,
-    }
+    ends = {"bos_token_id": cfg.vocab - 1, "eos_token_id": cfg.vocab - 1}
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends
 
 
 def stored(cfg: Config) -> list[Stored]:

@@ -5,9 +5,11 @@ output layer of its own that has a bias.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.names import Family, Stored, activation, layers, only, paths, whole, whole_numbers
+from fgpt.families import gpt2
+from fgpt.families.names import Family, Stored, layers, only, paths, whole
 from fgpt.model import Config
 
+SIZES = gpt2.SIZES | {"rotary_dim": "rotary"}
 LAYERS = {
     "ln_1": "ln_1",
     "attn.q": "attn.q_proj",
@@ -21,42 +23,14 @@ LAYERS = {
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
-    whole_numbers(config, ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "rotary_dim"))
+    found = gpt2.common(config, SIZES)
     only(config, {"tie_word_embeddings": False})
-    return Config(
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        d_model=config["n_embd"],
-        context=config["n_positions"],
-        vocab=config["vocab_size"],
-        d_mlp=config.get("n_inner") or 4 * config["n_embd"],
-        eps=config.get("layer_norm_epsilon", 1e-5),
-        tied=False,
-        act=activation(config, "activation_function", "gelu_new"),
-        parallel=True,
-        norms=1,
-        biases="up down norm head",
-        rotary=config["rotary_dim"],
-        interleaved=True,
-    )
+    return Config(**found, tied=False, parallel=True, norms=1, biases="up down norm head", interleaved=True)
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
-    return {
-        "architectures": ["GPTJForCausalLM"],
-        "model_type": "gptj",
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(cfg.act, cfg.act),
-        "vocab_size": cfg.vocab,
-        "n_positions": cfg.context,
-        "n_embd": cfg.d_model,
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
-        "rotary_dim": cfg.rotary,
-        "layer_norm_epsilon": cfg.eps,
-        "tie_word_embeddings": False,
-    }
+    return {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"} | gpt2.common_to_hf(cfg, SIZES)
 
 
 def stored(cfg: Config) -> list[Stored]:

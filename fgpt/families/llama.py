@@ -6,7 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError
-from fgpt.families.names import Family, Stored, activation, layers, only, paths, rope, rope_to_hf, whole, whole_numbers
+from fgpt.families.names import (
+    LLAMA_SIZES,
+    Family,
+    Stored,
+    activation,
+    activation_to_hf,
+    layers,
+    only,
+    paths,
+    rope,
+    rope_to_hf,
+    sizes,
+    sizes_to_hf,
+    whole,
+)
 from fgpt.model import Config
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -28,8 +42,7 @@ LAYERS = {
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    whole_numbers(config, (*names, "max_position_embeddings"))
+    found = sizes(config, LLAMA_SIZES)
     only(config, {"use_sliding_window": False})
     if set(config.get("layer_types") or ()) - {"full_attention"}:
         raise InputError("config.json: layer_types other than 'full_attention' are not supported")
@@ -42,12 +55,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     d_head = config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads)
     kv = config.get("num_key_value_heads") or heads
     return Config(
-        n_layer=config["num_hidden_layers"],
-        n_head=heads,
-        d_model=config["hidden_size"],
-        context=config["max_position_embeddings"],
-        vocab=config["vocab_size"],
-        d_mlp=config["intermediate_size"],
+        **found,
         eps=config.get("rms_norm_eps", 1e-6),
         tied=config.get("tie_word_embeddings", False),
         n_kv=None if kv == heads else kv,
@@ -68,15 +76,10 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     config = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "hidden_act": {"gelu_tanh": "gelu_new"}.get(cfg.act, cfg.act),
-        "vocab_size": cfg.vocab,
-        "max_position_embeddings": cfg.context,
-        "hidden_size": cfg.d_model,
-        "num_hidden_layers": cfg.n_layer,
-        "num_attention_heads": cfg.n_head,
+        **sizes_to_hf(cfg, LLAMA_SIZES),
+        "hidden_act": activation_to_hf(cfg),
         "num_key_value_heads": cfg.kv_heads,
         "head_dim": cfg.head_size,
-        "intermediate_size": cfg.d_mlp,
         "rms_norm_eps": cfg.eps,
         "tie_word_embeddings": cfg.tied,
         **rope_to_hf(cfg),

@@ -86,10 +86,11 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     shape of a quantised one.
     """
     bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
-    held = {family_name(name, family): x for name, x in held.items() if not name.endswith(family.buffers)}
+    # a file with the head has the prefix, one without has not
+    held = {name.removeprefix(family.prefix): x for name, x in held.items() if not name.endswith(family.buffers)}
     if missing := [name for name in table if name not in held]:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
-    spare = {name for name in held if cfg.tied and name.rpartition(".")[0] in ("lm_head", "embed_out")}
+    spare = {name for name in held if cfg.tied and is_head(name)}
     if surplus := held.keys() - table.keys() - spare:
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
     empty = leaves(bare)
@@ -113,11 +114,6 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
         biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
         new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
     return update(bare, new)
-
-
-def family_name(name: str, family: Family) -> str:
-    """A tensor's name without the prefix that a file with the head has, and one without has not."""
-    return name.removeprefix(family.prefix)
 
 
 def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
@@ -229,6 +225,28 @@ def whole_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:
         raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}")
 
 
+LLAMA_SIZES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "d_mlp",
+    "vocab_size": "vocab",
+    "max_position_embeddings": "context",
+}
+"""A hub's names of sizes, and ours, in the families since GPT-NeoX."""
+
+
+def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does."""
+    whole_numbers(config, names)
+    return {ours: config[theirs] for theirs, ours in names.items()}
+
+
+def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
+    """`sizes` undone."""
+    return {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
+
+
 def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
     for name, value in values.items():
@@ -248,6 +266,15 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
     return ACTIVATIONS[found]
 
 
+def activation_to_hf(cfg: Config) -> str:
+    """The hub's first name of our activation."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.act)
+
+
+LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""The fields of Llama 3's scaling, as our `stretch` has them."""
+
+
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `base` and `stretch` of our config, of what old and new configs say of rotary positions.
 
@@ -262,8 +289,7 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "linear":
             stretch = (float(scaling["factor"]), 1.0, 4.0, 0.0)
         elif kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            stretch = tuple(float(scaling[name]) for name in names)
+            stretch = tuple(float(scaling[name]) for name in LLAMA_3)
         elif kind != "default":
             raise InputError(f"config.json: rope_type={kind!r} is not supported, expected default, linear or llama3")
         return {"base": float(base), "stretch": stretch}
@@ -278,7 +304,6 @@ def rope_to_hf(cfg: Config) -> dict[str, Any]:
     elif cfg.stretch[3] == 0:
         scaling = {"rope_type": "linear", "factor": cfg.stretch[0]}
     else:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {"rope_type": "llama3"} | dict(zip(names, cfg.stretch, strict=True))
+        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, cfg.stretch, strict=True))
         scaling["original_max_position_embeddings"] = int(cfg.stretch[3])
     return {"rope_theta": cfg.base, "rope_scaling": scaling}

@@ -5,7 +5,21 @@ side by side in one product.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.names import Family, Stored, activation, layers, only, paths, rope, rope_to_hf, whole, whole_numbers
+from fgpt.families.names import (
+    LLAMA_SIZES,
+    Family,
+    Stored,
+    activation,
+    activation_to_hf,
+    layers,
+    only,
+    paths,
+    rope,
+    rope_to_hf,
+    sizes,
+    sizes_to_hf,
+    whole,
+)
 from fgpt.model import Config
 
 LAYERS = {
@@ -19,18 +33,12 @@ LAYERS = {
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    whole_numbers(config, (*names, "max_position_embeddings"))
+    found = sizes(config, LLAMA_SIZES)
     only(config, {"attention_bias": True})
     of_head = config["hidden_size"] // config["num_attention_heads"]
     part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     return Config(
-        n_layer=config["num_hidden_layers"],
-        n_head=config["num_attention_heads"],
-        d_model=config["hidden_size"],
-        context=config["max_position_embeddings"],
-        vocab=config["vocab_size"],
-        d_mlp=config["intermediate_size"],
+        **found,
         eps=config.get("layer_norm_eps", 1e-5),
         tied=config.get("tie_word_embeddings", False),
         act=activation(config, "hidden_act", "gelu"),
@@ -46,13 +54,8 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
-        "hidden_act": {"gelu_tanh": "gelu_new"}.get(cfg.act, cfg.act),
-        "vocab_size": cfg.vocab,
-        "max_position_embeddings": cfg.context,
-        "hidden_size": cfg.d_model,
-        "num_hidden_layers": cfg.n_layer,
-        "num_attention_heads": cfg.n_head,
-        "intermediate_size": cfg.d_mlp,
+        **sizes_to_hf(cfg, LLAMA_SIZES),
+        "hidden_act": activation_to_hf(cfg),
         "use_parallel_residual": cfg.parallel,
         "rotary_pct": cfg.rotary / cfg.head_size,
         "rotary_emb_base": scaling["rope_theta"],

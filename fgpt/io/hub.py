@@ -15,7 +15,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,11 +96,11 @@ def describe(name: str) -> tuple[Config, tokenizers.Tokenizer]:
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
     """
-    path = find(name)
-    cfg = _config(path)
-    if path.is_file():
-        return cfg, tokenizers.of_gguf(gguf.opened(path).fields, cfg.vocab, str(path))
-    return cfg, tokenizers.of_folder(path, cfg.vocab)
+    it = _opened(find(name))
+    cfg = _config(it)
+    if it.file:
+        return cfg, tokenizers.of_gguf(it.file.fields, cfg.vocab, str(it.path))
+    return cfg, tokenizers.of_folder(it.path, cfg.vocab)
 
 
 def tokenizer(name: str) -> tokenizers.Tokenizer:
@@ -108,20 +108,27 @@ def tokenizer(name: str) -> tokenizers.Tokenizer:
     return describe(name)[1]
 
 
-def _raw(path: Path) -> Mapping[str, Any]:
-    """What config.json says, or would."""
-    config = gguf.opened(path).config if path.is_file() else read_json(path / CONFIG)
+class _Opened(NamedTuple):
+    """Where a model is, what its config.json says, or would, and its GGUF file, if it is one."""
+
+    path: Path
+    config: Mapping[str, Any]
+    file: gguf.GGUF | None
+
+
+def _opened(path: Path) -> _Opened:
+    file = gguf.opened(path) if path.is_file() else None
+    config = file.config if file else read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG}: expected an object of fields, got {type(config).__name__}")
-    return config
+    return _Opened(path, config, file)
 
 
-def _config(path: Path) -> Config:
-    config = _raw(path)
+def _config(it: _Opened) -> Config:
     try:
-        return families.of_config(config).config_from_hf(config)
+        return families.of_config(it.config).config_from_hf(it.config)
     except InputError as err:
-        raise InputError(f"{path}: {err}") from None
+        raise InputError(f"{it.path}: {err}") from None
 
 
 def load(
@@ -141,8 +148,8 @@ def load(
 
     Raises InputError for a folder that is not a whole model of a known architecture.
     """
-    path = find(name)
-    cfg, dtype = _config(path), dtype or _declared(_raw(path))
+    it = _opened(find(name))
+    cfg, dtype = _config(it), dtype or _declared(it.config)
     chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
 
     def place(leaf: str, x: Any) -> Any:
@@ -150,12 +157,12 @@ def load(
         layer = leaf.removesuffix(".w")
         return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
-    if path.is_dir() and (path / TREE).exists():
+    if (it.path / TREE).exists():
         if quantize:
-            raise InputError(f"{path / TREE} is quantised already: load it as it is")
-        params = _read_tree(path, cfg)
+            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
+        params = _read_tree(it.path, cfg)
     else:
-        params = _read_hub(path, cfg, place)
+        params = _read_hub(it, cfg, place)
     return params if dtype is None else _in(params, dtype)
 
 
@@ -164,10 +171,10 @@ def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
     return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
 
 
-def _read_hub(path: Path, cfg: Config, place: names.Place) -> GPT:
-    if path.is_file():
-        file, where = gguf.opened(path), path
-        held = {name: names.Held(size, partial(file.read, name)) for name, size in file.sizes.items()}
+def _read_hub(it: _Opened, cfg: Config, place: names.Place) -> GPT:
+    path, where = it.path, it.path
+    if it.file:
+        held = {name: names.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
     else:
         found = shards(path, WEIGHTS)
         if not found[0].exists():
@@ -182,7 +189,7 @@ def _read_hub(path: Path, cfg: Config, place: names.Place) -> GPT:
                 raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
             held |= more
     try:
-        return names.from_hf(gathered(held), cfg, families.of_config(_raw(path)), place)
+        return names.from_hf(gathered(held), cfg, families.of_config(it.config), place)
     except InputError as err:
         raise InputError(f"{where}: {err}") from None
 
@@ -216,10 +223,12 @@ def save(params: GPT, folder: Path, like: str | None = None) -> None:
 
     Raises InputError for params that still carry adapters, or are of no family.
     """
-    family, source = families.of(params.cfg), find(like) if like else None
+    family, source = families.of(params.cfg), _opened(find(like)) if like else None
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     if source:
-        config |= {key: x for key, x in _raw(source).items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config |= {
+            key: x for key, x in source.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
     if any(isinstance(x, QUANTISED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
@@ -232,7 +241,7 @@ def save(params: GPT, folder: Path, like: str | None = None) -> None:
         write(folder / name, content)
 
 
-def _tokenizer_files(path: Path, vocab: int) -> Mapping[str, bytes | str]:
-    if path.is_file():
-        return tokenizers.of_gguf(gguf.opened(path).fields, vocab, str(path)).files()
-    return {name: (path / name).read_bytes() for name in tokenizers.FILES if (path / name).is_file()}
+def _tokenizer_files(it: _Opened, vocab: int) -> Mapping[str, bytes | str]:
+    if it.file:
+        return tokenizers.of_gguf(it.file.fields, vocab, str(it.path)).files()
+    return {name: (it.path / name).read_bytes() for name in tokenizers.FILES if (it.path / name).is_file()}
