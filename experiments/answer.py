@@ -56,15 +56,17 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
         if not how.sampling.temperature:
             raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
         many, stop = [prompt] * how.samples, stop_at(it.tokenizer.decode, how.stop)
-        made = generate(it.params, many, it.tokenizer.eos, how.most, how.sampling, key(how.seed), stop)
+        rng = key(how.seed)
+        made = generate(it.params, many, it.tokenizer.eos, how.most, how.sampling, rng, stop, compiled=how.compiled)
         texts = [it.tokenizer.decode(x.tokens) for x in made]
     print("\n\n".join(cut(text, how.stop).strip() for text in texts))
 
 
 def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
     """One text, piece by piece."""
-    stop = stop_at(it.tokenizer.decode, how.stop)
-    steps = stream(it.params, [prompt], it.tokenizer.eos, how.most, how.sampling, key(how.seed), stop)
+    stop, rng = stop_at(it.tokenizer.decode, how.stop), key(how.seed)
+    end, compiled = it.tokenizer.eos, how.compiled
+    steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compiled=compiled)
     return pieces(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.generate import Generated, prefill, room
+from fgpt.generate import Generated, room
 from fgpt.model import GPT, Cache, extend, logits
 from fgpt.sampling import GREEDY, Sampling
 from fgpt.tree import device, tree_map
@@ -43,14 +43,16 @@ def beam_search(
 
     Source: Wu et al. 2016 (GNMT), section 7, for the length penalty's place; the rule of stopping is transformers'.
     """
-    most = min(most, room(params, [prompt]))
+    most = room(params, [prompt], most)
     if beams < 1 or sampling.temperature > 0:
         raise InputError(f"beam search takes 1 beam or more, and draws nothing; got {beams}, {sampling.temperature}")
     at, choose = device(params), sampling.filter
+    if not most:
+        return [Beam([], False, 0.0)]
     done: list[Beam] = []
     texts: list[list[int]] = [[]]
     scores = torch.zeros(1, device=at)
-    h, cache = prefill(params, [prompt], at)
+    h, cache = extend(params, torch.tensor([list(prompt)], device=at), Cache())
     for length in range(1, most + 1):
         seen = torch.tensor([[*prompt, *text] for text in texts], device=at)
         chances = choose(logits(params, h[:, -1]).float().log_softmax(-1), seen) + scores[:, None]
@@ -83,9 +85,10 @@ def lookup(params: GPT, prompt: Sequence[int], end: int, most: int, ngram: int =
 
     Source: Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023, section 2, for one draft taken greedily.
     """
-    most = min(most, room(params, [prompt]))
+    if not (most := room(params, [prompt], most)):
+        return Generated([], False, [])
     at, text = device(params), list(prompt)
-    h, cache = prefill(params, [prompt], at)
+    h, cache = extend(params, torch.tensor([list(prompt)], device=at), Cache())
     scores = logits(params, h[:, -1:])
     tried: list[int] = []
     while True:

@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fgpt import decode
+from fgpt.adapters import Adapters
+from fgpt.decode import Room
 from fgpt.errors import InputError
-from fgpt.model import GPT, Cache, extend, logits
+from fgpt.model import GPT
 from fgpt.rng import fold_in
 from fgpt.sampling import GREEDY, Sampling, draw
+from fgpt.stack import stack
 from fgpt.tree import device, tree_map
 
 
@@ -45,16 +49,20 @@ def generate(
     rng: torch.Generator | None = None,
     until: Until | None = None,
     logprobs: bool = False,
+    adapters: Sequence[Adapters] | None = None,
+    compiled: bool = False,
 ) -> list[Generated]:
     """Continue each of a batch of ragged prompts by at most `most` tokens, until `end`, or until `until` says so.
 
     Greedy by default. Prompts are padded on the left as a document of their own, and each row draws by a key of its
-    own: neighbours change nothing. For several texts of one prompt give it several times; it is read once.
+    own: neighbours change nothing. For several texts of one prompt give it several times; it is read once. `adapters`
+    gives each prompt its own. `compiled` compiles the step: see `decode.compiled`.
 
-    Raises InputError for an empty prompt, or one with no room in the context for a single new token.
+    Raises InputError for an empty prompt, or one with no room in the context for a single new token; and as `stack`
+    does for adapters that do not fit one another.
     """
     texts: list[Generated] = [Generated([], False, []) for _ in prompts]
-    for step in stream(params, prompts, end, most, sampling, rng, until, logprobs):
+    for step in stream(params, prompts, end, most, sampling, rng, until, logprobs, adapters, compiled):
         for row, token, logprob, ends in step:
             if ends:
                 texts[row] = texts[row]._replace(finished=True)
@@ -75,52 +83,69 @@ def stream(
     rng: torch.Generator | None = None,
     until: Until | None = None,
     logprobs: bool = False,
+    adapters: Sequence[Adapters] | None = None,
+    compiled: bool = False,
 ) -> Iterator[list[Token]]:
     """What `generate` gathers, as it comes: at each step the next token of every row that is not at its end.
 
     Raises InputError as `generate` does, before the first step.
     """
-    room(params, prompts)
+    room(params, prompts, most)
     context, at, choose, starts = params.cfg.context, device(params), sampling.filter, list(map(len, prompts))
     if sampling.temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
+    if adapters is not None and len(adapters) != len(prompts):
+        raise InputError(f"{len(adapters)} sets of adapters for {len(prompts)} prompts: expected one for each")
     keys = [] if rng is None else [fold_in(rng, i) for i in range(len(prompts))]
+    step = decode.compiled() if compiled else decode.step
     texts, going, written = [list(prompt) for prompt in prompts], list(range(len(prompts))), 0
-    # Rows share a cache until the widest is full; narrower ones then begin anew, without its padding.
+    # Rows share a room until the widest is full; narrower ones then begin anew, without its padding.
     while written < most and (going := [i for i in going if len(texts[i]) < context]):
+        mine = None if adapters is None else stack([adapters[i] for i in going])
         seen = padded([texts[i] for i in going], -1, at)
         last = min(most, written + context - seen.shape[1])
-        h, cache = prefill(params, [texts[i] for i in going], at)
+        scores, kept = prefill(params, [texts[i] for i in going], at, last - written, mine)
+        batch = torch.zeros(len(going), dtype=torch.long, device=at)  # the next token of each row that is computed
+        rows = torch.arange(len(going), device=at)  # of them those that are not at their end
         while True:
             written += 1
-            scores = logits(params, h[:, -1])
             rngs = [fold_in(keys[i], written) for i in going] if sampling.temperature > 0 else None
             tokens = draw(choose(scores, seen), rngs)
-            yield (step := _told(going, tokens, scores if logprobs else None, end))
-            for row, token, _, ends in step:
+            yield (told := _told(going, tokens, scores if logprobs else None, end))
+            for row, token, _, ends in told:
                 texts[row] += [] if ends else [token]
-            keep = [j for j, x in enumerate(step) if not (x.end or (until and until(texts[x.row][starts[x.row] :])))]
+            open_ = [j for j, x in enumerate(told) if not (x.end or (until and until(texts[x.row][starts[x.row] :])))]
             seen = torch.cat([seen, tokens[:, None]], 1)
-            if len(keep) < len(going):  # what is at its end is computed no more
-                going, rows = [going[j] for j in keep], torch.tensor(keep, dtype=torch.long, device=at)
-                tokens, seen, cache = tokens[rows], seen[rows], tree_map(lambda x, rows=rows: x[rows], cache)
+            if len(open_) < len(going):
+                going, keep = [going[j] for j in open_], torch.tensor(open_, dtype=torch.long, device=at)
+                rows, tokens, seen = rows[keep], tokens[keep], seen[keep]
+                if not compiled:  # what is at its end is computed no more; a compiled step wants its batch as it was
+                    kept, batch, mine = decode.rows_of(kept, keep), batch[keep], _rows_of(mine, keep)
+                    rows = torch.arange(len(going), device=at)
             if written == last or not going:
                 break
-            h, cache = extend(params, tokens[:, None], cache)
+            batch[rows] = tokens
+            scores = step(params, batch, kept, mine)[rows]
 
 
-def room(params: GPT, prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens can follow the longest of `prompts`.
+def _rows_of(adapters: Adapters | None, rows: Tensor) -> Adapters | None:
+    return None if adapters is None else tree_map(lambda x: x[rows], adapters)
 
-    Raises InputError for an empty prompt, or one with no room in the context for a single new token.
+
+def room(params: GPT, prompts: Sequence[Sequence[int]], most: int) -> int:
+    """How many tokens, of `most` wanted, can follow the longest of `prompts`.
+
+    Raises InputError for an empty prompt, one with no room in the context for a single new token, or `most` below 0.
     """
     context = params.cfg.context
+    if most < 0:
+        raise InputError(f"most is {most}: expected a number of new tokens, 0 or more")
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens: expected 1 to {context - 1}, the context less one to write"
             )
-    return context - max(map(len, prompts), default=0)
+    return min(most, context - max(map(len, prompts), default=0))
 
 
 def _told(rows: list[int], tokens: Tensor, scores: Tensor | None, end: int) -> list[Token]:
@@ -131,16 +156,18 @@ def _told(rows: list[int], tokens: Tensor, scores: Tensor | None, end: int) -> l
     return [Token(row, t, p, t == end) for row, t, p in zip(rows, chosen, chances, strict=True)]
 
 
-def prefill(params: GPT, texts: Sequence[Sequence[int]], at: torch.device) -> tuple[Tensor, Cache]:
-    """`extend` of ragged texts from the beginning; a text that is there several times is read once."""
-    once = list(dict.fromkeys(map(tuple, texts)))
+def prefill(
+    params: GPT, texts: Sequence[Sequence[int]], at: torch.device, most: int = 0, adapters: Adapters | None = None
+) -> tuple[Tensor, Room]:
+    """`decode.read` of ragged texts. One that is there several times is read once, but for adapters of its own."""
+    once = list(dict.fromkeys(map(tuple, texts))) if adapters is None else list(map(tuple, texts))
     tokens, ragged = padded(once, 0, at), len(set(map(len, once))) > 1
     segments = padded([[1] * len(text) for text in once], 0, at) if ragged else None
-    h, cache = extend(params, tokens, Cache(), segments)
+    scores, kept = decode.read(params, tokens, segments, most, adapters)
     if len(once) == len(texts):
-        return h[:, -1:], cache
+        return scores, kept
     rows = torch.tensor([once.index(tuple(text)) for text in texts], device=at)
-    return h[rows, -1:], tree_map(lambda x: x[rows], cache)
+    return scores[rows], decode.rows_of(kept, rows)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, at: torch.device) -> Tensor:

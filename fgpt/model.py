@@ -11,6 +11,7 @@ Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT
 section 2.2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -153,6 +154,15 @@ KV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "
 
 
 @node
+class Slots:
+    """Room for the keys and values of a layer's tokens, written in place from slot `at`: see `fgpt.decode`."""
+
+    k: Float[Tensor, "*batch head room d_head"]
+    v: Float[Tensor, "*batch head room d_head"]
+    at: Int[Tensor, " seq"]
+
+
+@node
 class Cache:
     """What `extend` remembers of the tokens it has seen: keys and values by layer, and the tokens' segments."""
 
@@ -262,14 +272,17 @@ def attend(
     p: Attention | FusedAttention,
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
-    past: KV | None,
+    past: KV | Slots | None,
     by: Turn | None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
     """Attention, and the keys and values it has seen by now."""
     q, k, v = qkv(x, p, cfg)
     if by is not None:
         q, k = rotate(q, by, cfg.interleaved), rotate(k, by, cfg.interleaved)
-    if past is not None:
+    if isinstance(past, Slots):
+        past.k[..., past.at, :], past.v[..., past.at, :] = k, v
+        k, v = past.k, past.v
+    elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
     y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
     return linear(y, p.o.w, p.o.b), (k, v)
@@ -291,7 +304,7 @@ def block(
     p: Block,
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
-    past: KV | None = None,
+    past: KV | Slots | None = None,
     by: Turn | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
     """One transformer block, and the keys and values it has seen by now."""
@@ -303,13 +316,35 @@ def block(
     return after + feed(normed, p.mlp, cfg), kv
 
 
+def through(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    positions: Int[Tensor, "*#batch seq"],
+    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    past: Sequence[KV | Slots | None],
+    remat: bool = False,
+) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[KV, ...]]:
+    """Embedding, blocks and ln_f for tokens at these positions: the hidden states, and what each layer has seen."""
+    cfg = params.cfg
+    x = embed(tokens, params.wte.w)
+    x = x if params.wpe is None else x + embed(positions, params.wpe.w)
+    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch) if cfg.rotary else None
+    seen: list[KV] = []
+    step = rematerialised(block) if remat else block
+    for p, kv in zip(params.blocks, past, strict=True):
+        x, kv = step(x, p, cfg, mask, kv, by)
+        seen.append(kv)
+    return norm(x, params.ln_f, cfg.eps), tuple(seen)
+
+
 def _forward(
-    params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache, keep: bool, remat: bool = False
+    params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache, remat: bool = False
 ) -> tuple[Tensor, Cache]:
-    cfg, seq = params.cfg, tokens.shape[-1]
-    past = cache.kv[0][0].shape[-2] if cache.kv else 0
-    if past + seq > cfg.context:
-        raise InputError(f"{past + seq} tokens in a row, but the model's context is {cfg.context}: shorten the row")
+    seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
+    if past + seq > params.cfg.context:
+        raise InputError(
+            f"{past + seq} tokens in a row, but the model's context is {params.cfg.context}: shorten the row"
+        )
     if segments is None and cache.segments is None:
         positions, mask, seen = torch.arange(past, past + seq, device=tokens.device), None, None
     else:
@@ -319,16 +354,8 @@ def _forward(
         same = now[..., :, None] == seen[..., None, :]
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
-    x = embed(tokens, params.wte.w)
-    x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch) if cfg.rotary else None
-    kvs: list[KV] = []
-    step = rematerialised(block) if remat else block
-    for i, p in enumerate(params.blocks):
-        x, kv = step(x, p, cfg, mask, cache.kv[i] if cache.kv else None, by)
-        if keep:
-            kvs.append(kv)
-    return norm(x, params.ln_f, cfg.eps), Cache(tuple(kvs), seen)
+    h, kv = through(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat)
+    return h, Cache(kv, seen)
 
 
 @shaped
@@ -348,7 +375,7 @@ def hidden(
 
     Raises InputError when a row is longer than the context.
     """
-    return _forward(params, tokens, segments, Cache(), keep=False, remat=remat)[0]
+    return _forward(params, tokens, segments, Cache(), remat)[0]
 
 
 def head(params: GPT) -> Linear:
@@ -378,7 +405,7 @@ def extend(
     Prefill and decode are this one function: extending in any number of chunks equals one pass. Ragged prompts are
     padded on the left, with segment 0 for the padding and 1 for the text.
     """
-    return _forward(params, tokens, segments, cache, keep=True)
+    return _forward(params, tokens, segments, cache)
 
 
 def fused(p: Attention | FusedAttention) -> Linear:

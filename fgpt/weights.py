@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.kernels import few_rows
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
 from fgpt.kernels.scale import scaled
@@ -67,6 +68,9 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """The factored reading: row ⊙ (W (col ⊙ x) + s B A (col ⊙ x)) + bias, never forming B·A or a scaled W."""
     if isinstance(w, Tensor):
+        if few_rows.few(x):
+            y = few_rows.product(x, w)
+            return y if bias is None else y + bias
         return F.linear(x, w, bias)
     if isinstance(w, QUANTISED):
         y = product(x, w)

@@ -1,6 +1,8 @@
 """Writing: transformers' own texts token by token, rows that see no neighbours, and text that streams whole."""
 
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
+from fgpt import decode
 from fgpt.beam import beam_search, draft, lookup
 from fgpt.generate import cut, pieces, stop_at, stream
 from fgpt.io import hub
 from fgpt.sampling import Sampling
+from fgpt.tree import leaves, tree_map
 
 NANO = hub.tokenizer("nano")
 
@@ -115,18 +119,24 @@ def test_a_row_does_not_see_its_neighbours():
 def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
     """A prompt that is there several times is read once, and a row at its end is computed no more."""
     params, sizes = tiny(), []
+    read, step = decode.read, decode.step
 
-    def watched(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
+    def reads(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
         sizes.append(tuple(x.shape))
-        return fgpt.extend(p, x, *rest)
+        return read(p, x, *rest)
 
-    monkeypatch.setattr(sys.modules["fgpt.generate"], "extend", watched)
+    def steps(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
+        sizes.append(tuple(x.shape))
+        return step(p, x, *rest)
+
+    monkeypatch.setattr(decode, "read", reads)
+    monkeypatch.setattr(decode, "step", steps)
     prompt = tokens(31, 4).tolist()
     got = fgpt.generate(params, [prompt] * 5, 0, 15, Sampling(temperature=2.0), fgpt.key(0))
     assert sizes[0] == (1, 4)
-    steps = [len(x.tokens) + x.finished for x in got]
-    assert len(set(steps)) > 1
-    assert [n for n, one in sizes[1:] if one == 1] == [sum(s > i for s in steps) for i in range(1, max(steps))]
+    lengths = [len(x.tokens) + x.finished for x in got]
+    assert len(set(lengths)) > 1
+    assert [n for (n,) in sizes[1:]] == [sum(s > i for s in lengths) for i in range(1, max(lengths))]
 
 
 def test_log_probabilities_are_the_models():
@@ -142,22 +152,98 @@ def test_log_probabilities_are_the_models():
         close(torch.tensor(got.logprobs), log_p, 1e-5)
 
 
-def test_several_adapters_in_one_batch():
-    """Each row by its own adapter: vmap over the adapters that the rows name, one product of the base for all."""
-    params = tiny()
-    many = [
-        {p: fgpt.LoRA(x.a, 0.3 * torch.randn_like(x.b), x.alpha) for p, x in fgpt.lora(params, fgpt.key(i), 2).items()}
-        for i in range(3)
-    ]
-    which = torch.tensor([2, 0, 0, 1])
-    rows = tokens(31, 4, 7)
-    stacked = fgpt.tree.tree_map(lambda *xs: torch.stack(xs)[which], *many) if hasattr(fgpt, "tree") else None
-    from fgpt.tree import tree_map
+# ----------------------------------------------------------------------------------------------- adapters, row by row
 
-    stacked = tree_map(lambda *xs: torch.stack(xs)[which], *many)
-    got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(stacked, rows)
-    for i, k in enumerate(which.tolist()):
-        close(got[i], fgpt.apply(fgpt.adapt(params, many[k]), rows[i]), 1e-5)
+
+def sets(params: fgpt.GPT) -> list[fgpt.Adapters]:
+    """Of several ranks, strengths and targets; the last one is none."""
+    drawn = [
+        fgpt.lora(params, fgpt.key(0), 2, target=r"blocks\..*\.(q|up)"),
+        fgpt.lora(params, fgpt.key(1), 3, 1.0, target=r"blocks\..*\.(q|down)|wte", rs=True),
+    ]
+    moved = [{p: replace(x, b=0.5 * torch.randn_like(x.b)) for p, x in some.items()} for some in drawn]
+    return [*moved, {}]
+
+
+@pytest.mark.parametrize("to", [None, "int8", "nf4"])
+def test_a_row_is_written_by_its_own_adapters(to: Any):
+    """In one batch, ragged and sampled, equal to each alone; and to the same with no cache."""
+    torch.manual_seed(0)
+    params = fgpt.init(fgpt.Config(2, 2, 64, 24, 31, 64), fgpt.key(5))
+    params = params if to is None else fgpt.quantize(params, to)
+    by_name = sets(params)
+    which = [1, 0, 2, 1, 0]
+    prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5, 3, 1)]
+    for sampling in (Sampling(), WARM):
+        together = fgpt.generate(params, prompts, 0, 12, sampling, fgpt.key(0), adapters=[by_name[i] for i in which])
+        for row, i in enumerate(which):
+            tuned, beside = (
+                fgpt.adapt(params, by_name[i]),
+                [prompts[row]] * (row + 1),
+            )  # a row's key is that of its place
+            assert fgpt.generate(tuned, beside, 0, 12, sampling, fgpt.key(0))[row] == together[row]
+        assert len({tuple(x.tokens) for x in together}) > 2
+
+
+def test_stacked_adapters_are_differentiable():
+    params = tiny()
+    many, which, rows = sets(params), [2, 0, 0, 1], tokens(31, 4, 7)
+
+    def together(sets: list[fgpt.Adapters]) -> torch.Tensor:
+        stacked = fgpt.stack([sets[i] for i in which])
+        return torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(stacked, rows).square().sum()
+
+    def apart(sets: list[fgpt.Adapters]) -> torch.Tensor:
+        return sum(fgpt.apply(fgpt.adapt(params, sets[i]), x).square().sum() for i, x in zip(which, rows))  # pyright: ignore
+
+    got, expected = torch.func.grad(together)(many), torch.func.grad(apart)(many)
+    assert leaves(got).keys() == leaves(expected).keys()
+    assert len(leaves(got)) > 8
+    for path, x in leaves(expected).items():
+        close(leaves(got)[path], x, 1e-4)
+
+
+def test_any_kind_of_adapters_stacks_with_its_own():
+    params, rows = tiny(), tokens(31, 2, 7)
+    for make in (
+        lambda seed: fgpt.dora(params, fgpt.key(seed), 2),
+        lambda seed: fgpt.ia3(params),
+        lambda seed: fgpt.tune(params, r".*ln_.*|head\..*|wte\.w"),
+    ):
+        moved = [tree_map(lambda x: x + 0.1 * torch.randn_like(x), make(seed)) for seed in (0, 1)]
+        got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(fgpt.stack(moved), rows)
+        for y, a, x in zip(got, moved, rows, strict=True):
+            close(y, fgpt.apply(fgpt.adapt(params, a), x), 1e-5)
+        written = fgpt.generate(params, rows.tolist(), 0, 5, adapters=moved)
+        for y, a, x in zip(written, moved, rows.tolist(), strict=True):
+            assert [y] == fgpt.generate(fgpt.adapt(params, a), [x], 0, 5)
+
+
+def test_adapters_that_do_not_stack():
+    params = tiny()
+    dora, ia3, ln = fgpt.dora(params, fgpt.key(0), 2), fgpt.ia3(params), fgpt.tune(params, r"ln_f\.w")
+    for some, message in (
+        ([], "no adapters to stack"),
+        ([dora, {}], "adapters 1 have nothing at .* where others have a DoRA"),
+        ([dora, fgpt.dora(params, fgpt.key(0), 3)], "are of different kinds or settings"),
+        ([dora, fgpt.dora(params, fgpt.key(0), 3, 4)], r"at .* have different shapes: .*\(2, 16\).* and .*\(3, 16\)"),
+        ([dora, ia3], "are of different kinds|have nothing at"),
+        ([ln, {"ln_f.w": torch.ones(3)}], "different shapes"),
+    ):
+        with pytest.raises(fgpt.InputError, match=message):
+            fgpt.stack(some)
+    with pytest.raises(fgpt.InputError, match="2 sets of adapters for 1 prompts: expected one for each"):
+        fgpt.generate(params, [[1]], 0, 1, adapters=[ln, ln])
+
+
+@pytest.mark.slow
+def test_the_compiled_step():
+    """In a process of its own: the whole-package check of these tests is what a compiler cannot trace."""
+    file = Path(__file__).with_name("compiled_decode.py")
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options, file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "4 passed" in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -245,6 +331,12 @@ def test_bad_input_is_named():
         for prompt in ([], [1] * 24):
             with pytest.raises(fgpt.InputError, match=f"prompt 0 has {len(prompt)} tokens: expected 1 to 23"):
                 call(prompt)
+        assert call([1]) is not None
+    assert fgpt.generate(params, [], 0, 3) == []
+    for got in (fgpt.generate(params, [[1]], 0, 0)[0], lookup(params, [1], 0, 0), beam_search(params, [1], 0, 0)[0]):
+        assert (got.tokens, got.finished) == ([], False)
+    with pytest.raises(fgpt.InputError, match="most is -1: expected a number of new tokens, 0 or more"):
+        fgpt.generate(params, [[1]], 0, -1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
         fgpt.generate(params, [[1]], 0, 1, Sampling(temperature=1.0))
     with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):

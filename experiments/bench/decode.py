@@ -16,13 +16,15 @@ import torch
 from experiments.bench.measure import Result, hardware, interleaved, report, speeds
 from experiments.bench.sides import base_of, equal_rows, hub_model, shape
 from fgpt.generate import generate
-from fgpt.model import GPT, Config
+from fgpt.model import Config
 from fgpt.quantize import quantize
 from fgpt.tree import nbytes
 
 CPU = torch.device("cpu")
 PROMPT = 32
 """Tokens of the prompt."""
+BARS = {("fp32, compiled", 1): ">= 1.6", ("int8, compiled", 1): ">= 2.5", ("fp32, compiled", 8): ">= 1.5"}
+"""By side and rows."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +46,34 @@ def decode(bench: Decode) -> None:
     base = base_of(cfg, CPU, torch.float32)
     model = hub_model(cfg, base).eval()
     model.generation_config.eos_token_id = None  # a text of random weights must not end
-    frozen = {"fp32": base, "int8": quantize(base, "int8", target=r"wte|blocks\..*")}
+    int8 = quantize(base, "int8", target=r"wte|blocks\..*")
+    sides = {
+        "fp32": (base, False),
+        "int8": (int8, False),
+        "fp32, compiled": (base, True),
+        "int8, compiled": (int8, True),
+    }
     results: list[Result] = []
     notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.most} new ones"]
     for rows in (1, 8):
         prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab)]
-        sides: dict[str, Callable[[], object]] = {
-            name: partial(ours, params, prompts, bench.most) for name, params in frozen.items()
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(generate, params, prompts, -1, bench.most, compiled=compiled)
+            for name, (params, compiled) in sides.items()
         }
-        sides["theirs"] = partial(theirs, model, torch.tensor(prompts), bench.most)
-        seconds = interleaved({name: [call] * bench.repeats for name, call in sides.items()}, CPU)
-        for name, bar in (("fp32", ">= 1.6" if rows == 1 else ">= 1.5"), ("int8", ">= 2.5" if rows == 1 else "")):
+        calls["theirs"] = partial(theirs, model, torch.tensor(prompts), bench.most)
+        seconds = interleaved({name: [call] * bench.repeats for name, call in calls.items()}, CPU)
+        for name, (params, _) in sides.items():
             what = f"{name}, batch {rows}, against transformers in fp32"
+            bar = BARS.get((name, rows), "")
             results.append(speeds(what, rows * bench.most, seconds[name], seconds["theirs"], bar))
             if rows == 1:
-                rate = bandwidth(nbytes(frozen[name]))
-                limit = rate / nbytes(frozen[name])
+                rate = bandwidth(nbytes(params))
+                limit = rate / nbytes(params)
                 part = bench.most / min(seconds[name]) / limit
-                size = f"{nbytes(frozen[name]) / 1e6:,.0f} MB at {rate / 1e9:.1f} GB/s"
+                size = f"{nbytes(params) / 1e6:,.0f} MB at {rate / 1e9:.1f} GB/s"
                 notes.append(f"{name}: {size} allow {limit:.1f} tokens/s; the fastest run reached {part:.2f} of it")
     report("decode", ("ours", "theirs"), results, notes, bench.out)
-
-
-def ours(params: GPT, prompts: list[list[int]], most: int) -> None:
-    generate(params, prompts, -1, most)
 
 
 def theirs(model: Any, prompts: torch.Tensor, most: int) -> None:

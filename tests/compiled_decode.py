@@ -1,0 +1,63 @@
+"""What `test_generate.py` runs in a process of its own: the compiled step beside the eager one."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import close, tiny, tokens
+from test_generate import WARM, sets
+from torch._dynamo.utils import counters
+from torch.func import vmap
+
+import fgpt
+from fgpt import decode
+from fgpt.kernels import few_rows
+
+
+@torch.no_grad()
+def test_the_same_texts():
+    """One row and several; sampled, ragged, ending at different steps, in rooms of two lengths; by adapters."""
+    params, traced = tiny(n_layer=1), counters["stats"]
+    prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
+    for rows in (1, 3):
+        for most in (6, 14):
+            expected = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1))
+            got = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1), compiled=True)
+            assert got == expected
+    assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
+    own = [sets(params)[i] for i in (1, 2, 0)]
+    expected = fgpt.generate(params, prompts, 0, 9, adapters=own)
+    assert fgpt.generate(params, prompts, 0, 9, adapters=own, compiled=True) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["int8", "nf4"])
+def test_few_bits(to: Any):
+    params = fgpt.init(fgpt.Config(1, 2, 64, 24, 31, 64), fgpt.key(5))
+    small = fgpt.quantize(params, to, target=r"wte|blocks\\..*")
+    text = tokens(31, 1, 5)
+    for _ in range(2):
+        scores, rooms = zip(*(decode.read(small, text, None, 4) for _ in range(2)), strict=True)
+        a, b = scores
+        for _ in range(4):
+            chosen = a.argmax(-1)
+            text = torch.cat([text, chosen[:, None]], 1)
+            a, b = decode.step(small, chosen, rooms[0]), decode.compiled()(small, chosen, rooms[1])
+            close(a, b, 1e-5)
+            close(a, fgpt.apply(small, text)[:, -1], 1e-5)
+
+
+def test_when_rows_are_few():
+    """Compiled, not differentiated, and not mapped: a mapped row hides how many there are."""
+
+    def told(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(few_rows.few(x))
+
+    few = torch.compile(told)
+    with torch.no_grad():
+        assert [bool(few(torch.ones(n, 4))) for n in (1, 2, 8, 9)] == [True, True, True, False]
+        assert few(torch.ones(2, 4, 4))
+        assert not few(torch.ones(3, 3, 4))
+        assert not told(torch.ones(1, 4))
+        assert not torch.compile(lambda x: vmap(lambda y: y + few_rows.few(y))(x))(torch.zeros(3, 1, 4)).any()
+    assert not few(torch.ones(1, 4))
