@@ -1,193 +1,147 @@
-"""Base against tuned on held-out prompts: the same template, the same decoding, scores on top."""
+"""Base and tuned side by side on the same prompts: the same decoding for each, scores on top.
 
-import html
-import math
+compare.md, compare.html    for a reader        compare-NAME.*   the same on a prompt file of that name
+compare.json                scores, answers, and how they were written
+"""
+
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.markup import escape
-from rich.table import Table
 
-from experiments import folder
+from experiments import compare_asked, compare_sides, prompt_file
+from experiments.compare_asked import Asked, held_out
+from experiments.compare_page import page
+from experiments.compare_scores import reference_scores, referenced, rouge_scores, task_scores, text_scores
+from experiments.compare_sides import BASE, Side
+from experiments.compare_text import markdown, show
+from experiments.comparison import Answer, Comparison, as_json
 from experiments.fit import console
-from experiments.nano_score import PARTS, Task, score
 from experiments.runs import Run
-from fgpt.data import packing
-from fgpt.data.templates import Example, Row, encode, encode_prompt, template
+from experiments.writing import ALIKE, Alike
+from fgpt.data.templates import Row
 from fgpt.data.tokenizers import Tokenizer
+from fgpt.errors import InputError
 from fgpt.generate import generate
 from fgpt.io import hub
 from fgpt.io.files import write, write_json
-from fgpt.loss import nll
-from fgpt.model import GPT, Config
-from fgpt.tree import device, tree_map
+from fgpt.model import GPT
+from fgpt.rng import fold_in, key
+from fgpt.sampling import GREEDY, Sampling
 
 AT_ONCE = 32
 """Prompts answered in one batch."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    tokens: int
-    finished: bool
-    """The model ended the answer by itself."""
-
-
-def answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> list[Answer]:
-    """Greedy answers to the rows' prompts, in their order."""
-    prompts = [encode_prompt(row, template(run.template), tokenizer) for row in rows]
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # neighbours of equal length: little padding
-    found: dict[int, Answer] = {}
-    for i in range(0, len(rows), AT_ONCE):
-        some = by_length[i : i + AT_ONCE]
-        for at, out in zip(some, generate(params, [prompts[j] for j in some], tokenizer.eos, run.most), strict=True):
-            found[at] = Answer(tokenizer.decode(out.tokens).strip(), len(out.tokens), out.finished)
-    return [found[i] for i in range(len(rows))]
-
-
-def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> list[Example]:
-    """The rows that fit the run's width, in its template."""
-    encoded = [encode(row, template(run.template), tokenizer) for row in rows]
-    return packing.fit(encoded, min(run.seq, cfg.context), drop=True)[0]
-
-
-@torch.no_grad()
-def response_loss(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> float:
-    """Mean nats per response token, end of text included, over the rows that fit the run's width."""
-    at = device(params)
-    total = weight = 0.0
-    for example in fitting(params.cfg, tokenizer, run, rows):
-        batch = packing.collate([[example]])
-        value, w = nll(params, tree_map(lambda x: x.to(at), batch))
-        total, weight = total + float(value), weight + float(w)
-    return total / weight
-
-
-def scores(
-    run: Run, params: GPT, tokenizer: Tokenizer, rows: Sequence[Row], found: Sequence[Answer]
-) -> dict[str, float]:
-    """What is compared, by name; the higher the better except for losses."""
-    loss = response_loss(params, tokenizer, run, rows)
-    return task_scores(rows, found) | {
-        "held-out response loss (nats per token)": loss,
-        "held-out response perplexity": math.exp(loss),
-        "answers ended by the model (%)": 100 * sum(a.finished for a in found) / len(found),
-        "mean answer length (tokens)": sum(a.tokens for a in found) / len(found),
-    }
-
-
-def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
-    """Points by which the answers do what the instructions ask, where the rows say how to tell; else nothing."""
-    tasks = [row for row in rows if isinstance(row, Task)]
-    if len(tasks) < len(rows):
-        return {}
-    got = score(tasks, [a.text for a in found], [a.finished for a in found])
-    kinds = {f"points: {kind}": points for kind, points in got.by_kind.items()}
-    parts = {f"stories with the {part} asked for (%)": x for part, x in got.by_requirement.items() if part in PARTS}
-    return {"points (0 to 100)": got.points} | kinds | parts
 
 
 def report(run: Run, out: Path, heldout: Sequence[Row]) -> None:
     """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
     folder, and print the scores with a few answers.
     """
-    from experiments.train import base_of  # train ends with a comparison, and a comparison needs the base as trained
-
-    rows = list(heldout[: run.compare])
-    base = base_of(run)
-    tokenizer = hub.tokenizer(run.base)
-    console.print(f"comparing base and tuned on {len(rows)} held-out prompts ..")
-    sides = {"base": base, "tuned": folder.load_tuned(out, base)}
-    found = {side: answers(params, tokenizer, run, rows) for side, params in sides.items()}
-    table = {side: scores(run, params, tokenizer, rows, found[side]) for side, params in sides.items()}
-    write_json(
-        out / "compare.json", {"scores": table, "answers": [_entry(row, i, found) for i, row in enumerate(rows)]}
-    )
-    write(out / "compare.md", _markdown(run, table, rows, found))
-    write(out / "compare.html", _page(run, table, rows, found))
-    _show(table, rows, found)
-    console.print(f"all {len(rows)} answers: {out / 'compare.md'} and {out / 'compare.html'}")
+    sides = compare_sides.of([run], [out])
+    save(compared(sides, held_out(sides, heldout, run.compare), ALIKE), out, "compare")
 
 
-def _entry(row: Row, i: int, found: dict[str, list[Answer]]) -> dict[str, Any]:
-    texts = {side: {"text": some[i].text, "finished": some[i].finished} for side, some in found.items()}
-    return {"instruction": row.instruction, "input": row.input, "reference": row.output, **texts}
+def again(
+    names: Sequence[str],
+    alike: Alike = ALIKE,
+    prompts: str | None = None,
+    count: int | None = None,
+    out: Path | None = None,
+) -> None:
+    """Compare trained runs with their base and with each other: on the first run's held-out prompts, or those of a
+    file; the first `count` of them. What is found goes into the run's folder; for several into compare-NAMES beside
+    the first; or into `out`.
+
+    Raises InputError, before anything slow begins, for what `compare_sides.find` and `prompt_file.read` refuse.
+    """
+    sides = compare_sides.find(names)
+    if count is not None and count < 1:
+        raise InputError(f"count is {count}: expected 1 or more prompts")
+    first, out = sides[0].run, out or _place(sides)
+    _writable(out)
+    if prompts is None:
+        from experiments.train import split
+
+        asked = held_out(sides, split(first)[1], count or first.compare or Run.compare)
+    else:
+        asked = Asked(prompt_file.read(prompts)[:count], f"prompts of {Path(prompts).name}", heldout=False)
+    save(compared(sides, asked, alike), out, "compare" if prompts is None else f"compare-{Path(prompts).stem}")
 
 
-def _cells(table: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
-    return [(name, f"{value:.2f}", f"{table['tuned'][name]:.2f}") for name, value in table["base"].items()]
+def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
+    """Every side's answers and scores.
+
+    Raises InputError for a prompt that is too long for the model, before anything slow begins.
+    """
+    first = sides[0].run
+    most = first.most if alike.most is None else alike.most
+    if most < 1:
+        raise InputError(f"most is {most}: expected 1 or more new tokens")
+    cfg, tokenizer = hub.describe(first.base)
+    prompts = {side.name: compare_sides.prompts(side, asked.rows, tokenizer) for side in sides}
+    compare_asked.check(prompts, cfg.context)
+    references = referenced(cfg, tokenizer, sides, asked.rows)
+    params = compare_sides.params(sides)
+    order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i].instruction + asked.rows[i].input))
+    found: dict[str, list[Answer]] = {}
+    for name, model in params.items():
+        console.print(f"{escape(name)}: answering {len(asked.rows)} {asked.source} ..")
+        found[name] = answers(model, tokenizer, prompts[name], order, most, alike.sampling, alike.seed)
+    rouge = rouge_scores(asked.rows, found)
+    if rouge is None:
+        console.print("ROUGE-L is left out: it needs the package rouge-score (pip install rouge-score)")
+    scores = {
+        side.name: task_scores(asked.rows, found[side.name])
+        | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
+        | (rouge or {}).get(side.name, {})
+        | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)
+        for side, examples in zip(sides, references, strict=True)
+    }
+    about, settings = compare_asked.about(sides, asked, most, alike), compare_asked.settings(sides, asked, most, alike)
+    return Comparison(compare_asked.title(sides), about, asked.rows, found, scores, settings)
 
 
-def _markdown(run: Run, table: dict[str, dict[str, float]], rows: Sequence[Row], found: dict[str, list[Answer]]) -> str:
-    lines = [f"# {run.name}: base against tuned", "", "| | base | tuned |", "|---|---:|---:|"]
-    lines += [f"| {name} | {base} | {tuned} |" for name, base, tuned in _cells(table)]
-    for i, row in enumerate(rows):
-        lines += ["", f"## {i + 1}. {' '.join(row.instruction.split())}"]
-        parts = (("input", row.input), ("base", found["base"][i].text), ("tuned", found["tuned"][i].text))
-        for title, text in parts:
-            if text:
-                quoted = "\n".join(f"> {line}" for line in text.splitlines())
-                lines += ["", f"**{title}**", "", quoted]
-    return "\n".join(lines) + "\n"
+def answers(
+    params: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    order: Sequence[int],
+    most: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+) -> list[Answer]:
+    """Answers to the prompts, in their order. `order` is that in which they are written, `AT_ONCE` at a time: prompts
+    of equal length as neighbours want little padding. Each draws by a key that its place in `order` gives.
+    """
+    found: dict[int, Answer] = {}
+    for i in range(0, len(order), AT_ONCE):
+        some = order[i : i + AT_ONCE]
+        rng = fold_in(key(seed), i) if sampling.temperature else None
+        made = generate(params, [prompts[j] for j in some], tokenizer.eos, most, sampling, rng)
+        for at, it in zip(some, made, strict=True):
+            found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
+    return [found[i] for i in range(len(prompts))]
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: .5rem .7rem; border-bottom: 1px solid #dde3ea }
-.scores { width: auto; margin-bottom: 2rem }
-.scores td + td, .scores th + th { text-align: right; font-variant-numeric: tabular-nums }
-.answers td { width: 38%; white-space: pre-wrap } .answers td:first-child { width: 24%; font-weight: 600 }
-.input { font-weight: 400; color: #5a6877 } .cut { color: #b3541e }
-"""
+def save(found: Comparison, out: Path, name: str) -> None:
+    """Write what was found into `out`, and print it in short."""
+    text, html = markdown(found), page(found)  # both, before the first file is there
+    write_json(out / f"{name}.json", as_json(found))
+    write(out / f"{name}.md", text)
+    write(out / f"{name}.html", html)
+    show(found)
+    console.print(f"all {len(found.rows)} answers: {escape(str(out / name))}.md and .html")
 
 
-def _page(run: Run, table: dict[str, dict[str, float]], rows: Sequence[Row], found: dict[str, list[Answer]]) -> str:
-    def answer(a: Answer) -> str:
-        return html.escape(a.text) + ("" if a.finished else ' <span class="cut">[cut]</span>')
-
-    score_rows = "".join(f"<tr><td>{html.escape(n)}</td><td>{b}</td><td>{t}</td></tr>" for n, b, t in _cells(table))
-    answer_rows = "".join(
-        f"<tr><td>{html.escape(row.instruction)}"
-        + (f'<div class="input">{html.escape(row.input)}</div>' if row.input else "")
-        + f"</td><td>{answer(found['base'][i])}</td><td>{answer(found['tuned'][i])}</td></tr>"
-        for i, row in enumerate(rows)
-    )
-    title = f"{html.escape(run.name)}: base against tuned"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><p>Base {html.escape(run.base)}; {len(rows)} held-out prompts; same template, greedy "
-        f"decoding of at most {run.most} tokens for both.</p>"
-        f'<table class="scores"><tr><th></th><th>base</th><th>tuned</th></tr>{score_rows}</table>'
-        f'<table class="answers"><tr><th>prompt</th><th>base</th><th>tuned</th></tr>{answer_rows}'
-        "</table></html>\n"
-    )
+def _place(sides: Sequence[Side]) -> Path:
+    """The run's folder, or for several runs a folder of their names beside the first."""
+    tuned = [(side.name.replace("/", "-"), side.folder) for side in sides if side.folder is not None]
+    first = tuned[0][1]
+    return first if len(tuned) == 1 else first.parent / "-".join(["compare", *(name for name, _ in tuned)])
 
 
-SHOWN = 3
-
-
-def _show(table: dict[str, dict[str, float]], rows: Sequence[Row], found: dict[str, list[Answer]]) -> None:
-    view = Table("", "base", "tuned", title="held-out prompts: base against tuned", title_justify="left")
-    for name, base, tuned in _cells(table):
-        view.add_row(name, base, tuned)
-    view.add_section()
-    for i in range(0, len(rows), max(1, len(rows) // SHOWN)):
-        prompt = rows[i].instruction + (f"\n{rows[i].input}" if rows[i].input else "")
-        view.add_row(
-            *(escape(text) for text in (prompt, found["base"][i].text, found["tuned"][i].text)), end_section=True
-        )
-    console.print(view)
-
-
-def again(name: str, run_out: Path = Path("runs")) -> None:
-    """Compare a trained run once more: `just compare NAME`."""
-    from experiments.train import split
-
-    out = folder.find(name, run_out)
-    run = folder.read_run(out)
-    report(run, out, split(run)[1])
+def _writable(out: Path) -> None:
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"cannot write into {out}: {there} is no folder that can be written; choose another --out")

@@ -1,4 +1,4 @@
-"""How a trained run is to write: the options of `just generate` and `just chat`."""
+"""How a trained run is to write: the options of `just generate` and `just chat`, and of `just compare`."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,24 @@ class Writing:
     stop: tuple[str, ...] = ()
     """Strings that end a text, and are no part of it."""
     seed: int = 0
+    compiled: bool = False
+    """Compile the step, which takes half a minute the first time: on a CPU the text then comes twice as fast or more.
+    Needs a C++ compiler."""
 
 
 PLAINLY = Writing()
 """One text, the likeliest token each time."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How every side of a comparison is to write: by the same rule, and by the same key for the same prompt."""
+
+    most: int | None = None
+    """Most new tokens of an answer; None takes the first run's."""
+    sampling: OmitArgPrefixes[Sampling] = GREEDY
+    seed: int = 0
+
+
+ALIKE = Alike()
+"""The likeliest token each time."""

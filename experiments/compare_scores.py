@@ -1,0 +1,82 @@
+"""The scores of a comparison: what the rows ask for, how near their own answers are, and what the texts show."""
+
+from collections.abc import Mapping, Sequence
+
+from experiments.compare_sides import Side
+from experiments.comparison import Answer
+from experiments.nano_score import PARTS, Task, score
+from experiments.runs import Run
+from experiments.text_scores import distinct, mean, nats, perplexity, repeated, rouge_l
+from fgpt.data import packing
+from fgpt.data.templates import Example, Row, encode, template
+from fgpt.data.tokenizers import Tokenizer
+from fgpt.model import GPT, Config
+
+
+def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> list[Example]:
+    """The rows that fit the run's width, in its template."""
+    encoded = [encode(row, template(run.template), tokenizer) for row in rows]
+    return packing.fit(encoded, min(run.seq, cfg.context), drop=True)[0]
+
+
+def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Side], rows: Sequence[Row]) -> list[list[Example]]:
+    """For each side the rows that have an answer, in its template: those alone that fit every run's width, so that all
+    are measured on the same answers.
+    """
+    width = min(cfg.context, *(side.run.seq for side in sides))
+    answered = [row for row in rows if row.output.strip()]
+    encoded = [[encode(row, template(side.run.template), tokenizer) for row in answered] for side in sides]
+    whole = [i for i in range(len(answered)) if all(len(some[i].tokens) <= width for some in encoded)]
+    return [[some[i] for i in whole] for some in encoded]
+
+
+def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+    """Points by which the answers do what the instructions ask, where the rows say how to tell; else nothing."""
+    tasks = [row for row in rows if isinstance(row, Task)]
+    if not tasks or len(tasks) < len(rows):
+        return {}
+    got = score(tasks, [a.text for a in found], [a.finished for a in found])
+    kinds = {f"points: {kind}": points for kind, points in got.by_kind.items()}
+    parts = {f"stories with the {part} asked for (%)": x for part, x in got.by_requirement.items() if part in PARTS}
+    return {"points (0 to 100)": got.points} | kinds | parts
+
+
+def reference_scores(params: GPT, examples: Sequence[Example], what: str) -> dict[str, float]:
+    """How likely the rows' own answers are, end of text included; nothing where there are none. `what` they are goes
+    before the names.
+    """
+    if not examples:
+        return {}
+    loss = nats(params, examples)
+    return {f"{what}response loss (nats per token)": loss, f"{what}response perplexity": perplexity(loss)}
+
+
+def rouge_scores(rows: Sequence[Row], found: Mapping[str, Sequence[Answer]]) -> dict[str, dict[str, float]] | None:
+    """By side, how many words answers share with the rows' own, in their order; None where rouge-score is missing."""
+    answered = [i for i, row in enumerate(rows) if row.output.strip()]
+    scores: dict[str, dict[str, float]] = {}
+    for side, some in found.items():
+        value = rouge_l([rows[i].output for i in answered], [some[i].text for i in answered]) if answered else 0.0
+        if value is None:
+            return None
+        scores[side] = {"ROUGE-L F1 (0 to 100)": value} if answered else {}
+    return scores
+
+
+def text_scores(base: GPT, prompts: Sequence[Sequence[int]], found: Sequence[Answer], end: int) -> dict[str, float]:
+    """What the answers show by themselves. Perplexity is that of all their tokens under the base, given the prompts
+    they answer: far above the base's own, a text it would hardly write; far below, one that goes in circles.
+    """
+    texts = [a.text for a in found]
+    written = [
+        Example((*prompt, *a.tokens, *([end] if a.finished else [])), len(prompt))
+        for prompt, a in zip(prompts, found, strict=True)
+    ]
+    return {
+        "answers ended by the model (%)": 100 * mean([a.finished for a in found]),
+        "mean answer length (tokens)": mean([len(a.tokens) for a in found]),
+        "repeated 4-grams (%)": mean([repeated(text) for text in texts]),
+        "distinct-1 (%)": distinct(texts, 1),
+        "distinct-2 (%)": distinct(texts, 2),
+        "perplexity of the answers under the base": perplexity(nats(base, written)),
+    }
