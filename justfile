@@ -49,7 +49,7 @@ generate *args: setup
 chat *args: setup
     @{{ python }} -m experiments chat "$@"
 
-# Base against tuned on held-out prompts, again: `just compare lora-nano`
+# Base and runs side by side, with scores: `just compare lora-nano dora-nano --prompts general`
 [no-exit-message]
 compare *args: setup
     @{{ python }} -m experiments compare "$@"
@@ -58,6 +58,11 @@ compare *args: setup
 [no-exit-message]
 merge *args: setup
     @{{ python }} -m experiments merge "$@"
+
+# Held-out loss, a text's perplexity, lm-eval's tasks: `just eval lora-nano`, `just eval --base smollm2 --text FILE`
+[no-exit-message]
+eval *args: setup
+    @{{ python }} -m experiments eval "$@"
 
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]

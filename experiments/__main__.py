@@ -1,4 +1,4 @@
-"""The command line behind `just train | generate | chat | compare | merge | runs`.
+"""The command line behind `just train | generate | chat | compare | merge | eval | runs`.
 
 Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -11,12 +11,13 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
 from experiments import runs
-from experiments.writing import PLAINLY, Writing
+from experiments.writing import ALIKE, PLAINLY, Alike, Writing
 from fgpt.errors import InputError
 
 
@@ -27,6 +28,8 @@ def train(args: Sequence[str]) -> None:
     run = parse(type(runs.find(name)), options, runs.find(name), f"just train {name}")
     if isinstance(run, runs.Pretrain):
         from experiments.pretrain import pretrain as go
+    elif isinstance(run, runs.Classify):
+        from experiments.classify import classify as go
     else:
         from experiments.train import train as go
     go(run)  # pyright: ignore[reportArgumentType]
@@ -81,17 +84,25 @@ def chat(args: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Base against tuned on a run's held-out prompts."""
+    """The base and one or several runs over it, side by side on the same prompts, with scores."""
 
-    run: tyro.conf.Positional[str]
-    """A run's name, or its folder."""
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of runs, or their folders."""
+    prompts: str | None = None
+    """A .json or .jsonl file of texts, or of objects with an instruction, or "general", 32 prompts that come with the
+    package; None takes what the first run held out."""
+    count: int | None = None
+    """Take the first so many prompts; None takes all of a file, and of held-out ones as many as after training."""
+    how: tyro.conf.OmitArgPrefixes[Alike] = ALIKE
+    out: Path | None = None
+    """Where to write; None takes the run's folder, and for several a new one beside the first."""
 
 
 def compare(args: Sequence[str]) -> None:
     options = parse(Compare, args, None, "just compare")
     from experiments.compare import again
 
-    again(options.run)
+    again(options.runs, options.how, options.prompts, options.count, options.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +120,12 @@ def merge(args: Sequence[str]) -> None:
     from experiments.merge import merge as go
 
     go(options.run, options.onto)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    from experiments.evaluate import Asked, go
+
+    go(parse(Asked, args, None, "just eval"))
 
 
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
@@ -156,6 +173,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "compare": compare,
     "merge": merge,
+    "eval": evaluate,
 }
 
 

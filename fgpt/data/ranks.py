@@ -36,8 +36,18 @@ class Ranked:
     def eos(self) -> int:
         return self.bpe.eot_token
 
+    @property
+    def begin(self) -> int:
+        return self.bpe.eot_token
+
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode_ordinary(text)
+
+    def spelled(self, text: str, around: bool = True) -> list[int]:
+        return self.bpe.encode(text, allowed_special="all")
+
+    def plain(self, tokens: Sequence[int]) -> str:
+        return self.decode([token for token in tokens if token != self.eos])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.bpe.decode([token for token in tokens if 0 <= token < self.n_vocab])
@@ -45,7 +55,7 @@ class Ranked:
     def chat(self, messages: Messages, answer: bool = True) -> list[int]:
         if self.template is None:
             raise no_template(self.bpe.name)
-        return self.bpe.encode(self.template.text(messages, answer), allowed_special="all")
+        return self.spelled(self.template.text(messages, answer))
 
     def chatting(self, template: Chat | None) -> "Ranked":
         """The same tokens with a chat template."""

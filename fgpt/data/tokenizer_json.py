@@ -32,14 +32,27 @@ class HubTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.ordinary.encode(_sound(text), add_special_tokens=False).ids
 
+    @property
+    def begin(self) -> int:
+        found = self.ordinary.token_to_id(self.special.get("bos_token", ""))
+        return self.eos if found is None else found
+
+    def spelled(self, text: str, around: bool = True) -> list[int]:
+        return self._parsing.encode(_sound(text), add_special_tokens=around).ids
+
+    def plain(self, tokens: Sequence[int]) -> str:
+        return self.ordinary.decode(self._known(tokens), skip_special_tokens=True)
+
     def decode(self, tokens: Sequence[int]) -> str:
-        known = [token for token in tokens if 0 <= token < self.n_vocab]
-        return self.ordinary.decode(known, skip_special_tokens=False)
+        return self.ordinary.decode(self._known(tokens), skip_special_tokens=False)
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        return [token for token in tokens if 0 <= token < self.n_vocab]
 
     def chat(self, messages: Messages, answer: bool = True) -> list[int]:
         if self.template is None:
             raise no_template(self.name)
-        return self._parsing.encode(_sound(self.template.text(messages, answer)), add_special_tokens=False).ids
+        return self.spelled(self.template.text(messages, answer), around=False)
 
     def files(self) -> dict[str, str]:
         """The files, by name, from which this tokenizer is read again, by us and by transformers."""

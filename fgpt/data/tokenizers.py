@@ -33,10 +33,25 @@ class Tokenizer(Protocol):
         """The token that ends a document, or an answer."""
         ...
 
+    @property
+    def begin(self) -> int:
+        """What the first token of a text is predicted from: the BOS token, else `eos`, which ended the text before."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """`text` as ordinary text: a special token written in it is so many letters. Nothing is put before it or
         after: a family whose texts begin with a BOS token gets it from its chat template, or from whoever calls.
         """
+        ...
+
+    def spelled(self, text: str, around: bool = True) -> list[int]:
+        """`text` as transformers' tokenizer reads it: a special token written in it is that token, and with `around`
+        those that the family puts around every text are there, such as a BOS.
+        """
+        ...
+
+    def plain(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens` without the special ones."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:

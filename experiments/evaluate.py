@@ -1,0 +1,200 @@
+"""How well a trained run, or a model as it is, tells texts and does tasks: `just eval`.
+
+eval.json    what was asked and every figure: in the run's folder, or where --out says
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.progress import track
+from rich.table import Table
+
+from experiments import folder, tasks
+from experiments.fit import console
+from experiments.runs import Run
+from fgpt.data import packing
+from fgpt.data.templates import encode, template
+from fgpt.data.tokenizers import Tokenizer
+from fgpt.errors import InputError
+from fgpt.evaluate import Pair, Scored, perplexity, room, scoring, windows
+from fgpt.io import hub
+from fgpt.io.files import write_json
+from fgpt.model import GPT
+from fgpt.tree import tree_map
+
+EVAL = "eval.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The perplexity of a text, scores in lm-eval's tasks, or, where neither is asked for, the loss on the rows that a
+    run held out.
+    """
+
+    run: tyro.conf.Positional[str] = ""
+    """A trained run's name, or its folder."""
+    base: str | None = None
+    """A model as it is, in place of a run: "nano", "smollm2", a folder, a GGUF file, or a hub name."""
+    text: Path | None = None
+    """A UTF-8 file: its perplexity through a sliding window, counted in its own bytes and words."""
+    width: int | None = None
+    """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
+    stride: int | None = None
+    """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
+    tasks: str | None = None
+    """lm-eval's tasks, such as hellaswag,arc_easy; they want pip install 'fgpt[eval]'."""
+    include_path: Path | None = None
+    """A folder of tasks of your own: lm-eval's YAML files."""
+    shots: int | None = None
+    """Examples in each prompt of a task; None takes the task's own number."""
+    chat: bool = False
+    """Put the tasks' prompts in the model's chat template."""
+    limit: int | None = None
+    """The first so many documents of each task, or held-out rows."""
+    rows: int = 8
+    """Rows that are read at once; they change no result."""
+    out: Path | None = None
+    """The folder that eval.json is written into; None takes the run's own, and for a base writes none."""
+
+
+class Subject(NamedTuple):
+    """What is evaluated."""
+
+    name: str
+    base: str
+    run: Run | None
+    at: Path | None
+    """The run's folder."""
+
+
+def go(asked: Asked) -> dict[str, Any]:
+    """Evaluate, print, and write. Everything that bad input can spoil is read before anything slow begins.
+
+    Raises InputError.
+    """
+    it = subject(asked)
+    for name, value in (("limit", asked.limit), ("rows", asked.rows)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: expected 1 or more")
+    if asked.text is None and asked.tasks is None and it.run is None:
+        raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")
+    text = None if asked.text is None else read(asked.text)
+    cfg, tokenizer = hub.describe(it.base)
+    window = room(cfg, asked.width, asked.stride)
+    chosen = None if asked.tasks is None else tasks.find(asked.tasks, asked.include_path)
+    params = load(it)
+    found: dict[str, Any] = {"evaluated": it.name, "base": it.base}
+    if text is not None:
+        found["text"] = {"file": str(asked.text)} | of_text(params, tokenizer, text, *window, asked.rows)
+    if chosen is not None:
+        found["tasks"] = tasks.run(chosen, params, tokenizer, asked.rows, asked.limit, asked.shots, asked.chat)
+    if it.run is not None and text is None and chosen is None:
+        found["held out"] = of_heldout(params, tokenizer, it.run, asked.limit, asked.rows)
+    out = asked.out or it.at
+    if out is not None:
+        write_json(out / EVAL, found)
+        console.print(f"written: {out / EVAL}")
+    return found
+
+
+def subject(asked: Asked) -> Subject:
+    """Raises InputError for an unknown run, and unless it is either a run or a base."""
+    if bool(asked.run) == (asked.base is not None):
+        raise InputError("what is to be evaluated? expected one of just eval RUN and just eval --base MODEL")
+    if asked.base is not None:
+        return Subject(asked.base, asked.base, None, None)
+    try:
+        at = folder.find(asked.run)
+    except InputError as err:
+        raise InputError(f"{err}; or for a model as it is: just eval --base {asked.run}") from None
+    run = folder.read_run(at)
+    return Subject(str(at), run.base, run, at)
+
+
+def load(it: Subject) -> GPT:
+    """A run's model as it was trained, or a base in fp32, on the device there is."""
+    from experiments.train import base_of
+
+    if it.run is not None and it.at is not None:
+        return folder.load_tuned(it.at, base_of(it.run))
+    device = folder.device_of("auto")
+    return tree_map(lambda x: x.to(device), hub.load(it.base))
+
+
+def read(path: Path) -> str:
+    """A text, byte for byte. Raises InputError where there is none."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror}; expected a text file") from None
+    except UnicodeDecodeError as err:
+        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty, expected a text")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+def of_text(
+    params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int
+) -> dict[str, float | int | None]:
+    """The perplexities of a text, by name; None is infinity."""
+    tokens = tokenizer.encode(text)
+    parts = scored(params, windows(tokens, tokenizer.begin, width, stride), rows)
+    of = perplexity([x for part in parts for x in part.logprobs], text)
+    counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}
+    figures = {
+        "nats per token": of.loss,
+        "perplexity per token": of.per_token,
+        "bits per byte": of.bits_per_byte,
+        "byte perplexity": of.per_byte,
+        "word perplexity": of.per_word,
+    }
+    return shown("text", counts, figures)
+
+
+def of_heldout(
+    params: GPT, tokenizer: Tokenizer, run: Run, limit: int | None, rows: int
+) -> dict[str, float | int | None]:
+    """Loss and perplexity of the answers in a run's held-out rows, end of text included, where they fit its width."""
+    from experiments.train import split
+
+    held = split(run)[1][:limit]
+    if not held:
+        raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
+    examples = [encode(row, template(run.template), tokenizer) for row in held]
+    kept, dropped = packing.fit(examples, min(run.seq, params.cfg.context), drop=True)
+    starts = [max(1, example.prompt) for example in kept]  # the first token of all is predicted from nothing
+    pairs = [(example.tokens[:start], example.tokens[start:]) for example, start in zip(kept, starts, strict=True)]
+    answers = [x for part in scored(params, pairs, rows) for x in part.logprobs]
+    loss = -math.fsum(answers) / len(answers)
+    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(answers)}
+    both = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
+    return shown("held-out rows", counts, both)
+
+
+def scored(params: GPT, pairs: Sequence[Pair], rows: int) -> list[Scored]:
+    """`fgpt.evaluate.score` with a bar that shows how far it is."""
+    some: Iterator[list[tuple[int, Scored]]] = scoring(params, pairs, rows)
+    bar = track(some, "scoring", -(-len(pairs) // rows), console=console, disable=not console.is_terminal)
+    found = {i: each for part in bar for i, each in part}
+    return [found[i] for i in range(len(pairs))]
+
+
+def shown(title: str, counts: dict[str, int], figures: dict[str, float]) -> dict[str, float | int | None]:
+    """Print both, and return them as one."""
+    table = Table("", title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    table.add_section()
+    for name, x in figures.items():
+        table.add_row(name, f"{x:.4f}" if x < 1e6 else f"{x:.4g}")
+    console.print(table)
+    return counts | {name: x if math.isfinite(x) else None for name, x in figures.items()}
