@@ -116,8 +116,8 @@ def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics_file.read_text().splitlines()]
 
 
-def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
-    """Draw loss over steps, raw and smoothed, from a metrics file."""
+def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
+    """Draw loss over steps, raw and smoothed, from a metrics file. `unit` is what has the weight 1."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -134,7 +134,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)

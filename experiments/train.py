@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from experiments import compare, folder
-from experiments.fit import console, fit, plot_loss
+from experiments.classify_runs import Classify
+from experiments.fit import Fitted, console, fit, plot_loss
 from experiments.nano_score import read_tasks
 from experiments.runs import Run
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
@@ -41,7 +42,7 @@ def split(run: Run) -> tuple[list[Row], list[Row]]:
     return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
 
 
-def batches(examples: list[Example], run: Run, width: int) -> Iterator[list[Batch]]:
+def batches(examples: list[Example], run: Run | Classify, width: int) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other, epoch after epoch in a fresh order, without end."""
     micro: list[Batch] = []
     for number in itertools.count():
@@ -52,20 +53,19 @@ def batches(examples: list[Example], run: Run, width: int) -> Iterator[list[Batc
                 micro = []
 
 
-def steps_of(examples: list[Example], run: Run, width: int) -> int:
+def steps_of(examples: list[Example], run: Run | Classify, width: int) -> int:
     """Updates in the run's epochs, or as many as it names."""
     one = len(packing.epoch(examples, width, run.rows, fold_in(key(run.seed), "epoch 0")))
     return run.steps or max(1, round(run.epochs * one / run.accumulate))
 
 
-def base_of(run: Run) -> GPT:
+def base_of(run: Run | Classify) -> GPT:
     """The base in its dtype, quantised as it is read, on the run's device; fused where the run adapts q, k, v as one.
 
     Raises InputError where there is no such base or device.
     """
     device, dtype = folder.device_of(run.device), getattr(torch, run.dtype)
-    one, three = (matches(run.adapter.where, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
-    if one and not three:
+    if fused(run):
         params = fuse(hub.load(run.base, dtype))
         params = params if run.quantize is None else quantize(params, run.quantize)
     else:
@@ -73,7 +73,13 @@ def base_of(run: Run) -> GPT:
     return tree_map(lambda x: x.to(device), params)
 
 
-def adapters_of(run: Run, params: GPT) -> Adapters:
+def fused(run: Run | Classify) -> bool:
+    """Whether the run adapts q, k and v as one, so that its base holds them so."""
+    one, three = (matches(run.adapter.where, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
+    return one and not three
+
+
+def adapters_of(run: Run | Classify, params: GPT) -> Adapters:
     """Raises InputError where the target matches nothing that the kind can adapt."""
     adapter, rng = run.adapter, fold_in(key(run.seed), "lora")
     if adapter.kind == "lora":
@@ -88,6 +94,21 @@ def adapters_of(run: Run, params: GPT) -> Adapters:
 def release(params: GPT, adapters: Adapters) -> GPT:
     """`params` without the storage of leaves that `adapters` replace: full tuning then holds its weights once."""
     return update(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
+
+
+def updated(
+    run: Run | Classify, base: GPT, adapters: Adapters, stream: Iterator[list[Batch]], steps: int, out: Path
+) -> tuple[GPT, Fitted]:
+    """`steps` updates of `adapters` over `base`. Returns the base without what they replace, and how it ended."""
+    schedule = cosine(run.peak, steps, run.warmup)
+    adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
+    optimizer = adam(schedule, weight_decay=run.weight_decay)
+    step = make_step(
+        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=run.remat), optimizer
+    )
+    frozen, rng = release(base, adapters), fold_in(key(run.seed), "steps")
+    state = start(adapters, optimizer)
+    return frozen, fit(step, state, frozen, stream, steps, schedule, rng, out / folder.METRICS)
 
 
 def train(run: Run) -> Path:
@@ -111,23 +132,7 @@ def train(run: Run) -> Path:
         f"{len(examples):,} examples, {weights:,} response tokens, {steps} steps"
     )
     out = folder.create(run)
-    schedule = cosine(run.peak, steps, run.warmup)
-    adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
-    optimizer = adam(schedule, weight_decay=run.weight_decay)
-    step = make_step(
-        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=run.remat), optimizer
-    )
-    frozen = release(base, adapters)
-    fitted = fit(
-        step,
-        start(adapters, optimizer),
-        frozen,
-        batches(examples, run, width),
-        steps,
-        schedule,
-        fold_in(key(run.seed), "steps"),
-        out / folder.METRICS,
-    )
+    frozen, fitted = updated(run, base, adapters, batches(examples, run, width), steps, out)
     saved = folder.save_tuned(out, frozen, fitted.state.trainable, run.base)
     plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
     console.print(f"{int(fitted.state.step)} steps in {fitted.seconds:.0f} s; saved {saved}")

@@ -4,6 +4,7 @@ from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, dora, functional_cal
 from fgpt.beam import beam_search, lookup
 from fgpt.errors import InputError
 from fgpt.generate import Generated, generate, stream
+from fgpt.heads import classifier
 from fgpt.io.hub import load, save, tokenizer
 from fgpt.io.peft import load_peft, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
@@ -15,6 +16,7 @@ from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key, seed
 from fgpt.sampling import Sampling
 from fgpt.shift import Shift, shift
+from fgpt.stack import stack
 from fgpt.train import Metrics, State, make_step, start
 from fgpt.weights import Adapted, dense, embed, linear
 
@@ -41,6 +43,7 @@ __all__ = [
     "adapt",
     "apply",
     "beam_search",
+    "classifier",
     "dense",
     "dora",
     "embed",
@@ -72,6 +75,7 @@ __all__ = [
     "save_peft",
     "seed",
     "shift",
+    "stack",
     "start",
     "stream",
     "tokenizer",

@@ -39,7 +39,7 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
                     f"row {number} has {length} tokens, the limit is {width}: shorten it, raise the limit, or drop "
                     "long rows"
                 )
-        elif length - example.prompt < 2:  # the end of text alone
+        elif example.label is None and length - example.prompt < 2:  # the end of text alone
             empty += 1
             if not drop:
                 raise InputError(f"row {number} has no response: give it one, or drop empty rows")
@@ -56,8 +56,9 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
     """Each row's examples one after the other, padded on the right with token 0 to `pad_to` (default: the longest row).
 
-    A position has weight 1 where the next token is of the same document's answer or end of text, else 0. Segments are
-    1, 2, .. by document and 0 for padding, or None when no row holds more than one document.
+    A position has weight 1 where the next token is of the same document's answer or end of text, and at the last token
+    of a document that has a label; else 0. Segments are 1, 2, .. by document and 0 for padding, or None when no row
+    holds more than one document.
 
     Raises InputError when a row is longer than `pad_to`.
     """
@@ -70,8 +71,9 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
     for row, length in zip(rows, lengths, strict=True):
         padding = [0] * (seq - length)
         tokens.append([token for example in row for token in example.tokens] + padding)
-        # A document's last token predicts nothing: its target is a filler of weight 0, never the next document's first.
-        targets.append([token for example in row for token in (*example.tokens[1:], 0)] + padding)
+        # A document's last token predicts its label, or nothing: its target is then a filler of weight 0, never the
+        # next document's first token.
+        targets.append([token for example in row for token in (*example.tokens[1:], example.label or 0)] + padding)
         weights.append([weight for example in row for weight in _weights(example)] + padding)
         segments.append([n for n, example in enumerate(row, 1) for _ in example.tokens] + padding)
     weighted = torch.tensor(weights, dtype=torch.float32)
@@ -86,7 +88,8 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
 
 def _weights(example: Example) -> list[int]:
     """What each position's prediction counts: position i predicts token i + 1."""
-    return [int(example.prompt <= i + 1 < len(example.tokens)) for i in range(len(example.tokens))]
+    end = len(example.tokens) + (example.label is not None)
+    return [int(example.prompt <= i + 1 < end) for i in range(len(example.tokens))]
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:

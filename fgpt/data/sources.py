@@ -3,8 +3,9 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,23 +60,23 @@ def rows(source: str | Path, columns: Columns | None = None, limit: int | None =
         raise InputError(f"limit is {limit}, expected at least 1")
     path, hub = Path(source), HUB.get(str(source))
     if path.is_dir() and str(source):  # Path("") would be the current folder
-        records = _folder(path)
+        found = folder_records(path)
     elif path.is_file():
-        records = _file(path)
+        found = records(path)
     elif hub is not None:
-        records, columns = _folder(_download(str(source), hub)), columns or hub.columns
+        found, columns = folder_records(download(str(source), hub)), columns or hub.columns
     elif path.suffix or len(path.parts) > 1:
         raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}")
     else:
         raise InputError(
             f"unknown source {str(source)!r}: expected one of {', '.join(HUB)}, or the path of a file or folder"
         )
-    found = [
-        _row(record, columns or Columns(), f"{source}, {where}") for where, record in itertools.islice(records, limit)
+    taken = [
+        _row(record, columns or Columns(), f"{source}, {where}") for where, record in itertools.islice(found, limit)
     ]
-    if not found:
+    if not taken:
         raise InputError(f"{source}: it holds no rows, expected at least one")
-    return found
+    return taken
 
 
 def texts(source: str, limit: int) -> list[str]:
@@ -83,8 +84,8 @@ def texts(source: str, limit: int) -> list[str]:
 
     Raises InputError where the hub cannot be reached.
     """
-    records = _folder(_download(source, TEXTS[source]))
-    return [_text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(records, limit)]
+    found = folder_records(download(source, TEXTS[source]))
+    return [text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(found, limit)]
 
 
 def _row(record: Any, columns: Columns, where: str) -> Row:
@@ -104,13 +105,14 @@ def _row(record: Any, columns: Columns, where: str) -> Row:
     name = columns.input or "input"
     given = record.get(name)
     return Row(
-        _text(record[columns.instruction], columns.instruction, where),
-        "" if given is None else _text(given, name, where),
-        _text(record[columns.output], columns.output, where),
+        text(record[columns.instruction], columns.instruction, where),
+        "" if given is None else text(given, name, where),
+        text(record[columns.output], columns.output, where),
     )
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def text(value: Any, name: str, where: str) -> str:
+    """What column `name` holds as text. Raises InputError for anything but text and numbers."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -122,8 +124,10 @@ def _text(value: Any, name: str, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _file(path: Path) -> Iterator[Record]:
-    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+def records(path: Path, more: Mapping[str, Callable[[Path], Iterator[Record]]] | None = None) -> Iterator[Record]:
+    """The records of a file, by the end of its name; `more` reads others. Raises InputError where it cannot be read."""
+    plain = partial(_csv, delimiter="\t", quoting=csv.QUOTE_NONE)  # in a .tsv a quotation mark is only itself
+    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": plain, ".parquet": _parquet} | dict(more or {})
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}")
     try:
@@ -138,13 +142,13 @@ def _file(path: Path) -> Iterator[Record]:
 
 def _json(path: Path) -> Iterator[Record]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as err:
         hint = "if it holds one object a line, name it .jsonl" if err.msg == "Extra data" else "mend it there"
         raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
-    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+    if not isinstance(found, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(found).__name__}: wrap the rows in [ ]")
+    yield from ((f"row {number}", record) for number, record in enumerate(found, 1))
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -160,9 +164,9 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 ) from None
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path, **dialect: Any) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, **dialect)
         try:
             header = next(reader, [])
             for values in reader:
@@ -183,8 +187,8 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+            found = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            yield from ((f"row {number}", record) for number, record in enumerate(found, 1))
     except pyarrow.ArrowException as err:
         raise InputError(f"{path}: not a Parquet file ({_first_line(err)}): write it again") from None
 
@@ -192,7 +196,10 @@ def _parquet(path: Path) -> Iterator[Record]:
 # -------------------------------------------------------------------------------------------- folders and the hub
 
 
-def _folder(path: Path) -> Iterator[Record]:
+def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
+    """The records of one split of a folder in the hub's dataset layout; of its only one, where that is asked for as
+    "train". Raises InputError for any other folder.
+    """
     import datasets
 
     try:
@@ -200,14 +207,17 @@ def _folder(path: Path) -> Iterator[Record]:
     except Exception as err:  # the library raises a dozen unrelated types for a folder it cannot read
         raise InputError(f"{path}: expected a folder in the hub's dataset layout: {_first_line(err)}") from None
     names = list(splits)
-    if "train" not in names and len(names) > 1:
-        raise InputError(f"{path}: no split 'train'; there are {', '.join(names)}: name one split's file instead")
-    split = splits["train" if "train" in names else names[0]]
-    yield from ((f"row {number}", record) for number, record in enumerate(split, 1))
+    if split not in names and (len(names) > 1 or split != "train"):
+        raise InputError(f"{path}: no split {split!r}; there are {', '.join(names)}: name one split's file instead")
+    chosen = splits[split if split in names else names[0]]
+    yield from ((f"row {number}", record) for number, record in enumerate(chosen, 1))
 
 
-def _download(name: str, hub: Hub) -> Path:
-    """The local folder that holds the files of a hub dataset: from the cache if they are there, else fetched."""
+def download(name: str, hub: Hub, option: str = "--data") -> Path:
+    """The local folder that holds the files of a hub dataset: from the cache if they are there, else fetched.
+
+    Raises InputError where the hub cannot be reached or refuses; `option` is what takes a file instead.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -229,11 +239,12 @@ def _download(name: str, hub: Hub) -> Path:
         if status in (401, 403):
             raise InputError(
                 f"the hub refuses {hub.repo} (HTTP {status}): accept its terms at "
-                f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file with `--data FILE`"
+                f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file with "
+                f"`{option} FILE`"
             ) from None
         raise InputError(
             f"the hub gave no {name!r} ({type(err).__name__}: {_first_line(err)}): connect and try again, give a "
-            "file with `--data FILE`, or train the run `lora-nano`, which needs no hub"
+            f"file with `{option} FILE`, or train the run `lora-nano`, which needs no hub"
         ) from None
 
 

@@ -63,6 +63,8 @@ class Example:
 
     tokens: tuple[int, ...]
     prompt: int
+    label: int | None = None
+    """What the last token predicts, where that is no token of the row: its class, or its class's one token."""
 
 
 def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:

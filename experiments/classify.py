@@ -1,0 +1,138 @@
+"""Training a classifier, from a run to its scores."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from experiments import folder
+from experiments.classify_runs import Classify
+from experiments.confusion import Scores, majority, metrics, plot_confusion, scores
+from experiments.fit import console, plot_loss
+from experiments.predict import frame_of, labels_of, log_probabilities, with_head
+from experiments.train import adapters_of, base_of, batches, steps_of, updated
+from fgpt.adapters import Adapters, adapt, trainable, tune
+from fgpt.data import label_sources
+from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
+from fgpt.data.templates import Example
+from fgpt.errors import InputError
+from fgpt.io import hub
+from fgpt.io.files import write_json
+from fgpt.io.trees import save_adapters
+from fgpt.model import GPT
+from fgpt.rng import fold_in, key
+from fgpt.tree import count
+
+SCORES, CONFUSION = "metrics.json", "confusion.png"
+
+
+def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
+    """Rows to train on, and rows to score: another source's, or the last of a shuffle by the run's seed.
+
+    Raises InputError where holding out would leave nothing to train on.
+    """
+    columns = None if run.columns == label_sources.Columns() else run.columns
+    rows = label_sources.rows(run.train, "train", columns)
+    if run.test is not None:
+        return rows, label_sources.rows(run.test, "test", columns)
+    if len(rows) <= run.heldout or run.heldout < 1:
+        raise InputError(f"--heldout {run.heldout} of {len(rows)} rows: expected 1 or more, and fewer than there are")
+    order = torch.randperm(len(rows), generator=fold_in(key(run.seed), "heldout")).tolist()
+    cut = len(rows) - run.heldout
+    return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
+
+
+def trained_of(run: Classify, params: GPT) -> Adapters:
+    """What the run trains: its adapter, the leaves beside it, and a head of classes.
+
+    Raises InputError where a target matches nothing that can be adapted.
+    """
+    head = tune(params, r"head\..*") if run.form == "classes" else {}
+    return adapters_of(run, params) | (tune(params, run.also) if run.also else {}) | head
+
+
+def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> tuple[Scores, float]:
+    """Scores, and the mean loss in nats per example."""
+    found = log_probabilities(params, examples, labels, width)
+    truth = [labels.choices.index(x.label) for x in examples if x.label is not None]
+    loss = -found[range(len(truth)), truth].mean()
+    return scores(truth, found.argmax(-1).tolist(), len(labels.names)), float(loss)
+
+
+def classify(run: Classify) -> Path:
+    """Train, save, score. Returns the run's folder.
+
+    Everything that bad input can spoil is read before anything slow begins. Raises InputError.
+    """
+    metrics()
+    folder.device_of(run.device)
+    if run.shots and run.form == "classes":
+        raise InputError(f"--shots {run.shots} want labels as next tokens: --form tokens, or leave them out")
+    cfg, tokenizer = hub.describe(run.base)
+    names, train, test = settle(run.labels, *read(run))
+    run = replace(run, labels=run.labels or names)
+    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.context)
+    examples, cut = encode(train, labels, around, tokenizer, width)
+    asked, cut_too = encode(test, labels, around, tokenizer, width)
+    if cut + cut_too:
+        console.print(
+            f"{cut:,} of {len(train):,} training rows and {cut_too:,} of {len(test):,} to be scored are longer than "
+            f"{width} tokens: their texts lose their middle"
+        )
+    shown: list[Example] = []
+    if run.shots:
+        shots = drawn(train, names, run.shots, fold_in(key(run.seed), "shots"))
+        shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.context).examples
+    base = with_head(run, base_of(run), names)
+    adapters = trained_of(run, base)
+    steps = steps_of(examples, run, width)
+    console.print(
+        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
+        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {steps} steps; {len(test):,} rows to score"
+    )
+    out = folder.create(run)
+    truth = [names.index(row.label) for row in test]
+    plain = majority([names.index(row.label) for row in train], truth, len(names))
+    table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (plain, None)}
+    if run.form == "tokens":
+        table["base"] = score(base, asked, labels, width)
+        tell("base", *table["base"])
+    if shown:
+        table[f"base, {run.shots} shots"] = score(base, shown, labels, width)
+    frozen, fitted = updated(run, base, adapters, batches(examples, run, width), steps, out)
+    tuned = fitted.state.trainable
+    if run.form == "classes":  # PEFT's format has no place for our head
+        save_adapters(tuned, out / folder.ADAPTER / folder.ADAPTERS)
+    else:
+        folder.save_tuned(out, frozen, tuned, run.base)
+    plot_loss(out / folder.METRICS, out / folder.LOSS, run.name, "example")
+    console.print(f"{int(fitted.state.step)} steps in {fitted.seconds:.0f} s; saved {out}")
+    if fitted.interrupted:
+        console.print("interrupted: what was trained so far is usable")
+        raise KeyboardInterrupt
+    table["tuned"] = score(adapt(frozen, tuned), asked, labels, width)
+    report(run, names, len(test), table, out)
+    return out
+
+
+def tell(side: str, found: Scores, loss: float) -> None:
+    console.print(f"{side}: accuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}, loss {loss:.3f}")
+
+
+def report(
+    run: Classify, names: tuple[str, ...], rows: int, table: dict[str, tuple[Scores, float | None]], out: Path
+) -> None:
+    """Write metrics.json and confusion.png, and print the scores of each side."""
+    found: dict[str, Any] = {side: {**some, "loss": loss} for side, (some, loss) in table.items()}
+    write_json(out / SCORES, {"labels": list(names), "rows": rows, "scores": found})
+    plot_confusion(table["tuned"][0], names, out / CONFUSION, f"{run.name}: {rows:,} rows")
+    view = Table(
+        "", "accuracy", "macro-F1", "loss", title=f"{rows:,} rows that were not trained on", title_justify="left"
+    )
+    for side, (some, loss) in table.items():
+        said = "" if loss is None else f"{loss:.3f}"
+        view.add_row(side, f"{some['accuracy']:.3f}", f"{some['macro_f1']:.3f}", said)
+    console.print(view)
+    console.print(f"what was taken for what: {out / CONFUSION}; all figures: {out / SCORES}")

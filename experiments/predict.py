@@ -1,0 +1,104 @@
+"""The class of each of many texts: they are packed into rows as in training, and no text sees another."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiments import folder
+from experiments.classify_runs import Classify
+from experiments.methods import Adapter
+from experiments.train import base_of
+from fgpt.data import packing
+from fgpt.data.label_sources import Columns
+from fgpt.data.labels import Frame, Labelled, Labels, Wording, classes, encode, frame, words, words_of
+from fgpt.data.templates import Example
+from fgpt.data.tokenizers import Tokenizer
+from fgpt.errors import InputError
+from fgpt.heads import classifier
+from fgpt.io import hub
+from fgpt.io.files import read_json
+from fgpt.model import GPT, hidden, logits
+from fgpt.rng import fold_in, key
+from fgpt.tree import device, tree_map
+
+AT_ONCE = 8
+"""Rows of texts in a batch."""
+
+
+@torch.no_grad()
+def log_probabilities(
+    params: GPT, examples: Sequence[Example], labels: Labels, width: int = 512
+) -> Float[Tensor, "n classes"]:
+    """Of each example the log-probability of each class, among the classes alone; its own label is not read.
+
+    Rows are of `width` tokens, or as long as the longest example.
+    """
+    at, choices = device(params), torch.tensor(labels.choices)
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))  # first fit, longest first
+    lengths = [len(examples[i].tokens) for i in by_length]
+    bins = packing.pack(lengths, max(width, lengths[0]))
+    found = torch.empty(len(examples), len(labels.choices))
+    for i in range(0, len(bins), AT_ONCE):
+        laid = [[by_length[j] for j in some] for some in bins[i : i + AT_ONCE]]
+        batch = tree_map(lambda x: x.to(at), packing.collate([[examples[j] for j in row] for row in laid]))
+        assert batch.at is not None  # each example's last position, in their order
+        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.at]
+        each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
+        found[[j for row in laid for j in row]] = each
+    return found
+
+
+class Trained(NamedTuple):
+    """A trained run, ready to classify."""
+
+    run: Classify
+    params: GPT
+    tokenizer: Tokenizer
+    names: tuple[str, ...]
+
+
+def labels_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
+    """Raises InputError for names that are several tokens, where the label is the next."""
+    return words(names, tokenizer) if run.form == "tokens" else classes(names)
+
+
+def frame_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[Labelled] = ()) -> Frame:
+    """What stands around the texts of a run, in training and in use."""
+    return frame(run.wording, names, tokenizer, run.form == "classes", shots)
+
+
+def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
+    """The params that the run adapts: the base, or for classes the same with their head."""
+    return classifier(base, len(names), fold_in(key(run.seed), "head")) if run.form == "classes" else base
+
+
+def opened(where: Path) -> Trained:
+    """The trained run in a folder. Raises InputError for any other folder."""
+    values: Any = read_json(where / folder.RUN)
+    try:
+        nested = {"adapter": Adapter(**values["adapter"]), "columns": Columns(**values["columns"])}
+        nested |= {"wording": Wording(**values["wording"]), "labels": tuple(values["labels"])}
+        run = Classify(**values | nested | {"out": Path(values["out"])})
+    except (TypeError, KeyError) as err:
+        raise InputError(f"{where / folder.RUN}: not a run of this version that classifies ({err})") from None
+    names = tuple(words_of(run.labels).values())
+    params = folder.load_tuned(where, with_head(run, base_of(run), names))
+    return Trained(run, params, hub.tokenizer(run.base), names)
+
+
+def predict(it: Trained, rows: Sequence[Labelled], names: Sequence[str] | None = None) -> list[str]:
+    """The likeliest label of each row: of the run's own, or where the label is the next token of any that are `names`.
+
+    Raises InputError for other names where a head has learned its own, and for rows that cannot be laid.
+    """
+    if names is not None and it.run.form == "classes":
+        raise InputError(f"{it.run.name} has a head of its own labels, {', '.join(it.names)}: leave the labels out")
+    own = it.names if names is None else tuple(names)
+    labels = labels_of(it.run, own, it.tokenizer)
+    width = min(it.run.seq, it.params.cfg.context)
+    examples = encode(rows, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
+    return [own[i] for i in log_probabilities(it.params, examples, labels, width).argmax(-1).tolist()]

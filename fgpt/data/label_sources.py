@@ -1,0 +1,127 @@
+"""Labelled texts, or pairs of them, from the hub by name, or from a file or folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from fgpt.data import sources
+from fgpt.data.labels import Labelled
+from fgpt.errors import InputError
+
+Split: TypeAlias = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. `text2=None` takes the text alone; a name given must be there."""
+
+    text: str = "text"
+    text2: str | None = None
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset on the hub: repository, the files of each split in it, its columns, and what its classes are called."""
+
+    repo: str
+    files: Mapping[Split, str]
+    columns: Columns
+    names: tuple[str, ...]
+
+
+HUB = {
+    "emotion": Hub(
+        "dair-ai/emotion",
+        {"train": "split/train-*.parquet", "test": "split/test-*.parquet"},
+        Columns(),
+        ("sadness", "joy", "love", "anger", "fear", "surprise"),
+    ),
+    "rte": Hub(  # GLUE keeps the labels of its test split to itself
+        "nyu-mll/glue",
+        {"train": "rte/train-*.parquet", "test": "rte/validation-*.parquet"},
+        Columns("sentence1", "sentence2"),
+        ("entailment", "not_entailment"),
+    ),
+    "davidson": Hub(
+        "tdavidson/hate_speech_offensive",
+        {"train": "data/train-*.parquet"},
+        Columns("tweet", label="class"),
+        ("hate", "offensive", "neutral"),
+    ),
+}
+
+
+def rows(source: str, split: Split = "train", columns: Columns | None = None) -> list[Labelled]:
+    """The labelled rows of a source.
+
+    `source` is a name in `HUB`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet file; or a
+    folder in the hub's dataset layout, of which `split` is read. A file or folder of that name comes before the hub.
+    `columns` defaults to the source's own, or to text and label.
+
+    Raises InputError for a source that is not there or cannot be read, and for a row without a text or a label.
+    """
+    path, hub, names = Path(source), HUB.get(source), ()
+    option = f"--{split}"
+    if path.is_dir() and source:
+        found = sources.folder_records(path, split)
+    elif path.is_file():
+        found = sources.records(path, {".txt": _semicolons})
+    elif hub is not None and split in hub.files:
+        columns, names = columns or hub.columns, hub.names
+        found = _downloaded(source, hub, split)
+    elif hub is not None:
+        raise InputError(f"{source} has no {split} split on the hub: leave {option} out to keep --heldout rows for it")
+    elif path.suffix or len(path.parts) > 1:
+        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}: give it with {option}")
+    else:
+        raise InputError(
+            f"unknown source {source!r}: expected one of {', '.join(HUB)}, or the path of a file or folder: give it "
+            f"with {option}"
+        )
+    taken = [_row(record, columns or Columns(), names, f"{source}, {where}") for where, record in found]
+    if not taken:
+        raise InputError(f"{source}: it holds no rows, expected at least one")
+    return taken
+
+
+def _downloaded(source: str, hub: Hub, split: Split) -> Iterator[sources.Record]:
+    files = hub.files[split]
+    folder = sources.download(source, sources.Hub(hub.repo, files, sources.Columns()), f"--{split}")
+    for file in sorted(folder.glob(files)):
+        yield from sources.records(file)
+
+
+def _semicolons(path: Path) -> Iterator[sources.Record]:
+    """`text;label` lines. The text may hold semicolons of its own."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text, semicolon, label = line.rstrip("\r\n").rpartition(";")
+            if not semicolon:
+                raise InputError(f"{path}, line {number}: no ';': expected text;label")
+            yield f"line {number}", {"text": text, "label": label}
+
+
+def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> Labelled:
+    """`names` says what a class is called where the source counts them."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
+    wanted = [columns.text, columns.label] + ([] if columns.text2 is None else [columns.text2])
+    for name in wanted:
+        if name not in record:
+            have = ", ".join(map(repr, record)) or "none"
+            raise InputError(
+                f"{where}: no column {name!r}; there are {have}: name the columns to use with --columns.text, "
+                "--columns.text2 and --columns.label"
+            )
+    values = [sources.text(record[name], name, where).strip() for name in wanted]
+    if "" in values:
+        raise InputError(f"{where}: column {wanted[values.index('')]!r} is empty: mend the row, or take it out")
+    text, label, *more = values
+    number = record[columns.label]
+    if names and isinstance(number, int) and 0 <= number < len(names):
+        label = names[number]
+    return Labelled(text, more[0] if more else "", label, where)
