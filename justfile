@@ -15,6 +15,10 @@ setup:
 setup-dev:
     @just _install ready-dev --group dev
 
+# The same with lm-eval, for `just eval --tasks`
+setup-eval:
+    @just _install ready-eval --group eval
+
 _install stamp *groups:
     #!/usr/bin/env bash
     set -euo pipefail

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments import folder
 from experiments.classify_runs import Classify
-from experiments.confusion import Scores, majority, metrics, plot_confusion, scores
+from experiments.confusion import Scores, majority, plot_confusion, scores
 from experiments.fit import console, plot_loss
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.train import adapters_of, base_of, batches, steps_of, updated
@@ -66,7 +66,6 @@ def classify(run: Classify) -> Path:
 
     Everything that bad input can spoil is read before anything slow begins. Raises InputError.
     """
-    metrics()
     folder.device_of(run.device)
     if run.shots and run.form == "classes":
         raise InputError(f"--shots {run.shots} want labels as next tokens: --form tokens, or leave them out")

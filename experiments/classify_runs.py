@@ -101,6 +101,23 @@ def rte_small_lora() -> Classify:
     )
 
 
+def rte_smollm2() -> Classify:
+    """Entailment by the next token, yes or no: LoRA (r 8, alpha 16, q k v o) on SmolLM2-135M-Instruct.
+
+    just train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters.
+    """
+    return replace(
+        rte_small_lora(),
+        name="rte-smollm2",
+        base="smollm2",
+        labels=("entailment=yes", "not_entailment=no"),
+        form="tokens",
+        wording=Wording(prefix="Passage:\n", suffix="\nIs this true, by the passage? Answer yes or no.\nAnswer:"),
+        lr=5e-4,
+        epochs=3,
+    )
+
+
 NORMS_AND_BIASES = r".*ln_.*|.*\.b"
 EVERY_MATRIX = r"blocks\..*\.(q|k|v|o|gate|up|down)|wte|head"
 
@@ -182,6 +199,7 @@ RUNS: tuple[Callable[[], Classify], ...] = (
     emotion_small,
     emotion_smollm2,
     rte_small_lora,
+    rte_smollm2,
     hate_gptj_ln,
     hate_gptj_lora,
     hate_gptj_all,

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
-
-from fgpt.errors import InputError
+from typing import TypedDict
 
 
 class Scores(TypedDict):
@@ -16,18 +14,11 @@ class Scores(TypedDict):
     """Rows are the true classes, columns what was told."""
 
 
-def metrics() -> Any:
-    """scikit-learn's. Raises InputError where it is not installed."""
-    try:
-        import sklearn.metrics
-    except ImportError:
-        raise InputError("scores of classes need scikit-learn: pip install 'fgpt[eval]'") from None
-    return sklearn.metrics
-
-
 def scores(truth: Sequence[int], told: Sequence[int], classes: int) -> Scores:
     """Of one class told for each true one, both as numbers below `classes`."""
-    by, every = metrics(), range(classes)
+    from sklearn import metrics as by  # here, because importing it takes seconds
+
+    every = range(classes)
     return {
         "accuracy": float(by.accuracy_score(truth, told)),
         "macro_f1": float(by.f1_score(truth, told, average="macro", zero_division=0)),

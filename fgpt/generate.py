@@ -94,6 +94,8 @@ def stream(
     context, at, choose, starts = params.cfg.context, device(params), sampling.filter, list(map(len, prompts))
     if sampling.temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
+    if not -1 <= end < params.cfg.vocab:
+        raise InputError(f"end token {end}: expected one of the vocabulary's {params.cfg.vocab}, or -1 for none")
     if adapters is not None and len(adapters) != len(prompts):
         raise InputError(f"{len(adapters)} sets of adapters for {len(prompts)} prompts: expected one for each")
     keys = [] if rng is None else [fold_in(rng, i) for i in range(len(prompts))]

@@ -511,13 +511,9 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
-def test_texts_and_rows_that_code_gives(monkeypatch: pytest.MonkeyPatch):
+def test_texts_and_rows_that_code_gives():
     with pytest.raises(InputError, match=r"^the text is empty"):
         encode([Labelled(" ")], classes("ab"), BARE, NANO, 9)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(InputError, match=r"scores of classes need scikit-learn: pip install 'fgpt\[eval\]'"):
-        scores([0], [0], 2)
 
 
 def test_a_run_s_frame_has_an_end_for_classes_alone():

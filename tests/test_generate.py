@@ -337,6 +337,8 @@ def test_bad_input_is_named():
         assert (got.tokens, got.finished) == ([], False)
     with pytest.raises(fgpt.InputError, match="most is -1: expected a number of new tokens, 0 or more"):
         fgpt.generate(params, [[1]], 0, -1)
+    with pytest.raises(fgpt.InputError, match="end token 31: expected one of the vocabulary's 31, or -1 for none"):
+        fgpt.generate(params, [[1]], 31, 1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
         fgpt.generate(params, [[1]], 0, 1, Sampling(temperature=1.0))
     with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):

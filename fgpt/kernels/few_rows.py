@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.kernels.transforms import mapped
+from fgpt.kernels.transforms import inside
 
 MOST = 8
 """Rows: at each, W's row is read again from cache; with more, a library's blocking wins."""
@@ -22,7 +22,7 @@ def few(x: Float[Tensor, "*batch in"]) -> bool:
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.shape[:-1].numel() <= MOST
-        and not mapped()
+        and not inside()
     )
 
 

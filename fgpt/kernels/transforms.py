@@ -32,18 +32,18 @@ def differentiated_again() -> bool:
     return _differentiated_again_now() if torch.compiler.is_compiling() else _differentiated_again()
 
 
-def _mapped() -> bool:
+def _inside() -> bool:
     return bool(_kinds())
 
 
-_mapped._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_inside._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def mapped() -> bool:
-    """True under any transform, also while compiling."""
-    return _mapped()
+def inside() -> bool:
+    """True under any transform at all, compiled or not."""
+    return _inside()
 
 
 def transformed() -> bool:
     """True under any transform at all, and while compiling, which has its own way with torch.func."""
-    return torch.compiler.is_compiling() or bool(_kinds())
+    return torch.compiler.is_compiling() or inside()
