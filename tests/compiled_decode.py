@@ -61,3 +61,11 @@ def test_when_rows_are_few():
         assert not told(torch.ones(1, 4))
         assert not torch.compile(lambda x: vmap(lambda y: y + few_rows.few(y))(x))(torch.zeros(3, 1, 4)).any()
     assert not few(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_of_few_rows(dtype: torch.dtype):
+    x, w = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(50, 40, dtype=torch.float64)
+    got = few_rows.product(x.to(dtype), w.to(dtype))
+    assert got.dtype == dtype
+    close(got.double(), x.to(dtype).double() @ w.to(dtype).double().T, 40 * torch.finfo(dtype).eps)

@@ -243,7 +243,7 @@ def test_the_compiled_step():
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "4 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
