@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from experiments import compare_asked, compare_sides, prompt_file
+from experiments import compare_asked, compare_sides
 from experiments.compare_asked import Asked, held_out
 from experiments.compare_page import page
-from experiments.compare_scores import reference_scores, referenced, rouge_scores, task_scores, text_scores
+from experiments.compare_scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from experiments.compare_sides import BASE, Side
 from experiments.compare_text import markdown, show
 from experiments.comparison import Answer, Comparison, as_json
@@ -65,7 +65,7 @@ def again(
 
         asked = held_out(sides, split(first)[1], count or first.compare or Run.compare)
     else:
-        asked = Asked(prompt_file.read(prompts)[:count], f"prompts of {Path(prompts).name}", heldout=False)
+        asked = compare_asked.of_file(sides, prompts, count)
     save(compared(sides, asked, alike), out, "compare" if prompts is None else f"compare-{Path(prompts).stem}")
 
 
@@ -92,7 +92,7 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
     if rouge is None:
         console.print("ROUGE-L is left out: it needs the package rouge-score (pip install rouge-score)")
     scores = {
-        side.name: task_scores(asked.rows, found[side.name])
+        side.name: asked_scores(asked.rows, found[side.name])
         | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
         | (rouge or {}).get(side.name, {})
         | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)

@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from experiments import compare_sides
+from experiments import compare_sides, prompt_file
 from experiments.compare_sides import Side
+from experiments.fit import console
 from experiments.writing import Alike
+from fgpt.data import finqa
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 from fgpt.io import hub
@@ -41,6 +44,25 @@ def held_out(sides: Sequence[Side], heldout: Sequence[Row], count: int) -> Asked
     if not rows:
         raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.context} tokens: give --prompts")
     return Asked(rows[:count], f"held-out prompts of {first.name}", heldout=True)
+
+
+def of_file(sides: Sequence[Side], source: str, count: int | None) -> Asked:
+    """The first `count` prompts of a file. FinQA's pages are shortened to where every side has room to answer.
+
+    Raises InputError as `prompt_file.read` does.
+    """
+    rows = prompt_file.read(source)[:count]
+    if any(isinstance(row, finqa.FinQA) for row in rows):
+        cfg, tokenizer = hub.describe(sides[0].run.base)
+        width = min(cfg.context, *(side.run.seq for side in sides))
+
+        def length(row: Row) -> int:
+            return finqa.ROOM + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
+
+        rows, cut = finqa.shorten(rows, width, length)
+        if cut:
+            console.print(f"shortened the text of {cut:,} FinQA prompts to {width} tokens; their tables are whole")
+    return Asked(rows, f"prompts of {Path(source).name}", heldout=False)
 
 
 def check(prompts: Mapping[str, Sequence[Sequence[int]]], context: int) -> None:

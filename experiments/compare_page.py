@@ -53,6 +53,9 @@ details { color: var(--soft) } dt { font-weight: 650; margin-top: .5rem } dd { m
 
 MEANINGS = {
     "points": "What the prompts ask for and the answers hold, as far as a text alone can show it.",
+    "FinQA exact match": "FinQA answers whose number is the reference's, to its decimals, or their yes or no.",
+    "constraints met": "Of what the instructions demand of the answers' form (in three sentences, as a haiku), as far "
+    "as a count can tell; constraints are how many such demands there are.",
     "response loss": "Of the prompts' own answers, not of those written here; perplexity is its exponential.",
     "ROUGE-L": "Words shared with the prompts' own answers, in their order (F1).",
     "ended by the model": "Answers that came to their end within the limit; others are cut.",

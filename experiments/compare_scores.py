@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from experiments import constraints, finqa_score
 from experiments.compare_sides import Side
 from experiments.comparison import Answer
 from experiments.nano_score import PARTS, Task, score
@@ -41,6 +42,14 @@ def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float
     return {"points (0 to 100)": got.points} | kinds | parts
 
 
+def asked_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+    """How far the answers do what the rows ask for, as far as a text shows it: points, FinQA's numbers, demands on the
+    answers' form; of each nothing where the rows are not such.
+    """
+    said = [a.text for a in found]
+    return task_scores(rows, found) | finqa_score.score(rows, said) | constraints.score(rows, said)
+
+
 def reference_scores(params: GPT, examples: Sequence[Example], what: str) -> dict[str, float]:
     """How likely the rows' own answers are, end of text included; nothing where there are none. `what` they are goes
     before the names.
@@ -67,16 +76,20 @@ def text_scores(base: GPT, prompts: Sequence[Sequence[int]], found: Sequence[Ans
     """What the answers show by themselves. Perplexity is that of all their tokens under the base, given the prompts
     they answer: far above the base's own, a text it would hardly write; far below, one that goes in circles.
     """
-    texts = [a.text for a in found]
     written = [
         Example((*prompt, *a.tokens, *([end] if a.finished else [])), len(prompt))
         for prompt, a in zip(prompts, found, strict=True)
     ]
+    return shape_scores(found) | {"perplexity of the answers under the base": perplexity(nats(base, written))}
+
+
+def shape_scores(found: Sequence[Answer]) -> dict[str, float]:
+    """What the answers show without a model: how they end, how long they are, how they repeat."""
+    texts = [a.text for a in found]
     return {
         "answers ended by the model (%)": 100 * mean([a.finished for a in found]),
         "mean answer length (tokens)": mean([len(a.tokens) for a in found]),
         "repeated 4-grams (%)": mean([repeated(text) for text in texts]),
         "distinct-1 (%)": distinct(texts, 1),
         "distinct-2 (%)": distinct(texts, 2),
-        "perplexity of the answers under the base": perplexity(nats(base, written)),
     }

@@ -38,7 +38,8 @@ class Comparison:
         return [(name, [f"{self.scores[side][name]:,.2f}" for side in self.sides]) for name in names]
 
 
-MORE, LESS = ("points", "stories with", "ROUGE-L"), ("held-out response", "response")
+MORE = ("points", "stories with", "ROUGE-L", "FinQA exact", "constraints met")
+LESS = ("held-out response", "response")
 """How the names of scores begin of which more is better, or less. Of the others neither is by itself: an empty answer
 repeats nothing."""
 

@@ -3,24 +3,21 @@
 eval.json    what was asked and every figure: in the run's folder, or where --out says
 """
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
-from rich.progress import track
-from rich.table import Table
 
-from experiments import folder, tasks
+from experiments import eval_run, folder, predict, tasks
+from experiments.classify_runs import Classify
+from experiments.eval_run import Figures, scored, shown
 from experiments.fit import console
 from experiments.runs import Run
-from fgpt.data import packing
-from fgpt.data.templates import encode, template
+from experiments.train import base_of
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
-from fgpt.evaluate import Pair, Scored, perplexity, room, scoring, windows
+from fgpt.evaluate import perplexity, room, windows
 from fgpt.io import hub
 from fgpt.io.files import write_json
 from fgpt.model import GPT
@@ -31,8 +28,8 @@ EVAL = "eval.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """The perplexity of a text, scores in lm-eval's tasks, or, where neither is asked for, the loss on the rows that a
-    run held out.
+    """The perplexity of a text, scores in lm-eval's tasks, or, where neither is asked for, how well a run does its own
+    task on rows that it was not trained on: the loss of their answers, or how it tells their classes.
     """
 
     run: tyro.conf.Positional[str] = ""
@@ -53,6 +50,8 @@ class Asked:
     """Examples in each prompt of a task; None takes the task's own number."""
     chat: bool = False
     """Put the tasks' prompts in the model's chat template."""
+    answers: int | None = None
+    """Of a run of instructions: answer so many held-out prompts as well, and score the answers as just compare does."""
     limit: int | None = None
     """The first so many documents of each task, or held-out rows."""
     rows: int = 8
@@ -66,7 +65,7 @@ class Subject(NamedTuple):
 
     name: str
     base: str
-    run: Run | None
+    run: Run | Classify | None
     at: Path | None
     """The run's folder."""
 
@@ -77,23 +76,31 @@ def go(asked: Asked) -> dict[str, Any]:
     Raises InputError.
     """
     it = subject(asked)
-    for name, value in (("limit", asked.limit), ("rows", asked.rows)):
+    for name, value in (("answers", asked.answers), ("limit", asked.limit), ("rows", asked.rows)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: expected 1 or more")
-    if asked.text is None and asked.tasks is None and it.run is None:
+    plain = asked.text is None and asked.tasks is None
+    if plain and it.run is None:
         raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")
+    if isinstance(it.run, Classify) and not (plain and asked.answers is None):
+        raise InputError(
+            f"{it.name} tells classes, and is evaluated on its own rows: leave --text, --tasks, --answers out"
+        )
+    if it.run is None and asked.answers is not None:
+        raise InputError("a base has no held-out rows to answer: give a run in place of --base, or leave --answers out")
     text = None if asked.text is None else read(asked.text)
     cfg, tokenizer = hub.describe(it.base)
     window = room(cfg, asked.width, asked.stride)
     chosen = None if asked.tasks is None else tasks.find(asked.tasks, asked.include_path)
+    own = eval_run.own(it.run, it.at, plain, asked.answers, asked.limit, asked.rows) if it.run and it.at else None
     params = load(it)
     found: dict[str, Any] = {"evaluated": it.name, "base": it.base}
     if text is not None:
         found["text"] = {"file": str(asked.text)} | of_text(params, tokenizer, text, *window, asked.rows)
     if chosen is not None:
         found["tasks"] = tasks.run(chosen, params, tokenizer, asked.rows, asked.limit, asked.shots, asked.chat)
-    if it.run is not None and text is None and chosen is None:
-        found["held out"] = of_heldout(params, tokenizer, it.run, asked.limit, asked.rows)
+    if own is not None:
+        found |= own(params)
     out = asked.out or it.at
     if out is not None:
         write_json(out / EVAL, found)
@@ -111,14 +118,14 @@ def subject(asked: Asked) -> Subject:
         at = folder.find(asked.run)
     except InputError as err:
         raise InputError(f"{err}; or for a model as it is: just eval --base {asked.run}") from None
-    run = folder.read_run(at)
+    run = eval_run.run_of(at)
     return Subject(str(at), run.base, run, at)
 
 
 def load(it: Subject) -> GPT:
     """A run's model as it was trained, or a base in fp32, on the device there is."""
-    from experiments.train import base_of
-
+    if isinstance(it.run, Classify) and it.at is not None:
+        return predict.opened(it.at).params
     if it.run is not None and it.at is not None:
         return folder.load_tuned(it.at, base_of(it.run))
     device = folder.device_of("auto")
@@ -141,10 +148,8 @@ def read(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
-def of_text(
-    params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int
-) -> dict[str, float | int | None]:
-    """The perplexities of a text, by name; None is infinity."""
+def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int) -> Figures:
+    """The perplexities of a text, by name."""
     tokens = tokenizer.encode(text)
     parts = scored(params, windows(tokens, tokenizer.begin, width, stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)
@@ -157,44 +162,3 @@ def of_text(
         "word perplexity": of.per_word,
     }
     return shown("text", counts, figures)
-
-
-def of_heldout(
-    params: GPT, tokenizer: Tokenizer, run: Run, limit: int | None, rows: int
-) -> dict[str, float | int | None]:
-    """Loss and perplexity of the answers in a run's held-out rows, end of text included, where they fit its width."""
-    from experiments.train import split
-
-    held = split(run)[1][:limit]
-    if not held:
-        raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
-    examples = [encode(row, template(run.template), tokenizer) for row in held]
-    kept, dropped = packing.fit(examples, min(run.seq, params.cfg.context), drop=True)
-    starts = [max(1, example.prompt) for example in kept]  # the first token of all is predicted from nothing
-    pairs = [(example.tokens[:start], example.tokens[start:]) for example, start in zip(kept, starts, strict=True)]
-    answers = [x for part in scored(params, pairs, rows) for x in part.logprobs]
-    loss = -math.fsum(answers) / len(answers)
-    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(answers)}
-    both = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
-    return shown("held-out rows", counts, both)
-
-
-def scored(params: GPT, pairs: Sequence[Pair], rows: int) -> list[Scored]:
-    """`fgpt.evaluate.score` with a bar that shows how far it is."""
-    some: Iterator[list[tuple[int, Scored]]] = scoring(params, pairs, rows)
-    bar = track(some, "scoring", -(-len(pairs) // rows), console=console, disable=not console.is_terminal)
-    found = {i: each for part in bar for i, each in part}
-    return [found[i] for i in range(len(pairs))]
-
-
-def shown(title: str, counts: dict[str, int], figures: dict[str, float]) -> dict[str, float | int | None]:
-    """Print both, and return them as one."""
-    table = Table("", title, title_justify="left")
-    table.columns[1].justify = "right"
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
-    table.add_section()
-    for name, x in figures.items():
-        table.add_row(name, f"{x:.4f}" if x < 1e6 else f"{x:.4g}")
-    console.print(table)
-    return counts | {name: x if math.isfinite(x) else None for name, x in figures.items()}

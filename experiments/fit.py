@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,24 @@ def fit(
     schedule: Schedule,
     rng: torch.Generator,
     metrics_file: Path,
+    mfu: Callable[[float], float] | None = None,
+    watch: Callable[[State], dict[str, float]] | None = None,
 ) -> Fitted:
     """Run `steps` updates; each takes the next list of micro-batches and a fresh key of `rng`. One JSON line a step
     goes to `metrics_file`.
 
+    `mfu` says of a step's tokens per second which part of the machine they take. `watch` looks at the state after a
+    step, and what it finds goes into that step's line; its time counts for nothing.
+
     Ctrl-C ends the training after the last whole step. Raises InputError where the loss is no longer a number.
     """
     at = device(state.trainable)
-    began, tokens, interrupted = time.perf_counter(), 0, False
+    began, tokens, seconds, interrupted = time.perf_counter(), 0, 0.0, False
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s  {task.fields[memory]} GB"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[memory]} GB"),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
@@ -84,9 +89,11 @@ def fit(
                         f"the loss became {loss} (gradient norm {float(metrics.grad_norm)}) at step {done + 1} with lr "
                         f"{lr:.2g}: expected finite numbers; lower --lr or raise --warmup"
                     )
-                state, tokens = state_after, tokens + sum(b.tokens.numel() for b in micro)
-                seconds = time.perf_counter() - began
+                new, since = sum(b.tokens.numel() for b in micro), seconds
+                state, tokens, seconds = state_after, tokens + new, time.perf_counter() - began
                 speed, memory = tokens / seconds, peak_memory(at)
+                used = {} if mfu is None else {"mfu": round(mfu(new / (seconds - since)), 4)}
+                pace = f"{speed:,.0f} tok/s" + "".join(f"  MFU {x:.1%}" for x in used.values())
                 line = {
                     "step": done + 1,
                     "loss": loss,
@@ -96,13 +103,18 @@ def fit(
                     "tokens": tokens,
                     "seconds": round(seconds, 3),
                     "memory_gb": round(memory, 3),
+                    **used,
                 }
+                if watch is not None:
+                    pause = time.perf_counter()
+                    line |= watch(state)
+                    began += time.perf_counter() - pause
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.update(task, advance=1, loss=f"{loss:.3f}", speed=f"{speed:,.0f}", memory=f"{memory:.2f}")
+                bar.update(task, advance=1, loss=f"{loss:.3f}", speed=pace, memory=f"{memory:.2f}")
                 if not console.is_terminal and (done % max(1, steps // 20) == 0 or done + 1 == steps):
                     left = seconds / (done + 1) * (steps - done - 1)
-                    now = f"step {done + 1}/{steps}  loss {loss:.3f}  {speed:,.0f} tok/s"
+                    now = f"step {done + 1}/{steps}  loss {loss:.3f}  {pace}"
                     console.print(f"{now}  {memory:.2f} GB  eta {left:.0f} s")
                 if done + 1 == steps:
                     break

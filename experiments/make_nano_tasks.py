@@ -17,10 +17,10 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from experiments import documents
 from experiments import nano_tales as tales
 from experiments.nano_score import STORY, Task, requirements_met
 from experiments.nano_tales import Tale
-from experiments.stories import read_stories
 from fgpt.errors import InputError
 from fgpt.io.files import write
 
@@ -276,9 +276,9 @@ def main(
         stories: texts to make the training rows of.
         held_out: a text to make the held-out rows of.
     """
-    texts = [text for path in stories for text in read_stories(path)]
+    texts = [text for path in stories for text in documents.read(path)]
     common = common_words(texts)
-    kept = make(read_stories(held_out), held_out_rows, common)
+    kept = make(documents.read(held_out), held_out_rows, common)
     made = make(texts, rows, common, taken=kept)
     write(out / "heldout.jsonl", lines(kept))
     write(out / "tasks.jsonl", lines(made))

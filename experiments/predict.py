@@ -76,15 +76,20 @@ def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
     return classifier(base, len(names), fold_in(key(run.seed), "head")) if run.form == "classes" else base
 
 
-def opened(where: Path) -> Trained:
-    """The trained run in a folder. Raises InputError for any other folder."""
+def read_run(where: Path) -> Classify:
+    """The run of classes that made a folder. Raises InputError for any other."""
     values: Any = read_json(where / folder.RUN)
     try:
         nested = {"adapter": Adapter(**values["adapter"]), "columns": Columns(**values["columns"])}
         nested |= {"wording": Wording(**values["wording"]), "labels": tuple(values["labels"])}
-        run = Classify(**values | nested | {"out": Path(values["out"])})
+        return Classify(**values | nested | {"out": Path(values["out"])})
     except (TypeError, KeyError) as err:
         raise InputError(f"{where / folder.RUN}: not a run of this version that classifies ({err})") from None
+
+
+def opened(where: Path) -> Trained:
+    """The trained run in a folder. Raises InputError for any other folder."""
+    run = read_run(where)
     names = tuple(words_of(run.labels).values())
     params = folder.load_tuned(where, with_head(run, base_of(run), names))
     return Trained(run, params, hub.tokenizer(run.base), names)

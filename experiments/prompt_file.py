@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fgpt.data import sources
+from fgpt.data import finqa, sources
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 
@@ -15,7 +15,8 @@ def read(source: str) -> list[Row]:
     """The prompts of a file, in its order, or of one that comes with the package ("general").
 
     The file is a .json list or a .jsonl file of texts, or of objects with an instruction and, if there is one, an input
-    and an output; or a .csv or .parquet file of such columns. A file of a name comes before the package's own.
+    and an output, or as FinQA has them; or a .csv or .parquet file of such columns. A file of a name comes before the
+    package's own.
 
     Raises InputError for a file that is not there or cannot be read, that holds no prompts, or an empty one.
     """
@@ -33,6 +34,8 @@ def read(source: str) -> list[Row]:
 def _row(record: Any, where: str) -> Row:
     if isinstance(record, str):
         record = {"instruction": record}
+    if finqa.holds(record):
+        return finqa.read(record, where)
     if not isinstance(record, dict) or "instruction" not in record:
         came = (
             f"columns {', '.join(map(repr, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__

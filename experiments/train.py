@@ -12,7 +12,7 @@ from experiments.fit import Fitted, console, fit, plot_loss
 from experiments.nano_score import read_tasks
 from experiments.runs import Run
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
-from fgpt.data import packing, sources
+from fgpt.data import finqa, packing, sources
 from fgpt.data.templates import Example, Row, encode, template
 from fgpt.errors import InputError
 from fgpt.io import hub
@@ -28,18 +28,35 @@ NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["n
 
 
 def split(run: Run) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed.
+    """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed. FinQA's
+    pages are shortened to the run's width, and how many is told.
 
     Raises InputError where holding out would leave nothing to train on.
     """
     if run.data == "nano":
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
-    rows = sources.rows(run.data, None if run.columns == sources.Columns() else run.columns)
+    rows = _shortened(run, sources.rows(run.data, None if run.columns == sources.Columns() else run.columns))
     if len(rows) <= run.heldout:
         raise InputError(f"{run.data} has {len(rows)} rows, all wanted by --heldout {run.heldout}: lower it")
     order = torch.randperm(len(rows), generator=fold_in(key(run.seed), "heldout")).tolist()
     cut = len(rows) - run.heldout
     return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
+
+
+def _shortened(run: Run, rows: list[Row]) -> list[Row]:
+    if not any(isinstance(row, finqa.FinQA) for row in rows):
+        return rows
+    cfg, tokenizer = hub.describe(run.base)
+    width, look = min(run.seq, cfg.context), template(run.template)
+
+    def length(row: Row) -> int:
+        example = encode(row, look, tokenizer)
+        return max(len(example.tokens), example.prompt + finqa.ROOM)
+
+    kept, count = finqa.shorten(rows, width, length)
+    if count:
+        console.print(f"shortened the text of {count:,} FinQA rows to {width} tokens; their tables are whole")
+    return kept
 
 
 def batches(examples: list[Example], run: Run | Classify, width: int) -> Iterator[list[Batch]]:
@@ -120,7 +137,11 @@ def train(run: Run) -> Path:
     rows, heldout = split(run)
     cfg, tokenizer = hub.describe(run.base)
     width = min(run.seq, cfg.context)
-    examples, dropped = packing.fit([encode(row, look, tokenizer) for row in rows], width, run.long == "drop")
+    whole = [encode(row, look, tokenizer) for row in rows]
+    given = [packing.cut(example, width) for example in whole] if run.long == "cut" else whole
+    examples, dropped = packing.fit(given, width, run.long != "error")
+    if shorter := sum(a is not b for a, b in zip(whole, given, strict=True)):
+        console.print(f"cut {shorter} answers where their rows reach {width} tokens")
     if dropped.long or dropped.empty:
         console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
     base = base_of(run)

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from experiments.stories import read_stories
+from experiments import documents
 from fgpt.data.ranks import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
 
 
@@ -39,7 +39,7 @@ def main(
     texts: Annotated[tuple[Path, ...], tyro.conf.Positional],
     vocab: int = 4095,
 ) -> None:
-    write_ranks(train([story for path in texts for story in read_stories(path)], vocab), out)
+    write_ranks(train([story for path in texts for story in documents.read(path)], vocab), out)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_alpaca_is_stanfords_text():
     assert PLAIN.prompt(Row("Add.", " \n")) == "Instruction: Add.\n\nResponse:\n"
 
 
-@given(row_texts, st.sampled_from(["alpaca", "plain"]))
+@given(row_texts, st.sampled_from(["alpaca", "plain", "tulu"]))
 def test_training_and_generation_share_the_prompt(row: Row, name: str):
     example = encode(row, TEMPLATES[name], TOKENIZER)
     assert example.tokens[: example.prompt] == encode_prompt(
@@ -333,11 +333,14 @@ def test_not_text_and_not_there(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 text \(.* at byte 7\): save it as UTF-8$"):
         rows(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match=r"gone\.json: no such file; expected a path or one of alpaca, dolly, lima$"):
+    with pytest.raises(
+        InputError, match=r"gone\.json: no such file; expected a path or one of alpaca, dolly, finqa, lima, tulu$"
+    ):
         rows(tmp_path / "gone.json")
     for name in ("alpacca", ""):
         with pytest.raises(
-            InputError, match=rf"^unknown source '{name}': expected one of alpaca, dolly, lima, or the path"
+            InputError,
+            match=rf"^unknown source '{name}': expected one of alpaca, dolly, finqa, lima, tulu, or the path",
         ):
             rows(name)
     with pytest.raises(InputError, match=r"^limit is 0, expected at least 1$"):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import make_nano_tasks, nano_tales
+from experiments import documents, make_nano_tasks, nano_tales
 from experiments.nano_score import STORY, Score, Task, read_tasks, requirements_met, score
-from experiments.stories import read_stories
 from fgpt.data import sources
 from fgpt.data.ranks import RANKS, from_ranks
 from fgpt.data.templates import encode, template
@@ -180,7 +179,7 @@ def test_no_held_out_story_is_trained_on(tasks: list[Task]):
         """A text without its opening and its hero, which the maker changes."""
         return re.sub(r"[A-Z]\w*|\b(?:an?|girl|boy)\b", "", text.partition(". ")[2].partition("\n")[0])[:120]
 
-    held = {bare(story) for story in read_stories(HELD_OUT_STORIES)}
+    held = {bare(story) for story in documents.read(HELD_OUT_STORIES)}
     assert not [
         task.output
         for task in tasks

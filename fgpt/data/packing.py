@@ -53,6 +53,14 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
     return kept, Dropped(long, empty)
 
 
+def cut(example: Example, width: int) -> Example:
+    """An example of `width` tokens at most: of a long one, prompt and the first part of the answer, whose end the model
+    is then not shown. Where the prompt alone leaves no room for an answer, all of it, for `fit` to refuse.
+    """
+    whole = len(example.tokens) <= width or example.prompt > width - 2
+    return example if whole else Example(example.tokens[:width], example.prompt)
+
+
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
     """Each row's examples one after the other, padded on the right with token 0 to `pad_to` (default: the longest row).
 

@@ -57,6 +57,10 @@ class Ranked:
             raise no_template(self.bpe.name)
         return self.spelled(self.template.text(messages, answer))
 
+    def files(self) -> dict[str, str]:
+        """The file, by name, from which these tokens are read again."""
+        return {RANKS: rank_lines([self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos)])}
+
     def chatting(self, template: Chat | None) -> "Ranked":
         """The same tokens with a chat template."""
         return replace(self, template=template)
@@ -110,7 +114,12 @@ def from_vocab(path: Path) -> Ranked:
 
 def write_ranks(ranks: list[bytes], path: Path) -> None:
     """The inverse of `from_ranks`."""
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
+    path.write_text(rank_lines(ranks))
+
+
+def rank_lines(ranks: list[bytes]) -> str:
+    """What a rank file holds: tokens in the order of their ranks."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
 
 
 def _byte_of_char() -> dict[str, int]:

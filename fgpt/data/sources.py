@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fgpt.data import finqa
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 
@@ -34,11 +35,17 @@ class Hub:
 HUB = {
     "alpaca": Hub("tatsu-lab/alpaca", "data/*.parquet", Columns()),
     "dolly": Hub("databricks/databricks-dolly-15k", "*.jsonl", Columns("instruction", "context", "response")),
+    "finqa": Hub("TableQAKit/FinQA_retrieval", "train.json", Columns()),
     "lima": Hub("GAIR/lima", "train.jsonl", Columns()),
+    "tulu": Hub("allenai/tulu-v2-sft-mixture", "data/*.parquet", Columns()),
 }
 
-TEXTS = {"tinystories": Hub("roneneldan/TinyStories", "data/train-00000-of-*.parquet", Columns())}
-"""Plain text, one document a row, in the column "text"."""
+TEXTS = {
+    "tinystories": Hub("roneneldan/TinyStories", "data/train-00000-of-*.parquet", Columns()),
+    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet", Columns()),
+    "wikitext-103-valid": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/validation-*.parquet", Columns()),
+}
+"""Plain text in the column "text": of TinyStories a document a row, of WikiText a line."""
 
 PROBE = 5.0
 """Seconds the hub has to answer. Without this the libraries retry for half a minute before they say it is away."""
@@ -51,20 +58,26 @@ def rows(source: str | Path, columns: Columns | None = None, limit: int | None =
     """The first `limit` rows (default: all) of a source.
 
     `source` is a name in `HUB`; a .json (list of objects), .jsonl, .csv or .parquet file; or a folder in the hub's
-    dataset layout, of which the split "train" is read. A file or folder of that name comes before the hub. `columns`
-    defaults to the source's own, or to instruction, input, output.
+    dataset layout, of which the split "train" is read. A file or folder of that name comes before the hub. Several with
+    a + between them ("dolly+train.json") are read one after the other. `columns` defaults to the source's own, or to
+    instruction, input, output; of several sources, the hub's keep their own. FinQA's records and LIMA's are known by
+    their form, and need none.
 
     Raises InputError for a source that is not there or cannot be read, and for a row without the text it should hold.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
     path, hub = Path(source), HUB.get(str(source))
+    if "+" in str(source) and not path.exists():
+        parts = [part.strip() for part in str(source).split("+")]
+        own = [None if part in HUB and not Path(part).exists() else columns for part in parts]
+        return [row for part, names in zip(parts, own, strict=True) for row in rows(part, names)][:limit]
     if path.is_dir() and str(source):  # Path("") would be the current folder
         found = folder_records(path)
     elif path.is_file():
         found = records(path)
     elif hub is not None:
-        found, columns = folder_records(download(str(source), hub)), columns or hub.columns
+        found, columns = hub_records(str(source), hub), columns or hub.columns
     elif path.suffix or len(path.parts) > 1:
         raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}")
     else:
@@ -79,19 +92,23 @@ def rows(source: str | Path, columns: Columns | None = None, limit: int | None =
     return taken
 
 
-def texts(source: str, limit: int) -> list[str]:
-    """The first `limit` documents of a source in `TEXTS`.
+def texts(source: str, limit: int | None = None) -> list[str]:
+    """The first `limit` rows (default: all) of a source in `TEXTS`.
 
     Raises InputError where the hub cannot be reached.
     """
-    found = folder_records(download(source, TEXTS[source]))
+    found = hub_records(source, TEXTS[source])
     return [text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(found, limit)]
 
 
 def _row(record: Any, columns: Columns, where: str) -> Row:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
+    if finqa.holds(record):
+        return finqa.read(record, where)
     turns = record.get("conversations")
+    if isinstance(said := record.get("messages"), list):  # Tulu's layout: who says it, and what
+        turns = [said_by(said, role, where) for role in ("user", "assistant")]
     if columns.instruction not in record and isinstance(turns, list):  # LIMA's layout; later turns are left out
         record = dict(zip((columns.instruction, columns.output), turns, strict=False))
     wanted = [columns.instruction, columns.output] + ([] if columns.input is None else [columns.input])
@@ -109,6 +126,14 @@ def _row(record: Any, columns: Columns, where: str) -> Row:
         "" if given is None else text(given, name, where),
         text(record[columns.output], columns.output, where),
     )
+
+
+def said_by(messages: list[Any], role: str, where: str) -> Any:
+    """What `role` says first. Raises InputError where it says nothing."""
+    for message in messages:
+        if isinstance(message, dict) and message.get("role") == role:
+            return message.get("content")
+    raise InputError(f"{where}: no message of role {role!r} in 'messages': mend the row, or leave it out")
 
 
 def text(value: Any, name: str, where: str) -> str:
@@ -211,6 +236,14 @@ def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
         raise InputError(f"{path}: no split {split!r}; there are {', '.join(names)}: name one split's file instead")
     chosen = splits[split if split in names else names[0]]
     yield from ((f"row {number}", record) for number, record in enumerate(chosen, 1))
+
+
+def hub_records(name: str, hub: Hub) -> Iterator[Record]:
+    """The records of a hub dataset's files, and of no others that its folder may hold. Raises InputError as `download`
+    does, at once.
+    """
+    found = sorted(download(name, hub).glob(hub.files))
+    return itertools.chain.from_iterable(records(path) for path in found)
 
 
 def download(name: str, hub: Hub, option: str = "--data") -> Path:

@@ -51,10 +51,18 @@ PLAIN = Template(
     "Instruction: {instruction}\n\nResponse:\n",
 )
 
+# Tulu's format (Wang et al. 2023, "How Far Can Camels Go?"). Its marks are plain text: GPT-2's tokenizer has no special
+# tokens for them, and needs none. As there, the answer begins on a line of its own.
+TULU = Template(
+    "tulu",
+    "<|user|>\n{instruction}\n\n{input}\n<|assistant|>\n",
+    "<|user|>\n{instruction}\n<|assistant|>\n",
+)
+
 # For models that have learned to chat.
 CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
 
-TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT)}
+TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU)}
 
 
 @dataclass(frozen=True)

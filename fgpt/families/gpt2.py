@@ -47,6 +47,9 @@ def common_to_hf(cfg: Config, names: Mapping[str, str] = SIZES) -> dict[str, Any
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`.
 
+    A field of our own, `bias`, is false for a model that has no biases. transformers knows no such GPT-2: it says that
+    they are missing, makes them zero, and so computes the same.
+
     Raises InputError where a field is missing or asks for an architecture that GPT-2 proper does not have.
     """
     found = common(config)
@@ -54,13 +57,15 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         config,
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
     )
-    return Config(**found, tied=config.get("tie_word_embeddings", True))
+    biases = Config.biases if config.get("bias", True) else ""
+    return Config(**found, tied=config.get("tie_word_embeddings", True), biases=biases)
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
     ends = {"bos_token_id": cfg.vocab - 1, "eos_token_id": cfg.vocab - 1}
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends
+    bare = {} if cfg.biases else {"bias": False}
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | bare
 
 
 def stored(cfg: Config) -> list[Stored]:
@@ -78,7 +83,7 @@ def stored(cfg: Config) -> list[Stored]:
         ):
             weights, biases = (tuple(f"{ours}.{x}.{leaf}" for x in modules) for leaf in ("w", "b"))
             found.append(Stored(f"{theirs}.{name}.weight", weights, transposed=True))
-            found.append(Stored(f"{theirs}.{name}.bias", biases))
+            found += [Stored(f"{theirs}.{name}.bias", biases)] if biases[0] in bare else []
     return found + layers({"ln_f": "ln_f"} | ({} if cfg.tied else {"head": "lm_head"}), bare)
 
 

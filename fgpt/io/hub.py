@@ -23,6 +23,7 @@ from torch import Tensor
 from fgpt import families
 from fgpt.adapters import layers
 from fgpt.data import tokenizers
+from fgpt.data.ranks import Ranked
 from fgpt.errors import InputError
 from fgpt.families import names
 from fgpt.io import gguf
@@ -215,20 +216,17 @@ def _in(params: GPT, dtype: torch.dtype) -> GPT:
     return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: Path, like: str | None = None) -> None:
-    """Write `params` in the hub's layout, with the tokenizer files of model `like` beside them.
+def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
+    """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
     quantised weights become a tree of our own, bit by bit, which `load` alone reads.
 
     Raises InputError for params that still carry adapters, or are of no family.
     """
-    family, source = families.of(params.cfg), _opened(find(like)) if like else None
+    family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
-    if source:
-        config |= {
-            key: x for key, x in source.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+    config |= ends
     if any(isinstance(x, QUANTISED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
@@ -237,11 +235,18 @@ def save(params: GPT, folder: Path, like: str | None = None) -> None:
         write_tensors(folder / WEIGHTS, names.to_hf(params, family))
         write_json(folder / CONFIG, config)
         (folder / TREE).unlink(missing_ok=True)
-    for name, content in _tokenizer_files(source, params.cfg.vocab).items() if source else ():
+    for name, content in beside.items():
         write(folder / name, content)
 
 
-def _tokenizer_files(it: _Opened, vocab: int) -> Mapping[str, bytes | str]:
+def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+    """What a model's config says of its tokenizer, and the files that the tokenizer is read from."""
+    if isinstance(like, Ranked):
+        return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
+    if not like:
+        return {}, {}
+    it = _opened(find(like))
+    ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if it.file:
-        return tokenizers.of_gguf(it.file.fields, vocab, str(it.path)).files()
-    return {name: (it.path / name).read_bytes() for name in tokenizers.FILES if (it.path / name).is_file()}
+        return ends, tokenizers.of_gguf(it.file.fields, vocab, str(it.path)).files()
+    return ends, {name: (it.path / name).read_bytes() for name in tokenizers.FILES if (it.path / name).is_file()}

@@ -1,0 +1,141 @@
+"""What `just eval` says of a trained run by its own rows: how likely it finds answers that it was not trained on, how
+good those are that it writes itself, and how well it tells classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.progress import track
+from rich.table import Table
+
+from experiments import classify, compare, compare_asked, compare_sides, folder, predict
+from experiments.classify_runs import Classify
+from experiments.compare_scores import asked_scores, rouge_scores, shape_scores
+from experiments.fit import console
+from experiments.runs import Run
+from experiments.train import split
+from fgpt.data import labels, packing
+from fgpt.data.templates import Example, Row, encode, template
+from fgpt.data.tokenizers import Tokenizer
+from fgpt.errors import InputError
+from fgpt.evaluate import Pair, Scored, scoring
+from fgpt.io import hub
+from fgpt.io.files import read_json
+from fgpt.model import GPT
+
+Figures = dict[str, float | int | None]
+"""By name; None is infinity."""
+
+
+def run_of(at: Path) -> Run | Classify:
+    """The run that made a folder. Raises InputError for one that neither follows instructions nor classifies."""
+    values = read_json(at / folder.RUN)
+    return predict.read_run(at) if isinstance(values, dict) and "wording" in values else folder.read_run(at)
+
+
+def own(
+    run: Run | Classify, at: Path, loss: bool, answers: int | None, limit: int | None, at_once: int
+) -> Callable[[GPT], dict[str, Figures]]:
+    """What a run is to show on its own rows. They are read now, and its model looked at later: of a run of instructions
+    with `loss` that of the first `limit` rows it held out, and the scores of `answers` to as many; of a run that tells
+    classes how well it does.
+
+    Raises InputError where there are no such rows.
+    """
+    if isinstance(run, Classify):
+        it = unseen(run, limit)
+        return lambda params: {"test rows": of_classes(params, it)}
+    if not loss and answers is None:
+        return lambda params: {}
+    tokenizer, held = hub.describe(run.base)[1], split(run)[1]
+    if not held:
+        raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
+    asked = compare_asked.held_out(compare_sides.of([run], [at]), held, answers).rows if answers else ()
+
+    def told(params: GPT) -> dict[str, Figures]:
+        found = {"held out": of_heldout(params, tokenizer, run, held[:limit], at_once)} if loss else {}
+        return found | ({"answers": of_answers(params, tokenizer, run, asked)} if asked else {})
+
+    return told
+
+
+# --------------------------------------------------------------------------------------------- a run of instructions
+
+
+def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row], at_once: int) -> Figures:
+    """Loss and perplexity of the rows' own answers, end of text included, where they fit the run's width."""
+    examples = [encode(row, template(run.template), tokenizer) for row in rows]
+    kept, dropped = packing.fit(examples, min(run.seq, params.cfg.context), drop=True)
+    starts = [max(1, example.prompt) for example in kept]  # the first token of all is predicted from nothing
+    pairs = [(example.tokens[:start], example.tokens[start:]) for example, start in zip(kept, starts, strict=True)]
+    answers = [x for part in scored(params, pairs, at_once) for x in part.logprobs]
+    loss = -math.fsum(answers) / len(answers)
+    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(answers)}
+    both = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
+    return shown("held-out rows", counts, both)
+
+
+def of_answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> Figures:
+    """The scores of greedy answers to the rows, as `just compare` has them, but for what takes the base."""
+    prompts = compare_sides.prompts(compare_sides.Side("", run), rows, tokenizer)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    found = compare.answers(params, tokenizer, prompts, order, run.most)
+    rouge = (rouge_scores(rows, {"": found}) or {}).get("", {})
+    figures = asked_scores(rows, found) | rouge | shape_scores(found)
+    return shown("answers to held-out rows", {"rows": len(rows), "most tokens": run.most}, figures)
+
+
+# ----------------------------------------------------------------------------------------------- a run of classes
+
+
+class Unseen(NamedTuple):
+    """Rows that a classifier was not trained on."""
+
+    examples: list[Example]
+    labels: labels.Labels
+    width: int
+    cut: int
+    """How many of them lost the middle of a text."""
+
+
+def unseen(run: Classify, limit: int | None) -> Unseen:
+    """The first `limit` rows that were scored after training. Raises InputError as reading them for training does."""
+    cfg, tokenizer = hub.describe(run.base)
+    names, _, rows = labels.settle(run.labels, *classify.read(run))
+    own, width = predict.labels_of(run, names, tokenizer), min(run.seq, cfg.context)
+    examples, cut = labels.encode(rows[:limit], own, predict.frame_of(run, names, tokenizer), tokenizer, width)
+    return Unseen(examples, own, width, cut)
+
+
+def of_classes(params: GPT, it: Unseen) -> Figures:
+    """How well a classifier tells the rows, by the scores that it had after training."""
+    scores, loss = classify.score(params, it.examples, it.labels, it.width)
+    counts = {"rows": len(it.examples), "rows that lost their middle": it.cut, "classes": len(it.labels.names)}
+    figures = {"accuracy": scores["accuracy"], "macro-F1": scores["macro_f1"], "loss (nats per row)": loss}
+    return shown("test rows", counts, figures)
+
+
+# ---------------------------------------------------------------------------------------------------------- showing
+
+
+def scored(params: GPT, pairs: Sequence[Pair], rows: int) -> list[Scored]:
+    """`fgpt.evaluate.score` with a bar that shows how far it is."""
+    some: Iterator[list[tuple[int, Scored]]] = scoring(params, pairs, rows)
+    bar = track(some, "scoring", -(-len(pairs) // rows), console=console, disable=not console.is_terminal)
+    found = {i: each for part in bar for i, each in part}
+    return [found[i] for i in range(len(pairs))]
+
+
+def shown(title: str, counts: Mapping[str, int], figures: Mapping[str, float]) -> Figures:
+    """Print both, and return them as one."""
+    table = Table("", title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    table.add_section()
+    for name, x in figures.items():
+        table.add_row(name, f"{x:.4f}" if x < 1e6 else f"{x:.4g}")
+    console.print(table)
+    return {**counts, **{name: x if math.isfinite(x) else None for name, x in figures.items()}}

@@ -1,0 +1,124 @@
+"""`just eval` of a run on its own rows: answers are scored as `just compare` scores them, classes as after training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import evaluate
+from experiments.__main__ import main
+
+SHORT = ["--steps", "2", "--rows", "1", "--warmup", "1"]
+GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
+
+
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was compared after training on four prompts."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["train", "lora-nano", *SHORT, "--compare", "4", "--most", "12", "--out", str(out)]) == 0
+    return out / "lora-nano"
+
+
+@pytest.fixture(scope="module")
+def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("feelings") / "train.txt"
+    said = [f"{who} was {how};{'joy' if how in GLAD else 'fear'}" for who in ("Tim", "Sue") for how in GLAD + SAD]
+    path.write_text("\n".join(said))
+    return path
+
+
+def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(instructed), "--answers", "4", "--limit", "3"]) == 0
+    said, found = capsys.readouterr().err, json.loads((instructed / "eval.json").read_text())
+    compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
+    assert (found["answers"].pop("rows"), found["answers"].pop("most tokens")) == (4, 12)
+    assert found["answers"] == {name: compared[name] for name in found["answers"]}
+    assert compared.keys() - found["answers"].keys() == {
+        "held-out response loss (nats per token)",  # that of the four rows: here it is of all, or of the limit's
+        "held-out response perplexity",
+        "perplexity of the answers under the base",
+    }
+    assert found["held out"]["rows"] == 3
+    assert f"{compared['mean answer length (tokens)']:.4f}" in said
+
+
+def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Once upon a time, there was a fox.")
+    options = ["--text", str(tmp_path / "a.txt"), "--answers", "1", "--out", str(tmp_path)]
+    assert main(["eval", str(instructed), *options]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text()).keys() == {"evaluated", "base", "text", "answers"}
+
+
+@pytest.mark.parametrize("form", ["classes", "tokens"])
+def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tmp_path: Path):
+    labels = ["--labels", "joy=love", "fear", "--wording.suffix", " It was", "--form", form, "--lr", "3e-3"]
+    data = [
+        "--base",
+        "nano",
+        "--train",
+        str(rows_of_classes),
+        "--test",
+        "None",
+        "--heldout",
+        "6",
+        "--seq",
+        "64",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["train", "emotion-small", *data, *labels, *SHORT]) == 0
+    run = tmp_path / "emotion-small"
+    assert main(["eval", str(run)]) == 0
+    found = json.loads((run / "eval.json").read_text())["test rows"]
+    after = json.loads((run / "metrics.json").read_text())["scores"]["tuned"]
+    assert (found["rows"], found["classes"], found["rows that lost their middle"]) == (6, 2, 0)
+    assert found["accuracy"] == after["accuracy"]
+    assert found["macro-F1"] == after["macro_f1"]
+    assert found["loss (nats per row)"] == pytest.approx(after["loss"], rel=1e-5)
+    assert main(["eval", str(run), "--limit", "2", "--out", str(tmp_path / "two")]) == 0
+    assert json.loads((tmp_path / "two" / "eval.json").read_text())["test rows"]["rows"] == 2
+
+
+def test_bad_input_is_one_line(
+    instructed: Path, rows_of_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """And comes before any model is loaded."""
+    labels = [
+        "--base",
+        "nano",
+        "--train",
+        str(rows_of_classes),
+        "--test",
+        "None",
+        "--heldout",
+        "6",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["train", "emotion-small", *labels, *SHORT, "--seq", "64"]) == 0
+    run, moved = str(tmp_path / "emotion-small"), tmp_path / "moved"
+    (moved / "adapter").mkdir(parents=True)
+    values = json.loads((tmp_path / "emotion-small" / "run.json").read_text())
+    (moved / "run.json").write_text(json.dumps(values | {"train": "gone.txt"}))
+    (tmp_path / "odd" / "adapter").mkdir(parents=True)
+    (tmp_path / "odd" / "run.json").write_text(json.dumps({"wording": 1}))
+    monkeypatch.setattr(evaluate, "load", None)
+    capsys.readouterr()
+    for args, says in (
+        (
+            [run, "--answers", "2"],
+            "tells classes, and is evaluated on its own rows: leave --text, --tasks, --answers out",
+        ),
+        ([run, "--tasks", "hellaswag"], "tells classes, and is evaluated on its own rows"),
+        ([str(instructed), "--answers", "0"], "answers is 0: expected 1 or more"),
+        (["--base", "nano", "--text", str(rows_of_classes), "--answers", "2"], "a base has no held-out rows to answer"),
+        ([str(moved)], "gone.txt: no such file"),
+        ([str(tmp_path / "odd")], "not a run of this version that classifies"),
+    ):
+        assert main(["eval", *args]) == 2, args
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("error: "), said
+        assert says in said
+        assert "\n" not in said
