@@ -8,10 +8,10 @@ import torch
 from rich.table import Table
 
 from experiments import folder
-from experiments.classify_runs import Classify
-from experiments.confusion import Scores, majority, plot_confusion, scores
 from experiments.fit import console, plot_loss
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
+from experiments.runs.classify import Classify
+from experiments.scores.classes import Scores, majority, plot_confusion, scores
 from experiments.train import adapters_of, base_of, batches, steps_of, updated
 from fgpt.adapters import Adapters, adapt, trainable, tune
 from fgpt.data import label_sources

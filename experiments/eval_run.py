@@ -10,11 +10,13 @@ from typing import NamedTuple
 from rich.progress import track
 from rich.table import Table
 
-from experiments import classify, compare, compare_asked, compare_sides, folder, predict
-from experiments.classify_runs import Classify
-from experiments.compare_scores import asked_scores, rouge_scores, shape_scores
+from experiments import classify, compare, folder, predict
+from experiments.compare import asked as compare_asked
+from experiments.compare import sides as compare_sides
+from experiments.compare.scores import asked_scores, rouge_scores, shape_scores
 from experiments.fit import console
 from experiments.runs import Run
+from experiments.runs.classify import Classify
 from experiments.train import split
 from fgpt.data import labels, packing
 from fgpt.data.templates import Example, Row, encode, template

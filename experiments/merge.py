@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from experiments import folder
-from experiments.compare_scores import fitting
+from experiments.compare.scores import fitting
 from experiments.fit import console
 from experiments.train import base_of, split
 from fgpt.adapters import merge as merged

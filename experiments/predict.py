@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments import folder
-from experiments.classify_runs import Classify
-from experiments.methods import Adapter
+from experiments.runs.classify import Classify
+from experiments.runs.tuning import Adapter
 from experiments.train import base_of
 from fgpt.data import packing
 from fgpt.data.label_sources import Columns

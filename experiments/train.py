@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from experiments import compare, folder
-from experiments.classify_runs import Classify
 from experiments.fit import Fitted, console, fit, plot_loss
-from experiments.nano_score import read_tasks
-from experiments.runs import Run
+from experiments.runs import Run, Tuning
+from experiments.scores.nano import read_tasks
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
 from fgpt.data import finqa, packing, sources
 from fgpt.data.templates import Example, Row, encode, template
@@ -59,7 +58,7 @@ def _shortened(run: Run, rows: list[Row]) -> list[Row]:
     return kept
 
 
-def batches(examples: list[Example], run: Run | Classify, width: int) -> Iterator[list[Batch]]:
+def batches(examples: list[Example], run: Tuning, width: int) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other, epoch after epoch in a fresh order, without end."""
     micro: list[Batch] = []
     for number in itertools.count():
@@ -70,13 +69,13 @@ def batches(examples: list[Example], run: Run | Classify, width: int) -> Iterato
                 micro = []
 
 
-def steps_of(examples: list[Example], run: Run | Classify, width: int) -> int:
+def steps_of(examples: list[Example], run: Tuning, width: int) -> int:
     """Updates in the run's epochs, or as many as it names."""
     one = len(packing.epoch(examples, width, run.rows, fold_in(key(run.seed), "epoch 0")))
     return run.steps or max(1, round(run.epochs * one / run.accumulate))
 
 
-def base_of(run: Run | Classify) -> GPT:
+def base_of(run: Tuning) -> GPT:
     """The base in its dtype, quantised as it is read, on the run's device; fused where the run adapts q, k, v as one.
 
     Raises InputError where there is no such base or device.
@@ -90,13 +89,13 @@ def base_of(run: Run | Classify) -> GPT:
     return tree_map(lambda x: x.to(device), params)
 
 
-def fused(run: Run | Classify) -> bool:
+def fused(run: Tuning) -> bool:
     """Whether the run adapts q, k and v as one, so that its base holds them so."""
     one, three = (matches(run.adapter.where, f"blocks.0.attn.{x}") for x in ("qkv", "q"))
     return one and not three
 
 
-def adapters_of(run: Run | Classify, params: GPT) -> Adapters:
+def adapters_of(run: Tuning, params: GPT) -> Adapters:
     """Raises InputError where the target matches nothing that the kind can adapt."""
     adapter, rng = run.adapter, fold_in(key(run.seed), "lora")
     if adapter.kind == "lora":
@@ -114,7 +113,7 @@ def release(params: GPT, adapters: Adapters) -> GPT:
 
 
 def updated(
-    run: Run | Classify, base: GPT, adapters: Adapters, stream: Iterator[list[Batch]], steps: int, out: Path
+    run: Tuning, base: GPT, adapters: Adapters, stream: Iterator[list[Batch]], steps: int, out: Path
 ) -> tuple[GPT, Fitted]:
     """`steps` updates of `adapters` over `base`. Returns the base without what they replace, and how it ended."""
     schedule = cosine(run.peak, steps, run.warmup)

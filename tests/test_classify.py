@@ -23,10 +23,10 @@ from experiments import folder
 from experiments.__main__ import main
 from experiments.bench.load import SHAPE
 from experiments.classify import trained_of
-from experiments.confusion import majority, plot_confusion, scores
 from experiments.fit import read_metrics
 from experiments.predict import frame_of, log_probabilities, opened, predict, with_head
 from experiments.runs import RUNS, Classify, find
+from experiments.scores.classes import majority, plot_confusion, scores
 from fgpt.data.label_sources import HUB, Columns, rows
 from fgpt.data.labels import Frame, Labelled, Labels, Wording, classes, drawn, encode, frame, lay, settle, words
 from fgpt.data.packing import collate, epoch

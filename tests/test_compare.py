@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import fgpt
-from experiments import compare_sides, folder, prompt_file, text_scores
+from experiments import folder
 from experiments.__main__ import main
-from experiments.compare_page import page
-from experiments.compare_scores import rouge_scores
-from experiments.compare_scores import text_scores as of_texts
-from experiments.comparison import Answer, Comparison, best
+from experiments.compare import prompt_file
+from experiments.compare import sides as compare_sides
+from experiments.compare.found import Answer, Comparison, best
+from experiments.compare.page import page
+from experiments.compare.scores import rouge_scores
+from experiments.compare.scores import text_scores as of_texts
+from experiments.scores import text as text_scores
 from experiments.train import base_of
 from fgpt.data.templates import PLAIN, Example, Row, encode_prompt
 from fgpt.errors import InputError

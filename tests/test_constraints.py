@@ -5,12 +5,12 @@ import json
 import pytest
 from conftest import shared
 
-from experiments import answer_parts as parts
-from experiments.compare_page import page
-from experiments.compare_scores import asked_scores
-from experiments.compare_text import markdown
-from experiments.comparison import Answer, Comparison, best
-from experiments.constraints import checked, constraints, score
+from experiments.compare.found import Answer, Comparison, best
+from experiments.compare.page import page
+from experiments.compare.scores import asked_scores
+from experiments.compare.text import markdown
+from experiments.scores import answer_parts as parts
+from experiments.scores.constraints import checked, constraints, score
 from fgpt.data.sources import rows
 from fgpt.data.templates import Row
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import fgpt
 from experiments.__main__ import main
-from experiments.compare_scores import asked_scores
-from experiments.comparison import Answer
-from experiments.finqa_score import quantities, right, score
-from experiments.prompt_file import read as read_prompts
+from experiments.compare.found import Answer
+from experiments.compare.prompt_file import read as read_prompts
+from experiments.compare.scores import asked_scores
 from experiments.runs import RUNS, Run, find
+from experiments.scores.finqa import quantities, right, score
 from experiments.train import adapters_of
 from fgpt.data.finqa import GAP, FinQA, read, shorten
 from fgpt.data.sources import Columns, rows

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import documents, make_nano_tasks, nano_tales
-from experiments.nano_score import STORY, Score, Task, read_tasks, requirements_met, score
+from experiments import documents
+from experiments.nano import make_tasks as make_nano_tasks
+from experiments.nano import tales as nano_tales
+from experiments.scores.nano import STORY, Score, Task, read_tasks, requirements_met, score
 from fgpt.data import sources
 from fgpt.data.ranks import RANKS, from_ranks
 from fgpt.data.templates import encode, template

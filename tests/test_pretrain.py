@@ -16,9 +16,10 @@ import transformers
 from conftest import shared
 
 import fgpt
-from experiments import compare_sides, documents, folder, mfu
+from experiments import documents, folder, mfu
 from experiments.__main__ import main
 from experiments.answer import Opened, conversation
+from experiments.compare import sides as compare_sides
 from experiments.fit import read_metrics
 from experiments.pretrain import batches, config_of, figures, held_out
 from experiments.runs import Pretrain, find

@@ -1,51 +1,25 @@
-"""The runs: functions that return what to do, as frozen dataclasses. Their docstrings say what to expect."""
+"""Runs that tune a base to follow instructions."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from experiments import classify_runs, pretrain_runs
-from experiments.classify_runs import Classify
-from experiments.methods import METHODS, Adapter
-from experiments.pretrain_runs import Pretrain
+from experiments.runs.tuning import Adapter, Tuning
 from fgpt.data.sources import Columns
-from fgpt.errors import InputError
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(Tuning):
     """Instruction tuning of a base on rows of instruction, input and output; loss on the responses alone."""
 
-    name: str
-    base: str
-    """Embedded ("nano"), a local folder, or a hub name."""
     data: str
     """Embedded ("nano"), a hub source (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv or parquet file, a
     folder, or several of these with a + between them."""
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold instruction, input and output."""
     template: str = "alpaca"
-    adapter: Adapter = field(default_factory=Adapter)
-    quantize: Literal["nf4", "fp4", "int8", "blockwise8"] | None = None
-    """Hold the base's block matrices in 4 or 8 bits."""
-    remat: bool = False
-    """Compute each block again in the backward instead of keeping it: a third of the memory, a third more time."""
-    lr: float | None = None
-    """Peak learning rate of AdamW; it rises over `warmup` steps and falls to 0 on a cosine. None takes the kind's."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    warmup: int = 20
-    weight_decay: float = 0.0
-    epochs: float = 1.0
-    steps: int | None = None
-    """Stop after so many updates; None trains `epochs`."""
     seq: int = 512
-    """Tokens in a row: examples are packed into rows of this width, each seeing itself alone."""
     rows: int = 8
-    """Rows in a micro-batch."""
-    accumulate: int = 1
-    """Micro-batches in an update."""
     long: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
     answers as fits, where their prompts leave room for some."""
@@ -55,19 +29,6 @@ class Run:
     """Held-out prompts answered by base and tuned after training; 0 answers none."""
     most: int = 128
     """Most new tokens of an answer."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
-    device: str = "auto"
-    """cuda where there is one, else cpu."""
-    seed: int = 0
-    out: Path = Path("runs")
-
-    @property
-    def peak(self) -> float:
-        return METHODS[self.adapter.kind].lr if self.lr is None else self.lr
-
-
-AnyRun: TypeAlias = Run | Pretrain | Classify
 
 
 def lora_nano() -> Run:
@@ -340,45 +301,26 @@ def tinytiny_sft_lora() -> Run:
     )
 
 
-RUNS: dict[str, Callable[[], AnyRun]] = {
-    run.__name__.replace("_", "-"): run
-    for run in (
-        lora_nano,
-        qlora_nano,
-        dora_nano,
-        qdora_nano,
-        ia3_nano,
-        ln_nano,
-        full_nano,
-        lora_smollm2,
-        lora_small,
-        lora_medium,
-        lora_large,
-        lora_lima,
-        dolly_small_lora,
-        dolly_finqa_lora,
-        dora_medium,
-        qdora_medium,
-        full_small,
-        lora_gptj,
-        qlora_gptj,
-        tinytiny_sft_full,
-        tinytiny_sft_lora,
-        *pretrain_runs.RUNS,
-        *classify_runs.RUNS,
-    )
-}
-
-
-def find(name: str) -> AnyRun:
-    """Raises InputError for a name that is no run."""
-    if name not in RUNS:
-        near = difflib.get_close_matches(name, RUNS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no run named {name!r}; {hint}there are {', '.join(RUNS)}")
-    return RUNS[name]()
-
-
-def describe() -> list[tuple[str, str]]:
-    """Each run's name and the first line of its docstring."""
-    return [(name, (run.__doc__ or "").strip().splitlines()[0]) for name, run in RUNS.items()]
+RUNS: tuple[Callable[[], Run], ...] = (
+    lora_nano,
+    qlora_nano,
+    dora_nano,
+    qdora_nano,
+    ia3_nano,
+    ln_nano,
+    full_nano,
+    lora_smollm2,
+    lora_small,
+    lora_medium,
+    lora_large,
+    lora_lima,
+    dolly_small_lora,
+    dolly_finqa_lora,
+    dora_medium,
+    qdora_medium,
+    full_small,
+    lora_gptj,
+    qlora_gptj,
+    tinytiny_sft_full,
+    tinytiny_sft_lora,
+)

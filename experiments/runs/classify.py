@@ -2,21 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-from experiments.methods import METHODS, Adapter
+from experiments.runs.tuning import Adapter, Tuning
 from fgpt.data.label_sources import Columns
 from fgpt.data.labels import Wording
 
 
-@dataclass(frozen=True)
-class Classify:
+@dataclass(frozen=True, kw_only=True)
+class Classify(Tuning):
     """Training on rows of a text, or two, and a label; the loss is on the label alone."""
 
-    name: str
-    base: str
-    """Embedded ("nano"), a local folder or GGUF file, or a hub name."""
     train: str
     """A hub source (emotion, rte, davidson), a .txt file of text;label lines, a json, jsonl, csv, tsv or parquet file,
     or a folder."""
@@ -33,37 +29,11 @@ class Classify:
     """What stands around each text."""
     shots: int = 0
     """Of labels as tokens, score the base with so many training rows before each text as well; 0 does not."""
-    adapter: Adapter = field(default_factory=Adapter)
     also: str | None = None
     """Regular expression of leaves that are tuned beside the adapter. A head of classes is tuned always."""
-    quantize: Literal["nf4", "fp4", "int8", "blockwise8"] | None = None
-    """Hold the base's block matrices in 4 or 8 bits."""
-    remat: bool = False
-    """Compute each block again in the backward instead of keeping it: a third of the memory, a third more time."""
-    lr: float | None = None
-    """Peak learning rate; it rises over `warmup` steps and falls to 0 on a cosine. None takes the kind's."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    warmup: int = 20
-    weight_decay: float = 0.0
-    epochs: float = 1.0
-    steps: int | None = None
-    """Stop after so many updates; None trains `epochs`."""
     seq: int = 128
     """Tokens in a row, into which texts are packed, each seeing itself alone. A longer text loses its middle."""
     rows: int = 4
-    """Rows in a micro-batch."""
-    accumulate: int = 1
-    """Micro-batches in an update."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
-    device: str = "auto"
-    """cuda where there is one, else cpu."""
-    seed: int = 0
-    out: Path = Path("runs")
-
-    @property
-    def peak(self) -> float:
-        return METHODS[self.adapter.kind].lr if self.lr is None else self.lr
 
 
 def emotion_small() -> Classify:

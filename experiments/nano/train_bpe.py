@@ -1,6 +1,6 @@
 """Train a byte-level BPE and write it in tiktoken's format.
 
-    python -m experiments.train_bpe OUT.tiktoken TEXT [TEXT ..] --vocab 4095
+    python -m experiments.nano.train_bpe OUT.tiktoken TEXT [TEXT ..] --vocab 4095
 
 `fgpt/nano/ranks.tiktoken` was made so from the stories that pretrained nano (seconds on 2 cores).
 """

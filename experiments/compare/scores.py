@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from experiments import constraints, finqa_score
-from experiments.compare_sides import Side
-from experiments.comparison import Answer
-from experiments.nano_score import PARTS, Task, score
+from experiments.compare.found import Answer
+from experiments.compare.sides import Side
 from experiments.runs import Run
-from experiments.text_scores import distinct, mean, nats, perplexity, repeated, rouge_l
+from experiments.scores import constraints
+from experiments.scores import finqa as finqa_score
+from experiments.scores.nano import PARTS, Task, score
+from experiments.scores.text import distinct, mean, nats, perplexity, repeated, rouge_l
 from fgpt.data import packing
 from fgpt.data.templates import Example, Row, encode, template
 from fgpt.data.tokenizers import Tokenizer

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
-from experiments.nano_score import words
-from experiments.text_scores import mean
+from experiments.scores.nano import words
+from experiments.scores.text import mean
 from fgpt.data.finqa import FinQA
 from fgpt.data.templates import Row
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
-from experiments.constraint_counts import MAKE, VERB, Constraint
+from experiments.scores.constraint_counts import MAKE, VERB, Constraint
 
 QUOTED = r"(?:\"([^\"]{1,80})\"|“([^”]{1,80})”|(?<!\w)'([^']{1,80})'(?!\w)|‘([^’]{1,80})’)"
 TEXT = r"(?:sentence|story|poem|paragraph|essay|letter|email|e-mail|message|tweet|speech|post|review|song)"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import compare_sides, prompt_file
-from experiments.compare_sides import Side
+from experiments.compare import prompt_file
+from experiments.compare import sides as compare_sides
+from experiments.compare.sides import Side
 from experiments.fit import console
 from experiments.writing import Alike
 from fgpt.data import finqa

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments import answer_parts as parts
+from experiments.scores import answer_parts as parts
 
 ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NUMBERS = {word: n for n, word in enumerate(ONES, 1)} | {"single": 1, "fifteen": 15, "twenty": 20, "fifty": 50}

@@ -1,6 +1,6 @@
 """Make nano's instructions from stories: the rows that `just train lora-nano` trains on, and the rows held out.
 
-    python -m experiments.make_nano_tasks OUT_FOLDER --stories TEXT [TEXT ..] --held-out TEXT
+    python -m experiments.nano.make_tasks OUT_FOLDER --stories TEXT [TEXT ..] --held-out TEXT
 
 `fgpt/nano/tasks.jsonl` and `fgpt/nano/heldout.jsonl` were made so from stories that pretrained nano and from
 stories it never saw (half a minute). Every choice is a hash of what it is for, so the same stories give the same rows.
@@ -18,9 +18,9 @@ from typing import Annotated, TypeVar
 import tyro
 
 from experiments import documents
-from experiments import nano_tales as tales
-from experiments.nano_score import STORY, Task, requirements_met
-from experiments.nano_tales import Tale
+from experiments.nano import tales
+from experiments.nano.tales import Tale
+from experiments.scores.nano import STORY, Task, requirements_met
 from fgpt.errors import InputError
 from fgpt.io.files import write
 

@@ -3,7 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.comparison import Answer, Comparison
+from experiments.compare.found import Answer, Comparison
 from experiments.fit import console
 
 SHOWN = 3

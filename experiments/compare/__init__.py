@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from experiments import compare_asked, compare_sides
-from experiments.compare_asked import Asked, held_out
-from experiments.compare_page import page
-from experiments.compare_scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
-from experiments.compare_sides import BASE, Side
-from experiments.compare_text import markdown, show
-from experiments.comparison import Answer, Comparison, as_json
+from experiments.compare import asked as compare_asked
+from experiments.compare import sides as compare_sides
+from experiments.compare.asked import Asked, held_out
+from experiments.compare.found import Answer, Comparison, as_json
+from experiments.compare.page import page
+from experiments.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
+from experiments.compare.sides import BASE, Side
+from experiments.compare.text import markdown, show
 from experiments.fit import console
 from experiments.runs import Run
 from experiments.writing import ALIKE, Alike

@@ -2,8 +2,8 @@
 
 import html
 
-from experiments.comparison import Answer, Comparison, best
-from experiments.text_scores import repeated
+from experiments.compare.found import Answer, Comparison, best
+from experiments.scores.text import repeated
 from fgpt.data.templates import Row
 
 LOOPS = 30.0

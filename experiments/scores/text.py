@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from experiments.nano_score import words
+from experiments.scores.nano import words
 from fgpt.data import packing
 from fgpt.data.templates import Example
 from fgpt.errors import InputError

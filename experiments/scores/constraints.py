@@ -8,9 +8,9 @@ wrong one. What follows a colon is material and demands nothing, and neither doe
 import re
 from collections.abc import Sequence
 
-from experiments.constraint_counts import PARTS, Constraint, counts
-from experiments.constraint_texts import texts
-from experiments.text_scores import mean
+from experiments.scores.constraint_counts import PARTS, Constraint, counts
+from experiments.scores.constraint_texts import texts
+from experiments.scores.text import mean
 from fgpt.data.templates import Row
 
 LONG = 150

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Scores(TypedDict):
@@ -16,15 +16,19 @@ class Scores(TypedDict):
 
 def scores(truth: Sequence[int], told: Sequence[int], classes: int) -> Scores:
     """Of one class told for each true one, both as numbers below `classes`."""
-    from sklearn import metrics as by  # here, because importing it takes seconds
-
-    every = range(classes)
+    by, every = _metrics(), range(classes)
     return {
         "accuracy": float(by.accuracy_score(truth, told)),
         "macro_f1": float(by.f1_score(truth, told, average="macro", zero_division=0)),
         "f1": by.f1_score(truth, told, labels=every, average=None, zero_division=0).tolist(),
         "confusion": by.confusion_matrix(truth, told, labels=every).tolist(),
     }
+
+
+def _metrics() -> Any:
+    from sklearn import metrics  # here, because importing it takes seconds
+
+    return metrics
 
 
 def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Scores:

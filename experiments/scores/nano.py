@@ -122,7 +122,7 @@ def read_tasks(path: Path) -> list[Task]:
     try:
         return [_task(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise InputError(f"{path}: expected rows as experiments.make_nano_tasks writes them: {err!r}") from None
+        raise InputError(f"{path}: expected rows as experiments.nano.make_tasks writes them: {err!r}") from None
 
 
 def _task(record: dict[str, Any]) -> Task:

@@ -1,0 +1,1 @@
+"""How the embedded base's tokenizer and instructions were made."""
