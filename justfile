@@ -73,10 +73,10 @@ eval *args: setup
 bench *args: setup-dev
     @{{ python }} -m experiments.bench "$@"
 
-# All tests
+# All tests, two processes of one thread each; one file: `just test tests/test_model.py`
 [no-exit-message]
 test *args: setup-dev
-    @{{ python }} -m pytest "$@"
+    @OMP_NUM_THREADS=1 {{ python }} -m pytest -n 2 --dist worksteal "$@"
 
 # Lint, format, types, layers
 check: setup-dev

@@ -3,7 +3,7 @@
 run.json       the resolved run               metrics.jsonl, loss.png   how the training went
 adapter/       what was trained               compare.md, compare.html  base against tuned
 model/         the whole model in the hub's layout, for full tuning and pretraining
-               of a run that classifies:      metrics.json, confusion.png   its scores
+eval.json      what `just eval` found         metrics.json, confusion.png   scores of a run that classifies
 
 adapter/ is in PEFT's format where PEFT has one: LoRA, DoRA, IA3, norms. Else, for tuned biases or several kinds in one,
 it holds a single file of our own.
