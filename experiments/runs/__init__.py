@@ -1,0 +1,34 @@
+"""The runs: functions that return what to do, as frozen dataclasses. Their docstrings say what to expect."""
+
+import difflib
+from collections.abc import Callable
+from typing import TypeAlias
+
+from experiments.runs import classify, instruct, pretrain
+from experiments.runs.classify import Classify
+from experiments.runs.instruct import Run
+from experiments.runs.pretrain import Pretrain
+from experiments.runs.tuning import METHODS, Adapter, Tuning
+from fgpt.errors import InputError
+
+__all__ = ["METHODS", "RUNS", "Adapter", "AnyRun", "Classify", "Pretrain", "Run", "Tuning", "describe", "find"]
+
+AnyRun: TypeAlias = Run | Pretrain | Classify
+
+RUNS: dict[str, Callable[[], AnyRun]] = {
+    run.__name__.replace("_", "-"): run for run in (*instruct.RUNS, *pretrain.RUNS, *classify.RUNS)
+}
+
+
+def find(name: str) -> AnyRun:
+    """Raises InputError for a name that is no run."""
+    if name not in RUNS:
+        near = difflib.get_close_matches(name, RUNS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no run named {name!r}; {hint}there are {', '.join(RUNS)}")
+    return RUNS[name]()
+
+
+def describe() -> list[tuple[str, str]]:
+    """Each run's name and the first line of its docstring."""
+    return [(name, (run.__doc__ or "").strip().splitlines()[0]) for name, run in RUNS.items()]
