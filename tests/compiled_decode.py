@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import close, tiny, tokens
@@ -65,7 +66,10 @@ def test_when_rows_are_few():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_products_of_few_rows(dtype: torch.dtype):
-    x, w = torch.randn(2, 3, 40, dtype=torch.float64), torch.randn(50, 40, dtype=torch.float64)
-    got = few_rows.product(x.to(dtype), w.to(dtype))
+    """Within the bound of any order of summing, n ε |x| |W|ᵀ, beside a product in twice the digits and more."""
+    x, w = (torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(dtype) for size in ((2, 3, 40), (50, 40)))
+    got = few_rows.product(x, w)
     assert got.dtype == dtype
-    close(got.double(), x.to(dtype).double() @ w.to(dtype).double().T, 40 * torch.finfo(dtype).eps)
+    exact = np.einsum("abi,oi->abo", *(t.double().numpy().astype(np.longdouble) for t in (x, w)))
+    size = x.double().abs() @ w.double().abs().T
+    assert (np.abs(got.double().numpy() - exact) <= 40 * torch.finfo(dtype).eps * size.numpy()).all()
