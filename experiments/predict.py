@@ -1,8 +1,8 @@
 """The class of each of many texts: they are packed into rows as in training, and no text sees another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from fgpt.errors import InputError
 from fgpt.heads import classifier
 from fgpt.io import hub
 from fgpt.io.files import read_json
-from fgpt.model import GPT, hidden, logits
+from fgpt.model import GPT, Cache, extend, hidden, logits
 from fgpt.rng import fold_in, key
 from fgpt.tree import device, tree_map
 
@@ -35,21 +35,50 @@ def log_probabilities(
 ) -> Float[Tensor, "n classes"]:
     """Of each example the log-probability of each class, among the classes alone; its own label is not read.
 
-    Rows are of `width` tokens, or as long as the longest example.
+    What most of every example has in common at its beginning, as shots are, is read once. Else they are packed, into
+    rows of `width` tokens, or as long as the longest.
     """
-    at, choices = device(params), torch.tensor(labels.choices)
-    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))  # first fit, longest first
-    lengths = [len(examples[i].tokens) for i in by_length]
-    bins = packing.pack(lengths, max(width, lengths[0]))
-    found = torch.empty(len(examples), len(labels.choices))
-    for i in range(0, len(bins), AT_ONCE):
-        laid = [[by_length[j] for j in some] for some in bins[i : i + AT_ONCE]]
-        batch = tree_map(lambda x: x.to(at), packing.collate([[examples[j] for j in row] for row in laid]))
-        assert batch.at is not None  # each example's last position, in their order
-        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.at]
+    by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
+    texts, common = [examples[i].tokens for i in by_length], common_to([x.tokens for x in examples])
+    reads = _after(params, texts, common) if 2 * common > len(texts[0]) else _packed(params, texts, width)
+    choices, found = torch.tensor(labels.choices), torch.empty(len(examples), len(labels.choices))
+    for numbers, h in reads:
         each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
-        found[[j for row in laid for j in row]] = each
+        found[[by_length[i] for i in numbers]] = each
     return found
+
+
+Reads: TypeAlias = Iterator[tuple[list[int], Float[Tensor, "some d_model"]]]
+"""Numbers of texts, and their last hidden states."""
+
+
+def _packed(params: GPT, texts: Sequence[tuple[int, ...]], width: int) -> Reads:
+    at, lengths = device(params), list(map(len, texts))  # longest first, which packs well
+    bins = packing.pack(lengths, max(width, lengths[0]))
+    for i in range(0, len(bins), AT_ONCE):
+        rows = [[Example(texts[j], len(texts[j]), 0) for j in some] for some in bins[i : i + AT_ONCE]]
+        batch = tree_map(lambda x: x.to(at), packing.collate(rows))
+        assert batch.at is not None  # each text's last position, in their order
+        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.at]
+        yield [j for some in bins[i : i + AT_ONCE] for j in some], h
+
+
+def _after(params: GPT, texts: Sequence[tuple[int, ...]], common: int) -> Reads:
+    at = device(params)
+    _, once = extend(params, torch.tensor([texts[0][:common]], device=at), Cache())
+    for i in range(0, len(texts), AT_ONCE):
+        rest = [text[common:] for text in texts[i : i + AT_ONCE]]
+        many, wide = len(rest), max(map(len, rest))
+        padded = [[*row] + [0] * (wide - len(row)) for row in rest]  # no text sees what follows it
+        cache = tree_map(lambda x, many=many: x.expand(many, *x.shape[1:]), once)
+        h, _ = extend(params, torch.tensor(padded, device=at), cache)
+        yield list(range(i, i + many)), h[range(many), [len(row) - 1 for row in rest]]
+
+
+def common_to(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with alike, each keeping one of its own at least."""
+    most = min(map(len, texts)) - 1
+    return next((i for i in range(most) if len({text[i] for text in texts}) > 1), most)
 
 
 class Trained(NamedTuple):

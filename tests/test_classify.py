@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, same, shared, tiny
+from conftest import ROOT, same, shared, tiny, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -24,7 +24,7 @@ from experiments.__main__ import main
 from experiments.bench.load import SHAPE
 from experiments.classify import trained_of
 from experiments.fit import read_metrics
-from experiments.predict import frame_of, log_probabilities, opened, predict, with_head
+from experiments.predict import common_to, frame_of, log_probabilities, opened, predict, with_head
 from experiments.runs import RUNS, Classify, find
 from experiments.scores.classes import majority, plot_confusion, scores
 from fgpt.data.label_sources import HUB, Columns, rows
@@ -202,6 +202,31 @@ def test_packed_scoring_is_scoring_one_by_one(examples: list[Example], width: in
     torch.testing.assert_close(
         log_probabilities(tiny(), examples, Labels(("x", "y"), (7, 3)), width), few, atol=1e-5, rtol=0
     )
+
+
+@given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 99))
+def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
+    """As shots are: the scores are those of each alone, and fewer tokens are read where it pays."""
+    head = tokens(31, common, seed=seed).tolist()
+    tails = [tokens(31, 1 + (seed + i) % 5, seed=seed + i + 1).tolist() for i in range(rows)]
+    examples = [Example((*head, *tail), common + len(tail), 0) for tail in tails]
+    assert common_to([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
+    params, read = fgpt.classifier(tiny(), 3, fgpt.key(1)), []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name in ("hidden", "extend"):
+            real = getattr(fgpt, name)
+            patch.setattr(
+                f"experiments.predict.{name}",
+                lambda p, x, *rest, real=real: read.append(x.numel()) or real(p, x, *rest),
+            )
+        found = log_probabilities(params, examples, classes("abc"), 24)
+        alone = torch.stack([fgpt.apply(params, torch.tensor([x.tokens]))[0, -1].log_softmax(-1) for x in examples])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    if common > 5:
+        assert sum(read) <= common + 5 * rows
+    assert common_to([(1, 2, 3), (1, 2)]) == 1
+    assert common_to([(1, 2, 3), (1, 3, 3)]) == 1
+    assert common_to([(1,), (1,)]) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
