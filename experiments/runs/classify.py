@@ -74,9 +74,11 @@ def rte_small_lora() -> Classify:
 
 
 def rte_smollm2() -> Classify:
-    """Entailment by the next token, yes or no: LoRA (r 8, alpha 16, q k v o) on SmolLM2-135M-Instruct.
+    """Entailment by the next token, yes or no: LoRA (r 8, alpha 16, q k v o) on SmolLM2-135M-Instruct in int8.
 
-    just train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters.
+    just train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters. Accuracy 0.686, macro-F1 0.678
+    on the 277 rows of the development set, 0.498 before, the commonest label 0.527: 350 steps in 63 minutes on one busy
+    thread of an AMD EPYC; 3.4 GB. Of one seed.
     """
     return replace(
         rte_small_lora(),
@@ -84,9 +86,10 @@ def rte_smollm2() -> Classify:
         base="smollm2",
         labels=("entailment=yes", "not_entailment=no"),
         form="tokens",
-        wording=Wording(prefix="Passage:\n", suffix="\nIs this true, by the passage? Answer yes or no.\nAnswer:"),
-        lr=5e-4,
-        epochs=3,
+        wording=Wording(prefix="Passage:\n", suffix="\nTrue or not? Answer yes or no:"),
+        quantize="int8",
+        lr=1e-3,
+        epochs=2,
     )
 
 
