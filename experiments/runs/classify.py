@@ -149,7 +149,8 @@ def hate_smollm2_lora() -> Classify:
     """Hate speech by the next token: LoRA (r 2, attention) and norms of SmolLM2-135M-Instruct.
 
     just train hate-smollm2-lora --train train.csv --test val.csv, where these hold label,text. 265,536 trained
-    parameters.
+    parameters. Accuracy 0.610, macro-F1 0.599 on 200 rows, 0.390 before and with 6 shots: 648 steps in 25 minutes on
+    one busy thread of an AMD EPYC; 1.6 GB. The rate is GPT-J's, and low for so small a model.
     """
     return _smollm2(hate_gptj_lora())
 
