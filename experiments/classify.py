@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from experiments import folder
@@ -12,7 +11,7 @@ from experiments.fit import console, plot_loss
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.runs.classify import Classify
 from experiments.scores.classes import Scores, majority, plot_confusion, scores
-from experiments.train import adapters_of, base_of, batches, steps_of, updated
+from experiments.train import adapters_of, apart, base_of, batches, steps_of, updated
 from fgpt.adapters import Adapters, adapt, trainable, tune
 from fgpt.data import label_sources
 from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
@@ -39,9 +38,7 @@ def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
         return rows, label_sources.rows(run.test, "test", columns)
     if len(rows) <= run.heldout or run.heldout < 1:
         raise InputError(f"--heldout {run.heldout} of {len(rows)} rows: expected 1 or more, and fewer than there are")
-    order = torch.randperm(len(rows), generator=fold_in(key(run.seed), "heldout")).tolist()
-    cut = len(rows) - run.heldout
-    return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
+    return apart(rows, run.heldout, run.seed)
 
 
 def trained_of(run: Classify, params: GPT) -> Adapters:

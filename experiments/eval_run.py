@@ -17,6 +17,7 @@ from experiments.compare.scores import asked_scores, rouge_scores, shape_scores
 from experiments.fit import console
 from experiments.runs import Run
 from experiments.runs.classify import Classify
+from experiments.scores.text import answers
 from experiments.train import split
 from fgpt.data import labels, packing
 from fgpt.data.templates import Example, Row, encode, template
@@ -70,11 +71,9 @@ def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row],
     """Loss and perplexity of the rows' own answers, end of text included, where they fit the run's width."""
     examples = [encode(row, template(run.template), tokenizer) for row in rows]
     kept, dropped = packing.fit(examples, min(run.seq, params.cfg.context), drop=True)
-    starts = [max(1, example.prompt) for example in kept]  # the first token of all is predicted from nothing
-    pairs = [(example.tokens[:start], example.tokens[start:]) for example, start in zip(kept, starts, strict=True)]
-    answers = [x for part in scored(params, pairs, at_once) for x in part.logprobs]
-    loss = -math.fsum(answers) / len(answers)
-    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(answers)}
+    told = [x for part in scored(params, answers(kept), at_once) for x in part.logprobs]
+    loss = -math.fsum(told) / len(told)
+    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(told)}
     both = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
     return shown("held-out rows", counts, both)
 

@@ -43,7 +43,7 @@ class Asked:
     stride: int | None = None
     """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
     tasks: str | None = None
-    """lm-eval's tasks, such as hellaswag,arc_easy; they want pip install 'fgpt[eval]'."""
+    """lm-eval's tasks, such as hellaswag,arc_easy; they want `just setup-eval`."""
     include_path: Path | None = None
     """A folder of tasks of your own: lm-eval's YAML files."""
     shots: int | None = None

@@ -1,8 +1,9 @@
 """Instruction tuning, from a run to an adapter in use."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,8 @@ from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
 from fgpt.tree import count, leaves, matches, tree_map, update
 
+T = TypeVar("T")
+
 NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["nano"] / "heldout.jsonl"
 
 
@@ -37,8 +40,13 @@ def split(run: Run) -> tuple[list[Row], list[Row]]:
     rows = _shortened(run, sources.rows(run.data, None if run.columns == sources.Columns() else run.columns))
     if len(rows) <= run.heldout:
         raise InputError(f"{run.data} has {len(rows)} rows, all wanted by --heldout {run.heldout}: lower it")
-    order = torch.randperm(len(rows), generator=fold_in(key(run.seed), "heldout")).tolist()
-    cut = len(rows) - run.heldout
+    return apart(rows, run.heldout, run.seed)
+
+
+def apart(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
+    """All rows but `heldout`, and those: the last of a shuffle by the seed, each part in the rows' own order."""
+    order = torch.randperm(len(rows), generator=fold_in(key(seed), "heldout")).tolist()
+    cut = len(rows) - heldout
     return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
 
 

@@ -7,6 +7,7 @@ import torch
 from fgpt.errors import InputError
 from fgpt.model import GPT, Linear
 from fgpt.rng import fold_in
+from fgpt.tree import device
 from fgpt.weights import dtype
 
 
@@ -24,5 +25,5 @@ def classifier(params: GPT, classes: int, rng: torch.Generator) -> GPT:
     if classes < 2:
         raise InputError(f"a classifier of {classes} classes: expected at least 2")
     w = torch.empty(classes, params.cfg.d_model, dtype=torch.float32).normal_(0, 0.02, generator=fold_in(rng, "head"))
-    w = w.to(params.ln_f.w.device, dtype(params.wte.w))
+    w = w.to(device(params), dtype(params.wte.w))
     return replace(params, head=Linear(w), cfg=replace(params.cfg, tied=False))

@@ -6,15 +6,11 @@ Pure functions of texts. Words are those of `nano_score.words`: lower case, with
 import math
 from collections.abc import Sequence
 
-import torch
-
 from experiments.scores.nano import words
-from fgpt.data import packing
 from fgpt.data.templates import Example
 from fgpt.errors import InputError
-from fgpt.loss import nll
+from fgpt.evaluate import Pair, score
 from fgpt.model import GPT
-from fgpt.tree import device, tree_map
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -50,19 +46,21 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-@torch.no_grad()
 def nats(params: GPT, examples: Sequence[Example]) -> float:
     """Mean nats per token of the examples' answers, given their prompts: every token counts the same.
 
     Raises InputError where no example has a token to answer.
     """
-    at, total, weight = device(params), 0.0, 0.0
-    for example in examples:  # one by one: logits of several long answers would outgrow a large model
-        value, w = nll(params, tree_map(lambda x: x.to(at), packing.collate([[example]])))
-        total, weight = total + float(value), weight + float(w)
-    if not weight:
+    logprobs = [x for scored in score(params, answers(examples)) for x in scored.logprobs]
+    if not logprobs:
         raise InputError("no token to answer: expected examples that are longer than their prompts")
-    return total / weight
+    return -math.fsum(logprobs) / len(logprobs)
+
+
+def answers(examples: Sequence[Example]) -> list[Pair]:
+    """Prompts and answers, where there is a token to answer. The first token of all is predicted from nothing."""
+    starts = [max(1, x.prompt) for x in examples]
+    return [(x.tokens[:n], x.tokens[n:]) for x, n in zip(examples, starts, strict=True) if len(x.tokens) > n]
 
 
 def perplexity(loss: float) -> float:

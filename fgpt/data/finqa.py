@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+from fgpt.data.packing import ends
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 
@@ -86,10 +87,7 @@ def _kept(row: FinQA, words: int) -> FinQA:
 
 
 def _cut(words: Sequence[str], most: int) -> str:
-    if len(words) <= most:
-        return " ".join(words)
-    tail = most // 2
-    return " ".join([*words[: most - tail], GAP, *words[len(words) - tail :]])
+    return " ".join(words if len(words) <= most else ends(words, most, [GAP]))
 
 
 def _row(row: FinQA, before: str, table: str, after: str) -> FinQA:

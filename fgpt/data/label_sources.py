@@ -70,7 +70,7 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
         found = sources.records(path, {".txt": _semicolons})
     elif hub is not None and split in hub.files:
         columns, names = columns or hub.columns, hub.names
-        found = _downloaded(source, hub, split)
+        found = sources.hub_records(source, sources.Hub(hub.repo, hub.files[split], sources.Columns()), option)
     elif hub is not None:
         raise InputError(f"{source} has no {split} split on the hub: leave {option} out to keep --heldout rows for it")
     elif path.suffix or len(path.parts) > 1:
@@ -84,13 +84,6 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
     if not taken:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     return taken
-
-
-def _downloaded(source: str, hub: Hub, split: Split) -> Iterator[sources.Record]:
-    files = hub.files[split]
-    folder = sources.download(source, sources.Hub(hub.repo, files, sources.Columns()), f"--{split}")
-    for file in sorted(folder.glob(files)):
-        yield from sources.records(file)
 
 
 def _semicolons(path: Path) -> Iterator[sources.Record]:

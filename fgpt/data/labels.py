@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fgpt.data.packing import ends
 from fgpt.data.templates import Example
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
@@ -221,5 +222,4 @@ def lay(texts: Sequence[Sequence[int]], around: Frame, width: int) -> tuple[tupl
 def _cut(tokens: tuple[int, ...], length: int, gap: tuple[int, ...]) -> tuple[int, ...]:
     if len(tokens) <= length:
         return tokens
-    tail = (length - len(gap)) // 2
-    return (*tokens[: length - len(gap) - tail], *gap, *tokens[len(tokens) - tail :])
+    return tuple(ends(tokens, length - len(gap), gap))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -9,6 +10,8 @@ from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.loss import Batch
 from fgpt.rng import fold_in
+
+T = TypeVar("T")
 
 WINDOW = 32
 """Micro-batches' worth of examples that `epoch` sorts by length at a time: little padding, and still a shuffle."""
@@ -51,6 +54,12 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
             f"and {empty} without a response; raise the limit or mend the rows"
         )
     return kept, Dropped(long, empty)
+
+
+def ends(items: Sequence[T], count: int, gap: Sequence[T]) -> list[T]:
+    """`count` of the items, as many from their head as from their tail but for one, and `gap` where the middle was."""
+    tail = count // 2
+    return [*items[: count - tail], *gap, *items[len(items) - tail :]]
 
 
 def cut(example: Example, width: int) -> Example:

@@ -238,11 +238,11 @@ def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
     yield from ((f"row {number}", record) for number, record in enumerate(chosen, 1))
 
 
-def hub_records(name: str, hub: Hub) -> Iterator[Record]:
+def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]:
     """The records of a hub dataset's files, and of no others that its folder may hold. Raises InputError as `download`
     does, at once.
     """
-    found = sorted(download(name, hub).glob(hub.files))
+    found = sorted(download(name, hub, option).glob(hub.files))
     return itertools.chain.from_iterable(records(path) for path in found)
 
 
