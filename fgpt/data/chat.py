@@ -1,10 +1,13 @@
 """A model's chat template: from messages to the one text that it was trained to read."""
 
-import functools
+import atexit
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from fgpt.errors import InputError
 Messages = Sequence[Mapping[str, str]]
 """What was said, in turn: each a role ("system", "user", "assistant") and its content."""
 
+SECONDS = 10
+"""What a template may take for one text: thousands of times what those of models do."""
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -26,32 +31,73 @@ class Chat:
     def text(self, messages: Messages, answer: bool = True) -> str:
         """`messages` as the model reads them, special tokens written out; with `answer`, up to where it is to answer.
 
-        A template is a program from the model's publisher. It runs in Jinja's sandbox and sees nothing but this. Some
-        ask for today's date, so that their text is another tomorrow.
+        A template is a program from the model's publisher. It runs in Jinja's sandbox, in a process of its own, and
+        sees nothing but this. Some ask for today's date, so that their text is another tomorrow.
 
-        Raises InputError where the template does not compile, or refuses the messages.
+        Raises InputError where the template does not compile, refuses the messages, or does not come to an end.
         """
-        try:
-            return _compiled(self.template).render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=answer,
-                **self.special,
-            )
-        except Exception as err:  # whatever a template does wrong, it is not ours
-            said = " ".join(f"{type(err).__name__}: {err}".split())
-            raise InputError(f"the model's chat template fails on these messages: {said}") from None
+        values = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+        values |= {"add_generation_prompt": answer, **self.special}
+        said = _renderer.ask({"template": self.template, "values": values})
+        if said is None:
+            raise InputError("the model's chat template takes too long, or too much memory: expected one that ends")
+        if "text" not in said:
+            why = " ".join("".join(c if c.isprintable() else " " for c in said["error"]).split())
+            raise InputError(f"the model's chat template fails on these messages: {why}")
+        return said["text"]
+
+
+class _Renderer:
+    """The process that renders templates, started when the first is asked for: see `fgpt.data.render`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+        self.owner = 0
+
+    def ask(self, asked: Mapping[str, Any]) -> dict[str, str] | None:
+        """What it answers; None where it came to its limits. The next is then asked of another process."""
+        with self.lock:
+            process = self.process
+            if process is None or process.poll() is not None or self.owner != os.getpid():  # a fork may not share it
+                process, self.owner = _started(), os.getpid()
+                self.process = process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(asked) + "\n")
+                process.stdin.flush()
+                return json.loads(process.stdout.readline())
+            except BaseException as err:  # an answer that is not awaited would be taken for the next one's
+                process.kill()
+                self.process = None
+                if isinstance(err, OSError | ValueError):  # it has ended: nothing can be written, or is read
+                    return None
+                raise
+
+
+def _started() -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
+    program = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]  # -P: its neighbours are not imported
+    process = subprocess.Popen([*program, str(SECONDS)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    atexit.register(process.kill)
+    return process
+
+
+_renderer = _Renderer()
 
 
 def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
     """The chat template of a model folder, from a file of its own or from its tokenizer_config.json, if it has one."""
     template = config.get("chat_template")
     if (folder / TEMPLATE).is_file():
-        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise InputError(f"{folder / TEMPLATE}: not UTF-8 text: {err}; save it as UTF-8, or take it away") from None
     if isinstance(template, list):  # several by name; the first release of this format called the usual one so
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = named.get("default")
+        usual = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
+        template = usual[-1].get("template") if usual else None
     return Chat(template, special(config)) if isinstance(template, str) else None
 
 
@@ -63,36 +109,3 @@ def special(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text
     return found
-
-
-@functools.cache
-def _compiled(template: str) -> Any:
-    import jinja2  # here, because most users of fgpt do not chat
-    from jinja2 import ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """{% generation %} marks what the assistant says, for those who train on that alone; its text is as any."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def fail(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:  # Jinja's own escapes for HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

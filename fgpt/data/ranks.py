@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
@@ -107,7 +108,7 @@ def from_vocab(path: Path) -> Ranked:
     try:
         vocab = json.loads(path.read_text(encoding="utf-8"))
         ranks = {bytes(BYTE_OF_CHAR[c] for c in token): rank for token, rank in vocab.items() if token != END}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
         raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None
     return _bpe(path, ranks)
 
@@ -132,8 +133,8 @@ BYTE_OF_CHAR = _byte_of_char()
 """GPT-2's printable stand-ins: a printable byte stands for itself, the i-th other one is chr(256 + i)."""
 
 
-def _bpe(path: Path, ranks: dict[bytes, int]) -> Ranked:
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+def _bpe(path: Path, ranks: dict[bytes, Any]) -> Ranked:
+    if any(type(rank) is not int for rank in ranks.values()) or set(ranks.values()) != set(range(len(ranks))):
         raise InputError(f"{path}: expected every rank from 0 on once; got {len(ranks)} of them, with gaps or repeats")
     if lost := 256 - sum(bytes([b]) in ranks for b in range(256)):
         raise InputError(f"{path}: {lost} of the 256 single bytes have no rank: some texts could not be encoded")

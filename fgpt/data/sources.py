@@ -167,7 +167,7 @@ def records(path: Path, more: Mapping[str, Callable[[Path], Iterator[Record]]] |
 
 def _json(path: Path) -> Iterator[Record]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
     except json.JSONDecodeError as err:
         hint = "if it holds one object a line, name it .jsonl" if err.msg == "Extra data" else "mend it there"
         raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
@@ -182,11 +182,21 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", json.loads(line)
+                yield f"line {number}", _parsed(line, f"{path}, line {number}")
             except json.JSONDecodeError as err:
                 raise InputError(
                     f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object a line"
                 ) from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    """JSON. Raises json.JSONDecodeError, and InputError for what is JSON, and can still not be read."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as err:  # a number of thousands of digits; lists within lists without end
+        raise InputError(f"{where}: cannot be read: {err}") from None
 
 
 def _csv(path: Path, **dialect: Any) -> Iterator[Record]:
@@ -194,6 +204,8 @@ def _csv(path: Path, **dialect: Any) -> Iterator[Record]:
         reader = csv.reader(lines, strict=True, **dialect)
         try:
             header = next(reader, [])
+            if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+                raise InputError(f"{path}: two columns are called {twice[0]!r}: give each a name of its own")
             for values in reader:
                 if not values:  # a blank line
                     continue
@@ -282,4 +294,5 @@ def download(name: str, hub: Hub, option: str = "--data") -> Path:
 
 
 def _first_line(err: Exception) -> str:
-    return (str(err).splitlines() or [type(err).__name__])[0]
+    said = (str(err).splitlines() or [type(err).__name__])[0]
+    return "".join(c if c.isprintable() else " " for c in said)  # it may quote the file

@@ -219,7 +219,7 @@ def _of(
 
 
 def _line(err: Exception) -> str:
-    return " ".join(str(err).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in str(err)).split())  # it may quote the file
 
 
 def _sound(text: str) -> str:

@@ -116,7 +116,7 @@ def _json(path: Path) -> dict[str, Any]:
     """What a file says, if it is there."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not valid JSON: {err}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")

@@ -7,7 +7,7 @@ from fgpt.errors import InputError
 from fgpt.families.gpt2 import GPT2
 from fgpt.families.gptj import GPTJ
 from fgpt.families.llama import LLAMA
-from fgpt.families.names import Family
+from fgpt.families.names import Family, shown
 from fgpt.families.neox import NEOX
 from fgpt.model import Config
 
@@ -17,9 +17,9 @@ FAMILIES = (GPT2, GPTJ, NEOX, LLAMA)
 def of_config(config: Mapping[str, Any]) -> Family:
     """The family of a hub's `config.json`. Raises InputError for an architecture that is none of ours."""
     known = {kind: family for family in FAMILIES for kind in family.model_types}
-    if (kind := config.get("model_type")) not in known:
+    if not isinstance(kind := config.get("model_type"), str) or kind not in known:
         raise InputError(
-            f"model_type is {kind!r}, expected one of {', '.join(known)}; fgpt.lift takes any other module"
+            f"model_type is {shown(kind)}, expected one of {', '.join(known)}; fgpt.lift takes any other module"
         )
     return known[kind]
 

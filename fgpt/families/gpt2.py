@@ -12,9 +12,12 @@ from fgpt.families.names import (
     Stored,
     activation,
     activation_to_hf,
+    flag,
     layers,
+    number,
     only,
     paths,
+    size,
     sizes,
     sizes_to_hf,
     whole,
@@ -28,8 +31,8 @@ SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model", "n_posit
 def common(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[str, Any]:
     """What GPT-2's config says, and GPT-J's alike, by our names. Raises InputError as `sizes` and `activation` do."""
     return sizes(config, names) | {
-        "d_mlp": config.get("n_inner") or 4 * config["n_embd"],
-        "eps": config.get("layer_norm_epsilon", 1e-5),
+        "d_mlp": size(config, "n_inner", 4 * config["n_embd"]),
+        "eps": number(config, "layer_norm_epsilon", 1e-5),
         "act": activation(config, "activation_function", "gelu_new"),
     }
 
@@ -57,8 +60,8 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         config,
         {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
     )
-    biases = Config.biases if config.get("bias", True) else ""
-    return Config(**found, tied=config.get("tie_word_embeddings", True), biases=biases)
+    biases = Config.biases if flag(config, "bias", True) else ""
+    return Config(**found, tied=flag(config, "tie_word_embeddings", True), biases=biases)
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:

@@ -8,15 +8,19 @@ from typing import Any
 from fgpt.errors import InputError
 from fgpt.families.names import (
     LLAMA_SIZES,
+    MOST,
     Family,
     Stored,
     activation,
     activation_to_hf,
+    flag,
     layers,
+    number,
     only,
     paths,
     rope,
     rope_to_hf,
+    size,
     sizes,
     sizes_to_hf,
     whole,
@@ -44,20 +48,23 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
     found = sizes(config, LLAMA_SIZES)
     only(config, {"use_sliding_window": False})
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise InputError("config.json: layer_types other than 'full_attention' are not supported")
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
     if kind == "qwen2":
         biases = "q k v"
     else:
-        attention = "q k v o" if config.get("attention_bias", False) else ""
-        biases = f"{attention} {'up down gate' if config.get('mlp_bias', False) else ''}".strip()
-    d_head = config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads)
-    kv = config.get("num_key_value_heads") or heads
+        attention = "q k v o" if flag(config, "attention_bias", False) else ""
+        biases = f"{attention} {'up down gate' if flag(config, 'mlp_bias', False) else ''}".strip()
+    d_head = size(config, "head_dim", 128 if kind == "qwen3" else config["hidden_size"] // heads)
+    if d_head * heads > MOST:
+        raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MOST} components at most")
+    kv = size(config, "num_key_value_heads", heads)
     return Config(
         **found,
-        eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
+        eps=number(config, "rms_norm_eps", 1e-6),
+        tied=flag(config, "tie_word_embeddings", False),
         n_kv=None if kv == heads else kv,
         d_head=None if d_head * heads == config["hidden_size"] else d_head,
         act=activation(config, "hidden_act", "silu"),

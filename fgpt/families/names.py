@@ -87,7 +87,11 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     """
     bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
     # a file with the head has the prefix, one without has not
-    held = {name.removeprefix(family.prefix): x for name, x in held.items() if not name.endswith(family.buffers)}
+    given = [name for name in held if not name.endswith(family.buffers)]
+    held = {name.removeprefix(family.prefix): held[name] for name in given}
+    if len(held) < len(given):
+        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
+        raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
     if missing := [name for name in table if name not in held]:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
     spare = {name for name in held if cfg.tied and is_head(name)}
@@ -101,6 +105,8 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     def read(s: Stored) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = held[s.name].read(), sizes[s.name]
         _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
+        if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
+            raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
         parts = _split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
             return {s.paths[0].removesuffix(".q.w") + ".qkv.w": x}
@@ -218,11 +224,56 @@ def check(params: GPT) -> None:
 # -------------------------------------------------------------------------------------------------------------- configs
 
 
+MOST, DEEPEST = 1 << 24, 1 << 10
+"""The largest size, and number of layers, that a config may have: far above any model's, and far below what would fill
+the memory with the names of layers, or overflow the size of a tensor.
+"""
+
+
+def shown(value: Any) -> str:
+    """What a file says, for an error's one line: of something long its beginning."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested deeply"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def named(text: str) -> str:
+    """A name that a file gives, likewise, and as it is where it can be shown."""
+    return text if text.isprintable() and len(text) <= 80 else shown(text)
+
+
 def whole_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises InputError where one of `names` is missing or no whole number above 0."""
-    bad = [name for name in names if type(config.get(name)) is not int or config[name] < 1]
+    """Raises InputError where one of `names` is missing or no whole number from 1 to MOST."""
+    bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MOST]
     if bad:
-        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}")
+        got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
+        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MOST}; got {got}")
+
+
+def size(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A size that a config may leave out, or as null or 0 to its default. Raises InputError as `whole_numbers` does."""
+    if name not in config or config[name] in (None, 0):
+        return default
+    whole_numbers(config, [name])
+    return config[name]
+
+
+def number(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A field that is no size. Raises InputError for anything but a number from 0 to 1e15."""
+    found = config.get(name, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1e15:  # NaN is not
+        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {shown(found)}")
+    return float(found)
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A field that is true or false. Raises InputError for anything else: "false", for one, is true to Python."""
+    found = config.get(name, default)
+    if not isinstance(found, bool):
+        raise InputError(f"config.json: expected true or false for {name}, got {shown(found)}")
+    return found
 
 
 LLAMA_SIZES = {
@@ -237,9 +288,14 @@ LLAMA_SIZES = {
 
 
 def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does."""
+    """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does, and for more than
+    DEEPEST layers.
+    """
     whole_numbers(config, names)
-    return {ours: config[theirs] for theirs, ours in names.items()}
+    found = {ours: config[theirs] for theirs, ours in names.items()}
+    if found["n_layer"] > DEEPEST:
+        raise InputError(f"config.json: expected at most {DEEPEST} layers, got {found['n_layer']}")
+    return found
 
 
 def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
@@ -251,7 +307,7 @@ def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
     for name, value in values.items():
         if config.get(name, value) != value:
-            raise InputError(f"config.json: {name}={config[name]!r} is not supported, expected {value!r}")
+            raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
 
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
@@ -261,8 +317,9 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
     """Our name of the activation that a config has. Raises InputError for one that we do not compute."""
     found = config.get(name, default)
-    if found not in ACTIVATIONS:
-        raise InputError(f"config.json: {name}={found!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(found, str) or found not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"config.json: {name}={shown(found)} is not supported, expected one of {known}")
     return ACTIVATIONS[found]
 
 
@@ -280,21 +337,36 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises InputError for a scaling that we do not compute.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise InputError(f"config.json: rope_scaling={scaling!r} is not supported, expected its fields")
-    base = scaling.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
+    scaling = rope_fields(config)
+    where = scaling if "rope_theta" in scaling else config
+    base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
     kind, stretch = scaling.get("rope_type", scaling.get("type", "default")), None
-    try:
-        if kind == "linear":
-            stretch = (float(scaling["factor"]), 1.0, 4.0, 0.0)
-        elif kind == "llama3":
-            stretch = tuple(float(scaling[name]) for name in LLAMA_3)
-        elif kind != "default":
-            raise InputError(f"config.json: rope_type={kind!r} is not supported, expected default, linear or llama3")
-        return {"base": float(base), "stretch": stretch}
-    except (KeyError, TypeError, ValueError) as err:
-        raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {err}") from None
+    wanted = ("factor",) if kind == "linear" else LLAMA_3 if kind == "llama3" else ()
+    if missing := [name for name in wanted if name not in scaling]:
+        raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
+    if kind == "linear":
+        stretch = (_above_0(scaling, "factor"), 1.0, 4.0, 0.0)
+    elif kind == "llama3":
+        stretch = tuple(_above_0(scaling, name) for name in LLAMA_3)
+        if stretch[1] >= stretch[2]:
+            raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {stretch[1:3]}")
+    elif kind != "default":
+        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected default, linear or llama3")
+    return {"base": base, "stretch": stretch}
+
+
+def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of rotary positions in a field of its own. Raises InputError where it is no object."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"config.json: rope_scaling={shown(found)} is not supported, expected its fields")
+    return found
+
+
+def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
+    if not (found := number(config, name, default)):
+        raise InputError(f"config.json: expected a number above 0 for {name}, got {shown(config.get(name))}")
+    return found
 
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:

@@ -5,16 +5,20 @@ side by side in one product.
 from collections.abc import Mapping
 from typing import Any
 
+from fgpt.errors import InputError
 from fgpt.families.names import (
     LLAMA_SIZES,
     Family,
     Stored,
     activation,
     activation_to_hf,
+    flag,
     layers,
+    number,
     only,
     paths,
     rope,
+    rope_fields,
     rope_to_hf,
     sizes,
     sizes_to_hf,
@@ -36,13 +40,17 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     found = sizes(config, LLAMA_SIZES)
     only(config, {"attention_bias": True})
     of_head = config["hidden_size"] // config["num_attention_heads"]
-    part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    fields = rope_fields(config)
+    own = "partial_rotary_factor" in fields
+    part = number(fields, "partial_rotary_factor", 0.25) if own else number(config, "rotary_pct", 0.25)
+    if not 0 < part <= 1:
+        raise InputError(f"config.json: expected a part of each head for rotary_pct, above 0 up to 1, got {part}")
     return Config(
         **found,
-        eps=config.get("layer_norm_eps", 1e-5),
-        tied=config.get("tie_word_embeddings", False),
+        eps=number(config, "layer_norm_eps", 1e-5),
+        tied=flag(config, "tie_word_embeddings", False),
         act=activation(config, "hidden_act", "gelu"),
-        parallel=config.get("use_parallel_residual", True),
+        parallel=flag(config, "use_parallel_residual", True),
         rotary=int(of_head * part),
         **rope(config),
     )

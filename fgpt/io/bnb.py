@@ -9,6 +9,7 @@ Source: bitsandbytes 0.50, functional.QuantState.as_dict; nn.modules.Linear8bitL
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.families.names import Held
+from fgpt.families.names import Held, shown
 from fgpt.io.trees import check_quantised
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, Blockwise8, FourBit, Quantised, Rowwise8
@@ -27,6 +28,7 @@ STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
     rf"(?P<layer>.+)\.(?P<part>weight\.(?:(?:nested_)?(?:absmax|quant_map)|{re.escape(STATE)}\w+)|SCB|weight_format)"
 )
+STATED = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,8 +63,8 @@ def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> Rowwise8:
     scales, form = parts["SCB"], parts.get("weight_format")
     if codes.dtype != torch.int8 or codes.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
         raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_said(codes, scales)}")
-    if form is not None and int(form) != 0:
-        raise InputError(f"tensor {name}: weight_format {int(form)} is a layout of old GPUs; expected 0, by rows")
+    if form is not None and (form.numel() != 1 or form.any()):
+        raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, by rows")
     return Rowwise8(codes, scales)
 
 
@@ -70,24 +72,43 @@ def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> FourBit:
     states = [part for part in parts if part.startswith(STATE)]
     if len(states) != 1:
         raise InputError(f"tensor {name}: expected one {STATE}nf4 or fp4 beside it, got {', '.join(states) or 'none'}")
+    packed = parts[states[0]]
     try:
-        state: Any = json.loads(bytes(parts[states[0]].tolist()))
+        if packed.dtype != torch.uint8 or packed.ndim != 1:
+            raise ValueError(_said(packed))
+        state: Any = json.loads(bytes(packed.tolist()))
+        if surplus := state.keys() - STATED:
+            raise ValueError(f"it has {shown(min(surplus))} too")
         kind, (out, inp), dtype = state["quant_type"], state["shape"], DTYPES[state["dtype"]]
         block, nested = state["blocksize"], state.get("nested_blocksize")
-        offset = float(state["nested_offset"]) if nested else None
-    except (ValueError, TypeError, KeyError) as err:
-        raise InputError(f"tensor {name}.{states[0]}: not the state of a 4-bit matrix ({err!r})") from None
+        offset = float(state["nested_offset"]) if nested and state["nested_dtype"] == "float32" else None
+        if nested and offset is None:
+            raise ValueError(f"nested_dtype {state['nested_dtype']!r}")
+        if {type(out), type(inp), type(nested or 0)} != {int} or min(out, inp) < 1 or not math.isfinite(offset or 0.0):
+            raise ValueError(f"shape {[out, inp]}, nested_blocksize {nested}, nested_offset {offset}")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as err:
+        why = repr(err)[:200]
+        raise InputError(f"tensor {name}.{states[0]}: not the state of a 4-bit matrix ({why})") from None
     wanted = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
     if missing := [part for part in wanted if part not in parts]:
         raise InputError(f"tensor {name}.{missing[0]} is missing")
     if block != BLOCK:
-        raise InputError(f"tensor {name}: quantised by blocks of {block}; expected {BLOCK}, bitsandbytes' default")
+        raise InputError(
+            f"tensor {name}: quantised by blocks of {shown(block)}; expected {BLOCK}, bitsandbytes' default"
+        )
+    if not codes.ndim:
+        raise InputError(f"tensor {name}: expected a matrix' codes, got one number")
     codes = codes.contiguous().view(torch.uint8)  # bitsandbytes may store the bytes as another dtype
     absmax, code = parts["absmax"], parts["quant_map"]
     kinds = {x.dtype for x in (code, parts.get("nested_absmax", code), parts.get("nested_quant_map", code))}
-    if codes.numel() * 2 != out * inp or inp % 2 or kinds != {torch.float32} or absmax.ndim != 1:
+    vectors = {x.ndim for x in (absmax, parts.get("nested_absmax", absmax))}
+    if codes.numel() * 2 != out * inp or inp % 2 or kinds != {torch.float32} or vectors != {1}:
         raise InputError(f"tensor {name}: {_said(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]")
     _standard(kind, code, name)
+    if not nested and absmax.dtype != torch.float32:
+        raise InputError(
+            f"tensor {name}.absmax: expected float32, as its state tells of no nested ones, got {_said(absmax)}"
+        )
     if nested:
         if absmax.dtype != torch.uint8 or parts["nested_quant_map"].shape != (256,):
             raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_said(absmax)}")
@@ -102,7 +123,7 @@ def _standard(kind: Any, code: Tensor, name: str) -> None:
     from bitsandbytes.functional import get_4bit_type
 
     if kind not in ("nf4", "fp4"):
-        raise InputError(f"tensor {name}: quant_type is {kind!r}; expected 'nf4' or 'fp4'")
+        raise InputError(f"tensor {name}: quant_type is {shown(kind)}; expected 'nf4' or 'fp4'")
     values: Any = get_4bit_type(kind, device=code.device)
     if code.shape != (16,) or not torch.allclose(code, values, atol=1e-6):
         raise InputError(f"tensor {name}.quant_map: not the values of {kind}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,30 +16,77 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.families.names import Held
+from fgpt.families.names import Held, named, shown
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """Write `data` to a temporary name in the same folder, flush it to disk, and rename it to `path`.
+def write(path: Path, *data: bytes | memoryview | str) -> None:
+    """Write `data`, part after part, to a temporary name in the same folder, flush it to disk, and rename it to `path`.
 
     Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
-    data = data.encode() if isinstance(data, str) else data
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in data:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _settle(path.parent)
     except OSError as err:
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write files into, which takes the name `path` when all are written, in the place of an older one:
+    a reader finds the old files, or the new, and never some of each.
+
+    Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            os.chmod(temporary, 0o755)
+            yield temporary
+            _settle(temporary)
+            _replace(temporary, path)
+            _settle(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as err:
+        raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`. An older one is put aside first: it cannot be renamed over."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    aside = new.with_name(f"{new.name}.old")
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Bring a folder's names, new and renamed, to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. The metadata defaults to what the hub's libraries expect. Tensors that share their storage,
-    as the codes of quantised weights do, are each written in full.
+    as the codes of quantised weights do, are each written in full. The same tensors make the same file, bit for bit.
 
     Raises InputError for a tensor without storage, and as `write` does.
     """
@@ -60,7 +108,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         x = x.detach().contiguous()
         own[name] = x.clone() if x.untyped_storage().data_ptr() in seen else x
         seen.add(own[name].untyped_storage().data_ptr())
-    write(path, save(own, metadata or {"format": "pt"}))
+    data = memoryview(save(own, metadata or {"format": "pt"}))
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:begin]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors has its entries in any order
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # as the format aligns what follows
+    write(path, len(text).to_bytes(8, "little"), text, data[begin:])
 
 
 def read_json(path: Path) -> Any:
@@ -69,7 +123,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise InputError(f"{path}: {err.strerror}; expected a JSON file") from None
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise InputError(f"{path}: not valid JSON: {err}") from None
 
 
@@ -96,7 +150,9 @@ def shards(folder: Path, weights: str) -> list[Path]:
         raise InputError(f"{index}: expected a weight_map of tensor names to file names")
     names = sorted(set(where.values()))
     if odd := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise InputError(f"{index} names {odd[0]}, which is not beside it ({len(odd)} of {len(names)} files missing)")
+        raise InputError(
+            f"{index} names {named(odd[0])}, which is not beside it ({len(odd)} of {len(names)} files missing)"
+        )
     return [folder / name for name in names]
 
 
@@ -156,6 +212,23 @@ def _opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: no such file; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                _readable(path, name, file.get_slice(name).get_shape())
             yield file
+    except InputError:  # which is a ValueError
+        raise
     except (SafetensorError, OSError, ValueError) as err:
-        raise InputError(f"{path}: not a whole safetensors file: {err}") from None
+        why = "".join(c if c.isprintable() else " " for c in str(err))  # it may quote the file
+        raise InputError(f"{path}: not a whole safetensors file: {why}") from None
+
+
+def _readable(path: Path, name: str, shape: list[int]) -> None:
+    """Raises InputError for a tensor of a name that no line could show, or of a shape that none of ours has."""
+    if not name.isprintable() or len(name) > LONGEST:
+        raise InputError(f"{path}: a tensor is called {shown(name)}; expected up to {LONGEST} printable characters")
+    if len(shape) > AXES:
+        raise InputError(f"{path}: tensor {name} has {len(shape)} axes; expected at most {AXES}")
+
+
+LONGEST, AXES = 500, 8
+"""Far above what any model has."""

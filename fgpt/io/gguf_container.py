@@ -26,6 +26,8 @@ STRING, ARRAY = 8, 9
 MOST = {"keys": 1 << 16, "tensors": 1 << 20, "bytes of a name": 1 << 16, "elements of a list": 1 << 24}
 """Far above what any model has: past it, a header is spoiled though the file could hold it."""
 
+LONGEST = 500
+"""Far above any name, of a key or a tensor."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are read as they are."""
 STEP = 1 << 20
@@ -168,6 +170,8 @@ class _Header:
 
     def name(self, seen: dict[str, Any]) -> str:
         name = self.text("bytes of a name")
+        if not name.isprintable() or len(name) > LONGEST:
+            raise self.bad(f"something is called {name!r:.80}, expected up to {LONGEST} printable characters")
         if name in seen:
             raise self.bad(f"{name} is there twice")
         return name

@@ -151,7 +151,10 @@ def load(
     """
     it = _opened(find(name))
     cfg, dtype = _config(it), dtype or _declared(it.config)
-    chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
+    try:
+        chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
+    except InputError as err:
+        raise InputError(f"{it.path}: {err}") from None
 
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)

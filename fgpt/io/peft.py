@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, layers
 from fgpt.errors import InputError
+from fgpt.families.names import named as printable
+from fgpt.families.names import shown
 from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fgpt.io.peft_names import (
     PREFIX,
@@ -35,7 +37,7 @@ from fgpt.io.peft_names import (
 )
 from fgpt.io.trees import fitted
 from fgpt.model import GPT
-from fgpt.tree import leaves, matches
+from fgpt.tree import leaves
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HELD = "fgpt_held"
@@ -196,16 +198,18 @@ def load_peft(folder: Path, params: GPT) -> Adapters:
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
     """
     config = read_json(folder / CONFIG)
-    kind = config.get("peft_type") if isinstance(config, dict) else config
+    kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KEYS:
-        raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {kind!r}")
+        raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {shown(kind)}")
     tensors, metadata = read_tensors(folder / WEIGHTS), read_metadata(folder / WEIGHTS)
     try:
         _refuse(config)
         found, parts = _modules(tensors, kind), _held(metadata.get(HELD, "{}"))
         known = named(modules_of(params.cfg))
-        if lost := [name for name in found if name not in known]:
-            raise InputError(f"adapter on {lost[0]}, which is no layer of this model")
+        if lost := [name for name in [*found, *parts] if name not in known]:
+            raise InputError(f"adapter on {printable(lost[0])}, which is no layer of this model")
+        if len({known[name] for name in found}) < len(found):
+            raise InputError("two adapters are on one layer, which has two names: expected one of them")
         adapters = (
             _norms(found, known, parts) if kind == "LN_TUNING" else _low(kind, found, known, config, parts, params)
         )
@@ -222,7 +226,10 @@ def _refuse(config: Mapping[str, Any]) -> None:
             "save_pretrained(.., path_initial_model_for_weight_conversion=..)"
         )
     if used := [name for name in UNREAD if config.get(name)]:
-        raise InputError(f"{used[0]} is {config[used[0]]!r}, which has no adapter here; expected none")
+        raise InputError(f"{used[0]} is {shown(config[used[0]])}, which has no adapter here; expected none")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(config.get(name), bool | None):
+            raise InputError(f"{CONFIG}: expected true or false for {name}, got {shown(config[name])}")
 
 
 def _modules(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Tensor]]:
@@ -231,7 +238,12 @@ def _modules(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Te
         match = re.fullmatch(re.escape(PREFIX) + KEYS[kind], name)
         if match is None:
             raise InputError(f"tensor {name} is none of peft_type {kind!r}")
-        modules.setdefault(match["module"], {})[match["part"]] = x.float()
+        if not x.is_floating_point():
+            raise InputError(f"tensor {name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
+        parts = modules.setdefault(match["module"], {})
+        if match["part"] in parts:
+            raise InputError(f"tensor {name} is there by another name too: expected one of them")
+        parts[match["part"]] = x.float()
     if not modules:
         raise InputError(f"{WEIGHTS} holds no adapter")
     return modules
@@ -240,10 +252,10 @@ def _modules(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Te
 def _held(text: str) -> dict[str, Held]:
     try:
         parts = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         parts = None
-    if not isinstance(parts, dict) or not all(isinstance(x, dict) for x in parts.values()):
-        raise InputError(f"{WEIGHTS}: metadata {HELD} is {text[:60]!r}; expected an object of objects")
+    if not isinstance(parts, dict) or not all(isinstance(x, dict) and x for x in parts.values()):
+        raise InputError(f"{WEIGHTS}: metadata {HELD} is {shown(text)}; expected an object of objects")
     return parts
 
 
@@ -282,19 +294,39 @@ def _lora(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
         raise InputError(f"{module} needs {' and '.join(names)}: [rank, in], [out, rank] and [out]; got {got}")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(f"{CONFIG}: expected lora_dropout from 0 to less than 1, got {dropout!r}")
-    lora = LoRA(a, b, _alpha(config, module), bool(config.get("use_rslora")), float(dropout))
+        raise InputError(f"{CONFIG}: expected lora_dropout from 0 to less than 1, got {shown(dropout)}")
+    rank = _chosen(config, module, "rank_pattern", "r")
+    alpha = _chosen(config, module, "alpha_pattern", "lora_alpha")
+    if not len(a) or (rank is not None and rank != len(a)):
+        raise InputError(f"{module} has a lora_A of rank {len(a)}; {CONFIG} says {shown(rank)}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e15:  # NaN is not
+        raise InputError(f"{CONFIG}: expected a number for lora_alpha, got {shown(alpha)}")
+    lora = LoRA(a, b, float(alpha), bool(config.get("use_rslora")), float(dropout))
     return lora if m is None else DoRA(lora, m.flatten())
 
 
-def _alpha(config: Mapping[str, Any], module: str) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{CONFIG}: expected an object for alpha_pattern, got {patterns!r}")
-    alpha = next((a for p, a in patterns.items() if matches(rf"(.*\.)?({p})", module)), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
-        raise InputError(f"{CONFIG}: expected a number for lora_alpha, got {alpha!r}")
-    return float(alpha)
+def _chosen(config: Mapping[str, Any], module: str, patterns: str, default: str) -> Any:
+    """What the first of `patterns` that a module's name matches says of it, else `default`."""
+    found = config.get(patterns) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{CONFIG}: expected an object for {patterns}, got {shown(found)}")
+    return next((x for pattern, x in found.items() if _matches(pattern, module)), config.get(default))
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether PEFT takes `pattern`, from a file, for the module's. RE2 reads it, in a time that grows with its length:
+    with Python's own engine, a few characters can take for ever.
+    """
+    import pyarrow  # here, because importing fgpt must stay fast, and few adapters have patterns
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute
+    try:
+        return compute.match_substring_regex(pyarrow.scalar(module), pattern=rf"^(?:(.*\.)?({pattern}))$").as_py()
+    except (pyarrow.ArrowException, ValueError) as err:
+        raise InputError(
+            f"{CONFIG}: {shown(pattern)} is not a regular expression: {' '.join(str(err).split())}"
+        ) from None
 
 
 def _ia3(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IA3:
@@ -310,6 +342,8 @@ def _norms(
     adapters: Adapters = {}
     for name, tensors in modules.items():
         module, kept = known[name], parts.get(name, {"w": [], "b": []})
+        if lost := [leaf for leaf in kept if leaf not in dict(LEAVES)]:
+            raise InputError(f"metadata {HELD} names {shown(lost[0])} of {name}; expected w or b")
         if not module.norm:  # a Conv1D's weight is transposed, and may be square
             raise InputError(f"{name} is no norm of this model")
         adapters |= {f"{module.path}.{leaf}": tensors[x] for leaf, x in LEAVES if leaf in kept and x in tensors}

@@ -21,7 +21,7 @@ from torch import Tensor
 from fgpt import families
 from fgpt.adapters import IA3, DoRA, LoRA
 from fgpt.errors import InputError
-from fgpt.families.names import is_head
+from fgpt.families.names import is_head, shown
 from fgpt.model import Config, Linear, Norm, RMSNorm, skeleton
 from fgpt.tree import device, leaves, update, walk
 from fgpt.weights import Weight, row_norms, shape
@@ -117,11 +117,11 @@ def unstack(whole: S, parts: Held) -> dict[str, S]:
     for x in (x for x in "qkv" if x in parts):
         try:
             rank, alpha = int(parts[x][0]), float(parts[x][1])
-        except (TypeError, ValueError, IndexError):
-            raise InputError(f"stacked {x} is {parts[x]!r}; expected [rank, alpha]") from None
+        except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+            raise InputError(f"stacked {x} is {shown(parts[x])}; expected [rank, alpha]") from None
         rows, columns = slice("qkv".index(x) * d, ("qkv".index(x) + 1) * d), slice(at, at + rank)
         one = replace(lora, a=lora.a[columns], b=lora.b[rows, columns], alpha=alpha)
-        if one.a.shape[0] != rank or not one.scale:
+        if rank < 1 or one.a.shape[0] != rank or not 0 < abs(alpha) <= 1e300:
             raise InputError(f"stacked {x} has rank {rank} and alpha {alpha}, but {lora.a.shape[0] - at} rows are left")
         # parts of unequal scales were brought to one by their B
         one = one if _near(one.scale, lora.scale) else replace(one, b=one.b * (lora.scale / one.scale))

@@ -12,6 +12,7 @@ node, the dtype and axes of a tensor (an axis that is named twice in a node has 
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -115,6 +116,8 @@ def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
         return tensors.pop(name)
     match form:
         case {"dict": dict(items), **rest} if not rest:
+            if odd := [key for key in items if not key.isprintable()]:
+                raise InputError(f"a key of {name or 'the tree'} is {odd[0]!r:.80}; expected printable text")
             return {k: _build(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in items.items()}
         case {"tuple": list(items), **rest} if not rest:
             return tuple(_build(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(items))
@@ -151,6 +154,11 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
     x = cls(**values)
     if isinstance(x, QUANTISED):
         check_quantised(x, at)
+    if isinstance(x, LoRA) and not (len(x.a) and math.isfinite(x.alpha) and 0 <= x.dropout < 1):
+        got = f"rank {len(x.a)}, alpha {x.alpha} and dropout {x.dropout}"
+        raise InputError(
+            f"{at}: expected a rank above 0, a finite alpha and a dropout from 0 to less than 1, got {got}"
+        )
     return x
 
 
@@ -158,7 +166,7 @@ def _static(value: Any, kind: Any) -> Any:
     """A static field from JSON; as it is where it does not fit, for the check to refuse."""
     if kind is torch.dtype and isinstance(value, str):
         return getattr(torch, value, value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
