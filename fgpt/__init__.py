@@ -2,6 +2,7 @@
 
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, dora, functional_call, ia3, lora, merge, trainable, tune
 from fgpt.beam import beam_search, lookup
+from fgpt.check import Finding, check
 from fgpt.errors import InputError
 from fgpt.generate import Generated, generate, stream
 from fgpt.heads import classifier
@@ -30,6 +31,7 @@ __all__ = [
     "Cache",
     "Config",
     "DoRA",
+    "Finding",
     "Generated",
     "InputError",
     "LoRA",
@@ -43,6 +45,7 @@ __all__ = [
     "adapt",
     "apply",
     "beam_search",
+    "check",
     "classifier",
     "dense",
     "dora",

@@ -1,0 +1,65 @@
+"""The laws that everything here rests on, asked of a model, adapters and a batch of your own.
+
+finite loss         a number, at every position with weight        merge            merged weights answer as factored
+padding             changes nothing, right or left                 accumulation     micro-batches add up to their union
+packing             documents in a row are as if alone             gradient flow    every trained leaf has a gradient
+batch composition   a row does not see its neighbours              first step       and moves in the first update
+batch size          nor how many they are                          determinism      the same step gives the same bits
+cache               token by token is one pass                     save and load    to the bit
+frozen base         nothing is changed in place
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from fgpt.adapters import Adapters
+from fgpt.check import answers, keeping, training
+from fgpt.check.case import Case, Finding, case_of, unasked
+from fgpt.loss import Batch
+from fgpt.model import GPT
+
+__all__ = ["Finding", "check"]
+
+Law = Callable[[Case], Finding]
+
+FORWARD: dict[str, Law] = {
+    "padding": answers.padding,
+    "packing": answers.packing,
+    "batch composition": answers.neighbours,
+    "batch size": answers.size,
+    "cache": answers.cache,
+    "merge": answers.merged,
+}
+TRAINING: dict[str, Law] = {
+    "accumulation": training.accumulation,
+    "gradient flow": training.flow,
+    "first step": training.movement,
+    "determinism": training.determinism,
+    "save and load": keeping.files,
+}
+
+
+@torch.no_grad()
+def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tuple[Finding, ...]:
+    """What each law is found to be worth for `adapters` over `params` on `batch`, at a point a little away from where
+    they are, since a fresh adapter is the identity and hides much. `lr` is the rate of the first update. Dropout is
+    off, but in the first update.
+
+    A few rows are enough: the passes take some twenty times the batch, and a row's logits are held whole. A law that
+    has nothing to be asked of says why, and its `holds` is None.
+
+    Raises InputError where adapters or batch do not fit the model.
+    """
+    trees = {"base": params, "adapters": adapters, "batch": batch}
+    before = keeping.digest(trees)
+    case = case_of(params, adapters, batch, lr)
+    found = [answers.finite(case)]
+    for name, law in (FORWARD | TRAINING).items():
+        if not found[0].holds:
+            found.append(unasked(name, "there is no loss to speak of"))
+        elif name in TRAINING and not adapters:
+            found.append(unasked(name, "no adapters"))
+        else:
+            found.append(law(case))
+    return *found, keeping.frozen(before, keeping.digest(trees))
