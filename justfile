@@ -33,7 +33,7 @@ _install stamp *groups:
     fi
     touch "$stamp"
 
-# Train a run: `just train lora-nano`, with overrides: `just train lora-nano --lr 1e-3 --adapter.rank 16`
+# Train a run: `just train lora-nano`, with overrides: `--lr 1e-3 --adapter.rank 16`; after a kill `just train lora-nano --resume`
 [no-exit-message]
 train *args: setup
     @{{ python }} -m experiments train "$@"
@@ -67,6 +67,21 @@ merge *args: setup
 [no-exit-message]
 eval *args: setup
     @{{ python }} -m experiments eval "$@"
+
+# A run on one page, curves, samples and environment: `just report lora-nano`
+[no-exit-message]
+report *args: setup
+    @{{ python }} -m experiments report "$@"
+
+# One step of a training computed again: `just replay lora-nano --step 100`
+[no-exit-message]
+replay *args: setup
+    @{{ python }} -m experiments replay "$@"
+
+# The laws on your model, data and machine, with their margins: `just doctor lora-small --base FOLDER --data FILE`
+[no-exit-message]
+doctor *args: setup
+    @{{ python }} -m experiments doctor "$@"
 
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]

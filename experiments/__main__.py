@@ -1,4 +1,4 @@
-"""The command line behind `just train | generate | chat | compare | merge | eval | runs`.
+"""The command line behind `just train | generate | chat | compare | merge | eval | report | replay | doctor | runs`.
 
 Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
 """
@@ -25,14 +25,41 @@ def train(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if name in ("", "-h", "--help"):
         raise InputError(f"expected a run: just train NAME [--option value ..]; there are {', '.join(runs.RUNS)}")
-    run = parse(type(runs.find(name)), options, runs.find(name), f"just train {name}")
-    if isinstance(run, runs.Pretrain):
-        from experiments.pretrain import pretrain as go
-    elif isinstance(run, runs.Classify):
-        from experiments.classify import classify as go
+    if "--resume" in options:
+        run, where = resumed(name, [option for option in options if option != "--resume"])
     else:
-        from experiments.train import train as go
-    go(run)  # pyright: ignore[reportArgumentType]
+        run, where = parse(type(runs.find(name)), options, runs.find(name), f"just train {name}"), None
+    from experiments import track
+    from experiments.kinds import carry_out
+
+    track.check(run)
+    carry_out(run, where)
+
+
+LASTING = ("checkpoint", "keep", "track", "out")
+"""Options that change nothing of what is trained."""
+
+
+def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
+    """The run that was begun under a name, or in a folder, as it was begun; and its folder.
+
+    Raises InputError where there is none, or the options would make it another run.
+    """
+    from experiments import folder
+
+    command = f"just train {name} --resume"
+    named = runs.find(name) if name in runs.RUNS else None
+    out = Path("runs") if named is None else parse(type(named), options, named, command).out
+    where = folder.begun(name, out)
+    recorded = folder.read_run(where)
+    run = parse(type(recorded), options, recorded, command)
+    for field in dataclasses.fields(run):
+        was, now = getattr(recorded, field.name), getattr(run, field.name)
+        if was != now and field.name not in LASTING:
+            raise InputError(
+                f"{where} was begun with {field.name} {was}, not {now}: leave it out, or leave out --resume"
+            )
+    return run, where
 
 
 def list_runs(args: Sequence[str]) -> None:
@@ -128,6 +155,48 @@ def evaluate(args: Sequence[str]) -> None:
     go(parse(Asked, args, None, "just eval"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """One step of a training computed again: its rows, its loss, its gradient norm."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+    step: int
+    """Which, counted from 1."""
+
+
+def replay(args: Sequence[str]) -> None:
+    options = parse(Replay, args, None, "just replay")
+    from experiments.replay import replay as go
+
+    go(options.run, options.step)
+
+
+def doctor(args: Sequence[str]) -> None:
+    name, *options = args or [""]
+    if name in ("", "-h", "--help"):
+        raise InputError("expected a run: just doctor NAME [options, as just train has them]")
+    run = parse(type(runs.find(name)), options, runs.find(name), f"just doctor {name}")
+    from experiments.doctor import go
+
+    go(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A run on one page: curves, configuration, samples, comparison, environment."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+
+
+def report(args: Sequence[str]) -> None:
+    options = parse(Report, args, None, "just report")
+    from experiments.report import go
+
+    go(options.run)
+
+
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
     """`cls` from command-line options.
 
@@ -174,6 +243,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": compare,
     "merge": merge,
     "eval": evaluate,
+    "report": report,
+    "replay": replay,
+    "doctor": doctor,
 }
 
 

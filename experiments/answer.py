@@ -30,7 +30,7 @@ class Opened(NamedTuple):
 def opened(name: str) -> Opened:
     """Raises InputError for an unknown run."""
     out = folder.find(name)
-    run = folder.read_run(out)
+    run = folder.instruction_run(out)
     return Opened(run, folder.load_tuned(out, base_of(run)), hub.tokenizer(run.base))
 
 

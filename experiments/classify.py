@@ -2,23 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from rich.table import Table
 
 from experiments import folder
-from experiments.fit import console, plot_loss
+from experiments.console import console
+from experiments.fit import again, fit
+from experiments.metrics import plot_loss
+from experiments.plan import Plan
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.runs.classify import Classify
 from experiments.scores.classes import Scores, majority, plot_confusion, scores
-from experiments.train import adapters_of, apart, base_of, batches, steps_of, updated
+from experiments.train import adapters_of, apart, base_of, laid_out, told
 from fgpt.adapters import Adapters, adapt, trainable, tune
 from fgpt.data import label_sources
 from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
 from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.io import hub
-from fgpt.io.files import write_json
+from fgpt.io.files import whole_folder, write_json
 from fgpt.io.trees import save_adapters
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key
@@ -58,10 +61,22 @@ def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> t
     return scores(truth, found.argmax(-1).tolist(), len(labels.names)), float(loss)
 
 
-def classify(run: Classify) -> Path:
-    """Train, save, score. Returns the run's folder.
+class Asked(NamedTuple):
+    """What a run is scored on: rows as the tuned model reads them and, with shots before them, the base."""
 
-    Everything that bad input can spoil is read before anything slow begins. Raises InputError.
+    names: tuple[str, ...]
+    labels: Labels
+    width: int
+    commonest: Scores
+    """Of telling always the label that the training rows have most often."""
+    examples: list[Example]
+    shown: list[Example]
+
+
+def plan(run: Classify) -> tuple[Plan, Asked]:
+    """The training, and what is scored before and after it.
+
+    Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
     folder.device_of(run.device)
     if run.shots and run.form == "classes":
@@ -69,9 +84,11 @@ def classify(run: Classify) -> Path:
     cfg, tokenizer = hub.describe(run.base)
     names, train, test = settle(run.labels, *read(run))
     run = replace(run, labels=run.labels or names)
+    train, chosen = apart(train, min(run.heldout, len(train) // 2), run.seed) if run.evaluate else (train, [])
     labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.context)
     examples, cut = encode(train, labels, around, tokenizer, width)
     asked, cut_too = encode(test, labels, around, tokenizer, width)
+    by, _ = encode(chosen, labels, around, tokenizer, width)
     if cut + cut_too:
         console.print(
             f"{cut:,} of {len(train):,} training rows and {cut_too:,} of {len(test):,} to be scored are longer than "
@@ -83,33 +100,52 @@ def classify(run: Classify) -> Path:
         shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.context).examples
     base = with_head(run, base_of(run), names)
     adapters = trained_of(run, base)
-    steps = steps_of(examples, run, width)
+    judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
+    it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
     console.print(
         f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {steps} steps; {len(test):,} rows to score"
+        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps; {len(test):,} to score"
     )
-    out = folder.create(run)
     truth = [names.index(row.label) for row in test]
     plain = majority([names.index(row.label) for row in train], truth, len(names))
-    table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (plain, None)}
-    if run.form == "tokens":
-        table["base"] = score(base, asked, labels, width)
-        tell("base", *table["base"])
-    if shown:
-        table[f"base, {run.shots} shots"] = score(base, shown, labels, width)
-    frozen, fitted = updated(run, base, adapters, batches(examples, run, width), steps, out)
-    tuned = fitted.state.trainable
-    if run.form == "classes":  # PEFT's format has no place for our head
-        save_adapters(tuned, out / folder.ADAPTER / folder.ADAPTERS)
-    else:
-        folder.save_tuned(out, frozen, tuned, run.base)
-    plot_loss(out / folder.METRICS, out / folder.LOSS, run.name, "example")
-    console.print(f"{int(fitted.state.step)} steps in {fitted.seconds:.0f} s; saved {out}")
-    if fitted.interrupted:
-        console.print("interrupted: what was trained so far is usable")
-        raise KeyboardInterrupt
-    table["tuned"] = score(adapt(frozen, tuned), asked, labels, width)
-    report(run, names, len(test), table, out)
+    return it, Asked(names, labels, width, plain, asked, shown)
+
+
+def classify(run: Classify, where: Path | None = None) -> Path:
+    """Train, save, score; in a new folder, or in `where`, from its last checkpoint on. Returns the run's folder.
+
+    Raises InputError as `plan` and `fit` do.
+    """
+    it, asked = plan(run)
+    run = cast(Classify, it.run)
+
+    def scored(params: GPT, examples: list[Example]) -> tuple[Scores, float]:
+        return score(params, examples, asked.labels, asked.width)
+
+    with folder.opened(run, it.steps, where) as out:
+        table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (asked.commonest, None)}
+        if run.form == "tokens":
+            assert it.first is not None
+            base = adapt(it.frozen, it.first.trainable)  # adapters at their start change nothing
+            table["base"] = scored(base, asked.examples)
+            tell("base", *table["base"])
+            if asked.shown:
+                table[f"base, {run.shots} shots"] = scored(base, asked.shown)
+            del base
+        fitted = fit(it, out)
+        tuned = fitted.state.trainable
+        if run.form == "classes":  # PEFT's format has no place for our head
+            with whole_folder(out / folder.ADAPTER) as saved:
+                save_adapters(tuned, saved / folder.ADAPTERS)
+        else:
+            folder.save_tuned(out, it.frozen, tuned, run.base)
+        plot_loss(out / folder.METRICS, out / folder.LOSS, run.name, "example")
+        told(fitted, out)
+        if fitted.interrupted:
+            console.print(f"what was trained so far is usable; {again(out)}")
+            raise KeyboardInterrupt
+        table["tuned"] = scored(adapt(it.frozen, tuned), asked.examples)
+        report(run, asked.names, len(asked.examples), table, out)
     return out
 
 

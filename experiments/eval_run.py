@@ -14,7 +14,7 @@ from experiments import classify, compare, folder, predict
 from experiments.compare import asked as compare_asked
 from experiments.compare import sides as compare_sides
 from experiments.compare.scores import asked_scores, rouge_scores, shape_scores
-from experiments.fit import console
+from experiments.console import console
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.scores.text import answers
@@ -25,7 +25,6 @@ from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.evaluate import Pair, Scored, scoring
 from fgpt.io import hub
-from fgpt.io.files import read_json
 from fgpt.model import GPT
 
 Figures = dict[str, float | int | None]
@@ -34,8 +33,11 @@ Figures = dict[str, float | int | None]
 
 def run_of(at: Path) -> Run | Classify:
     """The run that made a folder. Raises InputError for one that neither follows instructions nor classifies."""
-    values = read_json(at / folder.RUN)
-    return predict.read_run(at) if isinstance(values, dict) and "wording" in values else folder.read_run(at)
+    if not isinstance(run := folder.read_run(at), Run | Classify):
+        raise InputError(
+            f"{at}: a pretrained model has no rows of its own; give --base {at / folder.MODEL} --text FILE"
+        )
+    return run
 
 
 def own(

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from experiments import eval_run, folder, predict, tasks
+from experiments.console import console
 from experiments.eval_run import Figures, scored, shown
-from experiments.fit import console
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.train import base_of

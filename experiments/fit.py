@@ -1,37 +1,41 @@
-"""The training loop: steps, a progress line, a metrics file, and an end that leaves something usable."""
+"""The training loop: steps, a progress line, metrics and checkpoints, and an end that leaves something usable."""
 
+import contextlib
 import json
 import math
+import os
 import resource
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments import checkpoint
+from experiments.console import console
+from experiments.folder import METRICS
+from experiments.metrics import mend, read_metrics
+from experiments.plan import Plan
+from experiments.track import tracking
 from fgpt.errors import InputError
-from fgpt.loss import Batch
-from fgpt.optim import Schedule
 from fgpt.rng import fold_in
-from fgpt.train import State, Step
-from fgpt.tree import device, tree_map
-
-console = Console(stderr=True, highlight=False)
+from fgpt.train import State
+from fgpt.tree import device, leaves, tree_map
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a training ended: `state` is that of the last whole step."""
+    """How a training ended: `state` is what the run leaves, after its last whole step or the best one."""
 
     state: State
     interrupted: bool
     seconds: float
-    tokens: int
 
 
 def peak_memory(device: torch.device) -> float:
@@ -42,28 +46,27 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def fit(
-    step: Step,
-    state: State,
-    frozen: Any,
-    batches: Iterable[Sequence[Batch]],
-    steps: int,
-    schedule: Schedule,
-    rng: torch.Generator,
-    metrics_file: Path,
-    mfu: Callable[[float], float] | None = None,
-    watch: Callable[[State], dict[str, float]] | None = None,
-) -> Fitted:
-    """Run `steps` updates; each takes the next list of micro-batches and a fresh key of `rng`. One JSON line a step
-    goes to `metrics_file`.
+def fit(plan: Plan, out: Path) -> Fitted:
+    """Train as planned, from the last checkpoint in the folder `out` if there is one. A JSON line a step goes to its
+    metrics file, and a checkpoint of the state to its checkpoints each so many minutes, at the end, and where the
+    held-out loss is the best so far.
 
-    `mfu` says of a step's tokens per second which part of the machine they take. `watch` looks at the state after a
-    step, and what it finds goes into that step's line; its time counts for nothing.
+    Ctrl-C ends the training after the step under way, with a checkpoint.
 
-    Ctrl-C ends the training after the last whole step. Raises InputError where the loss is no longer a number.
+    Raises InputError where the loss is no longer a number, a trained leaf does not move, or the disk is full.
     """
-    at = device(state.trainable)
-    began, tokens, seconds, interrupted = time.perf_counter(), 0, 0.0, False
+    run, first = plan.run, plan.take()
+    state = checkpoint.newest(out, first, plan.inputs) or first
+    del first
+    begin, at = int(state.step), device(state.trainable)
+    mend(out / METRICS)
+    before = {line["step"]: line for line in read_metrics(out / METRICS)}
+    earlier = [line for step, line in before.items() if step <= begin]
+    tokens, past = (earlier[-1]["tokens"], earlier[-1]["seconds"]) if earlier else (0, 0.0)
+    least = min((line["heldout_loss"] for line in earlier if "heldout_loss" in line), default=math.inf)
+    if begin:
+        console.print(f"going on after step {begin} of {plan.steps}")
+    began, saved, still = time.perf_counter(), time.perf_counter(), set(leaves(state.trainable))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -74,80 +77,120 @@ def fit(
         TimeRemainingColumn(),
     )
     with (
-        open(metrics_file, "a", encoding="utf-8") as log,
+        _room(out),
+        tracking(run, out, begin) as track,
+        open(out / METRICS, "a", encoding="utf-8") as log,
+        stopping() as stopped,
         Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("training", total=steps, loss="-", speed="-", memory="-")
-        try:
-            for done, micro in enumerate(batches):
-                micro = [tree_map(lambda x: x.to(at), b) for b in micro]
-                lr = float(schedule(state.step))
-                state_after, metrics = step(state, frozen, micro, fold_in(rng, done))
-                loss = float(metrics.loss)
-                if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
-                    raise InputError(
-                        f"the loss became {loss} (gradient norm {float(metrics.grad_norm)}) at step {done + 1} with lr "
-                        f"{lr:.2g}: expected finite numbers; lower --lr or raise --warmup"
-                    )
-                new, since = sum(b.tokens.numel() for b in micro), seconds
-                state, tokens, seconds = state_after, tokens + new, time.perf_counter() - began
-                speed, memory = tokens / seconds, peak_memory(at)
-                used = {} if mfu is None else {"mfu": round(mfu(new / (seconds - since)), 4)}
-                pace = f"{speed:,.0f} tok/s" + "".join(f"  MFU {x:.1%}" for x in used.values())
-                line = {
-                    "step": done + 1,
-                    "loss": loss,
-                    "grad_norm": float(metrics.grad_norm),
-                    "lr": lr,
-                    "weight": float(metrics.weight),
-                    "tokens": tokens,
-                    "seconds": round(seconds, 3),
-                    "memory_gb": round(memory, 3),
-                    **used,
-                }
-                if watch is not None:
-                    pause = time.perf_counter()
-                    line |= watch(state)
-                    began += time.perf_counter() - pause
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.update(task, advance=1, loss=f"{loss:.3f}", speed=pace, memory=f"{memory:.2f}")
-                if not console.is_terminal and (done % max(1, steps // 20) == 0 or done + 1 == steps):
-                    left = seconds / (done + 1) * (steps - done - 1)
-                    now = f"step {done + 1}/{steps}  loss {loss:.3f}  {pace}"
-                    console.print(f"{now}  {memory:.2f} GB  eta {left:.0f} s")
-                if done + 1 == steps:
-                    break
-        except KeyboardInterrupt:
-            interrupted = True
-    return Fitted(state, interrupted, time.perf_counter() - began, tokens)
+        task = bar.add_task("training", total=plan.steps, completed=begin, loss="-", speed="-", memory="-")
+        seconds = past
+        for done, micro in zip(range(begin + 1, plan.steps + 1), plan.batches(begin)):
+            micro = [tree_map(lambda x: x.to(at), batch) for batch in micro]
+            lr, old = float(plan.schedule(state.step)), state
+            state, metrics = plan.step(old, plan.frozen, micro, fold_in(plan.rng, done - 1))
+            loss, norm = float(metrics.loss), float(metrics.grad_norm)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise InputError(
+                    f"the loss became {loss} (gradient norm {norm}) at step {done} with lr {lr:.2g}: expected finite "
+                    "numbers; lower --lr or raise --warmup"
+                )
+            if still and done <= 2:
+                was, now = leaves(old.trainable), leaves(state.trainable)
+                still = {path for path in still if was[path].equal(now[path])}
+                del was, now
+            if still and done == 2:
+                _unmoved(still, len(leaves(state.trainable)), lr)
+            del old
+            new, since = sum(b.tokens.numel() for b in micro), seconds
+            tokens, seconds = tokens + new, past + time.perf_counter() - began
+            used = {} if plan.mfu is None else {"mfu": round(plan.mfu(new / (seconds - since)), 4)}
+            line = {
+                "step": done,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": lr,
+                "weight": float(metrics.weight),
+                "tokens": tokens,
+                "seconds": round(seconds, 3),
+                "memory_gb": round(peak_memory(at), 3),
+                **used,
+            }
+            pause = time.perf_counter()
+            if plan.heldout and run.evaluate and done % run.evaluate == 0:
+                line["heldout_loss"] = plan.heldout(state.trainable)
+                console.print(f"step {done}  held out: loss {line['heldout_loss']:.4f}")
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            track(line)
+            if done in before and any(before[done][name] != line[name] for name in ("loss", "grad_norm")):
+                console.print(f"step {done} came out otherwise than before: another machine, or other versions?")
+                before = {}  # once is enough
+            pace = f"{tokens / seconds:,.0f} tok/s" + "".join(f"  MFU {x:.1%}" for x in used.values())
+            memory = f"{line['memory_gb']:.2f}"
+            bar.update(task, advance=1, loss=f"{loss:.3f}", speed=pace, memory=memory)
+            if not console.is_terminal and ((done - 1) % max(1, plan.steps // 20) == 0 or done == plan.steps):
+                left = (seconds - past) / (done - begin) * (plan.steps - done)
+                console.print(f"step {done}/{plan.steps}  loss {loss:.3f}  {pace}  {memory} GB  eta {left:.0f} s")
+            better = line.get("heldout_loss", math.inf) < least
+            due = time.perf_counter() - saved >= 60 * run.checkpoint
+            if better or due or done == plan.steps or stopped():
+                os.fsync(log.fileno())  # what the checkpoint goes on from is on disk before it
+                checkpoint.save(out, state, plan.inputs, line.get("heldout_loss"))
+                checkpoint.prune(out, run.keep)
+                least, saved = min(least, line.get("heldout_loss", math.inf)), time.perf_counter()
+            began += time.perf_counter() - pause  # of looking and saving, not of training
+            if stopped():
+                break
+    interrupted = int(state.step) < plan.steps
+    if run.take == "best" and not interrupted and (found := checkpoint.best(out)):
+        state = checkpoint.load(found, state, plan.inputs)
+        console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
+    return Fitted(state, interrupted, seconds)
 
 
-def read_metrics(metrics_file: Path) -> list[dict[str, Any]]:
-    """What `fit` wrote, a dict a step."""
-    return [json.loads(line) for line in metrics_file.read_text().splitlines()]
+def _unmoved(paths: set[str], of: int, lr: float) -> None:
+    """A LoRA's A moves from the second step on, for its B begins at 0; by then all else has moved."""
+    raise InputError(
+        f"{len(paths)} of {of} trained leaves did not move in two steps ({', '.join(sorted(paths)[:4])}): the loss "
+        f"does not depend on them, or lr {lr:.2g} is below what their numbers can show; raise --lr, or leave them out "
+        "by --adapter.target"
+    )
 
 
-def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
-    """Draw loss over steps, raw and smoothed, from a metrics file. `unit` is what has the weight 1."""
-    import matplotlib
+@contextlib.contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Say how a training goes on that could not write."""
+    try:
+        yield
+    except OSError as err:
+        raise InputError(f"cannot write to {out}: {err.strerror or err}; free space, then {again(out)}") from None
+    except InputError as err:
+        raise InputError(f"{err}, then {again(out)}" if "free space" in str(err) else str(err)) from None
 
-    matplotlib.use("Agg")  # no display is needed
-    import matplotlib.pyplot as plt
 
-    rows = read_metrics(metrics_file)
-    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    if not rows:
+def again(out: Path) -> str:
+    """The command that takes a training up."""
+    return f"go on with: just train {out} --resume"
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C, or SIGTERM, has asked for an end. A second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        console.print("ending after this step; Ctrl-C again to end at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals are the main thread's
         return
-    keep, smooth, total = 0.95, [], 0.0
-    for i, x in enumerate(losses):
-        total = keep * total + (1 - keep) * x
-        smooth.append(total / (1 - keep ** (i + 1)))
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set(title=title, xlabel="step", ylabel=f"loss (nats per {unit})")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -4,23 +4,32 @@ run.json       the resolved run               metrics.jsonl, loss.png   how the 
 adapter/       what was trained               compare.md, compare.html  base against tuned
 model/         the whole model in the hub's layout, for full tuning and pretraining
 eval.json      what `just eval` found         metrics.json, confusion.png   scores of a run that classifies
+status.json    whether it finished            environment.json          versions and machine at its start
+checkpoints/   what --resume goes on from     tensorboard/              the figures again; report.html by `just report`
 
 adapter/ is in PEFT's format where PEFT has one: LoRA, DoRA, IA3, norms. Else, for tuned biases or several kinds in one,
 it holds a single file of our own.
 """
 
+import contextlib
 import dataclasses
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args, get_origin
 
 import torch
+from beartype.door import is_bearable
+from filelock import FileLock, Timeout
 
-from experiments.runs import Adapter, AnyRun, Run
+from experiments.console import console
+from experiments.environment import environment
+from experiments.runs import AnyRun, Classify, Pretrain, Run
 from fgpt.adapters import Adapters, adapt, merge
-from fgpt.data.sources import Columns
 from fgpt.errors import InputError
-from fgpt.io.files import read_json, write_json
+from fgpt.io.files import read_json, whole_folder, write_json
 from fgpt.io.hub import load, save
 from fgpt.io.peft import load_peft, pack, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
@@ -30,13 +39,44 @@ from fgpt.weights import dtype
 
 RUN, METRICS, LOSS, ADAPTER, MODEL = "run.json", "metrics.jsonl", "loss.png", "adapter", "model"
 ADAPTERS = "adapters.safetensors"
+STATUS, ENVIRONMENT, LOCK = "status.json", "environment.json", ".lock"
 
 
-def create(run: AnyRun) -> Path:
-    """A new folder out/NAME, or out/NAME-2, -3, .. where earlier runs have left theirs.
+@contextmanager
+def opened(run: AnyRun, steps: int, where: Path | None = None) -> Iterator[Path]:
+    """The folder of a run while it trains, which no other process can then train in: a new one, out/NAME, or NAME-2,
+    -3, .. where earlier runs have left theirs; or `where`, that of a run which is taken up again.
 
-    Raises InputError where it cannot be made.
+    Raises InputError where it cannot be made, or another process is training in it.
     """
+    folder = where or _new(run)
+    lock = FileLock(folder / LOCK)  # let go of by the kernel, however the process ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is being trained in by another process: wait, or end that one") from None
+    with lock:
+        status = {"state": "running", "steps": steps}
+        write_json(folder / STATUS, status)
+        if where is None:
+            write_json(folder / ENVIRONMENT, environment())
+            write_json(folder / RUN, dataclasses.asdict(run))  # last: a folder that has it has all three
+        else:
+            _tidy(folder)
+            _same_versions(folder)
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            write_json(folder / STATUS, status | {"state": "interrupted"})
+            raise
+        except InputError as err:
+            with contextlib.suppress(InputError):  # the disk may be full, which is then what `err` says
+                write_json(folder / STATUS, status | {"state": "failed", "why": str(err)})
+            raise
+        write_json(folder / STATUS, status | {"state": "finished"})
+
+
+def _new(run: AnyRun) -> Path:
     for number in range(1, 10_000):
         folder = run.out / (run.name if number == 1 else f"{run.name}-{number}")
         try:
@@ -45,9 +85,31 @@ def create(run: AnyRun) -> Path:
             continue
         except OSError as err:
             raise InputError(f"cannot make {folder}: {err.strerror}; choose another place with --out FOLDER") from None
-        write_json(folder / RUN, dataclasses.asdict(run))
         return folder
     raise InputError(f"{run.out} holds 9999 runs named {run.name}: move some away")
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a killed process had not written to its end: files and folders of temporary names."""
+    for at in (folder, folder / ADAPTER, folder / MODEL, *(folder / "checkpoints").glob("*")):
+        for left in at.glob(".*.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _same_versions(folder: Path) -> None:
+    """Say so where torch is another than at the run's start: its last bits may then be others too."""
+    found = read_json(folder / ENVIRONMENT)
+    was, now = (x.get("packages", {}).get("torch") for x in (found if isinstance(found, dict) else {}, environment()))
+    if was != now:
+        console.print(f"begun with torch {was}, going on with {now}: the last digits may differ")
+
+
+def _of_name(name: str, out: Path) -> list[Path]:
+    """The folder of a run, by path; or those by name, the newest last."""
+    if name and (Path(name) / RUN).is_file():
+        return [Path(name)]
+    numbered = (p for p in out.glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)) if name else ()
+    return sorted((p for p in numbered if (p / RUN).is_file()), key=lambda p: (p / RUN).stat().st_mtime)
 
 
 def find(name: str, out: Path = Path("runs")) -> Path:
@@ -55,8 +117,7 @@ def find(name: str, out: Path = Path("runs")) -> Path:
 
     Raises InputError where there is none, or it ended before it had anything to save.
     """
-    numbered = (p for p in out.glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)) if name else ()
-    found = [Path(name)] if name and (Path(name) / RUN).is_file() else sorted(numbered, key=lambda p: p.stat().st_mtime)
+    found = _of_name(name, out)
     finished = [p for p in found if (p / ADAPTER).is_dir() or (p / MODEL).is_dir()]
     if not finished:
         state = "none has finished" if found else "there is none"
@@ -64,31 +125,86 @@ def find(name: str, out: Path = Path("runs")) -> Path:
     return finished[-1]
 
 
-def read_run(folder: Path) -> Run:
-    """The instruction run that made a folder. Raises InputError for any other."""
+def any_of(name: str, out: Path = Path("runs")) -> Path:
+    """The folder of a run, finished or not, by path, or the newest by name. Raises InputError where there is none."""
+    if not (found := _of_name(name, out)):
+        raise InputError(f"no run {name!r} under {out}/; train it first: just train {name or 'NAME'}")
+    return found[-1]
+
+
+def begun(name: str, out: Path = Path("runs")) -> Path:
+    """The folder of a run that was begun and has not finished, by path, or the newest by name.
+
+    Raises InputError where there is none.
+    """
+    found = _of_name(name, out)
+    unfinished = [p for p in found if _state(p) not in ("finished", None)]
+    if not unfinished:
+        state = f"{found[-1]} has finished" if found else f"there is no run {name!r} under {out}/"
+        raise InputError(f"nothing to resume: {state}; begin a new one: just train {name or 'NAME'}")
+    return unfinished[-1]
+
+
+def _state(folder: Path) -> str | None:
+    """Whether a run is running, interrupted, failed or finished; None where an earlier version made it."""
+    found = read_json(folder / STATUS) if (folder / STATUS).is_file() else None
+    return found.get("state") if isinstance(found, dict) else None
+
+
+def read_run(folder: Path) -> AnyRun:
+    """The run that made a folder. Raises InputError for a folder of none, or of another version's."""
     values: Any = read_json(folder / RUN)
-    try:
-        nested = {
-            "adapter": Adapter(**values["adapter"]),
-            "columns": Columns(**values["columns"]),
-            "out": Path(values["out"]),
-        }
-        return Run(**values | nested)
-    except (TypeError, KeyError) as err:
-        raise InputError(f"{folder / RUN}: not an instruction run of this version ({err}); train it again") from None
+    for kind in (Run, Classify, Pretrain):
+        if isinstance(values, dict) and values.keys() == {f.name for f in dataclasses.fields(kind)}:
+            try:
+                return _read(kind, values)
+            except InputError as err:
+                raise InputError(f"{folder / RUN}: {err}; train it again") from None
+    raise InputError(f"{folder / RUN}: not a run of this version; train it again")
+
+
+def _read(kind: Any, value: Any, name: str = "run") -> Any:
+    """`value` from JSON as a field of type `kind`. Raises InputError where it does not fit."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if value.keys() != fields.keys():
+            raise InputError(f"{name} has the fields {', '.join(value)}; expected {', '.join(fields)}")
+        return cast(Any, kind)(**{key: _read(fields[key].type, x, key) for key, x in value.items()})
+    if get_origin(kind) is tuple and isinstance(value, list):
+        value = tuple(_read(get_args(kind)[0], x, name) for x in value)
+    elif Path in (kind, *get_args(kind)) and isinstance(value, str):
+        value = Path(value)
+    elif float in (kind, *get_args(kind)) and type(value) is int:
+        value = float(value)
+    hint: Any = kind
+    if not is_bearable(value, hint):
+        raise InputError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def instruction_run(folder: Path) -> Run:
+    """The instruction run that made a folder. Raises InputError for any other."""
+    if not isinstance(run := read_run(folder), Run):
+        raise InputError(f"{folder / RUN}: not a run of instructions, but of {type(run).__name__.lower()}")
+    return run
 
 
 def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path:
     """Keep what was trained: a whole model where every leaf was, else the adapters. Returns where."""
     if adapters.keys() == leaves(params).keys():
-        save(merge(adapt(params, adapters)), folder / MODEL, like=base)
+        with whole_folder(folder / MODEL) as at:
+            save(merge(adapt(params, adapters)), at, like=base)
         return folder / MODEL
     try:
         pack(adapters, params, base)
+        held = True
     except InputError:  # PEFT cannot hold them
-        save_adapters(adapters, folder / ADAPTER / ADAPTERS)
-    else:
-        save_peft(adapters, params, folder / ADAPTER, base)
+        held = False
+    with whole_folder(folder / ADAPTER) as at:
+        if held:
+            save_peft(adapters, params, at, base)
+        else:
+            save_adapters(adapters, at / ADAPTERS)
     return folder / ADAPTER
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from experiments import folder
 from experiments.compare.scores import fitting
-from experiments.fit import console
+from experiments.console import console
 from experiments.train import base_of, split
 from fgpt.adapters import merge as merged
 from fgpt.data import packing
@@ -32,7 +32,7 @@ def merge(name: str, onto: Onto | None) -> Path:
     Raises InputError for a run over a quantised base where `onto` is not given.
     """
     out = folder.find(name)
-    run = folder.read_run(out)
+    run = folder.instruction_run(out)
     if run.quantize is not None and onto is None:
         raise InputError(
             f"{name} was trained over {run.quantize}: say --onto dequantised, its own base, or --onto original"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -10,17 +10,14 @@ from torch import Tensor
 
 from experiments import folder
 from experiments.runs.classify import Classify
-from experiments.runs.tuning import Adapter
 from experiments.train import base_of
 from fgpt.data import packing
-from fgpt.data.label_sources import Columns
-from fgpt.data.labels import Frame, Labelled, Labels, Wording, classes, encode, frame, words, words_of
+from fgpt.data.labels import Frame, Labelled, Labels, classes, encode, frame, words, words_of
 from fgpt.data.templates import Example
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.heads import classifier
 from fgpt.io import hub
-from fgpt.io.files import read_json
 from fgpt.model import GPT, Cache, extend, hidden, logits
 from fgpt.rng import fold_in, key
 from fgpt.tree import device, tree_map
@@ -107,13 +104,9 @@ def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
 
 def read_run(where: Path) -> Classify:
     """The run of classes that made a folder. Raises InputError for any other."""
-    values: Any = read_json(where / folder.RUN)
-    try:
-        nested = {"adapter": Adapter(**values["adapter"]), "columns": Columns(**values["columns"])}
-        nested |= {"wording": Wording(**values["wording"]), "labels": tuple(values["labels"])}
-        return Classify(**values | nested | {"out": Path(values["out"])})
-    except (TypeError, KeyError) as err:
-        raise InputError(f"{where / folder.RUN}: not a run of this version that classifies ({err})") from None
+    if not isinstance(run := folder.read_run(where), Classify):
+        raise InputError(f"{where / folder.RUN}: not a run that classifies, but of {type(run).__name__.lower()}")
+    return run
 
 
 def opened(where: Path) -> Trained:

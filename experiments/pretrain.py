@@ -3,30 +3,36 @@
 result.json    held out, before and after: loss per token, perplexity per token, word and byte
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from experiments import documents, folder, mfu
-from experiments.fit import console, fit, plot_loss
+from experiments.console import console
+from experiments.fit import again, fit
+from experiments.metrics import plot_loss
+from experiments.plan import Plan, hashed
 from experiments.runs import Pretrain
-from fgpt.data.ranks import gpt2
+from experiments.train import told
+from fgpt.data.ranks import Ranked, gpt2
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.evaluate import Perplexity, score, windows
 from fgpt.generate import generate
 from fgpt.io import hub
-from fgpt.io.files import write_json
+from fgpt.io.files import whole_folder, write_json
 from fgpt.loss import Batch, nll
 from fgpt.model import GPT, Config, init, skeleton
 from fgpt.optim import adamw, cosine
 from fgpt.rng import fold_in, key
 from fgpt.sampling import Sampling
-from fgpt.train import State, make_step, start
+from fgpt.train import make_step, start
 from fgpt.tree import cast, count, tree_map
 
 HELDOUT, SHARE = 500, 20
@@ -68,10 +74,11 @@ def split(run: Pretrain) -> tuple[list[str], list[str]]:
 
 
 def batches(
-    tokens: list[Int[Tensor, " length"]], end: int, run: Pretrain, rng: torch.Generator
+    tokens: list[Int[Tensor, " length"]], end: int, run: Pretrain, rng: torch.Generator, begin: int = 0
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one update after the other: whole rows, every position weighted."""
-    stream = documents.rows(tokens, end, run.seq, rng)
+    """The micro-batches of one update after the other, from update `begin` on: whole rows, every position weighted."""
+    passed = begin * run.accumulate * run.rows
+    stream = itertools.islice(documents.rows(tokens, end, run.seq, rng), passed, None)
 
     def micro() -> Batch:
         x = torch.stack([next(stream) for _ in range(run.rows)])
@@ -105,54 +112,80 @@ def figures(of: Perplexity, texts: Sequence[str]) -> dict[str, float | None]:
     return {name: x if math.isfinite(x) else None for name, x in found.items()}
 
 
-def pretrain(run: Pretrain) -> Path:
-    """Train, save in the hub's layout, and say how well held-out documents are told. Returns the run's folder.
+class Held(NamedTuple):
+    """What a model is measured on, and its tokenizer."""
 
-    Everything that bad input can spoil is read before anything slow begins. Raises InputError.
+    texts: list[str]
+    tokenizer: Tokenizer
+    like: Ranked | str
+    """The tokenizer, or the model that it is of: whose files a saved model gets."""
+
+
+def plan(run: Pretrain) -> tuple[Plan, Held]:
+    """The training, and what the model is measured on before and after it.
+
+    Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
     device = folder.device_of(run.device)
     own = gpt2() if run.tokenizer == "gpt2" else None
     tokenizer = own or hub.tokenizer(run.tokenizer)
     cfg = config_of(run, tokenizer)
+    if run.take == "best" and not run.evaluate:
+        raise InputError("the best state is that of the least held-out loss: --evaluate N takes it each N steps")
     texts, apart = split(run)
     tokens = documents.encode(texts, tokenizer)
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
-    out = folder.create(run)
     peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)
     console.print(
         f"[bold]{run.name}[/]: {count(params):,} parameters; {len(texts):,} documents of {sum(map(len, tokens)):,} "
         f"tokens; {run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens; {per_token:,} FLOPs a token, "
         f"{peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})"
     )
-    before = held_out(params, tokenizer, apart, run.rows)
     schedule = cosine(run.lr, run.steps, run.warmup, end=run.lr * run.floor)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
-    step = make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile)
-    stream, state = batches(tokens, tokenizer.eos, run, fold_in(rng, "order")), start(params, optimizer)
+    it = Plan(
+        run=run,
+        step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile),
+        frozen=None,
+        batches=lambda begin: batches(tokens, tokenizer.eos, run, fold_in(rng, "order"), begin),
+        steps=run.steps,
+        schedule=schedule,
+        rng=rng,
+        inputs=hashed(params, tokens),
+        first=start(params, optimizer),
+        tokenizer=tokenizer,
+        heldout=lambda trained: held_out(trained, tokenizer, apart, run.rows).loss,
+        mfu=lambda speed: speed * per_token / peak,
+    )
+    return it, Held(apart, tokenizer, own or run.tokenizer)
 
-    def watch(state: State) -> dict[str, float]:
-        if not run.evaluate or int(state.step) % run.evaluate:
-            return {}
-        of = held_out(state.trainable, tokenizer, apart, run.rows)
-        console.print(f"step {int(state.step)}  held out: {of.loss:.4f} nats a token, perplexity {of.per_token:,.2f}")
-        return {"heldout_loss": of.loss}
 
-    def used(speed: float) -> float:
-        return speed * per_token / peak
+def pretrain(run: Pretrain, where: Path | None = None) -> Path:
+    """Train, save in the hub's layout, and say how well held-out documents are told; in a new folder, or in `where`,
+    from its last checkpoint on. Returns the run's folder.
 
-    fitted = fit(step, state, None, stream, run.steps, schedule, rng, out / folder.METRICS, used, watch)
-    params = cast(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
-    hub.save(params, out / folder.MODEL, like=own or run.tokenizer)
-    plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
-    console.print(f"{int(fitted.state.step)} steps in {fitted.seconds / 60:.1f} min; saved {out / folder.MODEL}")
-    if fitted.interrupted:
-        raise KeyboardInterrupt
-    params = cast(params, torch.float32)
-    report(out, [figures(of, apart) for of in (before, held_out(params, tokenizer, apart, run.rows))], len(apart))
-    warm = Sampling(temperature=0.7)
-    text = generate(params, [[tokenizer.eos]], tokenizer.eos, run.seq - 2, warm, fold_in(rng, "story"))[0]
-    console.print(f"\n{tokenizer.decode(text.tokens)}")
+    Raises InputError as `plan` and `fit` do.
+    """
+    it, held = plan(run)
+    assert it.first is not None
+    before = held_out(it.first.trainable, held.tokenizer, held.texts, run.rows)
+    with folder.opened(run, it.steps, where) as out:
+        fitted = fit(it, out)
+        params = cast(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
+        with whole_folder(out / folder.MODEL) as at:
+            hub.save(params, at, like=held.like)
+        plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
+        told(fitted, out / folder.MODEL)
+        if fitted.interrupted:
+            console.print(f"what was trained so far is usable; {again(out)}")
+            raise KeyboardInterrupt
+        params = cast(params, torch.float32)
+        after = held_out(params, held.tokenizer, held.texts, run.rows)
+        report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
+        warm, end = Sampling(temperature=0.7), held.tokenizer.eos
+        text = generate(params, [[end]], end, run.seq - 2, warm, fold_in(it.rng, "story"))[0]
+        console.print(f"\n{held.tokenizer.decode(text.tokens)}")
     return out
 
 

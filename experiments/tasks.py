@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from rich.table import Table
 
-from experiments.fit import console
+from experiments.console import console
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.model import GPT

@@ -1,19 +1,24 @@
 """Instruction tuning, from a run to an adapter in use."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from experiments import compare, folder
-from experiments.fit import Fitted, console, fit, plot_loss
+from experiments.console import console
+from experiments.fit import Fitted, again, fit
+from experiments.metrics import plot_loss
+from experiments.plan import Plan, hashed
 from experiments.runs import Run, Tuning
 from experiments.scores.nano import read_tasks
+from experiments.scores.text import nats
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
 from fgpt.data import finqa, packing, sources
 from fgpt.data.templates import Example, Row, encode, template
+from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.io import hub
 from fgpt.loss import Batch, nll
@@ -66,15 +71,20 @@ def _shortened(run: Run, rows: list[Row]) -> list[Row]:
     return kept
 
 
-def batches(examples: list[Example], run: Tuning, width: int) -> Iterator[list[Batch]]:
-    """The micro-batches of one update after the other, epoch after epoch in a fresh order, without end."""
+def batches(examples: list[Example], run: Tuning, width: int, begin: int = 0) -> Iterator[list[Batch]]:
+    """The micro-batches of one update after the other, epoch after epoch in a fresh order, without end; from update
+    `begin` on.
+    """
     micro: list[Batch] = []
+    skip = begin * run.accumulate
     for number in itertools.count():
-        for rows in packing.epoch(examples, width, run.rows, fold_in(key(run.seed), f"epoch {number}")):
+        laid = packing.epoch(examples, width, run.rows, fold_in(key(run.seed), f"epoch {number}"))
+        for rows in laid[skip:]:
             micro.append(packing.collate(rows))
             if len(micro) == run.accumulate:
                 yield micro
                 micro = []
+        skip = max(0, skip - len(laid))
 
 
 def steps_of(examples: list[Example], run: Tuning, width: int) -> int:
@@ -120,25 +130,48 @@ def release(params: GPT, adapters: Adapters) -> GPT:
     return update(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
 
 
-def updated(
-    run: Tuning, base: GPT, adapters: Adapters, stream: Iterator[list[Batch]], steps: int, out: Path
-) -> tuple[GPT, Fitted]:
-    """`steps` updates of `adapters` over `base`. Returns the base without what they replace, and how it ended."""
+def laid_out(
+    run: Tuning,
+    base: GPT,
+    adapters: Adapters,
+    examples: list[Example],
+    width: int,
+    tokenizer: Tokenizer,
+    heldout: Callable[[GPT], float] | None = None,
+) -> Plan:
+    """The training of `adapters` over `base` on `examples`; `heldout` is the loss of tuned params on rows apart.
+
+    Raises InputError where the best state is wanted, and nothing to judge it by.
+    """
+    if (run.evaluate or run.take == "best") and (heldout is None or not run.evaluate):
+        raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
+    steps, inputs = steps_of(examples, run, width), hashed(base, examples)
     schedule = cosine(run.peak, steps, run.warmup)
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
     step = make_step(
         lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=run.remat), optimizer
     )
-    frozen, rng = release(base, adapters), fold_in(key(run.seed), "steps")
-    state = start(adapters, optimizer)
-    return frozen, fit(step, state, frozen, stream, steps, schedule, rng, out / folder.METRICS)
+    frozen = release(base, adapters)
+    return Plan(
+        run=run,
+        step=step,
+        frozen=frozen,
+        batches=lambda begin: batches(examples, run, width, begin),
+        steps=steps,
+        schedule=schedule,
+        rng=fold_in(key(run.seed), "steps"),
+        inputs=inputs,
+        first=start(adapters, optimizer),
+        tokenizer=tokenizer,
+        heldout=None if heldout is None else lambda tuned: heldout(adapt(frozen, tuned)),
+    )
 
 
-def train(run: Run) -> Path:
-    """Tune, save, compare. Returns the run's folder.
+def plan(run: Run) -> tuple[Plan, list[Row]]:
+    """The training, and the rows held out of it.
 
-    Everything that bad input can spoil is read before anything slow begins. Raises InputError.
+    Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
     look, _ = template(run.template), folder.device_of(run.device)
     rows, heldout = split(run)
@@ -151,22 +184,39 @@ def train(run: Run) -> Path:
         console.print(f"cut {shorter} answers where their rows reach {width} tokens")
     if dropped.long or dropped.empty:
         console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
+    apart = [x for x in (encode(row, look, tokenizer) for row in heldout) if x.prompt + 1 < len(x.tokens) <= width]
     base = base_of(run)
     adapters = adapters_of(run, base)
-    steps = steps_of(examples, run, width)
+    judged = (lambda tuned: nats(tuned, apart)) if apart else None
+    it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
     weights = sum(len(e.tokens) - e.prompt for e in examples)
     console.print(
         f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(examples):,} examples, {weights:,} response tokens, {steps} steps"
+        f"{len(examples):,} examples, {weights:,} response tokens, {it.steps} steps"
     )
-    out = folder.create(run)
-    frozen, fitted = updated(run, base, adapters, batches(examples, run, width), steps, out)
-    saved = folder.save_tuned(out, frozen, fitted.state.trainable, run.base)
-    plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
-    console.print(f"{int(fitted.state.step)} steps in {fitted.seconds:.0f} s; saved {saved}")
-    if fitted.interrupted:
-        console.print(f"interrupted: what was trained so far is usable; compare it with `just compare {out}`")
-        raise KeyboardInterrupt
-    if run.compare and heldout:
-        compare.report(run, out, heldout)
+    return it, heldout
+
+
+def train(run: Run, where: Path | None = None) -> Path:
+    """Tune, save, compare; in a new folder, or in `where`, from its last checkpoint on. Returns the run's folder.
+
+    Raises InputError as `plan` and `fit` do.
+    """
+    it, heldout = plan(run)
+    with folder.opened(run, it.steps, where) as out:
+        fitted = fit(it, out)
+        saved = folder.save_tuned(out, it.frozen, fitted.state.trainable, run.base)
+        plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
+        told(fitted, saved)
+        if fitted.interrupted:
+            console.print(f"what was trained so far is usable, `just compare {out}`; {again(out)}")
+            raise KeyboardInterrupt
+        if run.compare and heldout:
+            compare.report(run, out, heldout)
     return out
+
+
+def told(fitted: Fitted, saved: Path) -> None:
+    """Say how a training ended."""
+    end = "interrupted after" if fitted.interrupted else "left the state after"
+    console.print(f"{end} {int(fitted.state.step)} steps, {fitted.seconds:.0f} s; saved {saved}")

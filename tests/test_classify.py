@@ -23,7 +23,7 @@ from experiments import folder
 from experiments.__main__ import main
 from experiments.bench.load import SHAPE
 from experiments.classify import trained_of
-from experiments.fit import read_metrics
+from experiments.metrics import read_metrics
 from experiments.predict import common_to, frame_of, log_probabilities, opened, predict, with_head
 from experiments.runs import RUNS, Classify, find
 from experiments.scores.classes import majority, plot_confusion, scores

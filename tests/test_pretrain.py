@@ -20,7 +20,7 @@ from experiments import documents, folder, mfu
 from experiments.__main__ import main
 from experiments.answer import Opened, conversation
 from experiments.compare import sides as compare_sides
-from experiments.fit import read_metrics
+from experiments.metrics import read_metrics
 from experiments.pretrain import batches, config_of, figures, held_out
 from experiments.runs import Pretrain, find
 from experiments.train import split

@@ -15,7 +15,7 @@ import torch
 import fgpt
 from experiments import folder
 from experiments.__main__ import main
-from experiments.fit import read_metrics
+from experiments.metrics import read_metrics
 from experiments.runs import RUNS, Run, find
 from experiments.train import base_of
 

@@ -18,7 +18,7 @@ from experiments.compare.page import page
 from experiments.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from experiments.compare.sides import BASE, Side
 from experiments.compare.text import markdown, show
-from experiments.fit import console
+from experiments.console import console
 from experiments.runs import Run
 from experiments.writing import ALIKE, Alike
 from fgpt.data.templates import Row

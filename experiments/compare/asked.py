@@ -9,7 +9,7 @@ from typing import Any
 from experiments.compare import prompt_file
 from experiments.compare import sides as compare_sides
 from experiments.compare.sides import Side
-from experiments.fit import console
+from experiments.console import console
 from experiments.writing import Alike
 from fgpt.data import finqa
 from fgpt.data.templates import Row

@@ -76,13 +76,13 @@ def page(found: Comparison) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n"
-        f'<body><h1>{title}</h1><ul class="about">{about}</ul>\n{_scores(found)}\n{sections}\n'
+        f'<body><h1>{title}</h1><ul class="about">{about}</ul>\n{scores_table(found)}\n{sections}\n'
         f"</body></html>\n"
     )
 
 
-def _scores(found: Comparison) -> str:
-    heads = "".join(f'<th scope="col">{_side(i, side)}</th>' for i, side in enumerate(found.sides))
+def scores_table(found: Comparison) -> str:
+    heads = "".join(f'<th scope="col">{side_name(i, side)}</th>' for i, side in enumerate(found.sides))
     rows = ""
     for name, values in found.cells():
         cells = "".join(
@@ -121,15 +121,15 @@ def _card(n: int, side: str, answer: Answer) -> str:
     notes += [f'<span class="warn">{again:.0f} % repeated</span>'] if again >= LOOPS else []
     text = f'<p class="text">{html.escape(answer.text)}</p>' if answer.text else '<p class="none">no text</p>'
     return (
-        f'<article style="--c: var(--c{_colour(n)})"><header>{_side(n, side)}'
+        f'<article style="--c: var(--c{colour(n)})"><header>{side_name(n, side)}'
         f'<span class="note">{", ".join(notes)}</span></header>{text}</article>'
     )
 
 
-def _side(n: int, name: str) -> str:
-    return f'<span class="side" style="--c: var(--c{_colour(n)})">{html.escape(name)}</span>'
+def side_name(n: int, name: str) -> str:
+    return f'<span class="side" style="--c: var(--c{colour(n)})">{html.escape(name)}</span>'
 
 
-def _colour(n: int) -> int:
+def colour(n: int) -> int:
     """The base has a colour of its own; five others take turns."""
     return 1 + (n - 1) % 5 if n else 0

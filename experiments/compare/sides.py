@@ -33,7 +33,7 @@ def find(names: Sequence[str]) -> list[Side]:
     if not names:
         raise InputError("expected a run or several: just compare RUN [RUN2 ..]; `just runs` lists them")
     folders = [folder.find(name) for name in names]
-    runs = [folder.read_run(path) for path in folders]
+    runs = [folder.instruction_run(path) for path in folders]
     for name, times in Counter(path.resolve() for path in folders).items():
         if times > 1:
             raise InputError(f"the run {name.name} is given {times} times: once is enough")

@@ -4,7 +4,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.compare.found import Answer, Comparison
-from experiments.fit import console
+from experiments.console import console
 
 SHOWN = 3
 """Prompts whose answers the terminal shows."""

@@ -8,10 +8,23 @@ from experiments.runs import classify, instruct, pretrain
 from experiments.runs.classify import Classify
 from experiments.runs.instruct import Run
 from experiments.runs.pretrain import Pretrain
+from experiments.runs.training import Training
 from experiments.runs.tuning import METHODS, Adapter, Tuning
 from fgpt.errors import InputError
 
-__all__ = ["METHODS", "RUNS", "Adapter", "AnyRun", "Classify", "Pretrain", "Run", "Tuning", "describe", "find"]
+__all__ = [
+    "METHODS",
+    "RUNS",
+    "Adapter",
+    "AnyRun",
+    "Classify",
+    "Pretrain",
+    "Run",
+    "Training",
+    "Tuning",
+    "describe",
+    "find",
+]
 
 AnyRun: TypeAlias = Run | Pretrain | Classify
 

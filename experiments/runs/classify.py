@@ -48,11 +48,11 @@ def emotion_small() -> Classify:
 def emotion_smollm2() -> Classify:
     """emotion-small on SmolLM2-135M-Instruct; local files: --train train.txt --test test.txt.
 
-    just train emotion-smollm2. 925,056 trained parameters: 921,600 of the LoRA, 3,456 of the head. Accuracy 0.911,
-    macro-F1 0.859 on the 2,000 test rows after one epoch of 16,000: 670 steps in 53 minutes on one busy thread of an
-    AMD EPYC; 1.9 GB.
+    just train emotion-smollm2. 925,056 trained parameters: 921,600 of the LoRA, 3,456 of the head. Accuracy 0.923,
+    macro-F1 0.886 on the 2,000 test rows after two epochs of 16,000, the base in int8: 1,340 steps in 66 minutes on one
+    busy thread of an AMD EPYC; 1.9 GB. One epoch over fp32 gave 0.911 and 0.859 in 53 minutes.
     """
-    return replace(emotion_small(), name="emotion-smollm2", base="smollm2")
+    return replace(emotion_small(), name="emotion-smollm2", base="smollm2", quantize="int8", epochs=2)
 
 
 def rte_small_lora() -> Classify:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from experiments.runs.training import Training
 
-@dataclass(frozen=True)
-class Pretrain:
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
     """Next-token training of a small GPT-2 from random params on a stream of documents."""
 
-    name: str
     data: tuple[Path, ...] = ()
     """Text files of documents separated by <|endoftext|>, or of WikiText's articles; none takes `source`."""
     source: Literal["tinystories", "wikitext-103"] = "tinystories"
@@ -42,16 +43,10 @@ class Pretrain:
     weight_decay: float = 0.1
     """Of matrices and tables alone."""
     steps: int = 6600
-    evaluate: int | None = None
-    """Held-out loss each so many steps, besides that before and after."""
     peak: float | None = None
     """The machine's TFLOP/s, for the share that training uses (see `mfu`); None measures it."""
     compile: bool = True
     """Compile the gradient (needs a C++ compiler); about 1.4x on a CPU."""
-    device: str = "auto"
-    """cuda where there is one, else cpu."""
-    seed: int = 0
-    out: Path = Path("runs")
 
 
 def pretrain_nano() -> Pretrain:

@@ -1,8 +1,9 @@
 """What every run that tunes a base has: what is trained, over which base, and how."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeAlias
+
+from experiments.runs.training import Training
 
 Kind: TypeAlias = Literal["lora", "dora", "ia3", "ln", "bias", "full"]
 
@@ -47,10 +48,9 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(Training):
     """Training of an adapter over a frozen base."""
 
-    name: str
     base: str
     """Embedded ("nano"), packaged ("smollm2"), a local folder or GGUF file, or a hub name."""
     adapter: Adapter = field(default_factory=Adapter)
@@ -74,10 +74,6 @@ class Tuning:
     """Micro-batches in an update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
-    device: str = "auto"
-    """cuda where there is one, else cpu."""
-    seed: int = 0
-    out: Path = Path("runs")
 
     @property
     def peak(self) -> float:

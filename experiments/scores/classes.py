@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from experiments.picture import save
+
 
 class Scores(TypedDict):
     accuracy: float
@@ -64,5 +66,4 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
+    save(figure, picture, 130)

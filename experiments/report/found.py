@@ -1,0 +1,160 @@
+"""What lies in a run's folder, whether the run came to its end or not."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from experiments import folder
+from experiments.compare.found import Answer, Comparison
+from experiments.metrics import Line, read_metrics
+from fgpt.data.templates import Row
+from fgpt.errors import InputError
+from fgpt.io.files import read_json
+
+RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything a report is made of; what is not there is None, or empty."""
+
+    folder: Path
+    run: Mapping[str, Any]
+    lines: Sequence[Line] = ()
+    """Of metrics.jsonl, one a step, in the steps' order."""
+    torn: int = 0
+    """Lines left out because their writing was cut short: 0 or 1."""
+    again: int = 0
+    """Steps that were done more than once, by a run that resumed before them."""
+    written: float | None = None
+    """When metrics.jsonl was last written to, in seconds since 1970."""
+    status: Mapping[str, Any] | None = None
+    at_work: bool = False
+    """A process is training in the folder now."""
+    environment: Mapping[str, Any] | None = None
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    """By the name of their file."""
+    scores: Mapping[str, Any] | None = None
+    """Of a run that classifies."""
+    confusion: bytes | None = None
+    """A picture."""
+    result: Mapping[str, Any] | None = None
+    """Of a pretraining, held out."""
+    eval: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.run["name"])
+
+    @property
+    def kind(self) -> str:
+        """tuning, classes or pretraining."""
+        return "classes" if "wording" in self.run else "tuning" if "adapter" in self.run else "pretraining"
+
+
+def find(name: str, out: Path = Path("runs")) -> Path:
+    """The folder of a run, by path, or the newest by name; it may be at work still, or have been killed.
+
+    Raises InputError where there is none.
+    """
+    if name and (Path(name) / folder.RUN).is_file():
+        return Path(name)
+    numbered = re.compile(rf"{re.escape(name)}(-\d+)?")
+    runs = [p.parent for p in out.glob(f"*/{folder.RUN}")]
+    if found := [p for p in runs if name and numbered.fullmatch(p.name)]:
+        return max(found, key=lambda p: (p / folder.RUN).stat().st_mtime)  # a folder's own changes with each report
+    if name and Path(name).is_dir():
+        raise InputError(f"{name} holds no {folder.RUN}: expected the folder of a run")
+    near = difflib.get_close_matches(name, [p.name for p in runs], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"no run {name!r} under {out}/: {hint}expected a run's name, or its folder")
+
+
+def read(at: Path) -> Found:
+    """Raises InputError for a file that is damaged."""
+    run = _object(at / folder.RUN)
+    if not isinstance(run.get("name"), str):
+        raise InputError(f"{at / folder.RUN}: expected a run, which has a name")
+    metrics, confusion = at / folder.METRICS, at / CONFUSION
+    lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
+    return Found(
+        folder=at,
+        run=run,
+        lines=lines,
+        torn=torn,
+        again=again,
+        written=metrics.stat().st_mtime if lines else None,
+        status=_if_there(at / folder.STATUS),
+        at_work=_locked(at / folder.LOCK),
+        environment=_if_there(at / folder.ENVIRONMENT),
+        comparisons={p.stem: read_comparison(p) for p in sorted(at.glob("compare*.json"))},
+        scores=_if_there(at / SCORES),
+        confusion=confusion.read_bytes() if confusion.is_file() else None,
+        result=_if_there(at / RESULT),
+        eval=_if_there(at / EVAL),
+    )
+
+
+def read_lines(metrics: Path) -> tuple[list[Line], int, int]:
+    """The steps in their order, how many torn lines were left out, and how many a later line of their step replaced.
+
+    Raises InputError for a line that is no step.
+    """
+    lines, data = read_metrics(metrics), metrics.read_bytes()
+    return lines, int(not data.endswith(b"\n")) if data else 0, data.count(b"\n") - len(lines)
+
+
+def read_comparison(path: Path) -> Comparison:
+    """What compare.json holds, which is all but the tokens of the answers.
+
+    Raises InputError for a file that is none.
+    """
+    held = _object(path)
+    try:
+        settings, scores, answers = held["settings"], held["scores"], held["answers"]
+        rows = [Row(x["instruction"], x["input"], x["reference"]) for x in answers]
+        told = {side: [Answer(x[side]["text"], (), x[side]["finished"]) for x in answers] for side in scores}
+        return Comparison(path.stem, _about(settings, len(rows)), rows, told, scores, settings)
+    except (KeyError, TypeError, AttributeError, IndexError) as err:
+        raise InputError(f"{path}: not a comparison of this version ({err}); write it anew: just compare") from None
+
+
+def _about(settings: Mapping[str, Any], rows: int) -> list[str]:
+    chosen = [f"{name.replace('_', '-')} {x}" for name, x in settings["sampling"].items() if x]
+    how = ", ".join(
+        [*chosen, f"seed {settings['seed']}"] if settings["sampling"]["temperature"] else ["greedy", *chosen]
+    )
+    over = f" and {settings['quantize']}" if settings["quantize"] else ""
+    return [
+        f"{rows} {settings['prompts']}; base {settings['base']} in {settings['dtype']}{over}; "
+        f"decoding, the same for all: {how}, at most {settings['most']} tokens."
+    ]
+
+
+def _locked(path: Path) -> bool:
+    """Whether a process holds the lock, which ends with it, however that ends."""
+    if not path.is_file():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def _object(path: Path) -> dict[str, Any]:
+    held = read_json(path)
+    if not isinstance(held, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(held).__name__}")
+    return held
+
+
+def _if_there(path: Path) -> dict[str, Any] | None:
+    return _object(path) if path.is_file() else None

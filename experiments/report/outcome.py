@@ -1,0 +1,135 @@
+"""The sections on what came of a run: answers beside the base's, scores, held-out figures."""
+
+import base64
+import html
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.compare.found import Answer, Comparison
+from experiments.compare.page import LOOPS, colour, scores_table, side_name
+from experiments.report.chart import number
+from experiments.report.found import SCORES, Found
+from experiments.report.page import Section, grid, missing, table
+from experiments.scores.text import repeated
+from fgpt.data.templates import Row
+from fgpt.errors import InputError
+
+SHOWN = 8
+"""Prompts whose answers stand open; the others are folded away."""
+
+
+def comparison(found: Found) -> Section:
+    """Base against tuned, the run's own prompts first, then those of prompt files."""
+    parts = [_comparison(name, it, i == 0) for i, (name, it) in enumerate(found.comparisons.items())]
+    if not parts:
+        parts = [missing("Base and tuned have not been compared", f"just compare {found.folder}")]
+    return "comparison", "Samples and comparison", "".join(parts)
+
+
+def _comparison(name: str, it: Comparison, first: bool) -> str:
+    about = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in it.about)
+    heading = f"<h3>{html.escape(name)}</h3>" if not first or name != "compare" else ""
+    each = [_answers(i, row, it) for i, row in enumerate(it.rows)]
+    shown = SHOWN if first else 0
+    rest = f"<details><summary>{len(each) - shown} more prompts</summary>{''.join(each[shown:])}</details>"
+    return (
+        f'{heading}<ul class="about">{about}</ul>{scores_table(it)}'
+        f"{''.join(each[:shown])}{rest if len(each) > shown else ''}"
+    )
+
+
+def _answers(i: int, row: Row, it: Comparison) -> str:
+    given = f'<p class="input">{html.escape(row.input)}</p>' if row.input else ""
+    cards = "".join(_card(n, side, some[i]) for n, (side, some) in enumerate(it.answers.items()))
+    if row.output:
+        cards += (
+            '<article class="reference"><header><span class="note">reference</span></header>'
+            f'<p class="text">{html.escape(row.output)}</p></article>'
+        )
+    heading = f"<h3><span>{i + 1}</span>{html.escape(row.instruction)}</h3>"
+    return f'<div class="answers">{heading}{given}<div class="cards">{cards}</div></div>'
+
+
+def _card(n: int, side: str, answer: Answer) -> str:
+    again = repeated(answer.text)
+    notes = [] if answer.finished else ["cut"]
+    notes += [f"{again:.0f} % repeated"] if again >= LOOPS else []
+    text = f'<p class="text">{html.escape(answer.text)}</p>' if answer.text else '<p class="none">no text</p>'
+    return (
+        f'<article style="--c: var(--c{colour(n)})"><header>{side_name(n, side)}'
+        f'<span class="note warn">{", ".join(notes)}</span></header>{text}</article>'
+    )
+
+
+def classes(found: Found) -> Section:
+    """Scores of a run that classifies, and what it took for what. Raises InputError for scores that are none."""
+    if found.scores is None:
+        return "scores", "Scores", missing("The rows have not been scored", f"just eval {found.folder}")
+    try:
+        names, by_side, rows = (found.scores[key] for key in ("labels", "scores", "rows"))
+        whole = [[side, *(_score(x[key]) for key in ("accuracy", "macro_f1", "loss"))] for side, x in by_side.items()]
+        each = [[name, *(_score(x["f1"][i]) for x in by_side.values())] for i, name in enumerate(names)]
+        told = f'<p class="missing">{rows:,} rows that were not trained on.</p>'
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
+        raise InputError(f"{found.folder / SCORES}: not the scores of this version ({err}); take it away") from None
+    picture = missing("There is no picture of what was taken for what.")
+    if found.confusion is not None:
+        data = base64.b64encode(found.confusion).decode()
+        picture = f'<img class="picture" alt="what was taken for what" src="data:image/png;base64,{data}">'
+    scores = grid(["", "accuracy", "macro-F1", "loss"], whole) + picture + grid(["F1 of each label", *by_side], each)
+    return "scores", "Scores", told + scores
+
+
+def heldout(found: Found) -> Section:
+    """The held-out figures of a pretraining, before and after."""
+    if found.result is None:
+        text = missing(
+            "A pretraining measures held-out documents at its end; this one has not come to it", resume(found)
+        )
+        return "heldout", "Held-out text", text
+    before = found.result.get("before") or {}
+    rows = [[name.replace("_", " "), _score(before[name]), _score(found.result.get(name))] for name in before]
+    told = f'<p class="missing">{found.result.get("heldout_documents", 0):,} documents that were not trained on.</p>'
+    return "heldout", "Held-out text", told + grid(["", "before", "after"], rows)
+
+
+def evaluation(found: Found) -> Section:
+    """What `just eval` left: groups of figures."""
+    if found.eval is None:
+        how = (
+            f"just eval --base {found.folder}/model --text FILE"
+            if found.kind == "pretraining"
+            else f"just eval {found.folder}"
+        )
+        return "evaluation", "Evaluation", missing("It has not been evaluated", how)
+    groups = [(name, x) for name, x in found.eval.items() if isinstance(x, Mapping)]
+    told = "".join(f"<h3>{html.escape(name)}</h3>{table(rows_of(x))}" for name, x in groups)
+    return "evaluation", "Evaluation", told or missing("eval.json holds no figures")
+
+
+def resume(found: Found) -> str:
+    """What to type to go on with a run."""
+    return f"just train {shlex.quote(str(found.folder))} --resume"
+
+
+def rows_of(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """The names and values of nested figures, for a table."""
+    rows: list[tuple[str, str]] = []
+    for name, x in values.items():
+        words = prefix + name.replace("_", " ")
+        rows += rows_of(x, f"{words}: ") if isinstance(x, Mapping) else [(words, _figure(x))]
+    return rows
+
+
+def _score(x: float | None) -> str:
+    """To three places, so that a column of them can be compared."""
+    return "–" if x is None else f"{x:,.3f}"
+
+
+def _figure(x: Any) -> str:
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if isinstance(x, int):
+        return f"{x:,}"
+    return "–" if x is None else number(x) if isinstance(x, float) else str(x)

@@ -1,0 +1,26 @@
+"""What every run has, whatever it trains: its name, where it runs and writes, and how it lasts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Training that leaves a folder, and can be taken up again."""
+
+    name: str
+    evaluate: int | None = None
+    """Held-out loss each so many steps; its best state is kept too."""
+    take: Literal["last", "best"] = "last"
+    """What the run leaves: its last state, or of those that `evaluate` looked at the one of least held-out loss."""
+    checkpoint: float = 2.0
+    """Minutes of training from one checkpoint to the next, for --resume to go on from; 0 writes one after each step."""
+    keep: int = 2
+    """The last so many checkpoints are kept, besides the best."""
+    track: Literal["wandb", "trackio"] | None = None
+    """Send the figures there too; a TensorBoard log is written always."""
+    device: str = "auto"
+    """cuda where there is one, else cpu."""
+    seed: int = 0
+    out: Path = Path("runs")

@@ -1,0 +1,83 @@
+"""Run by test_memory.py in a process of its own, as a user has it: the checks of shapes that the tests add keep memory.
+
+Prints by how many bytes the process grows over a thousand times, after as many in which allocator and caches rest.
+"""
+
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fgpt
+from experiments.fit import fit
+from experiments.plan import Plan
+from experiments.runs import find
+from fgpt.adapters import adapt
+from fgpt.loss import Batch, nll
+from fgpt.optim import adamw, constant
+from fgpt.train import make_step, start
+
+WARM, TIMES = 1000, 1000
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def params() -> fgpt.GPT:
+    return fgpt.init(fgpt.Config(1, 2, 16, 40, 31, 32), fgpt.key(0))
+
+
+def steps(leak: bool = False) -> int:
+    """A training with its log, its TensorBoard events and many checkpoints; or one that keeps 10 kB each step."""
+    base, kept, sizes = params(), [], []
+    adapters, optimizer = fgpt.lora(base, fgpt.key(2), 2), adamw(1e-3)
+
+    def batches(begin: int) -> Iterator[list[Batch]]:
+        for number in range(begin, WARM + TIMES + 1):
+            if number in (WARM, WARM + TIMES):
+                sizes.append(resident())
+            if leak:
+                kept.append(torch.ones(2500))
+            x = torch.randint(31, (8, 17), generator=fgpt.rng.fold_in(fgpt.key(1), number))
+            yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
+
+    plan = Plan(
+        run=replace(find("lora-nano"), checkpoint=0.001),
+        step=make_step(lambda a, frozen, batch, seed: nll(adapt(frozen, a), batch), optimizer),
+        frozen=base,
+        batches=batches,
+        steps=WARM + TIMES + 1,
+        schedule=constant(1e-3),
+        rng=fgpt.key(3),
+        inputs="",
+        first=start(adapters, optimizer),
+        tokenizer=fgpt.tokenizer("nano"),
+    )
+    with tempfile.TemporaryDirectory() as out:
+        fit(plan, Path(out))
+    return sizes[1] - sizes[0]
+
+
+def texts() -> int:
+    """Generations, every second one with an adapter for each row."""
+    base, sizes = params(), []
+    some = [fgpt.lora(base, fgpt.key(i), 2) for i in range(2)]
+    warm = fgpt.Sampling(temperature=1.0, top_k=5)
+    for number in range(WARM + TIMES + 1):
+        if number in (WARM, WARM + TIMES):
+            sizes.append(resident())
+        fgpt.generate(base, [[1, 2], [4]], 0, 2, warm, fgpt.key(number), adapters=some if number % 2 else None)
+    return sizes[1] - sizes[0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print({"steps": steps, "leak": lambda: steps(leak=True), "texts": texts}[sys.argv[1]]())

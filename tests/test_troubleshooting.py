@@ -1,0 +1,150 @@
+"""Every message that the README's list of troubles names is provoked here, by what it says brings it."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import fgpt
+from experiments.__main__ import main
+from fgpt.io import hub
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def listed() -> list[str]:
+    """The messages, as the first column of the list has them."""
+    section = README.read_text().split("## When something goes wrong")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", section, flags=re.M)
+
+
+class Bench:
+    """A tiny base, rows, and a finished training to spoil."""
+
+    def __init__(self, at: Path) -> None:
+        self.at, self.rows = at, at / "rows.json"
+        cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=64)
+        hub.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
+        self.write([{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(12)])
+        own = ["--base", str(at / "base"), "--data", str(self.rows), "--heldout", "2", "--steps", "3", "--seq", "48"]
+        self.args = ["lora-nano", *own, "--rows", "2", "--compare", "0", "--out", str(at)]
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        self.rows.write_text(json.dumps(rows))
+
+    def train(self, *more: str) -> int:
+        return main(["train", *self.args, *more])
+
+    def begun(self) -> Path:
+        """A run that stopped half way."""
+        assert self.train() == 0
+        (self.at / "lora-nano" / "status.json").write_text('{"state": "interrupted", "steps": 3}\n')
+        return self.at / "lora-nano"
+
+    def resume(self, *more: str) -> int:
+        return main(["train", "lora-nano", "--resume", "--out", str(self.at), *more])
+
+    def labelled(self, text: str, *more: str) -> int:
+        (self.at / "texts.txt").write_text(text)
+        own = ["--base", str(self.at / "base"), "--train", str(self.at / "texts.txt"), "--test", "None", "--heldout", "2"]
+        return main(["train", "hate-smollm2-lora", *own, *more, "--out", str(self.at)])
+
+
+def pickled(it: Bench) -> int:
+    (it.at / "base" / "model.safetensors").unlink()
+    (it.at / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return it.train()
+
+
+def long_row(it: Bench) -> int:
+    it.write([{"instruction": "Say it.", "output": "word " * 90}] * 12)
+    return it.train()
+
+
+def other_rows(it: Bench) -> int:
+    it.begun()
+    it.write([{"instruction": f"Say {i}.", "output": f"It is not {i}."} for i in range(12)])
+    return it.resume()
+
+
+def in_use(it: Bench) -> int:
+    with FileLock(it.begun() / ".lock"):
+        return it.resume()
+
+
+def full(it: Bench) -> int:
+    """The kernel refuses files of more than 20 kB; in a process of its own, for the limit stays."""
+    import resource
+    import signal
+
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    os._exit(it.train("--device", "cpu"))
+
+
+def other_options(it: Bench) -> int:
+    it.begun()
+    return it.resume("--lr", "1")
+
+
+def without(name: str) -> Callable[[Bench], int]:
+    def provoke(it: Bench) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            from importlib import metadata
+
+            def absent(asked: str) -> metadata.Distribution:
+                if asked == name:
+                    raise metadata.PackageNotFoundError(asked)
+                return found(asked)
+
+            found = metadata.distribution
+            patch.setattr(metadata, "distribution", absent)
+            return it.train("--track", name)
+
+    return provoke
+
+
+TEXTS = "\n".join(f"text {i};{('hate', 'offensive', 'neutral')[i % 3]}" for i in range(12))
+
+PROVOKED: dict[str, Callable[[Bench], int]] = {
+    "no run named": lambda it: main(["train", "lora-nan"]),
+    "no trained run": lambda it: main(["generate", "lora-none", "Hello."]),
+    "the hub cannot be reached": lambda it: it.train("--base", "nobody/nothing-at-all"),
+    "pickled weights may run any code and are not read": pickled,
+    "matches no path": lambda it: it.train("--adapter.target", "transformer.*c_attn"),
+    "tokens, the limit is": long_row,
+    "expected one: give it another word": lambda it: it.labelled(TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"),
+    "has no training row": lambda it: it.labelled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
+    "cannot be used": lambda it: it.train("--device", "cuda:77"),
+    "the loss became": lambda it: it.train("--lr", "1e30", "--warmup", "1", "--steps", "40"),
+    "did not move in two steps": lambda it: it.train("--lr", "1e-30"),
+    "nothing to resume": lambda it: it.resume(),
+    "was begun with": other_options,
+    "was made from another base or other rows": other_rows,
+    "is being trained in by another process": in_use,
+    "free space": full,
+    "is not installed, and this run is tracked by it": without("wandb"),
+}
+
+
+def test_the_list_is_the_readme_s():
+    assert listed() == list(PROVOKED)
+
+
+@pytest.mark.parametrize("message", PROVOKED)
+def test_the_message_comes_in_one_line(
+    message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert PROVOKED[message](Bench(tmp_path)) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert message in [line for line in said.splitlines() if line.startswith("error: ")][-1]
