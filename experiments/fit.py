@@ -67,23 +67,13 @@ def fit(plan: Plan, out: Path) -> Fitted:
     if begin:
         console.print(f"going on after step {begin} of {plan.steps}")
     began, saved, still = time.perf_counter(), time.perf_counter(), set(leaves(state.trainable))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[memory]} GB"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
     with (
         _room(out),
         tracking(run, out, begin) as track,
         open(out / METRICS, "a", encoding="utf-8") as log,
         stopping() as stopped,
-        Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar,
+        _shown(begin, plan.steps) as show,
     ):
-        task = bar.add_task("training", total=plan.steps, completed=begin, loss="-", speed="-", memory="-")
         seconds = past
         for done, micro in zip(range(begin + 1, plan.steps + 1), plan.batches(begin)):
             micro = [tree_map(lambda x: x.to(at), batch) for batch in micro]
@@ -104,7 +94,6 @@ def fit(plan: Plan, out: Path) -> Fitted:
             del old
             new, since = sum(b.tokens.numel() for b in micro), seconds
             tokens, seconds = tokens + new, past + time.perf_counter() - began
-            used = {} if plan.mfu is None else {"mfu": round(plan.mfu(new / (seconds - since)), 4)}
             line = {
                 "step": done,
                 "loss": loss,
@@ -114,8 +103,9 @@ def fit(plan: Plan, out: Path) -> Fitted:
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
                 "memory_gb": round(peak_memory(at), 3),
-                **used,
             }
+            if plan.mfu:
+                line["mfu"] = round(plan.mfu(new / (seconds - since)), 4)
             pause = time.perf_counter()
             if plan.heldout and run.evaluate and done % run.evaluate == 0:
                 line["heldout_loss"] = plan.heldout(state.trainable)
@@ -126,27 +116,50 @@ def fit(plan: Plan, out: Path) -> Fitted:
             if done in before and any(before[done][name] != line[name] for name in ("loss", "grad_norm")):
                 console.print(f"step {done} came out otherwise than before: another machine, or other versions?")
                 before = {}  # once is enough
-            pace = f"{tokens / seconds:,.0f} tok/s" + "".join(f"  MFU {x:.1%}" for x in used.values())
-            memory = f"{line['memory_gb']:.2f}"
-            bar.update(task, advance=1, loss=f"{loss:.3f}", speed=pace, memory=memory)
-            if not console.is_terminal and ((done - 1) % max(1, plan.steps // 20) == 0 or done == plan.steps):
-                left = (seconds - past) / (done - begin) * (plan.steps - done)
-                console.print(f"step {done}/{plan.steps}  loss {loss:.3f}  {pace}  {memory} GB  eta {left:.0f} s")
+            show(line)
             better = line.get("heldout_loss", math.inf) < least
-            due = time.perf_counter() - saved >= 60 * run.checkpoint
-            if better or due or done == plan.steps or stopped():
+            due, ending = time.perf_counter() - saved >= 60 * run.checkpoint, stopped() or done == plan.steps
+            if better or due or ending:
                 os.fsync(log.fileno())  # what the checkpoint goes on from is on disk before it
                 checkpoint.save(out, state, plan.inputs, line.get("heldout_loss"))
                 checkpoint.prune(out, run.keep)
                 least, saved = min(least, line.get("heldout_loss", math.inf)), time.perf_counter()
             began += time.perf_counter() - pause  # of looking and saving, not of training
-            if stopped():
+            if ending:
                 break
     interrupted = int(state.step) < plan.steps
     if run.take == "best" and not interrupted and (found := checkpoint.best(out)):
         state = checkpoint.load(found, state, plan.inputs)
         console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
     return Fitted(state, interrupted, seconds)
+
+
+@contextlib.contextmanager
+def _shown(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What is yielded shows a step's line: as a bar in a terminal, elsewhere as some twenty lines in all."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    began = time.perf_counter()
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps, completed=begin, figures="")
+
+        def show(line: dict[str, Any]) -> None:
+            done, used = line["step"], f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+            pace = f"{line['tokens'] / max(line['seconds'], 1e-3):,.0f} tok/s{used}"
+            figures = f"loss {line['loss']:.3f}  {pace}  {line['memory_gb']:.2f} GB"
+            bar.update(task, advance=1, figures=figures)
+            if not console.is_terminal and ((done - 1) % max(1, steps // 20) == 0 or done == steps):
+                left = (time.perf_counter() - began) / (done - begin) * (steps - done)
+                console.print(f"step {done}/{steps}  {figures}  eta {left:.0f} s")
+
+        yield show
 
 
 def _unmoved(paths: set[str], of: int, lr: float) -> None:

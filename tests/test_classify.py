@@ -382,8 +382,9 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     assert main(["train", "emotion-small", *feelings, *SHORT, kind, *rate, "--out", str(tmp_path)]) == 0
     out = tmp_path / "emotion-small"
     assert {p.name for p in out.iterdir()} == {
-        "run.json", "metrics.jsonl", "loss.png", "adapter", "metrics.json", "confusion.png"
-    }  # fmt: skip
+        *("run.json", "status.json", "environment.json", ".lock", "metrics.jsonl", "tensorboard", "loss.png"),
+        *("checkpoints", "adapter", "metrics.json", "confusion.png"),
+    }
     assert len(read_metrics(out / "metrics.jsonl")) == 25
     found = json.loads((out / "metrics.json").read_text())
     assert found["labels"] == ["fear", "joy"]
@@ -397,7 +398,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave the labels out"):
         predict(trained, test, ["yes", "no"])
     assert main(["generate", str(out), "hi"]) == 2
-    assert "not an instruction run" in capsys.readouterr().err.splitlines()[-1]
+    assert "not a run of instructions" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -115,7 +115,7 @@ def test_bad_input_is_one_line(
         ([str(instructed), "--answers", "0"], "answers is 0: expected 1 or more"),
         (["--base", "nano", "--text", str(rows_of_classes), "--answers", "2"], "a base has no held-out rows to answer"),
         ([str(moved)], "gone.txt: no such file"),
-        ([str(tmp_path / "odd")], "not a run of this version that classifies"),
+        ([str(tmp_path / "odd")], "not a run of this version"),
     ):
         assert main(["eval", *args]) == 2, args
         said = capsys.readouterr().err.strip()

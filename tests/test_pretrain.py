@@ -148,8 +148,8 @@ def test_rows_lose_no_token(lengths: list[int], seq: int):
 
 def test_micro_batches_are_rows_one_after_the_other():
     given = [torch.arange(1, 200, dtype=torch.int32)]
-    (one,) = next(batches(given, 0, Pretrain("a", seq=5, rows=6), fgpt.key(1)))
-    three = next(batches(given, 0, Pretrain("a", seq=5, rows=2, accumulate=3), fgpt.key(1)))
+    (one,) = next(batches(given, 0, Pretrain(name="a", seq=5, rows=6), fgpt.key(1)))
+    three = next(batches(given, 0, Pretrain(name="a", seq=5, rows=2, accumulate=3), fgpt.key(1)))
     assert len(three) == 3
     assert torch.equal(torch.cat([batch.tokens for batch in three]), one.tokens)
     assert torch.equal(one.targets[:, :-1], one.tokens[:, 1:])
@@ -179,7 +179,7 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     said = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     chats = pyarrow.table({"dataset": ["x"], "messages": [said]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
-    monkeypatch.setattr(sources, "download", lambda name, hub: tmp_path)
+    monkeypatch.setattr(sources, "download", lambda name, hub, option: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
     assert sources.rows("tulu") == [Row("u", "", "a")]

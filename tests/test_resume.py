@@ -1,6 +1,7 @@
 """A training that is killed at any moment goes on to the same end, bit for bit."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -385,6 +387,31 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     assert "File too large; free space" in said
     assert f"go on with: just train {run} --resume" in said
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert ended(forked(again(run))) == 0
+    same(end_of(tmp_path), expected)
+
+
+def test_a_folder_that_turns_read_only(given: Any, whole: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """After some files no more can be made: the checkpoints that are there stay whole, and are gone on from."""
+    args, (expected, _) = given["instruct"], whole["instruct"]
+
+    def spoil() -> None:
+        make, left = tempfile.mkstemp, 12
+
+        def refuse(*where: Any, **more: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return make(*where, **more)
+
+        tempfile.mkstemp = refuse
+
+    assert ended(forked(["train", *args, "--out", str(tmp_path)], spoil)) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "Read-only file system; free space or choose another folder, then go on with: just train" in said
+    (run,) = run_in(tmp_path)
+    assert list((run / "checkpoints").rglob("manifest.json"))
     assert ended(forked(again(run))) == 0
     same(end_of(tmp_path), expected)
 

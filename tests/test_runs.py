@@ -52,8 +52,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_run_leaves_all_it_promises(trained: Path):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        "run.json", "metrics.jsonl", "loss.png", "adapter", "compare.md", "compare.html", "compare.json"
-    }  # fmt: skip
+        *("run.json", "status.json", "environment.json", ".lock", "metrics.jsonl", "tensorboard", "loss.png"),
+        *("checkpoints", "adapter", "compare.md", "compare.html", "compare.json"),
+    }
     metrics = read_metrics(trained / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["loss"] < metrics[0]["loss"]
@@ -249,7 +250,7 @@ def test_nan_ends_with_one_line_and_no_adapter(tmp_path: Path, capsys: pytest.Ca
     assert said.startswith("error: the loss became")
     assert "lower --lr" in said
     left = {p.name for p in (tmp_path / "lora-nano").iterdir()}
-    assert left == {"run.json", "metrics.jsonl"}
+    assert left == {"run.json", "status.json", "environment.json", ".lock", "metrics.jsonl", "tensorboard"}
 
 
 def test_a_tokenizer_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -273,7 +274,7 @@ def test_a_full_disk(tmp_path: Path):
         assert "No space left on device" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
         assert not list(disk.rglob("*.safetensors"))
-        assert not list(disk.rglob(".*"))
+        assert [p.name for p in disk.rglob(".*")] == [".lock"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

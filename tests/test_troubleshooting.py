@@ -51,7 +51,16 @@ class Bench:
 
     def labelled(self, text: str, *more: str) -> int:
         (self.at / "texts.txt").write_text(text)
-        own = ["--base", str(self.at / "base"), "--train", str(self.at / "texts.txt"), "--test", "None", "--heldout", "2"]
+        own = [
+            "--base",
+            str(self.at / "base"),
+            "--train",
+            str(self.at / "texts.txt"),
+            "--test",
+            "None",
+            "--heldout",
+            "2",
+        ]
         return main(["train", "hate-smollm2-lora", *own, *more, "--out", str(self.at)])
 
 
@@ -120,7 +129,9 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "pickled weights may run any code and are not read": pickled,
     "matches no path": lambda it: it.train("--adapter.target", "transformer.*c_attn"),
     "tokens, the limit is": long_row,
-    "expected one: give it another word": lambda it: it.labelled(TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"),
+    "expected one: give it another word": lambda it: it.labelled(
+        TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"
+    ),
     "has no training row": lambda it: it.labelled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
     "cannot be used": lambda it: it.train("--device", "cuda:77"),
     "the loss became": lambda it: it.train("--lr", "1e30", "--warmup", "1", "--steps", "40"),
