@@ -98,6 +98,14 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(20_000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not come to that in 100 s")
+
+
 def run_in(out: Path) -> list[Path]:
     """The folders of runs that were begun."""
     return [path.parent for path in out.glob("*/run.json")]
@@ -376,8 +384,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     (run,) = run_in(tmp_path)
     assert not list((run / "checkpoints").rglob("manifest.json"))
     pid = forked(again(run))
-    while not list((run / "checkpoints").glob("step-00000[45]/manifest.json")):
-        time.sleep(0.01)
+    until(lambda: bool(list((run / "checkpoints").glob("step-00000[45]/manifest.json"))))
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     size = (run / "metrics.jsonl").stat().st_size
@@ -426,8 +433,7 @@ def test_no_two_processes_train_in_one_folder(given: Any, whole: Any, tmp_path: 
     """Two begun at once have folders of their own; one that runs cannot be taken up."""
     args, (expected, _) = given["instruct"], whole["instruct"]
     pids = [forked(["train", *args, "--out", str(tmp_path)]) for _ in range(3)]
-    while len(run_in(tmp_path)) < 3:
-        time.sleep(0.01)
+    until(lambda: len(run_in(tmp_path)) == 3)
     assert ended(forked(again(tmp_path / "lora-nano"))) == 2
     assert ended(forked(["train", str(tmp_path / "lora-nano-2"), "--resume"])) == 2
     assert [ended(pid) for pid in pids] == [0, 0, 0]
@@ -470,8 +476,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.01)
+    until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2))
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said

@@ -149,9 +149,9 @@ def hate_smollm2_lora() -> Classify:
     """Hate speech by the next token: LoRA (r 2, attention) and norms of SmolLM2-135M-Instruct.
 
     just train hate-smollm2-lora --train train.csv --test val.csv, where these hold label,text. 265,536 trained
-    parameters. On 200 rows, 0.390 before and with 6 shots: accuracy 0.765, macro-F1 0.762 after one epoch (--epochs 1,
-    216 steps in 7 minutes on one thread of an AMD EPYC, 1.6 GB); three are not measured yet. With GPT-J's rate of 1e-4
-    three epochs gave 0.610: the rate is the better of these two, chosen on those rows.
+    parameters. On 200 rows, 0.390 before and with 6 shots: accuracy 0.770, macro-F1 0.770 after three epochs, 648 steps
+    in 32 minutes on one busy thread of an AMD EPYC, 1.6 GB; 0.765 after one. With GPT-J's rate of 1e-4 three gave 0.610:
+    the rate is the better of these two, chosen on those rows.
     """
     return replace(_smollm2(hate_gptj_lora()), lr=2e-3)
 
@@ -159,9 +159,11 @@ def hate_smollm2_lora() -> Classify:
 def hate_smollm2_ln() -> Classify:
     """Hate speech by the next token: norms of SmolLM2-135M-Instruct.
 
-    just train hate-smollm2-ln --train train.csv --test val.csv. 35,136 trained parameters.
+    just train hate-smollm2-ln --train train.csv --test val.csv. 35,136 trained parameters. On 200 rows, 0.390 before:
+    accuracy 0.825, macro-F1 0.823 after three epochs of 1,000 messages: 648 steps in 34 minutes on one busy thread of
+    an AMD EPYC, 1.5 GB. One seed; the rate is the only one that was run to its end.
     """
-    return replace(_smollm2(hate_gptj_ln()), lr=1e-3)
+    return replace(_smollm2(hate_gptj_ln()), lr=5e-3)
 
 
 def hate_smollm2_all() -> Classify:
