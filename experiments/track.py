@@ -120,7 +120,8 @@ def _tensorboard(folder: Path, begin: int) -> Calls:
 
 def _wandb(run: Training, folder: Path, name: str) -> Calls:
     """Raises InputError where wandb is to send what it gets and has no key."""
-    import wandb  # two seconds  # pyright: ignore[reportMissingImports]
+    import wandb  # two seconds
+    from wandb.errors import UsageError
 
     try:
         it = wandb.init(
@@ -137,7 +138,7 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
                 finish_timeout_raises=True,
             ),
         )
-    except wandb.errors.UsageError as err:
+    except UsageError as err:
         raise InputError(
             f"wandb: {' '.join(str(err).split())} Or keep it on this machine: WANDB_MODE=offline"
         ) from None
