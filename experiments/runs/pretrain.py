@@ -66,9 +66,10 @@ def tinytiny_pretrain() -> Pretrain:
 
     just train tinytiny-pretrain, or on local files: --data wiki.train.raw.xz --heldout wiki.valid.raw --steps 60
     --warmup 10. 26,398,080 parameters and 98,304 of positions; 6,000 updates are 6.2 epochs of WikiText-103 and want a
-    GPU: one thread of an AMD EPYC, others at work beside it, reads 350 tokens/s (62 % of its peak) in 2.4 GB, so that
-    an epoch of WikiText-2 takes two hours. Its folder model/ is the base of tinytiny-sft-full and tinytiny-sft-lora.
-    Not measured to its end yet.
+    GPU: one thread of an AMD EPYC reads 350 tokens/s (62 % of its peak) in 2.6 GB, so that an epoch of WikiText-2 takes
+    two hours. Its folder model/ is the base of tinytiny-sft-full and tinytiny-sft-lora. Not measured to its end: 0.3
+    epochs of WikiText-2 (--accumulate 4 --steps 60 --warmup 10, 737,280 tokens in 57 minutes of one busy thread) bring
+    the held-out loss from 10.9 to 6.84 nats a token.
     """
     return Pretrain(
         name="tinytiny-pretrain",
