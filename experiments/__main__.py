@@ -28,12 +28,18 @@ def train(args: Sequence[str]) -> None:
     if "--resume" in options:
         run, where = resumed(name, [option for option in options if option != "--resume"])
     else:
-        run, where = parse(type(runs.find(name)), options, runs.find(name), f"just train {name}"), None
+        run, where = named(name, options, f"just train {name}"), None
     from experiments import track
     from experiments.kinds import carry_out
 
     track.check(run)
     carry_out(run, where)
+
+
+def named(name: str, options: Sequence[str], command: str) -> runs.AnyRun:
+    """The run of a name, with its options. Raises InputError for a name or an option that is none."""
+    run = runs.find(name)
+    return parse(type(run), options, run, command)
 
 
 LASTING = ("checkpoint", "keep", "track", "out")
@@ -48,9 +54,7 @@ def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
     from experiments import folder
 
     command = f"just train {name} --resume"
-    named = runs.find(name) if name in runs.RUNS else None
-    out = Path("runs") if named is None else parse(type(named), options, named, command).out
-    where = folder.begun(name, out)
+    where = folder.begun(name, named(name, options, command).out if name in runs.RUNS else Path("runs"))
     recorded = folder.read_run(where)
     run = parse(type(recorded), options, recorded, command)
     for field in dataclasses.fields(run):
@@ -176,10 +180,9 @@ def doctor(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if name in ("", "-h", "--help"):
         raise InputError("expected a run: just doctor NAME [options, as just train has them]")
-    run = parse(type(runs.find(name)), options, runs.find(name), f"just doctor {name}")
     from experiments.doctor import go
 
-    go(run)
+    go(named(name, options, f"just doctor {name}"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,8 @@ from experiments.metrics import mend, read_metrics
 from experiments.plan import Plan
 from experiments.track import tracking
 from fgpt.errors import InputError
-from fgpt.rng import fold_in
 from fgpt.train import State
-from fgpt.tree import device, leaves, tree_map
+from fgpt.tree import device, leaves
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,8 @@ def fit(plan: Plan, out: Path) -> Fitted:
     ):
         seconds = past
         for done, micro in zip(range(begin + 1, plan.steps + 1), plan.batches(begin)):
-            micro = [tree_map(lambda x: x.to(at), batch) for batch in micro]
             lr, old = float(plan.schedule(state.step)), state
-            state, metrics = plan.step(old, plan.frozen, micro, fold_in(plan.rng, done - 1))
+            state, metrics = plan.advance(old, micro)
             loss, norm = float(metrics.loss), float(metrics.grad_norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise InputError(

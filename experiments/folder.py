@@ -13,6 +13,7 @@ it holds a single file of our own.
 
 import contextlib
 import dataclasses
+import difflib
 import re
 import shutil
 from collections.abc import Iterator
@@ -108,8 +109,10 @@ def _of_name(name: str, out: Path) -> list[Path]:
     """The folder of a run, by path; or those by name, the newest last."""
     if name and (Path(name) / RUN).is_file():
         return [Path(name)]
-    numbered = (p for p in out.glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)) if name else ()
-    return sorted((p for p in numbered if (p / RUN).is_file()), key=lambda p: (p / RUN).stat().st_mtime)
+    numbered = re.compile(rf"{re.escape(name)}(-\d+)?")
+    runs = (p.parent for p in out.glob(f"*/{RUN}"))
+    found = (p for p in runs if name and numbered.fullmatch(p.name))
+    return sorted(found, key=lambda p: (p / RUN).stat().st_mtime)  # a folder's own time changes with each report
 
 
 def find(name: str, out: Path = Path("runs")) -> Path:
@@ -126,10 +129,17 @@ def find(name: str, out: Path = Path("runs")) -> Path:
 
 
 def any_of(name: str, out: Path = Path("runs")) -> Path:
-    """The folder of a run, finished or not, by path, or the newest by name. Raises InputError where there is none."""
-    if not (found := _of_name(name, out)):
-        raise InputError(f"no run {name!r} under {out}/; train it first: just train {name or 'NAME'}")
-    return found[-1]
+    """The folder of a run, by path, or the newest by name; it may be at work still, or have been killed.
+
+    Raises InputError where there is none.
+    """
+    if found := _of_name(name, out):
+        return found[-1]
+    if name and Path(name).is_dir():
+        raise InputError(f"{name} holds no {RUN}: expected the folder of a run")
+    near = difflib.get_close_matches(name, [p.parent.name for p in out.glob(f"*/{RUN}")], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"no run {name!r} under {out}/: {hint}expected a run's name, or its folder")
 
 
 def begun(name: str, out: Path = Path("runs")) -> Path:

@@ -13,8 +13,9 @@ from fgpt.data.templates import Example
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.loss import Batch
 from fgpt.optim import Schedule
-from fgpt.train import State, Step
-from fgpt.tree import leaves
+from fgpt.rng import fold_in
+from fgpt.train import Metrics, State, Step
+from fgpt.tree import device, leaves, tree_map
 
 
 @dataclass
@@ -39,6 +40,12 @@ class Plan:
     """Loss on rows apart, of what is trained."""
     mfu: Callable[[float], float] | None = None
     """Which part of the machine so many tokens a second take."""
+
+    def advance(self, state: State, micro: Sequence[Batch]) -> tuple[State, Metrics]:
+        """The step after `state`, with the key of its number, on the device that the state is on."""
+        at = device(state.trainable)
+        placed = [tree_map(lambda x: x.to(at), batch) for batch in micro]
+        return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step)))
 
     def take(self) -> State:
         """The state before the first step. It is given away: nobody else holds on to memory that the training lets go

@@ -12,9 +12,7 @@ from experiments.plan import Plan
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.loss import Batch
-from fgpt.rng import fold_in
 from fgpt.train import Metrics
-from fgpt.tree import device, tree_map
 
 SHOWN = 300
 """Characters shown of a row's beginning, and of its end."""
@@ -51,14 +49,13 @@ def once_more(plan: Plan, where: Path, step: int) -> tuple[list[Batch], Metrics]
     first = plan.take()
     state = checkpoint.newest(where, first, plan.inputs, step - 1) or first
     del first
-    begin, at = int(state.step), device(state.trainable)
+    begin = int(state.step)
     console.print(f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}")
     stream = plan.batches(begin)
     while True:
-        micro, number = next(stream), int(state.step)
-        placed = [tree_map(lambda x: x.to(at), batch) for batch in micro]
-        state, metrics = plan.step(state, plan.frozen, placed, fold_in(plan.rng, number))
-        if number + 1 == step:
+        micro = next(stream)
+        state, metrics = plan.advance(state, micro)
+        if int(state.step) == step:
             return micro, metrics
 
 

@@ -8,9 +8,6 @@ trackio keeps its figures on this machine, in TRACKIO_DIR or where it usually do
 """
 
 import contextlib
-import dataclasses
-import json
-import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -130,7 +127,7 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
             id=name,
             resume="allow",
             dir=folder,
-            config=_config(run),
+            config=run.plain(),
             settings=wandb.Settings(
                 console="off",  # what is printed here stays here
                 init_timeout=PATIENCE,
@@ -151,7 +148,7 @@ def _trackio(run: Training, folder: Path, name: str) -> Calls:
         import trackio  # more than a second  # pyright: ignore[reportMissingImports]
 
         it = trackio.init(
-            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=_config(run), embed=False
+            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=run.plain(), embed=False
         )
 
     def finish() -> None:
@@ -168,11 +165,6 @@ def _to_stderr() -> contextlib.redirect_stdout[Any]:
 
 def _figures(line: Line) -> dict[str, float]:
     return {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
-
-
-def _config(run: Training) -> dict[str, Any]:
-    """The run as plain values."""
-    return json.loads(json.dumps(dataclasses.asdict(run), default=os.fspath))
 
 
 def _own_name(folder: Path, tracker: str) -> str:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from experiments import environment, report, runs
 from experiments.__main__ import parse
 from experiments.compare.found import Answer, Comparison, as_json
+from experiments.folder import any_of
 from experiments.report import chart, curves, found, options
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
@@ -217,14 +218,14 @@ def test_find_takes_the_newest_of_a_name(tmp_path: Path):
         at = folder(tmp_path / name)
         os.utime(at / "run.json", (1e9 - age, 1e9 - age))
     (tmp_path / "lora-nano" / "report.html").touch()  # the folder's own time is now the latest
-    assert found.find("lora-nano", tmp_path) == tmp_path / "lora-nano-2"
-    assert found.find(str(tmp_path / "lora-nano")) == tmp_path / "lora-nano"
+    assert any_of("lora-nano", tmp_path) == tmp_path / "lora-nano-2"
+    assert any_of(str(tmp_path / "lora-nano")) == tmp_path / "lora-nano"
     with pytest.raises(InputError, match=r"no run 'lora-nan' .*did you mean lora-nano\?"):
-        found.find("lora-nan", tmp_path)
+        any_of("lora-nan", tmp_path)
     with pytest.raises(InputError, match="no run ''"):
-        found.find("", tmp_path)
+        any_of("", tmp_path)
     with pytest.raises(InputError, match=r"holds no run\.json"):
-        found.find(str(tmp_path))
+        any_of(str(tmp_path))
 
 
 def _cut(path: Path) -> None:

@@ -71,7 +71,7 @@ def page(found: Comparison) -> str:
     """The whole comparison. All text in it is escaped."""
     title = html.escape(found.title)
     about = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found.about)
-    sections = "\n".join(_section(i, row, found) for i, row in enumerate(found.rows))
+    sections = "\n".join(f"<section>{answers(i, row, found)}</section>" for i, row in enumerate(found.rows))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -102,20 +102,21 @@ def scores_table(found: Comparison) -> str:
     )
 
 
-def _section(i: int, row: Row, found: Comparison) -> str:
+def answers(i: int, row: Row, found: Comparison, heading: str = "h2", lengths: bool = True) -> str:
+    """A prompt and what each side answered; with `lengths`, in how many tokens, which compare.json does not hold."""
     given = f'<p class="input">{html.escape(row.input)}</p>' if row.input else ""
-    cards = "".join(_card(n, side, some[i]) for n, (side, some) in enumerate(found.answers.items()))
+    cards = "".join(_card(n, side, some[i], lengths) for n, (side, some) in enumerate(found.answers.items()))
     if row.output:
         cards += (
             '<article class="reference"><header><span class="note">reference</span></header>'
             f'<p class="text">{html.escape(row.output)}</p></article>'
         )
-    heading = f"<h2><span>{i + 1}</span>{html.escape(row.instruction)}</h2>"
-    return f'<section>{heading}{given}<div class="cards">{cards}</div></section>'
+    asked = f"<{heading}><span>{i + 1}</span>{html.escape(row.instruction)}</{heading}>"
+    return f'{asked}{given}<div class="cards">{cards}</div>'
 
 
-def _card(n: int, side: str, answer: Answer) -> str:
-    notes = [f"{len(answer.tokens)} tokens"]
+def _card(n: int, side: str, answer: Answer, lengths: bool) -> str:
+    notes = [f"{len(answer.tokens)} tokens"] if lengths else []
     notes += [] if answer.finished else ['<span class="warn">cut</span>']
     again = repeated(answer.text)
     notes += [f'<span class="warn">{again:.0f} % repeated</span>'] if again >= LOOPS else []

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from experiments import folder
 from experiments.console import console
-from experiments.report.found import find, read
+from experiments.report.found import read
 from experiments.report.page import page
 from experiments.report.sections import sections, summary
 from fgpt.io.files import write
@@ -21,7 +22,7 @@ def go(name: str) -> Path:
 
     Raises InputError where there is no such run, or a file of it is damaged; an older report then stays as it was.
     """
-    found = read(find(name))
+    found = read(folder.any_of(name))
     at = found.folder.resolve().name
     title = at if at.startswith(found.name) else f"{found.name} ({at})"
     text = page(title, summary(found), sections(found))

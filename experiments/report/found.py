@@ -1,7 +1,5 @@
 """What lies in a run's folder, whether the run came to its end or not."""
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,24 +53,6 @@ class Found:
     def kind(self) -> str:
         """tuning, classes or pretraining."""
         return "classes" if "wording" in self.run else "tuning" if "adapter" in self.run else "pretraining"
-
-
-def find(name: str, out: Path = Path("runs")) -> Path:
-    """The folder of a run, by path, or the newest by name; it may be at work still, or have been killed.
-
-    Raises InputError where there is none.
-    """
-    if name and (Path(name) / folder.RUN).is_file():
-        return Path(name)
-    numbered = re.compile(rf"{re.escape(name)}(-\d+)?")
-    runs = [p.parent for p in out.glob(f"*/{folder.RUN}")]
-    if found := [p for p in runs if name and numbered.fullmatch(p.name)]:
-        return max(found, key=lambda p: (p / folder.RUN).stat().st_mtime)  # a folder's own changes with each report
-    if name and Path(name).is_dir():
-        raise InputError(f"{name} holds no {folder.RUN}: expected the folder of a run")
-    near = difflib.get_close_matches(name, [p.name for p in runs], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"no run {name!r} under {out}/: {hint}expected a run's name, or its folder")
 
 
 def read(at: Path) -> Found:

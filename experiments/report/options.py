@@ -1,8 +1,5 @@
 """A run's options as the command line names them, beside those of the named run it was made from."""
 
-import dataclasses
-import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,9 +26,7 @@ class Option:
 def options(run: Mapping[str, Any]) -> list[Option]:
     """All but the name, in the run's order."""
     usual: Any = runs.RUNS.get(run["name"])
-    default = (
-        {} if usual is None else dict(_flat(json.loads(json.dumps(dataclasses.asdict(usual()), default=os.fspath))))
-    )
+    default = {} if usual is None else dict(_flat(usual().plain()))
     flat = [(name, value) for name, value in _flat(run) if name != "name"]
     return [Option(name, value, default.get(name, value), name in default) for name, value in flat]
 

@@ -6,13 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.compare.found import Answer, Comparison
-from experiments.compare.page import LOOPS, colour, scores_table, side_name
+from experiments.compare.found import Comparison
+from experiments.compare.page import answers, scores_table
 from experiments.report.chart import number
 from experiments.report.found import SCORES, Found
 from experiments.report.page import Section, grid, missing, table
-from experiments.scores.text import repeated
-from fgpt.data.templates import Row
 from fgpt.errors import InputError
 
 SHOWN = 8
@@ -30,35 +28,12 @@ def comparison(found: Found) -> Section:
 def _comparison(name: str, it: Comparison, first: bool) -> str:
     about = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in it.about)
     heading = f"<h3>{html.escape(name)}</h3>" if not first or name != "compare" else ""
-    each = [_answers(i, row, it) for i, row in enumerate(it.rows)]
+    each = [f'<div class="answers">{answers(i, row, it, "h3", False)}</div>' for i, row in enumerate(it.rows)]
     shown = SHOWN if first else 0
     rest = f"<details><summary>{len(each) - shown} more prompts</summary>{''.join(each[shown:])}</details>"
     return (
         f'{heading}<ul class="about">{about}</ul>{scores_table(it)}'
         f"{''.join(each[:shown])}{rest if len(each) > shown else ''}"
-    )
-
-
-def _answers(i: int, row: Row, it: Comparison) -> str:
-    given = f'<p class="input">{html.escape(row.input)}</p>' if row.input else ""
-    cards = "".join(_card(n, side, some[i]) for n, (side, some) in enumerate(it.answers.items()))
-    if row.output:
-        cards += (
-            '<article class="reference"><header><span class="note">reference</span></header>'
-            f'<p class="text">{html.escape(row.output)}</p></article>'
-        )
-    heading = f"<h3><span>{i + 1}</span>{html.escape(row.instruction)}</h3>"
-    return f'<div class="answers">{heading}{given}<div class="cards">{cards}</div></div>'
-
-
-def _card(n: int, side: str, answer: Answer) -> str:
-    again = repeated(answer.text)
-    notes = [] if answer.finished else ["cut"]
-    notes += [f"{again:.0f} % repeated"] if again >= LOOPS else []
-    text = f'<p class="text">{html.escape(answer.text)}</p>' if answer.text else '<p class="none">no text</p>'
-    return (
-        f'<article style="--c: var(--c{colour(n)})"><header>{side_name(n, side)}'
-        f'<span class="note warn">{", ".join(notes)}</span></header>{text}</article>'
     )
 
 

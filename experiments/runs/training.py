@@ -1,8 +1,10 @@
 """What every run has, whatever it trains: its name, where it runs and writes, and how it lasts."""
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,3 +26,7 @@ class Training:
     """cuda where there is one, else cpu."""
     seed: int = 0
     out: Path = Path("runs")
+
+    def plain(self) -> dict[str, Any]:
+        """The run as run.json reads back: paths are text, tuples are lists."""
+        return json.loads(json.dumps(asdict(self), default=os.fspath))
