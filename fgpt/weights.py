@@ -125,10 +125,10 @@ def row_norms(
 ) -> Float[Tensor, " out"]:
     """‖w_i + s b_i A‖ for every row i, with neither B·A nor a whole fp32 copy of W:
 
-    ‖w_i + s b_i A‖² = ‖w_i‖² + 2s b_i·(A w_iᵀ) + s² b_i (A Aᵀ) b_iᵀ
+    ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
     """
     squares, cross = gram(w, a)
-    moved = squares + 2 * scale * (b * cross).sum(-1) + scale**2 * ((b @ (a @ a.T)) * b).sum(-1)
+    moved = squares + (b * torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2)).sum(-1)
     # Where V nearly cancels W the sum is rounding, and may be negative: the floor is what fp32 can tell of it.
     return torch.maximum(moved, torch.finfo(moved.dtype).eps * squares).sqrt()
 

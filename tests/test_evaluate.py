@@ -310,4 +310,4 @@ def test_a_missing_lm_eval_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert main(["eval", "--base", "nano", "--tasks", "hellaswag"]) == 2
-    assert "just setup-eval, or pip install lm-eval" in one_line(capsys)
+    assert "just setup-eval, or pip install 'fgpt[eval]'" in one_line(capsys)
