@@ -53,6 +53,11 @@ generate *args: setup
 chat *args: setup
     @{{ python }} -m experiments chat "$@"
 
+# The labels of texts by a run that classifies: `just classify emotion-small "i feel great"`, or `--file FILE`
+[no-exit-message]
+classify *args: setup
+    @{{ python }} -m experiments classify "$@"
+
 # Base and runs side by side, with scores: `just compare lora-nano dora-nano --prompts general`
 [no-exit-message]
 compare *args: setup

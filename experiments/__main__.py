@@ -113,6 +113,12 @@ def chat(args: Sequence[str]) -> None:
     go(options.run, options.how)
 
 
+def classify(args: Sequence[str]) -> None:
+    from experiments.tell import Asked, go
+
+    go(parse(Asked, args, None, "just classify"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """The base and one or several runs over it, side by side on the same prompts, with scores."""
@@ -243,6 +249,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "runs": list_runs,
     "generate": generate,
     "chat": chat,
+    "classify": classify,
     "compare": compare,
     "merge": merge,
     "eval": evaluate,

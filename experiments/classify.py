@@ -35,13 +35,21 @@ def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
 
     Raises InputError where holding out would leave nothing to train on.
     """
-    columns = None if run.columns == label_sources.Columns() else run.columns
-    rows = label_sources.rows(run.train, "train", columns)
+    rows = label_sources.rows(run.train, "train", _columns(run))
     if run.test is not None:
-        return rows, label_sources.rows(run.test, "test", columns)
+        return rows, to_score(run)
     if len(rows) <= run.heldout or run.heldout < 1:
         raise InputError(f"--heldout {run.heldout} of {len(rows)} rows: expected 1 or more, and fewer than there are")
     return apart(rows, run.heldout, run.seed)
+
+
+def to_score(run: Classify) -> list[Labelled]:
+    """The rows to score alone. Raises InputError as `read` does."""
+    return read(run)[1] if run.test is None else label_sources.rows(run.test, "test", _columns(run))
+
+
+def _columns(run: Classify) -> label_sources.Columns | None:
+    return None if run.columns == label_sources.Columns() else run.columns
 
 
 def trained_of(run: Classify, params: GPT) -> Adapters:

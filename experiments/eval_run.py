@@ -4,6 +4,7 @@ good those are that it writes itself, and how well it tells classes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from experiments.console import console
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.scores.text import answers
-from experiments.train import split
+from experiments.train import base_of, split
 from fgpt.data import labels, packing
+from fgpt.data.label_sources import Columns
 from fgpt.data.templates import Example, Row, encode, template
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
@@ -38,6 +40,13 @@ def run_of(at: Path) -> Run | Classify:
             f"{at}: a pretrained model has no rows of its own; give --base {at / folder.MODEL} --text FILE"
         )
     return run
+
+
+def of_others(run: Classify, test: str | None, columns: Columns, given: tuple[str, ...]) -> Classify:
+    """The run on rows or labels that are not its own. Raises InputError for labels that cannot be."""
+    if test is not None:  # the columns are those of this source
+        run = replace(run, test=test, columns=columns)
+    return replace(run, labels=predict.own_or(run, given))
 
 
 def own(
@@ -106,18 +115,26 @@ class Unseen(NamedTuple):
 def unseen(run: Classify, limit: int | None) -> Unseen:
     """The first `limit` rows that were scored after training. Raises InputError as reading them for training does."""
     cfg, tokenizer = hub.describe(run.base)
-    names, _, rows = labels.settle(run.labels, *classify.read(run))
+    names, rows = labels.named(labels.words_of(run.labels), classify.to_score(run))
     own, width = predict.labels_of(run, names, tokenizer), min(run.seq, cfg.context)
     examples, cut = labels.encode(rows[:limit], own, predict.frame_of(run, names, tokenizer), tokenizer, width)
     return Unseen(examples, own, width, cut)
 
 
-def of_classes(params: GPT, it: Unseen) -> Figures:
+def untuned(run: Classify, limit: int | None) -> Figures:
+    """How well the base alone tells the rows of a run whose labels are next tokens.
+
+    Raises InputError as `unseen` does.
+    """
+    return of_classes(base_of(run), unseen(run, limit), "test rows, untuned")
+
+
+def of_classes(params: GPT, it: Unseen, title: str = "test rows") -> Figures:
     """How well a classifier tells the rows, by the scores that it had after training."""
     scores, loss = classify.score(params, it.examples, it.labels, it.width)
     counts = {"rows": len(it.examples), "rows that lost their middle": it.cut, "classes": len(it.labels.names)}
     figures = {"accuracy": scores["accuracy"], "macro-F1": scores["macro_f1"], "loss (nats per row)": loss}
-    return shown("test rows", counts, figures)
+    return shown(title, counts, figures)
 
 
 # ---------------------------------------------------------------------------------------------------------- showing

@@ -3,7 +3,7 @@
 eval.json    what was asked and every figure: in the run's folder, or where --out says
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from experiments.eval_run import Figures, scored, shown
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.train import base_of
+from fgpt.data.label_sources import Columns
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.evaluate import perplexity, room, windows
@@ -42,6 +43,13 @@ class Asked:
     """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
     stride: int | None = None
     """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
+    test: str | None = None
+    """Of a run that classifies: other rows than its own, from a source as just train's --test takes."""
+    columns: Columns = field(default_factory=Columns)
+    """Which columns of those rows hold text, second text and label."""
+    labels: tuple[str, ...] = ()
+    """Of a run whose labels are words that it writes: other labels than it was trained on, as just train takes them.
+    Its base is then scored beside it."""
     tasks: str | None = None
     """lm-eval's tasks, such as hellaswag,arc_easy; they want `just setup-eval`."""
     include_path: Path | None = None
@@ -86,15 +94,22 @@ def go(asked: Asked) -> dict[str, Any]:
         raise InputError(
             f"{it.name} tells classes, and is evaluated on its own rows: leave --text, --tasks, --answers out"
         )
+    if not isinstance(it.run, Classify) and (asked.test, asked.columns, asked.labels) != (None, Columns(), ()):
+        raise InputError(f"{it.name} tells no classes: leave --test, --columns and --labels out")
     if it.run is None and asked.answers is not None:
         raise InputError("a base has no held-out rows to answer: give a run in place of --base, or leave --answers out")
     text = None if asked.text is None else read(asked.text)
     cfg, tokenizer = hub.describe(it.base)
     window = room(cfg, asked.width, asked.stride)
     chosen = None if asked.tasks is None else tasks.find(asked.tasks, asked.include_path)
-    own = eval_run.own(it.run, it.at, plain, asked.answers, asked.limit, asked.rows) if it.run and it.at else None
-    params = load(it)
+    run = it.run
+    if isinstance(run, Classify):
+        run = eval_run.of_others(run, asked.test, asked.columns, asked.labels)
+    own = eval_run.own(run, it.at, plain, asked.answers, asked.limit, asked.rows) if run and it.at else None
     found: dict[str, Any] = {"evaluated": it.name, "base": it.base}
+    if isinstance(run, Classify) and asked.labels:
+        found["test rows, untuned"] = eval_run.untuned(run, asked.limit)
+    params = load(it)
     if text is not None:
         found["text"] = {"file": str(asked.text)} | of_text(params, tokenizer, text, *window, asked.rows)
     if chosen is not None:

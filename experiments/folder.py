@@ -195,7 +195,8 @@ def _read(kind: Any, value: Any, name: str = "run") -> Any:
 def instruction_run(folder: Path) -> Run:
     """The instruction run that made a folder. Raises InputError for any other."""
     if not isinstance(run := read_run(folder), Run):
-        raise InputError(f"{folder / RUN}: not a run of instructions, but of {type(run).__name__.lower()}")
+        hint = "just classify tells its labels" if isinstance(run, Classify) else "give its model/ as a --base"
+        raise InputError(f"{folder} is no run of instructions: {hint}")
     return run
 
 

@@ -1,6 +1,7 @@
 """The class of each of many texts: they are packed into rows as in training, and no text sees another."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ from experiments import folder
 from experiments.runs.classify import Classify
 from experiments.train import base_of
 from fgpt.data import packing
-from fgpt.data.labels import Frame, Labelled, Labels, classes, encode, frame, words, words_of
+from fgpt.data.labels import Frame, Labelled, Labels, classes, encode, frame, named, words, words_of
 from fgpt.data.templates import Example
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
@@ -84,7 +85,6 @@ class Trained(NamedTuple):
     run: Classify
     params: GPT
     tokenizer: Tokenizer
-    names: tuple[str, ...]
 
 
 def labels_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
@@ -105,27 +105,48 @@ def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
 def read_run(where: Path) -> Classify:
     """The run of classes that made a folder. Raises InputError for any other."""
     if not isinstance(run := folder.read_run(where), Classify):
-        raise InputError(f"{where / folder.RUN}: not a run that classifies, but of {type(run).__name__.lower()}")
+        raise InputError(f"{where} is no run that classifies, as emotion-small is: just generate answers with others")
     return run
 
 
 def opened(where: Path) -> Trained:
     """The trained run in a folder. Raises InputError for any other folder."""
     run = read_run(where)
-    names = tuple(words_of(run.labels).values())
-    params = folder.load_tuned(where, with_head(run, base_of(run), names))
-    return Trained(run, params, hub.tokenizer(run.base), names)
+    params = folder.load_tuned(where, with_head(run, base_of(run), run.labels))
+    return Trained(run, params, hub.tokenizer(run.base))
 
 
-def predict(it: Trained, rows: Sequence[Labelled], names: Sequence[str] | None = None) -> list[str]:
-    """The likeliest label of each row: of the run's own, or where the label is the next token of any that are `names`.
+def own_or(run: Classify, given: Sequence[str]) -> tuple[str, ...]:
+    """Labels as they are given, each as "label" or "label=word", or the run's own where none is.
 
-    Raises InputError for other names where a head has learned its own, and for rows that cannot be laid.
+    Raises InputError for others where a head has learned its own, for fewer than two, and two that are the same.
     """
-    if names is not None and it.run.form == "classes":
-        raise InputError(f"{it.run.name} has a head of its own labels, {', '.join(it.names)}: leave the labels out")
-    own = it.names if names is None else tuple(names)
-    labels = labels_of(it.run, own, it.tokenizer)
-    width = min(it.run.seq, it.params.cfg.context)
-    examples = encode(rows, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
-    return [own[i] for i in log_probabilities(it.params, examples, labels, width).argmax(-1).tolist()]
+    if given and run.form == "classes":
+        raise InputError(f"{run.name} has a head of its own labels, {', '.join(run.labels)}: leave --labels out")
+    labels = tuple(given) or run.labels
+    named(words_of(labels), ())
+    return labels
+
+
+class Told(NamedTuple):
+    """What a run makes of texts."""
+
+    names: tuple[str, ...]
+    probabilities: Float[Tensor, "n classes"]
+
+    @property
+    def likeliest(self) -> list[str]:
+        return [self.names[i] for i in self.probabilities.argmax(-1).tolist()]
+
+
+def predict(it: Trained, rows: Sequence[Labelled], given: Sequence[str] = ()) -> Told:
+    """How likely each label is of each row: of the run's own, or of `given` as `own_or` takes them. What a row is
+    labelled is not read.
+
+    Raises InputError as `own_or` does, and for rows that cannot be laid.
+    """
+    own = tuple(words_of(own_or(it.run, given)).values())
+    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.seq, it.params.cfg.context)
+    bare = [replace(row, label="") for row in rows]
+    examples = encode(bare, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
+    return Told(own, log_probabilities(it.params, examples, labels, width).exp())

@@ -393,12 +393,12 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     trained = opened(out)  # from its files alone
     assert isinstance(trained.run, Classify)
     test = rows(feelings[-1])
-    told = predict(trained, [Labelled(row.text) for row in test])
+    told = predict(trained, [Labelled(row.text) for row in test]).likeliest
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
-    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave the labels out"):
+    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
         predict(trained, test, ["yes", "no"])
     assert main(["generate", str(out), "hi"]) == 2
-    assert "not a run of instructions" in capsys.readouterr().err.splitlines()[-1]
+    assert "is no run of instructions: just classify tells its labels" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -415,8 +415,10 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
     assert (out / "adapter" / "adapter_config.json").exists()  # PEFT's
     trained = opened(out)
     texts = [Labelled("One day, the king was happy."), Labelled("One day, the king was scared.")]
-    assert predict(trained, texts) == ["love", "fear"]
-    assert set(predict(trained, texts, ["yes", "no"])) <= {"yes", "no"}  # labels that it has not been trained on
+    assert predict(trained, texts).likeliest == ["love", "fear"]
+    others = predict(trained, texts, ["yes", "no"])  # labels that it has not been trained on
+    assert others.names == ("yes", "no")
+    assert torch.allclose(others.probabilities.sum(-1), torch.ones(2))
     with pytest.raises(InputError, match="label 'hate' is 2 tokens"):
         predict(trained, texts, ["hate", "no"])
 

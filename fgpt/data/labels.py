@@ -6,7 +6,7 @@ The label is what the last token predicts, a class of a classifier's head or the
 part of the row: its example is `Example(tokens, len(tokens), label)`, and packing, `collate` and `nll` know no more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -69,9 +69,29 @@ def words(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
 
 
 def words_of(given: Sequence[str]) -> dict[str, str]:
-    """Of labels given as "label" or "label=word", what each is called."""
+    """Of labels given as "label" or "label=word", what each is called. Raises InputError for two that are the same."""
     pairs = (entry.partition("=") for entry in given)
-    return {label.strip(): word.strip() or label.strip() for label, _, word in pairs}
+    words = {label.strip(): word.strip() or label.strip() for label, _, word in pairs}
+    if len(set(words.values())) < len(given):
+        raise InputError(f"labels {', '.join(given)}: one is there twice, expected each once")
+    return words
+
+
+def named(words: Mapping[str, str], rows: Sequence[Labelled]) -> tuple[tuple[str, ...], list[Labelled]]:
+    """The names of the classes, which are the words of the labels, and the rows by these names.
+
+    Raises InputError for fewer than two, and for a row of any other label.
+    """
+    names = tuple(words.values())
+    if len(names) < 2:
+        raise InputError(f"labels are {', '.join(names) or 'none'}: expected at least two")
+    for row in rows:
+        if row.label not in words:
+            raise InputError(
+                f"{row.where or 'a row'}: label {row.label!r}, expected one of {', '.join(words)}: mend the row, or "
+                "name all labels with --labels"
+            )
+    return names, [replace(row, label=words[row.label]) for row in rows]
 
 
 def settle(
@@ -81,25 +101,14 @@ def settle(
 
     A label given as "label=word" is called by the word from here on.
 
-    Raises InputError for a label given twice, fewer than two, a row with any other, and one without a training row.
+    Raises InputError as `words_of` and `named` do, and for a label without a training row.
     """
-    named = words_of(given) or {label: label for label in sorted({row.label for row in train})}
-    names = tuple(named.values())
-    if len(named) < len(given) or len(set(names)) < len(names):
-        raise InputError(f"labels {', '.join(given)}: one is there twice, expected each once")
-    if len(names) < 2:
-        raise InputError(f"labels are {', '.join(names) or 'none'}: expected at least two")
-    for row in (*train, *test):
-        if row.label not in named:
-            raise InputError(
-                f"{row.where or 'a row'}: label {row.label!r}, expected one of {', '.join(named)}: mend the row, or "
-                "name all labels with --labels"
-            )
     found = {row.label for row in train}
-    if absent := [label for label in named if label not in found]:
+    words = words_of(given) or {label: label for label in sorted(found)}
+    names, rows = named(words, [*train, *test])
+    if absent := [label for label in words if label not in found]:
         raise InputError(f"label {absent[0]!r} has no training row: add some, or leave it out of --labels")
-    trained, tested = ([replace(row, label=named[row.label]) for row in rows] for rows in (train, test))
-    return names, trained, tested
+    return names, rows[: len(train)], rows[len(train) :]
 
 
 def drawn(rows: Sequence[Labelled], names: Sequence[str], count: int, rng: torch.Generator) -> list[Labelled]:

@@ -1,0 +1,81 @@
+"""The labels of texts by a trained run: `just classify`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments import folder, predict
+from fgpt.data.labels import Labelled
+from fgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How likely each label is of a text, or of many, by a trained run that classifies."""
+
+    run: tyro.conf.Positional[str]
+    """A run's name, or its folder."""
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The texts; of a pair both, with a tab between them."""
+    file: Path | None = None
+    """In place of them a file of a text a line, or - for what is piped in: gives label, probability, text."""
+    labels: tuple[str, ...] = ()
+    """Other labels than those it was trained on: of a run whose labels are words that it writes."""
+
+
+def go(asked: Asked) -> None:
+    """Raises InputError for an unknown run, for no text, and for one that cannot be laid."""
+    if bool(asked.texts) == (asked.file is not None):
+        raise InputError('which texts? expected one of just classify RUN "TEXT" .. and just classify RUN --file FILE')
+    where = folder.find(asked.run)
+    run = predict.read_run(where)
+    predict.own_or(run, asked.labels)  # before the model is loaded, as all that bad input can spoil
+    pairs = run.columns.text2 is not None
+    if asked.file is not None:
+        rows = [row(line, pairs, f"{asked.file}, line {i}") for i, line in enumerate(lines(asked.file), 1)]
+    else:
+        rows = [row(text, pairs, f"text {i}") for i, text in enumerate(asked.texts, 1)]
+    told = predict.predict(predict.opened(where), rows, asked.labels)
+    if asked.file is None:
+        show(rows, told)
+        return
+    for each, label, p in zip(rows, told.likeliest, told.probabilities.amax(-1).tolist(), strict=True):
+        print(label, f"{p:.4f}", each.text, *([each.text2] if pairs else []), sep="\t")
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file, or of what is piped in. Raises InputError for a file that cannot be read, or is empty."""
+    try:
+        found = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror}; expected a file of a text a line") from None
+    except UnicodeDecodeError as err:
+        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
+    if not found.strip():
+        raise InputError(f"{path}: it is empty, expected a text a line")
+    return found.removesuffix("\n").split("\n")
+
+
+def row(text: str, pairs: bool, where: str) -> Labelled:
+    """Raises InputError for a pair that is none."""
+    first, tab, second = text.partition("\t") if pairs else (text, "", "")
+    if pairs and not (tab and second.strip()):
+        raise InputError(f"{where}: the run tells pairs: expected two texts with a tab between them")
+    return Labelled(first.strip(), second.strip(), where=where)
+
+
+def show(rows: Sequence[Labelled], told: predict.Told) -> None:
+    table = Table("text", *map(escape, told.names))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each, values, label in zip(rows, told.probabilities.tolist(), told.likeliest, strict=True):
+        text = escape(" / ".join(x for x in (each.text, each.text2) if x))
+        cells = (f"[bold]{p:.3f}[/]" if name == label else f"{p:.3f}" for name, p in zip(told.names, values))
+        table.add_row(text, *cells)
+    Console(highlight=False).print(table)
