@@ -10,7 +10,7 @@ from rich.table import Table
 
 from experiments.console import console
 from fgpt.data.tokenizers import Tokenizer
-from fgpt.errors import InputError
+from fgpt.errors import InputError, one_line
 from fgpt.model import GPT
 
 
@@ -78,7 +78,7 @@ def run(
             log_samples=False,
         )
     except (ConnectionError, FileNotFoundError) as err:
-        said = " ".join(str(err).split())
+        said = one_line(err)
         raise InputError(f"the data of {', '.join(tasks.names)}: {said}; connect once, or take a local task") from None
     show(found["results"])
     if model.cut.requests:

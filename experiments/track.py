@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from experiments.console import console
 from experiments.runs import Training
-from fgpt.errors import InputError
+from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
 
 EVENTS, NAMES, PROJECT = "tensorboard", "track.json", "fgpt"
@@ -97,7 +97,7 @@ class _Sink:
             raise
         except Exception as err:
             self.calls = None
-            why = " ".join(str(err).split()) or type(err).__name__
+            why = one_line(err) or type(err).__name__
             told = f"{self.name} {what}: {escape(why)}; training goes on, and metrics.jsonl has all figures"
             console.print(told, soft_wrap=True)
 
@@ -136,9 +136,7 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
             ),
         )
     except UsageError as err:
-        raise InputError(
-            f"wandb: {' '.join(str(err).split())} Or keep it on this machine: WANDB_MODE=offline"
-        ) from None
+        raise InputError(f"wandb: {one_line(err)} Or keep it on this machine: WANDB_MODE=offline") from None
     it.define_metric("*", step_metric="step")  # its own count could not go back, as a resumed run does
     return lambda line: it.log(dict(line)), it.finish
 

@@ -9,6 +9,7 @@
 Every pair is timed turn and turn about, on the same tokens, half of each row being prompt.
 """
 
+import itertools
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,8 +52,8 @@ CPU = torch.device("cpu")
 FORMATS: tuple[Format, ...] = ("int8", "nf4", "blockwise8")
 EXAMPLES, EXAMPLE = 32, 64
 """Rows of `examples`, and their tokens."""
-NANO_ROWS = 16
-"""Held-out rows on which the embedded model's loss and gradient are compared."""
+HELDOUT_ROWS = 16
+"""On which the loss and gradient of trained models are compared."""
 
 Part = Literal["dora", "int8", "remat", "examples", "medium"]
 Sheet = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -152,13 +153,14 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     ]
     told("int8: errors")
     heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
-    return results, (heads, [*errors("random", base, batch), *errors("nano", fuse(load("nano")), heldout())])
+    models = [errors(name, fuse(load(name)), heldout(name)) for name in ("nano", "smollm2")]
+    return results, (heads, [*errors("random", base, batch), *itertools.chain(*models)])
 
 
-def heldout() -> Batch:
-    """The embedded model's own rows, which it never saw."""
-    rows = sources.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=NANO_ROWS)
-    return our_batch([[encode(row, PLAIN, tokenizer("nano"))] for row in rows], CPU)
+def heldout(name: str) -> Batch:
+    """The embedded model's held-out rows, as model `name` reads them."""
+    rows = sources.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
+    return our_batch([[encode(row, PLAIN, tokenizer(name))] for row in rows], CPU)
 
 
 def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:

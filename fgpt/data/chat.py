@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 """What was said, in turn: each a role ("system", "user", "assistant") and its content."""
@@ -42,8 +42,7 @@ class Chat:
         if said is None:
             raise InputError("the model's chat template takes too long, or too much memory: expected one that ends")
         if "text" not in said:
-            why = " ".join("".join(c if c.isprintable() else " " for c in said["error"]).split())
-            raise InputError(f"the model's chat template fails on these messages: {why}")
+            raise InputError(f"the model's chat template fails on these messages: {one_line(said['error'])}")
         return said["text"]
 
 

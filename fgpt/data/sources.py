@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from fgpt.data import finqa
 from fgpt.data.templates import Row
-from fgpt.errors import InputError
+from fgpt.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -294,5 +294,4 @@ def download(name: str, hub: Hub, option: str = "--data") -> Path:
 
 
 def _first_line(err: Exception) -> str:
-    said = (str(err).splitlines() or [type(err).__name__])[0]
-    return "".join(c if c.isprintable() else " " for c in said)  # it may quote the file
+    return one_line((str(err).splitlines() or [type(err).__name__])[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgpt.data.chat import CONFIG, Chat, Messages, special
 from fgpt.data.ranks import no_template
-from fgpt.errors import InputError
+from fgpt.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,7 +80,7 @@ def from_json(folder: Path, config: Mapping[str, Any], eos: int | None, template
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as err:  # the library raises nothing narrower
-        raise InputError(f"{path}: not a tokenizer that the tokenizers library reads: {_line(err)}") from None
+        raise InputError(f"{path}: not a tokenizer that the tokenizers library reads: {one_line(err)}") from None
     names = special(config)
     end = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else eos
     if end is None or tokenizer.id_to_token(end) is None:
@@ -167,7 +167,7 @@ def _merging(tokens: list[str], merges: list[str], whole: bool, name: str) -> An
         return models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole)
     except Exception as err:  # the library raises nothing narrower
         raise InputError(
-            f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make tokens, got {_line(err)}"
+            f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make tokens, got {one_line(err)}"
         ) from None
 
 
@@ -216,10 +216,6 @@ def _of(
     tokenizer.encode_special_tokens = True
     n_vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     return HubTokenizer(name, tokenizer, n_vocab, eos, names, template)
-
-
-def _line(err: Exception) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in str(err)).split())  # it may quote the file
 
 
 def _sound(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, shown
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused, skeleton
 from fgpt.tree import leaves, update, walk
@@ -228,20 +228,6 @@ MOST, DEEPEST = 1 << 24, 1 << 10
 """The largest size, and number of layers, that a config may have: far above any model's, and far below what would fill
 the memory with the names of layers, or overflow the size of a tensor.
 """
-
-
-def shown(value: Any) -> str:
-    """What a file says, for an error's one line: of something long its beginning."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "something nested deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def named(text: str) -> str:
-    """A name that a file gives, likewise, and as it is where it can be shown."""
-    return text if text.isprintable() and len(text) <= 80 else shown(text)
 
 
 def whole_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.errors import InputError
-from fgpt.families.names import Held, shown
+from fgpt.errors import InputError, shown
+from fgpt.families.names import Held
 from fgpt.io.trees import check_quantised
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, Blockwise8, FourBit, Quantised, Rowwise8

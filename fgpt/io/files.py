@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fgpt.errors import InputError
-from fgpt.families.names import Held, named, shown
+from fgpt.errors import InputError, one_line, printable, shown
+from fgpt.families.names import Held
 
 
 def write(path: Path, *data: bytes | memoryview | str) -> None:
@@ -151,7 +151,7 @@ def shards(folder: Path, weights: str) -> list[Path]:
     names = sorted(set(where.values()))
     if odd := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
         raise InputError(
-            f"{index} names {named(odd[0])}, which is not beside it ({len(odd)} of {len(names)} files missing)"
+            f"{index} names {printable(odd[0])}, which is not beside it ({len(odd)} of {len(names)} files missing)"
         )
     return [folder / name for name in names]
 
@@ -218,8 +218,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except InputError:  # which is a ValueError
         raise
     except (SafetensorError, OSError, ValueError) as err:
-        why = "".join(c if c.isprintable() else " " for c in str(err))  # it may quote the file
-        raise InputError(f"{path}: not a whole safetensors file: {why}") from None
+        raise InputError(f"{path}: not a whole safetensors file: {one_line(err)}") from None
 
 
 def _readable(path: Path, name: str, shape: list[int]) -> None:

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, layers
-from fgpt.errors import InputError
-from fgpt.families.names import named as printable
-from fgpt.families.names import shown
+from fgpt.errors import InputError, one_line, printable, shown
 from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fgpt.io.peft_names import (
     PREFIX,
@@ -324,9 +322,7 @@ def _matches(pattern: str, module: str) -> bool:
     try:
         return compute.match_substring_regex(pyarrow.scalar(module), pattern=rf"^(?:(.*\.)?({pattern}))$").as_py()
     except (pyarrow.ArrowException, ValueError) as err:
-        raise InputError(
-            f"{CONFIG}: {shown(pattern)} is not a regular expression: {' '.join(str(err).split())}"
-        ) from None
+        raise InputError(f"{CONFIG}: {shown(pattern)} is not a regular expression: {one_line(err)}") from None
 
 
 def _ia3(module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IA3:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fgpt import families
 from fgpt.adapters import IA3, DoRA, LoRA
-from fgpt.errors import InputError
-from fgpt.families.names import is_head, shown
+from fgpt.errors import InputError, shown
+from fgpt.families.names import is_head
 from fgpt.model import Config, Linear, Norm, RMSNorm, skeleton
 from fgpt.tree import device, leaves, update, walk
 from fgpt.weights import Weight, row_norms, shape
