@@ -27,8 +27,6 @@ from fgpt.model import GPT
 from fgpt.rng import fold_in, key
 from fgpt.tree import count
 
-SCORES, CONFUSION = "metrics.json", "confusion.png"
-
 
 def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
     """Rows to train on, and rows to score: another source's, or the last of a shuffle by the run's seed.
@@ -166,8 +164,8 @@ def report(
 ) -> None:
     """Write metrics.json and confusion.png, and print the scores of each side."""
     found: dict[str, Any] = {side: {**some, "loss": loss} for side, (some, loss) in table.items()}
-    write_json(out / SCORES, {"labels": list(names), "rows": rows, "scores": found})
-    plot_confusion(table["tuned"][0], names, out / CONFUSION, f"{run.name}: {rows:,} rows")
+    write_json(out / folder.SCORES, {"labels": list(names), "rows": rows, "scores": found})
+    plot_confusion(table["tuned"][0], names, out / folder.CONFUSION, f"{run.name}: {rows:,} rows")
     view = Table(
         "", "accuracy", "macro-F1", "loss", title=f"{rows:,} rows that were not trained on", title_justify="left"
     )
@@ -175,4 +173,4 @@ def report(
         said = "" if loss is None else f"{loss:.3f}"
         view.add_row(side, f"{some['accuracy']:.3f}", f"{some['macro_f1']:.3f}", said)
     console.print(view)
-    console.print(f"what was taken for what: {out / CONFUSION}; all figures: {out / SCORES}")
+    console.print(f"what was taken for what: {out / folder.CONFUSION}; all figures: {out / folder.SCORES}")

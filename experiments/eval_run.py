@@ -94,8 +94,7 @@ def of_answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row])
     prompts = compare_sides.prompts(compare_sides.Side("", run), rows, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     found = compare.answers(params, tokenizer, prompts, order, run.most)
-    rouge = (rouge_scores(rows, {"": found}) or {}).get("", {})
-    figures = asked_scores(rows, found) | rouge | shape_scores(found)
+    figures = asked_scores(rows, found) | rouge_scores(rows, found) | shape_scores(found)
     return shown("answers to held-out rows", {"rows": len(rows), "most tokens": run.most}, figures)
 
 

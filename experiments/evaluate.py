@@ -24,8 +24,6 @@ from fgpt.io.files import write_json
 from fgpt.model import GPT
 from fgpt.tree import tree_map
 
-EVAL = "eval.json"
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -118,8 +116,8 @@ def go(asked: Asked) -> dict[str, Any]:
         found |= own(params)
     out = asked.out or it.at
     if out is not None:
-        write_json(out / EVAL, found)
-        console.print(f"written: {out / EVAL}")
+        write_json(out / folder.EVAL, found)
+        console.print(f"written: {out / folder.EVAL}")
     return found
 
 

@@ -4,6 +4,7 @@ run.json       the resolved run               metrics.jsonl, loss.png   how the 
 adapter/       what was trained               compare.md, compare.html  base against tuned
 model/         the whole model in the hub's layout, for full tuning and pretraining
 eval.json      what `just eval` found         metrics.json, confusion.png   scores of a run that classifies
+result.json    what a pretraining came to
 status.json    whether it finished            environment.json          versions and machine at its start
 checkpoints/   what --resume goes on from     tensorboard/              the figures again; report.html by `just report`
 
@@ -39,6 +40,7 @@ from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
 
 RUN, METRICS, LOSS, ADAPTER, MODEL = "run.json", "metrics.jsonl", "loss.png", "adapter", "model"
+RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
 ADAPTERS = "adapters.safetensors"
 STATUS, ENVIRONMENT, LOCK = "status.json", "environment.json", ".lock"
 

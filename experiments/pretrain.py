@@ -192,7 +192,7 @@ def pretrain(run: Pretrain, where: Path | None = None) -> Path:
 def report(out: Path, told: Sequence[dict[str, float | None]], number: int) -> None:
     """Write and print the held-out figures, before and after."""
     before, after = told
-    write_json(out / "result.json", after | {"heldout_documents": number, "before": before})
+    write_json(out / folder.RESULT, after | {"heldout_documents": number, "before": before})
     console.print(f"held out, {number} documents, before and after:")
     for name, x in after.items():
         first, last = ("infinite" if y is None else f"{y:,.3f}" for y in (before[name], x))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,20 +116,16 @@ def test_text_scores_of_a_side():
     assert empty["perplexity of the answers under the base"] > 1
 
 
-def test_rouge_l(monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("rouge_score")
+def test_rouge_l():
     # the cat the mat: 4 in order, of 6 words and of 5; F1 = 2 (4/5) (4/6) / (4/5 + 4/6) = 8/11
     one = text_scores.rouge_l(["The cat sat on the mat."], ["the cat lay, the mat"])
     assert one == pytest.approx(100 * 8 / 11)
     both = text_scores.rouge_l(["The cat sat on the mat.", "a b"], ["the cat lay, the mat", "c"])
     assert both == pytest.approx(100 * 4 / 11)
     rows = [Row("Say.", "", "a b"), Row("No answer known.")]
-    got = rouge_scores(rows, {"base": [Answer("a b", (1,), True), Answer("x", (1,), True)]})
-    assert got == {"base": {"ROUGE-L F1 (0 to 100)": 100.0}}  # the row without an answer does not count
-    assert rouge_scores(rows[1:], {"base": [Answer("x", (1,), True)]}) == {"base": {}}
-    for name in ("rouge_score", "rouge_score.rouge_scorer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert text_scores.rouge_l(["a"], ["a"]) is None
+    got = rouge_scores(rows, [Answer("a b", (1,), True), Answer("x", (1,), True)])
+    assert got == {"ROUGE-L F1 (0 to 100)": 100.0}  # the row without an answer does not count
+    assert rouge_scores(rows[1:], [Answer("x", (1,), True)]) == {}
 
 
 def test_best():
@@ -262,17 +257,6 @@ def test_prompts_of_a_file(trained: Path, tmp_path: Path):
     assert "&lt;b&gt;fox" in html
     assert "<b>fox" not in html
     assert "Tim &amp; Sue" in html
-
-
-def test_without_rouge_score_one_line_says_so(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    for name in ("rouge_score", "rouge_score.rouge_scorer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    args = ["compare", str(trained / "lora-nano"), "--count", "1", "--most", "2", "--out", str(tmp_path)]
-    assert main(args) == 0
-    assert capsys.readouterr().err.count("ROUGE-L is left out") == 1
-    assert not any("ROUGE" in name for name in told(tmp_path / "compare.json")["scores"]["base"])
 
 
 def test_a_page_of_hostile_text():

@@ -334,7 +334,7 @@ def test_not_text_and_not_there(tmp_path: Path):
     with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 text \(.* at byte 7\): save it as UTF-8$"):
         rows(tmp_path / "a.jsonl")
     with pytest.raises(
-        InputError, match=r"gone\.json: no such file; expected a path or one of alpaca, dolly, finqa, lima, tulu$"
+        InputError, match=r"gone\.json: no such file; expected .* one of alpaca, dolly, finqa, lima, tulu: .* --data$"
     ):
         rows(tmp_path / "gone.json")
     for name in ("alpacca", ""):

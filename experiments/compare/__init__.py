@@ -89,13 +89,10 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
     for name, model in params.items():
         console.print(f"{escape(name)}: answering {len(asked.rows)} {asked.source} ..")
         found[name] = answers(model, tokenizer, prompts[name], order, most, alike.sampling, alike.seed)
-    rouge = rouge_scores(asked.rows, found)
-    if rouge is None:
-        console.print("ROUGE-L is left out: it needs the package rouge-score (pip install rouge-score)")
     scores = {
         side.name: asked_scores(asked.rows, found[side.name])
         | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
-        | (rouge or {}).get(side.name, {})
+        | rouge_scores(asked.rows, found[side.name])
         | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)
         for side, examples in zip(sides, references, strict=True)
     }

@@ -1,6 +1,6 @@
 """The scores of a comparison: what the rows ask for, how near their own answers are, and what the texts show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from experiments.compare.found import Answer
 from experiments.compare.sides import Side
@@ -61,16 +61,10 @@ def reference_scores(params: GPT, examples: Sequence[Example], what: str) -> dic
     return {f"{what}response loss (nats per token)": loss, f"{what}response perplexity": perplexity(loss)}
 
 
-def rouge_scores(rows: Sequence[Row], found: Mapping[str, Sequence[Answer]]) -> dict[str, dict[str, float]] | None:
-    """By side, how many words answers share with the rows' own, in their order; None where rouge-score is missing."""
-    answered = [i for i, row in enumerate(rows) if row.output.strip()]
-    scores: dict[str, dict[str, float]] = {}
-    for side, some in found.items():
-        value = rouge_l([rows[i].output for i in answered], [some[i].text for i in answered]) if answered else 0.0
-        if value is None:
-            return None
-        scores[side] = {"ROUGE-L F1 (0 to 100)": value} if answered else {}
-    return scores
+def rouge_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+    """How many words answers share with the rows' own, in their order, where there are such."""
+    pairs = [(row.output, answer.text) for row, answer in zip(rows, found, strict=True) if row.output.strip()]
+    return {"ROUGE-L F1 (0 to 100)": rouge_l(*zip(*pairs))} if pairs else {}
 
 
 def text_scores(base: GPT, prompts: Sequence[Sequence[int]], found: Sequence[Answer], end: int) -> dict[str, float]:

@@ -14,8 +14,6 @@ from fgpt.data.templates import Row
 from fgpt.errors import InputError
 from fgpt.io.files import read_json
 
-RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
-
 
 @dataclass(frozen=True)
 class Found:
@@ -60,7 +58,7 @@ def read(at: Path) -> Found:
     run = _object(at / folder.RUN)
     if not isinstance(run.get("name"), str):
         raise InputError(f"{at / folder.RUN}: expected a run, which has a name")
-    metrics, confusion = at / folder.METRICS, at / CONFUSION
+    metrics, confusion = at / folder.METRICS, at / folder.CONFUSION
     lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
     return Found(
         folder=at,
@@ -73,10 +71,10 @@ def read(at: Path) -> Found:
         at_work=_locked(at / folder.LOCK),
         environment=_if_there(at / folder.ENVIRONMENT),
         comparisons={p.stem: read_comparison(p) for p in sorted(at.glob("compare*.json"))},
-        scores=_if_there(at / SCORES),
+        scores=_if_there(at / folder.SCORES),
         confusion=confusion.read_bytes() if confusion.is_file() else None,
-        result=_if_there(at / RESULT),
-        eval=_if_there(at / EVAL),
+        result=_if_there(at / folder.RESULT),
+        eval=_if_there(at / folder.EVAL),
     )
 
 

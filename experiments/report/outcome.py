@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from experiments import folder
 from experiments.compare.found import Comparison
 from experiments.compare.page import answers, scores_table
 from experiments.report.chart import number
-from experiments.report.found import SCORES, Found
+from experiments.report.found import Found
 from experiments.report.page import Section, grid, missing, table
 from fgpt.errors import InputError
 
@@ -47,7 +48,9 @@ def classes(found: Found) -> Section:
         each = [[name, *(_score(x["f1"][i]) for x in by_side.values())] for i, name in enumerate(names)]
         told = f'<p class="missing">{rows:,} rows that were not trained on.</p>'
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
-        raise InputError(f"{found.folder / SCORES}: not the scores of this version ({err}); take it away") from None
+        raise InputError(
+            f"{found.folder / folder.SCORES}: not the scores of this version ({err}); take it away"
+        ) from None
     picture = missing("There is no picture of what was taken for what.")
     if found.confusion is not None:
         data = base64.b64encode(found.confusion).decode()

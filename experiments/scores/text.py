@@ -68,17 +68,15 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def rouge_l(references: Sequence[str], texts: Sequence[str]) -> float | None:
-    """Mean ROUGE-L F1 of texts against their references, 0 to 100; None where the package rouge-score is missing.
+def rouge_l(references: Sequence[str], texts: Sequence[str]) -> float:
+    """Mean ROUGE-L F1 of texts against their references, 0 to 100.
 
     It reads letters a to z and digits alone: texts in other scripts score 0.
 
     Source: Lin 2004, section 3.1.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # here: it is optional, and slow to import
-    except ImportError:
-        return None
+    from rouge_score.rouge_scorer import RougeScorer  # here, because it is slow to import
+
     scorer = RougeScorer(["rougeL"])
     pairs = zip(references, texts, strict=True)
     return mean([100 * scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])

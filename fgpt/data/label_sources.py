@@ -62,25 +62,13 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
 
     Raises InputError for a source that is not there or cannot be read, and for a row without a text or a label.
     """
-    path, hub, names = Path(source), HUB.get(source), ()
-    option = f"--{split}"
-    if path.is_dir() and source:
-        found = sources.folder_records(path, split)
-    elif path.is_file():
-        found = sources.records(path, {".txt": _semicolons})
-    elif hub is not None and split in hub.files:
-        columns, names = columns or hub.columns, hub.names
-        found = sources.hub_records(source, sources.Hub(hub.repo, hub.files[split], sources.Columns()), option)
-    elif hub is not None:
+    known, option = HUB.get(source), f"--{split}"
+    if known is not None and split not in known.files and not Path(source).exists():
         raise InputError(f"{source} has no {split} split on the hub: leave {option} out to keep --heldout rows for it")
-    elif path.suffix or len(path.parts) > 1:
-        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}: give it with {option}")
-    else:
-        raise InputError(
-            f"unknown source {source!r}: expected one of {', '.join(HUB)}, or the path of a file or folder: give it "
-            f"with {option}"
-        )
-    taken = [_row(record, columns or Columns(), names, f"{source}, {where}") for where, record in found]
+    hubs = {name: sources.Hub(it.repo, it.files[split]) for name, it in HUB.items() if split in it.files}
+    found, hub = sources.found_in(source, hubs, option, split, {".txt": _semicolons})
+    own, names = (known.columns, known.names) if known and hub else (Columns(), ())
+    taken = [_row(record, columns or own, names, f"{source}, {where}") for where, record in found]
     if not taken:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     return taken

@@ -29,21 +29,21 @@ class Hub:
 
     repo: str
     files: str
-    columns: Columns
+    columns: Columns = Columns()
 
 
 HUB = {
-    "alpaca": Hub("tatsu-lab/alpaca", "data/*.parquet", Columns()),
+    "alpaca": Hub("tatsu-lab/alpaca", "data/*.parquet"),
     "dolly": Hub("databricks/databricks-dolly-15k", "*.jsonl", Columns("instruction", "context", "response")),
-    "finqa": Hub("TableQAKit/FinQA_retrieval", "train.json", Columns()),
-    "lima": Hub("GAIR/lima", "train.jsonl", Columns()),
-    "tulu": Hub("allenai/tulu-v2-sft-mixture", "data/*.parquet", Columns()),
+    "finqa": Hub("TableQAKit/FinQA_retrieval", "train.json"),
+    "lima": Hub("GAIR/lima", "train.jsonl"),
+    "tulu": Hub("allenai/tulu-v2-sft-mixture", "data/*.parquet"),
 }
 
 TEXTS = {
-    "tinystories": Hub("roneneldan/TinyStories", "data/train-00000-of-*.parquet", Columns()),
-    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet", Columns()),
-    "wikitext-103-valid": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/validation-*.parquet", Columns()),
+    "tinystories": Hub("roneneldan/TinyStories", "data/train-00000-of-*.parquet"),
+    "wikitext-103": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet"),
+    "wikitext-103-valid": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/validation-*.parquet"),
 }
 """Plain text in the column "text": of TinyStories a document a row, of WikiText a line."""
 
@@ -52,6 +52,9 @@ PROBE = 5.0
 
 Record: TypeAlias = tuple[str, Any]
 """(where it stands, for errors; its columns)."""
+
+Readers: TypeAlias = Mapping[str, Callable[[Path], Iterator[Record]]]
+"""How to read a file, by the end of its name."""
 
 
 def rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[Row]:
@@ -67,29 +70,39 @@ def rows(source: str | Path, columns: Columns | None = None, limit: int | None =
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
-    path, hub = Path(source), HUB.get(str(source))
-    if "+" in str(source) and not path.exists():
+    if "+" in str(source) and not Path(source).exists():
         parts = [part.strip() for part in str(source).split("+")]
         own = [None if part in HUB and not Path(part).exists() else columns for part in parts]
         return [row for part, names in zip(parts, own, strict=True) for row in rows(part, names)][:limit]
-    if path.is_dir() and str(source):  # Path("") would be the current folder
-        found = folder_records(path)
-    elif path.is_file():
-        found = records(path)
-    elif hub is not None:
-        found, columns = hub_records(str(source), hub), columns or hub.columns
-    elif path.suffix or len(path.parts) > 1:
-        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(HUB)}")
-    else:
-        raise InputError(
-            f"unknown source {str(source)!r}: expected one of {', '.join(HUB)}, or the path of a file or folder"
-        )
-    taken = [
-        _row(record, columns or Columns(), f"{source}, {where}") for where, record in itertools.islice(found, limit)
-    ]
+    found, hub = found_in(str(source), HUB, "--data")
+    columns = columns or (hub.columns if hub else Columns())
+    taken = [_row(record, columns, f"{source}, {where}") for where, record in itertools.islice(found, limit)]
     if not taken:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     return taken
+
+
+def found_in(
+    source: str, hubs: Mapping[str, Hub], option: str, split: str = "train", more: Readers | None = None
+) -> tuple[Iterator[Record], Hub | None]:
+    """The records of a file, which `more` may read, of a folder's split, or else of the hub's dataset of that name, and
+    which dataset that is.
+
+    Raises InputError for a source that is not there or cannot be read; `option` is what names another.
+    """
+    path = Path(source)
+    if path.is_dir() and source:  # Path("") would be the current folder
+        return folder_records(path, split), None
+    if path.is_file():
+        return records(path, more), None
+    if source in hubs:
+        return hub_records(source, hubs[source], option), hubs[source]
+    if path.suffix or len(path.parts) > 1:
+        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(hubs)}: give it with {option}")
+    raise InputError(
+        f"unknown source {source!r}: expected one of {', '.join(hubs)}, or the path of a file or folder: give it with "
+        f"{option}"
+    )
 
 
 def texts(source: str, limit: int | None = None) -> list[str]:
@@ -149,7 +162,7 @@ def text(value: Any, name: str, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def records(path: Path, more: Mapping[str, Callable[[Path], Iterator[Record]]] | None = None) -> Iterator[Record]:
+def records(path: Path, more: Readers | None = None) -> Iterator[Record]:
     """The records of a file, by the end of its name; `more` reads others. Raises InputError where it cannot be read."""
     plain = partial(_csv, delimiter="\t", quoting=csv.QUOTE_NONE)  # in a .tsv a quotation mark is only itself
     readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": plain, ".parquet": _parquet} | dict(more or {})
