@@ -20,7 +20,7 @@ from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.evaluate import perplexity, room, windows
 from fgpt.io import hub
-from fgpt.io.files import write_json
+from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
 from fgpt.tree import tree_map
 
@@ -36,7 +36,7 @@ class Asked:
     base: str | None = None
     """A model as it is, in place of a run: "nano", "smollm2", a folder, a GGUF file, or a hub name."""
     text: Path | None = None
-    """A UTF-8 file: its perplexity through a sliding window, counted in its own bytes and words."""
+    """A UTF-8 file, or - for what is piped in: its perplexity through a sliding window, by its own bytes and words."""
     width: int | None = None
     """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
     stride: int | None = None
@@ -96,7 +96,7 @@ def go(asked: Asked) -> dict[str, Any]:
         raise InputError(f"{it.name} tells no classes: leave --test, --columns and --labels out")
     if it.run is None and asked.answers is not None:
         raise InputError("a base has no held-out rows to answer: give a run in place of --base, or leave --answers out")
-    text = None if asked.text is None else read(asked.text)
+    text = None if asked.text is None else read_text(asked.text)
     cfg, tokenizer = hub.describe(it.base)
     window = room(cfg, asked.width, asked.stride)
     chosen = None if asked.tasks is None else tasks.find(asked.tasks, asked.include_path)
@@ -143,19 +143,6 @@ def load(it: Subject) -> GPT:
         return folder.load_tuned(it.at, base_of(it.run))
     device = folder.device_of("auto")
     return tree_map(lambda x: x.to(device), hub.load(it.base))
-
-
-def read(path: Path) -> str:
-    """A text, byte for byte. Raises InputError where there is none."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as err:
-        raise InputError(f"{path}: {err.strerror}; expected a text file") from None
-    except UnicodeDecodeError as err:
-        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty, expected a text")
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts

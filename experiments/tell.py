@@ -1,6 +1,5 @@
 """The labels of texts by a trained run: `just classify`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from experiments import folder, predict
 from fgpt.data.labels import Labelled
 from fgpt.errors import InputError
+from fgpt.io.files import read_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def go(asked: Asked) -> None:
     predict.own_or(run, asked.labels)  # before the model is loaded, as all that bad input can spoil
     pairs = run.columns.text2 is not None
     if asked.file is not None:
-        rows = [row(line, pairs, f"{asked.file}, line {i}") for i, line in enumerate(lines(asked.file), 1)]
+        lines = read_text(asked.file).removeprefix("\ufeff").removesuffix("\n").split("\n")
+        rows = [row(line, pairs, f"{asked.file}, line {i}") for i, line in enumerate(lines, 1)]
     else:
         rows = [row(text, pairs, f"text {i}") for i, text in enumerate(asked.texts, 1)]
     told = predict.predict(predict.opened(where), rows, asked.labels)
@@ -47,19 +48,6 @@ def go(asked: Asked) -> None:
         return
     for each, label, p in zip(rows, told.likeliest, told.probabilities.amax(-1).tolist(), strict=True):
         print(label, f"{p:.4f}", each.text, *([each.text2] if pairs else []), sep="\t")
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a file, or of what is piped in. Raises InputError for a file that cannot be read, or is empty."""
-    try:
-        found = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
-    except OSError as err:
-        raise InputError(f"{path}: {err.strerror}; expected a file of a text a line") from None
-    except UnicodeDecodeError as err:
-        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
-    if not found.strip():
-        raise InputError(f"{path}: it is empty, expected a text a line")
-    return found.removesuffix("\n").split("\n")
 
 
 def row(text: str, pairs: bool, where: str) -> Labelled:

@@ -194,7 +194,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     assert "&lt;b&gt;anger" in shown
     assert 'src="data:image/png;base64,iVBORyBub3QgcmVhbGx5"' in shown
     (at / "metrics.json").write_text('{"labels": ["joy"]}')
-    with pytest.raises(InputError, match=r"metrics\.json: no scores of this version"):
+    with pytest.raises(InputError, match=r"metrics\.json: not the scores of this version"):
         report.go(str(at))
     (at / "metrics.json").unlink()
     assert f"just eval {at}" in section(told(at), "scores")

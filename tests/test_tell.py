@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(headed: Path, worded: Path, tmp_path: Path, capsy
         (["classify", str(headed), "a", "--file", "b"], "which texts? expected one of"),
         (["classify", str(headed), ""], "text 1: the text is empty"),
         (["classify", str(headed), "--file", str(tmp_path / "gone")], "gone: No such file or directory; expected a"),
-        (["classify", str(headed), "--file", str(tmp_path / "empty")], "empty: it is empty, expected a text a line"),
+        (["classify", str(headed), "--file", str(tmp_path / "empty")], "empty: the file is empty, expected a text"),
         (["classify", str(headed), "--file", str(tmp_path / "gap")], "gap, line 2: the text is empty"),
         (["classify", str(headed), "--file", str(tmp_path / "latin")], "not a text in UTF-8 (byte 3)"),
         (["classify", str(headed), "a", "--labels", "x", "y"], "has a head of its own labels, fear, joy"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,6 +126,22 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: {err.strerror}; expected a JSON file") from None
     except (ValueError, RecursionError) as err:
         raise InputError(f"{path}: not valid JSON: {err}") from None
+
+
+def read_text(path: Path) -> str:
+    """A text, byte for byte, of a file, or where that is - of what is piped in.
+
+    Raises InputError where there is none, or it is not in UTF-8.
+    """
+    try:
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8")
+    except OSError as err:
+        raise InputError(f"{path}: {err.strerror}; expected a text file") from None
+    except UnicodeDecodeError as err:
+        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty, expected a text")
+    return text
 
 
 def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
