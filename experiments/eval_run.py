@@ -44,9 +44,8 @@ def run_of(at: Path) -> Run | Classify:
 
 def of_others(run: Classify, test: str | None, columns: Columns, given: tuple[str, ...]) -> Classify:
     """The run on rows or labels that are not its own. Raises InputError for labels that cannot be."""
-    if test is not None:  # the columns are those of this source
-        run = replace(run, test=test, columns=columns)
-    return replace(run, labels=predict.own_or(run, given))
+    own = run.columns if columns == Columns() else columns
+    return replace(run, test=run.test if test is None else test, columns=own, labels=predict.own_or(run, given))
 
 
 def own(

@@ -44,7 +44,7 @@ class Asked:
     test: str | None = None
     """Of a run that classifies: other rows than its own, from a source as just train's --test takes."""
     columns: Columns = field(default_factory=Columns)
-    """Which columns of those rows hold text, second text and label."""
+    """Which columns of those rows hold text, second text and label, where they are others than the run's."""
     labels: tuple[str, ...] = ()
     """Of a run whose labels are words that it writes: other labels than it was trained on, as just train takes them.
     Its base is then scored beside it."""

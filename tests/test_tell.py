@@ -90,6 +90,8 @@ def test_pairs_have_a_tab(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["classify", str(tmp_path / "rte-small-lora"), "Tim ran.\tHe sat."]) == 0
     assert "Tim ran. / He sat." in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "rte-small-lora"), "--test", str(tmp_path / "a.tsv")]) == 0  # its own columns
+    capsys.readouterr()
     assert main(["classify", str(tmp_path / "rte-small-lora"), "Tim ran."]) == 2
     assert capsys.readouterr().err.strip() == (
         "error: text 1: the run tells pairs: expected two texts with a tab between them"
