@@ -81,7 +81,7 @@ def test_tinytiny_has_its_origins_parameters():
     assert run.rows * run.accumulate * run.seq == 122_880
     assert mfu.flops(bare, run.seq) == 6 * 26_398_080 + 12 * 4 * 384 * 256
     lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.where)  # pyright: ignore
-    assert fgpt.trainable(lora) == 884_736
+    assert fgpt.trainable(lora) == 2_506_752
 
 
 def test_flops_worked_by_hand():

@@ -289,18 +289,19 @@ def tinytiny_sft_full() -> Run:
 
 
 def tinytiny_sft_lora() -> Run:
-    """LoRA (r 32, alpha 64, every block matrix) in place of all parameters: else tinytiny-sft-full, row for row.
+    """LoRA (r 32, alpha 64, every block matrix and the tied table) in place of all parameters: else tinytiny-sft-full.
 
-    just train tinytiny-sft-lora, then just compare tinytiny-sft-full tinytiny-sft-lora. 884,736 trained parameters; the
-    same data, updates and held-out rows, and a rate of its own: with 2e-3, 5e-3 and 1.5e-2 held-out response loss 7.62,
-    7.61 and 8.19 after 30 updates, three minutes of one thread of an AMD EPYC, where full tuning comes to 6.85; 1.4 GB.
-    Its origin gave both one rate and adapted q and v alone.
+    just train tinytiny-sft-lora, then just compare tinytiny-sft-full tinytiny-sft-lora. 2,506,752 trained parameters;
+    the same rows, updates and held-out rows, and a rate of its own. On the same base 30 updates in 5 minutes gave a
+    held-out response loss of 6.83, where full tuning comes to 6.85; 1.5 GB. Without the table, where so young a base
+    has most to learn, they gave 7.62, 7.61 and 8.19 with 2e-3, 5e-3 and 1.5e-2. Its origin gave both tunings one
+    rate, and adapted q and v alone.
     """
     return replace(
         tinytiny_sft_full(),
         name="tinytiny-sft-lora",
-        adapter=Adapter(rank=32, alpha=64, target=r"blocks\..*\.(q|k|v|o|up|down)"),
-        lr=2e-3,
+        adapter=Adapter(rank=32, alpha=64, target=r"blocks\..*\.(q|k|v|o|up|down)|wte"),
+        lr=5e-3,
     )
 
 
