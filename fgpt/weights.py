@@ -21,7 +21,6 @@ from fgpt.kernels import few_rows
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
 from fgpt.kernels.scale import scaled
-from fgpt.kernels.transforms import transformed
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
@@ -67,7 +66,7 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
 def linear(
     x: Float[Tensor, "*batch in"], w: Weight, bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """The factored reading: row ⊙ W (col ⊙ x) + s (row ⊙ B) A (col ⊙ x) + bias, never forming B·A or a scaled W."""
+    """The factored reading: row ⊙ (W (col ⊙ x) + s B A (col ⊙ x)) + bias, never forming B·A or a scaled W."""
     if isinstance(w, Tensor):
         if few_rows.few(x):
             y = few_rows.product(x, w)
@@ -77,16 +76,14 @@ def linear(
         y = product(x, w)
         return y if bias is None else y + bias
     x = x if w.col is None else x * w.col.to(x.dtype)
-    y = linear(x.reshape(-1, x.shape[-1]), w.base, bias)
-    if w.row is not None:
-        # y holds the bias already: row ⊙ y + (1 - row) ⊙ bias scales all but the bias, and is y itself where row is 1
-        y = scaled(y, w.row.to(y.dtype), None if bias is None else ((1 - w.row) * bias).to(y.dtype))
-    if w.a is not None and w.b is not None:
-        low, up = lowered(x, w), w.b if w.row is None else w.row[:, None] * w.b
-        low, up = low.reshape(-1, low.shape[-1]), up.to(y.dtype).T
-        # nobody else holds y, so that the product may add itself to it: a pass over y less, and no second y
-        y = torch.addmm(y, low, up) if transformed() else y.addmm_(low, up)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = linear(x, w.base, bias)
+    if w.a is not None and w.b is not None:  # addmm adds the update in the product's own pass over y
+        low, up = lowered(x, w), w.b.to(y.dtype)
+        y = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), up.T).view(y.shape)
+    if w.row is None:
+        return y
+    # y holds the bias already: row ⊙ y + (1 - row) ⊙ bias scales all but the bias, and is y itself where row is 1
+    return scaled(y, w.row.to(y.dtype), None if bias is None else ((1 - w.row) * bias).to(y.dtype))
 
 
 def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
