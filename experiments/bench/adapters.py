@@ -9,7 +9,6 @@
 Every pair is timed turn and turn about, on the same tokens, half of each row being prompt.
 """
 
-import itertools
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
@@ -153,8 +152,8 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     ]
     told("int8: errors")
     heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
-    models = [errors(name, fuse(load(name)), heldout(name)) for name in ("nano", "smollm2")]
-    return results, (heads, [*errors("random", base, batch), *itertools.chain(*models)])
+    models = [row for name in ("nano", "smollm2") for row in errors(name, fuse(load(name)), heldout(name))]
+    return results, (heads, [*errors("random", base, batch), *models])
 
 
 def heldout(name: str) -> Batch:
