@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fgpt.kernels.bnb import dynamic_code
 from fgpt.kernels.dynamic8 import dequantize, quantize
-from fgpt.tree import leaves, matches, node, static, tree_map
+from fgpt.tree import leaves, matches, node, static, tree_leaves, tree_map, tree_maps
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
@@ -143,7 +143,9 @@ def _adam(
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         eta, t = rate(state.count), state.count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
-        decays = iter([x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()])
+        decays = iter(
+            [x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()] if weight_decay else ()
+        )
 
         def moved(theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8) -> tuple[Any, Any, Any]:
             m, v = _read(m), _read(v)
@@ -151,11 +153,10 @@ def _adam(
             m = torch.lerp(m, g, 1 - betas[0])
             v = torch.addcmul(v * betas[1], g, g, value=1 - betas[1])
             step = (m / bias1) / ((v / bias2).sqrt() + eps)
-            step = step + weight_decay * theta if next(decays) and weight_decay else step
+            step = step + weight_decay * theta if next(decays, False) else step
             return (theta - eta * step).to(theta.dtype), hold(m, True), hold(v, False)
 
-        new = tree_map(moved, params, grads, state.mean, state.square)
-        params, mean, square = (tree_map(lambda _, x, i=i: x[i], params, new) for i in range(3))
+        params, mean, square = tree_maps(moved, 3, params, grads, state.mean, state.square)
         return params, AdamState(mean, square, t)
 
     return Optimizer(init, update)
@@ -169,7 +170,7 @@ def _read(moment: Tensor | Moment8) -> Tensor:
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """The Euclidean norm of all leaves together."""
-    return torch.stack([x.float().square().sum() for x in leaves(tree).values()]).sum().sqrt()
+    return torch.stack([x.float().square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 
 def clip(grads: Tree, norm: Float[Tensor, ""], most: float) -> Tree:

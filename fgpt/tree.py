@@ -36,9 +36,12 @@ def node(cls: type[T]) -> type[T]:
     statics = tuple(f.name for f in fields if f.metadata.get("static"))
     dynamics = tuple(f.name for f in fields if not f.metadata.get("static"))
 
+    absent = dict.fromkeys(dynamics)
+
     def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        present = tuple(name for name in dynamics if getattr(x, name) is not None)
-        return [getattr(x, name) for name in present], (present, tuple(getattr(x, name) for name in statics))
+        held = vars(x)
+        present = tuple([name for name in dynamics if held[name] is not None])
+        return [held[name] for name in present], (present, tuple([held[name] for name in statics]))
 
     def flatten_with_keys(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
         values, context = flatten(x)
@@ -48,10 +51,7 @@ def node(cls: type[T]) -> type[T]:
         # Past __init__, where a checker would look: torch.func puts axes and stacked tensors into these trees too.
         present, static_values = context
         x = object.__new__(cls)
-        for name, value in (dict.fromkeys(dynamics) | dict(zip(present, values, strict=True))).items():
-            object.__setattr__(x, name, value)
-        for name, value in zip(statics, static_values, strict=True):
-            object.__setattr__(x, name, value)
+        vars(x).update(absent, **dict(zip(present, values)), **dict(zip(statics, static_values)))
         return x
 
     pytree.register_pytree_node(
@@ -180,3 +180,17 @@ def cast(tree: T, dtype: torch.dtype) -> T:
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
     """`fn` over the leaves of one or more trees of equal structure."""
     return pytree.tree_map(fn, tree, *rest)
+
+
+def tree_maps(fn: Callable[..., tuple[Any, ...]], count: int, tree: T, *rest: Any) -> tuple[T, ...]:
+    """`tree_map` of a function that returns `count` results: as many trees, in one walk. A leaf of `tree` may stand
+    for a whole subtree in the others.
+    """
+    xs, structure = pytree.tree_flatten(tree)
+    rows = [fn(*row) for row in zip(xs, *(structure.flatten_up_to(other) for other in rest), strict=True)]
+    return tuple(structure.unflatten([row[i] for row in rows]) for i in range(count))
+
+
+def tree_leaves(tree: Any) -> list[Tensor]:
+    """The tensors of `tree`, in pytree order."""
+    return pytree.tree_leaves(tree)

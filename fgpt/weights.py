@@ -20,12 +20,11 @@ from torch import Tensor
 from fgpt.kernels import few_rows
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
-from fgpt.kernels.scale import scaled
+from fgpt.kernels.scale import added, scaled
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
-"""Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache. What
-is in the dtype of its adapter already is taken whole."""
+"""Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache."""
 
 
 @node
@@ -77,13 +76,10 @@ def linear(
         return y if bias is None else y + bias
     x = x if w.col is None else x * w.col.to(x.dtype)
     y = linear(x, w.base, bias)
-    if w.a is not None and w.b is not None:  # addmm adds the update in the product's own pass over y
-        low, up = lowered(x, w), w.b.to(y.dtype)
-        y = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), up.T).view(y.shape)
-    if w.row is None:
-        return y
-    # y holds the bias already: row ⊙ y + (1 - row) ⊙ bias scales all but the bias, and is y itself where row is 1
-    return scaled(y, w.row.to(y.dtype), None if bias is None else ((1 - w.row) * bias).to(y.dtype))
+    low, up = (None, None) if w.a is None or w.b is None else (lowered(x, w), w.b.to(y.dtype))
+    if w.row is not None:
+        return scaled(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype), low, up)
+    return y if low is None or up is None else added(y, low, up)
 
 
 def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
@@ -128,16 +124,18 @@ def row_norms(
     ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
     """
     squares, cross = gram(w, a)
-    moved = squares + (b * torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2)).sum(-1)
+    moved = squares + torch.linalg.vecdot(b, torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2))
     # Where V nearly cancels W the sum is rounding, and may be negative: the floor is what fp32 can tell of it.
     return torch.maximum(moved, torch.finfo(moved.dtype).eps * squares).sqrt()
 
 
 def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
     """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
+    if isinstance(w, Tensor) and w.dtype == a.dtype:
+        return torch.linalg.vector_norm(w, dim=-1).square(), F.linear(w, a)
     if not isinstance(w, Adapted):
         out, inp = shape(w)
-        step = out if isinstance(w, Tensor) and w.dtype == a.dtype else max(1, PIECE // inp)
+        step = max(1, PIECE // inp)
         parts = [_rows(w, slice(i, i + step), a.dtype) for i in range(0, out, step)]
         squares = torch.cat([torch.linalg.vector_norm(p, dim=-1).square() for p in parts])
         return squares, torch.cat([F.linear(p, a) for p in parts])

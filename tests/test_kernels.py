@@ -16,7 +16,7 @@ import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.kernels.dropout import dropout, kept
-from fgpt.kernels.scale import scaled
+from fgpt.kernels.scale import reference, scaled
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -205,23 +205,49 @@ def test_dropout_under_transforms():
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
+@pytest.mark.parametrize("least", [0.5, 0.0], ids=["far from 0", "near 0"])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, None), (0, 1, None)], ids=str)
-def test_scaled_components(needs: tuple[Any, ...]):
-    """By finite differences, twice; in no more memory of an activation's width than the gradient's own."""
-    sizes = ((2, 3, 5), (5,), (5,))
-    inputs = [
-        None if need is None else torch.randn(size, dtype=torch.float64).requires_grad_(bool(need))
-        for size, need in zip(sizes, needs, strict=True)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | None):
+    """By finite differences, twice, also where a component of the scale is 0; in one tensor of the width of an
+    activation forward, but for the sum where that is kept, and one backward.
+    """
+    sizes = [((2, 3, 5), needs[0]), ((5,), needs[1]), ((5,), needs[2])]
+    sizes += [((2, 3, rank), 1), ((5, rank), 1)] if rank else []
+    inputs: list[Any] = [
+        None if need is None else torch.rand(size, dtype=torch.float64, generator=fgpt.key(i)).add_(least)
+        for i, (size, need) in enumerate(sizes)
     ]
-    y, row, shift = inputs
-    assert y is not None
-    assert row is not None
-    expected = y * row + (0 if shift is None else shift)
-    close(scaled(*inputs), expected, 1e-14)  # pyright: ignore[reportArgumentType]
-    close(vmap(scaled, in_dims=(0, None, None))(*inputs), expected, 1e-14)
+    if not least:
+        inputs[1][3] = 0.0
+    for x, (_, need) in zip(inputs, sizes, strict=True):
+        x is None or x.requires_grad_(bool(need))
+    y, row, bias, *pair = inputs
+    moved = y + pair[0] @ pair[1].T if pair else y
+    expected = moved * row if bias is None else row * (moved - bias) + bias
+    close(scaled(*inputs), expected, 1e-14)
+    close(vmap(scaled, in_dims=(0, None, None, *([0, None] if pair else [])))(*inputs), expected, 1e-14)
     assert torch.autograd.gradcheck(scaled, inputs)
     assert torch.autograd.gradgradcheck(scaled, inputs)
-    out = scaled(*inputs)  # pyright: ignore[reportArgumentType]
-    with Largest() as seen:
+    with Largest() as forward:
+        out = scaled(*inputs)
+    with Largest() as backward:
         out.backward(torch.ones_like(expected))
-    assert seen.shapes.count(out.shape) <= 2  # one of them the ones
+    assert sum(math.prod(shape) == out.numel() for shape in forward.shapes) == (2 if pair and not least else 1)
+    assert backward.shapes.count(out.shape) <= 2  # one of them the ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("least", [1.0, 0.0])
+def test_the_gradient_of_a_scale_is_summed_in_fp32(dtype: torch.dtype, least: float):
+    """Within rounding of the same in fp64, over 4,096 rows, with a bias as large as what it is added to, and where y'
+    says nothing of y because the scale is 0.
+    """
+    y, g = (torch.randn(4096, 8, generator=fgpt.key(i)).to(dtype) for i in (0, 1))
+    row, bias = torch.linspace(least, least + 1, 8).to(dtype), torch.ones(8, dtype=dtype)
+    low, b = torch.randn(4096, 2, generator=fgpt.key(2)).to(dtype), torch.randn(8, 2, generator=fgpt.key(3)).to(dtype)
+    found = torch.autograd.grad(scaled(y, row.requires_grad_(), bias, low, b), row, g)[0]
+    wide = [x.detach().double() for x in (y, row, bias, low, b)]
+    true = torch.autograd.grad(reference(wide[0], wide[1].requires_grad_(), *wide[2:]), wide[1], g.double())[0]
+    off = (found - true).norm() / true.norm()
+    assert off < (1e-5 if dtype == torch.float32 else 2e-2)

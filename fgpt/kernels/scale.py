@@ -1,7 +1,14 @@
-"""Components scaled each by its own factor, as DoRA and IA3 scale what a matrix gives.
+"""What DoRA and IA3 do to the product y of a frozen matrix, which holds a bias that is not theirs to scale:
 
-As wide as an activation and as cheap as reading it, so that what it costs is memory: the backward here makes one tensor
-of that width where autograd makes two.
+    y' = row ⊙ (y + low Bᵀ) + (1 - row) ⊙ bias
+
+so that y' is y itself, to the bit, where row is 1 and B is 0. As wide as an activation and as cheap as reading it, so
+that what it costs is memory. The fast path writes y' over the sum that `added` made, and keeps y' for the backward,
+which whatever reads y' mostly keeps as well, and not the sum:
+
+    d row = Σ_t g_t ⊙ (y'_t - bias) / row
+
+That is on a CPU, where it can be asked whether all of row is far enough from 0; elsewhere the sum is kept.
 """
 
 from typing import Any
@@ -12,31 +19,86 @@ from torch import Tensor
 
 from fgpt.kernels.transforms import transformed
 
+FAR = 0.125
+"""The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
+
+
+def reference(
+    y: Float[Tensor, "*batch out"],
+    row: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None = None,
+    low: Float[Tensor, "*batch rank"] | None = None,
+    b: Float[Tensor, "out rank"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """The definition."""
+    y = y if low is None or b is None else added(y, low, b)
+    return y * row if bias is None else torch.addcmul((1 - row) * bias, y, row)
+
+
+def added(
+    y: Float[Tensor, "*batch out"], low: Float[Tensor, "*batch rank"], b: Float[Tensor, "out rank"]
+) -> Float[Tensor, "*batch out"]:
+    """y + low Bᵀ: addmm adds the update in the product's own pass over y."""
+    return torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.T).view(y.shape)
+
 
 class _Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(y: Tensor, row: Tensor, shift: Tensor | None) -> Tensor:
-        return y * row if shift is None else torch.addcmul(shift, y, row)
+    """`reference`. Without a setup_context, as no transform ever meets it: one costs a signature at every call."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(
+        ctx: Any, through: bool, y: Tensor, row: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None
+    ) -> Tensor:
+        total = y if low is None or b is None else added(y, low, b)
+        room = None if total is y else total  # nobody else has seen this sum
+        out = torch.mul(total, row, out=room) if bias is None else torch.addcmul((1 - row) * bias, total, row, out=room)
+        ctx.through = through
+        ctx.save_for_backward(out if through else y, row, bias, low, b)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, row = ctx.saved_tensors
-        _, by_row, by_shift = ctx.needs_input_grad
-        room = g * y if by_row else None
-        down = None if room is None else room.flatten(0, -2).sum(0)
-        if torch.is_grad_enabled():  # a second backward will want the products themselves
-            room = None
-        return torch.mul(g, row, out=room), down, g.flatten(0, -2).sum(0) if by_shift else None
+        kept, row, bias, low, b = ctx.saved_tensors
+        _, _, by_row, by_bias, by_low, by_b = ctx.needs_input_grad
+        down, shift = None, None
+        if by_row or (by_bias and bias is not None):
+            products, sums = _sums(g, kept)
+            down = products if bias is None else torch.addcmul(products, bias, sums, value=-1)
+            down = down / row if ctx.through else down
+            shift = (1 - row) * sums if by_bias else None
+        g = g * row
+        return None, g, down, shift, g @ b if by_low else None, _columns(g).T @ _columns(low) if by_b else None
+
+
+def _sums(g: Float[Tensor, "*batch out"], y: Float[Tensor, "*batch out"]) -> tuple[Tensor, Tensor]:
+    """(Σ_t g_t ⊙ y_t, Σ_t g_t)."""
+    g, y = _columns(g), _columns(y)
+    if torch.is_grad_enabled() or y.device.type != "cpu" or y.dtype not in (torch.float32, torch.float64):
+        return (g * y).sum(0), g.sum(0)  # in short dtypes the kernel below would sum in them
+    # A LayerNorm of mean 0 and deviation 1 has them for the gradients of its scale and shift, in one pass over both.
+    rows, columns = g.shape
+    zeros, ones = g.new_zeros(rows, 1), g.new_ones(rows, 1)
+    _, products, sums = torch.ops.aten.native_layer_norm_backward(
+        g, y, [columns], zeros, ones, y[0], y[0], [False, True, True]
+    )
+    return products, sums
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def scaled(
-    y: Float[Tensor, "*batch out"], row: Float[Tensor, " out"], shift: Float[Tensor, " out"] | None = None
+    y: Float[Tensor, "*batch out"],
+    row: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None = None,
+    low: Float[Tensor, "*batch rank"] | None = None,
+    b: Float[Tensor, "out rank"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    """row ⊙ y + shift."""
+    """`reference`, in one tensor of the width of y each way."""
     if transformed():
-        return y * row if shift is None else torch.addcmul(shift, y, row)
-    return _Scaled.apply(y, row, shift)  # pyright: ignore[reportReturnType]
+        return reference(y, row, bias, low, b)
+    through = row.device.type == "cpu" and bool(row.detach().abs().amin() > FAR)
+    if not through and low is not None and b is not None:
+        y, low, b = added(y, low, b), None, None
+    return _Scaled.apply(through, y, row, bias, low, b)  # pyright: ignore[reportReturnType]
