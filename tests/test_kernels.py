@@ -1,5 +1,6 @@
 """Each kernel is its reference, values and gradients, and costs what it says."""
 
+import math
 from typing import Any
 
 import pytest
