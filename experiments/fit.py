@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import checkpoint
 from experiments.console import console
 from experiments.folder import METRICS
+from experiments.heap import hold_freed
 from experiments.metrics import mend, read_metrics
 from experiments.plan import Plan
 from experiments.track import tracking
@@ -57,6 +58,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
     run, first = plan.run, plan.take()
     state = checkpoint.newest(out, first, plan.inputs) or first
     del first
+    hold_freed()
     begin, at = int(state.step), device(state.trainable)
     mend(out / METRICS)
     before = {line["step"]: line for line in read_metrics(out / METRICS)}

@@ -6,7 +6,8 @@
     examples   the gradients of 32 examples, each its own, against the gradient of their sum, and against a loop
     medium     the step of a LoRA over NF4, scales quantised too, at gpt2-medium's shape: ours and peft + bitsandbytes
 
-Every pair is timed turn and turn about, on the same tokens, half of each row being prompt.
+Every pair is timed turn and turn about, on the same tokens, half of each row being prompt; of `dora`, each side in a
+process of its own.
 """
 
 import multiprocessing
@@ -22,7 +23,17 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from experiments.bench.measure import Result, console, hardware, interleaved, peak_bytes, report, saved_bytes, times
+from experiments.bench.measure import (
+    Result,
+    apart,
+    console,
+    hardware,
+    interleaved,
+    peak_bytes,
+    report,
+    saved_bytes,
+    times,
+)
 from experiments.bench.sides import (
     adapters_of,
     base_of,
@@ -79,7 +90,7 @@ def adapters(bench: Bench) -> None:
     notes = [f"{hardware(CPU)}, fp32; {shape(small)}"]
     if "dora" in bench.parts:
         results += magnitudes(small, bench.repeats)
-        notes.append("peft's adapters lie on the fused q, k, v, ours on each of the three")
+        notes.append("DoRA: a process a side; peft's adapters lie on the fused q, k, v, ours on each of the three")
     if "int8" in bench.parts:
         found, sheet = rounded(small, bench.repeats)
         results += found
@@ -113,27 +124,33 @@ def told(name: str) -> None:
 
 def magnitudes(cfg: Config, repeats: int) -> list[Result]:
     """DoRA's step against LoRA's of the same rank and targets, on either side."""
-    base, (row,) = init(cfg, key(0)), equal_rows(1, 512, cfg.vocab)
-    batch, inputs = our_batch([[row]], CPU), their_batch([row], CPU)
     results = []
     for rank, what, target, modules in (
         (8, "q, k, v, o", r"blocks\..*\.attn\.(q|k|v|o)", r".*\.attn\.(c_attn|c_proj)"),
-        (16, "all six block matrices", r"blocks\..*\.(q|k|v|o|up|down)", ("c_attn", "c_proj", "c_fc")),
+        (16, "all six block matrices", r"blocks\..*\.(q|k|v|o|up|down)", r".*\.(c_attn|c_proj|c_fc)"),
     ):
         told(f"dora: rank {rank} on {what}")
-        sides: dict[str, Callable[[], object]] = {}
-        for name, make in (("LoRA", lora), ("DoRA", dora)):
-            model = hub_model(cfg, fuse(base))
-            step = theirs(model, CPU, torch.float32, rank=rank, modules=modules, dora=name == "DoRA")
-            sides[f"our {name}"] = partial(ours(base, make(base, key(1), rank, target=target)), batch)
-            sides[f"their {name}"] = partial(step, inputs)
-        seconds, where = timed(sides, repeats), f"r{rank} on {what}, 1 x 512 tokens"
+        our = {f"our {kind}": partial(our_step, cfg, kind, rank, target) for kind in ("LoRA", "DoRA")}
+        their = {f"their {kind}": partial(their_step, cfg, kind, rank, modules) for kind in ("LoRA", "DoRA")}
+        seconds, where = apart(our | their, repeats), f"r{rank} on {what}, 1 x 512 tokens"
         results += [
             times(f"DoRA step / LoRA step, {where}", seconds["our DoRA"], seconds["our LoRA"], "<= 1.1"),
             times(f"the same, of peft, {where}", seconds["their DoRA"], seconds["their LoRA"]),
             times(f"DoRA step, ours / peft's, {where}", seconds["our DoRA"], seconds["their DoRA"]),
         ]
     return results
+
+
+def our_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, target: str) -> Callable[[], object]:
+    base, (row,) = init(cfg, key(0)), equal_rows(1, 512, cfg.vocab)
+    make = dora if kind == "DoRA" else lora
+    return partial(ours(base, make(base, key(1), rank, target=target)), our_batch([[row]], CPU))
+
+
+def their_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, modules: str) -> Callable[[], object]:
+    model, (row,) = hub_model(cfg, fuse(init(cfg, key(0)))), equal_rows(1, 512, cfg.vocab)
+    step = theirs(model, CPU, torch.float32, rank=rank, modules=modules, dora=kind == "DoRA")
+    return partial(step, their_batch([row], CPU))
 
 
 # ------------------------------------------------------------------------------------------------------------- 8 bits

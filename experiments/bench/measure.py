@@ -1,12 +1,15 @@
 """Timing two sides fairly, peak memory, and the table that comes of it."""
 
+import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from experiments.heap import hold_freed
 from fgpt.io.files import write, write_json
 from fgpt.tree import leaves
 
@@ -99,6 +103,42 @@ def interleaved(
             if turn < len(sides[name]):
                 seconds[name].append(timed(sides[name][turn]))
     return seconds
+
+
+_side: Callable[[], object]
+"""What a process of `apart` times."""
+
+
+def _build(build: Callable[[], Callable[[], object]]) -> None:
+    global _side
+    hold_freed()
+    _side = build()
+    _side()
+
+
+def _turn() -> float:
+    began = time.perf_counter()
+    _side()
+    return time.perf_counter() - began
+
+
+def apart(sides: Mapping[str, Callable[[], Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+    """`interleaved` on the CPU, each side built and warmed in a process of its own, which holds on to its memory as a
+    training does: in one process a side finds pages that another has faulted in, or given back, and pays for it.
+    """
+    with contextlib.ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        processes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_build, initargs=(build,)))
+            for name, build in sides.items()
+        }
+        names, seconds = list(sides), {name: [] for name in sides}
+        for turn in range(-1, repeats):  # the first is not counted
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                took = processes[name].submit(_turn).result()
+                if turn >= 0:
+                    seconds[name].append(took)
+        return seconds
 
 
 def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[int, int]:
