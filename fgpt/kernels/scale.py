@@ -3,12 +3,12 @@
     y' = row ⊙ (y + low Bᵀ) + (1 - row) ⊙ bias
 
 so that y' is y itself, to the bit, where row is 1 and B is 0. As wide as an activation and as cheap as reading it, so
-that what it costs is memory. The fast path writes y' over the sum that `added` made, and keeps y' for the backward,
-which whatever reads y' mostly keeps as well, and not the sum:
+that what it costs is memory. The fast path scales y and adds low (row ⊙ B)ᵀ to that in place, which reads and writes no
+more than LoRA's sum; and it keeps y' for the backward, as what reads y' mostly does too, and neither y nor the sum:
 
     d row = Σ_t g_t ⊙ (y'_t - bias) / row
 
-That is on a CPU, where it can be asked whether all of row is far enough from 0; elsewhere the sum is kept.
+That is on a CPU, where it can be asked whether all of row is far enough from 0; elsewhere the sum is made and kept.
 """
 
 from typing import Any
@@ -49,9 +49,9 @@ class _Scaled(torch.autograd.Function):
     def forward(
         ctx: Any, through: bool, y: Tensor, row: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None
     ) -> Tensor:
-        total = y if low is None or b is None else added(y, low, b)
-        room = None if total is y else total  # nobody else has seen this sum
-        out = torch.mul(total, row, out=room) if bias is None else torch.addcmul((1 - row) * bias, total, row, out=room)
+        out = y * row if bias is None else torch.addcmul((1 - row) * bias, y, row)
+        if low is not None and b is not None:  # in place of the copy of y that `added` begins with
+            _columns(out).addmm_(_columns(low), (row[:, None] * b).T)
         ctx.through = through
         ctx.save_for_backward(out if through else y, row, bias, low, b)
         return out
@@ -66,8 +66,9 @@ class _Scaled(torch.autograd.Function):
             down = products if bias is None else torch.addcmul(products, bias, sums, value=-1)
             down = down / row if ctx.through else down
             shift = (1 - row) * sums if by_bias else None
-        g = g * row
-        return None, g, down, shift, g @ b if by_low else None, _columns(g).T @ _columns(low) if by_b else None
+        by_low = g @ (row[:, None] * b) if by_low else None
+        by_b = row[:, None] * (_columns(g).T @ _columns(low)) if by_b else None
+        return None, g * row, down, shift, by_low, by_b
 
 
 def _sums(g: Float[Tensor, "*batch out"], y: Float[Tensor, "*batch out"]) -> tuple[Tensor, Tensor]:
