@@ -131,14 +131,17 @@ def row_norms(
 
 def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
     """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
+
+    def plain(m: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vector_norm(m, dim=-1).square(), F.linear(m, a)
+
     if isinstance(w, Tensor) and w.dtype == a.dtype:
-        return torch.linalg.vector_norm(w, dim=-1).square(), F.linear(w, a)
+        return plain(w)
     if not isinstance(w, Adapted):
         out, inp = shape(w)
         step = max(1, PIECE // inp)
-        parts = [_rows(w, slice(i, i + step), a.dtype) for i in range(0, out, step)]
-        squares = torch.cat([torch.linalg.vector_norm(p, dim=-1).square() for p in parts])
-        return squares, torch.cat([F.linear(p, a) for p in parts])
+        parts = [plain(_rows(w, slice(i, i + step), a.dtype)) for i in range(0, out, step)]
+        return torch.cat([squares for squares, _ in parts]), torch.cat([cross for _, cross in parts])
     if w.col is not None:  # the columns' scales mix with W's: no Gram matrix of W alone says how
         m = dense(w).to(a.dtype)
         return m.square().sum(-1), m @ a.T

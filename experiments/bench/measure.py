@@ -113,32 +113,23 @@ def _build(build: Callable[[], Callable[[], object]]) -> None:
     global _side
     hold_freed()
     _side = build()
-    _side()
 
 
-def _turn() -> float:
-    began = time.perf_counter()
+def _turn() -> None:
     _side()
-    return time.perf_counter() - began
 
 
 def apart(sides: Mapping[str, Callable[[], Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
-    """`interleaved` on the CPU, each side built and warmed in a process of its own, which holds on to its memory as a
-    training does: in one process a side finds pages that another has faulted in, or given back, and pays for it.
+    """`interleaved` on the CPU, each side built in a process of its own, which holds on to its memory as a training
+    does: in one process a side finds pages that another has faulted in, or given back, and pays for it.
     """
     with contextlib.ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")
-        processes = {
-            name: stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_build, initargs=(build,)))
-            for name, build in sides.items()
-        }
-        names, seconds = list(sides), {name: [] for name in sides}
-        for turn in range(-1, repeats):  # the first is not counted
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                took = processes[name].submit(_turn).result()
-                if turn >= 0:
-                    seconds[name].append(took)
-        return seconds
+        spawn, calls = multiprocessing.get_context("spawn"), {}
+        for name, build in sides.items():
+            process = stack.enter_context(ProcessPoolExecutor(1, spawn))
+            process.submit(_build, build).result()
+            calls[name] = [lambda process=process: process.submit(_turn).result()] * repeats
+        return interleaved(calls, torch.device("cpu"))
 
 
 def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[int, int]:

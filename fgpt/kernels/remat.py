@@ -127,7 +127,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
     is differentiated or mapped over: through one that it closes over no gradient comes back.
 
     Rematerialised under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
-    gradients of `fn` to the bit (the gradient of a scale, DoRA's or IA3's, to rounding); and under
+    gradients of `fn` to the bit (gradients to rounding where DoRA or IA3 scale rows); and under
     torch.compile(grad), where `fn` is run again as inside two nested grads and its kernels may take their slower paths.
     Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory.
 

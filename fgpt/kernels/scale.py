@@ -61,14 +61,14 @@ class _Scaled(torch.autograd.Function):
         kept, row, bias, low, b = ctx.saved_tensors
         _, _, by_row, by_bias, by_low, by_b = ctx.needs_input_grad
         down, shift = None, None
-        if by_row or (by_bias and bias is not None):
+        if by_row or by_bias:
             products, sums = _sums(g, kept)
             down = products if bias is None else torch.addcmul(products, bias, sums, value=-1)
             down = down / row if ctx.through else down
             shift = (1 - row) * sums if by_bias else None
-        by_low = g @ (row[:, None] * b) if by_low else None
-        by_b = row[:, None] * (_columns(g).T @ _columns(low)) if by_b else None
-        return None, g * row, down, shift, by_low, by_b
+        to_low = g @ (row[:, None] * b) if by_low else None
+        to_b = row[:, None] * (_columns(g).T @ _columns(low)) if by_b else None
+        return None, g * row, down, shift, to_low, to_b
 
 
 def _sums(g: Float[Tensor, "*batch out"], y: Float[Tensor, "*batch out"]) -> tuple[Tensor, Tensor]:
