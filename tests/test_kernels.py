@@ -252,3 +252,11 @@ def test_the_gradient_of_a_scale_is_summed_in_fp32(dtype: torch.dtype, least: fl
     true = torch.autograd.grad(reference(wide[0], wide[1].requires_grad_(), *wide[2:]), wide[1], g.double())[0]
     off = (found - true).norm() / true.norm()
     assert off < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_scaled_rows_may_be_few_or_none(rows: int):
+    y, low, b = torch.rand(rows, 5), torch.rand(rows, 2), torch.rand(5, 2)
+    inputs = [x.requires_grad_() for x in (y, torch.rand(5) + 0.5, torch.rand(5), low, b)]
+    found, true = (torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (scaled, reference))
+    close(found, true, 1e-6)

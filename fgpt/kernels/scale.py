@@ -78,9 +78,9 @@ def _sums(g: Float[Tensor, "*batch out"], y: Float[Tensor, "*batch out"]) -> tup
         return (g * y).sum(0), g.sum(0)  # in short dtypes the kernel below would sum in them
     # A LayerNorm of mean 0 and deviation 1 has them for the gradients of its scale and shift, in one pass over both.
     rows, columns = g.shape
-    zeros, ones = g.new_zeros(rows, 1), g.new_ones(rows, 1)
+    zeros, ones, any_scale = g.new_zeros(rows, 1), g.new_ones(rows, 1), g.new_ones(columns)
     _, products, sums = torch.ops.aten.native_layer_norm_backward(
-        g, y, [columns], zeros, ones, y[0], y[0], [False, True, True]
+        g, y, [columns], zeros, ones, any_scale, any_scale, [False, True, True]
     )
     return products, sums
 
