@@ -179,7 +179,8 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
     """
     draw = seed(rng) if isinstance(rng, torch.Generator) else rng
     for number, tree in enumerate(adapters):
-        tensors, new = leaves(params), {p: x for p, x in tree.items() if isinstance(x, Tensor)}
+        new = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
+        tensors = leaves(params) if new or any(isinstance(x, IA3) for x in tree.values()) else {}
         for path, x in new.items():
             if path not in tensors:
                 raise InputError(f"no leaf '{path}' to replace; {_nearest(path, tensors)}")

@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
-from torch.utils import _pytree as pytree
 
 from fgpt.kernels.transforms import transformed
 from fgpt.loss import Batch
 from fgpt.optim import Optimizer, clip, global_norm
 from fgpt.rng import fold_in, seed
-from fgpt.tree import node, tree_map
+from fgpt.tree import node, rebuild, tree_leaves, tree_map
 
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
@@ -59,9 +58,8 @@ def first_gradient(
     with torch.enable_grad():
         inputs = tree_map(lambda x: x.detach().requires_grad_(), tree)
         value, aux = fn(inputs, *args)
-    leaves, structure = pytree.tree_flatten(inputs)
-    grads = torch.autograd.grad(value, leaves, materialize_grads=True)
-    return pytree.tree_unflatten(grads, structure), (value.detach(), aux.detach())
+    grads = torch.autograd.grad(value, tree_leaves(inputs), materialize_grads=True)
+    return rebuild(inputs, grads), (value.detach(), aux.detach())
 
 
 def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, compile: bool = False) -> Step:

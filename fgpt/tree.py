@@ -18,6 +18,9 @@ from fgpt.errors import InputError
 
 T = TypeVar("T")
 
+_FIELDS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+"""The names of the dynamic and of the static fields of every node class."""
+
 
 def static(**options: Any) -> Any:
     """A field that belongs to the tree's structure and not to its leaves: hashable, never differentiated."""
@@ -54,6 +57,7 @@ def node(cls: type[T]) -> type[T]:
         vars(x).update(absent, **dict(zip(present, values)), **dict(zip(statics, static_values)))
         return x
 
+    _FIELDS[cls] = dynamics, statics
     pytree.register_pytree_node(
         cls,
         flatten,
@@ -68,13 +72,13 @@ def children(tree: Any) -> list[tuple[str, Any]]:
     """The named children of a node, tuple, list or dict; nothing for a leaf."""
     if isinstance(tree, Tensor):
         return []
+    if type(tree) in _FIELDS:
+        held = vars(tree)
+        return [(name, held[name]) for name in _FIELDS[type(tree)][0] if held[name] is not None]
     if isinstance(tree, Mapping):
         return [(str(k), v) for k, v in tree.items()]
     if isinstance(tree, tuple | list):
         return [(str(i), v) for i, v in enumerate(tree)]
-    if dataclasses.is_dataclass(tree):
-        named = ((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree) if not f.metadata.get("static"))
-        return [(name, value) for name, value in named if value is not None]
     return []
 
 
@@ -109,8 +113,9 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
     if "" in new:
         return new[""]
     below: dict[str, dict[str, Any]] = {}
+    joint = _joint(tree)
     for path, value in new.items():
-        head, _, rest = path.partition(_joint(tree))
+        head, _, rest = path.partition(joint)
         below.setdefault(head, {})[rest] = value
     old = dict(children(tree))
     for head in below.keys() - old.keys():
@@ -178,19 +183,64 @@ def cast(tree: T, dtype: torch.dtype) -> T:
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
-    """`fn` over the leaves of one or more trees of equal structure."""
-    return pytree.tree_map(fn, tree, *rest)
+    """`fn` over the leaves of one or more trees of equal structure. A leaf of `tree` may stand for a whole subtree in
+    the others.
+
+    Torch's own does the same in three times the time, as it describes every node by an object first. On a small model
+    that was a tenth of a step, which goes over its trees ten times.
+
+    Raises ValueError where the structures differ.
+    """
+    if isinstance(tree, Tensor):
+        return fn(tree, *rest)
+    kind: Any = type(tree)
+    if kind not in _FIELDS and kind not in (dict, list, tuple):  # a leaf that is no tensor, or another's container
+        return pytree.tree_map(fn, tree, *rest)
+    for other in rest:
+        if not _alike(tree, other):
+            forms = " and ".join(str(pytree.tree_structure(x)) for x in (tree, other))
+            raise ValueError(f"expected trees of one structure, got {forms}")
+    if kind is dict:
+        return {key: tree_map(fn, x, *[other[key] for other in rest]) for key, x in tree.items()}  # pyright: ignore
+    if kind not in _FIELDS:
+        return kind([tree_map(fn, *xs) for xs in zip(tree, *rest, strict=True)])  # pyright: ignore
+    held, others = vars(tree), [vars(other) for other in rest]
+    built: Any = object.__new__(kind)
+    new, (dynamics, statics) = vars(built), _FIELDS[kind]
+    for name in dynamics:
+        x = held[name]
+        new[name] = None if x is None else tree_map(fn, x, *[other[name] for other in others])
+    for name in statics:
+        new[name] = held[name]
+    return built
+
+
+def _alike(tree: Any, other: Any) -> bool:
+    """Whether two containers differ only below their children."""
+    if type(tree) is not type(other):
+        return False
+    if type(tree) not in _FIELDS:
+        return tree.keys() == other.keys() if isinstance(tree, dict) else len(tree) == len(other)
+    x, y, (dynamics, statics) = vars(tree), vars(other), _FIELDS[type(tree)]
+    absent = [x[name] is None for name in dynamics] == [y[name] is None for name in dynamics]
+    return absent and [x[name] for name in statics] == [y[name] for name in statics]
 
 
 def tree_maps(fn: Callable[..., tuple[Any, ...]], count: int, tree: T, *rest: Any) -> tuple[T, ...]:
-    """`tree_map` of a function that returns `count` results: as many trees, in one walk. A leaf of `tree` may stand
-    for a whole subtree in the others.
-    """
-    xs, structure = pytree.tree_flatten(tree)
-    rows = [fn(*row) for row in zip(xs, *(structure.flatten_up_to(other) for other in rest), strict=True)]
-    return tuple(structure.unflatten([row[i] for row in rows]) for i in range(count))
+    """`tree_map` of a function that returns `count` results: as many trees, in one walk."""
+    rows: list[tuple[Any, ...]] = []
+    tree_map(lambda *xs: rows.append(fn(*xs)), tree, *rest)
+    return tuple(rebuild(tree, [row[i] for row in rows]) for i in range(count))
 
 
-def tree_leaves(tree: Any) -> list[Tensor]:
-    """The tensors of `tree`, in pytree order."""
-    return pytree.tree_leaves(tree)
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of `tree`, in pytree order."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def rebuild(tree: T, new: Iterable[Any]) -> T:
+    """`tree` with other leaves, in pytree order."""
+    coming = iter(new)
+    return tree_map(lambda _: next(coming), tree)

@@ -1,0 +1,90 @@
+"""Walks over trees, against torch's pytree, where every node is registered too."""
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fgpt.tree import leaves, node, rebuild, static, tree_leaves, tree_map, tree_maps, update
+
+
+@node
+class Pair:
+    first: Any
+    second: Any = None
+    name: str = static(default="")
+
+
+def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    few = st.lists(inner, max_size=3)
+    return st.one_of(
+        st.builds(Pair, inner, st.none() | inner, st.sampled_from("ab")),
+        few,
+        few.map(tuple),
+        st.dictionaries(st.sampled_from(["a", "b", "c.d"]), inner, max_size=3),
+        st.dictionaries(st.sampled_from("xy"), inner, max_size=2).map(OrderedDict),
+    )
+
+
+TREES = st.recursive(st.integers(-9, 9).map(torch.tensor) | st.integers(0, 9), grown, max_leaves=8)
+
+
+def plain(tree: Any) -> tuple[Any, list[Any]]:
+    """Structure and numbers."""
+    xs, structure = pytree.tree_flatten(tree)
+    return structure, [x.item() if isinstance(x, Tensor) else x for x in xs]
+
+
+@given(TREES)
+def test_maps_are_those_of_pytree(tree: Any):
+    other = pytree.tree_map(lambda x: x + 1, tree)
+    assert plain(tree_map(lambda x: 2 * x, tree)) == plain(pytree.tree_map(lambda x: 2 * x, tree))
+    both = pytree.tree_map(lambda x, y: x - 3 * y, tree, other)
+    assert plain(tree_map(lambda x, y: x - 3 * y, tree, other)) == plain(both)
+    sums, products = tree_maps(lambda x, y: (x + y, x * y), 2, tree, other)
+    assert plain(sums) == plain(pytree.tree_map(lambda x, y: x + y, tree, other))
+    assert plain(products) == plain(pytree.tree_map(lambda x, y: x * y, tree, other))
+    assert all(x is y for x, y in zip(tree_leaves(tree), pytree.tree_leaves(tree), strict=True))
+    assert plain(rebuild(tree, tree_leaves(other))) == plain(other)
+
+
+@given(TREES, TREES)
+def test_trees_of_another_structure_are_refused(tree: Any, other: Any):
+    """Where pytree refuses them: a leaf of the first may stand for anything in the second."""
+    try:
+        expected = pytree.tree_map(lambda x, y: [x, y], tree, other)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"(?i)structure|mismatch"):
+            tree_map(lambda x, y: [x, y], tree, other)
+    else:
+        assert plain(tree_map(lambda x, y: [x, y], tree, other)) == plain(expected)
+
+
+def test_the_order_of_keys_is_that_of_the_first():
+    got = tree_map(lambda x, y: x - y, {"a": torch.tensor(5), "b": torch.tensor(7)}, {"b": 1, "a": 2})
+    assert list(got) == ["a", "b"]
+    assert plain(got)[1] == [3, 6]
+
+
+@pytest.mark.parametrize("other", [Pair(1, 2, "b"), Pair(1, None, "a"), [1, 2]], ids=["static", "absent", "type"])
+def test_nodes_that_differ_are_named(other: Any):
+    with pytest.raises(ValueError, match=r"(?s)one structure, got .*Pair.* and "):
+        tree_map(lambda x, y: x, Pair(1, 2, "a"), other)
+
+
+def test_leaves_and_updates_go_by_path():
+    tree = {"blocks": [Pair(torch.tensor(1)), Pair(torch.tensor(2), {"w": torch.tensor(3)})]}
+    assert {path: x.item() for path, x in leaves(tree).items()} == {
+        "blocks.0.first": 1,
+        "blocks.1.first": 2,
+        "blocks.1.second.w": 3,
+    }
+    again = update(tree, {"blocks.1.second.w": torch.tensor(9)})
+    assert plain(again)[1] == [1, 2, 9]
+    assert plain(tree)[1] == [1, 2, 3]
+    assert again["blocks"][0] is tree["blocks"][0]
