@@ -11,6 +11,7 @@ more than LoRA's sum; and it keeps y' for the backward, as what reads y' mostly 
 That is on a CPU, where it can be asked whether all of row is far enough from 0; elsewhere the sum is made and kept.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -60,29 +61,33 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         kept, row, bias, low, b = ctx.saved_tensors
         _, _, by_row, by_bias, by_low, by_b = ctx.needs_input_grad
-        down, shift = None, None
+        to_row, to_bias = None, None
         if by_row or by_bias:
-            products, sums = _sums(g, kept)
-            down = products if bias is None else torch.addcmul(products, bias, sums, value=-1)
-            down = down / row if ctx.through else down
-            shift = (1 - row) * sums if by_bias else None
-        to_low = g @ (row[:, None] * b) if by_low else None
-        to_b = row[:, None] * (_columns(g).T @ _columns(low)) if by_b else None
-        return None, g * row, down, shift, to_low, to_b
+            down, products, sums = _gradients(g, kept, row, bias)
+            to_row = products / row if ctx.through else products
+            to_bias = (1 - row) * sums if by_bias else None
+        else:
+            down = g * row
+        to_low = down @ b if by_low else None
+        to_b = _columns(down).T @ _columns(low) if by_b else None
+        return None, down, to_row, to_bias, to_low, to_b
 
 
-def _sums(g: Float[Tensor, "*batch out"], y: Float[Tensor, "*batch out"]) -> tuple[Tensor, Tensor]:
-    """(Σ_t g_t ⊙ y_t, Σ_t g_t)."""
-    g, y = _columns(g), _columns(y)
-    if torch.is_grad_enabled() or y.device.type != "cpu" or y.dtype not in (torch.float32, torch.float64):
-        return (g * y).sum(0), g.sum(0)  # in short dtypes the kernel below would sum in them
-    # A LayerNorm of mean 0 and deviation 1 has them for the gradients of its scale and shift, in one pass over both.
-    rows, columns = g.shape
-    zeros, ones, any_scale = g.new_zeros(rows, 1), g.new_ones(rows, 1), g.new_ones(columns)
-    _, products, sums = torch.ops.aten.native_layer_norm_backward(
-        g, y, [columns], zeros, ones, any_scale, any_scale, [False, True, True]
+def _gradients(
+    g: Float[Tensor, "*batch out"],
+    y: Float[Tensor, "*batch out"],
+    row: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None,
+) -> tuple[Float[Tensor, "*batch out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """(g ⊙ row, Σ_t g_t ⊙ (y_t - bias), Σ_t g_t)."""
+    bias = torch.zeros_like(row) if bias is None else bias
+    if torch.is_grad_enabled() or y.device.type != "cpu" or y.numel() == 0:
+        return g * row, _columns(g * (y - bias)).sum(0), _columns(g).sum(0)
+    # All three at once: the gradients of row ⊙ (y - mean) / deviation + shift, a batch norm that is not training.
+    down, products, sums = torch.ops.aten.native_batch_norm_backward(
+        _columns(g), _columns(y), row, bias, torch.ones_like(row), None, None, False, 0.0, [True, True, True]
     )
-    return products, sums
+    return down.view(g.shape), products, sums
 
 
 def _columns(x: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ def scaled(
     """`reference`, in one tensor of the width of y each way."""
     if transformed():
         return reference(y, row, bias, low, b)
-    through = row.device.type == "cpu" and bool(row.detach().abs().amin() > FAR)
+    through = row.device.type == "cpu" and torch.linalg.vector_norm(row.detach(), -math.inf).item() > FAR
     if not through and low is not None and b is not None:
         y, low, b = added(y, low, b), None, None
     return _Scaled.apply(through, y, row, bias, low, b)  # pyright: ignore[reportReturnType]
