@@ -274,8 +274,9 @@ def attend(
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
     past: KV | Slots | None,
     by: Turn | None,
+    read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
-    """Attention, and the keys and values it has seen by now."""
+    """Attention, and the keys and values it has seen by now. `read` is that of `linear`."""
     q, k, v = qkv(x, p, cfg)
     if by is not None:
         q, k = rotate(q, by, cfg.interleaved), rotate(k, by, cfg.interleaved)
@@ -285,18 +286,18 @@ def attend(
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
     y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
-    return linear(y, p.o.w, p.o.b), (k, v)
+    return linear(y, p.o.w, p.o.b, read), (k, v)
 
 
-def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
-    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)).
+def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
+    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)). `read` is that of `linear`.
 
     Source: Shazeer 2020 (GLU Variants), equation 6.
     """
     y = linear(x, p.up.w, p.up.b)
     a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
     a = F.silu(a) if cfg.act == "silu" else F.gelu(a, approximate="tanh" if cfg.act == "gelu_tanh" else "none")
-    return linear(a if p.gate is None else a * y, p.down.w, p.down.b)
+    return linear(a if p.gate is None else a * y, p.down.w, p.down.b, read)
 
 
 def block(
@@ -306,14 +307,17 @@ def block(
     mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
     past: KV | Slots | None = None,
     by: Turn | None = None,
+    read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
-    """One transformer block, and the keys and values it has seen by now."""
+    """One transformer block, and the keys and values it has seen by now. Where it is not `read`, what it adds last may
+    be anything, as in `linear`.
+    """
     normed = norm(x, p.ln_1, cfg.eps)
-    y, kv = attend(normed, p.attn, cfg, mask, past, by)
+    y, kv = attend(normed, p.attn, cfg, mask, past, by, read or not cfg.parallel)
     after = x + y
     if p.ln_2 is not None:
         normed = norm(x if cfg.parallel else after, p.ln_2, cfg.eps)
-    return after + feed(normed, p.mlp, cfg), kv
+    return after + feed(normed, p.mlp, cfg, read), kv
 
 
 def through(
@@ -330,7 +334,7 @@ def through(
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
     by = turn(positions, cfg.rotary, cfg.base, cfg.stretch) if cfg.rotary else None
     seen: list[KV] = []
-    step = rematerialised(block) if remat else block
+    step = rematerialised(block, again=partial(block, read=False)) if remat else block
     for p, kv in zip(params.blocks, past, strict=True):
         x, kv = step(x, p, cfg, mask, kv, by)
         seen.append(kv)

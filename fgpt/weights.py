@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt.kernels import few_rows
+from fgpt.kernels import few_rows, unread
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
 from fgpt.kernels.scale import added, scaled
@@ -63,9 +63,15 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
 
 
 def linear(
-    x: Float[Tensor, "*batch in"], w: Weight, bias: Float[Tensor, " out"] | None = None
+    x: Float[Tensor, "*batch in"], w: Weight, bias: Float[Tensor, " out"] | None = None, read: bool = True
 ) -> Float[Tensor, "*batch out"]:
-    """The factored reading: row ⊙ (W (col ⊙ x) + s B A (col ⊙ x)) + bias, never forming B·A or a scaled W."""
+    """The factored reading: row ⊙ (W (col ⊙ x) + s B A (col ⊙ x)) + bias, never forming B·A or a scaled W.
+
+    Where it is not `read`, its gradient is all that is wanted, by plain autograd: the value may be anything.
+    """
+    if not read and isinstance(w, (Tensor, *QUANTISED)):
+        y = unread.product(x, w)
+        return y if bias is None else y + bias
     if isinstance(w, Tensor):
         if few_rows.few(x):
             y = few_rows.product(x, w)
@@ -75,7 +81,7 @@ def linear(
         y = product(x, w)
         return y if bias is None else y + bias
     x = x if w.col is None else x * w.col.to(x.dtype)
-    y = linear(x, w.base, bias)
+    y = linear(x, w.base, bias, read or w.row is not None)  # the gradient of a scale reads what it scales
     low, up = (None, None) if w.a is None or w.b is None else (lowered(x, w), w.b.to(y.dtype))
     if w.row is not None:
         return scaled(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype), low, up)

@@ -14,6 +14,7 @@ from test_transforms import ADAPTERS, DIRECTION, PACKED, ROWS, autograd, dot
 from test_transforms import GPT as BASE
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import fgpt
 from fgpt.kernels.remat import remat
@@ -226,6 +227,54 @@ def test_it_runs_once_forward_and_once_backward():
     close(x.grad, x.detach().cos(), 0.0)
     remat(f)(torch.ones(3))
     assert len(calls) == 3
+
+
+SERIAL = tiny(d_model=64, d_mlp=128)
+PARALLEL = tiny(d_model=64, d_mlp=128, parallel=True, norms=1, gated=True)
+LAYERS = r"blocks\..*\.(q|k|v|o|up|gate|down)"
+TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
+    "lora": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=LAYERS),
+    "lora, q and v": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=r"blocks\..*\.(q|v)"),
+    "dora": lambda p: fgpt.dora(p, fgpt.key(0), 4, target=LAYERS),
+    "ia3": lambda p: fgpt.ia3(p, rows=LAYERS, cols=LAYERS),
+    "biases": lambda p: fgpt.tune(p, r".*\.b"),
+    "all": fgpt.tune,
+}
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("gpt", [SERIAL, PARALLEL], ids=["serial", "parallel"])
+def test_a_block_that_is_not_read_has_its_gradient(gpt: fgpt.GPT, name: str, base: Any):
+    """What a block adds last is not computed again: `o` too, where it is added beside the MLP."""
+    adapters = shaken(TUNED[name](gpt), seed=1)
+    params = gpt if base == "fp32" else fgpt.quantize(gpt, base)
+    if base != "fp32":
+        adapters = {p: x for p, x in adapters.items() if not p.endswith(".w") or ".ln" in p or "wte" in p}
+
+    def loss(adapters: Any, remat: bool) -> Tensor:
+        return fgpt.loss(fgpt.adapt(params, adapters), PACKED, remat)
+
+    got, expected = (autograd(lambda a, r=r: loss(a, r), adapters)[0] for r in (True, False))
+    close(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("gpt", [SERIAL, PARALLEL], ids=["serial", "parallel"])
+def test_what_a_block_adds_last_is_not_computed_again(gpt: fgpt.GPT):
+    adapters, cfg, seen = fgpt.lora(gpt, fgpt.key(0), 4), gpt.cfg, PACKED.tokens.numel()
+
+    def flops(fn: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counted:
+            fn()
+        return counted.get_total_flops()
+
+    def loss(adapters: Any, remat: bool) -> Tensor:
+        return fgpt.loss(fgpt.adapt(gpt, adapters), PACKED, remat)
+
+    full, less = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
+    forward = flops(lambda: fgpt.hidden(fgpt.adapt(gpt, adapters), PACKED.tokens, PACKED.segments))
+    last = cfg.d_mlp + (cfg.d_model if cfg.parallel else 0)
+    assert less - full == forward - 2 * cfg.n_layer * seen * cfg.d_model * last
 
 
 def saved_bytes(value: Callable[[], Tensor], held: list[Tensor]) -> int:

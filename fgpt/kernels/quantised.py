@@ -251,6 +251,11 @@ def product(x: Float[Tensor, "*batch in"], w: Quantised) -> Float[Tensor, "*batc
     return _multiply(x, w, False, whole)
 
 
+def adjoint(g: Float[Tensor, "*batch out"], w: Quantised) -> Float[Tensor, "*batch in"]:
+    """g W: what the gradient of `product` is in x."""
+    return _multiply(g, w, True, False)
+
+
 def rounded(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
     """x as a product of whole numbers sees it, with the derivative of x itself."""
     codes, absmax = _round(x.detach())

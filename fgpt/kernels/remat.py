@@ -47,16 +47,19 @@ def _mapped(fn: Flat, info: Any, in_dims: Sequence[int | None]) -> Flat:
     return torch.func.vmap(fn, in_dims=tuple(in_dims[1:]), randomness=info.randomness)
 
 
-def _pull_back(fn: Flat, needs: Sequence[bool], gives: Sequence[bool], *operands: Tensor) -> tuple[Tensor, ...]:
-    """fn, run again: uᵀ ∂fn/∂x for each input x that needs it.
+def _pull_back(
+    fn: Flat, again: Flat, needs: Sequence[bool], gives: Sequence[bool], *operands: Tensor
+) -> tuple[Tensor, ...]:
+    """fn, run again, or `again` in its stead: uᵀ ∂fn/∂x for each input x that needs it.
 
     `operands` are all inputs, then a cotangent u for each output that gives one.
     """
     inputs, cotangents = operands[: len(needs)], operands[len(needs) :]
+    run = fn if transformed() else again
 
     def of(*needed: Tensor) -> tuple[Tensor, ...]:
         rest = iter(needed)
-        out = fn(*(next(rest) if need else x for x, need in zip(inputs, needs, strict=True)))
+        out = run(*(next(rest) if need else x for x, need in zip(inputs, needs, strict=True)))
         return tuple(y for y, give in zip(out, gives, strict=True) if give)
 
     needed = [x for x, need in zip(inputs, needs, strict=True) if need]
@@ -93,34 +96,36 @@ class _Below(torch.autograd.Function):
 
 
 class _Remat(torch.autograd.Function):
-    """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), which keeps x_1, x_2, ... and nothing else."""
+    """(fn, again, x_1, x_2, ...) -> fn(x_1, x_2, ...), which keeps x_1, x_2, ... and nothing else."""
 
     @staticmethod
-    def forward(fn: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(fn: Flat, again: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
         return fn(*xs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.fn = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.runs = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        needs = tuple(ctx.needs_input_grad[1:])
-        pull_back = functools.partial(_pull_back, ctx.fn, needs, tuple(u is not None for u in grad))
+        needs = tuple(ctx.needs_input_grad[2:])
+        pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
         if not torch.compiler.is_compiling():  # the compiler sees one graph and drops from it what nobody reads
             pull_back = functools.partial(_Below.apply, pull_back)
         found = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
-        return None, *(next(found) if need else None for need in needs)
+        return None, None, *(next(found) if need else None for need in needs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, fn: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Remat.apply(_mapped(fn, info, in_dims), *xs), 0
+    def vmap(info: Any, in_dims: Any, fn: Flat, again: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        mapped = _mapped(fn, info, in_dims[1:])
+        return _Remat.apply(mapped, mapped, *xs), 0
 
 
-def remat(fn: Callable[P, R]) -> Callable[P, R]:
-    """`fn`, keeping only its inputs for the backward, which runs `fn` again.
+def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P, R]:
+    """`fn`, keeping only its inputs for the backward, which runs `fn` again; or `again`, under plain autograd: a
+    function with the same gradient, whose results nobody reads.
 
     Arguments and results are pytrees: node trees, tensors of any dtype, None, static config. Only arguments that need
     a gradient get one, so a frozen weight costs none. `fn` must be pure, and must take as an argument whatever tensor
@@ -142,7 +147,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
         form: list[Callable[[Sequence[Tensor]], R]] = []
         compiling = torch.compiler.is_compiling()
 
-        def flat(*xs: Tensor) -> tuple[Tensor, ...]:
+        def flat(fn: Callable[P, R], *xs: Tensor) -> tuple[Tensor, ...]:
             a, k = join(xs)
             out, join_out = _split(fn(*a, **k))  # pyright: ignore[reportCallIssue]
             if not compiling:
@@ -157,7 +162,7 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
             if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
                 return plain  # dynamo takes `fn` for the context of a Function that it does not differentiate
             form = [_split(plain)[1]]  # a Function may change nothing outside it; unread, this run is compiled away
-        out = _Remat.apply(flat, *tensors)
+        out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, again or fn), *tensors)
         return form[0](out)  # pyright: ignore[reportArgumentType]
 
     return rematerialised
