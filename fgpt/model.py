@@ -238,7 +238,9 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
     """LayerNorm, or RMSNorm, its statistics in fp32 whatever the dtype of x.
 
     torch's kernel of LayerNorm has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and
-    hessian where the scale is differentiated: silently, by several per cent. There the definition stands in.
+    hessian where the scale is differentiated: silently, by several per cent. There the definition stands in. On a CPU
+    it sums the gradients of scale and shift in the dtype of x, in bf16 5 % off over 4,096 tokens: trained, they have x
+    in fp32 there.
 
     Source: Ba et al. 2016, section 3.1; Zhang and Sennrich 2019 (RMSNorm), equation 4; pytorch issue 196700.
     """
@@ -247,6 +249,9 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
         return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
     if not differentiated_again():
+        trained = w.requires_grad or (b is not None and b.requires_grad)
+        if trained and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+            return F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
     y = x.float() - x.float().mean(-1, keepdim=True)
     y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w

@@ -143,6 +143,34 @@ def test_the_sorting_model_sorts():
     assert torch.equal(torch.tensor([g.tokens for g in written]), prompts.sort(-1).values[:, :5])
 
 
+# -------------------------------------------------------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_the_gradients_of_a_norm_are_not_summed_in_short_numbers(kind: str, dtype: torch.dtype):
+    rng = fgpt.key(0)
+    x, g = (torch.randn(4096, 16, generator=rng).to(dtype) for _ in range(2))
+    w, b = torch.rand(16, generator=rng).to(dtype), torch.randn(16, generator=rng).to(dtype)
+
+    def total(wb: tuple[Tensor, Tensor], x: Tensor, g: Tensor) -> Tensor:
+        p = M.Norm(*wb) if kind == "layer" else M.RMSNorm(wb[0])
+        return (M.norm(x, p, 1e-5).to(torch.float64) * g.to(torch.float64)).sum()
+
+    plain = (w.clone().requires_grad_(), b.clone().requires_grad_())
+    y = x.double() - x.double().mean(-1, keepdim=True) if kind == "layer" else x.double()
+    y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    true = (g.double() * y).sum(0), g.double().sum(0) * (kind == "layer")
+    halves = (x.unflatten(0, (2, -1)), g.unflatten(0, (2, -1)))
+    for found in (
+        torch.autograd.grad(total(plain, x, g), plain, materialize_grads=True),
+        torch.func.grad(total)((w, b), x, g),
+        [t.double().sum(0) for t in torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, 0))((w, b), *halves)],
+    ):
+        for got, expected in zip(found, true, strict=True):
+            assert (got.double() - expected).norm() <= 5e-3 * expected.norm()
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 

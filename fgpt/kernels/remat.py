@@ -132,7 +132,7 @@ def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P
     is differentiated or mapped over: through one that it closes over no gradient comes back.
 
     Rematerialised under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
-    gradients of `fn` to the bit (gradients to rounding where DoRA or IA3 scale rows); and under
+    gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, or norms are trained in bf16); and under
     torch.compile(grad), where `fn` is run again as inside two nested grads and its kernels may take their slower paths.
     Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory.
 
