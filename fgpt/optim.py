@@ -131,7 +131,11 @@ def _adam(
     decay: str,
     hold: Callable[[Tensor, bool], Tensor | Moment8],
 ) -> Optimizer:
-    """AdamW, with each moment kept as `hold(moment, signed)` from one update to the next."""
+    """AdamW, with each moment kept as `hold(moment, signed)` from one update to the next.
+
+    Raises InputError where `decay` is no regular expression.
+    """
+    matches(decay, "")
     rate = constant(lr) if isinstance(lr, int | float) else lr
 
     def init(params: Tree) -> AdamState:
