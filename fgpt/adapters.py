@@ -217,8 +217,7 @@ def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adap
 
 def _norms(w: Weight, v: LoRA) -> Float[Tensor, " out"]:
     """‖V‖ by row, a constant to every derivative."""
-    w = w.detach() if isinstance(w, Tensor) else tree_map(torch.detach, w)
-    return row_norms(w, v.a.detach(), v.b.detach(), v.scale).clamp(min=1e-30)
+    return row_norms(tree_map(torch.detach, w), v.a.detach(), v.b.detach(), v.scale).clamp(min=1e-30)
 
 
 def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:

@@ -69,16 +69,15 @@ def linear(
 
     Where it is not `read`, its gradient is all that is wanted, by plain autograd: the value may be anything.
     """
-    if not read and isinstance(w, (Tensor, *QUANTISED)):
-        y = unread.product(x, w)
-        return y if bias is None else y + bias
-    if isinstance(w, Tensor):
-        if few_rows.few(x):
+    if not isinstance(w, Adapted):
+        if not read:
+            y = unread.product(x, w)
+        elif not isinstance(w, Tensor):
+            y = product(x, w)
+        elif few_rows.few(x):
             y = few_rows.product(x, w)
-            return y if bias is None else y + bias
-        return F.linear(x, w, bias)
-    if isinstance(w, QUANTISED):
-        y = product(x, w)
+        else:
+            return F.linear(x, w, bias)
         return y if bias is None else y + bias
     x = x if w.col is None else x * w.col.to(x.dtype)
     y = linear(x, w.base, bias, read or w.row is not None)  # the gradient of a scale reads what it scales

@@ -292,5 +292,5 @@ def test_gradients_pass_through_one_update_and_say_so_at_two():
 
 @pytest.mark.parametrize("make", [adamw, adamw8bit])
 def test_a_pattern_of_decay_is_read_at_once(make: Any):
-    with pytest.raises(fgpt.InputError, match="not a regular expression"):
+    with pytest.raises(InputError, match="not a regular expression"):
         make(LR, decay="(")

@@ -271,10 +271,10 @@ def test_what_a_block_adds_last_is_not_computed_again(gpt: fgpt.GPT):
     def loss(adapters: Any, remat: bool) -> Tensor:
         return fgpt.loss(fgpt.adapt(gpt, adapters), PACKED, remat)
 
-    full, less = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
+    once, again = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
     forward = flops(lambda: fgpt.hidden(fgpt.adapt(gpt, adapters), PACKED.tokens, PACKED.segments))
     last = cfg.d_mlp + (cfg.d_model if cfg.parallel else 0)
-    assert less - full == forward - 2 * cfg.n_layer * seen * cfg.d_model * last
+    assert again - once == forward - 2 * cfg.n_layer * seen * cfg.d_model * last
 
 
 def saved_bytes(value: Callable[[], Tensor], held: list[Tensor]) -> int:

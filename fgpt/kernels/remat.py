@@ -55,7 +55,8 @@ def _pull_back(
     `operands` are all inputs, then a cotangent u for each output that gives one.
     """
     inputs, cotangents = operands[: len(needs)], operands[len(needs) :]
-    run = fn if transformed() else again
+    inside = transformed()
+    run = fn if inside else again
 
     def of(*needed: Tensor) -> tuple[Tensor, ...]:
         rest = iter(needed)
@@ -63,7 +64,7 @@ def _pull_back(
         return tuple(y for y, give in zip(out, gives, strict=True) if give)
 
     needed = [x for x, need in zip(inputs, needs, strict=True) if need]
-    if transformed():  # under vmap no tensor may be made to require a gradient
+    if inside:  # under vmap no tensor may be made to require a gradient
         return torch.func.vjp(of, *needed)[1](cotangents)
     with torch.enable_grad():
         needed = [x.detach().requires_grad_() for x in needed]

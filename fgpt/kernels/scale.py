@@ -40,7 +40,7 @@ def added(
     y: Float[Tensor, "*batch out"], low: Float[Tensor, "*batch rank"], b: Float[Tensor, "out rank"]
 ) -> Float[Tensor, "*batch out"]:
     """y + low Bᵀ: addmm adds the update in the product's own pass over y."""
-    return torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), b.T).view(y.shape)
+    return torch.addmm(_columns(y), _columns(low), b.T).view(y.shape)
 
 
 class _Scaled(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _Scaled(torch.autograd.Function):
     def forward(
         ctx: Any, through: bool, y: Tensor, row: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None
     ) -> Tensor:
-        out = y * row if bias is None else torch.addcmul((1 - row) * bias, y, row)
+        out = reference(y, row, bias)
         if low is not None and b is not None:  # in place of the copy of y that `added` begins with
             _columns(out).addmm_(_columns(low), (row[:, None] * b).T)
         ctx.through = through
