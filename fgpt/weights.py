@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fgpt.kernels import few_rows, unread
 from fgpt.kernels.dropout import dropout
-from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, gather, part, product
-from fgpt.kernels.scale import added, scaled
+from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, frozen, gather, part
+from fgpt.kernels.scale import scaled, times
+from fgpt.kernels.transforms import transformed
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
@@ -72,26 +73,36 @@ def linear(
     if not isinstance(w, Adapted):
         if not read:
             y = unread.product(x, w)
-        elif not isinstance(w, Tensor):
-            y = product(x, w)
-        elif few_rows.few(x):
+        elif isinstance(w, Tensor) and few_rows.few(x):
             y = few_rows.product(x, w)
         else:
-            return F.linear(x, w, bias)
+            return frozen(x, w, bias)
         return y if bias is None else y + bias
+    if x.ndim != 2:  # to autograd a product of matrices is no view, and may be written over
+        return linear(x.reshape(-1, x.shape[-1]), w, bias, read).view(*x.shape[:-1], shape(w)[0])
     x = x if w.col is None else x * w.col.to(x.dtype)
-    y = linear(x, w.base, bias, read or w.row is not None)  # the gradient of a scale reads what it scales
-    low, up = (None, None) if w.a is None or w.b is None else (lowered(x, w), w.b.to(y.dtype))
-    if w.row is not None:
-        return scaled(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype), low, up)
-    return y if low is None or up is None else added(y, low, up)
+    if w.row is not None and not isinstance(w.base, Adapted):
+        row, bias = w.row.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if w.a is None or w.b is None:
+            return scaled(x, w.base, row, bias)
+        return scaled(x, w.base, row, bias, inner(x, w), w.a.to(x.dtype), w.b.to(x.dtype), w.scale)
+    read = read or w.row is not None  # the gradient of a scale reads what it scales
+    y = linear(x, w.base, bias, read)
+    if w.a is not None and w.b is not None:
+        own = read and not isinstance(w.base, Adapted) and not transformed()  # a product that nobody else reads
+        y = (y.addmm_ if own else y.addmm)(lowered(x, w), w.b.to(y.dtype).T)
+    return y if w.row is None else times(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype))
+
+
+def inner(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch in"]:
+    """x as A sees it: after dropout."""
+    return x if w.seed is None else dropout(x, w.seed, w.drop)
 
 
 def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
-    """s A x, with the dropout of x."""
+    """s A x."""
     assert w.a is not None
-    x = x if w.seed is None else dropout(x, w.seed, w.drop)
-    return w.scale * F.linear(x, w.a.to(x.dtype))
+    return w.scale * F.linear(inner(x, w), w.a.to(x.dtype))
 
 
 def products(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:

@@ -163,6 +163,41 @@ def test_linear_embed_and_products_are_dense(w: Any, batch: tuple[int, ...], bia
     near(fgpt.embed(rows, w), meaning(w)[rows])
 
 
+def trained(w: Any) -> list[Tensor]:
+    """What of `w` has a gradient."""
+    if not isinstance(w, fgpt.Adapted):
+        return [w] if isinstance(w, Tensor) else []
+    return [x for x in (w.a, w.b, w.row, w.col) if x is not None] + trained(w.base)
+
+
+@settings(max_examples=100)
+@given(weights("fp32", "nf4"), st.sampled_from([(), (1,), (2, 3)]), st.booleans())
+def test_gradients_of_linear_are_those_of_dense(w: Any, batch: tuple[int, ...], biased: bool):
+    """By plain autograd, where a product is written over if nobody else reads it."""
+    x, u = torch.randn(*batch, IN, generator=fgpt.key(1)), torch.randn(*batch, OUT, generator=fgpt.key(3))
+    bias = torch.randn(OUT, generator=fgpt.key(2)) if biased else None
+    inputs = [t.requires_grad_() for t in (x, *trained(w), *([] if bias is None else [bias]))]
+    exact = x.double() @ meaning(w).T
+    exact = exact if bias is None else exact + bias.double()
+    expected = torch.autograd.grad(exact, inputs, u.double())
+    for got, true in zip(torch.autograd.grad(fgpt.linear(x, w, bias), inputs, u), expected, strict=True):
+        near(got, true)
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
+@pytest.mark.parametrize("row", [None, torch.ones(OUT)], ids=["LoRA", "DoRA"])
+def test_an_adapted_product_is_one_tensor(base: str, row: Tensor | None):
+    """The update is added, and the scale applied, where the product lies; of the frozen matrix in as many as without."""
+    x, w = torch.randn(3, 5, IN, generator=fgpt.key(1)), matrix(base, OUT, IN)
+    a, b = torch.randn(2, IN).requires_grad_(), torch.randn(OUT, 2).requires_grad_()
+    with Largest() as bare:
+        fgpt.linear(x.view(15, IN), w)
+    with Largest() as adapted:
+        fgpt.linear(x, fgpt.Adapted(w, a, b, row))
+    assert adapted.shapes.count((15, OUT)) == bare.shapes.count((15, OUT)) > 0
+    assert (3, 5, OUT) not in adapted.shapes
+
+
 def rounding(x: Tensor, w: Any) -> Tensor:
     """x dense(w)ᵀ, but that the frozen matrix sees each row of its input in 8 bits: in float64, once rounded."""
     if isinstance(w, Rowwise8):
@@ -250,7 +285,7 @@ METHODS: dict[str, Callable[[fgpt.GPT], list[Any]]] = {
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with whole numbers leave their input as it is: what their rounding does, the laws above say."""
-    monkeypatch.setattr("fgpt.weights.product", lambda x, w: F.linear(x, dequantise(w, x.dtype)))
+    monkeypatch.setattr("fgpt.kernels.quantised.product", lambda x, w: F.linear(x, dequantise(w, x.dtype)))
 
 
 @pytest.mark.usefixtures("unrounded")

@@ -1,6 +1,6 @@
 """Each kernel is its reference, values and gradients, and costs what it says."""
 
-import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.kernels.dropout import dropout, kept
 from fgpt.kernels.scale import reference, scaled
+from fgpt.quantize import held
+from fgpt.weights import dense
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -206,36 +208,66 @@ def test_dropout_under_transforms():
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
+def scale_inputs(rank: int | None, least: float = 0.5, rows: int = 6, dtype: torch.dtype = torch.float64) -> list[Any]:
+    """x, W, row, bias, A and B; `least` the least of row, which 0 makes a component of."""
+    sizes = [(rows, 4), (5, 4), (5,), (5,), *([(rank, 4), (5, rank)] if rank else [])]
+    inputs: list[Any] = [torch.rand(size, dtype=dtype, generator=fgpt.key(i)) for i, size in enumerate(sizes)]
+    inputs[2] = inputs[2].add(least).index_fill(0, torch.tensor([] if least else [3], dtype=torch.int64), 0.0)
+    return inputs
+
+
+def scaled_by(keep: Tensor | None, x: Tensor, w: Any, row: Tensor, bias: Tensor | None, *ab: Tensor) -> Tensor:
+    """`scaled` with s = 3, and what dropout keeps of x."""
+    return scaled(x, w, row, bias, *((x if keep is None else x * keep), *ab, 3.0) if ab else ())
+
+
 @pytest.mark.parametrize("least", [0.5, 0.0], ids=["far from 0", "near 0"])
-@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, None), (0, 1, None)], ids=str)
-@pytest.mark.parametrize("rank", [None, 2])
-def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | None):
-    """By finite differences, twice, also where a component of the scale is 0; in one tensor of the width of an
-    activation forward, but for the sum where that is kept, and one backward.
+@pytest.mark.parametrize(
+    "needs", [(1, 0, 1, 1), (1, 0, 1, 0), (1, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 1), (1, 0, 1, None), (0, 0, 1, None)]
+)
+@pytest.mark.parametrize(("rank", "drops"), [(None, False), (2, False), (2, True)])
+def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | None, drops: bool):
+    """By hand, and by finite differences, twice, also where a component of the scale is 0; far from 0 in one tensor of
+    the width of y each way, and in one of x's width backward.
     """
-    sizes = [((2, 3, 5), needs[0]), ((5,), needs[1]), ((5,), needs[2])]
-    sizes += [((2, 3, rank), 1), ((5, rank), 1)] if rank else []
-    inputs: list[Any] = [
-        None if need is None else torch.rand(size, dtype=torch.float64, generator=fgpt.key(i)).add_(least)
-        for i, (size, need) in enumerate(sizes)
+    inputs = [
+        x if need is not None else None for x, need in zip(scale_inputs(rank, least), (*needs, 1, 1), strict=False)
     ]
-    if not least:
-        inputs[1][3] = 0.0
-    for x, (_, need) in zip(inputs, sizes, strict=True):
+    for x, need in zip(inputs, (*needs, 1, 1), strict=False):
         x is None or x.requires_grad_(bool(need))
-    y, row, bias, *pair = inputs
-    moved = y + pair[0] @ pair[1].T if pair else y
-    expected = moved * row if bias is None else row * (moved - bias) + bias
-    close(scaled(*inputs), expected, 1e-14)
-    close(vmap(scaled, in_dims=(0, None, None, *([0, None] if pair else [])))(*inputs), expected, 1e-14)
-    assert torch.autograd.gradcheck(scaled, inputs)
-    assert torch.autograd.gradgradcheck(scaled, inputs)
+    keep = torch.tensor([2.0, 0.0, 2.0, 2.0], dtype=torch.float64).expand(6, 4) if drops else None
+    fn = partial(scaled_by, keep)
+    x, w, row, bias, *ab = inputs
+    y = x @ w.T + (3 * ((x if keep is None else x * keep) @ ab[0].T) @ ab[1].T if ab else 0)
+    expected = row * y if bias is None else row * y + bias
+    close(fn(*inputs), expected, 1e-14)
+    close(vmap(lambda x: fn(x, *inputs[1:]), randomness="error")(x[None])[0], expected, 1e-14)
+    assert torch.autograd.gradcheck(fn, inputs)
+    assert torch.autograd.gradgradcheck(fn, inputs)
+    if not least:
+        return
     with Largest() as forward:
-        out = scaled(*inputs)
+        out = fn(*inputs)
     with Largest() as backward:
         out.backward(torch.ones_like(expected))
-    assert sum(math.prod(shape) == out.numel() for shape in forward.shapes) == (2 if pair and not least else 1)
+    assert forward.shapes.count(out.shape) == 1
     assert backward.shapes.count(out.shape) <= 2  # one of them the ones
+    assert drops or backward.shapes.count(x.shape) == needs[0]
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_scaled_over_quantised(to: Any):
+    """The value and the gradients of the same rows and adapters over the expanded matrix: int8's within its rounding of
+    x, which is straight through.
+    """
+    x, w, row, bias, a, b = scale_inputs(2, rows=96, dtype=torch.float32)
+    x, w, a = (torch.randn(len(t), 64, generator=fgpt.key(i)) for i, t in enumerate((x, w, a)))
+    g, q = torch.randn(96, 5, generator=fgpt.key(9)), held("w", w, to, True)
+    trained = [t.requires_grad_() for t in (x, row, bias, a, b)]
+    found, true = (scaled_by(None, x, m, row, bias, a, b) for m in (q, dense(q)))
+    grads = [torch.autograd.grad(y, trained, g) for y in (found, true)]
+    for u, v in zip((found, *grads[0]), (true, *grads[1]), strict=True):
+        assert (u - v).norm() / v.norm() < (1e-5 if to == "nf4" else 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,19 +276,21 @@ def test_the_gradient_of_a_scale_is_summed_in_fp32(dtype: torch.dtype, least: fl
     """Within rounding of the same in fp64, over 4,096 rows, with a bias as large as what it is added to, and where y'
     says nothing of y because the scale is 0.
     """
-    y, g = (torch.randn(4096, 8, generator=fgpt.key(i)).to(dtype) for i in (0, 1))
-    row, bias = torch.linspace(least, least + 1, 8).to(dtype), torch.ones(8, dtype=dtype)
-    low, b = torch.randn(4096, 2, generator=fgpt.key(2)).to(dtype), torch.randn(8, 2, generator=fgpt.key(3)).to(dtype)
-    found = torch.autograd.grad(scaled(y, row.requires_grad_(), bias, low, b), row, g)[0]
-    wide = [x.detach().double() for x in (y, row, bias, low, b)]
-    true = torch.autograd.grad(reference(wide[0], wide[1].requires_grad_(), *wide[2:]), wide[1], g.double())[0]
+    x, w, _, bias, a, b = (t.to(dtype) for t in scale_inputs(2, rows=4096, dtype=torch.float32))
+    x, g = x - 0.5, torch.randn(4096, 5, generator=fgpt.key(9)).to(dtype)
+    row, bias = torch.linspace(least, least + 1, 5).to(dtype), torch.ones_like(bias)
+    found = torch.autograd.grad(scaled_by(None, x, w, row.requires_grad_(), bias, a, b), row, g)[0]
+    wide: list[Any] = [t.detach().double() for t in (x, w, row, bias, x, a, b)]
+    true = torch.autograd.grad(
+        reference(wide[0], wide[1], wide[2].requires_grad_(), *wide[3:], 3.0), wide[2], g.double()
+    )[0]
     off = (found - true).norm() / true.norm()
     assert off < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_scaled_rows_may_be_few_or_none(rows: int):
-    y, low, b = torch.rand(rows, 5), torch.rand(rows, 2), torch.rand(5, 2)
-    inputs = [x.requires_grad_() for x in (y, torch.rand(5) + 0.5, torch.rand(5), low, b)]
-    found, true = (torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (scaled, reference))
-    close(found, true, 1e-6)
+    x, w, row, bias, a, b = scale_inputs(2, rows=rows, dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (x, row, bias, a, b)]
+    found, true = (torch.autograd.grad(fn(x, w, row, bias, x, a, b, 3.0).sum(), inputs) for fn in (scaled, reference))
+    close(found, true, 1e-5)

@@ -201,7 +201,9 @@ class _Product(torch.autograd.Function):
         if isinstance(w, Rowwise8) and whole:
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.flatten(0, -2) if x.ndim > 1 else codes[None], w.codes)
-            y = y.float().view(*x.shape[:-1], w.shape[0])
+            y = (
+                y.float() if x.ndim == 2 else y.float().view(*x.shape[:-1], w.shape[0])
+            )  # a view may not be written over
             return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
         if isinstance(w, Rowwise8) and MULTIPLIES_BF16 and x.dtype in IN_BF16 and x.device.type == "cpu":
             codes, row = w.codes.bfloat16(), w.absmax / 127
@@ -249,6 +251,16 @@ def product(x: Float[Tensor, "*batch in"], w: Quantised) -> Float[Tensor, "*batc
     if torch.compiler.is_compiling() and differentiated_again():
         return F.linear(rounded(x) if whole else x, dequantise(w, x.dtype))
     return _multiply(x, w, False, whole)
+
+
+def frozen(
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantised, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*batch out"]:
+    """x Wᵀ + bias, for a matrix held in any way."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w, bias)
+    y = product(x, w)
+    return y if bias is None else y + bias
 
 
 def adjoint(g: Float[Tensor, "*batch out"], w: Quantised) -> Float[Tensor, "*batch in"]:

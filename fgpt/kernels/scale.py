@@ -1,46 +1,57 @@
-"""What DoRA and IA3 do to the product y of a frozen matrix, which holds a bias that is not theirs to scale:
+"""The product of a frozen matrix whose rows DoRA or IA3 scale, under a bias that is not theirs to scale:
 
-    y' = row ⊙ (y + low Bᵀ) + (1 - row) ⊙ bias
+    y' = row ⊙ (W x + bias + s B A x) + (1 - row) ⊙ bias
 
-so that y' is y itself, to the bit, where row is 1 and B is 0. As wide as an activation and as cheap as reading it, so
-that what it costs is memory. The fast path scales y and adds low (row ⊙ B)ᵀ to that in place, which reads and writes no
-more than LoRA's sum; and it keeps y' for the backward, as what reads y' mostly does too, and neither y nor the sum:
+so that y' is W x + bias itself, to the bit, where row is 1 and B is 0. The scale is as wide as an activation and as
+cheap as reading it, so that what it costs is memory's time. The fast path scales the product where it lies, and adds
+s (row ⊙ B) A x to it there; it keeps y' for the backward, as what reads y' mostly does too, and neither the product nor
+the sum,
 
     d row = Σ_t g_t ⊙ (y'_t - bias) / row
 
-That is on a CPU, where it can be asked whether all of row is far enough from 0; elsewhere the sum is made and kept.
+and lets the two products that make the gradient of x make one sum. It is for a CPU, where it can be asked whether all
+of row is far enough from 0.
 """
 
-import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels.quantised import Quantised, adjoint, frozen
 from fgpt.kernels.transforms import transformed
 
 FAR = 0.125
 """The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
 
 
+def times(
+    y: Float[Tensor, "rows out"],
+    row: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None,
+    out: Float[Tensor, "rows out"] | None = None,
+) -> Float[Tensor, "rows out"]:
+    """row ⊙ y + (1 - row) ⊙ bias."""
+    return torch.mul(y, row, out=out) if bias is None else torch.addcmul((1 - row) * bias, y, row, out=out)
+
+
 def reference(
-    y: Float[Tensor, "*batch out"],
+    x: Float[Tensor, "rows in"],
+    w: Float[Tensor, "out in"] | Quantised,
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None = None,
-    low: Float[Tensor, "*batch rank"] | None = None,
+    inner: Float[Tensor, "rows in"] | None = None,
+    a: Float[Tensor, "rank in"] | None = None,
     b: Float[Tensor, "out rank"] | None = None,
-) -> Float[Tensor, "*batch out"]:
-    """The definition."""
-    y = y if low is None or b is None else added(y, low, b)
-    return y * row if bias is None else torch.addcmul((1 - row) * bias, y, row)
-
-
-def added(
-    y: Float[Tensor, "*batch out"], low: Float[Tensor, "*batch rank"], b: Float[Tensor, "out rank"]
-) -> Float[Tensor, "*batch out"]:
-    """y + low Bᵀ: addmm adds the update in the product's own pass over y."""
-    return torch.addmm(_columns(y), _columns(low), b.T).view(y.shape)
+    scale: float = 1.0,
+) -> Float[Tensor, "rows out"]:
+    """The definition. `inner` is x as A sees it, after dropout."""
+    y = frozen(x, w, bias)
+    if inner is not None and a is not None and b is not None:
+        y = torch.addmm(y, scale * F.linear(inner, a), b.T)
+    return times(y, row, bias)
 
 
 class _Scaled(torch.autograd.Function):
@@ -48,63 +59,88 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, through: bool, y: Tensor, row: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None
+        ctx: Any,
+        scale: float,
+        x: Tensor,
+        w: Tensor | Quantised,
+        row: Tensor,
+        bias: Tensor | None,
+        inner: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
     ) -> Tensor:
-        out = reference(y, row, bias)
-        if low is not None and b is not None:  # in place of the copy of y that `added` begins with
-            _columns(out).addmm_(_columns(low), (row[:, None] * b).T)
-        ctx.through = through
-        ctx.save_for_backward(out if through else y, row, bias, low, b)
-        return out
+        y = frozen(x, w, bias)
+        y = times(y, row, bias, out=y)
+        low = None
+        if inner is not None and a is not None and b is not None:
+            low = F.linear(inner, a)
+            y.addmm_(low, (row[:, None] * b).T, alpha=scale)
+        ctx.scale, ctx.quantised = scale, None if isinstance(w, Tensor) else w
+        ctx.once = inner is x  # x's gradient through A is then part of x's
+        kept = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, None if ctx.quantised else w, row, bias, inner, a, b, low, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        kept, row, bias, low, b = ctx.saved_tensors
-        _, _, by_row, by_bias, by_low, by_b = ctx.needs_input_grad
-        to_row, to_bias = None, None
+        x, w, row, bias, inner, a, b, low, y = ctx.saved_tensors
+        _, by_x, by_w, by_row, by_bias, by_inner, by_a, by_b = ctx.needs_input_grad
         if by_row or by_bias:
-            down, products, sums = _gradients(g, kept, row, bias)
-            to_row = products / row if ctx.through else products
-            to_bias = (1 - row) * sums if by_bias else None
+            down, products, sums = _gradients(g, y, row, bias)
         else:
-            down = g * row
-        to_low = down @ b if by_low else None
-        to_b = _columns(down).T @ _columns(low) if by_b else None
-        return None, down, to_row, to_bias, to_low, to_b
+            down, products, sums = g * row, None, None
+        to_x, to_inner, to_a, to_b = None, None, None, None
+        if by_x:
+            to_x = down @ w if ctx.quantised is None else adjoint(down, ctx.quantised)
+        if low is not None:
+            if torch.is_grad_enabled():  # to be differentiated again, through what made it
+                low = F.linear(inner, a)
+            to_low = down @ (ctx.scale * b)
+            if to_x is not None and ctx.once:
+                to_x = to_x.addmm_(to_low, a)
+            elif by_inner:
+                to_inner = to_low @ a
+            to_a = to_low.T @ inner if by_a else None
+            to_b = ctx.scale * (down.T @ low) if by_b else None
+        return (
+            None,
+            to_x,
+            down.T @ x if by_w else None,
+            products / row if by_row else None,
+            sums if by_bias else None,
+            to_inner,
+            to_a,
+            to_b,
+        )
 
 
 def _gradients(
-    g: Float[Tensor, "*batch out"],
-    y: Float[Tensor, "*batch out"],
+    g: Float[Tensor, "rows out"],
+    y: Float[Tensor, "rows out"],
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None,
-) -> tuple[Float[Tensor, "*batch out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
+) -> tuple[Float[Tensor, "rows out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
     """(g ⊙ row, Σ_t g_t ⊙ (y_t - bias), Σ_t g_t)."""
     bias = torch.zeros_like(row) if bias is None else bias
-    if torch.is_grad_enabled() or y.device.type != "cpu" or y.numel() == 0:
-        return g * row, _columns(g * (y - bias)).sum(0), _columns(g).sum(0)
+    if torch.is_grad_enabled() or y.numel() == 0:
+        return g * row, (g * (y - bias)).sum(0), g.sum(0)
     # All three at once: the gradients of row ⊙ (y - mean) / deviation + shift, a batch norm that is not training.
-    down, products, sums = torch.ops.aten.native_batch_norm_backward(
-        _columns(g), _columns(y), row, bias, torch.ones_like(row), None, None, False, 0.0, [True, True, True]
+    return torch.ops.aten.native_batch_norm_backward(
+        g, y, row, bias, torch.ones_like(row), None, None, False, 0.0, [True, True, True]
     )
-    return down.view(g.shape), products, sums
-
-
-def _columns(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def scaled(
-    y: Float[Tensor, "*batch out"],
+    x: Float[Tensor, "rows in"],
+    w: Float[Tensor, "out in"] | Quantised,
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None = None,
-    low: Float[Tensor, "*batch rank"] | None = None,
+    inner: Float[Tensor, "rows in"] | None = None,
+    a: Float[Tensor, "rank in"] | None = None,
     b: Float[Tensor, "out rank"] | None = None,
-) -> Float[Tensor, "*batch out"]:
-    """`reference`, in one tensor of the width of y each way."""
-    if transformed():
-        return reference(y, row, bias, low, b)
-    through = row.device.type == "cpu" and torch.linalg.vector_norm(row.detach(), -math.inf).item() > FAR
-    if not through and low is not None and b is not None:
-        y, low, b = added(y, low, b), None, None
-    return _Scaled.apply(through, y, row, bias, low, b)  # pyright: ignore[reportReturnType]
+    scale: float = 1.0,
+) -> Float[Tensor, "rows out"]:
+    """`reference`; under plain autograd on a CPU, in one tensor of the width of y each way."""
+    if transformed() or row.device.type != "cpu" or row.detach().abs().min().item() <= FAR:
+        return reference(x, w, row, bias, inner, a, b, scale)
+    return _Scaled.apply(scale, x, w, row, bias, inner, a, b)  # pyright: ignore[reportReturnType]
