@@ -20,7 +20,7 @@ from torch import Tensor
 from fgpt.kernels import few_rows, unread
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, frozen, gather, part
-from fgpt.kernels.scale import scaled, times
+from fgpt.kernels.scale import readable, scaled, times
 from fgpt.kernels.transforms import transformed
 from fgpt.tree import node, static
 
@@ -81,7 +81,7 @@ def linear(
     if x.ndim != 2:  # to autograd a product of matrices is no view, and may be written over
         return linear(x.reshape(-1, x.shape[-1]), w, bias, read).view(*x.shape[:-1], shape(w)[0])
     x = x if w.col is None else x * w.col.to(x.dtype)
-    if w.row is not None and not isinstance(w.base, Adapted):
+    if w.row is not None and not isinstance(w.base, Adapted) and readable(w.row):
         row, bias = w.row.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if w.a is None or w.b is None:
             return scaled(x, w.base, row, bias)

@@ -187,7 +187,7 @@ def test_gradients_of_linear_are_those_of_dense(w: Any, batch: tuple[int, ...], 
 @pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
 @pytest.mark.parametrize("row", [None, torch.ones(OUT)], ids=["LoRA", "DoRA"])
 def test_an_adapted_product_is_one_tensor(base: str, row: Tensor | None):
-    """The update is added, and the scale applied, where the product lies; of the frozen matrix in as many as without."""
+    """The update is added, and the scale applied, where the product lies, which is as many as without."""
     x, w = torch.randn(3, 5, IN, generator=fgpt.key(1)), matrix(base, OUT, IN)
     a, b = torch.randn(2, IN).requires_grad_(), torch.randn(OUT, 2).requires_grad_()
     with Largest() as bare:

@@ -1,6 +1,5 @@
 """Each kernel is its reference, values and gradients, and costs what it says."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +16,7 @@ import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.kernels.dropout import dropout, kept
-from fgpt.kernels.scale import reference, scaled
-from fgpt.quantize import held
-from fgpt.weights import dense
+from fgpt.kernels.quantised import dequantise, encode
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -208,40 +205,41 @@ def test_dropout_under_transforms():
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
-def scale_inputs(rank: int | None, least: float = 0.5, rows: int = 6, dtype: torch.dtype = torch.float64) -> list[Any]:
-    """x, W, row, bias, A and B; `least` the least of row, which 0 makes a component of."""
-    sizes = [(rows, 4), (5, 4), (5,), (5,), *([(rank, 4), (5, rank)] if rank else [])]
-    inputs: list[Any] = [torch.rand(size, dtype=dtype, generator=fgpt.key(i)) for i, size in enumerate(sizes)]
-    inputs[2] = inputs[2].add(least).index_fill(0, torch.tensor([] if least else [3], dtype=torch.int64), 0.0)
-    return inputs
-
-
-def scaled_by(keep: Tensor | None, x: Tensor, w: Any, row: Tensor, bias: Tensor | None, *ab: Tensor) -> Tensor:
-    """`scaled` with s = 3, and what dropout keeps of x."""
-    return scaled(x, w, row, bias, *((x if keep is None else x * keep), *ab, 3.0) if ab else ())
+def adapted(w: Any, row: Tensor, *ab: Tensor, drop: float = 0.0) -> fgpt.Adapted:
+    """With s = 3, and dropout of A's input by a seed of 5."""
+    a, b = ab or (None, None)
+    return fgpt.Adapted(w, a, b, row, seed=torch.tensor(5) if drop else None, scale=3.0, drop=drop)
 
 
 @pytest.mark.parametrize("least", [0.5, 0.0], ids=["far from 0", "near 0"])
 @pytest.mark.parametrize(
     "needs", [(1, 0, 1, 1), (1, 0, 1, 0), (1, 1, 0, 0), (0, 0, 1, 0), (0, 1, 0, 1), (1, 0, 1, None), (0, 0, 1, None)]
 )
-@pytest.mark.parametrize(("rank", "drops"), [(None, False), (2, False), (2, True)])
-def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | None, drops: bool):
-    """By hand, and by finite differences, twice, also where a component of the scale is 0; far from 0 in one tensor of
-    the width of y each way, and in one of x's width backward.
+@pytest.mark.parametrize(("rank", "drop"), [(None, 0.0), (2, 0.0), (2, 0.5)])
+def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | None, drop: float):
+    """By hand, and by finite differences, twice, of x, W, the scale and the bias, also where a component of the scale
+    is 0; far from 0 in one tensor of the width of y each way, and in one of x's width backward.
     """
-    inputs = [
-        x if need is not None else None for x, need in zip(scale_inputs(rank, least), (*needs, 1, 1), strict=False)
-    ]
-    for x, need in zip(inputs, (*needs, 1, 1), strict=False):
-        x is None or x.requires_grad_(bool(need))
-    keep = torch.tensor([2.0, 0.0, 2.0, 2.0], dtype=torch.float64).expand(6, 4) if drops else None
-    fn = partial(scaled_by, keep)
+    sizes = [(6, 4), (5, 4), (5,), (5,), *([(rank, 4), (5, rank)] if rank else [])]
+    inputs: list[Any] = [torch.rand(size, dtype=torch.float64, generator=fgpt.key(i)) for i, size in enumerate(sizes)]
+    inputs[2] += least
+    if not least:
+        inputs[2][3] = 0.0
+    needs = (*needs, 1, 1)[: len(inputs)]
+    inputs = [x if need is None else x.requires_grad_(bool(need)) for x, need in zip(inputs, needs, strict=True)]
+    inputs[3] = None if needs[3] is None else inputs[3]
+
+    def fn(x: Tensor, w: Tensor, row: Tensor, bias: Tensor | None, *ab: Tensor) -> Tensor:
+        return fgpt.linear(x, adapted(w, row, *ab, drop=drop), bias)
+
     x, w, row, bias, *ab = inputs
-    y = x @ w.T + (3 * ((x if keep is None else x * keep) @ ab[0].T) @ ab[1].T if ab else 0)
+    y = x @ w.T
+    if ab:
+        keep = kept(torch.tensor(5), 6, 4, drop) / (1 - drop) if drop else 1.0
+        y = y + 3 * ((x * keep) @ ab[0].T) @ ab[1].T
     expected = row * y if bias is None else row * y + bias
     close(fn(*inputs), expected, 1e-14)
-    close(vmap(lambda x: fn(x, *inputs[1:]), randomness="error")(x[None])[0], expected, 1e-14)
+    close(vmap(lambda x: fn(x, *inputs[1:]))(x[None])[0], expected, 1e-14)
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
     if not least:
@@ -252,19 +250,20 @@ def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | Non
         out.backward(torch.ones_like(expected))
     assert forward.shapes.count(out.shape) == 1
     assert backward.shapes.count(out.shape) <= 2  # one of them the ones
-    assert drops or backward.shapes.count(x.shape) == needs[0]
+    assert drop or backward.shapes.count(x.shape) == needs[0]
 
 
 @pytest.mark.parametrize("to", ["nf4", "int8"])
 def test_scaled_over_quantised(to: Any):
-    """The value and the gradients of the same rows and adapters over the expanded matrix: int8's within its rounding of
-    x, which is straight through.
+    """The value and the gradients of the same over the expanded matrix; int8's within the rounding of x, which the
+    gradients do not see.
     """
-    x, w, row, bias, a, b = scale_inputs(2, rows=96, dtype=torch.float32)
-    x, w, a = (torch.randn(len(t), 64, generator=fgpt.key(i)) for i, t in enumerate((x, w, a)))
-    g, q = torch.randn(96, 5, generator=fgpt.key(9)), held("w", w, to, True)
+    x, w, a, b, g = (
+        torch.randn(size, generator=fgpt.key(i)) for i, size in enumerate([(96, 64), (5, 64), (2, 64), (5, 2), (96, 5)])
+    )
+    row, bias, q = torch.rand(5) + 0.5, torch.rand(5), encode(w, to)
     trained = [t.requires_grad_() for t in (x, row, bias, a, b)]
-    found, true = (scaled_by(None, x, m, row, bias, a, b) for m in (q, dense(q)))
+    found, true = (fgpt.linear(x, adapted(m, row, a, b), bias) for m in (q, dequantise(q)))
     grads = [torch.autograd.grad(y, trained, g) for y in (found, true)]
     for u, v in zip((found, *grads[0]), (true, *grads[1]), strict=True):
         assert (u - v).norm() / v.norm() < (1e-5 if to == "nf4" else 0.02)
@@ -276,21 +275,22 @@ def test_the_gradient_of_a_scale_is_summed_in_fp32(dtype: torch.dtype, least: fl
     """Within rounding of the same in fp64, over 4,096 rows, with a bias as large as what it is added to, and where y'
     says nothing of y because the scale is 0.
     """
-    x, w, _, bias, a, b = (t.to(dtype) for t in scale_inputs(2, rows=4096, dtype=torch.float32))
-    x, g = x - 0.5, torch.randn(4096, 5, generator=fgpt.key(9)).to(dtype)
-    row, bias = torch.linspace(least, least + 1, 5).to(dtype), torch.ones_like(bias)
-    found = torch.autograd.grad(scaled_by(None, x, w, row.requires_grad_(), bias, a, b), row, g)[0]
-    wide: list[Any] = [t.detach().double() for t in (x, w, row, bias, x, a, b)]
-    true = torch.autograd.grad(
-        reference(wide[0], wide[1], wide[2].requires_grad_(), *wide[3:], 3.0), wide[2], g.double()
-    )[0]
+    x, w, a, b, g = (
+        torch.randn(size, generator=fgpt.key(i)).to(dtype)
+        for i, size in enumerate([(4096, 4), (8, 4), (2, 4), (8, 2), (4096, 8)])
+    )
+    row, bias = torch.linspace(least, least + 1, 8).to(dtype), torch.ones(8, dtype=dtype)
+
+    found = torch.autograd.grad(fgpt.linear(x, adapted(w, row.requires_grad_(), a, b), bias), row, g)[0]
+    true = ((x.double() @ (w.double() + 3 * b.double() @ a.double()).T) * g.double()).sum(0)
     off = (found - true).norm() / true.norm()
     assert off < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_scaled_rows_may_be_few_or_none(rows: int):
-    x, w, row, bias, a, b = scale_inputs(2, rows=rows, dtype=torch.float32)
+    x, w, row, bias, a, b = (torch.rand(size) + 0.5 for size in [(rows, 4), (5, 4), (5,), (5,), (2, 4), (5, 2)])
     inputs = [t.requires_grad_() for t in (x, row, bias, a, b)]
-    found, true = (torch.autograd.grad(fn(x, w, row, bias, x, a, b, 3.0).sum(), inputs) for fn in (scaled, reference))
-    close(found, true, 1e-5)
+    found = torch.autograd.grad(fgpt.linear(x, adapted(w, row, a, b), bias).sum(), inputs)
+    true = torch.autograd.grad((row * (x @ (w + 3 * b @ a).T) + bias).sum(), inputs)
+    close(found, true, 1e-4)

@@ -37,25 +37,13 @@ def times(
     return torch.mul(y, row, out=out) if bias is None else torch.addcmul((1 - row) * bias, y, row, out=out)
 
 
-def reference(
-    x: Float[Tensor, "rows in"],
-    w: Float[Tensor, "out in"] | Quantised,
-    row: Float[Tensor, " out"],
-    bias: Float[Tensor, " out"] | None = None,
-    inner: Float[Tensor, "rows in"] | None = None,
-    a: Float[Tensor, "rank in"] | None = None,
-    b: Float[Tensor, "out rank"] | None = None,
-    scale: float = 1.0,
-) -> Float[Tensor, "rows out"]:
-    """The definition. `inner` is x as A sees it, after dropout."""
-    y = frozen(x, w, bias)
-    if inner is not None and a is not None and b is not None:
-        y = torch.addmm(y, scale * F.linear(inner, a), b.T)
-    return times(y, row, bias)
+def readable(row: Float[Tensor, " out"]) -> bool:
+    """Whether `scaled` is to be called: the scaled product can be read back, and no transform surrounds the call."""
+    return not transformed() and row.device.type == "cpu" and row.detach().abs().min().item() > FAR
 
 
 class _Scaled(torch.autograd.Function):
-    """`reference`. Without a setup_context, as no transform ever meets it: one costs a signature at every call."""
+    """Without a setup_context, as no transform ever meets it: one costs a signature at every call."""
 
     @staticmethod
     def forward(
@@ -140,7 +128,7 @@ def scaled(
     b: Float[Tensor, "out rank"] | None = None,
     scale: float = 1.0,
 ) -> Float[Tensor, "rows out"]:
-    """`reference`; under plain autograd on a CPU, in one tensor of the width of y each way."""
-    if transformed() or row.device.type != "cpu" or row.detach().abs().min().item() <= FAR:
-        return reference(x, w, row, bias, inner, a, b, scale)
+    """The definition, with A x̃ for A x where dropout has made x̃, `inner`, of x; in one tensor of the width of y each
+    way. For plain autograd, where row is `readable`.
+    """
     return _Scaled.apply(scale, x, w, row, bias, inner, a, b)  # pyright: ignore[reportReturnType]
