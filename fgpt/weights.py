@@ -119,9 +119,18 @@ def products(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Ten
 
 
 def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"]:
-    """Rows of `w`: dense(w)[tokens]. An adapter on a tied table thus moves embedding and head together."""
+    """Rows of `w`: dense(w)[tokens]. An adapter on a tied table thus moves embedding and head together.
+
+    On a CPU torch sums the gradients of a token's places in the table's dtype, in bf16 3 % off over 1,000 of them and
+    32 % over 4,096: of a table that is trained, rows are read once there, and repeated in fp32.
+    """
     if isinstance(w, Tensor):
-        return F.embedding(tokens, w)
+        if not (w.requires_grad and w.device.type == "cpu" and w.dtype in (torch.bfloat16, torch.float16)):
+            return F.embedding(tokens, w)
+        if transformed():  # how many differ, no transform can say
+            return F.embedding(tokens, w.float()).to(w.dtype)
+        seen, places = torch.unique(tokens, return_inverse=True)
+        return F.embedding(places, F.embedding(seen, w).float()).to(w.dtype)
     if isinstance(w, QUANTISED):
         return gather(w, tokens)
     rows = embed(tokens, w.base)

@@ -171,6 +171,33 @@ def test_the_gradients_of_a_norm_are_not_summed_in_short_numbers(kind: str, dtyp
             assert (got.double() - expected).norm() <= 5e-3 * expected.norm()
 
 
+# --------------------------------------------------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradients_of_an_embedding_are_not_summed_in_short_numbers(dtype: torch.dtype):
+    """Of three tokens that stand at 4,096 places, with the values that torch's own reading has."""
+    table, g = (
+        torch.randn(5, 16, generator=fgpt.key(0)).to(dtype),
+        torch.rand(4096, 16, generator=fgpt.key(1)).to(dtype),
+    )
+    text = tokens(3, 4096)
+    true = F.one_hot(text, 5).double().T @ g.double()
+
+    def total(table: Tensor, text: Tensor, g: Tensor) -> Tensor:
+        return (fgpt.embed(text, table).double() * g.double()).sum()
+
+    trained = table.clone().requires_grad_()
+    assert torch.equal(fgpt.embed(text.view(2, -1), trained), F.embedding(text.view(2, -1), table))
+    halves = (text.view(2, -1), g.unflatten(0, (2, -1)))
+    for got in (
+        torch.autograd.grad(total(trained, text, g), trained)[0],
+        torch.func.grad(total)(table, text, g),
+        torch.func.vmap(torch.func.grad(total), in_dims=(None, 0, 0))(table, *halves).double().sum(0),
+    ):
+        assert (got.double() - true).norm() <= 5e-3 * true.norm()
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
