@@ -78,20 +78,24 @@ def linear(
         else:
             return frozen(x, w, bias)
         return y if bias is None else y + bias
-    if x.ndim != 2:  # to autograd a product of matrices is no view, and may be written over
-        return linear(x.reshape(-1, x.shape[-1]), w, bias, read).view(*x.shape[:-1], shape(w)[0])
     x = x if w.col is None else x * w.col.to(x.dtype)
+    rows, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if w.row is not None and not isinstance(w.base, Adapted) and readable(w.row):
         row, bias = w.row.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if w.a is None or w.b is None:
-            return scaled(x, w.base, row, bias)
-        return scaled(x, w.base, row, bias, inner(x, w), w.a.to(x.dtype), w.b.to(x.dtype), w.scale)
+            y = scaled(rows, w.base, row, bias)
+        else:
+            y = scaled(rows, w.base, row, bias, inner(rows, w), w.a.to(x.dtype), w.b.to(x.dtype), w.scale)
+        return y.view(*batch, len(row))
     read = read or w.row is not None  # the gradient of a scale reads what it scales
-    y = linear(x, w.base, bias, read)
+    y = linear(rows, w.base, bias, read)
     if w.a is not None and w.b is not None:
-        own = read and not isinstance(w.base, Adapted) and not transformed()  # a product that nobody else reads
-        y = (y.addmm_ if own else y.addmm)(lowered(x, w), w.b.to(y.dtype).T)
-    return y if w.row is None else times(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype))
+        low, up = lowered(x, w).reshape(-1, w.b.shape[1]), w.b.to(y.dtype)
+        # Nobody else reads a frozen matrix's product, and autograd lets it be written over, as one of rows is no view.
+        own = read and not isinstance(w.base, Adapted) and not transformed()
+        y = (y.addmm_ if own else y.addmm)(low, up.T)
+    y = y if w.row is None else times(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype))
+    return y.view(*batch, y.shape[1])
 
 
 def inner(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch in"]:
