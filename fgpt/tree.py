@@ -7,6 +7,7 @@ blocks.3.attn.q.w      a leaf (a tensor)
 import dataclasses
 import difflib
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -216,7 +217,9 @@ def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
 
 
 def _alike(tree: Any, other: Any) -> bool:
-    """Whether two containers differ only below their children."""
+    """Whether two containers differ only below their children. A dict may be of another of torch's kinds."""
+    if type(tree) is dict and type(other) in (OrderedDict, defaultdict):
+        return tree.keys() == other.keys()
     if type(tree) is not type(other):
         return False
     if type(tree) not in _FIELDS:

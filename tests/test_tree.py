@@ -69,6 +69,9 @@ def test_the_order_of_keys_is_that_of_the_first():
     got = tree_map(lambda x, y: x - y, {"a": torch.tensor(5), "b": torch.tensor(7)}, {"b": 1, "a": 2})
     assert list(got) == ["a", "b"]
     assert plain(got)[1] == [3, 6]
+    of_another_kind = tree_map(lambda x, y: x - y, {"a": torch.tensor(5)}, OrderedDict(a=2))
+    assert type(of_another_kind) is dict
+    assert plain(of_another_kind)[1] == [3]
 
 
 @pytest.mark.parametrize("other", [Pair(1, 2, "b"), Pair(1, None, "a"), [1, 2]], ids=["static", "absent", "type"])
