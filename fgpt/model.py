@@ -30,7 +30,7 @@ from fgpt.kernels.rotary import Stretch, Turn, rotate, turn
 from fgpt.kernels.transforms import differentiated_again
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, static, update
-from fgpt.weights import Weight, embed, linear
+from fgpt.weights import Weight, embed, linear, sums_short
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
@@ -250,7 +250,7 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
     if not differentiated_again():
         trained = w.requires_grad or (b is not None and b.requires_grad)
-        if trained and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        if trained and sums_short(x):
             return F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
     y = x.float() - x.float().mean(-1, keepdim=True)

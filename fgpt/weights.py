@@ -82,11 +82,8 @@ def linear(
     rows, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if w.row is not None and not isinstance(w.base, Adapted) and readable(w.row):
         row, bias = w.row.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if w.a is None or w.b is None:
-            y = scaled(rows, w.base, row, bias)
-        else:
-            y = scaled(rows, w.base, row, bias, inner(rows, w), w.a.to(x.dtype), w.b.to(x.dtype), w.scale)
-        return y.view(*batch, len(row))
+        a, b = (None if t is None else t.to(x.dtype) for t in (w.a, w.b))
+        return scaled(rows, inner(rows, w), w.base, row, bias, a, b, w.scale).view(*batch, len(row))
     read = read or w.row is not None  # the gradient of a scale reads what it scales
     y = linear(rows, w.base, bias, read)
     if w.a is not None and w.b is not None:
@@ -129,7 +126,7 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
     32 % over 4,096: of a table that is trained, rows are read once there, and repeated in fp32.
     """
     if isinstance(w, Tensor):
-        if not (w.requires_grad and w.device.type == "cpu" and w.dtype in (torch.bfloat16, torch.float16)):
+        if not (w.requires_grad and sums_short(w)):
             return F.embedding(tokens, w)
         if transformed():  # how many differ, no transform can say
             return F.embedding(tokens, w.float()).to(w.dtype)
@@ -139,10 +136,15 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
         return gather(w, tokens)
     rows = embed(tokens, w.base)
     if w.a is not None and w.b is not None:
-        rows = rows + w.scale * (F.embedding(tokens, w.b) @ w.a).to(rows.dtype)
+        rows = rows + w.scale * (embed(tokens, w.b) @ w.a).to(rows.dtype)
     if w.row is not None:
         rows = rows * w.row[tokens][..., None].to(rows.dtype)
     return rows if w.col is None else rows * w.col.to(rows.dtype)
+
+
+def sums_short(x: Tensor) -> bool:
+    """Whether torch's kernels of embedding and LayerNorm sum the gradients of what is trained in the dtype of `x`."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def row_norms(

@@ -200,10 +200,8 @@ class _Product(torch.autograd.Function):
     def forward(x: Tensor, w: Quantised, transposed: bool, whole: bool) -> Tensor:
         if isinstance(w, Rowwise8) and whole:
             codes, absmax = _round(x)
-            y = torch.ops.bitsandbytes.int8_linear_matmul(codes.flatten(0, -2) if x.ndim > 1 else codes[None], w.codes)
-            y = (
-                y.float() if x.ndim == 2 else y.float().view(*x.shape[:-1], w.shape[0])
-            )  # a view may not be written over
+            y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()
+            y = y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # what is a view may not be written over
             return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
         if isinstance(w, Rowwise8) and MULTIPLIES_BF16 and x.dtype in IN_BF16 and x.device.type == "cpu":
             codes, row = w.codes.bfloat16(), w.absmax / 127
@@ -263,9 +261,9 @@ def frozen(
     return y if bias is None else y + bias
 
 
-def adjoint(g: Float[Tensor, "*batch out"], w: Quantised) -> Float[Tensor, "*batch in"]:
-    """g W: what the gradient of `product` is in x."""
-    return _multiply(g, w, True, False)
+def adjoint(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantised) -> Float[Tensor, "*batch in"]:
+    """g W: what the gradient of `frozen` is in x."""
+    return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 
 def rounded(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:

@@ -30,7 +30,7 @@ class _Unread(torch.autograd.Function):
         to_w = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if by_w else None
         if not by_x:
             return None, to_w
-        return g @ w if ctx.quantised is None else adjoint(g, ctx.quantised), to_w
+        return adjoint(g, ctx.quantised if w is None else w), to_w
 
 
 def product(x: Float[Tensor, "*batch in"], w: Tensor | Quantised) -> Float[Tensor, "*batch out"]:
