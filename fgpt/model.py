@@ -25,9 +25,10 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.remat import remat as rematerialised
 from fgpt.kernels.rotary import Stretch, Turn, rotate, turn
-from fgpt.kernels.transforms import differentiated_again
+from fgpt.kernels.transforms import differentiated_again, tracked
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, static, update
 from fgpt.weights import Weight, embed, linear, sums_short
@@ -235,7 +236,7 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
-    """LayerNorm, or RMSNorm, its statistics in fp32 whatever the dtype of x.
+    """LayerNorm, or RMSNorm, its statistics in fp32 whatever the dtype of x, or in fp64.
 
     torch's kernel of LayerNorm has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and
     hessian where the scale is differentiated: silently, by several per cent. There the definition stands in. On a CPU
@@ -245,15 +246,15 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
     Source: Ba et al. 2016, section 3.1; Zhang and Sennrich 2019 (RMSNorm), equation 4; pytorch issue 196700.
     """
     if isinstance(p, RMSNorm):
-        y = x.float()
+        y = at_least_fp32(x)
         return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
-    if not differentiated_again():
-        trained = w.requires_grad or (b is not None and b.requires_grad)
-        if trained and sums_short(x):
+    if not differentiated_again(x, w, b):
+        if sums_short(x) and tracked(w, b):
             return F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
-    y = x.float() - x.float().mean(-1, keepdim=True)
+    y = at_least_fp32(x)
+    y = y - y.mean(-1, keepdim=True)
     y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w
     return y if b is None else y + b
 
@@ -337,7 +338,7 @@ def through(
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch) if cfg.rotary else None
+    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch, x.dtype) if cfg.rotary else None
     seen: list[KV] = []
     step = rematerialised(block, again=partial(block, read=False)) if remat else block
     for p, kv in zip(params.blocks, past, strict=True):

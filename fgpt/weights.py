@@ -21,7 +21,7 @@ from fgpt.kernels import few_rows, unread
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, frozen, gather, part
 from fgpt.kernels.scale import readable, scaled, times
-from fgpt.kernels.transforms import transformed
+from fgpt.kernels.transforms import tracked, transformed
 from fgpt.tree import node, static
 
 PIECE = 1 << 18
@@ -126,7 +126,7 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
     32 % over 4,096: of a table that is trained, rows are read once there, and repeated in fp32.
     """
     if isinstance(w, Tensor):
-        if not (w.requires_grad and sums_short(w)):
+        if not (sums_short(w) and tracked(w)):
             return F.embedding(tokens, w)
         if transformed():  # how many differ, no transform can say
             return F.embedding(tokens, w.float()).to(w.dtype)

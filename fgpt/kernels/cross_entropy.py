@@ -18,10 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import shaped
-from fgpt.kernels.transforms import differentiated_again
+from fgpt.kernels.precision import at_least_fp32
+from fgpt.kernels.transforms import differentiated_again, mapped, recorded, tracked
 
 CHUNK_BYTES = 64 << 20
-"""Logits alive at once, in bytes of fp32: large enough for full GEMM speed (333 rows at GPT-2's vocabulary)."""
+"""Logits alive at once, in bytes of fp32, those of all that vmap computes together: large enough for full GEMM speed
+(333 rows at GPT-2's vocabulary).
+"""
 
 Products = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
 
@@ -36,11 +39,13 @@ def _logits(products: Products, b: Tensor | None, rows: slice = slice(None)) -> 
     logits = F.linear(x[rows], w, b)
     for x, w in others:
         logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
-    return logits.float()
+    return at_least_fp32(logits)
 
 
-def _chunks(n: int, vocab: int) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * vocab))
+def _chunks(products: Products, b: Tensor | None) -> list[slice]:
+    n, vocab = products[0][0].shape[0], products[0][1].shape[0]
+    copies = mapped(b, *(x for pair in products for x in pair))
+    rows = max(1, CHUNK_BYTES // (4 * vocab * copies))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] or [slice(0, 0)]
 
 
@@ -54,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
         products = list(zip(xw[::2], xw[1::2], strict=True))
         nll: list[Tensor] = []
         dxs: list[list[Tensor]] = [[] for _ in products]
-        for rows in _chunks(y.shape[0], xw[1].shape[0]):
+        for rows in _chunks(products, b):
             logits, target = _logits(products, b, rows), y[rows]
             top, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target[:, None])
             p = logits.sub_(top).exp_()  # softmax times its sum z, in place: logsumexp would hold a second chunk
@@ -75,9 +80,9 @@ class _CrossEntropy(torch.autograd.Function):
         n = (len(ctx.saved_tensors) - 2) // 3
         y, b, *rest = ctx.saved_tensors
         products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
-        if any(x is not None for x in grad[1:]) and not torch.compiler.is_compiling():
-            raise RuntimeError("cross_entropy knows its first backward only: nest torch.func.grad or jvp instead")
         assert grad[0] is not None
+        if recorded(b, *rest):
+            return None, None, *_definition(products, b, y, grad[0], ctx.needs_input_grad[2:])
         g = grad[0][:, None]
         need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         dws: list[Tensor | None] = [
@@ -86,7 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
         db = torch.zeros_like(b) if need_b else None
         if need_b or any(needs[1::2]):
             # A trained head: dW_j = Σ_i g_i (p_i - e_y) x_ijᵀ wants the probabilities once more.
-            for rows in _chunks(y.shape[0], products[0][1].shape[0]):
+            for rows in _chunks(products, b):
                 gp = _logits(products, b, rows).softmax(-1) * g[rows]
                 dws = [
                     None if dw is None else dw + gp.to(x.dtype).T @ x[rows]
@@ -104,19 +109,32 @@ class _CrossEntropy(torch.autograd.Function):
         return None, None, db, *out
 
 
+def _definition(
+    products: Products, b: Tensor | None, y: Tensor, g: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients once more, of b, x_1, W_1, x_2, W_2, ..., by operators that have derivatives of every order."""
+    off = _logits(products, b).softmax(-1) - F.one_hot(y, products[0][1].shape[0])
+    off = off * g[:, None]
+    db = off.sum(0).to(b.dtype) if b is not None and needs[0] else None
+    out: list[Tensor | None] = []
+    for (x, w), by_x, by_w in zip(products, needs[1::2], needs[2::2], strict=True):
+        out += [off.to(x.dtype) @ w if by_x else None, off.to(w.dtype).T @ x if by_w else None]
+    return db, *out
+
+
 @shaped
 def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32.
+    """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32, or in fp64 where x is.
 
-    Chunked under grad, vmap and vmap(grad); the reference under jvp and nested grads.
+    Chunked under grad, vmap and both in either order; the reference under jvp and nested grads.
     """
-    if differentiated_again():
-        return reference(products, b, y)
     operands = [b, *(x for pair in products for x in pair)]
+    if differentiated_again(*operands):
+        return reference(products, b, y)
     if torch.compiler.is_compiling():
         # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
         operands = [None if x is None else x.view_as(x) for x in operands]
-    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None)
+    differentiate = torch.is_grad_enabled() and tracked(*operands)
     if torch.compiler.is_compiling() and not differentiate:  # dynamo cannot call a Function that nothing differentiates
         return _CrossEntropy.forward(False, y, *operands)[0]
     return _CrossEntropy.apply(differentiate, y, *operands)[0]  # pyright: ignore

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels.precision import wide
 from fgpt.kernels.transforms import inside
 
 MOST = 8
@@ -28,7 +29,7 @@ def few(x: Float[Tensor, "*batch in"]) -> bool:
 
 def product(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*batch out"]:
     """x Wᵀ, summed in fp32, or in fp64 where x is."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows, w = x.reshape(-1, x.shape[-1]).to(wide), w.to(wide)
+    dtype = wide(x.dtype)
+    rows, w = x.reshape(-1, x.shape[-1]).to(dtype), w.to(dtype)
     y = torch.stack([(w * row).sum(-1) for row in rows])  # one loop over W for all of them
     return y.view(*x.shape[:-1], w.shape[0]).to(x.dtype)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.kernels.transforms import differentiated_again, transformed
+from fgpt.kernels.transforms import differentiated_again, recorded, tracked, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +76,20 @@ def _pull_back(
     return torch.autograd.grad(out, needed, cotangents, materialize_grads=True)
 
 
+def _recorded(
+    fn: Flat, inputs: Sequence[Tensor], needs: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """fn, run again and recorded: uᵀ ∂fn/∂x for each input x that needs it, which can be differentiated again."""
+    aliases = [x.view_as(x) for x in inputs]  # of inputs made from one another, each gets its own part
+    given = [(y, u) for y, u in zip(fn(*aliases), cotangents, strict=True) if u is not None and y.requires_grad]
+    needed = [x for x, need in zip(aliases, needs, strict=True) if need]
+    if not given:
+        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
+    out, given_cotangents = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(out, needed, given_cotangents, create_graph=True, materialize_grads=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
 class _Below(torch.autograd.Function):
     """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), below every grad: none of them records what fn does."""
 
@@ -112,6 +126,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs = tuple(ctx.needs_input_grad[2:])
+        if recorded(*ctx.saved_tensors):
+            return None, None, *_recorded(ctx.runs[0], ctx.saved_tensors, needs, grad)
         pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
         if not torch.compiler.is_compiling():  # the compiler sees one graph and drops from it what nobody reads
             pull_back = functools.partial(_Below.apply, pull_back)
@@ -135,16 +151,17 @@ def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P
     Rematerialised under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
     gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, or norms are trained in bf16); and under
     torch.compile(grad), where `fn` is run again as inside two nested grads and its kernels may take their slower paths.
-    Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory.
+    Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory. A backward
+    that is recorded (create_graph=True) keeps what it records.
 
     Source: Chen et al. 2016, section 4.
     """
 
     @functools.wraps(fn)
     def rematerialised(*args: Any, **kwargs: Any) -> Any:
-        if differentiated_again():
-            return fn(*args, **kwargs)
         tensors, join = _split((args, kwargs))
+        if differentiated_again(*tensors):
+            return fn(*args, **kwargs)
         form: list[Callable[[Sequence[Tensor]], R]] = []
         compiling = torch.compiler.is_compiling()
 
@@ -160,7 +177,7 @@ def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P
             # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
             tensors = [x.view_as(x) for x in tensors]
             plain = fn(*args, **kwargs)
-            if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            if not (torch.is_grad_enabled() and tracked(*tensors)):
                 return plain  # dynamo takes `fn` for the context of a Function that it does not differentiate
             form = [_split(plain)[1]]  # a Function may change nothing outside it; unread, this run is compiled away
         out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, again or fn), *tensors)
