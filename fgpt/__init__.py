@@ -17,7 +17,7 @@ from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key, seed
 from fgpt.sampling import Sampling
 from fgpt.shift import Shift, shift
-from fgpt.stack import stack
+from fgpt.stack import stack, unstack
 from fgpt.train import Metrics, State, make_step, start
 from fgpt.weights import Adapted, dense, embed, linear
 
@@ -84,4 +84,5 @@ __all__ = [
     "tokenizer",
     "trainable",
     "tune",
+    "unstack",
 ]

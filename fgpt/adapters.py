@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantised import QUANTISED
 from fgpt.rng import fold_in, fold_in_seed, seed
 from fgpt.tree import count, device, leaves, node, select, static, tree_map, update, walk
@@ -38,9 +39,14 @@ class LoRA:
     rs: bool = static(default=False)
     dropout: float = static(default=0.0)
     """Probability that a component of the input of A is dropped while training: where `adapt` is given a key."""
+    scaling: Float[Tensor, ""] | None = None
+    """s itself, in place of alpha and the rank's: in a `stack` whose members differ in them. No gradient reaches it."""
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> Any:
+        """s: a number, or in a stack the member's own, a tensor."""
+        if self.scaling is not None:
+            return self.scaling.detach()
         rank = self.a.shape[0]
         return self.alpha / (rank**0.5 if self.rs else rank)
 
@@ -154,7 +160,8 @@ def ia3(
 
 
 def tune(params: Any, target: str = ".*") -> Adapters:
-    r"""The leaves themselves, fp32, as the trainable tree: `".*ln_.*"` tunes norms, `r".*\.b"` biases, `".*"` all.
+    r"""The leaves themselves, in fp32 (fp64 stays), as the trainable tree: `".*ln_.*"` tunes norms, `r".*\.b"` biases,
+    `".*"` all.
 
     Raises InputError where `target` matches nothing, or a part of a quantised weight.
     """
@@ -163,7 +170,7 @@ def tune(params: Any, target: str = ".*") -> Adapters:
     for path in chosen:
         if inside := [q for q in held if path.startswith(f"{q}.")]:
             raise InputError(f"cannot tune {inside[0]}, which is quantised: narrow the target, or tune, then quantize")
-    return {path: found[path].float() for path in chosen}
+    return {path: at_least_fp32(found[path]) for path in chosen}
 
 
 # ------------------------------------------------------------------------------------------------------------ applying
@@ -171,13 +178,14 @@ def tune(params: Any, target: str = ".*") -> Adapters:
 
 def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Tensor, ""] | None = None) -> T:
     """`params` with each of `adapters` laid over it in turn. Only touched paths are rebuilt; nothing is multiplied,
-    but for the row norms of DoRA. `rng`, a key or its seed, turns dropout on.
+    but for the row norms of DoRA. `rng`, a key or its seed, turns dropout on. Under vmap one
+    key gives every member the same masks, and a mapped seed, such as `fold_in(key, i)` of a mapped i, one's own.
 
     Within one tree tensors come first: an adapter lies on the weight that the tree itself puts there.
 
     Raises InputError where a path or a shape does not fit the params.
     """
-    draw = seed(rng) if isinstance(rng, torch.Generator) else rng
+    draw = None if rng is None else seed(rng)
     for number, tree in enumerate(adapters):
         new = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
         tensors = leaves(params) if new or any(isinstance(x, IA3) for x in tree.values()) else {}
@@ -210,14 +218,16 @@ def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adap
     """`w` under an adapter, in the normal form of the family."""
     if isinstance(x, IA3):
         return Adapted(w, row=x.row, col=x.col)
-    v, row = (x.lora, x.m / _norms(w, x.lora)) if isinstance(x, DoRA) else (x, None)
+    v = x.lora if isinstance(x, DoRA) else x
+    b, scale = (v.scale * v.b, 1.0) if isinstance(v.scale, Tensor) else (v.b, v.scale)
+    row = x.m / _norms(w, v.a, b, scale) if isinstance(x, DoRA) else None
     drops = draw is not None and v.dropout > 0
-    return Adapted(w, v.a, v.b, row, seed=draw if drops else None, scale=v.scale, drop=v.dropout if drops else 0.0)
+    return Adapted(w, v.a, b, row, seed=draw if drops else None, scale=scale, drop=v.dropout if drops else 0.0)
 
 
-def _norms(w: Weight, v: LoRA) -> Float[Tensor, " out"]:
+def _norms(w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float) -> Float[Tensor, " out"]:
     """‖V‖ by row, a constant to every derivative."""
-    return row_norms(tree_map(torch.detach, w), v.a.detach(), v.b.detach(), v.scale).clamp(min=1e-30)
+    return row_norms(tree_map(torch.detach, w), a.detach(), b.detach(), scale).clamp(min=1e-30)
 
 
 def _check(path: str, x: LoRA | DoRA | IA3, w: Weight) -> None:
@@ -289,5 +299,6 @@ def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) ->
 
 
 def trainable(adapters: Adapters) -> int:
-    """How many numbers are trained: counted on the tree itself."""
-    return count(adapters)
+    """How many numbers are trained: counted on the tree itself, without the constants of a `stack`."""
+    constants = [x.scaling for _, x in walk(adapters) if isinstance(x, LoRA)]
+    return count(adapters) - sum(x.numel() for x in constants if x is not None)

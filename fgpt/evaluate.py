@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import CHUNK_BYTES
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.model import GPT, Config, hidden, logits
 from fgpt.tree import device
 
@@ -100,7 +101,7 @@ def _told(params: GPT, h: Float[Tensor, "n d_model"], y: Int[Tensor, " n"]) -> t
     greedy: list[bool] = []
     size = max(1, CHUNK_BYTES // (4 * params.cfg.vocab))
     for states, targets in zip(h.split(size), y.split(size)):
-        scores: Float[Tensor, "chunk vocab"] = logits(params, states).float()
+        scores: Float[Tensor, "chunk vocab"] = at_least_fp32(logits(params, states))
         best: Bool[Tensor, " chunk"] = scores.argmax(-1) == targets
         logprobs += (-F.cross_entropy(scores, targets, reduction="none")).tolist()
         greedy += best.tolist()

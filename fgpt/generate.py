@@ -13,7 +13,7 @@ from fgpt.errors import InputError
 from fgpt.model import GPT
 from fgpt.rng import fold_in
 from fgpt.sampling import GREEDY, Sampling, draw
-from fgpt.stack import stack
+from fgpt.stack import stack, without_dropout
 from fgpt.tree import device, tree_map
 
 
@@ -103,7 +103,7 @@ def stream(
     texts, going, written = [list(prompt) for prompt in prompts], list(range(len(prompts))), 0
     # Rows share a room until the widest is full; narrower ones then begin anew, without its padding.
     while written < most and (going := [i for i in going if len(texts[i]) < context]):
-        mine = None if adapters is None else stack([adapters[i] for i in going])
+        mine = None if adapters is None else stack([without_dropout(adapters[i]) for i in going])
         seen = padded([texts[i] for i in going], -1, at)
         last = min(most, written + context - seen.shape[1])
         scores, kept = prefill(params, [texts[i] for i in going], at, last - written, mine)

@@ -35,6 +35,7 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     if batch.at is not None:
         h, y, weights = h[batch.at], y[batch.at], weights[batch.at]
     each = cross_entropy(products(h, head(params).w), head(params).b, y)
+    weights = weights.to(each.dtype)
     return (weights * each).sum(), weights.sum()
 
 

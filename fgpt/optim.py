@@ -10,11 +10,14 @@ from torch import Tensor
 
 from fgpt.kernels.bnb import dynamic_code
 from fgpt.kernels.dynamic8 import dequantize, quantize
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.tree import leaves, matches, node, static, tree_leaves, tree_map, tree_maps
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Learning rate at a step, counted from 0."""
+Number: TypeAlias = float | Tensor
+"""A number, or a tensor without axes that holds it: what a sweep maps over, and a metagradient differentiates by."""
 
 
 class Optimizer(NamedTuple):
@@ -27,17 +30,17 @@ class Optimizer(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- schedules
 
 
-def constant(lr: float, warmup: int = 0) -> Schedule:
+def constant(lr: Number, warmup: Number = 0) -> Schedule:
     """lr, after a linear rise over the first `warmup` steps."""
     return lambda step: lr * _rise(step, warmup)
 
 
-def linear(lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule:
+def linear(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
     """A linear rise, then a straight line from lr to `end` at the last of `steps`."""
     return lambda step: _rise(step, warmup) * (lr + (end - lr) * _progress(step, steps, warmup))
 
 
-def cosine(lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule:
+def cosine(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
     """A linear rise, then half a cosine from lr to `end` at the last of `steps`.
 
     Source: Loshchilov & Hutter 2017 (SGDR), section 3.
@@ -47,12 +50,16 @@ def cosine(lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule
     )
 
 
-def _rise(step: Tensor, warmup: int) -> Tensor:
-    return ((step.double() + 1) / max(warmup, 1)).clamp(max=1.0)
+def _rise(step: Tensor, warmup: Number) -> Tensor:
+    return ((step.double() + 1) / _at_least_1(warmup)).clamp(max=1.0)
 
 
-def _progress(step: Tensor, steps: int, warmup: int) -> Tensor:
-    return ((step.double() - warmup) / max(steps - warmup, 1)).clamp(0.0, 1.0)
+def _progress(step: Tensor, steps: Number, warmup: Number) -> Tensor:
+    return ((step.double() - warmup) / _at_least_1(steps - warmup)).clamp(0.0, 1.0)
+
+
+def _at_least_1(x: Number) -> Number:
+    return x.clamp(min=1) if isinstance(x, Tensor) else max(x, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- optimisers
@@ -77,29 +84,36 @@ class AdamState:
 
 
 def adamw(
-    lr: float | Schedule,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: Number | Schedule,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     decay: str = ".*",
+    *,
+    eps_root: Number = 0.0,
 ) -> Optimizer:
-    """AdamW: m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; θ ← θ - η (m̂ / (√v̂ + ε) + λθ).
+    """AdamW: m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; θ ← θ - η (m̂ / (√(v̂ + ε₀) + ε) + λθ).
+
+    Its numbers may be tensors without axes, to be mapped over or differentiated by. ε₀ = `eps_root` is 0 in the paper;
+    above 0, as in optax, the step has a derivative where v is 0: at every leaf that has had no gradient yet.
 
     The decay λ = `weight_decay` acts on leaves of two dimensions or more whose path matches `decay` in full: never on
     biases and norms.
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
-    return _adam(lr, betas, eps, weight_decay, decay, hold=lambda x, signed: x)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, hold=lambda x, signed: x)
 
 
 def adamw8bit(
-    lr: float | Schedule,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: Number | Schedule,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
     decay: str = ".*",
     smallest: int = 4096,
+    *,
+    eps_root: Number = 0.0,
 ) -> Optimizer:
     """AdamW whose moments rest as 8-bit codes: 2.03 bytes a parameter in place of 8.
 
@@ -120,14 +134,15 @@ def adamw8bit(
     def hold(x: Tensor, signed: bool) -> Tensor | Moment8:
         return Moment8(*quantize(x, signed), signed) if x.numel() >= smallest else x
 
-    return _adam(lr, betas, eps, weight_decay, decay, hold)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, hold)
 
 
 def _adam(
-    lr: float | Schedule,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    lr: Number | Schedule,
+    betas: tuple[Number, Number],
+    eps: Number,
+    eps_root: Number,
+    weight_decay: Number,
     decay: str,
     hold: Callable[[Tensor, bool], Tensor | Moment8],
 ) -> Optimizer:
@@ -136,7 +151,9 @@ def _adam(
     Raises InputError where `decay` is no regular expression.
     """
     matches(decay, "")
-    rate = constant(lr) if isinstance(lr, int | float) else lr
+    rate = lr if callable(lr) else constant(lr)
+    decaying = isinstance(weight_decay, Tensor) or weight_decay != 0
+    rooted = isinstance(eps_root, Tensor) or eps_root != 0
 
     def init(params: Tree) -> AdamState:
         def zeros(signed: bool) -> Tree:
@@ -147,16 +164,14 @@ def _adam(
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         eta, t = rate(state.count), state.count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
-        decays = iter(
-            [x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()] if weight_decay else ()
-        )
+        decays = iter([x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()] if decaying else ())
 
         def moved(theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8) -> tuple[Any, Any, Any]:
             m, v = _read(m), _read(v)
             g = g.to(m.dtype)
-            m = torch.lerp(m, g, 1 - betas[0])
-            v = torch.addcmul(v * betas[1], g, g, value=1 - betas[1])
-            step = (m / bias1) / ((v / bias2).sqrt() + eps)
+            m, v = _first(m, g, betas[0]), _second(v, g, betas[1])
+            square = v / bias2 + eps_root if rooted else v / bias2
+            step = (m / bias1) / (square.sqrt() + eps)
             step = step + weight_decay * theta if next(decays, False) else step
             return (theta - eta * step).to(theta.dtype), hold(m, True), hold(v, False)
 
@@ -164,6 +179,16 @@ def _adam(
         return params, AdamState(mean, square, t)
 
     return Optimizer(init, update)
+
+
+def _first(m: Tensor, g: Tensor, beta: Number) -> Tensor:
+    return torch.lerp(m, g, (1 - beta).to(m.dtype) if isinstance(beta, Tensor) else 1 - beta)
+
+
+def _second(v: Tensor, g: Tensor, beta: Number) -> Tensor:
+    if isinstance(beta, Tensor):
+        return (v * beta + (1 - beta) * g * g).to(v.dtype)
+    return torch.addcmul(v * beta, g, g, value=1 - beta)
 
 
 def _read(moment: Tensor | Moment8) -> Tensor:
@@ -174,7 +199,7 @@ def _read(moment: Tensor | Moment8) -> Tensor:
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """The Euclidean norm of all leaves together."""
-    return torch.stack([x.float().square().sum() for x in tree_leaves(tree)]).sum().sqrt()
+    return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 
 def clip(grads: Tree, norm: Float[Tensor, ""], most: float) -> Tree:

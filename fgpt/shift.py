@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.loss import Batch, loss
 from fgpt.model import GPT, apply
 from fgpt.tree import node
@@ -20,5 +21,5 @@ class Shift:
 @torch.no_grad()
 def shift(before: GPT, after: GPT, batch: Batch) -> Shift:
     """What `batch` shows of the way from `before` to `after`: merging over a quantised base, rounding, quantising."""
-    a, b = (apply(params, batch.tokens, batch.segments).float() for params in (before, after))
+    a, b = (at_least_fp32(apply(params, batch.tokens, batch.segments)) for params in (before, after))
     return Shift((b - a).abs().max(), loss(after, batch) - loss(before, batch))

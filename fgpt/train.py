@@ -1,5 +1,6 @@
 """A training step as a pure function."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
 
+from fgpt.errors import InputError
 from fgpt.kernels.transforms import transformed
 from fgpt.loss import Batch
 from fgpt.optim import Optimizer, clip, global_norm
@@ -38,7 +40,9 @@ class Metrics:
     weight: Float[Tensor, ""]
 
 
-Step: TypeAlias = Callable[[State, Tree, Sequence[Batch], torch.Generator | None], tuple[State, Metrics]]
+Key: TypeAlias = torch.Generator | Int[Tensor, ""]
+"""A key or its seed."""
+Step: TypeAlias = Callable[[State, Tree, Sequence[Batch], Key | None], tuple[State, Metrics]]
 
 
 def start(trainable: Tree, optimizer: Optimizer) -> State:
@@ -62,22 +66,58 @@ def first_gradient(
     return rebuild(inputs, grads), (value.detach(), aux.detach())
 
 
+def _checked(loss: Loss) -> Loss:
+    """`loss`, held to what it is to return."""
+
+    def call(*args: Any) -> tuple[Tensor, Tensor]:
+        out: Any = loss(*args)
+        pair = isinstance(out, tuple) and len(out) == 2 and all(isinstance(x, Tensor) and x.ndim == 0 for x in out)
+        if not pair or not out[0].is_floating_point():
+            raise InputError(
+                "the loss of make_step(loss, ..) returns two tensors without axes, (Σ weight · nll, Σ weight), as "
+                f"fgpt.nll does; got {_shown(out)}"
+            )
+        return out
+
+    return call
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)}"
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(x)} ({', '.join(map(_shown, x[:4]))})"
+    return f"a {type(x).__name__}"
+
+
+def _followed(args: tuple[Any, ...]) -> bool:
+    """Whether plain autograd follows what a step is computed from, to differentiate the step itself."""
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tree_leaves(args))
+
+
 def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, compile: bool = False) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
 
     Gradients of the sums are added and divided once by the total weight, so that k ragged micro-batches give the
     gradient of their union. Each micro-batch gets a seed of its own from `rng`; give each step a fresh key. Only
-    `trainable` is differentiated. `compile` compiles the gradient (needs a C++ compiler).
+    `trainable` is differentiated. `compile` compiles the gradient (needs a C++ compiler); under vmap and derivatives of
+    the step it has no effect, and a warning says so. Mapped over, a step draws the same dropout for every member from
+    one key, and each member's own from a mapped seed: `rng=fold_in(key, i)` with i mapped.
+
+    The step raises InputError where `loss` returns something else than a `Loss` does.
     """
-    again: Any = grad_and_value(loss, has_aux=True)
-    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, loss)
+    checked = _checked(loss)
+    again: Any = grad_and_value(checked, has_aux=True)
+    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, checked)
 
     def gradient(*args: Any) -> Any:
-        return (again if transformed() else once)(*args)
+        if not transformed() and not _followed(args):
+            return once(*args)
+        if compile:
+            warnings.warn("a step with compile=True runs uncompiled where it is mapped or differentiated", stacklevel=3)
+        return again(*args)
 
-    def step(
-        state: State, frozen: Tree, batches: Sequence[Batch], rng: torch.Generator | None = None
-    ) -> tuple[State, Metrics]:
+    def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
         seeds = [None if rng is None else seed(fold_in(rng, i)) for i in range(len(batches))]
         grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
         for batch, draw in zip(batches[1:], seeds[1:], strict=True):

@@ -114,6 +114,8 @@ def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict
         if m is None or m.norm != isinstance(x, Tensor):
             why = ", as q, k and v are modules of their own" if path.endswith(".qkv") else ""
             raise InputError(f"PEFT has no place for an adapter on {path}{why}: save_adapters(adapters, path) keeps it")
+        if isinstance(x, LoRA) and x.scaling is not None:
+            raise InputError(f"the LoRA at {path} is of a stack: save what unstack(stacked) gives, each on its own")
         parts.setdefault(m, {})["" if path == m.path else path[-1]] = x
     return parts
 

@@ -128,7 +128,7 @@ def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[
 
     Chunked under grad, vmap and both in either order; the reference under jvp and nested grads.
     """
-    operands = [b, *(x for pair in products for x in pair)]
+    operands: list[Any] = [b, *(x for pair in products for x in pair)]
     if differentiated_again(*operands):
         return reference(products, b, y)
     if torch.compiler.is_compiling():

@@ -1,7 +1,8 @@
-"""Which derivatives surround a call, and which tensors they follow. A fused kernel with one backward asks before it runs.
+"""Which derivatives surround a call, and which tensors they follow.
 
-A tensor that a transform wraps answers for that level alone: inside grad(vmap(f)) every tensor says that it requires
-no gradient. So no kernel asks `requires_grad`; all of them ask `tracked`, which looks at every level.
+A fused kernel with one backward asks before it runs. A tensor that a transform wraps answers for that level alone:
+inside grad(vmap(f)) every tensor says that it requires no gradient. So no kernel asks `requires_grad`; all of them ask
+`tracked`, which looks at every level.
 """
 
 import math
