@@ -47,7 +47,7 @@ def _mixed(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
 
 
 def seed(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
-    """The key as 31 bits in a tensor: what can be mapped over, and changes without compiling anew. Of a seed, itself."""
+    """The key as 31 bits in a tensor: what can be mapped over, and changes without compiling anew. A seed stays."""
     if isinstance(rng, Tensor):
         return rng
     return torch.tensor(fold_in(rng, "seed").initial_seed() & 0x7FFFFFFF)

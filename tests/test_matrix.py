@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, shaken, stack, tiny, tokens
 from torch import Tensor
-from torch.func import grad, grad_and_value, hessian, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, grad_and_value, hessian, jvp, linearize, vmap
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
@@ -152,6 +153,34 @@ def compiled(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return torch.compile(fn, fullgraph=True, backend="aot_eager")
 
 
+def each_example(f: Loss) -> Callable[[Any], Tensor]:
+    """The losses of all examples, by vmap."""
+    return lambda a: vmap(f, EXAMPLES)(a, ROWS, SEEDS)
+
+
+def each_member(f: Loss) -> Callable[[Any], Tensor]:
+    """The losses of all adapters of a stack, by vmap."""
+    return lambda a: vmap(f, (0, None, 0))(a, ROWS, SEEDS)
+
+
+def autograd(f: Callable[[Any], Tensor], at: Any, direction: Any = None) -> Any:
+    """The gradient of f's sum by torch.autograd outside all transforms; with a direction, that of its product with it,
+    through a backward that is recorded.
+    """
+    tree = tree_map(lambda x: x.detach().clone().requires_grad_(), at)
+    inputs, structure = tree_leaves(tree), tree_structure(at)
+    grads = list(torch.autograd.grad(f(tree).sum(), inputs, create_graph=direction is not None))
+    if direction is not None:
+        grads = list(torch.autograd.grad(dot(grads, direction), inputs))
+    return tree_unflatten(grads, structure)
+
+
+def by_dual_numbers(f: Callable[[Any], Tensor], p: Point) -> Tensor:
+    """The slope along p.v, by dual numbers made by hand."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(tree_map(forward_ad.make_dual, p.at, p.v)).sum()).tangent
+
+
 EXAMPLES = (None, 0, 0)
 TRANSFORMS: dict[str, Callable[[fgpt.GPT, Point], Any]] = {
     "grad": lambda w, p: grad(whole(loss_over(w)))(p.at),
@@ -163,6 +192,14 @@ TRANSFORMS: dict[str, Callable[[fgpt.GPT, Point], Any]] = {
     "jvp(grad)": lambda w, p: jvp(grad(whole(loss_over(w))), (p.at,), (p.v,))[1],
     "grad(grad·v)": lambda w, p: grad(lambda a: dot(grad(whole(loss_over(w)))(a), p.v))(p.at),
     "hessian": lambda w, p: hessian(plane(whole(loss_over(w)), p))(torch.zeros(2)),
+    "grad(vmap over examples)": lambda w, p: grad(lambda a: each_example(loss_over(w))(a).sum())(p.at),
+    "grad(vmap over adapters)": lambda w, p: grad(lambda a: each_member(loss_over(w))(a).sum())(stack(p.many)),
+    "autograd(vmap)": lambda w, p: autograd(each_example(loss_over(w)), p.at),
+    "autograd twice": lambda w, p: autograd(whole(loss_over(w)), p.at, p.v),
+    "autograd(grad·v)": lambda w, p: autograd(lambda a: dot(grad(whole(loss_over(w)))(a), p.v), p.at),
+    "forward AD": lambda w, p: by_dual_numbers(whole(loss_over(w)), p),
+    "linearize": lambda w, p: linearize(whole(loss_over(w)), p.at)[1](p.v),
+    "remat, autograd(vmap)": lambda w, p: autograd(each_example(loss_over(w, remat=True)), p.at),
     "remat, grad": lambda w, p: grad(whole(loss_over(w, remat=True)))(p.at),
     "remat, vmap(grad)": lambda w, p: vmap(grad(loss_over(w, remat=True)), EXAMPLES)(p.at, ROWS, SEEDS),
     "compile(grad)": lambda w, p: compiled(lambda a: grad(loss_over(w))(a, ROWS, SEED))(p.at),
@@ -275,6 +312,14 @@ def expected(f: Loss, p: Point) -> dict[str, Any]:
         "jvp(grad)": hv,
         "grad(grad·v)": hv,
         "hessian": torch.stack([dot(x, h) for x in (p.v, p.w) for h in (hv, hw)]).view(2, 2),
+        "grad(vmap over examples)": tree_map(lambda x: x.sum(0), each),
+        "grad(vmap over adapters)": stack([x for _, x, _ in many]),
+        "autograd(vmap)": tree_map(lambda x: x.sum(0), each),
+        "autograd twice": hv,
+        "autograd(grad·v)": hv,
+        "forward AD": dot(first, p.v),
+        "linearize": dot(first, p.v),
+        "remat, autograd(vmap)": tree_map(lambda x: x.sum(0), each),
         "remat, grad": first,
         "remat, vmap(grad)": each,
         "compile(grad)": first,
@@ -320,6 +365,7 @@ def wrong(kind: str, on: str, names: Iterable[str], n_layer: int = 2) -> dict[st
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 @pytest.mark.parametrize("on", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_eager(kind: str, on: str):
