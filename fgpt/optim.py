@@ -16,7 +16,7 @@ from fgpt.tree import leaves, matches, node, static, tree_leaves, tree_map, tree
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Learning rate at a step, counted from 0."""
-Number: TypeAlias = float | Tensor
+Number: TypeAlias = int | float | Tensor
 """A number, or a tensor without axes that holds it: what a sweep maps over, and a metagradient differentiates by."""
 
 

@@ -1,5 +1,7 @@
 """Each kernel is its reference, values and gradients, and costs what it says."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
+from fgpt.kernels import transforms
 from fgpt.kernels.dropout import dropout, kept
 from fgpt.kernels.quantised import dequantise, encode
 
@@ -103,13 +106,80 @@ def test_cross_entropy_under_vmap_of_grad(axis: tuple[int | None, int | None], m
     close(vmap(g, in_dims=axis)(x, w), stack(loop), 1e-5)
 
 
-def test_cross_entropy_refuses_a_second_backward_that_it_does_not_know():
-    """torch.autograd's double backward cannot be seen coming; a wrong Hessian would be silent."""
-    (x, w), _, y, _ = case(4, 7, [3])
-    x.requires_grad_()
-    (g,) = torch.autograd.grad(C.cross_entropy([(x, w)], None, y).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="first backward only"):
-        torch.autograd.grad(g.square().sum(), x)
+def test_a_second_backward_of_cross_entropy():
+    """torch.autograd's double backward cannot be seen coming: the first backward, recorded, is then the definition."""
+    rng, y = fgpt.key(0), tokens(7, 6)
+    sizes = {"x": (6, 4), "w": (7, 4), "low": (6, 2), "up": (7, 2), "b": (7,)}
+    leaves = [torch.randn(size, generator=rng, dtype=torch.float64).requires_grad_() for size in sizes.values()]
+
+    def f(x: Tensor, w: Tensor, low: Tensor, up: Tensor, b: Tensor) -> Tensor:
+        return C.cross_entropy([(x, w), (low, up)], b, y)
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_a_second_backward_of_attention():
+    rng = fgpt.key(0)
+    q, k, v = (torch.randn(2, h, 5, 4, generator=rng, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril(1).expand(2, 1, 5, 5)
+    for m in (None, mask):
+        assert torch.autograd.gradcheck(lambda q, k, v, m=m: A.attention(q, k, v, m), (q, k, v))
+        assert torch.autograd.gradgradcheck(lambda q, k, v, m=m: A.attention(q, k, v, m), (q, k, v))
+
+
+@pytest.mark.parametrize("over", ["examples", "heads", "both"])
+def test_no_chunk_of_logits_is_larger_for_being_mapped(over: str, monkeypatch: pytest.MonkeyPatch):
+    """The bound is on what is alive at once, all that vmap computes together included, nested maps too."""
+    vocab, n, d, examples, heads = 16, 24, 4, 6, 3
+    monkeypatch.setattr(C, "CHUNK_BYTES", 4 * vocab * 30)
+    rng, y = fgpt.key(0), tokens(vocab, n)
+    x = torch.randn(examples, n, d, generator=rng)
+    w = torch.randn(heads, vocab, d, generator=rng)
+
+    def one(x: Tensor, w: Tensor) -> Tensor:
+        return C.cross_entropy([(x, w)], None, y).sum()
+
+    runs: dict[str, Callable[[], Any]] = {
+        "examples": lambda: vmap(grad(one), in_dims=(0, None))(x, w[0]),
+        "heads": lambda: vmap(grad(one), in_dims=(None, 0))(x[0], w),
+        "both": lambda: vmap(vmap(grad(one), in_dims=(0, None)), in_dims=(None, 0))(x, w),
+    }
+    with Largest() as made:
+        got = runs[over]()
+    logits = [math.prod(shape) for shape in made.shapes if shape[-1:] == (vocab,) and shape[-2:] != (d, vocab)]
+    assert max(logits) <= 30 * vocab
+    r = grad(lambda x, w: C.reference([(x, w)], None, y).sum())
+    close(
+        got.reshape(-1, n, d),
+        torch.stack([r(a, b) for b in (w if over != "examples" else w[:1]) for a in (x if over != "heads" else x[:1])]),
+        1e-5,
+    )
+
+
+def test_what_is_tracked_and_mapped_at_any_level():
+    seen: dict[str, Any] = {}
+
+    def look(name: str) -> Callable[[Tensor], Tensor]:
+        def f(x: Tensor) -> Tensor:
+            seen[name] = transforms.tracked(x), transforms.mapped(x)
+            return x.square().sum()
+
+        return f
+
+    x = torch.ones(5, 4, 3)
+    look("plain")(x)
+    vmap(vmap(look("vmap")))(x)
+    vmap(grad(look("vmap(grad)")))(x)
+    grad(lambda x: vmap(look("grad(vmap)"))(x).sum())(x)
+    vmap(look("autograd(vmap)"))(x.clone().requires_grad_())
+    assert seen == {
+        "plain": (False, 1),
+        "vmap": (False, 20),
+        "vmap(grad)": (True, 5),
+        "grad(vmap)": (True, 5),
+        "autograd(vmap)": (True, 5),
+    }
 
 
 def test_a_frozen_head_costs_two_products_and_a_trained_one_four(monkeypatch: pytest.MonkeyPatch):

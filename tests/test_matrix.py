@@ -6,8 +6,8 @@ differentiated function, W' = diag(row) (W + s·B·A) diag(col), and torch.autog
 transform is of second order. What a cell computes by definition the reference computes too: over int8 the input of a
 frozen matrix is rounded, straight through, and dropout masks the input of A.
 
-The suite takes all eager cells, and compiles a fifth of the pairs, every kind and every base among them.
-`python tests/test_matrix.py` compiles all pairs too, which takes minutes, and prints the table it found.
+The suite takes all eager cells, and of those that are traced or compiled a part, every kind and every base among them.
+`python tests/test_matrix.py` takes all of these too, which takes minutes, and prints the table it found.
 """
 
 import json
@@ -207,7 +207,9 @@ TRANSFORMS: dict[str, Callable[[fgpt.GPT, Point], Any]] = {
 }
 """`hessian` is torch.func's, jacfwd of jacrev, in the plane of two directions."""
 COMPILED = tuple(name for name in TRANSFORMS if name.startswith("compile"))
-EAGER = tuple(name for name in TRANSFORMS if name not in COMPILED)
+TRACED = ("linearize",)
+"""What is eager and traces the function, which takes as long as all the others together."""
+EAGER = tuple(name for name in TRANSFORMS if name not in COMPILED + TRACED)
 
 IMPOSSIBLE: dict[tuple[str, str, str], tuple[type[Exception], str]] = {}
 """(kind, base, transform) -> the error that it raises, and what the error says. Nothing is impossible at present."""
@@ -365,11 +367,17 @@ def wrong(kind: str, on: str, names: Iterable[str], n_layer: int = 2) -> dict[st
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 @pytest.mark.parametrize("on", BASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_eager(kind: str, on: str):
     assert not wrong(kind, on, EAGER)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize(("kind", "on"), [(kind, list(BASES)[i % len(BASES)]) for i, kind in enumerate(KINDS)])
+def test_traced(kind: str, on: str):
+    """Each kind on one base."""
+    assert not wrong(kind, on, TRACED, n_layer=1)
 
 
 IN_ONE_PROCESS = """
@@ -453,7 +461,7 @@ def main() -> int:
     passed, all_wrong = {}, {}
     for kind in KINDS:
         for on in BASES:
-            found = wrong(kind, on, EAGER) | wrong(kind, on, COMPILED, n_layer=1)
+            found = wrong(kind, on, EAGER) | wrong(kind, on, TRACED + COMPILED, n_layer=1)
             passed[kind, on] = len(possible(kind, on) - found.keys())
             all_wrong |= {(kind, on, name): why for name, why in found.items()}
             print(f"{kind}, {on}: {passed[kind, on]}/{len(TRANSFORMS)}", *found.items(), file=sys.stderr, flush=True)
