@@ -66,6 +66,16 @@ def first_gradient(
     return rebuild(inputs, grads), (value.detach(), aux.detach())
 
 
+def _recorded_gradient(
+    fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """The same where plain autograd goes on to differentiate the result."""
+    inputs = tree_map(lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_(), tree)
+    value, aux = fn(inputs, *args)
+    grads = torch.autograd.grad(value, tree_leaves(inputs), create_graph=True, materialize_grads=True)
+    return rebuild(inputs, grads), (value, aux)
+
+
 def _checked(loss: Loss) -> Loss:
     """`loss`, held to what it is to return."""
 
@@ -111,11 +121,12 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
     once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, checked)
 
     def gradient(*args: Any) -> Any:
-        if not transformed() and not _followed(args):
+        inside, followed = transformed(), _followed(args)
+        if not (inside or followed):
             return once(*args)
         if compile:
             warnings.warn("a step with compile=True runs uncompiled where it is mapped or differentiated", stacklevel=3)
-        return again(*args)
+        return again(*args) if inside else _recorded_gradient(checked, *args)
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
         seeds = [None if rng is None else seed(fold_in(rng, i)) for i in range(len(batches))]
