@@ -178,7 +178,9 @@ def autograd(f: Callable[[Any], Tensor], at: Any, direction: Any = None) -> Any:
 def by_dual_numbers(f: Callable[[Any], Tensor], p: Point) -> Tensor:
     """The slope along p.v, by dual numbers made by hand."""
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(tree_map(forward_ad.make_dual, p.at, p.v)).sum()).tangent
+        tangent = forward_ad.unpack_dual(f(tree_map(forward_ad.make_dual, p.at, p.v)).sum()).tangent
+    assert tangent is not None
+    return tangent
 
 
 EXAMPLES = (None, 0, 0)

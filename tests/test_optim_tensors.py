@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import fgpt
-from fgpt.optim import constant, cosine, linear
+from fgpt.optim import constant, cosine, global_norm, linear
 from fgpt.tree import cast, tree_map
 
 GPT = cast(tree_map(lambda x: 0.5 * x, tiny(n_layer=1)), torch.float64)
@@ -168,7 +168,7 @@ def test_a_loss_with_vmap_inside():
     losses = [fgpt.loss(fgpt.adapt(GPT, at), row) for row in rows]
     i = max(range(3), key=lambda i: float(losses[i]))
     assert float(metrics.loss) == pytest.approx(float(losses[i]), rel=1e-9)
-    size = fgpt.optim.global_norm(grad(lambda a: fgpt.loss(fgpt.adapt(GPT, a), rows[i]))(at))
+    size = global_norm(grad(lambda a: fgpt.loss(fgpt.adapt(GPT, a), rows[i]))(at))
     assert float(metrics.grad_norm) == pytest.approx(float(size), rel=1e-9)
 
 
