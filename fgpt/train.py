@@ -110,9 +110,11 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
 
     Gradients of the sums are added and divided once by the total weight, so that k ragged micro-batches give the
     gradient of their union. Each micro-batch gets a seed of its own from `rng`; give each step a fresh key. Only
-    `trainable` is differentiated. `compile` compiles the gradient (needs a C++ compiler); under vmap and derivatives of
-    the step it has no effect, and a warning says so. Mapped over, a step draws the same dropout for every member from
-    one key, and each member's own from a mapped seed: `rng=fold_in(key, i)` with i mapped.
+    `trainable` is differentiated. A step can be mapped over and differentiated; where plain autograd follows what it is
+    computed from, it is recorded, so detach what is not to be followed. `compile` compiles the gradient (needs a C++
+    compiler); under vmap and derivatives of the step it has no effect, and a warning says so. Mapped over, a step draws
+    the same dropout for every member from one key, and each member's own from a mapped seed: `rng=fold_in(key, i)` with
+    i mapped.
 
     The step raises InputError where `loss` returns something else than a `Loss` does.
     """
