@@ -330,14 +330,15 @@ def test_other_inputs_are_refused(trained: Path, tmp_path: Path, given: Any, cap
     """A row or a number of the base that has changed would make another training of it."""
     run = shutil.copytree(trained, tmp_path / trained.name)
     values = json.loads((run / "run.json").read_text())
-    rows = json.loads(Path(values["data"]).read_text())
+    rows = json.loads(Path(folder.instruction_run(run).data).read_text())
     rows[0]["output"] += " And more."
     write_json(tmp_path / "rows.json", rows)
     write_json(run / "run.json", values | {"data": str(tmp_path / "rows.json")})
     (run / "status.json").write_text('{"state": "running", "steps": 12}\n')
     before = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     assert main(again(run)) == 2
-    assert "was made from another base or other rows" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was made from other inputs than are there now; changed: training rows. Put them back" in said
     assert before == {p: p.read_bytes() for p in run.rglob("*.safetensors")}
 
 
