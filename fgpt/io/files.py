@@ -22,8 +22,8 @@ from fgpt.families.names import Held
 
 
 def encoded(text: str) -> bytes:
-    r"""`text` in UTF-8, the rule for every file that is written: half of a surrogate pair, which UTF-8 has no bytes for,
-    becomes its escape, as in \ud83d. In JSON that escape is read back as what it stands for.
+    r"""`text` in UTF-8, by the rule for every file that is written: half of a surrogate pair, for which UTF-8 has no
+    bytes, becomes its escape, as in \ud83d. In JSON that escape is read back as what it stands for.
     """
     return text.encode("utf-8", "backslashreplace")
 
