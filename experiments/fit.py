@@ -63,7 +63,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
     mend(out / METRICS)
     before = {line["step"]: line for line in read_metrics(out / METRICS)}
     earlier = [line for step, line in before.items() if step <= begin]
-    tokens, past = (earlier[-1]["tokens"], earlier[-1]["seconds"]) if earlier else (0, 0.0)
+    tokens, past = (earlier[-1].get("tokens", 0), earlier[-1].get("seconds", 0.0)) if earlier else (0, 0.0)
     least = checkpoint.least_loss(out)
     if begin:
         console.print(f"going on after step {begin} of {plan.steps}")
@@ -113,7 +113,9 @@ def fit(plan: Plan, out: Path) -> Fitted:
             log.write(json.dumps(line) + "\n")
             log.flush()
             track(line)
-            if done in before and any(before[done][name] != line[name] for name in ("loss", "grad_norm")):
+            if done in before and any(
+                before[done].get(name, line[name]) != line[name] for name in ("loss", "grad_norm")
+            ):
                 console.print(f"step {done} came out otherwise than before: another machine, or other versions?")
                 before = {}  # once is enough
             show(line)

@@ -12,8 +12,8 @@ from fgpt.errors import InputError, printable, shown
 Line = dict[str, Any]
 
 
-FIGURES = ("loss", "grad_norm", "tokens", "seconds")
-"""What every line has besides its step: finite numbers."""
+FINITE = ("loss", "grad_norm", "tokens", "seconds")
+"""What is a finite number where a line has it; the loss every line has."""
 
 
 def read_metrics(metrics_file: Path) -> list[Line]:
@@ -44,8 +44,8 @@ def _wrong(row: Any) -> str:
     step = row.get("step")
     if type(step) is not int or not 1 <= step < 1 << 53:
         return f"its step is {shown(step)}: expected a whole number from 1"
-    for name in FIGURES:
-        if not _is_number(row.get(name)) or not math.isfinite(row[name]):
+    for name in FINITE:
+        if (name in row or name == "loss") and not (_is_number(row.get(name)) and math.isfinite(row[name])):
             return f"its {name} is {shown(row.get(name))}: expected a finite number"
     if odd := [name for name, x in row.items() if not _is_number(x)]:
         return f"its {printable(odd[0])} is {shown(row[odd[0]])}: expected a number"

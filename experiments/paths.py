@@ -61,7 +61,7 @@ def _field(name: str, value: Any) -> Any:
 def write_local(folder: Path, run: Mapping[str, Any]) -> None:
     """Keep those fields of a run that `shared` changes, where it changes any."""
     short = shared(run)
-    changed = {name: x for name, x in run.items() if short[name] != x}
+    changed = {name: x for name, x in run.items() if short[name] != x and name != "out"}  # there it lies itself
     if changed:
         write_json(folder / LOCAL, {"about": ABOUT, "paths": changed})
         os.chmod(folder / LOCAL, 0o600)

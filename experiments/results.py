@@ -57,4 +57,4 @@ def trained_as(folder: Path) -> str:
         lines = read_metrics(folder / METRICS)
     except InputError:
         return ""
-    return hashed(str([(line["step"], line["loss"], line["grad_norm"]) for line in lines]))[:12] if lines else ""
+    return hashed(str([(line["step"], line["loss"], line.get("grad_norm")) for line in lines]))[:12] if lines else ""
