@@ -123,7 +123,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
     raise AssertionError("it never came to its end")
 
 
-# --------------------------------------------------------------------------------------------------- the best, and steps
+# -------------------------------------------------------------------------------------------------- the best, and steps
 
 
 def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -114,6 +114,9 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path):
     for name in (".a.abcd1234.fgpt-aside", ".a.abcd1234.fgpt-partial", ".b.abcd1234.fgpt-aside", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    clean(tmp_path.parent / "link")
+    assert len(list(tmp_path.iterdir())) == 4  # nothing behind a link is touched
     clean(tmp_path)
     assert {p.name: (p / "x").read_text() for p in tmp_path.iterdir()} == {"a": ".a.abcd1234.fgpt-aside", "b": "b"}
 

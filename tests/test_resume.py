@@ -403,7 +403,7 @@ def test_what_is_not_ours_stays(trained: Path, tmp_path: Path, given: Any):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / ".x.ab12_xyz.fgpt-partial").write_text("mine")
-    (run / "model").symlink_to(outside)
+    (run / ".y.ab12_xyz.fgpt-partial").symlink_to(outside)  # of our form: the link goes, and not what is behind it
     assert ended(forked(again(run))) == 0
     for at in (run, run / "checkpoints"):
         assert [name for name in theirs if not (at / name).exists()] == []

@@ -47,6 +47,7 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
         os.replace(temporary, path)
         _settle(path.parent)
     except OSError as err:
+        _check_staying(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
@@ -74,6 +75,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:
+        _check_staying(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
 
 
