@@ -19,7 +19,7 @@ from filelock import FileLock
 from experiments import environment, report, runs
 from experiments.__main__ import parse
 from experiments.compare.found import Answer, Comparison, as_json
-from experiments.folder import any_of
+from experiments.folder import any_of, find
 from experiments.report import chart, curves, found, options
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
@@ -211,6 +211,47 @@ def test_a_pretraining(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------------------ what it finds
+
+
+def test_which_of_several_runs_was_taken_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for age, name in ((30, "lora-nano"), (20, "lora-nano-2"), (10, "ia3-nano")):
+        at = folder(tmp_path / "runs" / name)
+        os.utime(at / "run.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "runs" / "lora-nano" / "adapter").mkdir()
+    for take, expected in ((any_of, "lora-nano-2"), (find, "lora-nano")):
+        assert take("lora-nano").name == expected
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"lora-nano: taking runs/{expected}, of 2 runs of that name the newest" in said
+    any_of("ia3-nano")
+    any_of("runs/lora-nano")
+    assert capsys.readouterr().err == ""
+    folder(tmp_path / "lora-nano")
+    assert any_of("lora-nano") == Path("lora-nano")
+    assert "taking the folder ./lora-nano, and not runs/lora-nano-2" in capsys.readouterr().err
+
+
+def test_a_page_names_no_place(tmp_path: Path):
+    """Even of a run that an earlier version recorded, and of a failure that quotes a path."""
+    why = f"cannot write {tmp_path}/lora-nano/x: No space left on device"
+    run = replace(LORA, data="/home/alice/rows.json", base="/home/alice/model", out=tmp_path)
+    at = folder(tmp_path / "lora-nano", run, status={"state": "failed", "steps": 60, "why": why})
+    text = told(at)
+    assert "alice" not in text
+    assert str(tmp_path) not in text
+    assert "cannot write .../x: No space left on device" in text
+
+
+def test_every_evaluation_is_shown(whole: Path):
+    other = {"evaluated": "x", "settings": {"text": "wiki.txt"}, "text": {"perplexity per token": 77.5}}
+    write_json(whole / "eval-wiki.json", other)
+    shown = section(told(whole), "evaluation")
+    assert "response loss (nats per token)" in shown
+    assert "<h3>eval-wiki</h3>" in shown
+    assert "77.5" in shown
 
 
 def test_find_takes_the_newest_of_a_name(tmp_path: Path):
