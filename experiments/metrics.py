@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.picture import save
+from experiments.picture import plain, save
 from fgpt.errors import InputError, printable, shown
 
 Line = dict[str, Any]
@@ -80,7 +80,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set(title=title, xlabel="step", ylabel=f"loss (nats per {unit})")
+    axes.set(title=plain(title), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     save(figure, picture, 120)
