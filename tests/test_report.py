@@ -167,6 +167,14 @@ def test_a_run_that_is_at_work(tmp_path: Path):
         assert ">running</span>" in told(at)
 
 
+def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path):
+    at = folder(tmp_path / "lora-nano", status={"state": "running", "steps": 90})
+    (tmp_path / "thesis.txt").write_text("mine")
+    (at / ".lock").symlink_to(tmp_path / "thesis.txt")
+    assert ">killed</span>" in told(at)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
 def test_a_torn_line_and_repeated_steps(tmp_path: Path):
     at = folder(tmp_path / "lora-nano", steps=20)
     with (at / "metrics.jsonl").open("a") as file:

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from experiments import folder
 from experiments.compare.found import Answer, Comparison
 from experiments.metrics import Line, read_metrics
-from experiments.paths import shared
+from experiments.paths import shareable, shared
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 from fgpt.io.files import read_json
@@ -116,14 +116,14 @@ def _about(settings: Mapping[str, Any], rows: int) -> list[str]:
     )
     over = f" and {settings['quantize']}" if settings["quantize"] else ""
     return [
-        f"{rows} {settings['prompts']}; base {settings['base']} in {settings['dtype']}{over}; "
+        f"{rows} {settings['prompts']}; base {shareable(settings['base'])} in {settings['dtype']}{over}; "
         f"decoding, the same for all: {how}, at most {settings['most']} tokens."
     ]
 
 
 def _locked(path: Path) -> bool:
     """Whether a process holds the lock, which ends with it, however that ends."""
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():  # to lock a file is to empty it
         return False
     lock = FileLock(path)
     try:
