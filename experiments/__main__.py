@@ -42,16 +42,13 @@ def named(name: str, options: Sequence[str], command: str) -> runs.AnyRun:
     return parse(type(run), options, run, command)
 
 
-LASTING = ("checkpoint", "keep", "track", "out")
-"""Options that change nothing of what is trained."""
-
-
 def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
     """The run that was begun under a name, or in a folder, as it was begun; and its folder.
 
     Raises InputError where there is none, or the options would make it another run.
     """
     from experiments import folder
+    from experiments.plan import LASTING
 
     command = f"just train {name} --resume"
     where = folder.begun(name, named(name, options, command).out if name in runs.RUNS else Path("runs"))

@@ -107,7 +107,8 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     base = with_head(run, base_of(run), names)
     adapters = trained_of(run, base)
     judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
-    it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
+    more = {"test_rows": asked, "rows_with_shots": shown, "heldout_rows": by, "labels": f"{labels} {around}"}
+    it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
     console.print(
         f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
         f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps; {len(test):,} to score"

@@ -1,17 +1,21 @@
 """How well a trained run, or a model as it is, tells texts and does tasks: `just eval`.
 
-eval.json    what was asked and every figure: in the run's folder, or where --out says
+eval.json          what was asked and every figure: in the run's folder, or where --out says
+eval-wiki.json     the same of other settings than the run's own, which the name says
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
-from experiments import eval_run, folder, predict, tasks
+from experiments import eval_run, folder, predict, results, tasks
 from experiments.console import console
 from experiments.eval_run import Figures, scored, shown
+from experiments.paths import shareable
+from experiments.plan import hashed
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.train import base_of
@@ -23,6 +27,8 @@ from fgpt.io import hub
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
 from fgpt.tree import tree_map
+
+NAME = Path(folder.EVAL).stem
 
 
 @dataclass(frozen=True)
@@ -104,21 +110,55 @@ def go(asked: Asked) -> dict[str, Any]:
     if isinstance(run, Classify):
         run = eval_run.of_others(run, asked.test, asked.columns, asked.labels)
     own = eval_run.own(run, it.at, plain, asked.answers, asked.limit, asked.rows) if run and it.at else None
-    found: dict[str, Any] = {"evaluated": it.name, "base": it.base}
+    settings = settings_of(asked, it, text)
+    found: dict[str, Any] = {"evaluated": shareable(it.name), "base": shareable(it.base), results.SETTINGS: settings}
     if isinstance(run, Classify) and asked.labels:
         found["test rows, untuned"] = eval_run.untuned(run, asked.limit)
     params = load(it)
     if text is not None:
-        found["text"] = {"file": str(asked.text)} | of_text(params, tokenizer, text, *window, asked.rows)
+        found["text"] = {"file": shareable(asked.text or "")} | of_text(params, tokenizer, text, *window, asked.rows)
     if chosen is not None:
         found["tasks"] = tasks.run(chosen, params, tokenizer, asked.rows, asked.limit, asked.shots, asked.chat)
     if own is not None:
         found |= own(params)
     out = asked.out or it.at
     if out is not None:
-        write_json(out / folder.EVAL, found)
-        console.print(f"written: {out / folder.EVAL}")
+        full = "-".join([NAME, *parts_of(settings)])
+        stem = results.free(out, [full] if asked.out is None else [NAME, full], settings, [".json"])
+        write_json(out / f"{stem}.json", found)
+        console.print(f"written: {out / stem}.json", markup=False, soft_wrap=True)
     return found
+
+
+def settings_of(asked: Asked, it: Subject, text: str | None) -> dict[str, Any]:
+    """What makes an evaluation the one that it is: the model, and every option that is not at its default."""
+    apart = {"run", "base", "rows", "out"}  # whose it is, what changes no figure, and where it goes
+    values = {name: x for name, x in asdict(asked).items() if name not in apart}
+    usual = asdict(Asked())
+    chosen = {name: x for name, x in values.items() if x != usual[name]}
+    chosen |= {name: shareable(x) for name, x in chosen.items() if isinstance(x, str | Path)}
+    model = {"trained": results.trained_as(it.at)} if it.at else {"base_sha256": hashed(where_is(it.base))}
+    return model | chosen | ({"text_sha256": hashed(text)} if text is not None else {})
+
+
+def where_is(base: str) -> str:
+    return str(Path(base).resolve()) if base not in hub.EMBEDDED and Path(base).exists() else base
+
+
+def parts_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as parts of a file's name."""
+    names = [f.name for f in fields(Asked) if f.name in settings]
+    return [part_of(name, settings[name]) for name in names]
+
+
+def part_of(name: str, value: Any) -> str:
+    if name in ("text", "test"):
+        return results.part(Path(value).stem if value != "-" else "stdin")
+    if name in ("tasks", "labels"):
+        return results.part(value if isinstance(value, str) else "-".join(value))
+    if name in ("chat", "columns", "include_path"):
+        return name.replace("_", "-")
+    return f"{value}-{name}" if name in ("answers", "shots") else f"{name}-{value}"
 
 
 def subject(asked: Asked) -> Subject:

@@ -56,15 +56,15 @@ def fit(plan: Plan, out: Path) -> Fitted:
     Raises InputError where the loss is no longer a number, a trained leaf does not move, or the disk is full.
     """
     run, first = plan.run, plan.take()
-    state = checkpoint.newest(out, first, plan.inputs) or first
+    state = checkpoint.resume(out, first, plan.inputs) or first
     del first
     hold_freed()
     begin, at = int(state.step), device(state.trainable)
     mend(out / METRICS)
     before = {line["step"]: line for line in read_metrics(out / METRICS)}
     earlier = [line for step, line in before.items() if step <= begin]
-    tokens, past = (earlier[-1]["tokens"], earlier[-1]["seconds"]) if earlier else (0, 0.0)
-    least = min((line["heldout_loss"] for line in earlier if "heldout_loss" in line), default=math.inf)
+    tokens, past = (earlier[-1].get("tokens", 0), earlier[-1].get("seconds", 0.0)) if earlier else (0, 0.0)
+    least = checkpoint.least_loss(out)
     if begin:
         console.print(f"going on after step {begin} of {plan.steps}")
     began, saved, still = time.perf_counter(), time.perf_counter(), set(leaves(state.trainable))
@@ -113,7 +113,9 @@ def fit(plan: Plan, out: Path) -> Fitted:
             log.write(json.dumps(line) + "\n")
             log.flush()
             track(line)
-            if done in before and any(before[done][name] != line[name] for name in ("loss", "grad_norm")):
+            if done in before and any(
+                before[done].get(name, line[name]) != line[name] for name in ("loss", "grad_norm")
+            ):
                 console.print(f"step {done} came out otherwise than before: another machine, or other versions?")
                 before = {}  # once is enough
             show(line)
@@ -128,9 +130,12 @@ def fit(plan: Plan, out: Path) -> Fitted:
             if ending:
                 break
     interrupted = int(state.step) < plan.steps
-    if run.take == "best" and not interrupted and (found := checkpoint.best(out)):
-        state = checkpoint.load(found, state, plan.inputs)
-        console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
+    if run.take == "best" and not interrupted:
+        if found := checkpoint.load_best(out, state, plan.inputs):
+            state = found
+            console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
+        else:
+            console.print("no checkpoint with a held-out loss is there: taking the last state")
     return Fitted(state, interrupted, seconds)
 
 

@@ -7,6 +7,9 @@ eval.json      what `just eval` found         metrics.json, confusion.png   scor
 result.json    what a pretraining came to
 status.json    whether it finished            environment.json          versions and machine at its start
 checkpoints/   what --resume goes on from     tensorboard/              the figures again; report.html by `just report`
+local.json     paths of this machine, where run.json has them shortened; all else can be shared
+
+What a command finds later has a name of its own settings: compare-3-prompts.*, eval-TEXT.json, merged-original/.
 
 adapter/ is in PEFT's format where PEFT has one: LoRA, DoRA, IA3, norms. Else, for tuned biases or several kinds in one,
 it holds a single file of our own.
@@ -16,7 +19,6 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +30,11 @@ from filelock import FileLock, Timeout
 
 from experiments.console import console
 from experiments.environment import environment
+from experiments.paths import shared, with_local, without_paths, write_local
 from experiments.runs import AnyRun, Classify, Pretrain, Run
 from fgpt.adapters import Adapters, adapt, merge
-from fgpt.errors import InputError
-from fgpt.io.files import read_json, whole_folder, write_json
+from fgpt.errors import InputError, shown
+from fgpt.io.files import clean, read_json, staying, whole_folder, write_json
 from fgpt.io.hub import load, save
 from fgpt.io.peft import load_peft, pack, save_peft
 from fgpt.io.trees import load_adapters, save_adapters
@@ -42,7 +45,10 @@ from fgpt.weights import dtype
 RUN, METRICS, LOSS, ADAPTER, MODEL = "run.json", "metrics.jsonl", "loss.png", "adapter", "model"
 RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
 ADAPTERS = "adapters.safetensors"
-STATUS, ENVIRONMENT, LOCK = "status.json", "environment.json", ".lock"
+STATUS, ENVIRONMENT, LOCK, CHECKPOINTS = "status.json", "environment.json", ".lock", "checkpoints"
+
+WRITTEN_INTO = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")
+"""What a training adds to, where all else is replaced as a whole: none of it may be a link to somewhere else."""
 
 
 @contextmanager
@@ -53,19 +59,23 @@ def opened(run: AnyRun, steps: int, where: Path | None = None) -> Iterator[Path]
     Raises InputError where it cannot be made, or another process is training in it.
     """
     folder = where or _new(run)
+    _check_links(folder)
     lock = FileLock(folder / LOCK)  # let go of by the kernel, however the process ends
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{folder} is being trained in by another process: wait, or end that one") from None
-    with lock:
+    with lock, staying(folder):
         status = {"state": "running", "steps": steps}
         write_json(folder / STATUS, status)
         if where is None:
             write_json(folder / ENVIRONMENT, environment())
-            write_json(folder / RUN, dataclasses.asdict(run))  # last: a folder that has it has all three
+            values = run.plain()
+            write_local(folder, values)
+            write_json(folder / RUN, shared(values))  # last: a folder that has it has all of them
         else:
-            _tidy(folder)
+            for at in (folder, folder / ADAPTER, folder / MODEL, folder / CHECKPOINTS):
+                clean(at)
             _same_versions(folder)
         try:
             yield folder
@@ -74,12 +84,36 @@ def opened(run: AnyRun, steps: int, where: Path | None = None) -> Iterator[Path]
             raise
         except InputError as err:
             with contextlib.suppress(InputError):  # the disk may be full, which is then what `err` says
-                write_json(folder / STATUS, status | {"state": "failed", "why": str(err)})
+                write_json(folder / STATUS, status | {"state": "failed", "why": without_paths(str(err))})
             raise
         write_json(folder / STATUS, status | {"state": "finished"})
 
 
+def _check_links(folder: Path) -> None:
+    """Raises InputError where what a training writes into is a symbolic link, which leads out of the folder."""
+    if linked := [name for name in WRITTEN_INTO if (folder / name).is_symlink()]:
+        raise InputError(
+            f"{folder / linked[0]} is a symbolic link, and nothing is written through one: put the file or folder "
+            "itself in its place"
+        )
+
+
+LONGEST_NAME = 150
+"""Bytes of a run's name: file systems take 255, some of which temporary names and numbers need."""
+
+
+def check_name(name: str) -> None:
+    """Raises InputError for a name of a run that is not the name of a single folder."""
+    odd = "/" in name or "\\" in name or not name.isprintable() or name.strip() != name or name[:1] in (".", "-", "")
+    if odd or len(name.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise InputError(
+            f"the run's name is {shown(name)}: expected the name of one folder, of printable characters, with no / in "
+            f"it, no . or - at its beginning, and at most {LONGEST_NAME} bytes; --out says where it lies"
+        )
+
+
 def _new(run: AnyRun) -> Path:
+    check_name(run.name)
     for number in range(1, 10_000):
         folder = run.out / (run.name if number == 1 else f"{run.name}-{number}")
         try:
@@ -92,29 +126,41 @@ def _new(run: AnyRun) -> Path:
     raise InputError(f"{run.out} holds 9999 runs named {run.name}: move some away")
 
 
-def _tidy(folder: Path) -> None:
-    """Delete what a killed process had not written to its end: files and folders of temporary names."""
-    for at in (folder, folder / ADAPTER, folder / MODEL, *(folder / "checkpoints").glob("*")):
-        for left in at.glob(".*.*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
 def _same_versions(folder: Path) -> None:
     """Say so where torch is another than at the run's start: its last bits may then be others too."""
-    found = read_json(folder / ENVIRONMENT)
-    was, now = (x.get("packages", {}).get("torch") for x in (found if isinstance(found, dict) else {}, environment()))
+    was, now = (_torch_of(x) for x in (read_json(folder / ENVIRONMENT), environment()))
     if was != now:
         console.print(f"begun with torch {was}, going on with {now}: the last digits may differ")
 
 
+def _torch_of(environment: Any) -> Any:
+    packages = environment.get("packages") if isinstance(environment, dict) else None
+    return packages.get("torch") if isinstance(packages, dict) else None
+
+
 def _of_name(name: str, out: Path) -> list[Path]:
     """The folder of a run, by path; or those by name, the newest last."""
-    if name and (Path(name) / RUN).is_file():
-        return [Path(name)]
+    return [Path(name)] if name and (Path(name) / RUN).is_file() else _named(name, out)
+
+
+def _named(name: str, out: Path) -> list[Path]:
+    """The folders of runs of a name below `out`, the newest last."""
     numbered = re.compile(rf"{re.escape(name)}(-\d+)?")
     runs = (p.parent for p in out.glob(f"*/{RUN}"))
     found = (p for p in runs if name and numbered.fullmatch(p.name))
     return sorted(found, key=lambda p: (p / RUN).stat().st_mtime)  # a folder's own time changes with each report
+
+
+def _taken(name: str, out: Path, chosen: Path, which: str = "") -> Path:
+    """`chosen`; where several runs go by the name, a line says that it is this one, the newest `which`."""
+    named = _named(name, out)
+    others = [p for p in named if p.resolve() != chosen.resolve()]
+    if others and chosen == Path(name):
+        console.print(f"{name}: taking the folder ./{name}, and not {others[-1]}", markup=False, soft_wrap=True)
+    elif others:
+        said = f"{name}: taking {chosen}, of {len(named)} runs of that name the newest{which}"
+        console.print(said, markup=False, soft_wrap=True)
+    return chosen
 
 
 def find(name: str, out: Path = Path("runs")) -> Path:
@@ -127,7 +173,7 @@ def find(name: str, out: Path = Path("runs")) -> Path:
     if not finished:
         state = "none has finished" if found else "there is none"
         raise InputError(f"no trained run {name!r} under {out}/: {state}; train it first: just train {name or 'NAME'}")
-    return finished[-1]
+    return _taken(name, out, finished[-1], " that has finished")
 
 
 def any_of(name: str, out: Path = Path("runs")) -> Path:
@@ -136,7 +182,7 @@ def any_of(name: str, out: Path = Path("runs")) -> Path:
     Raises InputError where there is none.
     """
     if found := _of_name(name, out):
-        return found[-1]
+        return _taken(name, out, found[-1])
     if name and Path(name).is_dir():
         raise InputError(f"{name} holds no {RUN}: expected the folder of a run")
     near = difflib.get_close_matches(name, [p.parent.name for p in out.glob(f"*/{RUN}")], n=1, cutoff=0.4)
@@ -154,7 +200,7 @@ def begun(name: str, out: Path = Path("runs")) -> Path:
     if not unfinished:
         state = f"{found[-1]} has finished" if found else f"there is no run {name!r} under {out}/"
         raise InputError(f"nothing to resume: {state}; begin a new one: just train {name or 'NAME'}")
-    return unfinished[-1]
+    return _taken(name, out, unfinished[-1], " that has not finished")
 
 
 def _state(folder: Path) -> str | None:
@@ -166,6 +212,8 @@ def _state(folder: Path) -> str | None:
 def read_run(folder: Path) -> AnyRun:
     """The run that made a folder. Raises InputError for a folder of none, or of another version's."""
     values: Any = read_json(folder / RUN)
+    if isinstance(values, dict):
+        values = with_local(folder, values)
     for kind in (Run, Classify, Pretrain):
         if isinstance(values, dict) and values.keys() == {f.name for f in dataclasses.fields(kind)}:
             try:

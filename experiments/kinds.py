@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from experiments import folder
 from experiments.plan import Plan
 from experiments.runs import AnyRun, Classify, Pretrain
 
@@ -22,7 +23,11 @@ def plan(run: AnyRun) -> Plan:
 
 
 def carry_out(run: AnyRun, where: Path | None) -> Path:
-    """Train, save, score: in a new folder, or in that of a run which is taken up again. Returns the folder."""
+    """Train, save, score: in a new folder, or in that of a run which is taken up again. Returns the folder.
+
+    Raises InputError for a name that no folder can have, before anything is read.
+    """
+    folder.check_name(run.name)
     if isinstance(run, Pretrain):
         from experiments import pretrain
 

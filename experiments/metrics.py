@@ -1,14 +1,19 @@
 """A training's figures, metrics.jsonl: a JSON line a step, appended and never written over."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from experiments.picture import save
-from fgpt.errors import InputError
+from experiments.picture import plain, save
+from fgpt.errors import InputError, printable, shown
 
 Line = dict[str, Any]
+
+
+FINITE = ("loss", "grad_norm", "tokens", "seconds")
+"""What is a finite number where a line has it; the loss every line has."""
 
 
 def read_metrics(metrics_file: Path) -> list[Line]:
@@ -24,10 +29,31 @@ def read_metrics(metrics_file: Path) -> list[Line]:
     for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             row = json.loads(line)
-            found[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             raise InputError(f"{metrics_file}: line {number} is damaged: take it out") from None
+        if wrong := _wrong(row):
+            raise InputError(f"{metrics_file}: line {number} is damaged ({wrong}): take it out")
+        found[row["step"]] = row
     return [found[step] for step in sorted(found)]
+
+
+def _wrong(row: Any) -> str:
+    """What makes a line none of ours; nothing where it is one."""
+    if not isinstance(row, dict):
+        return f"expected an object, got {shown(row)}"
+    step = row.get("step")
+    if type(step) is not int or not 1 <= step < 1 << 53:
+        return f"its step is {shown(step)}: expected a whole number from 1"
+    for name in FINITE:
+        if (name in row or name == "loss") and not (_is_number(row.get(name)) and math.isfinite(row[name])):
+            return f"its {name} is {shown(row.get(name))}: expected a finite number"
+    if odd := [name for name, x in row.items() if not _is_number(x)]:
+        return f"its {printable(odd[0])} is {shown(row[odd[0]])}: expected a number"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
 def mend(metrics_file: Path) -> None:
@@ -54,7 +80,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set(title=title, xlabel="step", ylabel=f"loss (nats per {unit})")
+    axes.set(title=plain(title), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     save(figure, picture, 120)

@@ -17,7 +17,7 @@ from experiments import documents, folder, mfu
 from experiments.console import console
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
-from experiments.plan import Plan, hashed
+from experiments.plan import Plan, fingerprint
 from experiments.runs import Pretrain
 from experiments.train import told
 from fgpt.data.ranks import Ranked, gpt2
@@ -152,7 +152,9 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
         steps=run.steps,
         schedule=schedule,
         rng=rng,
-        inputs=hashed(params, tokens),
+        inputs=fingerprint(
+            run, params, tokenizer, "" if own else run.tokenizer, training_rows=tokens, heldout_rows=apart
+        ),
         first=start(params, optimizer),
         tokenizer=tokenizer,
         heldout=lambda trained: held_out(trained, tokenizer, apart, run.rows).loss,

@@ -9,16 +9,18 @@ trackio keeps its figures on this machine, in TRACKIO_DIR or where it usually do
 
 import contextlib
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from rich.markup import escape
 
 from experiments.console import console
+from experiments.paths import shared
 from experiments.runs import Training
 from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
@@ -103,16 +105,33 @@ class _Sink:
 
 
 def _tensorboard(folder: Path, begin: int) -> Calls:
-    from torch.utils.tensorboard import SummaryWriter  # half a second
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    writer = SummaryWriter(str(folder / EVENTS), purge_step=begin + 1)
+    writer = RecordWriter(_event_file(folder / EVENTS))
+
+    def add(**fields: Any) -> None:
+        writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(line: Line) -> None:
         for name, x in _figures(line).items():
-            writer.add_scalar(name, x, int(line["step"]))
+            add(step=int(line["step"]), summary=Summary(value=[Summary.Value(tag=name, simple_value=x)]))
         writer.flush()  # a tenth of a millisecond, and a kill then takes nothing
 
+    add(file_version="brain.Event:2")
+    add(step=begin + 1, session_log=SessionLog(status=SessionLog.START))  # what was from this step on is forgotten
+    writer.flush()
     return write, writer.close
+
+
+def _event_file(folder: Path) -> IO[bytes]:
+    """A new event file. Its name holds when it was begun, by which TensorBoard orders several, and a number; where its
+    own writer would put the host's name and the process's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.iterdir()))
+    return (folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}").open("xb")
 
 
 def _wandb(run: Training, folder: Path, name: str) -> Calls:
@@ -127,7 +146,7 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
             id=name,
             resume="allow",
             dir=folder,
-            config=run.plain(),
+            config=shared(run.plain()),
             settings=wandb.Settings(
                 console="off",  # what is printed here stays here
                 init_timeout=PATIENCE,
@@ -146,7 +165,7 @@ def _trackio(run: Training, folder: Path, name: str) -> Calls:
         import trackio  # more than a second  # pyright: ignore[reportMissingImports]
 
         it = trackio.init(
-            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=run.plain(), embed=False
+            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shared(run.plain()), embed=False
         )
 
     def finish() -> None:
@@ -169,6 +188,8 @@ def _own_name(folder: Path, tracker: str) -> str:
     """By which the tracker knows this folder's run, whatever other runs are called as well."""
     path = folder / NAMES
     names = read_json(path) if path.is_file() else {}
+    if not isinstance(names, dict):
+        raise InputError(f"{path}: expected the run's names by tracker; delete it to begin a new one there")
     if tracker not in names:
         write_json(path, names := names | {tracker: uuid.uuid4().hex[:8]})
     return str(names[tracker])

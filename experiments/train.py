@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,7 +11,7 @@ from experiments import compare, folder
 from experiments.console import console
 from experiments.fit import Fitted, again, fit
 from experiments.metrics import plot_loss
-from experiments.plan import Plan, hashed
+from experiments.plan import Plan, fingerprint
 from experiments.runs import Run, Tuning
 from experiments.scores.nano import read_tasks
 from experiments.scores.text import nats
@@ -138,14 +138,17 @@ def laid_out(
     width: int,
     tokenizer: Tokenizer,
     heldout: Callable[[GPT], float] | None = None,
+    **others: Any,
 ) -> Plan:
-    """The training of `adapters` over `base` on `examples`; `heldout` is the loss of tuned params on rows apart.
+    """The training of `adapters` over `base` on `examples`; `heldout` is the loss of tuned params on rows apart, and
+    `others` are what the run reads besides, for its fingerprint.
 
     Raises InputError where the best state is wanted, and nothing to judge it by.
     """
     if (run.evaluate or run.take == "best") and (heldout is None or not run.evaluate):
         raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
-    steps, inputs = steps_of(examples, run, width), hashed(base, examples)
+    steps = steps_of(examples, run, width)
+    inputs = fingerprint(run, base, tokenizer, run.base, training_rows=examples, **others)
     schedule = cosine(run.peak, steps, run.warmup)
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
@@ -188,7 +191,8 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
     base = base_of(run)
     adapters = adapters_of(run, base)
     judged = (lambda tuned: nats(tuned, apart)) if apart else None
-    it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
+    more = {"heldout_rows": heldout, "template": repr(look)}
+    it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
     weights = sum(len(e.tokens) - e.prompt for e in examples)
     console.print(
         f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +184,28 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
             prompt = encode_prompt(Row(row["instruction"], row["input"]), PLAIN, tokenizer)
             it = fgpt.generate(params, [prompt], tokenizer.eos, 9)[0]
             assert row[side] == {"text": tokenizer.decode(it.tokens).strip(), "finished": it.finished}
+
+
+def test_no_comparison_is_written_over(trained: Path, tmp_path: Path):
+    """One of other settings has another name; the same again has its own. Files of one name are told apart."""
+    run = shutil.copytree(trained / "lora-nano", tmp_path / "lora-nano")
+    before = {p.name: p.read_bytes() for p in run.glob("compare.*")}
+    for folder_name, text in (("a", "Say a."), ("b", "Say b.")):
+        (tmp_path / folder_name).mkdir()
+        (tmp_path / folder_name / "own.json").write_text(json.dumps([text]))
+    ways = [["--count", "2"], ["--count", "2"], ["--most", "4", "--temperature", "0.5", "--seed", "3"]]
+    ways += [["--prompts", str(tmp_path / x / "own.json"), "--most", "2"] for x in ("a", "b", "a")]
+    for how in ways:
+        assert main(["compare", str(run), *how]) == 0
+    assert {p.name: p.read_bytes() for p in run.glob("compare.*")} == before
+    assert {p.stem for p in run.glob("compare*.json")} == {
+        *("compare", "compare-2-prompts", "compare-most-4-temperature-0.5-seed-3", "compare-own-most-2"),
+        "compare-own-most-2-2",
+    }
+    assert told(run / "compare-own-most-2-2.json")["answers"][0]["instruction"] == "Say b."
+    assert main(["report", str(run)]) == 0
+    shown = (run / "report.html").read_text()
+    assert shown.index("held-out prompts of lora-nano") < shown.index("<h3>compare-2-prompts</h3>")
 
 
 def test_each_run_answers_in_its_own_template(trained: Path, tmp_path: Path):

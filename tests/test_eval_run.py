@@ -30,7 +30,7 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", str(instructed), "--answers", "4", "--limit", "3"]) == 0
-    said, found = capsys.readouterr().err, json.loads((instructed / "eval.json").read_text())
+    said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-answers-limit-3.json").read_text())
     compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
     assert (found["answers"].pop("rows"), found["answers"].pop("most tokens")) == (4, 12)
     assert found["answers"] == {name: compared[name] for name in found["answers"]}
@@ -47,7 +47,13 @@ def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("Once upon a time, there was a fox.")
     options = ["--text", str(tmp_path / "a.txt"), "--answers", "1", "--out", str(tmp_path)]
     assert main(["eval", str(instructed), *options]) == 0
-    assert json.loads((tmp_path / "eval.json").read_text()).keys() == {"evaluated", "base", "text", "answers"}
+    assert json.loads((tmp_path / "eval.json").read_text()).keys() == {
+        "evaluated",
+        "base",
+        "settings",
+        "text",
+        "answers",
+    }
 
 
 @pytest.mark.parametrize("form", ["classes", "tokens"])

@@ -271,7 +271,7 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
     from experiments.train import base_of, split
 
     assert main(["eval", str(trained), "--limit", "7", "--rows", "3"]) == 0
-    found = json.loads((trained / "eval.json").read_text())["held out"]
+    found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
     run: Any = folder.read_run(trained)
     params, tokenizer = folder.load_tuned(trained, base_of(run)), fgpt.tokenizer("nano")
     examples = [encode(row, template(run.template), tokenizer) for row in split(run)[1][:7]]

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadMod
 
 import fgpt
 from experiments import folder
+from fgpt.errors import InputError
 from fgpt.io import hub
+from fgpt.io.files import clean, read_json, remove, staying, whole_folder, write, write_json
 from fgpt.kernels.quantised import QUANTISED, FourBit, Rowwise8
 from fgpt.model import FusedAttention
 from fgpt.tree import cast, tree_map, walk
@@ -64,6 +66,59 @@ def test_a_quantised_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bo
     again = fgpt.load(str(tmp_path))
     identical(again, params)
     assert torch.equal(fgpt.apply(again, X), fgpt.apply(params, X))
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path: Path):
+    text = "half \ud83d, whole \U0001f98a"
+    write(tmp_path / "a.md", text)
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "half \\ud83d, whole \U0001f98a"
+    write_json(tmp_path / "a.json", {text: [text]})
+    assert read_json(tmp_path / "a.json") == {text: [text]}  # JSON reads its own escape
+
+
+def test_a_folder_that_moved_is_not_made_anew(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with staying(tmp_path / "run"):
+        write(tmp_path / "run" / "a" / "x", "1")
+        (tmp_path / "run").rename(tmp_path / "moved")
+        for again in (False, True):  # gone, and another in its place
+            with pytest.raises(InputError, match="was renamed or deleted"):
+                write(tmp_path / "run" / "a" / "y", "2")
+            with pytest.raises(InputError, match="was renamed or deleted"), whole_folder(tmp_path / "run" / "b"):
+                pass
+            assert not again or not list((tmp_path / "run").iterdir())
+            (tmp_path / "run").mkdir(exist_ok=True)
+        write(tmp_path / "other", "3")
+    write(tmp_path / "run" / "a" / "y", "2")
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis").write_text("mine")
+    for target in (outside, tmp_path / "nowhere"):
+        (tmp_path / "a").symlink_to(target)
+        with whole_folder(tmp_path / "a") as at:
+            (at / "x").write_text("1")
+        assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
+        assert not (tmp_path / "a").is_symlink()
+        remove(tmp_path / "a")
+    (tmp_path / "b").symlink_to(outside / "thesis")
+    write(tmp_path / "b", "2")
+    assert (outside / "thesis").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "outside"]
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path):
+    """A kill between the two renames of a replacement leaves the old one and the new one under temporary names."""
+    for name in (".a.abcd1234.fgpt-aside", ".a.abcd1234.fgpt-partial", ".b.abcd1234.fgpt-aside", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    clean(tmp_path.parent / "link")
+    assert len(list(tmp_path.iterdir())) == 4  # nothing behind a link is touched
+    clean(tmp_path)
+    assert {p.name: (p / "x").read_text() for p in tmp_path.iterdir()} == {"a": ".a.abcd1234.fgpt-aside", "b": "b"}
 
 
 def test_dtypes_stay_or_change_together(tmp_path: Path):

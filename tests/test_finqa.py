@@ -267,6 +267,6 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["compare", str(folder), "--prompts", str(finqa), "--count", "2", "--most", "2"]) == 0
     assert "shortened the text of 2 FinQA prompts to 192 tokens" in " ".join(capsys.readouterr().err.split())
     assert main(["eval", str(folder), "--answers", "6"]) == 0
-    scores = json.loads((folder / "eval.json").read_text())
+    scores = json.loads((folder / "eval-6-answers.json").read_text())
     assert scores["held out"]["rows left out"] == 0
     assert scores["answers"]["FinQA exact match (%)"] == found["scores"]["tuned"]["FinQA exact match (%)"]

@@ -19,7 +19,7 @@ from filelock import FileLock
 from experiments import environment, report, runs
 from experiments.__main__ import parse
 from experiments.compare.found import Answer, Comparison, as_json
-from experiments.folder import any_of
+from experiments.folder import any_of, find
 from experiments.report import chart, curves, found, options
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
@@ -137,8 +137,8 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
     text = told(at)
     assert re.findall(r'<section id="(\w+)">', text) == SECTIONS
     assert "No step was written" in section(text, "training")
-    assert f"just compare {at}" in section(text, "comparison")
-    assert f"just eval {at}" in section(text, "evaluation")
+    assert "just compare .../lora-nano" in section(text, "comparison")
+    assert "just eval .../lora-nano" in section(text, "evaluation")
     assert "just train lora-nano" in section(text, "environment")
     assert "end not recorded" in text
 
@@ -158,13 +158,21 @@ def test_a_run_that_ended_early(tmp_path: Path, status: dict[str, Any], said: st
     assert f">{said}</span>" in text
     assert "60 of 90 steps" in text
     assert status.get("why", "") in text
-    assert f"just train {at} --resume" in section(text, "again")
+    assert "just train .../lora-nano --resume" in section(text, "again")
 
 
 def test_a_run_that_is_at_work(tmp_path: Path):
     at = folder(tmp_path / "lora-nano", status={"state": "running", "steps": 90})
     with FileLock(at / ".lock", is_singleton=False):
         assert ">running</span>" in told(at)
+
+
+def test_a_lock_that_is_a_link_is_left_alone(tmp_path: Path):
+    at = folder(tmp_path / "lora-nano", status={"state": "running", "steps": 90})
+    (tmp_path / "thesis.txt").write_text("mine")
+    (at / ".lock").symlink_to(tmp_path / "thesis.txt")
+    assert ">killed</span>" in told(at)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_a_torn_line_and_repeated_steps(tmp_path: Path):
@@ -197,7 +205,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     with pytest.raises(InputError, match=r"metrics\.json: not the scores of this version"):
         report.go(str(at))
     (at / "metrics.json").unlink()
-    assert f"just eval {at}" in section(told(at), "scores")
+    assert "just eval .../emotion-small" in section(told(at), "scores")
 
 
 def test_a_pretraining(tmp_path: Path):
@@ -211,6 +219,47 @@ def test_a_pretraining(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------------------ what it finds
+
+
+def test_which_of_several_runs_was_taken_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for age, name in ((30, "lora-nano"), (20, "lora-nano-2"), (10, "ia3-nano")):
+        at = folder(tmp_path / "runs" / name)
+        os.utime(at / "run.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "runs" / "lora-nano" / "adapter").mkdir()
+    for take, expected in ((any_of, "lora-nano-2"), (find, "lora-nano")):
+        assert take("lora-nano").name == expected
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"lora-nano: taking runs/{expected}, of 2 runs of that name the newest" in said
+    any_of("ia3-nano")
+    any_of("runs/lora-nano")
+    assert capsys.readouterr().err == ""
+    folder(tmp_path / "lora-nano")
+    assert any_of("lora-nano") == Path("lora-nano")
+    assert "taking the folder ./lora-nano, and not runs/lora-nano-2" in capsys.readouterr().err
+
+
+def test_a_page_names_no_place(tmp_path: Path):
+    """Even of a run that an earlier version recorded, and of a failure that quotes a path."""
+    why = f"cannot write {tmp_path}/lora-nano/x: No space left on device"
+    run = replace(LORA, data="/home/alice/rows.json", base="/home/alice/model", out=tmp_path)
+    at = folder(tmp_path / "lora-nano", run, status={"state": "failed", "steps": 60, "why": why})
+    text = told(at)
+    assert "alice" not in text
+    assert str(tmp_path) not in text
+    assert "cannot write .../x: No space left on device" in text
+
+
+def test_every_evaluation_is_shown(whole: Path):
+    other = {"evaluated": "x", "settings": {"text": "wiki.txt"}, "text": {"perplexity per token": 77.5}}
+    write_json(whole / "eval-wiki.json", other)
+    shown = section(told(whole), "evaluation")
+    assert "response loss (nats per token)" in shown
+    assert "<h3>eval-wiki</h3>" in shown
+    assert "77.5" in shown
 
 
 def test_find_takes_the_newest_of_a_name(tmp_path: Path):

@@ -67,8 +67,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--compile", "False", "--peak", "0.05"]
     size = ["--vocab", "4096", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "32"]
     steps = ["--rows", "2", "--accumulate", "2", "--steps", "9", "--evaluate", "4"]
+    timed = ["--checkpoint", "0.004", "--keep", "1", "--evaluate", "3"]  # minutes: some steps have one, others none
+    instruct = ["lora-nano", *base, "--optimizer", "adamw8bit", *lora, *asked, *best]
     return {
-        "instruct": ["lora-nano", *base, "--optimizer", "adamw8bit", *lora, *asked, *best],
+        "timed": [*instruct, *timed],
+        "instruct": instruct,
         "classify": ["emotion-small", *base, *texts],
         "pretrain": ["tinytiny-pretrain", *tales, *size, *steps, *often],
     }
@@ -131,13 +134,19 @@ FILES = (
 )
 
 
-def end_of(out: Path) -> dict[str, Any]:
-    """All that a training comes to, to the bit; its timings left out."""
+def end_of(out: Path, by_clock: bool = False) -> dict[str, Any]:
+    """All that a training comes to, to the bit; its timings left out. Of one whose checkpoints lie wherever
+    the clock wanted them, the last and the best are compared.
+    """
     (run,) = run_in(out)
     timed = ("seconds", "memory_gb", "mfu")
     lines = [{name: x for name, x in line.items() if name not in timed} for line in read_metrics(run / "metrics.jsonl")]
     last = sorted((run / "checkpoints").glob("*"))[-1]
     files = [p for p in run.rglob("*") if p.name in (*FILES, "state.safetensors", "manifest.json") and p.is_file()]
+    if by_clock:
+        compared = {last, checkpoint.best(run)}
+        files = [p for p in files if p.parent.parent.name != "checkpoints" or p.parent in compared]
+        assert len(list((run / "checkpoints").iterdir())) <= 2
     assert last.name == f"step-{lines[-1]['step']:06d}"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert not [p for p in run.rglob(".*") if p.name != ".lock"], "what was half written stays behind"
@@ -159,7 +168,7 @@ def whole(
     for kind, args in given.items():
         out, began = tmp_path_factory.mktemp("whole") / kind, time.perf_counter()
         assert ended(forked(["train", *args, "--out", str(out)])) == 0
-        found[kind] = end_of(out), time.perf_counter() - began
+        found[kind] = end_of(out, kind == "timed"), time.perf_counter() - began
     return found
 
 
@@ -168,7 +177,7 @@ def test_killed_at_random_moments(given: Any, whole: Any, tmp_path: Path):
     """50 kills, and in the end the same, without one run lost."""
     chance, kills, ends = random.Random(0), 0, 0
     while kills < KILLS:
-        kind = ("instruct", "instruct", "classify", "pretrain")[ends % 4]
+        kind = ("timed", "instruct", "classify", "timed", "pretrain")[ends % 5]
         args, (expected, seconds), out = given[kind], whole[kind], tmp_path / str(ends)
         while True:
             pid = forked(next_try(args, out))
@@ -178,7 +187,7 @@ def test_killed_at_random_moments(given: Any, whole: Any, tmp_path: Path):
                 break  # or killed on its way out, when all was done
             assert status == -signal.SIGKILL, f"{kind} ended with {status} after {kills} kills"
             kills += 1
-        same(end_of(out), expected)
+        same(end_of(out, kind == "timed"), expected)
         ends += 1
 
 
@@ -186,9 +195,14 @@ CALLS = ("replace", "rename", "fsync", "unlink", "rmdir")
 
 
 @pytest.mark.slow
-def test_killed_at_every_moment_of_writing(given: Any, tmp_path: Path):
-    """Before each rename, flush and deletion, wherever it stands in a training of three steps."""
-    short = [*given["instruct"], "--steps", "3", "--evaluate", "2", "--keep", "1", "--compare", "0"]
+@pytest.mark.parametrize(
+    "often", [["--evaluate", "2"], ["--evaluate", "1", "--checkpoint", "99"]], ids=["each", "best"]
+)
+def test_killed_at_every_moment_of_writing(often: list[str], given: Any, tmp_path: Path):
+    """Before each rename, flush and deletion, wherever it stands in a training of three steps: with a checkpoint after
+    each, and with those alone whose held-out loss is the best so far.
+    """
+    short = [*given["instruct"], "--steps", "3", "--keep", "1", "--compare", "0", *often]
     assert ended(forked(["train", *short, "--out", str(tmp_path / "whole")])) == 0
     expected, at = end_of(tmp_path / "whole"), 0
 
@@ -330,14 +344,15 @@ def test_other_inputs_are_refused(trained: Path, tmp_path: Path, given: Any, cap
     """A row or a number of the base that has changed would make another training of it."""
     run = shutil.copytree(trained, tmp_path / trained.name)
     values = json.loads((run / "run.json").read_text())
-    rows = json.loads(Path(values["data"]).read_text())
+    rows = json.loads(Path(folder.instruction_run(run).data).read_text())
     rows[0]["output"] += " And more."
     write_json(tmp_path / "rows.json", rows)
     write_json(run / "run.json", values | {"data": str(tmp_path / "rows.json")})
     (run / "status.json").write_text('{"state": "running", "steps": 12}\n')
     before = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     assert main(again(run)) == 2
-    assert "was made from another base or other rows" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was made from other inputs than are there now; changed: training rows. Put them back" in said
     assert before == {p: p.read_bytes() for p in run.rglob("*.safetensors")}
 
 
@@ -364,6 +379,122 @@ def test_options_that_make_another_run_are_refused(trained: Path, tmp_path: Path
     assert "was begun with lr 0.006, not 0.5" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "lora-nano", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "nothing to resume" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- links, and what is shared
+
+
+def unfinished(trained: Path, at: Path) -> Path:
+    run = shutil.copytree(trained, at / trained.name)
+    (run / "status.json").write_text('{"state": "running", "steps": 12}\n')
+    return run
+
+
+def test_what_is_not_ours_stays(trained: Path, tmp_path: Path, given: Any):
+    """Names that a user gives, whatever they begin with; our own leavings go."""
+    run = unfinished(trained, tmp_path / "runs")
+    theirs = [".gitlab-ci.yml", ".env.local", ".run.json.old", ".a.b.c", ".x.abcdefgh.fgpt-partial.txt"]
+    for at in (run, run / "adapter", run / "checkpoints"):
+        for name in theirs:
+            (at / name).write_text("mine")
+        (at / ".run.json.ab12_xyz.fgpt-partial").write_text("ours, half written")
+    folder_of_theirs = run / ".cache.d"
+    folder_of_theirs.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".x.ab12_xyz.fgpt-partial").write_text("mine")
+    (run / ".y.ab12_xyz.fgpt-partial").symlink_to(outside)  # of our form: the link goes, and not what is behind it
+    assert ended(forked(again(run))) == 0
+    for at in (run, run / "checkpoints"):
+        assert [name for name in theirs if not (at / name).exists()] == []
+        assert not (at / ".run.json.ab12_xyz.fgpt-partial").exists()
+    assert folder_of_theirs.is_dir()
+    assert [p.name for p in outside.iterdir()] == [".x.ab12_xyz.fgpt-partial"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "tensorboard", ".lock"])
+def test_nothing_is_written_through_a_link(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: Any
+):
+    run, outside = unfinished(trained, tmp_path / "runs"), tmp_path / "outside"
+    if name == ".lock":
+        (run / name).write_text("mine")
+    (run / name).rename(outside)
+    (run / name).symlink_to(outside)
+    files = [outside] if outside.is_file() else [p for p in outside.rglob("*") if p.is_file()]
+    before = {p: p.read_bytes() for p in files}
+    assert main(again(run)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{name} is a symbolic link, and nothing is written through one" in said
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_an_adapter_behind_a_link_is_replaced_and_not_emptied(trained: Path, tmp_path: Path, given: Any):
+    run, outside = unfinished(trained, tmp_path / "runs"), tmp_path / "outside"
+    (run / "adapter").rename(outside)
+    (outside / "thesis.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in outside.iterdir()}
+    (run / "adapter").symlink_to(outside)
+    assert ended(forked(again(run))) == 0
+    assert before == {p: p.read_bytes() for p in outside.iterdir()}
+    assert (run / "adapter").is_dir()
+    assert not (run / "adapter").is_symlink()
+
+
+def test_a_run_that_is_renamed_while_it_trains(
+    given: Any, whole: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """One line; nothing of it under the old name; under the new one it is gone on with."""
+    args, (expected, _) = given["instruct"], whole["instruct"]
+    pid, run, moved = forked(["train", *args, "--out", str(tmp_path)]), tmp_path / "lora-nano", tmp_path / "mine"
+    until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 2)
+    run.rename(moved)
+    assert ended(pid) == 2
+    assert "was renamed or deleted while it was in use" in " ".join(capfd.readouterr().err.split())
+    assert not run.exists()
+    assert ended(forked(["train", str(moved), "--resume"])) == 0
+    same(end_of(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/abs/x", "a/b", "a\\b", ".", "..", ".x", "-x", "", "a\nb", "a\x1bb", "x" * 300]
+)
+def test_a_name_is_that_of_one_folder(name: str, given: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "a" / "b" / "runs"
+    assert main(["train", *given["instruct"], f"--name={name}", "--out", str(out)]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "expected the name of one folder" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_shared_names_no_place_and_nobody(trained: Path, given: Any, tmp_path: Path):
+    """All that a run leaves, but the file of full paths and what PEFT's config says of the base."""
+    import socket
+
+    run = shutil.copytree(trained, tmp_path / trained.name)
+    assert main(["report", str(run)]) == 0
+    base = given["instruct"][given["instruct"].index("--base") + 1]
+    for path in (p for p in run.rglob("*") if p.is_file()):
+        assert socket.gethostname() not in path.name
+        if path.name not in ("local.json", "adapter_config.json"):
+            data = path.read_bytes()
+            for place in (base, str(tmp_path), str(trained.parent), str(Path.home()) + "/"):
+                assert place.encode() not in data, (path, place)
+    assert json.loads((run / "run.json").read_text())["base"] == ".../base"
+    assert folder.instruction_run(run).base == base
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[1, 2]", "7", "null", '"text"', '{"step": "3", "loss": 1.0}', '{"step": 3.0, "loss": 1.0}', '{"step": true}']
+    + ['{"step": 3}', '{"step": 3, "loss": "1.0"}', '{"step": 3, "loss": NaN}', '{"step": -1, "loss": 1.0}']
+    + ['{"step": 3, "loss": 1.0, "tokens": [1]}', '{"step": 3, "loss": 1.0, "lr": {}}', "[" * 99_999],
+)
+def test_a_line_of_wrong_types_is_named(line: str, tmp_path: Path):
+    good = '{"step": 1, "loss": 2.0, "tokens": 3, "seconds": 1.0, "heldout_loss": NaN}'
+    (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 # --------------------------------------------------------------------------------------------- disks and neighbours

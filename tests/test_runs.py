@@ -145,16 +145,17 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["merge", str(out)]) == 2
     assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
-    assert not (out / "merged").exists()
+    assert not list(out.glob("merged*"))
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
     tuned = fgpt.apply(folder.load_tuned(out, base_of(folder.read_run(out))), tokens)
     for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
         assert main(["merge", str(out), "--onto", onto]) == 0
-        told = json.loads((out / "merged" / "merge.json").read_text())
-        merged = fgpt.load(str(out / "merged"))
+        told = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
+        merged = fgpt.load(str(out / f"merged-{onto}"))
         assert least <= told["read back"]["logit"] <= most
         assert least <= float((fgpt.apply(merged, tokens) - tuned).abs().max()) <= most
         assert f"{told['read back']['logit']:.3g}" in capsys.readouterr().err
+    assert {p.name for p in out.glob("merged*")} == {"merged-dequantised", "merged-original"}  # each is still there
 
 
 def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -15,7 +17,7 @@ from typing import NoReturn
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from experiments import runs
 from experiments.track import check, tracking
@@ -52,6 +54,9 @@ def test_tensorboard_has_every_figure(tmp_path: Path):
     found = events(tmp_path)
     assert found.keys() == {"loss", "lr", "tokens"}
     assert found["loss"] == [(i, 2.0 + i) for i in range(1, 6)]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert re.fullmatch(r"events\.out\.tfevents\.\d{10}\.\d{6}", file.name)  # no host, and no number of a process
+    assert socket.gethostname().encode() not in file.read_bytes()
     assert found["lr"] == [(i, pytest.approx(0.5 / i)) for i in range(1, 6)]
 
 
@@ -113,7 +118,7 @@ def test_a_tracker_that_fails_says_so_once(
     with tracking(RUN, tmp_path, 0) as track:
         first, *others = lines(1, 4, 2.0)
         track(first)
-        monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+        monkeypatch.setattr(RecordWriter, "write", full)
         for line in others:
             track(line)
     said = capsys.readouterr().err.strip().splitlines()

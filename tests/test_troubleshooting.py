@@ -138,7 +138,7 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "did not move in two steps": lambda it: it.train("--lr", "1e-30"),
     "nothing to resume": lambda it: it.resume(),
     "was begun with": other_options,
-    "was made from another base or other rows": other_rows,
+    "was made from other inputs than are there now": other_rows,
     "is being trained in by another process": in_use,
     "free space": full,
     "is not installed, and this run is tracked by it": without("wandb"),

@@ -1,15 +1,18 @@
 """Base and tuned side by side on the same prompts: the same decoding for each, scores on top.
 
-compare.md, compare.html    for a reader        compare-NAME.*   the same on a prompt file of that name
+compare.md, compare.html    for a reader
 compare.json                scores, answers, and how they were written
+compare-3-prompts.*         the same of other settings than the run's own, which the name says
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
+from experiments import results
 from experiments.compare import asked as compare_asked
 from experiments.compare import sides as compare_sides
 from experiments.compare.asked import Asked, held_out
@@ -31,6 +34,8 @@ from fgpt.model import GPT
 from fgpt.rng import fold_in, key
 from fgpt.sampling import GREEDY, Sampling
 
+NAME, ENDINGS = "compare", (".json", ".md", ".html")
+
 AT_ONCE = 32
 """Prompts answered in one batch."""
 
@@ -40,7 +45,7 @@ def report(run: Run, out: Path, heldout: Sequence[Row]) -> None:
     folder, and print the scores with a few answers.
     """
     sides = compare_sides.of([run], [out])
-    save(compared(sides, held_out(sides, heldout, run.compare), ALIKE), out, "compare")
+    save(compared(sides, held_out(sides, heldout, run.compare), ALIKE), out, NAME)
 
 
 def again(
@@ -52,14 +57,15 @@ def again(
 ) -> None:
     """Compare trained runs with their base and with each other: on the first run's held-out prompts, or those of a
     file; the first `count` of them. What is found goes into the run's folder; for several into compare-NAMES beside
-    the first; or into `out`.
+    the first; or into `out`. Its name is that of its settings, and a comparison of others is not written over.
 
     Raises InputError, before anything slow begins, for what `compare_sides.find` and `prompt_file.read` refuse.
     """
     sides = compare_sides.find(names)
     if count is not None and count < 1:
         raise InputError(f"count is {count}: expected 1 or more prompts")
-    first, out = sides[0].run, out or _place(sides)
+    first, own = sides[0].run, len(sides) == 2 and out is None
+    out = out or _place(sides)
     _writable(out)
     if prompts is None:
         from experiments.train import split
@@ -67,7 +73,24 @@ def again(
         asked = held_out(sides, split(first)[1], count or first.compare or Run.compare)
     else:
         asked = compare_asked.of_file(sides, prompts, count)
-    save(compared(sides, asked, alike), out, "compare" if prompts is None else f"compare-{Path(prompts).stem}")
+    found, short = compared(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
+    full = "-".join([short, *_others(first, prompts, count, alike)])
+    names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
+    save(found, out, results.free(out, names, found.settings, ENDINGS))
+
+
+def _of_file(prompts: str | None) -> list[str]:
+    return [] if prompts is None else [results.part(Path(prompts).stem)]
+
+
+def _others(run: Run, prompts: str | None, count: int | None, alike: Alike) -> list[str]:
+    """As parts of a name, the settings that are not those of a comparison after training."""
+    usual = None if prompts is not None else run.compare or Run.compare
+    parts = [f"{count}-prompts"] if count is not None and count != usual else []
+    parts += [f"most-{alike.most}"] if alike.most not in (None, run.most) else []
+    chosen = {name: x for name, x in dataclasses.asdict(alike.sampling).items() if x}
+    parts += [f"{name.replace('_', '-')}-{x}" for name, x in chosen.items()]
+    return parts + ([f"seed-{alike.seed}"] if alike.seed and alike.sampling.temperature else [])
 
 
 def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:

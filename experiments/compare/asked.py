@@ -10,6 +10,9 @@ from experiments.compare import prompt_file
 from experiments.compare import sides as compare_sides
 from experiments.compare.sides import Side
 from experiments.console import console
+from experiments.paths import shareable
+from experiments.plan import hashed
+from experiments.results import trained_as
 from experiments.writing import Alike
 from fgpt.data import finqa
 from fgpt.data.templates import Row
@@ -95,7 +98,7 @@ def about(sides: Sequence[Side], asked: Asked, most: int, alike: Alike) -> list[
     look = (
         f"the template {first.template}" if len(templates) == 1 else "each run's own template, the base in the first's"
     )
-    over = f"{first.base} in {first.dtype}" + (f" and {first.quantize}" if first.quantize else "")
+    over = f"{shareable(first.base)} in {first.dtype}" + (f" and {first.quantize}" if first.quantize else "")
     told = [
         f"Base: {over}.",
         f"{len(asked.rows)} {asked.source}, in {look}.",
@@ -111,10 +114,12 @@ def settings(sides: Sequence[Side], asked: Asked, most: int, alike: Alike) -> di
     """The same for a program."""
     first = sides[0].run
     return {
-        "base": first.base,
+        "base": shareable(first.base),
         "dtype": first.dtype,
         "quantize": first.quantize,
+        "trained": {side.name: trained_as(side.folder) for side in sides if side.folder is not None},
         "prompts": asked.source,
+        "prompts_sha256": hashed(list(asked.rows)),
         "most": most,
         "sampling": dataclasses.asdict(alike.sampling),
         "seed": alike.seed,

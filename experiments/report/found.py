@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from experiments import folder
 from experiments.compare.found import Answer, Comparison
 from experiments.metrics import Line, read_metrics
+from experiments.paths import shareable, shared
 from fgpt.data.templates import Row
 from fgpt.errors import InputError
 from fgpt.io.files import read_json
@@ -41,7 +42,8 @@ class Found:
     """A picture."""
     result: Mapping[str, Any] | None = None
     """Of a pretraining, held out."""
-    eval: Mapping[str, Any] | None = None
+    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the name of their file."""
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ def read(at: Path) -> Found:
     lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
     return Found(
         folder=at,
-        run=run,
+        run=shared(run),
         lines=lines,
         torn=torn,
         again=again,
@@ -70,12 +72,17 @@ def read(at: Path) -> Found:
         status=_if_there(at / folder.STATUS),
         at_work=_locked(at / folder.LOCK),
         environment=_if_there(at / folder.ENVIRONMENT),
-        comparisons={p.stem: read_comparison(p) for p in sorted(at.glob("compare*.json"))},
+        comparisons={p.stem: read_comparison(p) for p in _results(at, "compare")},
         scores=_if_there(at / folder.SCORES),
         confusion=confusion.read_bytes() if confusion.is_file() else None,
         result=_if_there(at / folder.RESULT),
-        eval=_if_there(at / folder.EVAL),
+        evaluations={p.stem: _object(p) for p in _results(at, Path(folder.EVAL).stem)},
     )
+
+
+def _results(at: Path, kind: str) -> list[Path]:
+    """The files of results of a kind, that of the run's own settings first."""
+    return sorted([*at.glob(f"{kind}.json"), *at.glob(f"{kind}-*.json")], key=lambda p: p.stem)
 
 
 def read_lines(metrics: Path) -> tuple[list[Line], int, int]:
@@ -109,14 +116,14 @@ def _about(settings: Mapping[str, Any], rows: int) -> list[str]:
     )
     over = f" and {settings['quantize']}" if settings["quantize"] else ""
     return [
-        f"{rows} {settings['prompts']}; base {settings['base']} in {settings['dtype']}{over}; "
+        f"{rows} {settings['prompts']}; base {shareable(settings['base'])} in {settings['dtype']}{over}; "
         f"decoding, the same for all: {how}, at most {settings['most']} tokens."
     ]
 
 
 def _locked(path: Path) -> bool:
     """Whether a process holds the lock, which ends with it, however that ends."""
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():  # to lock a file is to empty it
         return False
     lock = FileLock(path)
     try:

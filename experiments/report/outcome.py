@@ -4,14 +4,17 @@ import base64
 import html
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments import folder
 from experiments.compare.found import Comparison
 from experiments.compare.page import answers, scores_table
+from experiments.paths import shareable
 from experiments.report.chart import number
 from experiments.report.found import Found
 from experiments.report.page import Section, grid, missing, table
+from experiments.results import SETTINGS
 from fgpt.errors import InputError
 
 SHOWN = 8
@@ -22,7 +25,7 @@ def comparison(found: Found) -> Section:
     """Base against tuned, the run's own prompts first, then those of prompt files."""
     parts = [_comparison(name, it, i == 0) for i, (name, it) in enumerate(found.comparisons.items())]
     if not parts:
-        parts = [missing("Base and tuned have not been compared", f"just compare {found.folder}")]
+        parts = [missing("Base and tuned have not been compared", f"just compare {shareable(found.folder)}")]
     return "comparison", "Samples and comparison", "".join(parts)
 
 
@@ -41,7 +44,7 @@ def _comparison(name: str, it: Comparison, first: bool) -> str:
 def classes(found: Found) -> Section:
     """Scores of a run that classifies, and what it took for what. Raises InputError for scores that are none."""
     if found.scores is None:
-        return "scores", "Scores", missing("The rows have not been scored", f"just eval {found.folder}")
+        return "scores", "Scores", missing("The rows have not been scored", f"just eval {shareable(found.folder)}")
     try:
         names, by_side, rows = (found.scores[key] for key in ("labels", "scores", "rows"))
         whole = [[side, *(_score(x[key]) for key in ("accuracy", "macro_f1", "loss"))] for side, x in by_side.items()]
@@ -73,22 +76,25 @@ def heldout(found: Found) -> Section:
 
 
 def evaluation(found: Found) -> Section:
-    """What `just eval` left: groups of figures."""
-    if found.eval is None:
-        how = (
-            f"just eval --base {found.folder}/model --text FILE"
-            if found.kind == "pretraining"
-            else f"just eval {found.folder}"
-        )
+    """What `just eval` left: of each evaluation groups of figures."""
+    if not found.evaluations:
+        at = shareable(found.folder)
+        how = f"just eval --base {at}/model --text FILE" if found.kind == "pretraining" else f"just eval {at}"
         return "evaluation", "Evaluation", missing("It has not been evaluated", how)
-    groups = [(name, x) for name, x in found.eval.items() if isinstance(x, Mapping)]
-    told = "".join(f"<h3>{html.escape(name)}</h3>{table(rows_of(x))}" for name, x in groups)
-    return "evaluation", "Evaluation", told or missing("eval.json holds no figures")
+    parts = [_evaluation(name, x) for name, x in found.evaluations.items()]
+    return "evaluation", "Evaluation", "".join(parts)
+
+
+def _evaluation(name: str, figures: Mapping[str, Any]) -> str:
+    groups = [(group, x) for group, x in figures.items() if isinstance(x, Mapping) and group != SETTINGS]
+    heading = f"<h3>{html.escape(name)}</h3>" if name != Path(folder.EVAL).stem else ""
+    told = "".join(f"<h3>{html.escape(group)}</h3>{table(rows_of(x))}" for group, x in groups)
+    return heading + (told or missing(f"{name}.json holds no figures"))
 
 
 def resume(found: Found) -> str:
     """What to type to go on with a run."""
-    return f"just train {shlex.quote(str(found.folder))} --resume"
+    return f"just train {shlex.quote(shareable(found.folder))} --resume"
 
 
 def rows_of(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -5,7 +5,9 @@ said in a line.
 import html
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
+from experiments.paths import without_paths
 from experiments.report.curves import curves, figures
 from experiments.report.found import Found
 from experiments.report.options import Option, command, options, said
@@ -51,7 +53,7 @@ def ending(found: Found) -> tuple[str, str, str]:
     if state == "interrupted":
         return "interrupted", "warn", f"The training was interrupted; {last}."
     if state == "failed":
-        return "failed", "warn", f"The training failed: {status.get('why', 'it is not recorded why')}; {last}."
+        return "failed", "warn", f"The training failed: {_why(status)}; {last}."
     if state == "running" and found.at_work:
         return "running", "c1", f"The training is at work; {last}."
     if state == "running":
@@ -59,10 +61,15 @@ def ending(found: Found) -> tuple[str, str, str]:
     return "end not recorded", "c0", f"The folder does not say how the training ended; {last}."
 
 
+def _why(status: Mapping[str, Any]) -> str:
+    why = status.get("why")
+    return without_paths(why) if isinstance(why, str) else "it is not recorded why"
+
+
 def _steps(found: Found) -> str:
     done = found.lines[-1]["step"] if found.lines else 0
     every = (found.status or {}).get("steps")
-    return f"{done:,} of {every:,} steps" if every else f"{done:,} steps"
+    return f"{done:,} of {every:,} steps" if isinstance(every, int) and every else f"{done:,} steps"
 
 
 def training(found: Found) -> Section:

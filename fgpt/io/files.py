@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,24 +21,33 @@ from fgpt.errors import InputError, one_line, printable, shown
 from fgpt.families.names import Held
 
 
+def encoded(text: str) -> bytes:
+    r"""`text` in UTF-8, by the rule for every file that is written: half of a surrogate pair, for which UTF-8 has no
+    bytes, becomes its escape, as in \ud83d. In JSON that escape is read back as what it stands for.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write(path: Path, *data: bytes | memoryview | str) -> None:
     """Write `data`, part after part, to a temporary name in the same folder, flush it to disk, and rename it to `path`.
+    Where `path` is a symbolic link, the link is replaced, and not what it points to. Text is written as `encoded` says.
 
     Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _make_parent(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
             for part in data:
-                file.write(part.encode() if isinstance(part, str) else part)
+                file.write(encoded(part) if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _settle(path.parent)
     except OSError as err:
+        _check_staying(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
@@ -47,38 +57,114 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to write files into, which takes the name `path` when all are written, in the place of an older one:
-    a reader finds the old files, or the new, and never some of each.
+    a reader finds the old files, or the new, and never some of each. Where `path` is a symbolic link, the link is
+    replaced, and not what it points to.
 
     Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        _make_parent(path)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
         try:
             os.chmod(temporary, 0o755)
             yield temporary
+            _check_staying(path)
             _settle(temporary)
             _replace(temporary, path)
             _settle(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:
+        _check_staying(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
+
+
+# -------------------------------------------------------------------------------------------------- temporary names
+
+PARTIAL, ASIDE = ".fgpt-partial", ".fgpt-aside"
+"""How the names end of what is being written, and of a folder that is about to be replaced."""
+
+TEMPORARY = re.compile(rf"\.(?P<name>.+)\.[a-z0-9_]{{8}}({re.escape(PARTIAL)}|{re.escape(ASIDE)})", re.DOTALL)
+"""A temporary name of ours, and of nobody else: as tempfile makes it between our beginning and our ending."""
 
 
 def _replace(new: Path, path: Path) -> None:
     """Rename the folder `new` to `path`. An older one is put aside first: it cannot be renamed over."""
-    if not path.exists():
+    if not os.path.lexists(path):
         os.rename(new, path)
         return
-    aside = new.with_name(f"{new.name}.old")
+    aside = new.with_name(new.name.removesuffix(PARTIAL) + ASIDE)
     os.rename(path, aside)
     try:
         os.rename(new, path)
     except OSError:
         os.rename(aside, path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; of a symbolic link the link, and not what it points to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Delete in `folder` itself what a killed process had not written to its end, and bring back a folder that it had
+    put aside and not replaced. Nothing is touched but temporary names of ours, and nothing behind a symbolic link.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if not (match := TEMPORARY.fullmatch(path.name)):
+            continue
+        whole = folder / match["name"]
+        if path.name.endswith(ASIDE) and not os.path.lexists(whole):
+            os.rename(path, whole)
+        else:
+            remove(path)
+
+
+# ------------------------------------------------------------------------------------- folders that must not move
+
+_STAYING: dict[Path, tuple[int, int]] = {}
+"""Which folders have to stay in their place now, with their device and inode."""
+
+
+@contextmanager
+def staying(folder: Path) -> Iterator[None]:
+    """Within it nothing is written below `folder` any more once that is gone, or another: else what is written after a
+    folder was renamed would make a second one under the old name, with half of the files.
+    """
+    _STAYING[folder] = _identity(folder)
+    try:
+        yield
+    finally:
+        del _STAYING[folder]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _check_staying(path: Path) -> None:
+    for folder, identity in _STAYING.items():
+        if folder not in path.parents:
+            continue
+        try:
+            if _identity(folder) == identity:
+                continue
+        except OSError:
+            pass
+        raise InputError(f"{folder} was renamed or deleted while it was in use: {path.name} is not written")
+
+
+def _make_parent(path: Path) -> None:
+    _check_staying(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _settle(folder: Path) -> None:
@@ -113,7 +199,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:begin]))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors has its entries in any order
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = encoded(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
     text += b" " * (-len(text) % 8)  # as the format aligns what follows
     write(path, len(text).to_bytes(8, "little"), text, data[begin:])
 
