@@ -45,9 +45,10 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
         raise InputError(f"samples is {how.samples}: expected 1 or more")
     it = opened(name)
     prompt = encode_prompt(Row(instruction, given, ""), template(it.run.template), it.tokenizer)
+    ends = it.tokenizer.eos_token_ids
     if how.beams > 1:
         sampling = replace(how.sampling, temperature=0.0)
-        found = beam_search(it.params, prompt, it.tokenizer.eos, how.most, how.beams, how.length_penalty, sampling)
+        found = beam_search(it.params, prompt, ends, how.most, how.beams, how.length_penalty, sampling)
         texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.samples]]
     elif how.samples == 1:
         tell(written(it, prompt, how))
@@ -57,7 +58,7 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
             raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
         many, stop = [prompt] * how.samples, stop_at(it.tokenizer.decode, how.stop)
         rng = key(how.seed)
-        made = generate(it.params, many, it.tokenizer.eos, how.most, how.sampling, rng, stop, compiled=how.compiled)
+        made = generate(it.params, many, ends, how.most, how.sampling, rng, stop, compiled=how.compiled)
         texts = [it.tokenizer.decode(x.tokens) for x in made]
     print("\n\n".join(cut(text, how.stop).strip() for text in texts))
 
@@ -65,7 +66,7 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
 def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
     """One text, piece by piece."""
     stop, rng = stop_at(it.tokenizer.decode, how.stop), key(how.seed)
-    end, compiled = it.tokenizer.eos, how.compiled
+    end, compiled = it.tokenizer.eos_token_ids, how.compiled
     steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compiled=compiled)
     return pieces(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
 

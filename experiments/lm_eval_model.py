@@ -172,14 +172,14 @@ class Model(TemplateLM):
         return kept
 
     def _written(self, prompts: Sequence[Sequence[int]], how: Writing, numbers: Sequence[int]) -> Iterator[str]:
-        until, eos = stop_at(self.text.decode, how.stop), self.text.eos
+        until, ends = stop_at(self.text.decode, how.stop), self.text.eos_token_ids
         if how.sampling.temperature > 0:  # a row's key in a batch is its place there, which says nothing of the request
             out = [
-                generate(self.params, [prompt], eos, how.most, how.sampling, fold_in(self.rng, i), until)[0]
+                generate(self.params, [prompt], ends, how.most, how.sampling, fold_in(self.rng, i), until)[0]
                 for prompt, i in zip(prompts, numbers, strict=True)
             ]
         else:
-            out = generate(self.params, prompts, eos, how.most, how.sampling, until=until)
+            out = generate(self.params, prompts, ends, how.most, how.sampling, until=until)
         return (cut(self.text.plain(text.tokens), how.stop) for text in out)
 
     # ------------------------------------------------------------------------------------------------------------- chat

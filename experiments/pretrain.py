@@ -185,8 +185,8 @@ def pretrain(run: Pretrain, where: Path | None = None) -> Path:
         params = cast(params, torch.float32)
         after = held_out(params, held.tokenizer, held.texts, run.rows)
         report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
-        warm, end = Sampling(temperature=0.7), held.tokenizer.eos
-        text = generate(params, [[end]], end, run.seq - 2, warm, fold_in(it.rng, "story"))[0]
+        warm, ends = Sampling(temperature=0.7), held.tokenizer.eos_token_ids
+        text = generate(params, [[held.tokenizer.eos]], ends, run.seq - 2, warm, fold_in(it.rng, "story"))[0]
         console.print(f"\n{held.tokenizer.decode(text.tokens)}")
     return out
 

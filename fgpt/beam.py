@@ -2,14 +2,14 @@
 the text repeats itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.generate import Generated, room
+from fgpt.generate import Generated, ends_of, room
 from fgpt.model import GPT, Cache, extend, logits
 from fgpt.sampling import GREEDY, Sampling
 from fgpt.tree import device, tree_map
@@ -27,7 +27,7 @@ class Beam(NamedTuple):
 def beam_search(
     params: GPT,
     prompt: Sequence[int],
-    end: int,
+    end: int | Collection[int],
     most: int,
     beams: int = 4,
     length_penalty: float = 1.0,
@@ -43,10 +43,11 @@ def beam_search(
 
     Source: Wu et al. 2016 (GNMT), section 7, for the length penalty's place; the rule of stopping is transformers'.
     """
-    most = room(params, [prompt], most)
+    most, enders = room(params, [prompt], most), ends_of(end, params.cfg.vocab)
     if beams < 1 or sampling.temperature > 0:
         raise InputError(f"beam search takes 1 beam or more, and draws nothing; got {beams}, {sampling.temperature}")
     at, choose = device(params), sampling.filter
+    stopping = torch.tensor(sorted(enders), dtype=torch.long, device=at)
     if not most:
         return [Beam([], False, 0.0)]
     done: list[Beam] = []
@@ -58,12 +59,12 @@ def beam_search(
         chances = choose(logits(params, h[:, -1]).float().log_softmax(-1), seen) + scores[:, None]
         best, where = chances.flatten().topk(min(2 * beams, chances.numel()))
         rows, tokens = where // chances.shape[1], where % chances.shape[1]
-        ends = (tokens == end) | (length == most)
+        ends = torch.isin(tokens, stopping) | (length == most)
         ranked = zip(best.tolist(), rows.tolist(), tokens.tolist(), ends.tolist(), strict=True)
         for score, row, token, stops in list(ranked)[:beams]:
             if stops and score > -torch.inf:
-                text = texts[row] if token == end else [*texts[row], token]
-                done.append(Beam(text, token == end, score / length**length_penalty))
+                text = texts[row] if token in enders else [*texts[row], token]
+                done.append(Beam(text, token in enders, score / length**length_penalty))
         done = sorted(done, key=lambda x: -x.score)[:beams]
         open_ = (~ends).nonzero().flatten()[:beams]
         if not len(open_) or (len(done) == beams and best[open_[0]].item() / length**length_penalty <= done[-1].score):
@@ -75,7 +76,9 @@ def beam_search(
 
 
 @torch.no_grad()
-def lookup(params: GPT, prompt: Sequence[int], end: int, most: int, ngram: int = 3, ahead: int = 10) -> Generated:
+def lookup(
+    params: GPT, prompt: Sequence[int], end: int | Collection[int], most: int, ngram: int = 3, ahead: int = 10
+) -> Generated:
     """`generate`'s greedy text of one prompt, faster where it repeats: where the last `ngram` tokens stood before, the
     `ahead` tokens that followed them there are tried in one pass, and kept as far as the model would have written them.
 
@@ -85,6 +88,7 @@ def lookup(params: GPT, prompt: Sequence[int], end: int, most: int, ngram: int =
 
     Source: Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023, section 2, for one draft taken greedily.
     """
+    enders = ends_of(end, params.cfg.vocab)
     if not (most := room(params, [prompt], most)):
         return Generated([], False, [])
     at, text = device(params), list(prompt)
@@ -95,7 +99,7 @@ def lookup(params: GPT, prompt: Sequence[int], end: int, most: int, ngram: int =
         chosen = scores[0].argmax(-1).tolist()
         right = next((i for i, token in enumerate(tried) if token != chosen[i]), len(tried))
         for token in chosen[: right + 1]:
-            if token == end:
+            if token in enders:
                 return Generated(text[len(prompt) :], True, [])
             text.append(token)
         if len(text) - len(prompt) == most:

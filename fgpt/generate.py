@@ -1,6 +1,6 @@
 """Text from a model: prefill, then decode token by token over a cache."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ Until = Callable[[list[int]], bool]
 def generate(
     params: GPT,
     prompts: Sequence[Sequence[int]],
-    end: int,
+    end: int | Collection[int],
     most: int,
     sampling: Sampling = GREEDY,
     rng: torch.Generator | None = None,
@@ -52,7 +52,8 @@ def generate(
     adapters: Sequence[Adapters] | None = None,
     compiled: bool = False,
 ) -> list[Generated]:
-    """Continue each of a batch of ragged prompts by at most `most` tokens, until `end`, or until `until` says so.
+    """Continue each of a batch of ragged prompts by at most `most` tokens, until `end`, which may be several tokens, or
+    until `until` says so. With -1 no token ends a text.
 
     Greedy by default. Prompts are padded on the left as a document of their own, and each row draws by a key of its
     own: neighbours change nothing. For several texts of one prompt give it several times; it is read once. `adapters`
@@ -77,7 +78,7 @@ def generate(
 def stream(
     params: GPT,
     prompts: Sequence[Sequence[int]],
-    end: int,
+    end: int | Collection[int],
     most: int,
     sampling: Sampling = GREEDY,
     rng: torch.Generator | None = None,
@@ -94,8 +95,7 @@ def stream(
     context, at, choose, starts = params.cfg.context, device(params), sampling.filter, list(map(len, prompts))
     if sampling.temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
-    if not -1 <= end < params.cfg.vocab:
-        raise InputError(f"end token {end}: expected one of the vocabulary's {params.cfg.vocab}, or -1 for none")
+    ends_text = ends_of(end, params.cfg.vocab)
     if adapters is not None and len(adapters) != len(prompts):
         raise InputError(f"{len(adapters)} sets of adapters for {len(prompts)} prompts: expected one for each")
     keys = [] if rng is None else [fold_in(rng, i) for i in range(len(prompts))]
@@ -113,7 +113,7 @@ def stream(
             written += 1
             rngs = [fold_in(keys[i], written) for i in going] if sampling.temperature > 0 else None
             tokens = draw(choose(scores, seen), rngs)
-            yield (told := _told(going, tokens, scores if logprobs else None, end))
+            yield (told := _told(going, tokens, scores if logprobs else None, ends_text))
             for row, token, _, ends in told:
                 texts[row] += [] if ends else [token]
             open_ = [j for j, x in enumerate(told) if not (x.end or (until and until(texts[x.row][starts[x.row] :])))]
@@ -150,12 +150,24 @@ def room(params: GPT, prompts: Sequence[Sequence[int]], most: int) -> int:
     return min(most, context - max(map(len, prompts), default=0))
 
 
-def _told(rows: list[int], tokens: Tensor, scores: Tensor | None, end: int) -> list[Token]:
+def ends_of(end: int | Collection[int], vocab: int) -> frozenset[int]:
+    """The tokens that end a text, given one, several, or -1 for none.
+
+    Raises InputError for what is no token of the vocabulary.
+    """
+    several = frozenset((end,) if isinstance(end, int) else end)
+    for token in several:
+        if not -1 <= token < vocab:
+            raise InputError(f"end token {token}: expected one of the vocabulary's {vocab}, or -1 for none")
+    return several - {-1}
+
+
+def _told(rows: list[int], tokens: Tensor, scores: Tensor | None, ends: frozenset[int]) -> list[Token]:
     chosen = tokens.tolist()
     chances: list[float | None] = [None] * len(rows)
     if scores is not None:
         chances = scores.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
-    return [Token(row, t, p, t == end) for row, t, p in zip(rows, chosen, chances, strict=True)]
+    return [Token(row, t, p, t in ends) for row, t, p in zip(rows, chosen, chances, strict=True)]
 
 
 def prefill(

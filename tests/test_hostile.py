@@ -4,6 +4,7 @@ What a file says is told by readers that are not ours: safetensors', gguf's and 
 file has a few seconds and some memory beyond what the process holds: a hang or a giant allocation fails the test.
 """
 
+import base64
 import csv
 import io
 import json
@@ -39,7 +40,8 @@ from transformers import GPT2Config, LlamaConfig
 
 import fgpt
 from fgpt import families
-from fgpt.data import label_sources, sources
+from fgpt.data import label_sources, library, sources, tokenizer_json
+from fgpt.data.child import Child
 from fgpt.data.tokenizers import Tokenizer, of_folder
 from fgpt.errors import InputError
 from fgpt.families import names
@@ -857,15 +859,120 @@ def test_spoiled_configs(kind: str, tmp_path: Path):
 
 def check_tokenizer(tokenizer: Tokenizer, vocab: int) -> None:
     """Asserts that what is there can be used."""
-    assert 0 < tokenizer.n_vocab <= vocab
+    assert tokenizer.n_vocab > 0
     assert 0 <= tokenizer.eos < vocab
+    assert all(0 <= token < vocab for token in tokenizer.eos_token_ids)
     with guarded():
         try:
             tokens = tokenizer.encode("Once upon a time, 12 é\n")
         except InputError:
             return
-    assert all(0 <= token < tokenizer.n_vocab for token in tokens)
+    assert all(0 <= token < min(tokenizer.n_vocab, vocab) for token in tokens)
     assert isinstance(tokenizer.decode(tokens), str)
+
+
+def charsmap(data: bytes) -> dict[str, Any]:
+    return {"normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}}
+
+
+def twice(rule: dict[str, Any], times: int) -> dict[str, Any]:
+    return {"normalizer": {"type": "Sequence", "normalizers": [rule] * times}}
+
+
+PANICS: dict[str, dict[str, Any]] = {
+    "an allocation of gigabytes": charsmap(b"\xff" * 4),
+    "a charsmap of nothing": charsmap(b""),
+    "a charsmap that is cut": charsmap(b"\x03\0\0\0abc"),
+    "a charsmap that points outside": charsmap(b"\x08\0\0\0" + b"\x00\x04\xff\xff" * 2 + b"abc\0"),
+    "a text that doubles again and again": twice({"type": "ByteLevel"}, 60),
+    "a letter that doubles": twice({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}, 60),
+    "nothing is replaced": twice({"type": "Replace", "pattern": {"String": ""}, "content": "x"}, 1),
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a second text that is none": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+    "a token that the template has not": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+    "a prefix longer than its tokens": {"model": {"continuing_subword_prefix": "####"}},
+    "a prefix that cuts a character": {
+        "model": {
+            "vocab": {"a": 0, "ab": 1, "é": 2, "aé": 3},
+            "merges": [["a", "é"]],
+            "continuing_subword_prefix": "x",
+        }
+    },
+    "a decoder that strips more than is there": {"decoder": {"type": "Strip", "content": "é", "start": 3, "stop": 3}},
+    "brackets without end": {
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "(" * 20000 + "a" + ")" * 20000},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_tokenizer_files_that_panic_or_abort(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizer_json, "_checker", Child("tokenizer_check.py", 2))
+    whole = json.loads(trained().to_str())
+    model = whole["model"] | PANICS[name].get("model", {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | PANICS[name] | {"model": model}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert outcome("panics", tmp_path, lambda: of_folder(tmp_path, 2000)) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    check_tokenizer(of_folder(tmp_path, 2000), 2000)  # and the next is read
+
+
+def test_a_panic_while_reading_a_text(tmp_path: Path):
+    """Where a file is well, a text may still be too much for the library."""
+
+    class PanicException(BaseException): ...
+
+    def panic() -> None:
+        raise PanicException("index out of\nbounds")
+
+    with pytest.raises(InputError, match=r"^t: index out of bounds$"):
+        library.call("t", panic)
+    with pytest.raises(KeyboardInterrupt):
+        library.call("t", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+
+def test_spoiled_merges_and_special_tokens(tmp_path: Path):
+    made = trained()
+    made.model.save(str(tmp_path))
+    files = {
+        "merges.txt": (tmp_path / "merges.txt").read_text(encoding="utf-8"),
+        "added_tokens.json": '{"<tool>": 500, "<x>": 501}',
+        "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>"}',
+        "config.json": '{"model_type": "gpt2"}',
+        "tokenizer_config.json": '{"add_bos_token": true, "extra_special_tokens": ["<x>"]}',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    check_tokenizer(of_folder(tmp_path, 600), 600)
+    odd = ['{"added_tokens_decoder": 1}', '{"added_tokens_decoder": {"x": {}}}', '{"added_tokens_decoder": {"1": "a"}}']
+    odd += ['{"<tool>": -1}', '{"<tool>": "1"}', "[]", "{", "a b c\n", "zzzz y\n", "a\n", '{"eos_token": 3}']
+    odd += ['{"add_bos_token": true, "bos_token": "a:b c", "eos_token": "<|im_end|>"}', '{"eos_token": {"lstrip": 3}}']
+    for name, text in files.items():
+        for spoiled in [*odd, *cuts(text.encode(), 6), *flips(text.encode(), 6)]:
+            (tmp_path / name).write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
+            if found := outcome("merges", tmp_path, lambda: of_folder(tmp_path, 600)):
+                check_tokenizer(found, 600)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert 0 < LOADED["merges"] < TRIED["merges"]
 
 
 def test_spoiled_tokenizer_json(tmp_path: Path):

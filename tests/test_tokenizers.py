@@ -365,8 +365,13 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"tokenizer_config\.json: not valid JSON"):
         of(tokenizer_dot_json=hub, tokenizer_config_dot_json=b"{")
     of(tokenizer_dot_json=hub, **ends)
-    with pytest.raises(InputError, match=r"has 501 tokens, the model 400; put the model's own"):
-        of_folder(tmp_path, 400)
+    few = of_folder(tmp_path, 400)  # more tokens than rows: no obstacle until a text holds one
+    assert few.encode("the") == [token for token in of_folder(tmp_path, 501).encode("the") if token < 400]
+    with pytest.raises(InputError, match=r"holds '<tool>', token 500, .*rows for 400 tokens: .*put the model's own"):
+        few.encode("a <tool>")
+    of(ranks_dot_tiktoken=own)
+    with pytest.raises(InputError, match=r"has 4096 tokens, the model 4095; put the model's own"):
+        of_folder(tmp_path, 4095)
 
 
 def _printable(token: bytes) -> str:
@@ -423,8 +428,12 @@ def test_other_metadata_are_refused(name: str):
 
 
 def test_a_gguf_tokenizer_must_fit_its_model():
-    with pytest.raises(InputError, match="has 500 tokens, the model 499"):
-        of_gguf(fields(trained("smollm"), "smollm"), 499)
+    few = of_gguf(fields(trained("smollm"), "smollm"), 499)
+    assert few.encode("a") == of_gguf(fields(trained("smollm"), "smollm"), 500).encode("a")
+    with pytest.raises(InputError, match=r"token 499, .*rows for 499 tokens"):
+        few.encode(few.decode([499]))
+    with pytest.raises(InputError, match="ends a document by token 2, the model has 2 rows"):
+        of_gguf(fields(trained("smollm"), "smollm"), 2)
 
 
 def test_importing_fgpt_stays_light():

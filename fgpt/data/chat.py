@@ -1,16 +1,11 @@
 """A model's chat template: from messages to the one text that it was trained to read."""
 
-import atexit
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fgpt.data.child import Child
 from fgpt.errors import InputError, one_line
 
 Messages = Sequence[Mapping[str, str]]
@@ -45,45 +40,20 @@ class Chat:
             raise InputError(f"the model's chat template fails on these messages: {one_line(said['error'])}")
         return said["text"]
 
+    def after_answer(self) -> str:
+        """What the template writes after the text of an assistant's turn, such as <|im_end|> and a newline.
 
-class _Renderer:
-    """The process that renders templates, started when the first is asked for: see `fgpt.data.render`."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
-        self.owner = 0
-
-    def ask(self, asked: Mapping[str, Any]) -> dict[str, str] | None:
-        """What it answers; None where it came to its limits. The next is then asked of another process."""
-        with self.lock:
-            process = self.process
-            if process is None or process.poll() is not None or self.owner != os.getpid():  # a fork may not share it
-                process, self.owner = _started(), os.getpid()
-                self.process = process
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(asked) + "\n")
-                process.stdin.flush()
-                return json.loads(process.stdout.readline())
-            except BaseException as err:  # an answer that is not awaited would be taken for the next one's
-                process.kill()
-                self.process = None
-                if isinstance(err, OSError | ValueError):  # it has ended: nothing can be written, or is read
-                    return None
-                raise
+        Raises InputError as `text` does, and where the template leaves that text out.
+        """
+        answer = "ANSWER"
+        text = self.text([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], False)
+        _, found, after = text.rpartition(answer)
+        if not found:
+            raise InputError("the model's chat template leaves out what the assistant says")
+        return after
 
 
-def _started() -> "subprocess.Popen[str]":
-    pipe = subprocess.PIPE
-    program = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]  # -P: its neighbours are not imported
-    process = subprocess.Popen([*program, str(SECONDS)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    atexit.register(process.kill)
-    return process
-
-
-_renderer = _Renderer()
+_renderer = Child("render.py", SECONDS)
 
 
 def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
@@ -101,7 +71,7 @@ def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
 
 
 def special(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names: bos_token, eos_token and the like."""
+    """The special tokens that a tokenizer_config.json names, strings or objects: bos_token, eos_token and so on."""
     found = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value

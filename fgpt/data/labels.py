@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fgpt.data.continuation import continuation
 from fgpt.data.packing import ends
 from fgpt.data.templates import Example
 from fgpt.data.tokenizers import Tokenizer
@@ -51,11 +52,11 @@ def classes(names: Sequence[str]) -> Labels:
 
 
 def words(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
-    """Labels as next tokens: each name, with a space before it, is one token.
+    """Labels as next tokens: each name, with a space before it, is one token. See `word`.
 
     Raises InputError where one is several, or two are the same.
     """
-    found = [tokenizer.encode(f" {name}") for name in names]
+    found = [word(name, tokenizer) for name in names]
     for name, tokens in zip(names, found, strict=True):
         if len(tokens) != 1:
             parts = ", ".join(repr(tokenizer.decode([token])) for token in tokens)
@@ -66,6 +67,16 @@ def words(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     if twice := [name for i, name in enumerate(names) if found[i] in found[:i]]:
         raise InputError(f"label {twice[0]!r} is the same token as one before it: give it another word")
     return Labels(tuple(names), tuple(tokens[0] for tokens in found))
+
+
+def word(name: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a label's name where it follows a text and a space: one, if the tokenizer has one for it.
+
+    A tokenizer that puts a space of its own before every text makes two of " yes" alone, and one of it behind a text.
+    """
+    read = tokenizer.encode
+    several = [read(f" {name}"), *(continuation(read, context, f" {name}") for context in (":", "a", "\n"))]
+    return next((tokens for tokens in several if len(tokens) == 1), several[1])
 
 
 def words_of(given: Sequence[str]) -> dict[str, str]:
@@ -162,17 +173,18 @@ def frame(
     wording: Wording, names: Sequence[str], tokenizer: Tokenizer, end: bool, shots: Sequence[Labelled] = ()
 ) -> Frame:
     """The tokens around every text: with `end`, a last token after it, from which its class is read; `shots` stand
-    before it as texts that have their labels. The model's end of text is separator and end.
+    before it as texts that have their labels. The model's end of text is separator and end; a BOS stands first where
+    the model's family has one before every text.
     """
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text)) if text else ()
 
     prefix, suffix, between = encode(wording.prefix), encode(wording.suffix), (tokenizer.eos,)
-    before = encode(wording.instruction.replace("{labels}", ", ".join(names)))
+    before = tokenizer.prefix_tokens + encode(wording.instruction.replace("{labels}", ", ".join(names)))
     for shot in shots:
         second = (*between, *encode(shot.text2)) if shot.text2 else ()
-        before += (*prefix, *encode(shot.text), *second, *suffix, *encode(f" {shot.label}"), *encode("\n\n"))
+        before += (*prefix, *encode(shot.text), *second, *suffix, *word(shot.label, tokenizer), *encode("\n\n"))
     return Frame(before + prefix, between, suffix + between if end else suffix, encode(GAP))
 
 

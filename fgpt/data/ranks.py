@@ -3,14 +3,17 @@
 import base64
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from fgpt.data.chat import Chat, Messages
+from fgpt.data import merges
+from fgpt.data.chat import CONFIG, Chat, Messages
+from fgpt.data.library import call
 from fgpt.errors import InputError
 
 RANKS = "ranks.tiktoken"
@@ -21,6 +24,12 @@ END = "<|endoftext|>"
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """How GPT-2 cuts text before merging. Source: Radford et al. 2019, section 2.2; possessive as in tiktoken."""
 
+FILE = "tokenizer.json"
+"""What the tokenizers library, and so transformers, reads."""
+
+LONG = re.compile(r"\s{10000,}+")
+"""Blanks, of which tiktoken remembers each, before a word, as a place to turn back to: of a million it panics."""
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -28,6 +37,8 @@ class Ranked:
 
     bpe: tiktoken.Encoding
     template: Chat | None = None
+    declared: tuple[int, ...] = ()
+    """Further tokens that end a generated text, as the model's config says."""
 
     @property
     def n_vocab(self) -> int:
@@ -41,17 +52,30 @@ class Ranked:
     def begin(self) -> int:
         return self.bpe.eot_token
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.eos, *self.declared)))
+
+    @property
+    def end_of_turn(self) -> tuple[int, ...]:
+        return (self.eos,)
+
+    @property
+    def prefix_tokens(self) -> tuple[int, ...]:
+        return ()
+
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(text)
+        return _in_parts(self.bpe.encode_ordinary, text)
 
     def spelled(self, text: str, around: bool = True) -> list[int]:
-        return self.bpe.encode(text, allowed_special="all")
+        return _in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
 
     def plain(self, tokens: Sequence[int]) -> str:
         return self.decode([token for token in tokens if token != self.eos])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self.bpe.decode([token for token in tokens if 0 <= token < self.n_vocab])
+        size = self.n_vocab
+        return self.bpe.decode([token for token in tokens if 0 <= token < size])
 
     def chat(self, messages: Messages, answer: bool = True) -> list[int]:
         if self.template is None:
@@ -59,12 +83,52 @@ class Ranked:
         return self.spelled(self.template.text(messages, answer))
 
     def files(self) -> dict[str, str]:
-        """The file, by name, from which these tokens are read again."""
-        return {RANKS: rank_lines([self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos)])}
+        """The files, by name, from which these tokens are read again, by us and by transformers."""
+        ranks = [self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos)]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"bos_token": END, "eos_token": END, "unk_token": END}
+        config |= {"chat_template": self.template.template} if self.template else {}
+        return {RANKS: rank_lines(ranks), FILE: _tokenizer_json(ranks), CONFIG: json.dumps(config, indent=2) + "\n"}
 
-    def chatting(self, template: Chat | None) -> "Ranked":
-        """The same tokens with a chat template."""
-        return replace(self, template=template)
+    def chatting(self, template: Chat | None, declared: Sequence[int] = ()) -> "Ranked":
+        """The same tokens with a model's chat template, and what its config says that ends a generated text."""
+        return replace(self, template=template, declared=tuple(declared))
+
+
+def _in_parts(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """`encode(text)`, with each long run of blanks before a word apart.
+
+    The pattern that cuts text gives all of such a run but its last blank to one piece, and begins the next with that:
+    so cutting there changes no token.
+    """
+    tokens: list[int] = []
+    start = 0
+    for run in LONG.finditer(text) if len(text) > 10_000 else ():
+        if run.end() == len(text):  # one piece, all of it
+            break
+        for part in (text[start : run.start()], text[run.start() : run.end() - 1]):
+            tokens += _encoded(encode, part)
+        start = run.end() - 1
+    return tokens + _encoded(encode, text[start:])
+
+
+def _encoded(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    return call(f"tiktoken fails on a text of {len(text):,} characters: shorten it", lambda: encode(text))
+
+
+def _tokenizer_json(ranks: list[bytes]) -> str:
+    """The same tokens for the tokenizers library. A piece of text that is a token is that token, as in tiktoken."""
+    names = [printable(token) for token in ranks]
+    pairs = [[printable(left), printable(right)] for left, right in merges.of_ranks(ranks)]
+    end = {"id": len(ranks), "content": END, "special": True}
+    end |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
+    model |= {"vocab": {name: rank for rank, name in enumerate(names)}, "merges": pairs}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None}
+    whole |= {"pre_tokenizer": cut, "post_processor": None, "decoder": cut, "model": model}
+    return json.dumps(whole, ensure_ascii=False) + "\n"
 
 
 def no_template(name: str) -> InputError:
@@ -131,6 +195,12 @@ def _byte_of_char() -> dict[str, int]:
 
 BYTE_OF_CHAR = _byte_of_char()
 """GPT-2's printable stand-ins: a printable byte stands for itself, the i-th other one is chr(256 + i)."""
+CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
+
+
+def printable(token: bytes) -> str:
+    """A token's bytes as the hub's files write them."""
+    return "".join(CHAR_OF_BYTE[byte] for byte in token)
 
 
 def _bpe(path: Path, ranks: dict[bytes, Any]) -> Ranked:

@@ -76,25 +76,26 @@ class Example:
 
 
 def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt's tokens, in training and in generation alike. Special tokens in the row's text are plain text, but in
-    a chat.
+    """The prompt's tokens, in training and in generation alike: after a BOS where the model's family has one before
+    every text. Special tokens in the row's text are plain text, but in a chat, whose template writes its own BOS.
 
     Raises InputError for a chat with a model that has no template for it.
     """
     if template.chat:
         return tuple(tokenizer.chat([{"role": "user", "content": template.prompt(row)}]))
-    return tuple(tokenizer.encode(template.prompt(row)))
+    return (*tokenizer.prefix_tokens, *tokenizer.encode(template.prompt(row)))
 
 
 def encode(row: Row, template: Template, tokenizer: Tokenizer) -> Example:
-    """Prompt, answer and <|endoftext|>, which closes every answer and carries loss.
+    """Prompt, answer and end, which carries loss: <|endoftext|>, or in a chat what the model's template ends a turn by.
 
     Prompt and answer are tokenised apart: no merge crosses the border, so the prompt reads as generation will write it.
     An answer of nothing but white space is no answer; `packing.fit` reports it.
     """
     prompt = encode_prompt(row, template, tokenizer)
     answer = tokenizer.encode(row.output) if row.output.strip() else []
-    return Example((*prompt, *answer, tokenizer.eos), len(prompt))
+    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos,)
+    return Example((*prompt, *answer, *(end if answer else end[-1:])), len(prompt))
 
 
 def template(name: str) -> Template:

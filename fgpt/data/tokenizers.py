@@ -1,22 +1,40 @@
 """One small protocol for all tokenizers, and which of them a model has."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fgpt.data import chat, tokenizer_json
+from fgpt.data import chat, special_tokens, tokenizer_json
 from fgpt.data.chat import Messages
-from fgpt.data.ranks import RANKS, from_ranks, from_vocab, gpt2
+from fgpt.data.merges import MERGES, VOCAB
+from fgpt.data.ranks import END, FILE, RANKS, Ranked, from_ranks, from_vocab, gpt2
+from fgpt.data.special_tokens import read_json
 from fgpt.data.tokenizer_json import HubTokenizer
 from fgpt.errors import InputError
 
-VOCAB = "vocab.json"
-FILES = (RANKS, tokenizer_json.FILE, VOCAB, chat.CONFIG, chat.TEMPLATE, "generation_config.json")
+FILES = (
+    RANKS,
+    FILE,
+    VOCAB,
+    MERGES,
+    chat.CONFIG,
+    chat.TEMPLATE,
+    special_tokens.MAP,
+    special_tokens.ADDED,
+    special_tokens.GENERATION,
+)
 """What a tokenizer is read from in a model folder, besides config.json: to be fetched and copied with a model."""
 
 GPT2_LIKE = ("gpt2", "gptj", "gpt_neo")
 """Model types that use GPT-2's ranks, so that a folder needs no tokenizer of its own."""
+
+DEFAULTS: dict[str, dict[str, str]] = {
+    "GPT2Tokenizer": {"bos_token": END, "eos_token": END, "unk_token": END},
+    "GPTNeoXTokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "<|padding|>"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
+}
+"""Special tokens of transformers' classes, where a folder's files do not say otherwise."""
 
 
 @runtime_checkable
@@ -31,6 +49,25 @@ class Tokenizer(Protocol):
     @property
     def eos(self) -> int:
         """The token that ends a document, or an answer."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a generated text: `eos`, those of the model's config, and what ends a turn in a chat.
+        Each is a row of the model's table.
+        """
+        ...
+
+    @property
+    def end_of_turn(self) -> tuple[int, ...]:
+        """What the model's chat template writes after an answer, up to the special token that ends the turn; `eos`
+        where it writes none, or there is no template.
+        """
+        ...
+
+    @property
+    def prefix_tokens(self) -> tuple[int, ...]:
+        """What the model's family puts before every text, such as a BOS."""
         ...
 
     @property
@@ -67,57 +104,60 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def files(self) -> Mapping[str, str]:
+        """The files, by name, from which this tokenizer is read again, by us and by transformers."""
+        ...
+
 
 def of_folder(folder: Path, vocab: int) -> Tokenizer:
-    """The tokenizer of a model folder: its rank file, else its tokenizer.json, else its vocab.json, else GPT-2's own,
-    the last two for models of GPT-2's line alone.
+    """The tokenizer of a model folder: its rank file, else its tokenizer.json, else its vocab.json with merges.txt or,
+    in GPT-2's layout, alone; else, for models of GPT-2's line, GPT-2's own.
 
-    Raises InputError where there is none, or it has tokens that the model's table of `vocab` rows has not.
+    Tokens beyond the model's table of `vocab` rows are no obstacle while no text holds them.
+
+    Raises InputError where there is none, or the token that ends a document has no row.
     """
-    config, model = _json(folder / chat.CONFIG), _json(folder / "config.json")
-    template = chat.of_folder(folder, config)
-    if (folder / RANKS).exists():
-        tokenizer = from_ranks(folder / RANKS).chatting(template)
-    elif (folder / tokenizer_json.FILE).exists():
-        eos = _json(folder / "generation_config.json").get("eos_token_id", model.get("eos_token_id"))
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        tokenizer = tokenizer_json.from_json(
-            folder, config, eos if isinstance(eos, int) and 0 <= eos < vocab else None, template
-        )
-    elif (kind := model.get("model_type", "gpt2")) not in GPT2_LIKE:
-        raise InputError(f"{folder}: no {tokenizer_json.FILE}; expected it beside a model of type {kind!r}")
-    elif (folder / VOCAB).exists():
-        tokenizer = from_vocab(folder / VOCAB).chatting(template)
+    model, kind = read_json(folder / "config.json"), _class_of(folder)
+    there = {name for name in FILES if (folder / name).exists()}
+    declared = special_tokens.read(folder, DEFAULTS.get(kind, {}))
+    template = chat.of_folder(folder, declared.config)
+    if RANKS in there:
+        tokenizer = from_ranks(folder / RANKS)
+    elif FILE in there:
+        return tokenizer_json.from_json(folder, declared, kind, vocab, template)
+    elif {VOCAB, MERGES} <= there and kind == "GPT2Tokenizer":
+        return tokenizer_json.from_merges(folder, declared, vocab, template)
+    elif (named := model.get("model_type", "gpt2")) not in GPT2_LIKE:
+        raise InputError(f"{folder}: no {FILE}; expected it beside a model of type {named!r}")
+    elif VOCAB in there:
+        tokenizer = from_vocab(folder / VOCAB)
     else:
-        tokenizer = gpt2().chatting(template)
-    _fits(tokenizer, vocab, str(folder), f"put the model's own {RANKS}, {tokenizer_json.FILE} or {VOCAB} beside it")
-    return tokenizer
+        tokenizer = gpt2()
+    _fits(tokenizer, vocab, str(folder))
+    return tokenizer.chatting(template, [x for x in declared.eos_token_ids if x < vocab])
+
+
+def _class_of(folder: Path) -> str:
+    """The class of transformers that reads the folder, without the Fast that older files have at its end."""
+    model, config = read_json(folder / "config.json"), read_json(folder / chat.CONFIG)
+    usual = {**dict.fromkeys(GPT2_LIKE, "GPT2Tokenizer"), "gpt_neox": "GPTNeoXTokenizer"}
+    kind = model.get("model_type", "gpt2" if (folder / MERGES).exists() else None)
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    named = named or (usual.get(kind) if isinstance(kind, str) else None)
+    return named.removesuffix("Fast") if isinstance(named, str) else ""
 
 
 def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") -> HubTokenizer:
     """The tokenizer of a GGUF file's metadata; see `tokenizer_json.from_gguf`.
 
-    Raises InputError where they hold none that is known, or it has tokens that the table of `vocab` rows has not.
+    Raises InputError where they hold none that is known, or the token that ends a document is none of `vocab` rows.
     """
-    tokenizer = tokenizer_json.from_gguf(fields, name)
-    _fits(tokenizer, vocab, name, "the file is spoiled; fetch it again")
-    return tokenizer
+    return tokenizer_json.from_gguf(fields, vocab, name)
 
 
-def _fits(tokenizer: Tokenizer, vocab: int, name: str, remedy: str) -> None:
-    if tokenizer.n_vocab > vocab:
+def _fits(tokenizer: Ranked, vocab: int, name: str) -> None:
+    if tokenizer.n_vocab > vocab:  # the last of its tokens is the one that ends a document
         raise InputError(
             f"the vocabulary does not fit the model: the tokenizer of {name} has {tokenizer.n_vocab} tokens, the model "
-            f"{vocab}; {remedy}"
+            f"{vocab}; put the model's own {RANKS}, {FILE} or {VOCAB} beside it"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What a file says, if it is there."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as err:
-        raise InputError(f"{path}: not valid JSON: {err}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found

@@ -23,7 +23,7 @@ from torch import Tensor
 from fgpt import families
 from fgpt.adapters import layers
 from fgpt.data import tokenizers
-from fgpt.data.ranks import Ranked
+from fgpt.data.ranks import FILE, Ranked
 from fgpt.errors import InputError
 from fgpt.families import names
 from fgpt.io import gguf
@@ -243,7 +243,9 @@ def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
 
 
 def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
-    """What a model's config says of its tokenizer, and the files that the tokenizer is read from."""
+    """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
+    among them, which transformers reads.
+    """
     if isinstance(like, Ranked):
         return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
     if not like:
@@ -252,4 +254,11 @@ def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], M
     ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if it.file:
         return ends, tokenizers.of_gguf(it.file.fields, vocab, str(it.path)).files()
-    return ends, {name: (it.path / name).read_bytes() for name in tokenizers.FILES if (it.path / name).is_file()}
+    own = {name: (it.path / name).read_bytes() for name in tokenizers.FILES if (it.path / name).is_file()}
+    if FILE in own:
+        return ends, own
+    try:
+        made = tokenizers.of_folder(it.path, vocab).files()
+    except InputError:  # the model has no tokenizer: it is saved as it is
+        return ends, own
+    return ends, {**made, **own}
