@@ -65,6 +65,7 @@ def hashed(base: Any, rows: Sequence[Example] | Sequence[Tensor]) -> str:
     for row in rows:
         if isinstance(row, Example):
             whole.update(f"{row.prompt} {row.label}".encode())
+            whole.update(b"" if row.weight == 1 else f" {row.weight}".encode())
             row = torch.tensor(row.tokens)
         whole.update(f" {len(row)}:".encode())
         _feed(whole, row)

@@ -22,7 +22,8 @@ import fgpt
 from fgpt.data.packing import Dropped, collate, epoch, fit, pack
 from fgpt.data.ranks import RANKS, from_ranks
 from fgpt.data.sources import Columns, rows
-from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, encode, encode_prompt
+from fgpt.data.conversations import Message
+from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 from fgpt.loss import nll
 from fgpt.model import Config, hidden, init
@@ -248,7 +249,12 @@ def test_columns(tmp_path: Path):
     assert rows(file, Columns("q", output="a")) == [Row("1", "", "2.5")]
     assert rows(file, Columns("a", "q", "a")) == [Row("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
-    assert rows(file) == [Row("hello", "", "good day")]
+    asked = tuple(Message(*said) for said in (("user", "hello"), ("assistant", "good day"), ("user", "more")))
+    assert [(row.instruction, row.output) for row in rows(file)][0] == ("hello", "good day")
+    assert [(row.messages, row.output) for row in rows(file) if isinstance(row, Turn)] == [
+        (asked[:1], "good day"),
+        (asked, "later"),
+    ]
 
 
 PR, TL = Columns("p", output="r"), Columns("text", output="label")
@@ -352,7 +358,7 @@ def test_not_text_and_not_there(tmp_path: Path):
     [
         ("dolly/dolly_hhrlhf_train_small.jsonl", Columns("prompt", output="response"), 1000),
         ("dolly/dolly_finqa_val.jsonl", None, 796),
-        ("lima/lima.json", None, 1029),
+        ("lima/lima.json", None, 1082),  # 1,029 rows, 29 of them with 53 exchanges before
         ("alpaca_demo/alpaca_en_demo.json", None, 999),
         ("davidson/train.csv", TL, 1000),
         ("davidson/labeled_data.csv", Columns("tweet", output="class"), 24783),
