@@ -23,6 +23,8 @@ def _zstd(path: Path) -> io.BufferedReader:
 OPENERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 """How to unpack a file, by the end of its name."""
 
+CHUNK = 1 << 20
+
 
 def format_of(path: Path) -> str:
     """The end of a file's name that tells its format, in lower case: ".jsonl" of data.jsonl and of data.JSONL.gz."""
@@ -31,8 +33,16 @@ def format_of(path: Path) -> str:
 
 
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file of UTF-8 to read text from, unpacked where its name says so, without a byte order mark."""
+    """A file of UTF-8 to read text from, unpacked where its name says so, without a byte order mark.
+
+    A compressed file is read through once before: only its end says whether it is whole, and what a damaged one holds
+    would be taken for a fault of the text.
+    """
     opener = OPENERS.get(path.suffix.lower())
+    if opener is not None:
+        with opener(path) as stream:
+            while stream.read(CHUNK):
+                pass
     stream = path.open("rb") if opener is None else opener(path)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
