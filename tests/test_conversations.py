@@ -9,6 +9,7 @@ from typing import Any, cast
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import shared
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +37,6 @@ from fgpt.data.sources import examples, rows
 from fgpt.data.templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 
 SYSTEM = {"role": "system", "content": "Answer in French."}
@@ -221,9 +221,7 @@ def test_what_cannot_be_read_is_refused_by_its_row(record: Any, message: str, tm
     [("chat/messages_demo.jsonl", 500), ("chat/sharegpt_tools_demo.json", 957), ("lima/lima.json", 1082)],
 )
 def test_real_conversations(name: str, count: int):
-    if not (SHARED / name).exists():
-        pytest.skip("the shared development data is not beside this checkout")
-    found = examples(SHARED / name)
+    found = examples(shared(name))
     assert len(found.rows) == count  # 746 answers and 211 calls of functions; 1,029 rows and 53 exchanges before them
     assert not found.left_out
     assert all(encode(row, PLAIN, NANO).prompt < len(encode(row, PLAIN, NANO).tokens) for row in found.rows[:40])
@@ -231,10 +229,9 @@ def test_real_conversations(name: str, count: int):
 
 @pytest.mark.parametrize("name", ["preference/dpo_en_demo.json", "preference/kto_en_demo.json"])
 def test_real_preferences_are_refused(name: str):
-    if not (SHARED / name).exists():
-        pytest.skip("the shared development data is not beside this checkout")
+    path = shared(name)
     with pytest.raises(InputError, match=r"row 1: a row of preference data"):
-        rows(SHARED / name)
+        rows(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- templates

@@ -259,7 +259,7 @@ def test_columns(tmp_path: Path):
     assert rows(file, Columns("q", output="a")) == [Row("1", "", "2.5")]
     assert rows(file, Columns("a", "q", "a")) == [Row("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
-    asked = tuple(Message(*said) for said in (("user", "hello"), ("assistant", "good day"), ("user", "more")))
+    asked = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
     assert next((row.instruction, row.output) for row in rows(file)) == ("hello", "good day")
     assert [(row.messages, row.output) for row in rows(file) if isinstance(row, Turn)] == [
         (asked[:1], "good day"),
