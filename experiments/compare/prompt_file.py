@@ -37,9 +37,7 @@ def _row(record: Any, where: str) -> Row:
     if finqa.holds(record):
         return finqa.read(record, where)
     if not isinstance(record, dict) or "instruction" not in record:
-        came = (
-            f"columns {', '.join(map(repr, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
-        )
+        came = f"columns {sources.listed(record)}" if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where}: expected a text, or an object with an instruction, got {came}")
     held = {name: x for name in ("input", "output") if not sources.is_missing(x := record.get(name))}
     row = Row(

@@ -68,10 +68,12 @@ def is_quoted(path: Path) -> bool:
             for row in reader:
                 text = "".join(taken).rstrip("\r\n")
                 taken.clear()
-                quotes = quotes or '"' in text
                 if not width:
                     width, all_quoted = len(row), text == _written(row, csv.QUOTE_ALL)
-                if row and (len(row) != width or not (all_quoted or text == _written(row, csv.QUOTE_MINIMAL))):
+                if '"' not in text:  # is the same either way
+                    continue
+                quotes = True
+                if len(row) != width or not (all_quoted or text == _written(row, csv.QUOTE_MINIMAL)):
                     return False
         except csv.Error:
             return False
@@ -87,5 +89,5 @@ def _kept(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
 
 def _written(row: list[str], quoting: Any) -> str:
     text = io.StringIO()
-    csv.writer(text, delimiter="\t", quoting=quoting, lineterminator="\n").writerow(row)
-    return text.getvalue().removesuffix("\n")
+    csv.writer(text, delimiter="\t", quoting=quoting, lineterminator="\r\n").writerow(row)
+    return text.getvalue().removesuffix("\r\n")
