@@ -24,7 +24,8 @@ Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "ai", "bot", "model"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
     **dict.fromkeys(("function_response", "tool_response", "tool_result"), "tool"),
 }
@@ -101,10 +102,8 @@ def said(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 
 
-def shown_as_text(messages: Sequence[Message]) -> str:
-    """A prompt for people to read: the one message as it is, several with their roles."""
-    if len(messages) == 1 and messages[0].role == "user":
-        return messages[0].content
+def as_text(messages: Sequence[Message]) -> str:
+    """Messages for people to read, each with its role."""
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
@@ -138,7 +137,8 @@ def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
 def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> Conversation | None:
     """The conversation of a row of Alpaca's that has a system prompt or exchanges before it; None where it has none."""
     before = record.get("history")
-    before = _parsed(before, "history", where) if isinstance(before, str) and before.strip() else before
+    if isinstance(before, str):  # of a table: JSON, or a column of another meaning
+        before = _parsed(before, "history", where) if before.lstrip().startswith("[") else None
     system = _system(record, where) if isinstance(record.get("system"), str) else ()
     if not before and not system:
         return None

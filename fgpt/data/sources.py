@@ -177,10 +177,13 @@ def _turns(conversation: Conversation, left_out: Counter[str]) -> list[Row]:
         (context, answer), *_ = pairs
         if len(context) == 1 and context[0].role == "user" and answer.weight == 1:
             return [Row(context[0].content, "", answer.content)]
-    return [
-        Turn(conversations.shown_as_text(context), "", answer.content, context, answer.weight, conversation.where)
-        for context, answer in pairs
-    ]
+    rows: list[Row] = []
+    for context, answer in pairs:
+        *before, last = context
+        asked = last.content if last.role == "user" else conversations.as_text([last])
+        text = conversations.as_text(before)
+        rows.append(Turn(asked, text, answer.content, context, answer.weight, conversation.where))
+    return rows
 
 
 LISTED = 20

@@ -20,7 +20,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Turn(Row):
-    """An answer within a conversation: `output` is the answer, `instruction` all before it, as a text to be read.
+    """An answer within a conversation: `output` is the answer; for people to read, `instruction` is the message before
+    it, and `input` the conversation up to there. A prompt is made of `messages` alone.
 
     A row of one instruction is the turn whose only message is the user's.
     """
