@@ -25,6 +25,7 @@ from fgpt.data.conversations import (
     EMPTY,
     EMPTY_ANSWER,
     IGNORED,
+    REASONING,
     UNANSWERED,
     UNPROMPTED,
     UNWEIGHTED,
@@ -112,6 +113,7 @@ def test_a_parquet_file_of_messages(tmp_path: Path):
         {"prompt": "Hello.", "completion": "Bonjour."},
         {"prompt": [TALK[0]], "completion": [TALK[1]]},
         {"instruction": "Hello.", "output": "Bonjour.", "history": []},
+        {"instruction": "Hello.", "output": "Bonjour.", "history": "A column of another meaning."},
     ],
 )
 def test_a_question_and_its_answer_are_a_plain_row(record: Any, tmp_path: Path):
@@ -176,6 +178,7 @@ ASSISTANT, USER = {"role": "assistant", "content": "Yes."}, {"role": "user", "co
         ([USER, {**ASSISTANT, "loss_weight": 0.0}, *TALK], 2, {UNWEIGHTED: 1}),
         ([USER, {**ASSISTANT, "train": False}, *TALK], 2, {UNWEIGHTED: 1}),
         ([{**USER, "weight": 1}, ASSISTANT], 1, {IGNORED: 1}),
+        ([USER, {**ASSISTANT, "reasoning_content": "Well."}], 1, {REASONING: 1}),
     ],
 )
 def test_what_is_left_out_is_counted(talk: Any, answers: int, left_out: dict[str, int], tmp_path: Path):

@@ -581,6 +581,12 @@ def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: 
         assert read_text(put("c.txt", "One day.")) == "One day."
 
 
+def test_files_put_together_keep_their_marks(tmp_path: Path):
+    part = b'\xef\xbb\xbf{"instruction": "a", "output": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(part + part)
+    assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")] * 2
+
+
 @pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])
 def test_damaged_compression_is_one_line(pack: str, tmp_path: Path):
     whole = packed(pack, "\n".join(json.dumps({"instruction": str(i), "output": "x"}) for i in range(9_999)).encode())

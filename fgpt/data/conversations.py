@@ -47,6 +47,8 @@ class Message:
     weight: float = 1.0
     explicit: bool = field(default=False, compare=False)
     """The weight was written down, rather than taken to be 1."""
+    reasoned: bool = field(default=False, compare=False)
+    """There is reasoning beside the content, which is not read."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ EMPTY = "empty messages of others"
 UNPROMPTED = "messages of the assistant before the first of the user, read as context alone"
 UNWEIGHTED = "answers of the assistant with loss weight 0, read as context alone"
 UNANSWERED = "messages after the last answer"
+REASONING = "texts of reasoning beside a message's content, which are not read"
 IGNORED = "loss weights of messages that are not the assistant's, which carry no loss"
 
 
@@ -77,6 +80,7 @@ def answers(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tu
     spoken = any(message.role == "assistant" for message in conversation.messages)
     left_out[WITHOUT_ANSWER] += not spoken
     for message in conversation.messages:
+        left_out[REASONING] += message.reasoned
         answer = message.role == "assistant"
         if not message.content.strip():
             left_out[EMPTY_ANSWER if answer else EMPTY] += 1
@@ -202,7 +206,8 @@ def _of_object(turn: Mapping[str, Any], where: str) -> Message:
         raise InputError(f"{where}: no content: expected a text beside {shown(speaker)}: mend the row")
     weight, explicit = _weight(turn, where)
     text = "\n".join(part for part in (_content(content, where), *_calls(calls, where)) if part)
-    return Message(role, text, weight, explicit)
+    reasoned = any(turn.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return Message(role, text, weight, explicit, reasoned)
 
 
 def _message(role: Any, text: Any, weight: float, where: str) -> Message:

@@ -248,7 +248,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", _parsed(line, f"{path}, line {number}")
+                # where files were put together, the mark of each is still there
+                yield f"line {number}", _parsed(line.removeprefix("\ufeff"), f"{path}, line {number}")
             except json.JSONDecodeError as err:
                 raise InputError(
                     f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object a line"
