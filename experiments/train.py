@@ -45,7 +45,7 @@ def split(run: Run) -> tuple[list[Row], list[Row]]:
     if run.data == "nano":
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
     given = sources.examples(run.data, None if run.columns == sources.Columns() else run.columns)
-    if reasons := conversations.said(given.left_out):
+    if reasons := conversations.summary(given.left_out):
         console.print(f"of conversations, no examples of their own: {reasons}", markup=False)
     rows = _shortened(run, given.rows)
     return apart(rows, held_out_of(rows, run.heldout, run.data), run.seed)

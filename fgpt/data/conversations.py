@@ -101,7 +101,7 @@ def answers(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tu
     return pairs
 
 
-def said(left_out: Mapping[str, int]) -> str:
+def summary(left_out: Mapping[str, int]) -> str:
     """What was left out, and why, in one line; empty where nothing was."""
     return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 

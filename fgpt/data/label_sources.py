@@ -116,11 +116,11 @@ def _given(value: Any, name: str, where: str, read: Callable[[Any, str, str], st
     """What a column holds, without white space about it. Raises InputError where it holds nothing: a row without a
     label has nothing to learn from, and one in a set to be scored would change the score by not being there.
     """
-    found = "" if sources.is_missing(value) else read(value, name, where).strip()
-    if found.lower() in MISSING:
-        came = "is empty" if not found else f"holds {found!r}, which stands for nothing"
+    content = "" if sources.is_missing(value) else read(value, name, where).strip()
+    if content.lower() in MISSING:
+        came = "is empty" if not content else f"holds {content!r}, which stands for nothing"
         raise InputError(f"{where}: column {name!r} {came}: mend the row, or take it out")
-    return found
+    return content
 
 
 MISSING = ("", "nan", "<na>")

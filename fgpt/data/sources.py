@@ -101,7 +101,7 @@ def examples(source: str | Path, columns: Columns | None = None, limit: int | No
         if limit is not None and len(taken) >= limit:
             break
     if not taken:
-        reason = conversations.said(left_out)
+        reason = conversations.summary(left_out)
         raise InputError(
             f"{source}: it holds no rows, expected at least one" + (f"; there are {reason}" * bool(reason))
         )
@@ -312,10 +312,10 @@ def _stays_local(path: Path) -> None:
             continue
         with reading(card):
             try:
-                found = metadata_load(card) if name.endswith(".md") else yaml.safe_load(card.read_bytes())
+                metadata = metadata_load(card) if name.endswith(".md") else yaml.safe_load(card.read_bytes())
             except (yaml.YAMLError, ValueError) as err:
                 raise InputError(f"{card}: its YAML cannot be read: {_first_line(err)}: mend it there") from None
-        for text in _data_files(found):
+        for text in _data_files(metadata):
             parts = text.replace("\\", "/").split("/")
             if ":" in text or ".." in parts or parts[0] in ("", "~"):
                 raise InputError(
@@ -324,16 +324,16 @@ def _stays_local(path: Path) -> None:
                 )
 
 
-def _data_files(found: Any, named: bool = False) -> Iterator[str]:
+def _data_files(metadata: Any, named: bool = False) -> Iterator[str]:
     """All texts under `data_files` and `data_dir` in a dataset's metadata, however deep."""
-    if isinstance(found, dict):
-        for name, value in found.items():
+    if isinstance(metadata, dict):
+        for name, value in metadata.items():
             yield from _data_files(value, named or name in ("data_files", "data_dir"))
-    elif isinstance(found, list):
-        for value in found:
+    elif isinstance(metadata, list):
+        for value in metadata:
             yield from _data_files(value, named)
-    elif named and isinstance(found, str):
-        yield found
+    elif named and isinstance(metadata, str):
+        yield metadata
 
 
 def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]:

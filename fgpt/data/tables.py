@@ -62,7 +62,7 @@ def is_quoted(path: Path) -> bool:
     quotes = False
     with open_text(path, newline="") as lines:
         taken: list[str] = []
-        reader = csv.reader(_kept(lines, taken), delimiter="\t", strict=True)
+        reader = csv.reader(_recorded(lines, taken), delimiter="\t", strict=True)
         width, all_quoted = 0, False
         try:
             for row in reader:
@@ -80,7 +80,7 @@ def is_quoted(path: Path) -> bool:
     return quotes
 
 
-def _kept(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+def _recorded(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
     """The lines, each put into `taken` as it is read."""
     for line in lines:
         taken.append(line)
