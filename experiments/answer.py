@@ -10,7 +10,8 @@ from experiments.runs import Run
 from experiments.train import base_of
 from experiments.writing import Writing
 from fgpt.beam import beam_search
-from fgpt.data.templates import Row, encode_prompt, template
+from fgpt.data.conversations import Message
+from fgpt.data.templates import Row, Turn, encode_prompt, template
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.generate import cut, generate, pieces, stop_at, stream
@@ -138,19 +139,13 @@ def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]
 
 
 def conversation(it: Opened, said: Sequence[Row]) -> list[int]:
-    """The turns as the run's template has them, answers between, up to where the model is to answer."""
-    look = template(it.run.template)
-    if look.chat:
-        messages = []
-        for row in said:
-            messages.append({"role": "user", "content": look.prompt(row)})
-            messages += [{"role": "assistant", "content": row.output}] if row.output else []
-        return it.tokenizer.chat(messages)
-    tokens: list[int] = []
+    """The tokens of a conversation up to where the model is to answer: those that training has there."""
+    messages: list[Message] = []
     for row in said:
-        tokens += encode_prompt(row, look, it.tokenizer)
-        tokens += [*it.tokenizer.encode(row.output), it.tokenizer.eos] if row.output else []
-    return tokens
+        messages.append(Message("user", row.instruction))
+        messages += [Message("assistant", row.output)] if row.output else []
+    turn = Turn(said[-1].instruction, messages=tuple(messages))
+    return list(encode_prompt(turn, template(it.run.template), it.tokenizer))
 
 
 def _number(text: str) -> float:

@@ -14,7 +14,7 @@ from experiments.plan import Plan
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.runs.classify import Classify
 from experiments.scores.classes import Scores, majority, plot_confusion, scores
-from experiments.train import adapters_of, apart, base_of, laid_out, told
+from experiments.train import adapters_of, apart, base_of, held_out_of, laid_out, told
 from fgpt.adapters import Adapters, adapt, trainable, tune
 from fgpt.data import label_sources
 from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
@@ -29,21 +29,28 @@ from fgpt.tree import count
 
 
 def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
-    """Rows to train on, and rows to score: another source's, or the last of a shuffle by the run's seed.
+    """Rows to train on, and rows to score: those of `test`; of a hub's dataset its own test split, if it has one; else
+    the last of a shuffle by the run's seed.
 
     Raises InputError where holding out would leave nothing to train on.
     """
     rows = label_sources.rows(run.train, "train", _columns(run))
-    if run.test is not None:
-        return rows, to_score(run)
-    if len(rows) <= run.heldout or run.heldout < 1:
-        raise InputError(f"--heldout {run.heldout} of {len(rows)} rows: expected 1 or more, and fewer than there are")
-    return apart(rows, run.heldout, run.seed)
+    if (test := _test_of(run)) is not None:
+        return rows, label_sources.rows(test, "test", _columns(run))
+    if run.heldout < 1:
+        raise InputError(f"--heldout {run.heldout}: expected 1 or more rows to score, or others with --test")
+    return apart(rows, held_out_of(rows, run.heldout, run.train), run.seed)
 
 
 def to_score(run: Classify) -> list[Labelled]:
     """The rows to score alone. Raises InputError as `read` does."""
-    return read(run)[1] if run.test is None else label_sources.rows(run.test, "test", _columns(run))
+    test = _test_of(run)
+    return read(run)[1] if test is None else label_sources.rows(test, "test", _columns(run))
+
+
+def _test_of(run: Classify) -> str | None:
+    """The source of the rows to score, where they are not some of those to train on."""
+    return run.test or (run.train if label_sources.has_test_split(run.train) else None)
 
 
 def _columns(run: Classify) -> label_sources.Columns | None:

@@ -1,7 +1,6 @@
 """Documents, one after the other, as pretraining reads them."""
 
 import itertools
-import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fgpt.data import sources
 from fgpt.data.ranks import END
+from fgpt.data.text_files import open_text, reading
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
@@ -23,14 +23,15 @@ FROM_HUB = {"tinystories": 100_000}
 
 
 def read(path: Path) -> list[str]:
-    """The documents of a text file (`.xz` is unpacked): what <|endoftext|> separates, else the articles of WikiText,
-    else the whole file as one.
+    """The documents of a text file, unpacked where its name ends in .gz, .bz2, .xz or .zst: what <|endoftext|>
+    separates, else the articles of WikiText, else the whole file as one.
 
     Raises InputError for a file that is none, or holds no text.
     """
     try:
-        text = (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as err:
+        with reading(path), open_text(path) as file:
+            text = file.read()
+    except InputError as err:
         raise InputError(f"{path}: expected a text in UTF-8, its documents separated by {END}: {err}") from None
     found = [part.strip() for part in text.split(END)] if END in text else articles(text)
     if not any(part.strip() for part in found):

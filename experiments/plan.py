@@ -128,7 +128,7 @@ def _feed_rows(whole: Any, rows: Sequence[Any]) -> None:
     _feed_text(whole, f"{len(rows)} rows")
     for row in rows:
         if isinstance(row, Example):
-            _feed_text(whole, f"{row.prompt} {row.label}")
+            _feed_text(whole, f"{row.prompt} {row.label} {row.weight}")
             _feed(whole, torch.tensor(row.tokens))
         elif isinstance(row, Tensor):
             _feed(whole, row)

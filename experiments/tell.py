@@ -38,7 +38,7 @@ def go(asked: Asked) -> None:
     predict.own_or(run, asked.labels)  # before the model is loaded, as all that bad input can spoil
     pairs = run.columns.text2 is not None
     if asked.file is not None:
-        lines = read_text(asked.file).removeprefix("\ufeff").removesuffix("\n").split("\n")
+        lines = read_text(asked.file).removesuffix("\n").split("\n")
         rows = [row(line, pairs, f"{asked.file}, line {i}") for i, line in enumerate(lines, 1)]
     else:
         rows = [row(text, pairs, f"text {i}") for i, text in enumerate(asked.texts, 1)]

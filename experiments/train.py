@@ -1,6 +1,7 @@
 """Instruction tuning, from a run to an adapter in use."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +17,8 @@ from experiments.runs import Run, Tuning
 from experiments.scores.nano import read_tasks
 from experiments.scores.text import nats
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
-from fgpt.data import finqa, packing, sources
-from fgpt.data.templates import Example, Row, encode, template
+from fgpt.data import conversations, finqa, packing, sources
+from fgpt.data.templates import Example, Row, Turn, encode, template
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
 from fgpt.io import hub
@@ -35,24 +36,60 @@ NANO_TASKS, NANO_HELDOUT = hub.EMBEDDED["nano"] / "tasks.jsonl", hub.EMBEDDED["n
 
 
 def split(run: Run) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed. FinQA's
-    pages are shortened to the run's width, and how many is told.
+    """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed. What of
+    conversations is not trained on is counted and printed, as is how many of FinQA's pages were shortened to the run's
+    width.
 
     Raises InputError where holding out would leave nothing to train on.
     """
     if run.data == "nano":
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
-    rows = _shortened(run, sources.rows(run.data, None if run.columns == sources.Columns() else run.columns))
-    if len(rows) <= run.heldout:
-        raise InputError(f"{run.data} has {len(rows)} rows, all wanted by --heldout {run.heldout}: lower it")
-    return apart(rows, run.heldout, run.seed)
+    given = sources.examples(run.data, None if run.columns == sources.Columns() else run.columns)
+    if reasons := conversations.summary(given.left_out):
+        console.print(f"of conversations, no examples of their own: {reasons}", markup=False)
+    rows = _shortened(run, given.rows)
+    return apart(rows, held_out_of(rows, run.heldout, run.data), run.seed)
+
+
+def held_out_of(rows: Sequence[object], wanted: int, source: str) -> int:
+    """How many rows to hold out: as many as are wanted, or of so few that they would take more than half, a tenth.
+
+    Raises InputError where a single row is there to be shared.
+    """
+    if 2 * wanted <= len(rows):
+        return wanted
+    if len(rows) < 2:
+        raise InputError(f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some")
+    count = max(1, len(rows) // 10)
+    console.print(
+        f"held out {count:,} of {len(rows):,} rows, a tenth: --heldout {wanted} would be more than half", markup=False
+    )
+    return count
 
 
 def apart(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
-    """All rows but `heldout`, and those: the last of a shuffle by the seed, each part in the rows' own order."""
-    order = torch.randperm(len(rows), generator=fold_in(key(seed), "heldout")).tolist()
-    cut = len(rows) - heldout
-    return [rows[i] for i in sorted(order[:cut])], [rows[i] for i in sorted(order[cut:])]
+    """All rows but `heldout`, and those: the last of a shuffle by the seed, each part in the rows' own order.
+
+    A conversation is not torn apart: the turns of one are all in the first part, or all in the second. So the second
+    may be a few rows longer than asked for, or, where that would leave none in the first, shorter.
+
+    Raises InputError where some are to be held out of a single conversation.
+    """
+    groups: dict[object, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row.conversation if isinstance(row, Turn) else i].append(i)
+    order = torch.randperm(len(groups), generator=fold_in(key(seed), "heldout")).tolist()
+    if heldout and len(groups) < 2:
+        raise InputError(
+            f"all {len(rows)} rows are of one conversation: expected 2 or more, one of them to be held out"
+        )
+    indices, second = list(groups.values()), set[int]()
+    for group in reversed(order[1:]):
+        if len(second) >= heldout:
+            break
+        second.update(indices[group])
+    first = [row for i, row in enumerate(rows) if i not in second]
+    return first, [rows[i] for i in sorted(second)]
 
 
 def _shortened(run: Run, rows: list[Row]) -> list[Row]:

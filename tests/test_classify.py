@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -22,7 +24,7 @@ import fgpt
 from experiments import folder
 from experiments.__main__ import main
 from experiments.bench.load import SHAPE
-from experiments.classify import trained_of
+from experiments.classify import read, to_score, trained_of
 from experiments.metrics import read_metrics
 from experiments.predict import common_to, frame_of, log_probabilities, opened, predict, with_head
 from experiments.runs import RUNS, Classify, find
@@ -322,6 +324,71 @@ def test_real_files(name: str, split: str, columns: Columns | None, count: int, 
     assert {row.label for row in found} == labels
 
 
+def put(path: Path, records: list[dict[str, Any]]) -> Path:
+    """The records in the format of the file's name, as pandas and json write them."""
+    texts = [{name: "" if x is None else str(x) for name, x in record.items()} for record in records]
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == ".txt":
+        path.write_text("".join(f"{record['text']};{record['label']}\n" for record in texts))
+    elif path.suffix in (".csv", ".tsv"):
+        mark = "," if path.suffix == ".csv" else "\t"
+        table = [{"text": "text", "label": "label"}, *texts]
+        path.write_text("".join(f"{row['text']}{mark}{row['label']}\n" for row in table))
+    else:
+        lines = [json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    return path
+
+
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+@pytest.mark.parametrize("end", FORMATS)
+@pytest.mark.parametrize(
+    ("given_labels", "labels"),
+    [
+        ([1, 0, 12], ["1", "0", "12"]),
+        ([1.0, 0.0, -2.0], ["1", "0", "-2"]),
+        (["1", "1.0", "0.00"], ["1", "1", "0"]),
+        ([0.5, 2.25, 1e3], ["0.5", "2.25", "1000"]),
+        ([True, False, True], ["True", "False", "True"]),
+        (["01", "v1.0", "none"], ["01", "v1.0", "none"]),
+    ],
+)
+def test_labels_have_one_rule(given_labels: list[Any], labels: list[str], end: str, tmp_path: Path):
+    records = [{"text": f"text {i}", "label": label} for i, label in enumerate(given_labels)]
+    assert [row.label for row in rows(str(put(tmp_path / f"a{end}", records)))] == labels
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", "nan", "NaN", "<NA>"])
+@pytest.mark.parametrize("end", FORMATS)
+def test_a_row_without_a_text_or_a_label_is_refused(end: str, value: Any, column: str, tmp_path: Path):
+    records = [{"text": "a", "label": "b"}, {"text": "a", "label": "b"} | {column: value}]
+    if end == ".parquet" and isinstance(value, float):
+        records = [{"text": "a", "label": 1.0}, {"text": "a", "label": value}]
+        column = "label"
+    with pytest.raises(InputError, match=rf"(line|row) [23]: column '{column}' (is empty|holds .* stands for nothing)"):
+        rows(str(put(tmp_path / f"a{end}", records)))
+
+
+def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
+    """A recipe's own test set is that of its own data."""
+    path = put(tmp_path / "mine.csv", [{"text": f"text {i}", "label": i % 2} for i in range(400)])
+    for name in ("emotion-small", "rte-small-lora"):
+        run = find(name)
+        assert isinstance(run, Classify)
+        assert run.test is None
+        mine = replace(run, train=str(path), columns=Columns(), labels=(), heldout=40)
+        train, test = read(mine)
+        assert (len(train), len(test)) == (360, 40)
+        assert {row.text for row in train} | {row.text for row in test} == {f"text {i}" for i in range(400)}
+        given_test = replace(mine, test=str(put(tmp_path / "test.csv", [{"text": "x", "label": 0}])))
+        assert [len(part) for part in read(given_test)] == [400, 1]
+        assert to_score(given_test) == read(given_test)[1]
+
+
 def test_folders_and_the_hub_s_cache(tmp_path: Path):
     """A split of a local folder, and a dataset of the hub that was fetched before, its classes by name."""
     data = tmp_path / "mine" / "data"
@@ -502,7 +569,12 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
             ["--train", "emotions"],
             r"unknown source 'emotions': expected one of emotion, rte, davidson, or ",
         ),
-        (GOOD, GOOD, ["--test", "None", "--heldout", "8"], r"--heldout 8 of 8 rows: expected 1 or more, and fewer"),
+        (
+            "i am glad;joy",
+            GOOD,
+            ["--test", "None"],
+            r"train\.txt has 1 rows: expected 2 or more, one of them to be held",
+        ),
         (GOOD, GOOD, ["--also", "nothing"], r"'nothing' matches no path"),
         (GOOD, GOOD, ["--adapter.target", "nothing"], r"'nothing' matches no path"),
         (GOOD, GOOD, ["--device", "cuda:99"], r"device 'cuda:99' cannot be used"),

@@ -1,6 +1,10 @@
 """Rows, templates, packing: what reaches the loss is what the files say, once, and no document sees another."""
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -19,11 +24,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
+from experiments.compare import prompt_file
+from experiments.documents import read as read_documents
+from experiments.train import held_out_of
+from fgpt.data import label_sources
+from fgpt.data.conversations import Message
 from fgpt.data.packing import Dropped, collate, epoch, fit, pack
 from fgpt.data.ranks import RANKS, from_ranks
 from fgpt.data.sources import Columns, rows
-from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, encode, encode_prompt
+from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
+from fgpt.io.files import read_text
 from fgpt.loss import nll
 from fgpt.model import Config, hidden, init
 from fgpt.rng import key
@@ -248,7 +259,12 @@ def test_columns(tmp_path: Path):
     assert rows(file, Columns("q", output="a")) == [Row("1", "", "2.5")]
     assert rows(file, Columns("a", "q", "a")) == [Row("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
-    assert rows(file) == [Row("hello", "", "good day")]
+    asked = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
+    assert next((row.instruction, row.output) for row in rows(file)) == ("hello", "good day")
+    assert [(row.messages, row.output) for row in rows(file) if isinstance(row, Turn)] == [
+        (asked[:1], "good day"),
+        (asked, "later"),
+    ]
 
 
 PR, TL = Columns("p", output="r"), Columns("text", output="label")
@@ -352,7 +368,7 @@ def test_not_text_and_not_there(tmp_path: Path):
     [
         ("dolly/dolly_hhrlhf_train_small.jsonl", Columns("prompt", output="response"), 1000),
         ("dolly/dolly_finqa_val.jsonl", None, 796),
-        ("lima/lima.json", None, 1029),
+        ("lima/lima.json", None, 1082),  # 1,029 rows, 29 of them with 53 exchanges before
         ("alpaca_demo/alpaca_en_demo.json", None, 999),
         ("davidson/train.csv", TL, 1000),
         ("davidson/labeled_data.csv", Columns("tweet", output="class"), 24783),
@@ -485,3 +501,176 @@ def test_importing_is_light():
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- sources: text files
+
+PANDAS = [("instruction", "output"), ('Say "hi" to her.', 'He said "hi".'), ("a\tb", "two\nlines"), ("plain", "'it'")]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_quoted_tsv(quoting: Any, end: str, tmp_path: Path):
+    """As pandas and R write them: pandas hands its rows to this writer."""
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting, lineterminator=end).writerows(PANDAS)
+    assert rows(tmp_path / "a.tsv") == [Row(a, "", b) for a, b in PANDAS[1:]]
+
+
+@pytest.mark.parametrize("field", ['"We know', 'It "is"', 'so"', '"', '"quoted whole"', '""', '"a" and "b"'])
+def test_a_plain_tsv(field: str, tmp_path: Path):
+    """In a file whose writer quotes nothing a quotation mark is only itself, as in GLUE's."""
+    (tmp_path / "a.tsv").write_text(f"instruction\toutput\nWho?\t{field}\n{field}\tx\n")
+    assert rows(tmp_path / "a.tsv") == [Row("Who?", "", field), Row(field, "", "x")]
+
+
+def test_fields_of_any_length_and_many_columns(tmp_path: Path):
+    long = "word " * 60_000
+    for end, mark in ((".csv", ","), (".tsv", "\t")):
+        (tmp_path / f"a{end}").write_text(f"instruction{mark}output\n{long}{mark}x\n")
+        assert rows(tmp_path / f"a{end}") == [Row(long, "", "x")]
+    names = [f"c{i}" for i in range(200_000)]
+    (tmp_path / "wide.csv").write_text("\n".join([",".join(names), ",".join(["1"] * len(names))]))
+    begin = time.perf_counter()
+    assert rows(tmp_path / "wide.csv", Columns("c7", output="c199999")) == [Row("1", "", "1")]
+    with pytest.raises(InputError, match=r"there are 'c0', .* and 199,980 more: name the columns") as caught:
+        rows(tmp_path / "wide.csv")
+    assert len(str(caught.value)) < 600
+    assert time.perf_counter() - begin < 10  # 0.2 s alone; comparing each name with all before it took minutes
+
+
+PACK: dict[str, Any] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def packed(end: str, content: bytes) -> bytes:
+    if end in PACK:
+        return PACK[end](content)
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+CONTENTS = {
+    ".json": json.dumps(OBJECTS),
+    ".jsonl": "\n".join(map(json.dumps, OBJECTS)),
+    ".csv": 'instruction,input,output\na,b,"c\n\u2028d"\né,,{x}\n',
+    ".tsv": 'instruction\tinput\toutput\na\tb\t"c\n\u2028d"\né\t\t{x}\n',
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("pack", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("end", CONTENTS)
+def test_marks_and_compression_change_nothing(end: str, pack: str, mark: bytes, tmp_path: Path):
+    content = mark + CONTENTS[end].encode()
+    path = tmp_path / f"a{end}{pack}"
+    path.write_bytes(packed(pack, content) if pack else content)
+    assert rows(path) == WANTED
+    assert prompt_file.read(str(path)) == WANTED
+
+
+@pytest.mark.parametrize("pack", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: Path):
+    def put(name: str, text: str) -> Path:
+        content = b"\xef\xbb\xbf" + text.encode()
+        (tmp_path / f"{name}{pack}").write_bytes(packed(pack, content) if pack else content)
+        return tmp_path / f"{name}{pack}"
+
+    assert read_documents(put("a.txt", "One day.<|endoftext|>Two days.")) == ["One day.", "Two days."]
+    assert label_sources.rows(str(put("b.txt", "glad;joy\n"))) == [label_sources.Labelled("glad", "", "joy")]
+    assert label_sources.rows(str(put("b.csv", "text,label\nglad,joy\n")))[0].text == "glad"
+    if not pack:
+        assert read_text(put("c.txt", "One day.")) == "One day."
+
+
+def test_files_put_together_keep_their_marks(tmp_path: Path):
+    part = b'\xef\xbb\xbf{"instruction": "a", "output": "b"}\n'
+    (tmp_path / "a.jsonl").write_bytes(part + part)
+    assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")] * 2
+
+
+@pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])
+def test_damaged_compression_is_one_line(pack: str, tmp_path: Path):
+    whole = packed(pack, "\n".join(json.dumps({"instruction": str(i), "output": "x"}) for i in range(9_999)).encode())
+    middle = len(whole) // 2
+    for content in (
+        b'{"instruction": "a", "output": "b"}',
+        whole[:middle],
+        whole[:middle] + bytes(40) + whole[middle:],
+    ):
+        (tmp_path / f"a.jsonl{pack}").write_bytes(content)
+        with pytest.raises(
+            InputError, match=rf"a\.jsonl\{pack}: damaged, or not compressed as its name says"
+        ) as caught:
+            rows(tmp_path / f"a.jsonl{pack}")
+        assert "\n" not in str(caught.value)
+    (tmp_path / f"a.parquet{pack}").write_bytes(whole)
+    with pytest.raises(InputError, match="cannot tell its format"):
+        rows(tmp_path / f"a.parquet{pack}")
+
+
+def test_nothing_is_never_the_text_nan(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b"}')
+    assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")]
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": NaN}')
+    with pytest.raises(InputError, match=r"line 1: column 'output' should hold text, got NaN"):
+        rows(tmp_path / "a.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------- sources: local folders
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        "https://127.0.0.1:9/train.csv",
+        "hf://datasets/some/one/train.csv",
+        "../secret.csv",
+        "data/../../secret.csv",
+        "{secret}",
+        "file://{secret}",
+        "[train.csv, ../secret.csv]",
+        "[{{split: train, path: ../secret.csv}}]",
+        "{{train: [../secret.csv]}}",
+    ],
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
+    (tmp_path / "secret.csv").write_text("instruction,output\nsecret,secret\n")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.csv").write_text("instruction,output\na,b\n")
+    named = files.format(secret=tmp_path / "secret.csv")
+    text = f"configs:\n- config_name: default\n  data_files: {named}\n"
+    (folder / card).write_text(f"---\n{text}---\nMine.\n" if card.endswith(".md") else text)
+    with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in it") as caught:
+        rows(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
+    (tmp_path / "mine" / "parts").mkdir(parents=True)
+    (tmp_path / "mine" / "parts" / "one.csv").write_text("instruction,output\na,b\n")
+    (tmp_path / "mine" / "train.csv").write_text("instruction,output\nold,old\n")
+    card = "---\nsource: https://example.org/..\nconfigs:\n- config_name: default\n  data_files: parts/*.csv\n---\n"
+    (tmp_path / "mine" / "README.md").write_text(card)
+    assert elsewhere(tmp_path, str(tmp_path / "mine"), HF_HUB_OFFLINE="1") == str([Row("a", "", "b")])
+    (tmp_path / "mine" / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(InputError, match=r"README\.md: its YAML cannot be read"):
+        rows(tmp_path / "mine")
+
+
+# ------------------------------------------------------------------------------------------------------------- held out
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "held"), [(60, 64, 6), (64, 64, 6), (127, 64, 12), (128, 64, 64), (2, 9, 1)]
+)
+def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
+    assert held_out_of(range(count), wanted, "a.jsonl") == held
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: --heldout {wanted} would be "
+                    "more than half")  # fmt: skip
+
+
+def test_one_row_cannot_be_shared():
+    with pytest.raises(InputError, match=r"^a\.jsonl has 1 rows: expected 2 or more, one of them to be held out"):
+        held_out_of(range(1), 1, "a.jsonl")

@@ -26,8 +26,9 @@ from experiments.runs import Pretrain, find
 from experiments.train import split
 from fgpt import evaluate
 from fgpt.data import packing, sources
+from fgpt.data.conversations import Message
 from fgpt.data.ranks import RANKS, from_ranks, gpt2
-from fgpt.data.templates import Example, Row, encode, encode_prompt, template
+from fgpt.data.templates import Example, Row, Turn, encode, encode_prompt, template
 from fgpt.evaluate import perplexity, rolling
 from fgpt.io import hub
 from fgpt.model import skeleton
@@ -182,7 +183,9 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sources, "download", lambda name, hub, option: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
-    assert sources.rows("tulu") == [Row("u", "", "a")]
+    (row,) = sources.rows("tulu")
+    assert isinstance(row, Turn)
+    assert (row.messages, row.output) == ((Message("system", "s"), Message("user", "u")), "a")
 
 
 def test_long_answers_are_cut_and_long_prompts_are_not():

@@ -235,8 +235,10 @@ def test_bad_columns_and_rows(tmp_path: Path, data: Path, capsys: pytest.Capture
     out = ["--out", str(tmp_path / "runs")]
     assert main(["train", "lora-nano", "--data", str(data), "--columns.output", "answer", *out]) == 2
     assert "no column 'answer'; there are 'instruction', 'input', 'output'" in one_line(capsys)
-    assert main(["train", "lora-nano", "--data", str(data), "--heldout", "24", *out]) == 2
-    assert "24 rows, all wanted by --heldout" in one_line(capsys)
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps([{"instruction": "Say one.", "output": "one"}]))
+    assert main(["train", "lora-nano", "--data", str(single), *out]) == 2
+    assert "single.json has 1 rows: expected 2 or more, one of them to be held out" in one_line(capsys)
     silent = tmp_path / "silent.json"
     silent.write_text(json.dumps([{"instruction": "Say nothing.", "output": ""}] * 9))
     assert main(["train", "lora-nano", "--data", str(silent), "--heldout", "2", *out]) == 2

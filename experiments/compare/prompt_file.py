@@ -15,8 +15,8 @@ def read(source: str) -> list[Row]:
     """The prompts of a file, in its order, or of one that comes with the package ("general").
 
     The file is a .json list or a .jsonl file of texts, or of objects with an instruction and, if there is one, an input
-    and an output, or as FinQA has them; or a .csv or .parquet file of such columns. A file of a name comes before the
-    package's own.
+    and an output, or as FinQA has them; or a .csv, .tsv or .parquet file of such columns. Files of text may be
+    compressed (.jsonl.gz). A file of a name comes before the package's own.
 
     Raises InputError for a file that is not there or cannot be read, that holds no prompts, or an empty one.
     """
@@ -37,11 +37,9 @@ def _row(record: Any, where: str) -> Row:
     if finqa.holds(record):
         return finqa.read(record, where)
     if not isinstance(record, dict) or "instruction" not in record:
-        came = (
-            f"columns {', '.join(map(repr, record)) or 'none'}" if isinstance(record, dict) else type(record).__name__
-        )
+        came = f"columns {sources.listed(record)}" if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where}: expected a text, or an object with an instruction, got {came}")
-    held = {name: x for name in ("input", "output") if (x := record.get(name)) is not None}
+    held = {name: x for name in ("input", "output") if not sources.is_missing(x := record.get(name))}
     row = Row(
         **{name: sources.text(x, name, where) for name, x in ({"instruction": record["instruction"]} | held).items()}
     )

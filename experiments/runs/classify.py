@@ -17,7 +17,8 @@ class Classify(Tuning):
     """A hub source (emotion, rte, davidson), a .txt file of text;label lines, a json, jsonl, csv, tsv or parquet file,
     or a folder."""
     test: str | None = None
-    """The rows that are scored, from such a source; None keeps `heldout` of the others out of training."""
+    """The rows that are scored, from such a source. None takes the test split of `train` where that is a hub source
+    which has one; of others it keeps `heldout` rows out of training."""
     heldout: int = 200
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold text, second text and label."""
@@ -42,7 +43,7 @@ def emotion_small() -> Classify:
     just train emotion-small. 594,432 trained parameters: 589,824 of the LoRA, 4,608 of the head. Not measured yet: it
     needs the hub.
     """
-    return Classify(name="emotion-small", base="gpt2", train="emotion", test="emotion", lr=1e-3)
+    return Classify(name="emotion-small", base="gpt2", train="emotion", lr=1e-3)
 
 
 def emotion_smollm2() -> Classify:
@@ -65,7 +66,6 @@ def rte_small_lora() -> Classify:
         name="rte-small-lora",
         base="gpt2",
         train="rte",
-        test="rte",
         columns=Columns("sentence1", "sentence2"),
         labels=("entailment", "not_entailment"),
         epochs=5,

@@ -13,8 +13,8 @@ class Run(Tuning):
     """Instruction tuning of a base on rows of instruction, input and output; loss on the responses alone."""
 
     data: str
-    """Embedded ("nano"), a hub source (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv or parquet file, a
-    folder, or several of these with a + between them."""
+    """Embedded ("nano"), a hub source (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv, tsv or parquet
+    file, a folder, or several of these with a + between them. Conversations are read too: each answer is an example."""
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold instruction, input and output."""
     template: str = "alpaca"
@@ -24,7 +24,8 @@ class Run(Tuning):
     """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
     answers as fits, where their prompts leave room for some."""
     heldout: int = 64
-    """Rows kept out of training, for the comparison. The embedded data brings its own."""
+    """Rows kept out of training, for the comparison; a tenth, where these would be more than half. The embedded data
+    brings its own."""
     compare: int = 8
     """Held-out prompts answered by base and tuned after training; 0 answers none."""
     most: int = 128

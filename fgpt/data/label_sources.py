@@ -1,12 +1,14 @@
 """Labelled texts, or pairs of them, from the hub by name, or from a file or folder."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fgpt.data import sources
 from fgpt.data.labels import Labelled
+from fgpt.data.text_files import open_text
 from fgpt.errors import InputError
 
 Split: TypeAlias = Literal["train", "test"]
@@ -53,12 +55,18 @@ HUB = {
 }
 
 
+def has_test_split(source: str) -> bool:
+    """Whether a source is a dataset of the hub, no file or folder of its name, with a test split that has labels."""
+    return source in HUB and "test" in HUB[source].files and not Path(source).exists()
+
+
 def rows(source: str, split: Split = "train", columns: Columns | None = None) -> list[Labelled]:
     """The labelled rows of a source.
 
     `source` is a name in `HUB`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet file; or a
-    folder in the hub's dataset layout, of which `split` is read. A file or folder of that name comes before the hub.
-    `columns` defaults to the source's own, or to text and label.
+    folder in the hub's dataset layout, of which `split` is read. Files of text may be compressed (.csv.gz). A file or
+    folder of that name comes before the hub. `columns` defaults to the source's own, or to text and label. What a label
+    is, `class_name` says, the same for all formats.
 
     Raises InputError for a source that is not there or cannot be read, and for a row without a text or a label.
     """
@@ -76,7 +84,7 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
 
 def _semicolons(path: Path) -> Iterator[sources.Record]:
     """`text;label` lines. The text may hold semicolons of its own."""
-    with path.open(encoding="utf-8-sig") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -93,16 +101,45 @@ def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> L
     wanted = [columns.text, columns.label] + ([] if columns.text2 is None else [columns.text2])
     for name in wanted:
         if name not in record:
-            have = ", ".join(map(repr, record)) or "none"
             raise InputError(
-                f"{where}: no column {name!r}; there are {have}: name the columns to use with --columns.text, "
-                "--columns.text2 and --columns.label"
+                f"{where}: no column {name!r}; there are {sources.listed(record)}: name the columns to use with "
+                "--columns.text, --columns.text2 and --columns.label"
             )
-    values = [sources.text(record[name], name, where).strip() for name in wanted]
-    if "" in values:
-        raise InputError(f"{where}: column {wanted[values.index('')]!r} is empty: mend the row, or take it out")
-    text, label, *more = values
-    number = record[columns.label]
-    if names and isinstance(number, int) and 0 <= number < len(names):
-        label = names[number]
+    values = [(name, class_name if name == columns.label else sources.text) for name in wanted]
+    text, label, *more = (_given(record[name], name, where, read) for name, read in values)
+    if names and label.isdecimal() and int(label) < len(names):
+        label = names[int(label)]
     return Labelled(text, more[0] if more else "", label, where)
+
+
+def _given(value: Any, name: str, where: str, read: Callable[[Any, str, str], str]) -> str:
+    """What a column holds, without white space about it. Raises InputError where it holds nothing: a row without a
+    label has nothing to learn from, and one in a set to be scored would change the score by not being there.
+    """
+    content = "" if sources.is_missing(value) else read(value, name, where).strip()
+    if content.lower() in MISSING:
+        came = "is empty" if not content else f"holds {content!r}, which stands for nothing"
+        raise InputError(f"{where}: column {name!r} {came}: mend the row, or take it out")
+    return content
+
+
+MISSING = ("", "nan", "<na>")
+"""What pandas writes for a value that is missing."""
+
+
+def class_name(value: Any, name: str, where: str) -> str:
+    """The class that a label names, alike in every format: 1, 1.0, "1" and "1.0" are "1", and true is "True", as
+    Python and pandas write it in a table.
+
+    Raises InputError for what is no label.
+    """
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    label = sources.text(value, name, where).strip()
+    return str(int(label.partition(".")[0])) if WHOLE.fullmatch(label) else label
+
+
+WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})\.0+")
+"""A whole number as a column of floats writes it."""

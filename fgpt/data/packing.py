@@ -1,7 +1,7 @@
 """From examples to batches: nothing lost, nothing twice, and no document sees another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -67,15 +67,15 @@ def cut(example: Example, width: int) -> Example:
     is then not shown. Where the prompt alone leaves no room for an answer, all of it, for `fit` to refuse.
     """
     whole = len(example.tokens) <= width or example.prompt > width - 2
-    return example if whole else Example(example.tokens[:width], example.prompt)
+    return example if whole else replace(example, tokens=example.tokens[:width])
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
     """Each row's examples one after the other, padded on the right with token 0 to `pad_to` (default: the longest row).
 
-    A position has weight 1 where the next token is of the same document's answer or end of text, and at the last token
-    of a document that has a label; else 0. Segments are 1, 2, .. by document and 0 for padding, or None when no row
-    holds more than one document.
+    A position has its example's weight, which is 1 where nothing else was asked for, where the next token is of the
+    same document's answer or end of text, and at the last token of a document that has a label; else 0. Segments are
+    1, 2, .. by document and 0 for padding, or None when no row holds more than one document.
 
     Raises InputError when a row is longer than `pad_to`.
     """
@@ -103,10 +103,10 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
     )
 
 
-def _weights(example: Example) -> list[int]:
+def _weights(example: Example) -> list[float]:
     """What each position's prediction counts: position i predicts token i + 1."""
     end = len(example.tokens) + (example.label is not None)
-    return [int(example.prompt <= i + 1 < end) for i in range(len(example.tokens))]
+    return [example.weight * (example.prompt <= i + 1 < end) for i in range(len(example.tokens))]
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:

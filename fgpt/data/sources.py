@@ -1,17 +1,20 @@
 """Rows of text from the hub by name, or from a file or folder."""
 
-import csv
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from fgpt.data import finqa
-from fgpt.data.templates import Row
-from fgpt.errors import InputError, one_line
+from fgpt.data import conversations, finqa
+from fgpt.data.conversations import Conversation
+from fgpt.data.tables import read_csv, read_tsv
+from fgpt.data.templates import Row, Turn
+from fgpt.data.text_files import OPENERS, format_of, open_text, reading
+from fgpt.errors import InputError, one_line, shown
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,28 @@ Readers: TypeAlias = Mapping[str, Callable[[Path], Iterator[Record]]]
 """How to read a file, by the end of its name."""
 
 
-def rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[Row]:
-    """The first `limit` rows (default: all) of a source.
+class Examples(NamedTuple):
+    """What a source holds."""
 
-    `source` is a name in `HUB`; a .json (list of objects), .jsonl, .csv or .parquet file; or a folder in the hub's
-    dataset layout, of which the split "train" is read. A file or folder of that name comes before the hub. Several with
-    a + between them ("dolly+train.json") are read one after the other. `columns` defaults to the source's own, or to
-    instruction, input, output; of several sources, the hub's keep their own. FinQA's records and LIMA's are known by
-    their form, and need none.
+    rows: list[Row]
+    left_out: Counter[str]
+    """What of its conversations is not trained on: how many, by the reason."""
+
+
+def rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[Row]:
+    """The rows of `examples`, which also counts what was left out."""
+    return examples(source, columns, limit).rows
+
+
+def examples(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> Examples:
+    """The first `limit` rows (default: all) of a source, and what of it was left out.
+
+    `source` is a name in `HUB`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the texts among them
+    also compressed (.jsonl.gz); or a folder in the hub's dataset layout, of which the split "train" is read. A file or
+    folder of that name comes before the hub. Several with a + between them ("dolly+train.json") are read one after the
+    other. `columns` defaults to the source's own, or to instruction, input, output; of several sources, the hub's keep
+    their own. FinQA's records and conversations (see `fgpt.data.conversations`) are known by their form, and need none.
+    Of a conversation each answer is a row.
 
     Raises InputError for a source that is not there or cannot be read, and for a row without the text it should hold.
     """
@@ -73,13 +90,22 @@ def rows(source: str | Path, columns: Columns | None = None, limit: int | None =
     if "+" in str(source) and not Path(source).exists():
         parts = [part.strip() for part in str(source).split("+")]
         own = [None if part in HUB and not Path(part).exists() else columns for part in parts]
-        return [row for part, names in zip(parts, own, strict=True) for row in rows(part, names)][:limit]
+        several = [examples(part, names) for part, names in zip(parts, own, strict=True)]
+        taken = [row for each in several for row in each.rows][:limit]
+        return Examples(taken, sum((each.left_out for each in several), Counter()))
     found, hub = found_in(str(source), HUB, "--data")
     columns = columns or (hub.columns if hub else Columns())
-    taken = [_row(record, columns, f"{source}, {where}") for where, record in itertools.islice(found, limit)]
+    taken, left_out = list[Row](), Counter[str]()
+    for where, record in found:
+        taken += _rows(record, columns, f"{source}, {where}", left_out)
+        if limit is not None and len(taken) >= limit:
+            break
     if not taken:
-        raise InputError(f"{source}: it holds no rows, expected at least one")
-    return taken
+        reason = conversations.summary(left_out)
+        raise InputError(
+            f"{source}: it holds no rows, expected at least one" + (f"; there are {reason}" * bool(reason))
+        )
+    return Examples(taken[:limit], +left_out)
 
 
 def found_in(
@@ -114,48 +140,74 @@ def texts(source: str, limit: int | None = None) -> list[str]:
     return [text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(found, limit)]
 
 
-def _row(record: Any, columns: Columns, where: str) -> Row:
+def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> list[Row]:
+    """The rows of a record: one, or as many as its conversation has answers."""
+    if isinstance(record, list):  # messages without a name
+        record = {"messages": record}
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
     if finqa.holds(record):
-        return finqa.read(record, where)
-    turns = record.get("conversations")
-    if isinstance(said := record.get("messages"), list):  # Tulu's layout: who says it, and what
-        turns = [said_by(said, role, where) for role in ("user", "assistant")]
-    if columns.instruction not in record and isinstance(turns, list):  # LIMA's layout; later turns are left out
-        record = dict(zip((columns.instruction, columns.output), turns, strict=False))
+        return [finqa.read(record, where)]
+    named = columns.instruction in record and columns.output in record
+    if not named and (conversation := conversations.read(record, where)) is not None:
+        return _turns(conversation, left_out)
     wanted = [columns.instruction, columns.output] + ([] if columns.input is None else [columns.input])
     for name in wanted:
         if name not in record:
-            have = ", ".join(map(repr, record)) or "none"
             raise InputError(
-                f"{where}: no column {name!r}; there are {have}: name the columns to use with --columns.instruction, "
-                "--columns.input and --columns.output"
+                f"{where}: no column {name!r}; there are {listed(record)}: name the columns to use with "
+                "--columns.instruction, --columns.input and --columns.output"
             )
     name = columns.input or "input"
     given = record.get(name)
-    return Row(
+    row = Row(
         text(record[columns.instruction], columns.instruction, where),
-        "" if given is None else text(given, name, where),
+        "" if is_missing(given) else text(given, name, where),
         text(record[columns.output], columns.output, where),
     )
+    asked = f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction
+    conversation = conversations.history(record, asked, row.output, where)
+    return [row] if conversation is None else _turns(conversation, left_out)
 
 
-def said_by(messages: list[Any], role: str, where: str) -> Any:
-    """What `role` says first. Raises InputError where it says nothing."""
-    for message in messages:
-        if isinstance(message, dict) and message.get("role") == role:
-            return message.get("content")
-    raise InputError(f"{where}: no message of role {role!r} in 'messages': mend the row, or leave it out")
+def _turns(conversation: Conversation, left_out: Counter[str]) -> list[Row]:
+    """The answers of a conversation as rows: a plain one where it is a question and an answer."""
+    pairs = conversations.answers(conversation, left_out)
+    if len(pairs) == 1:
+        (context, answer), *_ = pairs
+        if len(context) == 1 and context[0].role == "user" and answer.weight == 1:
+            return [Row(context[0].content, "", answer.content)]
+    rows: list[Row] = []
+    for context, answer in pairs:
+        *before, last = context
+        asked = last.content if last.role == "user" else conversations.as_text([last])
+        text = conversations.as_text(before)
+        rows.append(Turn(asked, text, answer.content, context, answer.weight, conversation.where))
+    return rows
+
+
+LISTED = 20
+"""Columns that an error names."""
+
+
+def listed(record: Mapping[Any, Any]) -> str:
+    """The names of a record's columns, for an error."""
+    names = ", ".join(repr(name) for name in itertools.islice(record, LISTED)) or "none"
+    return names + (f" and {len(record) - LISTED:,} more" if len(record) > LISTED else "")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column holds nothing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def text(value: Any, name: str, where: str) -> str:
     """What column `name` holds as text. Raises InputError for anything but text and numbers."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value):
         return str(value)
-    came = "null" if value is None else type(value).__name__
+    came = "null" if value is None else "NaN, which is no text" if is_missing(value) else type(value).__name__
     raise InputError(f"{where}: column {name!r} should hold text, got {came}: mend the row or use another column")
 
 
@@ -164,23 +216,24 @@ def text(value: Any, name: str, where: str) -> str:
 
 def records(path: Path, more: Readers | None = None) -> Iterator[Record]:
     """The records of a file, by the end of its name; `more` reads others. Raises InputError where it cannot be read."""
-    plain = partial(_csv, delimiter="\t", quoting=csv.QUOTE_NONE)  # in a .tsv a quotation mark is only itself
-    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": plain, ".parquet": _parquet} | dict(more or {})
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}")
-    try:
+    readers = {".json": _json, ".jsonl": _jsonl, ".csv": read_csv, ".tsv": read_tsv, ".parquet": _parquet}
+    readers |= dict(more or {})
+    form = format_of(path)
+    if form not in readers or (form == ".parquet" and path.suffix.lower() in OPENERS):
+        raise InputError(
+            f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}, or the name of a text "
+            f"file and then {', '.join(OPENERS)}"
+        )
+    with reading(path):
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty, expected rows")
-        yield from readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as err:
-        raise InputError(f"{path}: not UTF-8 text ({err.reason} at byte {err.start}): save it as UTF-8") from None
-    except OSError as err:
-        raise InputError(f"{path}: cannot be read: {err.strerror or _first_line(err)}") from None
+        yield from readers[form](path)
 
 
 def _json(path: Path) -> Iterator[Record]:
     try:
-        found = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
+        with open_text(path) as file:
+            found = _parsed(file.read(), str(path))
     except json.JSONDecodeError as err:
         hint = "if it holds one object a line, name it .jsonl" if err.msg == "Extra data" else "mend it there"
         raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
@@ -190,12 +243,13 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", _parsed(line, f"{path}, line {number}")
+                # where files were put together, the mark of each is still there
+                yield f"line {number}", _parsed(line.removeprefix("\ufeff"), f"{path}, line {number}")
             except json.JSONDecodeError as err:
                 raise InputError(
                     f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object a line"
@@ -210,26 +264,6 @@ def _parsed(text: str, where: str) -> Any:
         raise
     except (ValueError, RecursionError) as err:  # a number of thousands of digits; lists within lists without end
         raise InputError(f"{where}: cannot be read: {err}") from None
-
-
-def _csv(path: Path, **dialect: Any) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True, **dialect)
-        try:
-            header = next(reader, [])
-            if twice := [name for i, name in enumerate(header) if name in header[:i]]:
-                raise InputError(f"{path}: two columns are called {twice[0]!r}: give each a name of its own")
-            for values in reader:
-                if not values:  # a blank line
-                    continue
-                if len(values) != len(header):
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {len(values)} fields, but the header names {len(header)}: "
-                        "quote the fields that hold commas or newlines"
-                    )
-                yield f"line {reader.line_num}", dict(zip(header, values, strict=True))
-        except csv.Error as err:
-            raise InputError(f"{path}, line {reader.line_num}: not CSV ({err}): mend it there") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -248,10 +282,14 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
     """The records of one split of a folder in the hub's dataset layout; of its only one, where that is asked for as
-    "train". Raises InputError for any other folder.
+    "train".
+
+    A folder is local: nothing is fetched, and no file outside it is read. Raises InputError for one whose README.md
+    names such files, and for any other folder.
     """
     import datasets
 
+    _stays_local(path)
     try:
         splits: Any = datasets.load_dataset(str(path))
     except Exception as err:  # the library raises a dozen unrelated types for a folder it cannot read
@@ -261,6 +299,41 @@ def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
         raise InputError(f"{path}: no split {split!r}; there are {', '.join(names)}: name one split's file instead")
     chosen = splits[split if split in names else names[0]]
     yield from ((f"row {number}", record) for number, record in enumerate(chosen, 1))
+
+
+def _stays_local(path: Path) -> None:
+    """Raises InputError where a folder's own words on its data name an address or a file elsewhere."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    for name in ("README.md", ".huggingface.yaml"):
+        card = path / name
+        if not card.is_file():
+            continue
+        with reading(card):
+            try:
+                metadata = metadata_load(card) if name.endswith(".md") else yaml.safe_load(card.read_bytes())
+            except (yaml.YAMLError, ValueError) as err:
+                raise InputError(f"{card}: its YAML cannot be read: {_first_line(err)}: mend it there") from None
+        for text in _data_files(metadata):
+            parts = text.replace("\\", "/").split("/")
+            if ":" in text or ".." in parts or parts[0] in ("", "~"):
+                raise InputError(
+                    f"{card}: it names data outside the folder, {shown(text)}: expected files in it; take that out, or "
+                    "give the file itself"
+                )
+
+
+def _data_files(metadata: Any, named: bool = False) -> Iterator[str]:
+    """All texts under `data_files` and `data_dir` in a dataset's metadata, however deep."""
+    if isinstance(metadata, dict):
+        for name, value in metadata.items():
+            yield from _data_files(value, named or name in ("data_files", "data_dir"))
+    elif isinstance(metadata, list):
+        for value in metadata:
+            yield from _data_files(value, named)
+    elif named and isinstance(metadata, str):
+        yield metadata
 
 
 def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]:

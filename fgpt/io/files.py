@@ -215,12 +215,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A text, byte for byte, of a file, or where that is - of what is piped in.
+    """A text, as it is but for a byte order mark, of a file, or where that is - of what is piped in.
 
     Raises InputError where there is none, or it is not in UTF-8.
     """
     try:
-        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8")
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except OSError as err:
         raise InputError(f"{path}: {err.strerror}; expected a text file") from None
     except UnicodeDecodeError as err:
