@@ -18,7 +18,9 @@ import tyro
 
 from experiments import runs
 from experiments.writing import ALIKE, PLAINLY, Alike, Writing
+from fgpt import ranges
 from fgpt.errors import InputError
+from fgpt.ranges import PositiveInt
 
 
 def train(args: Sequence[str]) -> None:
@@ -128,7 +130,7 @@ class Compare:
     prompts: str | None = None
     """A .json or .jsonl file of texts, or of objects with an instruction, or "general", 32 prompts that come with the
     package; None takes what the first run held out."""
-    count: int | None = None
+    count: PositiveInt | None = None
     """Take the first so many prompts; None takes all of a file, and of held-out ones as many as after training."""
     how: tyro.conf.OmitArgPrefixes[Alike] = ALIKE
     out: Path | None = None
@@ -171,7 +173,7 @@ class Replay:
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
-    step: int
+    step: PositiveInt
     """Which, counted from 1."""
 
 
@@ -209,7 +211,7 @@ def report(args: Sequence[str]) -> None:
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
     """`cls` from command-line options.
 
-    Raises InputError for an option that is none of its fields, or a value that does not fit.
+    Raises InputError for an option that is none of its fields, a value that does not fit, or a number out of range.
     """
     known = [f"--{name}" for name in _options(cls)]
     for arg in args:
@@ -222,7 +224,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
+            options = tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
     except SystemExit as end:
         if not end.code:
             raise
@@ -231,6 +233,8 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
         message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
         message = re.sub(r"^Error parsing [\w.]+: ", "", message)
         raise InputError(f"{message.rstrip('.') or 'unusable options'}; {command} --help lists them") from None
+    ranges.check(options, "--")
+    return options
 
 
 def _options(cls: type[Any], prefix: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from fgpt.evaluate import perplexity, room, windows
 from fgpt.io import hub
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
+from fgpt.ranges import NonNegativeInt, PositiveInt
 from fgpt.tree import tree_map
 
 
@@ -37,9 +38,9 @@ class Asked:
     """A model as it is, in place of a run: "nano", "smollm2", a folder, a GGUF file, or a hub name."""
     text: Path | None = None
     """A UTF-8 file, or - for what is piped in: its perplexity through a sliding window, by its own bytes and words."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
-    stride: int | None = None
+    stride: PositiveInt | None = None
     """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
     test: str | None = None
     """Of a run that classifies: other rows than its own, from a source as just train's --test takes."""
@@ -52,15 +53,15 @@ class Asked:
     """lm-eval's tasks, such as hellaswag,arc_easy; they want `just setup-eval`."""
     include_path: Path | None = None
     """A folder of tasks of your own: lm-eval's YAML files."""
-    shots: int | None = None
+    shots: NonNegativeInt | None = None
     """Examples in each prompt of a task; None takes the task's own number."""
     chat: bool = False
     """Put the tasks' prompts in the model's chat template."""
-    answers: int | None = None
+    answers: PositiveInt | None = None
     """Of a run of instructions: answer so many held-out prompts as well, and score the answers as just compare does."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """The first so many documents of each task, or held-out rows."""
-    rows: int = 8
+    rows: PositiveInt = 8
     """Rows that are read at once; they change no result."""
     out: Path | None = None
     """The folder that eval.json is written into; None takes the run's own, and for a base writes none."""
@@ -82,9 +83,6 @@ def go(asked: Asked) -> dict[str, Any]:
     Raises InputError.
     """
     it = subject(asked)
-    for name, value in (("answers", asked.answers), ("limit", asked.limit), ("rows", asked.rows)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: expected 1 or more")
     plain = asked.text is None and asked.tasks is None
     if plain and it.run is None:
         raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")

@@ -41,12 +41,6 @@ HELDOUT, SHARE = 500, 20
 
 def config_of(run: Pretrain, tokenizer: Tokenizer) -> Config:
     """The model's config. Raises InputError for sizes that cannot be, and for a table too small for the tokenizer."""
-    least = {"n_layer": 1, "n_head": 1, "d_model": 1, "seq": 2, "rows": 1, "accumulate": 1, "steps": 1, "evaluate": 1}
-    for name, low in least.items():
-        if (value := getattr(run, name)) is not None and value < low:
-            raise InputError(f"{name} is {value}: expected {low} or more")
-    if run.peak is not None and run.peak <= 0:
-        raise InputError(f"peak is {run.peak}: expected the machine's TFLOP/s, above 0")
     vocab = tokenizer.n_vocab if run.vocab is None else run.vocab
     if vocab < tokenizer.n_vocab:
         raise InputError(f"vocab is {vocab}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
@@ -142,7 +136,7 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
         f"tokens; {run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens; {per_token:,} FLOPs a token, "
         f"{peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})"
     )
-    schedule = cosine(run.lr, run.steps, run.warmup, end=run.lr * run.floor)
+    schedule = cosine(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
     it = Plan(
         run=run,

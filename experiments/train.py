@@ -146,7 +146,7 @@ def laid_out(
     if (run.evaluate or run.take == "best") and (heldout is None or not run.evaluate):
         raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
     steps, inputs = steps_of(examples, run, width), hashed(base, examples)
-    schedule = cosine(run.peak, steps, run.warmup)
+    schedule = cosine(run.peak, steps, run.warmup_steps(steps))
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
     step = make_step(
