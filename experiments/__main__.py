@@ -1,6 +1,6 @@
 """The command line behind `just train | generate | chat | compare | merge | eval | report | replay | doctor | runs`.
 
-Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
+Errors a user can mend are one line on stderr and exit code 2.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from experiments import runs
+from experiments import runs, streams
+from experiments.errors import explained
+from experiments.signals import interrupt, on_first
 from experiments.writing import ALIKE, PLAINLY, Alike, Writing
 from fgpt import ranges
 from fgpt.errors import InputError
@@ -71,13 +73,15 @@ def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
 def list_runs(args: Sequence[str]) -> None:
     if args:
         raise InputError(f"`runs` takes no options, got {args[0]!r}")
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from experiments.console import answers
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, line in runs.describe():
-        table.add_row(f"[bold]{name}[/]", line)
-    Console(highlight=False).print(table)
+        table.add_row(Text(name, "bold"), line)
+    answers.print(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,25 +268,33 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Carry out one command. Returns the exit code: 2 for bad input, 130 for one that was interrupted, 141 where nobody
+    reads the answers any more.
+    """
     command, *args = argv or [""]
-    try:
-        if command not in COMMANDS:
-            raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
-        COMMANDS[command](args)
-    except InputError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except OSError as err:
-        if err.filename is None and err.errno is None:
-            raise
-        print(
-            f"error: {err.filename or 'writing'}: {err.strerror}; free space or choose another folder", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with streams.robust(), on_first(interrupt):
+        try:
+            if command not in COMMANDS:
+                raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
+            COMMANDS[command](args)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a pipe that was closed is no surprise
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            if sys.stdout is not None:
+                streams.drop(sys.stdout)
+            return CLOSED
+        except Exception as err:
+            if (line := explained(err)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return 2
     return 0
 
+
+INTERRUPTED, CLOSED = 128 + 2, 128 + 13
+"""As a shell tells of a process that Ctrl-C, or a closed pipe, has ended."""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple, cast
 from rich.table import Table
 
 from experiments import folder
-from experiments.console import console
+from experiments.console import announce, console
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.runs.classify import Classify
 from experiments.scores.classes import Scores, majority, plot_confusion, scores
-from experiments.train import adapters_of, apart, base_of, laid_out, told
-from fgpt.adapters import Adapters, adapt, trainable, tune
+from experiments.train import adapters_of, apart, base_of, laid_out, low_rate, sizes, told
+from fgpt.adapters import Adapters, adapt, tune
 from fgpt.data import label_sources
 from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
 from fgpt.data.templates import Example
@@ -25,7 +25,6 @@ from fgpt.io.files import whole_folder, write_json
 from fgpt.io.trees import save_adapters
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key
-from fgpt.tree import count
 
 
 def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
@@ -108,9 +107,12 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     adapters = trained_of(run, base)
     judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
     it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
-    console.print(
-        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps; {len(test):,} to score"
+    announce(
+        run.name,
+        sizes(run.base, base, adapters),
+        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps",
+        f"{len(test):,} to score",
+        *low_rate(run.peak, it.steps, run.warmup_steps(it.steps)),
     )
     truth = [names.index(row.label) for row in test]
     plain = majority([names.index(row.label) for row in train], truth, len(names))

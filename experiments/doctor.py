@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from experiments import kinds
 from experiments.console import console
@@ -63,10 +64,11 @@ def table(name: str, found: tuple[Finding, ...]) -> Table:
         column.justify = "right"
     for x in found:
         if x.margin is None:
-            view.add_row(x.law, f"[dim]{x.note}[/]", "", "", "[dim]not asked[/]")
+            view.add_row(x.law, Text(x.note, "dim"), "", "", Text("not asked", "dim"))
             continue
         count = x.limit == 0 and x.margin == int(x.margin) if x.margin < float("inf") else False
         margin, limit = (f"{y:.0f}" if count else f"{y:.1e}" for y in (x.margin, x.limit))
-        said = "[green]ok[/]" if x.holds else "[bold red]FAIL[/]"
-        view.add_row(x.law, x.compared + (f"\n[bold red]{x.note}[/]" if x.note else ""), margin, limit, said)
+        said = Text("ok", "green") if x.holds else Text("FAIL", "bold red")
+        compared = Text.assemble(x.compared, (f"\n{x.note}" if x.note else "", "bold red"))
+        view.add_row(x.law, compared, margin, limit, said)
     return view

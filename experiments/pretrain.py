@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments import documents, folder, mfu
-from experiments.console import console
+from experiments.console import announce, console
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, hashed
 from experiments.runs import Pretrain
-from experiments.train import told
+from experiments.train import low_rate, told
 from fgpt.data.ranks import Ranked, gpt2
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
@@ -131,10 +131,13 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
     peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)
-    console.print(
-        f"[bold]{run.name}[/]: {count(params):,} parameters; {len(texts):,} documents of {sum(map(len, tokens)):,} "
-        f"tokens; {run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens; {per_token:,} FLOPs a token, "
-        f"{peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})"
+    announce(
+        run.name,
+        f"{count(params):,} parameters, all trained",
+        f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
+        f"{run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens",
+        f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})",
+        *low_rate(run.lr, run.steps, run.warmup_steps()),
     )
     schedule = cosine(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)

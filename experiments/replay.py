@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from experiments import checkpoint, folder, kinds
@@ -30,7 +29,7 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
         raise InputError(f"step {step} of {where}: expected one from 1 to {plan.steps}")
     micro, metrics = once_more(plan, where, step)
     for row in rows(micro, plan.tokenizer):
-        console.print(escape(row), style="dim", soft_wrap=True)
+        console.print(row, style="dim", soft_wrap=True)
     logged = {line["step"]: line for line in read_metrics(where / folder.METRICS)}.get(step, {})
     now = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "weight": float(metrics.weight)}
     table = Table("", "again", "logged", title=f"{where}, step {step} of {plan.steps}", title_justify="left")

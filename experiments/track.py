@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.markup import escape
-
 from experiments.console import console
 from experiments.runs import Training
 from fgpt.errors import InputError, one_line
@@ -98,7 +96,7 @@ class _Sink:
         except Exception as err:
             self.calls = None
             why = one_line(err) or type(err).__name__
-            told = f"{self.name} {what}: {escape(why)}; training goes on, and metrics.jsonl has all figures"
+            told = f"{self.name} {what}: {why}; training goes on, and metrics.jsonl has all figures"
             console.print(told, soft_wrap=True)
 
 

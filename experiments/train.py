@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from experiments import compare, folder
-from experiments.console import console
+from experiments.console import announce, console
 from experiments.fit import Fitted, again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, hashed
@@ -27,7 +27,8 @@ from fgpt.optim import adamw, adamw8bit, cosine
 from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
-from fgpt.tree import count, leaves, matches, tree_map, update
+from fgpt.tree import leaves, matches, tree_map, update
+from fgpt.weights import parameters
 
 T = TypeVar("T")
 
@@ -190,11 +191,30 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
     judged = (lambda tuned: nats(tuned, apart)) if apart else None
     it = laid_out(run, base, adapters, examples, width, tokenizer, judged)
     weights = sum(len(e.tokens) - e.prompt for e in examples)
-    console.print(
-        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(examples):,} examples, {weights:,} response tokens, {it.steps} steps"
+    announce(
+        run.name,
+        sizes(run.base, base, adapters),
+        f"{len(examples):,} examples, {weights:,} response tokens, {it.steps} steps",
+        *low_rate(run.peak, it.steps, run.warmup_steps(it.steps)),
     )
     return it, heldout
+
+
+def sizes(name: str, base: GPT, adapters: Adapters) -> str:
+    """How large a base is, and how much is trained of it or beside it."""
+    whole, trained = parameters(base), trainable(adapters)
+    return f"{name} ({whole:,} parameters), {trained:,} trained ({percent(trained / whole)})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
+
+
+def low_rate(peak: float, steps: int, warmup: int) -> list[str]:
+    """A sentence for a training that ends within its warm-up; none for any other."""
+    if warmup <= steps:
+        return []
+    return [f"it ends within its --warmup {warmup}: of lr {peak:.2g} it reaches {peak * steps / warmup:.2g}"]
 
 
 def train(run: Run, where: Path | None = None) -> Path:

@@ -8,8 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-
 from experiments.compare import asked as compare_asked
 from experiments.compare import sides as compare_sides
 from experiments.compare.asked import Asked, held_out
@@ -87,7 +85,7 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
     order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i].instruction + asked.rows[i].input))
     found: dict[str, list[Answer]] = {}
     for name, model in params.items():
-        console.print(f"{escape(name)}: answering {len(asked.rows)} {asked.source} ..")
+        console.print(f"{name}: answering {len(asked.rows)} {asked.source} ..")
         found[name] = answers(model, tokenizer, prompts[name], order, most, alike.sampling, alike.seed)
     scores = {
         side.name: asked_scores(asked.rows, found[side.name])
@@ -129,7 +127,7 @@ def save(found: Comparison, out: Path, name: str) -> None:
     write(out / f"{name}.md", text)
     write(out / f"{name}.html", html)
     show(found)
-    console.print(f"all {len(found.rows)} answers: {escape(str(out / name))}.md and .html")
+    console.print(f"all {len(found.rows)} answers: {out / name}.md and .html")
 
 
 def _place(sides: Sequence[Side]) -> Path:
