@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 from rich.table import Table
 
 from experiments import folder
-from experiments.console import announce, console
+from experiments.console import announce, console, working
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan
@@ -91,9 +91,10 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     run = replace(run, labels=run.labels or names)
     train, chosen = apart(train, min(run.heldout, len(train) // 2), run.seed) if run.evaluate else (train, [])
     labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.context)
-    examples, cut = encode(train, labels, around, tokenizer, width)
-    asked, cut_too = encode(test, labels, around, tokenizer, width)
-    by, _ = encode(chosen, labels, around, tokenizer, width)
+    with working("tokenizing"):
+        examples, cut = encode(train, labels, around, tokenizer, width)
+        asked, cut_too = encode(test, labels, around, tokenizer, width)
+        by, _ = encode(chosen, labels, around, tokenizer, width)
     if cut + cut_too:
         console.print(
             f"{cut:,} of {len(train):,} training rows and {cut_too:,} of {len(test):,} to be scored are longer than "

@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import kinds
-from experiments.console import console
+from experiments.console import console, progress
 from experiments.runs import AnyRun, Pretrain
 from fgpt.adapters import Adapters, tune
-from fgpt.check import Finding, check
+from fgpt.check import LAWS, Finding, checking
 from fgpt.check.case import part
 from fgpt.errors import InputError
 from fgpt.loss import Batch
@@ -29,7 +29,8 @@ def go(run: AnyRun) -> tuple[Finding, ...]:
     base, adapters, batch = laid_out(run)
     batch = part(batch, slice(ROWS))
     console.print(machine(base, batch))
-    found = check(base, adapters, batch, run.lr if isinstance(run, Pretrain) else run.peak)
+    lr = run.lr if isinstance(run, Pretrain) else run.peak
+    found = tuple(progress(checking(base, adapters, batch, lr), "checking laws", LAWS))
     console.print(table(run.name, found))
     if broken := [x.law for x in found if x.holds is False]:
         raise InputError(f"{run.name}: {', '.join(broken)}: broken here, see the table; do not trust what this trains")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from experiments import eval_run, folder, predict, tasks
-from experiments.console import console
+from experiments.console import console, working
 from experiments.eval_run import Figures, scored, shown
 from experiments.runs import Run
 from experiments.runs.classify import Classify
@@ -140,7 +140,8 @@ def load(it: Subject) -> GPT:
     if it.run is not None and it.at is not None:
         return folder.load_tuned(it.at, base_of(it.run))
     device = folder.device_of("auto")
-    return tree_map(lambda x: x.to(device), hub.load(it.base))
+    with working(f"loading {it.base}"):
+        return tree_map(lambda x: x.to(device), hub.load(it.base))
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -148,7 +149,8 @@ def load(it: Subject) -> GPT:
 
 def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int) -> Figures:
     """The perplexities of a text, by name."""
-    tokens = tokenizer.encode(text)
+    with working("tokenizing"):
+        tokens = tokenizer.encode(text)
     parts = scored(params, windows(tokens, tokenizer.begin, width, stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)
     counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments import documents, folder, mfu
-from experiments.console import announce, console
+from experiments.console import announce, console, progress, working
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, hashed
@@ -89,7 +89,8 @@ def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int)
     width = params.cfg.context
     ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
     pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.begin, width, width)]
-    logprobs = [x for each in score(params, pairs, rows) for x in each.logprobs]
+    with working("scoring held-out documents"):
+        logprobs = [x for each in score(params, pairs, rows) for x in each.logprobs]
     sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
     return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
 
@@ -127,7 +128,7 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
     if run.take == "best" and not run.evaluate:
         raise InputError("the best state is that of the least held-out loss: --evaluate N takes it each N steps")
     texts, apart = split(run)
-    tokens = documents.encode(texts, tokenizer)
+    tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
     peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from experiments import checkpoint, folder, kinds
-from experiments.console import console
+from experiments.console import console, working
 from experiments.metrics import read_metrics
 from experiments.plan import Plan
 from fgpt.data.tokenizers import Tokenizer
@@ -49,13 +49,16 @@ def once_more(plan: Plan, where: Path, step: int) -> tuple[list[Batch], Metrics]
     state = checkpoint.newest(where, first, plan.inputs, step - 1) or first
     del first
     begin = int(state.step)
-    console.print(f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}")
+    what = f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}"
+    console.print(what)
     stream = plan.batches(begin)
-    while True:
-        micro = next(stream)
-        state, metrics = plan.advance(state, micro)
-        if int(state.step) == step:
-            return micro, metrics
+    with working(what, step - begin) as advance:
+        while True:
+            micro = next(stream)
+            state, metrics = plan.advance(state, micro)
+            advance(1)
+            if int(state.step) == step:
+                return micro, metrics
 
 
 def rows(micro: list[Batch], tokenizer: Tokenizer) -> list[str]:

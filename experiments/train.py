@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from experiments import compare, folder
-from experiments.console import announce, console
+from experiments.console import announce, console, progress, working
 from experiments.fit import Fitted, again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, hashed
@@ -100,12 +100,13 @@ def base_of(run: Tuning) -> GPT:
     Raises InputError where there is no such base or device.
     """
     device, dtype = folder.device_of(run.device), getattr(torch, run.dtype)
-    if fused(run):
-        params = fuse(hub.load(run.base, dtype))
-        params = params if run.quantize is None else quantize(params, run.quantize)
-    else:
-        params = hub.load(run.base, dtype, run.quantize)
-    return tree_map(lambda x: x.to(device), params)
+    with working(f"loading {run.base}"):
+        if fused(run):
+            params = fuse(hub.load(run.base, dtype))
+            params = params if run.quantize is None else quantize(params, run.quantize)
+        else:
+            params = hub.load(run.base, dtype, run.quantize)
+        return tree_map(lambda x: x.to(device), params)
 
 
 def fused(run: Tuning) -> bool:
@@ -178,7 +179,7 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
     rows, heldout = split(run)
     cfg, tokenizer = hub.describe(run.base)
     width = min(run.seq, cfg.context)
-    whole = [encode(row, look, tokenizer) for row in rows]
+    whole = [encode(row, look, tokenizer) for row in progress(rows, "tokenizing")]
     given = [packing.cut(example, width) for example in whole] if run.long == "cut" else whole
     examples, dropped = packing.fit(given, width, run.long != "error")
     if shorter := sum(a is not b for a, b in zip(whole, given, strict=True)):

@@ -21,19 +21,19 @@ LARGEST = 2**31 - 1
 class Range:
     """Which numbers a field takes. Infinity and what is no number are in no range."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
 
-    def holds(self, x: float) -> bool:
+    def holds(self, x: int | float) -> bool:
         if isinstance(x, float) and not math.isfinite(x):
             return False
         high_enough = (self.least is None or x >= self.least) and (self.above is None or x > self.above)
         low_enough = (self.most is None or x <= self.most) and (self.below is None or x < self.below)
         return high_enough and low_enough
 
-    def expected(self, x: float) -> str:
+    def expected(self, x: int | float) -> str:
         """The range in words, for a number that is not in it."""
         words: list[str] = []
         if self.least is not None:

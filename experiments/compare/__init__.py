@@ -16,7 +16,7 @@ from experiments.compare.page import page
 from experiments.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from experiments.compare.sides import BASE, Side
 from experiments.compare.text import markdown, show
-from experiments.console import console
+from experiments.console import console, progress, working
 from experiments.runs import Run
 from experiments.writing import ALIKE, Alike
 from fgpt.data.templates import Row
@@ -92,7 +92,7 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
         | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
         | rouge_scores(asked.rows, found[side.name])
         | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)
-        for side, examples in zip(sides, references, strict=True)
+        for side, examples in progress([*zip(sides, references, strict=True)], "scoring the answers of each side")
     }
     about, settings = compare_asked.about(sides, asked, most, alike), compare_asked.settings(sides, asked, most, alike)
     return Comparison(compare_asked.title(sides), about, asked.rows, found, scores, settings)
@@ -111,12 +111,14 @@ def answers(
     of equal length as neighbours want little padding. Each draws by a key that its place in `order` gives.
     """
     found: dict[int, Answer] = {}
-    for i in range(0, len(order), AT_ONCE):
-        some = order[i : i + AT_ONCE]
-        rng = fold_in(key(seed), i) if sampling.temperature else None
-        made = generate(params, [prompts[j] for j in some], tokenizer.eos, most, sampling, rng)
-        for at, it in zip(some, made, strict=True):
-            found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
+    with working("answering", len(order)) as advance:
+        for i in range(0, len(order), AT_ONCE):
+            some = order[i : i + AT_ONCE]
+            rng = fold_in(key(seed), i) if sampling.temperature else None
+            made = generate(params, [prompts[j] for j in some], tokenizer.eos, most, sampling, rng)
+            for at, it in zip(some, made, strict=True):
+                found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
+            advance(len(some))
     return [found[i] for i in range(len(prompts))]
 
 
