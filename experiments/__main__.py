@@ -1,6 +1,6 @@
 """The command line behind `just train | generate | chat | compare | merge | eval | report | replay | doctor | runs`.
 
-Errors a user can mend are one line on stderr and exit code 2; Ctrl-C is 130.
+Errors a user can mend are one line on stderr and exit code 2.
 """
 
 import contextlib
@@ -16,9 +16,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from experiments import runs
+from experiments import runs, streams
+from experiments.errors import explained
+from experiments.signals import interrupt, on_first
 from experiments.writing import ALIKE, PLAINLY, Alike, Writing
+from fgpt import ranges
 from fgpt.errors import InputError
+from fgpt.ranges import PositiveInt
 
 
 def train(args: Sequence[str]) -> None:
@@ -66,13 +70,15 @@ def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
 def list_runs(args: Sequence[str]) -> None:
     if args:
         raise InputError(f"`runs` takes no options, got {args[0]!r}")
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from experiments.console import answers
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, line in runs.describe():
-        table.add_row(f"[bold]{name}[/]", line)
-    Console(highlight=False).print(table)
+        table.add_row(Text(name, "bold"), line)
+    answers.print(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Compare:
     prompts: str | None = None
     """A .json or .jsonl file of texts, or of objects with an instruction, or "general", 32 prompts that come with the
     package; None takes what the first run held out."""
-    count: int | None = None
+    count: PositiveInt | None = None
     """Take the first so many prompts; None takes all of a file, and of held-out ones as many as after training."""
     how: tyro.conf.OmitArgPrefixes[Alike] = ALIKE
     out: Path | None = None
@@ -168,7 +174,7 @@ class Replay:
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
-    step: int
+    step: PositiveInt
     """Which, counted from 1."""
 
 
@@ -206,7 +212,7 @@ def report(args: Sequence[str]) -> None:
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:
     """`cls` from command-line options.
 
-    Raises InputError for an option that is none of its fields, or a value that does not fit.
+    Raises InputError for an option that is none of its fields, a value that does not fit, or a number out of range.
     """
     known = [f"--{name}" for name in _options(cls)]
     for arg in args:
@@ -219,7 +225,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
+            options = tyro.cli(cls, args=args, prog=command, config=(tyro.conf.FlagConversionOff,), **given)
     except SystemExit as end:
         if not end.code:
             raise
@@ -228,6 +234,8 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> An
         message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
         message = re.sub(r"^Error parsing [\w.]+: ", "", message)
         raise InputError(f"{message.rstrip('.') or 'unusable options'}; {command} --help lists them") from None
+    ranges.check(options, "--")
+    return options
 
 
 def _options(cls: type[Any], prefix: str = "") -> list[str]:
@@ -257,25 +265,33 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Carry out one command. Returns the exit code: 2 for bad input, 130 for one that was interrupted, 141 where nobody
+    reads the answers any more.
+    """
     command, *args = argv or [""]
-    try:
-        if command not in COMMANDS:
-            raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
-        COMMANDS[command](args)
-    except InputError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except OSError as err:
-        if err.filename is None and err.errno is None:
-            raise
-        print(
-            f"error: {err.filename or 'writing'}: {err.strerror}; free space or choose another folder", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with streams.robust(), on_first(interrupt):
+        try:
+            if command not in COMMANDS:
+                raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
+            COMMANDS[command](args)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a pipe that was closed is no surprise
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            if sys.stdout is not None:
+                streams.drop(sys.stdout)
+            return CLOSED
+        except Exception as err:
+            if (line := explained(err)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return 2
     return 0
 
+
+INTERRUPTED, CLOSED = 128 + 2, 128 + 13
+"""As a shell tells of a process that Ctrl-C, or a closed pipe, has ended."""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

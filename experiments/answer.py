@@ -42,8 +42,6 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
     """
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
-    if how.samples < 1:
-        raise InputError(f"samples is {how.samples}: expected 1 or more")
     it = opened(name)
     prompt = encode_prompt(Row(instruction, given, ""), template(it.run.template), it.tokenizer)
     ends = it.tokenizer.eos_token_ids

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple, cast
 from rich.table import Table
 
 from experiments import folder
-from experiments.console import console
+from experiments.console import announce, console, working
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan
 from experiments.predict import frame_of, labels_of, log_probabilities, with_head
 from experiments.runs.classify import Classify
 from experiments.scores.classes import Scores, majority, plot_confusion, scores
-from experiments.train import adapters_of, apart, base_of, held_out_of, laid_out, told
-from fgpt.adapters import Adapters, adapt, trainable, tune
+from experiments.train import adapters_of, apart, base_of, held_out_of, laid_out, low_rate, sizes, told
+from fgpt.adapters import Adapters, adapt, tune
 from fgpt.data import label_sources
 from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
 from fgpt.data.templates import Example
@@ -25,7 +25,6 @@ from fgpt.io.files import whole_folder, write_json
 from fgpt.io.trees import save_adapters
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key
-from fgpt.tree import count
 
 
 def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
@@ -99,9 +98,10 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     run = replace(run, labels=run.labels or names)
     train, chosen = apart(train, min(run.heldout, len(train) // 2), run.seed) if run.evaluate else (train, [])
     labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.context)
-    examples, cut = encode(train, labels, around, tokenizer, width)
-    asked, cut_too = encode(test, labels, around, tokenizer, width)
-    by, _ = encode(chosen, labels, around, tokenizer, width)
+    with working("tokenizing"):
+        examples, cut = encode(train, labels, around, tokenizer, width)
+        asked, cut_too = encode(test, labels, around, tokenizer, width)
+        by, _ = encode(chosen, labels, around, tokenizer, width)
     if cut + cut_too:
         console.print(
             f"{cut:,} of {len(train):,} training rows and {cut_too:,} of {len(test):,} to be scored are longer than "
@@ -116,9 +116,12 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
     more = {"test_rows": asked, "rows_with_shots": shown, "heldout_rows": by, "labels": f"{labels} {around}"}
     it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
-    console.print(
-        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps; {len(test):,} to score"
+    announce(
+        run.name,
+        sizes(run.base, base, adapters),
+        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps",
+        f"{len(test):,} to score",
+        *low_rate(run.peak, it.steps, run.warmup_steps(it.steps)),
     )
     truth = [names.index(row.label) for row in test]
     plain = majority([names.index(row.label) for row in train], truth, len(names))

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from experiments import kinds
-from experiments.console import console
+from experiments.console import console, progress
 from experiments.runs import AnyRun, Pretrain
 from fgpt.adapters import Adapters, tune
-from fgpt.check import Finding, check
+from fgpt.check import LAWS, Finding, checking
 from fgpt.check.case import part
 from fgpt.errors import InputError
 from fgpt.loss import Batch
@@ -28,7 +29,8 @@ def go(run: AnyRun) -> tuple[Finding, ...]:
     base, adapters, batch = laid_out(run)
     batch = part(batch, slice(ROWS))
     console.print(machine(base, batch))
-    found = check(base, adapters, batch, run.lr if isinstance(run, Pretrain) else run.peak)
+    lr = run.lr if isinstance(run, Pretrain) else run.peak
+    found = tuple(progress(checking(base, adapters, batch, lr), "checking laws", LAWS))
     console.print(table(run.name, found))
     if broken := [x.law for x in found if x.holds is False]:
         raise InputError(f"{run.name}: {', '.join(broken)}: broken here, see the table; do not trust what this trains")
@@ -63,10 +65,11 @@ def table(name: str, found: tuple[Finding, ...]) -> Table:
         column.justify = "right"
     for x in found:
         if x.margin is None:
-            view.add_row(x.law, f"[dim]{x.note}[/]", "", "", "[dim]not asked[/]")
+            view.add_row(x.law, Text(x.note, "dim"), "", "", Text("not asked", "dim"))
             continue
         count = x.limit == 0 and x.margin == int(x.margin) if x.margin < float("inf") else False
         margin, limit = (f"{y:.0f}" if count else f"{y:.1e}" for y in (x.margin, x.limit))
-        said = "[green]ok[/]" if x.holds else "[bold red]FAIL[/]"
-        view.add_row(x.law, x.compared + (f"\n[bold red]{x.note}[/]" if x.note else ""), margin, limit, said)
+        said = Text("ok", "green") if x.holds else Text("FAIL", "bold red")
+        compared = Text.assemble(x.compared, (f"\n{x.note}" if x.note else "", "bold red"))
+        view.add_row(x.law, compared, margin, limit, said)
     return view

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -54,7 +54,7 @@ def from_hub(source: str) -> list[str]:
     return found
 
 
-def encode(documents: list[str], tokenizer: Tokenizer) -> list[Int[Tensor, " length"]]:
+def encode(documents: Iterable[str], tokenizer: Tokenizer) -> list[Int[Tensor, " length"]]:
     """Tokens of each document, without the closing end: 4 bytes a token, where a list of numbers takes forty."""
     return [torch.tensor(tokenizer.encode(document), dtype=torch.int32) for document in documents]
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import track
 from rich.table import Table
 
 from experiments import classify, compare, folder, predict
 from experiments.compare import asked as compare_asked
 from experiments.compare import sides as compare_sides
 from experiments.compare.scores import asked_scores, rouge_scores, shape_scores
-from experiments.console import console
+from experiments.console import console, working
 from experiments.runs import Run
 from experiments.runs.classify import Classify
 from experiments.scores.text import answers
@@ -139,10 +138,13 @@ def of_classes(params: GPT, it: Unseen, title: str = "test rows") -> Figures:
 
 
 def scored(params: GPT, pairs: Sequence[Pair], rows: int) -> list[Scored]:
-    """`fgpt.evaluate.score` with a bar that shows how far it is."""
+    """`fgpt.evaluate.score` which shows how far it is."""
     some: Iterator[list[tuple[int, Scored]]] = scoring(params, pairs, rows)
-    bar = track(some, "scoring", -(-len(pairs) // rows), console=console, disable=not console.is_terminal)
-    found = {i: each for part in bar for i, each in part}
+    found: dict[int, Scored] = {}
+    with working("scoring", len(pairs)) as advance:
+        for part in some:
+            found.update(part)
+            advance(len(part))
     return [found[i] for i in range(len(pairs))]
 
 

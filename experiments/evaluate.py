@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from experiments import eval_run, folder, predict, results, tasks
-from experiments.console import console
+from experiments.console import console, working
 from experiments.eval_run import Figures, scored, shown
 from experiments.paths import shareable
 from experiments.plan import hashed
@@ -26,6 +26,7 @@ from fgpt.evaluate import perplexity, room, windows
 from fgpt.io import hub
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
+from fgpt.ranges import NonNegativeInt, PositiveInt
 from fgpt.tree import tree_map
 
 NAME = Path(folder.EVAL).stem
@@ -43,9 +44,9 @@ class Asked:
     """A model as it is, in place of a run: "nano", "smollm2", a folder, a GGUF file, or a hub name."""
     text: Path | None = None
     """A UTF-8 file, or - for what is piped in: its perplexity through a sliding window, by its own bytes and words."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
-    stride: int | None = None
+    stride: PositiveInt | None = None
     """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
     test: str | None = None
     """Of a run that classifies: other rows than its own, from a source as just train's --test takes."""
@@ -58,15 +59,15 @@ class Asked:
     """lm-eval's tasks, such as hellaswag,arc_easy; they want `just setup-eval`."""
     include_path: Path | None = None
     """A folder of tasks of your own: lm-eval's YAML files."""
-    shots: int | None = None
+    shots: NonNegativeInt | None = None
     """Examples in each prompt of a task; None takes the task's own number."""
     chat: bool = False
     """Put the tasks' prompts in the model's chat template."""
-    answers: int | None = None
+    answers: PositiveInt | None = None
     """Of a run of instructions: answer so many held-out prompts as well, and score the answers as just compare does."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """The first so many documents of each task, or held-out rows."""
-    rows: int = 8
+    rows: PositiveInt = 8
     """Rows that are read at once; they change no result."""
     out: Path | None = None
     """The folder that eval.json is written into; None takes the run's own, and for a base writes none."""
@@ -88,9 +89,6 @@ def go(asked: Asked) -> dict[str, Any]:
     Raises InputError.
     """
     it = subject(asked)
-    for name, value in (("answers", asked.answers), ("limit", asked.limit), ("rows", asked.rows)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: expected 1 or more")
     plain = asked.text is None and asked.tasks is None
     if plain and it.run is None:
         raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")
@@ -182,7 +180,8 @@ def load(it: Subject) -> GPT:
     if it.run is not None and it.at is not None:
         return folder.load_tuned(it.at, base_of(it.run))
     device = folder.device_of("auto")
-    return tree_map(lambda x: x.to(device), hub.load(it.base))
+    with working(f"loading {it.base}"):
+        return tree_map(lambda x: x.to(device), hub.load(it.base))
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -190,7 +189,8 @@ def load(it: Subject) -> GPT:
 
 def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int) -> Figures:
     """The perplexities of a text, by name."""
-    tokens = tokenizer.encode(text)
+    with working("tokenizing"):
+        tokens = tokenizer.encode(text)
     parts = scored(params, windows(tokens, tokenizer.begin, width, stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)
     counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}

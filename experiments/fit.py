@@ -5,7 +5,6 @@ import json
 import math
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -18,11 +17,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments import checkpoint
-from experiments.console import console
+from experiments.console import claimed, console
 from experiments.folder import METRICS
 from experiments.heap import hold_freed
 from experiments.metrics import mend, read_metrics
 from experiments.plan import Plan
+from experiments.signals import on_first
 from experiments.track import tracking
 from fgpt.errors import InputError
 from fgpt.train import State
@@ -51,7 +51,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
     metrics file, and a checkpoint of the state to its checkpoints each so many minutes, at the end, and where the
     held-out loss is the best so far.
 
-    Ctrl-C ends the training after the step under way, with a checkpoint.
+    Ctrl-C, SIGTERM and SIGHUP end the training after the step under way, with a checkpoint.
 
     Raises InputError where the loss is no longer a number, a trained leaf does not move, or the disk is full.
     """
@@ -143,16 +143,17 @@ def fit(plan: Plan, out: Path) -> Fitted:
 def _shown(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is yielded shows a step's line: as a bar in a terminal, elsewhere as some twenty lines in all."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
     began = time.perf_counter()
-    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+    bars = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+    with claimed("training"), bars as bar:
         task = bar.add_task("training", total=steps, completed=begin, figures="")
 
         def show(line: dict[str, Any]) -> None:
@@ -194,21 +195,13 @@ def again(out: Path) -> str:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C, or SIGTERM, has asked for an end. A second one ends at once."""
-    asked: list[int] = []
+    """Whether Ctrl-C, SIGTERM or SIGHUP has asked for an end. A second one ends at once."""
+    asked = threading.Event()
 
-    def ask(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        console.print("ending after this step; Ctrl-C again to end at once")
+    def ask() -> None:
+        asked.set()
+        with contextlib.suppress(RuntimeError):  # where it came in the middle of another line
+            console.print("ending after this step; Ctrl-C again to end at once")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # signals are the main thread's
-        return
-    kept = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    with on_first(ask):
+        yield asked.is_set

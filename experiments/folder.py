@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import torch
 from beartype.door import is_bearable
@@ -32,6 +32,7 @@ from experiments.console import console
 from experiments.environment import environment
 from experiments.paths import shared, with_local, without_paths, write_local
 from experiments.runs import AnyRun, Classify, Pretrain, Run
+from fgpt import ranges
 from fgpt.adapters import Adapters, adapt, merge
 from fgpt.errors import InputError, shown
 from fgpt.io.files import clean, read_json, staying, whole_folder, write_json
@@ -217,7 +218,9 @@ def read_run(folder: Path) -> AnyRun:
     for kind in (Run, Classify, Pretrain):
         if isinstance(values, dict) and values.keys() == {f.name for f in dataclasses.fields(kind)}:
             try:
-                return _read(kind, values)
+                run = _read(kind, values)
+                ranges.check(run)
+                return run
             except InputError as err:
                 raise InputError(f"{folder / RUN}: {err}; train it again") from None
     raise InputError(f"{folder / RUN}: not a run of this version; train it again")
@@ -226,10 +229,10 @@ def read_run(folder: Path) -> AnyRun:
 def _read(kind: Any, value: Any, name: str = "run") -> Any:
     """`value` from JSON as a field of type `kind`. Raises InputError where it does not fit."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        fields = {f.name: f for f in dataclasses.fields(kind)}
+        fields = get_type_hints(kind)  # without the ranges of numbers, which are checked when all of it is read
         if value.keys() != fields.keys():
             raise InputError(f"{name} has the fields {', '.join(value)}; expected {', '.join(fields)}")
-        return cast(Any, kind)(**{key: _read(fields[key].type, x, key) for key, x in value.items()})
+        return cast(Any, kind)(**{key: _read(fields[key], x, key) for key, x in value.items()})
     if get_origin(kind) is tuple and isinstance(value, list):
         value = tuple(_read(get_args(kind)[0], x, name) for x in value)
     elif Path in (kind, *get_args(kind)) and isinstance(value, str):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from experiments import folder
+from experiments.console import working
 from experiments.runs.classify import Classify
 from experiments.train import base_of
 from fgpt.data import packing
@@ -40,9 +41,11 @@ def log_probabilities(
     texts, common = [examples[i].tokens for i in by_length], common_to([x.tokens for x in examples])
     reads = _after(params, texts, common) if 2 * common > len(texts[0]) else _packed(params, texts, width)
     choices, found = torch.tensor(labels.choices), torch.empty(len(examples), len(labels.choices))
-    for numbers, h in reads:
-        each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
-        found[[by_length[i] for i in numbers]] = each
+    with working("telling classes", len(examples)) as advance:
+        for numbers, h in reads:
+            each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
+            found[[by_length[i] for i in numbers]] = each
+            advance(len(numbers))
     return found
 
 

@@ -14,12 +14,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from experiments import documents, folder, mfu
-from experiments.console import console
+from experiments.console import announce, console, progress, working
 from experiments.fit import again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, fingerprint
 from experiments.runs import Pretrain
-from experiments.train import told
+from experiments.train import low_rate, told
 from fgpt.data.ranks import Ranked, gpt2
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
@@ -41,12 +41,6 @@ HELDOUT, SHARE = 500, 20
 
 def config_of(run: Pretrain, tokenizer: Tokenizer) -> Config:
     """The model's config. Raises InputError for sizes that cannot be, and for a table too small for the tokenizer."""
-    least = {"n_layer": 1, "n_head": 1, "d_model": 1, "seq": 2, "rows": 1, "accumulate": 1, "steps": 1, "evaluate": 1}
-    for name, low in least.items():
-        if (value := getattr(run, name)) is not None and value < low:
-            raise InputError(f"{name} is {value}: expected {low} or more")
-    if run.peak is not None and run.peak <= 0:
-        raise InputError(f"peak is {run.peak}: expected the machine's TFLOP/s, above 0")
     vocab = tokenizer.n_vocab if run.vocab is None else run.vocab
     if vocab < tokenizer.n_vocab:
         raise InputError(f"vocab is {vocab}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
@@ -95,7 +89,8 @@ def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int)
     width = params.cfg.context
     ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
     pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.begin, width, width)]
-    logprobs = [x for each in score(params, pairs, rows) for x in each.logprobs]
+    with working("scoring held-out documents"):
+        logprobs = [x for each in score(params, pairs, rows) for x in each.logprobs]
     sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
     return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
 
@@ -133,16 +128,19 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
     if run.take == "best" and not run.evaluate:
         raise InputError("the best state is that of the least held-out loss: --evaluate N takes it each N steps")
     texts, apart = split(run)
-    tokens = documents.encode(texts, tokenizer)
+    tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
     peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)
-    console.print(
-        f"[bold]{run.name}[/]: {count(params):,} parameters; {len(texts):,} documents of {sum(map(len, tokens)):,} "
-        f"tokens; {run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens; {per_token:,} FLOPs a token, "
-        f"{peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})"
+    announce(
+        run.name,
+        f"{count(params):,} parameters, all trained",
+        f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
+        f"{run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens",
+        f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})",
+        *low_rate(run.lr, run.steps, run.warmup_steps()),
     )
-    schedule = cosine(run.lr, run.steps, run.warmup, end=run.lr * run.floor)
+    schedule = cosine(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
     it = Plan(
         run=run,

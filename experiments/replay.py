@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from experiments import checkpoint, folder, kinds
-from experiments.console import console
+from experiments.console import console, working
 from experiments.metrics import read_metrics
 from experiments.plan import Plan
 from fgpt.data.tokenizers import Tokenizer
@@ -30,7 +29,7 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
         raise InputError(f"step {step} of {where}: expected one from 1 to {plan.steps}")
     micro, metrics = once_more(plan, where, step)
     for row in rows(micro, plan.tokenizer):
-        console.print(escape(row), style="dim", soft_wrap=True)
+        console.print(row, style="dim", soft_wrap=True)
     logged = {line["step"]: line for line in read_metrics(where / folder.METRICS)}.get(step, {})
     now = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "weight": float(metrics.weight)}
     table = Table("", "again", "logged", title=f"{where}, step {step} of {plan.steps}", title_justify="left")
@@ -50,13 +49,16 @@ def once_more(plan: Plan, where: Path, step: int) -> tuple[list[Batch], Metrics]
     state = checkpoint.newest(where, first, plan.inputs, step - 1) or first
     del first
     begin = int(state.step)
-    console.print(f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}")
+    what = f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}"
+    console.print(what)
     stream = plan.batches(begin)
-    while True:
-        micro = next(stream)
-        state, metrics = plan.advance(state, micro)
-        if int(state.step) == step:
-            return micro, metrics
+    with working(what, step - begin) as advance:
+        while True:
+            micro = next(stream)
+            state, metrics = plan.advance(state, micro)
+            advance(1)
+            if int(state.step) == step:
+                return micro, metrics
 
 
 def rows(micro: list[Batch], tokenizer: Tokenizer) -> list[str]:

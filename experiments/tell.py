@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from experiments import folder, predict
+from experiments.console import answers
 from fgpt.data.labels import Labelled
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
@@ -59,11 +59,11 @@ def row(text: str, pairs: bool, where: str) -> Labelled:
 
 
 def show(rows: Sequence[Labelled], told: predict.Told) -> None:
-    table = Table("text", *map(escape, told.names))
+    table = Table("text", *told.names)
     for column in table.columns[1:]:
         column.justify = "right"
     for each, values, label in zip(rows, told.probabilities.tolist(), told.likeliest, strict=True):
-        text = escape(" / ".join(x for x in (each.text, each.text2) if x))
-        cells = (f"[bold]{p:.3f}[/]" if name == label else f"{p:.3f}" for name, p in zip(told.names, values))
+        text = " / ".join(x for x in (each.text, each.text2) if x)
+        cells = (Text(f"{p:.3f}", "bold" if name == label else "") for name, p in zip(told.names, values))
         table.add_row(text, *cells)
-    Console(highlight=False).print(table)
+    answers.print(table)

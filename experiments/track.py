@@ -17,8 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from rich.markup import escape
-
 from experiments.console import console
 from experiments.paths import shared
 from experiments.runs import Training
@@ -100,7 +98,7 @@ class _Sink:
         except Exception as err:
             self.calls = None
             why = one_line(err) or type(err).__name__
-            told = f"{self.name} {what}: {escape(why)}; training goes on, and metrics.jsonl has all figures"
+            told = f"{self.name} {what}: {why}; training goes on, and metrics.jsonl has all figures"
             console.print(told, soft_wrap=True)
 
 

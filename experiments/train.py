@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from experiments import compare, folder
-from experiments.console import console
+from experiments.console import announce, console, progress, working
 from experiments.fit import Fitted, again, fit
 from experiments.metrics import plot_loss
 from experiments.plan import Plan, fingerprint
@@ -28,7 +28,8 @@ from fgpt.optim import adamw, adamw8bit, cosine
 from fgpt.quantize import quantize
 from fgpt.rng import fold_in, key
 from fgpt.train import make_step, start
-from fgpt.tree import count, leaves, matches, tree_map, update
+from fgpt.tree import leaves, matches, tree_map, update
+from fgpt.weights import parameters
 
 T = TypeVar("T")
 
@@ -136,12 +137,13 @@ def base_of(run: Tuning) -> GPT:
     Raises InputError where there is no such base or device.
     """
     device, dtype = folder.device_of(run.device), getattr(torch, run.dtype)
-    if fused(run):
-        params = fuse(hub.load(run.base, dtype))
-        params = params if run.quantize is None else quantize(params, run.quantize)
-    else:
-        params = hub.load(run.base, dtype, run.quantize)
-    return tree_map(lambda x: x.to(device), params)
+    with working(f"loading {run.base}"):
+        if fused(run):
+            params = fuse(hub.load(run.base, dtype))
+            params = params if run.quantize is None else quantize(params, run.quantize)
+        else:
+            params = hub.load(run.base, dtype, run.quantize)
+        return tree_map(lambda x: x.to(device), params)
 
 
 def fused(run: Tuning) -> bool:
@@ -186,7 +188,7 @@ def laid_out(
         raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
     steps = steps_of(examples, run, width)
     inputs = fingerprint(run, base, tokenizer, run.base, training_rows=examples, **others)
-    schedule = cosine(run.peak, steps, run.warmup)
+    schedule = cosine(run.peak, steps, run.warmup_steps(steps))
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
     step = make_step(
@@ -217,7 +219,7 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
     rows, heldout = split(run)
     cfg, tokenizer = hub.describe(run.base)
     width = min(run.seq, cfg.context)
-    whole = [encode(row, look, tokenizer) for row in rows]
+    whole = [encode(row, look, tokenizer) for row in progress(rows, "tokenizing")]
     given = [packing.cut(example, width) for example in whole] if run.long == "cut" else whole
     examples, dropped = packing.fit(given, width, run.long != "error")
     if shorter := sum(a is not b for a, b in zip(whole, given, strict=True)):
@@ -231,11 +233,30 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
     more = {"heldout_rows": heldout, "template": repr(look)}
     it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
     weights = sum(len(e.tokens) - e.prompt for e in examples)
-    console.print(
-        f"[bold]{run.name}[/]: {run.base} ({count(base):,} parameters), {trainable(adapters):,} trained; "
-        f"{len(examples):,} examples, {weights:,} response tokens, {it.steps} steps"
+    announce(
+        run.name,
+        sizes(run.base, base, adapters),
+        f"{len(examples):,} examples, {weights:,} response tokens, {it.steps} steps",
+        *low_rate(run.peak, it.steps, run.warmup_steps(it.steps)),
     )
     return it, heldout
+
+
+def sizes(name: str, base: GPT, adapters: Adapters) -> str:
+    """How large a base is, and how much is trained of it or beside it."""
+    whole, trained = parameters(base), trainable(adapters)
+    return f"{name} ({whole:,} parameters), {trained:,} trained ({percent(trained / whole)})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
+
+
+def low_rate(peak: float, steps: int, warmup: int) -> list[str]:
+    """A sentence for a training that ends within its warm-up; none for any other."""
+    if warmup <= steps:
+        return []
+    return [f"it ends within its --warmup {warmup}: of lr {peak:.2g} it reaches {peak * steps / warmup:.2g}"]
 
 
 def train(run: Run, where: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tyro.conf import OmitArgPrefixes
 
+from fgpt.ranges import FiniteFloat, PositiveInt, Seed
 from fgpt.sampling import GREEDY, Sampling
 
 
@@ -11,18 +12,18 @@ from fgpt.sampling import GREEDY, Sampling
 class Writing:
     """How to write."""
 
-    most: int = 200
+    most: PositiveInt = 200
     """Most new tokens."""
     sampling: OmitArgPrefixes[Sampling] = GREEDY
-    beams: int = 1
+    beams: PositiveInt = 1
     """Above 1, beam search: the likeliest of the texts it finds."""
-    length_penalty: float = 1.0
+    length_penalty: FiniteFloat = 1.0
     """Of beam search: log-probabilities are divided by the length to this power."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Texts to write."""
     stop: tuple[str, ...] = ()
     """Strings that end a text, and are no part of it."""
-    seed: int = 0
+    seed: Seed = 0
     compiled: bool = False
     """Compile the step, which takes half a minute the first time: on a CPU the text then comes twice as fast or more.
     Needs a C++ compiler."""
@@ -36,10 +37,10 @@ PLAINLY = Writing()
 class Alike:
     """How every side of a comparison is to write: by the same rule, and by the same key for the same prompt."""
 
-    most: int | None = None
+    most: PositiveInt | None = None
     """Most new tokens of an answer; None takes the first run's."""
     sampling: OmitArgPrefixes[Sampling] = GREEDY
-    seed: int = 0
+    seed: Seed = 0
 
 
 ALIKE = Alike()

@@ -7,13 +7,14 @@ changed in place, and no row of a result depends on another row.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from fgpt.rng import fold_in
 
 Filter: TypeAlias = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]]
@@ -159,6 +160,9 @@ def _made(choices: list[_Choice]) -> list[Filter]:
     return [make(value) for make, value in choices if value is not None]
 
 
+Share: TypeAlias = Annotated[float, Range(above=0, most=1)]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the likeliest at temperature 0, else one drawn from what the filters leave.
@@ -166,12 +170,12 @@ class Sampling:
     None is no such filter. Raises InputError for a value that its filter refuses, at any temperature.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram: int | None = None
+    temperature: NonNegativeFloat = 0.0
+    top_k: PositiveInt | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    repetition_penalty: PositiveFloat | None = None
+    no_repeat_ngram: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         _expect("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number above 0, or 0 for greedy")

@@ -10,7 +10,7 @@ or col alone. An adapted weight holds another weight, so adapters stack with no 
 everywhere.
 """
 
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from fgpt.kernels.dropout import dropout
 from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, frozen, gather, part
 from fgpt.kernels.scale import readable, scaled, times
 from fgpt.kernels.transforms import tracked, transformed
-from fgpt.tree import node, static
+from fgpt.tree import children, node, static
 
 PIECE = 1 << 18
 """Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache."""
@@ -47,6 +47,15 @@ class Adapted:
 
 
 Weight: TypeAlias = Union[Tensor, Quantised, Adapted]
+
+
+def parameters(tree: Any) -> int:
+    """How many parameters a model has: a quantised matrix has out times in, in however many bytes it is held."""
+    if isinstance(tree, Tensor):
+        return tree.numel()
+    if isinstance(tree, QUANTISED):
+        return tree.shape.numel()
+    return sum(parameters(child) for _, child in children(tree))
 
 
 def dense(w: Weight) -> Float[Tensor, "out in"]:

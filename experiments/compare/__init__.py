@@ -10,8 +10,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-
 from experiments import results
 from experiments.compare import asked as compare_asked
 from experiments.compare import sides as compare_sides
@@ -21,7 +19,7 @@ from experiments.compare.page import page
 from experiments.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from experiments.compare.sides import BASE, Side
 from experiments.compare.text import markdown, show
-from experiments.console import console
+from experiments.console import console, progress, working
 from experiments.runs import Run
 from experiments.writing import ALIKE, Alike
 from fgpt.data.templates import Row
@@ -110,14 +108,14 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
     order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i].instruction + asked.rows[i].input))
     found: dict[str, list[Answer]] = {}
     for name, model in params.items():
-        console.print(f"{escape(name)}: answering {len(asked.rows)} {asked.source} ..")
+        console.print(f"{name}: answering {len(asked.rows)} {asked.source} ..")
         found[name] = answers(model, tokenizer, prompts[name], order, most, alike.sampling, alike.seed)
     scores = {
         side.name: asked_scores(asked.rows, found[side.name])
         | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
         | rouge_scores(asked.rows, found[side.name])
         | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)
-        for side, examples in zip(sides, references, strict=True)
+        for side, examples in progress([*zip(sides, references, strict=True)], "scoring the answers of each side")
     }
     about, settings = compare_asked.about(sides, asked, most, alike), compare_asked.settings(sides, asked, most, alike)
     return Comparison(compare_asked.title(sides), about, asked.rows, found, scores, settings)
@@ -136,12 +134,14 @@ def answers(
     of equal length as neighbours want little padding. Each draws by a key that its place in `order` gives.
     """
     found: dict[int, Answer] = {}
-    for i in range(0, len(order), AT_ONCE):
-        some = order[i : i + AT_ONCE]
-        rng = fold_in(key(seed), i) if sampling.temperature else None
-        made = generate(params, [prompts[j] for j in some], tokenizer.eos_token_ids, most, sampling, rng)
-        for at, it in zip(some, made, strict=True):
-            found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
+    with working("answering", len(order)) as advance:
+        for i in range(0, len(order), AT_ONCE):
+            some = order[i : i + AT_ONCE]
+            rng = fold_in(key(seed), i) if sampling.temperature else None
+            made = generate(params, [prompts[j] for j in some], tokenizer.eos_token_ids, most, sampling, rng)
+            for at, it in zip(some, made, strict=True):
+                found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
+            advance(len(some))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -152,7 +152,7 @@ def save(found: Comparison, out: Path, name: str) -> None:
     write(out / f"{name}.md", text)
     write(out / f"{name}.html", html)
     show(found)
-    console.print(f"all {len(found.rows)} answers: {escape(str(out / name))}.md and .html")
+    console.print(f"all {len(found.rows)} answers: {out / name}.md and .html")
 
 
 def _place(sides: Sequence[Side]) -> Path:

@@ -1,6 +1,5 @@
 """A comparison as Markdown, and in short on the terminal."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from experiments.compare.found import Answer, Comparison
@@ -30,7 +29,7 @@ def markdown(found: Comparison) -> str:
 
 def show(found: Comparison) -> None:
     """Print the scores, and a few answers where they have room."""
-    view = Table("", *map(escape, found.sides), title=escape(found.title), title_justify="left")
+    view = Table("", *found.sides, title=found.title, title_justify="left")
     for name, values in found.cells():
         view.add_row(name, *values)
     if len(found.sides) <= ABREAST:
@@ -39,7 +38,7 @@ def show(found: Comparison) -> None:
             row = found.rows[i]
             prompt = row.instruction + (f"\n{row.input}" if row.input else "")
             texts = [_told(some[i]) for some in found.answers.values()]
-            view.add_row(*(escape(text) for text in (prompt, *texts)), end_section=True)
+            view.add_row(prompt, *texts, end_section=True)
     console.print(view)
 
 

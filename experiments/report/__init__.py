@@ -5,8 +5,6 @@ report.html    in the run's folder; it needs no other file and nothing from the 
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from experiments import folder
 from experiments.console import console
 from experiments.report.found import read
@@ -27,5 +25,5 @@ def go(name: str) -> Path:
     title = at if at.startswith(found.name) else f"{found.name} ({at})"
     text = page(title, summary(found), sections(found))
     write(found.folder / REPORT, text)
-    console.print(f"written: {escape(str(found.folder / REPORT))}")
+    console.print(f"written: {found.folder / REPORT}", soft_wrap=True)
     return found.folder / REPORT

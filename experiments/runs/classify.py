@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.runs.tuning import Adapter, Tuning
+from experiments.runs.tuning import Adapter, Length, Tuning
 from fgpt.data.label_sources import Columns
 from fgpt.data.labels import Wording
+from fgpt.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Classify(Tuning):
     test: str | None = None
     """The rows that are scored, from such a source. None takes the test split of `train` where that is a hub source
     which has one; of others it keeps `heldout` rows out of training."""
-    heldout: int = 200
+    heldout: PositiveInt = 200
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold text, second text and label."""
     labels: tuple[str, ...] = ()
@@ -28,13 +29,13 @@ class Classify(Tuning):
     """classes: a new head, read at the end token. tokens: the label is the next token, after the wording's suffix."""
     wording: Wording = field(default_factory=Wording)
     """What stands around each text."""
-    shots: int = 0
+    shots: NonNegativeInt = 0
     """Of labels as tokens, score the base with so many training rows before each text as well; 0 does not."""
     also: str | None = None
     """Regular expression of leaves that are tuned beside the adapter. A head of classes is tuned always."""
-    seq: int = 128
+    seq: Length = 128
     """Tokens in a row, into which texts are packed, each seeing itself alone. A longer text loses its middle."""
-    rows: int = 4
+    rows: PositiveInt = 4
 
 
 def emotion_small() -> Classify:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from experiments.runs.tuning import Adapter, Tuning
+from experiments.runs.tuning import Adapter, Length, Tuning
 from fgpt.data.sources import Columns
+from fgpt.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +19,17 @@ class Run(Tuning):
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold instruction, input and output."""
     template: str = "alpaca"
-    seq: int = 512
-    rows: int = 8
+    seq: Length = 512
+    rows: PositiveInt = 8
     long: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
     answers as fits, where their prompts leave room for some."""
-    heldout: int = 64
+    heldout: NonNegativeInt = 64
     """Rows kept out of training, for the comparison; a tenth, where these would be more than half. The embedded data
     brings its own."""
-    compare: int = 8
+    compare: NonNegativeInt = 8
     """Held-out prompts answered by base and tuned after training; 0 answers none."""
-    most: int = 128
+    most: PositiveInt = 128
     """Most new tokens of an answer."""
 
 

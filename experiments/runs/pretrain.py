@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from experiments.runs.training import Training
+from experiments.runs.tuning import Length, default_warmup
+from fgpt.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,32 +23,40 @@ class Pretrain(Training):
     of the training documents out, or a twentieth if that is less."""
     tokenizer: str = "nano"
     """The model whose tokenizer is used; "gpt2" is GPT-2's own, which needs no model, but its ranks once."""
-    vocab: int | None = None
+    vocab: PositiveInt | None = None
     """Rows of the token table; None takes as many as there are tokens."""
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 256
+    n_layer: PositiveInt = 4
+    n_head: PositiveInt = 4
+    d_model: PositiveInt = 256
     biases: bool = True
     """Of the block matrices and norms."""
-    seq: int = 512
+    seq: Length = 512
     """Tokens in a row, and the model's context."""
-    rows: int = 4
+    rows: PositiveInt = 4
     """Rows in a micro-batch."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches in an update."""
-    lr: float = 3e-3
+    lr: PositiveFloat = 3e-3
     """Peak of AdamW's rate; it rises over `warmup` steps and falls on a cosine to `floor` of it."""
-    floor: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
+    floor: Annotated[float, Range(least=0, most=1)] = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     """A second moment of long memory: with 2,048 tokens a step most tokens' gradients are absent from most steps."""
-    warmup: int = 150
-    weight_decay: float = 0.1
+    warmup: NonNegativeInt | None = None
+    """None takes 150, or a tenth of the training where that is less."""
+    weight_decay: NonNegativeFloat = 0.1
     """Of matrices and tables alone."""
-    steps: int = 6600
-    peak: float | None = None
+    steps: PositiveInt = 6600
+    peak: PositiveFloat | None = None
     """The machine's TFLOP/s, for the share that training uses (see `mfu`); None measures it."""
     compile: bool = True
     """Compile the gradient (needs a C++ compiler); about 1.4x on a CPU."""
+
+    def warmup_steps(self) -> int:
+        """Over how many updates the rate rises."""
+        return default_warmup(WARMUP, self.steps) if self.warmup is None else self.warmup
+
+
+WARMUP = 150
 
 
 def pretrain_nano() -> Pretrain:

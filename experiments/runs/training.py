@@ -6,25 +6,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fgpt.ranges import NonNegativeFloat, PositiveInt, Seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """Training that leaves a folder, and can be taken up again."""
 
     name: str
-    evaluate: int | None = None
+    evaluate: PositiveInt | None = None
     """Held-out loss each so many steps; its best state is kept too."""
     take: Literal["last", "best"] = "last"
     """What the run leaves: its last state, or of those that `evaluate` looked at the one of least held-out loss."""
-    checkpoint: float = 2.0
+    checkpoint: NonNegativeFloat = 2.0
     """Minutes of training from one checkpoint to the next, for --resume to go on from; 0 writes one after each step."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """The last so many checkpoints are kept, besides the best."""
     track: Literal["wandb", "trackio"] | None = None
     """Send the figures there too; a TensorBoard log is written always."""
     device: str = "auto"
     """cuda where there is one, else cpu."""
-    seed: int = 0
+    seed: Seed = 0
     out: Path = Path("runs")
 
     def plain(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ cache               token by token is one pass                     save and load
 frozen base         nothing is changed in place
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -40,7 +40,10 @@ TRAINING: dict[str, Law] = {
 }
 
 
-@torch.no_grad()
+LAWS = 2 + len(FORWARD) + len(TRAINING)
+"""How many findings there are: of a finite loss and the frozen base as well."""
+
+
 def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tuple[Finding, ...]:
     """What each law is found to be worth for `adapters` over `params` on `batch`, at a point a little away from where
     they are, since a fresh adapter is the identity and hides much. `lr` is the rate of the first update. Dropout is
@@ -51,15 +54,22 @@ def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tu
 
     Raises InputError where adapters or batch do not fit the model.
     """
+    return tuple(checking(params, adapters, batch, lr))
+
+
+@torch.no_grad()
+def checking(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[Finding]:
+    """What `check` gathers, each finding as it comes."""
     trees = {"base": params, "adapters": adapters, "batch": batch}
     before = keeping.digest(trees)
     case = case_of(params, adapters, batch, lr)
-    found = [answers.finite(case)]
+    finite = answers.finite(case)
+    yield finite
     for name, law in (FORWARD | TRAINING).items():
-        if not found[0].holds:
-            found.append(unasked(name, "there is no loss to speak of"))
+        if not finite.holds:
+            yield unasked(name, "there is no loss to speak of")
         elif name in TRAINING and not adapters:
-            found.append(unasked(name, "no adapters"))
+            yield unasked(name, "no adapters")
         else:
-            found.append(law(case))
-    return *found, keeping.frozen(before, keeping.digest(trees))
+            yield law(case)
+    yield keeping.frozen(before, keeping.digest(trees))

@@ -1,0 +1,92 @@
+"""Ranges of numeric options: written once, in the type of a dataclass's field, and checked from there.
+
+    rows: PositiveInt = 8
+    top_p: Annotated[float, Range(above=0, most=1)] | None = None
+
+`Annotated` changes nothing for a type checker, nor for what reads or parses the field.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
+
+from fgpt.errors import InputError, shown
+
+LARGEST = 2**31 - 1
+"""Of an integer without another bound: far above any sensible value, and small enough for every index."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Which numbers a field takes. Infinity and what is no number are in no range."""
+
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
+
+    def holds(self, x: int | float) -> bool:
+        if isinstance(x, float) and not math.isfinite(x):
+            return False
+        high_enough = (self.least is None or x >= self.least) and (self.above is None or x > self.above)
+        low_enough = (self.most is None or x <= self.most) and (self.below is None or x < self.below)
+        return high_enough and low_enough
+
+    def expected(self, x: int | float) -> str:
+        """The range in words, for a number that is not in it."""
+        words: list[str] = []
+        if self.least is not None:
+            words.append(f"{self.least:,} or more")
+        if self.above is not None:
+            words.append(f"a number above {self.above:,}")
+        if self.most is not None and (self.most != LARGEST or x > LARGEST):  # a bound that nobody comes near is noise
+            words.append(f"at most {self.most:,}")
+        if self.below is not None:
+            words.append(f"below {self.below:,}")
+        return ", ".join(words) or "a finite number"
+
+
+PositiveInt: TypeAlias = Annotated[int, Range(least=1, most=LARGEST)]
+NonNegativeInt: TypeAlias = Annotated[int, Range(least=0, most=LARGEST)]
+PositiveFloat: TypeAlias = Annotated[float, Range(above=0)]
+NonNegativeFloat: TypeAlias = Annotated[float, Range(least=0)]
+Fraction: TypeAlias = Annotated[float, Range(least=0, below=1)]
+FiniteFloat: TypeAlias = Annotated[float, Range()]
+Seed: TypeAlias = Annotated[int, Range(least=-(2**63), most=2**64 - 1)]
+"""What `torch.Generator.manual_seed` takes."""
+
+
+def check(options: Any, prefix: str = "") -> None:
+    """Raises InputError for the first number in a dataclass, or in one within it, that is out of its field's range.
+    `prefix` goes before the field's name, as the dashes of an option do.
+    """
+    for name, hint in hints(type(options)).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{prefix}{name}." if not is_flat(hint) else prefix)
+            continue
+        for allowed in ranges(hint):
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, int | float) and not allowed.holds(x):
+                    option = f"{prefix}{name}".replace("_", "-") if prefix else name
+                    raise InputError(f"{option} is {shown(x)}: expected {allowed.expected(x)}")
+
+
+def hints(cls: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, with what `Annotated` says of them."""
+    every = get_type_hints(cls, include_extras=True)
+    return {field.name: every[field.name] for field in dataclasses.fields(cls)}
+
+
+def ranges(hint: Any) -> Iterator[Range]:
+    """The ranges that a type names, also within a union or a tuple."""
+    if get_origin(hint) is Annotated:
+        yield from (x for x in hint.__metadata__ if isinstance(x, Range))
+    for part in get_args(hint):
+        yield from ranges(part)
+
+
+def is_flat(hint: Any) -> bool:
+    """Whether the options of a nested dataclass stand by themselves, without its name before theirs."""
+    return get_origin(hint) is Annotated
