@@ -129,6 +129,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
             began += time.perf_counter() - pause  # of looking and saving, not of training
             if ending:
                 break
+    checkpoint.prune(out, run.keep)  # again, for a training that was killed in the midst of its last
     interrupted = int(state.step) < plan.steps
     if run.take == "best" and not interrupted:
         if found := checkpoint.load_best(out, state, plan.inputs):

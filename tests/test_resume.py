@@ -199,10 +199,10 @@ CALLS = ("replace", "rename", "fsync", "unlink", "rmdir")
     "often", [["--evaluate", "2"], ["--evaluate", "1", "--checkpoint", "99"]], ids=["each", "best"]
 )
 def test_killed_at_every_moment_of_writing(often: list[str], given: Any, tmp_path: Path):
-    """Before each rename, flush and deletion, wherever it stands in a training of three steps: with a checkpoint after
-    each, and with those alone whose held-out loss is the best so far.
+    """Before each rename, flush and deletion, wherever it stands in a training of four steps, whose last deletes a
+    checkpoint: with a checkpoint after each, and with those alone whose held-out loss is the best so far.
     """
-    short = [*given["instruct"], "--steps", "3", "--keep", "1", "--compare", "0", *often]
+    short = [*given["instruct"], "--steps", "4", "--keep", "1", "--compare", "0", *often]
     assert ended(forked(["train", *short, "--out", str(tmp_path / "whole")])) == 0
     expected, at = end_of(tmp_path / "whole"), 0
 
