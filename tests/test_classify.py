@@ -450,7 +450,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     out = tmp_path / "emotion-small"
     assert {p.name for p in out.iterdir()} == {
         *("run.json", "status.json", "environment.json", ".lock", "metrics.jsonl", "tensorboard", "loss.png"),
-        *("checkpoints", "adapter", "metrics.json", "confusion.png"),
+        *("checkpoints", "adapter", "metrics.json", "confusion.png", "local.json"),
     }
     assert len(read_metrics(out / "metrics.jsonl")) == 25
     found = json.loads((out / "metrics.json").read_text())

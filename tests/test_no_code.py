@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from fgpt.data import chat
 from fgpt.data.chat import Chat
+from fgpt.data.child import Child
 from fgpt.errors import InputError
 from fgpt.io import hub
 
@@ -322,8 +322,7 @@ def test_a_template_does_not_leave_its_sandbox(template: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_comes_to_an_end(name: str, monkeypatch: pytest.MonkeyPatch):
     """In a bounded time and memory, and what is asked of the next one is answered."""
-    monkeypatch.setattr("fgpt.data.chat.SECONDS", 1)
-    monkeypatch.setattr("fgpt.data.chat._renderer", chat._Renderer())
+    monkeypatch.setattr("fgpt.data.chat._renderer", Child("render.py", seconds=1))
     begin = time.monotonic()
     with pytest.raises(InputError, match="the model's chat template") as caught:
         Chat(ENDLESS[name], {}).text(TALK)
