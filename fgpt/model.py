@@ -11,7 +11,7 @@ Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT
 section 2.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -55,7 +55,7 @@ class Config:
     """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
     d_head: int | None = None
     """None divides d_model among the heads."""
-    act: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    act: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
     norm: Literal["layer", "rms"] = "layer"
     qk_norm: bool = False
     """q and k are normed, head by head."""
@@ -295,6 +295,16 @@ def attend(
     return linear(y, p.o.w, p.o.b, read), (k, v)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+"""`Config.act`. Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four."""
+
+
 def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
     """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)). `read` is that of `linear`.
 
@@ -302,7 +312,7 @@ def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = T
     """
     y = linear(x, p.up.w, p.up.b)
     a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
-    a = F.silu(a) if cfg.act == "silu" else F.gelu(a, approximate="tanh" if cfg.act == "gelu_tanh" else "none")
+    a = ACTIVATIONS[cfg.act](a)
     return linear(a if p.gate is None else a * y, p.down.w, p.down.b, read)
 
 

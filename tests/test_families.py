@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import close, same, tokens
+from conftest import close, hf_gpt2, same, shaken, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
 
 import fgpt
 from fgpt import families
@@ -187,6 +188,108 @@ def test_quantising_while_loading_is_quantising_afterwards(name: str, to: Any, t
     assert same(fgpt.load(str(tmp_path / "again"), dtype), got)
 
 
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("name", names.ACTIVATIONS)
+def test_activations_are_transformers(name: str):
+    """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
+    x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
+    function: Any = ACT2FN[name]
+    mine, wanted = M.ACTIVATIONS[names.ACTIVATIONS[name]](x), function(x)
+    close(mine, wanted, 1e-9)
+    (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
+    close(slope, expected, 1e-9)
+    model, x = theirs("neox", hidden_act=name), tokens(31, 2, 20)
+    with torch.no_grad():
+        close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
+    with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
+        names.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
+
+
+# ------------------------------------------------------------------------------------------------------- head and table
+
+TIED = ("gpt2", *(name for name in VARIANTS if name.endswith("tied")))
+HEADS = {"gpt2": "lm_head.weight", "neox, tied": "embed_out.weight"}
+
+
+def tied(name: str, folder: Path, change: Any, **options: Any) -> str:
+    """A folder whose config says tied; its tensors are those that `change` makes of those with a head that is equal."""
+    model = hf_gpt2() if name == "gpt2" else theirs(name)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    table = next(x for x in tensors if x.endswith(("wte.weight", "embed_in.weight", "embed_tokens.weight")))
+    head = HEADS.get(name, "lm_head.weight")
+    tensors[head] = tensors[table].clone()
+    change(tensors, table, head)
+    (folder / "model.safetensors").unlink()
+    files = {"model.safetensors": tensors}
+    if options.get("shards"):
+        names = sorted(tensors, key=lambda x: x == head)  # the head is in another file than the table
+        files = {f"model-{i}.safetensors": {x: tensors[x] for x in names[i::2]} for i in range(2)}
+        index(folder, {x: file for file, part in files.items() for x in part})
+    for file, part in files.items():
+        save_file(part, folder / file, {"format": "pt"})
+    return str(folder)
+
+
+def moved(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+    tensors[head] += 0.1 * torch.randn(tensors[head].shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: Path):
+    """As transformers keeps it; and a folder that is saved again says that the two are two."""
+    folder, x = tied(name, tmp_path / "apart", moved, shards=shards), tokens(31, 2, 20)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(x).logits
+    params = fgpt.load(folder)
+    assert not params.cfg.tied
+    close(fgpt.apply(params, x), expected, 1e-5)
+    fgpt.save(params, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert same(fgpt.load(str(tmp_path / "again")), params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, expected)
+    quantised = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
+    assert same(quantised, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
+    adapters = shaken(fgpt.lora(params, fgpt.key(0), target="head"))
+    assert not torch.allclose(fgpt.apply(fgpt.adapt(params, adapters), x), expected, atol=1e-2)
+    merged = fgpt.merge(fgpt.adapt(params, adapters))
+    assert same(merged.wte, params.wte)  # the table is another matrix
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_copy_of_the_table_is_tied(name: str, tmp_path: Path):
+    """An equal head, and a head in the table's place, as safetensors' save_model leaves it, are one matrix."""
+    both, x = tied(name, tmp_path / "both", lambda tensors, table, head: None), tokens(31, 2, 20)
+    alone = tied(name, tmp_path / "alone", lambda tensors, table, head: tensors.pop(table))
+    for folder in (both, alone):
+        params = fgpt.load(folder)
+        assert params.cfg.tied
+        assert params.head is None
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        with torch.no_grad():
+            close(fgpt.apply(params, x), model(x).logits, 1e-5)
+
+
+def test_a_head_that_fits_no_table_is_refused(tmp_path: Path):
+    def shorter(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+        tensors[head] = tensors[head][:-1].clone()
+
+    def biased(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+        tensors["lm_head.bias"] = torch.ones(31)
+
+    with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.weight: expected shape \[31, 32\], got \[30, 32\]"):
+        fgpt.load(tied("llama, tied", tmp_path / "shorter", shorter))
+    with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.bias has no place"):
+        fgpt.load(tied("gpt2", tmp_path / "biased", biased))
+
+
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
@@ -219,7 +322,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
         ("llama", {"hidden_size": None}, "expected whole numbers above 0 for hidden_size"),
         ("llama", {"vocab_size": -3}, "expected whole numbers above 0 for vocab_size"),
-        ("llama", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, expected one of gelu_new"),
+        ("llama", {"hidden_act": "relu6"}, "hidden_act='relu6' is not supported, expected one of gelu_new"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported, expected default"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "of type 'llama3' lacks a number for 'factor'"),
         ("llama", {"num_key_value_heads": 3}, "4 heads of q do not divide among 3 of k and v"),

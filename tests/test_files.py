@@ -397,6 +397,19 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(w, numbers(model.transformer.h[0].get_submodule(name)), rtol=3e-7, atol=0)
 
 
+def test_a_head_apart_beside_four_bits(tmp_path: Path):
+    """bitsandbytes leaves a tied head plain; one that was trained and merged afterwards is kept."""
+    model = theirs(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    path = tmp_path / "quantised" / "model.safetensors"
+    head = model.lm_head.weight.detach().float() + shaken({"head": torch.zeros(31, 64)})["head"]
+    save_file(load_file(path) | {"lm_head.weight": head}, path, {"format": "pt"})
+    params = fgpt.load(str(tmp_path / "quantised"))
+    assert params.head is not None
+    assert torch.equal(params.head.w, head)  # pyright: ignore[reportArgumentType]
+    fgpt.save(params, tmp_path / "again")
+    identical(fgpt.load(str(tmp_path / "again")), params)
+
+
 def stated(**changes: Any) -> Callable[[Tensor], Tensor]:
     """A packed state with other fields."""
     return lambda x: torch.tensor(list(json.dumps(json.loads(bytes(x.tolist())) | changes).encode()), dtype=torch.uint8)

@@ -75,6 +75,30 @@ def layers(names: Mapping[str, str], bare: Container[str]) -> list[Stored]:
 # --------------------------------------------------------------------------------------------------------- hub to ours
 
 
+def parameters(tensors: Mapping[str, Held], cfg: Config, family: Family) -> tuple[dict[str, Held], Config]:
+    """The parameters among a hub's tensors, without the family's prefix, and the config that is true of them.
+
+    Where the config says that head and embedding are one, and the tensors are two that differ (the head was trained by
+    itself, and merged), they are two. An equal head is left out, and one alone stands for the embedding.
+
+    Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
+    """
+    held = _without_prefix(tensors, family)
+    if not cfg.tied:
+        return held, cfg
+    apart = replace(cfg, tied=False)
+    stored = {s.paths[0]: s.name for s in family.stored(apart)}
+    table, head = stored["wte.w"], stored["head.w"]
+    if head not in held:
+        return held, cfg
+    if table not in held:
+        return {table if name == head else name: x for name, x in held.items()}, cfg
+    _checked_sizes(held, apart, family)
+    if _equal(held[table].read(), held[head].read()):
+        return {name: x for name, x in held.items() if name != head}, cfg
+    return held, apart
+
+
 def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
     """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
     are views: no copy is made.
@@ -82,25 +106,13 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     A quantised product of q, k and v is split where its blocks, and the blocks of quantised scales, end between them
     (for NF4 with double quantisation, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
 
+    `held` and `cfg` are those of `parameters`.
+
     Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantised one.
     """
     bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
-    # a file with the head has the prefix, one without has not
-    given = [name for name in held if not name.endswith(family.buffers)]
-    held = {name.removeprefix(family.prefix): held[name] for name in given}
-    if len(held) < len(given):
-        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
-        raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
-    if missing := [name for name in table if name not in held]:
-        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
-    spare = {name for name in held if cfg.tied and is_head(name)}
-    if surplus := held.keys() - table.keys() - spare:
-        raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
-    empty = leaves(bare)
-    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
-    for name, size in sizes.items():
-        _same(name, size, held[name].shape)
+    empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
 
     def read(s: Stored) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = held[s.name].read(), sizes[s.name]
@@ -120,6 +132,44 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
         biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
         new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
     return update(bare, new)
+
+
+def _without_prefix(held: Mapping[str, Held], family: Family) -> dict[str, Held]:
+    """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
+
+    Raises InputError where a tensor is there by both names.
+    """
+    given = [name for name in held if not name.endswith(family.buffers)]
+    bare = {name.removeprefix(family.prefix): held[name] for name in given}
+    if len(bare) < len(given):
+        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
+        raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
+    return bare
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two matrices are of the same numbers; a quantised one equals none."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
+
+
+def _checked_sizes(held: Mapping[str, Held], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shape that each tensor of the family has under a config.
+
+    Raises InputError where one is missing, surplus, or of another shape.
+    """
+    table = {s.name: s for s in family.stored(cfg)}
+    if missing := [name for name in table if name not in held]:
+        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
+    if surplus := held.keys() - table.keys():
+        raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
+    empty = leaves(skeleton(cfg))
+    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    for name, size in sizes.items():
+        _same(name, size, held[name].shape)
+    return sizes
 
 
 def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
@@ -296,8 +346,20 @@ def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
 
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-"""The hub's names of activations, and ours."""
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+"""The hub's names of activations, and ours: those of one function differ in their rounding alone."""
 
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> Any:

@@ -151,22 +151,27 @@ def load(
     """
     it = _opened(find(name))
     cfg, dtype = _config(it), dtype or _declared(it.config)
+    if (it.path / TREE).exists():
+        if quantize:
+            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
+        params = _read_tree(it.path, cfg)
+        return params if dtype is None else _in(params, dtype)
+    family, (where, tensors) = families.of_config(it.config), _tensors(it)
     try:
+        held, cfg = names.parameters(gathered(tensors), cfg, family)
         chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
     except InputError as err:
-        raise InputError(f"{it.path}: {err}") from None
+        raise InputError(f"{where}: {err}") from None
 
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
         layer = leaf.removesuffix(".w")
         return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
-    if (it.path / TREE).exists():
-        if quantize:
-            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
-        params = _read_tree(it.path, cfg)
-    else:
-        params = _read_hub(it, cfg, place)
+    try:
+        params = names.from_hf(held, cfg, family, place)
+    except InputError as err:
+        raise InputError(f"{where}: {err}") from None
     return params if dtype is None else _in(params, dtype)
 
 
@@ -175,27 +180,25 @@ def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
     return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
 
 
-def _read_hub(it: _Opened, cfg: Config, place: names.Place) -> GPT:
-    path, where = it.path, it.path
+def _tensors(it: _Opened) -> tuple[Path, dict[str, names.Held]]:
+    """The tensors of a model, and the file that they are in, or the folder of several.
+
+    Raises InputError where there are none, or one is in two files.
+    """
     if it.file:
-        held = {name: names.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
-    else:
-        found = shards(path, WEIGHTS)
-        if not found[0].exists():
-            raise InputError(
-                f"{path} has no {WEIGHTS}; pickled weights may run any code and are not read: convert them, or name a "
-                "revision that has safetensors, owner/model@revision"
-            )
-        held, where = {}, found[0] if len(found) == 1 else path
-        for shard in found:
-            more = held_tensors(shard)
-            if twice := held.keys() & more.keys():
-                raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
-            held |= more
-    try:
-        return names.from_hf(gathered(held), cfg, families.of_config(it.config), place)
-    except InputError as err:
-        raise InputError(f"{where}: {err}") from None
+        return it.path, {name: names.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
+    found, held = shards(it.path, WEIGHTS), dict[str, names.Held]()
+    if not found[0].exists():
+        raise InputError(
+            f"{it.path} has no {WEIGHTS}; pickled weights may run any code and are not read: convert them, or name a "
+            "revision that has safetensors, owner/model@revision"
+        )
+    for shard in found:
+        more = held_tensors(shard)
+        if twice := held.keys() & more.keys():
+            raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
+        held |= more
+    return found[0] if len(found) == 1 else it.path, held
 
 
 def _read_tree(folder: Path, cfg: Config) -> GPT:
