@@ -168,6 +168,40 @@ def test_adapted_params_are_not_saved(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+class Place:
+    """A path of somebody's own."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [str, Path, Place])
+def test_paths_of_any_kind(kind: Callable[[str], Any], tmp_path: Path):
+    """Whatever takes a path takes a str, a Path, or another PathLike."""
+    params, quantised = wide(n_layer=1, vocab=4096), kind(str(tmp_path / "quantised"))
+    adapters = fgpt.lora(params, fgpt.key(0))
+    model, peft, whole = (kind(str(tmp_path / name)) for name in ("model", "peft", "adapters.safetensors"))
+    fgpt.save(params, model, like="nano")
+    assert same(fgpt.load(model), params)
+    assert fgpt.tokenizer(model).encode("so") == fgpt.tokenizer("nano").encode("so")
+    fgpt.save(fgpt.quantize(params), quantised, like=model)
+    identical(fgpt.load(quantised), fgpt.quantize(params))
+    assert fgpt.tokenizer(quantised).encode("so") == fgpt.tokenizer("nano").encode("so")
+    fgpt.save_peft(adapters, params, peft, "nano")
+    assert same(fgpt.load_peft(peft, params), adapters)
+    fgpt.save_adapters(adapters, whole)
+    assert same(fgpt.load_adapters(whole, params), adapters)
+    for read in (fgpt.load, fgpt.tokenizer, lambda x: fgpt.load_peft(x, params)):
+        with pytest.raises(fgpt.InputError, match="nowhere"):
+            read(kind(str(tmp_path / "nowhere")))
+
+
 # ------------------------------------------------------------------------------------------------------- any adapters
 
 

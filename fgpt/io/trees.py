@@ -22,6 +22,7 @@ from beartype.door import is_bearable
 from jaxtyping import jaxtyped
 from torch import Tensor
 
+from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
 from fgpt.io.files import read_metadata, read_tensors, write_tensors
@@ -205,19 +206,20 @@ def check_quantised(w: Quantised, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-def save_adapters(adapters: Adapters, path: Path) -> None:
+def save_adapters(adapters: Adapters, path: StrPath) -> None:
     """Write any adapters, unions and tuned leaves too, as one file that `load_adapters` reads back bit by bit.
 
     For what PEFT knows, `save_peft` writes what other libraries read.
     """
-    write_tree(path, adapters)
+    write_tree(Path(path), adapters)
 
 
-def load_adapters(path: Path, params: Any) -> Adapters:
+def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
     Raises InputError where the file holds something else, or what does not fit `params`.
     """
+    path = Path(path)
     adapters = read_tree(path)
     if not isinstance(adapters, dict) or not all(isinstance(x, Tensor | LoRA | DoRA | IA3) for x in adapters.values()):
         raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")
