@@ -4,6 +4,7 @@ A family is such a table, and its config both ways. The sizes come from our own 
 `skeleton` gives it, and a tensor of the hub's the shape that its leaves make up.
 """
 
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fgpt.errors import InputError, shown
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.kernels.rotary import Dynamic, Yarn
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused, skeleton
 from fgpt.tree import leaves, update, walk
 from fgpt.weights import Adapted, shape
@@ -380,27 +382,71 @@ LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 """The fields of Llama 3's scaling, as our `stretch` has them."""
 
 
-def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `base` and `stretch` of our config, of what old and new configs say of rotary positions.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+
+
+def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[str, Any]:
+    """The `base`, `stretch` and `context` of our config, of what old and new configs say of rotary positions; of the
+    `sizes` that it has by our names, and the `dim` components that are rotated.
 
     Raises InputError for a scaling that we do not compute.
     """
-    scaling = rope_fields(config)
+    scaling, context = rope_fields(config), sizes["context"]
     where = scaling if "rope_theta" in scaling else config
     base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
-    kind, stretch = scaling.get("rope_type", scaling.get("type", "default")), None
-    wanted = ("factor",) if kind == "linear" else LLAMA_3 if kind == "llama3" else ()
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected one of {known}")
+    wanted = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
     if missing := [name for name in wanted if name not in scaling]:
         raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
+    stretch: Any = None
     if kind == "linear":
         stretch = (_above_0(scaling, "factor"), 1.0, 4.0, 0.0)
     elif kind == "llama3":
         stretch = tuple(_above_0(scaling, name) for name in LLAMA_3)
         if stretch[1] >= stretch[2]:
             raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {stretch[1:3]}")
-    elif kind != "default":
-        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected default, linear or llama3")
-    return {"base": base, "stretch": stretch}
+    elif kind == "yarn":
+        stretch = _yarn(config, scaling, context)
+        if base <= 1 or dim < 2:
+            raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
+    elif kind == "dynamic":
+        stretch = Dynamic(_above_0(scaling, "factor"), context)
+        if stretch.factor < 1 or stretch.factor * context > MOST or dim <= 2:
+            raise InputError(
+                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MOST} positions, and 4 rotated "
+                f"components or more; got {stretch.factor}, {context} positions and {dim} components"
+            )
+        context = int(stretch.factor * context)
+    return {"base": base, "stretch": stretch, "context": context}
+
+
+def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> Yarn:
+    """YaRN as transformers reads it: what is left out has the values of the paper.
+
+    Source: Peng et al. 2023 (YaRN), section 3.4; DeepSeek-AI 2024 (DeepSeek-V2) for the two mscale.
+    """
+    name = "original_max_position_embeddings"
+    original = _above_0(config if config.get(name) is not None else scaling, name, float(context))
+    factor = _given(scaling, "factor") or context / original
+    size, whole = _given(scaling, "mscale"), _given(scaling, "mscale_all_dim")
+    grown = math.log(factor) if factor > 1 else 0.0
+    usual = (0.1 * size * grown + 1) / (0.1 * whole * grown + 1) if size and whole else 0.1 * grown + 1
+    return Yarn(
+        factor,
+        _given(scaling, "beta_fast") or 32.0,
+        _given(scaling, "beta_slow") or 1.0,
+        original,
+        _given(scaling, "attention_factor") or usual,
+        flag(scaling, "truncate", True),
+    )
+
+
+def _given(fields: Mapping[str, Any], name: str) -> float | None:
+    """A number above 0, or None where it is left out, null or 0."""
+    return None if fields.get(name) is None else number(fields, name, 0.0) or None
 
 
 def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -419,11 +465,17 @@ def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> floa
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:
     """`rope` undone, as old and new readers know it."""
-    if cfg.stretch is None:
+    if (stretch := cfg.stretch) is None:
         scaling = None
-    elif cfg.stretch[3] == 0:
-        scaling = {"rope_type": "linear", "factor": cfg.stretch[0]}
+    elif isinstance(stretch, Yarn):
+        scaling = {"rope_type": "yarn"} | stretch._asdict()
+        scaling["original_max_position_embeddings"] = int(scaling.pop("context"))
+    elif isinstance(stretch, Dynamic):
+        scaling = {"rope_type": "dynamic", "factor": stretch.factor}
+        return {"rope_theta": cfg.base, "rope_scaling": scaling, "max_position_embeddings": stretch.context}
+    elif stretch[3] == 0:
+        scaling = {"rope_type": "linear", "factor": stretch[0]}
     else:
-        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, cfg.stretch, strict=True))
-        scaling["original_max_position_embeddings"] = int(cfg.stretch[3])
+        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, stretch, strict=True))
+        scaling["original_max_position_embeddings"] = int(stretch[3])
     return {"rope_theta": cfg.base, "rope_scaling": scaling}
