@@ -347,6 +347,31 @@ def test_other_structures_are_refused(metadata: dict[str, str], expected: str, s
         fgpt.load(str(tmp_path))
 
 
+def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
+    """Fields that Config has since then have their defaults; those that it always had must be there."""
+    tensors, metadata = copied(saved, tmp_path)
+    structure = json.loads(metadata["structure"])
+    cfg = structure["GPT"]["cfg"]
+    for name in ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        del cfg[name]
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved)))
+    del cfg["tied"]
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
+        fgpt.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("stretch", [[4.0, 32.0, 1.0], [4.0, "32", 1.0, 6.0, 1.2, True], [2.0, "8"], "yarn"])
+def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path: Path):
+    tensors, metadata = copied(saved, tmp_path)
+    structure = json.loads(metadata["structure"])
+    structure["GPT"]["cfg"]["stretch"] = stretch
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
+        fgpt.load(str(tmp_path))
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(keep: float, saved: Path, tmp_path: Path):
     copied(saved, tmp_path)
