@@ -127,7 +127,7 @@ def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]
 
     Raises InputError where it alone is too long.
     """
-    context = it.params.cfg.context
+    context = it.params.cfg.cached_context
     limit, length = context - min(most, context // 2), 0
     for start in range(len(said)):
         prompt = conversation(it, said[start:])

@@ -1,14 +1,18 @@
-"""Shape and type checks that vanish while compiling."""
+"""What the types of all files share, and shape and type checks that vanish while compiling."""
 
 import functools
+import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import jaxtyped
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+StrPath: TypeAlias = str | os.PathLike[str]
+"""A path as users give it."""
 
 
 def shaped(fn: Callable[P, R]) -> Callable[P, R]:

@@ -92,7 +92,7 @@ def stream(
     Raises InputError as `generate` does, before the first step.
     """
     room(params, prompts, most)
-    context, at, choose, starts = params.cfg.context, device(params), sampling.filter, list(map(len, prompts))
+    context, at, choose, starts = params.cfg.cached_context, device(params), sampling.filter, list(map(len, prompts))
     if sampling.temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
     ends_text = ends_of(end, params.cfg.vocab)
@@ -139,7 +139,7 @@ def room(params: GPT, prompts: Sequence[Sequence[int]], most: int) -> int:
 
     Raises InputError for an empty prompt, one with no room in the context for a single new token, or `most` below 0.
     """
-    context = params.cfg.context
+    context = params.cfg.cached_context
     if most < 0:
         raise InputError(f"most is {most}: expected a number of new tokens, 0 or more")
     for i, prompt in enumerate(prompts):

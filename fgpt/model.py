@@ -11,7 +11,7 @@ Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT
 section 2.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fgpt._typing import shaped
 from fgpt.errors import InputError
-from fgpt.kernels.attention import attention
+from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.remat import remat as rematerialised
-from fgpt.kernels.rotary import Stretch, Turn, rotate, turn
+from fgpt.kernels.rotary import Dynamic, Stretch, Turn, Yarn, rotate, turn
 from fgpt.kernels.transforms import differentiated_again, tracked
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, static, update
@@ -55,7 +55,7 @@ class Config:
     """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
     d_head: int | None = None
     """None divides d_model among the heads."""
-    act: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    act: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
     norm: Literal["layer", "rms"] = "layer"
     qk_norm: bool = False
     """q and k are normed, head by head."""
@@ -72,8 +72,16 @@ class Config:
     """Rotated pairs are neighbours, and not one of each half."""
     base: float = 10000.0
     """Of the rotation's angles."""
-    stretch: Stretch | None = None
+    stretch: Stretch | Yarn | Dynamic | None = None
     """How the angles are slowed for a longer context."""
+    sliding_window: int | None = None
+    """Most tokens that a token attends to, itself and those before it; None is all of them."""
+    full_layers: tuple[int, ...] = ()
+    """Layers without the window."""
+    scale_attn_weights: bool = True
+    """Scores are divided by the square root of a head's size."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Scores of layer i, counted from 0, are divided by i + 1."""
 
     @property
     def head_size(self) -> int:
@@ -82,6 +90,16 @@ class Config:
     @property
     def kv_heads(self) -> int:
         return self.n_kv or self.n_head
+
+    @property
+    def cached_context(self) -> int:
+        """Most positions that a row may have whose keys are kept for later tokens."""
+        return self.stretch.context if isinstance(self.stretch, Dynamic) else self.context
+
+    def score_scale(self, layer: int) -> float:
+        """What a layer's scores are multiplied by, beside 1 / sqrt(d_head)."""
+        scale = 1.0 if self.scale_attn_weights else self.head_size**0.5
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
 @node
@@ -183,6 +201,8 @@ def skeleton(cfg: Config) -> GPT:
         raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
     if cfg.rotary % 2 or cfg.rotary > cfg.head_size:
         raise InputError(f"{cfg.rotary} rotated components of a head of {cfg.head_size}: expected an even part of them")
+    if cfg.sliding_window is not None and cfg.sliding_window < 1:
+        raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
     if cfg.norms == 1 and not cfg.parallel:
         raise InputError("one norm in a block serves parallel branches: expected parallel=True, or norms=2")
     empty = partial(torch.empty, device="meta", dtype=torch.float32)
@@ -280,10 +300,12 @@ def attend(
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
     past: KV | Slots | None,
     by: Turn | None,
+    scale: float = 1.0,
     read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
-    """Attention, and the keys and values it has seen by now. `read` is that of `linear`."""
+    """Attention, its scores times `scale`, and the keys and values it has seen by now. `read` is that of `linear`."""
     q, k, v = qkv(x, p, cfg)
+    q = q if scale == 1.0 else q * scale
     if by is not None:
         q, k = rotate(q, by, cfg.interleaved), rotate(k, by, cfg.interleaved)
     if isinstance(past, Slots):
@@ -295,6 +317,16 @@ def attend(
     return linear(y, p.o.w, p.o.b, read), (k, v)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+"""`Config.act`. Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four."""
+
+
 def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
     """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)). `read` is that of `linear`.
 
@@ -302,7 +334,7 @@ def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = T
     """
     y = linear(x, p.up.w, p.up.b)
     a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
-    a = F.silu(a) if cfg.act == "silu" else F.gelu(a, approximate="tanh" if cfg.act == "gelu_tanh" else "none")
+    a = ACTIVATIONS[cfg.act](a)
     return linear(a if p.gate is None else a * y, p.down.w, p.down.b, read)
 
 
@@ -313,13 +345,14 @@ def block(
     mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
     past: KV | Slots | None = None,
     by: Turn | None = None,
+    scale: float = 1.0,
     read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
-    """One transformer block, and the keys and values it has seen by now. Where it is not `read`, what it adds last may
-    be anything, as in `linear`.
+    """One transformer block, its scores times `scale`, and the keys and values it has seen by now. Where it is not
+    `read`, what it adds last may be anything, as in `linear`.
     """
     normed = norm(x, p.ln_1, cfg.eps)
-    y, kv = attend(normed, p.attn, cfg, mask, past, by, read or not cfg.parallel)
+    y, kv = attend(normed, p.attn, cfg, mask, past, by, scale, read or not cfg.parallel)
     after = x + y
     if p.ln_2 is not None:
         normed = norm(x if cfg.parallel else after, p.ln_2, cfg.eps)
@@ -333,18 +366,33 @@ def through(
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
     past: Sequence[KV | Slots | None],
     remat: bool = False,
+    length: int | Int[Tensor, "*batch seq"] = 0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[KV, ...]]:
-    """Embedding, blocks and ln_f for tokens at these positions: the hidden states, and what each layer has seen."""
+    """Embedding, blocks and ln_f for tokens at these positions: the hidden states, and what each layer has seen.
+    `length` is that of `turn`.
+    """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch, x.dtype) if cfg.rotary else None
+    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch, x.dtype, length) if cfg.rotary else None
     seen: list[KV] = []
     step = rematerialised(block, again=partial(block, read=False)) if remat else block
-    for p, kv in zip(params.blocks, past, strict=True):
-        x, kv = step(x, p, cfg, mask, kv, by)
+    near = mask if cfg.sliding_window is None else _near(tokens, mask, past, cfg.sliding_window)
+    for i, (p, kv) in enumerate(zip(params.blocks, past, strict=True)):
+        x, kv = step(x, p, cfg, mask if i in cfg.full_layers else near, kv, by, cfg.score_scale(i))
         seen.append(kv)
     return norm(x, params.ln_f, cfg.eps), tuple(seen)
+
+
+def _near(
+    tokens: Tensor, mask: Tensor | None, past: Sequence[KV | Slots | None], window: int
+) -> Bool[Tensor, "*batch 1 seq key"] | None:
+    """`mask` within a window."""
+    queries = tokens.shape[-1]
+    before = past[0]
+    keys = queries + (before[0].shape[-2] if isinstance(before, tuple) else 0) if mask is None else mask.shape[-1]
+    near = sliding(mask, window, queries, keys, tokens.device)
+    return near if near is None else near.expand(*tokens.shape[:-1], 1, queries, keys)
 
 
 def _forward(
@@ -355,6 +403,7 @@ def _forward(
         raise InputError(
             f"{past + seq} tokens in a row, but the model's context is {params.cfg.context}: shorten the row"
         )
+    length: int | Tensor = past + seq
     if segments is None and cache.segments is None:
         positions, mask, seen = torch.arange(past, past + seq, device=tokens.device), None, None
     else:
@@ -362,9 +411,10 @@ def _forward(
         before = now.new_ones(*now.shape[:-1], past) if cache.segments is None else cache.segments
         seen = torch.cat([before, now], -1)
         same = now[..., :, None] == seen[..., None, :]
+        length = same.sum(-1) if isinstance(params.cfg.stretch, Dynamic) else 0
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
-    h, kv = through(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat)
+    h, kv = through(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat, length)
     return h, Cache(kv, seen)
 
 
@@ -414,7 +464,15 @@ def extend(
 
     Prefill and decode are this one function: extending in any number of chunks equals one pass. Ragged prompts are
     padded on the left, with segment 0 for the padding and 1 for the text.
+
+    Raises InputError when a row is longer than the context, or than what the keys of a dynamic rope can be kept for.
     """
+    total = tokens.shape[-1] + (cache.kv[0][0].shape[-2] if cache.kv else 0)
+    if params.cfg.cached_context < total <= params.cfg.context:
+        raise InputError(
+            f"{total} tokens in a row, but a dynamic rope turns all keys anew beyond {params.cfg.cached_context}: they "
+            "cannot be kept; shorten the row, or give it to apply or hidden whole"
+        )
     return _forward(params, tokens, segments, cache)
 
 

@@ -1,5 +1,6 @@
 """Every family is transformers' model of it: logits, text, files; and what a bad folder says."""
 
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -9,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import close, same, tokens
+from conftest import close, hf_gpt2, same, shaken, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
 
 import fgpt
-from fgpt import families
+from fgpt import decode, families
 from fgpt import model as M
 from fgpt.families import names
 from fgpt.io import hub
-from fgpt.tree import count, leaves
+from fgpt.tree import count, leaves, tree_map
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
 GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
@@ -40,6 +42,9 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+MISTRAL = LLAMA | {"sliding_window": 5}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJ", GPTJ),
@@ -63,13 +68,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", LLAMA),
     "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
+    "mistral": ("Mistral", MISTRAL),
+    "mistral, wider than its context": ("Mistral", MISTRAL | {"sliding_window": 4096, "head_dim": 12}),
+    "qwen2, windows from the second layer on": (
+        "Qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3, a window in one layer": (
+        "Qwen3",
+        LLAMA
+        | {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
+    "qwen2, yarn, every field": (
+        "Qwen2",
+        LLAMA
+        | {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 0.5, "truncate": False}},
+    ),
+    "mistral, yarn, two mscale": (
+        "Mistral",
+        MISTRAL | {"head_dim": 16, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 2}},
+    ),
+    "neox, yarn": ("GPTNeoX", NEOX | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5, "rope_theta": 77.0}}),
 }
 
 
 def theirs(name: str, seed: int = 0, **overrides: Any) -> Any:
     """transformers' model with random weights in every place: biases and norms too, ten times the usual spread."""
     kind, fields = VARIANTS[name]
-    config = getattr(transformers, f"{kind}Config")(**fields | overrides, attn_implementation="eager")
+    fields = copy.deepcopy(fields | overrides)  # transformers writes into what it is given
+    config = getattr(transformers, f"{kind}Config")(**fields, attn_implementation="eager")
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -187,6 +215,270 @@ def test_quantising_while_loading_is_quantising_afterwards(name: str, to: Any, t
     assert same(fgpt.load(str(tmp_path / "again"), dtype), got)
 
 
+# ------------------------------------------------------------------------------------------- windows, ropes and scores
+
+
+def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path):
+    """As those since version 0.2 are: it is saved as what it is."""
+    model, x = theirs("mistral", sliding_window=None), tokens(31, 2, 20)
+    params = loaded(model)
+    assert params.cfg.sliding_window is None
+    fgpt.save(params, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(x).logits
+        assert torch.equal(again(x).logits, expected)
+    close(fgpt.apply(params, x), expected, 1e-5)
+
+
+WINDOWED = [name for name in VARIANTS if "mistral" in name or "window" in name]
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_holds_in_every_kind_of_cache(name: str):
+    """Past the window: a cache that grows, and one with room, for ragged rows and for rows of one length."""
+    params, x = loaded(theirs(name)), tokens(31, 3, 20)
+    whole = fgpt.apply(params, x)
+    for segments, first in ((None, 1), (torch.ones_like(x), 3), (None, 9)):
+        begun = None if segments is None else segments[:, :first]
+        scores, room = decode.read(params, x[:, :first], begun, 20 - first)
+        steps = [scores, *(decode.step(params, x[:, i], room) for i in range(first, 20))]
+        close(torch.stack(steps, 1), whole[:, first - 1 :], 1e-5)
+    left = torch.tensor([0, 2, 7])  # places of padding
+    ragged = torch.stack([torch.cat([x.new_zeros(n), x[i, : 12 - n]]) for i, n in enumerate(left.tolist())])
+    scores, room = decode.read(params, ragged, (torch.arange(12) >= left[:, None]).long(), 4)
+    for step in range(4):
+        after = 11 - left + step
+        close(scores, whole[torch.arange(3), after], 1e-5)
+        scores = decode.step(params, x[torch.arange(3), after + 1], room)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_under_transforms_is_the_one_without(name: str):
+    """The mask is all that changes: gradients, vmap, jvp and remat are those of one pass."""
+    params, x = loaded(theirs(name)), tokens(31, 2, 12)
+    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2))
+
+    def loss(a: Any, row: torch.Tensor, **options: Any) -> torch.Tensor:
+        h = fgpt.hidden(fgpt.adapt(params, a), row, **options)
+        return fgpt.logits(params, h).log_softmax(-1)[..., 3].mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(adapters, x)
+    mean = torch.func.grad(loss)(adapters, x)
+    close(tree_map(lambda g: g.mean(0), each), mean, 1e-5)
+    close(torch.func.grad(lambda a: loss(a, x, remat=True))(adapters), mean, 1e-6)
+    slope = torch.func.jvp(lambda a: loss(a, x), (adapters,), (mean,))[1]
+    expected = sum((g * g).sum() for g in leaves(mean).values())
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-7)
+
+
+DYNAMIC = {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "neox", "qwen2"])
+@pytest.mark.parametrize("length", [3, 8, 9, 17, 24])
+def test_a_dynamic_rope_is_transformers_in_one_pass(name: str, length: int, tmp_path: Path):
+    """Of any length; a packed document is what it is alone, and so is a row among longer ones."""
+    model, x = theirs(name, **DYNAMIC), tokens(31, 2, length)
+    params = loaded(model)
+    with torch.no_grad():
+        expected = model(x).logits
+    close(fgpt.apply(params, x), expected, 1e-5)
+    alone = tokens(31, 1, 5, seed=1)
+    with torch.no_grad():
+        model = theirs(name, **DYNAMIC)  # transformers keeps the angles of the longest row that it has seen
+        shorter = model(alone).logits
+    if length + 5 <= 24:
+        segments = torch.tensor([[1] * length + [2] * 5])
+        packed = fgpt.apply(params, torch.cat([x[:1], alone], 1), segments)
+        close(packed[:, :length], expected[:1], 1e-5)
+        close(packed[:, length:], shorter, 1e-5)
+    fgpt.save(params, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        close(again(x).logits, expected, 1e-6)
+    assert fgpt.load(str(tmp_path)).cfg == params.cfg
+
+
+def test_a_dynamic_rope_keeps_no_keys_beyond_its_first_context():
+    params = loaded(theirs("llama", **DYNAMIC))
+    x = tokens(31, 1, 12)
+    whole, (h, cache) = fgpt.hidden(params, x[:, :8]), fgpt.extend(params, x[:, :5], fgpt.Cache())
+    close(torch.cat([h, fgpt.extend(params, x[:, 5:8], cache)[0]], 1), whole, 1e-5)
+    for past, more in ((fgpt.Cache(), x), (cache, x[:, 5:9])):
+        with pytest.raises(fgpt.InputError, match=r"a dynamic rope turns all keys anew beyond 8: .* shorten the row"):
+            fgpt.extend(params, more, past)
+    with pytest.raises(fgpt.InputError, match="expected 1 to 7"):
+        fgpt.generate(params, [x[0].tolist()], end=-1, most=3)
+    assert len(fgpt.generate(params, [x[0, :5].tolist()], end=-1, most=9)[0].tokens) == 3
+    with pytest.raises(fgpt.InputError, match="25 tokens in a row, but the model's context is 24"):
+        fgpt.apply(params, tokens(31, 1, 25))
+
+
+@pytest.mark.parametrize("fields", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn", "dynamic"])
+def test_a_rope_by_any_spelling(rope: str, kind: str, fields: str, tmp_path: Path):
+    """Of files of all years: theta among the fields or beside them, the kind by its old name or the new one."""
+    own = {"factor": 2.0} | {k: x for k, x in (LLAMA_3 if rope == "llama3" else YARN).items() if k[:4] != "rope"}
+    own = {} if rope == "default" else {"factor": 2.0} if rope in ("linear", "dynamic") else own
+    theta = {"rope_theta": 300.0}
+    config = {"rope_parameters": None, fields: {kind: rope, **own, **(theta if fields == "rope_parameters" else {})}}
+    config |= theta if fields == "rope_scaling" else {}
+    folder = written(tmp_path / "it", "llama", **config)
+    model, x = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(),
+        tokens(31, 2, 20),
+    )
+    assert model.config.rope_parameters["rope_type"] == rope
+    with torch.no_grad():
+        close(fgpt.apply(fgpt.load(str(folder)), x), model(x).logits, 1e-5)
+
+
+SCORES = [
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+    {"reorder_and_upcast_attn": True},
+    {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+]
+
+
+@pytest.mark.parametrize("fields", SCORES)
+def test_scaled_scores_are_transformers(fields: dict[str, bool], tmp_path: Path):
+    """In one pass, in text, with blocks fused and recomputed; and a folder that is saved says so."""
+    model, x = hf_gpt2(n_layer=3, **fields), tokens(31, 2, 20)
+    model.save_pretrained(tmp_path / "theirs")
+    params = fgpt.load(str(tmp_path / "theirs"))
+    with torch.no_grad():
+        expected = model(x).logits
+    close(fgpt.apply(params, x), expected, 1e-5)
+    close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
+    close(fgpt.logits(params, fgpt.hidden(params, x, remat=True)), expected, 1e-5)
+    scores, room = decode.read(params, x[:, :1], None, 19)
+    steps = [scores, *(decode.step(params, x[:, i], room) for i in range(1, 20))]
+    close(torch.stack(steps, 1), expected, 1e-5)
+    fgpt.save(params, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    with torch.no_grad():
+        close(again(x).logits, expected, 1e-6)
+    assert same(fgpt.load(str(tmp_path / "ours")), params)
+
+
+NEW = ("mistral", "qwen3, a window in one layer", "qwen2, yarn, every field", "neox, yarn")
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_quantised_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
+    params = fgpt.quantize(loaded(theirs(name)), "int8")
+    fgpt.save(params, tmp_path)
+    again = fgpt.load(str(tmp_path))
+    assert again.cfg == params.cfg
+    assert same(again, params)
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("name", names.ACTIVATIONS)
+def test_activations_are_transformers(name: str):
+    """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
+    x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
+    function: Any = ACT2FN[name]
+    mine, wanted = M.ACTIVATIONS[names.ACTIVATIONS[name]](x), function(x)
+    close(mine, wanted, 1e-9)
+    (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
+    close(slope, expected, 1e-9)
+    model, x = theirs("neox", hidden_act=name), tokens(31, 2, 20)
+    with torch.no_grad():
+        close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
+    with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
+        names.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
+
+
+# ------------------------------------------------------------------------------------------------------- head and table
+
+TIED = ("gpt2", *(name for name in VARIANTS if name.endswith("tied")))
+HEADS = {"gpt2": "lm_head.weight", "neox, tied": "embed_out.weight"}
+
+
+def tied(name: str, folder: Path, change: Any, **options: Any) -> str:
+    """A folder whose config says tied; its tensors are those that `change` makes of those with a head that is equal."""
+    model = hf_gpt2() if name == "gpt2" else theirs(name)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    table = next(x for x in tensors if x.endswith(("wte.weight", "embed_in.weight", "embed_tokens.weight")))
+    head = HEADS.get(name, "lm_head.weight")
+    tensors[head] = tensors[table].clone()
+    change(tensors, table, head)
+    (folder / "model.safetensors").unlink()
+    files = {"model.safetensors": tensors}
+    if options.get("shards"):
+        names = sorted(tensors, key=lambda x: x == head)  # the head is in another file than the table
+        files = {f"model-{i}.safetensors": {x: tensors[x] for x in names[i::2]} for i in range(2)}
+        index(folder, {x: file for file, part in files.items() for x in part})
+    for file, part in files.items():
+        save_file(part, folder / file, {"format": "pt"})
+    return str(folder)
+
+
+def moved(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+    tensors[head] += 0.1 * torch.randn(tensors[head].shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("name", TIED)
+def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: Path):
+    """As transformers keeps it; and a folder that is saved again says that the two are two."""
+    folder, x = tied(name, tmp_path / "apart", moved, shards=shards), tokens(31, 2, 20)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(x).logits
+    params = fgpt.load(folder)
+    assert not params.cfg.tied
+    close(fgpt.apply(params, x), expected, 1e-5)
+    fgpt.save(params, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert same(fgpt.load(str(tmp_path / "again")), params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, expected)
+    quantised = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
+    assert same(quantised, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
+    adapters = shaken(fgpt.lora(params, fgpt.key(0), target="head"))
+    assert not torch.allclose(fgpt.apply(fgpt.adapt(params, adapters), x), expected, atol=1e-2)
+    merged = fgpt.merge(fgpt.adapt(params, adapters))
+    assert same(merged.wte, params.wte)  # the table is another matrix
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_copy_of_the_table_is_tied(name: str, tmp_path: Path):
+    """An equal head, and a head in the table's place, as safetensors' save_model leaves it, are one matrix."""
+    both, x = tied(name, tmp_path / "both", lambda tensors, table, head: None), tokens(31, 2, 20)
+    alone = tied(name, tmp_path / "alone", lambda tensors, table, head: tensors.pop(table))
+    for folder in (both, alone):
+        params = fgpt.load(folder)
+        assert params.cfg.tied
+        assert params.head is None
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        with torch.no_grad():
+            close(fgpt.apply(params, x), model(x).logits, 1e-5)
+
+
+def test_a_head_that_fits_no_table_is_refused(tmp_path: Path):
+    def shorter(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+        tensors[head] = tensors[head][:-1].clone()
+
+    def biased(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+        tensors["lm_head.bias"] = torch.ones(31)
+
+    with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.weight: expected shape \[31, 32\], got \[30, 32\]"):
+        fgpt.load(tied("llama, tied", tmp_path / "shorter", shorter))
+    with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.bias has no place"):
+        fgpt.load(tied("gpt2", tmp_path / "biased", biased))
+
+
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
@@ -219,8 +511,13 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
         ("llama", {"hidden_size": None}, "expected whole numbers above 0 for hidden_size"),
         ("llama", {"vocab_size": -3}, "expected whole numbers above 0 for vocab_size"),
-        ("llama", {"hidden_act": "relu"}, "hidden_act='relu' is not supported, expected one of gelu_new"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported, expected default"),
+        ("llama", {"hidden_act": "relu6"}, "hidden_act='relu6' is not supported, expected one of gelu_new"),
+        ("llama", {"rope_parameters": {"rope_type": "su"}}, "rope_type='su' is not supported, expected one of default"),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn wants rope_theta above 1"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": "32"}}, "a number from 0 to 1e15 for beta_fast, got '32'"),
+        ("llama", {"rope_parameters": {"type": "dynamic"}}, "of type 'dynamic' lacks a number for 'factor'"),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 0.5}}, "wants a factor of 1 or more"),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 1e9}}, "wants a factor of 1 or more, up to"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "of type 'llama3' lacks a number for 'factor'"),
         ("llama", {"num_key_value_heads": 3}, "4 heads of q do not divide among 3 of k and v"),
         ("llama", {"num_hidden_layers": 3}, r"tensor layers\.2\.\S+ is missing \(9 in all\): not a whole model"),
@@ -228,8 +525,20 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         ("llama", {"intermediate_size": 48}, r"mlp\.gate_proj\.weight: expected shape \[48, 32\], got \[40, 32\]"),
         ("llama", {"tie_word_embeddings": True, "vocab_size": 30}, r"embed_tokens\.weight: expected shape \[30, 32\]"),
         ("llama", {"attention_bias": True}, r"self_attn\.\w_proj\.bias is missing \(8 in all\)"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported, expected False"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types other than 'full_attention'"),
+        ("qwen2", {"use_sliding_window": "yes"}, "expected true or false for use_sliding_window, got 'yes'"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types other than 'full_attention' want a sliding_w",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* one for each of 2 layers, are not supported"),
+        (
+            "qwen3",
+            {"layer_types": ["linear_attention"] * 2},
+            "layer_types other than 'full_attention' and 'sliding_att",
+        ),
+        ("mistral", {"sliding_window": 0}, "expected whole numbers above 0 for sliding_window"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "not supported in a Mistral that has a window"),
         ("gptj", {"rotary_dim": 7}, "7 rotated components of a head of 16"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
         ("neox", {"attention_bias": False}, "attention_bias=False is not supported"),

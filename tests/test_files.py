@@ -168,6 +168,40 @@ def test_adapted_params_are_not_saved(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+class Place:
+    """A path of somebody's own."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+@pytest.mark.parametrize("kind", [str, Path, Place])
+def test_paths_of_any_kind(kind: Callable[[str], Any], tmp_path: Path):
+    """Whatever takes a path takes a str, a Path, or another PathLike."""
+    params, quantised = wide(n_layer=1, vocab=4096), kind(str(tmp_path / "quantised"))
+    adapters = fgpt.lora(params, fgpt.key(0))
+    model, peft, whole = (kind(str(tmp_path / name)) for name in ("model", "peft", "adapters.safetensors"))
+    fgpt.save(params, model, like="nano")
+    assert same(fgpt.load(model), params)
+    assert fgpt.tokenizer(model).encode("so") == fgpt.tokenizer("nano").encode("so")
+    fgpt.save(fgpt.quantize(params), quantised, like=model)
+    identical(fgpt.load(quantised), fgpt.quantize(params))
+    assert fgpt.tokenizer(quantised).encode("so") == fgpt.tokenizer("nano").encode("so")
+    fgpt.save_peft(adapters, params, peft, "nano")
+    assert same(fgpt.load_peft(peft, params), adapters)
+    fgpt.save_adapters(adapters, whole)
+    assert same(fgpt.load_adapters(whole, params), adapters)
+    for read in (fgpt.load, fgpt.tokenizer, lambda x: fgpt.load_peft(x, params)):
+        with pytest.raises(fgpt.InputError, match="nowhere"):
+            read(kind(str(tmp_path / "nowhere")))
+
+
 # ------------------------------------------------------------------------------------------------------- any adapters
 
 
@@ -313,6 +347,31 @@ def test_other_structures_are_refused(metadata: dict[str, str], expected: str, s
         fgpt.load(str(tmp_path))
 
 
+def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
+    """Fields that Config has since then have their defaults; those that it always had must be there."""
+    tensors, metadata = copied(saved, tmp_path)
+    structure = json.loads(metadata["structure"])
+    cfg = structure["GPT"]["cfg"]
+    for name in ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        del cfg[name]
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved)))
+    del cfg["tied"]
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
+        fgpt.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("stretch", [[4.0, 32.0, 1.0], [4.0, "32", 1.0, 6.0, 1.2, True], [2.0, "8"], "yarn"])
+def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path: Path):
+    tensors, metadata = copied(saved, tmp_path)
+    structure = json.loads(metadata["structure"])
+    structure["GPT"]["cfg"]["stretch"] = stretch
+    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
+        fgpt.load(str(tmp_path))
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(keep: float, saved: Path, tmp_path: Path):
     copied(saved, tmp_path)
@@ -395,6 +454,19 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(scales, stored[PLAIN.replace("weight", "SCB")])
     for name, w in matrices(params).items():  # c·s/127 in another order of rounding
         torch.testing.assert_close(w, numbers(model.transformer.h[0].get_submodule(name)), rtol=3e-7, atol=0)
+
+
+def test_a_head_apart_beside_four_bits(tmp_path: Path):
+    """bitsandbytes leaves a tied head plain; one that was trained and merged afterwards is kept."""
+    model = theirs(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    path = tmp_path / "quantised" / "model.safetensors"
+    head = model.lm_head.weight.detach().float() + shaken({"head": torch.zeros(31, 64)})["head"]
+    save_file(load_file(path) | {"lm_head.weight": head}, path, {"format": "pt"})
+    params = fgpt.load(str(tmp_path / "quantised"))
+    assert params.head is not None
+    assert torch.equal(params.head.w, head)  # pyright: ignore[reportArgumentType]
+    fgpt.save(params, tmp_path / "again")
+    identical(fgpt.load(str(tmp_path / "again")), params)
 
 
 def stated(**changes: Any) -> Callable[[Tensor], Tensor]:

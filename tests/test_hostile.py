@@ -48,6 +48,7 @@ from fgpt.families import names
 from fgpt.io import hub, trees
 from fgpt.io.peft import load_peft
 from fgpt.kernels.quantised import FourBit
+from fgpt.kernels.rotary import Dynamic, Yarn, turn
 from fgpt.model import Config
 from fgpt.tree import leaves, walk
 
@@ -771,6 +772,8 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 SIZES |= {"max_position_embeddings": 24, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 STRETCHED |= {"original_max_position_embeddings": 8}
+WARPED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4}
+WARPED |= {"beta_fast": 8, "beta_slow": 1.0, "attention_factor": 1.5, "truncate": False, "mscale": 1.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gptj": GPTJ,
@@ -781,6 +784,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"model_type": "llama", "hidden_act": "silu", "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6}
     | {"attention_bias": False, "mlp_bias": False, "rope_theta": 1e4, "rope_scaling": STRETCHED}
     | {"layer_types": ["full_attention"]},
+    "mistral": SIZES
+    | {"model_type": "mistral", "hidden_act": "silu", "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-6}
+    | {"sliding_window": 3, "rope_parameters": WARPED},
+    "qwen2": SIZES
+    | {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "layer_types": ["sliding_attention"]}
+    | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
 }
 SAME = {
     "n_layer": ("n_layer", "num_hidden_layers"),
@@ -806,6 +816,8 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             ):
                 if name in ("num_key_value_heads", "head_dim") and said["model_type"] != "llama":
                     continue
+                if ours == "context" and isinstance(cfg.stretch, Dynamic):
+                    continue
                 assert getattr(cfg, ours) == said[name], name
                 assert type(getattr(cfg, ours)) in (type(said[name]), float), name
     assert math.isfinite(cfg.eps)
@@ -815,6 +827,14 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
     if cfg.rotary and said["model_type"] != "gptj":
         scaling = said.get("rope_parameters") or said.get("rope_scaling") or {}
         assert cfg.base == scaling.get("rope_theta", said.get("rope_theta", said.get("rotary_emb_base", 1e4)))
+        if scaling.get("rope_type", scaling.get("type")) == "yarn":
+            assert isinstance(cfg.stretch, Yarn)
+            assert all(math.isfinite(x) and x > 0 for x in cfg.stretch[:-1])
+            if cfg.rotary % 2 == 0:  # else the model is refused as soon as it has leaves
+                turn(torch.arange(9), cfg.rotary, cfg.base, cfg.stretch)
+        if scaling.get("rope_type", scaling.get("type")) == "dynamic":
+            assert isinstance(cfg.stretch, Dynamic)
+            assert cfg.stretch.context == said["max_position_embeddings"] <= cfg.context
         if scaling.get("rope_type") == "llama3":
             assert cfg.stretch is not None
             assert cfg.stretch == tuple(scaling[name] for name in names.LLAMA_3)

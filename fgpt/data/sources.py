@@ -1,16 +1,19 @@
 """Rows of text from the hub by name, or from a file or folder."""
 
+import fnmatch
 import itertools
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from fgpt.data import conversations, finqa
+from fgpt.data import conversations, finqa, hub_files
 from fgpt.data.conversations import Conversation
+from fgpt.data.hub_files import HubError, Repo
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.templates import Row, Turn
 from fgpt.data.text_files import OPENERS, format_of, open_text, reading
@@ -49,9 +52,6 @@ TEXTS = {
     "wikitext-103-valid": Hub("Salesforce/wikitext", "wikitext-103-raw-v1/validation-*.parquet"),
 }
 """Plain text in the column "text": of TinyStories a document a row, of WikiText a line."""
-
-PROBE = 5.0
-"""Seconds the hub has to answer. Without this the libraries retry for half a minute before they say it is away."""
 
 Record: TypeAlias = tuple[str, Any]
 """(where it stands, for errors; its columns)."""
@@ -345,38 +345,62 @@ def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]
 
 
 def download(name: str, hub: Hub, option: str = "--data") -> Path:
-    """The local folder that holds the files of a hub dataset: from the cache if they are there, else fetched.
+    """The local folder that holds the files of a hub dataset: from the cache if they are all there, else fetched.
 
     Raises InputError where the hub cannot be reached or refuses; `option` is what takes a file instead.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    def get(local: bool) -> Path:
-        return Path(snapshot_download(hub.repo, repo_type="dataset", allow_patterns=hub.files, local_files_only=local))
-
+    repo = Repo(hub.repo, "dataset", [hub.files])
+    held = hub_files.cached(repo)
+    files = [] if held.folder is None else _names(held.folder, hub.files)
+    lacking = _missing_parts(files, hub.files)
+    if held.folder is not None and files and not lacking and not held.partial:
+        return held.folder
     try:
-        folder = get(local=True)
-        if any(folder.glob(hub.files)):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        HfApi().dataset_info(hub.repo, timeout=PROBE)
-        return get(local=False)
-    except Exception as err:  # whatever the transport of the day raises; only an HTTP answer means the hub is there
-        cause = err if isinstance(err, HfHubHTTPError) else err.__cause__
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if status in (401, 403):
+        folder = hub_files.fetch(repo).folder
+    except HubError as err:
+        if err.status in (401, 403):
             raise InputError(
-                f"the hub refuses {hub.repo} (HTTP {status}): accept its terms at "
+                f"the hub refuses {hub.repo} (HTTP {err.status}): accept its terms at "
                 f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file with "
                 f"`{option} FILE`"
             ) from None
+        part = (
+            f" beyond the part in the local cache, {len(files)} of {len(files) + len(lacking)} files" if lacking else ""
+        )
         raise InputError(
-            f"the hub gave no {name!r} ({type(err).__name__}: {_first_line(err)}): connect and try again, give a "
+            f"the hub gave no {name!r}{part} ({err.kinds[0]}: {err.line}): connect and try again, give a "
             f"file with `{option} FILE`, or train the run `lora-nano`, which needs no hub"
         ) from None
+    files = _names(folder, hub.files)
+    if not files or (lacking := _missing_parts(files, hub.files)):
+        what = f"files that match {hub.files}" if not files else f"all of its parts, {lacking[0]} for one"
+        raise InputError(f"the hub's {hub.repo} does not have {what}: give a file with `{option} FILE`")
+    return folder
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.exists())
+
+
+PART = re.compile(r"(?P<before>.*-)(?P<number>\d+)(?P<of>-of-(?P<total>\d+))(?P<after>.*)")
+"""data/train-00003-of-00012.parquet, or with a hash after the numbers."""
+
+
+def _missing_parts(files: Sequence[str], pattern: str) -> list[str]:
+    """The files that match `pattern` as those do, and are not there, though the numbers of the others count them."""
+    found = [match for file in files if (match := PART.fullmatch(file))]
+    there = {(match["before"], match["of"], int(match["number"])) for match in found}
+    missing: dict[tuple[str, str, int], str] = {}
+    for match in found:
+        for number in range(min(int(match["total"]), MOST_PARTS)):
+            name = f"{match['before']}{number:0{len(match['number'])}}{match['of']}{match['after']}"
+            if fnmatch.fnmatchcase(name, pattern):
+                missing.setdefault((match["before"], match["of"], number), name)
+    return sorted(name for key, name in missing.items() if key not in there)
+
+
+MOST_PARTS = 10_000
+"""Far above what any dataset here has."""
 
 
 def _first_line(err: Exception) -> str:

@@ -15,7 +15,6 @@ from fgpt.families.names import (
     flag,
     layers,
     number,
-    only,
     paths,
     size,
     sizes,
@@ -56,19 +55,24 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     Raises InputError where a field is missing or asks for an architecture that GPT-2 proper does not have.
     """
     found = common(config)
-    only(
-        config,
-        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
-    )
+    flag(config, "reorder_and_upcast_attn", False)  # a way to compute the same: here scores are in fp32 anyway
     biases = Config.biases if flag(config, "bias", True) else ""
-    return Config(**found, tied=flag(config, "tie_word_embeddings", True), biases=biases)
+    return Config(
+        **found,
+        tied=flag(config, "tie_word_embeddings", True),
+        biases=biases,
+        scale_attn_weights=flag(config, "scale_attn_weights", True),
+        scale_attn_by_inverse_layer_idx=flag(config, "scale_attn_by_inverse_layer_idx", False),
+    )
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
     ends = {"bos_token_id": cfg.vocab - 1, "eos_token_id": cfg.vocab - 1}
-    bare = {} if cfg.biases else {"bias": False}
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | bare
+    own: dict[str, Any] = {} if cfg.biases else {"bias": False}
+    own |= {} if cfg.scale_attn_weights else {"scale_attn_weights": False}
+    own |= {"scale_attn_by_inverse_layer_idx": True} if cfg.scale_attn_by_inverse_layer_idx else {}
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | own
 
 
 def stored(cfg: Config) -> list[Stored]:

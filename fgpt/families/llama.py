@@ -1,11 +1,12 @@
 """The Llama line's tensors on the hub, and our tree: Llama 1 to 3 and all that share its layout (TinyLlama, SmolLM2),
-Qwen 2 and 2.5, whose q, k and v have biases, and Qwen 3, whose q and k are normed.
+Mistral, whose layers attend within a window, Qwen 2 and 2.5, whose q, k and v have biases, and Qwen 3, whose q and k
+are normed.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, shown
 from fgpt.families.names import (
     LLAMA_SIZES,
     MOST,
@@ -16,7 +17,6 @@ from fgpt.families.names import (
     flag,
     layers,
     number,
-    only,
     paths,
     rope,
     rope_to_hf,
@@ -24,10 +24,18 @@ from fgpt.families.names import (
     sizes,
     sizes_to_hf,
     whole,
+    whole_numbers,
 )
 from fgpt.model import Config
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What layer_types says of a layer."""
 
 LAYERS = {
     "ln_1": "input_layernorm",
@@ -47,22 +55,22 @@ LAYERS = {
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
     found = sizes(config, LLAMA_SIZES)
-    only(config, {"use_sliding_window": False})
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise InputError("config.json: layer_types other than 'full_attention' are not supported")
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
     if kind == "qwen2":
         biases = "q k v"
+    elif kind == "mistral":
+        biases = ""
     else:
         attention = "q k v o" if flag(config, "attention_bias", False) else ""
         biases = f"{attention} {'up down gate' if flag(config, 'mlp_bias', False) else ''}".strip()
     d_head = size(config, "head_dim", 128 if kind == "qwen3" else config["hidden_size"] // heads)
     if d_head * heads > MOST:
         raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MOST} components at most")
-    kv = size(config, "num_key_value_heads", heads)
+    fewer = kind == "mistral" and "num_key_value_heads" not in config
+    kv = size(config, "num_key_value_heads", 8 if fewer else heads)
+    fields: dict[str, Any] = found | rope(config, found, d_head) | window(config, kind, found["n_layer"])
     return Config(
-        **found,
+        **fields,
         eps=number(config, "rms_norm_eps", 1e-6),
         tied=flag(config, "tie_word_embeddings", False),
         n_kv=None if kv == heads else kv,
@@ -73,13 +81,55 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         gated=True,
         biases=biases,
         rotary=d_head,
-        **rope(config),
     )
+
+
+def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]:
+    """The `sliding_window` and `full_layers` of our config. A Llama has none, the layers of a Mistral all do, and those
+    of a Qwen from one on, or as layer_types has them.
+
+    Raises InputError where the fields do not fit one another.
+    """
+    slides = {"llama": False, "mistral": True}.get(kind) or flag(config, "use_sliding_window", False)
+    found = config.get("sliding_window", 4096) if slides else None
+    if found is not None:
+        whole_numbers({"sliding_window": found}, ["sliding_window"])
+    first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
+    if type(first) is not int or first < 0:
+        raise InputError(f"config.json: expected a whole number for max_window_layers, got {shown(first)}")
+    types = config.get("layer_types") or None
+    if types is None:
+        types = [SLIDING if found and i >= first else FULL for i in range(n_layer)]
+    if not isinstance(types, list) or any(x not in (FULL, SLIDING) for x in types) or len(types) != n_layer:
+        raise InputError(
+            f"config.json: layer_types other than {FULL!r} and {SLIDING!r}, one for each of {n_layer} layers, are not "
+            f"supported; got {shown(types)}"
+        )
+    if SLIDING in types and not found:
+        raise InputError(f"config.json: layer_types other than {FULL!r} want a sliding_window, and that it is used")
+    if kind == "mistral" and found and FULL in types:
+        raise InputError(f"config.json: layer_types of {FULL!r} are not supported in a Mistral that has a window")
+    if SLIDING not in types:
+        return {}
+    return {"sliding_window": found, "full_layers": tuple(i for i, x in enumerate(types) if x == FULL)}
+
+
+def window_to_hf(cfg: Config, kind: str) -> dict[str, Any]:
+    """`window` undone."""
+    if cfg.sliding_window is None:
+        return {}
+    if kind == "mistral":
+        return {"sliding_window": cfg.sliding_window}
+    types = [FULL if i in cfg.full_layers else SLIDING for i in range(cfg.n_layer)]
+    first = types.index(SLIDING) if SLIDING in types else cfg.n_layer
+    own = {"use_sliding_window": True, "sliding_window": cfg.sliding_window, "max_window_layers": first}
+    return own | {"layer_types": types}
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == "q k v" else "llama"
+    other = "llama" if cfg.sliding_window is None else "mistral"
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == "q k v" else other
     config = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -90,8 +140,9 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         "rms_norm_eps": cfg.eps,
         "tie_word_embeddings": cfg.tied,
         **rope_to_hf(cfg),
+        **window_to_hf(cfg, kind),
     }
-    if kind != "qwen2":
+    if kind in ("llama", "qwen3"):
         config["attention_bias"] = "q" in cfg.biases.split()
     return config | {"mlp_bias": "gate" in cfg.biases.split()} if kind == "llama" else config
 
@@ -106,7 +157,7 @@ def stored(cfg: Config) -> list[Stored]:
 
 
 LLAMA = Family(
-    model_types=("llama", "qwen2", "qwen3"),
+    model_types=tuple(ARCHITECTURES),
     prefix="model.",
     buffers=(".rotary_emb.inv_freq",),  # angles that old checkpoints carry
     config_from_hf=config_from_hf,

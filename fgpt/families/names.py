@@ -4,6 +4,7 @@ A family is such a table, and its config both ways. The sizes come from our own 
 `skeleton` gives it, and a tensor of the hub's the shape that its leaves make up.
 """
 
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fgpt.errors import InputError, shown
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.kernels.rotary import Dynamic, Yarn
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused, skeleton
 from fgpt.tree import leaves, update, walk
 from fgpt.weights import Adapted, shape
@@ -75,6 +77,30 @@ def layers(names: Mapping[str, str], bare: Container[str]) -> list[Stored]:
 # --------------------------------------------------------------------------------------------------------- hub to ours
 
 
+def parameters(tensors: Mapping[str, Held], cfg: Config, family: Family) -> tuple[dict[str, Held], Config]:
+    """The parameters among a hub's tensors, without the family's prefix, and the config that is true of them.
+
+    Where the config says that head and embedding are one, and the tensors are two that differ (the head was trained by
+    itself, and merged), they are two. An equal head is left out, and one alone stands for the embedding.
+
+    Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
+    """
+    held = _without_prefix(tensors, family)
+    if not cfg.tied:
+        return held, cfg
+    apart = replace(cfg, tied=False)
+    stored = {s.paths[0]: s.name for s in family.stored(apart)}
+    table, head = stored["wte.w"], stored["head.w"]
+    if head not in held:
+        return held, cfg
+    if table not in held:
+        return {table if name == head else name: x for name, x in held.items()}, cfg
+    _checked_sizes(held, apart, family)
+    if _equal(held[table].read(), held[head].read()):
+        return {name: x for name, x in held.items() if name != head}, cfg
+    return held, apart
+
+
 def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
     """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
     are views: no copy is made.
@@ -82,25 +108,13 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     A quantised product of q, k and v is split where its blocks, and the blocks of quantised scales, end between them
     (for NF4 with double quantisation, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
 
+    `held` and `cfg` are those of `parameters`.
+
     Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantised one.
     """
     bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
-    # a file with the head has the prefix, one without has not
-    given = [name for name in held if not name.endswith(family.buffers)]
-    held = {name.removeprefix(family.prefix): held[name] for name in given}
-    if len(held) < len(given):
-        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
-        raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
-    if missing := [name for name in table if name not in held]:
-        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
-    spare = {name for name in held if cfg.tied and is_head(name)}
-    if surplus := held.keys() - table.keys() - spare:
-        raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
-    empty = leaves(bare)
-    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
-    for name, size in sizes.items():
-        _same(name, size, held[name].shape)
+    empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
 
     def read(s: Stored) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = held[s.name].read(), sizes[s.name]
@@ -120,6 +134,44 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
         biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
         new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
     return update(bare, new)
+
+
+def _without_prefix(held: Mapping[str, Held], family: Family) -> dict[str, Held]:
+    """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
+
+    Raises InputError where a tensor is there by both names.
+    """
+    given = [name for name in held if not name.endswith(family.buffers)]
+    bare = {name.removeprefix(family.prefix): held[name] for name in given}
+    if len(bare) < len(given):
+        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
+        raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
+    return bare
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two matrices are of the same numbers; a quantised one equals none."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
+
+
+def _checked_sizes(held: Mapping[str, Held], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shape that each tensor of the family has under a config.
+
+    Raises InputError where one is missing, surplus, or of another shape.
+    """
+    table = {s.name: s for s in family.stored(cfg)}
+    if missing := [name for name in table if name not in held]:
+        raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
+    if surplus := held.keys() - table.keys():
+        raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
+    empty = leaves(skeleton(cfg))
+    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    for name, size in sizes.items():
+        _same(name, size, held[name].shape)
+    return sizes
 
 
 def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
@@ -296,8 +348,20 @@ def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
 
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-"""The hub's names of activations, and ours."""
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+"""The hub's names of activations, and ours: those of one function differ in their rounding alone."""
 
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
@@ -318,27 +382,75 @@ LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 """The fields of Llama 3's scaling, as our `stretch` has them."""
 
 
-def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `base` and `stretch` of our config, of what old and new configs say of rotary positions.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+
+
+def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[str, Any]:
+    """The `base`, `stretch` and `context` of our config, of what old and new configs say of rotary positions; of the
+    `sizes` that it has by our names, and the `dim` components that are rotated.
 
     Raises InputError for a scaling that we do not compute.
     """
-    scaling = rope_fields(config)
+    scaling, context = rope_fields(config), sizes["context"]
     where = scaling if "rope_theta" in scaling else config
     base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
-    kind, stretch = scaling.get("rope_type", scaling.get("type", "default")), None
-    wanted = ("factor",) if kind == "linear" else LLAMA_3 if kind == "llama3" else ()
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected one of {known}")
+    wanted = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
     if missing := [name for name in wanted if name not in scaling]:
         raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
+    stretch: Any = None
     if kind == "linear":
         stretch = (_above_0(scaling, "factor"), 1.0, 4.0, 0.0)
     elif kind == "llama3":
         stretch = tuple(_above_0(scaling, name) for name in LLAMA_3)
         if stretch[1] >= stretch[2]:
             raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {stretch[1:3]}")
-    elif kind != "default":
-        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected default, linear or llama3")
-    return {"base": base, "stretch": stretch}
+    elif kind == "yarn":
+        stretch = _yarn(config, scaling, context)
+        if base <= 1 or dim < 2:
+            raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
+        try:
+            stretch.divided(dim, base)
+        except (ValueError, OverflowError):
+            raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
+    elif kind == "dynamic":
+        stretch = Dynamic(_above_0(scaling, "factor"), context)
+        if stretch.factor < 1 or stretch.factor * context > MOST or dim <= 2:
+            raise InputError(
+                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MOST} positions, and 4 rotated "
+                f"components or more; got {stretch.factor}, {context} positions and {dim} components"
+            )
+        context = int(stretch.factor * context)
+    return {"base": base, "stretch": stretch, "context": context}
+
+
+def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> Yarn:
+    """YaRN as transformers reads it: what is left out has the values of the paper.
+
+    Source: Peng et al. 2023 (YaRN), section 3.4; DeepSeek-AI 2024 (DeepSeek-V2) for the two mscale.
+    """
+    name = "original_max_position_embeddings"
+    original = _above_0(config if config.get(name) is not None else scaling, name, float(context))
+    factor = _given(scaling, "factor") or context / original
+    size, whole = _given(scaling, "mscale"), _given(scaling, "mscale_all_dim")
+    grown = math.log(factor) if factor > 1 else 0.0
+    usual = (0.1 * size * grown + 1) / (0.1 * whole * grown + 1) if size and whole else 0.1 * grown + 1
+    return Yarn(
+        factor,
+        _given(scaling, "beta_fast") or 32.0,
+        _given(scaling, "beta_slow") or 1.0,
+        original,
+        _given(scaling, "attention_factor") or usual,
+        flag(scaling, "truncate", True),
+    )
+
+
+def _given(fields: Mapping[str, Any], name: str) -> float | None:
+    """A number above 0, or None where it is left out, null or 0."""
+    return None if fields.get(name) is None else number(fields, name, 0.0) or None
 
 
 def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -357,11 +469,17 @@ def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> floa
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:
     """`rope` undone, as old and new readers know it."""
-    if cfg.stretch is None:
+    if (stretch := cfg.stretch) is None:
         scaling = None
-    elif cfg.stretch[3] == 0:
-        scaling = {"rope_type": "linear", "factor": cfg.stretch[0]}
+    elif isinstance(stretch, Yarn):
+        scaling = {"rope_type": "yarn"} | stretch._asdict()
+        scaling["original_max_position_embeddings"] = int(scaling.pop("context"))
+    elif isinstance(stretch, Dynamic):
+        scaling = {"rope_type": "dynamic", "factor": stretch.factor}
+        return {"rope_theta": cfg.base, "rope_scaling": scaling, "max_position_embeddings": stretch.context}
+    elif stretch[3] == 0:
+        scaling = {"rope_type": "linear", "factor": stretch[0]}
     else:
-        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, cfg.stretch, strict=True))
-        scaling["original_max_position_embeddings"] = int(cfg.stretch[3])
+        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, stretch, strict=True))
+        scaling["original_max_position_embeddings"] = int(stretch[3])
     return {"rope_theta": cfg.base, "rope_scaling": scaling}

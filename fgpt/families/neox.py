@@ -40,19 +40,20 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     found = sizes(config, LLAMA_SIZES)
     only(config, {"attention_bias": True})
     of_head = config["hidden_size"] // config["num_attention_heads"]
-    fields = rope_fields(config)
-    own = "partial_rotary_factor" in fields
-    part = number(fields, "partial_rotary_factor", 0.25) if own else number(config, "rotary_pct", 0.25)
+    scaling = rope_fields(config)
+    own = "partial_rotary_factor" in scaling
+    part = number(scaling, "partial_rotary_factor", 0.25) if own else number(config, "rotary_pct", 0.25)
     if not 0 < part <= 1:
         raise InputError(f"config.json: expected a part of each head for rotary_pct, above 0 up to 1, got {part}")
+    rotary = int(of_head * part)
+    fields: dict[str, Any] = found | rope(config, found, rotary)
     return Config(
-        **found,
+        **fields,
         eps=number(config, "layer_norm_eps", 1e-5),
         tied=flag(config, "tie_word_embeddings", False),
         act=activation(config, "hidden_act", "gelu"),
         parallel=flag(config, "use_parallel_residual", True),
-        rotary=int(of_head * part),
-        **rope(config),
+        rotary=rotary,
     )
 
 
@@ -66,8 +67,8 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         "hidden_act": activation_to_hf(cfg),
         "use_parallel_residual": cfg.parallel,
         "rotary_pct": cfg.rotary / cfg.head_size,
-        "rotary_emb_base": scaling["rope_theta"],
-        "rope_scaling": scaling["rope_scaling"],
+        "rotary_emb_base": scaling.pop("rope_theta"),
+        **scaling,
         "layer_norm_eps": cfg.eps,
         "tie_word_embeddings": cfg.tied,
     }

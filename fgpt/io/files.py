@@ -247,16 +247,22 @@ def shards(folder: Path, weights: str) -> list[Path]:
     index = folder / f"{weights}.index.json"
     if (folder / weights).exists() or not index.exists():
         return [folder / weights]
-    found = read_json(index)
-    where = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise InputError(f"{index}: expected a weight_map of tensor names to file names")
-    names = sorted(set(where.values()))
+    names = shard_names(folder, weights)
     if odd := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
         raise InputError(
             f"{index} names {printable(odd[0])}, which is not beside it ({len(odd)} of {len(names)} files missing)"
         )
     return [folder / name for name in names]
+
+
+def shard_names(folder: Path, weights: str) -> list[str]:
+    """The files that `weights`.index.json lists. Raises InputError where it is no index."""
+    index = folder / f"{weights}.index.json"
+    found = read_json(index)
+    where = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{index}: expected a weight_map of tensor names to file names")
+    return sorted(set(where.values()))
 
 
 def held_tensors(path: Path) -> dict[str, Held]:

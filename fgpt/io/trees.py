@@ -15,18 +15,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from beartype.door import is_bearable
 from jaxtyping import jaxtyped
 from torch import Tensor
 
+from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
 from fgpt.io.files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bnb import register
 from fgpt.kernels.quantised import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.kernels.rotary import Dynamic, Yarn
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import device, leaves, tree_map, walk
 
@@ -35,6 +37,9 @@ NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3
 
 FORMAT, STRUCTURE = "fgpt", "structure"
 """What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
+
+LATER = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+"""Fields of Config that older files do not have: their models are those of the defaults."""
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' operators take for a block."""
@@ -171,9 +176,20 @@ def _static(value: Any, kind: Any) -> Any:
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
         given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        given = {name: getattr(Config, name) for name in LATER} | given
+        given["stretch"] = _stretch(given.get("stretch"))
         fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
         return Config(**given) if fits else value
     return value
+
+
+def _stretch(values: Any) -> Any:
+    """A rope's scaling, which files hold as its numbers alone; as it is where it does not fit."""
+    for cls in (Yarn, Dynamic):
+        kinds = list(get_type_hints(cls).values())
+        if isinstance(values, tuple) and len(values) == len(kinds):
+            return cls(*values) if all(map(is_bearable, values, kinds)) else "no scaling"
+    return values
 
 
 def check_quantised(w: Quantised, name: str) -> None:
@@ -205,19 +221,20 @@ def check_quantised(w: Quantised, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-def save_adapters(adapters: Adapters, path: Path) -> None:
+def save_adapters(adapters: Adapters, path: StrPath) -> None:
     """Write any adapters, unions and tuned leaves too, as one file that `load_adapters` reads back bit by bit.
 
     For what PEFT knows, `save_peft` writes what other libraries read.
     """
-    write_tree(path, adapters)
+    write_tree(Path(path), adapters)
 
 
-def load_adapters(path: Path, params: Any) -> Adapters:
+def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
     Raises InputError where the file holds something else, or what does not fit `params`.
     """
+    path = Path(path)
     adapters = read_tree(path)
     if not isinstance(adapters, dict) or not all(isinstance(x, Tensor | LoRA | DoRA | IA3) for x in adapters.values()):
         raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")

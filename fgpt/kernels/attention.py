@@ -20,6 +20,21 @@ def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def sliding(
+    mask: Bool[Tensor, "*batch 1 query key"] | None, window: int, queries: int, keys: int, device: torch.device
+) -> Bool[Tensor, "*batch 1 query key"] | Bool[Tensor, "1 query key"] | None:
+    """`mask`, or where it is None the causal one, under which a query sees the last `window` of its keys alone.
+
+    Source: Beltagy et al. 2020 (Longformer), section 3.1; Jiang et al. 2023 (Mistral 7B), section 2.
+    """
+    if keys <= window:
+        return mask
+    if mask is None:
+        return causal(queries, keys, device).triu(keys - queries - window + 1)[None]
+    from_here_on = mask.flip(-1).cumsum(-1).flip(-1)  # of the keys that a query sees
+    return mask & (from_here_on <= window)
+
+
 def reference(
     q: Float[Tensor, "*batch head query d_head"],
     k: Float[Tensor, "*batch head key d_head"],

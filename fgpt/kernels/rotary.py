@@ -9,7 +9,8 @@ Source: Su et al. 2021 (RoFormer), section 3.2.2.
 """
 
 import math
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -23,14 +24,57 @@ Stretch: TypeAlias = tuple[float, float, float, float]
 """(factor, low, high, context): slow angles are divided by `factor`, fast ones kept, and those between are mixed."""
 
 
+class Yarn(NamedTuple):
+    """YaRN: slow angles are divided by `factor`, fast ones kept, and those between are mixed by their place among all.
+
+    Fast is what comes round more than `beta_fast` times in `context` positions, slow what does fewer than `beta_slow`
+    times; with `truncate` the places of these two are whole numbers. Queries and keys grow by `attention_factor`.
+
+    Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4.
+    """
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    context: float
+    attention_factor: float
+    truncate: bool = True
+
+    def divided(self, dim: int, base: float) -> Callable[[Tensor], Tensor]:
+        """By the places of angles: the share of each that is divided."""
+        fast, slow = (
+            dim * math.log(self.context / (rounds * 2 * math.pi)) / (2 * math.log(base))
+            for rounds in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        first, last = max(fast, 0), min(slow, dim - 1)
+        width = last - first or 0.001
+        return lambda places: ((places - first) / width).clamp(0, 1)
+
+
+class Dynamic(NamedTuple):
+    """Dynamic NTK: in a text of n > `context` tokens all angles are those of a larger base, up to `factor` * `context`:
+
+        base' = base (factor n / context - factor + 1)^(dim / (dim - 2))
+
+    A further token turns all keys anew, so that no key can be kept for it. Source: Peng et al. 2023 (YaRN), appendix B.
+    """
+
+    factor: float
+    context: int
+
+
 def turn(
     positions: Int[Tensor, "*batch seq"],
     dim: int,
     base: float,
-    stretch: Stretch | None = None,
+    stretch: Stretch | Yarn | Dynamic | None = None,
     dtype: torch.dtype = torch.float32,
+    length: int | Int[Tensor, "*batch seq"] = 0,
 ) -> Turn:
-    """The turns of `dim` components at the given positions, in fp32, or in fp64 for an x that is.
+    """The turns of `dim` components at the given positions, in fp32, or in fp64 for an x that is. `length` is that of
+    each token's text, which Dynamic alone asks for.
 
     An angle that comes round in fewer than context / high positions is kept, one that takes more than context / low is
     divided; (factor, 1, 4, 0) divides them all, which is linear position interpolation.
@@ -38,14 +82,24 @@ def turn(
     Source: Grattafiori et al. 2024 (Llama 3), section 3.2; Chen et al. 2023 (Position Interpolation), equation 3.
     """
     exponent = torch.arange(0, dim, 2, dtype=wide(dtype), device=positions.device) / dim
-    theta = 1.0 / base**exponent
-    if stretch is not None:
+    theta, size = 1.0 / base**exponent, 1.0
+    if isinstance(stretch, Yarn):
+        places = torch.arange(dim // 2, dtype=theta.dtype, device=theta.device)
+        share = stretch.divided(dim, base)(places)
+        theta, size = (1 - share) * theta + share * theta / stretch.factor, stretch.attention_factor
+    elif isinstance(stretch, Dynamic):
+        longer = torch.as_tensor(length, device=theta.device).clamp(min=stretch.context).to(theta.dtype)
+        grown = base * (stretch.factor * longer / stretch.context - (stretch.factor - 1)) ** (dim / (dim - 2))
+        theta = (1.0 / grown[..., None] ** exponent)[..., None, :, :] if grown.ndim else 1.0 / grown**exponent
+    elif stretch is not None:
         factor, low, high, context = stretch
         rounds = context * theta / (2 * math.pi)
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         theta = kept * theta + (1 - kept) * theta / factor
     angles = positions[..., None, :, None] * theta
-    return angles.cos(), angles.sin()
+    if size == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * size, angles.sin() * size
 
 
 def rotate(
