@@ -57,13 +57,13 @@ def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tu
     return tuple(checking(params, adapters, batch, lr))
 
 
-@torch.no_grad()
 def checking(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[Finding]:
     """What `check` gathers, each finding as it comes."""
     trees = {"base": params, "adapters": adapters, "batch": batch}
-    before = keeping.digest(trees)
-    case = case_of(params, adapters, batch, lr)
-    finite = answers.finite(case)
+    with torch.no_grad():  # and not where a finding is handed out
+        before = keeping.digest(trees)
+        case = case_of(params, adapters, batch, lr)
+        finite = answers.finite(case)
     yield finite
     for name, law in (FORWARD | TRAINING).items():
         if not finite.holds:
@@ -71,5 +71,7 @@ def checking(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) ->
         elif name in TRAINING and not adapters:
             yield unasked(name, "no adapters")
         else:
-            yield law(case)
+            with torch.no_grad():
+                finding = law(case)
+            yield finding
     yield keeping.frozen(before, keeping.digest(trees))
