@@ -53,7 +53,7 @@ def find(name: str) -> Path:
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
-    other = "give a local model with --base FOLDER"
+    other = "give a local folder in its place"
     if name in PACKAGED:
         package, name = PACKAGED[name]
         if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
@@ -88,7 +88,7 @@ def find(name: str) -> Path:
     except Exception as err:  # whatever the network stack raises, the user's remedy is the same
         raise InputError(
             f"the model {name!r} is not in the local cache and the hub cannot be reached ({type(err).__name__})\n"
-            f"{other}, or run `just train lora-nano`, which needs no hub"
+            f"connect once to fetch it, {other}, or run `just train lora-nano`, which needs no hub"
         ) from None
 
 
