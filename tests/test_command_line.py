@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from conftest import ROOT
 
 import experiments.__main__ as command_line
+import experiments.fit
+import experiments.train
 import fgpt
 from experiments import console as shown
 from experiments import folder
@@ -284,92 +287,120 @@ def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsy
 
 # -------------------------------------------------------------------------------------------------------------- signals
 
-PYTHON = """
-import sys, time
-import experiments.__main__ as command_line
-{patch}
-sys.exit(command_line.main(sys.argv[1:]))
-"""
-ENDLESS = """
-import experiments.train
-def endless(*args):
-    while True:
+
+class Child:
+    """A command in a process of its own, with what is imported already; its streams are pipes, or what is given."""
+
+    def __init__(
+        self,
+        args: list[str],
+        prepare: Callable[[], Any] = lambda: None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        encoding: str = "utf-8",
+    ) -> None:
+        ours = [os.pipe() if given is None else (None, given) for given in (stdout, stderr)]
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(args, prepare, [write for _, write in ours], encoding)
+        for _, write in ours:
+            os.close(write)
+        self.stdout, self.stderr = (None if read is None else os.fdopen(read, errors="replace") for read, _ in ours)
+
+    def _run(self, args: list[str], prepare: Callable[[], Any], streams: list[int], encoding: str) -> None:
+        code = 70
         try:
-            time.sleep(0.05)
+            torch.set_num_threads(1)  # no pool of threads outlives a fork
+            os.dup2(streams[0], 1)
+            os.dup2(streams[1], 2)
+            sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+            prepare()
+            code = main(args)
         except BaseException:
-            pass
-    yield
-experiments.train.batches = endless
-"""
-SWALLOWED = """
-def loading(args):
-    print("begun", file=sys.stderr, flush=True)
-    while True:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def hear(self, text: str) -> None:
+        """Wait until it has said this on stderr."""
+        said = ""
+        assert self.stderr is not None
+        for line in self.stderr:
+            said += line
+            if text in line:
+                return
+        raise AssertionError(f"it ended, and never said {text!r}: {said}")
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Its exit status, negative for a signal, and what it said since."""
+        out, err = ("" if stream is None else stream.read() for stream in (self.stdout, self.stderr))
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), out, err
+
+
+def sleep_through(what: str) -> None:
+    """As a library that swallows every exception."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
         try:
-            time.sleep(0.05)
+            time.sleep(0.02)
         except BaseException:
-            print("swallowed", file=sys.stderr, flush=True)
-command_line.COMMANDS["eval"] = loading
-"""
-SLOW = """
-import experiments.fit
-def slow(show):
-    def instead(*args):
+            print(what, file=sys.stderr, flush=True)
+
+
+def endless_batches() -> None:
+    def batches(*_: Any) -> Iterator[Any]:
+        sleep_through("swallowed")
+        yield
+
+    experiments.train.batches = batches
+
+
+def endless_loading() -> None:
+    def load(*_: Any) -> None:
+        print("loading", file=sys.stderr, flush=True)
+        sleep_through("swallowed")
+
+    experiments.train.base_of = load
+
+
+def slow_steps() -> None:
+    def peak_memory(_: Any) -> float:
         time.sleep(0.05)
-        return show(*args)
-    return instead
-peak = experiments.fit.peak_memory
-experiments.fit.peak_memory = slow(peak)
-"""
+        return 1.0
 
-
-def started(args: list[str], patch: str = "", **options: Any) -> subprocess.Popen[str]:
-    script = [sys.executable, "-c", PYTHON.format(patch=patch)]
-    return subprocess.Popen([*script, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
-
-
-def heard(process: subprocess.Popen[str], text: str) -> str:
-    """Wait until a process has said this on stderr."""
-    said = ""
-    assert process.stderr is not None
-    for line in process.stderr:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(f"it ended, and never said {text!r}: {said}")
+    experiments.fit.peak_memory = peak_memory
 
 
 @pytest.mark.parametrize(
-    ("args", "patch", "begun", "answer"),
-    [
-        (["train"], ENDLESS, "steps", "ending after this step"),
-        (["eval"], SWALLOWED, "begun", "swallowed"),
-    ],
+    ("prepare", "begun", "answer"),
+    [(endless_batches, "steps", "ending after this step"), (endless_loading, "loading", "swallowed")],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_what_swallows_the_first(
-    args: list[str], patch: str, begun: str, answer: str, number: signal.Signals, at: Path, tmp_path: Path
+    prepare: Callable[[], None], begun: str, answer: str, number: signal.Signals, at: Path, tmp_path: Path
 ):
-    args = [*args, *training(at), "--out", str(tmp_path)] if args == ["train"] else args
-    process = started(args, patch)
-    heard(process, begun)
+    child = Child(["train", *training(at), "--out", str(tmp_path)], prepare)
+    child.hear(begun)
     time.sleep(0.3)
-    process.send_signal(number)
-    heard(process, answer)
-    assert process.poll() is None
-    process.send_signal(number)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == -number
+    child.signal(number)
+    child.hear(answer)
+    assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
+    child.signal(number)
+    status, _, said = child.end()
+    assert status == -number
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_hangup_ends_a_training_with_a_checkpoint(number: signal.Signals, at: Path, tmp_path: Path):
-    process = started(["train", *training(at), "--steps", "4000", "--out", str(tmp_path)], SLOW)
-    heard(process, "step 1/4000")
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_a_hangup_ends_a_training_with_a_checkpoint(at: Path, tmp_path: Path):
+    child = Child(["train", *training(at), "--steps", "4000", "--out", str(tmp_path)], slow_steps)
+    child.hear("step 1/4000")
+    child.signal(signal.SIGHUP)
+    status, _, said = child.end()
+    assert status == 130
     assert "Traceback" not in said
     assert "interrupted after" in said
     run = tmp_path / "lora-nano"
@@ -378,16 +409,30 @@ def test_a_hangup_ends_a_training_with_a_checkpoint(number: signal.Signals, at: 
     assert (run / "adapter").is_dir()
 
 
+def test_a_terminal_that_is_gone_ends_a_training_in_order(at: Path, tmp_path: Path):
+    """With the hangup its stderr goes, so that nothing can be told any more."""
+    child = Child(["train", *training(at), "--steps", "4000", "--out", str(tmp_path)], slow_steps)
+    child.hear("step 1/4000")
+    assert child.stderr is not None
+    child.stderr.close()
+    child.stderr = None
+    child.signal(signal.SIGHUP)
+    assert child.end()[0] == 130
+    assert json.loads((tmp_path / "lora-nano" / "status.json").read_text())["state"] == "interrupted"
+
+
 def test_a_hangup_that_is_ignored_stays_so(at: Path, tmp_path: Path):
     """As nohup has it."""
-    ignore: Callable[[], Any] = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    args = ["train", *training(at), "--compare", "0", "--steps", "20", "--out", str(tmp_path)]
-    process = started(args, SLOW, preexec_fn=ignore)
-    heard(process, "step 1/20")
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert len(read_metrics(tmp_path / "lora-nano" / "metrics.jsonl")) == 20
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        slow_steps()
+
+    child = Child(["train", *training(at), "--compare", "0", "--steps", "9", "--out", str(tmp_path)], prepare)
+    child.hear("step 1/9")
+    child.signal(signal.SIGHUP)
+    assert child.end()[0] == 0
+    assert len(read_metrics(tmp_path / "lora-nano" / "metrics.jsonl")) == 9
 
 
 def test_signals_are_as_before_when_a_command_has_ended():
@@ -406,49 +451,47 @@ def closed_pipe() -> int:
     return write
 
 
-@pytest.mark.parametrize("args", [["runs"], ["generate", "--most", "20"]], ids=["runs", "generate"])
-def test_a_reader_that_goes_ends_a_command_quietly(args: list[str], at: Path):
-    args = [args[0], str(at / "runs" / "it[b]"), "Hi.", *args[1:]] if args[0] == "generate" else args
-    command = [sys.executable, "-m", "experiments", *args]
+def test_a_reader_that_goes_ends_a_command_quietly(at: Path):
+    command = [sys.executable, "-m", "experiments", "runs"]
     done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
-    assert done.stderr == ""
-    assert done.returncode == 141
+    assert (done.returncode, done.stderr) == (141, "")
+    run, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
+    for args in (["generate", run, "Hi.", "--most", "20"], ["classify", told, "hi"], ["generate", "--help"]):
+        assert Child(args, stdout=closed_pipe()).end() == (141, "", ""), args
 
 
 def test_a_training_nobody_listens_to_goes_on(at: Path, tmp_path: Path):
     """Both streams are closed from the first line on."""
-    command = [sys.executable, "-m", "experiments", "train", *training(at), "--compare", "2", "--most", "3"]
-    command += ["--evaluate", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=closed_pipe(), check=False)
-    assert done.returncode == 0
+    args = ["train", *training(at), "--compare", "2", "--most", "3", "--evaluate", "1", "--out", str(tmp_path)]
+    assert Child(args, stdout=closed_pipe(), stderr=closed_pipe()).end()[0] == 0
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert (run / "compare.html").is_file()
 
 
 def test_a_full_disk_behind_stdout_is_said(at: Path):
-    command = [sys.executable, "-m", "experiments", "generate", str(at / "runs" / "it[b]"), "Hi.", "--most", "3"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "error: writing: No space left on device; free space or choose another folder\n"
+    args = ["generate", str(at / "runs" / "it[b]"), "Hi.", "--most", "3"]
+    status, _, said = Child(args, stdout=os.open("/dev/full", os.O_WRONLY)).end()
+    assert (status, said) == (2, "error: writing: No space left on device; free space or choose another folder\n")
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "latin-1"},
-    ],
-    ids=lambda x: next(iter(x.values())),
-)
-def test_what_a_terminal_cannot_show_is_replaced(environment: dict[str, str], at: Path):
-    args = ["classify", str(at / "runs" / "told[b]"), "漢字 it is 1", "--file", "-"]
-    command = [sys.executable, "-m", "experiments", *args[:2], *args[3:]]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, input="漢字 it is 1".encode(), capture_output=True, check=False
-    )
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding: str, at: Path):
+    for text in ("漢字 it is 1", os.fsdecode(b"\xe9\xe9 it is 1")):
+        status, out, err = Child(["classify", str(at / "runs" / "told[b]"), text], encoding=encoding).end()
+        assert status == 0, err
+        assert "?? it is 1" in out
+    status, _, err = Child(["train", "漢字"], encoding=encoding).end()
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no run named '??'" in err
+
+
+def test_the_oldest_locale_is_enough(at: Path):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    args = ["classify", str(at / "runs" / "told[b]"), "--file", "-"]
+    command = [sys.executable, "-m", "experiments", *args]
+    text = "漢字 it is 1".encode()
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"?? it is 1" in done.stdout
     assert b"Traceback" not in done.stderr
