@@ -41,9 +41,18 @@ def train(args: Sequence[str]) -> None:
 
 
 def named(name: str, options: Sequence[str], command: str) -> runs.AnyRun:
-    """The run of a name, with its options. Raises InputError for a name or an option that is none."""
+    """A recipe's run, with its options. Raises InputError for a name or an option that is none."""
+    if name not in runs.RUNS and (at := _made_under(name)):
+        raise InputError(f"no run named {name!r} to begin: {at} was made by a recipe; name that, and --name {at.name}")
     run = runs.find(name)
     return parse(type(run), options, run, command)
+
+
+def _made_under(name: str) -> Path | None:
+    """The folder of a run, where it is not a recipe that is named, but what one has made."""
+    from experiments import folder
+
+    return next((at for at in (Path(name), Path("runs") / name) if name and (at / folder.RUN).is_file()), None)
 
 
 def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
@@ -55,16 +64,29 @@ def resumed(name: str, options: Sequence[str]) -> tuple[runs.AnyRun, Path]:
     from experiments.plan import LASTING
 
     command = f"just train {name} --resume"
-    where = folder.begun(name, named(name, options, command).out if name in runs.RUNS else Path("runs"))
+    if name in runs.RUNS:
+        asked = named(name, options, command)
+        where = folder.begun(asked.name, asked.out)
+    else:
+        where = folder.begun(name, _out_of(options))
     recorded = folder.read_run(where)
     run = parse(type(recorded), options, recorded, command)
     for field in dataclasses.fields(run):
         was, now = getattr(recorded, field.name), getattr(run, field.name)
         if was != now and field.name not in LASTING:
-            raise InputError(
-                f"{where} was begun with {field.name} {was}, not {now}: leave it out, or leave out --resume"
-            )
+            anew = "leave out --resume" if name in runs.RUNS else "begin a new run"
+            raise InputError(f"{where} was begun with {field.name} {was}, not {now}: leave it out, or {anew}")
     return run, where
+
+
+def _out_of(options: Sequence[str]) -> Path:
+    """Where --out says that runs lie, before it is known what kind of run has the options."""
+    for option, value in itertools.pairwise([*options, ""]):
+        if option == "--out":
+            return Path(value)
+        if option.startswith("--out="):
+            return Path(option.removeprefix("--out="))
+    return Path("runs")
 
 
 def list_runs(args: Sequence[str]) -> None:

@@ -163,20 +163,19 @@ def _read(folder: Path, manifest: dict[str, Any], like: State, inputs: Inputs) -
     made_from = manifest["inputs"]
     if not isinstance(made_from, dict):
         raise InputError(
-            f"{folder} was written by an earlier version, which did not record all that it had read: begin anew "
-            "without --resume"
+            f"{folder} was written by an earlier version, which did not record all that it had read: begin a new run"
         )
     changed = [name for name in dict.fromkeys([*inputs, *made_from]) if made_from.get(name) != inputs.get(name)]
     if changed:
         raise InputError(
             f"{folder} was made from other inputs than are there now; changed: {', '.join(changed)}. Put them back, or "
-            "begin anew without --resume"
+            "begin a new run"
         )
     found, wanted = read_tensors(folder / STATE), leaves(like)
     odd = {(path, x.shape, x.dtype) for path, x in found.items()} ^ {(p, x.shape, x.dtype) for p, x in wanted.items()}
     if odd:
         path = min(path for path, _, _ in odd)
-        raise InputError(f"{folder / STATE} is not a state of this run ({path} differs): begin anew without --resume")
+        raise InputError(f"{folder / STATE} is not a state of this run ({path} differs): begin a new run")
     paths = iter(wanted)  # in the order in which tree_map goes over the leaves
     return tree_map(lambda x: found[next(paths)].to(x.device), like)
 

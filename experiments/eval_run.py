@@ -35,9 +35,7 @@ Figures = dict[str, float | int | None]
 def run_of(at: Path) -> Run | Classify:
     """The run that made a folder. Raises InputError for one that neither follows instructions nor classifies."""
     if not isinstance(run := folder.read_run(at), Run | Classify):
-        raise InputError(
-            f"{at}: a pretrained model has no rows of its own; give --base {at / folder.MODEL} --text FILE"
-        )
+        raise InputError(f"{at}: a pretrained model has no rows of its own; {folder.use_of(at, run)}")
     return run
 
 

@@ -4,6 +4,7 @@ eval.json          what was asked and every figure: in the run's folder, or wher
 eval-wiki.json     the same of other settings than the run's own, which the name says
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -168,7 +169,7 @@ def subject(asked: Asked) -> Subject:
     try:
         at = folder.find(asked.run)
     except InputError as err:
-        raise InputError(f"{err}; or for a model as it is: just eval --base {asked.run}") from None
+        raise InputError(f"{err}; or for a model as it is: just eval --base {shlex.quote(asked.run)}") from None
     run = eval_run.run_of(at)
     return Subject(str(at), run.base, run, at)
 

@@ -18,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import checkpoint
 from experiments.console import claimed, console
-from experiments.folder import METRICS
+from experiments.errors import FULL
+from experiments.folder import METRICS, resume_command
 from experiments.heap import hold_freed
 from experiments.metrics import mend, read_metrics
 from experiments.plan import Plan
+from experiments.runs import Training, Tuning
 from experiments.signals import on_first
 from experiments.track import tracking
 from fgpt.errors import InputError
@@ -90,7 +92,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
                 still = {path for path in still if was[path].equal(now[path])}
                 del was, now
             if still and done == 2:
-                _unmoved(still, len(leaves(state.trainable)), lr)
+                _unmoved(run, still, len(leaves(state.trainable)), lr)
             del old
             new, since = sum(b.tokens.numel() for b in micro), seconds
             tokens, seconds = tokens + new, past + time.perf_counter() - began
@@ -169,12 +171,12 @@ def _shown(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]
         yield show
 
 
-def _unmoved(paths: set[str], of: int, lr: float) -> None:
+def _unmoved(run: Training, paths: set[str], of: int, lr: float) -> None:
     """A LoRA's A moves from the second step on, for its B begins at 0; by then all else has moved."""
+    leave_out = ", or leave them out by --adapter.target" if isinstance(run, Tuning) else ""
     raise InputError(
         f"{len(paths)} of {of} trained leaves did not move in two steps ({', '.join(sorted(paths)[:4])}): the loss "
-        f"does not depend on them, or lr {lr:.2g} is below what their numbers can show; raise --lr, or leave them out "
-        "by --adapter.target"
+        f"does not depend on them, or lr {lr:.2g} is below what their numbers can show; raise --lr{leave_out}"
     )
 
 
@@ -184,14 +186,18 @@ def _room(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        raise InputError(f"cannot write to {out}: {err.strerror or err}; free space, then {again(out)}") from None
+        remedy = "free space" if err.errno in FULL else "see to it"
+        raise InputError(f"cannot write to {out}: {err.strerror or err}; {remedy}, then {again(out)}") from None
     except InputError as err:
-        raise InputError(f"{err}, then {again(out)}" if "free space" in str(err) else str(err)) from None
+        if "free space" not in str(err):
+            raise
+        what = str(err).removesuffix(" or choose another folder")  # it goes on where it is
+        raise InputError(f"{what}, then {again(out)}") from None
 
 
 def again(out: Path) -> str:
     """The command that takes a training up."""
-    return f"go on with: just train {out} --resume"
+    return f"go on with: {resume_command(out)}"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from filelock import FileLock, Timeout
 from experiments.console import console
 from experiments.environment import environment
 from experiments.paths import shared, with_local, without_paths, write_local
-from experiments.runs import AnyRun, Classify, Pretrain, Run
+from experiments.runs import RUNS, AnyRun, Classify, Pretrain, Run
 from fgpt import ranges
 from fgpt.adapters import Adapters, adapt, merge
 from fgpt.errors import InputError, shown
@@ -172,8 +173,8 @@ def find(name: str, out: Path = Path("runs")) -> Path:
     found = _of_name(name, out)
     finished = [p for p in found if (p / ADAPTER).is_dir() or (p / MODEL).is_dir()]
     if not finished:
-        state = "none has finished" if found else "there is none"
-        raise InputError(f"no trained run {name!r} under {out}/: {state}; train it first: just train {name or 'NAME'}")
+        how = _to_finish(found[-1]) if found else f"there is none; {_to_begin(name, out)}"
+        raise InputError(f"no trained run {name!r} under {out}/: {how}")
     return _taken(name, out, finished[-1], " that has finished")
 
 
@@ -186,9 +187,7 @@ def any_of(name: str, out: Path = Path("runs")) -> Path:
         return _taken(name, out, found[-1])
     if name and Path(name).is_dir():
         raise InputError(f"{name} holds no {RUN}: expected the folder of a run")
-    near = difflib.get_close_matches(name, [p.parent.name for p in out.glob(f"*/{RUN}")], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"no run {name!r} under {out}/: {hint}expected a run's name, or its folder")
+    raise InputError(f"no run {name!r} under {out}/: {_did_you_mean(name, out)}expected a run's name, or its folder")
 
 
 def begun(name: str, out: Path = Path("runs")) -> Path:
@@ -199,9 +198,51 @@ def begun(name: str, out: Path = Path("runs")) -> Path:
     found = _of_name(name, out)
     unfinished = [p for p in found if _state(p) not in ("finished", None)]
     if not unfinished:
-        state = f"{found[-1]} has finished" if found else f"there is no run {name!r} under {out}/"
-        raise InputError(f"nothing to resume: {state}; begin a new one: just train {name or 'NAME'}")
+        if found:
+            anew = f"; begin a new one: just train {name}" if name in RUNS else ""
+            raise InputError(f"nothing to resume: {found[-1]} has finished{anew}")
+        raise InputError(f"nothing to resume: there is no run {name!r} under {out}/; {_to_begin(name, out)}")
     return _taken(name, out, unfinished[-1], " that has not finished")
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with a training, to be typed as it is."""
+    return f"just train {shlex.quote(str(folder))} --resume"
+
+
+def _to_finish(folder: Path) -> str:
+    """What to do about a run that has left nothing to use."""
+    if _state(folder) == "finished":
+        return f"{folder} has neither {ADAPTER}/ nor {MODEL}/ any more; train it again"
+    return f"{folder} has not finished; go on with it: {resume_command(folder)}"
+
+
+def _to_begin(name: str, out: Path) -> str:
+    """How there comes to be a run of a name: a recipe's, or one that was given by --name."""
+    if name in RUNS:
+        return f"train it first: just train {name}"
+    hint = _did_you_mean(name, out)
+    return f"{hint}expected a run's name, or its folder; just train RECIPE makes one, and just runs lists the recipes"
+
+
+def _did_you_mean(name: str, out: Path) -> str:
+    near = difflib.get_close_matches(name, runs_in(out), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def runs_in(out: Path = Path("runs")) -> list[str]:
+    """The names of the runs in a folder."""
+    return sorted(p.parent.name for p in out.glob(f"*/{RUN}"))
+
+
+def use_of(folder: Path, run: AnyRun) -> str:
+    """What a run is for, where it was taken for one of another kind."""
+    if isinstance(run, Run):
+        return f"it answers: just generate {shlex.quote(str(folder))} PROMPT"
+    if isinstance(run, Classify):
+        return "just classify tells its labels"
+    model = shlex.quote(str(folder / MODEL))
+    return f"tune it first, just train RECIPE --base {model}, or just eval --base {model} --text FILE"
 
 
 def _state(folder: Path) -> str | None:
@@ -248,8 +289,7 @@ def _read(kind: Any, value: Any, name: str = "run") -> Any:
 def instruction_run(folder: Path) -> Run:
     """The instruction run that made a folder. Raises InputError for any other."""
     if not isinstance(run := read_run(folder), Run):
-        hint = "just classify tells its labels" if isinstance(run, Classify) else "give its model/ as a --base"
-        raise InputError(f"{folder} is no run of instructions: {hint}")
+        raise InputError(f"{folder} is no run of instructions: {use_of(folder, run)}")
     return run
 
 

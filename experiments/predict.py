@@ -108,7 +108,7 @@ def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
 def read_run(where: Path) -> Classify:
     """The run of classes that made a folder. Raises InputError for any other."""
     if not isinstance(run := folder.read_run(where), Classify):
-        raise InputError(f"{where} is no run that classifies, as emotion-small is: just generate answers with others")
+        raise InputError(f"{where} is no run that classifies, as emotion-small is: {folder.use_of(where, run)}")
     return run
 
 

@@ -1,6 +1,7 @@
 """Instruction tuning, from a run to an adapter in use."""
 
 import itertools
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -271,7 +272,7 @@ def train(run: Run, where: Path | None = None) -> Path:
         plot_loss(out / folder.METRICS, out / folder.LOSS, run.name)
         told(fitted, saved)
         if fitted.interrupted:
-            console.print(f"what was trained so far is usable, `just compare {out}`; {again(out)}")
+            console.print(f"what was trained so far is usable: just compare {shlex.quote(str(out))}; {again(out)}")
             raise KeyboardInterrupt
         if run.compare and heldout:
             compare.report(run, out, heldout)

@@ -31,7 +31,8 @@ def find(names: Sequence[str]) -> list[Side]:
     Raises InputError for no run, one that is not there, one given twice, or one over another base than the first's.
     """
     if not names:
-        raise InputError("expected a run or several: just compare RUN [RUN2 ..]; `just runs` lists them")
+        there = ", ".join(folder.runs_in()) or "none yet: just train lora-nano makes one"
+        raise InputError(f"expected a run or several: just compare RUN [RUN2 ..]; under runs/ there are {there}")
     folders = [folder.find(name) for name in names]
     runs = [folder.instruction_run(path) for path in folders]
     for name, times in Counter(path.resolve() for path in folders).items():

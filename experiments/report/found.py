@@ -106,7 +106,9 @@ def read_comparison(path: Path) -> Comparison:
         told = {side: [Answer(x[side]["text"], (), x[side]["finished"]) for x in answers] for side in scores}
         return Comparison(path.stem, _about(settings, len(rows)), rows, told, scores, settings)
     except (KeyError, TypeError, AttributeError, IndexError) as err:
-        raise InputError(f"{path}: not a comparison of this version ({err}); write it anew: just compare") from None
+        raise InputError(
+            f"{path}: not a comparison of this version ({err}); write it anew: just compare {path.parent}"
+        ) from None
 
 
 def _about(settings: Mapping[str, Any], rows: int) -> list[str]:

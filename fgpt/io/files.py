@@ -320,7 +320,7 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with _in_utf8(path) as named, safe_open(named, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 _readable(path, name, file.get_slice(name).get_shape())
             yield file
@@ -328,6 +328,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError, ValueError) as err:
         raise InputError(f"{path}: not a whole safetensors file: {one_line(err)}") from None
+
+
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[Path]:
+    """`path`, or where it is no text in UTF-8, which is all that safetensors opens, a link that leads to it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as at:
+            link = Path(at) / "link"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def _readable(path: Path, name: str, shape: list[int]) -> None:

@@ -64,7 +64,7 @@ def find(name: StrPath, tokenizer: bool = False) -> Path:
     name = os.fspath(name)
     if name in EMBEDDED:
         return EMBEDDED[name]
-    other = "give a local model with --base FOLDER"
+    other = "give a local folder in its place"
     if name in PACKAGED:
         package, name = PACKAGED[name]
         if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
@@ -146,7 +146,7 @@ def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         what = f"the local cache holds only a part of the model {name!r}, without {', '.join(lacking[:3])}{more},"
     return InputError(
-        f"{what} and the hub cannot be reached ({err.reason})\n{other}, or run `just train lora-nano`, which "
+        f"{what} and the hub cannot be reached ({err.reason})\nconnect once to fetch it, {other}, or run `just train lora-nano`, which "
         "needs no hub"
     )
 

@@ -1,0 +1,600 @@
+"""The command line as a program: ranges of numbers, signals, streams that close, names in brackets, advice."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+import experiments.__main__ as command_line
+import experiments.fit
+import experiments.train
+import fgpt
+from experiments import console as shown
+from experiments import folder
+from experiments.__main__ import COMMANDS, main
+from experiments.errors import explained
+from experiments.metrics import read_metrics
+from experiments.report.options import command
+from experiments.runs import RUNS, Pretrain, Run, find
+from experiments.runs.tuning import Tuning, default_warmup
+from experiments.train import low_rate, sizes
+from fgpt import ranges
+from fgpt.errors import InputError
+from fgpt.io import hub
+from fgpt.weights import parameters
+
+ODD = "[/red]x[b] :smile:"
+"""A name that a console could take for markup."""
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, rows, labelled texts, and a run of each kind that is trained on them."""
+    at = tmp_path_factory.mktemp(ODD.replace("/", "|"))
+    cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=96)
+    hub.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
+    rows = [{"instruction": f"Say {i} {ODD}.", "output": f"It is {i} {ODD}."} for i in range(24)]
+    (at / "rows.json").write_text(json.dumps(rows))
+    texts = [f"it is {i},{('[pos]', '[/neg]')[i % 2]}" for i in range(24)]
+    (at / "texts.csv").write_text("\n".join(["text,label", *texts, ""]))
+    assert main(["train", *training(at), "--name", "it[b]", "--compare", "2", "--most", "3"]) == 0
+    labels = ["--base", str(at / "base"), "--train", str(at / "texts.csv"), "--test", "None", "--heldout", "6"]
+    labels += ["--steps", "2", "--name", "told[b]", "--out", str(at / "runs")]
+    assert main(["train", "emotion-small", *labels]) == 0
+    return at
+
+
+def training(at: Path) -> list[str]:
+    base = ["--base", str(at / "base"), "--data", str(at / "rows.json"), "--heldout", "4"]
+    return ["lora-nano", *base, "--seq", "80", "--rows", "2", "--steps", "3", "--out", str(at / "runs")]
+
+
+# ---------------------------------------------------------------------------------------------------- ranges of numbers
+
+
+def option_classes(monkeypatch: pytest.MonkeyPatch) -> list[type[Any]]:
+    """Every class whose fields are options of some command."""
+    found: list[type[Any]] = [type(make()) for make in RUNS.values()]
+
+    class Seen(Exception):  # noqa: N818
+        pass
+
+    def record(cls: type[Any], *_: Any) -> None:
+        found.append(cls)
+        raise Seen
+
+    monkeypatch.setattr(command_line, "parse", record)
+    for name, run in COMMANDS.items():
+        if name != "runs":
+            with pytest.raises(Seen):
+                run(["lora-nano"])
+    return found
+
+
+def numeric(hint: Any) -> bool:
+    parts = ranges.get_args(hint)
+    return hint in (int, float) or any(map(numeric, parts))
+
+
+def unchecked(cls: type[Any]) -> list[str]:
+    """Numeric fields without a range, in nested dataclasses too."""
+    found: list[str] = []
+    for name, hint in ranges.hints(cls).items():
+        bare = ranges.get_args(hint)[0] if ranges.is_flat(hint) else hint
+        if dataclasses.is_dataclass(bare):
+            found += unchecked(bare)  # pyright: ignore[reportArgumentType]
+        elif numeric(hint) and not list(ranges.ranges(hint)):
+            found.append(f"{cls.__name__}.{name}")
+    return found
+
+
+def test_every_numeric_option_has_a_range(monkeypatch: pytest.MonkeyPatch):
+    classes = option_classes(monkeypatch)
+    assert len(set(classes)) >= 11
+    assert [name for cls in classes for name in unchecked(cls)] == []
+
+
+def test_every_recipe_is_within_them():
+    for make in RUNS.values():
+        ranges.check(make())
+
+
+BAD: dict[str, list[str]] = {
+    "train lora-nano": [
+        *("--rows=-1", "--rows=0", "--rows=9999999999", "--accumulate=0", "--accumulate=-2", "--steps=0", "--steps=-3"),
+        *("--lr=-1", "--lr=nan", "--lr=inf", "--lr=0", "--epochs=0", "--epochs=-1", "--epochs=nan", "--epochs=1e300"),
+        *("--warmup=-1", "--seq=0", "--seq=1", "--keep=0", "--checkpoint=-1", "--checkpoint=nan", "--evaluate=0"),
+        *("--heldout=-1", "--compare=-1", "--most=0", "--weight-decay=-1", "--weight-decay=nan"),
+        *(f"--seed={2**64}", f"--seed={-(2**63) - 1}", "--adapter.rank=0", "--adapter.alpha=nan"),
+        *("--adapter.alpha=0", "--adapter.alpha=-1", "--adapter.dropout=1", "--adapter.dropout=-0.1"),
+    ],
+    "doctor lora-nano": ["--rows=-1", "--lr=nan"],
+    "train emotion-small": ["--shots=-1", "--heldout=0", "--seq=1"],
+    "train pretrain-nano": [
+        *("--betas 0.9 1", "--betas -0.1 0.9", "--floor=-1", "--floor=2", "--peak=0", "--vocab=0", "--n-layer=0"),
+        *("--steps=0", "--lr=nan", "--warmup=-1"),
+    ],
+    "generate r hi": [
+        *("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-p=1.1", "--top-k=0", "--min-p=2", "--beams=0"),
+        *("--samples=0", "--most=0", "--length-penalty=nan", "--repetition-penalty=0", "--no-repeat-ngram=0"),
+        f"--seed={2**64}",
+    ],
+    "chat r": ["--most=-1", "--top-k=-1"],
+    "compare r": ["--count=0", "--most=0", "--temperature=inf"],
+    "eval r": ["--width=0", "--stride=0", "--limit=0", "--shots=-1", "--answers=0", "--rows=0"],
+    "replay r": ["--step=0", "--step=-1"],
+}
+
+
+@pytest.mark.parametrize(("command", "option"), [(c, option) for c, options in BAD.items() for option in options])
+def test_a_number_out_of_range_is_one_line_before_anything_is_read(
+    command: str, option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), *option.split()]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    name = option.partition("=")[0].split()[0].removeprefix("--")
+    assert name in said[0].replace("_", "-")
+    assert " is " in said[0]
+    assert "expected" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(at: Path, tmp_path: Path, capsys: Any):
+    for field, value in (("rows", -1), ("lr", math.nan), ("seq", 1)):
+        values = json.loads((at / "runs" / "it[b]" / "run.json").read_text()) | {field: value}
+        (tmp_path / "run.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; train it again"):
+            folder.read_run(tmp_path)
+    (tmp_path / "run.json").write_text((at / "runs" / "it[b]" / "run.json").read_text())
+    (tmp_path / "status.json").write_text('{"state": "interrupted"}')
+    assert main(["train", str(tmp_path), "--resume", "--keep", "0"]) == 2
+    assert "--keep is 0: expected 1 or more" in capsys.readouterr().err
+
+
+def test_ranges_in_words():
+    said = {
+        "1 or more": ranges.Range(least=1, most=ranges.LARGEST),
+        "a number above 0, at most 1": ranges.Range(above=0, most=1),
+        "0 or more, below 1": ranges.Range(least=0, below=1),
+        "a finite number": ranges.Range(),
+    }
+    assert {allowed.expected(-1): allowed for allowed in said.values()} == said
+    assert ranges.Range(least=1, most=ranges.LARGEST).expected(2**40) == "1 or more, at most 2,147,483,647"
+    assert not any(allowed.holds(x) for allowed in said.values() for x in (math.nan, math.inf, -math.inf))
+    assert ranges.Range(least=0).holds(10**400)  # which no float is
+
+
+# -------------------------------------------------------------------------------------------------------------- warm-up
+
+
+def test_a_warm_up_that_nobody_asked_for_is_a_tenth_at_most():
+    """What is recorded of recipes stays: 20 of 328 updates, 3 of 30, 150 of 6,600, 800 of 6,000."""
+    assert [default_warmup(20, steps) for steps in (1, 9, 30, 32, 199, 200, 328, 5000)] == [1, 1, 3, 4, 20, 20, 20, 20]
+    lora, smol, nano, tiny = (find(x) for x in ("lora-nano", "lora-smollm2", "pretrain-nano", "tinytiny-pretrain"))
+    assert isinstance(lora, Tuning)
+    assert isinstance(smol, Tuning)
+    assert isinstance(nano, Pretrain)
+    assert isinstance(tiny, Pretrain)
+    assert (lora.warmup_steps(328), smol.warmup_steps(30)) == (20, 3)
+    assert (nano.warmup_steps(), tiny.warmup_steps()) == (150, 800)
+    assert dataclasses.replace(nano, steps=60).warmup_steps() == 6
+
+
+def test_a_short_training_comes_to_its_rate(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    args = [*training(at), "--compare", "0", "--lr", "6e-3", "--out", str(tmp_path)]
+    assert main(["train", *args]) == 0
+    assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano" / "metrics.jsonl")) == 6e-3
+    assert "warmup" not in capsys.readouterr().err
+    assert main(["train", *args, "--warmup", "20"]) == 0  # asked for: as it is, and said
+    assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano-2" / "metrics.jsonl")) == pytest.approx(9e-4)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "it ends within its --warmup 20: of lr 0.006 it reaches 0.0009" in said
+    assert low_rate(1.0, 20, 20) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- the header
+
+
+def test_a_header_counts_parameters_and_not_bytes():
+    base = fgpt.load("nano")
+    adapters = fgpt.lora(base, fgpt.key(0), rank=8, target=r"blocks\..*\.(q|v)")
+    told = sizes("nano", base, adapters)
+    assert told == "nano (4,339,200 parameters), 32,768 trained (0.8 %)"
+    for kind in ("nf4", "int8", "blockwise8"):
+        assert sizes("nano", fgpt.quantize(base, kind), adapters) == told
+    whole = fgpt.tune(base, ".*")
+    assert sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
+    table = fgpt.lora(base, fgpt.key(0), rank=1, target=r"blocks\.0\.attn\.q")
+    assert sizes("nano", base, table).endswith("512 trained (0.01 %)")
+    assert parameters(fgpt.adapt(base, adapters)) == 4_339_200 + 32_768
+
+
+# ---------------------------------------------------------------------------------------------------- names in brackets
+
+
+def every_command(at: Path) -> dict[str, list[str]]:
+    it, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
+    return {
+        "generate": [it, ODD, "--most", "3"],
+        "compare": [it, "--most", "3", "--count", "2"],
+        "classify": [told, ODD, "it is [bold]"],
+        "merge": [it],
+        "eval": [it],
+        "report": [it],
+        "replay": [it, "--step", "2"],
+        "doctor": [*training(at), "--name", ODD.replace("/", "")],
+    }
+
+
+@pytest.mark.parametrize("name", ["generate", "compare", "classify", "merge", "eval", "report", "replay", "doctor"])
+def test_names_in_brackets_are_printed_as_they_are(name: str, at: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([name, *every_command(at)[name]]) == 0
+    said = capsys.readouterr()
+    text = "".join((said.out + said.err).split())
+    expected = {
+        "generate": "",
+        "compare": "it[b]:baseagainsttuned",
+        "classify": "[/neg]",
+        "replay": "[/red]x[b]:smile:",
+        "doctor": "[red]x[b]:smile::thelaws",
+    }
+    assert expected.get(name, "it[b]") in text
+    if name == "classify":
+        assert ODD in said.out
+        assert "[pos]" in said.out
+        assert "it is [bold]" in said.out
+
+
+def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = shown.Console(stderr=True, markup=False, emoji=False, highlight=False, force_terminal=True)
+    monkeypatch.setattr(shown, "console", terminal)
+    for total in (None, 3):
+        with shown.working(f"loading {ODD}", total) as advance:
+            advance(1)
+        assert f"loading {ODD}" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- how far the work is
+
+
+def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(shown, "QUIET", 0.05)
+    assert list(shown.progress([1, 2], "reading")) == [1, 2]
+    assert capsys.readouterr().err == ""  # it was quick
+    for i, _ in enumerate(shown.progress(range(3), "reading")):
+        time.sleep(0.3 if i == 1 else 0)
+        assert list(shown.progress(range(2), "within")) == [0, 1]
+    with shown.working("loading"):
+        time.sleep(0.3)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+class Child:
+    """A command in a process of its own, with what is imported already; its streams are pipes, or what is given."""
+
+    def __init__(
+        self,
+        args: list[str],
+        prepare: Callable[[], Any] = lambda: None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        encoding: str = "utf-8",
+    ) -> None:
+        ours = [os.pipe() if given is None else (None, given) for given in (stdout, stderr)]
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(args, prepare, [write for _, write in ours], encoding)
+        for _, write in ours:
+            os.close(write)
+        self.stdout, self.stderr = (None if read is None else os.fdopen(read, errors="replace") for read, _ in ours)
+
+    def _run(self, args: list[str], prepare: Callable[[], Any], streams: list[int], encoding: str) -> None:
+        code = 70
+        try:
+            torch.set_num_threads(1)  # no pool of threads outlives a fork
+            os.dup2(streams[0], 1)
+            os.dup2(streams[1], 2)
+            sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+            prepare()
+            code = main(args)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def hear(self, text: str) -> None:
+        """Wait until it has said this on stderr."""
+        said = ""
+        assert self.stderr is not None
+        for line in self.stderr:
+            said += line
+            if text in line:
+                return
+        raise AssertionError(f"it ended, and never said {text!r}: {said}")
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Its exit status, negative for a signal, and what it said since."""
+        out, err = ("" if stream is None else stream.read() for stream in (self.stdout, self.stderr))
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), out, err
+
+
+def sleep_through(what: str) -> None:
+    """As a library that swallows every exception."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.02)
+        except BaseException:
+            print(what, file=sys.stderr, flush=True)
+
+
+def endless_batches() -> None:
+    def batches(*_: Any) -> Iterator[Any]:
+        sleep_through("swallowed")
+        yield
+
+    experiments.train.batches = batches
+
+
+def endless_loading() -> None:
+    def load(*_: Any) -> None:
+        print("loading", file=sys.stderr, flush=True)
+        sleep_through("swallowed")
+
+    experiments.train.base_of = load
+
+
+def slow_steps() -> None:
+    def peak_memory(_: Any) -> float:
+        time.sleep(0.05)
+        return 1.0
+
+    experiments.fit.peak_memory = peak_memory
+
+
+@pytest.mark.parametrize(
+    ("prepare", "begun", "answer"),
+    [(endless_batches, "steps", "ending after this step"), (endless_loading, "loading", "swallowed")],
+)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_what_swallows_the_first(
+    prepare: Callable[[], None], begun: str, answer: str, number: signal.Signals, at: Path, tmp_path: Path
+):
+    child = Child(["train", *training(at), "--out", str(tmp_path)], prepare)
+    child.hear(begun)
+    time.sleep(0.3)
+    child.signal(number)
+    child.hear(answer)
+    assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
+    child.signal(number)
+    status, _, said = child.end()
+    assert status == -number
+    assert "Traceback" not in said
+
+
+def test_a_hangup_ends_a_training_with_a_checkpoint(at: Path, tmp_path: Path):
+    child = Child(["train", *training(at), "--steps", "4000", "--out", str(tmp_path)], slow_steps)
+    child.hear("step 1/4000")
+    child.signal(signal.SIGHUP)
+    status, _, said = child.end()
+    assert status == 130
+    assert "Traceback" not in said
+    assert "interrupted after" in said
+    run = tmp_path / "lora-nano"
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+    assert list((run / "checkpoints").glob("step-*/manifest.json"))
+    assert (run / "adapter").is_dir()
+
+
+def test_a_terminal_that_is_gone_ends_a_training_in_order(at: Path, tmp_path: Path):
+    """With the hangup its stderr goes, so that nothing can be told any more."""
+    child = Child(["train", *training(at), "--steps", "4000", "--out", str(tmp_path)], slow_steps)
+    child.hear("step 1/4000")
+    assert child.stderr is not None
+    child.stderr.close()
+    child.stderr = None
+    child.signal(signal.SIGHUP)
+    assert child.end()[0] == 130
+    assert json.loads((tmp_path / "lora-nano" / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_a_hangup_that_is_ignored_stays_so(at: Path, tmp_path: Path):
+    """As nohup has it."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        slow_steps()
+
+    child = Child(["train", *training(at), "--compare", "0", "--steps", "9", "--out", str(tmp_path)], prepare)
+    child.hear("step 1/9")
+    child.signal(signal.SIGHUP)
+    assert child.end()[0] == 0
+    assert len(read_metrics(tmp_path / "lora-nano" / "metrics.jsonl")) == 9
+
+
+def test_signals_are_as_before_when_a_command_has_ended():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert main(["eval"]) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
+
+
+def closed_pipe() -> int:
+    """The end to write into of a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def test_a_reader_that_goes_ends_a_command_quietly(at: Path):
+    command = [sys.executable, "-m", "experiments", "runs"]
+    done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+    run, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
+    for args in (["generate", run, "Hi.", "--most", "20"], ["classify", told, "hi"], ["generate", "--help"]):
+        assert Child(args, stdout=closed_pipe()).end() == (141, "", ""), args
+
+
+def test_a_training_nobody_listens_to_goes_on(at: Path, tmp_path: Path):
+    """Both streams are closed from the first line on."""
+    args = ["train", *training(at), "--compare", "2", "--most", "3", "--evaluate", "1", "--out", str(tmp_path)]
+    assert Child(args, stdout=closed_pipe(), stderr=closed_pipe()).end()[0] == 0
+    run = tmp_path / "lora-nano"
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert (run / "compare.html").is_file()
+
+
+def test_a_full_disk_behind_stdout_is_said(at: Path):
+    args = ["generate", str(at / "runs" / "it[b]"), "Hi.", "--most", "3"]
+    status, _, said = Child(args, stdout=os.open("/dev/full", os.O_WRONLY)).end()
+    assert (status, said) == (2, "error: writing: No space left on device; free space or choose another folder\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding: str, at: Path):
+    for text in ("漢字 it is 1", os.fsdecode(b"\xe9\xe9 it is 1")):
+        status, out, err = Child(["classify", str(at / "runs" / "told[b]"), text], encoding=encoding).end()
+        assert status == 0, err
+        assert "?? it is 1" in out
+    status, _, err = Child(["train", "漢字"], encoding=encoding).end()
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no run named '??'" in err
+
+
+def test_the_oldest_locale_is_enough(at: Path):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    args = ["classify", str(at / "runs" / "told[b]"), "--file", "-"]
+    command = [sys.executable, "-m", "experiments", *args]
+    text = "漢字 it is 1".encode()
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=text, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"?? it is 1" in done.stdout
+    assert b"Traceback" not in done.stderr
+
+
+def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    base, data = Path(odd) / "base", Path(odd) / "rows.json"
+    hub.save(fgpt.load(str(at / "base")), base, like=str(at / "base"))
+    data.write_bytes((at / "rows.json").read_bytes())
+    options = ["--base", str(base), "--data", str(data), "--out", odd, "--compare", "2", "--most", "2"]
+    assert main(["train", *training(at), *options]) == 0
+    run = str(Path(odd) / "lora-nano")
+    assert main(["generate", run, "Hi.", "--most", "2"]) == 0
+    assert main(["compare", run, "--count", "1", "--most", "2"]) == 0
+    assert main(["eval", run]) == 0
+    assert main(["report", run]) == 0
+    capsys.readouterr()
+    assert main(["generate", os.fsdecode(b"caf\xe9"), "Hi."]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["generate", run, os.fsdecode(b"caf\xe9"), "--stop", os.fsdecode(b"caf\xe9"), "--most", "2"]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- errors, advice
+
+
+def test_what_is_no_defect_is_one_line():
+    assert explained(InputError("two\nlines")) == "two lines"
+    assert explained(OSError("a plain one")) == "a plain one"
+    assert explained(PermissionError(13, "Permission denied", "there")) == (
+        "there: Permission denied; choose another place, or change its permissions"
+    )
+    assert explained(FileNotFoundError(2, "No such file or directory", "there")) == "there: No such file or directory"
+    assert "not enough memory" in str(explained(MemoryError()))
+    assert "not enough memory" in str(explained(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert "not enough memory" in str(explained(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    with pytest.raises(UnicodeEncodeError) as no_text:
+        "\ud83d".encode()
+    assert "is not a character of UTF-8" in str(explained(no_text.value))
+    assert explained(RuntimeError("a defect")) is None
+    assert explained(KeyError("a defect")) is None
+
+
+@pytest.fixture
+def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with runs of a name that is no recipe's: `real` was interrupted, `done` has finished."""
+    monkeypatch.chdir(tmp_path)
+    for name, state in (("real", "interrupted"), ("done", "finished")):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        values = json.loads((at / "runs" / "it[b]" / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(values | {"name": name}))
+        (run / "status.json").write_text(json.dumps({"state": state}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "advice", "never"),
+    [
+        (
+            ["generate", "real", "hi"],
+            "has not finished; go on with it: just train runs/real --resume",
+            "first",
+        ),
+        (["generate", "lora-nano", "hi"], "train it first: just train lora-nano", "--resume"),
+        (["generate", "reel", "hi"], "did you mean real?", "just train reel"),
+        (["generate", "done", "hi"], "has neither adapter/ nor model/ any more; train it again", "--resume"),
+        (["train", "real"], "name that, and --name real", "did you mean"),
+        (["doctor", "real"], "name that, and --name real", "did you mean"),
+        (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "just train done"),
+        (["train", "nobody", "--resume"], "just train RECIPE makes one", "just train nobody"),
+        (["train", "lora-nano", "--name", "done", "--resume"], "runs/done has finished", "there is no run"),
+        (
+            ["train", "real", "--resume", "--out", "elsewhere"],
+            "no run 'real' under elsewhere/",
+            "just train real",
+        ),
+        (["train", "real", "--resume", "--lr", "1"], "leave it out, or begin a new run", "leave out --resume"),
+        (["compare"], "under runs/ there are done, real", "just runs"),
+        (["classify", "real", "hi"], "runs/real has not finished", "train it first"),
+    ],
+)
+def test_advice_can_be_followed(
+    args: list[str], advice: str, never: str, made: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert advice in said
+    assert never not in said
+
+
+def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
+    pretrained, tuned = find("pretrain-nano"), find("lora-nano")
+    assert folder.use_of(tmp_path, pretrained) == (
+        f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
+    )
+    assert folder.use_of(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
+    assert folder.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
+
+
+def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
+    run = dataclasses.replace(find("dora-nano"), name="real", lr=1e-3)  # pyright: ignore[reportCallIssue]
+    assert command(run.plain()) == "just train dora-nano --name real --lr 0.001"
+    assert command(find("dora-nano").plain()) == "just train dora-nano"
+    assert isinstance(run, Run)
