@@ -158,7 +158,8 @@ def _is_trained(m: Module, where: str | None, ending: str, config: Mapping[str, 
         raise InputError(f"adapter_config.json: expected a list of names for modules_to_save, got {shown(saved)}")
     by_bias = ending == "bias" and config.get("bias") in ("all", "lora_only")
     whole = where is None and any(x and (m.name.endswith(x) or f".{x}." in f".{m.name}.") for x in saved)
-    return by_bias or whole or where == "modules_to_save"
+    tied = where is None and m.path == "head" and bool(config.get("ensure_weight_tying"))  # which names one of the two
+    return by_bias or whole or tied or where == "modules_to_save"
 
 
 def _leaves_of(x: Tensor, m: Module, ending: str, sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
