@@ -19,7 +19,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantised import QUANTISED
 from fgpt.rng import fold_in, fold_in_seed, seed
-from fgpt.tree import count, device, leaves, node, select, static, tree_map, update, walk
+from fgpt.tree import children, count, device, leaves, node, select, static, tree_map, update, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
@@ -181,12 +181,14 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
     but for the row norms of DoRA. `rng`, a key or its seed, turns dropout on. Under vmap one
     key gives every member the same masks, and a mapped seed, such as `fold_in(key, i)` of a mapped i, one's own.
 
-    Within one tree tensors come first: an adapter lies on the weight that the tree itself puts there.
+    Within one tree tensors come first: an adapter lies on the weight that the tree itself puts there. A tree that
+    adapts the head of a tied model makes it a layer of its own, which begins as the tree's embedding table.
 
     Raises InputError where a path or a shape does not fit the params.
     """
     draw = None if rng is None else seed(rng)
     for number, tree in enumerate(adapters):
+        params = _untied(params, tree)
         new = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
         tensors = leaves(params) if new or any(isinstance(x, IA3) for x in tree.values()) else {}
         for path, x in new.items():
@@ -212,6 +214,15 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
                 changed[f"{path}.b"] = (x.row * bias).to(bias.dtype)
         params = update(params, changed)
     return params
+
+
+def _untied(params: T, tree: Mapping[str, Any]) -> T:
+    """`params` with a head of its own, where `tree` adapts the head of a tied model."""
+    untied = getattr(params, "untied", None)
+    if untied is None or not any(path in ("head", "head.w") for path in tree) or "head" in dict(children(params)):
+        return params
+    table = {path: x for path, x in tree.items() if path == "wte.w"}
+    return adapt(params, table).untied()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adapted:

@@ -8,7 +8,7 @@ from fgpt.errors import InputError
 from fgpt.model import GPT, Linear
 from fgpt.rng import fold_in
 from fgpt.tree import device
-from fgpt.weights import dtype
+from fgpt.weights import dtype, shape
 
 
 def classifier(params: GPT, classes: int, rng: torch.Generator) -> GPT:
@@ -27,3 +27,9 @@ def classifier(params: GPT, classes: int, rng: torch.Generator) -> GPT:
     w = torch.empty(classes, params.cfg.d_model, dtype=torch.float32).normal_(0, 0.02, generator=fold_in(rng, "head"))
     w = w.to(device(params), dtype(params.wte.w))
     return replace(params, head=Linear(w), cfg=replace(params.cfg, tied=False))
+
+
+def classes_of(params: GPT) -> int | None:
+    """How many classes the head of a classifier has; None for a head of tokens."""
+    rows = None if params.head is None else shape(params.head.w)[0]
+    return None if rows == params.cfg.vocab else rows

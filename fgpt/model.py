@@ -12,7 +12,7 @@ section 2.2.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -167,6 +167,12 @@ class GPT:
     ln_f: Norm | RMSNorm
     head: Linear | None
     cfg: Config = static()
+
+    def untied(self) -> "GPT":
+        """The same model with a head of its own: the embedding table, shared until one of the two is adapted."""
+        if self.head is not None:
+            return self
+        return replace(self, head=Linear(self.wte.w), cfg=replace(self.cfg, tied=False))
 
 
 KV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]  # it grows

@@ -11,7 +11,8 @@ from torch import Tensor
 from fgpt.kernels.bnb import dynamic_code
 from fgpt.kernels.dynamic8 import dequantize, quantize
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.tree import leaves, matches, node, static, tree_leaves, tree_map, tree_maps
+from fgpt.patterns import matching
+from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_maps
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
@@ -148,9 +149,9 @@ def _adam(
 ) -> Optimizer:
     """AdamW, with each moment kept as `hold(moment, signed)` from one update to the next.
 
-    Raises InputError where `decay` is no regular expression.
+    Raises InputError as `matching` does, where `decay` is no regular expression.
     """
-    matches(decay, "")
+    matching(decay, [])
     rate = lr if callable(lr) else constant(lr)
     decaying = isinstance(weight_decay, Tensor) or weight_decay != 0
     rooted = isinstance(eps_root, Tensor) or eps_root != 0
@@ -164,7 +165,8 @@ def _adam(
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         eta, t = rate(state.count), state.count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
-        decays = iter([x.ndim > 1 and matches(decay, path) for path, x in leaves(params).items()] if decaying else ())
+        decayed = set(matching(decay, [p for p, x in leaves(params).items() if x.ndim > 1])) if decaying else set()
+        decays = iter([path in decayed for path in leaves(params)] if decaying else ())
 
         def moved(theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8) -> tuple[Any, Any, Any]:
             m, v = _read(m), _read(v)

@@ -6,7 +6,6 @@ blocks.3.attn.q.w      a leaf (a tensor)
 
 import dataclasses
 import difflib
-import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, shown
+from fgpt.patterns import matching
 
 T = TypeVar("T")
 
@@ -130,24 +130,22 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` matches `path` in full. Raises InputError where it is no regular expression."""
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as err:
-        raise InputError(f"selector {pattern!r} is not a regular expression: {err}") from None
+    """Whether `pattern` matches `path` in full. Raises InputError as `matching` does."""
+    return bool(matching(pattern, [path]))
 
 
 def select(paths: Iterable[str], pattern: str) -> list[str]:
     """The paths that `pattern` matches in full.
 
-    Raises InputError when it matches none: a selector that silently does nothing trains nothing.
+    Raises InputError when it matches none, as a selector that silently does nothing trains nothing; and as `matching`
+    does.
     """
     paths = list(paths)
-    found = [p for p in paths if matches(pattern, p)]
+    found = matching(pattern, paths)
     if not found:
         plain = pattern.replace("\\", "").replace("d+", "0").replace(".*", "")
         near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.1) or paths[:4]
-        raise InputError(f"selector {pattern!r} matches no path; nearest are {', '.join(near) or '(none)'}")
+        raise InputError(f"selector {shown(pattern)} matches no path; nearest are {', '.join(near) or '(none)'}")
     return found
 
 

@@ -671,7 +671,7 @@ def test_spoiled_gguf_files(arch: str, tmp_path: Path):
 LLAMA: dict[str, Any] = {"norm": "rms", "gated": True, "rotary": 8, "tied": False, "act": "silu", "biases": ""}
 HUB = {"self_attn.q_proj": "attn.q", "self_attn.v_proj": "attn.v", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 MADE: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
-    "lora": lambda p: fgpt.lora(p, fgpt.key(0), 2, 6, r".*\.(q|v)") | fgpt.lora(p, fgpt.key(1), 3, 5, r".*\.up"),
+    "lora": lambda p: fgpt.lora(p, fgpt.key(0), 2, 6, r".*\.(q|v)"),
     "dora": lambda p: fgpt.dora(p, fgpt.key(0), 2, 6, r".*\.(q|up)"),
     "ia3": lambda p: fgpt.ia3(p, r".*\.v", r".*\.down"),
     "norms": lambda p: fgpt.tune(p, r".*ln_.\.w"),
@@ -729,10 +729,23 @@ def check_peft(adapters: Any, folder: Path) -> None:
             agree({"": lora.row if lora.col is None else lora.col}, {"": parts["ia3_l"].flatten()})
 
 
+def with_patterns(params: fgpt.GPT, folder: Path) -> None:
+    """Add a LoRA of another rank and alpha to the folder, as PEFT writes it."""
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, config = load_file(path), json.loads(config_path.read_text())
+    fgpt.save_peft(shaken(fgpt.lora(params, fgpt.key(1), 3, 5, r".*\.up")), params, folder, "base")
+    save_file(tensors | load_file(path), path, {"format": "pt"})
+    more = {name: {r"layers\.0\.mlp\.up_proj": x} for name, x in (("rank_pattern", 3), ("alpha_pattern", 5))}
+    targets = [*config["target_modules"], "mlp.up_proj"]
+    config_path.write_text(json.dumps(config | more | {"target_modules": targets}))
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
     params = tiny(n_layer=1, **LLAMA)
     fgpt.save_peft(shaken(MADE[kind](params)), params, tmp_path, "base")
+    if kind == "lora":
+        with_patterns(params, tmp_path)
     path, config_path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     data, config = path.read_bytes(), json.loads(config_path.read_text())
     header, body = apart(data)
@@ -1334,6 +1347,10 @@ def test_what_a_stack_held_is_not_lost(tmp_path: Path):
     for rank in (math.inf, -1, 10**400):
         save_file(load_file(path), path, {"fgpt_held": json.dumps({"transformer.h.0.attn.c_attn": {"q": [rank, 4]}})})
         with pytest.raises(InputError, match="stacked q"):
+            load_peft(tmp_path, params)
+    for parts in ({"q": [1, 4, False]}, {"": [1, 4, False]}):  # A has two rows that are not zero
+        save_file(load_file(path), path, {"fgpt_held": json.dumps({"transformer.h.0.attn.c_attn": parts})})
+        with pytest.raises(InputError, match="stacked parts have ranks 1 in all, but A has 2 rows that are not zero"):
             load_peft(tmp_path, params)
 
 

@@ -113,7 +113,7 @@ def test_our_file_in_peft(target: str, tmp_path: Path):
 )
 def test_pefts_file_with_us(options: dict[str, Any], tmp_path: Path):
     model = peft_model(**options)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "adapter")
     params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
     adapters = fgpt.load_peft(tmp_path / "adapter", params)
     assert fgpt.trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
@@ -229,7 +229,8 @@ def test_peft_reads_our_options(tmp_path: Path):
     params = tiny()
     fgpt.save_peft(rs_dora(params), params, tmp_path, "base")
     config: Any = peft.PeftConfig.from_pretrained(str(tmp_path))
-    assert (config.use_rslora, config.use_dora, config.lora_dropout) == (True, True, 0.1)
+    assert (config.use_rslora, config.use_dora, config.lora_dropout) == (False, True, 0.1)
+    assert config.lora_alpha / config.r == pytest.approx(3 / 3**0.5, rel=1e-15)  # as rank-stabilised LoRA has it
     fgpt.save_peft(fgpt.ia3(params), params, tmp_path, "base")
     config = peft.PeftConfig.from_pretrained(str(tmp_path))
     assert (config.target_modules, config.feedforward_modules) == ({"attn.c_attn", "mlp.c_proj"}, {"mlp.c_proj"})
@@ -257,7 +258,7 @@ THEIRS = {
 @pytest.mark.parametrize("kind", THEIRS)
 def test_theirs_with_us(kind: str, tmp_path: Path):
     model = trained(THEIRS[kind])
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "adapter")
     params = ours(hf_gpt2(), tmp_path / "base")
     for base in (fgpt.fuse(params), params):
         if kind == "dora" and base is params:
@@ -277,10 +278,10 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: lora(p, target=ATTN) | fgpt.tune(p, r".*ln_.*"),
+        lambda p: lora(p, target=ATTN) | fgpt.tune(p, r".*\.o\.b"),
         lambda p: lora(p, target=ATTN) | dora(p, target=r".*\.up"),
         lambda p: fgpt.tune(p, r".*\.q\.b"),
-        lambda p: lora(p, target="wte"),
+        lambda p: dora(p, target="wte"),
         lambda p: lora(p, target=ATTN) | lora(p, dropout=0.1, target=r".*\.up"),
         lambda p: lora(p, target=r".*\.q") | lora(p, dropout=0.1, target=r".*\.v"),
         lambda p: fgpt.ia3(p, r".*\.o", r".*\.o"),
@@ -298,7 +299,7 @@ def test_what_peft_cannot_hold_is_refused(make: Callable[[fgpt.GPT], fgpt.Adapte
 def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
     """PiSSA takes its first product out of the base: without that, W + sBA is another model."""
     config = peft.LoraConfig(**LORA, target_modules=["c_fc"], init_lora_weights="pissa")
-    trained(config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    trained(config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(fgpt.InputError, match="init_lora_weights 'pissa' belongs to a base that was changed"):
         fgpt.load_peft(tmp_path / "adapter", tiny())
 
@@ -317,7 +318,7 @@ def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
     ],
 )
 def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str, Any], expected: str, tmp_path: Path):
-    trained(THEIRS[kind]).save_pretrained(tmp_path, save_embedding_layers=False)
+    trained(THEIRS[kind]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(fgpt.InputError, match=expected) as caught:
@@ -327,6 +328,6 @@ def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str,
 
 def test_tuning_of_a_matrix_is_no_norm(tmp_path: Path):
     """attn.c_proj is square, and transposed: read as it is, it would fit, and be another model."""
-    trained(peft.LNTuningConfig(target_modules=["attn.c_proj"])).save_pretrained(tmp_path, save_embedding_layers=False)
+    trained(peft.LNTuningConfig(target_modules=["attn.c_proj"])).save_pretrained(tmp_path)
     with pytest.raises(fgpt.InputError, match=r"attn\.c_proj is no norm"):
         fgpt.load_peft(tmp_path, tiny())

@@ -121,7 +121,7 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
         _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
         if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
             raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
-        parts = _split(x, s, [tuple(empty[p].shape) for p in s.paths])
+        parts = split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
             return {s.paths[0].removesuffix(".q.w") + ".qkv.w": x}
         return {path: place(path, part) for path, part in zip(s.paths, parts, strict=True)}
@@ -168,7 +168,7 @@ def _checked_sizes(held: Mapping[str, Held], cfg: Config, family: Family) -> dic
     if surplus := held.keys() - table.keys():
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
     empty = leaves(skeleton(cfg))
-    sizes = {name: tuple(_joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    sizes = {name: tuple(joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
     for name, size in sizes.items():
         _same(name, size, held[name].shape)
     return sizes
@@ -183,7 +183,7 @@ def _node(tree: Any, path: str) -> Any:
     return dict(walk(tree))[path]
 
 
-def _split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
+def split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
     """The leaves in a tensor; it alone where it is quantised and cannot be split."""
     if len(s.paths) == 1:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
@@ -197,7 +197,8 @@ def _split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
     return list((x.T if s.transposed and x.ndim == 2 else x).split([size[0] for size in sizes]))
 
 
-def _joined(parts: list[Tensor], s: Stored) -> Tensor:
+def joined(parts: list[Tensor], s: Stored) -> Tensor:
+    """The tensor of the leaves `parts`, as the hub has it."""
     if s.heads:
         return torch.stack([x.unflatten(0, (s.heads, -1)) for x in parts], 1).flatten(0, 2)
     x = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -223,16 +224,23 @@ def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
     """
     if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
-    held = leaves(params)
-    for i, p in enumerate(params.blocks):
-        if isinstance(p.attn, FusedAttention):
-            n, kv = (params.cfg.head_size * heads for heads in (params.cfg.n_head, params.cfg.kv_heads))
-            for leaf in ("w", "b"):
-                if (x := held.get(f"blocks.{i}.attn.qkv.{leaf}")) is not None:
-                    names = (f"blocks.{i}.attn.{part}.{leaf}" for part in "qkv")
-                    held |= dict(zip(names, x.split((n, kv, kv)), strict=True))
-    made = {s.name: _joined([held[path] for path in s.paths], s) for s in family.stored(params.cfg)}
+    held = unfused(leaves(params), params.cfg)
+    made = {s.name: joined([held[path] for path in s.paths], s) for s in family.stored(params.cfg)}
     return {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
+
+
+def unfused(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
+    """`tensors` by path, with those of q, k and v in one as those of each."""
+    n, kv = (cfg.head_size * heads for heads in (cfg.n_head, cfg.kv_heads))
+    made: dict[str, Tensor] = {}
+    for path, x in tensors.items():
+        layer, _, leaf = path.rpartition(".")
+        if layer.endswith(".attn.qkv"):
+            names = (f"{layer.removesuffix('qkv')}{part}.{leaf}" for part in "qkv")
+            made |= dict(zip(names, x.split((n, kv, kv)), strict=True))
+        else:
+            made[path] = x
+    return made
 
 
 def paths(cfg: Config) -> Container[str]:
