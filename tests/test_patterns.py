@@ -103,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """A run that classifies, trained for one step: its options, and its folder."""
     at = tmp_path_factory.mktemp("run")
     (at / "a.txt").write_text("i am glad;joy\ni am sad;fear\n" * 8)
-    options = ["--base", "nano", "--train", str(at / "a.txt"), "--heldout", "4", "--evaluate", "0", "--steps", "1"]
+    options = ["--base", "nano", "--train", str(at / "a.txt"), "--heldout", "4", "--steps", "1"]
     options += ["--seq", "24", "--out", str(at / "runs")]
     assert main(["train", "emotion-small", *options]) == 0
     return options, at / "runs" / "emotion-small"
