@@ -21,8 +21,7 @@ from fgpt.data.labels import Labelled, Labels, drawn, encode, settle
 from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.io import hub
-from fgpt.io.files import whole_folder, write_json
-from fgpt.io.trees import save_adapters
+from fgpt.io.files import write_json
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key
 
@@ -151,11 +150,7 @@ def classify(run: Classify, where: Path | None = None) -> Path:
             del base
         fitted = fit(it, out)
         tuned = fitted.state.trainable
-        if run.form == "classes":  # PEFT's format has no place for our head
-            with whole_folder(out / folder.ADAPTER) as saved:
-                save_adapters(tuned, saved / folder.ADAPTERS)
-        else:
-            folder.save_tuned(out, it.frozen, tuned, run.base)
+        folder.save_tuned(out, it.frozen, tuned, run.base)
         plot_loss(out / folder.METRICS, out / folder.LOSS, run.name, "example")
         told(fitted, out)
         if fitted.interrupted:

@@ -36,6 +36,7 @@ from experiments.runs import RUNS, AnyRun, Classify, Pretrain, Run
 from fgpt import ranges
 from fgpt.adapters import Adapters, adapt, merge
 from fgpt.errors import InputError, shown
+from fgpt.heads import classes_of
 from fgpt.io.files import clean, read_json, staying, whole_folder, write_json
 from fgpt.io.hub import load, save
 from fgpt.io.peft import load_peft, pack, save_peft
@@ -294,14 +295,18 @@ def instruction_run(folder: Path) -> Run:
 
 
 def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path:
-    """Keep what was trained: a whole model where every leaf was, else the adapters. Returns where."""
-    if adapters.keys() == leaves(params).keys():
+    """Keep what was trained: a whole model where every leaf was, else the adapters. Returns where.
+
+    A classifier of which every leaf was trained is kept as adapters too: `merge` makes it the hub's.
+    """
+    whole = adapters.keys() == leaves(params).keys()
+    if whole and classes_of(params) is None:
         with whole_folder(folder / MODEL) as at:
             save(merge(adapt(params, adapters)), at, like=base)
         return folder / MODEL
     try:
         pack(adapters, params, base)
-        held = True
+        held = not whole
     except InputError:  # PEFT cannot hold them
         held = False
     with whole_folder(folder / ADAPTER) as at:

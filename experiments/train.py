@@ -22,6 +22,7 @@ from fgpt.data import conversations, finqa, packing, sources
 from fgpt.data.templates import Example, Row, Turn, encode, template
 from fgpt.data.tokenizers import Tokenizer
 from fgpt.errors import InputError
+from fgpt.heads import classes_of
 from fgpt.io import hub
 from fgpt.loss import Batch, nll
 from fgpt.model import GPT, fuse
@@ -135,7 +136,7 @@ def steps_of(examples: list[Example], run: Tuning, width: int) -> int:
 def base_of(run: Tuning) -> GPT:
     """The base in its dtype, quantised as it is read, on the run's device; fused where the run adapts q, k, v as one.
 
-    Raises InputError where there is no such base or device.
+    Raises InputError where there is no such base or device, or the base is a classifier.
     """
     device, dtype = folder.device_of(run.device), getattr(torch, run.dtype)
     with working(f"loading {run.base}"):
@@ -144,6 +145,8 @@ def base_of(run: Tuning) -> GPT:
             params = params if run.quantize is None else quantize(params, run.quantize)
         else:
             params = hub.load(run.base, dtype, run.quantize)
+        if (classes := classes_of(params)) is not None:
+            raise InputError(f"{run.base} is a classifier of {classes} classes: expected a model of a head of tokens")
         return tree_map(lambda x: x.to(device), params)
 
 

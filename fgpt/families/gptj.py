@@ -39,7 +39,7 @@ def stored(cfg: Config) -> list[Stored]:
     found = whole({"wte.w": "wte.weight"})
     for i in range(cfg.n_layer):
         found += layers({f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
-    return found + layers({"ln_f": "ln_f", "head": "lm_head"}, bare)
+    return found + layers({"ln_f": "ln_f"} | ({} if cfg.tied else {"head": "lm_head"}), bare)
 
 
 GPTJ = Family(

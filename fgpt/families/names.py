@@ -55,6 +55,9 @@ class Family:
     stored: Callable[[Config], list[Stored]]
 
 
+SCORE = "score.weight"
+"""The head of a classifier, in every family."""
+
 Place: TypeAlias = Callable[[str, Any], Any]
 """(path, leaf) -> what stands there: cast, or quantised."""
 
@@ -218,15 +221,18 @@ def equal_parts(w: Quantised, n: int) -> list[Any] | None:
 
 
 def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
-    """The hub's tensors of our tree, as a file with the head names them.
+    """The hub's tensors of our tree, as a file with the head names them: of a head of tokens, or of classes.
 
     Raises InputError for a tree that still carries adapters.
     """
     if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
-    held = unfused(leaves(params), params.cfg)
-    made = {s.name: joined([held[path] for path in s.paths], s) for s in family.stored(params.cfg)}
-    return {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
+    held, cfg = unfused(leaves(params), params.cfg), params.cfg
+    classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab
+    body = replace(cfg, tied=True) if classes else cfg  # without a head of tokens
+    made = {s.name: joined([held[path] for path in s.paths], s) for s in family.stored(body)}
+    named = {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
+    return named | ({SCORE: held["head.w"]} if classes else {})
 
 
 def unfused(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ random ones. What bitsandbytes has quantised, and transformers saved, is read.
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
@@ -30,7 +30,8 @@ from fgpt.data.hub_files import HubError
 from fgpt.data.ranks import FILE, Ranked
 from fgpt.errors import InputError
 from fgpt.families import names
-from fgpt.io import gguf
+from fgpt.heads import classes_of
+from fgpt.io import classifiers, gguf
 from fgpt.io.bnb import gathered
 from fgpt.io.files import held_tensors, read_json, shard_names, shards, write, write_json, write_tensors
 from fgpt.io.trees import read_tree, write_tree
@@ -228,6 +229,8 @@ def load(
         params = _read_tree(it.path, cfg)
         return params if dtype is None else _in(params, dtype)
     family, (where, tensors) = families.of_config(it.config), _tensors(it)
+    score = tensors.pop(names.SCORE, None)
+    cfg = cfg if score is None else dataclasses.replace(cfg, tied=True)  # it has no head of tokens
     try:
         held, cfg = names.parameters(gathered(tensors), cfg, family)
         chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
@@ -241,6 +244,7 @@ def load(
 
     try:
         params = names.from_hf(held, cfg, family, place)
+        params = params if score is None else classifiers.with_head(params, score.read(), place)
     except InputError as err:
         raise InputError(f"{where}: {err}") from None
     return params if dtype is None else _in(params, dtype)
@@ -290,18 +294,23 @@ def _in(params: GPT, dtype: torch.dtype) -> GPT:
     return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None) -> None:
+def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None, labels: Sequence[str] = ()) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
-    quantised weights become a tree of our own, bit by bit, which `load` alone reads.
+    quantised weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
+    that of transformers' sequence classification, whose classes `labels` name.
 
-    Raises InputError for params that still carry adapters, or are of no family.
+    Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantised
+    weights, or labels that are not one for each class.
     """
     folder = Path(folder)
     family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     config |= ends
+    if classes_of(params) is not None:
+        params, beside, more = classifiers.exported(params, beside, config, labels)
+        config |= more
     if any(isinstance(x, QUANTISED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
