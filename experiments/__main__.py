@@ -295,7 +295,11 @@ def main(argv: Sequence[str]) -> int:
         try:
             if command not in COMMANDS:
                 raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
-            COMMANDS[command](args)
+            try:
+                COMMANDS[command](args)
+            except SystemExit as end:  # of a help text, which is an answer as any
+                if end.code:
+                    raise
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a pipe that was closed is no surprise
         except KeyboardInterrupt:

@@ -1291,7 +1291,7 @@ def test_json_within_json_without_end(tmp_path: Path):
 
 ADAPTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a pattern without end": ("lora", {"alpha_pattern": {r"(\w+\.?)+x": 1, "(a|a?)*.": 2}}, ""),
-    "another rank": ("lora", {"r": 4, "rank_pattern": {}}, "has a lora_A of rank 3; adapter_config.json says 4"),
+    "another rank": ("lora", {"r": 4, "rank_pattern": {}}, "has a lora_A of rank 2; adapter_config.json says 4"),
     "text for false": ("lora", {"use_rslora": "false"}, "expected true or false for use_rslora, got 'false'"),
     "no number": ("lora", {"lora_alpha": math.nan, "alpha_pattern": {}}, "expected a number for lora_alpha, got nan"),
     "a giant": ("lora", {"lora_alpha": 10**400, "alpha_pattern": {}}, "expected a number for lora_alpha, got 1000"),
