@@ -1,8 +1,18 @@
-"""Programs that read what may do harm, each in a process of its own: a hang, a crash or a full memory ends there."""
+"""Programs that read what may do harm, each in a process of its own: a hang, a crash or a full memory ends there.
+
+A program is a file beside this one with a function `answer`, from what a line of JSON says to what the answering line
+is to say, and the `MEMORY` in bytes that its process may map. The process runs this very file, which imports no fgpt,
+so that it starts fast:
+
+    python child.py PROGRAM SECONDS
+"""
 
 import atexit
+import contextlib
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,10 +22,7 @@ from typing import Any
 
 
 class Child:
-    """A program beside this file that answers each line of JSON with one, started when the first is asked for.
-
-    It is given `seconds` for each; how much memory it may take is its own affair.
-    """
+    """A process that runs a program, started when the first answer is asked for, with `seconds` for each."""
 
     def __init__(self, program: str, seconds: int) -> None:
         self.program, self.seconds = program, seconds
@@ -45,9 +52,46 @@ class Child:
 
     def _start(self) -> "subprocess.Popen[str]":
         pipe = subprocess.PIPE
-        program = [sys.executable, "-P", str(Path(__file__).with_name(self.program))]  # -P: no neighbor is imported
-        process = subprocess.Popen(
-            [*program, str(self.seconds)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
+        command = [sys.executable, "-P", __file__, self.program, str(self.seconds)]  # -P: no neighbor is imported
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         atexit.register(process.kill)
         return process
+
+
+# ------------------------------------------------------------------------------------------------- in the process
+
+
+def limit(memory: int) -> None:
+    """Where the system has such limits."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def load(program: str) -> Any:
+    spec = importlib.util.spec_from_file_location("program", Path(__file__).with_name(program))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(program: str, seconds: int) -> None:
+    module = load(program)
+    limit(module.MEMORY)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to answer
+    for line in sys.stdin:
+        if hasattr(signal, "alarm"):
+            signal.alarm(seconds)  # whose signal ends the process, whatever it is at
+        reply = json.dumps(module.answer(json.loads(line)))
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+        print(reply, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,17 +1,12 @@
-"""A program that renders chat templates: a line of JSON in, a line of JSON out, until nothing more comes in.
+"""A program that renders chat templates; see `fgpt.data.child`.
 
 A template is a program from the model's publisher. Jinja's sandbox keeps it from all that is not given to it, but not
 from running for ever, or from filling the memory, for which one power or one product of a text is enough. So it runs
-here, in a process that ends when it takes too long, and may not grow. It imports no fgpt, so that it starts fast.
-
-    python render.py SECONDS
+here, in a process that ends when it takes too long, and may not grow.
 """
 
-import contextlib
 import functools
 import json
-import signal
-import sys
 from datetime import datetime
 from typing import Any
 
@@ -62,29 +57,3 @@ def answer(asked: dict[str, Any]) -> dict[str, str]:
     except Exception as err:  # whatever a template does wrong, it is not ours
         return {"error": f"{type(err).__name__}: {str(err)[:300]}"}
     return {"text": text} if len(text) <= LONGEST else {"error": f"its text is longer than {LONGEST:,} characters"}
-
-
-def limit() -> None:
-    """Where the system has such limits."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def main(seconds: int) -> None:
-    limit()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to answer
-    for line in sys.stdin:
-        if hasattr(signal, "alarm"):
-            signal.alarm(seconds)  # whose signal ends the process, whatever it is at
-        said = json.dumps(answer(json.loads(line)))
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
-        print(said, flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -1,17 +1,12 @@
-"""A program that tries tokenizer.json files: a line of JSON in, {"path": ..}, a line of JSON out, until none comes in.
+"""A program that tries tokenizer.json files, each asked for by {"path": ..}; see `fgpt.data.child`.
 
 The library that reads them is written in Rust. A file that breaks its assumptions makes it panic, which is no
 `Exception` in Python, or ends the whole process: by an allocation of as many bytes as a field of the file says, or by a
 normalizer that doubles a text again and again. So a file is first read here, in a process that ends when it takes too
-long and may not grow, and is used on a few texts. It imports no fgpt, so that it starts fast.
-
-    python tokenizer_check.py SECONDS
+long and may not grow, and is used on a few texts.
 """
 
-import contextlib
 import json
-import signal
-import sys
 from typing import Any
 
 MEMORY = 4 << 30
@@ -81,36 +76,10 @@ def used(tokenizer: Any, text: str) -> int:
     return len(tokens)
 
 
-def answer(path: str) -> dict[str, str]:
+def answer(asked: dict[str, str]) -> dict[str, str]:
     """{} for a file that is well, or what went wrong, {"error": ..}."""
     try:
-        check(path)
+        check(asked["path"])
     except BaseException as err:  # a panic of the library is no Exception
         return {"error": str(err)[:300] or type(err).__name__}
     return {}
-
-
-def limit() -> None:
-    """Where the system has such limits."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def main(seconds: int) -> None:
-    limit()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to answer
-    for line in sys.stdin:
-        if hasattr(signal, "alarm"):
-            signal.alarm(seconds)  # whose signal ends the process, whatever it is at
-        said = json.dumps(answer(json.loads(line)["path"]))
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
-        print(said, flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
