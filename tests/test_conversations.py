@@ -34,7 +34,7 @@ from fgpt.data.conversations import (
 )
 from fgpt.data.packing import collate, cut
 from fgpt.data.ranks import RANKS, from_ranks
-from fgpt.data.sources import examples, rows
+from fgpt.data.sources import Columns, examples, rows
 from fgpt.data.templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 
@@ -88,6 +88,10 @@ def sharegpt(talk: list[dict[str, str]]) -> list[dict[str, str]]:
         {"conversations": [each["content"] for each in TALK], "system": "Answer in French."},
         {"prompt": [SYSTEM, TALK[0]], "completion": TALK[1:]},
         ALPACA_ROW | {"history": [["Hello.", "Bonjour."]], "system": "Answer in French."},
+        ALPACA_ROW | {"history": [["Hello.", "Bonjour."]], "system_prompt": "Answer in French.", "system": ""},
+        ALPACA_ROW | {"messages": [SYSTEM, *TALK]},
+        {"conversations": None, "instruction": None, "output": None, "prompt": None, "messages": [SYSTEM, *TALK]},
+        {"messages": [SYSTEM, *TALK], "conversations": sharegpt([SYSTEM, *TALK])},
         [SYSTEM, *TALK],
     ],
 )
@@ -114,6 +118,9 @@ def test_a_parquet_file_of_messages(tmp_path: Path):
         {"prompt": [TALK[0]], "completion": [TALK[1]]},
         {"instruction": "Hello.", "output": "Bonjour.", "history": []},
         {"instruction": "Hello.", "output": "Bonjour.", "history": "A column of another meaning."},
+        {"instruction": "Hello.", "output": "Bonjour.", "conversation": "A column of another meaning."},
+        {"instruction": "Hello.", "output": "Bonjour.", "messages": None, "conversations": [], "conversation": 5},
+        {"messages": None, "conversations": float("nan"), "prompt": "Hello.", "completion": "Bonjour."},
     ],
 )
 def test_a_question_and_its_answer_are_a_plain_row(record: Any, tmp_path: Path):
@@ -144,6 +151,19 @@ def test_calls_of_tools_and_their_results(tmp_path: Path):
     ):
         found = examples_of(write(tmp_path / "a.jsonl", record))
         assert found == [(first, second[0].content), (first + second, answer)]
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize("record", [{"messages": TALK[:2]}, {"instruction": "Hello.", "output": "Bonjour."}])
+def test_what_an_assistant_may_call_is_read_beside_every_format(name: str, record: dict[str, Any], tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", record | {name: [{"name": "add"}]})
+    before = (Message("system", 'Tools:\n[{"name": "add"}]'), Message("user", "Hello."))
+    assert examples_of(path) == [(before, "Bonjour.")]
+
+
+def test_named_columns_come_first(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", {"ask": "a", "say": "b", "messages": TALK})
+    assert rows(path, Columns("ask", None, "say")) == [Row("a", "", "b")]
 
 
 def test_two_messages_of_a_user_both_stay(tmp_path: Path):
@@ -210,6 +230,8 @@ def test_a_file_without_an_answer_says_why(tmp_path: Path):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"line 1: a row of preference data \(chosen, rejected: DPO"),
         ({"messages": TALK, "label": True}, r"line 1: a row of preference data \(.*: KTO's format\)"),
         ({"prompt": "a", "completion": "b", "label": False}, r"line 1: a row of preference data .*: KTO's format\)"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, r"line 1: a row of preference data .*: KTO's format\)"),
+        ({"messages": TALK, "conversations": ["a", "b"]}, r"line 1: columns 'messages' and 'conversations' differ"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, r"line 1: history should hold pairs of question and"),
     ],
 )

@@ -114,13 +114,14 @@ def as_text(messages: Sequence[Message]) -> str:
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-def read(record: Mapping[str, Any], where: str) -> Conversation | None:
-    """The conversation of a record, known by its columns; None where it holds none.
+def read(record: Mapping[str, Any], where: str, otherwise: bool = False) -> Conversation | None:
+    """The conversation of a record, known by its columns; None where it holds none. `otherwise` says that the record
+    has columns of another format too: a conversation, which holds more, is then read where there is one.
 
     Raises InputError for one that is malformed, and for preference data, which this training has no loss for.
     """
     refuse_preferences(record, where)
-    turns = _messages(record, where)
+    turns = _messages(record, where, otherwise)
     if turns is None:
         return None
     return Conversation((*_system(record, where), *turns), where)
@@ -131,11 +132,16 @@ def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
     spoken = any(name in record for name in ("messages", "conversations", "completion"))
     if {"chosen", "rejected"} <= record.keys():
         name = "a row of preference data (chosen, rejected: DPO's format)"
-    elif spoken and any(isinstance(record.get(label), bool) for label in ("label", "kto_tag")):
+    elif spoken and any(_is_judgment(record.get(label)) for label in ("label", "kto_tag")):
         name = "a row of preference data (an answer and a label true or false: KTO's format)"
     else:
         return
     raise InputError(f"{where}: {name}: expected answers to train on; give the good ones as `messages`")
+
+
+def _is_judgment(value: Any) -> bool:
+    """True or false, also as tables write them."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
 def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> Conversation | None:
@@ -143,7 +149,7 @@ def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> 
     before = record.get("history")
     if isinstance(before, str):  # of a table: JSON, or a column of another meaning
         before = _parsed(before, "history", where) if before.lstrip().startswith("[") else None
-    system = _system(record, where) if isinstance(record.get("system"), str) else ()
+    system = _system(record, where)
     if not before and not system:
         return None
     messages = [*system]
@@ -155,17 +161,37 @@ def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> 
     return Conversation((*messages, Message("user", prompt), Message("assistant", answer)), where)
 
 
-def _messages(record: Mapping[str, Any], where: str) -> list[Message] | None:
-    """The messages that a record's own columns hold; None where it has no such columns."""
-    for name in ("messages", "conversations", "conversation"):
-        if name in record:
-            return list(_list_of_messages(record[name], name, where))
-    if "prompt" in record and "completion" in record:
+COLUMNS = ("messages", "conversations", "conversation")
+
+
+def _messages(record: Mapping[str, Any], where: str, otherwise: bool) -> list[Message] | None:
+    """The messages that a record's own columns hold; None where it has no such columns.
+
+    Where rows of several formats were put together, each has the columns of all, and null in those of the others.
+    """
+    there = [name for name in COLUMNS if name in record]
+    full = [name for name in there if _holds_messages(record[name])]
+    pair = "prompt" in record and "completion" in record
+    if full:
+        first, *others = [list(_list_of_messages(record[name], name, where)) for name in full]
+        if any(other != first for other in others):
+            raise InputError(f"{where}: columns {' and '.join(map(repr, full))} differ: leave all but one of them out")
+        return first
+    if otherwise:
+        return None
+    if there and not pair:
+        return list(_list_of_messages(record[there[0]], there[0], where))
+    if pair:
         return [
             *_side(record["prompt"], "prompt", "user", where),
             *_side(record["completion"], "completion", "assistant", where),
         ]
     return None
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a column has a list in it, or the JSON of one."""
+    return bool(value) if isinstance(value, list) else isinstance(value, str) and value.lstrip().startswith("[")
 
 
 def _side(value: Any, name: str, role: Role, where: str) -> list[Message]:
@@ -270,10 +296,10 @@ def _weight(turn: Mapping[str, Any], where: str) -> tuple[float, bool]:
 
 def _system(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """The system prompt and the tools that stand beside a conversation, as one message at its beginning."""
-    system = next((record[name] for name in ("system", "system_prompt") if record.get(name) is not None), None)
-    tools = record.get("tools")
-    tools = tools.strip() if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False) if tools else ""
-    parts = [_content(system, where), f"Tools:\n{tools}" if tools not in ("", "[]") else ""]
+    systems = dict.fromkeys(_content(record.get(name), where) for name in ("system", "system_prompt"))
+    tools = next((record[x] for x in ("tools", "functions") if isinstance(record.get(x), str | list | dict)), "")
+    tools = tools.strip() if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    parts = [*systems, f"Tools:\n{tools}" if tools not in ("", "[]", "{}") else ""]
     text = "\n\n".join(part for part in parts if part.strip())
     return (Message("system", text),) if text else ()
 

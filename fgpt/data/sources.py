@@ -149,7 +149,9 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
     if finqa.holds(record):
         return [finqa.read(record, where)]
     named = columns.instruction in record and columns.output in record
-    if not named and (conversation := conversations.read(record, where)) is not None:
+    null = all(is_missing(record.get(name)) for name in (columns.instruction, columns.output))
+    chosen = named and columns != Columns()
+    if not chosen and (conversation := conversations.read(record, where, named and not null)) is not None:
         return _turns(conversation, left_out)
     wanted = [columns.instruction, columns.output] + ([] if columns.input is None else [columns.input])
     for name in wanted:
