@@ -582,9 +582,17 @@ def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: 
 
 
 def test_files_put_together_keep_their_marks(tmp_path: Path):
-    part = b'\xef\xbb\xbf{"instruction": "a", "output": "b"}\n'
+    mark = b"\xef\xbb\xbf"
+    part = mark + b'{"instruction": "a", "output": "b"}\n'
     (tmp_path / "a.jsonl").write_bytes(part + part)
     assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")] * 2
+    for end, comma in ((".csv", b","), (".tsv", b"\t")):
+        (tmp_path / f"a{end}").write_bytes(
+            b"instruction,output\na,b\n".replace(b",", comma) + mark + b'"a"' + comma + b"b\n"
+        )
+        assert [row.instruction.strip('"') for row in rows(tmp_path / f"a{end}")] == ["a", "a"]
+    (tmp_path / "a.txt").write_bytes((mark + b"glad;joy\n") * 2)
+    assert [row.text for row in label_sources.rows(str(tmp_path / "a.txt"))] == ["glad", "glad"]
 
 
 @pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])

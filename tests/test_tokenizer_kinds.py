@@ -298,6 +298,38 @@ def test_each_kind_is_transformers(name: str, folders: dict[str, Path]):
     )
 
 
+FILES_OF_KINDS = {
+    "vocab and merges, ids in another order": ["vocab.json", "merges.txt", "special_tokens_map.json"],
+    "vocab and merges, GPT-2's layout": ["vocab.json", "merges.txt", "config.json"],
+    "vocab and merges, added_tokens.json": ["added_tokens.json", "tokenizer_config.json"],
+    "Metaspace, <s> around, a chat template": ["tokenizer.json", "chat_template.jinja"],
+}
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES_OF_KINDS.items() for file in files])
+def test_a_byte_order_mark_is_no_part_of_a_file(name: str, file: str, tmp_path: Path):
+    folder = KINDS[name](tmp_path)
+    if file == "chat_template.jinja":
+        (folder / file).write_text(LLAMA2_CHAT, encoding="utf-8")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+
+    def reads(ours: Tokenizer) -> Any:
+        chat = ours.chat(TALK[1:]) if ours.end_of_turn != (ours.eos,) else []
+        return [ours.spelled(text) for text in TEXTS], ours.eos_token_ids, chat
+
+    expected = reads(of_folder(folder, ROOM))
+    for path in (folder / file, folder / "generation_config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert reads(of_folder(folder, ROOM)) == expected
+
+
+def test_a_byte_order_mark_before_ranks_and_a_config(tmp_path: Path):
+    fgpt.save(fgpt.load("nano"), tmp_path, like="nano")
+    for path in (tmp_path / "config.json", tmp_path / ranks.RANKS):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert fgpt.tokenizer(tmp_path).encode("so it is") == fgpt.tokenizer("nano").encode("so it is")
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_path: Path):
     """As `hub.save` writes it beside a model: read by us and by transformers, the tokens are those of the original."""

@@ -61,7 +61,7 @@ def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
     template = config.get("chat_template")
     if (folder / TEMPLATE).is_file():
         try:
-            template = (folder / TEMPLATE).read_text(encoding="utf-8")
+            template = (folder / TEMPLATE).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as err:
             raise InputError(f"{folder / TEMPLATE}: not UTF-8 text: {err}; save it as UTF-8, or take it away") from None
     if isinstance(template, list):  # several by name; the first release of this format called the usual one so

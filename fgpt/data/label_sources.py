@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from fgpt.data import sources
 from fgpt.data.labels import Labelled
-from fgpt.data.text_files import open_text
+from fgpt.data.text_files import open_text, without_marks
 from fgpt.errors import InputError
 
 Split: TypeAlias = Literal["train", "test"]
@@ -85,7 +85,7 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
 def _semicolons(path: Path) -> Iterator[sources.Record]:
     """`text;label` lines. The text may hold semicolons of its own."""
     with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(without_marks(lines), 1):
             if not line.strip():
                 continue
             text, semicolon, label = line.rstrip("\r\n").rpartition(";")

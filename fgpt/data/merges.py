@@ -59,7 +59,7 @@ def around(tokenizer: Any, names: Mapping[str, str], bos: bool, eos: bool, where
 
 def _vocab(path: Path) -> dict[str, int]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None
     if not isinstance(found, dict) or not found:
@@ -74,7 +74,7 @@ def _vocab(path: Path) -> dict[str, int]:
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: not a list of merges: {err}") from None
     found: list[tuple[str, str]] = []

@@ -157,7 +157,7 @@ def from_ranks(path: Path) -> Ranked:
     Raises InputError for a file that is not one.
     """
     try:
-        lines = [line.split() for line in path.read_text().splitlines() if line]
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (OSError, ValueError) as err:
         raise InputError(f"{path}: not a tiktoken rank file (lines of `base64 rank`): {err}") from None
@@ -170,7 +170,7 @@ def from_vocab(path: Path) -> Ranked:
     Raises InputError for a file that is not one.
     """
     try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
+        vocab = json.loads(path.read_text(encoding="utf-8-sig"))
         ranks = {bytes(BYTE_OF_CHAR[c] for c in token): rank for token, rank in vocab.items() if token != END}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
         raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None

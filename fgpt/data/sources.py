@@ -16,7 +16,7 @@ from fgpt.data.conversations import Conversation
 from fgpt.data.hub_files import HubError, Repo
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.templates import Row, Turn
-from fgpt.data.text_files import OPENERS, format_of, open_text, reading
+from fgpt.data.text_files import OPENERS, format_of, open_text, reading, without_marks
 from fgpt.errors import InputError, one_line, shown
 
 
@@ -246,12 +246,11 @@ def _json(path: Path) -> Iterator[Record]:
 
 def _jsonl(path: Path) -> Iterator[Record]:
     with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(without_marks(lines), 1):
             if not line.strip():
                 continue
             try:
-                # where files were put together, the mark of each is still there
-                yield f"line {number}", _parsed(line.removeprefix("\ufeff"), f"{path}, line {number}")
+                yield f"line {number}", _parsed(line, f"{path}, line {number}")
             except json.JSONDecodeError as err:
                 raise InputError(
                     f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object a line"

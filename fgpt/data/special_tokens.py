@@ -66,7 +66,7 @@ def read(folder: Path, defaults: Mapping[str, Any]) -> Declared:
 def read_json(path: Path) -> dict[str, Any]:
     """What a file says, if it is there."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not valid JSON: {err}") from None
     if not isinstance(found, dict):

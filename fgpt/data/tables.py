@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fgpt.data.text_files import open_text
+from fgpt.data.text_files import open_text, without_marks
 from fgpt.errors import InputError, printable
 
 LONGEST_FIELD = 2**31 - 1
@@ -21,7 +21,7 @@ def read_csv(path: Path, **dialect: Any) -> Iterator[tuple[str, dict[str, str]]]
     """
     csv.field_size_limit(LONGEST_FIELD)
     with open_text(path, newline="") as lines:
-        reader = csv.reader(lines, strict=True, **dialect)
+        reader = csv.reader(without_marks(lines), strict=True, **dialect)
         try:
             header = next(reader, [])
             if twice := [name for name, times in Counter(header).items() if times > 1]:
@@ -62,7 +62,7 @@ def is_quoted(path: Path) -> bool:
     quotes = False
     with open_text(path, newline="") as lines:
         taken: list[str] = []
-        reader = csv.reader(_recorded(lines, taken), delimiter="\t", strict=True)
+        reader = csv.reader(_recorded(without_marks(lines), taken), delimiter="\t", strict=True)
         width, all_quoted = 0, False
         try:
             for row in reader:

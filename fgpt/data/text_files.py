@@ -5,7 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
                 pass
     stream = path.open("rb") if opener is None else opener(path)
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
+def without_marks(lines: Iterable[str]) -> Iterator[str]:
+    """`lines` without the byte order marks before them: where files were put together, the mark of each is there."""
+    return (line.removeprefix("\ufeff") for line in lines)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def check(path: str) -> None:
     """Read a file and use it; whatever the library does then, it does here."""
     from tokenizers import Tokenizer
 
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         text = file.read()
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()

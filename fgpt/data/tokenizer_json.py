@@ -147,7 +147,7 @@ def from_json(folder: Path, declared: Declared, class_name: str, rows: int, temp
     path = folder / FILE
     _check(path)
     what = f"{path}: not a tokenizer that the tokenizers library reads"
-    tokenizer: Any = call(what, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    tokenizer: Any = call(what, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
     if class_name in BYTE_LEVEL and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         tokenizer.pre_tokenizer.add_prefix_space = declared.flag("add_prefix_space")
     return _of_folder(path, tokenizer, declared, rows, template)

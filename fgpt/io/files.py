@@ -207,7 +207,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_json(path: Path) -> Any:
     """Raises InputError where the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as err:
         raise InputError(f"{path}: {err.strerror}; expected a JSON file") from None
     except (ValueError, RecursionError) as err:
