@@ -214,6 +214,14 @@ def added_by_id(at: Path) -> Path:
     return by_merges(at, made, tokenizer_config_DOT_json=config | {"unk_token": None, "mask_token": "<mask>"})
 
 
+def mapped(at: Path) -> Path:
+    """Special tokens without names, as older files call them, in special_tokens_map.json alone."""
+    folder = library(at, byte_level(["<|endoftext|>"]))
+    size = byte_level(["<|endoftext|>"]).get_vocab_size()
+    names = {"eos_token": "<|endoftext|>", "additional_special_tokens": ["<tool>", "<mask>", "</s>"]}
+    return put(folder, special_tokens_map_DOT_json=names, added_tokens_DOT_json={"<mask>": size})
+
+
 def prefixed(at: Path) -> Path:
     made = byte_level(["<|endoftext|>"])
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -250,6 +258,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     ),
     "byte-level, a space before": prefixed,
     "byte-level, GPT2Tokenizer": named_by_class,
+    "byte-level, special_tokens_map.json": mapped,
     "Metaspace, <s> around, a chat template": lambda at: library(at, sentencepiece(), template=LLAMA2_CHAT, **TWO),
     "Unigram, </s> around": lambda at: library(at, unigram(), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"),
     "WordPiece": lambda at: library(at, wordpiece(), eos_token="[SEP]", bos_token="[CLS]", unk_token="[UNK]"),

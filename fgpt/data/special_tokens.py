@@ -58,8 +58,10 @@ def read(folder: Path, defaults: Mapping[str, Any]) -> Declared:
     if "added_tokens_decoder" in config:
         added = _added_by_id(folder / CONFIG, config["added_tokens_decoder"])
     else:
-        config |= {key: x for key, x in read_json(folder / MAP).items() if key != "additional_special_tokens"}
-        added = _added_by_token(folder / ADDED, read_json(folder / ADDED), config)
+        names = read_json(folder / MAP)
+        older = {key: names.pop(key) for key in EXTRA[1:] if key in names}  # added, but after added_tokens.json is read
+        added = _added_by_token(folder / ADDED, read_json(folder / ADDED), config | names)
+        config |= names | older
     return Declared(config, added, _eos_token_ids(folder))
 
 
