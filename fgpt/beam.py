@@ -45,7 +45,8 @@ def beam_search(
     Lengths count the end token. An open text is judged by its score at its present length, as others do; with a
     penalty above 0 it might still have grown better. The filters of `sampling` act on log-probabilities.
 
-    Raises InputError for a prompt with no room to write, fewer than 1 beam, a length penalty out of range, or a temperature.
+    Raises InputError for a prompt with no room to write, fewer than 1 beam, a length penalty out of
+    range, or a temperature.
 
     Source: Wu et al. 2016 (GNMT), section 7, for the length penalty's place; the rule of stopping is transformers'.
     """
