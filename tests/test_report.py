@@ -214,6 +214,10 @@ def test_a_pretraining(tmp_path: Path):
     shown = section(told(at), "heldout")
     assert "500 documents" in shown
     assert '<th scope="row">loss</th><td>8.000</td><td>1.500</td>' in shown
+    for damage in ({"loss": "x"}, {"loss": [1]}, {"before": 1}, {"before": [1]}, {"heldout_documents": None}):
+        (at / "result.json").write_text(json.dumps(result | damage))
+        with pytest.raises(InputError, match=r"result\.json: not the figures of this version"):
+            report.go(str(at))
     (at / "result.json").unlink()
     assert "has not come to it" in section(told(at), "heldout")
 
