@@ -27,7 +27,7 @@ from fgpt.evaluate import perplexity, room, windows
 from fgpt.io import hub
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
-from fgpt.ranges import NonNegativeInt, PositiveInt
+from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 from fgpt.tree import tree_map
 
 NAME = Path(folder.EVAL).stem
@@ -68,7 +68,7 @@ class Asked:
     """Of a run of instructions: answer so many held-out prompts as well, and score the answers as just compare does."""
     limit: PositiveInt | None = None
     """The first so many documents of each task, or held-out rows."""
-    rows: PositiveInt = 8
+    rows: BatchSize = 8
     """Rows that are read at once; they change no result."""
     out: Path | None = None
     """The folder that eval.json is written into; None takes the run's own, and for a base writes none."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from tyro.conf import OmitArgPrefixes
 
-from fgpt.ranges import FiniteFloat, PositiveInt, Seed
+from fgpt.beam import LengthPenalty
+from fgpt.ranges import BatchSize, PositiveInt, Seed
 from fgpt.sampling import GREEDY, Sampling
 
 
@@ -15,11 +16,11 @@ class Writing:
     most: PositiveInt = 200
     """Most new tokens."""
     sampling: OmitArgPrefixes[Sampling] = GREEDY
-    beams: PositiveInt = 1
+    beams: BatchSize = 1
     """Above 1, beam search: the likeliest of the texts it finds."""
-    length_penalty: FiniteFloat = 1.0
+    length_penalty: LengthPenalty = 1.0
     """Of beam search: log-probabilities are divided by the length to this power."""
-    samples: PositiveInt = 1
+    samples: BatchSize = 1
     """Texts to write."""
     stop: tuple[str, ...] = ()
     """Strings that end a text, and are no part of it."""

@@ -3,7 +3,7 @@ the text repeats itself.
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from torch import Tensor
 from fgpt.errors import InputError
 from fgpt.generate import Generated, ends_of, room
 from fgpt.model import GPT, Cache, extend, logits
+from fgpt.ranges import Range
 from fgpt.sampling import GREEDY, Sampling
 from fgpt.tree import device, tree_map
+
+PENALTIES = Range(least=-30, most=30)
+"""Beyond them a length to this power is no finite number."""
+
+LengthPenalty: TypeAlias = Annotated[float, PENALTIES]
 
 
 class Beam(NamedTuple):
@@ -39,13 +45,16 @@ def beam_search(
     Lengths count the end token. An open text is judged by its score at its present length, as others do; with a
     penalty above 0 it might still have grown better. The filters of `sampling` act on log-probabilities.
 
-    Raises InputError for a prompt with no room to write, fewer than 1 beam, or a temperature.
+    Raises InputError for a prompt with no room to write, fewer than 1 beam, a length penalty out of
+    range, or a temperature.
 
     Source: Wu et al. 2016 (GNMT), section 7, for the length penalty's place; the rule of stopping is transformers'.
     """
     most, enders = room(params, [prompt], most), ends_of(end, params.cfg.vocab)
     if beams < 1 or sampling.temperature > 0:
         raise InputError(f"beam search takes 1 beam or more, and draws nothing; got {beams}, {sampling.temperature}")
+    if not PENALTIES.holds(length_penalty):
+        raise InputError(f"length_penalty is {length_penalty}: expected {PENALTIES.expected(length_penalty)}")
     at, choose = device(params), sampling.filter
     stopping = torch.tensor(sorted(enders), dtype=torch.long, device=at)
     if not most:

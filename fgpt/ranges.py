@@ -48,11 +48,12 @@ class Range:
 
 
 PositiveInt: TypeAlias = Annotated[int, Range(least=1, most=LARGEST)]
+BatchSize: TypeAlias = Annotated[int, Range(least=1, most=2**16)]
+"""Of what is made or held at once, such as the rows of a batch: more would be gathered until memory ends."""
 NonNegativeInt: TypeAlias = Annotated[int, Range(least=0, most=LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Range(above=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Range(least=0)]
 Fraction: TypeAlias = Annotated[float, Range(least=0, below=1)]
-FiniteFloat: TypeAlias = Annotated[float, Range()]
 Seed: TypeAlias = Annotated[int, Range(least=-(2**63), most=2**64 - 1)]
 """What `torch.Generator.manual_seed` takes."""
 

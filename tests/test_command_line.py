@@ -113,7 +113,16 @@ def test_every_recipe_is_within_them():
 
 BAD: dict[str, list[str]] = {
     "train lora-nano": [
-        *("--rows=-1", "--rows=0", "--rows=9999999999", "--accumulate=0", "--accumulate=-2", "--steps=0", "--steps=-3"),
+        *(
+            "--rows=-1",
+            "--rows=0",
+            "--rows=9999999999",
+            "--rows=2147483647",
+            "--accumulate=0",
+            "--accumulate=-2",
+            "--steps=0",
+            "--steps=-3",
+        ),
         *("--lr=-1", "--lr=nan", "--lr=inf", "--lr=0", "--epochs=0", "--epochs=-1", "--epochs=nan", "--epochs=1e300"),
         *("--warmup=-1", "--seq=0", "--seq=1", "--keep=0", "--checkpoint=-1", "--checkpoint=nan", "--evaluate=0"),
         *("--heldout=-1", "--compare=-1", "--most=0", "--weight-decay=-1", "--weight-decay=nan"),
@@ -124,12 +133,20 @@ BAD: dict[str, list[str]] = {
     "train emotion-small": ["--shots=-1", "--heldout=0", "--seq=1"],
     "train pretrain-nano": [
         *("--betas 0.9 1", "--betas -0.1 0.9", "--floor=-1", "--floor=2", "--peak=0", "--vocab=0", "--n-layer=0"),
-        *("--steps=0", "--lr=nan", "--warmup=-1"),
+        *(
+            "--steps=0",
+            "--lr=nan",
+            "--warmup=-1",
+            "--rows=2147483647",
+            "--accumulate=2147483647",
+            "--n-layer=2147483647",
+        ),
     ],
     "generate r hi": [
         *("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-p=1.1", "--top-k=0", "--min-p=2", "--beams=0"),
         *("--samples=0", "--most=0", "--length-penalty=nan", "--repetition-penalty=0", "--no-repeat-ngram=0"),
-        f"--seed={2**64}",
+        *(f"--seed={2**64}", "--length-penalty=1e300", "--length-penalty=-1e300", "--samples=2147483647"),
+        "--beams=2147483647",
     ],
     "chat r": ["--most=-1", "--top-k=-1"],
     "compare r": ["--count=0", "--most=0", "--temperature=inf"],

@@ -343,5 +343,8 @@ def test_bad_input_is_named():
         fgpt.generate(params, [[1]], 0, 1, Sampling(temperature=1.0))
     with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):
         beam_search(params, [1], 0, 1, beams=0)
+    for penalty in (1e300, -1e300, float("nan")):
+        with pytest.raises(fgpt.InputError, match=r"length_penalty is .*: expected -30 or more, at most 30"):
+            beam_search(params, [1], 0, 1, length_penalty=penalty)
     with pytest.raises(fgpt.InputError, match="draws nothing"):
         beam_search(params, [1], 0, 1, sampling=Sampling(temperature=0.5))

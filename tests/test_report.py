@@ -214,6 +214,10 @@ def test_a_pretraining(tmp_path: Path):
     shown = section(told(at), "heldout")
     assert "500 documents" in shown
     assert '<th scope="row">loss</th><td>8.000</td><td>1.500</td>' in shown
+    for damage in ({"loss": "x"}, {"loss": [1]}, {"before": 1}, {"before": [1]}, {"heldout_documents": None}):
+        (at / "result.json").write_text(json.dumps(result | damage))
+        with pytest.raises(InputError, match=r"result\.json: not the figures of this version"):
+            report.go(str(at))
     (at / "result.json").unlink()
     assert "has not come to it" in section(told(at), "heldout")
 
@@ -304,6 +308,34 @@ def test_a_damaged_file_is_one_line(whole: Path, name: str, spoil: Callable[[Pat
     assert name in str(err.value)
     assert "\n" not in str(err.value)
     assert (whole / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize("value", [None, True, [1], {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "at",
+    [
+        *(("scores",), ("scores", "base"), ("scores", "tuned"), ("scores", "tuned", "points (0 to 100)")),
+        *(("answers",), ("answers", 0), ("answers", 0, "instruction"), ("answers", 0, "input")),
+        *(("answers", 0, "reference"), ("answers", 0, "tuned"), ("answers", 0, "base", "text")),
+    ],
+    ids=lambda at: "/".join(map(str, at)),
+)
+def test_a_comparison_of_wrong_types_is_one_line(at: tuple[str | int, ...], value: Any, whole: Path):
+    held = json.loads((whole / "compare.json").read_text())
+    inner: Any = held
+    for part in at[:-1]:
+        inner = inner[part]
+    inner[at[-1]] = value
+    (whole / "compare.json").write_text(json.dumps(held))
+    with pytest.raises(InputError, match=r"compare\.json: not a comparison of this version") as err:
+        report.go(str(whole))
+    assert str(err.value).isprintable()
+
+
+def test_an_adapter_of_no_kind_does_not_keep_a_run_from_its_page(whole: Path):
+    held = json.loads((whole / "run.json").read_text())
+    (whole / "run.json").write_text(json.dumps(held | {"adapter": {}}))
+    assert "None on" in told(whole)
 
 
 # -------------------------------------------------------------------------------------------------- charts, by hand

@@ -12,7 +12,7 @@ from experiments.compare.found import Answer, Comparison
 from experiments.metrics import Line, read_metrics
 from experiments.paths import shareable, shared
 from fgpt.data.templates import Row
-from fgpt.errors import InputError
+from fgpt.errors import InputError, shown
 from fgpt.io.files import read_json
 
 
@@ -102,6 +102,7 @@ def read_comparison(path: Path) -> Comparison:
     held = _object(path)
     try:
         settings, scores, answers = held["settings"], held["scores"], held["answers"]
+        _check_comparison(scores, answers)
         rows = [Row(x["instruction"], x["input"], x["reference"]) for x in answers]
         told = {side: [Answer(x[side]["text"], (), x[side]["finished"]) for x in answers] for side in scores}
         return Comparison(path.stem, _about(settings, len(rows)), rows, told, scores, settings)
@@ -109,6 +110,23 @@ def read_comparison(path: Path) -> Comparison:
         raise InputError(
             f"{path}: not a comparison of this version ({err}); write it anew: just compare {path.parent}"
         ) from None
+
+
+def _check_comparison(scores: Any, answers: Any) -> None:
+    """Raises TypeError for scores that are not numbers of the same names on every side, and for answers of which a part
+    is no text.
+    """
+    sides = list(scores.values()) if isinstance(scores, dict) else []
+    if not sides or not all(isinstance(side, dict) and side.keys() == sides[0].keys() for side in sides):
+        raise TypeError("expected the same scores for each side")
+    if odd := [x for side in sides for x in side.values() if isinstance(x, bool) or not isinstance(x, int | float)]:
+        raise TypeError(f"a score is {shown(odd[0])}: expected a number")
+    if not isinstance(answers, list):
+        raise TypeError(f"its answers are {shown(answers)}: expected a list")
+    texts = [x[name] for x in answers for name in ("instruction", "input", "reference")]
+    texts += [x[side]["text"] for x in answers for side in scores]
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"a prompt or an answer is {shown(odd[0])}: expected a text")
 
 
 def _about(settings: Mapping[str, Any], rows: int) -> list[str]:

@@ -63,15 +63,20 @@ def classes(found: Found) -> Section:
 
 
 def heldout(found: Found) -> Section:
-    """The held-out figures of a pretraining, before and after."""
+    """The held-out figures of a pretraining, before and after. Raises InputError for figures that are none."""
     if found.result is None:
         text = missing(
             "A pretraining measures held-out documents at its end; this one has not come to it", resume(found)
         )
         return "heldout", "Held-out text", text
     before = found.result.get("before") or {}
-    rows = [[name.replace("_", " "), _score(before[name]), _score(found.result.get(name))] for name in before]
-    told = f'<p class="missing">{found.result.get("heldout_documents", 0):,} documents that were not trained on.</p>'
+    try:
+        rows = [[name.replace("_", " "), _score(before[name]), _score(found.result.get(name))] for name in before]
+        number = found.result.get("heldout_documents", 0)
+        told = f'<p class="missing">{number:,} documents that were not trained on.</p>'
+    except (TypeError, ValueError, AttributeError) as err:
+        at = found.folder / folder.RESULT
+        raise InputError(f"{at}: not the figures of this version ({err}); take it away") from None
     return "heldout", "Held-out text", told + grid(["", "before", "after"], rows)
 
 

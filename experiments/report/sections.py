@@ -33,7 +33,7 @@ def summary(found: Found) -> str:
     run, (state, colour, _) = found.run, ending(found)
     adapter = run.get("adapter")
     over = f" on {run['quantize']} {run['base']}" if run.get("quantize") else f" on {run.get('base')}"
-    what = f"{adapter['kind']}{over}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
+    what = f"{adapter.get('kind')}{over}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
     data = run.get("data") or run.get("train") or run.get("source")
     parts = [what, f"data {said(data)}" if data else "", f"{_steps(found)}"]
     told = html.escape(", ".join(part for part in parts if part))

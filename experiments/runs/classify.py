@@ -7,7 +7,7 @@ from typing import Literal
 from experiments.runs.tuning import Adapter, Length, Tuning
 from fgpt.data.label_sources import Columns
 from fgpt.data.labels import Wording
-from fgpt.ranges import NonNegativeInt, PositiveInt
+from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Classify(Tuning):
     """Regular expression of leaves that are tuned beside the adapter. A head of classes is tuned always."""
     seq: Length = 128
     """Tokens in a row, into which texts are packed, each seeing itself alone. A longer text loses its middle."""
-    rows: PositiveInt = 4
+    rows: BatchSize = 4
 
 
 def emotion_small() -> Classify:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from experiments.runs.tuning import Adapter, Length, Tuning
 from fgpt.data.sources import Columns
-from fgpt.ranges import NonNegativeInt, PositiveInt
+from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Run(Tuning):
     """Which columns of a file hold instruction, input and output."""
     template: str = "alpaca"
     seq: Length = 512
-    rows: PositiveInt = 8
+    rows: BatchSize = 8
     long: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
     answers as fits, where their prompts leave room for some."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from experiments.runs.training import Training
 from experiments.runs.tuning import Length, default_warmup
-from fgpt.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,16 @@ class Pretrain(Training):
     """The model whose tokenizer is used; "gpt2" is GPT-2's own, which needs no model, but its ranks once."""
     vocab: PositiveInt | None = None
     """Rows of the token table; None takes as many as there are tokens."""
-    n_layer: PositiveInt = 4
+    n_layer: Annotated[int, Range(least=1, most=1024)] = 4
     n_head: PositiveInt = 4
     d_model: PositiveInt = 256
     biases: bool = True
     """Of the block matrices and norms."""
     seq: Length = 512
     """Tokens in a row, and the model's context."""
-    rows: PositiveInt = 4
+    rows: BatchSize = 4
     """Rows in a micro-batch."""
-    accumulate: PositiveInt = 1
+    accumulate: BatchSize = 1
     """Micro-batches in an update."""
     lr: PositiveFloat = 3e-3
     """Peak of AdamW's rate; it rises over `warmup` steps and falls on a cosine to `floor` of it."""

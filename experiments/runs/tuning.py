@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from experiments.runs.training import Training
-from fgpt.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 
 Epochs: TypeAlias = Annotated[float, Range(above=0, most=1e6)]
 Length: TypeAlias = Annotated[int, Range(least=2, most=2**31 - 1)]
@@ -76,9 +76,9 @@ class Tuning(Training):
     """Stop after so many updates; None trains `epochs`."""
     seq: Length
     """Tokens in a row, into which examples are packed, each seeing itself alone."""
-    rows: PositiveInt
+    rows: BatchSize
     """Rows in a micro-batch."""
-    accumulate: PositiveInt = 1
+    accumulate: BatchSize = 1
     """Micro-batches in an update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
