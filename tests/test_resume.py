@@ -37,7 +37,10 @@ from experiments.runs import RUNS
 from fgpt.errors import InputError
 from fgpt.io import hub
 from fgpt.io.files import whole_folder, write_json
+from fgpt.kernels import bnb
 from fgpt.tree import leaves, update
+
+bnb.register()  # bitsandbytes too is imported here, once
 
 ROOT = Path(__file__).parents[1]
 KILLS = 50
