@@ -338,7 +338,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x * torch.sigmoid(x) if differentiated_again(x) else F.silu(x),
     "relu": F.relu,
 }
-"""`Config.act`. torch's backward of silu has no forward mode outside torch.func. Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four."""
+"""`Config.act`. torch's backward of silu has no forward mode outside torch.func.
+
+Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
+"""
 
 
 def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:

@@ -129,7 +129,7 @@ class _Remat(torch.autograd.Function):
         if recorded(*ctx.saved_tensors):
             return None, None, *_recorded(ctx.runs[0], ctx.saved_tensors, needs, grad)
         pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
-        # The compiler sees one graph and drops from it what nobody reads; what plain autograd follows is to be recorded.
+        # The compiler sees one graph and drops from it what nobody reads; what autograd follows is to be recorded.
         if not torch.compiler.is_compiling() and not followed_beside(*grad):
             pull_back = functools.partial(_Below.apply, pull_back)
         found = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
