@@ -26,6 +26,7 @@ from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.precision import at_least_fp32
+from fgpt.kernels.recordable import with_every_derivative
 from fgpt.kernels.remat import remat as rematerialised
 from fgpt.kernels.rotary import Dynamic, Stretch, Turn, Yarn, rotate, turn
 from fgpt.kernels.transforms import differentiated_again, tracked
@@ -267,7 +268,7 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
     torch's kernel of LayerNorm has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and
     hessian where the scale is differentiated: silently, by several per cent. There the definition stands in. On a CPU
     it sums the gradients of scale and shift in the dtype of x, in bf16 5 % off over 4,096 tokens: trained, they have x
-    in fp32 there.
+    in fp32 there. Its third derivative is wrong as well, so that a backward that is recorded is the definition's.
 
     Source: Ba et al. 2016, section 3.1; Zhang and Sennrich 2019 (RMSNorm), equation 4; pytorch issue 196700.
     """
@@ -275,10 +276,17 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
         y = at_least_fp32(x)
         return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
-    if not differentiated_again(x, w, b):
-        if sums_short(x) and tracked(w, b):
-            return F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], w, b, eps)
+    definition = partial(_layer_norm, eps)
+    if differentiated_again(x, w, b):
+        return definition(x, w, b)
+    if sums_short(x) and tracked(w, b):
+        y = F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
+    else:
+        y = F.layer_norm(x, x.shape[-1:], w, b, eps)
+    return with_every_derivative(definition, y, x, w, b, second=True)
+
+
+def _layer_norm(eps: float, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     y = at_least_fp32(x)
     y = y - y.mean(-1, keepdim=True)
     y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w
@@ -327,10 +335,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
+    "silu": lambda x: x * torch.sigmoid(x) if differentiated_again(x) else F.silu(x),
     "relu": F.relu,
 }
-"""`Config.act`. Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four."""
+"""`Config.act`. torch's backward of silu has no forward mode outside torch.func.
+
+Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
+"""
 
 
 def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:

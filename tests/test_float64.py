@@ -11,6 +11,8 @@ from torch.func import grad
 from torch.utils._pytree import tree_leaves
 
 import fgpt
+from fgpt.kernels.quantised import dequantise, encode
+from fgpt.kernels.quantised import reference as definition
 from fgpt.kernels.rotary import turn
 from fgpt.tree import cast, tree_map
 
@@ -133,3 +135,13 @@ def test_angles_of_doubles_are_exact():
     assert (cos[0] - angle.cos()).abs().max() < 1e-12
     assert (sin[0] - angle.sin()).abs().max() < 1e-12
     assert turn(torch.arange(3), 8, 10000.0, dtype=torch.bfloat16)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp4", "int8", "blockwise8"])
+def test_a_quantized_matrix_in_doubles_is_its_definition(to: Any):
+    w = encode(torch.randn(64, 192, generator=fgpt.key(0), dtype=torch.float64), to)
+    before = torch.full((64, 192), 7.0, dtype=torch.float64)  # what memory that nobody writes may hold
+    del before
+    for got in (dequantise(w), dequantise(w, torch.float64)):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, definition(w).double(), atol=1e-6, rtol=1e-6)

@@ -3,8 +3,6 @@
 Source: Vaswani et al. 2017, section 3.2.1; the fused path is torch's scaled_dot_product_attention.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -12,7 +10,8 @@ from torch import Tensor
 
 from fgpt._typing import shaped
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.transforms import differentiated_again, recordable, recorded
+from fgpt.kernels.recordable import with_every_derivative
+from fgpt.kernels.transforms import differentiated_again
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
@@ -47,37 +46,6 @@ def reference(
     return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-class _Recordable(torch.autograd.Function):
-    """(y, q, k, v, mask) -> y, the fused kernel's result, whose backward takes the reference's where it is recorded."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, mask = ctx.saved_tensors
-        if not recorded(q, k, v):
-            return g, None, None, None, None
-        return None, *_pulled_back(q, k, v, mask, g), None
-
-
-def _pulled_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `reference`, by operators that have derivatives of every order."""
-    seen = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
-    scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    by_p = at_least_fp32(g @ v.mT)
-    by_scores = (p * (by_p - (p * by_p).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5).to(q.dtype)
-    return by_scores @ k, by_scores.mT @ q, p.to(g.dtype).mT @ g
-
-
 @shaped
 def attention(
     q: Float[Tensor, "*batch head query d_head"],
@@ -89,7 +57,7 @@ def attention(
 
     Fused under grad, vmap and both in either order. The fused kernel has neither a forward-mode rule nor a second
     backward, so jvp, jvp(grad) and grad(grad) take the reference, and so does a backward that is recorded
-    (create_graph=True). Where there are fewer heads of k and v, each serves as many
+    (create_graph=True) or of a gradient that is. Where there are fewer heads of k and v, each serves as many
     consecutive heads of q.
     """
     if (group := q.shape[-3] // k.shape[-3]) > 1:
@@ -100,4 +68,5 @@ def attention(
     if mask is None and 1 < queries < keys:
         mask = causal(queries, keys, q.device)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1)
-    return _Recordable.apply(y, q, k, v, mask) if recordable(q, k, v) else y  # pyright: ignore[reportReturnType]
+    plain = q.ndim < 4  # torch fuses none of fewer axes
+    return with_every_derivative(reference, y, q, k, v, mask, second=plain)

@@ -128,6 +128,8 @@ def blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Bloc
 def dequantise(w: Quantised, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
     """The numbers that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
+    if dtype == torch.float64:  # bitsandbytes' operators write no doubles, and do not say so
+        return dequantise(w, torch.float32).double()
     if isinstance(w, Rowwise8):
         return w.codes.float().mul_((w.absmax / 127)[:, None]).to(dtype)
     if isinstance(w, Blockwise8):

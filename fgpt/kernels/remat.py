@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.kernels.transforms import differentiated_again, recorded, tracked, transformed
+from fgpt.kernels.transforms import differentiated_again, followed_beside, recorded, tracked, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,7 +129,8 @@ class _Remat(torch.autograd.Function):
         if recorded(*ctx.saved_tensors):
             return None, None, *_recorded(ctx.runs[0], ctx.saved_tensors, needs, grad)
         pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
-        if not torch.compiler.is_compiling():  # the compiler sees one graph and drops from it what nobody reads
+        # The compiler sees one graph and drops from it what nobody reads; what autograd follows is to be recorded.
+        if not torch.compiler.is_compiling() and not followed_beside(*grad):
             pull_back = functools.partial(_Below.apply, pull_back)
         found = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
         return None, None, *(next(found) if need else None for need in needs)

@@ -109,9 +109,25 @@ def recorded(*operands: Tensor | None) -> bool:
 
 def recordable(*operands: Tensor | None) -> bool:
     """In a forward: whether plain autograd alone follows `operands`, so that its backward may be `recorded`."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return functorch.TransformType.Grad not in _kinds() and tracked(*operands)
+    return functorch.TransformType.Grad not in _kinds() and _followed_now(*operands)
+
+
+def weightable(*operands: Tensor | None) -> bool:
+    """In a forward: whether torch.func.grad follows `operands`, so that what comes into its backward may be
+    `followed_beside`.
+    """
+    return functorch.TransformType.Grad in _kinds() and _followed_now(*operands)
+
+
+def _followed_now(*operands: Tensor | None) -> bool:
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and tracked(*operands)
+
+
+def followed_beside(*cotangents: Tensor | None) -> bool:
+    """In a backward of torch.func.grad: whether plain autograd follows what comes in, though it may not follow what the
+    forward was given. So it does where a loss is weighted by what plain autograd goes on to differentiate by.
+    """
+    return bool(_kinds()) and 0 in _tracking(cotangents)
 
 
 def mapped(*operands: Tensor | None) -> int:
