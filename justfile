@@ -36,57 +36,57 @@ _install stamp *what:
 # Train a run: `just train lora-nano`, with overrides: `--lr 1e-3 --adapter.rank 16`; after a kill `just train lora-nano --resume`
 [no-exit-message]
 train *args: setup
-    @{{ python }} -m experiments train "$@"
+    @{{ python }} -m fgpt train "$@"
 
 # The runs there are, one line each
 [no-exit-message]
 runs: setup
-    @{{ python }} -m experiments runs
+    @{{ python }} -m fgpt runs
 
 # Answer a prompt with a trained run: `just generate lora-nano "Write a story about a fox named Tim."`
 [no-exit-message]
 generate *args: setup
-    @{{ python }} -m experiments generate "$@"
+    @{{ python }} -m fgpt generate "$@"
 
 # A conversation with a trained run: `just chat lora-nano`
 [no-exit-message]
 chat *args: setup
-    @{{ python }} -m experiments chat "$@"
+    @{{ python }} -m fgpt chat "$@"
 
 # The labels of texts by a run that classifies: `just classify emotion-small "i feel great"`, or `--file FILE`
 [no-exit-message]
 classify *args: setup
-    @{{ python }} -m experiments classify "$@"
+    @{{ python }} -m fgpt classify "$@"
 
 # Base and runs side by side, with scores: `just compare lora-nano dora-nano --prompts general`
 [no-exit-message]
 compare *args: setup
-    @{{ python }} -m experiments compare "$@"
+    @{{ python }} -m fgpt compare "$@"
 
 # A trained run as one plain model, and what merging changed: `just merge qlora-nano --onto dequantised`
 [no-exit-message]
 merge *args: setup
-    @{{ python }} -m experiments merge "$@"
+    @{{ python }} -m fgpt merge "$@"
 
 # Held-out loss, a text's perplexity, lm-eval's tasks: `just eval lora-nano`, `just eval --base smollm2 --text FILE`
 [no-exit-message]
 eval *args: setup
-    @{{ python }} -m experiments eval "$@"
+    @{{ python }} -m fgpt eval "$@"
 
 # A run on one page, curves, samples and environment: `just report lora-nano`
 [no-exit-message]
 report *args: setup
-    @{{ python }} -m experiments report "$@"
+    @{{ python }} -m fgpt report "$@"
 
 # One step of a training computed again: `just replay lora-nano --step 100`
 [no-exit-message]
 replay *args: setup
-    @{{ python }} -m experiments replay "$@"
+    @{{ python }} -m fgpt replay "$@"
 
 # The laws on your model, data and machine, with their margins: `just doctor lora-small --base FOLDER --data FILE`
 [no-exit-message]
 doctor *args: setup
-    @{{ python }} -m experiments doctor "$@"
+    @{{ python }} -m fgpt doctor "$@"
 
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]

@@ -1,1 +1,1 @@
-"""What people run: training runs, generation, comparison, benchmarks. Built on fgpt's public names."""
+"""Benchmarks, and how the embedded model was made. Not part of the installed package."""

@@ -1,24 +1,24 @@
 """GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree."""
 
+from fgpt.adapter_stacking import stack, unstack
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, dora, functional_call, ia3, lora, merge, trainable, tune
-from fgpt.beam import beam_search, lookup
-from fgpt.check import Finding, check
+from fgpt.checks import Finding, check
+from fgpt.classification_head import classifier
 from fgpt.errors import InputError
-from fgpt.generate import Generated, generate, stream
-from fgpt.heads import classifier
-from fgpt.io.hub import load, save, tokenizer
-from fgpt.io.peft import load_peft, save_peft
-from fgpt.io.trees import load_adapters, save_adapters
+from fgpt.evaluation.output_difference import Shift, shift
+from fgpt.generation.beam import beam_search, lookup
+from fgpt.generation.loop import Generated, generate, stream
+from fgpt.generation.sampling import Sampling
+from fgpt.io.models import load, save, tokenizer
+from fgpt.io.peft.adapter_files import load_peft, save_peft
+from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.lift import lift
-from fgpt.loss import Batch, loss, nll
+from fgpt.losses import Batch, loss, nll
 from fgpt.model import GPT, Cache, Config, apply, extend, fuse, head, hidden, init, logits
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
-from fgpt.quantize import quantize
+from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key, seed
-from fgpt.sampling import Sampling
-from fgpt.shift import Shift, shift
-from fgpt.stack import stack, unstack
-from fgpt.train import Metrics, State, make_step, start
+from fgpt.train_step import Metrics, State, make_step, start
 from fgpt.weights import Adapted, dense, embed, linear
 
 __all__ = [

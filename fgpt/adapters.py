@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.quantised import QUANTISED
+from fgpt.kernels.quantized_linear import QUANTISED
 from fgpt.rng import fold_in, fold_in_seed, seed
 from fgpt.tree import children, count, device, leaves, node, select, static, tree_map, update, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape

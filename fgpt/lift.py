@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantised import QUANTISED
+from fgpt.kernels.quantized_linear import QUANTISED
 from fgpt.model import Embedding, Linear
 from fgpt.tree import children, node
 from fgpt.weights import Adapted, Weight, dense

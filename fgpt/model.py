@@ -25,11 +25,11 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
+from fgpt.kernels.functorch_state import differentiated_again, tracked
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 from fgpt.kernels.remat import remat as rematerialised
 from fgpt.kernels.rotary import Dynamic, Stretch, Turn, Yarn, rotate, turn
-from fgpt.kernels.transforms import differentiated_again, tracked
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, static, update
 from fgpt.weights import Weight, embed, linear, sums_short

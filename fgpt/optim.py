@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
-from fgpt.kernels.bnb import dynamic_code
-from fgpt.kernels.dynamic8 import dequantize, quantize
+from fgpt.kernels.bitsandbytes_ops import dynamic_code
+from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.patterns import matching
 from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_maps

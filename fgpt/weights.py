@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt.kernels import few_rows, unread
+from fgpt.kernels import gemv, grad_only_linear
 from fgpt.kernels.dropout import dropout
-from fgpt.kernels.quantised import QUANTISED, Quantised, dequantise, frozen, gather, part
-from fgpt.kernels.scale import readable, scaled, times
-from fgpt.kernels.transforms import tracked, transformed
+from fgpt.kernels.functorch_state import tracked, transformed
+from fgpt.kernels.quantized_linear import QUANTISED, Quantised, dequantise, frozen, gather, part
+from fgpt.kernels.scaled_linear import readable, scaled, times
 from fgpt.tree import children, node, static
 
 PIECE = 1 << 18
@@ -81,9 +81,9 @@ def linear(
     """
     if not isinstance(w, Adapted):
         if not read:
-            y = unread.product(x, w)
-        elif isinstance(w, Tensor) and few_rows.few(x):
-            y = few_rows.product(x, w)
+            y = grad_only_linear.product(x, w)
+        elif isinstance(w, Tensor) and gemv.few(x):
+            y = gemv.product(x, w)
         else:
             return frozen(x, w, bias)
         return y if bias is None else y + bias

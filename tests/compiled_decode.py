@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch.func import vmap
 
 import fgpt
-from fgpt import decode
-from fgpt.kernels import few_rows
+from fgpt.generation import static_cache
+from fgpt.kernels import gemv
 
 
 @torch.no_grad()
@@ -38,12 +38,12 @@ def test_few_bits(to: Any):
     small = fgpt.quantize(params, to, target=r"wte|blocks\\..*")
     text = tokens(31, 1, 5)
     for _ in range(2):
-        scores, rooms = zip(*(decode.read(small, text, None, 4) for _ in range(2)), strict=True)
+        scores, rooms = zip(*(static_cache.read(small, text, None, 4) for _ in range(2)), strict=True)
         a, b = scores
         for _ in range(4):
             chosen = a.argmax(-1)
             text = torch.cat([text, chosen[:, None]], 1)
-            a, b = decode.step(small, chosen, rooms[0]), decode.compiled()(small, chosen, rooms[1])
+            a, b = static_cache.step(small, chosen, rooms[0]), static_cache.compiled()(small, chosen, rooms[1])
             close(a, b, 1e-5)
             close(a, fgpt.apply(small, text)[:, -1], 1e-5)
 
@@ -52,7 +52,7 @@ def test_when_rows_are_few():
     """Compiled, not differentiated, and not mapped: a mapped row hides how many there are."""
 
     def told(x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(few_rows.few(x))
+        return torch.tensor(gemv.few(x))
 
     few = torch.compile(told)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_when_rows_are_few():
         assert few(torch.ones(2, 4, 4))
         assert not few(torch.ones(3, 3, 4))
         assert not told(torch.ones(1, 4))
-        assert not torch.compile(lambda x: vmap(lambda y: y + few_rows.few(y))(x))(torch.zeros(3, 1, 4)).any()
+        assert not torch.compile(lambda x: vmap(lambda y: y + gemv.few(y))(x))(torch.zeros(3, 1, 4)).any()
     assert not few(torch.ones(1, 4))
 
 
@@ -68,7 +68,7 @@ def test_when_rows_are_few():
 def test_products_of_few_rows(dtype: torch.dtype):
     """Within the bound of any order of summing, n ε |x| |W|ᵀ, beside a product in twice the digits and more."""
     x, w = (torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(dtype) for size in ((2, 3, 40), (50, 40)))
-    got = few_rows.product(x, w)
+    got = gemv.product(x, w)
     assert got.dtype == dtype
     exact = np.einsum("abi,oi->abo", *(t.double().numpy().astype(np.longdouble) for t in (x, w)))
     size = x.double().abs() @ w.double().abs().T

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 import fgpt
-from experiments.fit import fit
-from experiments.plan import Plan
-from experiments.runs import find
 from fgpt.adapters import adapt
-from fgpt.loss import Batch, nll
+from fgpt.cli.training.job import Plan
+from fgpt.cli.training.loop import fit
+from fgpt.losses import Batch, nll
 from fgpt.optim import adamw, constant
-from fgpt.train import make_step, start
+from fgpt.recipes import find
+from fgpt.train_step import make_step, start
 
 WARM, TIMES = 1000, 1000
 

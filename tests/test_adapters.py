@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import fgpt
 from fgpt.adapters import layers
-from fgpt.kernels.quantised import QUANTISED, Format, Rowwise8, dequantise, encode, reference
+from fgpt.kernels.quantized_linear import QUANTISED, Format, Rowwise8, dequantise, encode, reference
 from fgpt.model import Linear
-from fgpt.train import make_step
+from fgpt.train_step import make_step
 from fgpt.tree import cast, count, leaves, tree_map, update, walk
 from fgpt.weights import products, row_norms
 
@@ -300,7 +300,7 @@ METHODS: dict[str, Callable[[fgpt.GPT], list[Any]]] = {
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with whole numbers leave their input as it is: what their rounding does, the laws above say."""
-    monkeypatch.setattr("fgpt.kernels.quantised.product", lambda x, w: F.linear(x, dequantise(w, x.dtype)))
+    monkeypatch.setattr("fgpt.kernels.quantized_linear.product", lambda x, w: F.linear(x, dequantise(w, x.dtype)))
 
 
 @pytest.mark.usefixtures("unrounded")

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from experiments import doctor
-from experiments.runs import Classify, Pretrain, find
-from fgpt.check.case import apart, nearby, worst
+from fgpt.checks.context import apart, nearby, worst
+from fgpt.cli.diagnostics import doctor
 from fgpt.data.packing import collate
-from fgpt.data.templates import Example
+from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
+from fgpt.recipes import Classify, Pretrain, find
 from fgpt.tree import cast, leaves
 from fgpt.weights import Adapted
 
@@ -203,7 +203,7 @@ def test_padding_that_counts_in_the_mean(patch: Patch):
     def per_position(nll: Any) -> Any:
         return lambda params, batch, *_: (nll(params, batch)[0], torch.tensor(float(batch.tokens.numel())))
 
-    patch("fgpt.check.answers", "nll", per_position)
+    patch("fgpt.checks.forward", "nll", per_position)
     assert faulty(PLAIN) == {"padding"}
 
 
@@ -229,7 +229,7 @@ def test_rows_that_share_the_scale_of_activations(patch: Patch):
 
         return wrong
 
-    patch("fgpt.kernels.quantised", "_round", shared)
+    patch("fgpt.kernels.quantized_linear", "_round", shared)
     assert faulty(PACKED, "int8", "lora") == {"batch composition"}
 
 
@@ -256,7 +256,7 @@ def test_a_cache_that_forgets_the_newest_token(patch: Patch):
 
         return wrong
 
-    patch("fgpt.check.answers", "extend", forgetful)
+    patch("fgpt.checks.forward", "extend", forgetful)
     assert faulty(PLAIN) == faulty(PACKED) == {"cache"}
 
 
@@ -268,7 +268,7 @@ def test_a_room_whose_positions_are_off_by_one(patch: Patch):
 
         return wrong
 
-    patch("fgpt.decode", "read", late)
+    patch("fgpt.generation.static_cache", "read", late)
     assert faulty() == {"cache"}
 
 
@@ -299,7 +299,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
 
         return made
 
-    patch("fgpt.check.case", "make_step", averaging)
+    patch("fgpt.checks.context", "make_step", averaging)
     for rows in (PACKED, batch((8,), (8,))):  # rows alike have means alike, but for what they count
         assert faulty(rows) == {"accumulation"}
 
@@ -333,7 +333,7 @@ def test_an_optimiser_that_leaves_one_out(patch: Patch):
 
         return made
 
-    patch("fgpt.check.case", "adamw", partial)
+    patch("fgpt.checks.context", "adamw", partial)
     assert faulty() == {"first step"}
 
 
@@ -347,7 +347,7 @@ def test_a_step_that_draws_from_somewhere_else(patch: Patch):
 
         return wrong
 
-    patch("fgpt.check.case", "nll", drifting)
+    patch("fgpt.checks.context", "nll", drifting)
     assert faulty() == {"determinism"}
 
 
@@ -355,7 +355,7 @@ def test_a_file_that_rounds(patch: Patch):
     def short(write: Any) -> Any:
         return lambda path, tensors, about: write(path, {k: x.bfloat16().float() for k, x in tensors.items()}, about)
 
-    patch("fgpt.io.trees", "write_tensors", short)
+    patch("fgpt.io.serialization", "write_tensors", short)
     assert faulty() == {"save and load"}
 
 
@@ -363,7 +363,7 @@ def test_a_peft_folder_that_forgets_alpha(patch: Patch):
     def weak(load: Any) -> Any:
         return lambda *given: {path: replace(x, alpha=1.0) for path, x in load(*given).items()}
 
-    patch("fgpt.check.keeping", "load_peft", weak)
+    patch("fgpt.checks.persistence", "load_peft", weak)
     assert faulty(method="lora") == {"save and load"}
     params = model()
     partly = METHODS["lora"](params) | fgpt.tune(params, r"blocks\.0\.attn\.q\.b")  # which PEFT does not hold
@@ -382,7 +382,7 @@ def test_a_base_that_is_written_to(patch: Patch):
 
         return wrong
 
-    patch("fgpt.check.case", "nll", careless)
+    patch("fgpt.checks.context", "nll", careless)
     params = model()
     (finding,) = (x for x in fgpt.check(params, METHODS["lora"](params), PACKED) if x.holds is False)
     assert (finding.law, finding.margin) == ("frozen base", 1.0)
@@ -405,7 +405,7 @@ def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
 
 
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
-    patch("fgpt.check.keeping", "load_peft", lambda load: lambda *given: {})
+    patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *given: {})
     with pytest.raises(InputError, match="lora-nano: save and load: broken here"):
         doctor.go(NANO)
     assert "FAIL" in capsys.readouterr().err

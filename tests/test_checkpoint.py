@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import fgpt
-from experiments import checkpoint
-from experiments.plan import fingerprint
-from experiments.runs import find
-from fgpt.data.templates import Example, Row
+from fgpt.cli.training import checkpoints
+from fgpt.cli.training.job import fingerprint
+from fgpt.data.prompt_templates import Example, Row
 from fgpt.errors import InputError
 from fgpt.io.files import clean
-from fgpt.train import State, start
+from fgpt.recipes import find
+from fgpt.train_step import State, start
 
 INPUTS = {"base config": "a", "training rows": "b"}
 
@@ -37,7 +37,7 @@ def torn(out: Path, step: int) -> None:
 
 def saved(out: Path, **losses: float | None) -> None:
     for name, loss in losses.items():
-        checkpoint.save(out, state(int(name[1:])), INPUTS, loss)
+        checkpoints.save(out, state(int(name[1:])), INPUTS, loss)
 
 
 def step_of(found: State | None) -> int | None:
@@ -52,9 +52,9 @@ def test_torn_checkpoints_of_later_steps_cost_no_whole_one(tmp_path: Path):
     saved(tmp_path, s2=1.0, s4=None, s6=None)
     torn(tmp_path, 8)
     torn(tmp_path, 9)
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoints.prune(tmp_path, keep=2)
     assert {2, 4, 6} <= set(steps(tmp_path))
-    assert step_of(checkpoint.newest(tmp_path, state(0), INPUTS)) == 6
+    assert step_of(checkpoints.newest(tmp_path, state(0), INPUTS)) == 6
 
 
 def test_a_part_that_was_cut_off_is_not_whole(tmp_path: Path):
@@ -62,7 +62,7 @@ def test_a_part_that_was_cut_off_is_not_whole(tmp_path: Path):
     for step in (1, 4):
         part = tmp_path / "checkpoints" / f"step-{step:06d}" / "state.safetensors"
         part.write_bytes(part.read_bytes()[:-1])
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoints.prune(tmp_path, keep=1)
     assert steps(tmp_path) == [2, 3]  # the best of those that are whole, and the last
 
 
@@ -73,7 +73,7 @@ def test_what_lies_after_the_state_that_is_gone_on_from_is_deleted(tmp_path: Pat
     data[-1] ^= 1  # as long as it was
     part.write_bytes(data)
     torn(tmp_path, 9)
-    assert step_of(checkpoint.resume(tmp_path, state(0), INPUTS)) == 4
+    assert step_of(checkpoints.resume(tmp_path, state(0), INPUTS)) == 4
     assert steps(tmp_path) == [2, 4]
 
 
@@ -81,7 +81,7 @@ def test_nothing_is_deleted_where_the_inputs_are_others(tmp_path: Path):
     saved(tmp_path, s2=None)
     torn(tmp_path, 9)
     with pytest.raises(InputError, match=r"changed: base config\. Put them back"):
-        checkpoint.resume(tmp_path, state(0), INPUTS | {"base config": "c"})
+        checkpoints.resume(tmp_path, state(0), INPUTS | {"base config": "c"})
     assert steps(tmp_path) == [2, 9]
 
 
@@ -116,7 +116,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
             except Killed:
                 ended = False
         clean(tmp_path / "checkpoints")  # as a run that is taken up does
-        assert step_of(checkpoint.load_best(tmp_path, state(0), INPUTS)) == 2, at
+        assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == 2, at
         assert steps(tmp_path) == [2]
         if ended:
             return
@@ -128,13 +128,13 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
 
 def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     saved(tmp_path, s2=0.5, s4=0.75, s6=float("nan"), s8=None)
-    assert step_of(checkpoint.load_best(tmp_path, state(0), INPUTS)) == 2
+    assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == 2
     for step, expected in ((2, 4), (4, None)):
         part = tmp_path / "checkpoints" / f"step-{step:06d}" / "state.safetensors"
         data = bytearray(part.read_bytes())
         data[-1] ^= 1
         part.write_bytes(data)
-        assert step_of(checkpoint.load_best(tmp_path, state(0), INPUTS)) == expected
+        assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == expected
         assert "is missing or damaged: it would have been the best" in " ".join(capsys.readouterr().err.split())
 
 
@@ -148,7 +148,7 @@ def test_the_state_has_the_step_that_its_manifest_says(tmp_path: Path):
         (tmp_path / "checkpoints" / "step-000002" / "state.safetensors").read_bytes()
     )
     (whole / "manifest.json").write_text(json.dumps(manifest | {"parts": other["parts"]}))
-    assert step_of(checkpoint.newest(tmp_path, state(0), INPUTS)) == 2
+    assert step_of(checkpoints.newest(tmp_path, state(0), INPUTS)) == 2
 
 
 def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
     manifest = tmp_path / "checkpoints" / "step-000002" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"inputs": "0" * 64}))
     with pytest.raises(InputError, match="written by an earlier version"):
-        checkpoint.newest(tmp_path, state(0), INPUTS)
+        checkpoints.newest(tmp_path, state(0), INPUTS)
 
 
 # -------------------------------------------------------------------------------------------------------------- links
@@ -170,8 +170,8 @@ def test_nothing_behind_a_link_is_deleted_or_written(tmp_path: Path):
     (outside / "thesis.txt").write_text("mine")
     for step in (1, 5):
         (run / "checkpoints" / f"step-{step:06d}").symlink_to(outside)
-    checkpoint.prune(run, keep=2)
-    checkpoint.save(run, state(1), INPUTS)
+    checkpoints.prune(run, keep=2)
+    checkpoints.save(run, state(1), INPUTS)
     assert {p.name: p.read_text() for p in outside.iterdir()} == {"manifest.json": "mine", "thesis.txt": "mine"}
     assert not (run / "checkpoints" / "step-000001").is_symlink()
 
@@ -207,9 +207,9 @@ def test_the_fingerprint_names_what_changed():
 def test_the_tokenizer_s_files_are_read(tmp_path: Path):
     import shutil
 
-    from fgpt.io import hub
+    from fgpt.io import models
 
-    at = shutil.copytree(hub.EMBEDDED["nano"], tmp_path / "base")
+    at = shutil.copytree(models.EMBEDDED["nano"], tmp_path / "base")
     run, params = find("lora-nano"), fgpt.init(fgpt.Config(1, 1, 8, 16, 11, 16), fgpt.key(0))
 
     def of() -> dict[str, str]:

@@ -12,9 +12,9 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
 import fgpt
-from experiments.__main__ import main
-from experiments.predict import opened
-from fgpt.io import hub
+from fgpt.cli.inference.classifiers import opened
+from fgpt.cli.main import main
+from fgpt.io import models
 
 SIZES = {"vocab_size": 31, "num_labels": 3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GPT2 = SIZES | {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24}
@@ -97,7 +97,7 @@ def test_a_quantized_classifier_is_to_be_merged_first(tmp_path: Path):
 @pytest.mark.parametrize("score", [torch.zeros(3, 15), torch.zeros(0, 16), torch.zeros(16), torch.zeros(3, 16).int()])
 def test_a_head_that_is_none(score: torch.Tensor, tmp_path: Path):
     fgpt.save(fgpt.classifier(tiny(), 3, fgpt.key(0)), tmp_path)
-    save_file(load_file(tmp_path / hub.WEIGHTS) | {"score.weight": score}, tmp_path / hub.WEIGHTS)
+    save_file(load_file(tmp_path / models.WEIGHTS) | {"score.weight": score}, tmp_path / models.WEIGHTS)
     with pytest.raises(fgpt.InputError, match=r"tensor score\.weight: expected"):
         fgpt.load(tmp_path)
 

@@ -21,20 +21,32 @@ from sklearn.metrics import f1_score
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fgpt
-from experiments.__main__ import main
 from experiments.bench.load import SHAPE
-from experiments.classify import read, to_score, trained_of
-from experiments.metrics import read_metrics
-from experiments.predict import common_to, frame_of, log_probabilities, opened, predict, with_head
-from experiments.runs import RUNS, Classify, find
-from experiments.scores.classes import majority, plot_confusion, scores
-from fgpt.data.label_sources import HUB, Columns, rows
-from fgpt.data.labels import Frame, Labelled, Labels, Wording, classes, drawn, encode, frame, lay, settle, words
+from fgpt.cli.evaluation.metrics.classes import majority, plot_confusion, scores
+from fgpt.cli.inference.classifiers import common_to, frame_of, log_probabilities, opened, predict, with_head
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training.classification import read, to_score, trained_of
+from fgpt.data.classification_datasets import HUB, Columns, rows
+from fgpt.data.classification_prompts import (
+    Frame,
+    Labelled,
+    Labels,
+    Wording,
+    classes,
+    drawn,
+    encode,
+    frame,
+    lay,
+    settle,
+    words,
+)
 from fgpt.data.packing import collate, epoch
-from fgpt.data.ranks import from_ranks
-from fgpt.data.templates import Example
+from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.model import Config, skeleton
+from fgpt.recipes import RUNS, Classify, find
+from fgpt.tokenizers.tiktoken_bpe import from_ranks
 from fgpt.tree import leaves
 
 NANO = fgpt.tokenizer("nano")
@@ -217,7 +229,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
         for name in ("hidden", "extend"):
             real = getattr(fgpt, name)
             patch.setattr(
-                f"experiments.predict.{name}",
+                f"fgpt.cli.inference.classifiers.{name}",
                 lambda p, x, *rest, real=real: read.append(x.numel()) or real(p, x, *rest),
             )
         found = log_probabilities(params, examples, classes("abc"), 24)
@@ -405,7 +417,7 @@ def test_folders_and_the_hub_s_cache(tmp_path: Path):
     )
     code = """
 import sys
-from fgpt.data.label_sources import rows
+from fgpt.data.classification_datasets import rows
 for source, split in (("mine", "test"), ("mine", "train"), ("emotion", "test"), ("emotion", "train")):
     try:
         print([(row.text, row.label) for row in rows(source, split)])

@@ -17,22 +17,22 @@ import pytest
 import torch
 from conftest import ROOT
 
-import experiments.__main__ as command_line
-import experiments.fit
-import experiments.train
 import fgpt
-from experiments import console as shown
-from experiments import folder
-from experiments.__main__ import COMMANDS, main
-from experiments.errors import explained
-from experiments.metrics import read_metrics
-from experiments.report.options import command
-from experiments.runs import RUNS, Pretrain, Run, find
-from experiments.runs.tuning import Tuning, default_warmup
-from experiments.train import low_rate, sizes
+import fgpt.cli.main as command_line
+import fgpt.cli.training.instruction_tuning
+import fgpt.cli.training.loop
 from fgpt import ranges
+from fgpt.cli import console as shown
+from fgpt.cli import run_dir
+from fgpt.cli.errors import explained
+from fgpt.cli.main import COMMANDS, main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.report.config_diff import command
+from fgpt.cli.training.instruction_tuning import low_rate, sizes
 from fgpt.errors import InputError
-from fgpt.io import hub
+from fgpt.io import models
+from fgpt.recipes import RUNS, Pretrain, Run, find
+from fgpt.recipes.tuning import Tuning, default_warmup
 from fgpt.weights import parameters
 
 ODD = "[/red]x[b] :smile:"
@@ -44,7 +44,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base, rows, labelled texts, and a run of each kind that is trained on them."""
     at = tmp_path_factory.mktemp(ODD.replace("/", "|"))
     cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=96)
-    hub.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
+    models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
     rows = [{"instruction": f"Say {i} {ODD}.", "output": f"It is {i} {ODD}."} for i in range(24)]
     (at / "rows.json").write_text(json.dumps(rows))
     texts = [f"it is {i},{('[pos]', '[/neg]')[i % 2]}" for i in range(24)]
@@ -175,7 +175,7 @@ def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(at: Path, tmp_path: 
         values = json.loads((at / "runs" / "it[b]" / "run.json").read_text()) | {field: value}
         (tmp_path / "run.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; train it again"):
-            folder.read_run(tmp_path)
+            run_dir.read_run(tmp_path)
     (tmp_path / "run.json").write_text((at / "runs" / "it[b]" / "run.json").read_text())
     (tmp_path / "status.json").write_text('{"state": "interrupted"}')
     assert main(["train", str(tmp_path), "--resume", "--keep", "0"]) == 2
@@ -373,7 +373,7 @@ def endless_batches() -> None:
         sleep_through("swallowed")
         yield
 
-    experiments.train.batches = batches
+    fgpt.cli.training.instruction_tuning.batches = batches
 
 
 def endless_loading() -> None:
@@ -381,7 +381,7 @@ def endless_loading() -> None:
         print("loading", file=sys.stderr, flush=True)
         sleep_through("swallowed")
 
-    experiments.train.base_of = load
+    fgpt.cli.training.instruction_tuning.base_of = load
 
 
 def slow_steps() -> None:
@@ -389,7 +389,7 @@ def slow_steps() -> None:
         time.sleep(0.05)
         return 1.0
 
-    experiments.fit.peak_memory = peak_memory
+    fgpt.cli.training.loop.peak_memory = peak_memory
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def closed_pipe() -> int:
 
 
 def test_a_reader_that_goes_ends_a_command_quietly(at: Path):
-    command = [sys.executable, "-m", "experiments", "runs"]
+    command = [sys.executable, "-m", "fgpt", "runs"]
     done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
     run, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
@@ -506,7 +506,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding: str, at: Path):
 def test_the_oldest_locale_is_enough(at: Path):
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     args = ["classify", str(at / "runs" / "told[b]"), "--file", "-"]
-    command = [sys.executable, "-m", "experiments", *args]
+    command = [sys.executable, "-m", "fgpt", *args]
     text = "漢字 it is 1".encode()
     done = subprocess.run(command, cwd=ROOT, env=environment, input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -517,7 +517,7 @@ def test_the_oldest_locale_is_enough(at: Path):
 def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     base, data = Path(odd) / "base", Path(odd) / "rows.json"
-    hub.save(fgpt.load(str(at / "base")), base, like=str(at / "base"))
+    models.save(fgpt.load(str(at / "base")), base, like=str(at / "base"))
     data.write_bytes((at / "rows.json").read_bytes())
     options = ["--base", str(base), "--data", str(data), "--out", odd, "--compare", "2", "--most", "2"]
     assert main(["train", *training(at), *options]) == 0
@@ -603,11 +603,11 @@ def test_advice_can_be_followed(
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
     pretrained, tuned = find("pretrain-nano"), find("lora-nano")
-    assert folder.use_of(tmp_path, pretrained) == (
+    assert run_dir.use_of(tmp_path, pretrained) == (
         f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
     )
-    assert folder.use_of(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
-    assert folder.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
+    assert run_dir.use_of(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
+    assert run_dir.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
 
 
 def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():

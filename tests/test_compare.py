@@ -10,19 +10,19 @@ import pytest
 import torch
 
 import fgpt
-from experiments import folder
-from experiments.__main__ import main
-from experiments.compare import prompt_file
-from experiments.compare import sides as compare_sides
-from experiments.compare.found import Answer, Comparison, best
-from experiments.compare.page import page
-from experiments.compare.scores import rouge_scores
-from experiments.compare.scores import text_scores as of_texts
-from experiments.scores import text as text_scores
-from experiments.train import base_of
-from fgpt.data.templates import PLAIN, Example, Row, encode_prompt
+from fgpt.cli import run_dir
+from fgpt.cli.evaluation.compare import contenders as compare_sides
+from fgpt.cli.evaluation.compare import prompt_file
+from fgpt.cli.evaluation.compare.html import page
+from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
+from fgpt.cli.evaluation.compare.scores import rouge_scores
+from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
+from fgpt.cli.evaluation.metrics import text as text_scores
+from fgpt.cli.main import main
+from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.data.prompt_templates import PLAIN, Example, Row, encode_prompt
 from fgpt.errors import InputError
-from fgpt.io import hub
+from fgpt.io import models
 
 SHORT = ["--steps", "4", "--rows", "2", "--warmup", "1", "--compare", "3", "--most", "16"]
 NAMES = ["lora-nano", "ia3-nano"]
@@ -177,9 +177,9 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
     main(["compare", str(trained / "lora-nano"), "--count", "2", "--most", "9", "--out", str(trained / "two")])
     found = told(trained / "two" / "compare.json")
     assert len(found["answers"]) == 2
-    run = folder.read_run(trained / "lora-nano")
+    run = run_dir.read_run(trained / "lora-nano")
     base, tokenizer = base_of(run), fgpt.tokenizer("nano")
-    for side, params in (("base", base), ("tuned", folder.load_tuned(trained / "lora-nano", base))):
+    for side, params in (("base", base), ("tuned", run_dir.load_tuned(trained / "lora-nano", base))):
         for row in found["answers"]:
             prompt = encode_prompt(Row(row["instruction"], row["input"]), PLAIN, tokenizer)
             it = fgpt.generate(params, [prompt], tokenizer.eos, 9)[0]
@@ -235,8 +235,8 @@ def test_the_same_key_for_every_side(trained: Path, tmp_path: Path):
 
 def test_the_base_is_loaded_once(trained: Path, monkeypatch: pytest.MonkeyPatch):
     loads = []
-    load: Callable[..., object] = hub.load
-    monkeypatch.setattr(hub, "load", lambda *args: (loads.append(args), load(*args))[1])
+    load: Callable[..., object] = models.load
+    monkeypatch.setattr(models, "load", lambda *args: (loads.append(args), load(*args))[1])
     sides = compare_sides.find([str(trained / name) for name in NAMES])
     params = compare_sides.params(sides)
     assert len(loads) == 1
@@ -269,10 +269,10 @@ def test_prompts_of_a_file(trained: Path, tmp_path: Path):
     scores = found["scores"]["tuned"]
     assert "response loss (nats per token)" in scores
     assert not any(name.startswith(("points", "held-out")) for name in scores)
-    run = folder.read_run(trained / "lora-nano")
+    run = run_dir.read_run(trained / "lora-nano")
     tokenizer = fgpt.tokenizer("nano")
     prompt, answer = encode_prompt(expected[1], PLAIN, tokenizer), tokenizer.encode("No, Tim.")
-    tuned = folder.load_tuned(trained / "lora-nano", base_of(run))
+    tuned = run_dir.load_tuned(trained / "lora-nano", base_of(run))
     logp = fgpt.apply(tuned, torch.tensor([[*prompt, *answer, tokenizer.eos]]))[0].log_softmax(-1)
     each = [-float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate([*answer, tokenizer.eos])]
     assert scores["response loss (nats per token)"] == pytest.approx(sum(each) / len(each), rel=1e-4)
@@ -376,7 +376,7 @@ def test_a_run_without_held_out_rows(trained: Path, tmp_path: Path, capsys: pyte
 
 
 def test_rows_that_another_run_may_have_seen(trained: Path):
-    run = folder.read_run(trained / "lora-nano")
+    run = run_dir.read_run(trained / "lora-nano")
     from dataclasses import replace
 
     first = replace(run, data="rows.json", seed=0, heldout=8)

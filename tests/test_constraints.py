@@ -5,14 +5,14 @@ import json
 import pytest
 from conftest import shared
 
-from experiments.compare.found import Answer, Comparison, best
-from experiments.compare.page import page
-from experiments.compare.scores import asked_scores
-from experiments.compare.text import markdown
-from experiments.scores import answer_parts as parts
-from experiments.scores.constraints import checked, constraints, score
-from fgpt.data.sources import rows
-from fgpt.data.templates import Row
+from fgpt.cli.evaluation.compare.html import page
+from fgpt.cli.evaluation.compare.markdown import markdown
+from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
+from fgpt.cli.evaluation.compare.scores import asked_scores
+from fgpt.cli.evaluation.metrics import answer_parts as parts
+from fgpt.cli.evaluation.metrics.constraints import checked, constraints, score
+from fgpt.data.instruction_datasets import rows
+from fgpt.data.prompt_templates import Row
 
 FOUND: list[tuple[str, str, list[str], list[str]]] = [  # asked, kind, answers that meet it, answers that do not
     ("Describe a flower in three sentences.", "sentences", ["Red! Big? It is."], ["Red. Big.", "Red. Big. Ill. Far."]),

@@ -14,13 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fgpt
-from experiments.answer import Opened, conversation
-from experiments.compare.found import Answer, Comparison
-from experiments.compare.page import answers as answers_of_page
-from experiments.compare.text import markdown
-from experiments.runs import Run, find
-from experiments.train import apart, split
-from fgpt.data.chat import Chat
+from fgpt.cli.evaluation.compare.html import answers as answers_of_page
+from fgpt.cli.evaluation.compare.markdown import markdown
+from fgpt.cli.evaluation.compare.results import Answer, Comparison
+from fgpt.cli.inference.generation import Opened, conversation
+from fgpt.cli.training.instruction_tuning import apart, split
 from fgpt.data.conversations import (
     EMPTY,
     EMPTY_ANSWER,
@@ -32,11 +30,13 @@ from fgpt.data.conversations import (
     WITHOUT_ANSWER,
     Message,
 )
+from fgpt.data.instruction_datasets import Columns, examples, rows
 from fgpt.data.packing import collate, cut
-from fgpt.data.ranks import RANKS, from_ranks
-from fgpt.data.sources import Columns, examples, rows
-from fgpt.data.templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, Row, Turn, encode, encode_prompt
+from fgpt.data.prompt_templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
+from fgpt.recipes import Run, find
+from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
 NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 

@@ -24,20 +24,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from experiments.compare import prompt_file
-from experiments.documents import read as read_documents
-from experiments.train import held_out_of
-from fgpt.data import label_sources
+from fgpt.cli.evaluation.compare import prompt_file
+from fgpt.cli.training.documents import read as read_documents
+from fgpt.cli.training.instruction_tuning import held_out_of
+from fgpt.data import classification_datasets
 from fgpt.data.conversations import Message
+from fgpt.data.instruction_datasets import Columns, rows
 from fgpt.data.packing import Dropped, collate, epoch, fit, pack
-from fgpt.data.ranks import RANKS, from_ranks
-from fgpt.data.sources import Columns, rows
-from fgpt.data.templates import ALPACA, PLAIN, TEMPLATES, Example, Row, Turn, encode, encode_prompt
+from fgpt.data.prompt_templates import ALPACA, PLAIN, TEMPLATES, Example, Row, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
-from fgpt.loss import nll
+from fgpt.losses import nll
 from fgpt.model import Config, hidden, init
 from fgpt.rng import key
+from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -390,7 +390,7 @@ def elsewhere(home: Path, source: str, **env: str) -> str:
     """The rows of `source`, or the error, printed by another process: the libraries read their environment once."""
     code = f"""
 import time
-from fgpt.data.sources import rows
+from fgpt.data.instruction_datasets import rows
 from fgpt.errors import InputError
 begin = time.perf_counter()
 try:
@@ -575,8 +575,10 @@ def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: 
         return tmp_path / f"{name}{pack}"
 
     assert read_documents(put("a.txt", "One day.<|endoftext|>Two days.")) == ["One day.", "Two days."]
-    assert label_sources.rows(str(put("b.txt", "glad;joy\n"))) == [label_sources.Labelled("glad", "", "joy")]
-    assert label_sources.rows(str(put("b.csv", "text,label\nglad,joy\n")))[0].text == "glad"
+    assert classification_datasets.rows(str(put("b.txt", "glad;joy\n"))) == [
+        classification_datasets.Labelled("glad", "", "joy")
+    ]
+    assert classification_datasets.rows(str(put("b.csv", "text,label\nglad,joy\n")))[0].text == "glad"
     if not pack:
         assert read_text(put("c.txt", "One day.")) == "One day."
 
@@ -592,7 +594,7 @@ def test_files_put_together_keep_their_marks(tmp_path: Path):
         )
         assert [row.instruction.strip('"') for row in rows(tmp_path / f"a{end}")] == ["a", "a"]
     (tmp_path / "a.txt").write_bytes((mark + b"glad;joy\n") * 2)
-    assert [row.text for row in label_sources.rows(str(tmp_path / "a.txt"))] == ["glad", "glad"]
+    assert [row.text for row in classification_datasets.rows(str(tmp_path / "a.txt"))] == ["glad", "glad"]
 
 
 @pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import evaluate
-from experiments.__main__ import main
+from fgpt.cli.evaluation import command
+from fgpt.cli.main import main
 
 SHORT = ["--steps", "2", "--rows", "1", "--warmup", "1"]
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
@@ -110,7 +110,7 @@ def test_bad_input_is_one_line(
     (moved / "run.json").write_text(json.dumps(values | {"train": "gone.txt"}))
     (tmp_path / "odd" / "adapter").mkdir(parents=True)
     (tmp_path / "odd" / "run.json").write_text(json.dumps({"wording": 1}))
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(command, "load", None)
     capsys.readouterr()
     for args, says in (
         (

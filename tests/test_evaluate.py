@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from test_families import loaded, theirs
 
 import fgpt
-from experiments.__main__ import main
-from fgpt import evaluate
+from fgpt.cli.main import main
 from fgpt.data import packing
-from fgpt.data.templates import encode, template
-from fgpt.evaluate import Scored, perplexity, rolling, room, score, windows
+from fgpt.data.prompt_templates import encode, template
+from fgpt.evaluation import likelihood
+from fgpt.evaluation.likelihood import Scored, perplexity, rolling, room, score, windows
 from fgpt.tree import cast, update
 
 MODELS = ("gpt2", "llama", "neox")
@@ -107,7 +107,7 @@ def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
         rows.append(len(x))
         return fgpt.hidden(params, x)
 
-    monkeypatch.setattr(evaluate, "hidden", counted)
+    monkeypatch.setattr(likelihood, "hidden", counted)
     params = tiny()
     got = score(params, [([1, 2, 3], [choice]) for choice in range(31)])
     assert rows == [1]
@@ -168,7 +168,7 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
 
 def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch):
     params = tiny(context=256, vocab=2000)
-    monkeypatch.setattr(evaluate, "CHUNK_BYTES", 4 * 2000 * 16)
+    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
     with Largest() as seen:
         rolling(params, tokens(2000, 500).tolist(), 0, 256, 128)
     assert seen.numel < 256 * 2000 / 4
@@ -209,7 +209,7 @@ def test_perplexities_count_tokens_bytes_and_words_of_the_text():
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_anything_is(pair: Any, says: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evaluate, "hidden", None)
+    monkeypatch.setattr(likelihood, "hidden", None)
     with pytest.raises(fgpt.InputError, match=says):
         score(tiny(), [([1], [2]), pair])
 
@@ -267,13 +267,13 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
-    from experiments import folder
-    from experiments.train import base_of, split
+    from fgpt.cli import run_dir
+    from fgpt.cli.training.instruction_tuning import base_of, split
 
     assert main(["eval", str(trained), "--limit", "7", "--rows", "3"]) == 0
     found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
-    run: Any = folder.read_run(trained)
-    params, tokenizer = folder.load_tuned(trained, base_of(run)), fgpt.tokenizer("nano")
+    run: Any = run_dir.read_run(trained)
+    params, tokenizer = run_dir.load_tuned(trained, base_of(run)), fgpt.tokenizer("nano")
     examples = [encode(row, template(run.template), tokenizer) for row in split(run)[1][:7]]
     expected = fgpt.loss(params, packing.collate([[example] for example in examples]))
     assert found["response loss (nats per token)"] == pytest.approx(float(expected), rel=1e-5)

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
 import fgpt
-from fgpt import decode, families
+from fgpt import families
 from fgpt import model as M
-from fgpt.families import names
-from fgpt.io import hub
+from fgpt.families import mapping
+from fgpt.generation import static_cache
+from fgpt.io import models
 from fgpt.tree import count, leaves, tree_map
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
@@ -241,16 +242,16 @@ def test_a_window_holds_in_every_kind_of_cache(name: str):
     whole = fgpt.apply(params, x)
     for segments, first in ((None, 1), (torch.ones_like(x), 3), (None, 9)):
         begun = None if segments is None else segments[:, :first]
-        scores, room = decode.read(params, x[:, :first], begun, 20 - first)
-        steps = [scores, *(decode.step(params, x[:, i], room) for i in range(first, 20))]
+        scores, room = static_cache.read(params, x[:, :first], begun, 20 - first)
+        steps = [scores, *(static_cache.step(params, x[:, i], room) for i in range(first, 20))]
         close(torch.stack(steps, 1), whole[:, first - 1 :], 1e-5)
     left = torch.tensor([0, 2, 7])  # places of padding
     ragged = torch.stack([torch.cat([x.new_zeros(n), x[i, : 12 - n]]) for i, n in enumerate(left.tolist())])
-    scores, room = decode.read(params, ragged, (torch.arange(12) >= left[:, None]).long(), 4)
+    scores, room = static_cache.read(params, ragged, (torch.arange(12) >= left[:, None]).long(), 4)
     for step in range(4):
         after = 11 - left + step
         close(scores, whole[torch.arange(3), after], 1e-5)
-        scores = decode.step(params, x[torch.arange(3), after + 1], room)
+        scores = static_cache.step(params, x[torch.arange(3), after + 1], room)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -355,8 +356,8 @@ def test_scaled_scores_are_transformers(fields: dict[str, bool], tmp_path: Path)
     close(fgpt.apply(params, x), expected, 1e-5)
     close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
     close(fgpt.logits(params, fgpt.hidden(params, x, remat=True)), expected, 1e-5)
-    scores, room = decode.read(params, x[:, :1], None, 19)
-    steps = [scores, *(decode.step(params, x[:, i], room) for i in range(1, 20))]
+    scores, room = static_cache.read(params, x[:, :1], None, 19)
+    steps = [scores, *(static_cache.step(params, x[:, i], room) for i in range(1, 20))]
     close(torch.stack(steps, 1), expected, 1e-5)
     fgpt.save(params, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
@@ -380,12 +381,12 @@ def test_quantised_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-@pytest.mark.parametrize("name", names.ACTIVATIONS)
+@pytest.mark.parametrize("name", mapping.ACTIVATIONS)
 def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    mine, wanted = M.ACTIVATIONS[names.ACTIVATIONS[name]](x), function(x)
+    mine, wanted = M.ACTIVATIONS[mapping.ACTIVATIONS[name]](x), function(x)
     close(mine, wanted, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
     close(slope, expected, 1e-9)
@@ -393,7 +394,7 @@ def test_activations_are_transformers(name: str):
     with torch.no_grad():
         close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
     with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
-        names.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
+        mapping.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
 
 
 # ------------------------------------------------------------------------------------------------------- head and table
@@ -642,20 +643,20 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     """What was read is let go of before the next is read, where it is not what is kept."""
     theirs("gptj").half().save_pretrained(tmp_path)
     alive: list[weakref.ref[torch.Tensor]] = []
-    read = hub.held_tensors
+    read = models.held_tensors
 
-    def watched(path: Path) -> dict[str, names.Held]:
-        def one(held: names.Held) -> names.Held:
+    def watched(path: Path) -> dict[str, mapping.Held]:
+        def one(held: mapping.Held) -> mapping.Held:
             def reader() -> Any:
                 assert not [x for ref in alive if (x := ref()) is not None]
                 x = held.read()
                 alive.append(weakref.ref(x))  # pyright: ignore[reportArgumentType]
                 return x
 
-            return names.Held(held.shape, reader)
+            return mapping.Held(held.shape, reader)
 
         return {name: one(x) for name, x in read(path).items()}
 
-    monkeypatch.setattr(hub, "held_tensors", watched)
+    monkeypatch.setattr(models, "held_tensors", watched)
     fgpt.load(str(tmp_path))
     assert len(alive) > 20

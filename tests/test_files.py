@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2LMHeadModel
 
 import fgpt
-from experiments import folder
+from fgpt.cli import run_dir
 from fgpt.errors import InputError
-from fgpt.io import hub
+from fgpt.io import models
 from fgpt.io.files import clean, read_json, remove, staying, whole_folder, write, write_json
-from fgpt.kernels.quantised import QUANTISED, FourBit, Rowwise8
+from fgpt.kernels.quantized_linear import QUANTISED, FourBit, Rowwise8
 from fgpt.model import FusedAttention
 from fgpt.tree import cast, tree_map, walk
 
@@ -143,7 +143,7 @@ def test_others_refuse_a_quantised_folder(tmp_path: Path):
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hub._config(hub._opened(tmp_path)) == plain.cfg
+    assert models._config(models._opened(tmp_path)) == plain.cfg
     fgpt.save(plain, tmp_path)
     assert same(fgpt.load(str(tmp_path)), plain)  # not the quantised one of before
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64
@@ -155,7 +155,7 @@ def test_a_fresh_process_computes_with_what_it_loads(tmp_path: Path):
     fgpt.save(params, tmp_path)
     code = "import sys, torch, fgpt; print(fgpt.apply(fgpt.load(sys.argv[1]), torch.tensor([[1, 2, 3]])).sum().item())"
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder.__file__.rsplit("/", 2)[0])
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=run_dir.__file__.rsplit("/", 2)[0])
     expected = fgpt.apply(params, torch.tensor([[1, 2, 3]])).sum().item()
     assert float(said.stdout) == pytest.approx(expected, abs=1e-4)
 
@@ -354,10 +354,10 @@ def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
     cfg = structure["GPT"]["cfg"]
     for name in ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         del cfg[name]
-    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved)))
     del cfg["tied"]
-    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
         fgpt.load(str(tmp_path))
 
@@ -367,7 +367,7 @@ def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path:
     tensors, metadata = copied(saved, tmp_path)
     structure = json.loads(metadata["structure"])
     structure["GPT"]["cfg"]["stretch"] = stretch
-    save_file(tensors, tmp_path / hub.TREE, metadata | {"structure": json.dumps(structure)})
+    save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
         fgpt.load(str(tmp_path))
 
@@ -443,7 +443,7 @@ def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage:
 
 def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, registered = theirs(tmp_path, 64, load_in_8bit=True), []
-    monkeypatch.setattr("fgpt.io.bnb.register", lambda: registered.append(True))
+    monkeypatch.setattr("fgpt.io.bitsandbytes.register", lambda: registered.append(True))
     params = fgpt.load(str(tmp_path / "quantised"))
     assert registered
     stored = load_file(tmp_path / "quantised" / "model.safetensors")
@@ -533,9 +533,9 @@ def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_pa
     adapters = shaken(make(base), 0.1)
     tuned = fgpt.adapt(base, adapters)
     released = tree_map(lambda x: x.to("meta"), base) if kind == "full" else base  # as training lets go of them
-    folder.save_tuned(tmp_path, released, adapters, "nano")
+    run_dir.save_tuned(tmp_path, released, adapters, "nano")
     assert (tmp_path / file).is_file()
-    again = folder.load_tuned(tmp_path, base)
+    again = run_dir.load_tuned(tmp_path, base)
     assert pytree.tree_structure(again) == pytree.tree_structure(tuned)
     close(again, tuned, 1e-6)  # DoRA's row norms may round otherwise where a file puts the tensors
     assert not torch.equal(fgpt.apply(base, X), fgpt.apply(tuned, X))
@@ -543,9 +543,9 @@ def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_pa
 
 def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
     base = wide()
-    folder.save_tuned(tmp_path, base, fgpt.tune(base), "nano")
+    run_dir.save_tuned(tmp_path, base, fgpt.tune(base), "nano")
     there = tree_map(lambda x: x.to("meta"), cast(base, torch.float16))  # a device that every machine has
-    assert {(x.device.type, x.dtype) for x in pytree.tree_leaves(folder.load_tuned(tmp_path, there))} == {
+    assert {(x.device.type, x.dtype) for x in pytree.tree_leaves(run_dir.load_tuned(tmp_path, there))} == {
         ("meta", torch.float16)
     }
 
@@ -553,5 +553,5 @@ def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
 def test_adapters_over_a_quantised_base(tmp_path: Path):
     base = fgpt.quantize(wide())
     adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.tune(base, r".*\.b"), 0.1)
-    folder.save_tuned(tmp_path, base, adapters, "nano")
-    identical(folder.load_tuned(tmp_path, base), fgpt.adapt(base, adapters))
+    run_dir.save_tuned(tmp_path, base, adapters, "nano")
+    identical(run_dir.load_tuned(tmp_path, base), fgpt.adapt(base, adapters))

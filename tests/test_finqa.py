@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fgpt
-from experiments.__main__ import main
-from experiments.compare.found import Answer
-from experiments.compare.prompt_file import read as read_prompts
-from experiments.compare.scores import asked_scores
-from experiments.runs import RUNS, Run, find
-from experiments.scores.finqa import quantities, right, score
-from experiments.train import adapters_of
+from fgpt.cli.evaluation.compare.prompt_file import read as read_prompts
+from fgpt.cli.evaluation.compare.results import Answer
+from fgpt.cli.evaluation.compare.scores import asked_scores
+from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
+from fgpt.cli.main import main
+from fgpt.cli.training.instruction_tuning import adapters_of
 from fgpt.data.finqa import GAP, FinQA, read, shorten
-from fgpt.data.sources import Columns, rows
-from fgpt.data.templates import Row
+from fgpt.data.instruction_datasets import Columns, rows
+from fgpt.data.prompt_templates import Row
 from fgpt.errors import InputError
+from fgpt.recipes import RUNS, Run, find
 
 RECORD: dict[str, Any] = {
     "pre_text": ["sales rose in 2012 .", "all sums are in millions ."],

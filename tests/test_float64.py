@@ -11,8 +11,8 @@ from torch.func import grad
 from torch.utils._pytree import tree_leaves
 
 import fgpt
-from fgpt.kernels.quantised import dequantise, encode
-from fgpt.kernels.quantised import reference as definition
+from fgpt.kernels.quantized_linear import dequantise, encode
+from fgpt.kernels.quantized_linear import reference as definition
 from fgpt.kernels.rotary import turn
 from fgpt.tree import cast, tree_map
 

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from fgpt import decode
-from fgpt.beam import beam_search, draft, lookup
-from fgpt.generate import cut, pieces, stop_at, stream
-from fgpt.io import hub
-from fgpt.sampling import Sampling
+from fgpt.generation import static_cache
+from fgpt.generation.beam import beam_search, draft, lookup
+from fgpt.generation.loop import cut, pieces, stop_at, stream
+from fgpt.generation.sampling import Sampling
+from fgpt.io import models
 from fgpt.tree import leaves, tree_map
 
-NANO = hub.tokenizer("nano")
+NANO = models.tokenizer("nano")
 
 
 def both(seed: int) -> tuple[Any, fgpt.GPT]:
@@ -119,7 +119,7 @@ def test_a_row_does_not_see_its_neighbours():
 def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
     """A prompt that is there several times is read once, and a row at its end is computed no more."""
     params, sizes = tiny(), []
-    read, step = decode.read, decode.step
+    read, step = static_cache.read, static_cache.step
 
     def reads(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
         sizes.append(tuple(x.shape))
@@ -129,8 +129,8 @@ def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
         sizes.append(tuple(x.shape))
         return step(p, x, *rest)
 
-    monkeypatch.setattr(decode, "read", reads)
-    monkeypatch.setattr(decode, "step", steps)
+    monkeypatch.setattr(static_cache, "read", reads)
+    monkeypatch.setattr(static_cache, "step", steps)
     prompt = tokens(31, 4).tolist()
     got = fgpt.generate(params, [prompt] * 5, 0, 15, Sampling(temperature=2.0), fgpt.key(0))
     assert sizes[0] == (1, 4)
@@ -309,7 +309,7 @@ def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.Monkey
         passes += 1
         return fgpt.extend(*args)
 
-    monkeypatch.setattr("fgpt.beam.extend", counted)
+    monkeypatch.setattr("fgpt.generation.beam.extend", counted)
     got = lookup(params, [1, 2], -1, 150)
     assert got == fgpt.generate(params, [[1, 2]], -1, 150)[0]
     assert passes < 0.6 * len(got.tokens)

@@ -30,7 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fgpt.errors import InputError
 from fgpt.io.gguf import ARCHITECTURES, opened
-from fgpt.io.gguf_container import parsed
+from fgpt.io.gguf_header import parsed
 
 # ------------------------------------------------------------------------------------------- models, and their files
 
@@ -233,7 +233,7 @@ def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "m.gguf", arch, model(config), Kind.Q4_1)
     file = opened(tmp_path / "m.gguf")
     whole = {name: file.read(name) for name in file.sizes}
-    monkeypatch.setattr("fgpt.io.gguf_container.STEP", 100)
+    monkeypatch.setattr("fgpt.io.gguf_header.STEP", 100)
     assert all(torch.equal(file.read(name), x) for name, x in whole.items())
 
 

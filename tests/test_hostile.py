@@ -39,17 +39,18 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 
 import fgpt
-from fgpt import families
-from fgpt.data import label_sources, library, sources, tokenizer_json
-from fgpt.data.child import Child
-from fgpt.data.tokenizers import Tokenizer, of_folder
+from fgpt import families, library_errors
+from fgpt.data import classification_datasets, instruction_datasets
 from fgpt.errors import InputError
-from fgpt.families import names
-from fgpt.io import hub, trees
-from fgpt.io.peft import load_peft
-from fgpt.kernels.quantised import FourBit
+from fgpt.families import mapping
+from fgpt.io import models, serialization
+from fgpt.io.peft.adapter_files import load_peft
+from fgpt.kernels.quantized_linear import FourBit
 from fgpt.kernels.rotary import Dynamic, Yarn, turn
 from fgpt.model import Config
+from fgpt.tokenizers import huggingface
+from fgpt.tokenizers.child_process import Child
+from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder
 from fgpt.tree import leaves, walk
 
 COUNTS = {
@@ -355,7 +356,7 @@ def structural(data: bytes) -> list[bytes]:
 def stored(params: fgpt.GPT) -> dict[str, Tensor]:
     """A model's tensors as the hub names them, without a prefix."""
     family = families.of(params.cfg)
-    return {name.removeprefix(family.prefix): x for name, x in names.to_hf(params, family).items()}
+    return {name.removeprefix(family.prefix): x for name, x in mapping.to_hf(params, family).items()}
 
 
 def said(files: list[Path], params: fgpt.GPT) -> dict[str, Tensor]:
@@ -463,7 +464,7 @@ def check_tree(tree: Any, path: Path) -> None:
     agree(leaves(tree), tensors) if isinstance(tree, dict | tuple) or leaves(tree) else None
     with safe_open(path, framework="pt") as file:
         form = json.loads(file.metadata()["structure"])
-    assert alike(form, trees._structure(tree, "", "", {}))
+    assert alike(form, serialization._structure(tree, "", "", {}))
 
 
 TREES: dict[str, Callable[[], Any]] = {
@@ -488,7 +489,7 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
     base = tiny(n_layer=1, d_model=64, d_mlp=64)
     if kind == "adapters":
         path = tmp_path / "adapters.safetensors"
-        trees.write_tree(path, tree)
+        serialization.write_tree(path, tree)
     else:
         path = tmp_path / "fgpt.safetensors"
         fgpt.save(tree, tmp_path)
@@ -498,10 +499,10 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
 
     def check(spoiled: bytes) -> None:
         path.write_bytes(spoiled)
-        if found := outcome("trees", path, lambda: trees.read_tree(path)):
+        if found := outcome("trees", path, lambda: serialization.read_tree(path)):
             check_tree(found, path)
         if kind == "adapters":
-            outcome(AGAIN, path, lambda: trees.load_adapters(path, base))
+            outcome(AGAIN, path, lambda: serialization.load_adapters(path, base))
         elif found := outcome(AGAIN, path, lambda: fgpt.load(str(tmp_path), dtype=None)):
             check_tree(found, path)
 
@@ -509,7 +510,7 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
         return together(json.dumps(header | {"__metadata__": {"format": "fgpt", "structure": text}}), body)
 
     check(data)
-    assert trees.read_tree(path) is not None
+    assert serialization.read_tree(path) is not None
     for spoiled in (
         *lengths(data)[::3],
         *structural(data)[::2],
@@ -532,7 +533,7 @@ def as_bitsandbytes(params: fgpt.GPT) -> dict[str, Tensor]:
     family, tensors = families.of(params.cfg), {}
     paths = {s.name: s.paths[0] for s in family.stored(params.cfg)}
     held = dict(walk(fgpt.quantize(params)))
-    for name, x in names.to_hf(params, family).items():
+    for name, x in mapping.to_hf(params, family).items():
         w: Any = held[paths[name.removeprefix(family.prefix)]]
         if not isinstance(w, FourBit):
             tensors[name] = x
@@ -624,7 +625,7 @@ def check_gguf(arch: str, params: fgpt.GPT, path: Path, config: Any) -> None:
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 1)
     family = families.of(params.cfg)
     ours = {}
-    for hub_name, x in names.to_hf(params, family).items():
+    for hub_name, x in mapping.to_hf(params, family).items():
         name = table.get_name(hub_name, try_suffixes=(".weight", ".bias"))
         ours[name] = in_ggml_order(arch, hub_name, x, config)
     theirs = {}
@@ -850,7 +851,7 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             assert cfg.stretch.context == said["max_position_embeddings"] <= cfg.context
         if scaling.get("rope_type") == "llama3":
             assert cfg.stretch is not None
-            assert cfg.stretch == tuple(scaling[name] for name in names.LLAMA_3)
+            assert cfg.stretch == tuple(scaling[name] for name in mapping.LLAMA_3)
             assert all(math.isfinite(x) and x > 0 for x in cfg.stretch)
         if cfg.stretch is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
@@ -863,14 +864,14 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
 def test_spoiled_configs(kind: str, tmp_path: Path):
     path, value = tmp_path / "config.json", CONFIGS[kind]
     path.write_text(json.dumps(value))
-    cfg = hub._config(hub._opened(tmp_path))
+    cfg = models._config(models._opened(tmp_path))
     check_config(cfg, value)
     params = fgpt.init(cfg, fgpt.key(0))
     fgpt.save(params, tmp_path)
 
     def check(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        if cfg := outcome("configs", tmp_path, lambda: hub._config(hub._opened(tmp_path))):
+        if cfg := outcome("configs", tmp_path, lambda: models._config(models._opened(tmp_path))):
             check_config(cfg, json.loads(text))
         options: Any
         for options in ({}, {"quantize": "int8"}):
@@ -959,7 +960,7 @@ PANICS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PANICS)
 def test_tokenizer_files_that_panic_or_abort(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenizer_json, "_checker", Child("tokenizer_check.py", 2))
+    monkeypatch.setattr(huggingface, "_checker", Child("validation_worker.py", 2))
     whole = json.loads(trained().to_str())
     model = whole["model"] | PANICS[name].get("model", {})
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | PANICS[name] | {"model": model}))
@@ -978,9 +979,9 @@ def test_a_panic_while_reading_a_text(tmp_path: Path):
         raise PanicException("index out of\nbounds")
 
     with pytest.raises(InputError, match=r"^t: index out of bounds$"):
-        library.call("t", panic)
+        library_errors.call("t", panic)
     with pytest.raises(KeyboardInterrupt):
-        library.call("t", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        library_errors.call("t", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
 
 
 def test_spoiled_merges_and_special_tokens(tmp_path: Path):
@@ -1057,7 +1058,7 @@ def test_spoiled_vocabularies(name: str, tmp_path: Path):
     if name == "vocab.json":
         from base64 import b64decode
 
-        from fgpt.data.ranks import BYTE_OF_CHAR
+        from fgpt.tokenizers.tiktoken_bpe import BYTE_OF_CHAR
 
         char = {byte: c for c, byte in BYTE_OF_CHAR.items()}
         value = {"".join(char[b] for b in b64decode(line.split()[0])): i for i, line in enumerate(ranks.splitlines())}
@@ -1196,7 +1197,9 @@ def records_said(path: Path) -> list[Any]:
 def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
     if (what, end) == ("rows", ".txt"):
         pytest.skip("rows of text are in no .txt")
-    read, agreed = (sources.rows, rows_said) if what == "rows" else (label_sources.rows, labels_said)
+    read, agreed = (
+        (instruction_datasets.rows, rows_said) if what == "rows" else (classification_datasets.rows, labels_said)
+    )
     records: Any = RECORDS if what == "rows" else LABELLED
     path = tmp_path / f"data{end}"
     data = written(records, end)
@@ -1268,7 +1271,7 @@ def test_configs_that_were_misread(name: str, tmp_path: Path):
     kind, change, expected = CONFIGURED[name]
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[kind] | change))
     with pytest.raises(InputError, match=expected) as caught:
-        hub._config(hub._opened(tmp_path))
+        models._config(models._opened(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -1277,8 +1280,8 @@ def test_json_within_json_without_end(tmp_path: Path):
     for name, read in (
         ("config.json", lambda: fgpt.load(str(tmp_path))),
         ("adapter_config.json", lambda: load_peft(tmp_path, tiny())),
-        ("data.json", lambda: sources.rows(tmp_path / "data.json")),
-        ("data.jsonl", lambda: sources.rows(tmp_path / "data.jsonl")),
+        ("data.json", lambda: instruction_datasets.rows(tmp_path / "data.json")),
+        ("data.jsonl", lambda: instruction_datasets.rows(tmp_path / "data.jsonl")),
     ):
         (tmp_path / name).write_text(deep)
         with pytest.raises(InputError, match=name), guarded():
@@ -1286,7 +1289,7 @@ def test_json_within_json_without_end(tmp_path: Path):
     for name in ("data.json", "data.jsonl"):
         (tmp_path / name).write_text(f"[{'9' * 5000}]")
         with pytest.raises(InputError, match="cannot be read: Exceeds the limit"):
-            sources.rows(tmp_path / name)
+            instruction_datasets.rows(tmp_path / name)
 
 
 ADAPTED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -1376,7 +1379,7 @@ def test_trees_whose_numbers_are_none(place: str, value: Any, expected: str, tmp
 
 def test_a_lora_of_rank_0(tmp_path: Path):
     params, path = tiny(n_layer=1), tmp_path / "a.safetensors"
-    trees.write_tree(path, {"blocks.0.attn.q": fgpt.LoRA(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)})
+    serialization.write_tree(path, {"blocks.0.attn.q": fgpt.LoRA(torch.zeros(0, 16), torch.zeros(16, 0), 1.0)})
     with pytest.raises(InputError, match="expected a rank above 0"):
         fgpt.load_adapters(path, params)
 
@@ -1401,7 +1404,7 @@ def test_names_that_no_line_can_show(name: str, whole: Path):
 
 @pytest.mark.parametrize("rank", [1.0, True, "1", None])
 def test_ranks_of_a_vocabulary_are_whole_numbers(rank: Any, tmp_path: Path):
-    from fgpt.data.ranks import BYTE_OF_CHAR, from_vocab
+    from fgpt.tokenizers.tiktoken_bpe import BYTE_OF_CHAR, from_vocab
 
     vocab = {char: i for i, char in enumerate(BYTE_OF_CHAR)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {list(vocab)[1]: rank}))
@@ -1427,14 +1430,14 @@ def test_a_key_of_a_tree_that_no_line_can_show(tmp_path: Path):
         {"a": torch.zeros(1)}, tmp_path / "a", {"format": "fgpt", "structure": '{"dict": {"\\u001b[2J": "tensor"}}'}
     )
     with pytest.raises(InputError, match="a key of the tree is") as caught:
-        trees.read_tree(tmp_path / "a")
+        serialization.read_tree(tmp_path / "a")
     assert str(caught.value).isprintable()
 
 
 def test_a_column_that_is_there_twice(tmp_path: Path):
     (tmp_path / "a.csv").write_text("instruction,output,output\na,b,c\n")
     with pytest.raises(InputError, match="two columns are called 'output'"):
-        sources.rows(tmp_path / "a.csv")
+        instruction_datasets.rows(tmp_path / "a.csv")
 
 
 def test_over_a_thousand_files():

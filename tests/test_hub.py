@@ -15,10 +15,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import fgpt
-from fgpt.data import hub_files, sources
-from fgpt.data.sources import Hub
-from fgpt.data.tokenizers import FILES
-from fgpt.io import hub
+from fgpt.data import hub_files, instruction_datasets
+from fgpt.data.instruction_datasets import Hub
+from fgpt.io import models
+from fgpt.tokenizers.tokenizer_files import FILES
 
 COMMIT = "a" * 40
 PARAMS = tiny(vocab=4096, n_layer=1)
@@ -246,7 +246,7 @@ def test_a_link_into_nothing_is_fetched_again(tmp_path: Path, fake: FakeHub):
 
 
 def dataset(monkeypatch: pytest.MonkeyPatch, names: list[str], pattern: str) -> dict[str, bytes]:
-    monkeypatch.setitem(sources.HUB, "made", Hub("me/it", pattern))
+    monkeypatch.setitem(instruction_datasets.HUB, "made", Hub("me/it", pattern))
     return {name: json.dumps({"instruction": name, "output": "x"}).encode() for name in names}
 
 
@@ -264,17 +264,17 @@ def test_a_dataset_of_which_the_cache_holds_a_part(
     with there as patch:
         away(patch)
         with pytest.raises(fgpt.InputError, match=rf"gave no 'made' beyond the part .* 1 of {len(names)} files"):
-            sources.rows("made")
-    assert [row.instruction for row in sources.rows("made")] == names
+            instruction_datasets.rows("made")
+    assert [row.instruction for row in instruction_datasets.rows("made")] == names
     fake.asked.clear()
-    assert [row.instruction for row in sources.rows("made")] == names
+    assert [row.instruction for row in instruction_datasets.rows("made")] == names
     assert not fake.asked
 
 
 def test_a_dataset_of_which_a_part_is_wanted(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     fake.files = dataset(monkeypatch, NUMBERED, "data/train-00000-of-*.jsonl")
     cache(tmp_path, {NUMBERED[0]: fake.files[NUMBERED[0]]}, "datasets")
-    assert len(sources.rows("made")) == 1
+    assert len(instruction_datasets.rows("made")) == 1
     assert not fake.asked
 
 
@@ -311,7 +311,7 @@ def test_a_dataset_that_stands_still_is_not_waited_for(fake: FakeHub, monkeypatc
     with pytest.raises(
         fgpt.InputError, match=r"the hub gave no 'made' \(Silent: fewer than 30,000 bytes in 1 seconds\)"
     ):
-        sources.rows("made")
+        instruction_datasets.rows("made")
 
 
 def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
@@ -334,4 +334,4 @@ def test_a_user_may_wait_longer(tmp_path: Path, fake: FakeHub, monkeypatch: pyte
     fake.files, fake.slow = model(tmp_path / "model"), SLOW["sends no weights"]
     with pytest.raises(fgpt.InputError, match="in 3 seconds"):
         fgpt.load("me/it")
-    assert hub._lacking(None) == ["config.json", "model.safetensors"]
+    assert models._lacking(None) == ["config.json", "model.safetensors"]

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
-from fgpt.kernels import transforms
+from fgpt.kernels import functorch_state
 from fgpt.kernels.dropout import dropout, kept
-from fgpt.kernels.quantised import dequantise, encode
+from fgpt.kernels.quantized_linear import dequantise, encode
 from fgpt.tree import cast, tree_map
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -165,7 +165,7 @@ def test_what_is_tracked_and_mapped_at_any_level():
 
     def look(name: str) -> Callable[[Tensor], Tensor]:
         def f(x: Tensor) -> Tensor:
-            seen[name] = transforms.tracked(x), transforms.mapped(x)
+            seen[name] = functorch_state.tracked(x), functorch_state.mapped(x)
             return x.square().sum()
 
         return f

@@ -21,10 +21,10 @@ from test_tokenizers import CHATML, SPECIAL, trained
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fgpt
-from experiments import lm_eval_model, tasks
-from experiments.__main__ import main
-from experiments.lm_eval_model import Model, writing
-from fgpt.evaluate import windows
+from fgpt.cli.evaluation import lm_eval_model, lm_eval_tasks
+from fgpt.cli.evaluation.lm_eval_model import Model, writing
+from fgpt.cli.main import main
+from fgpt.evaluation.likelihood import windows
 
 FOLDERS = TemporaryDirectory()
 CONTEXT = 48
@@ -229,7 +229,7 @@ def test_whole_tasks_have_hfs_metrics(kind: str, local: Path):
     same: dict[str, Any] = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
     expected: Any = lm_eval.simple_evaluate(model=hf(kind), **same)
     for rows in (1, 5):
-        got = tasks.run(tasks.find("own_*", local), *_loaded(kind), rows)
+        got = lm_eval_tasks.run(lm_eval_tasks.find("own_*", local), *_loaded(kind), rows)
         for task in names:
             for metric, x in expected["results"][task].items():
                 if isinstance(x, float):
@@ -276,7 +276,7 @@ def test_tasks_as_chats_have_hfs_metrics(local: Path):
     manager = TaskManager(include_path=str(local), include_defaults=False)
     same: dict[str, Any] = {"tasks": ["own_choice"], "task_manager": manager, "bootstrap_iters": 0}
     expected: Any = lm_eval.simple_evaluate(model=hf("llama"), apply_chat_template=True, **same)
-    got = tasks.run(tasks.find("own_choice", local), *_loaded("llama"), chat=True)
+    got = lm_eval_tasks.run(lm_eval_tasks.find("own_choice", local), *_loaded("llama"), chat=True)
     for metric in ("acc,none", "acc_norm,none"):
         assert got["results"]["own_choice"][metric] == expected["results"]["own_choice"][metric]
     samples: Any = lm_eval.simple_evaluate(model=ours("llama"), apply_chat_template=True, **same)

@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
 from fgpt.adapters import layers
-from fgpt.kernels import attention, quantised
+from fgpt.kernels import attention, quantized_linear
 from fgpt.kernels.dropout import kept
-from fgpt.kernels.quantised import QUANTISED, Rowwise8
+from fgpt.kernels.quantized_linear import QUANTISED, Rowwise8
 from fgpt.rng import fold_in_seed
 from fgpt.tree import cast, leaves, tree_map
 
@@ -223,7 +223,7 @@ IMPOSSIBLE: dict[tuple[str, str, str], tuple[type[Exception], str]] = {}
 def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
     """The loss over dense fp32 weights. A `mistake` is one on purpose, which the comparison must notice."""
     weights = {
-        path: quantised.reference(w) if isinstance(w, QUANTISED) else w.float()  # pyright: ignore
+        path: quantized_linear.reference(w) if isinstance(w, QUANTISED) else w.float()  # pyright: ignore
         for path, w in layers(frozen).items()
     }
     others = {path: x.float() for path, x in leaves(frozen).items() if x.is_floating_point()}

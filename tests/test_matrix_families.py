@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fgpt
 from fgpt import families
-from fgpt.families import names
+from fgpt.families import mapping
 from fgpt.tree import leaves, update
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def reference_over(frozen: fgpt.GPT, model: Any) -> Loss:
                 if isinstance(x, fgpt.DoRA):
                     w = x.m[:, None] * w / w.norm(dim=1, keepdim=True).detach()
             new[f"{path}.w"] = w
-        state = {place.get(path, path): x for path, x in names.to_hf(update(plain, new), family).items()}
+        state = {place.get(path, path): x for path, x in mapping.to_hf(update(plain, new), family).items()}
         rows = batch.tokens.view(-1, batch.tokens.shape[-1])
         out = torch.func.functional_call(model, state, (rows,), {"use_cache": False}).logits
         log_p = out.view(*batch.tokens.shape, -1).log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import documents
 from experiments.nano import make_tasks as make_nano_tasks
 from experiments.nano import tales as nano_tales
-from experiments.scores.nano import STORY, Score, Task, read_tasks, requirements_met, score
-from fgpt.data import sources
-from fgpt.data.ranks import RANKS, from_ranks
-from fgpt.data.templates import encode, template
+from fgpt.cli.evaluation.metrics.nano import STORY, Score, Task, read_tasks, requirements_met, score
+from fgpt.cli.training import documents
+from fgpt.data import instruction_datasets
+from fgpt.data.prompt_templates import encode, template
 from fgpt.errors import InputError
+from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
 ROOT = Path(__file__).parents[1]
 NANO = ROOT / "fgpt" / "nano"
@@ -190,7 +190,7 @@ def test_no_held_out_story_is_trained_on(tasks: list[Task]):
 
 
 def test_other_readers_see_plain_rows(heldout: list[Task]):
-    rows = sources.rows(NANO / "heldout.jsonl")
+    rows = instruction_datasets.rows(NANO / "heldout.jsonl")
     assert [(row.instruction, row.input, row.output) for row in rows] == [
         (task.instruction, task.input, task.output) for task in heldout
     ]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from fgpt.data.chat import Chat
-from fgpt.data.child import Child
 from fgpt.errors import InputError
-from fgpt.io import hub
+from fgpt.io import models
+from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.child_process import Child
 
 # ------------------------------------------------------------------------------------------------ a finder in source
 
@@ -229,10 +229,10 @@ def trap(tmp_path: Path) -> tuple[bytes, Path]:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors", "fgpt.safetensors"])
 def test_a_pickled_model_is_not_opened(name: str, trap: tuple[bytes, Path], tmp_path: Path):
     data, ran = trap
-    (tmp_path / "config.json").write_text((hub.EMBEDDED["nano"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text((models.EMBEDDED["nano"] / "config.json").read_text())
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=r"pickled weights .* are not read|not a whole safetensors file") as caught:
-        hub.load(str(tmp_path))
+        models.load(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert not ran.exists()
@@ -242,7 +242,7 @@ def test_a_pickled_model_is_not_opened(name: str, trap: tuple[bytes, Path], tmp_
 def test_a_pickled_adapter_is_not_opened(name: str, trap: tuple[bytes, Path], tmp_path: Path):
     from conftest import tiny
 
-    from fgpt.io.peft import load_peft
+    from fgpt.io.peft.adapter_files import load_peft
 
     data, ran = trap
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
@@ -322,7 +322,7 @@ def test_a_template_does_not_leave_its_sandbox(template: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_comes_to_an_end(name: str, monkeypatch: pytest.MonkeyPatch):
     """In a bounded time and memory, and what is asked of the next one is answered."""
-    monkeypatch.setattr("fgpt.data.chat._renderer", Child("render.py", seconds=1))
+    monkeypatch.setattr("fgpt.tokenizers.chat_template._renderer", Child("chat_template_worker.py", seconds=1))
     begin = time.monotonic()
     with pytest.raises(InputError, match="the model's chat template") as caught:
         Chat(ENDLESS[name], {}).text(TALK)

@@ -13,8 +13,8 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt.errors import InputError
-from fgpt.kernels.bnb import dynamic_code
-from fgpt.kernels.dynamic8 import dequantize, quantize
+from fgpt.kernels.bitsandbytes_ops import dynamic_code
+from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.optim import Moment8, adamw, adamw8bit, cosine
 from fgpt.tree import cast, count, leaves, tree_map
 
@@ -103,7 +103,8 @@ def test_twenty_updates_are_bitsandbytes(nearest: bool, monkeypatch: pytest.Monk
     """
     if not nearest:
         monkeypatch.setattr(
-            "fgpt.kernels.dynamic8._nearest", lambda x, code: torch.ops.bitsandbytes.quantize_blockwise(x, code, 256)
+            "fgpt.kernels.blockwise_8bit._nearest",
+            lambda x, code: torch.ops.bitsandbytes.quantize_blockwise(x, code, 256),
         )
     theirs, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
     params, state = TREE, optimizer.init(TREE)

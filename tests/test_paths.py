@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import folder, paths, results
-from experiments.runs import find
+from fgpt.cli import paths, results, run_dir
+from fgpt.recipes import find
 
 HOME = "/home/alice/work"
 
@@ -47,7 +47,7 @@ def test_a_run_that_names_files_is_read_back_whole(tmp_path: Path):
     assert paths.with_local(tmp_path, edited)["data"] == "other.json"
     assert os.stat(tmp_path / "local.json").st_mode & 0o077 == 0
     (tmp_path / "local.json").write_text("[]")
-    with pytest.raises(folder.InputError, match="expected the full paths"):
+    with pytest.raises(run_dir.InputError, match="expected the full paths"):
         paths.with_local(tmp_path, short)
 
 

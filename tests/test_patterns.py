@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fgpt
-from experiments.__main__ import main
+from fgpt.cli.main import main
 from fgpt.patterns import matching
 from fgpt.tree import leaves, select
 

@@ -17,10 +17,10 @@ from test_families import VARIANTS, loaded, theirs
 from test_peft import OURS, SOME, identical
 
 import fgpt
-from experiments import folder
 from fgpt import families
-from fgpt.io import peft_names
-from fgpt.io.peft import pack
+from fgpt.cli import run_dir
+from fgpt.io.peft import modules as peft_modules
+from fgpt.io.peft.adapter_files import pack
 from fgpt.tree import leaves
 
 X = tokens(31, 2, 9)
@@ -199,17 +199,17 @@ def test_names_of_any_modules_select_just_them(name: str):
     more = {"gpt2": "n_layer", "gptj": "n_layer"}.get(name, "num_hidden_layers")
     model = hf_gpt2(n_layer=12, tie_word_embeddings=False) if name == "gpt2" else theirs(name, **{more: 12})
     config = model.config.to_dict()
-    known = peft_names.modules_of(families.of_config(config).config_from_hf(config))
+    known = peft_modules.modules_of(families.of_config(config).config_from_hf(config))
     everything = [n for n, _ in model.named_modules()]
     layers = sorted({m.path.rpartition(".")[2] for m in known})
 
     @given(st.sets(st.sampled_from(layers)), st.sets(st.sampled_from(known), max_size=3))
-    def check(whole: set[str], odd: set[peft_names.Module]):
+    def check(whole: set[str], odd: set[peft_modules.Module]):
         chosen = {m for m in known if m.path.rpartition(".")[2] in whole} ^ odd
-        config = peft.IA3Config(target_modules=peft_names.targets(chosen, known), feedforward_modules=[])
+        config = peft.IA3Config(target_modules=peft_modules.targets(chosen, known), feedforward_modules=[])
         assert {n for n in everything if check_target_module_exists(config, n)} == {m.name for m in chosen}
         linear = [m for m in known if not m.norm]
-        config.feedforward_modules = peft_names.targets(chosen.intersection(linear), known)
+        config.feedforward_modules = peft_modules.targets(chosen.intersection(linear), known)
         assert {m for m in linear if peft.IA3Model._check_target_module_feedforward(config, m.name)} == {
             m for m in linear if m in chosen
         }
@@ -229,7 +229,7 @@ def test_a_module_for_each_layer_and_norm(name: str):
     """By name, they are transformers' own, and hold all of the model."""
     model = theirs(name)
     params = loaded(model)
-    held = {m.name: m for m in peft_names.modules_of(params.cfg)}
+    held = {m.name: m for m in peft_modules.modules_of(params.cfg)}
     embeddings = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     assert held.keys() == {*modules(model), *norms(model), *embeddings, "lm_head"}
     assert {n for n, m in held.items() if m.norm} == set(norms(model))
@@ -273,8 +273,8 @@ def test_a_model_of_no_family(tmp_path: Path):
     with pytest.raises(fgpt.InputError, match=r"family .* of none: save_adapters\(adapters, path\) keeps") as caught:
         fgpt.save_peft(adapters, params, tmp_path / "peft", "base")
     assert "\n" not in str(caught.value)
-    assert folder.save_tuned(tmp_path, params, adapters, "base") == tmp_path / "adapter"
-    identical(fgpt.load_adapters(tmp_path / "adapter" / folder.ADAPTERS, params), adapters)
+    assert run_dir.save_tuned(tmp_path, params, adapters, "base") == tmp_path / "adapter"
+    identical(fgpt.load_adapters(tmp_path / "adapter" / run_dir.ADAPTERS, params), adapters)
     plain = tiny()
     fgpt.save_peft(fgpt.lora(plain, fgpt.key(0), 3), plain, tmp_path / "peft", "base")
     with pytest.raises(fgpt.InputError, match="this model is of none"):

@@ -22,7 +22,7 @@ from torch import Tensor
 import fgpt
 from fgpt.adapters import layers
 from fgpt.families import of
-from fgpt.families.names import joined
+from fgpt.families.mapping import joined
 from fgpt.weights import dense
 
 RULES: dict[str, Callable[[dict[str, Any], Tensor], float]] = {

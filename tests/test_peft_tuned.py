@@ -14,7 +14,7 @@ from test_families import theirs
 from test_peft import identical
 
 import fgpt
-from fgpt.io.peft import pack
+from fgpt.io.peft.adapter_files import pack
 from fgpt.tree import leaves
 
 X = tokens(31, 2, 9)

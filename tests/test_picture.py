@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.scores.classes import plot_confusion, scores
+from fgpt.cli.evaluation.metrics.classes import plot_confusion, scores
 
 
 @pytest.mark.parametrize("name", ["half \ud83d", "$5", "$\\frac$", "a$b$c_{", "<b>joy", "\\"])

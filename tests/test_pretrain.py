@@ -16,26 +16,27 @@ import transformers
 from conftest import shared
 
 import fgpt
-from experiments import documents, folder, mfu
-from experiments.__main__ import main
-from experiments.answer import Opened, conversation
-from experiments.compare import sides as compare_sides
-from experiments.metrics import read_metrics
-from experiments.pretrain import batches, config_of, figures, held_out
-from experiments.runs import Pretrain, find
-from experiments.train import split
-from fgpt import evaluate
-from fgpt.data import packing, sources
+from fgpt.cli import run_dir
+from fgpt.cli.evaluation.compare import contenders as compare_sides
+from fgpt.cli.inference.generation import Opened, conversation
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training import documents, mfu
+from fgpt.cli.training.instruction_tuning import split
+from fgpt.cli.training.pretraining import batches, config_of, figures, held_out
+from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
-from fgpt.data.ranks import RANKS, from_ranks, gpt2
-from fgpt.data.templates import Example, Row, Turn, encode, encode_prompt, template
-from fgpt.evaluate import perplexity, rolling
-from fgpt.io import hub
+from fgpt.data.prompt_templates import Example, Row, Turn, encode, encode_prompt, template
+from fgpt.evaluation import likelihood
+from fgpt.evaluation.likelihood import perplexity, rolling
+from fgpt.io import models
 from fgpt.model import skeleton
 from fgpt.optim import cosine
+from fgpt.recipes import Pretrain, find
+from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks, gpt2
 from fgpt.tree import count, leaves
 
-NANO = from_ranks(hub.EMBEDDED["nano"] / RANKS)
+NANO = from_ranks(models.EMBEDDED["nano"] / RANKS)
 SIZE = ["--tokenizer", "nano", "--vocab", "4100", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "64"]
 SHORT = ["--rows", "2", "--accumulate", "3", "--steps", "16", "--warmup", "4", "--lr", "1e-2", "--compile", "False"]
 
@@ -108,7 +109,7 @@ def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrain
 def test_ranks_are_saved_with_a_model(tmp_path: Path):
     sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "context": 8, "vocab": 4100, "d_mlp": 16, "biases": ""}
     fgpt.save(fgpt.init(fgpt.Config(**sizes), fgpt.key(0)), tmp_path, like=NANO)
-    assert (tmp_path / RANKS).read_bytes() == (hub.EMBEDDED["nano"] / RANKS).read_bytes()
+    assert (tmp_path / RANKS).read_bytes() == (models.EMBEDDED["nano"] / RANKS).read_bytes()
     assert fgpt.tokenizer(str(tmp_path)).eos == NANO.eos
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eos_token_id"] == config["bos_token_id"] == NANO.eos
@@ -180,10 +181,10 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     said = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     chats = pyarrow.table({"dataset": ["x"], "messages": [said]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
-    monkeypatch.setattr(sources, "download", lambda name, hub, option: tmp_path)
+    monkeypatch.setattr(instruction_datasets, "download", lambda name, hub, option: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
-    (row,) = sources.rows("tulu")
+    (row,) = instruction_datasets.rows("tulu")
     assert isinstance(row, Turn)
     assert (row.messages, row.output) == ((Message("system", "s"), Message("user", "u")), "a")
 
@@ -278,7 +279,7 @@ def test_a_pretrained_model_serves_full_tuning_and_lora_alike(tuned: tuple[Path,
 
 
 def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
-    run, row = folder.read_run(tuned[0]), Row("Name a fox.", "", "Tim.")
+    run, row = run_dir.read_run(tuned[0]), Row("Name a fox.", "", "Tim.")
     assert run.template == "tulu"
     text = "<|user|>\nName a fox.\n<|assistant|>\n"
     prompt = encode_prompt(row, template("tulu"), NANO)
@@ -290,8 +291,8 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     params = fgpt.load(run.base)
     assert conversation(Opened(run, params, NANO), [Row("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
-    hidden = evaluate.hidden
-    monkeypatch.setattr(evaluate, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
+    hidden = likelihood.hidden
+    monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
     assert main(["eval", str(tuned[0])]) == 0
     prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out

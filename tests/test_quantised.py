@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
-from fgpt.kernels import quantised
-from fgpt.kernels.quantised import (
+from fgpt.kernels import quantized_linear
+from fgpt.kernels.quantized_linear import (
     QUANTISED,
     Blockwise8,
     Format,
@@ -34,7 +34,7 @@ from fgpt.kernels.quantised import (
     rounded,
 )
 from fgpt.model import Linear
-from fgpt.train import make_step
+from fgpt.train_step import make_step
 from fgpt.tree import cast, leaves, nbytes, tree_map, update, walk
 
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -185,7 +185,7 @@ def expanded(x: Tensor, w: Any) -> Tensor:
 @pytest.fixture(autouse=True, scope="module")
 def exact_derivatives() -> Iterator[None]:
     """As on a CPU that does not multiply bf16."""
-    with mock.patch.object(quantised, "MULTIPLIES_BF16", False):
+    with mock.patch.object(quantized_linear, "MULTIPLIES_BF16", False):
         yield
 
 
@@ -279,7 +279,7 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         return y, tangent, back
 
     y, *exact = found()
-    monkeypatch.setattr(quantised, "MULTIPLIES_BF16", True)
+    monkeypatch.setattr(quantized_linear, "MULTIPLIES_BF16", True)
     same, tangent, back = found()
     assert torch.equal(same, y)
     if dtype in (torch.float32, torch.bfloat16):

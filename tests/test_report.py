@@ -16,18 +16,19 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from experiments import environment, report, runs
-from experiments.__main__ import parse
-from experiments.compare.found import Answer, Comparison, as_json
-from experiments.folder import any_of, find
-from experiments.report import chart, curves, found, options
-from fgpt.data.templates import Row
+from fgpt import recipes
+from fgpt.cli import environment, report
+from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
+from fgpt.cli.main import parse
+from fgpt.cli.report import chart, config_diff, curves, run_data
+from fgpt.cli.run_dir import any_of, find
+from fgpt.data.prompt_templates import Row
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
 
 EVIL = "<script>document.title = 'it ran'</script><img src='http://example.invalid/x.png'>"
-LORA: Any = replace(runs.find("lora-nano"), lr=1e-3, data="rows 1.json")
-RTE: Any = runs.find("rte-smollm2")
+LORA: Any = replace(recipes.find("lora-nano"), lr=1e-3, data="rows 1.json")
+RTE: Any = recipes.find("rte-smollm2")
 SECTIONS = ["training", "comparison", "evaluation", "config", "environment", "again"]
 
 
@@ -119,17 +120,17 @@ def test_options_that_differ_are_marked(whole: Path):
 CHANGED = [
     replace(LORA, out=Path("a b"), seed=3, adapter=replace(LORA.adapter, rank=4, target=r"blocks\..*\.(q|k)")),
     replace(LORA, lr=None, remat=True, steps=7),
-    replace(runs.find("emotion-smollm2"), labels=("a=b c", "d=e"), also="-x", wording=RTE.wording),
-    replace(runs.find("tinytiny-pretrain"), data=(Path("x y.txt"), Path("z.txt")), betas=(0.5, 0.75), biases=True),
+    replace(recipes.find("emotion-smollm2"), labels=("a=b c", "d=e"), also="-x", wording=RTE.wording),
+    replace(recipes.find("tinytiny-pretrain"), data=(Path("x y.txt"), Path("z.txt")), betas=(0.5, 0.75), biases=True),
 ]
 
 
 @pytest.mark.parametrize("run", CHANGED, ids=lambda run: run.name)
 def test_the_command_makes_the_run_again(run: Any):
     values = json.loads(json.dumps(dataclasses.asdict(run), default=os.fspath))
-    just, train, name, *rest = shlex.split(options.command(values))
+    just, train, name, *rest = shlex.split(config_diff.command(values))
     assert (just, train, name) == ("just", "train", run.name)
-    assert parse(type(run), rest, runs.find(name), "just train") == run
+    assert parse(type(run), rest, recipes.find(name), "just train") == run
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path):
@@ -181,7 +182,7 @@ def test_a_torn_line_and_repeated_steps(tmp_path: Path):
         for i in (15, 16):
             file.write(json.dumps({"step": i, "loss": 99.0}) + "\n")
         file.write('{"step": 17, "lo')
-    it = found.read(at)
+    it = run_data.read(at)
     assert (it.torn, it.again) == (1, 2)
     assert [line["step"] for line in it.lines] == list(range(1, 21))
     assert [line["loss"] for line in it.lines[14:16]] == [99.0, 99.0]
@@ -194,7 +195,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     scores = {"accuracy": 0.5, "macro_f1": 0.25, "f1": [0.5, 0.0], "confusion": [[1, 0], [1, 0]]}
     by_side = {"the commonest label": {**scores, "loss": None}, "tuned": {**scores, "loss": 0.75}}
     both = {"labels": ["joy", "<b>anger"], "rows": 1234, "scores": by_side}
-    at = folder(tmp_path / "emotion-small", runs.find("emotion-small"), metrics=both)
+    at = folder(tmp_path / "emotion-small", recipes.find("emotion-small"), metrics=both)
     (at / "confusion.png").write_bytes(b"\x89PNG not really")
     shown = section(told(at), "scores")
     assert "1,234 rows" in shown
@@ -210,7 +211,7 @@ def test_a_run_that_classifies(tmp_path: Path):
 
 def test_a_pretraining(tmp_path: Path):
     result = {"loss": 1.5, "perplexity": 4.5, "heldout_documents": 500, "before": {"loss": 8.0, "perplexity": None}}
-    at = folder(tmp_path / "pretrain-nano", runs.find("pretrain-nano"), result=result)
+    at = folder(tmp_path / "pretrain-nano", recipes.find("pretrain-nano"), result=result)
     shown = section(told(at), "heldout")
     assert "500 documents" in shown
     assert '<th scope="row">loss</th><td>8.000</td><td>1.500</td>' in shown

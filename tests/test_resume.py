@@ -24,23 +24,24 @@ import sklearn.metrics  # noqa: F401
 import torch
 import torch.utils.tensorboard
 
-import experiments.classify
-import experiments.compare
-import experiments.pretrain
-import experiments.train  # noqa: F401
 import fgpt
-from experiments import checkpoint, folder
-from experiments.__main__ import main
-from experiments.metrics import read_metrics
-from experiments.plan import hashed
-from experiments.runs import RUNS
+import fgpt.cli.evaluation.compare
+import fgpt.cli.training.classification
+import fgpt.cli.training.instruction_tuning
+import fgpt.cli.training.pretraining
+from fgpt.cli import run_dir
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training import checkpoints
+from fgpt.cli.training.job import hashed
 from fgpt.errors import InputError
-from fgpt.io import hub
+from fgpt.io import models
 from fgpt.io.files import whole_folder, write_json
-from fgpt.kernels import bnb
+from fgpt.kernels import bitsandbytes_ops
+from fgpt.recipes import RUNS
 from fgpt.tree import leaves, update
 
-bnb.register()  # bitsandbytes too is imported here, once
+bitsandbytes_ops.register()  # bitsandbytes too is imported here, once
 
 ROOT = Path(__file__).parents[1]
 KILLS = 50
@@ -51,7 +52,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The arguments of a small training of each kind, dropout, accumulation and 8-bit moments among them."""
     at = tmp_path_factory.mktemp("given")
     cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=32, d_mlp=64, context=96)
-    hub.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
+    models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
     rows = [{"instruction": f"Say {i}.", "output": f"The number is {i}. " * (1 + i % 3)} for i in range(30)]
     (at / "rows.json").write_text(json.dumps(rows))
     texts = [
@@ -147,7 +148,7 @@ def end_of(out: Path, by_clock: bool = False) -> dict[str, Any]:
     last = sorted((run / "checkpoints").glob("*"))[-1]
     files = [p for p in run.rglob("*") if p.name in (*FILES, "state.safetensors", "manifest.json") and p.is_file()]
     if by_clock:
-        compared = {last, checkpoint.best(run)}
+        compared = {last, checkpoints.best(run)}
         files = [p for p in files if p.parent.parent.name != "checkpoints" or p.parent in compared]
         assert len(list((run / "checkpoints").iterdir())) <= 2
     assert last.name == f"step-{lines[-1]['step']:06d}"
@@ -290,7 +291,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(trained: Path):
     assert judged.keys() == {5, 10}
     best = min(judged, key=lambda step: judged[step])
     assert kept == sorted({best, 9, 10, 11, 12})
-    found = checkpoint.best(trained)
+    found = checkpoints.best(trained)
     assert found is not None
     assert found.name == f"step-{best:06d}"
 
@@ -299,11 +300,11 @@ def test_the_best_state_is_what_a_run_leaves(trained: Path, given: dict[str, lis
     """The adapter is that of a training which ends after the best step, its schedule apart."""
     from fgpt.io.files import read_tensors
 
-    best = checkpoint.best(trained)
+    best = checkpoints.best(trained)
     assert best is not None
     state = read_tensors(best / "state.safetensors")
-    run = folder.instruction_run(trained)
-    saved = leaves(folder.load_tuned(trained, fgpt.load(run.base)))
+    run = run_dir.instruction_run(trained)
+    saved = leaves(run_dir.load_tuned(trained, fgpt.load(run.base)))
     for path, x in state.items():
         if path.startswith("trainable."):
             at, _, leaf = path.removeprefix("trainable.").rpartition("/")
@@ -347,7 +348,7 @@ def test_other_inputs_are_refused(trained: Path, tmp_path: Path, given: Any, cap
     """A row or a number of the base that has changed would make another training of it."""
     run = shutil.copytree(trained, tmp_path / trained.name)
     values = json.loads((run / "run.json").read_text())
-    rows = json.loads(Path(folder.instruction_run(run).data).read_text())
+    rows = json.loads(Path(run_dir.instruction_run(run).data).read_text())
     rows[0]["output"] += " And more."
     write_json(tmp_path / "rows.json", rows)
     write_json(run / "run.json", values | {"data": str(tmp_path / "rows.json")})
@@ -484,7 +485,7 @@ def test_what_is_shared_names_no_place_and_nobody(trained: Path, given: Any, tmp
             for place in (base, str(tmp_path), str(trained.parent), str(Path.home()) + "/"):
                 assert place.encode() not in data, (path, place)
     assert json.loads((run / "run.json").read_text())["base"] == ".../base"
-    assert folder.instruction_run(run).base == base
+    assert run_dir.instruction_run(run).base == base
 
 
 @pytest.mark.parametrize(
@@ -609,7 +610,7 @@ def test_a_reader_never_sees_a_torn_file(given: Any, tmp_path: Path):
 def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any, whole: Any, tmp_path: Path):
     """A process of its own, as a user has it."""
     args, (expected, _) = given["instruct"], whole["instruct"]
-    command = [sys.executable, "-m", "experiments", "train", *args, "--checkpoint", "99", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fgpt", "train", *args, "--checkpoint", "99", "--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
@@ -672,12 +673,12 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path):
 def test_a_run_reads_back_as_it_was(name: str, tmp_path: Path):
     run = RUNS[name]()
     write_json(tmp_path / "run.json", dataclasses.asdict(run))
-    assert folder.read_run(tmp_path) == run
+    assert run_dir.read_run(tmp_path) == run
     values = json.loads((tmp_path / "run.json").read_text())
     for field in ("name", "seed", "out", "lr"):
         write_json(tmp_path / "run.json", values | {field: [1]})
         with pytest.raises(InputError, match=field):
-            folder.read_run(tmp_path)
+            run_dir.read_run(tmp_path)
     write_json(tmp_path / "run.json", {k: v for k, v in values.items() if k != "seed"})
     with pytest.raises(InputError, match="not a run of this version"):
-        folder.read_run(tmp_path)
+        run_dir.read_run(tmp_path)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fgpt
-from experiments import folder
-from experiments.__main__ import main
-from experiments.metrics import read_metrics
-from experiments.runs import RUNS, Run, find
-from experiments.train import base_of
+from fgpt.cli import run_dir
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.recipes import RUNS, Run, find
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
@@ -70,7 +70,7 @@ def test_a_run_leaves_all_it_promises(trained: Path):
 
 
 def test_the_resolved_run_reads_back(trained: Path):
-    run = folder.read_run(trained)
+    run = run_dir.read_run(trained)
     assert isinstance(run, Run)
     assert (run.steps, run.rows, run.most, run.base) == (6, 2, 24, "nano")
     assert run.adapter == find("lora-nano").adapter  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,12 +80,12 @@ def test_the_adapter_is_peft_s(trained: Path):
     import peft
     import transformers
 
-    from fgpt.io import hub
+    from fgpt.io import models
 
-    base = transformers.GPT2LMHeadModel.from_pretrained(hub.EMBEDDED["nano"], dtype=torch.float32)
+    base = transformers.GPT2LMHeadModel.from_pretrained(models.EMBEDDED["nano"], dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, trained / "adapter").eval()
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-    ours = fgpt.apply(folder.load_tuned(trained, fgpt.load("nano")), tokens)
+    ours = fgpt.apply(run_dir.load_tuned(trained, fgpt.load("nano")), tokens)
     torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=0)
     assert not torch.equal(ours, fgpt.apply(fgpt.load("nano"), tokens))
 
@@ -122,10 +122,10 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         assert main(["train", *args, *options]) == 0
         out = tmp_path / name / args[0]
         losses[name] = [m["loss"] for m in read_metrics(out / "metrics.jsonl")]
-        run = folder.read_run(out)
+        run = run_dir.read_run(out)
         base = base_of(run)
         tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-        assert not torch.equal(fgpt.apply(folder.load_tuned(out, base), tokens), fgpt.apply(base_of(run), tokens))
+        assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(base_of(run), tokens))
         assert main(["generate", str(out), "Write a story about a fox.", "--most", "3"]) == 0
     assert capsys.readouterr().out.strip()
     quantised = {name for name in METHODS if name.startswith("q") or name == "remat"}
@@ -147,7 +147,7 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
     assert not list(out.glob("merged*"))
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-    tuned = fgpt.apply(folder.load_tuned(out, base_of(folder.read_run(out))), tokens)
+    tuned = fgpt.apply(run_dir.load_tuned(out, base_of(run_dir.read_run(out))), tokens)
     for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
         assert main(["merge", str(out), "--onto", onto]) == 0
         told = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
@@ -163,7 +163,7 @@ def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
         options = [*SHORT[:-4], "--compare", "0", "--data", str(data), "--heldout", "4"]
         assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lora-nano", "lora-nano-2"]
-    assert folder.find("lora-nano", tmp_path).name == "lora-nano-2"
+    assert run_dir.find("lora-nano", tmp_path).name == "lora-nano-2"
     first, second = (fgpt.load_peft(tmp_path / n / "adapter", fgpt.load("nano")) for n in ("lora-nano", "lora-nano-2"))
     for path in first:  # the same seed, the same adapter
         assert torch.equal(first[path].b, second[path].b)  # pyright: ignore[reportAttributeAccessIssue]
@@ -176,7 +176,7 @@ def test_runs_are_listed(capsys: pytest.CaptureFixture[str]):
 
 
 def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
-    command = [sys.executable, "-m", "experiments", "train", "lora-nano", "--epochs", "100", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fgpt", "train", "lora-nano", "--epochs", "100", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
     for _ in range(600):
@@ -271,7 +271,7 @@ def test_a_full_disk(tmp_path: Path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine lets nobody mount")
     try:
-        command = [sys.executable, "-m", "experiments", "train", "lora-nano", *SHORT, "--out", str(disk)]
+        command = [sys.executable, "-m", "fgpt", "train", "lora-nano", *SHORT, "--out", str(disk)]
         done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert "No space left on device" in done.stderr.splitlines()[-1]
@@ -287,7 +287,7 @@ def test_the_hub_away_says_so_at_once(tmp_path: Path):
     for options, thing in (([], "alpaca"), (["--data", str(tmp_path / "rows.json")], "gpt2-medium")):
         rows = [{"instruction": "a", "output": "b"}] * 80
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        command = [sys.executable, "-m", "experiments", "train", "lora-medium", *options]
+        command = [sys.executable, "-m", "fgpt", "train", "lora-medium", *options]
         command += ["--out", str(tmp_path / "out")]
         done = subprocess.run(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
         assert done.returncode == 2

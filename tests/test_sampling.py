@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 import fgpt
-from fgpt import sampling as S
 from fgpt.errors import InputError
+from fgpt.generation import sampling as S
 from fgpt.rng import fold_in
 
 # -------------------------------------------------------------------------------------------------------------- filters

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fgpt
-from experiments.__main__ import main
-from experiments.predict import opened, predict
-from fgpt.data.label_sources import Columns, rows
+from fgpt.cli.inference.classifiers import opened, predict
+from fgpt.cli.main import main
+from fgpt.data.classification_datasets import Columns, rows
 
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
 SAID = [(f"{who} was {how}.", "joy" if how in GLAD else "fear") for who in ("Tim", "Sue") for how in GLAD + SAD]

@@ -20,16 +20,17 @@ from transformers import AutoTokenizer
 
 import fgpt
 from fgpt import families
-from fgpt.beam import beam_search, lookup
-from fgpt.data import labels, merges, ranks
-from fgpt.data.chat import Chat
+from fgpt.data import classification_prompts
 from fgpt.data.packing import fit
-from fgpt.data.templates import ALPACA, CHAT, Row, encode, encode_prompt
-from fgpt.data.tokenizers import Tokenizer, of_folder, of_gguf
+from fgpt.data.prompt_templates import ALPACA, CHAT, Row, encode, encode_prompt
 from fgpt.errors import InputError
-from fgpt.io import hub
-from fgpt.io.gguf_container import parsed
+from fgpt.generation.beam import beam_search, lookup
+from fgpt.io import models as io_models
+from fgpt.io.gguf_header import parsed
 from fgpt.model import init
+from fgpt.tokenizers import merges, tiktoken_bpe
+from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 ROOM = 2000
 """Rows of the models' tables: more than any of the vocabularies has tokens."""
@@ -334,16 +335,16 @@ def test_a_byte_order_mark_is_no_part_of_a_file(name: str, file: str, tmp_path: 
 
 def test_a_byte_order_mark_before_ranks_and_a_config(tmp_path: Path):
     fgpt.save(fgpt.load("nano"), tmp_path, like="nano")
-    for path in (tmp_path / "config.json", tmp_path / ranks.RANKS):
+    for path in (tmp_path / "config.json", tmp_path / tiktoken_bpe.RANKS):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert fgpt.tokenizer(tmp_path).encode("so it is") == fgpt.tokenizer("nano").encode("so it is")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_path: Path):
-    """As `hub.save` writes it beside a model: read by us and by transformers, the tokens are those of the original."""
+    """As `fgpt.save` writes it beside a model: read by us and by transformers, its tokens are those of the original."""
     ours, before = of_folder(folders[name], ROOM), AutoTokenizer.from_pretrained(folders[name])
-    _, files = hub._tokenizer(str(folders[name]), ROOM)
+    _, files = io_models._tokenizer(str(folders[name]), ROOM)
     (tmp_path / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
     for file, content in files.items():
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -394,22 +395,22 @@ def gguf_file(path: Path, values: dict[str, Any]) -> Path:
 
 def test_merges_of_ranks_are_those_of_the_files():
     bpe = shared("gpt2-bpe")
-    own = ranks.from_ranks(bpe / "gpt2.tiktoken").bpe
+    own = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
     made = merges.of_ranks([own.decode_single_token_bytes(rank) for rank in range(50256)])
     theirs = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
-    assert [(ranks.printable(left), ranks.printable(right)) for left, right in made] == theirs
+    assert [(tiktoken_bpe.printable(left), tiktoken_bpe.printable(right)) for left, right in made] == theirs
 
 
 def test_a_token_that_no_merge_of_lower_ranks_makes():
     """Ranks 256 to 258: "abc" comes before "ab" and "cd". tiktoken joins whatever gives a token, the lowest first."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"abc", b"ab", b"cd", b"abcd"]
     assert merges.of_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
-    made = ranks.Ranked(
-        ranks.tiktoken.Encoding(
+    made = tiktoken_bpe.Ranked(
+        tiktoken_bpe.tiktoken.Encoding(
             "made",
-            pat_str=ranks.GPT2_SPLIT,
+            pat_str=tiktoken_bpe.GPT2_SPLIT,
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={ranks.END: len(tokens)},
+            special_tokens={tiktoken_bpe.END: len(tokens)},
         )
     )
     theirs = Library.from_str(made.files()["tokenizer.json"])
@@ -432,14 +433,14 @@ def nano_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     at = tmp_path_factory.mktemp("nano")
     fgpt.save(fgpt.load("nano"), at, like="nano")
     again = fgpt.tokenizer(str(at))
-    assert isinstance(again, ranks.Ranked)
+    assert isinstance(again, tiktoken_bpe.Ranked)
     theirs = AutoTokenizer.from_pretrained(at)
     assert (again.eos, again.n_vocab) == (theirs.eos_token_id, len(theirs)) == (4095, 4096)
     return again, theirs
 
 
 def test_a_model_saved_with_ranks_opens_in_transformers(tmp_path: Path):
-    nano, params = ranks.from_ranks(hub.find("nano") / ranks.RANKS), fgpt.load("nano")
+    nano, params = tiktoken_bpe.from_ranks(io_models.find("nano") / tiktoken_bpe.RANKS), fgpt.load("nano")
     fgpt.save(params, tmp_path, like=nano.chatting(Chat(CHATML, {})))
     ours, theirs = fgpt.tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
@@ -575,17 +576,21 @@ def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     ours = of_folder(library(tmp_path, made, **TWO), ROOM)
-    got = labels.words(["yes", "no"], ours)
+    got = classification_prompts.words(["yes", "no"], ours)
     assert got.choices == (made.token_to_id("▁yes"), made.token_to_id("▁no"))
     behind = ours.encode("Answer: yes")
     assert behind[-1] == got.choices[0]
-    around = labels.frame(
-        labels.Wording("Tell.", "\n", "\nAnswer:"), got.names, ours, False, [labels.Labelled("a", label="no")]
+    around = classification_prompts.frame(
+        classification_prompts.Wording("Tell.", "\n", "\nAnswer:"),
+        got.names,
+        ours,
+        False,
+        [classification_prompts.Labelled("a", label="no")],
     )
     assert around.before[0] == 1
     assert got.choices[1] in around.before
     with pytest.raises(InputError, match=r"label 'elephant' is \d+ tokens"):
-        labels.words(["yes", "elephant"], ours)
+        classification_prompts.words(["yes", "elephant"], ours)
 
 
 # ------------------------------------------------------------------------------------- tokens that the model has not

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 import fgpt
-from fgpt.data import chat, ranks, tokenizers
-from fgpt.data.chat import Chat
-from fgpt.data.ranks import Ranked
-from fgpt.data.tokenizer_json import SPLITS, HubTokenizer
-from fgpt.data.tokenizers import Tokenizer, of_folder, of_gguf
 from fgpt.errors import InputError
-from fgpt.io.gguf_container import parsed
+from fgpt.io.gguf_header import parsed
+from fgpt.tokenizers import chat_template, tiktoken_bpe, tokenizer_files
+from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.huggingface import SPLITS, HubTokenizer
+from fgpt.tokenizers.tiktoken_bpe import Ranked
+from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 NANO = Path(fgpt.__file__).parent / "nano"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -153,7 +153,7 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 def several(folder: Path) -> dict[str, Tokenizer]:
     made = trained("smollm")
     return {
-        "ranks": ranks.from_ranks(NANO / ranks.RANKS).chatting(Chat(CHATML, {})),
+        "ranks": tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).chatting(Chat(CHATML, {})),
         "tokenizer.json": of_folder(folder, 600),
         "GGUF": of_gguf(fields(made, "smollm"), 600),
     }
@@ -292,7 +292,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
     expected = theirs.apply_chat_template(
         TALK, chat_template=TEMPLATES[name], add_generation_prompt=answer, tokenize=False
     )
-    special = chat.special(json.loads((folder / "tokenizer_config.json").read_text()))
+    special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert Chat(TEMPLATES[name], special).text(TALK, answer) == expected
 
@@ -323,7 +323,7 @@ def test_where_a_template_comes_from(folder: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"has no chat template; expected one in tokenizer_config\.json"):
         of_folder(tmp_path, 600).chat(TALK)
     with pytest.raises(InputError, match="has no chat template"):
-        ranks.from_ranks(NANO / ranks.RANKS).chat(TALK)
+        tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).chat(TALK)
     put({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]})
     assert of_folder(tmp_path, 600).chat(TALK) == of_folder(tmp_path, 600).encode("named")
     (tmp_path / "chat_template.jinja").write_text("of its own")
@@ -342,8 +342,8 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
             (tmp_path / name.replace("_dot_", ".")).write_bytes(data)
         return of_folder(tmp_path, 5000)
 
-    hub, own = (folder / "tokenizer.json").read_bytes(), (NANO / ranks.RANKS).read_bytes()
-    nano = ranks.from_ranks(NANO / ranks.RANKS)
+    hub, own = (folder / "tokenizer.json").read_bytes(), (NANO / tiktoken_bpe.RANKS).read_bytes()
+    nano = tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS)
     vocab = {_printable(nano.bpe.decode_single_token_bytes(i)): i for i in range(nano.n_vocab - 1)}
     ends: dict[str, Any] = {"config_dot_json": {"model_type": "llama", "eos_token_id": 0}}
     assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), Ranked)
@@ -375,7 +375,7 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
 
 
 def _printable(token: bytes) -> str:
-    char_of = {byte: char for char, byte in ranks.BYTE_OF_CHAR.items()}
+    char_of = {byte: char for char, byte in tiktoken_bpe.BYTE_OF_CHAR.items()}
     return "".join(char_of[byte] for byte in token)
 
 
@@ -395,7 +395,7 @@ def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_
     hub = of_gguf(values, 50257)
     for name, text in hub.files().items():
         (tmp_path / name).write_text(text)
-    several = [hub, of_folder(tmp_path, 50400), ranks.from_ranks(bpe / "gpt2.tiktoken"), tokenizers.gpt2()]
+    several = [hub, of_folder(tmp_path, 50400), tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken"), tokenizer_files.gpt2()]
     for text in [*STRINGS, (ROOT / "README.md").read_text()]:
         assert len({tuple(each.encode(text)) for each in several}) == 1, repr(text)
     assert {(each.eos, each.n_vocab) for each in several} == {(50256, 50257)}

@@ -19,11 +19,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from experiments import runs
-from experiments.track import check, tracking
+from fgpt import recipes
+from fgpt.cli.training.trackers import check, tracking
 from fgpt.errors import InputError
 
-RUN = replace(runs.find("lora-nano"), track=None)
+RUN = replace(recipes.find("lora-nano"), track=None)
 
 
 def lines(first: int, last: int, loss: float) -> list[dict[str, float]]:
@@ -71,10 +71,10 @@ def test_a_resumed_run_forgets_the_steps_after_its_checkpoint(tmp_path: Path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from experiments import runs
-from experiments.track import tracking
+from fgpt import recipes
+from fgpt.cli.training.trackers import tracking
 
-with tracking(runs.find("lora-nano"), Path(sys.argv[1]), 0) as track:
+with tracking(recipes.find("lora-nano"), Path(sys.argv[1]), 0) as track:
     for i in range(1, 4):
         track({"step": i, "loss": 1.0 * i})
     os.kill(os.getpid(), signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_missing_package_is_one_line(name: str, tmp_path: Path, monkeypatch: p
         if asked == name:
             raise metadata.PackageNotFoundError(asked)
 
-    monkeypatch.setattr("experiments.track.metadata.distribution", absent)
+    monkeypatch.setattr("fgpt.cli.training.trackers.metadata.distribution", absent)
     run = RUN if name == "tensorboard" else replace(RUN, track=name)
     with pytest.raises(InputError, match=rf"^{name} is not installed.*: \S+ -m pip install {name}$") as err:
         check(run)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 import fgpt
 from fgpt._typing import shaped
 from fgpt.data.packing import collate
-from fgpt.data.templates import Example
+from fgpt.data.prompt_templates import Example
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.tree import tree_map
@@ -53,7 +53,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def go() -> None:
         monkeypatch.setattr("fgpt.model.attention", A.reference)
-        monkeypatch.setattr(sys.modules["fgpt.loss"], "cross_entropy", C.reference)  # fgpt.loss is the function
+        monkeypatch.setattr(sys.modules["fgpt.losses"], "cross_entropy", C.reference)  # fgpt.loss is the function
 
     return go
 

@@ -11,8 +11,8 @@ import pytest
 from filelock import FileLock
 
 import fgpt
-from experiments.__main__ import main
-from fgpt.io import hub
+from fgpt.cli.main import main
+from fgpt.io import models
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -29,7 +29,7 @@ class Bench:
     def __init__(self, at: Path) -> None:
         self.at, self.rows = at, at / "rows.json"
         cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=64)
-        hub.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
+        models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
         self.write([{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(12)])
         own = ["--base", str(at / "base"), "--data", str(self.rows), "--heldout", "2", "--steps", "3", "--seq", "48"]
         self.args = ["lora-nano", *own, "--rows", "2", "--compare", "0", "--out", str(at)]

@@ -47,15 +47,15 @@ from experiments.bench.sides import (
     theirs,
 )
 from fgpt.adapters import Adapters, adapt, dora, lora, merge
-from fgpt.data import sources
-from fgpt.data.templates import PLAIN, encode
-from fgpt.io.hub import EMBEDDED, load, tokenizer
-from fgpt.kernels.quantised import Format, FourBit
-from fgpt.loss import Batch, nll
+from fgpt.data import instruction_datasets
+from fgpt.data.prompt_templates import PLAIN, encode
+from fgpt.io.models import EMBEDDED, load, tokenizer
+from fgpt.kernels.quantized_linear import Format, FourBit
+from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse, init
-from fgpt.quantize import quantize
+from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key
-from fgpt.train import first_gradient
+from fgpt.train_step import first_gradient
 from fgpt.tree import leaves, nbytes, tree_map, walk
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
 
 def heldout(name: str) -> Batch:
     """The embedded model's held-out rows, as model `name` reads them."""
-    rows = sources.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
+    rows = instruction_datasets.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
     return our_batch([[encode(row, PLAIN, tokenizer(name))] for row in rows], CPU)
 
 

@@ -15,9 +15,9 @@ import torch
 
 from experiments.bench.measure import Result, hardware, interleaved, report, speeds
 from experiments.bench.sides import base_of, equal_rows, hub_model, shape
-from fgpt.generate import generate
+from fgpt.generation.loop import generate
 from fgpt.model import Config
-from fgpt.quantize import quantize
+from fgpt.quantization import quantize
 from fgpt.tree import nbytes
 
 CPU = torch.device("cpu")

@@ -19,15 +19,15 @@ from experiments.bench.measure import console, hardware, report, status
 from experiments.bench.sides import equal_rows, our_batch
 from fgpt.adapters import adapt, lora, trainable, tune
 from fgpt.families import GPTJ
-from fgpt.families.names import to_hf
+from fgpt.families.mapping import to_hf
 from fgpt.io.files import write_json, write_tensors
-from fgpt.io.hub import CONFIG, WEIGHTS, load
-from fgpt.kernels.quantised import Format
-from fgpt.loss import nll
+from fgpt.io.models import CONFIG, WEIGHTS, load
+from fgpt.kernels.quantized_linear import Format
+from fgpt.losses import nll
 from fgpt.model import Config, skeleton
 from fgpt.optim import adamw8bit, constant
 from fgpt.rng import fold_in, key
-from fgpt.train import make_step, start
+from fgpt.train_step import make_step, start
 from fgpt.tree import leaves, nbytes, update
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from experiments.heap import hold_freed
+from fgpt.cli.training.heap import hold_freed
 from fgpt.io.files import write, write_json
 from fgpt.tree import leaves
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fgpt.adapters import Adapters, LoRA, adapt, lora
 from fgpt.data.packing import collate
-from fgpt.data.templates import Example
+from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.families import GPT2
-from fgpt.families.names import to_hf
-from fgpt.loss import Batch, nll
+from fgpt.families.mapping import to_hf
+from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse, fused, init
 from fgpt.optim import adamw
 from fgpt.rng import key
-from fgpt.train import State, make_step, start
+from fgpt.train_step import State, make_step, start
 from fgpt.tree import cast, nbytes, tree_map
 from fgpt.weights import dense
 

@@ -34,11 +34,12 @@ from experiments.bench.sides import (
     their_batch,
     theirs,
 )
-from fgpt.data import packing, ranks, sources
-from fgpt.data.templates import ALPACA, Example, Template, encode
+from fgpt.data import instruction_datasets, packing
+from fgpt.data.prompt_templates import ALPACA, Example, Template, encode
 from fgpt.errors import InputError
 from fgpt.model import Config
 from fgpt.rng import fold_in, key
+from fgpt.tokenizers import tiktoken_bpe
 
 SHARED = Path("../shared/data")
 """Real rows beside the checkout, where this project is developed."""
@@ -66,7 +67,9 @@ class Train:
     vocab: int = 50257
     data: Path = DOLLY
     """Instruction rows: a .jsonl, .json, .csv or .parquet file. Where it is not there, rows are made up."""
-    columns: sources.Columns = field(default_factory=lambda: sources.Columns("prompt", None, "response"))
+    columns: instruction_datasets.Columns = field(
+        default_factory=lambda: instruction_datasets.Columns("prompt", None, "response")
+    )
     examples: int = 64
     """Rows of dolly, a fixed random sample."""
     batch: int = 8
@@ -205,8 +208,8 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
 def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
     """A fixed sample of the data in random order, cut to `width`, and where it is from."""
     try:
-        tokenizer = ranks.from_ranks(RANKS) if RANKS.is_file() else ranks.gpt2()
-        rows = sources.rows(bench.data, bench.columns)
+        tokenizer = tiktoken_bpe.from_ranks(RANKS) if RANKS.is_file() else tiktoken_bpe.gpt2()
+        rows = instruction_datasets.rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
         cut = (Example(e.tokens[: bench.width], e.prompt) for e in (encode(row, template, tokenizer) for row in rows))
         found, note = [e for e in cut if e.prompt < len(e.tokens) - 1], f"{bench.data.name}"

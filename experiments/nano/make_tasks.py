@@ -17,10 +17,10 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from experiments import documents
 from experiments.nano import tales
 from experiments.nano.tales import Tale
-from experiments.scores.nano import STORY, Task, requirements_met
+from fgpt.cli.evaluation.metrics.nano import STORY, Task, requirements_met
+from fgpt.cli.training import documents
 from fgpt.errors import InputError
 from fgpt.io.files import write
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from experiments import documents
-from fgpt.data.ranks import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
+from fgpt.cli.training import documents
+from fgpt.tokenizers.tiktoken_bpe import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
 
 
 def train(texts: list[str], vocab: int) -> list[bytes]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from fgpt.data.packing import ends
-from fgpt.data.templates import Row
+from fgpt.data.prompt_templates import Row
 from fgpt.errors import InputError
 
 GAP = "..."

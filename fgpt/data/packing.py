@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import torch
 
-from fgpt.data.templates import Example
+from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
-from fgpt.loss import Batch
+from fgpt.losses import Batch
 from fgpt.rng import fold_in
 
 T = TypeVar("T")

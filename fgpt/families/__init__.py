@@ -7,7 +7,7 @@ from fgpt.errors import InputError, shown
 from fgpt.families.gpt2 import GPT2
 from fgpt.families.gptj import GPTJ
 from fgpt.families.llama import LLAMA
-from fgpt.families.names import Family
+from fgpt.families.mapping import Family
 from fgpt.families.neox import NEOX
 from fgpt.model import Config
 

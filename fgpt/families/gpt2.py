@@ -7,7 +7,7 @@ weights are [out, in] and split. This is the one place that knows.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.names import (
+from fgpt.families.mapping import (
     Family,
     Stored,
     activation,

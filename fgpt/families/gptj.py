@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.names import Family, Stored, layers, only, paths, whole
+from fgpt.families.mapping import Family, Stored, layers, only, paths, whole
 from fgpt.model import Config
 
 SIZES = gpt2.SIZES | {"rotary_dim": "rotary"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError, shown
-from fgpt.families.names import (
+from fgpt.families.mapping import (
     LLAMA_SIZES,
     MOST,
     Family,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError
-from fgpt.families.names import (
+from fgpt.families.mapping import (
     LLAMA_SIZES,
     Family,
     Stored,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.data.chat import CONFIG
-from fgpt.data.special_tokens import MAP
-from fgpt.data.tokenizer_json import FILE
+from fgpt.classification_head import classes_of
 from fgpt.errors import InputError
-from fgpt.families.names import Place
-from fgpt.heads import classes_of
-from fgpt.kernels.quantised import QUANTISED
+from fgpt.families.mapping import Place
+from fgpt.kernels.quantized_linear import QUANTISED
 from fgpt.model import GPT, Embedding, Linear
+from fgpt.tokenizers.chat_template import CONFIG
+from fgpt.tokenizers.huggingface import FILE
+from fgpt.tokenizers.special_tokens import MAP
 from fgpt.tree import walk
 
 PAD = "<|pad|>"

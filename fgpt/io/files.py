@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgpt.errors import InputError, one_line, printable, shown
-from fgpt.families.names import Held
+from fgpt.families.mapping import Held
 
 
 def encoded(text: str) -> bytes:

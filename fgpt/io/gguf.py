@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.io.gguf_container import PLAIN, Container, Entry, numbers, parsed
+from fgpt.io.gguf_header import PLAIN, Container, Entry, numbers, parsed
 
 Config = dict[str, Any]
 

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgpt._typing import shaped
+from fgpt.kernels.functorch_state import differentiated_again
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
-from fgpt.kernels.transforms import differentiated_again
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import shaped
+from fgpt.kernels.functorch_state import differentiated_again, mapped, recorded, tracked
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.transforms import differentiated_again, mapped, recorded, tracked
 
 CHUNK_BYTES = 64 << 20
 """Logits alive at once, in bytes of fp32, those of all that vmap computes together: large enough for full GEMM speed

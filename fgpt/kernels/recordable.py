@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.kernels.transforms import followed_beside, recordable, recorded, weightable
+from fgpt.kernels.functorch_state import followed_beside, recordable, recorded, weightable
 
 
 class _Recordable(torch.autograd.Function):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.kernels.transforms import differentiated_again, followed_beside, recorded, tracked, transformed
+from fgpt.kernels.functorch_state import differentiated_again, followed_beside, recorded, tracked, transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")

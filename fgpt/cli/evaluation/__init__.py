@@ -1,0 +1,1 @@
+"""Held-out loss, perplexity, lm-eval's tasks, comparisons."""

@@ -1,0 +1,69 @@
+"""How well classes were told: accuracy, macro-F1, and which class was taken for which."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from fgpt.cli.figures import plain, save
+
+
+class Scores(TypedDict):
+    accuracy: float
+    macro_f1: float
+    """Mean over the classes that occur, truly or as told, of 2 · precision · recall / (precision + recall)."""
+    f1: list[float]
+    confusion: list[list[int]]
+    """Rows are the true classes, columns what was told."""
+
+
+def scores(truth: Sequence[int], told: Sequence[int], classes: int) -> Scores:
+    """Of one class told for each true one, both as numbers below `classes`."""
+    by, every = _metrics(), range(classes)
+    return {
+        "accuracy": float(by.accuracy_score(truth, told)),
+        "macro_f1": float(by.f1_score(truth, told, average="macro", zero_division=0)),
+        "f1": by.f1_score(truth, told, labels=every, average=None, zero_division=0).tolist(),
+        "confusion": by.confusion_matrix(truth, told, labels=every).tolist(),
+    }
+
+
+def _metrics() -> Any:
+    from sklearn import metrics  # here, because importing it takes seconds
+
+    return metrics
+
+
+def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Scores:
+    """Scores of always telling the class that is most frequent in training, the first of several."""
+    most = max(range(classes), key=list(train).count)
+    return scores(truth, [most] * len(truth), classes)
+
+
+def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: str) -> None:
+    """Draw the confusion matrix: counts, and colours by their share of the true class."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    import matplotlib.pyplot as plt
+
+    counts, n, names = found["confusion"], len(names), [plain(name) for name in names]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    size = 2.2 + 0.85 * n
+    figure, axes = plt.subplots(figsize=(size + 0.6, size), constrained_layout=True)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            axes.text(
+                j, i, f"{count:,}\n{100 * shares[i][j]:.0f} %" if count else "0", ha="center", va="center", fontsize=9,
+                color="white" if shares[i][j] > 0.55 else "#1d2733" if count else "#b0b9c4",
+            )  # fmt: skip
+    axes.set_xticks(range(n), names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
+    axes.set(xlabel="told", ylabel="true")
+    axes.set_title(f"{plain(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11)
+    axes.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(n - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    save(figure, picture, 130)

@@ -1,0 +1,153 @@
+"""Answers from a trained run: one, as it is written, or several; and a conversation."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from fgpt.cli import run_dir
+from fgpt.cli.inference.options import Writing
+from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.data.conversations import Message
+from fgpt.data.prompt_templates import Row, Turn, encode_prompt, template
+from fgpt.errors import InputError
+from fgpt.generation.beam import beam_search
+from fgpt.generation.loop import cut, generate, pieces, stop_at, stream
+from fgpt.io import models
+from fgpt.model import GPT
+from fgpt.recipes import Run
+from fgpt.rng import fold_in, key
+from fgpt.tokenizers.tokenizer_files import Tokenizer
+
+
+class Opened(NamedTuple):
+    """A trained run, ready to write."""
+
+    run: Run
+    params: GPT
+    tokenizer: Tokenizer
+
+
+def opened(name: str) -> Opened:
+    """Raises InputError for an unknown run."""
+    out = run_dir.find(name)
+    run = run_dir.instruction_run(out)
+    return Opened(run, run_dir.load_tuned(out, base_of(run)), models.tokenizer(run.base))
+
+
+def answer(name: str, instruction: str, given: str, how: Writing) -> None:
+    """Print what run `name` answers to an instruction, in the template it was trained with.
+
+    Raises InputError for an unknown run, or an empty or overlong prompt.
+    """
+    if not instruction.strip():
+        raise InputError("the prompt is empty: say what to write")
+    it = opened(name)
+    prompt = encode_prompt(Row(instruction, given, ""), template(it.run.template), it.tokenizer)
+    ends = it.tokenizer.eos_token_ids
+    if how.beams > 1:
+        sampling = replace(how.sampling, temperature=0.0)
+        found = beam_search(it.params, prompt, ends, how.most, how.beams, how.length_penalty, sampling)
+        texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.samples]]
+    elif how.samples == 1:
+        tell(written(it, prompt, how))
+        return
+    else:
+        if not how.sampling.temperature:
+            raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
+        many, stop = [prompt] * how.samples, stop_at(it.tokenizer.decode, how.stop)
+        rng = key(how.seed)
+        made = generate(it.params, many, ends, how.most, how.sampling, rng, stop, compiled=how.compiled)
+        texts = [it.tokenizer.decode(x.tokens) for x in made]
+    print("\n\n".join(cut(text, how.stop).strip() for text in texts))
+
+
+def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
+    """One text, piece by piece."""
+    stop, rng = stop_at(it.tokenizer.decode, how.stop), key(how.seed)
+    end, compiled = it.tokenizer.eos_token_ids, how.compiled
+    steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compiled=compiled)
+    return pieces(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
+
+
+def tell(text: Iterator[str]) -> str:
+    """Print a text as it comes, without white space about it; returns it."""
+    told = ""
+    for piece in text:
+        new = (told + piece).strip()[len(told.strip()) :] if told.strip() else piece.lstrip()
+        told += piece
+        print(new, end="", flush=True)
+    print()
+    return told.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+HELP = "/reset forgets what was said, /temp 0.8 sets the temperature, /quit ends"
+
+
+def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
+    """A conversation with run `name`, line by line.
+
+    Raises InputError for an unknown run.
+    """
+    it = opened(name)
+    print(f"{it.run.name}: {it.run.base}. {HELP}.")
+    said: list[Row] = []
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/reset":
+                said = []
+            elif command == "/temp":
+                how = replace(how, sampling=replace(how.sampling, temperature=_number(value)))
+            elif line.startswith("/"):
+                raise InputError(f"no command {command}: {HELP}")
+            elif line:
+                said.append(Row(line))
+                prompt, kept = fitting(it, said, how.most)
+                if kept < len(said):
+                    print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
+                text = tell(written(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed())))
+                said[-1] = replace(said[-1], output=text)
+        except InputError as err:
+            said = [row for row in said if row.output]
+            print(f"error: {err}", file=sys.stderr)
+
+
+def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]:
+    """The prompt of as many of the last turns as leave room for `most` tokens, or for half the context if that is less;
+    and their number. The newest turn stays whole.
+
+    Raises InputError where it alone is too long.
+    """
+    context = it.params.cfg.cached_context
+    limit, length = context - min(most, context // 2), 0
+    for start in range(len(said)):
+        prompt = conversation(it, said[start:])
+        if (length := len(prompt)) <= limit:
+            return prompt, len(said) - start
+    raise InputError(f"that is {length} tokens; the model takes {limit} and an answer: say it in fewer words")
+
+
+def conversation(it: Opened, said: Sequence[Row]) -> list[int]:
+    """The tokens of a conversation up to where the model is to answer: those that training has there."""
+    messages: list[Message] = []
+    for row in said:
+        messages.append(Message("user", row.instruction))
+        messages += [Message("assistant", row.output)] if row.output else []
+    turn = Turn(said[-1].instruction, messages=tuple(messages))
+    return list(encode_prompt(turn, template(it.run.template), it.tokenizer))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"/temp wants a number such as 0.8, got {text!r}") from None

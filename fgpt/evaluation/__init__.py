@@ -1,0 +1,1 @@
+"""Evaluation: log-likelihoods, perplexity, and the difference between two models' outputs."""

