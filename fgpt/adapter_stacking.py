@@ -25,7 +25,7 @@ from fgpt.errors import InputError
 from fgpt.tree import leaves, tree_map
 
 
-def stack(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
+def stack_adapters(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
     """The trees as one, leaf beside leaf, in their order. LoRAs may differ in rank, strength and targets: those of a
     lower rank are filled with zeros, one that is absent is zero, and where strengths or ranks differ each member's
     s = alpha / rank stands beside its A and B as a constant. Zeros stay zero and constants stay constant in training.
@@ -40,7 +40,7 @@ def stack(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
     return {path: _together(path, [tree.get(path) for tree in adapters]) for path in paths}
 
 
-def unstack(stacked: Mapping[str, Any]) -> list[Adapters]:
+def unstack_adapters(stacked: Mapping[str, Any]) -> list[Adapters]:
     """The members of a stack, each as it is on its own: without rows of zeros, its strength in alpha.
 
     Raises InputError for trees that are no stack.

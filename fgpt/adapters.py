@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.quantized_linear import QUANTISED
-from fgpt.rng import fold_in, fold_in_seed, seed
-from fgpt.tree import children, count, device, leaves, node, select, static, tree_map, update, walk
+from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.rng import fold_in, fold_in_seed, seed_tensor
+from fgpt.tree import children, num_elements, device, leaves, node, select, static, tree_map, replace_at, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
@@ -80,11 +80,11 @@ Adapters: TypeAlias = dict[str, Adapter]
 # ------------------------------------------------------------------------------------------------------------- making
 
 
-def layers(params: Any) -> dict[str, Weight]:
+def weight_matrices(params: Any) -> dict[str, Weight]:
     """The weight matrices of `params` by the path of the layer that holds them: what can be adapted."""
     found = ((path, getattr(x, "w", None)) for path, x in walk(params) if not isinstance(x, Tensor | Adapted))
     return {
-        path: w for path, w in found if isinstance(w, (Adapted, *QUANTISED)) or (isinstance(w, Tensor) and w.ndim == 2)
+        path: w for path, w in found if isinstance(w, (Adapted, *QUANTIZED)) or (isinstance(w, Tensor) and w.ndim == 2)
     }
 
 
@@ -106,7 +106,7 @@ def lora(
     """
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout}: expected a probability from 0 to less than 1")
-    weights = layers(params)
+    weights = weight_matrices(params)
     adapters: Adapters = {}
     for path in select(weights, target):
         out, inp = shape(weights[path])
@@ -135,7 +135,7 @@ def dora(
 
     Raises InputError as `lora` does.
     """
-    weights, adapters = layers(params), lora(params, rng, rank, alpha, target, dropout=dropout)
+    weights, adapters = weight_matrices(params), lora(params, rng, rank, alpha, target, dropout=dropout)
     return {p: DoRA(x, row_norms(weights[p], x.a, x.b, x.scale)) for p, x in adapters.items() if isinstance(x, LoRA)}
 
 
@@ -147,7 +147,7 @@ def ia3(
 
     Raises InputError where a selector matches nothing, or something that is no linear layer.
     """
-    weights, nodes = layers(params), dict(walk(params))
+    weights, nodes = weight_matrices(params), dict(walk(params))
     adapters: Adapters = {}
     for side, target in enumerate((rows, cols)):
         for path in select(weights, target) if target else ():
@@ -159,13 +159,13 @@ def ia3(
     return adapters
 
 
-def tune(params: Any, target: str = ".*") -> Adapters:
+def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
     r"""The leaves themselves, in fp32 (fp64 stays), as the trainable tree: `".*ln_.*"` tunes norms, `r".*\.b"` biases,
     `".*"` all.
 
     Raises InputError where `target` matches nothing, or a part of a quantised weight.
     """
-    found, held = leaves(params), [path for path, x in walk(params) if isinstance(x, QUANTISED)]
+    found, held = leaves(params), [path for path, x in walk(params) if isinstance(x, QUANTIZED)]
     chosen = select(found, target)
     for path in chosen:
         if inside := [q for q in held if path.startswith(f"{q}.")]:
@@ -186,9 +186,9 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
 
     Raises InputError where a path or a shape does not fit the params.
     """
-    draw = None if rng is None else seed(rng)
+    draw = None if rng is None else seed_tensor(rng)
     for number, tree in enumerate(adapters):
-        params = _untied(params, tree)
+        params = _untie(params, tree)
         new = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
         tensors = leaves(params) if new or any(isinstance(x, IA3) for x in tree.values()) else {}
         for path, x in new.items():
@@ -199,8 +199,8 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
                 raise InputError(f"tensor at {path} has shape {got}, but the base has {has}")
         # What is computed in the base's dtype is trained in fp32: a trained leaf is rounded where it is laid.
         new = {path: x.to(tensors[path].dtype) for path, x in new.items()}
-        params, tensors = update(params, new), tensors | new
-        weights, changed = layers(params), {}
+        params, tensors = replace_at(params, new), tensors | new
+        weights, changed = weight_matrices(params), {}
         for path, x in tree.items():
             if isinstance(x, Tensor):
                 continue
@@ -208,15 +208,15 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
                 raise InputError(f"no layer '{path}' to adapt; {_nearest(path, weights)}")
             _check(path, x, weights[path])
             own = None if draw is None else fold_in_seed(draw, f"{number}/{path}")
-            changed[f"{path}.w"] = _over(weights[path], x, own)
+            changed[f"{path}.w"] = _adapted_weight(weights[path], x, own)
             bias = tensors.get(f"{path}.b")
             if isinstance(x, IA3) and x.row is not None and bias is not None:
                 changed[f"{path}.b"] = (x.row * bias).to(bias.dtype)
-        params = update(params, changed)
+        params = replace_at(params, changed)
     return params
 
 
-def _untied(params: T, tree: Mapping[str, Any]) -> T:
+def _untie(params: T, tree: Mapping[str, Any]) -> T:
     """`params` with a head of its own, where `tree` adapts the head of a tied model."""
     untied = getattr(params, "untied", None)
     if untied is None or not any(path in ("head", "head.w") for path in tree) or "head" in dict(children(params)):
@@ -225,18 +225,18 @@ def _untied(params: T, tree: Mapping[str, Any]) -> T:
     return adapt(params, table).untied()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _over(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adapted:
+def _adapted_weight(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | None) -> Adapted:
     """`w` under an adapter, in the normal form of the family."""
     if isinstance(x, IA3):
         return Adapted(w, row=x.row, col=x.col)
     v = x.lora if isinstance(x, DoRA) else x
     b, scale = (v.scale * v.b, 1.0) if isinstance(v.scale, Tensor) else (v.b, v.scale)
-    row = x.m / _norms(w, v.a, b, scale) if isinstance(x, DoRA) else None
+    row = x.m / _detached_row_norms(w, v.a, b, scale) if isinstance(x, DoRA) else None
     drops = draw is not None and v.dropout > 0
-    return Adapted(w, v.a, b, row, seed=draw if drops else None, scale=scale, drop=v.dropout if drops else 0.0)
+    return Adapted(w, v.a, b, row, seed=draw if drops else None, scale=scale, dropout=v.dropout if drops else 0.0)
 
 
-def _norms(w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float) -> Float[Tensor, " out"]:
+def _detached_row_norms(w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float) -> Float[Tensor, " out"]:
     """‖V‖ by row, a constant to every derivative."""
     return row_norms(tree_map(torch.detach, w), a.detach(), b.detach(), scale).clamp(min=1e-30)
 
@@ -266,7 +266,7 @@ def _nearest(path: str, known: Mapping[str, Any]) -> str:
     return f"the base has {', '.join(list(known)[:4])} .."
 
 
-def merge(params: T, onto: Any = None) -> T:
+def merge(params: T, base: Any = None) -> T:
     """A plain tree again: every adapted weight becomes the one matrix it means.
 
     Over a quantised base there are two answers, and `onto` says which: "dequantised" adds the adapters to the numbers
@@ -276,31 +276,31 @@ def merge(params: T, onto: Any = None) -> T:
 
     Raises InputError for an adapter over a quantised weight where `onto` is not given.
     """
-    found = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *QUANTISED))}
+    found = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *QUANTIZED))}
     outermost = {p: w for p, w in found.items() if not any(p.startswith(f"{q}.") for q in found)}
-    quantised = {p for p, w in outermost.items() if isinstance(_bottom(w), QUANTISED)}
-    if onto is None:
+    quantised = {p for p, w in outermost.items() if isinstance(_base_weight(w), QUANTIZED)}
+    if base is None:
         if stuck := [p for p in outermost if p in quantised and isinstance(outermost[p], Adapted)]:
             raise InputError(
                 f'{stuck[0]} is quantised below: merge(params, onto="dequantised"), or onto the original params'
             )
-        return update(params, {p: dense(w) for p, w in outermost.items() if p not in quantised})
-    if isinstance(onto, str):
-        if onto != "dequantised":
-            raise InputError(f'merge onto {onto!r}: expected "dequantised" or a params tree')
-        return update(params, {p: dense(w) for p, w in outermost.items()})
-    original = {path: x for path, x in walk(onto) if path in outermost}
+        return replace_at(params, {p: dense(w) for p, w in outermost.items() if p not in quantised})
+    if isinstance(base, str):
+        if base != "dequantised":
+            raise InputError(f'merge onto {base!r}: expected "dequantised" or a params tree')
+        return replace_at(params, {p: dense(w) for p, w in outermost.items()})
+    original = {path: x for path, x in walk(base) if path in outermost}
     if lost := [p for p, w in outermost.items() if p not in original or shape(original[p]) != shape(w)]:
         raise InputError(f"{lost[0]} is not in the params to merge onto, or has another shape there")
-    return update(params, {p: dense(_rebased(w, original[p])) for p, w in outermost.items()})
+    return replace_at(params, {p: dense(_with_base(w, original[p])) for p, w in outermost.items()})
 
 
-def _bottom(w: Weight) -> Weight:
-    return _bottom(w.base) if isinstance(w, Adapted) else w
+def _base_weight(w: Weight) -> Weight:
+    return _base_weight(w.base) if isinstance(w, Adapted) else w
 
 
-def _rebased(w: Weight, base: Weight) -> Weight:
-    return update(w, {"base": _rebased(w.base, base)}) if isinstance(w, Adapted) else base
+def _with_base(w: Weight, base: Weight) -> Weight:
+    return replace_at(w, {"base": _with_base(w.base, base)}) if isinstance(w, Adapted) else base
 
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:
@@ -309,7 +309,7 @@ def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) ->
     return fn(adapt(params, *adapters), *args)
 
 
-def trainable(adapters: Adapters) -> int:
+def num_trainable(adapters: Adapters) -> int:
     """How many numbers are trained: counted on the tree itself, without the constants of a `stack`."""
     constants = [x.scaling for _, x in walk(adapters) if isinstance(x, LoRA)]
-    return count(adapters) - sum(x.numel() for x in constants if x is not None)
+    return num_elements(adapters) - sum(x.numel() for x in constants if x is not None)

@@ -11,7 +11,7 @@ from fgpt.tree import device
 from fgpt.weights import dtype, shape
 
 
-def classifier(params: GPT, classes: int, rng: torch.Generator) -> GPT:
+def with_classification_head(params: GPT, classes: int, rng: torch.Generator) -> GPT:
     r"""`params` with a fresh head of one row a class, w [classes, d_model] ~ N(0, 0.02), in place of the next token's.
 
     It is a GPT tree as before: `apply` gives logits of classes at every position, and the one at a text's last token
@@ -29,7 +29,7 @@ def classifier(params: GPT, classes: int, rng: torch.Generator) -> GPT:
     return replace(params, head=Linear(w), cfg=replace(params.cfg, tied=False))
 
 
-def classes_of(params: GPT) -> int | None:
+def num_classes(params: GPT) -> int | None:
     """How many classes the head of a classifier has; None for a head of tokens."""
     rows = None if params.head is None else shape(params.head.w)[0]
-    return None if rows == params.cfg.vocab else rows
+    return None if rows == params.cfg.vocab_size else rows

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import QUANTISED
+from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.model import Embedding, Linear
 from fgpt.tree import children, node
 from fgpt.weights import Adapted, Weight, dense
@@ -44,11 +44,11 @@ class Place(NamedTuple):
     names: tuple[str, ...]
     """Its name, and those it is tied to."""
     shape: torch.Size
-    turned: bool
+    transposed: bool
     """Whether the module holds it as [in, out]."""
 
 
-def lift(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
+def from_module(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
     """`(params, apply)` with `apply(params, *args, **kwargs)` = `module(*args, **kwargs)`, a function of `params`.
 
     `params` shares the module's memory and requires no grad, whatever the module's parameters do; the module is left
@@ -182,7 +182,7 @@ def _tensors(params: Any, places: dict[str, Place], module: str) -> dict[str, Te
 def _weights(tree: Any, path: str = "") -> Iterator[tuple[str, Weight]]:
     """Every weight of `tree` by path, adapted and quantised ones whole."""
     for name, x in children(tree):
-        if isinstance(x, (Tensor, Adapted, *QUANTISED)):
+        if isinstance(x, (Tensor, Adapted, *QUANTIZED)):
             yield f"{path}{name}", x
         else:
             yield from _weights(x, f"{path}{name}.")
@@ -192,7 +192,7 @@ def _tensor(path: str, w: Weight, place: Place) -> Tensor:
     if _drops(w):
         raise InputError(f"the adapter on {path} has dropout, which no merged weight can have: adapt without rng")
     x = w if isinstance(w, Tensor) else dense(w)
-    x = x.T if place.turned else x
+    x = x.T if place.transposed else x
     if x.shape != place.shape:
         has = list(place.shape)
         raise InputError(f"{path} has shape {list(x.shape)}, but {place.names[0]} of the module has {has}")
@@ -200,7 +200,7 @@ def _tensor(path: str, w: Weight, place: Place) -> Tensor:
 
 
 def _drops(w: Weight) -> bool:
-    return isinstance(w, Adapted) and (w.drop > 0 or _drops(w.base))
+    return isinstance(w, Adapted) and (w.dropout > 0 or _drops(w.base))
 
 
 def _no_recomputation() -> AbstractContextManager[Any]:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from fgpt._typing import shaped
 from fgpt.kernels.cross_entropy import cross_entropy
-from fgpt.model import GPT, head, hidden
+from fgpt.model import GPT, lm_head, hidden
 from fgpt.tree import node
-from fgpt.weights import products
+from fgpt.weights import linear_terms
 
 
 @node
@@ -24,7 +24,7 @@ class Batch:
     targets: Int[Tensor, "*batch seq"]
     weights: Float[Tensor, "*batch seq"]
     segments: Int[Tensor, "*batch seq"] | None = None
-    at: Int[Tensor, " n"] | None = None
+    loss_positions: Int[Tensor, " n"] | None = None
 
 
 @shaped
@@ -32,9 +32,9 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     """(Σ weight · nll, Σ weight) in nats: sums, so that unequal batches add up exactly. `remat` is that of `hidden`."""
     h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
     y, weights = batch.targets.flatten(), batch.weights.flatten()
-    if batch.at is not None:
-        h, y, weights = h[batch.at], y[batch.at], weights[batch.at]
-    each = cross_entropy(products(h, head(params).w), head(params).b, y)
+    if batch.loss_positions is not None:
+        h, y, weights = h[batch.loss_positions], y[batch.loss_positions], weights[batch.loss_positions]
+    each = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
     weights = weights.to(each.dtype)
     return (weights * each).sum(), weights.sum()
 

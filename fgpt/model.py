@@ -25,14 +25,14 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
-from fgpt.kernels.functorch_state import differentiated_again, tracked
+from fgpt.kernels.functorch_state import needs_higher_order, is_differentiated
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 from fgpt.kernels.remat import remat as rematerialised
-from fgpt.kernels.rotary import Dynamic, Stretch, Turn, Yarn, rotate, turn
+from fgpt.kernels.rotary import DynamicScaling, RopeScaling, RopeCosSin, YarnScaling, apply_rope, rope_cos_sin
 from fgpt.rng import fold_in
-from fgpt.tree import leaves, node, static, update
-from fgpt.weights import Weight, embed, linear, sums_short
+from fgpt.tree import leaves, node, static, replace_at
+from fgpt.weights import Weight, embed, linear, accumulates_in_half
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
@@ -44,36 +44,36 @@ class Config:
     n_layer: int
     n_head: int
     d_model: int
-    context: int
+    n_ctx: int
     """Most positions a row may have."""
-    vocab: int
+    vocab_size: int
     d_mlp: int
-    eps: float = 1e-5
+    norm_eps: float = 1e-5
     """Added to the variance in every norm."""
-    tied: bool = True
+    tie_word_embeddings: bool = True
     """The head is the embedding table."""
     n_kv: int | None = None
     """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
     d_head: int | None = None
     """None divides d_model among the heads."""
-    act: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
-    norm: Literal["layer", "rms"] = "layer"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
+    norm_type: Literal["layer", "rms"] = "layer"
     qk_norm: bool = False
     """q and k are normed, head by head."""
-    gated: bool = False
-    parallel: bool = False
+    gated_mlp: bool = False
+    parallel_residual: bool = False
     """Attention and MLP read the same x, and are added to it together."""
-    norms: Literal[1, 2] = 2
+    n_norms: Literal[1, 2] = 2
     """Norms of a block: where there is one, both branches read it."""
     biases: str = "q k v o up down norm"
     """Layers that have a bias."""
-    rotary: int = 0
+    rotary_dim: int = 0
     """Components of a head that are rotated by position; 0 adds learned positions instead."""
     interleaved: bool = False
     """Rotated pairs are neighbours, and not one of each half."""
-    base: float = 10000.0
+    rope_theta: float = 10000.0
     """Of the rotation's angles."""
-    stretch: Stretch | Yarn | Dynamic | None = None
+    rope_scaling: RopeScaling | YarnScaling | DynamicScaling | None = None
     """How the angles are slowed for a longer context."""
     sliding_window: int | None = None
     """Most tokens that a token attends to, itself and those before it; None is all of them."""
@@ -95,7 +95,7 @@ class Config:
     @property
     def cached_context(self) -> int:
         """Most positions that a row may have whose keys are kept for later tokens."""
-        return self.stretch.context if isinstance(self.stretch, Dynamic) else self.context
+        return self.rope_scaling.context if isinstance(self.rope_scaling, DynamicScaling) else self.n_ctx
 
     def score_scale(self, layer: int) -> float:
         """What a layer's scores are multiplied by, beside 1 / sqrt(d_head)."""
@@ -176,11 +176,11 @@ class GPT:
         return replace(self, head=Linear(self.wte.w), cfg=replace(self.cfg, tied=False))
 
 
-KV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]  # it grows
+LayerKV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]  # it grows
 
 
 @node
-class Slots:
+class StaticLayerCache:
     """Room for the keys and values of a layer's tokens, written in place from slot `at`: see `fgpt.decode`."""
 
     k: Float[Tensor, "*batch head room d_head"]
@@ -189,14 +189,14 @@ class Slots:
 
 
 @node
-class Cache:
+class KVCache:
     """What `extend` remembers of the tokens it has seen: keys and values by layer, and the tokens' segments."""
 
-    kv: tuple[KV, ...] = ()
+    kv: tuple[LayerKV, ...] = ()
     segments: Int[Tensor, "*batch past"] | None = None
 
 
-def skeleton(cfg: Config) -> GPT:
+def abstract_params(cfg: Config) -> GPT:
     """The tree of a config, its leaves without storage: what its files are held against before they are read.
 
     Raises InputError where the sizes do not fit one another.
@@ -206,11 +206,11 @@ def skeleton(cfg: Config) -> GPT:
         raise InputError(f"d_model {d} does not divide into {cfg.n_head} heads")
     if cfg.n_head % cfg.kv_heads:
         raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
-    if cfg.rotary % 2 or cfg.rotary > cfg.head_size:
-        raise InputError(f"{cfg.rotary} rotated components of a head of {cfg.head_size}: expected an even part of them")
+    if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_size:
+        raise InputError(f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even part of them")
     if cfg.sliding_window is not None and cfg.sliding_window < 1:
         raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
-    if cfg.norms == 1 and not cfg.parallel:
+    if cfg.n_norms == 1 and not cfg.parallel_residual:
         raise InputError("one norm in a block serves parallel branches: expected parallel=True, or norms=2")
     empty = partial(torch.empty, device="meta", dtype=torch.float32)
 
@@ -221,23 +221,23 @@ def skeleton(cfg: Config) -> GPT:
         return Linear(empty(out, inp), bias(name, out))
 
     def norm() -> Norm | RMSNorm:
-        return RMSNorm(empty(d)) if cfg.norm == "rms" else Norm(empty(d), bias("norm", d))
+        return RMSNorm(empty(d)) if cfg.norm_type == "rms" else Norm(empty(d), bias("norm", d))
 
     def head_norm() -> RMSNorm | None:
         return RMSNorm(empty(cfg.head_size)) if cfg.qk_norm else None
 
     def block() -> Block:
         q, k, v, o = layer("q", n, d), layer("k", kv, d), layer("v", kv, d), layer("o", d, n)
-        mlp = MLP(layer("up", m, d), layer("down", d, m), layer("gate", m, d) if cfg.gated else None)
-        second = norm() if cfg.norms == 2 else None
+        mlp = MLP(layer("up", m, d), layer("down", d, m), layer("gate", m, d) if cfg.gated_mlp else None)
+        second = norm() if cfg.n_norms == 2 else None
         return Block(norm(), Attention(q, k, v, o, head_norm(), head_norm()), second, mlp)
 
     return GPT(
-        Embedding(empty(cfg.vocab, d)),
-        None if cfg.rotary else Embedding(empty(cfg.context, d)),
+        Embedding(empty(cfg.vocab_size, d)),
+        None if cfg.rotary_dim else Embedding(empty(cfg.n_ctx, d)),
         tuple(block() for _ in range(cfg.n_layer)),
         norm(),
-        None if cfg.tied else layer("head", cfg.vocab, d),
+        None if cfg.tie_word_embeddings else layer("head", cfg.vocab_size, d),
         cfg,
     )
 
@@ -247,7 +247,7 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
 
     Source: Radford et al. 2019, section 2.3.
     """
-    bare = skeleton(cfg)
+    bare = abstract_params(cfg)
 
     def fresh(path: str, x: Tensor) -> Tensor:
         if x.ndim == 1:
@@ -256,7 +256,7 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
         std = 0.02 / (2 * cfg.n_layer) ** 0.5 if name.endswith((".o", ".down")) else 0.02
         return torch.empty(x.shape, dtype=torch.float32).normal_(0, std, generator=fold_in(rng, name))
 
-    return update(bare, {path: fresh(path, x) for path, x in leaves(bare).items()})
+    return replace_at(bare, {path: fresh(path, x) for path, x in leaves(bare).items()})
 
 
 # ----------------------------------------------------------------------------------------------------- the functions
@@ -277,9 +277,9 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
         return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
     w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
     definition = partial(_layer_norm, eps)
-    if differentiated_again(x, w, b):
+    if needs_higher_order(x, w, b):
         return definition(x, w, b)
-    if sums_short(x) and tracked(w, b):
+    if accumulates_in_half(x) and is_differentiated(w, b):
         y = F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
     else:
         y = F.layer_norm(x, x.shape[-1:], w, b, eps)
@@ -303,26 +303,26 @@ def qkv(
     else:
         flat = linear(x, p.q.w, p.q.b), linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
     q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
-    q = q if p.q_norm is None else norm(q, p.q_norm, cfg.eps)
-    return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.eps), v
+    q = q if p.q_norm is None else norm(q, p.q_norm, cfg.norm_eps)
+    return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.norm_eps), v
 
 
-def attend(
+def attention_layer(
     x: Float[Tensor, "*batch seq d_model"],
     p: Attention | FusedAttention,
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
-    past: KV | Slots | None,
-    by: Turn | None,
+    past: LayerKV | StaticLayerCache | None,
+    by: RopeCosSin | None,
     scale: float = 1.0,
     read: bool = True,
-) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
+) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
     """Attention, its scores times `scale`, and the keys and values it has seen by now. `read` is that of `linear`."""
     q, k, v = qkv(x, p, cfg)
     q = q if scale == 1.0 else q * scale
     if by is not None:
-        q, k = rotate(q, by, cfg.interleaved), rotate(k, by, cfg.interleaved)
-    if isinstance(past, Slots):
+        q, k = apply_rope(q, by, cfg.interleaved), apply_rope(k, by, cfg.interleaved)
+    if isinstance(past, StaticLayerCache):
         past.k[..., past.at, :], past.v[..., past.at, :] = k, v
         k, v = past.k, past.v
     elif past is not None:
@@ -335,7 +335,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": lambda x: x * torch.sigmoid(x) if differentiated_again(x) else F.silu(x),
+    "silu": lambda x: x * torch.sigmoid(x) if needs_higher_order(x) else F.silu(x),
     "relu": F.relu,
 }
 """`Config.act`. torch's backward of silu has no forward mode outside torch.func.
@@ -344,14 +344,14 @@ Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
 """
 
 
-def feed(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
+def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
     """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)). `read` is that of `linear`.
 
     Source: Shazeer 2020 (GLU Variants), equation 6.
     """
     y = linear(x, p.up.w, p.up.b)
     a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
-    a = ACTIVATIONS[cfg.act](a)
+    a = ACTIVATIONS[cfg.activation](a)
     return linear(a if p.gate is None else a * y, p.down.w, p.down.b, read)
 
 
@@ -360,49 +360,49 @@ def block(
     p: Block,
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
-    past: KV | Slots | None = None,
-    by: Turn | None = None,
+    past: LayerKV | StaticLayerCache | None = None,
+    by: RopeCosSin | None = None,
     scale: float = 1.0,
     read: bool = True,
-) -> tuple[Float[Tensor, "*batch seq d_model"], KV]:
+) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
     """One transformer block, its scores times `scale`, and the keys and values it has seen by now. Where it is not
     `read`, what it adds last may be anything, as in `linear`.
     """
-    normed = norm(x, p.ln_1, cfg.eps)
-    y, kv = attend(normed, p.attn, cfg, mask, past, by, scale, read or not cfg.parallel)
+    normed = norm(x, p.ln_1, cfg.norm_eps)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, by, scale, read or not cfg.parallel_residual)
     after = x + y
     if p.ln_2 is not None:
-        normed = norm(x if cfg.parallel else after, p.ln_2, cfg.eps)
-    return after + feed(normed, p.mlp, cfg, read), kv
+        normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
+    return after + mlp(normed, p.mlp, cfg, read), kv
 
 
-def through(
+def transformer_layers(
     params: GPT,
     tokens: Int[Tensor, "*batch seq"],
     positions: Int[Tensor, "*#batch seq"],
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
-    past: Sequence[KV | Slots | None],
+    past: Sequence[LayerKV | StaticLayerCache | None],
     remat: bool = False,
     length: int | Int[Tensor, "*batch seq"] = 0,
-) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[KV, ...]]:
+) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[LayerKV, ...]]:
     """Embedding, blocks and ln_f for tokens at these positions: the hidden states, and what each layer has seen.
     `length` is that of `turn`.
     """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = turn(positions, cfg.rotary, cfg.base, cfg.stretch, x.dtype, length) if cfg.rotary else None
-    seen: list[KV] = []
-    step = rematerialised(block, again=partial(block, read=False)) if remat else block
+    by = rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length) if cfg.rotary_dim else None
+    seen: list[LayerKV] = []
+    step = rematerialised(block, recompute_fn=partial(block, read=False)) if remat else block
     near = mask if cfg.sliding_window is None else _near(tokens, mask, past, cfg.sliding_window)
     for i, (p, kv) in enumerate(zip(params.blocks, past, strict=True)):
         x, kv = step(x, p, cfg, mask if i in cfg.full_layers else near, kv, by, cfg.score_scale(i))
         seen.append(kv)
-    return norm(x, params.ln_f, cfg.eps), tuple(seen)
+    return norm(x, params.ln_f, cfg.norm_eps), tuple(seen)
 
 
 def _near(
-    tokens: Tensor, mask: Tensor | None, past: Sequence[KV | Slots | None], window: int
+    tokens: Tensor, mask: Tensor | None, past: Sequence[LayerKV | StaticLayerCache | None], window: int
 ) -> Bool[Tensor, "*batch 1 seq key"] | None:
     """`mask` within a window."""
     queries = tokens.shape[-1]
@@ -413,12 +413,12 @@ def _near(
 
 
 def _forward(
-    params: GPT, tokens: Tensor, segments: Tensor | None, cache: Cache, remat: bool = False
-) -> tuple[Tensor, Cache]:
+    params: GPT, tokens: Tensor, segments: Tensor | None, cache: KVCache, remat: bool = False
+) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
-    if past + seq > params.cfg.context:
+    if past + seq > params.cfg.n_ctx:
         raise InputError(
-            f"{past + seq} tokens in a row, but the model's context is {params.cfg.context}: shorten the row"
+            f"{past + seq} tokens in a row, but the model's context is {params.cfg.n_ctx}: shorten the row"
         )
     length: int | Tensor = past + seq
     if segments is None and cache.segments is None:
@@ -428,11 +428,11 @@ def _forward(
         before = now.new_ones(*now.shape[:-1], past) if cache.segments is None else cache.segments
         seen = torch.cat([before, now], -1)
         same = now[..., :, None] == seen[..., None, :]
-        length = same.sum(-1) if isinstance(params.cfg.stretch, Dynamic) else 0
+        length = same.sum(-1) if isinstance(params.cfg.rope_scaling, DynamicScaling) else 0
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
-    h, kv = through(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat, length)
-    return h, Cache(kv, seen)
+    h, kv = transformer_layers(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat, length)
+    return h, KVCache(kv, seen)
 
 
 @shaped
@@ -452,17 +452,17 @@ def hidden(
 
     Raises InputError when a row is longer than the context.
     """
-    return _forward(params, tokens, segments, Cache(), remat)[0]
+    return _forward(params, tokens, segments, KVCache(), remat)[0]
 
 
-def head(params: GPT) -> Linear:
+def lm_head(params: GPT) -> Linear:
     """The output layer: its own, or the embedding table."""
     return params.head or Linear(params.wte.w)
 
 
 def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
     """Next-token logits of hidden states."""
-    return linear(h, head(params).w, head(params).b)
+    return linear(h, lm_head(params).w, lm_head(params).b)
 
 
 @shaped
@@ -474,9 +474,9 @@ def apply(
 
 
 @shaped
-def extend(
-    params: GPT, tokens: Int[Tensor, "*batch seq"], cache: Cache, segments: Int[Tensor, "*batch seq"] | None = None
-) -> tuple[Float[Tensor, "*batch seq d_model"], Cache]:
+def forward_with_cache(
+    params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
+) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
     """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `Cache()`.
 
     Prefill and decode are this one function: extending in any number of chunks equals one pass. Ragged prompts are
@@ -485,7 +485,7 @@ def extend(
     Raises InputError when a row is longer than the context, or than what the keys of a dynamic rope can be kept for.
     """
     total = tokens.shape[-1] + (cache.kv[0][0].shape[-2] if cache.kv else 0)
-    if params.cfg.cached_context < total <= params.cfg.context:
+    if params.cfg.cached_context < total <= params.cfg.n_ctx:
         raise InputError(
             f"{total} tokens in a row, but a dynamic rope turns all keys anew beyond {params.cfg.cached_context}: they "
             "cannot be kept; shorten the row, or give it to apply or hidden whole"
@@ -493,7 +493,7 @@ def extend(
     return _forward(params, tokens, segments, cache)
 
 
-def fused(p: Attention | FusedAttention) -> Linear:
+def fused_qkv(p: Attention | FusedAttention) -> Linear:
     """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantised."""
     if isinstance(p, FusedAttention):
         return p.qkv
@@ -503,9 +503,9 @@ def fused(p: Attention | FusedAttention) -> Linear:
     return Linear(torch.cat(weights), torch.cat(biases) if biases else None)  # pyright: ignore[reportArgumentType]
 
 
-def fuse(params: GPT) -> GPT:
+def fuse_qkv(params: GPT) -> GPT:
     """The same model with q, k and v of every block in one product. A LoRA on `attn.qkv` then shares its A among the
     three, which is what PEFT's LoRA on GPT-2's c_attn does.
     """
-    whole = (FusedAttention(fused(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm) for p in params.blocks)
-    return update(params, {f"blocks.{i}.attn": attn for i, attn in enumerate(whole)})
+    whole = (FusedAttention(fused_qkv(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm) for p in params.blocks)
+    return replace_at(params, {f"blocks.{i}.attn": attn for i, attn in enumerate(whole)})

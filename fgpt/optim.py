@@ -12,7 +12,7 @@ from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.patterns import matching
-from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_maps
+from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_map_multi
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
@@ -31,17 +31,17 @@ class Optimizer(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- schedules
 
 
-def constant(lr: Number, warmup: Number = 0) -> Schedule:
+def constant_schedule(lr: Number, warmup: Number = 0) -> Schedule:
     """lr, after a linear rise over the first `warmup` steps."""
     return lambda step: lr * _rise(step, warmup)
 
 
-def linear(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
+def linear_schedule(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
     """A linear rise, then a straight line from lr to `end` at the last of `steps`."""
     return lambda step: _rise(step, warmup) * (lr + (end - lr) * _progress(step, steps, warmup))
 
 
-def cosine(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
+def cosine_schedule(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
     """A linear rise, then half a cosine from lr to `end` at the last of `steps`.
 
     Source: Loshchilov & Hutter 2017 (SGDR), section 3.
@@ -79,8 +79,8 @@ class Moment8:
 class AdamState:
     """Moments, shaped like the params, and the number of updates done."""
 
-    mean: Tree
-    square: Tree
+    mu: Tree
+    nu: Tree
     count: Int[Tensor, ""]
 
 
@@ -103,7 +103,7 @@ def adamw(
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """
-    return _adam(lr, betas, eps, eps_root, weight_decay, decay, hold=lambda x, signed: x)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, encode_moment=lambda x, signed: x)
 
 
 def adamw8bit(
@@ -112,7 +112,7 @@ def adamw8bit(
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     decay: str = ".*",
-    smallest: int = 4096,
+    min_8bit_size: int = 4096,
     *,
     eps_root: Number = 0.0,
 ) -> Optimizer:
@@ -133,7 +133,7 @@ def adamw8bit(
         dynamic_code(signed)  # kept from here on, where no transform surrounds it
 
     def hold(x: Tensor, signed: bool) -> Tensor | Moment8:
-        return Moment8(*quantize(x, signed), signed) if x.numel() >= smallest else x
+        return Moment8(*quantize(x, signed), signed) if x.numel() >= min_8bit_size else x
 
     return _adam(lr, betas, eps, eps_root, weight_decay, decay, hold)
 
@@ -145,20 +145,20 @@ def _adam(
     eps_root: Number,
     weight_decay: Number,
     decay: str,
-    hold: Callable[[Tensor, bool], Tensor | Moment8],
+    encode_moment: Callable[[Tensor, bool], Tensor | Moment8],
 ) -> Optimizer:
     """AdamW, with each moment kept as `hold(moment, signed)` from one update to the next.
 
     Raises InputError as `matching` does, where `decay` is no regular expression.
     """
     matching(decay, [])
-    rate = lr if callable(lr) else constant(lr)
+    rate = lr if callable(lr) else constant_schedule(lr)
     decaying = isinstance(weight_decay, Tensor) or weight_decay != 0
     rooted = isinstance(eps_root, Tensor) or eps_root != 0
 
     def init(params: Tree) -> AdamState:
         def zeros(signed: bool) -> Tree:
-            return tree_map(lambda x: hold(torch.zeros_like(x), signed), params)
+            return tree_map(lambda x: encode_moment(torch.zeros_like(x), signed), params)
 
         return AdamState(zeros(True), zeros(False), torch.zeros((), dtype=torch.int64))
 
@@ -169,15 +169,15 @@ def _adam(
         decays = iter([path in decayed for path in leaves(params)] if decaying else ())
 
         def moved(theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8) -> tuple[Any, Any, Any]:
-            m, v = _read(m), _read(v)
+            m, v = _decode_moment(m), _decode_moment(v)
             g = g.to(m.dtype)
             m, v = _first(m, g, betas[0]), _second(v, g, betas[1])
             square = v / bias2 + eps_root if rooted else v / bias2
             step = (m / bias1) / (square.sqrt() + eps)
             step = step + weight_decay * theta if next(decays, False) else step
-            return (theta - eta * step).to(theta.dtype), hold(m, True), hold(v, False)
+            return (theta - eta * step).to(theta.dtype), encode_moment(m, True), encode_moment(v, False)
 
-        params, mean, square = tree_maps(moved, 3, params, grads, state.mean, state.square)
+        params, mean, square = tree_map_multi(moved, 3, params, grads, state.mu, state.nu)
         return params, AdamState(mean, square, t)
 
     return Optimizer(init, update)
@@ -193,7 +193,7 @@ def _second(v: Tensor, g: Tensor, beta: Number) -> Tensor:
     return torch.addcmul(v * beta, g, g, value=1 - beta)
 
 
-def _read(moment: Tensor | Moment8) -> Tensor:
+def _decode_moment(moment: Tensor | Moment8) -> Tensor:
     if isinstance(moment, Tensor):
         return moment
     return dequantize(moment.codes, moment.absmax, moment.signed)
@@ -204,7 +204,7 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
     return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 
-def clip(grads: Tree, norm: Float[Tensor, ""], most: float) -> Tree:
+def clip_by_global_norm(grads: Tree, norm: Float[Tensor, ""], most: float) -> Tree:
     """`grads` scaled down so that their global norm is at most `most`; unchanged where it is already."""
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     return tree_map(lambda g: g * scale, grads)

@@ -33,7 +33,7 @@ def fold_in(
     """
     if isinstance(rng, Tensor) or isinstance(name, Tensor):
         name = salt(name) if isinstance(name, str) else name
-        return _mixed(_mixed(seed(rng)) + name) & 0x7FFFFFFF
+        return _mixed(_mixed(seed_tensor(rng)) + name) & 0x7FFFFFFF
     digest = hashlib.blake2b(f"{rng.initial_seed()}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(rng.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -46,7 +46,7 @@ def _mixed(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
     return x ^ (x >> 16)
 
 
-def seed(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
+def seed_tensor(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
     """The key as 31 bits in a tensor: what can be mapped over, and changes without compiling anew. A seed stays."""
     if isinstance(rng, Tensor):
         return rng

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fgpt.errors import InputError
-from fgpt.kernels.functorch_state import transformed
+from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.losses import Batch
-from fgpt.optim import Optimizer, clip, global_norm
-from fgpt.rng import fold_in, seed
-from fgpt.tree import node, rebuild, tree_leaves, tree_map
+from fgpt.optim import Optimizer, clip_by_global_norm, global_norm
+from fgpt.rng import fold_in, seed_tensor
+from fgpt.tree import node, unflatten_like, tree_leaves, tree_map
 
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
@@ -27,7 +27,7 @@ class State:
     """All that a step changes."""
 
     trainable: Tree
-    opt: Tree
+    opt_state: Tree
     step: Int[Tensor, ""]
 
 
@@ -45,12 +45,12 @@ Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 Step: TypeAlias = Callable[[State, Tree, Sequence[Batch], Key | None], tuple[State, Metrics]]
 
 
-def start(trainable: Tree, optimizer: Optimizer) -> State:
+def init_state(trainable: Tree, optimizer: Optimizer) -> State:
     """The state before the first step."""
     return State(trainable, optimizer.init(trainable), torch.zeros((), dtype=torch.int64))
 
 
-def first_gradient(
+def value_and_grad_once(
     fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
 ) -> tuple[Tree, tuple[Tensor, Tensor]]:
     """grad_and_value(fn, has_aux=True)(tree, *args), where nobody will differentiate the result: bit for bit, and to
@@ -63,7 +63,7 @@ def first_gradient(
         inputs = tree_map(lambda x: x.detach().requires_grad_(), tree)
         value, aux = fn(inputs, *args)
     grads = torch.autograd.grad(value, tree_leaves(inputs), materialize_grads=True)
-    return rebuild(inputs, grads), (value.detach(), aux.detach())
+    return unflatten_like(inputs, grads), (value.detach(), aux.detach())
 
 
 def _recorded_gradient(
@@ -73,7 +73,7 @@ def _recorded_gradient(
     inputs = tree_map(lambda x: x.view_as(x) if x.requires_grad else x.detach().requires_grad_(), tree)
     value, aux = fn(inputs, *args)
     grads = torch.autograd.grad(value, tree_leaves(inputs), create_graph=True, materialize_grads=True)
-    return rebuild(inputs, grads), (value, aux)
+    return unflatten_like(inputs, grads), (value, aux)
 
 
 def _checked(loss: Loss) -> Loss:
@@ -120,10 +120,10 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
     """
     checked = _checked(loss)
     again: Any = grad_and_value(checked, has_aux=True)
-    once: Any = torch.compile(again, dynamic=False) if compile else partial(first_gradient, checked)
+    once: Any = torch.compile(again, dynamic=False) if compile else partial(value_and_grad_once, checked)
 
     def gradient(*args: Any) -> Any:
-        inside, followed = transformed(), _followed(args)
+        inside, followed = in_transform_or_compile(), _followed(args)
         if not (inside or followed):
             return once(*args)
         if compile:
@@ -131,7 +131,7 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
         return again(*args) if inside else _recorded_gradient(checked, *args)
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
-        seeds = [None if rng is None else seed(fold_in(rng, i)) for i in range(len(batches))]
+        seeds = [None if rng is None else seed_tensor(fold_in(rng, i)) for i in range(len(batches))]
         grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
         for batch, draw in zip(batches[1:], seeds[1:], strict=True):
             more, (v, w) = gradient(state.trainable, frozen, batch, draw)
@@ -139,8 +139,8 @@ def make_step(loss: Loss, optimizer: Optimizer, max_norm: float | None = 1.0, co
         grads = tree_map(lambda g: g / weight, grads)
         size = global_norm(grads)
         if max_norm is not None:
-            grads = clip(grads, size, max_norm)
-        trainable, opt = optimizer.update(grads, state.opt, state.trainable)
+            grads = clip_by_global_norm(grads, size, max_norm)
+        trainable, opt = optimizer.update(grads, state.opt_state, state.trainable)
         return State(trainable, opt, state.step + 1), Metrics(value / weight, size, weight)
 
     return step

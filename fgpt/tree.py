@@ -106,7 +106,7 @@ def leaves(tree: Any) -> dict[str, Tensor]:
     return {path: x for path, x in walk(tree) if isinstance(x, Tensor)}
 
 
-def update(tree: T, new: Mapping[str, Any]) -> T:
+def replace_at(tree: T, new: Mapping[str, Any]) -> T:
     """`tree` with the subtrees at the given paths replaced. Untouched subtrees are shared, not copied.
 
     Raises InputError for a path that is not in the tree.
@@ -121,7 +121,7 @@ def update(tree: T, new: Mapping[str, Any]) -> T:
     old = dict(children(tree))
     for head in below.keys() - old.keys():
         raise InputError(f"no '{head}' here: expected one of {', '.join(old) or 'nothing (this is a leaf)'}")
-    fresh: dict[str, Any] = {head: update(old[head], rest) for head, rest in below.items()}
+    fresh: dict[str, Any] = {head: replace_at(old[head], rest) for head, rest in below.items()}
     if isinstance(tree, dict):
         return {**tree, **fresh}  # pyright: ignore[reportReturnType]
     if isinstance(tree, tuple | list):
@@ -154,7 +154,7 @@ def device(tree: Any) -> torch.device:
     return next(iter(leaves(tree).values())).device
 
 
-def count(tree: Any) -> int:
+def num_elements(tree: Any) -> int:
     """How many numbers the leaves of `tree` hold."""
     return sum(x.numel() for x in leaves(tree).values())
 
@@ -165,7 +165,7 @@ def nbytes(tree: Any) -> int:
     return sum(kept.values())
 
 
-def cast(tree: T, dtype: torch.dtype) -> T:
+def astype(tree: T, dtype: torch.dtype) -> T:
     """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantised weight, they are scales and
     stay as they are.
     """
@@ -178,7 +178,7 @@ def cast(tree: T, dtype: torch.dtype) -> T:
     def stays(path: str) -> bool:
         return any(not held or path.startswith((f"{held}.", f"{held}/")) for held in beside)
 
-    return update(tree, {p: x.to(dtype) for p, x in leaves(tree).items() if x.is_floating_point() and not stays(p)})
+    return replace_at(tree, {p: x.to(dtype) for p, x in leaves(tree).items() if x.is_floating_point() and not stays(p)})
 
 
 def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
@@ -227,11 +227,11 @@ def _alike(tree: Any, other: Any) -> bool:
     return absent and [x[name] for name in statics] == [y[name] for name in statics]
 
 
-def tree_maps(fn: Callable[..., tuple[Any, ...]], count: int, tree: T, *rest: Any) -> tuple[T, ...]:
+def tree_map_multi(fn: Callable[..., tuple[Any, ...]], count: int, tree: T, *rest: Any) -> tuple[T, ...]:
     """`tree_map` of a function that returns `count` results: as many trees, in one walk."""
     rows: list[tuple[Any, ...]] = []
     tree_map(lambda *xs: rows.append(fn(*xs)), tree, *rest)
-    return tuple(rebuild(tree, [row[i] for row in rows]) for i in range(count))
+    return tuple(unflatten_like(tree, [row[i] for row in rows]) for i in range(count))
 
 
 def tree_leaves(tree: Any) -> list[Any]:
@@ -241,7 +241,7 @@ def tree_leaves(tree: Any) -> list[Any]:
     return found
 
 
-def rebuild(tree: T, new: Iterable[Any]) -> T:
+def unflatten_like(tree: T, new: Iterable[Any]) -> T:
     """`tree` with other leaves, in pytree order."""
     coming = iter(new)
     return tree_map(lambda _: next(coming), tree)

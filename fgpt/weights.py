@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fgpt.kernels import gemv, grad_only_linear
 from fgpt.kernels.dropout import dropout
-from fgpt.kernels.functorch_state import tracked, transformed
-from fgpt.kernels.quantized_linear import QUANTISED, Quantised, dequantise, frozen, gather, part
-from fgpt.kernels.scaled_linear import readable, scaled, times
+from fgpt.kernels.functorch_state import is_differentiated, in_transform_or_compile
+from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize, base_linear, embedding, slice_rows
+from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
 from fgpt.tree import children, node, static
 
-PIECE = 1 << 18
+CHUNK = 1 << 18
 """Numbers of a frozen matrix expanded at once where its row norms are taken: 1 MB of fp32, read twice from cache."""
 
 
@@ -43,17 +43,17 @@ class Adapted:
     col: Float[Tensor, " in"] | None = None
     seed: Int[Tensor, ""] | None = None
     scale: float = static(default=1.0)
-    drop: float = static(default=0.0)
+    dropout: float = static(default=0.0)
 
 
-Weight: TypeAlias = Union[Tensor, Quantised, Adapted]
+Weight: TypeAlias = Union[Tensor, Quantized, Adapted]
 
 
 def parameters(tree: Any) -> int:
     """How many parameters a model has: a quantised matrix has out times in, in however many bytes it is held."""
     if isinstance(tree, Tensor):
         return tree.numel()
-    if isinstance(tree, QUANTISED):
+    if isinstance(tree, QUANTIZED):
         return tree.shape.numel()
     return sum(parameters(child) for _, child in children(tree))
 
@@ -62,8 +62,8 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
     """The merged reading: the one matrix that `w` means."""
     if isinstance(w, Tensor):
         return w
-    if isinstance(w, QUANTISED):
-        return dequantise(w)
+    if isinstance(w, QUANTIZED):
+        return dequantize(w)
     m = dense(w.base)
     if w.a is not None and w.b is not None:
         m = m + w.scale * (w.b @ w.a)
@@ -81,51 +81,51 @@ def linear(
     """
     if not isinstance(w, Adapted):
         if not read:
-            y = grad_only_linear.product(x, w)
-        elif isinstance(w, Tensor) and gemv.few(x):
-            y = gemv.product(x, w)
+            y = grad_only_linear.grad_only_linear(x, w)
+        elif isinstance(w, Tensor) and gemv.use_gemv(x):
+            y = gemv.gemv(x, w)
         else:
-            return frozen(x, w, bias)
+            return base_linear(x, w, bias)
         return y if bias is None else y + bias
     x = x if w.col is None else x * w.col.to(x.dtype)
     rows, batch = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    if w.row is not None and not isinstance(w.base, Adapted) and readable(w.row):
+    if w.row is not None and not isinstance(w.base, Adapted) and can_reconstruct(w.row):
         row, bias = w.row.to(x.dtype), None if bias is None else bias.to(x.dtype)
         a, b = (None if t is None else t.to(x.dtype) for t in (w.a, w.b))
-        return scaled(rows, inner(rows, w), w.base, row, bias, a, b, w.scale).view(*batch, len(row))
+        return fused_scaled_linear(rows, lora_input(rows, w), w.base, row, bias, a, b, w.scale).view(*batch, len(row))
     read = read or w.row is not None  # the gradient of a scale reads what it scales
     y = linear(rows, w.base, bias, read)
     if w.a is not None and w.b is not None:
-        low, up = lowered(x, w).reshape(-1, w.b.shape[1]), w.b.to(y.dtype)
+        low, up = lora_down(x, w).reshape(-1, w.b.shape[1]), w.b.to(y.dtype)
         # Nobody else reads a frozen matrix's product, and autograd lets it be written over, as one of rows is no view.
-        own = read and not isinstance(w.base, Adapted) and not transformed()
+        own = read and not isinstance(w.base, Adapted) and not in_transform_or_compile()
         y = (y.addmm_ if own else y.addmm)(low, up.T)
-    y = y if w.row is None else times(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype))
+    y = y if w.row is None else scale_rows(y, w.row.to(y.dtype), None if bias is None else bias.to(y.dtype))
     return y.view(*batch, y.shape[1])
 
 
-def inner(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch in"]:
+def lora_input(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch in"]:
     """x as A sees it: after dropout."""
-    return x if w.seed is None else dropout(x, w.seed, w.drop)
+    return x if w.seed is None else dropout(x, w.seed, w.dropout)
 
 
-def lowered(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
+def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
     """s A x."""
     assert w.a is not None
-    return w.scale * F.linear(inner(x, w), w.a.to(x.dtype))
+    return w.scale * F.linear(lora_input(x, w), w.a.to(x.dtype))
 
 
-def products(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
+def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
     """The factored reading, undone: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ, the frozen weight first. One that
     is scaled by row, or quantised, is no such sum, and is merged.
     """
     if isinstance(w, Tensor):
         return [(x, w)]
-    if isinstance(w, QUANTISED) or w.row is not None:
+    if isinstance(w, QUANTIZED) or w.row is not None:
         return [(x, dense(w).to(x.dtype))]
     x = x if w.col is None else x * w.col.to(x.dtype)
-    frozen = products(x, w.base)
-    return frozen if w.a is None or w.b is None else [*frozen, (lowered(x, w), w.b.to(x.dtype))]
+    frozen = linear_terms(x, w.base)
+    return frozen if w.a is None or w.b is None else [*frozen, (lora_down(x, w), w.b.to(x.dtype))]
 
 
 def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"]:
@@ -135,14 +135,14 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
     32 % over 4,096: of a table that is trained, rows are read once there, and repeated in fp32.
     """
     if isinstance(w, Tensor):
-        if not (sums_short(w) and tracked(w)):
+        if not (accumulates_in_half(w) and is_differentiated(w)):
             return F.embedding(tokens, w)
-        if transformed():  # how many differ, no transform can say
+        if in_transform_or_compile():  # how many differ, no transform can say
             return F.embedding(tokens, w.float()).to(w.dtype)
         seen, places = torch.unique(tokens, return_inverse=True)
         return F.embedding(places, F.embedding(seen, w).float()).to(w.dtype)
-    if isinstance(w, QUANTISED):
-        return gather(w, tokens)
+    if isinstance(w, QUANTIZED):
+        return embedding(w, tokens)
     rows = embed(tokens, w.base)
     if w.a is not None and w.b is not None:
         rows = rows + w.scale * (embed(tokens, w.b) @ w.a).to(rows.dtype)
@@ -151,7 +151,7 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
     return rows if w.col is None else rows * w.col.to(rows.dtype)
 
 
-def sums_short(x: Tensor) -> bool:
+def accumulates_in_half(x: Tensor) -> bool:
     """Whether torch's kernels of embedding and LayerNorm sum the gradients of what is trained in the dtype of `x`."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
@@ -163,13 +163,13 @@ def row_norms(
 
     ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
     """
-    squares, cross = gram(w, a)
+    squares, cross = row_sq_and_cross(w, a)
     moved = squares + torch.linalg.vecdot(b, torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2))
     # Where V nearly cancels W the sum is rounding, and may be negative: the floor is what fp32 can tell of it.
     return torch.maximum(moved, torch.finfo(moved.dtype).eps * squares).sqrt()
 
 
-def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
+def row_sq_and_cross(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
     """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
 
     def plain(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,23 +179,23 @@ def gram(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tensor, " out"],
         return plain(w)
     if not isinstance(w, Adapted):
         out, inp = shape(w)
-        step = max(1, PIECE // inp)
+        step = max(1, CHUNK // inp)
         parts = [plain(_rows(w, slice(i, i + step), a.dtype)) for i in range(0, out, step)]
         return torch.cat([squares for squares, _ in parts]), torch.cat([cross for _, cross in parts])
     if w.col is not None:  # the columns' scales mix with W's: no Gram matrix of W alone says how
         m = dense(w).to(a.dtype)
         return m.square().sum(-1), m @ a.T
     if w.a is None or w.b is None:
-        squares, cross = gram(w.base, a)
+        squares, cross = row_sq_and_cross(w.base, a)
     else:
-        _, inner = gram(w.base, torch.cat([w.a, a]))
+        _, inner = row_sq_and_cross(w.base, torch.cat([w.a, a]))
         cross = inner[:, len(w.a) :] + w.scale * w.b @ (w.a @ a.T)
         squares = row_norms(w.base, w.a, w.b, w.scale).square()
     return (squares, cross) if w.row is None else (w.row**2 * squares, w.row[:, None] * cross)
 
 
-def _rows(w: Tensor | Quantised, rows: slice, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
-    return w[rows].to(dtype) if isinstance(w, Tensor) else dequantise(part(w, rows), torch.float32).to(dtype)
+def _rows(w: Tensor | Quantized, rows: slice, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
+    return w[rows].to(dtype) if isinstance(w, Tensor) else dequantize(slice_rows(w, rows), torch.float32).to(dtype)
 
 
 def shape(w: Weight) -> tuple[int, int]:

@@ -23,12 +23,12 @@ def test_the_same_texts():
     for rows in (1, 3):
         for most in (6, 14):
             expected = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1))
-            got = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1), compiled=True)
+            got = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1), compile=True)
             assert got == expected
     assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
     own = [sets(params)[i] for i in (1, 2, 0)]
     expected = fgpt.generate(params, prompts, 0, 9, adapters=own)
-    assert fgpt.generate(params, prompts, 0, 9, adapters=own, compiled=True) == expected
+    assert fgpt.generate(params, prompts, 0, 9, adapters=own, compile=True) == expected
 
 
 @torch.no_grad()
@@ -38,12 +38,12 @@ def test_few_bits(to: Any):
     small = fgpt.quantize(params, to, target=r"wte|blocks\\..*")
     text = tokens(31, 1, 5)
     for _ in range(2):
-        scores, rooms = zip(*(static_cache.read(small, text, None, 4) for _ in range(2)), strict=True)
+        scores, rooms = zip(*(static_cache.prefill(small, text, None, 4) for _ in range(2)), strict=True)
         a, b = scores
         for _ in range(4):
             chosen = a.argmax(-1)
             text = torch.cat([text, chosen[:, None]], 1)
-            a, b = static_cache.step(small, chosen, rooms[0]), static_cache.compiled()(small, chosen, rooms[1])
+            a, b = static_cache.decode_step(small, chosen, rooms[0]), static_cache.compiled_decode_step()(small, chosen, rooms[1])
             close(a, b, 1e-5)
             close(a, fgpt.apply(small, text)[:, -1], 1e-5)
 
@@ -52,7 +52,7 @@ def test_when_rows_are_few():
     """Compiled, not differentiated, and not mapped: a mapped row hides how many there are."""
 
     def told(x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(gemv.few(x))
+        return torch.tensor(gemv.use_gemv(x))
 
     few = torch.compile(told)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_when_rows_are_few():
         assert few(torch.ones(2, 4, 4))
         assert not few(torch.ones(3, 3, 4))
         assert not told(torch.ones(1, 4))
-        assert not torch.compile(lambda x: vmap(lambda y: y + gemv.few(y))(x))(torch.zeros(3, 1, 4)).any()
+        assert not torch.compile(lambda x: vmap(lambda y: y + gemv.use_gemv(y))(x))(torch.zeros(3, 1, 4)).any()
     assert not few(torch.ones(1, 4))
 
 
@@ -68,7 +68,7 @@ def test_when_rows_are_few():
 def test_products_of_few_rows(dtype: torch.dtype):
     """Within the bound of any order of summing, n ε |x| |W|ᵀ, beside a product in twice the digits and more."""
     x, w = (torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(dtype) for size in ((2, 3, 40), (50, 40)))
-    got = gemv.product(x, w)
+    got = gemv.gemv(x, w)
     assert got.dtype == dtype
     exact = np.einsum("abi,oi->abo", *(t.double().numpy().astype(np.longdouble) for t in (x, w)))
     size = x.double().abs() @ w.double().abs().T

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 import fgpt
-from fgpt.model import skeleton
+from fgpt.model import abstract_params
 from fgpt.tree import leaves, tree_map
 from fgpt.weights import dense
 
@@ -50,7 +50,7 @@ def tiny(**overrides: Any) -> fgpt.GPT:
 
 def gpt2_shape(n_layer: int, n_head: int, d_model: int) -> fgpt.GPT:
     """GPT-2 at its real shape, without storage."""
-    return skeleton(fgpt.Config(n_layer, n_head, d_model, 1024, 50257, 4 * d_model))
+    return abstract_params(fgpt.Config(n_layer, n_head, d_model, 1024, 50257, 4 * d_model))
 
 
 def hf_gpt2(seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:

@@ -18,9 +18,9 @@ from fgpt.adapters import adapt
 from fgpt.cli.training.job import Plan
 from fgpt.cli.training.loop import fit
 from fgpt.losses import Batch, nll
-from fgpt.optim import adamw, constant
+from fgpt.optim import adamw, constant_schedule
 from fgpt.recipes import find
-from fgpt.train_step import make_step, start
+from fgpt.train_step import make_step, init_state
 
 WARM, TIMES = 1000, 1000
 
@@ -55,10 +55,10 @@ def steps(leak: bool = False) -> int:
         frozen=base,
         batches=batches,
         steps=WARM + TIMES + 1,
-        schedule=constant(1e-3),
+        schedule=constant_schedule(1e-3),
         rng=fgpt.key(3),
         inputs="",
-        first=start(adapters, optimizer),
+        first=init_state(adapters, optimizer),
         tokenizer=fgpt.tokenizer("nano"),
     )
     with tempfile.TemporaryDirectory() as out:
@@ -70,7 +70,7 @@ def texts() -> int:
     """Generations, every second one with an adapter for each row."""
     base, sizes = params(), []
     some = [fgpt.lora(base, fgpt.key(i), 2) for i in range(2)]
-    warm = fgpt.Sampling(temperature=1.0, top_k=5)
+    warm = fgpt.SamplingParams(temperature=1.0, top_k=5)
     for number in range(WARM + TIMES + 1):
         if number in (WARM, WARM + TIMES):
             sizes.append(resident())

@@ -17,12 +17,12 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
 import fgpt
-from fgpt.adapters import layers
-from fgpt.kernels.quantized_linear import QUANTISED, Format, Rowwise8, dequantise, encode, reference
+from fgpt.adapters import weight_matrices
+from fgpt.kernels.quantized_linear import QUANTIZED, Format, RowwiseInt8, dequantize, quantize_matrix, reference
 from fgpt.model import Linear
 from fgpt.train_step import make_step
-from fgpt.tree import cast, count, leaves, tree_map, update, walk
-from fgpt.weights import products, row_norms
+from fgpt.tree import astype, num_elements, leaves, tree_map, replace_at, walk
+from fgpt.weights import linear_terms, row_norms
 
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
@@ -30,11 +30,11 @@ BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
 PLAIN = tiny(d_model=64, d_mlp=128)  # rows of whole blocks, as every format wants them
 BASES: dict[str, fgpt.GPT] = {
     "fp32": PLAIN,
-    "bf16": cast(PLAIN, torch.bfloat16),
+    "bf16": astype(PLAIN, torch.bfloat16),
     "nf4": fgpt.quantize(PLAIN, "nf4"),
     "int8": fgpt.quantize(PLAIN, "int8"),
     "blockwise8": fgpt.quantize(PLAIN, "blockwise8"),
-    "nf4 of bf16": fgpt.quantize(cast(PLAIN, torch.bfloat16), "nf4"),
+    "nf4 of bf16": fgpt.quantize(astype(PLAIN, torch.bfloat16), "nf4"),
 }
 FRESH: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=LINEARS),
@@ -63,12 +63,12 @@ def near(got: Tensor, expected: Tensor, rel: float = 1e-5) -> None:
 
 def test_counts():
     small, medium = gpt2_shape(12, 12, 768), gpt2_shape(24, 16, 1024)
-    assert fgpt.trainable(fgpt.lora(small, fgpt.key(0), 8, target=r"blocks\..*\.attn\.[qkvo]")) == 589_824
-    assert fgpt.trainable(fgpt.lora(fgpt.fuse(small), fgpt.key(0), 8, target=r"blocks\..*\.(qkv|o)")) == 442_368
-    assert fgpt.trainable(fgpt.lora(medium, fgpt.key(0), 4, target=r"blocks\..*\.attn\.(q|v)")) == 393_216
+    assert fgpt.num_trainable(fgpt.lora(small, fgpt.key(0), 8, target=r"blocks\..*\.attn\.[qkvo]")) == 589_824
+    assert fgpt.num_trainable(fgpt.lora(fgpt.fuse_qkv(small), fgpt.key(0), 8, target=r"blocks\..*\.(qkv|o)")) == 442_368
+    assert fgpt.num_trainable(fgpt.lora(medium, fgpt.key(0), 4, target=r"blocks\..*\.attn\.(q|v)")) == 393_216
     fused = r"blocks\..*\.(attn\.qkv|attn\.o|mlp\.down)"
-    assert fgpt.trainable(fgpt.lora(fgpt.fuse(small), fgpt.key(0), 8, target=fused)) == 811_008
-    assert fgpt.trainable(fgpt.tune(small)) == 124_439_808
+    assert fgpt.num_trainable(fgpt.lora(fgpt.fuse_qkv(small), fgpt.key(0), 8, target=fused)) == 811_008
+    assert fgpt.num_trainable(fgpt.trainable_leaves(small)) == 124_439_808
 
 
 # ---------------------------------------------------------------------------------------------- beginning and training
@@ -87,7 +87,7 @@ def test_at_init_the_adapted_model_is_the_base_bitwise(base: str, method: str):
         assert same(fgpt.merge(adapted), params)
     else:
         original = BASES["bf16" if "bf16" in base else "fp32"]
-        assert same(fgpt.merge(adapted, onto=original), original)
+        assert same(fgpt.merge(adapted, base=original), original)
 
 
 def test_a_table_too_is_itself_at_init(gpt: fgpt.GPT):
@@ -101,7 +101,7 @@ def test_a_step_moves_every_adapter_and_nothing_else(gpt: fgpt.GPT):
     adapters, optimizer = fgpt.lora(gpt, fgpt.key(0), 4, target=LINEARS), fgpt.adamw(1e-2)
     before = {path: x.clone() for path, x in leaves(gpt).items()}
     step = fgpt.make_step(step_loss, optimizer)
-    zero = fgpt.start(adapters, optimizer)
+    zero = fgpt.init_state(adapters, optimizer)
     one, _ = step(zero, gpt, [BATCH], None)
     two, _ = step(one, gpt, [BATCH], None)
     assert same(before, leaves(gpt))
@@ -120,7 +120,7 @@ OUT, IN = 7, 64
 def matrix(kind: str, *size: int, seed: int = 0) -> Any:
     w = torch.randn(*size, generator=fgpt.key(seed)) / 8
     formats: dict[str, Format] = {"nf4": "nf4", "fp4": "fp4", "int8": "int8", "blockwise8": "blockwise8"}
-    return encode(w, formats[kind]) if kind in formats else w.to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
+    return quantize_matrix(w, formats[kind]) if kind in formats else w.to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
 
 
 @st.composite
@@ -142,7 +142,7 @@ def weights(draw: st.DrawFn, *kinds: str, columns: bool = True) -> Any:
 def meaning(w: Any) -> Tensor:
     """What `w` is defined to be, in float64."""
     if not isinstance(w, fgpt.Adapted):
-        return (reference(w) if isinstance(w, QUANTISED) else w).double()
+        return (reference(w) if isinstance(w, QUANTIZED) else w).double()
     v = meaning(w.base)
     if w.a is not None and w.b is not None:
         v = v + w.scale * torch.einsum("or,ri->oi", w.b.double(), w.a.double())
@@ -158,7 +158,7 @@ def test_linear_embed_and_products_are_dense(w: Any, batch: tuple[int, ...], bia
     exact = x.double() @ meaning(w).T
     near(fgpt.dense(w), meaning(w), 1e-6)
     near(fgpt.linear(x, w, bias), exact if bias is None else exact + bias.double())
-    near(torch.stack([y @ m.T for y, m in products(x, w)]).sum(0), exact)
+    near(torch.stack([y @ m.T for y, m in linear_terms(x, w)]).sum(0), exact)
     rows = tokens(OUT, *batch)
     near(fgpt.embed(rows, w), meaning(w)[rows])
 
@@ -215,7 +215,7 @@ def test_an_adapted_product_is_one_tensor(base: str, row: Tensor | None):
 
 def rounding(x: Tensor, w: Any) -> Tensor:
     """x dense(w)ᵀ, but that the frozen matrix sees each row of its input in 8 bits: in float64, once rounded."""
-    if isinstance(w, Rowwise8):
+    if isinstance(w, RowwiseInt8):
         step = x.abs().amax(-1, keepdim=True) / 127
         return ((x / step).round().double() * step.double()) @ meaning(w).T
     x = x if w.col is None else x * w.col
@@ -231,7 +231,7 @@ def test_over_whole_numbers_linear_is_dense_of_the_rounded_input(w: Any, batch: 
     bias = torch.randn(OUT, generator=fgpt.key(2)) if biased else None
     expected, exact = rounding(x, w), x.double() @ meaning(w).T
     near(fgpt.linear(x, w, bias), expected if bias is None else expected + bias.double())
-    near(torch.stack([y @ m.T for y, m in products(x, w)]).sum(0), exact)  # a head's products are not rounded
+    near(torch.stack([y @ m.T for y, m in linear_terms(x, w)]).sum(0), exact)  # a head's products are not rounded
     rows = tokens(OUT, *batch)
     near(fgpt.embed(rows, w), meaning(w)[rows])
 
@@ -272,11 +272,11 @@ ATTN, MLP = r"blocks\..*\.attn\.\w", r"blocks\..*\.mlp\.\w+"
 METHODS: dict[str, Callable[[fgpt.GPT], list[Any]]] = {
     **{name: one(make) for name, make in FRESH.items()},
     "ia3 of the paper": one(fgpt.ia3),
-    "norms": one(lambda p: fgpt.tune(p, r".*ln_.*")),
-    "biases": one(lambda p: fgpt.tune(p, r".*\.b")),
-    "lora | tune": one(lambda p: FRESH["lora"](p) | fgpt.tune(p, r".*ln_.*|.*\.b|wpe.*")),
-    "ia3 | tune": one(lambda p: FRESH["ia3"](p) | fgpt.tune(p, r".*\.b")),
-    "dora | tune": one(lambda p: FRESH["dora"](p) | fgpt.tune(p, r".*\.b")),
+    "norms": one(lambda p: fgpt.trainable_leaves(p, r".*ln_.*")),
+    "biases": one(lambda p: fgpt.trainable_leaves(p, r".*\.b")),
+    "lora | tune": one(lambda p: FRESH["lora"](p) | fgpt.trainable_leaves(p, r".*ln_.*|.*\.b|wpe.*")),
+    "ia3 | tune": one(lambda p: FRESH["ia3"](p) | fgpt.trainable_leaves(p, r".*\.b")),
+    "dora | tune": one(lambda p: FRESH["dora"](p) | fgpt.trainable_leaves(p, r".*\.b")),
     "lora 4 | lora 16": one(
         lambda p: fgpt.lora(p, fgpt.key(0), 4, target=ATTN) | fgpt.lora(p, fgpt.key(1), 16, 7, target=MLP)
     ),
@@ -300,7 +300,7 @@ METHODS: dict[str, Callable[[fgpt.GPT], list[Any]]] = {
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with whole numbers leave their input as it is: what their rounding does, the laws above say."""
-    monkeypatch.setattr("fgpt.kernels.quantized_linear.product", lambda x, w: F.linear(x, dequantise(w, x.dtype)))
+    monkeypatch.setattr("fgpt.kernels.quantized_linear.product", lambda x, w: F.linear(x, dequantize(w, x.dtype)))
 
 
 @pytest.mark.usefixtures("unrounded")
@@ -309,8 +309,8 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merged_is_factored(base: str, method: str):
     params = BASES[base]
     adapted = fgpt.adapt(params, *METHODS[method](params))
-    merged = fgpt.merge(adapted, onto=None if base == "fp32" else "dequantised")
-    assert not any(isinstance(x, (fgpt.Adapted, *QUANTISED)) for _, x in walk(merged))
+    merged = fgpt.merge(adapted, base=None if base == "fp32" else "dequantised")
+    assert not any(isinstance(x, (fgpt.Adapted, *QUANTIZED)) for _, x in walk(merged))
     assert {p: x.shape for p, x in leaves(merged).items()} == {p: x.shape for p, x in leaves(PLAIN).items()}
     near(fgpt.apply(merged, X), fgpt.apply(adapted, X))
     assert (fgpt.apply(merged, X) - fgpt.apply(params, X)).abs().max() > 0.1
@@ -322,7 +322,7 @@ def test_merging_onto_the_original_is_adapting_it(method: str):
     """Whatever the base was quantised to; but for DoRA, whose row scales were those of the quantised rows."""
     for base in ("nf4", "int8"):
         trees = METHODS[method](BASES[base])
-        merged = fgpt.merge(fgpt.adapt(BASES[base], *trees), onto=PLAIN)
+        merged = fgpt.merge(fgpt.adapt(BASES[base], *trees), base=PLAIN)
         assert same(merged, fgpt.merge(fgpt.adapt(PLAIN, *trees)))
 
 
@@ -348,7 +348,7 @@ def test_merging_adapters_that_are_not_there_changes_nothing():
 @given(st.integers(1, 3), st.booleans(), st.integers(0, 9))
 def test_merged_is_factored_for_stacks_fused_and_not(stacked: int, fused: bool, seed: int):
     """Stacked adapters too, and on a tied table, where one adapter moves embedding and head together."""
-    params = fgpt.fuse(tiny()) if fused else tiny()
+    params = fgpt.fuse_qkv(tiny()) if fused else tiny()
     trees = [
         shaken(fgpt.lora(params, fgpt.key(i), 1 + i, target=rf"wte|wpe|{LINEARS}"), seed=seed + i)
         for i in range(stacked)
@@ -364,7 +364,7 @@ def test_merged_is_factored_for_stacks_fused_and_not(stacked: int, fused: bool, 
 def test_an_adapter_on_a_tied_table_moves_embedding_and_head(gpt: fgpt.GPT):
     adapted = fgpt.adapt(gpt, shaken(fgpt.lora(gpt, fgpt.key(0), 2, target="wte")))
     table = fgpt.dense(adapted.wte.w)
-    close(fgpt.apply(adapted, X), fgpt.apply(update(gpt, {"wte.w": table}), X), 1e-5)
+    close(fgpt.apply(adapted, X), fgpt.apply(replace_at(gpt, {"wte.w": table}), X), 1e-5)
     close(fgpt.embed(X, adapted.wte.w), table[X], 1e-6)
     close(fgpt.logits(adapted, torch.eye(16)), table.T, 1e-6)
 
@@ -377,7 +377,7 @@ def test_the_factored_path_never_merges(gpt: fgpt.GPT, factored: Callable[[], No
     adapted = fgpt.adapt(gpt, adapters)
     fgpt.apply(adapted, X)
     grad(loss_of(gpt))(adapters)
-    fgpt.generate(adapted, [[1], [2, 3]], end=0, most=3)
+    fgpt.generate(adapted, [[1], [2, 3]], eos_token_id=0, max_new_tokens=3)
     with pytest.raises(AssertionError, match="dense was called"):
         fgpt.merge(adapted)
     factored()
@@ -619,7 +619,7 @@ def test_one_key_is_one_mask_and_two_are_two():
     before = rng.get_state()
     first = logits(rng)
     assert torch.equal(logits(rng), first)
-    assert torch.equal(logits(fgpt.seed(fgpt.key(0))), first)  # a key, or its seed
+    assert torch.equal(logits(fgpt.seed_tensor(fgpt.key(0))), first)  # a key, or its seed
     assert not torch.allclose(logits(fgpt.key(1)), first, atol=0.1)
     assert torch.equal(rng.get_state(), before)
     assert torch.equal(torch.get_rng_state(), world)
@@ -633,7 +633,7 @@ def test_every_path_and_every_tree_has_its_own_mask():
     adapted = fgpt.adapt(params, *trees, rng=fgpt.key(0))
     outer, inner, other = adapted["q"].w, adapted["q"].w.base, adapted["k"].w  # pyright: ignore
     x = torch.ones(16, 8)
-    masks = [fgpt.linear(x, w) for w in (inner, other, update(outer, {"base": torch.zeros(8, 8)}))]
+    masks = [fgpt.linear(x, w) for w in (inner, other, replace_at(outer, {"base": torch.zeros(8, 8)}))]
     for i, mask in enumerate(masks):
         assert set(mask.unique().tolist()) == {0.0, 2.0}
         assert not any(torch.equal(mask, masks[j]) for j in range(i))
@@ -645,7 +645,7 @@ def test_dropouts_mean_is_no_dropout():
     x, n, p = torch.randn(3, 6, generator=fgpt.key(9)), 4096, 0.3
 
     def once(seed: Tensor) -> Tensor:
-        return fgpt.linear(x, fgpt.Adapted(w, a, b, seed=seed, drop=p))
+        return fgpt.linear(x, fgpt.Adapted(w, a, b, seed=seed, dropout=p))
 
     seeds = torch.arange(n)
     out = vmap(once)(seeds)
@@ -684,7 +684,7 @@ def test_each_micro_batch_draws_its_own_mask():
         return step_loss(adapters, params, batch, rng)
 
     optimizer = fgpt.adamw(1e-2)
-    state, step = fgpt.start(dropped(), optimizer), make_step(loss, optimizer)
+    state, step = fgpt.init_state(dropped(), optimizer), make_step(loss, optimizer)
     some, again, other, none = (step(state, PLAIN, [BATCH] * 3, rng)[0] for rng in (*map(fgpt.key, (0, 0, 1)), None))
     assert same(some, again)
     assert not same(some, other)
@@ -699,7 +699,7 @@ def test_each_micro_batch_draws_its_own_mask():
 
 
 def test_a_half_precision_base_keeps_its_dtype_and_the_adapters_theirs(gpt: fgpt.GPT):
-    params, adapters = cast(gpt, torch.bfloat16), shaken(fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS))
+    params, adapters = astype(gpt, torch.bfloat16), shaken(fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS))
     assert fgpt.apply(fgpt.adapt(params, adapters), X).dtype == torch.bfloat16
     assert {x.dtype for x in leaves(grad(loss_of(params))(adapters)).values()} == {torch.float32}
     assert same(leaves(fgpt.merge(fgpt.adapt(params, {}))), leaves(params))
@@ -709,7 +709,7 @@ def test_a_half_precision_base_keeps_its_dtype_and_the_adapters_theirs(gpt: fgpt
 def test_what_is_tuned_over_a_half_precision_base_computes_in_its_dtype(target: str):
     """And is trained in fp32: what is laid there is rounded, the gradient is not."""
     params = BASES["bf16"]
-    tuned = fgpt.tune(params, target)
+    tuned = fgpt.trainable_leaves(params, target)
     assert torch.equal(fgpt.apply(fgpt.adapt(params, tuned), X), fgpt.apply(params, X))
     grads = leaves(grad(loss_of(params))(tuned))
     assert {g.dtype for g in grads.values()} == {torch.float32}
@@ -720,24 +720,24 @@ def test_what_is_tuned_over_a_half_precision_base_computes_in_its_dtype(target: 
 
 
 def test_lora_and_tuned_leaves_are_one_tree(gpt: fgpt.GPT):
-    lora, norms = fgpt.lora(gpt, fgpt.key(0), 2), fgpt.tune(gpt, r".*ln_.*")
+    lora, norms = fgpt.lora(gpt, fgpt.key(0), 2), fgpt.trainable_leaves(gpt, r".*ln_.*")
     both = shaken(lora | norms, seed=3)
-    assert fgpt.trainable(both) == fgpt.trainable(lora) + 2 * 16 * (2 * 2 + 1)
-    expected = fgpt.adapt(update(gpt, {p: both[p] for p in norms}), {p: both[p] for p in lora})
+    assert fgpt.num_trainable(both) == fgpt.num_trainable(lora) + 2 * 16 * (2 * 2 + 1)
+    expected = fgpt.adapt(replace_at(gpt, {p: both[p] for p in norms}), {p: both[p] for p in lora})
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, both), X), fgpt.apply(expected, X))
     assert {p for p, g in leaves(grad(loss_of(gpt))(both)).items() if g.abs().max() == 0} == set()
 
 
 def test_a_lora_lies_on_a_weight_tuned_in_the_same_tree(gpt: fgpt.GPT):
     """Whichever side of the union comes first, neither is silently dropped."""
-    lora, full = shaken(fgpt.lora(gpt, fgpt.key(0), 2)), shaken(fgpt.tune(gpt), seed=5)
+    lora, full = shaken(fgpt.lora(gpt, fgpt.key(0), 2)), shaken(fgpt.trainable_leaves(gpt), seed=5)
     expected = fgpt.apply(fgpt.adapt(gpt, full, lora), X)
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, lora | full), X), expected)
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, full | lora), X), expected)
 
 
 def test_an_ia3_scales_a_bias_tuned_in_the_same_tree(gpt: fgpt.GPT):
-    scales, biases = shaken(fgpt.ia3(gpt, LINEARS, LINEARS)), shaken(fgpt.tune(gpt, r".*\.b"), seed=5)
+    scales, biases = shaken(fgpt.ia3(gpt, LINEARS, LINEARS)), shaken(fgpt.trainable_leaves(gpt, r".*\.b"), seed=5)
     expected = fgpt.adapt(gpt, biases, scales)
     assert same(fgpt.adapt(gpt, scales | biases), expected)
     layer, row = expected.blocks[0].mlp.up, scales["blocks.0.mlp.up"].row
@@ -745,12 +745,12 @@ def test_an_ia3_scales_a_bias_tuned_in_the_same_tree(gpt: fgpt.GPT):
 
 
 def test_tuning_everything_is_the_model(gpt: fgpt.GPT):
-    full = fgpt.tune(gpt, ".*")
-    assert fgpt.trainable(full) == count(gpt)
+    full = fgpt.trainable_leaves(gpt, ".*")
+    assert fgpt.num_trainable(full) == num_elements(gpt)
     assert same(fgpt.adapt(gpt, full), gpt)
     moved = shaken(full, seed=7)
     assert same(leaves(fgpt.adapt(gpt, moved)), moved)
-    assert {x.dtype for x in leaves(fgpt.tune(cast(gpt, torch.bfloat16))).values()} == {torch.float32}
+    assert {x.dtype for x in leaves(fgpt.trainable_leaves(astype(gpt, torch.bfloat16))).values()} == {torch.float32}
 
 
 B = torch.ones(40, 2)
@@ -764,7 +764,7 @@ B = torch.ones(40, 2)
             r"no path; nearest are blocks\.0\.a",
         ),
         (lambda p: fgpt.lora(p, fgpt.key(0), target="(q"), "not a regular expression"),
-        (lambda p: fgpt.tune(p, r"ln_f\.weight"), r"no path; nearest are .*ln_f\.w"),
+        (lambda p: fgpt.trainable_leaves(p, r"ln_f\.weight"), r"no path; nearest are .*ln_f\.w"),
         (lambda p: fgpt.lora(p, fgpt.key(0), rank=17), r"rank 17 on blocks\.0\.attn\.q: expected 1 to 16"),
         (lambda p: fgpt.lora(p, fgpt.key(0), rank=0), "rank 0"),
         (
@@ -774,8 +774,8 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, {"ln_f.w": torch.ones(8)}), r"ln_f\.w has shape \[8\], but the base has \[16\]"),
         (lambda p: fgpt.adapt(p, {"ln_g.w": torch.ones(16)}), r"no leaf 'ln_g\.w' to replace"),
         (lambda p: fgpt.adapt(p, fgpt.lora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
-        (lambda p: fgpt.adapt(p, fgpt.lora(fgpt.fuse(p), fgpt.key(0), 2)), r"for a fused base: fuse\(params\) first"),
-        (lambda p: fgpt.adapt(fgpt.fuse(p), fgpt.lora(p, fgpt.key(0), 2)), r"not fused: do not fuse\(params\)"),
+        (lambda p: fgpt.adapt(p, fgpt.lora(fgpt.fuse_qkv(p), fgpt.key(0), 2)), r"for a fused base: fuse\(params\) first"),
+        (lambda p: fgpt.adapt(fgpt.fuse_qkv(p), fgpt.lora(p, fgpt.key(0), 2)), r"not fused: do not fuse\(params\)"),
         (lambda p: fgpt.dora(p, fgpt.key(0), rank=17), r"rank 17 on blocks\.0\.attn\.q: expected 1 to 16"),
         (
             lambda p: fgpt.lora(p, fgpt.key(0), dropout=1.0),
@@ -814,10 +814,10 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, {"blocks.0.ln_1": fgpt.IA3(torch.ones(16))}), r"no layer 'blocks\.0\.ln_1' to adapt"),
         (lambda p: fgpt.adapt(p, fgpt.dora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
         (
-            lambda p: fgpt.merge(p, onto="quantised"),
+            lambda p: fgpt.merge(p, base="quantised"),
             "merge onto 'quantised': expected \"dequantised\" or a params tree",
         ),
-        (lambda p: fgpt.fuse(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the plain base"),
+        (lambda p: fgpt.fuse_qkv(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the plain base"),
         (lambda p: fgpt.save(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2)), Path("x")), r"merge\(params\) first"),
     ],
 )
@@ -835,10 +835,10 @@ def test_keys_are_read_and_never_advanced(gpt: fgpt.GPT):
     before = rng.get_state()
     fgpt.init(gpt.cfg, rng)
     fgpt.lora(gpt, rng, 2)
-    first = fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=rng)
-    assert fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=rng) == first
+    first = fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng)
+    assert fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng) == first
     assert (
-        fgpt.generate(gpt, [[1], [2, 3]], end=0, most=8, sampling=fgpt.Sampling(temperature=1.0), rng=fgpt.key(4))
+        fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=fgpt.key(4))
         != first
     )
     assert torch.equal(rng.get_state(), before)
@@ -853,7 +853,7 @@ def test_draws_belong_to_the_key_and_the_path(gpt: fgpt.GPT):
     drawn = [x.a for x in more.values() if x.a.shape[1] == 16] + [x.a for x in other.values()]
     assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(drawn)
     assert all(x.a.abs().max() <= 16**-0.5 and x.a.std() > 0.1 for x in some.values())
-    assert set(some) == {p for p in layers(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
+    assert set(some) == {p for p in weight_matrices(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
 
 
 def test_adapters_and_params_are_fp32_whatever_the_default_is(gpt: fgpt.GPT):

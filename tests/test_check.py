@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from fgpt.checks.context import apart, nearby, worst
+from fgpt.checks.context import max_rel_diff, perturb, max_or_nan
 from fgpt.cli.diagnostics import doctor
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.recipes import Classify, Pretrain, find
-from fgpt.tree import cast, leaves
+from fgpt.tree import astype, leaves
 from fgpt.weights import Adapted
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -35,9 +35,9 @@ METHODS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(1), 4, target=r"blocks\..*\.(q|v|up|down)", dropout=0.1),
     "dora": lambda p: fgpt.dora(p, fgpt.key(1), 4),
     "ia3": fgpt.ia3,
-    "ln": lambda p: fgpt.tune(p, r".*ln_.*"),
-    "lora and ln": lambda p: fgpt.lora(p, fgpt.key(1), 4) | fgpt.tune(p, r".*ln_.*"),
-    "full": lambda p: fgpt.tune(p, r"(?!.*(codes|absmax|code|offset)).*"),
+    "ln": lambda p: fgpt.trainable_leaves(p, r".*ln_.*"),
+    "lora and ln": lambda p: fgpt.lora(p, fgpt.key(1), 4) | fgpt.trainable_leaves(p, r".*ln_.*"),
+    "full": lambda p: fgpt.trainable_leaves(p, r"(?!.*(codes|absmax|code|offset)).*"),
 }
 LAWS = [
     "finite loss", "padding", "packing", "batch composition", "batch size", "cache", "merge", "accumulation",
@@ -50,7 +50,7 @@ def model(family: str = "gpt2", base: str = "fp32", layers: int = 1) -> fgpt.GPT
                       | FAMILIES[family])  # fmt: skip
     params = shaken(fgpt.init(cfg, fgpt.key(0)), 0.1)
     if base in ("fp32", "bf16"):
-        return params if base == "fp32" else cast(params, torch.bfloat16)
+        return params if base == "fp32" else astype(params, torch.bfloat16)
     return fgpt.quantize(params, base, target=r"blocks\..*\.(q|k|v|o|up|down)")  # pyright: ignore[reportArgumentType]
 
 
@@ -70,10 +70,10 @@ PACKED, PLAIN = batch((7, 9), (16,), (4, 5, 3)), batch((7,), (20,), (12,))
 
 def verdict(*given: Any, **options: Any) -> tuple[set[str], set[str]]:
     """The laws that are broken, and those that were not asked."""
-    found = fgpt.check(*given, **options)
-    assert [x.law for x in found] == LAWS
+    found = fgpt.run_checks(*given, **options)
+    assert [x.check for x in found] == LAWS
     assert all(x.note for x in found if x.holds is None)
-    return {x.law for x in found if x.holds is False}, {x.law for x in found if x.holds is None}
+    return {x.check for x in found if x.holds is False}, {x.check for x in found if x.holds is None}
 
 
 def module(name: str) -> Any:
@@ -99,13 +99,13 @@ def test_the_laws_hold(family: str, base: str, method: str, rows: list[tuple[int
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_laws_hold_of_a_classifier(family: str):
-    params = fgpt.classifier(model(family), 3, fgpt.key(0))
-    adapters = fgpt.lora(params, fgpt.key(1), 4) | fgpt.tune(params, r"head\..*")
+    params = fgpt.with_classification_head(model(family), 3, fgpt.key(0))
+    adapters = fgpt.lora(params, fgpt.key(1), 4) | fgpt.trainable_leaves(params, r"head\..*")
     assert verdict(params, adapters, batch((7, 9), (16,), label=2)) == (set(), set())
 
 
 def test_the_laws_hold_where_rows_fill_the_context_and_of_a_fused_base():
-    params = fgpt.fuse(model())
+    params = fgpt.fuse_qkv(model())
     adapters = fgpt.lora(params, fgpt.key(0), 4, target=r".*qkv")
     assert verdict(params, adapters, batch((24,), (11, 13))) == (set(), set())
 
@@ -114,37 +114,37 @@ def test_what_cannot_be_asked_is_not_passed_in_silence():
     params, x = model(), tokens(31, 9)
     one = fgpt.Batch(x[:-1], x[1:], torch.ones(8))  # a row without a batch around it
     rows = {"batch composition", "batch size", "accumulation", "packing"}
-    assert verdict(params, fgpt.tune(params, r".*ln_.*"), one) == (set(), rows | {"merge"})
+    assert verdict(params, fgpt.trainable_leaves(params, r".*ln_.*"), one) == (set(), rows | {"merge"})
     trained = {"accumulation", "gradient flow", "first step", "determinism", "save and load", "merge"}
     assert verdict(params, {}, PACKED) == (set(), trained)
-    noise = next(f for f in fgpt.check(params, {}, PACKED) if f.law == "merge")
-    assert (noise.margin, noise.holds, noise.note) == (None, None, "no adapters")
+    noise = next(f for f in fgpt.run_checks(params, {}, PACKED) if f.check == "merge")
+    assert (noise.error, noise.holds, noise.note) == (None, None, "no adapters")
 
 
 def test_it_leaves_everything_as_it_was():
     params = model()
     adapters, before = METHODS["lora"](params), leaves(params)
     kept = {path: x.clone() for path, x in before.items()}
-    first = fgpt.check(params, adapters, PACKED)
+    first = fgpt.run_checks(params, adapters, PACKED)
     assert same(kept, before)
     assert torch.is_grad_enabled()
-    assert fgpt.check(params, adapters, PACKED) == first
+    assert fgpt.run_checks(params, adapters, PACKED) == first
 
 
 def test_the_point_it_asks_at_is_near_and_nothing_special():
     params = model()
     adapters = METHODS["dora"](params) | METHODS["ln"](params)
-    for path, x in leaves(nearby(adapters)).items():
+    for path, x in leaves(perturb(adapters)).items():
         was = leaves(adapters)[path]
         assert x.ne(was).all() or x.ne(was).float().mean() > 0.9, path
         assert (x - was).square().mean().sqrt() < 0.06 * was.square().mean().sqrt().clamp(min=0.5)
-    assert same(nearby(adapters), nearby(adapters))
+    assert same(perturb(adapters), perturb(adapters))
 
 
 def test_a_margin_that_is_no_number_does_not_hold():
-    assert fgpt.Finding("", "", worst([0.0, float("nan"), 1.0]), 2.0).holds is False
-    assert apart(torch.zeros(2), torch.tensor([0.0, 1.0])) > 1
-    assert apart(torch.tensor([2.0, -4.0]), torch.tensor([2.0, -3.0])) == 0.25
+    assert fgpt.CheckResult("", "", max_or_nan([0.0, float("nan"), 1.0]), 2.0).holds is False
+    assert max_rel_diff(torch.zeros(2), torch.tensor([0.0, 1.0])) > 1
+    assert max_rel_diff(torch.tensor([2.0, -4.0]), torch.tensor([2.0, -3.0])) == 0.25
 
 
 # ---------------------------------------------------------------------------------------------- a fault, and its law
@@ -181,8 +181,8 @@ def test_loss_is_no_number():
 
 
 def test_loss_a_forgotten_position():
-    assert PACKED.at is not None
-    for at in (PACKED.at[1:], torch.cat([PACKED.at, PACKED.at[:1]])):
+    assert PACKED.loss_positions is not None
+    for at in (PACKED.loss_positions[1:], torch.cat([PACKED.loss_positions, PACKED.loss_positions[:1]])):
         assert faulty(replace(PACKED, at=at)) == {"finite loss"}
 
 
@@ -252,7 +252,7 @@ def test_a_cache_that_forgets_the_newest_token(patch: Patch):
         def wrong(*given: Any) -> Any:
             h, kept = extend(*given)
             segments = None if kept.segments is None else kept.segments[..., :-1]
-            return h, fgpt.Cache(tuple((k[..., :-1, :], v[..., :-1, :]) for k, v in kept.kv), segments)
+            return h, fgpt.KVCache(tuple((k[..., :-1, :], v[..., :-1, :]) for k, v in kept.kv), segments)
 
         return wrong
 
@@ -307,15 +307,15 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
 def test_a_leaf_that_has_no_gradient_is_named(patch: Patch):
     patch("fgpt.model", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
     params = model()
-    found = fgpt.check(params, METHODS["lora and ln"](params), PACKED)
+    found = fgpt.run_checks(params, METHODS["lora and ln"](params), PACKED)
     (silent,) = (x for x in found if x.holds is False)
-    assert (silent.law, silent.margin) == ("gradient flow", 3.0)
+    assert (silent.check, silent.error) == ("gradient flow", 3.0)
     assert "blocks.0.ln_1.b" in silent.note
 
 
 def test_a_rate_that_is_lost_in_rounding():
     params = model()
-    adapters = cast(fgpt.tune(params, r".*ln_.*\.w"), torch.bfloat16)
+    adapters = astype(fgpt.trainable_leaves(params, r".*ln_.*\.w"), torch.bfloat16)
     assert verdict(params, adapters, PACKED, lr=1e-5)[0] == {"first step"}
     assert not verdict(params, adapters, PACKED, lr=1e-2)[0]
 
@@ -366,7 +366,7 @@ def test_a_peft_folder_that_forgets_alpha(patch: Patch):
     patch("fgpt.checks.persistence", "load_peft", weak)
     assert faulty(method="lora") == {"save and load"}
     params = model()
-    partly = METHODS["lora"](params) | fgpt.tune(params, r"blocks\.0\.attn\.q\.b")  # which PEFT does not hold
+    partly = METHODS["lora"](params) | fgpt.trainable_leaves(params, r"blocks\.0\.attn\.q\.b")  # which PEFT does not hold
     assert not verdict(params, partly, PACKED)[0]
 
 
@@ -384,8 +384,8 @@ def test_a_base_that_is_written_to(patch: Patch):
 
     patch("fgpt.checks.context", "nll", careless)
     params = model()
-    (finding,) = (x for x in fgpt.check(params, METHODS["lora"](params), PACKED) if x.holds is False)
-    assert (finding.law, finding.margin) == ("frozen base", 1.0)
+    (finding,) = (x for x in fgpt.run_checks(params, METHODS["lora"](params), PACKED) if x.holds is False)
+    assert (finding.check, finding.error) == ("frozen base", 1.0)
     assert "base.blocks.0.attn.k.b" in finding.note
 
 
@@ -397,7 +397,7 @@ NANO = replace(find("lora-nano"), seq=160, rows=2, long="drop")  # pyright: igno
 
 def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
     found = doctor.go(NANO)
-    assert {x.law for x in found if not x.holds} <= {"packing"}  # which short rows give nothing to be asked of
+    assert {x.check for x in found if not x.holds} <= {"packing"}  # which short rows give nothing to be asked of
     said = capsys.readouterr().err
     assert all(law in said for law in LAWS)
     assert f"torch {torch.__version__} on cpu" in said

@@ -10,19 +10,19 @@ import torch
 import fgpt
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import fingerprint
-from fgpt.data.prompt_templates import Example, Row
+from fgpt.data.prompt_templates import Example, InstructionRow
 from fgpt.errors import InputError
 from fgpt.io.files import clean
 from fgpt.recipes import find
-from fgpt.train_step import State, start
+from fgpt.train_step import State, init_state
 
 INPUTS = {"base config": "a", "training rows": "b"}
 
 
 def state(step: int) -> State:
     adapters = fgpt.lora(fgpt.init(fgpt.Config(1, 1, 8, 16, 11, 16), fgpt.key(0)), fgpt.key(0), rank=2)
-    first = start(adapters, fgpt.adamw(lambda _: 1e-3))
-    return State(first.trainable, first.opt, torch.tensor(step, dtype=first.step.dtype))
+    first = init_state(adapters, fgpt.adamw(lambda _: 1e-3))
+    return State(first.trainable, first.opt_state, torch.tensor(step, dtype=first.step.dtype))
 
 
 def steps(out: Path) -> list[int]:
@@ -182,7 +182,7 @@ def test_nothing_behind_a_link_is_deleted_or_written(tmp_path: Path):
 def test_the_fingerprint_names_what_changed():
     run, tokenizer, cfg = find("lora-nano"), fgpt.tokenizer("nano"), fgpt.Config(1, 1, 8, 16, 11, 16)
     base, rows = fgpt.init(cfg, fgpt.key(0)), [Example((1, 2, 3), 1)]
-    held = [Row("Say \ud83d.", "", "It is.")]
+    held = [InstructionRow("Say \ud83d.", "", "It is.")]
 
     def changed(**other: object) -> list[str]:
         given: dict = {"run": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
@@ -195,7 +195,7 @@ def test_the_fingerprint_names_what_changed():
     assert changed() == []
     assert changed(base=replace(base, cfg=replace(cfg, eps=0.1))) == ["base config"]
     assert changed(base=fgpt.init(cfg, fgpt.key(1))) == ["base weights"]
-    assert changed(heldout_rows=[Row("Say it.", "", "It was.")]) == ["heldout rows"]
+    assert changed(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
     assert changed(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
     assert changed(template="{input}") == ["template"]
     assert changed(run=replace(run, weight_decay=0.5)) == ["options"]

@@ -61,7 +61,7 @@ def test_theirs_is_read_and_ours_is_read_by_them(family: str, tmp_path: Path):
 def test_texts_of_several_lengths(tmp_path: Path):
     """Padded by the token that the saved tokenizer names, each is read at its own last token, which ends a document."""
     nano = fgpt.load("nano")
-    params = shaken(fgpt.classifier(nano, 4, fgpt.key(0)), 0.02)
+    params = shaken(fgpt.with_classification_head(nano, 4, fgpt.key(0)), 0.02)
     fgpt.save(params, tmp_path, like="nano")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -83,12 +83,12 @@ def test_texts_of_several_lengths(tmp_path: Path):
 )
 def test_labels_that_do_not_fit(labels: list[str], expected: str, tmp_path: Path):
     with pytest.raises(fgpt.InputError, match=expected):
-        fgpt.save(fgpt.classifier(tiny(), 3, fgpt.key(0)), tmp_path / "a", labels=labels)
+        fgpt.save(fgpt.with_classification_head(tiny(), 3, fgpt.key(0)), tmp_path / "a", labels=labels)
     assert not (tmp_path / "a").exists()
 
 
 def test_a_quantized_classifier_is_to_be_merged_first(tmp_path: Path):
-    params = fgpt.quantize(fgpt.classifier(tiny(), 3, fgpt.key(0)), "int8")
+    params = fgpt.quantize(fgpt.with_classification_head(tiny(), 3, fgpt.key(0)), "int8")
     with pytest.raises(fgpt.InputError, match="a classifier over quantised weights has no such format: merge"):
         fgpt.save(params, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -96,7 +96,7 @@ def test_a_quantized_classifier_is_to_be_merged_first(tmp_path: Path):
 
 @pytest.mark.parametrize("score", [torch.zeros(3, 15), torch.zeros(0, 16), torch.zeros(16), torch.zeros(3, 16).int()])
 def test_a_head_that_is_none(score: torch.Tensor, tmp_path: Path):
-    fgpt.save(fgpt.classifier(tiny(), 3, fgpt.key(0)), tmp_path)
+    fgpt.save(fgpt.with_classification_head(tiny(), 3, fgpt.key(0)), tmp_path)
     save_file(load_file(tmp_path / models.WEIGHTS) | {"score.weight": score}, tmp_path / models.WEIGHTS)
     with pytest.raises(fgpt.InputError, match=r"tensor score\.weight: expected"):
         fgpt.load(tmp_path)

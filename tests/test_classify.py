@@ -27,30 +27,30 @@ from fgpt.cli.inference.classifiers import common_to, frame_of, log_probabilitie
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.classification import read, to_score, trained_of
-from fgpt.data.classification_datasets import HUB, Columns, rows
+from fgpt.data.classification_datasets import HUB, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
-    Frame,
-    Labelled,
+    PromptFrame,
+    LabeledText,
     Labels,
-    Wording,
+    PromptWording,
     classes,
-    drawn,
+    sample_shots,
     encode,
-    frame,
-    lay,
-    settle,
-    words,
+    prompt_frame,
+    assemble,
+    resolve_labels,
+    verbalizers,
 )
-from fgpt.data.packing import collate, epoch
+from fgpt.data.packing import collate, epoch_batches
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
-from fgpt.model import Config, skeleton
+from fgpt.model import Config, abstract_params
 from fgpt.recipes import RUNS, Classify, find
 from fgpt.tokenizers.tiktoken_bpe import from_ranks
 from fgpt.tree import leaves
 
 NANO = fgpt.tokenizer("nano")
-BARE = Frame((), (), (), ())
+BARE = PromptFrame((), (), (), ())
 
 
 # ------------------------------------------------------------------------------------------------------------ the head
@@ -58,18 +58,18 @@ BARE = Frame((), (), (), ())
 
 def test_a_classifier_is_the_same_tree_with_another_head():
     base = tiny()
-    params = fgpt.classifier(base, 3, fgpt.key(0))
+    params = fgpt.with_classification_head(base, 3, fgpt.key(0))
     assert leaves(params).keys() - leaves(base).keys() == {"head.w"}
     assert all(x is leaves(base)[path] for path, x in leaves(params).items() if path != "head.w")
-    assert params.cfg.vocab == base.cfg.vocab
-    assert not params.cfg.tied
+    assert params.cfg.vocab_size == base.cfg.vocab_size
+    assert not params.cfg.tie_word_embeddings
     assert fgpt.apply(params, torch.tensor([[1, 2]])).shape == (1, 2, 3)
-    assert same(params, fgpt.classifier(base, 3, fgpt.key(0)))
-    large = fgpt.classifier(tiny(d_model=256, n_head=4), 100, fgpt.key(0)).head
+    assert same(params, fgpt.with_classification_head(base, 3, fgpt.key(0)))
+    large = fgpt.with_classification_head(tiny(d_model=256, n_head=4), 100, fgpt.key(0)).head
     assert large is not None
     assert float(large.w.std()) == pytest.approx(0.02, rel=0.05)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(InputError, match="a classifier of 1 classes: expected at least 2"):
-        fgpt.classifier(base, 1, fgpt.key(0))
+        fgpt.with_classification_head(base, 1, fgpt.key(0))
 
 
 def test_logits_are_those_of_transformers(tmp_path: Path):
@@ -83,7 +83,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     model = GPT2LMHeadModel(config)
     model.transformer.load_state_dict(theirs.transformer.state_dict())
     model.save_pretrained(tmp_path)
-    params = fgpt.classifier(fgpt.load(str(tmp_path)), 5, fgpt.key(0))
+    params = fgpt.with_classification_head(fgpt.load(str(tmp_path)), 5, fgpt.key(0))
     params = fgpt.adapt(params, {"head.w": theirs.score.weight.detach()})
     lengths = (7, 24, 1)
     texts = [torch.randint(1, 31, (n,), generator=rng).tolist() for n in lengths]
@@ -95,10 +95,10 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
 
 
 def test_gradient_is_that_of_cross_entropy_at_the_last_tokens():
-    params = fgpt.classifier(tiny(), 3, fgpt.key(0))
+    params = fgpt.with_classification_head(tiny(), 3, fgpt.key(0))
     texts = [((1, 2, 3), 0), ((4, 5), 2), ((6, 7, 8, 9), 1)]
     batch = collate([[Example(tokens, len(tokens), label) for tokens, label in texts]])
-    trained = fgpt.tune(params, r"head\..*") | fgpt.tune(params, r".*ln_.*")
+    trained = fgpt.trainable_leaves(params, r"head\..*") | fgpt.trainable_leaves(params, r".*ln_.*")
     got = torch.func.grad(lambda a: fgpt.loss(fgpt.adapt(params, a), batch))(trained)
 
     def plainly(a: fgpt.Adapters) -> torch.Tensor:
@@ -114,20 +114,20 @@ def test_gradient_is_that_of_cross_entropy_at_the_last_tokens():
 
 
 frames = st.builds(
-    lambda b, m, a, g: Frame(tuple(range(100, 100 + b)), (200,) * m, tuple(range(300, 300 + a)), (400,) * g),
+    lambda b, m, a, g: PromptFrame(tuple(range(100, 100 + b)), (200,) * m, tuple(range(300, 300 + a)), (400,) * g),
     st.integers(0, 5), st.integers(1, 2), st.integers(0, 5), st.integers(1, 2),
 )  # fmt: skip
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=2), frames, st.integers(24, 70))
-def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list[int], around: Frame, width: int):
+def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list[int], around: PromptFrame, width: int):
     texts = [[1000 * (i + 1) + j for j in range(n)] for i, n in enumerate(lengths)]
     room = width - len(around.before) - len(around.after) - len(around.between) * (len(texts) - 1)
     if len(texts) == 2 and min(lengths) > room:
         with pytest.raises(InputError, match="both texts are too long"):
-            lay(texts, around, width)
+            assemble(texts, around, width)
         return
-    tokens, whole = lay(texts, around, width)
+    tokens, whole = assemble(texts, around, width)
     assert whole == (sum(lengths) <= room)
     assert len(tokens) == width - room + (sum(lengths) if whole else room)
     assert tokens[: len(around.before)] == around.before
@@ -153,9 +153,9 @@ def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.integers(30, 90))
 def test_a_category_is_asked_for_after_any_text(text: str, width: int):
-    wording = Wording("Sort into {labels}.\n", "Text:\n", "\nCategory:")
-    around = frame(wording, ["joy", "fear"], NANO, end=False)
-    (example,), _ = encode([Labelled(text * 4, label="fear")], words(["joy", "fear"], NANO), around, NANO, width)
+    wording = PromptWording("Sort into {labels}.\n", "Text:\n", "\nCategory:")
+    around = prompt_frame(wording, ["joy", "fear"], NANO, end=False)
+    (example,), _ = encode([LabeledText(text * 4, label="fear")], verbalizers(["joy", "fear"], NANO), around, NANO, width)
     said = NANO.decode(list(example.tokens))
     assert said.startswith("Sort into joy, fear.\nText:\n")
     assert said.endswith("\nCategory:")
@@ -168,8 +168,8 @@ def test_a_category_is_asked_for_after_any_text(text: str, width: int):
 
 
 def test_the_end_is_read_and_the_separator_is_attended():
-    around = frame(Wording(), ["a", "b"], NANO, end=True)
-    (pair,), cut = encode([Labelled("A fox.", "A dog.", "b")], classes(["a", "b"]), around, NANO, 40)
+    around = prompt_frame(PromptWording(), ["a", "b"], NANO, end=True)
+    (pair,), cut = encode([LabeledText("A fox.", "A dog.", "b")], classes(["a", "b"]), around, NANO, 40)
     assert pair.tokens == (*NANO.encode("A fox."), NANO.eos, *NANO.encode("A dog."), NANO.eos)
     assert (pair.label, cut) == (1, 0)
     params = fgpt.load("nano")
@@ -189,7 +189,7 @@ labelled = st.builds(
 @given(st.lists(labelled, min_size=1, max_size=12), st.integers(0, 5))
 def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], seed: int):
     seen: Counter[tuple[int, ...]] = Counter()
-    for rows_ in epoch(examples, 12, 2, fgpt.key(seed)):
+    for rows_ in epoch_batches(examples, 12, 2, fgpt.key(seed)):
         batch = collate(rows_)
         assert batch.weights.sum() == sum(len(row) for row in rows_)
         ends = [
@@ -204,7 +204,7 @@ def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], se
 
 @given(st.lists(labelled, min_size=1, max_size=20), st.integers(9, 24))
 def test_packed_scoring_is_scoring_one_by_one(examples: list[Example], width: int):
-    params = fgpt.classifier(tiny(), 3, fgpt.key(1))
+    params = fgpt.with_classification_head(tiny(), 3, fgpt.key(1))
     packed = log_probabilities(params, examples, classes("abc"), width)
     with torch.no_grad():
         alone = torch.stack([fgpt.apply(params, torch.tensor([x.tokens]))[0, -1].log_softmax(-1) for x in examples])
@@ -224,7 +224,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
     tails = [tokens(31, 1 + (seed + i) % 5, seed=seed + i + 1).tolist() for i in range(rows)]
     examples = [Example((*head, *tail), common + len(tail), 0) for tail in tails]
     assert common_to([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
-    params, read = fgpt.classifier(tiny(), 3, fgpt.key(1)), []
+    params, read = fgpt.with_classification_head(tiny(), 3, fgpt.key(1)), []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for name in ("hidden", "extend"):
             real = getattr(fgpt, name)
@@ -245,36 +245,36 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-@given(st.permutations([Labelled("t", label=x) for x in ("b", "c", "a", "b")]))
-def test_labels_are_sorted_or_as_given_whatever_the_rows_order(found: list[Labelled]):
-    assert settle((), found, found)[0] == ("a", "b", "c")
-    names, train, _ = settle(("c", "a=fear", " b = joy "), found, found)
+@given(st.permutations([LabeledText("t", label=x) for x in ("b", "c", "a", "b")]))
+def test_labels_are_sorted_or_as_given_whatever_the_rows_order(found: list[LabeledText]):
+    assert resolve_labels((), found, found)[0] == ("a", "b", "c")
+    names, train, _ = resolve_labels(("c", "a=fear", " b = joy "), found, found)
     assert names == ("c", "fear", "joy")
     assert [x.label for x in train] == [{"a": "fear", "b": "joy", "c": "c"}[x.label] for x in found]
 
 
 def test_labels_as_tokens_are_one_each():
-    assert words(["joy", "fear"], NANO).choices == (NANO.encode(" joy")[0], NANO.encode(" fear")[0])
+    assert verbalizers(["joy", "fear"], NANO).choices == (NANO.encode(" joy")[0], NANO.encode(" fear")[0])
     with pytest.raises(InputError, match=r"^label 'hate' is 2 tokens \(' h.*'\), expected one: .* --labels hate=WORD"):
-        words(["joy", "hate"], NANO)
+        verbalizers(["joy", "hate"], NANO)
     with pytest.raises(InputError, match="label 'joy' is the same token as one before it"):
-        words(["joy", "joy"], NANO)
+        verbalizers(["joy", "joy"], NANO)
 
 
 def test_gpt2_has_a_token_for_each_label_of_the_runs():
     gpt2 = from_ranks(shared("gpt2-bpe") / "gpt2.tiktoken")
-    assert len(set(words(find("hate-gptj-ln").labels, gpt2).choices)) == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(set(verbalizers(find("hate-gptj-ln").labels, gpt2).choices)) == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_shots_are_balanced_and_a_function_of_the_key():
-    found = [Labelled(f"t{i}", label="a" if i % 5 else "b") for i in range(40)]
-    shots = drawn(found, ("a", "b"), 7, fgpt.key(0))
+    found = [LabeledText(f"t{i}", label="a" if i % 5 else "b") for i in range(40)]
+    shots = sample_shots(found, ("a", "b"), 7, fgpt.key(0))
     assert Counter(x.label for x in shots) == {"a": 4, "b": 3}
     assert len(set(shots)) == 7
-    assert shots == drawn(found, ("a", "b"), 7, fgpt.key(0)) != drawn(found, ("a", "b"), 7, fgpt.key(1))
+    assert shots == sample_shots(found, ("a", "b"), 7, fgpt.key(0)) != sample_shots(found, ("a", "b"), 7, fgpt.key(1))
     with pytest.raises(InputError, match="20 shots want 10 of 'b', but 8 are there: lower --shots"):
-        drawn(found, ("a", "b"), 20, fgpt.key(0))
-    around = frame(Wording("Do.\n", "Text:\n", "\nSo:"), ("a", "b"), NANO, end=False, shots=shots[:2])
+        sample_shots(found, ("a", "b"), 20, fgpt.key(0))
+    around = prompt_frame(PromptWording("Do.\n", "Text:\n", "\nSo:"), ("a", "b"), NANO, end=False, shots=shots[:2])
     one, two = shots[:2]
     assert NANO.decode(list(around.before)) == (
         f"Do.\nText:\n{one.text}\nSo: {one.label}\n\nText:\n{two.text}\nSo: {two.label}\n\nText:\n"
@@ -312,12 +312,12 @@ def test_scores_are_scikit_learn_s(pairs: list[tuple[int, int]]):
 
 def test_files_of_labelled_texts(tmp_path: Path):
     (tmp_path / "a.txt").write_text("i am; sad;sadness\n\n hooray ;joy\n", encoding="utf-8")
-    assert rows(str(tmp_path / "a.txt")) == [Labelled("i am; sad", "", "sadness"), Labelled("hooray", "", "joy")]
-    assert rows(str(tmp_path / "a.txt"))[1].where == f"{tmp_path / 'a.txt'}, line 3"
+    assert load_labeled_texts(str(tmp_path / "a.txt")) == [LabeledText("i am; sad", "", "sadness"), LabeledText("hooray", "", "joy")]
+    assert load_labeled_texts(str(tmp_path / "a.txt"))[1].where == f"{tmp_path / 'a.txt'}, line 3"
     (tmp_path / "a.csv").write_text('label,text\n2,"so, ""so"""\n', encoding="utf-8")
-    assert rows(str(tmp_path / "a.csv")) == [Labelled('so, "so"', "", "2")]
+    assert load_labeled_texts(str(tmp_path / "a.csv")) == [LabeledText('so, "so"', "", "2")]
     (tmp_path / "a.tsv").write_text('index\ts1\ts2\tlabel\n0\t"We know\tIt "is"\tyes\n', encoding="utf-8")
-    assert rows(str(tmp_path / "a.tsv"), columns=Columns("s1", "s2")) == [Labelled('"We know', 'It "is"', "yes")]
+    assert load_labeled_texts(str(tmp_path / "a.tsv"), columns=Columns("s1", "s2")) == [LabeledText('"We know', 'It "is"', "yes")]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_files_of_labelled_texts(tmp_path: Path):
     ],
 )
 def test_real_files(name: str, split: str, columns: Columns | None, count: int, labels: set[str]):
-    found = rows(str(shared(name)), split, columns)  # pyright: ignore[reportArgumentType]
+    found = load_labeled_texts(str(shared(name)), split, columns)  # pyright: ignore[reportArgumentType]
     assert len(found) == count
     assert {row.label for row in found} == labels
 
@@ -369,7 +369,7 @@ FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 )
 def test_labels_have_one_rule(given_labels: list[Any], labels: list[str], end: str, tmp_path: Path):
     records = [{"text": f"text {i}", "label": label} for i, label in enumerate(given_labels)]
-    assert [row.label for row in rows(str(put(tmp_path / f"a{end}", records)))] == labels
+    assert [row.label for row in load_labeled_texts(str(put(tmp_path / f"a{end}", records)))] == labels
 
 
 @pytest.mark.parametrize("column", ["text", "label"])
@@ -381,7 +381,7 @@ def test_a_row_without_a_text_or_a_label_is_refused(end: str, value: Any, column
         records = [{"text": "a", "label": 1.0}, {"text": "a", "label": value}]
         column = "label"
     with pytest.raises(InputError, match=rf"(line|row) [23]: column '{column}' (is empty|holds .* stands for nothing)"):
-        rows(str(put(tmp_path / f"a{end}", records)))
+        load_labeled_texts(str(put(tmp_path / f"a{end}", records)))
 
 
 def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
@@ -470,8 +470,8 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     assert found["scores"]["the commonest label"]["accuracy"] == 0.5
     trained = opened(out)  # from its files alone
     assert isinstance(trained.run, Classify)
-    test = rows(feelings[-1])
-    told = predict(trained, [Labelled(row.text) for row in test]).likeliest
+    test = load_labeled_texts(feelings[-1])
+    told = predict(trained, [LabeledText(row.text) for row in test]).likeliest
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
     with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
         predict(trained, test, ["yes", "no"])
@@ -492,7 +492,7 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
     assert found["scores"]["tuned"]["accuracy"] > 0.9 > found["scores"]["base"]["accuracy"]
     assert (out / "adapter" / "adapter_config.json").exists()  # PEFT's
     trained = opened(out)
-    texts = [Labelled("One day, the king was happy."), Labelled("One day, the king was scared.")]
+    texts = [LabeledText("One day, the king was happy."), LabeledText("One day, the king was scared.")]
     assert predict(trained, texts).likeliest == ["love", "fear"]
     others = predict(trained, texts, ["yes", "no"])  # labels that it has not been trained on
     assert others.names == ("yes", "no")
@@ -508,7 +508,7 @@ def test_pairs_train_over_a_quantised_base(tmp_path: Path):
     options = ["--base", "nano", "--train", str(tmp_path / "a.tsv"), "--test", str(tmp_path / "a.tsv")]
     options += ["--labels", "yes", "no", "--quantize", "nf4", "--steps", "3", "--seq", "24", "--rows", "4"]
     assert main(["train", "rte-small-lora", *options, "--out", str(tmp_path / "out")]) == 0
-    base = fgpt.classifier(fgpt.load("nano"), 2, fgpt.key(0))
+    base = fgpt.with_classification_head(fgpt.load("nano"), 2, fgpt.key(0))
     assert "head.w" in fgpt.load_peft(tmp_path / "out" / "rte-small-lora" / "adapter", base)
 
 
@@ -528,7 +528,7 @@ GPT2 = Config(12, 12, 768, 1024, 50257, 3072)
 def test_what_the_runs_train(name: str, cfg: Config, classes: int, trained: int):
     run = find(name)
     assert isinstance(run, Classify)
-    assert fgpt.trainable(trained_of(run, with_head(run, skeleton(cfg), ["x"] * classes))) == trained
+    assert fgpt.num_trainable(trained_of(run, with_head(run, abstract_params(cfg), ["x"] * classes))) == trained
     assert f"{trained:,}" in (RUNS[name].__doc__ or "")
 
 
@@ -621,7 +621,7 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_texts_and_rows_that_code_gives():
     with pytest.raises(InputError, match=r"^the text is empty"):
-        encode([Labelled(" ")], classes("ab"), BARE, NANO, 9)
+        encode([LabeledText(" ")], classes("ab"), BARE, NANO, 9)
 
 
 def test_a_run_s_frame_has_an_end_for_classes_alone():

@@ -233,7 +233,7 @@ def test_a_header_counts_parameters_and_not_bytes():
     assert told == "nano (4,339,200 parameters), 32,768 trained (0.8 %)"
     for kind in ("nf4", "int8", "blockwise8"):
         assert sizes("nano", fgpt.quantize(base, kind), adapters) == told
-    whole = fgpt.tune(base, ".*")
+    whole = fgpt.trainable_leaves(base, ".*")
     assert sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
     table = fgpt.lora(base, fgpt.key(0), rank=1, target=r"blocks\.0\.attn\.q")
     assert sizes("nano", base, table).endswith("512 trained (0.01 %)")

@@ -20,7 +20,7 @@ from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
 from fgpt.cli.evaluation.metrics import text as text_scores
 from fgpt.cli.main import main
 from fgpt.cli.training.instruction_tuning import base_of
-from fgpt.data.prompt_templates import PLAIN, Example, Row, encode_prompt
+from fgpt.data.prompt_templates import PLAIN, Example, InstructionRow, encode_prompt
 from fgpt.errors import InputError
 from fgpt.io import models
 
@@ -88,7 +88,7 @@ def test_nats_count_every_answer_token_alike():
     each = []
     for e in examples:
         logp = fgpt.apply(params, torch.tensor([e.tokens]))[0].log_softmax(-1)
-        each += [-float(logp[i - 1, e.tokens[i]]) for i in range(e.prompt, len(e.tokens))]
+        each += [-float(logp[i - 1, e.tokens[i]]) for i in range(e.prompt_length, len(e.tokens))]
     assert len(each) == 7
     assert text_scores.nats(params, examples) == pytest.approx(sum(each) / 7, rel=1e-5)
     with pytest.raises(InputError, match="no token to answer"):
@@ -123,7 +123,7 @@ def test_rouge_l():
     assert one == pytest.approx(100 * 8 / 11)
     both = text_scores.rouge_l(["The cat sat on the mat.", "a b"], ["the cat lay, the mat", "c"])
     assert both == pytest.approx(100 * 4 / 11)
-    rows = [Row("Say.", "", "a b"), Row("No answer known.")]
+    rows = [InstructionRow("Say.", "", "a b"), InstructionRow("No answer known.")]
     got = rouge_scores(rows, [Answer("a b", (1,), True), Answer("x", (1,), True)])
     assert got == {"ROUGE-L F1 (0 to 100)": 100.0}  # the row without an answer does not count
     assert rouge_scores(rows[1:], [Answer("x", (1,), True)]) == {}
@@ -181,7 +181,7 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
     base, tokenizer = base_of(run), fgpt.tokenizer("nano")
     for side, params in (("base", base), ("tuned", run_dir.load_tuned(trained / "lora-nano", base))):
         for row in found["answers"]:
-            prompt = encode_prompt(Row(row["instruction"], row["input"]), PLAIN, tokenizer)
+            prompt = encode_prompt(InstructionRow(row["instruction"], row["input"]), PLAIN, tokenizer)
             it = fgpt.generate(params, [prompt], tokenizer.eos, 9)[0]
             assert row[side] == {"text": tokenizer.decode(it.tokens).strip(), "finished": it.finished}
 
@@ -260,7 +260,7 @@ def test_prompts_of_a_file(trained: Path, tmp_path: Path):
     rows = ["Tell me of a <b>fox</b>.", {"instruction": "Say no.", "input": "To Tim & Sue.", "output": "No, Tim."}]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     (tmp_path / "own.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    expected = [Row("Tell me of a <b>fox</b>."), Row("Say no.", "To Tim & Sue.", "No, Tim.")]
+    expected = [InstructionRow("Tell me of a <b>fox</b>."), InstructionRow("Say no.", "To Tim & Sue.", "No, Tim.")]
     assert prompt_file.read(str(tmp_path / "own.json")) == prompt_file.read(str(tmp_path / "own.jsonl")) == expected
     before = (trained / "lora-nano" / "compare.json").read_text()
     assert main(["compare", str(trained / "lora-nano"), "--prompts", str(tmp_path / "own.json")]) == 0
@@ -286,7 +286,7 @@ def test_a_page_of_hostile_text():
     """Nothing of the texts is read as HTML, wherever it stands."""
     odd = '<script>"&'
     answer = Answer(odd, (1,), False)
-    found = Comparison(odd, [odd], [Row(odd, odd, odd)], {odd: [answer]}, {odd: {odd: 1.0}}, {})
+    found = Comparison(odd, [odd], [InstructionRow(odd, odd, odd)], {odd: [answer]}, {odd: {odd: 1.0}}, {})
     assert "<script" not in page(found)
 
 

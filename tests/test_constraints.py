@@ -11,8 +11,8 @@ from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
 from fgpt.cli.evaluation.compare.scores import asked_scores
 from fgpt.cli.evaluation.metrics import answer_parts as parts
 from fgpt.cli.evaluation.metrics.constraints import checked, constraints, score
-from fgpt.data.instruction_datasets import rows
-from fgpt.data.prompt_templates import Row
+from fgpt.data.instruction_datasets import load_rows
+from fgpt.data.prompt_templates import InstructionRow
 
 FOUND: list[tuple[str, str, list[str], list[str]]] = [  # asked, kind, answers that meet it, answers that do not
     ("Describe a flower in three sentences.", "sentences", ["Red! Big? It is."], ["Red. Big.", "Red. Big. Ill. Far."]),
@@ -102,16 +102,16 @@ def test_several_demands():
     found = constraints('Write a story in less than 100 words. Begin with "Once" and end with "The end."')
     assert [x.kind for x in found] == ["words", "begins", "ends"]
     assert constraints("Write a haiku. List three reasons.") == []  # of which part would the lines be?
-    row = Row("Describe it in two sentences. Use the word 'red'.")
+    row = InstructionRow("Describe it in two sentences. Use the word 'red'.")
     assert [(x.kind, met) for x, met in checked(row, "It is red.")] == [("sentences", False), ("holds", True)]
 
 
 def test_the_score_counts_demands_and_not_rows():
-    asked = [Row("Describe it in two sentences. Use the word 'red'."), Row("Say a word."), Row("List two hues.")]
+    asked = [InstructionRow("Describe it in two sentences. Use the word 'red'."), InstructionRow("Say a word."), InstructionRow("List two hues.")]
     texts = ["It is red.", "Red.", "red, blue"]
     assert score(asked, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
     assert score(asked[1:2], texts[1:2]) == {}
-    assert score([Row("Write at most 9 words."), Row('Write without using the word "a".')], ["", " "]) == {
+    assert score([InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')], ["", " "]) == {
         "constraints met (%)": 0, "constraints": 2
     }  # fmt: skip
     scores = {side: asked_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
@@ -149,7 +149,7 @@ def test_parts_of_a_text():
 def test_good_answers_meet_what_is_found(name: str, least: int):
     """A false find, or a wrong count, would show as a good answer that misses it."""
     folder, _, file = name.partition("/")
-    met = [x for row in rows(shared(folder) / file) for _, x in checked(row, row.output)]
+    met = [x for row in load_rows(shared(folder) / file) for _, x in checked(row, row.output)]
     assert len(met) >= least
     assert sum(met) >= 0.88 * len(met)
 

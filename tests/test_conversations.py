@@ -30,12 +30,12 @@ from fgpt.data.conversations import (
     WITHOUT_ANSWER,
     Message,
 )
-from fgpt.data.instruction_datasets import Columns, examples, rows
-from fgpt.data.packing import collate, cut
-from fgpt.data.prompt_templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, Row, Turn, encode, encode_prompt
+from fgpt.data.instruction_datasets import Columns, load_examples, load_rows
+from fgpt.data.packing import collate, truncate
+from fgpt.data.prompt_templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, InstructionRow, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 from fgpt.recipes import Run, find
-from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.chat_template import ChatTemplate
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
 NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
@@ -63,7 +63,7 @@ def messages(*talk: dict[str, Any]) -> tuple[Message, ...]:
 def examples_of(path: Path) -> list[tuple[tuple[Message, ...], str]]:
     """(what precedes an answer, the answer), whatever kind of row holds it."""
     found = []
-    for row in rows(path):
+    for row in load_rows(path):
         before = row.messages if isinstance(row, Turn) else (Message("user", row.instruction),)
         found.append((before, row.output))
     return found
@@ -106,7 +106,7 @@ def test_a_parquet_file_of_messages(tmp_path: Path):
     """Its structs have every key, null where a message has none."""
     talk = [{"role": "user", "content": "Two?", "weight": None}, {"role": "assistant", "content": "2", "weight": 1}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk}]), tmp_path / "a.parquet")
-    assert rows(tmp_path / "a.parquet") == [Row("Two?", "", "2")]
+    assert load_rows(tmp_path / "a.parquet") == [InstructionRow("Two?", "", "2")]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_parquet_file_of_messages(tmp_path: Path):
     ],
 )
 def test_a_question_and_its_answer_are_a_plain_row(record: Any, tmp_path: Path):
-    assert rows(write(tmp_path / "a.jsonl", record)) == [Row("Hello.", "", "Bonjour.")]
+    assert load_rows(write(tmp_path / "a.jsonl", record)) == [InstructionRow("Hello.", "", "Bonjour.")]
 
 
 def test_calls_of_tools_and_their_results(tmp_path: Path):
@@ -163,14 +163,14 @@ def test_what_an_assistant_may_call_is_read_beside_every_format(name: str, recor
 
 def test_named_columns_come_first(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", {"ask": "a", "say": "b", "messages": TALK})
-    assert rows(path, Columns("ask", None, "say")) == [Row("a", "", "b")]
+    assert load_rows(path, Columns("ask", None, "say")) == [InstructionRow("a", "", "b")]
 
 
 def test_two_messages_of_a_user_both_stay(tmp_path: Path):
     talk = [{"role": "user", "content": "It rains."}, {"role": "user", "content": "In French?"}]
     path = write(tmp_path / "a.jsonl", {"messages": [*talk, {"role": "assistant", "content": "Il pleut."}]})
     assert examples_of(path) == [(messages(*talk), "Il pleut.")]
-    row = rows(path)[0]
+    row = load_rows(path)[0]
     assert NANO.decode(list(encode_prompt(row, PLAIN, NANO))) == "Instruction: It rains.\n\nIn French?\n\nResponse:\n"
 
 
@@ -178,7 +178,7 @@ def test_an_assistant_that_opens_is_context(tmp_path: Path):
     greeting = {"role": "assistant", "content": "How can I help?"}
     path = write(tmp_path / "a.jsonl", {"messages": [greeting, *TALK[:2]]})
     assert examples_of(path) == [(messages(greeting, TALK[0]), "Bonjour.")]
-    assert examples(path).left_out == {UNPROMPTED: 1}
+    assert load_examples(path).left_out == {UNPROMPTED: 1}
 
 
 ASSISTANT, USER = {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "No?"}
@@ -203,14 +203,14 @@ ASSISTANT, USER = {"role": "assistant", "content": "Yes."}, {"role": "user", "co
 )
 def test_what_is_left_out_is_counted(talk: Any, answers: int, left_out: dict[str, int], tmp_path: Path):
     path = write(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": talk})
-    found = examples(path)
+    found = load_examples(path)
     assert len(found.rows) == 2 + answers
     assert found.left_out == left_out
 
 
 def test_a_file_without_an_answer_says_why(tmp_path: Path):
     with pytest.raises(InputError, match=r"holds no rows, expected at least one; there are 1 conversations without an"):
-        rows(write(tmp_path / "a.jsonl", {"messages": [USER]}))
+        load_rows(write(tmp_path / "a.jsonl", {"messages": [USER]}))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_file_without_an_answer_says_why(tmp_path: Path):
 )
 def test_what_cannot_be_read_is_refused_by_its_row(record: Any, message: str, tmp_path: Path):
     with pytest.raises(InputError, match=message) as caught:
-        rows(write(tmp_path / "a.jsonl", record))
+        load_rows(write(tmp_path / "a.jsonl", record))
     assert "\n" not in str(caught.value)
 
 
@@ -246,17 +246,17 @@ def test_what_cannot_be_read_is_refused_by_its_row(record: Any, message: str, tm
     [("chat/messages_demo.jsonl", 500), ("chat/sharegpt_tools_demo.json", 957), ("lima/lima.json", 1082)],
 )
 def test_real_conversations(name: str, count: int):
-    found = examples(shared(name))
+    found = load_examples(shared(name))
     assert len(found.rows) == count  # 746 answers and 211 calls of functions; 1,029 rows and 53 exchanges before them
     assert not found.left_out
-    assert all(encode(row, PLAIN, NANO).prompt < len(encode(row, PLAIN, NANO).tokens) for row in found.rows[:40])
+    assert all(encode(row, PLAIN, NANO).prompt_length < len(encode(row, PLAIN, NANO).tokens) for row in found.rows[:40])
 
 
 @pytest.mark.parametrize("name", ["preference/dpo_en_demo.json", "preference/kto_en_demo.json"])
 def test_real_preferences_are_refused(name: str):
     path = shared(name)
     with pytest.raises(InputError, match=r"row 1: a row of preference data"):
-        rows(path)
+        load_rows(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- templates
@@ -278,8 +278,8 @@ def test_what_a_conversation_looks_like():
     for name, text in wanted.items():
         example = encode(FRENCH, TEMPLATES[name], NANO)
         assert NANO.decode(list(example.tokens)) == f"{text}Bonne nuit.{end}", name
-        assert NANO.decode(list(example.tokens[: example.prompt])) == text
-        assert example.tokens[: example.prompt].count(NANO.eos) == 1
+        assert NANO.decode(list(example.tokens[: example.prompt_length])) == text
+        assert example.tokens[: example.prompt_length].count(NANO.eos) == 1
 
 
 def test_a_tool_and_an_assistant_that_goes_on():
@@ -304,9 +304,9 @@ def test_a_turn_s_prompt_is_the_example_before_it_and_the_next_question(talk: li
     for question, answer in talk:
         said.append(Message("user", question))
         example = encode(Turn("", "", answer, tuple(said)), look, NANO)
-        alone = encode(Row(question, "", answer), look, NANO)
+        alone = encode(InstructionRow(question, "", answer), look, NANO)
         assert example.tokens == (*before, *alone.tokens)
-        assert example.prompt == len(before) + alone.prompt
+        assert example.prompt_length == len(before) + alone.prompt_length
         said.append(Message("assistant", answer))
         before = example.tokens
     batch = collate([[encode(Turn("", "", talk[-1][1], tuple(said[:-1])), look, NANO)]])
@@ -320,15 +320,15 @@ CHATML = (
 
 
 def test_a_chat_template_gets_every_message():
-    tokenizer = NANO.chatting(Chat(CHATML, {}))
+    tokenizer = NANO.with_chat_template(ChatTemplate(CHATML, {}))
     example = encode(FRENCH, CHAT, tokenizer)
     text = "<|system|>Answer in French.\n<|user|>Hello.\n<|assistant|>Bonjour.\n<|user|>Good night.\n<|go|>"
-    assert tokenizer.decode(list(example.tokens[: example.prompt])) == text
-    assert tokenizer.decode(list(example.tokens[example.prompt :])) == "Bonne nuit.<|endoftext|>"
+    assert tokenizer.decode(list(example.tokens[: example.prompt_length])) == text
+    assert tokenizer.decode(list(example.tokens[example.prompt_length :])) == "Bonne nuit.<|endoftext|>"
 
 
 def test_a_chat_template_that_refuses_names_the_row():
-    strict = NANO.chatting(Chat("{{ raise_exception('roles must alternate') }}", {}))
+    strict = NANO.with_chat_template(ChatTemplate("{{ raise_exception('roles must alternate') }}", {}))
     row = Turn("", "", "x", messages(*TALK[:1]), conversation="a.jsonl, line 3")
     with pytest.raises(InputError, match=r"^a\.jsonl, line 3: the model's chat template fails .*roles must alternate"):
         encode(row, CHAT, strict)
@@ -338,9 +338,9 @@ def test_a_chat_template_that_refuses_names_the_row():
 def test_a_chat_asks_in_the_words_of_training(name: str):
     run = cast(Run, find("lora-nano"))
     opened = Opened(replace(run, template=name), cast(Any, None), NANO)
-    said = [Row("Hello.", "", "Bonjour."), Row("Good night.")]
+    said = [InstructionRow("Hello.", "", "Bonjour."), InstructionRow("Good night.")]
     trained = encode(Turn("", "", "Bonne nuit.", messages(*TALK[:3])), TEMPLATES[name], NANO)
-    assert conversation(opened, said) == list(trained.tokens[: trained.prompt])
+    assert conversation(opened, said) == list(trained.tokens[: trained.prompt_length])
 
 
 # -------------------------------------------------------------------------------------------- weights, held out, shown
@@ -348,12 +348,12 @@ def test_a_chat_asks_in_the_words_of_training(name: str):
 
 def test_a_loss_weight_reaches_the_loss(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", {"messages": [USER, {**ASSISTANT, "weight": 0.25}]})
-    (row,) = rows(path)
+    (row,) = load_rows(path)
     example = encode(row, PLAIN, NANO)
     batch = collate([[example]])
     assert batch.weights.sum() == 0.25 * (len(NANO.encode("Yes.")) + 1)
     assert set(batch.weights.flatten().tolist()) == {0.0, 0.25}
-    assert cut(example, example.prompt + 2).weight == 0.25
+    assert truncate(example, example.prompt_length + 2).weight == 0.25
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=20), st.integers(0, 9), st.integers(0, 3))
@@ -382,7 +382,7 @@ def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_comparison_shows_the_whole_prompt(tmp_path: Path):
-    (_, row) = rows(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *TALK]}))
+    (_, row) = load_rows(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *TALK]}))
     answers = {"base": [Answer("Gute Nacht.", (1,), True)], "tuned": [Answer("Bonne nuit.", (1,), True)]}
     found = Comparison("a", [], [row], answers, {"base": {}, "tuned": {}}, {})
     for page in (markdown(found), answers_of_page(0, row, found)):

@@ -29,9 +29,9 @@ from fgpt.cli.training.documents import read as read_documents
 from fgpt.cli.training.instruction_tuning import held_out_of
 from fgpt.data import classification_datasets
 from fgpt.data.conversations import Message
-from fgpt.data.instruction_datasets import Columns, rows
-from fgpt.data.packing import Dropped, collate, epoch, fit, pack
-from fgpt.data.prompt_templates import ALPACA, PLAIN, TEMPLATES, Example, Row, Turn, encode, encode_prompt
+from fgpt.data.instruction_datasets import Columns, load_rows
+from fgpt.data.packing import DropCounts, collate, epoch_batches, filter_by_length, pack
+from fgpt.data.prompt_templates import ALPACA, PLAIN, TEMPLATES, Example, InstructionRow, Turn, encode, encode_prompt
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
 from fgpt.losses import nll
@@ -43,10 +43,10 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TOKENIZER = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 VOCAB = 40
-GPT = init(Config(n_layer=2, n_head=2, d_model=16, context=64, vocab=VOCAB, d_mlp=32), key(0))
+GPT = init(Config(n_layer=2, n_head=2, d_model=16, n_ctx=64, vocab_size=VOCAB, d_mlp=32), key(0))
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-row_texts = st.builds(Row, texts, texts, texts.filter(str.strip))
+row_texts = st.builds(InstructionRow, texts, texts, texts.filter(str.strip))
 
 
 @st.composite
@@ -60,33 +60,33 @@ def documents(draw: st.DrawFn) -> Example:
 
 
 def test_alpaca_is_stanfords_text():
-    assert ALPACA.prompt(Row("Add.", "1 2")) == (
+    assert ALPACA.prompt(InstructionRow("Add.", "1 2")) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
-    assert ALPACA.prompt(Row("Add.")) == (
+    assert ALPACA.prompt(InstructionRow("Add.")) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:\n"
     )
-    assert PLAIN.prompt(Row("Add.", " \n")) == "Instruction: Add.\n\nResponse:\n"
+    assert PLAIN.prompt(InstructionRow("Add.", " \n")) == "Instruction: Add.\n\nResponse:\n"
 
 
 @given(row_texts, st.sampled_from(["alpaca", "plain", "tulu"]))
-def test_training_and_generation_share_the_prompt(row: Row, name: str):
+def test_training_and_generation_share_the_prompt(row: InstructionRow, name: str):
     example = encode(row, TEMPLATES[name], TOKENIZER)
-    assert example.tokens[: example.prompt] == encode_prompt(
-        Row(row.instruction, row.input), TEMPLATES[name], TOKENIZER
+    assert example.tokens[: example.prompt_length] == encode_prompt(
+        InstructionRow(row.instruction, row.input), TEMPLATES[name], TOKENIZER
     )
-    assert TOKENIZER.decode(list(example.tokens[: example.prompt])) == TEMPLATES[name].prompt(row)
-    assert TOKENIZER.decode(list(example.tokens[example.prompt : -1])) == row.output
+    assert TOKENIZER.decode(list(example.tokens[: example.prompt_length])) == TEMPLATES[name].prompt(row)
+    assert TOKENIZER.decode(list(example.tokens[example.prompt_length : -1])) == row.output
     assert example.tokens[-1] == TOKENIZER.eos
     assert example.tokens.count(TOKENIZER.eos) == 1
 
 
 @pytest.mark.parametrize("text", ["{input}", "{", "{0}", "}{instruction}", "<|endoftext|>", "a {{b}}"])
 def test_users_text_is_only_text(text: str):
-    example = encode(Row(text, text, text), ALPACA, TOKENIZER)
+    example = encode(InstructionRow(text, text, text), ALPACA, TOKENIZER)
     assert TOKENIZER.decode(list(example.tokens[:-1])).count(text) == 3
     assert example.tokens.count(TOKENIZER.eos) == 1
 
@@ -121,20 +121,20 @@ def test_pack_refuses_what_cannot_fit():
 def test_an_epoch_loses_and_repeats_nothing(examples: list[Example], rows: int, packed: bool, seed: int):
     rng = key(seed)
     before = rng.get_state()
-    batches = epoch(examples, 24, rows, rng, packed)
+    batches = epoch_batches(examples, 24, rows, rng, packed)
     assert Counter(e for batch in batches for row in batch for e in row) == Counter(examples)
     assert all(sum(len(e.tokens) for e in row) <= 24 for batch in batches for row in batch)
     assert all(1 <= len(batch) <= rows for batch in batches)
     assert packed or all(len(row) == 1 for batch in batches for row in batch)
-    assert batches == epoch(examples, 24, rows, key(seed), packed)
+    assert batches == epoch_batches(examples, 24, rows, key(seed), packed)
     assert torch.equal(before, rng.get_state())
 
 
 def test_keys_shuffle_and_unpacked_batches_pad_little():
     lengths = torch.randint(2, 200, (4096,), generator=key(1)).tolist()
     examples = [Example(tuple(range(n)), 0) for n in lengths]
-    batches = epoch(examples, 200, 8, key(0), packed=False)
-    assert batches != epoch(examples, 200, 8, key(1), packed=False)
+    batches = epoch_batches(examples, 200, 8, key(0), packed=False)
+    assert batches != epoch_batches(examples, 200, 8, key(1), packed=False)
     padded = sum(len(batch) * max(len(row[0].tokens) for row in batch) for batch in batches)
     assert padded < 1.05 * sum(lengths)  # in random batches of 8 it is about 1.75
     firsts = [len(batch[0][0].tokens) for batch in batches[:100]]
@@ -146,7 +146,7 @@ def test_collate_against_its_definition(rows: list[list[Example]], extra: int):
     width = max(sum(len(e.tokens) for e in row) for row in rows) + extra
     batch = collate(rows, width)
     assert batch.tokens.shape == (len(rows), width)
-    assert batch.at is not None
+    assert batch.loss_positions is not None
     positive = set()
     for r, row in enumerate(rows):
         owner = [(n, i) for n, e in enumerate(row) for i in range(len(e.tokens))]
@@ -158,23 +158,23 @@ def test_collate_against_its_definition(rows: list[list[Example]], extra: int):
                 assert n <= 0
             assert batch.tokens[r, c] == (row[n].tokens[i] if n >= 0 else 0)
             inside = n >= 0 and i + 1 < len(row[n].tokens)
-            asked = inside and i + 1 >= row[n].prompt
+            asked = inside and i + 1 >= row[n].prompt_length
             assert batch.weights[r, c] == float(asked)
             if inside:
                 assert batch.targets[r, c] == row[n].tokens[i + 1]
             if asked:
                 positive.add(r * width + c)
-    assert batch.at.tolist() == sorted(positive)
-    assert batch.at.dtype == torch.int64
+    assert batch.loss_positions.tolist() == sorted(positive)
+    assert batch.loss_positions.dtype == torch.int64
     assert (batch.segments is None) == all(len(row) == 1 for row in rows)
 
 
 @given(st.lists(row_texts, min_size=1, max_size=4))
-def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list[Row]):
+def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list[InstructionRow]):
     examples = [encode(row, PLAIN, TOKENIZER) for row in given_rows]
     batch = collate([examples])
     asked = batch.targets[batch.weights > 0].tolist()
-    assert asked == [token for e in examples for token in e.tokens[e.prompt :]]
+    assert asked == [token for e in examples for token in e.tokens[e.prompt_length :]]
     assert asked.count(TOKENIZER.eos) == len(examples)
 
 
@@ -206,20 +206,20 @@ def test_no_document_sees_another():
 
 def test_fit_refuses_or_counts():
     good, long, empty = Example((1, 2, 3), 1), Example(tuple(range(9)), 1), Example((1, 2), 1)
-    assert fit([good], 8) == ([good], Dropped(0, 0))
-    assert fit([long, good, empty, long], 8, drop=True) == ([good], Dropped(2, 1))
+    assert filter_by_length([good], 8) == ([good], DropCounts(0, 0))
+    assert filter_by_length([long, good, empty, long], 8, drop=True) == ([good], DropCounts(2, 1))
     with pytest.raises(InputError, match=r"^row 2 has 9 tokens, the limit is 8: shorten it, raise the limit, or drop"):
-        fit([good, long], 8)
+        filter_by_length([good, long], 8)
     with pytest.raises(InputError, match=r"^row 3 has no response: give it one, or drop empty rows$"):
-        fit([good, good, empty], 8)
+        filter_by_length([good, good, empty], 8)
     with pytest.raises(
         InputError, match=r"^no row with .* fits: 2 rows came, 1 above the limit of 8 tokens and 1 without"
     ):
-        fit([long, empty], 8, drop=True)
+        filter_by_length([long, empty], 8, drop=True)
     with pytest.raises(InputError, match=r"^no row with a response"):
-        fit([], 8)
+        filter_by_length([], 8)
     with pytest.raises(InputError, match=r"^row 2 has no response"):
-        epoch([good, empty], 8, 1, key(0))
+        epoch_batches([good, empty], 8, 1, key(0))
     with pytest.raises(InputError, match=r"^row 1 of the batch has 9 tokens, the limit is 8"):
         collate([[long]], 8)
 
@@ -227,7 +227,7 @@ def test_fit_refuses_or_counts():
 @pytest.mark.parametrize("output", ["", " \n\t"])
 def test_a_blank_answer_is_no_answer(output: str):
     with pytest.raises(InputError, match="row 1 has no response"):
-        fit([encode(Row("Say nothing.", "", output), PLAIN, TOKENIZER)], 512)
+        filter_by_length([encode(InstructionRow("Say nothing.", "", output), PLAIN, TOKENIZER)], 512)
 
 
 # ----------------------------------------------------------------------------------------------------- sources: files
@@ -236,7 +236,7 @@ OBJECTS = [
     {"instruction": "a", "input": "b", "output": "c\n\u2028d"},
     {"instruction": "é", "input": "", "output": "{x}"},
 ]
-WANTED = [Row("a", "b", "c\n\u2028d"), Row("é", "", "{x}")]
+WANTED = [InstructionRow("a", "b", "c\n\u2028d"), InstructionRow("é", "", "{x}")]
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path):
@@ -249,19 +249,19 @@ def test_every_format_gives_the_same_rows(tmp_path: Path):
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(OBJECTS), tmp_path / "a.parquet")
     for name in ("a.json", "a.jsonl", "a.CSV", "a.parquet"):
-        assert rows(tmp_path / name) == WANTED, name
-        assert rows(str(tmp_path / name), limit=1) == WANTED[:1]
+        assert load_rows(tmp_path / name) == WANTED, name
+        assert load_rows(str(tmp_path / name), limit=1) == WANTED[:1]
 
 
 def test_columns(tmp_path: Path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"q": 1, "a": 2.5, "input": null}')
-    assert rows(file, Columns("q", output="a")) == [Row("1", "", "2.5")]
-    assert rows(file, Columns("a", "q", "a")) == [Row("2.5", "1", "2.5")]
+    assert load_rows(file, Columns("q", output="a")) == [InstructionRow("1", "", "2.5")]
+    assert load_rows(file, Columns("a", "q", "a")) == [InstructionRow("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
     asked = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
-    assert next((row.instruction, row.output) for row in rows(file)) == ("hello", "good day")
-    assert [(row.messages, row.output) for row in rows(file) if isinstance(row, Turn)] == [
+    assert next((row.instruction, row.output) for row in load_rows(file)) == ("hello", "good day")
+    assert [(row.messages, row.output) for row in load_rows(file) if isinstance(row, Turn)] == [
         (asked[:1], "good day"),
         (asked, "later"),
     ]
@@ -341,26 +341,26 @@ PR, TL = Columns("p", output="r"), Columns("text", output="label")
 def test_bad_files(tmp_path: Path, name: str, content: str, columns: Columns, message: str):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message) as caught:
-        rows(tmp_path / name, columns)
+        load_rows(tmp_path / name, columns)
     assert "\n" not in str(caught.value)
 
 
 def test_not_text_and_not_there(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 text \(.* at byte 7\): save it as UTF-8$"):
-        rows(tmp_path / "a.jsonl")
+        load_rows(tmp_path / "a.jsonl")
     with pytest.raises(
         InputError, match=r"gone\.json: no such file; expected .* one of alpaca, dolly, finqa, lima, tulu: .* --data$"
     ):
-        rows(tmp_path / "gone.json")
+        load_rows(tmp_path / "gone.json")
     for name in ("alpacca", ""):
         with pytest.raises(
             InputError,
             match=rf"^unknown source '{name}': expected one of alpaca, dolly, finqa, lima, tulu, or the path",
         ):
-            rows(name)
+            load_rows(name)
     with pytest.raises(InputError, match=r"^limit is 0, expected at least 1$"):
-        rows("alpaca", limit=0)
+        load_rows("alpaca", limit=0)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +377,9 @@ def test_not_text_and_not_there(tmp_path: Path):
 def test_real_files(name: str, columns: Columns | None, count: int):
     if not (SHARED / name).exists():
         pytest.skip("the shared development data is not beside this checkout")
-    found = rows(SHARED / name, columns)
+    found = load_rows(SHARED / name, columns)
     assert len(found) == count
-    kept, dropped = fit([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
+    kept, dropped = filter_by_length([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
     assert len(kept) + dropped.long + dropped.empty == 200
 
 
@@ -432,7 +432,7 @@ def test_the_hub_from_the_cache_alone(tmp_path: Path):
     ref.write_text("abc")
     blob.write_text(json.dumps({"instruction": "a", "context": "b", "response": "c", "category": "d"}))
     (snapshot / "databricks-dolly-15k.jsonl").symlink_to("../../blobs/123")
-    assert elsewhere(tmp_path, "dolly", HF_HUB_OFFLINE="1") == str([Row("a", "b", "c")])
+    assert elsewhere(tmp_path, "dolly", HF_HUB_OFFLINE="1") == str([InstructionRow("a", "b", "c")])
 
 
 @pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
@@ -491,8 +491,8 @@ def test_a_gated_dataset(tmp_path: Path, hub: str):
         "InputError the hub refuses GAIR/lima (HTTP 401): accept its terms at https://huggingface.co/"
     )
     assert "\n" not in error
-    assert elsewhere(tmp_path, "lima", HF_ENDPOINT=hub, HF_TOKEN="hf_good") == str([Row("hello", "", "good day")])
-    assert elsewhere(tmp_path, "lima", HF_HUB_OFFLINE="1") == str([Row("hello", "", "good day")])
+    assert elsewhere(tmp_path, "lima", HF_ENDPOINT=hub, HF_TOKEN="hf_good") == str([InstructionRow("hello", "", "good day")])
+    assert elsewhere(tmp_path, "lima", HF_HUB_OFFLINE="1") == str([InstructionRow("hello", "", "good day")])
 
 
 def test_importing_is_light():
@@ -514,27 +514,27 @@ def test_a_quoted_tsv(quoting: Any, end: str, tmp_path: Path):
     """As pandas and R write them: pandas hands its rows to this writer."""
     with (tmp_path / "a.tsv").open("w", newline="") as file:
         csv.writer(file, delimiter="\t", quoting=quoting, lineterminator=end).writerows(PANDAS)
-    assert rows(tmp_path / "a.tsv") == [Row(a, "", b) for a, b in PANDAS[1:]]
+    assert load_rows(tmp_path / "a.tsv") == [InstructionRow(a, "", b) for a, b in PANDAS[1:]]
 
 
 @pytest.mark.parametrize("field", ['"We know', 'It "is"', 'so"', '"', '"quoted whole"', '""', '"a" and "b"'])
 def test_a_plain_tsv(field: str, tmp_path: Path):
     """In a file whose writer quotes nothing a quotation mark is only itself, as in GLUE's."""
     (tmp_path / "a.tsv").write_text(f"instruction\toutput\nWho?\t{field}\n{field}\tx\n")
-    assert rows(tmp_path / "a.tsv") == [Row("Who?", "", field), Row(field, "", "x")]
+    assert load_rows(tmp_path / "a.tsv") == [InstructionRow("Who?", "", field), InstructionRow(field, "", "x")]
 
 
 def test_fields_of_any_length_and_many_columns(tmp_path: Path):
     long = "word " * 60_000
     for end, mark in ((".csv", ","), (".tsv", "\t")):
         (tmp_path / f"a{end}").write_text(f"instruction{mark}output\n{long}{mark}x\n")
-        assert rows(tmp_path / f"a{end}") == [Row(long, "", "x")]
+        assert load_rows(tmp_path / f"a{end}") == [InstructionRow(long, "", "x")]
     names = [f"c{i}" for i in range(200_000)]
     (tmp_path / "wide.csv").write_text("\n".join([",".join(names), ",".join(["1"] * len(names))]))
     begin = time.perf_counter()
-    assert rows(tmp_path / "wide.csv", Columns("c7", output="c199999")) == [Row("1", "", "1")]
+    assert load_rows(tmp_path / "wide.csv", Columns("c7", output="c199999")) == [InstructionRow("1", "", "1")]
     with pytest.raises(InputError, match=r"there are 'c0', .* and 199,980 more: name the columns") as caught:
-        rows(tmp_path / "wide.csv")
+        load_rows(tmp_path / "wide.csv")
     assert len(str(caught.value)) < 600
     assert time.perf_counter() - begin < 10  # 0.2 s alone; comparing each name with all before it took minutes
 
@@ -563,7 +563,7 @@ def test_marks_and_compression_change_nothing(end: str, pack: str, mark: bytes, 
     content = mark + CONTENTS[end].encode()
     path = tmp_path / f"a{end}{pack}"
     path.write_bytes(packed(pack, content) if pack else content)
-    assert rows(path) == WANTED
+    assert load_rows(path) == WANTED
     assert prompt_file.read(str(path)) == WANTED
 
 
@@ -575,10 +575,10 @@ def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: 
         return tmp_path / f"{name}{pack}"
 
     assert read_documents(put("a.txt", "One day.<|endoftext|>Two days.")) == ["One day.", "Two days."]
-    assert classification_datasets.rows(str(put("b.txt", "glad;joy\n"))) == [
-        classification_datasets.Labelled("glad", "", "joy")
+    assert classification_datasets.load_labeled_texts(str(put("b.txt", "glad;joy\n"))) == [
+        classification_datasets.LabeledText("glad", "", "joy")
     ]
-    assert classification_datasets.rows(str(put("b.csv", "text,label\nglad,joy\n")))[0].text == "glad"
+    assert classification_datasets.load_labeled_texts(str(put("b.csv", "text,label\nglad,joy\n")))[0].text == "glad"
     if not pack:
         assert read_text(put("c.txt", "One day.")) == "One day."
 
@@ -587,14 +587,14 @@ def test_files_put_together_keep_their_marks(tmp_path: Path):
     mark = b"\xef\xbb\xbf"
     part = mark + b'{"instruction": "a", "output": "b"}\n'
     (tmp_path / "a.jsonl").write_bytes(part + part)
-    assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")] * 2
+    assert load_rows(tmp_path / "a.jsonl") == [InstructionRow("a", "", "b")] * 2
     for end, comma in ((".csv", b","), (".tsv", b"\t")):
         (tmp_path / f"a{end}").write_bytes(
             b"instruction,output\na,b\n".replace(b",", comma) + mark + b'"a"' + comma + b"b\n"
         )
-        assert [row.instruction.strip('"') for row in rows(tmp_path / f"a{end}")] == ["a", "a"]
+        assert [row.instruction.strip('"') for row in load_rows(tmp_path / f"a{end}")] == ["a", "a"]
     (tmp_path / "a.txt").write_bytes((mark + b"glad;joy\n") * 2)
-    assert [row.text for row in classification_datasets.rows(str(tmp_path / "a.txt"))] == ["glad", "glad"]
+    assert [row.text for row in classification_datasets.load_labeled_texts(str(tmp_path / "a.txt"))] == ["glad", "glad"]
 
 
 @pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])
@@ -610,19 +610,19 @@ def test_damaged_compression_is_one_line(pack: str, tmp_path: Path):
         with pytest.raises(
             InputError, match=rf"a\.jsonl\{pack}: damaged, or not compressed as its name says"
         ) as caught:
-            rows(tmp_path / f"a.jsonl{pack}")
+            load_rows(tmp_path / f"a.jsonl{pack}")
         assert "\n" not in str(caught.value)
     (tmp_path / f"a.parquet{pack}").write_bytes(whole)
     with pytest.raises(InputError, match="cannot tell its format"):
-        rows(tmp_path / f"a.parquet{pack}")
+        load_rows(tmp_path / f"a.parquet{pack}")
 
 
 def test_nothing_is_never_the_text_nan(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b"}')
-    assert rows(tmp_path / "a.jsonl") == [Row("a", "", "b")]
+    assert load_rows(tmp_path / "a.jsonl") == [InstructionRow("a", "", "b")]
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": NaN}')
     with pytest.raises(InputError, match=r"line 1: column 'output' should hold text, got NaN"):
-        rows(tmp_path / "a.jsonl")
+        load_rows(tmp_path / "a.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------- sources: local folders
@@ -652,7 +652,7 @@ def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
     text = f"configs:\n- config_name: default\n  data_files: {named}\n"
     (folder / card).write_text(f"---\n{text}---\nMine.\n" if card.endswith(".md") else text)
     with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in it") as caught:
-        rows(folder)
+        load_rows(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -662,10 +662,10 @@ def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
     (tmp_path / "mine" / "train.csv").write_text("instruction,output\nold,old\n")
     card = "---\nsource: https://example.org/..\nconfigs:\n- config_name: default\n  data_files: parts/*.csv\n---\n"
     (tmp_path / "mine" / "README.md").write_text(card)
-    assert elsewhere(tmp_path, str(tmp_path / "mine"), HF_HUB_OFFLINE="1") == str([Row("a", "", "b")])
+    assert elsewhere(tmp_path, str(tmp_path / "mine"), HF_HUB_OFFLINE="1") == str([InstructionRow("a", "", "b")])
     (tmp_path / "mine" / "README.md").write_text("---\nconfigs: [\n---\n")
     with pytest.raises(InputError, match=r"README\.md: its YAML cannot be read"):
-        rows(tmp_path / "mine")
+        load_rows(tmp_path / "mine")
 
 
 # ------------------------------------------------------------------------------------------------------------- held out

@@ -20,8 +20,8 @@ from fgpt.cli.main import main
 from fgpt.data import packing
 from fgpt.data.prompt_templates import encode, template
 from fgpt.evaluation import likelihood
-from fgpt.evaluation.likelihood import Scored, perplexity, rolling, room, score, windows
-from fgpt.tree import cast, update
+from fgpt.evaluation.likelihood import LogLikelihood, perplexity, loglikelihood_rolling, window_and_stride, loglikelihood, windows
+from fgpt.tree import astype, replace_at
 
 MODELS = ("gpt2", "llama", "neox")
 
@@ -57,20 +57,20 @@ def test_a_table_of_pairs_worked_by_hand():
     chances = torch.tensor(
         [[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]
     )
-    cfg = fgpt.Config(1, 1, 4, 8, 4, 4, tied=False, biases="norm")
+    cfg = fgpt.Config(1, 1, 4, 8, 4, 4, tie_word_embeddings=False, biases="norm")
     bare = fgpt.init(cfg, fgpt.key(0))
-    spread = (1 / 4 - 1 / 16 + cfg.eps) ** 0.5  # of the row of an identity: ln_f is made to give it back
+    spread = (1 / 4 - 1 / 16 + cfg.norm_eps) ** 0.5  # of the row of an identity: ln_f is made to give it back
     leaves = {"wte.w": torch.eye(4), "wpe.w": torch.zeros(8, 4), "head.w": chances.log().T.contiguous()}
     leaves |= {"ln_f.w": torch.full((4,), spread), "ln_f.b": torch.full((4,), 0.25)}
     leaves |= {f"blocks.0.{x}.w": torch.zeros(4, 4) for x in ("attn.o", "mlp.down")}
-    params = update(bare, leaves)
-    first, second, third = score(params, [([0], [1, 3]), ([2, 3], [0]), ([1], [3, 0, 0])])
+    params = replace_at(bare, leaves)
+    first, second, third = loglikelihood(params, [([0], [1, 3]), ([2, 3], [0]), ([1], [3, 0, 0])])
     assert math.exp(first.total) == pytest.approx(0.25 * 0.4, rel=1e-5)
     assert first.greedy == [False, True]
     assert math.exp(second.total) == pytest.approx(0.7, rel=1e-5)
     assert [math.exp(x) for x in third.logprobs] == pytest.approx([0.4, 0.7, 0.5], rel=1e-5)
     assert third.greedy == [True, True, True]
-    whole = rolling(params, [1, 3, 0, 0], begin=0, width=2, stride=1)
+    whole = loglikelihood_rolling(params, [1, 3, 0, 0], begin=0, width=2, stride=1)
     assert math.exp(whole.total) == pytest.approx(0.25 * 0.4 * 0.7 * 0.5, rel=1e-5)
 
 
@@ -80,23 +80,23 @@ def test_a_score_is_its_pairs_alone_and_transformers(name: str, pairs: list[Any]
     """Whatever its neighbours, their order and number; contexts too long lose what transformers is not shown either."""
     model, params = both(name)
     order = data.draw(st.permutations(range(len(pairs))))
-    shuffled = score(params, [pairs[i] for i in order], rows)
+    shuffled = loglikelihood(params, [pairs[i] for i in order], rows)
     for i, got in zip(order, shuffled, strict=True):
-        (alone,) = score(params, [pairs[i]])
+        (alone,) = loglikelihood(params, [pairs[i]])
         expected, greedy = reference(model, *pairs[i])
         assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
         assert got.logprobs == pytest.approx(expected, abs=2e-5)
         assert got.greedy == alone.greedy == greedy
         assert got.total == pytest.approx(math.fsum(expected), abs=1e-4)
-        assert got.cut == alone.cut == max(0, len(pairs[i][0]) + len(pairs[i][1]) - 1 - 24)
+        assert got.truncated == alone.truncated == max(0, len(pairs[i][0]) + len(pairs[i][1]) - 1 - 24)
 
 
 def test_what_greedy_decoding_writes_is_greedy():
     params = tiny()
-    (written,) = fgpt.generate(params, [[3, 1, 4]], end=-1, most=10)
-    (got,) = score(params, [([3, 1, 4], written.tokens)])
+    (written,) = fgpt.generate(params, [[3, 1, 4]], eos_token_id=-1, max_new_tokens=10)
+    (got,) = loglikelihood(params, [([3, 1, 4], written.tokens)])
     assert all(got.greedy)
-    (other,) = score(params, [([3, 1, 4], [*written.tokens[:4], (written.tokens[4] + 1) % 31, *written.tokens[5:]])])
+    (other,) = loglikelihood(params, [([3, 1, 4], [*written.tokens[:4], (written.tokens[4] + 1) % 31, *written.tokens[5:]])])
     assert other.greedy[:5] == [True] * 4 + [False]
 
 
@@ -109,7 +109,7 @@ def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(likelihood, "hidden", counted)
     params = tiny()
-    got = score(params, [([1, 2, 3], [choice]) for choice in range(31)])
+    got = loglikelihood(params, [([1, 2, 3], [choice]) for choice in range(31)])
     assert rows == [1]
     assert math.fsum(math.exp(x.total) for x in got) == pytest.approx(1, abs=1e-5)
     assert sum(x.greedy[0] for x in got) == 1
@@ -120,11 +120,11 @@ def test_adapted_quantised_and_bf16_models_are_scored():
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 2))
     pairs = [([1, 2], [3, 4, 5]), ([6], [7])]
     tuned = fgpt.adapt(params, adapters)
-    (factored, _), (merged, _) = score(tuned, pairs), score(fgpt.merge(tuned), pairs)
+    (factored, _), (merged, _) = loglikelihood(tuned, pairs), loglikelihood(fgpt.merge(tuned), pairs)
     assert factored.logprobs == pytest.approx(merged.logprobs, abs=1e-4)
-    for other in (fgpt.quantize(params, "nf4"), cast(params, torch.bfloat16)):
-        for many, pair in zip(score(other, pairs), pairs, strict=True):
-            assert many.total == pytest.approx(score(other, [pair])[0].total, rel=0.05)
+    for other in (fgpt.quantize(params, "nf4"), astype(params, torch.bfloat16)):
+        for many, pair in zip(loglikelihood(other, pairs), pairs, strict=True):
+            assert many.total == pytest.approx(loglikelihood(other, [pair])[0].total, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------- long texts
@@ -155,7 +155,7 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
     stride, rows = data.draw(st.integers(1, width)), data.draw(st.integers(1, 5))
     model, params = both(name)
     text = tokens(31, length, seed=length).tolist()
-    got = rolling(params, text, 7, width, stride, rows)
+    got = loglikelihood_rolling(params, text, 7, width, stride, rows)
     whole, expected = [7, *text], []
     for at in range(length):
         window = max(0, -(-(at + 1 - width) // stride))  # which of them scores the token
@@ -163,21 +163,21 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
         start = max(0, end - width)
         expected += reference(model, whole[start : at + 1], [text[at]])[0]
     assert got.logprobs == pytest.approx(expected, abs=2e-5)
-    assert (len(got.greedy), got.cut) == (length, 0)
+    assert (len(got.greedy), got.truncated) == (length, 0)
 
 
 def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch):
     params = tiny(context=256, vocab=2000)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
     with Largest() as seen:
-        rolling(params, tokens(2000, 500).tolist(), 0, 256, 128)
+        loglikelihood_rolling(params, tokens(2000, 500).tolist(), 0, 256, 128)
     assert seen.numel < 256 * 2000 / 4
 
 
 def test_room_is_the_context_unless_it_is_very_long():
-    assert room(fgpt.Config(1, 1, 8, 1024, 9, 8)) == (1024, 512)
-    assert room(fgpt.Config(1, 1, 8, 131072, 9, 8)) == (2048, 1024)
-    assert room(fgpt.Config(1, 1, 8, 64, 9, 8), stride=64) == (64, 64)
+    assert window_and_stride(fgpt.Config(1, 1, 8, 1024, 9, 8)) == (1024, 512)
+    assert window_and_stride(fgpt.Config(1, 1, 8, 131072, 9, 8)) == (2048, 1024)
+    assert window_and_stride(fgpt.Config(1, 1, 8, 64, 9, 8), stride=64) == (64, 64)
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity
@@ -211,7 +211,7 @@ def test_perplexities_count_tokens_bytes_and_words_of_the_text():
 def test_what_cannot_be_scored_is_refused_before_anything_is(pair: Any, says: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(likelihood, "hidden", None)
     with pytest.raises(fgpt.InputError, match=says):
-        score(tiny(), [([1], [2]), pair])
+        loglikelihood(tiny(), [([1], [2]), pair])
 
 
 def test_other_bad_input_is_refused():
@@ -222,16 +222,16 @@ def test_other_bad_input_is_refused():
         (25, 4, "context of 24"),
     ):
         with pytest.raises(fgpt.InputError, match=says):
-            rolling(params, [1, 2], 0, width, stride)
+            loglikelihood_rolling(params, [1, 2], 0, width, stride)
     with pytest.raises(fgpt.InputError, match="rows is 0"):
-        score(params, [([1], [2])], 0)
+        loglikelihood(params, [([1], [2])], 0)
     with pytest.raises(fgpt.InputError, match="expected 1 or more of each"):
         perplexity([], "a")
-    broken = update(params, {"wte.w": torch.full((31, 16), math.nan)})
+    broken = replace_at(params, {"wte.w": torch.full((31, 16), math.nan)})
     with pytest.raises(fgpt.InputError, match="pair 0 has a log-likelihood that is no number"):
-        score(broken, [([5], [2])])
-    assert score(params, []) == []
-    assert rolling(params, [], 0) == Scored([], [])
+        loglikelihood(broken, [([5], [2])])
+    assert loglikelihood(params, []) == []
+    assert loglikelihood_rolling(params, [], 0) == LogLikelihood([], [])
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -259,7 +259,7 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", "--base", "nano", *options]) == 0
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
-    expected = perplexity(rolling(params, tokenizer.encode(text), tokenizer.eos, 64, 48).logprobs, text)
+    expected = perplexity(loglikelihood_rolling(params, tokenizer.encode(text), tokenizer.eos, 64, 48).logprobs, text)
     assert (found["tokens"], found["bytes"], found["words"]) == (expected.tokens, len(text.encode()), 270)
     assert found["perplexity per token"] == pytest.approx(expected.per_token, rel=1e-5)
     assert found["word perplexity"] == pytest.approx(expected.per_word, rel=1e-4)

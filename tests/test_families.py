@@ -23,7 +23,7 @@ from fgpt import model as M
 from fgpt.families import mapping
 from fgpt.generation import static_cache
 from fgpt.io import models
-from fgpt.tree import count, leaves, tree_map
+from fgpt.tree import num_elements, leaves, tree_map
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
 GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
@@ -122,8 +122,8 @@ def test_logits_are_transformers(name: str):
     with torch.no_grad():
         expected = model(x).logits
     close(fgpt.apply(params, x), expected, 1e-5)
-    close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
-    assert count(params) == sum(p.numel() for p in model.parameters())
+    close(fgpt.apply(M.fuse_qkv(params), x), expected, 1e-5)
+    assert num_elements(params) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -151,13 +151,13 @@ def test_padded_and_packed_rows_are_transformers(name: str, data: st.DataObject)
 def test_any_chunking_is_one_pass_and_greedy_text_is_transformers(name: str):
     model = theirs(name)
     params, x = loaded(model), tokens(31, 2, 13)
-    whole, cache, parts = fgpt.hidden(params, x), fgpt.Cache(), []
+    whole, cache, parts = fgpt.hidden(params, x), fgpt.KVCache(), []
     for a, b in ((0, 1), (1, 7), (7, 8), (8, 13)):
-        h, cache = fgpt.extend(params, x[:, a:b], cache)
+        h, cache = fgpt.forward_with_cache(params, x[:, a:b], cache)
         parts.append(h)
     close(torch.cat(parts, 1), whole, 1e-5)
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9)]
-    together = fgpt.generate(params, prompts, end=0, most=10)
+    together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=10)
     for prompt, got in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
@@ -172,7 +172,7 @@ def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path:
     model, x = theirs(name).to(dtype), tokens(31, 2, 20)
     model.save_pretrained(tmp_path / "theirs")
     params = fgpt.load(str(tmp_path / "theirs"), dtype=None)
-    fgpt.save(M.fuse(params), tmp_path / "ours")
+    fgpt.save(M.fuse_qkv(params), tmp_path / "ours")
     old, new = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert same(old, new)
     assert same(fgpt.load(str(tmp_path / "ours"), dtype=None), params)
@@ -189,10 +189,10 @@ def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_config_has_one_family_that_gives_it_back(name: str):
     cfg = loaded(theirs(name)).cfg
-    family = families.of(cfg)
+    family = families.family_of(cfg)
     assert type(theirs(name).config).model_type in family.model_types
     assert family.config_from_hf(family.config_to_hf(cfg)) == cfg
-    assert families.of(fgpt.Config(2, 2, 8, 9, 10, 32)) is families.GPT2
+    assert families.family_of(fgpt.Config(2, 2, 8, 9, 10, 32)) is families.GPT2
 
 
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama", "qwen3"])
@@ -242,16 +242,16 @@ def test_a_window_holds_in_every_kind_of_cache(name: str):
     whole = fgpt.apply(params, x)
     for segments, first in ((None, 1), (torch.ones_like(x), 3), (None, 9)):
         begun = None if segments is None else segments[:, :first]
-        scores, room = static_cache.read(params, x[:, :first], begun, 20 - first)
-        steps = [scores, *(static_cache.step(params, x[:, i], room) for i in range(first, 20))]
+        scores, room = static_cache.prefill(params, x[:, :first], begun, 20 - first)
+        steps = [scores, *(static_cache.decode_step(params, x[:, i], room) for i in range(first, 20))]
         close(torch.stack(steps, 1), whole[:, first - 1 :], 1e-5)
     left = torch.tensor([0, 2, 7])  # places of padding
     ragged = torch.stack([torch.cat([x.new_zeros(n), x[i, : 12 - n]]) for i, n in enumerate(left.tolist())])
-    scores, room = static_cache.read(params, ragged, (torch.arange(12) >= left[:, None]).long(), 4)
+    scores, room = static_cache.prefill(params, ragged, (torch.arange(12) >= left[:, None]).long(), 4)
     for step in range(4):
         after = 11 - left + step
         close(scores, whole[torch.arange(3), after], 1e-5)
-        scores = static_cache.step(params, x[torch.arange(3), after + 1], room)
+        scores = static_cache.decode_step(params, x[torch.arange(3), after + 1], room)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -304,14 +304,14 @@ def test_a_dynamic_rope_is_transformers_in_one_pass(name: str, length: int, tmp_
 def test_a_dynamic_rope_keeps_no_keys_beyond_its_first_context():
     params = loaded(theirs("llama", **DYNAMIC))
     x = tokens(31, 1, 12)
-    whole, (h, cache) = fgpt.hidden(params, x[:, :8]), fgpt.extend(params, x[:, :5], fgpt.Cache())
-    close(torch.cat([h, fgpt.extend(params, x[:, 5:8], cache)[0]], 1), whole, 1e-5)
-    for past, more in ((fgpt.Cache(), x), (cache, x[:, 5:9])):
+    whole, (h, cache) = fgpt.hidden(params, x[:, :8]), fgpt.forward_with_cache(params, x[:, :5], fgpt.KVCache())
+    close(torch.cat([h, fgpt.forward_with_cache(params, x[:, 5:8], cache)[0]], 1), whole, 1e-5)
+    for past, more in ((fgpt.KVCache(), x), (cache, x[:, 5:9])):
         with pytest.raises(fgpt.InputError, match=r"a dynamic rope turns all keys anew beyond 8: .* shorten the row"):
-            fgpt.extend(params, more, past)
+            fgpt.forward_with_cache(params, more, past)
     with pytest.raises(fgpt.InputError, match="expected 1 to 7"):
-        fgpt.generate(params, [x[0].tolist()], end=-1, most=3)
-    assert len(fgpt.generate(params, [x[0, :5].tolist()], end=-1, most=9)[0].tokens) == 3
+        fgpt.generate(params, [x[0].tolist()], eos_token_id=-1, max_new_tokens=3)
+    assert len(fgpt.generate(params, [x[0, :5].tolist()], eos_token_id=-1, max_new_tokens=9)[0].tokens) == 3
     with pytest.raises(fgpt.InputError, match="25 tokens in a row, but the model's context is 24"):
         fgpt.apply(params, tokens(31, 1, 25))
 
@@ -354,10 +354,10 @@ def test_scaled_scores_are_transformers(fields: dict[str, bool], tmp_path: Path)
     with torch.no_grad():
         expected = model(x).logits
     close(fgpt.apply(params, x), expected, 1e-5)
-    close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
+    close(fgpt.apply(M.fuse_qkv(params), x), expected, 1e-5)
     close(fgpt.logits(params, fgpt.hidden(params, x, remat=True)), expected, 1e-5)
-    scores, room = static_cache.read(params, x[:, :1], None, 19)
-    steps = [scores, *(static_cache.step(params, x[:, i], room) for i in range(1, 20))]
+    scores, room = static_cache.prefill(params, x[:, :1], None, 19)
+    steps = [scores, *(static_cache.decode_step(params, x[:, i], room) for i in range(1, 20))]
     close(torch.stack(steps, 1), expected, 1e-5)
     fgpt.save(params, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
@@ -437,7 +437,7 @@ def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: P
     with torch.no_grad():
         expected = model(x).logits
     params = fgpt.load(folder)
-    assert not params.cfg.tied
+    assert not params.cfg.tie_word_embeddings
     close(fgpt.apply(params, x), expected, 1e-5)
     fgpt.save(params, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -460,7 +460,7 @@ def test_a_copy_of_the_table_is_tied(name: str, tmp_path: Path):
     alone = tied(name, tmp_path / "alone", lambda tensors, table, head: tensors.pop(table))
     for folder in (both, alone):
         params = fgpt.load(folder)
-        assert params.cfg.tied
+        assert params.cfg.tie_word_embeddings
         assert params.head is None
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         with torch.no_grad():
@@ -485,14 +485,14 @@ def test_a_head_that_fits_no_table_is_refused(tmp_path: Path):
 
 def test_gptjs_numbers():
     """Of the model, and of what the 8-bit GPT-J of its day trained."""
-    params = M.skeleton(families.GPTJ.config_from_hf(transformers.GPTJConfig().to_dict()))
-    assert count(params) == 6_050_882_784
-    rest = fgpt.tune(params, r".*ln_.*|.*\.b")
+    params = M.abstract_params(families.GPTJ.config_from_hf(transformers.GPTJConfig().to_dict()))
+    assert num_elements(params) == 6_050_882_784
+    rest = fgpt.trainable_leaves(params, r".*ln_.*|.*\.b")
     attention = fgpt.lora(params, fgpt.key(0), 2, target=r"blocks\..*\.(q|k|v|o)")
     linears = fgpt.lora(params, fgpt.key(0), 2, target=r"wte|head|blocks\..*")
-    assert count(rest) == 861_408
-    assert count(attention | rest) == 2_696_416
-    assert count(linears | rest) == 5_208_160
+    assert num_elements(rest) == 861_408
+    assert num_elements(attention | rest) == 2_696_416
+    assert num_elements(linears | rest) == 5_208_160
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -643,17 +643,17 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     """What was read is let go of before the next is read, where it is not what is kept."""
     theirs("gptj").half().save_pretrained(tmp_path)
     alive: list[weakref.ref[torch.Tensor]] = []
-    read = models.held_tensors
+    read = models.lazy_tensors
 
-    def watched(path: Path) -> dict[str, mapping.Held]:
-        def one(held: mapping.Held) -> mapping.Held:
+    def watched(path: Path) -> dict[str, mapping.LazyTensor]:
+        def one(held: mapping.LazyTensor) -> mapping.LazyTensor:
             def reader() -> Any:
                 assert not [x for ref in alive if (x := ref()) is not None]
                 x = held.read()
                 alive.append(weakref.ref(x))  # pyright: ignore[reportArgumentType]
                 return x
 
-            return mapping.Held(held.shape, reader)
+            return mapping.LazyTensor(held.shape, reader)
 
         return {name: one(x) for name, x in read(path).items()}
 

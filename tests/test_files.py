@@ -21,10 +21,10 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.files import clean, read_json, remove, staying, whole_folder, write, write_json
-from fgpt.kernels.quantized_linear import QUANTISED, FourBit, Rowwise8
+from fgpt.io.files import clean, read_json, remove, staying, atomic_dir, write, write_json
+from fgpt.kernels.quantized_linear import QUANTIZED, Blockwise4bit, RowwiseInt8
 from fgpt.model import FusedAttention
-from fgpt.tree import cast, tree_map, walk
+from fgpt.tree import astype, tree_map, walk
 
 X = tokens(31, 2, 9)
 
@@ -60,8 +60,8 @@ MIXED = {
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantised_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bool, tmp_path: Path):
-    params = MIXED[kind](fgpt.fuse(wide(tied=tied)) if whole else wide(tied=tied))
-    assert any(isinstance(x, QUANTISED) for _, x in walk(params))
+    params = MIXED[kind](fgpt.fuse_qkv(wide(tied=tied)) if whole else wide(tied=tied))
+    assert any(isinstance(x, QUANTIZED) for _, x in walk(params))
     fgpt.save(params, tmp_path)
     again = fgpt.load(str(tmp_path))
     identical(again, params)
@@ -84,7 +84,7 @@ def test_a_folder_that_moved_is_not_made_anew(tmp_path: Path):
         for again in (False, True):  # gone, and another in its place
             with pytest.raises(InputError, match="was renamed or deleted"):
                 write(tmp_path / "run" / "a" / "y", "2")
-            with pytest.raises(InputError, match="was renamed or deleted"), whole_folder(tmp_path / "run" / "b"):
+            with pytest.raises(InputError, match="was renamed or deleted"), atomic_dir(tmp_path / "run" / "b"):
                 pass
             assert not again or not list((tmp_path / "run").iterdir())
             (tmp_path / "run").mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path):
     (outside / "thesis").write_text("mine")
     for target in (outside, tmp_path / "nowhere"):
         (tmp_path / "a").symlink_to(target)
-        with whole_folder(tmp_path / "a") as at:
+        with atomic_dir(tmp_path / "a") as at:
             (at / "x").write_text("1")
         assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
         assert not (tmp_path / "a").is_symlink()
@@ -122,11 +122,11 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path):
 
 
 def test_dtypes_stay_or_change_together(tmp_path: Path):
-    params = fgpt.quantize(cast(wide(), torch.bfloat16))
+    params = fgpt.quantize(astype(wide(), torch.bfloat16))
     fgpt.save(params, tmp_path)
     identical(fgpt.load(str(tmp_path), dtype=None), params)
     fp32 = fgpt.load(str(tmp_path))
-    assert {x.dtype for _, x in walk(fp32) if isinstance(x, FourBit)} == {torch.float32}
+    assert {x.dtype for _, x in walk(fp32) if isinstance(x, Blockwise4bit)} == {torch.float32}
     assert fp32.blocks[0].ln_1.w.dtype == torch.float32
     assert fgpt.apply(fp32, X).dtype == torch.float32
     w, v = (p.blocks[1].mlp.up.w for p in (fp32, params))
@@ -210,7 +210,7 @@ def union(params: fgpt.GPT) -> fgpt.Adapters:
     key = fgpt.key(0)
     return shaken(
         fgpt.lora(params, key, 3, target=r"blocks\.0\.attn\.q", rs=True, dropout=0.1)
-        | fgpt.tune(params, r"blocks\.0\.attn\.q\.b|.*ln_.*")
+        | fgpt.trainable_leaves(params, r"blocks\.0\.attn\.q\.b|.*ln_.*")
         | fgpt.dora(params, key, 2, target=r"blocks\.1\.attn\..|wte")
         | fgpt.ia3(params, r".*\.0\.attn\.k", r".*\.down")
     )
@@ -429,7 +429,7 @@ def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage:
     expected = {name: numbers(model.transformer.h[0].get_submodule(name)) for name in matrices(params)}
     for name, w in matrices(params).items():
         assert torch.equal(w, expected[name]), name
-    held = [x for _, x in walk(params) if isinstance(x, FourBit)]
+    held = [x for _, x in walk(params) if isinstance(x, Blockwise4bit)]
     assert len(held) == (4 if fused else 6)
     assert all(isinstance(x.absmax, Tensor) != double and x.kind == kind for x in held)
     model.train()  # in eval mode bitsandbytes multiplies in bfloat16 on some CPUs
@@ -448,7 +448,7 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert registered
     stored = load_file(tmp_path / "quantised" / "model.safetensors")
     attn: Any = params.blocks[0].attn
-    assert all(isinstance(x.w, Rowwise8) for x in (attn.q, attn.k, attn.v, attn.o))
+    assert all(isinstance(x.w, RowwiseInt8) for x in (attn.q, attn.k, attn.v, attn.o))
     codes, scales = (torch.cat([getattr(x.w, name) for x in (attn.q, attn.k, attn.v)]) for name in ("codes", "absmax"))
     assert torch.equal(codes, stored[PLAIN])
     assert torch.equal(scales, stored[PLAIN.replace("weight", "SCB")])
@@ -518,10 +518,10 @@ KEPT: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
     "lora": (lambda p: fgpt.lora(p, fgpt.key(0), target=r".*\.(q|v)"), "adapter/adapter_model.safetensors"),
     "dora": (lambda p: fgpt.dora(p, fgpt.key(0), target=r".*\.(q|v)"), "adapter/adapter_model.safetensors"),
     "ia3": (fgpt.ia3, "adapter/adapter_model.safetensors"),
-    "norms": (lambda p: fgpt.tune(p, r".*ln_.*"), "adapter/adapter_model.safetensors"),
-    "biases": (lambda p: fgpt.tune(p, r".*\.b"), "adapter/adapters.safetensors"),
+    "norms": (lambda p: fgpt.trainable_leaves(p, r".*ln_.*"), "adapter/adapter_model.safetensors"),
+    "biases": (lambda p: fgpt.trainable_leaves(p, r".*\.b"), "adapter/adapters.safetensors"),
     "a union": (union, "adapter/adapters.safetensors"),
-    "full": (fgpt.tune, "model/model.safetensors"),
+    "full": (fgpt.trainable_leaves, "model/model.safetensors"),
 }
 
 
@@ -529,7 +529,7 @@ KEPT: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_path: Path):
     make, file = KEPT[kind]
-    base = cast(wide(), dtype)
+    base = astype(wide(), dtype)
     adapters = shaken(make(base), 0.1)
     tuned = fgpt.adapt(base, adapters)
     released = tree_map(lambda x: x.to("meta"), base) if kind == "full" else base  # as training lets go of them
@@ -543,8 +543,8 @@ def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_pa
 
 def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
     base = wide()
-    run_dir.save_tuned(tmp_path, base, fgpt.tune(base), "nano")
-    there = tree_map(lambda x: x.to("meta"), cast(base, torch.float16))  # a device that every machine has
+    run_dir.save_tuned(tmp_path, base, fgpt.trainable_leaves(base), "nano")
+    there = tree_map(lambda x: x.to("meta"), astype(base, torch.float16))  # a device that every machine has
     assert {(x.device.type, x.dtype) for x in pytree.tree_leaves(run_dir.load_tuned(tmp_path, there))} == {
         ("meta", torch.float16)
     }
@@ -552,6 +552,6 @@ def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
 
 def test_adapters_over_a_quantised_base(tmp_path: Path):
     base = fgpt.quantize(wide())
-    adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.tune(base, r".*\.b"), 0.1)
+    adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.trainable_leaves(base, r".*\.b"), 0.1)
     run_dir.save_tuned(tmp_path, base, adapters, "nano")
     identical(run_dir.load_tuned(tmp_path, base), fgpt.adapt(base, adapters))

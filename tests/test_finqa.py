@@ -18,8 +18,8 @@ from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
 from fgpt.cli.main import main
 from fgpt.cli.training.instruction_tuning import adapters_of
 from fgpt.data.finqa import GAP, FinQA, read, shorten
-from fgpt.data.instruction_datasets import Columns, rows
-from fgpt.data.prompt_templates import Row
+from fgpt.data.instruction_datasets import Columns, load_rows
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.recipes import RUNS, Run, find
 
@@ -41,7 +41,7 @@ PAGE = (
 
 def test_a_page_is_text_table_text(tmp_path: Path):
     (tmp_path / "train.json").write_text(json.dumps([RECORD]))
-    (row,) = rows(tmp_path / "train.json")
+    (row,) = load_rows(tmp_path / "train.json")
     assert isinstance(row, FinQA)
     assert (row.instruction, row.input, row.output) == ("by how much did sales rise?", PAGE, "10%")
     assert row.table == PAGE.partition("\n")[2].rpartition("\n")[0]
@@ -80,7 +80,7 @@ def test_bad_records_are_one_line(change: dict[str, Any], message: str, tmp_path
     path = tmp_path / "a.json"
     path.write_text(json.dumps([RECORD, RECORD | change]))
     with pytest.raises(InputError, match=rf"a\.json, row 2: {message}.*: mend the row$") as caught:
-        rows(path)
+        load_rows(path)
     assert "\n" not in str(caught.value)
 
 
@@ -91,26 +91,26 @@ def test_several_sources_are_one(tmp_path: Path):
     odd.write_text(json.dumps({"instruction": "d", "output": "e"}))
     names = Columns("instruction", "context", "response")
     one = read(RECORD, "")
-    assert rows(f"{dolly}+{finqa}", names) == [Row("a", "b", "c"), one, one]
-    assert rows(f"{finqa} + {dolly}", names, limit=2) == [one, one]
-    assert rows(odd) == [Row("d", "", "e")]  # a file of that name comes first
+    assert load_rows(f"{dolly}+{finqa}", names) == [InstructionRow("a", "b", "c"), one, one]
+    assert load_rows(f"{finqa} + {dolly}", names, limit=2) == [one, one]
+    assert load_rows(odd) == [InstructionRow("d", "", "e")]  # a file of that name comes first
     with pytest.raises(InputError, match=r"^unknown source 'dollly': expected one of alpaca, dolly"):
-        rows(f"{finqa}+dollly")
+        load_rows(f"{finqa}+dollly")
     with pytest.raises(InputError, match=r"gone\.json: no such file"):
-        rows(f"{finqa}+gone.json")
+        load_rows(f"{finqa}+gone.json")
 
 
 # ---------------------------------------------------------------------------------------------------------- shortening
 
 
-def length(row: Row) -> int:
+def length(row: InstructionRow) -> int:
     return len(row.instruction.split()) + len(row.input.split()) + len(row.output.split())
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(8, 90))
 def test_the_middle_of_the_text_goes_and_nothing_else(before: int, after: int, width: int):
     record = RECORD | {"pre_text": [f"b{i}" for i in range(before)], "post_text": [f"a{i}" for i in range(after)]}
-    row, other = read(record, ""), Row("say " * 99, "", "no")
+    row, other = read(record, ""), InstructionRow("say " * 99, "", "no")
     (got, same), count = shorten([row, other], width, length)
     assert same is other  # FinQA's alone
     least = 7 + len(row.table.split()) + sum(n > 0 for n in (before, after))  # a gap for each text
@@ -204,7 +204,7 @@ def test_a_number_is_itself_however_it_is_written(number: Any, look: str):
 def test_only_finqa_rows_count():
     finqa = [read(RECORD, ""), read(RECORD | {"qa": {"question": "q", "answer": "no"}}, "")]
     silent = read(RECORD | {"qa": {"question": "q"}}, "")
-    given_rows = [Row("Add.", "", "10%"), *finqa, silent]
+    given_rows = [InstructionRow("Add.", "", "10%"), *finqa, silent]
     assert score(given_rows, ["10%", "10.2 %", "yes", "10%"]) == {"FinQA exact match (%)": 50, "FinQA rows": 2}
     assert score(given_rows[:1], ["10%"]) == score([silent], ["5"]) == {}
     answers = [Answer(text, (1,), True) for text in ("a", "10%", "no", "")]
@@ -213,7 +213,7 @@ def test_only_finqa_rows_count():
 
 def test_the_references_of_real_rows_are_right_and_their_neighbours_wrong():
     path = shared("dolly") / "dolly_finqa_val.jsonl"
-    asked = [row for row in rows(path) if row.input]  # its Dolly rows have lost theirs
+    asked = [row for row in load_rows(path) if row.input]  # its Dolly rows have lost theirs
     assert len(asked) == 60
     for row in asked:
         (number,) = quantities(row.output)
@@ -237,7 +237,7 @@ def test_the_references_of_real_rows_are_right_and_their_neighbours_wrong():
 def test_what_the_runs_train(name: str, shape: tuple[int, int, int], trained: int):
     run = find(name)
     assert isinstance(run, Run)
-    assert fgpt.trainable(adapters_of(run, gpt2_shape(*shape))) == trained
+    assert fgpt.num_trainable(adapters_of(run, gpt2_shape(*shape))) == trained
     assert f"{trained:,} trained parameters" in (RUNS[name].__doc__ or "")
     assert (run.seq, run.adapter.rank, run.adapter.alpha, run.peak) == (1024, 8, 16, 3e-4)
 

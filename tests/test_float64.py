@@ -11,10 +11,10 @@ from torch.func import grad
 from torch.utils._pytree import tree_leaves
 
 import fgpt
-from fgpt.kernels.quantized_linear import dequantise, encode
+from fgpt.kernels.quantized_linear import dequantize, quantize_matrix
 from fgpt.kernels.quantized_linear import reference as definition
-from fgpt.kernels.rotary import turn
-from fgpt.tree import cast, tree_map
+from fgpt.kernels.rotary import rope_cos_sin
+from fgpt.tree import astype, tree_map
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -35,7 +35,7 @@ BATCH = fgpt.Batch(ROWS[:, :-1], ROWS[:, 1:], torch.rand(3, 9, generator=fgpt.ke
 
 
 def model(name: str) -> fgpt.GPT:
-    return cast(tree_map(lambda x: 0.5 * x, tiny(**SHAPES[name])), torch.float64)
+    return astype(tree_map(lambda x: 0.5 * x, tiny(**SHAPES[name])), torch.float64)
 
 
 def reference(p: Any, batch: fgpt.Batch) -> Tensor:
@@ -109,10 +109,10 @@ def test_finite_differences_agree(name: str, kind: str):
         "lora": lambda: fgpt.lora(p, fgpt.key(0), 2, target=r"blocks\..*"),
         "dora": lambda: fgpt.dora(p, fgpt.key(0), 2),
         "ia3": lambda: fgpt.ia3(p),
-        "tune": lambda: fgpt.tune(p, ".*"),
+        "tune": lambda: fgpt.trainable_leaves(p, ".*"),
     }[kind]()
-    at = cast(shaken(fresh, 0.05), torch.float64)
-    assert {x.dtype for x in tree_leaves(fgpt.tune(p, ".*"))} == {torch.float64}
+    at = astype(shaken(fresh, 0.05), torch.float64)
+    assert {x.dtype for x in tree_leaves(fgpt.trainable_leaves(p, ".*"))} == {torch.float64}
 
     def f(a: Any) -> Tensor:
         return fgpt.loss(fgpt.adapt(p, a), BATCH)
@@ -129,19 +129,19 @@ def test_finite_differences_agree(name: str, kind: str):
 
 
 def test_angles_of_doubles_are_exact():
-    cos, sin = turn(torch.arange(1000), 8, 10000.0, dtype=torch.float64)
+    cos, sin = rope_cos_sin(torch.arange(1000), 8, 10000.0, dtype=torch.float64)
     theta = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     angle = torch.arange(1000, dtype=torch.float64)[:, None] * theta
     assert (cos[0] - angle.cos()).abs().max() < 1e-12
     assert (sin[0] - angle.sin()).abs().max() < 1e-12
-    assert turn(torch.arange(3), 8, 10000.0, dtype=torch.bfloat16)[0].dtype == torch.float32
+    assert rope_cos_sin(torch.arange(3), 8, 10000.0, dtype=torch.bfloat16)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8", "blockwise8"])
 def test_a_quantized_matrix_in_doubles_is_its_definition(to: Any):
-    w = encode(torch.randn(64, 192, generator=fgpt.key(0), dtype=torch.float64), to)
+    w = quantize_matrix(torch.randn(64, 192, generator=fgpt.key(0), dtype=torch.float64), to)
     before = torch.full((64, 192), 7.0, dtype=torch.float64)  # what memory that nobody writes may hold
     del before
-    for got in (dequantise(w), dequantise(w, torch.float64)):
+    for got in (dequantize(w), dequantize(w, torch.float64)):
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, definition(w).double(), atol=1e-6, rtol=1e-6)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.generation import static_cache
-from fgpt.generation.beam import beam_search, draft, lookup
-from fgpt.generation.loop import cut, pieces, stop_at, stream
-from fgpt.generation.sampling import Sampling
+from fgpt.generation.beam import beam_search, propose_ngram, prompt_lookup_decode
+from fgpt.generation.loop import truncate_at_stop, stream_text, stop_on_strings, stream
+from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
 from fgpt.tree import leaves, tree_map
 
@@ -60,7 +60,7 @@ def test_penalised_greedy_text_is_transformers(lengths: list[int], penalty: Any,
     """A ragged batch, each row against transformers on it alone."""
     model, params = both(seed)
     prompts = [tokens(31, n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
-    sampling = Sampling(repetition_penalty=penalty, no_repeat_ngram=ngram)
+    sampling = SamplingParams(repetition_penalty=penalty, no_repeat_ngram=ngram)
     for prompt, got in zip(prompts, fgpt.generate(params, prompts, 0, 11, sampling), strict=True):
         options = {"repetition_penalty": penalty or 1.0, "no_repeat_ngram_size": ngram or 0}
         expected = text(theirs(model, prompt, 11, **options).sequences[0], len(prompt))
@@ -80,7 +80,7 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
     model, params = both(seed)
     prompt = tokens(31, length, seed=seed).tolist()
     extra: dict[str, Any] = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2} if penalised else {}
-    sampling = Sampling(repetition_penalty=1.5, no_repeat_ngram=2) if penalised else Sampling()
+    sampling = SamplingParams(repetition_penalty=1.5, no_repeat_ngram=2) if penalised else SamplingParams()
     found = beam_search(params, prompt, 0, 10, beams, penalty, sampling)
     expected = theirs(
         model,
@@ -99,7 +99,7 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-WARM = Sampling(temperature=1.2, top_k=20, top_p=0.95)
+WARM = SamplingParams(temperature=1.2, top_k=20, top_p=0.95)
 
 
 def test_a_row_does_not_see_its_neighbours():
@@ -119,7 +119,7 @@ def test_a_row_does_not_see_its_neighbours():
 def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
     """A prompt that is there several times is read once, and a row at its end is computed no more."""
     params, sizes = tiny(), []
-    read, step = static_cache.read, static_cache.step
+    read, step = static_cache.prefill, static_cache.decode_step
 
     def reads(p: fgpt.GPT, x: torch.Tensor, *rest: Any) -> Any:
         sizes.append(tuple(x.shape))
@@ -132,7 +132,7 @@ def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(static_cache, "read", reads)
     monkeypatch.setattr(static_cache, "step", steps)
     prompt = tokens(31, 4).tolist()
-    got = fgpt.generate(params, [prompt] * 5, 0, 15, Sampling(temperature=2.0), fgpt.key(0))
+    got = fgpt.generate(params, [prompt] * 5, 0, 15, SamplingParams(temperature=2.0), fgpt.key(0))
     assert sizes[0] == (1, 4)
     lengths = [len(x.tokens) + x.finished for x in got]
     assert len(set(lengths)) > 1
@@ -174,7 +174,7 @@ def test_a_row_is_written_by_its_own_adapters(to: Any):
     by_name = sets(params)
     which = [1, 0, 2, 1, 0]
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5, 3, 1)]
-    for sampling in (Sampling(), WARM):
+    for sampling in (SamplingParams(), WARM):
         together = fgpt.generate(params, prompts, 0, 12, sampling, fgpt.key(0), adapters=[by_name[i] for i in which])
         for row, i in enumerate(which):
             tuned, beside = (
@@ -190,7 +190,7 @@ def test_stacked_adapters_are_differentiable():
     many, which, rows = sets(params), [2, 0, 0, 1], tokens(31, 4, 7)
 
     def together(sets: list[fgpt.Adapters]) -> torch.Tensor:
-        stacked = fgpt.stack([sets[i] for i in which])
+        stacked = fgpt.stack_adapters([sets[i] for i in which])
         return torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(stacked, rows).square().sum()
 
     def apart(sets: list[fgpt.Adapters]) -> torch.Tensor:
@@ -208,10 +208,10 @@ def test_any_kind_of_adapters_stacks_with_its_own():
     for make in (
         lambda seed: fgpt.dora(params, fgpt.key(seed), 2),
         lambda seed: fgpt.ia3(params),
-        lambda seed: fgpt.tune(params, r".*ln_.*|head\..*|wte\.w"),
+        lambda seed: fgpt.trainable_leaves(params, r".*ln_.*|head\..*|wte\.w"),
     ):
         moved = [tree_map(lambda x: x + 0.1 * torch.randn_like(x), make(seed)) for seed in (0, 1)]
-        got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(fgpt.stack(moved), rows)
+        got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(fgpt.stack_adapters(moved), rows)
         for y, a, x in zip(got, moved, rows, strict=True):
             close(y, fgpt.apply(fgpt.adapt(params, a), x), 1e-5)
         written = fgpt.generate(params, rows.tolist(), 0, 5, adapters=moved)
@@ -221,7 +221,7 @@ def test_any_kind_of_adapters_stacks_with_its_own():
 
 def test_adapters_that_do_not_stack():
     params = tiny()
-    dora, ia3, ln = fgpt.dora(params, fgpt.key(0), 2), fgpt.ia3(params), fgpt.tune(params, r"ln_f\.w")
+    dora, ia3, ln = fgpt.dora(params, fgpt.key(0), 2), fgpt.ia3(params), fgpt.trainable_leaves(params, r"ln_f\.w")
     for some, message in (
         ([], "no adapters to stack"),
         ([dora, {}], "adapters 1 have nothing at .* where others have a DoRA"),
@@ -231,7 +231,7 @@ def test_adapters_that_do_not_stack():
         ([ln, {"ln_f.w": torch.ones(3)}], "different shapes"),
     ):
         with pytest.raises(fgpt.InputError, match=message):
-            fgpt.stack(some)
+            fgpt.stack_adapters(some)
     with pytest.raises(fgpt.InputError, match="2 sets of adapters for 1 prompts: expected one for each"):
         fgpt.generate(params, [[1]], 0, 1, adapters=[ln, ln])
 
@@ -257,8 +257,8 @@ def test_pieces_are_whole_characters_and_stop_before_the_stop(written: str, stri
     def decode(tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
-    got = list(pieces(decode, codes, strings))
-    assert "".join(got) == cut(written, strings)
+    got = list(stream_text(decode, codes, strings))
+    assert "".join(got) == truncate_at_stop(written, strings)
     assert all(got)
     if "�" not in written:
         assert "�" not in "".join(got)
@@ -271,21 +271,21 @@ def test_pieces_are_whole_characters_and_stop_before_the_stop(written: str, stri
 def test_stop_strings(seed: int):
     params = fgpt.load("nano")
     prompt = NANO.encode("Once upon a time")
-    rng, sampling = fgpt.key(seed), Sampling(temperature=1.0)
+    rng, sampling = fgpt.key(seed), SamplingParams(temperature=1.0)
     free = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng)[0]
     whole = NANO.decode(free.tokens)
     strings = [whole[20:23], "never this"]
-    until = stop_at(NANO.decode, strings)
+    until = stop_on_strings(NANO.decode, strings)
     got = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng, until)[0]
-    assert cut(NANO.decode(got.tokens), strings) == cut(whole, strings)
+    assert truncate_at_stop(NANO.decode(got.tokens), strings) == truncate_at_stop(whole, strings)
     assert got.tokens == free.tokens[: len(got.tokens)]
     assert strings[0] not in NANO.decode(got.tokens[:-1])
     steps = stream(params, [prompt], NANO.eos, 60, sampling, rng, until)
-    assert "".join(pieces(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)) == cut(
+    assert "".join(stream_text(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)) == truncate_at_stop(
         whole, strings
     )
     with pytest.raises(fgpt.InputError, match="a stop string is empty"):
-        stop_at(NANO.decode, ["a", ""])
+        stop_on_strings(NANO.decode, ["a", ""])
 
 
 # ------------------------------------------------------------------------------------------------------------ lookup
@@ -298,7 +298,7 @@ def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, s
     prompt = tokens(5, length, seed=seed).tolist()
     for most in (1, 7, 100):
         [expected] = fgpt.generate(params, [prompt], 0, most)
-        assert lookup(params, prompt, 0, most, ngram, ahead) == expected
+        assert prompt_lookup_decode(params, prompt, 0, most, ngram, ahead) == expected
 
 
 def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
@@ -307,18 +307,18 @@ def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.Monkey
     def counted(*args: Any) -> Any:
         nonlocal passes
         passes += 1
-        return fgpt.extend(*args)
+        return fgpt.forward_with_cache(*args)
 
     monkeypatch.setattr("fgpt.generation.beam.extend", counted)
-    got = lookup(params, [1, 2], -1, 150)
+    got = prompt_lookup_decode(params, [1, 2], -1, 150)
     assert got == fgpt.generate(params, [[1, 2]], -1, 150)[0]
     assert passes < 0.6 * len(got.tokens)
 
 
 def test_a_draft_is_what_followed_last():
-    assert draft([1, 2, 3, 9, 1, 2, 3, 7, 1, 2, 3], 3, 2) == [7, 1]
-    assert draft([1, 2, 3], 3, 2) == []
-    assert draft([1, 1, 1, 1], 2, 5) == [1]
+    assert propose_ngram([1, 2, 3, 9, 1, 2, 3, 7, 1, 2, 3], 3, 2) == [7, 1]
+    assert propose_ngram([1, 2, 3], 3, 2) == []
+    assert propose_ngram([1, 1, 1, 1], 2, 5) == [1]
 
 
 def test_bad_input_is_named():
@@ -326,25 +326,25 @@ def test_bad_input_is_named():
     for call in (
         lambda p: fgpt.generate(params, [p], 0, 1),
         lambda p: beam_search(params, p, 0, 1),
-        lambda p: lookup(params, p, 0, 1),
+        lambda p: prompt_lookup_decode(params, p, 0, 1),
     ):
         for prompt in ([], [1] * 24):
             with pytest.raises(fgpt.InputError, match=f"prompt 0 has {len(prompt)} tokens: expected 1 to 23"):
                 call(prompt)
         assert call([1]) is not None
     assert fgpt.generate(params, [], 0, 3) == []
-    for got in (fgpt.generate(params, [[1]], 0, 0)[0], lookup(params, [1], 0, 0), beam_search(params, [1], 0, 0)[0]):
+    for got in (fgpt.generate(params, [[1]], 0, 0)[0], prompt_lookup_decode(params, [1], 0, 0), beam_search(params, [1], 0, 0)[0]):
         assert (got.tokens, got.finished) == ([], False)
     with pytest.raises(fgpt.InputError, match="most is -1: expected a number of new tokens, 0 or more"):
         fgpt.generate(params, [[1]], 0, -1)
     with pytest.raises(fgpt.InputError, match="end token 31: expected one of the vocabulary's 31, or -1 for none"):
         fgpt.generate(params, [[1]], 31, 1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
-        fgpt.generate(params, [[1]], 0, 1, Sampling(temperature=1.0))
+        fgpt.generate(params, [[1]], 0, 1, SamplingParams(temperature=1.0))
     with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):
-        beam_search(params, [1], 0, 1, beams=0)
+        beam_search(params, [1], 0, 1, num_beams=0)
     for penalty in (1e300, -1e300, float("nan")):
         with pytest.raises(fgpt.InputError, match=r"length_penalty is .*: expected -30 or more, at most 30"):
             beam_search(params, [1], 0, 1, length_penalty=penalty)
     with pytest.raises(fgpt.InputError, match="draws nothing"):
-        beam_search(params, [1], 0, 1, sampling=Sampling(temperature=0.5))
+        beam_search(params, [1], 0, 1, sampling=SamplingParams(temperature=0.5))

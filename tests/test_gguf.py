@@ -29,8 +29,8 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fgpt.errors import InputError
-from fgpt.io.gguf import ARCHITECTURES, opened
-from fgpt.io.gguf_header import parsed
+from fgpt.io.gguf import ARCHITECTURES, open_gguf
+from fgpt.io.gguf_header import read_header
 
 # ------------------------------------------------------------------------------------------- models, and their files
 
@@ -171,7 +171,7 @@ def test_every_tensor_is_the_one_that_went_in(name: str, kind: Kind, tmp_path: P
     arch, config = MODELS[name]
     made = model(config)
     held = write(tmp_path / "m.gguf", arch, made, kind)
-    file = opened(tmp_path / "m.gguf")
+    file = open_gguf(tmp_path / "m.gguf")
     theirs = tensors(made)
     assert file.sizes == {name: tuple(x.shape) for name, x in theirs.items()}
     dtype = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
@@ -194,7 +194,7 @@ def test_the_config_is_the_hubs(name: str, tmp_path: Path):
     """What the file says, given to transformers as a config.json, is the same config."""
     arch, config = MODELS[name]
     write(tmp_path / "m.gguf", arch, model(config), Kind.F16)
-    got = opened(tmp_path / "m.gguf").config
+    got = open_gguf(tmp_path / "m.gguf").config
     again = type(config).from_dict(dict(got))
     keys = [*KEYS, "tie_word_embeddings"]
     if arch in ("llama", "qwen2", "qwen3"):
@@ -219,7 +219,7 @@ def test_the_config_is_the_hubs(name: str, tmp_path: Path):
 def test_transformers_reads_the_same(name: str, tmp_path: Path):
     arch, config = MODELS[name]
     write(tmp_path / "m.gguf", arch, model(config), Kind.Q8_0, fields={"general.name": "m"})
-    file = opened(tmp_path / "m.gguf")
+    file = open_gguf(tmp_path / "m.gguf")
     # the config is given, for of what the file says transformers knows no biases, widths of heads or GPT-2's context
     reader = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32)
     theirs = tensors(reader)
@@ -231,7 +231,7 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path):
 def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arch, config = MODELS["llama"]
     write(tmp_path / "m.gguf", arch, model(config), Kind.Q4_1)
-    file = opened(tmp_path / "m.gguf")
+    file = open_gguf(tmp_path / "m.gguf")
     whole = {name: file.read(name) for name in file.sizes}
     monkeypatch.setattr("fgpt.io.gguf_header.STEP", 100)
     assert all(torch.equal(file.read(name), x) for name, x in whole.items())
@@ -263,16 +263,16 @@ def test_llama3s_rope_is_recognised(factor: float, tmp_path: Path):
     assert factors.max() == pytest.approx(factor)
     assert len({round(x, 3) for x in factors.tolist()}) > 3  # some between
     write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": factors.numpy()})
-    file = opened(tmp_path / "m.gguf")
+    file = open_gguf(tmp_path / "m.gguf")
     assert file.config["rope_scaling"] == LLAMA3 | {"factor": factor}
     assert "rope_freqs.weight" not in {source.name for source in file.sources.values()}
     spoiled = factors.clone()
     spoiled[20] *= 1.01
     write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": spoiled.numpy()})
     with pytest.raises(InputError, match=r"rope_freqs\.weight: expected Llama 3's factors.*use the model's hub folder"):
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
     write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": np.ones(32, np.float32)})
-    assert opened(tmp_path / "m.gguf").config["rope_scaling"] is None
+    assert open_gguf(tmp_path / "m.gguf").config["rope_scaling"] is None
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_rope_scaling(fields: dict[str, Any], expected: Any, tmp_path: Path):
     write(tmp_path / "m.gguf", arch, model(config), fields=keys)
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
-            opened(tmp_path / "m.gguf")
+            open_gguf(tmp_path / "m.gguf")
     else:
-        assert opened(tmp_path / "m.gguf").config["rope_scaling"] == expected
+        assert open_gguf(tmp_path / "m.gguf").config["rope_scaling"] == expected
 
 
 # ------------------------------------------------------------------------------------------------------- spoiled files
@@ -353,26 +353,26 @@ def test_what_is_not_one_model_gets_one_line(name: str, tmp_path: Path):
     else:
         write(tmp_path / "m.gguf", arch, made, **edit)
     with pytest.raises(InputError, match=expected) as caught:
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "m.gguf") in str(caught.value)
 
 
 def test_names_that_are_not_there(tmp_path: Path):
     with pytest.raises(InputError, match="No such file or directory; expected a GGUF file"):
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
     with pytest.raises(InputError, match="expected a GGUF file"):
-        opened(tmp_path)
+        open_gguf(tmp_path)
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" * 99)
     with pytest.raises(InputError, match="not a GGUF file: it does not begin with GGUF"):
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
     for version, expected in ((1, "got version 1"), (3 << 24, "got a big-endian file")):
         (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, 0))
         with pytest.raises(InputError, match=expected):
-            opened(tmp_path / "m.gguf")
+            open_gguf(tmp_path / "m.gguf")
     write(tmp_path / "m.gguf", "llama", model(MODELS["llama"][1]))
     with pytest.raises(InputError, match="no tensor named wte; expected a hub name such as model"):
-        opened(tmp_path / "m.gguf").read("wte")
+        open_gguf(tmp_path / "m.gguf").read("wte")
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def read_all(path: Path) -> int:
-    file = opened(path)
+    file = open_gguf(path)
     return sum(file.read(name).numel() for name in file.sizes)
 
 
@@ -397,15 +397,15 @@ def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path):
     path = tmp_path / "m.gguf"
     path.write_bytes(whole)
     assert read_all(path) == 9 * 32 * 2 + 32 * 32 * 5 + 16 * 32 * 2 + 32 * 3
-    entries = parsed(path).entries.values()
+    entries = read_header(path).entries.values()
     start = min(entry.offset for entry in entries)
     end = max(entry.offset + entry.size for entry in entries)  # what follows is padding
     for keep in [*range(0, start, 8), *range(start, end, 256), end - 1]:
         path.write_bytes(whole[:keep])
         with pytest.raises(InputError):
-            opened(path)
+            open_gguf(path)
     path.write_bytes(whole)
-    file = opened(path)
+    file = open_gguf(path)
     last = max(file.sources, key=lambda name: file.entries[file.sources[name].name].offset)
     path.write_bytes(whole[: end - 1])
     with pytest.raises(InputError, match="has become shorter since it was opened"):
@@ -420,7 +420,7 @@ def test_a_header_with_flipped_bytes_is_refused_or_read(
     """Never another error, never a giant: a count that is spoiled cannot ask for more than the file holds."""
     path = tmp_path_factory.getbasetemp() / "flipped.gguf"
     path.write_bytes(whole)
-    start = min(entry.offset for entry in parsed(path).entries.values())
+    start = min(entry.offset for entry in read_header(path).entries.values())
     spoiled = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, start - 1))
@@ -435,18 +435,18 @@ def test_a_header_with_flipped_bytes_is_refused_or_read(
 def test_giant_counts_are_refused_at_once(at: int, count: int, whole: bytes, tmp_path: Path):
     (tmp_path / "m.gguf").write_bytes(whole[:at] + struct.pack("<Q", count) + whole[at + 8 :])
     with pytest.raises(InputError, match="not a whole GGUF file"):
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
 
 
 def test_tensors_may_not_overlap(whole: bytes, tmp_path: Path):
     (tmp_path / "m.gguf").write_bytes(whole)
-    found = parsed(tmp_path / "m.gguf").entries
+    found = read_header(tmp_path / "m.gguf").entries
     first = min(entry.offset for entry in found.values())
     at = [entry.offset - first for entry in found.values()][3]
     place = whole.rindex(struct.pack("<Q", at), 0, first)
     (tmp_path / "m.gguf").write_bytes(whole[:place] + bytes(8) + whole[place + 8 :])
     with pytest.raises(InputError, match="inside another or off its alignment"):
-        opened(tmp_path / "m.gguf")
+        open_gguf(tmp_path / "m.gguf")
 
 
 # ---------------------------------------------------------------------------------------------------------- real files
@@ -460,7 +460,7 @@ def smollm2() -> Path:
 
 
 def test_smollm2_is_what_its_publisher_says():
-    file = opened(smollm2())
+    file = open_gguf(smollm2())
     expected = {
         "model_type": "llama",
         "num_hidden_layers": 30,
@@ -485,7 +485,7 @@ def test_smollm2_is_what_its_publisher_says():
 @pytest.mark.slow
 def test_smollm2_as_transformers_reads_it():
     path = smollm2()
-    file = opened(path)
+    file = open_gguf(path)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for hub, x in tensors(theirs).items():
         if ".layers." not in hub or ".layers.0." in hub or ".layers.29." in hub:

@@ -45,8 +45,8 @@ from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import models, serialization
 from fgpt.io.peft.adapter_files import load_peft
-from fgpt.kernels.quantized_linear import FourBit
-from fgpt.kernels.rotary import Dynamic, Yarn, turn
+from fgpt.kernels.quantized_linear import Blockwise4bit
+from fgpt.kernels.rotary import DynamicScaling, YarnScaling, rope_cos_sin
 from fgpt.model import Config
 from fgpt.tokenizers import huggingface
 from fgpt.tokenizers.child_process import Child
@@ -355,13 +355,13 @@ def structural(data: bytes) -> list[bytes]:
 
 def stored(params: fgpt.GPT) -> dict[str, Tensor]:
     """A model's tensors as the hub names them, without a prefix."""
-    family = families.of(params.cfg)
+    family = families.family_of(params.cfg)
     return {name.removeprefix(family.prefix): x for name, x in mapping.to_hf(params, family).items()}
 
 
 def said(files: list[Path], params: fgpt.GPT) -> dict[str, Tensor]:
     """What safetensors itself reads in `files`."""
-    family, found = families.of(params.cfg), {}
+    family, found = families.family_of(params.cfg), {}
     for file in files:
         found |= {name.removeprefix(family.prefix): x.float() for name, x in load_file(file).items()}
     return {name: x for name, x in found.items() if not name.endswith(family.buffers)}
@@ -479,7 +479,7 @@ def union(params: fgpt.GPT) -> fgpt.Adapters:
         fgpt.lora(params, fgpt.key(0), 2, target=r".*\.q", rs=True, dropout=0.1)
         | fgpt.dora(params, fgpt.key(0), 2, target=r".*\.v")
         | fgpt.ia3(params, r".*\.k", r".*\.down")
-        | fgpt.tune(params, r".*\.q\.b|ln_f\.w")
+        | fgpt.trainable_leaves(params, r".*\.q\.b|ln_f\.w")
     )
 
 
@@ -530,12 +530,12 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
 
 def as_bitsandbytes(params: fgpt.GPT) -> dict[str, Tensor]:
     """A model's tensors, those of its first block in 4 bits, as bitsandbytes packs them."""
-    family, tensors = families.of(params.cfg), {}
-    paths = {s.name: s.paths[0] for s in family.stored(params.cfg)}
+    family, tensors = families.family_of(params.cfg), {}
+    paths = {s.name: s.paths[0] for s in family.tensor_mappings(params.cfg)}
     held = dict(walk(fgpt.quantize(params)))
     for name, x in mapping.to_hf(params, family).items():
         w: Any = held[paths[name.removeprefix(family.prefix)]]
-        if not isinstance(w, FourBit):
+        if not isinstance(w, Blockwise4bit):
             tensors[name] = x
             continue
         scales: Any = w.absmax
@@ -547,7 +547,7 @@ def as_bitsandbytes(params: fgpt.GPT) -> dict[str, Tensor]:
     return tensors
 
 
-def scales_offset(w: FourBit) -> float:
+def scales_offset(w: Blockwise4bit) -> float:
     assert w.offset is not None
     return w.offset.item()
 
@@ -558,9 +558,9 @@ def packed(text: str) -> Tensor:
 
 def check_bitsandbytes(params: fgpt.GPT, path: Path) -> None:
     """Asserts that the matrices are those that bitsandbytes makes of the file."""
-    tensors, family = load_file(path), families.of(params.cfg)
+    tensors, family = load_file(path), families.family_of(params.cfg)
     held = dict(walk(params))
-    for s in family.stored(params.cfg):
+    for s in family.tensor_mappings(params.cfg):
         name = family.prefix + s.name
         parts = {k.removeprefix(f"{name}."): x for k, x in tensors.items() if k.startswith(f"{name}.")}
         if parts:
@@ -623,7 +623,7 @@ def check_gguf(arch: str, params: fgpt.GPT, path: Path, config: Any) -> None:
     with guarded():
         reader = gguf.GGUFReader(path)
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), 1)
-    family = families.of(params.cfg)
+    family = families.family_of(params.cfg)
     ours = {}
     for hub_name, x in mapping.to_hf(params, family).items():
         name = table.get_name(hub_name, try_suffixes=(".weight", ".bias"))
@@ -675,7 +675,7 @@ MADE: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(0), 2, 6, r".*\.(q|v)"),
     "dora": lambda p: fgpt.dora(p, fgpt.key(0), 2, 6, r".*\.(q|up)"),
     "ia3": lambda p: fgpt.ia3(p, r".*\.v", r".*\.down"),
-    "norms": lambda p: fgpt.tune(p, r".*ln_.\.w"),
+    "norms": lambda p: fgpt.trainable_leaves(p, r".*ln_.\.w"),
 }
 
 
@@ -830,30 +830,30 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             ):
                 if name in ("num_key_value_heads", "head_dim") and said["model_type"] != "llama":
                     continue
-                if ours == "context" and isinstance(cfg.stretch, Dynamic):
+                if ours == "context" and isinstance(cfg.rope_scaling, DynamicScaling):
                     continue
                 assert getattr(cfg, ours) == said[name], name
                 assert type(getattr(cfg, ours)) in (type(said[name]), float), name
-    assert math.isfinite(cfg.eps)
-    assert cfg.eps >= 0
-    assert math.isfinite(cfg.base)
-    assert cfg.base > 0
-    if cfg.rotary and said["model_type"] != "gptj":
+    assert math.isfinite(cfg.norm_eps)
+    assert cfg.norm_eps >= 0
+    assert math.isfinite(cfg.rope_theta)
+    assert cfg.rope_theta > 0
+    if cfg.rotary_dim and said["model_type"] != "gptj":
         scaling = said.get("rope_parameters") or said.get("rope_scaling") or {}
-        assert cfg.base == scaling.get("rope_theta", said.get("rope_theta", said.get("rotary_emb_base", 1e4)))
+        assert cfg.rope_theta == scaling.get("rope_theta", said.get("rope_theta", said.get("rotary_emb_base", 1e4)))
         if scaling.get("rope_type", scaling.get("type")) == "yarn":
-            assert isinstance(cfg.stretch, Yarn)
-            assert all(math.isfinite(x) and x > 0 for x in cfg.stretch[:-1])
-            if cfg.rotary % 2 == 0:  # else the model is refused as soon as it has leaves
-                turn(torch.arange(9), cfg.rotary, cfg.base, cfg.stretch)
+            assert isinstance(cfg.rope_scaling, YarnScaling)
+            assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling[:-1])
+            if cfg.rotary_dim % 2 == 0:  # else the model is refused as soon as it has leaves
+                rope_cos_sin(torch.arange(9), cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
-            assert isinstance(cfg.stretch, Dynamic)
-            assert cfg.stretch.context == said["max_position_embeddings"] <= cfg.context
+            assert isinstance(cfg.rope_scaling, DynamicScaling)
+            assert cfg.rope_scaling.context == said["max_position_embeddings"] <= cfg.n_ctx
         if scaling.get("rope_type") == "llama3":
-            assert cfg.stretch is not None
-            assert cfg.stretch == tuple(scaling[name] for name in mapping.LLAMA_3)
-            assert all(math.isfinite(x) and x > 0 for x in cfg.stretch)
-        if cfg.stretch is None:
+            assert cfg.rope_scaling is not None
+            assert cfg.rope_scaling == tuple(scaling[name] for name in mapping.LLAMA_3)
+            assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling)
+        if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
     if said["model_type"] == "llama":
         assert ("q" in cfg.biases.split()) is bool(said.get("attention_bias"))
@@ -1198,7 +1198,7 @@ def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
     if (what, end) == ("rows", ".txt"):
         pytest.skip("rows of text are in no .txt")
     read, agreed = (
-        (instruction_datasets.rows, rows_said) if what == "rows" else (classification_datasets.rows, labels_said)
+        (instruction_datasets.load_rows, rows_said) if what == "rows" else (classification_datasets.load_labeled_texts, labels_said)
     )
     records: Any = RECORDS if what == "rows" else LABELLED
     path = tmp_path / f"data{end}"
@@ -1280,8 +1280,8 @@ def test_json_within_json_without_end(tmp_path: Path):
     for name, read in (
         ("config.json", lambda: fgpt.load(str(tmp_path))),
         ("adapter_config.json", lambda: load_peft(tmp_path, tiny())),
-        ("data.json", lambda: instruction_datasets.rows(tmp_path / "data.json")),
-        ("data.jsonl", lambda: instruction_datasets.rows(tmp_path / "data.jsonl")),
+        ("data.json", lambda: instruction_datasets.load_rows(tmp_path / "data.json")),
+        ("data.jsonl", lambda: instruction_datasets.load_rows(tmp_path / "data.jsonl")),
     ):
         (tmp_path / name).write_text(deep)
         with pytest.raises(InputError, match=name), guarded():
@@ -1289,7 +1289,7 @@ def test_json_within_json_without_end(tmp_path: Path):
     for name in ("data.json", "data.jsonl"):
         (tmp_path / name).write_text(f"[{'9' * 5000}]")
         with pytest.raises(InputError, match="cannot be read: Exceeds the limit"):
-            instruction_datasets.rows(tmp_path / name)
+            instruction_datasets.load_rows(tmp_path / name)
 
 
 ADAPTED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -1341,7 +1341,7 @@ def test_what_a_stack_held_is_not_lost(tmp_path: Path):
     """Metadata that name no part of a norm would drop it; those of ranks without end would be an overflow."""
     params = tiny(n_layer=1)
     path = tmp_path / "adapter_model.safetensors"
-    fgpt.save_peft(fgpt.tune(params, "ln_f.w"), params, tmp_path, "base")
+    fgpt.save_peft(fgpt.trainable_leaves(params, "ln_f.w"), params, tmp_path, "base")
     for held, expected in (({}, "expected an object of objects"), ({"x": []}, "names 'x' of transformer.ln_f")):
         save_file(load_file(path), path, {"fgpt_held": json.dumps({"transformer.ln_f": held})})
         with pytest.raises(InputError, match=expected):
@@ -1437,7 +1437,7 @@ def test_a_key_of_a_tree_that_no_line_can_show(tmp_path: Path):
 def test_a_column_that_is_there_twice(tmp_path: Path):
     (tmp_path / "a.csv").write_text("instruction,output,output\na,b,c\n")
     with pytest.raises(InputError, match="two columns are called 'output'"):
-        instruction_datasets.rows(tmp_path / "a.csv")
+        instruction_datasets.load_rows(tmp_path / "a.csv")
 
 
 def test_over_a_thousand_files():

@@ -264,17 +264,17 @@ def test_a_dataset_of_which_the_cache_holds_a_part(
     with there as patch:
         away(patch)
         with pytest.raises(fgpt.InputError, match=rf"gave no 'made' beyond the part .* 1 of {len(names)} files"):
-            instruction_datasets.rows("made")
-    assert [row.instruction for row in instruction_datasets.rows("made")] == names
+            instruction_datasets.load_rows("made")
+    assert [row.instruction for row in instruction_datasets.load_rows("made")] == names
     fake.asked.clear()
-    assert [row.instruction for row in instruction_datasets.rows("made")] == names
+    assert [row.instruction for row in instruction_datasets.load_rows("made")] == names
     assert not fake.asked
 
 
 def test_a_dataset_of_which_a_part_is_wanted(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     fake.files = dataset(monkeypatch, NUMBERED, "data/train-00000-of-*.jsonl")
     cache(tmp_path, {NUMBERED[0]: fake.files[NUMBERED[0]]}, "datasets")
-    assert len(instruction_datasets.rows("made")) == 1
+    assert len(instruction_datasets.load_rows("made")) == 1
     assert not fake.asked
 
 
@@ -311,7 +311,7 @@ def test_a_dataset_that_stands_still_is_not_waited_for(fake: FakeHub, monkeypatc
     with pytest.raises(
         fgpt.InputError, match=r"the hub gave no 'made' \(Silent: fewer than 30,000 bytes in 1 seconds\)"
     ):
-        instruction_datasets.rows("made")
+        instruction_datasets.load_rows("made")
 
 
 def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):

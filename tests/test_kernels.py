@@ -20,9 +20,9 @@ import fgpt
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.kernels import functorch_state
-from fgpt.kernels.dropout import dropout, kept
-from fgpt.kernels.quantized_linear import dequantise, encode
-from fgpt.tree import cast, tree_map
+from fgpt.kernels.dropout import dropout, dropout_mask
+from fgpt.kernels.quantized_linear import dequantize, quantize_matrix
+from fgpt.tree import astype, tree_map
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -165,7 +165,7 @@ def test_what_is_tracked_and_mapped_at_any_level():
 
     def look(name: str) -> Callable[[Tensor], Tensor]:
         def f(x: Tensor) -> Tensor:
-            seen[name] = functorch_state.tracked(x), functorch_state.mapped(x)
+            seen[name] = functorch_state.is_differentiated(x), functorch_state.is_vmapped(x)
             return x.square().sum()
 
         return f
@@ -214,7 +214,7 @@ def test_a_training_gradient_makes_no_full_logits_and_no_head_gradient(monkeypat
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.lora(big, fgpt.key(0), 2))
     assert seen.numel < 500 * 16  # smaller than the table itself, which no step may copy or differentiate
     with Largest() as seen:
-        grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.tune(big, r"head\.w"))
+        grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.trainable_leaves(big, r"head\.w"))
     assert (500, 16) in seen.shapes
 
 
@@ -240,9 +240,9 @@ def test_a_fate_is_a_hash_of_seed_and_place(seed: int, p: float):
     limit = round(p * 2**32)
     signed = [[(fate(seed, i, j) + 2**31) % 2**32 for j in range(5)] for i in range(4)]
     expected = torch.tensor([[h >= limit for h in row] for row in signed])
-    got = kept(torch.tensor(seed), 4, 5, p)
+    got = dropout_mask(torch.tensor(seed), 4, 5, p)
     assert torch.equal(got, expected)
-    assert torch.equal(kept(torch.tensor(seed), 3, 2, p), expected[:3, :2])
+    assert torch.equal(dropout_mask(torch.tensor(seed), 3, 2, p), expected[:3, :2])
     x = torch.randn(2, 2, 5, generator=fgpt.key(0))
     close(dropout(x, torch.tensor(seed), p), x * expected.view(2, 2, 5) / (1 - p), 1e-5, 1e-5)
     assert dropout(x.bfloat16(), torch.tensor(seed), p).dtype == torch.bfloat16
@@ -256,7 +256,7 @@ def test_fates_are_independent(p: float):
     """
     n = 512
     masks = [
-        (kept(torch.tensor(seed), n, n, p).float() - (1 - p)) / (p * (1 - p)) ** 0.5 for seed in (0, 1, 2, 1 << 30)
+        (dropout_mask(torch.tensor(seed), n, n, p).float() - (1 - p)) / (p * (1 - p)) ** 0.5 for seed in (0, 1, 2, 1 << 30)
     ]
     for i, mask in enumerate(masks):
         assert mask.mean().abs() < 5 / n
@@ -267,7 +267,7 @@ def test_fates_are_independent(p: float):
 
 def test_dropout_under_transforms():
     x, seeds = torch.randn(3, 8, generator=fgpt.key(0)), torch.tensor([5, 6, 7])
-    masks = torch.stack([kept(s, 3, 8, 0.5) for s in seeds])
+    masks = torch.stack([dropout_mask(s, 3, 8, 0.5) for s in seeds])
     close(vmap(lambda s: dropout(x, s, 0.5))(seeds), x * masks * 2.0, 0)
     assert len({tuple(m.flatten().tolist()) for m in masks}) == 3
     close(vmap(grad(lambda x, s: dropout(x, s, 0.5).sum()), in_dims=(None, 0))(x, seeds), masks * 2.0, 0)
@@ -281,7 +281,7 @@ def test_dropout_under_transforms():
 def adapted(w: Any, row: Tensor, *ab: Tensor, drop: float = 0.0) -> fgpt.Adapted:
     """With s = 3, and dropout of A's input by a seed of 5."""
     a, b = ab or (None, None)
-    return fgpt.Adapted(w, a, b, row, seed=torch.tensor(5) if drop else None, scale=3.0, drop=drop)
+    return fgpt.Adapted(w, a, b, row, seed=torch.tensor(5) if drop else None, scale=3.0, dropout=drop)
 
 
 @pytest.mark.parametrize("least", [0.5, 0.0], ids=["far from 0", "near 0"])
@@ -308,7 +308,7 @@ def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | Non
     x, w, row, bias, *ab = inputs
     y = x @ w.T
     if ab:
-        keep = kept(torch.tensor(5), 6, 4, drop) / (1 - drop) if drop else 1.0
+        keep = dropout_mask(torch.tensor(5), 6, 4, drop) / (1 - drop) if drop else 1.0
         y = y + 3 * ((x * keep) @ ab[0].T) @ ab[1].T
     expected = row * y if bias is None else row * y + bias
     close(fn(*inputs), expected, 1e-14)
@@ -332,9 +332,9 @@ def test_scaled_over_quantised(to: Any):
     x, w, a, b, g = (
         torch.randn(size, generator=fgpt.key(i)) for i, size in enumerate([(96, 64), (5, 64), (2, 64), (5, 2), (96, 5)])
     )
-    row, bias, q = torch.rand(5) + 0.5, torch.rand(5), encode(w, to)
+    row, bias, q = torch.rand(5) + 0.5, torch.rand(5), quantize_matrix(w, to)
     trained = [t.requires_grad_() for t in (x, row, bias, a, b)]
-    found, true = (fgpt.linear(x, adapted(m, row, a, b), bias) for m in (q, dequantise(q)))
+    found, true = (fgpt.linear(x, adapted(m, row, a, b), bias) for m in (q, dequantize(q)))
     grads = [torch.autograd.grad(y, trained, g) for y in (found, true)]
     for u, v in zip((found, *grads[0]), (true, *grads[1]), strict=True):
         assert (u - v).norm() / v.norm() < (1e-5 if to == "nf4" else 0.02)
@@ -373,8 +373,8 @@ def test_scaled_rows_may_be_few_or_none(rows: int):
 
 def in_doubles(**shape: Any) -> tuple[fgpt.GPT, Any, Any]:
     """A model, adapters, and a direction."""
-    p = cast(tree_map(lambda x: 0.5 * x, tiny(n_layer=1, **shape)), torch.float64)
-    fresh = cast(fgpt.lora(p, fgpt.key(0), 2, target=r"blocks\..*"), torch.float64)
+    p = astype(tree_map(lambda x: 0.5 * x, tiny(n_layer=1, **shape)), torch.float64)
+    fresh = astype(fgpt.lora(p, fgpt.key(0), 2, target=r"blocks\..*"), torch.float64)
     at = shaken(fresh, 0.1)
     return p, at, tree_map(torch.sub, shaken(fresh, 0.1, 1), at)
 

@@ -23,8 +23,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import fgpt
-from fgpt.adapters import layers
-from fgpt.tree import count, leaves, tree_map, update
+from fgpt.adapters import weight_matrices
+from fgpt.tree import num_elements, leaves, tree_map, replace_at
 
 X = tokens(31, 3, 9)
 MATRICES = r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+"
@@ -93,27 +93,27 @@ def lifted_loss(params: Any, apply: Any) -> Callable[[fgpt.Adapters], Tensor]:
 
 
 def test_gpt2_lifted_is_gpt2_to_the_bit(gpt2: nn.Module):
-    params, apply = fgpt.lift(gpt2)
+    params, apply = fgpt.from_module(gpt2)
     assert torch.equal(apply(params, input_ids=X).logits, gpt2(input_ids=X).logits)
     assert torch.equal(apply(params, X)[0], gpt2(X)[0])
     assert set(leaves(params)) == {path_of(gpt2, name) for name, _ in gpt2.named_parameters()}
-    assert count(params) == sum(x.numel() for x in gpt2.parameters())
+    assert num_elements(params) == sum(x.numel() for x in gpt2.parameters())
     assert {x.untyped_storage().data_ptr() for x in leaves(params).values()} == {
         x.untyped_storage().data_ptr() for x in gpt2.parameters()
     }
     assert not any(x.requires_grad for x in leaves(params).values())
-    assert layers(params)["transformer.h.1.mlp.c_fc"].shape == (64, 16)  # [out, in]
+    assert weight_matrices(params)["transformer.h.1.mlp.c_fc"].shape == (64, 16)  # [out, in]
 
 
 def test_every_gradient_of_gpt2_is_its_own(gpt2: nn.Module):
-    params, apply = fgpt.lift(gpt2)
-    grads = grad(lifted_loss(params, apply))(fgpt.tune(params))
+    params, apply = fgpt.from_module(gpt2)
+    grads = grad(lifted_loss(params, apply))(fgpt.trainable_leaves(params))
     near(grads, native_grads(gpt2, gpt2_loss), 1e-6)
 
 
 @pytest.mark.parametrize("method", FRESH)
 def test_fresh_adapters_change_no_bit_and_merge_to_the_params(gpt2: nn.Module, method: str):
-    params, apply = fgpt.lift(gpt2)
+    params, apply = fgpt.from_module(gpt2)
     adapted = fgpt.adapt(params, FRESH[method](params, MATRICES))
     assert torch.equal(apply(adapted, X).logits, gpt2(X).logits)
     assert same(fgpt.merge(adapted), params)
@@ -128,9 +128,9 @@ NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up
 @pytest.mark.parametrize("method", FRESH)
 def test_adapters_on_gpt2_are_those_on_our_own(gpt2: Any, method: str, tmp_path: Path):
     """The factored reading of our model, and the merged one of theirs; LoRA and DoRA on the tied table too."""
-    own, (params, apply) = fgpt.fuse(ours(gpt2, tmp_path)), fgpt.lift(gpt2)
+    own, (params, apply) = fgpt.fuse_qkv(ours(gpt2, tmp_path)), fgpt.from_module(gpt2)
     tables = "" if method == "ia3" else "|transformer\\.w[tp]e"
-    theirs = shaken(FRESH[method](params, MATRICES + tables) | fgpt.tune(params, r".*ln_f\.bias"))
+    theirs = shaken(FRESH[method](params, MATRICES + tables) | fgpt.trainable_leaves(params, r".*ln_f\.bias"))
 
     def path(name: str) -> str:
         name = name.removeprefix("transformer.").replace("h.", "blocks.").replace("ln_f.bias", "ln_f.b")
@@ -157,9 +157,9 @@ def test_lora_and_dora_on_gpt2_are_pefts(gpt2: Any, dora: bool):
         rng = torch.Generator().manual_seed(1)
         for x in trained.values():
             x.add_(0.1 * torch.randn(x.shape, generator=rng))
-    params, apply = fgpt.lift(gpt2)
+    params, apply = fgpt.from_module(gpt2)
     adapters: Any = {}
-    for path in (p for p in layers(params) if ".c_" in p):
+    for path in (p for p in weight_matrices(params) if ".c_" in p):
         a, b, *m = (x for name, x in trained.items() if f"{path}.lora_" in name)
         lora = fgpt.LoRA(a.detach(), b.detach(), 8.0)
         adapters[path] = fgpt.DoRA(lora, m[0].detach()) if dora else lora
@@ -173,8 +173,8 @@ def test_lora_and_dora_on_gpt2_are_pefts(gpt2: Any, dora: bool):
 def test_a_model_that_peft_has_wrapped_is_a_module_too(gpt2: nn.Module):
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(gpt2), config).eval()  # pyright: ignore
-    params, apply = fgpt.lift(model)
-    grads = grad(lifted_loss(params, apply))(fgpt.tune(params, r".*lora_[AB].*"))
+    params, apply = fgpt.from_module(model)
+    grads = grad(lifted_loss(params, apply))(fgpt.trainable_leaves(params, r".*lora_[AB].*"))
     gpt2_loss(model).backward()
     expected = [x.grad for x in model.parameters() if x.requires_grad]
     near(list(leaves(grads).values()), expected)
@@ -182,7 +182,7 @@ def test_a_model_that_peft_has_wrapped_is_a_module_too(gpt2: nn.Module):
 
 def test_gpt2_under_the_transforms(gpt2: nn.Module):
     """Per-example gradients, an exact Hessian-vector product, an ensemble."""
-    params, apply = fgpt.lift(gpt2)
+    params, apply = fgpt.from_module(gpt2)
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=MATRICES))
 
     def loss(a: Any, row: Tensor) -> Tensor:
@@ -303,14 +303,14 @@ def parametrised(module: nn.Module, adapters: fgpt.Adapters) -> tuple[nn.Module,
 
 def test_any_module_lifted_is_itself(some: tuple[nn.Module, str]):
     module, target = some
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     adapted = fgpt.adapt(params, fgpt.lora(params, fgpt.key(0), 2, target=target))
     with torch.no_grad():  # torch takes other kernels where nothing requires grad
         assert torch.equal(apply(params, X), module(X))
         assert torch.equal(apply(adapted, X), module(X))
     near(apply(params, X), module(X).detach())
     assert set(leaves(params)) == {path_of(module, name) for name, _ in module.named_parameters()}
-    grads = grad(lambda a: mean(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.tune(params))
+    grads = grad(lambda a: mean(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.trainable_leaves(params))
     near(grads, native_grads(module, mean))
 
 
@@ -320,7 +320,7 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
     torch's LSTM has no forward derivative.
     """
     module, target = some
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=target))
     reference, trained = parametrised(module, adapters)
 
@@ -344,8 +344,8 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
 
 def test_any_module_is_mapped_over_examples_and_over_adapters(some: tuple[nn.Module, str]):
     module, target = some
-    params, apply = fgpt.lift(module)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=target) | fgpt.tune(params, r".*(?i:norm).*|.*head.*b"))
+    params, apply = fgpt.from_module(module)
+    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=target) | fgpt.trainable_leaves(params, r".*(?i:norm).*|.*head.*b"))
 
     def loss(a: Any, row: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(apply(fgpt.adapt(params, a), row[None]), label[None])
@@ -375,9 +375,9 @@ class Tied(nn.Module):
 
 def test_what_is_tied_stays_one_leaf_at_its_first_name():
     module = randomised(Tied())
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     assert list(leaves(params)) == ["table.w", "first.w", "first.b", "other.weight.w", "head.bias"]
-    grads = grad(lambda a: apply(fgpt.adapt(params, a), X).square().mean())(fgpt.tune(params))
+    grads = grad(lambda a: apply(fgpt.adapt(params, a), X).square().mean())(fgpt.trainable_leaves(params))
     near(list(grads.values()), list(native_grads(module, lambda m: m(X).square().mean()).values()))
     moved = shaken(fgpt.lora(params, fgpt.key(0), 2, target="table|first|other.weight"))
     expected = copy.deepcopy(module)
@@ -392,12 +392,12 @@ def test_what_is_tied_stays_one_leaf_at_its_first_name():
 
 
 def test_the_head_of_gpt2_goes_by_the_name_of_its_table(gpt2: nn.Module):
-    params, _ = fgpt.lift(gpt2)
+    params, _ = fgpt.from_module(gpt2)
     assert "lm_head" not in params
     with pytest.raises(fgpt.InputError, match="selector 'lm_head' matches no path"):
         fgpt.lora(params, fgpt.key(0), target="lm_head")
     untied = hf_gpt2(tie_word_embeddings=False)
-    assert {"transformer.wte", "lm_head"} < set(layers(fgpt.lift(untied)[0]))
+    assert {"transformer.wte", "lm_head"} < set(weight_matrices(fgpt.from_module(untied)[0]))
 
 
 class More(nn.Linear):
@@ -430,7 +430,7 @@ class Twice(nn.Module):
 
 
 def test_one_parameter_under_two_names_of_one_module():
-    params, apply = fgpt.lift(Twice())
+    params, apply = fgpt.from_module(Twice())
     x = torch.tensor([1.0, 2.0, 3.0])
     assert list(params) == ["a"]
     assert torch.equal(apply({"a": 2 * params["a"]}, x), 4 * x)
@@ -454,7 +454,7 @@ def test_one_parameter_under_two_names_of_one_module():
     ],
 )
 def test_what_is_a_layer(make: Callable[[], nn.Module], paths: list[str]):
-    assert list(leaves(fgpt.lift(make())[0])) == paths
+    assert list(leaves(fgpt.from_module(make())[0])) == paths
 
 
 def parametrize_norm() -> nn.Module:
@@ -476,9 +476,9 @@ def test_lift_is_a_bijection_of_parameters(widths: list[int], kinds: list[str], 
         return nn.Sequential(made, nn.LayerNorm(out)) if kind == "norm" else made
 
     module = nn.Sequential(*(layer(*x) for x in zip(kinds, widths, widths[1:])))
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     assert len(leaves(params)) == len(list(module.parameters()))
-    assert count(params) == sum(x.numel() for x in module.parameters())
+    assert num_elements(params) == sum(x.numel() for x in module.parameters())
     moved = shaken(params, seed=seed)
     other, found = copy.deepcopy(module), leaves(moved)
     with torch.no_grad():
@@ -497,13 +497,13 @@ def test_lift_is_a_bijection_of_parameters(widths: list[int], kinds: list[str], 
 @pytest.mark.parametrize("method", FRESH)
 def test_a_half_precision_module_keeps_its_dtype_and_the_adapters_theirs(method: str):
     module = hf_gpt2().to(torch.bfloat16)
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     adapters = FRESH[method](params, MATRICES)
     logits = apply(fgpt.adapt(params, adapters), X).logits
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, module(X).logits)
-    assert torch.equal(apply(fgpt.adapt(params, fgpt.tune(params)), X).logits, module(X).logits)
-    grads = leaves(grad(lifted_loss(params, apply))(shaken(adapters) | fgpt.tune(params, r".*ln_.*")))
+    assert torch.equal(apply(fgpt.adapt(params, fgpt.trainable_leaves(params)), X).logits, module(X).logits)
+    grads = leaves(grad(lifted_loss(params, apply))(shaken(adapters) | fgpt.trainable_leaves(params, r".*ln_.*")))
     assert {g.dtype for g in grads.values()} == {torch.float32}
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads.values())
 
@@ -511,15 +511,15 @@ def test_a_half_precision_module_keeps_its_dtype_and_the_adapters_theirs(method:
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8", "blockwise8"])
 def test_a_quantised_base_is_the_module_of_its_dequantised_numbers(to: Any):
     module = hf_gpt2(n_embd=64)
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     small = fgpt.quantize(params, to, target=MATRICES)
-    plain = fgpt.merge(small, onto="dequantised")
+    plain = fgpt.merge(small, base="dequantised")
     other = copy.deepcopy(module)
-    for path, w in layers(plain).items():
+    for path, w in weight_matrices(plain).items():
         other.get_parameter(f"{path}.weight").data = w.T.clone() if ".c_" in path else w.clone()  # pyright: ignore
     near(apply(small, X).logits, other(X).logits.detach(), 1e-6)
     assert not torch.allclose(apply(small, X).logits, module(X).logits, atol=1e-3)
-    adapters = shaken(fgpt.dora(small, fgpt.key(0), 4, target=MATRICES) | fgpt.tune(small, r".*ln_.*"), 0.05)
+    adapters = shaken(fgpt.dora(small, fgpt.key(0), 4, target=MATRICES) | fgpt.trainable_leaves(small, r".*ln_.*"), 0.05)
     near(grad(lifted_loss(small, apply))(adapters), grad(lifted_loss(plain, apply))(adapters))
     each = vmap(lambda row: grad(lambda a: apply(fgpt.adapt(small, a), row[None]).logits.square().mean())(adapters))(X)
     assert all(len(g) == len(X) and g.isfinite().all() for g in leaves(each).values())
@@ -534,16 +534,16 @@ def test_training_leaves_the_module_alone(tmp_path: Path):
     module.transformer.h[0].requires_grad_(False)
     flags, before = [x.requires_grad for x in module.parameters()], snapshot(module)
     tensors = [id(x) for x in module.parameters()]
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     adapters, optimizer = fgpt.lora(params, fgpt.key(0), 4, target=MATRICES), fgpt.adamw(1e-2)
-    adapters |= fgpt.tune(params, r".*ln_.*")
+    adapters |= fgpt.trainable_leaves(params, r".*ln_.*")
 
     def loss(adapters: Any, params: Any, batch: fgpt.Batch, rng: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = apply(fgpt.adapt(params, adapters), input_ids=batch.tokens).logits
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return (nll * batch.weights.flatten()).sum(), batch.weights.sum()
 
-    step, state, losses = fgpt.make_step(loss, optimizer), fgpt.start(adapters, optimizer), []
+    step, state, losses = fgpt.make_step(loss, optimizer), fgpt.init_state(adapters, optimizer), []
     for _ in range(3):
         state, metrics = step(state, params, [fgpt.Batch(X[:, :-1], X[:, 1:], torch.ones(3, 8))], None)
         losses.append(metrics.loss.item())
@@ -559,7 +559,7 @@ def test_training_leaves_the_module_alone(tmp_path: Path):
 
 
 def test_the_module_is_itself_again_after_an_error(gpt2: nn.Module):
-    params, apply = fgpt.lift(gpt2)
+    params, apply = fgpt.from_module(gpt2)
     before, tensors = snapshot(gpt2), [id(x) for x in gpt2.parameters()]
     with pytest.raises(IndexError):
         apply(shaken(params), X + 31)
@@ -571,7 +571,7 @@ def test_a_module_under_two_names_is_itself_again():
     """Where torch's `tie_weights` leaves it with the tensors of the call."""
     module = randomised(Tied())
     before, tensors = snapshot(module), [id(x) for x in module.parameters()]
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     grad(lambda p: apply(p, X).sum())(params)
     assert [id(x) for x in module.parameters()] == tensors
     assert same(snapshot(module), before)
@@ -580,8 +580,8 @@ def test_a_module_under_two_names_is_itself_again():
 def test_batchnorm_in_training_mode_updates_nothing():
     module = randomised(Convolutions()).train()
     before = snapshot(module)
-    params, apply = fgpt.lift(module)
-    grads = grad(lambda a: mean(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.tune(params))
+    params, apply = fgpt.from_module(module)
+    grads = grad(lambda a: mean(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.trainable_leaves(params))
     out = apply(params, X)
     assert same(snapshot(module), before)
     near(grads, native_grads(module, mean))
@@ -595,7 +595,7 @@ def test_batchnorm_in_training_mode_updates_nothing():
 
 def test_a_buffer_is_read_as_it_stands():
     module = randomised(Convolutions())
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     module.get_buffer("body.1.running_mean").add_(1.0)
     assert torch.equal(apply(params, X), module(X))
     module.train()
@@ -605,7 +605,7 @@ def test_a_buffer_is_read_as_it_stands():
 
 def test_dropout_in_training_mode_is_torchs():
     module = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
-    params, apply = fgpt.lift(module)
+    params, apply = fgpt.from_module(module)
     x = torch.ones(3, 4)
     torch.manual_seed(3)
     expected = module(x)
@@ -666,16 +666,16 @@ class Recomputing(nn.Module):
 
 def test_a_module_that_recomputes_is_refused(gpt2: Any):
     """torch.func.functional_call alone gives, without a word, the gradient of another model."""
-    params, apply = fgpt.lift(Recomputing())
+    params, apply = fgpt.from_module(Recomputing())
     with pytest.raises(fgpt.InputError, match="turn its checkpointing off"):
         apply(
-            fgpt.adapt(params, {path: x.requires_grad_() for path, x in leaves(fgpt.tune(params)).items()}),
+            fgpt.adapt(params, {path: x.requires_grad_() for path, x in leaves(fgpt.trainable_leaves(params)).items()}),
             X[:, :4] / 31,
         )
     for reentrant in (False, True):
         module = copy.deepcopy(gpt2).train()
         module.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        params, apply = fgpt.lift(module)
+        params, apply = fgpt.from_module(module)
         with pytest.raises(fgpt.InputError, match="turn its checkpointing off"):
             apply(params, X)
         module.eval()  # where transformers recomputes nothing
@@ -683,8 +683,8 @@ def test_a_module_that_recomputes_is_refused(gpt2: Any):
 
 
 def test_the_whole_call_may_be_recomputed(gpt2: nn.Module):
-    params, apply = fgpt.lift(gpt2)
-    tuned = {path: x.requires_grad_() for path, x in shaken(fgpt.tune(params)).items()}
+    params, apply = fgpt.from_module(gpt2)
+    tuned = {path: x.requires_grad_() for path, x in shaken(fgpt.trainable_leaves(params)).items()}
 
     def loss(tuned: Any) -> Tensor:
         return lifted_loss(params, apply)(tuned)
@@ -700,7 +700,7 @@ def test_the_whole_call_may_be_recomputed(gpt2: nn.Module):
 
 
 def pair() -> tuple[Any, Any]:
-    return fgpt.lift(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    return fgpt.from_module(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
 
 
 def integers() -> nn.Module:
@@ -724,22 +724,22 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fgpt.lift(torch.jit.script(nn.Linear(2, 2))), r"ordinary nn\.Module, got RecursiveScriptModule"),
-        (lambda: fgpt.lift(nn.LazyLinear(4)), "parameter weight has no shape yet: call the module once"),
-        (lambda: fgpt.lift(integers()), r"parameter 0\.weight is torch\.uint8, expected a floating dtype"),
-        (lambda: fgpt.lift(nn.Embedding(4, 2, max_norm=1.0)), "the module has max_norm, which rewrites its table"),
-        (lambda: fgpt.lift(nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0))), "0 has max_norm"),
+        (lambda: fgpt.from_module(torch.jit.script(nn.Linear(2, 2))), r"ordinary nn\.Module, got RecursiveScriptModule"),
+        (lambda: fgpt.from_module(nn.LazyLinear(4)), "parameter weight has no shape yet: call the module once"),
+        (lambda: fgpt.from_module(integers()), r"parameter 0\.weight is torch\.uint8, expected a floating dtype"),
+        (lambda: fgpt.from_module(nn.Embedding(4, 2, max_norm=1.0)), "the module has max_norm, which rewrites its table"),
+        (lambda: fgpt.from_module(nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0))), "0 has max_norm"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0)), r"selector 'blocks.* matches no path; nearest are 0"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0), target="1"), "selector '1' matches no path"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0), rank=5, target="0"), "rank 5 on 0: expected 1 to 4"),
-        (lambda: fgpt.tune(pair()[0], r"0\.weight"), r"matches no path; nearest are .*0\.w"),
+        (lambda: fgpt.trainable_leaves(pair()[0], r"0\.weight"), r"matches no path; nearest are .*0\.w"),
         (lambda: fgpt.adapt(pair()[0], {"0.b": torch.ones(3)}), r"tensor at 0\.b has shape \[3\]"),
         (lambda: fgpt.adapt(pair()[0], {"1": fgpt.IA3(torch.ones(4))}), "no layer '1' to adapt; the base has 0"),
         (applied(lambda p: {"0": p["0"]}), r"no '1\.weight' in these params: expected a tree of this Sequential"),
         (applied(lambda p: p | {"2": p["0"]}), r"'2\.w' is nothing of this Sequential"),
         (applied(lambda p: torch.ones(2)), r"no '0\.w' in these params"),
         (
-            applied(lambda p: update(p, {"1.bias": torch.ones(3)})),
+            applied(lambda p: replace_at(p, {"1.bias": torch.ones(3)})),
             r"1\.bias has shape \[3\], but 1\.bias of the module has \[4\]",
         ),
         (

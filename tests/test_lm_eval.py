@@ -162,9 +162,9 @@ def test_sampled_texts_are_their_requests_alone():
 
 
 def test_what_a_task_asks_for():
-    assert writing({"until": "\n"}) == (("\n",), lm_eval_model.MOST, fgpt.Sampling())
+    assert writing({"until": "\n"}) == (("\n",), lm_eval_model.MOST, fgpt.SamplingParams())
     sampled = writing({"do_sample": True, "top_p": 0.9, "max_tokens": 3, "until": None})
-    assert sampled == ((), 3, fgpt.Sampling(1.0, top_p=0.9))
+    assert sampled == ((), 3, fgpt.SamplingParams(1.0, top_p=0.9))
     assert writing({"temperature": 0.5}).sampling.temperature == 0.5
     with pytest.raises(fgpt.InputError, match="a task sets num_beams for generation: expected until, do_sample"):
         writing({"num_beams": 4})

@@ -28,12 +28,12 @@ from torch.func import grad, grad_and_value, hessian, jvp, linearize, vmap
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
-from fgpt.adapters import layers
+from fgpt.adapters import weight_matrices
 from fgpt.kernels import attention, quantized_linear
-from fgpt.kernels.dropout import kept
-from fgpt.kernels.quantized_linear import QUANTISED, Rowwise8
+from fgpt.kernels.dropout import dropout_mask
+from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
 from fgpt.rng import fold_in_seed
-from fgpt.tree import cast, leaves, tree_map
+from fgpt.tree import astype, leaves, tree_map
 
 Loss: TypeAlias = Callable[..., Tensor]
 """(adapters, batch, seed) -> nats per weighted token, less those of a uniform guess: so what adapters add shows."""
@@ -49,10 +49,10 @@ KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "rsLoRA": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS, rs=True),
     "DoRA": lambda p: fgpt.dora(p, fgpt.key(0), 2, 3, LINEARS),
     "IA3": fgpt.ia3,
-    "LayerNorm": lambda p: fgpt.tune(p, r".*ln_.*"),
-    "biases": lambda p: fgpt.tune(p, r".*\.b"),
-    "full": lambda p: fgpt.tune(p, NEVER_QUANTISED if holding(p, QUANTISED) else ".*"),
-    "LoRA and LayerNorm": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.tune(p, r".*ln_.*"),
+    "LayerNorm": lambda p: fgpt.trainable_leaves(p, r".*ln_.*"),
+    "biases": lambda p: fgpt.trainable_leaves(p, r".*\.b"),
+    "full": lambda p: fgpt.trainable_leaves(p, NEVER_QUANTISED if holding(p, QUANTIZED) else ".*"),
+    "LoRA and LayerNorm": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.trainable_leaves(p, r".*ln_.*"),
     "LoRA on q, v, tied wte": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, r"wte|blocks\.\d+\.attn\.(q|v)"),
     "LoRA with dropout": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS, dropout=0.25),
 }
@@ -60,7 +60,7 @@ BF16_TOO = "int8, derivatives in bf16"
 """As on a CPU that multiplies bf16; "int8" is as on one that does not. Either runs on both."""
 BASES: dict[str, Callable[[fgpt.GPT], fgpt.GPT]] = {
     "fp32": lambda p: p,
-    "bf16": lambda p: cast(p, torch.bfloat16),
+    "bf16": lambda p: astype(p, torch.bfloat16),
     "nf4": lambda p: fgpt.quantize(p, "nf4", double_quant=True),
     "int8": lambda p: fgpt.quantize(p, "int8"),
     BF16_TOO: lambda p: fgpt.quantize(p, "int8"),
@@ -79,7 +79,7 @@ TOLERANCE = {
 
 def holding(params: fgpt.GPT, kinds: Any) -> list[str]:
     """The paths of the layers whose weight is of such a kind."""
-    return [path for path, w in layers(params).items() if isinstance(w, kinds)]
+    return [path for path, w in weight_matrices(params).items() if isinstance(w, kinds)]
 
 
 def base(name: str, n_layer: int) -> fgpt.GPT:
@@ -88,7 +88,7 @@ def base(name: str, n_layer: int) -> fgpt.GPT:
 
 
 ROWS = fgpt.Batch(tokens(31, 3, 20), tokens(31, 3, 20, seed=1), torch.rand(3, 20, generator=fgpt.key(0)))
-SEED = fgpt.seed(fgpt.key(7))
+SEED = fgpt.seed_tensor(fgpt.key(7))
 SEEDS = torch.stack([SEED, SEED + 1, SEED + 2])  # one for each example, or for each of an ensemble of adapters
 
 
@@ -130,7 +130,7 @@ class Point:
 
 def loss_over(frozen: fgpt.GPT, remat: bool = False) -> Loss:
     def loss(adapters: Any, batch: fgpt.Batch, seed: Tensor) -> Tensor:
-        return fgpt.loss(fgpt.adapt(frozen, adapters, rng=seed), batch, remat=remat) - math.log(frozen.cfg.vocab)
+        return fgpt.loss(fgpt.adapt(frozen, adapters, rng=seed), batch, remat=remat) - math.log(frozen.cfg.vocab_size)
 
     return loss
 
@@ -223,11 +223,11 @@ IMPOSSIBLE: dict[tuple[str, str, str], tuple[type[Exception], str]] = {}
 def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
     """The loss over dense fp32 weights. A `mistake` is one on purpose, which the comparison must notice."""
     weights = {
-        path: quantized_linear.reference(w) if isinstance(w, QUANTISED) else w.float()  # pyright: ignore
-        for path, w in layers(frozen).items()
+        path: quantized_linear.reference(w) if isinstance(w, QUANTIZED) else w.float()  # pyright: ignore
+        for path, w in weight_matrices(frozen).items()
     }
     others = {path: x.float() for path, x in leaves(frozen).items() if x.is_floating_point()}
-    rounds = () if mistake == "not rounded" else holding(frozen, Rowwise8)
+    rounds = () if mistake == "not rounded" else holding(frozen, RowwiseInt8)
 
     def loss(adapters: Any, batch: fgpt.Batch, seed: Tensor) -> Tensor:
         def leaf(path: str) -> Tensor:
@@ -257,14 +257,14 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
             if path in rounds:  # what rounding adds to the input of the frozen matrix is a constant
                 y = y + (rounded(x * col) - x * col).detach() @ (row[:, None] * w).T
             if isinstance(adapter, fgpt.LoRA) and adapter.dropout and mistake != "nothing dropped":
-                keep = kept(fold_in_seed(seed, f"0/{path}"), x[..., 0].numel(), x.shape[-1], adapter.dropout)
+                keep = dropout_mask(fold_in_seed(seed, f"0/{path}"), x[..., 0].numel(), x.shape[-1], adapter.dropout)
                 y = y + (x * keep.view(x.shape) / (1 - adapter.dropout) - x) @ ba.T
             scaled = isinstance(adapter, fgpt.IA3) and mistake != "bias not scaled"
             return y + (row if scaled else 1) * leaf(f"{path}.b")
 
         def norm(x: Tensor, path: str) -> Tensor:
             x = x - x.mean(-1, keepdim=True)
-            x = x / (x.square().mean(-1, keepdim=True) + frozen.cfg.eps).sqrt()
+            x = x / (x.square().mean(-1, keepdim=True) + frozen.cfg.norm_eps).sqrt()
             return x * leaf(f"{path}.w") + leaf(f"{path}.b")
 
         def heads(x: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
             x = x + layer(F.gelu(y, approximate="tanh"), f"blocks.{i}.mlp.down")
         head = weights["wte"] if mistake == "untied" else dense("wte")
         log_p = (norm(x, "ln_f") @ head.T).log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-        return -(batch.weights * log_p).sum() / batch.weights.sum() - math.log(frozen.cfg.vocab)
+        return -(batch.weights * log_p).sum() / batch.weights.sum() - math.log(frozen.cfg.vocab_size)
 
     return loss
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import fgpt
 from fgpt import families
 from fgpt.families import mapping
-from fgpt.tree import leaves, update
+from fgpt.tree import leaves, replace_at
 
 SIZES: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 64, "n_inner": 128},
@@ -51,8 +51,8 @@ def model_of(name: str) -> tuple[Any, fgpt.GPT]:
 
 
 def reference_over(frozen: fgpt.GPT, model: Any) -> Loss:
-    plain = fgpt.merge(frozen, onto="dequantised")
-    family, weights = families.of(frozen.cfg), leaves(plain)
+    plain = fgpt.merge(frozen, base="dequantised")
+    family, weights = families.family_of(frozen.cfg), leaves(plain)
     # a file's name, and a module's
     place = {} if hasattr(model, "embed_out") else {"embed_out.weight": "lm_head.weight"}
 
@@ -76,11 +76,11 @@ def reference_over(frozen: fgpt.GPT, model: Any) -> Loss:
                 if isinstance(x, fgpt.DoRA):
                     w = x.m[:, None] * w / w.norm(dim=1, keepdim=True).detach()
             new[f"{path}.w"] = w
-        state = {place.get(path, path): x for path, x in mapping.to_hf(update(plain, new), family).items()}
+        state = {place.get(path, path): x for path, x in mapping.to_hf(replace_at(plain, new), family).items()}
         rows = batch.tokens.view(-1, batch.tokens.shape[-1])
         out = torch.func.functional_call(model, state, (rows,), {"use_cache": False}).logits
         log_p = out.view(*batch.tokens.shape, -1).log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-        return -(batch.weights * log_p).sum() / batch.weights.sum() - math.log(frozen.cfg.vocab)
+        return -(batch.weights * log_p).sum() / batch.weights.sum() - math.log(frozen.cfg.vocab_size)
 
     return loss
 

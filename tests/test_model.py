@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 import fgpt
 from fgpt import model as M
 from fgpt.kernels import attention
-from fgpt.tree import count
+from fgpt.tree import num_elements
 
 # ------------------------------------------------------------------------------------------------------ transformers
 
@@ -51,10 +51,10 @@ def test_logits_are_transformers(architecture: dict[str, Any], seed: int):
     with torch.no_grad():
         expected = model(x).logits
         close(fgpt.apply(params, x), expected, 1e-5)
-        close(fgpt.apply(M.fuse(params), x), expected, 1e-5)
+        close(fgpt.apply(M.fuse_qkv(params), x), expected, 1e-5)
         close(again(x).logits, expected, 1e-5)
     assert (params.head is None) == architecture["tie_word_embeddings"]
-    assert count(params) == sum(p.numel() for p in model.parameters())
+    assert num_elements(params) == sum(p.numel() for p in model.parameters())
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
@@ -107,7 +107,7 @@ def test_every_recorded_activation():
     got["tok_emb"] = fgpt.embed(x, params.wte.w)
     got["pos_emb"] = fgpt.embed(torch.arange(x.shape[1]), params.wpe.w)[None]
     got["x"] = got["tok_emb"] + got["pos_emb"]
-    got["ln1"] = M.norm(got["x"], p.ln_1, cfg.eps)
+    got["ln1"] = M.norm(got["x"], p.ln_1, cfg.norm_eps)
     q, k, v = M.qkv(got["ln1"], p.attn, cfg)
     got["qkv"] = torch.cat([y.transpose(1, 2).flatten(2) for y in (q, k, v)], -1)
     got |= {"q": q, "k": k, "v": v}
@@ -120,7 +120,7 @@ def test_every_recorded_activation():
     got["y"] = heads.transpose(1, 2).flatten(2)
     got["yProj"] = fgpt.linear(got["y"], p.attn.o.w, p.attn.o.b)
     got["attnResid"] = got["x"] + got["yProj"]
-    got["ln2"] = M.norm(got["attnResid"], p.ln_2, cfg.eps)
+    got["ln2"] = M.norm(got["attnResid"], p.ln_2, cfg.norm_eps)
     got["fc"] = fgpt.linear(got["ln2"], p.mlp.up.w, p.mlp.up.b)
     got["gelu"] = F.gelu(got["fc"], approximate="tanh")
     got["mlp"] = fgpt.linear(got["gelu"], p.mlp.down.w, p.mlp.down.b)
@@ -139,7 +139,7 @@ def test_every_recorded_activation():
 def test_the_sorting_model_sorts():
     params = fgpt.load(str(shared("gpt-nano-sort")))
     prompts = torch.cartesian_prod(*[torch.arange(3)] * 6)[::7]
-    written = fgpt.generate(params, prompts.tolist(), end=-1, most=5)
+    written = fgpt.generate(params, prompts.tolist(), eos_token_id=-1, max_new_tokens=5)
     assert torch.equal(torch.tensor([g.tokens for g in written]), prompts.sort(-1).values[:, :5])
 
 
@@ -228,10 +228,10 @@ def test_any_chunking_is_one_pass(data: st.DataObject):
     ragged = min(lengths) < width
     x = tokens(31, len(lengths), width)
     whole = fgpt.hidden(params, x, segments)
-    cache, parts = fgpt.Cache(), []
+    cache, parts = fgpt.KVCache(), []
     for a, b in zip([0, *cuts], [*cuts, width], strict=True):
         text = bool(segments[:, a:b].all())  # what is text in every row needs no segments, as in decoding
-        h, cache = fgpt.extend(params, x[:, a:b], cache, None if text else segments[:, a:b])
+        h, cache = fgpt.forward_with_cache(params, x[:, a:b], cache, None if text else segments[:, a:b])
         parts.append(h)
     close(torch.cat(parts, 1), whole, 1e-5)
     assert [tuple(k.shape) for k, _ in cache.kv] == [(len(lengths), 2, width, 8)] * 2
@@ -244,9 +244,9 @@ def test_any_chunking_is_one_pass(data: st.DataObject):
 def test_a_row_longer_than_the_context_is_refused(gpt: fgpt.GPT):
     with pytest.raises(fgpt.InputError, match="25 tokens in a row, but the model's context is 24"):
         fgpt.apply(gpt, tokens(31, 1, 25))
-    _, cache = fgpt.extend(gpt, tokens(31, 1, 24), fgpt.Cache())
+    _, cache = fgpt.forward_with_cache(gpt, tokens(31, 1, 24), fgpt.KVCache())
     with pytest.raises(fgpt.InputError, match="25 tokens in a row"):
-        fgpt.extend(gpt, tokens(31, 1, 1), cache)
+        fgpt.forward_with_cache(gpt, tokens(31, 1, 1), cache)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -260,24 +260,24 @@ def test_greedy_text_is_transformers(lengths: list[int], seed: int):
         model = hf_gpt2(seed)
         params = ours(model, Path(folder))
     prompts = [tokens(31, n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
-    together = fgpt.generate(params, prompts, end=0, most=30)
+    together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30)
     for prompt, got in zip(prompts, together, strict=True):
         room = 24 - len(prompt)
         ids = torch.tensor([prompt])
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
         written = model.generate(ids, do_sample=False, max_new_tokens=room, **options)[0, len(prompt) :].tolist()
         expected = written[: written.index(0)] if 0 in written else written
-        assert got == fgpt.Generated(expected, 0 in written, [])
-        assert fgpt.generate(params, [prompt], end=0, most=30) == [got]
+        assert got == fgpt.GenerationOutput(expected, 0 in written, [])
+        assert fgpt.generate(params, [prompt], eos_token_id=0, max_new_tokens=30) == [got]
 
 
 def test_bad_prompts_are_named(gpt: fgpt.GPT):
     with pytest.raises(fgpt.InputError, match="prompt 1 has 0 tokens: expected 1 to 23"):
-        fgpt.generate(gpt, [[1], []], end=0, most=1)
+        fgpt.generate(gpt, [[1], []], eos_token_id=0, max_new_tokens=1)
     with pytest.raises(fgpt.InputError, match="prompt 0 has 24 tokens"):
-        fgpt.generate(gpt, [[1] * 24], end=0, most=1)
+        fgpt.generate(gpt, [[1] * 24], eos_token_id=0, max_new_tokens=1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
-        fgpt.generate(gpt, [[1]], end=0, most=1, sampling=fgpt.Sampling(temperature=1.0))
+        fgpt.generate(gpt, [[1]], eos_token_id=0, max_new_tokens=1, sampling=fgpt.SamplingParams(temperature=1.0))
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -293,4 +293,4 @@ def test_bad_prompts_are_named(gpt: fgpt.GPT):
     ],
 )
 def test_gpt2s_four_sizes(layers: int, heads: int, width: int, expected: int):
-    assert count(gpt2_shape(layers, heads, width)) == expected
+    assert num_elements(gpt2_shape(layers, heads, width)) == expected

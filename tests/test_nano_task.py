@@ -190,7 +190,7 @@ def test_no_held_out_story_is_trained_on(tasks: list[Task]):
 
 
 def test_other_readers_see_plain_rows(heldout: list[Task]):
-    rows = instruction_datasets.rows(NANO / "heldout.jsonl")
+    rows = instruction_datasets.load_rows(NANO / "heldout.jsonl")
     assert [(row.instruction, row.input, row.output) for row in rows] == [
         (task.instruction, task.input, task.output) for task in heldout
     ]

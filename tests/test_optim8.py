@@ -15,8 +15,8 @@ import fgpt
 from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
-from fgpt.optim import Moment8, adamw, adamw8bit, cosine
-from fgpt.tree import cast, count, leaves, tree_map
+from fgpt.optim import Moment8, adamw, adamw8bit, cosine_schedule
+from fgpt.tree import astype, num_elements, leaves, tree_map
 
 LR, DECAY = 1e-2, 0.1
 SIZES = {"w": (64, 64), "odd": (67, 71), "wide": (3, 2311), "small": (63, 65), "bias": (5000,), "b": (9,)}
@@ -121,7 +121,7 @@ def test_twenty_updates_are_bitsandbytes(nearest: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_fifty_updates_are_close_to_fp32(spread: float):
-    schedule = cosine(LR, 50, warmup=5)
+    schedule = cosine_schedule(LR, 50, warmup=5)
     full, coded = (make(schedule, weight_decay=DECAY) for make in (adamw, adamw8bit))
     a, b, s, t = TREE, TREE, full.init(TREE), coded.init(TREE)
     for step in range(50):
@@ -206,19 +206,19 @@ def held(tree: Any) -> int:
 def test_bytes_a_parameter():
     large, small = {"w": torch.zeros(768, 769), "b": torch.zeros(4096)}, {"w": torch.zeros(4095)}
     state = adamw8bit(LR).init(large)
-    assert held((state.mean, state.square)) <= 2.04 * count(large)
+    assert held((state.mean, state.square)) <= 2.04 * num_elements(large)
     assert held(adamw8bit(LR).init(small)) == 8 * 4095 + 8
-    assert held(adamw8bit(LR, smallest=0).init(small)) < 2.1 * 4095
+    assert held(adamw8bit(LR, min_8bit_size=0).init(small)) < 2.1 * 4095
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_params_keep_their_dtype(dtype: torch.dtype):
-    tree, grads = cast(TREE, dtype), cast(gradients(3), dtype)
-    optimizer = adamw8bit(LR, smallest=0)
+    tree, grads = astype(TREE, dtype), astype(gradients(3), dtype)
+    optimizer = adamw8bit(LR, min_8bit_size=0)
     params, _ = optimizer.update(grads, optimizer.init(tree), tree)
     assert {x.dtype for x in params.values()} == {dtype}
     expected, _ = adamw(LR).update(gradients(3), adamw(LR).init(TREE), TREE)
-    close(cast(params, torch.float32), expected, 2 * LR if dtype == torch.bfloat16 else 1e-5)
+    close(astype(params, torch.float32), expected, 2 * LR if dtype == torch.bfloat16 else 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -233,22 +233,22 @@ def objective(adapters: Any, params: Any, batch: fgpt.Batch, rng: Any) -> tuple[
 
 
 def test_a_lora_trains_as_well_under_make_step():
-    schedule, losses = cosine(1e-2, 40, warmup=4), {}
-    for optimizer in (adamw(schedule, weight_decay=DECAY), adamw8bit(schedule, weight_decay=DECAY, smallest=0)):
-        step, state, losses[optimizer] = fgpt.make_step(objective, optimizer), fgpt.start(ADAPTERS, optimizer), []
+    schedule, losses = cosine_schedule(1e-2, 40, warmup=4), {}
+    for optimizer in (adamw(schedule, weight_decay=DECAY), adamw8bit(schedule, weight_decay=DECAY, min_8bit_size=0)):
+        step, state, losses[optimizer] = fgpt.make_step(objective, optimizer), fgpt.init_state(ADAPTERS, optimizer), []
         for _ in range(40):
             state, metrics = step(state, GPT, [BATCH], None)
             losses[optimizer].append(metrics.loss.item())
-        assert state.opt.count == 40
+        assert state.opt_state.count == 40
     full, coded = losses.values()
-    assert isinstance(state.opt.mean["blocks.0.attn.q"].a, Moment8)
+    assert isinstance(state.opt_state.mean["blocks.0.attn.q"].a, Moment8)
     assert coded[-1] < coded[0] - 0.3
     assert abs(coded[-1] - full[-1]) < 0.02 * (full[0] - full[-1])
 
 
 def test_a_schedule_is_followed():
     """The first update is lr · sign(g): at the warmup's first step, and with lr a tensor."""
-    optimizer = adamw8bit(cosine(1e-2, 10, warmup=4))
+    optimizer = adamw8bit(cosine_schedule(1e-2, 10, warmup=4))
     params, state = optimizer.update(gradients(1), optimizer.init(TREE), TREE)
     moves = {name: ((TREE[name] - params[name]) / gradients(1)[name].sign()).median() for name in TREE}
     close(moves, {name: torch.tensor(1e-2 / 4) for name in TREE}, 1e-6)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import fgpt
-from fgpt.optim import constant, cosine, global_norm, linear
-from fgpt.tree import cast, tree_map
+from fgpt.optim import constant_schedule, cosine_schedule, global_norm, linear_schedule
+from fgpt.tree import astype, tree_map
 
-GPT = cast(tree_map(lambda x: 0.5 * x, tiny(n_layer=1)), torch.float64)
-FRESH: Any = cast(fgpt.lora(GPT, fgpt.key(0), 2, target=r"blocks\..*"), torch.float64)
+GPT = astype(tree_map(lambda x: 0.5 * x, tiny(n_layer=1)), torch.float64)
+FRESH: Any = astype(fgpt.lora(GPT, fgpt.key(0), 2, target=r"blocks\..*"), torch.float64)
 ROWS = fgpt.Batch(tokens(31, 3, 8), tokens(31, 3, 8, seed=1), torch.rand(3, 8, generator=fgpt.key(0)))
 OTHER = fgpt.Batch(tokens(31, 2, 8, seed=2), tokens(31, 2, 8, seed=3), torch.ones(2, 8))
 TREE = {"w": torch.randn(3, 4, generator=fgpt.key(0)), "b": torch.randn(4, generator=fgpt.key(1))}
@@ -35,12 +35,12 @@ def updated(optimizer: fgpt.Optimizer) -> Any:
 
 MAKE: dict[str, tuple[Callable[[Any], fgpt.Optimizer], list[float]]] = {
     "lr": (fgpt.adamw, [1e-3, 2e-2]),
-    "constant, lr": (lambda x: fgpt.adamw(constant(x, 2)), [1e-3, 2e-2]),
-    "constant, warmup": (lambda x: fgpt.adamw(constant(1e-2, x)), [0, 1, 3]),
-    "linear, steps": (lambda x: fgpt.adamw(linear(1e-2, x, 2)), [3, 6]),
-    "linear, end": (lambda x: fgpt.adamw(linear(1e-2, 4, 2, x)), [1e-3, 2e-3]),
-    "cosine, steps": (lambda x: fgpt.adamw(cosine(1e-2, x)), [1, 6]),
-    "cosine, warmup": (lambda x: fgpt.adamw(cosine(1e-2, 6, x)), [0, 2, 8]),
+    "constant, lr": (lambda x: fgpt.adamw(constant_schedule(x, 2)), [1e-3, 2e-2]),
+    "constant, warmup": (lambda x: fgpt.adamw(constant_schedule(1e-2, x)), [0, 1, 3]),
+    "linear, steps": (lambda x: fgpt.adamw(linear_schedule(1e-2, x, 2)), [3, 6]),
+    "linear, end": (lambda x: fgpt.adamw(linear_schedule(1e-2, 4, 2, x)), [1e-3, 2e-3]),
+    "cosine, steps": (lambda x: fgpt.adamw(cosine_schedule(1e-2, x)), [1, 6]),
+    "cosine, warmup": (lambda x: fgpt.adamw(cosine_schedule(1e-2, 6, x)), [0, 2, 8]),
     "beta 1": (lambda x: fgpt.adamw(1e-2, (x, 0.99)), [0.8, 0.9]),
     "beta 2": (lambda x: fgpt.adamw(1e-2, (0.9, x)), [0.95, 0.999]),
     "eps": (lambda x: fgpt.adamw(1e-2, eps=x), [1e-8, 1e-2]),
@@ -77,8 +77,8 @@ def test_eps_root_is_in_the_root():
 def end_of(numbers: Tensor, batch: fgpt.Batch = ROWS) -> Tensor:
     """The loss on OTHER after three steps on `batch`, by rate, decay, warm-up and root."""
     lr, decay, warmup, root = numbers
-    optimizer = fgpt.adamw(cosine(lr, 4, warmup), (0.9, 0.99), 1e-6, decay, eps_root=root)
-    step, state = fgpt.make_step(objective, optimizer, max_norm=None), fgpt.start(FRESH, optimizer)
+    optimizer = fgpt.adamw(cosine_schedule(lr, 4, warmup), (0.9, 0.99), 1e-6, decay, eps_root=root)
+    step, state = fgpt.make_step(objective, optimizer, max_norm=None), fgpt.init_state(FRESH, optimizer)
     for _ in range(3):
         state, _ = step(state, GPT, [batch], None)
     return fgpt.loss(fgpt.adapt(GPT, state.trainable), OTHER)
@@ -147,13 +147,13 @@ def test_a_loss_that_returns_something_else(returns: Any, says: str):
         return returns(*objective(*args))
 
     optimizer = fgpt.adamw(1e-3)
-    state = fgpt.start(FRESH, optimizer)
+    state = fgpt.init_state(FRESH, optimizer)
     step = fgpt.make_step(loss, optimizer)
     expected = rf"returns two tensors without axes, \(Σ weight · nll, Σ weight\).*{says}"
     with pytest.raises(fgpt.InputError, match=expected):
         step(state, GPT, [ROWS], None)
     with pytest.raises(fgpt.InputError, match=expected):
-        grad(lambda a: step(fgpt.start(a, optimizer), GPT, [ROWS], None)[1].loss)(FRESH)
+        grad(lambda a: step(fgpt.init_state(a, optimizer), GPT, [ROWS], None)[1].loss)(FRESH)
 
 
 def test_a_loss_with_vmap_inside():
@@ -163,7 +163,7 @@ def test_a_loss_with_vmap_inside():
         return vmap(lambda row: fgpt.loss(fgpt.adapt(params, adapters), row))(batch).max(), torch.ones(())
 
     at, optimizer = shaken(FRESH, 0.1), fgpt.adamw(1e-3)
-    _, metrics = fgpt.make_step(worst, optimizer)(fgpt.start(at, optimizer), GPT, [ROWS], None)
+    _, metrics = fgpt.make_step(worst, optimizer)(fgpt.init_state(at, optimizer), GPT, [ROWS], None)
     rows = [tree_map(lambda x, i=i: x[i], ROWS) for i in range(3)]
     losses = [fgpt.loss(fgpt.adapt(GPT, at), row) for row in rows]
     i = max(range(3), key=lambda i: float(losses[i]))
@@ -175,7 +175,7 @@ def test_a_loss_with_vmap_inside():
 def test_a_compiled_step_says_where_it_is_not_compiled():
     optimizer = fgpt.adamw(1e-3)
     step = fgpt.make_step(objective, optimizer, compile=True)
-    states = vmap(lambda a: fgpt.start(a, optimizer))(fgpt.stack([FRESH, FRESH]))
+    states = vmap(lambda a: fgpt.init_state(a, optimizer))(fgpt.stack_adapters([FRESH, FRESH]))
     with pytest.warns(UserWarning, match="compile=True runs uncompiled where it is mapped or differentiated"):
         vmap(lambda s: step(s, GPT, [ROWS], None)[1].loss)(states)
     plain = fgpt.make_step(objective, optimizer)

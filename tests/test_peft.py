@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fgpt
-from fgpt.tree import cast, leaves
+from fgpt.tree import astype, leaves
 
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
 BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
@@ -49,7 +49,7 @@ def trained(config: Any) -> Any:
 
 def agrees(params: fgpt.GPT, adapters: fgpt.Adapters, model: Any) -> None:
     """Asserts that ours and theirs give the same logits over an fp64 base, and that the adapters change them."""
-    base = cast(params, torch.float64)
+    base = astype(params, torch.float64)
     with torch.no_grad():
         got = fgpt.apply(fgpt.adapt(base, adapters), X)
         close(got, model.double()(X).logits, 1e-6)
@@ -67,7 +67,7 @@ def identical(a: fgpt.Adapters, b: fgpt.Adapters) -> None:
 
 def test_logits_and_gradients_are_pefts(tmp_path: Path):
     model = peft_model()
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path))
+    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path))
     theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
     prefix = "base_model.model.transformer.h"
 
@@ -91,11 +91,11 @@ def test_logits_and_gradients_are_pefts(tmp_path: Path):
 
 @pytest.mark.parametrize("target", [r".*\.qkv", r"blocks\.1\.attn\.qkv|blocks\.\d+\.(attn\.o|mlp\..*)"])
 def test_our_file_in_peft(target: str, tmp_path: Path):
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
+    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path / "base"))
     adapters: Any = shaken(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.trainable(adapters)
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.num_trainable(adapters)
     agrees(params, adapters, model)
     again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     assert same(again, adapters)
@@ -114,9 +114,9 @@ def test_our_file_in_peft(target: str, tmp_path: Path):
 def test_pefts_file_with_us(options: dict[str, Any], tmp_path: Path):
     model = peft_model(**options)
     model.save_pretrained(tmp_path / "adapter")
-    params = fgpt.fuse(ours(hf_gpt2(), tmp_path / "base"))
+    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path / "base"))
     adapters = fgpt.load_peft(tmp_path / "adapter", params)
-    assert fgpt.trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert fgpt.num_trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     agrees(params, adapters, model)
 
 
@@ -137,7 +137,7 @@ def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
         assert torch.equal(again[path].a, x.a)
         close(again[path].scale * again[path].b, x.scale * x.b, 1e-7)
     agrees(params, again, model)
-    agrees(fgpt.fuse(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params)), model)
+    agrees(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 
 
 def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
@@ -153,9 +153,9 @@ def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
 
 def test_a_real_adapter():
     folder = shared("gpt2-lora-adapter")
-    adapters: Any = fgpt.load_peft(folder, fgpt.fuse(gpt2_shape(12, 12, 768)))
+    adapters: Any = fgpt.load_peft(folder, fgpt.fuse_qkv(gpt2_shape(12, 12, 768)))
     stored = load_file(folder / "adapter_model.safetensors")
-    assert fgpt.trainable(adapters) == 811_008
+    assert fgpt.num_trainable(adapters) == 811_008
     assert sum(len(leaves(x)) for x in adapters.values()) == len(stored)
     for name, path in MODULES.items():
         for i in range(12 if name != "mlp.c_fc" else 0):
@@ -195,8 +195,8 @@ OURS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "rsdora with dropout": rs_dora,
     "ia3": fgpt.ia3,
     "ia3 here and there": lambda p: fgpt.ia3(p, r"blocks\.0\.(attn\.o|mlp\.down)", r"blocks\.1\.(attn\.o|mlp\..*)"),
-    "norms": lambda p: fgpt.tune(p, r".*ln_.*"),
-    "gains of some norms": lambda p: fgpt.tune(p, r"blocks\.0\.ln_1\.w|blocks\.\d\.ln_2\..|ln_f\.b"),
+    "norms": lambda p: fgpt.trainable_leaves(p, r".*ln_.*"),
+    "gains of some norms": lambda p: fgpt.trainable_leaves(p, r"blocks\.0\.ln_1\.w|blocks\.\d\.ln_2\..|ln_f\.b"),
 }
 SOME = {
     "rslora of q and v": lambda p: lora(p, rs=True, target=r".*\.(q|v)"),
@@ -209,7 +209,7 @@ SOME = {
 @pytest.mark.parametrize(("kind", "whole"), [(k, w) for k in OURS for w in (False, True)] + [(k, False) for k in SOME])
 def test_ours_in_peft_and_back(kind: str, whole: bool, tmp_path: Path):
     params = ours(hf_gpt2(), tmp_path / "base")
-    params = fgpt.fuse(params) if whole else params
+    params = fgpt.fuse_qkv(params) if whole else params
     adapters = shaken((OURS | SOME)[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
@@ -222,7 +222,7 @@ def test_ours_in_peft_and_back(kind: str, whole: bool, tmp_path: Path):
         }
     identical(again, adapters)
     if not whole:
-        agrees(fgpt.fuse(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse(params)), model)
+        agrees(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 
 
 def test_peft_reads_our_options(tmp_path: Path):
@@ -260,7 +260,7 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
     model = trained(THEIRS[kind])
     model.save_pretrained(tmp_path / "adapter")
     params = ours(hf_gpt2(), tmp_path / "base")
-    for base in (fgpt.fuse(params), params):
+    for base in (fgpt.fuse_qkv(params), params):
         if kind == "dora" and base is params:
             with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
                 fgpt.load_peft(tmp_path / "adapter", base)
@@ -269,7 +269,7 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
         agrees(base, adapters, model)
         if base is not params or not kind.startswith("ia3"):
             numbers = sum(p.numel() for n, p in model.named_parameters() if re.search("lora_|ia3_|ln_tuning", n))
-            assert fgpt.trainable(adapters) == numbers
+            assert fgpt.num_trainable(adapters) == numbers
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -278,9 +278,9 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: lora(p, target=ATTN) | fgpt.tune(p, r".*\.o\.b"),
+        lambda p: lora(p, target=ATTN) | fgpt.trainable_leaves(p, r".*\.o\.b"),
         lambda p: lora(p, target=ATTN) | dora(p, target=r".*\.up"),
-        lambda p: fgpt.tune(p, r".*\.q\.b"),
+        lambda p: fgpt.trainable_leaves(p, r".*\.q\.b"),
         lambda p: dora(p, target="wte"),
         lambda p: lora(p, target=ATTN) | lora(p, dropout=0.1, target=r".*\.up"),
         lambda p: lora(p, target=r".*\.q") | lora(p, dropout=0.1, target=r".*\.v"),
@@ -322,7 +322,7 @@ def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str,
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(fgpt.InputError, match=expected) as caught:
-        fgpt.load_peft(tmp_path, fgpt.fuse(tiny()))
+        fgpt.load_peft(tmp_path, fgpt.fuse_qkv(tiny()))
     assert "\n" not in str(caught.value)
 
 

@@ -90,7 +90,7 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
     model = trained(plain, THEIRS[kind](plain))
     at = kept(model, tmp_path)
     in_one = name.startswith("neox") and "ora" in kind
-    base = fgpt.fuse(params) if in_one else params
+    base = fgpt.fuse_qkv(params) if in_one else params
     adapters = fgpt.load_peft(at, base)
     agrees(base, adapters, model)
     if in_one:
@@ -98,14 +98,14 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
             fgpt.load_peft(at, params)
     elif not name.startswith("neox"):
         count = sum(p.numel() for n, p in model.named_parameters() if re.search(TRAINED, n))
-        assert fgpt.trainable(adapters) == count
+        assert fgpt.num_trainable(adapters) == count
 
 
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama"])
 def test_a_model_without_its_head(name: str, tmp_path: Path):
     """What PEFT trained on AutoModel has names without the family's prefix."""
     params, bare = loaded(theirs(name)), theirs(name).base_model
-    params = fgpt.fuse(params) if name == "neox" else params
+    params = fgpt.fuse_qkv(params) if name == "neox" else params
     model = trained(bare, peft.LoraConfig(**LORA, target_modules=modules(bare)))
     names = load_file(kept(model, tmp_path) / "adapter_model.safetensors")
     assert all(n.startswith(("base_model.model.h.", "base_model.model.layers.")) for n in names)
@@ -133,7 +133,7 @@ def in_peft_and_back(name: str, params: fgpt.GPT, adapters: fgpt.Adapters, at: P
     model = peft.PeftModel.from_pretrained(theirs(name), at).eval()
     agrees(params, adapters, model)
     count = sum(p.numel() for n, p in model.named_parameters() if re.search(TRAINED, n))
-    assert count >= fgpt.trainable(adapters)
+    assert count >= fgpt.num_trainable(adapters)
     again = fgpt.load_peft(at, params)
     agrees(params, again, model)
     return again
@@ -154,7 +154,7 @@ def test_ours_in_peft_and_back(name: str, kind: str, tmp_path: Path):
 @pytest.mark.parametrize("kind", OURS)
 def test_q_k_and_v_of_a_neox_in_one(kind: str, tmp_path: Path):
     """Their rows alternate by heads there, and here they do not: to the bit."""
-    params = fgpt.fuse(loaded(theirs("neox")))
+    params = fgpt.fuse_qkv(loaded(theirs("neox")))
     adapters = shaken(OURS[kind](params), 0.1)
     identical(in_peft_and_back("neox", params, adapters, tmp_path), adapters)
 
@@ -168,7 +168,7 @@ def test_the_head(name: str, tmp_path: Path):
 
 def test_norms_of_q_and_k(tmp_path: Path):
     params = loaded(theirs("qwen3"))
-    adapters = shaken(fgpt.tune(params, r".*_norm\.w|ln_f\.w"), 0.1)
+    adapters = shaken(fgpt.trainable_leaves(params, r".*_norm\.w|ln_f\.w"), 0.1)
     assert len(adapters) == 5
     identical(in_peft_and_back("qwen3", params, adapters, tmp_path), adapters)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -199,7 +199,7 @@ def test_names_of_any_modules_select_just_them(name: str):
     more = {"gpt2": "n_layer", "gptj": "n_layer"}.get(name, "num_hidden_layers")
     model = hf_gpt2(n_layer=12, tie_word_embeddings=False) if name == "gpt2" else theirs(name, **{more: 12})
     config = model.config.to_dict()
-    known = peft_modules.modules_of(families.of_config(config).config_from_hf(config))
+    known = peft_modules.modules_of(families.family_from_config(config).config_from_hf(config))
     everything = [n for n, _ in model.named_modules()]
     layers = sorted({m.path.rpartition(".")[2] for m in known})
 
@@ -244,7 +244,7 @@ def test_a_module_for_each_layer_and_norm(name: str):
 @pytest.mark.parametrize("name", ["gptj", "llama", "qwen3"])
 def test_q_k_and_v_fused_of_a_family_that_has_them_apart(name: str, tmp_path: Path):
     params = loaded(theirs(name))
-    whole = fgpt.fuse(params)
+    whole = fgpt.fuse_qkv(params)
     for adapters in (fgpt.lora(whole, fgpt.key(0)), fgpt.ia3(whole)):
         with pytest.raises(fgpt.InputError, match=r"qkv, as q, k and v are modules of their own: save_adapters"):
             fgpt.save_peft(adapters, whole, tmp_path / "adapter", "base")
@@ -260,8 +260,8 @@ def test_what_peft_cannot_hold_is_refused(name: str, tmp_path: Path):
     params = loaded(theirs(name))
     for adapters in (
         fgpt.dora(params, fgpt.key(0), target="wte"),
-        fgpt.tune(params, r"blocks\.0\.attn\.o\.w"),
-        fgpt.tune(params, r".*\.(q|up)\.b|ln_f.*") if name != "llama" else fgpt.tune(params, "head.*"),
+        fgpt.trainable_leaves(params, r"blocks\.0\.attn\.o\.w"),
+        fgpt.trainable_leaves(params, r".*\.(q|up)\.b|ln_f.*") if name != "llama" else fgpt.trainable_leaves(params, "head.*"),
     ):
         with pytest.raises(fgpt.InputError, match=r"PEFT has no place .*save_adapters\(adapters, path\)"):
             fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
@@ -302,7 +302,7 @@ def test_a_block_that_is_not_there(tmp_path: Path):
 
 @pytest.mark.parametrize("rows", [94, 0, 48])
 def test_rows_that_are_no_heads_of_a_neox(rows: int, tmp_path: Path):
-    params = fgpt.fuse(loaded(theirs("neox")))
+    params = fgpt.fuse_qkv(loaded(theirs("neox")))
     fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, tmp_path, "base")
     file = tmp_path / "adapter_model.safetensors"
     tensors = {n: x[:rows].clone() if "lora_B" in n else x for n, x in load_file(file).items()}

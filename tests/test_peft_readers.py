@@ -20,9 +20,9 @@ from test_peft import X, agrees, identical
 from torch import Tensor
 
 import fgpt
-from fgpt.adapters import layers
-from fgpt.families import of
-from fgpt.families.mapping import joined
+from fgpt.adapters import weight_matrices
+from fgpt.families import family_of
+from fgpt.families.mapping import join_heads
 from fgpt.weights import dense
 
 RULES: dict[str, Callable[[dict[str, Any], Tensor], float]] = {
@@ -46,13 +46,13 @@ def products(folder: Path, rule: str) -> dict[str, Tensor]:
 def expected(params: fgpt.GPT, adapters: fgpt.Adapters) -> dict[str, Tensor]:
     """ΔW of each of the hub's modules, [out, in]: what our own adapters add to its weight."""
     base, tuned = (
-        {path: dense(w).double() for path, w in layers(p).items()} for p in (params, fgpt.adapt(params, adapters))
+        {path: dense(w).double() for path, w in weight_matrices(p).items()} for p in (params, fgpt.adapt(params, adapters))
     )
-    family, found = of(params.cfg), {}
-    for s in family.stored(params.cfg):
+    family, found = family_of(params.cfg), {}
+    for s in family.tensor_mappings(params.cfg):
         layer = [path.removesuffix(".w") for path in s.paths]
         if any(path in adapters for path in layer):
-            changed = joined([tuned[path] - base[path] for path in layer], s)
+            changed = join_heads([tuned[path] - base[path] for path in layer], s)
             found[family.prefix + s.name.removesuffix(".weight")] = changed.T if s.transposed else changed
     return found
 
@@ -119,7 +119,7 @@ def test_a_fused_base_reads_what_was_stacked_and_padded(tmp_path: Path):
     params = ours(hf_gpt2(), tmp_path / "base")
     adapters = shaken(KINDS["ranks"](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-    whole = fgpt.fuse(params)
+    whole = fgpt.fuse_qkv(params)
     again: Any = fgpt.load_peft(tmp_path / "adapter", whole)
     assert {path: len(x.a) for path, x in again.items() if ".0." in path} == {
         "blocks.0.attn.qkv": 9, "blocks.0.attn.o": 5, "blocks.0.mlp.up": 2,

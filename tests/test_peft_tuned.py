@@ -97,7 +97,7 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
     model = shake(peft.get_peft_model(base, KINDS[kind](family(name))))
     model.save_pretrained(tmp_path / "adapter")
     params = fgpt.load(str(tmp_path / "base"))
-    params = fgpt.fuse(params) if family(name) in ("gpt2", "neox") else params
+    params = fgpt.fuse_qkv(params) if family(name) in ("gpt2", "neox") else params
     adapters = fgpt.load_peft(tmp_path / "adapter", params)
     with torch.no_grad():
         got = fgpt.apply(fgpt.adapt(params, adapters), X)
@@ -107,7 +107,7 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
     close(fgpt.functional_call(fgpt.apply, (params.untied(), again), X), got, 1e-6)
     if "saved both" not in kind and "PEFT ties" not in kind:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert fgpt.trainable(again) == count
+        assert fgpt.num_trainable(again) == count
 
 
 @pytest.mark.parametrize("kind", ["head", "embedding", "embedding and head"])
@@ -150,23 +150,23 @@ def lora(p: fgpt.GPT, target: str = r".*\.(up|o)", **options: Any) -> fgpt.Adapt
 
 
 OURS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
-    "norms": lambda p: lora(p) | fgpt.tune(p, r".*ln_.*"),
-    "gains": lambda p: lora(p) | fgpt.tune(p, r".*ln_.\.w"),
+    "norms": lambda p: lora(p) | fgpt.trainable_leaves(p, r".*ln_.*"),
+    "gains": lambda p: lora(p) | fgpt.trainable_leaves(p, r".*ln_.\.w"),
     "embedding": lambda p: lora(p, r"wte|.*\.up"),
     "embedding, ranks": lambda p: lora(p, "wte", rank=2, alpha=10 / 3) | lora(p),
-    "table": lambda p: lora(p) | fgpt.tune(p, "wte.*"),
-    "matrix": lambda p: lora(p) | fgpt.tune(p, r"blocks\.1\.attn\.(q|k|v|qkv)\..*"),
-    "weights": lambda p: lora(p) | fgpt.tune(p, r"blocks\.1\.mlp\.down\.w"),
-    "dora": lambda p: fgpt.dora(p, fgpt.key(0), 3, target=r".*\.up") | fgpt.tune(p, r".*ln_.*|wte.*"),
-    "below": lambda p: lora(p) | fgpt.tune(p, r"blocks\.0\.mlp\.up\.w"),
-    "ia3": lambda p: fgpt.ia3(p, r".*\.o", None) | fgpt.tune(p, r".*ln_.*|.*\.down.*"),
-    "norms and matrices": lambda p: fgpt.tune(p, r".*ln_.*|.*\.down.*|wte.*"),
+    "table": lambda p: lora(p) | fgpt.trainable_leaves(p, "wte.*"),
+    "matrix": lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.1\.attn\.(q|k|v|qkv)\..*"),
+    "weights": lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.1\.mlp\.down\.w"),
+    "dora": lambda p: fgpt.dora(p, fgpt.key(0), 3, target=r".*\.up") | fgpt.trainable_leaves(p, r".*ln_.*|wte.*"),
+    "below": lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.0\.mlp\.up\.w"),
+    "ia3": lambda p: fgpt.ia3(p, r".*\.o", None) | fgpt.trainable_leaves(p, r".*ln_.*|.*\.down.*"),
+    "norms and matrices": lambda p: fgpt.trainable_leaves(p, r".*ln_.*|.*\.down.*|wte.*"),
 }
 BIASED: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
-    "all": lambda p: lora(p) | fgpt.tune(p, r".*\.b"),
-    "all, of all": lambda p: lora(p, r"blocks\..*|wte") | fgpt.tune(p, r".*\.b|wte.*|.*ln_.*"),
-    "lora_only": lambda p: lora(p) | fgpt.tune(p, r".*\.(up|o)\.b"),
-    "lora_only, of q": lambda p: lora(p, r".*\.(q|o)") | fgpt.tune(p, r".*\.(q|k|v|o)\.b"),
+    "all": lambda p: lora(p) | fgpt.trainable_leaves(p, r".*\.b"),
+    "all, of all": lambda p: lora(p, r"blocks\..*|wte") | fgpt.trainable_leaves(p, r".*\.b|wte.*|.*ln_.*"),
+    "lora_only": lambda p: lora(p) | fgpt.trainable_leaves(p, r".*\.(up|o)\.b"),
+    "lora_only, of q": lambda p: lora(p, r".*\.(q|o)") | fgpt.trainable_leaves(p, r".*\.(q|k|v|o)\.b"),
 }
 
 
@@ -174,7 +174,7 @@ def in_peft_and_back(name: str, make: Callable[[fgpt.GPT], fgpt.Adapters], fused
     """The config that was written."""
     base = saved_base(name, at / "base")
     params = fgpt.load(str(at / "base"))
-    params = fgpt.fuse(params) if fused else params
+    params = fgpt.fuse_qkv(params) if fused else params
     adapters = shaken(make(params), 0.1)
     fgpt.save_peft(adapters, params, at / "adapter", "base")
     model = peft.PeftModel.from_pretrained(base, at / "adapter").eval()
@@ -205,7 +205,7 @@ def test_a_tied_table_is_on_both_sides(tmp_path: Path):
     """Our LoRA on it moves the head too: PEFT has one on each, with the same matrices."""
     written = in_peft_and_back("gpt2", lambda p: lora(p, "wte"), False, tmp_path)
     assert written["target_modules"] == ["lm_head", "wte"]
-    written = in_peft_and_back("gpt2", lambda p: lora(p) | fgpt.tune(p, "wte.w"), False, tmp_path)
+    written = in_peft_and_back("gpt2", lambda p: lora(p) | fgpt.trainable_leaves(p, "wte.w"), False, tmp_path)
     assert written["modules_to_save"] == ["transformer.wte", "lm_head"]
 
 
@@ -214,7 +214,7 @@ def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):
     head = shaken(fgpt.lora(params.untied(), fgpt.key(0), 2, target="head"))
     tuned = fgpt.adapt(params, head)
     assert tuned.head is not None
-    assert not tuned.cfg.tied
+    assert not tuned.cfg.tie_word_embeddings
     assert tuned.wte is params.wte
     moved = fgpt.adapt(params, {"wte.w": leaves(params)["wte.w"] + 1}, head)  # one tree after the other
     together = fgpt.adapt(params, head | {"wte.w": leaves(params)["wte.w"] + 1})
@@ -226,14 +226,14 @@ def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):
 
 REFUSED: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
     "some biases": (
-        lambda p: lora(p) | fgpt.tune(p, r"blocks\.0\.mlp\.down\.b"),
+        lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.0\.mlp\.down\.b"),
         "a part of transformer.h.0.mlp.c_proj",
     ),
-    "a bias below": (lambda p: lora(p) | fgpt.tune(p, r"blocks\.0\.mlp\.up\.b"), "a bias below an adapter"),
-    "a third": (lambda p: lora(p) | fgpt.tune(p, r".*\.0\.attn\.q\.w"), "blocks.0.attn.q.w alone, a part of"),
+    "a bias below": (lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.0\.mlp\.up\.b"), "a bias below an adapter"),
+    "a third": (lambda p: lora(p) | fgpt.trainable_leaves(p, r".*\.0\.attn\.q\.w"), "blocks.0.attn.q.w alone, a part of"),
     "dora of the table": (lambda p: fgpt.dora(p, fgpt.key(0), 3, target="wte"), "no place for DoRA on wte"),
-    "a matrix alone": (lambda p: fgpt.tune(p, r".*\.down.*"), "without an adapter or a norm beside it"),
-    "ia3 and biases": (lambda p: fgpt.ia3(p) | fgpt.tune(p, r".*\.b"), "alone, a "),
+    "a matrix alone": (lambda p: fgpt.trainable_leaves(p, r".*\.down.*"), "without an adapter or a norm beside it"),
+    "ia3 and biases": (lambda p: fgpt.ia3(p) | fgpt.trainable_leaves(p, r".*\.b"), "alone, a "),
 }
 
 

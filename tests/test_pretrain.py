@@ -26,15 +26,15 @@ from fgpt.cli.training.instruction_tuning import split
 from fgpt.cli.training.pretraining import batches, config_of, figures, held_out
 from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
-from fgpt.data.prompt_templates import Example, Row, Turn, encode, encode_prompt, template
+from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
-from fgpt.evaluation.likelihood import perplexity, rolling
+from fgpt.evaluation.likelihood import perplexity, loglikelihood_rolling
 from fgpt.io import models
-from fgpt.model import skeleton
-from fgpt.optim import cosine
+from fgpt.model import abstract_params
+from fgpt.optim import cosine_schedule
 from fgpt.recipes import Pretrain, find
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks, gpt2
-from fgpt.tree import count, leaves
+from fgpt.tree import num_elements, leaves
 
 NANO = from_ranks(models.EMBEDDED["nano"] / RANKS)
 SIZE = ["--tokenizer", "nano", "--vocab", "4100", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "64"]
@@ -74,24 +74,24 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path
 def test_tinytiny_has_its_origins_parameters():
     run: Any = find("tinytiny-pretrain")
     cfg = config_of(run, Large())  # pyright: ignore[reportArgumentType]
-    bare = skeleton(cfg)
+    bare = abstract_params(cfg)
     assert bare.wpe is not None
-    assert count(bare) - count(bare.wpe) == 26_398_080
-    assert count(bare.wpe) == 256 * 384
+    assert num_elements(bare) - num_elements(bare.wpe) == 26_398_080
+    assert num_elements(bare.wpe) == 256 * 384
     assert bare.head is None
     assert not any(path.endswith(".b") for path in leaves(bare))
     assert run.rows * run.accumulate * run.seq == 122_880
     assert mfu.flops(bare, run.seq) == 6 * 26_398_080 + 12 * 4 * 384 * 256
     lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.where)  # pyright: ignore
-    assert fgpt.trainable(lora) == 2_506_752
+    assert fgpt.num_trainable(lora) == 2_506_752
 
 
 def test_flops_worked_by_hand():
     """One layer of two heads, 4 wide, and 10 tokens: 40 in the table, 12 · 16 in the block, 12 in norms."""
     sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "context": 8, "vocab": 10, "d_mlp": 16, "biases": ""}
-    tied = skeleton(fgpt.Config(**sizes))
+    tied = abstract_params(fgpt.Config(**sizes))
     assert mfu.flops(tied, 8) == 6 * (40 + 192 + 12) + 12 * 1 * 2 * 2 * 8 == 1848
-    assert mfu.flops(skeleton(fgpt.Config(**sizes, tied=False)), 8) == 1848  # the head multiplies, the table does not
+    assert mfu.flops(abstract_params(fgpt.Config(**sizes, tie_word_embeddings=False)), 8) == 1848  # the head multiplies, the table does not
     assert mfu.flops(tied, 4) == 1848 - 12 * 4 * 4
     assert 1e8 < mfu.peak(torch.device("cpu")) < 1e15
 
@@ -184,18 +184,18 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(instruction_datasets, "download", lambda name, hub, option: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
-    (row,) = instruction_datasets.rows("tulu")
+    (row,) = instruction_datasets.load_rows("tulu")
     assert isinstance(row, Turn)
     assert (row.messages, row.output) == ((Message("system", "s"), Message("user", "u")), "a")
 
 
 def test_long_answers_are_cut_and_long_prompts_are_not():
     long = Example(tuple(range(20)), 6)
-    assert packing.cut(long, 20) == long
-    assert packing.cut(long, 9) == Example(tuple(range(9)), 6)
-    assert packing.cut(long, 8) == Example(tuple(range(8)), 6)  # two tokens of the answer
-    assert packing.cut(long, 7) == long
-    kept, dropped = packing.fit([packing.cut(long, width) for width in (8, 7)], 8, drop=True)
+    assert packing.truncate(long, 20) == long
+    assert packing.truncate(long, 9) == Example(tuple(range(9)), 6)
+    assert packing.truncate(long, 8) == Example(tuple(range(8)), 6)  # two tokens of the answer
+    assert packing.truncate(long, 7) == long
+    kept, dropped = packing.filter_by_length([packing.truncate(long, width) for width in (8, 7)], 8, drop=True)
     assert (len(kept), dropped.long, dropped.empty) == (1, 1, 0)
     assert packing.collate([kept]).weights.tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
 
@@ -205,7 +205,7 @@ def test_long_answers_are_cut_and_long_prompts_are_not():
 
 def test_the_schedule_falls_to_its_floor_as_torchs_does():
     run: Any = find("tinytiny-pretrain")
-    schedule = cosine(run.lr, 50, 10, end=run.lr * run.floor)
+    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.floor)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=6e-4)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
     ours = [float(schedule(torch.tensor(step))) for step in range(60)]
@@ -240,7 +240,7 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
-    ended = rolling(params, [*NANO.encode(text), NANO.eos], NANO.begin, stride=64)
+    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.begin, stride=64)
     of = held_out(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
@@ -279,17 +279,17 @@ def test_a_pretrained_model_serves_full_tuning_and_lora_alike(tuned: tuple[Path,
 
 
 def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
-    run, row = run_dir.read_run(tuned[0]), Row("Name a fox.", "", "Tim.")
+    run, row = run_dir.read_run(tuned[0]), InstructionRow("Name a fox.", "", "Tim.")
     assert run.template == "tulu"
     text = "<|user|>\nName a fox.\n<|assistant|>\n"
     prompt = encode_prompt(row, template("tulu"), NANO)
     assert NANO.decode(list(prompt)) == text
     example = encode(row, template("tulu"), NANO)
-    assert example.tokens[: example.prompt] == prompt
+    assert example.tokens[: example.prompt_length] == prompt
     assert NANO.decode(list(example.tokens)) == text + "Tim.<|endoftext|>"
     assert compare_sides.prompts(compare_sides.Side("base", run), [row], NANO) == [prompt]
     params = fgpt.load(run.base)
-    assert conversation(Opened(run, params, NANO), [Row("Name a fox.")]) == list(prompt)
+    assert conversation(Opened(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])

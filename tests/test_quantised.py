@@ -20,22 +20,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fgpt
 from fgpt.kernels import quantized_linear
 from fgpt.kernels.quantized_linear import (
-    QUANTISED,
-    Blockwise8,
+    QUANTIZED,
+    Blockwise8bit,
     Format,
-    FourBit,
-    Rowwise8,
-    dequantise,
-    encode,
-    gather,
-    part,
-    product,
+    Blockwise4bit,
+    RowwiseInt8,
+    dequantize,
+    quantize_matrix,
+    embedding,
+    slice_rows,
+    quantized_linear,
     reference,
-    rounded,
+    fake_quantize,
 )
 from fgpt.model import Linear
 from fgpt.train_step import make_step
-from fgpt.tree import cast, leaves, nbytes, tree_map, update, walk
+from fgpt.tree import astype, leaves, nbytes, tree_map, replace_at, walk
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,14 +56,14 @@ def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits_are_bitsandbytes(kind: Any, double: bool, dtype: torch.dtype):
     w = normal(48, 320, dtype=dtype)  # 240 scales: not a whole block of them
-    ours = encode(w, kind, double)
+    ours = quantize_matrix(w, kind, double)
     state: Any
     codes, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type=kind)
-    assert isinstance(ours, FourBit)
+    assert isinstance(ours, Blockwise4bit)
     assert torch.equal(ours.codes.flatten(), codes.flatten())
     assert torch.equal(ours.code, state.code)
     if double:
-        assert isinstance(ours.absmax, Blockwise8)
+        assert isinstance(ours.absmax, Blockwise8bit)
         assert ours.offset is not None
         assert torch.equal(ours.offset, state.offset)
         assert torch.equal(ours.absmax.codes, state.absmax)
@@ -73,7 +73,7 @@ def test_four_bits_are_bitsandbytes(kind: Any, double: bool, dtype: torch.dtype)
         assert isinstance(ours.absmax, Tensor)
         assert ours.offset is None
         assert torch.equal(ours.absmax, state.absmax)
-    expanded = dequantise(ours)
+    expanded = dequantize(ours)
     assert expanded.dtype == dtype
     assert torch.equal(expanded, bnb.dequantize_4bit(codes, state))
     assert (expanded - w).abs().mean() < 0.13 * w.abs().mean()
@@ -82,26 +82,26 @@ def test_four_bits_are_bitsandbytes(kind: Any, double: bool, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_eight_bits_by_block_are_bitsandbytes(dtype: torch.dtype):
     w = normal(48, 320, dtype=dtype)
-    ours = encode(w, "blockwise8")
+    ours = quantize_matrix(w, "blockwise8")
     state: Any
     codes, state = bnb.quantize_blockwise(w, blocksize=64)
-    assert isinstance(ours, Blockwise8)
+    assert isinstance(ours, Blockwise8bit)
     assert torch.equal(ours.codes, codes)
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(ours.code, state.code)
-    assert torch.equal(dequantise(ours), bnb.dequantize_blockwise(codes, state))
-    assert (dequantise(ours) - w).abs().mean() < 0.02 * w.abs().mean()
+    assert torch.equal(dequantize(ours), bnb.dequantize_blockwise(codes, state))
+    assert (dequantize(ours) - w).abs().mean() < 0.02 * w.abs().mean()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_eight_bits_by_row_are_bitsandbytes(dtype: torch.dtype):
     w = normal(48, 100, dtype=dtype)
-    ours = encode(w, "int8")
+    ours = quantize_matrix(w, "int8")
     codes, absmax, _ = bnb.int8_vectorwise_quant(w)
-    assert isinstance(ours, Rowwise8)
+    assert isinstance(ours, RowwiseInt8)
     assert torch.equal(ours.codes, codes)
     assert torch.equal(ours.absmax, absmax)
-    assert (dequantise(ours, torch.float32) - w.float()).abs().max() <= w.float().abs().max() / 127 * 0.51
+    assert (dequantize(ours, torch.float32) - w.float()).abs().max() <= w.float().abs().max() / 127 * 0.51
 
 
 @given(st.sampled_from(FORMATS), st.booleans(), st.sampled_from(HALF), st.integers(1, 9), st.integers(1, 5), st.data())
@@ -109,19 +109,19 @@ def test_the_definition_the_operator_and_the_parts_are_one(
     kind: Any, double: bool, dtype: torch.dtype, rows: int, blocks: int, data: st.DataObject
 ):
     """Bitwise: `dequantise` is `reference`, `gather` and `part` are its rows."""
-    w = encode(normal(rows, 64 * blocks, seed=data.draw(st.integers(0, 99)), dtype=dtype), kind, double)
-    expanded = dequantise(w)
+    w = quantize_matrix(normal(rows, 64 * blocks, seed=data.draw(st.integers(0, 99)), dtype=dtype), kind, double)
+    expanded = dequantize(w)
     assert w.shape == expanded.shape == (rows, 64 * blocks)
-    assert torch.equal(reference(w), dequantise(w, torch.float32))
+    assert torch.equal(reference(w), dequantize(w, torch.float32))
     assert torch.equal(reference(w).to(dtype), expanded)
     chosen = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, rows - 1), min_size=2, max_size=2), min_size=1)))
-    assert torch.equal(gather(w, chosen), expanded[chosen])
-    assert torch.equal(vmap(lambda r: gather(w, r))(chosen), expanded[chosen])
+    assert torch.equal(embedding(w, chosen), expanded[chosen])
+    assert torch.equal(vmap(lambda r: embedding(w, r))(chosen), expanded[chosen])
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows + 2))
-    some = part(w, slice(start, stop))
+    some = slice_rows(w, slice(start, stop))
     assert type(some) is type(w)
-    assert torch.equal(dequantise(some), expanded[start:stop])
+    assert torch.equal(dequantize(some), expanded[start:stop])
     assert some.shape == expanded[start:stop].shape
 
 
@@ -129,12 +129,12 @@ def test_the_definition_the_operator_and_the_parts_are_one(
 def test_rows_of_zeros_and_large_rows_survive(kind: Any):
     w = normal(4, 64)
     w[1], w[2] = 0, w[2] * 1e30
-    expanded = dequantise(encode(w, kind, False))
+    expanded = dequantize(quantize_matrix(w, kind, False))
     assert torch.equal(expanded[1], torch.zeros(64)) or kind == "blockwise8"  # whose 0 is 2e-5 of a block's largest
     assert torch.isfinite(expanded).all()
     x = torch.stack([torch.zeros(64), torch.ones(64)])
-    assert torch.isfinite(product(x, encode(w, kind, False))).all()
-    assert torch.equal(product(x, encode(w, kind, False))[0], torch.zeros(4))
+    assert torch.isfinite(quantized_linear(x, quantize_matrix(w, kind, False))).all()
+    assert torch.equal(quantized_linear(x, quantize_matrix(w, kind, False))[0], torch.zeros(4))
 
 
 # ----------------------------------------------------------------------------------------------------------------- size
@@ -152,10 +152,10 @@ def test_rows_of_zeros_and_large_rows_survive(kind: Any):
 )
 def test_bytes_a_number(kind: Any, double: bool, most: float):
     """Of 2048 x 2048; the code of 256 values is one for the whole tree."""
-    one = encode(normal(2048, 2048), kind, double)
-    shared = 1024 if isinstance(one, Blockwise8) or isinstance(getattr(one, "absmax", None), Blockwise8) else 0
+    one = quantize_matrix(normal(2048, 2048), kind, double)
+    shared = 1024 if isinstance(one, Blockwise8bit) or isinstance(getattr(one, "absmax", None), Blockwise8bit) else 0
     assert most - 0.001 < (nbytes(one) - shared) / 2048**2 <= most
-    tree = [one, encode(normal(2048, 2048, seed=1), kind, double)]
+    tree = [one, quantize_matrix(normal(2048, 2048, seed=1), kind, double)]
     assert nbytes(tree) == 2 * (nbytes(one) - shared) + shared
 
 
@@ -163,11 +163,11 @@ def test_a_quantised_model_weighs_what_its_parts_do():
     """The rest of the tree is shared with the original, not copied; a cast leaves codes and scales alone."""
     for kind in FORMATS:
         frozen = fgpt.quantize(PLAIN, kind)
-        held = [x for _, x in walk(frozen) if isinstance(x, QUANTISED) and len(x.shape) == 2]
+        held = [x for _, x in walk(frozen) if isinstance(x, QUANTIZED) and len(x.shape) == 2]
         assert len(held) == 12
         assert nbytes(frozen) < 0.4 * nbytes(PLAIN)
         assert frozen.wte.w is PLAIN.wte.w
-        short = leaves(cast(frozen, torch.bfloat16))
+        short = leaves(astype(frozen, torch.bfloat16))
         for path, x in leaves(frozen).items():
             inside = ".w." in path
             assert torch.equal(short[path], x) if inside else short[path].dtype == torch.bfloat16
@@ -179,7 +179,7 @@ def test_a_quantised_model_weighs_what_its_parts_do():
 
 def expanded(x: Tensor, w: Any) -> Tensor:
     """What a product means: x Wᵀ, x in 8 bits where W is in whole numbers, differentiated as if it were not."""
-    return F.linear(rounded(x) if isinstance(w, Rowwise8) else x, reference(w).to(x.dtype))
+    return F.linear(fake_quantize(x) if isinstance(w, RowwiseInt8) else x, reference(w).to(x.dtype))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -191,15 +191,15 @@ def exact_derivatives() -> Iterator[None]:
 
 @pytest.fixture(params=FORMATS)
 def w(request: pytest.FixtureRequest) -> Any:
-    return encode(normal(5, 64), request.param)
+    return quantize_matrix(normal(5, 64), request.param)
 
 
 @pytest.mark.parametrize("size", [(64,), (0, 64), (1, 64), (3, 64), (2, 3, 64)], ids=str)
 def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]):
     x = normal(*size, seed=1)
-    close(product(x, w), expanded(x, w), 1e-5)
+    close(quantized_linear(x, w), expanded(x, w), 1e-5)
     for dtype in (torch.bfloat16, torch.float16):
-        y = product(x.to(dtype), w)
+        y = quantized_linear(x.to(dtype), w)
         assert y.dtype == dtype
         close(y.float(), expanded(x.to(dtype), w).float(), 0.1, 0.02)
 
@@ -207,13 +207,13 @@ def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]
 def test_rounding_is_half_a_step_and_differentiates_as_nothing():
     x = normal(4, 64) * torch.tensor([[1.0], [1e-3], [1e3], [0.0]])
     step = x.abs().amax(-1, keepdim=True) / 127
-    got = rounded(x)
+    got = fake_quantize(x)
     assert ((got - x).abs() <= step * 0.50001).all()
     assert (got - x).abs().amax(-1)[:3].gt(0.4 * step[:3, 0]).all()
     whole = got[:3] / step[:3]
     close(whole, whole.round(), 1e-3)
-    close(grad(lambda x: (rounded(x) * normal(4, 64)).sum())(x), normal(4, 64), 0)
-    close(jvp(rounded, (x,), (torch.ones_like(x),))[1], torch.ones_like(x), 0)
+    close(grad(lambda x: (fake_quantize(x) * normal(4, 64)).sum())(x), normal(4, 64), 0)
+    close(jvp(fake_quantize, (x,), (torch.ones_like(x),))[1], torch.ones_like(x), 0)
 
 
 def test_products_under_every_transform(w: Any):
@@ -242,7 +242,7 @@ def test_products_under_every_transform(w: Any):
             "jacobian": jacrev(lambda x: multiply(x, w))(x[0]),
         }
 
-    got, expected = of(product), of(expanded)
+    got, expected = of(quantized_linear), of(expanded)
     for name in expected:
         a, b = (x[name] if isinstance(x[name], tuple) else (x[name],) for x in (got, expected))
         assert max(y.abs().max() for y in b) > 1e-3, name
@@ -258,7 +258,7 @@ def test_autograds_double_backward(w: Any):
         (second,) = torch.autograd.grad((first * t).sum(), x)
         return first.detach(), second
 
-    for got, expected in zip(twice(product), twice(expanded), strict=True):
+    for got, expected in zip(twice(quantized_linear), twice(expanded), strict=True):
         close(got, expected, 2e-5, 1e-4)
         assert expected.abs().max() > 1e-2
 
@@ -266,7 +266,7 @@ def test_autograds_double_backward(w: Any):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeypatch: pytest.MonkeyPatch, dtype: Any):
     """Over whole numbers in fp32 or bf16, forward and backward; the value, and other dtypes, stay as they are."""
-    w = encode(normal(96, 128) * torch.logspace(-2, 2, 96)[:, None], "int8")
+    w = quantize_matrix(normal(96, 128) * torch.logspace(-2, 2, 96)[:, None], "int8")
     x, t, g = normal(5, 128, seed=1).to(dtype), normal(5, 128, seed=2).to(dtype), normal(5, 96, seed=3).to(dtype)
     row, codes = w.absmax.double() / 127, w.codes.double()
 
@@ -274,7 +274,7 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         return y.to(torch.bfloat16).double()
 
     def found() -> tuple[Tensor, Tensor, Tensor]:
-        (y, tangent), (back,) = jvp(lambda x: product(x, w), (x,), (t,)), vjp(lambda x: product(x, w), x)[1](g)
+        (y, tangent), (back,) = jvp(lambda x: quantized_linear(x, w), (x,), (t,)), vjp(lambda x: quantized_linear(x, w), x)[1](g)
         assert y.dtype == tangent.dtype == back.dtype == dtype
         return y, tangent, back
 
@@ -294,10 +294,10 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
 
 
 def test_mapping_over_quantised_weights_is_refused():
-    many = stack([encode(normal(5, 64, seed=i), "nf4") for i in range(3)])
+    many = stack([quantize_matrix(normal(5, 64, seed=i), "nf4") for i in range(3)])
     for axes in ((None, 0), (0, 0)):
         with pytest.raises(fgpt.InputError, match="cannot vmap over quantised weights: map over the adapters"):
-            vmap(product, in_dims=axes)(normal(3, 64), many)
+            vmap(quantized_linear, in_dims=axes)(normal(3, 64), many)
 
 
 class Expansions(TorchDispatchMode):
@@ -318,9 +318,9 @@ class Expansions(TorchDispatchMode):
 
 
 def test_a_product_makes_its_matrix_and_nothing_as_large_beside_it():
-    w = encode(normal(256, 1024), "nf4")
+    w = quantize_matrix(normal(256, 1024), "nf4")
     with Largest() as seen:
-        product(normal(2, 1024), w)
+        quantized_linear(normal(2, 1024), w)
     assert sorted(s for s in seen.shapes if torch.Size(s).numel() > 256 * 1024 // 2) == [(256, 1024)]
 
 
@@ -329,7 +329,7 @@ def test_a_product_makes_its_matrix_and_nothing_as_large_beside_it():
 def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
     """Whether saved by autograd or kept by hand."""
     out, inp = 96, 128
-    w: Any = encode(normal(out, inp), kind)
+    w: Any = quantize_matrix(normal(out, inp), kind)
     x, saved = normal(3, inp, seed=1).requires_grad_(), []
     if adapted:
         a, b = normal(2, inp, seed=2).requires_grad_(), normal(out, 2, seed=3).requires_grad_()
@@ -356,7 +356,7 @@ def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_quantised_model_is_the_model_of_its_numbers(kind: Any):
     frozen = fgpt.quantize(PLAIN, kind)
-    expected = fgpt.apply(fgpt.merge(frozen, onto="dequantised"), X)
+    expected = fgpt.apply(fgpt.merge(frozen, base="dequantised"), X)
     logits = fgpt.apply(frozen, X)
     assert logits.shape == expected.shape
     rounding = (logits - expected).abs().max() / expected.std()
@@ -368,7 +368,7 @@ def test_a_quantised_model_is_the_model_of_its_numbers(kind: Any):
 def test_embedding_by_a_quantised_table(kind: Any):
     """Tied: rows of it, and products with all of it; under vmap too."""
     frozen = fgpt.quantize(PLAIN, kind, target="wte|wpe")
-    tables = fgpt.merge(frozen, onto="dequantised")
+    tables = fgpt.merge(frozen, base="dequantised")
     close(fgpt.hidden(frozen, X), fgpt.hidden(tables, X), 1e-6)
     close(fgpt.loss(frozen, BATCH), fgpt.loss(tables, BATCH), 1e-5)
     close(vmap(fgpt.hidden, in_dims=(None, 0))(frozen, X), fgpt.hidden(tables, X), 1e-5)
@@ -381,7 +381,7 @@ def test_embedding_by_a_quantised_table(kind: Any):
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "blockwise8"])
 def test_adapters_over_a_quantised_base_have_the_gradient_over_its_numbers(kind: Any, method: Any):
     frozen = fgpt.quantize(PLAIN, kind)
-    plain, adapters = fgpt.merge(frozen, onto="dequantised"), shaken(method(frozen, fgpt.key(0), 2))
+    plain, adapters = fgpt.merge(frozen, base="dequantised"), shaken(method(frozen, fgpt.key(0), 2))
     got, expected = (grad(lambda a, p=p: fgpt.loss(fgpt.adapt(p, a), BATCH))(adapters) for p in (frozen, plain))
     close(got, expected, 1e-5)
     rows = fgpt.Batch(X, Y, torch.ones(2, 9))
@@ -404,7 +404,7 @@ def test_training_leaves_the_frozen_tree_as_it_is_bitwise(kind: Any, method: Any
     before = {path: x.clone() for path, x in leaves(frozen).items()}
     adapters, optimizer = method(frozen, fgpt.key(0)), fgpt.adamw(3e-2)
     step = make_step(lambda a, p, batch, rng: fgpt.nll(fgpt.adapt(p, a, rng=rng), batch), optimizer)
-    state, losses = fgpt.start(adapters, optimizer), []
+    state, losses = fgpt.init_state(adapters, optimizer), []
     for i in range(8):
         state, metrics = step(state, frozen, [BATCH], fgpt.fold_in(fgpt.key(0), i))
         losses.append(metrics.loss.item())
@@ -417,16 +417,16 @@ def test_training_leaves_the_frozen_tree_as_it_is_bitwise(kind: Any, method: Any
 
 
 def test_shift_is_what_changed():
-    zero = fgpt.shift(PLAIN, PLAIN, BATCH)
+    zero = fgpt.compare_outputs(PLAIN, PLAIN, BATCH)
     assert (zero.logit.item(), zero.nll.item()) == (0.0, 0.0)
-    for after in (fgpt.quantize(PLAIN, "nf4"), cast(PLAIN, torch.bfloat16), shaken(PLAIN)):
-        got = fgpt.shift(PLAIN, after, BATCH)
+    for after in (fgpt.quantize(PLAIN, "nf4"), astype(PLAIN, torch.bfloat16), shaken(PLAIN)):
+        got = fgpt.compare_outputs(PLAIN, after, BATCH)
         a, b = (fgpt.apply(p, X) for p in (PLAIN, after))
         assert got.logit == max(abs(x - y) for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True))
         mean = [F.cross_entropy(z.flatten(0, 1).float(), Y.flatten()) for z in (a, b)]
         close(got.nll, mean[1] - mean[0], 1e-2 if a.dtype != b.dtype else 1e-5)
         assert got.logit > 1e-3
-        assert fgpt.shift(after, PLAIN, BATCH).logit == got.logit  # whichever way it went
+        assert fgpt.compare_outputs(after, PLAIN, BATCH).logit == got.logit  # whichever way it went
         assert not got.logit.requires_grad
 
 
@@ -434,8 +434,8 @@ def test_merging_is_measured_by_shift():
     """Over the numbers trained on, merging costs only rounding; onto those never seen, what quantising had cost."""
     frozen = fgpt.quantize(PLAIN, "nf4")
     adapted = fgpt.adapt(frozen, shaken(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
-    exact = fgpt.shift(adapted, fgpt.merge(adapted, onto="dequantised"), BATCH)
-    onto = fgpt.shift(adapted, fgpt.merge(adapted, onto=PLAIN), BATCH)
+    exact = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base="dequantised"), BATCH)
+    onto = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base=PLAIN), BATCH)
     assert exact.logit < 1e-4
     assert onto.logit > 100 * exact.logit
 
@@ -465,8 +465,8 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
         (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16: blockwise8 wants multiples of 64"),
         (lambda: fgpt.quantize(PLAIN, target=r"blocks\..*\.c_attn"), r"matches no path; nearest are blocks\.\d\.attn"),
         (lambda: fgpt.quantize(PLAIN, target=r".*ln_1"), "matches no path; nearest are"),
-        (lambda: fgpt.tune(NF4), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised: narrow the target"),
-        (lambda: fgpt.tune(NF4, r".*\.absmax\.codes"), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised"),
+        (lambda: fgpt.trainable_leaves(NF4), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised: narrow the target"),
+        (lambda: fgpt.trainable_leaves(NF4, r".*\.absmax\.codes"), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised"),
         (
             lambda: fgpt.adapt(NF4, {"blocks.0.attn.q.w": torch.ones(64, 64)}),
             r"no leaf 'blocks\.0\.attn\.q\.w' to replace",
@@ -481,18 +481,18 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
             r"blocks\.0\.attn\.q\.w is quantised below: merge\(params, onto=\"dequantised\"\)",
         ),
         (
-            lambda: fgpt.merge(ADAPTED, onto="original"),
+            lambda: fgpt.merge(ADAPTED, base="original"),
             "merge onto 'original': expected \"dequantised\" or a params tree",
         ),
         (
-            lambda: fgpt.merge(ADAPTED, onto=tiny()),
+            lambda: fgpt.merge(ADAPTED, base=tiny()),
             r"blocks\.0\.attn\.q\.w is not in the params to merge onto, or has another shape there",
         ),
         (
-            lambda: fgpt.merge(ADAPTED, onto=fgpt.fuse(PLAIN)),
+            lambda: fgpt.merge(ADAPTED, base=fgpt.fuse_qkv(PLAIN)),
             r"blocks\.0\.attn\.q\.w is not in the params to merge onto",
         ),
-        (lambda: fgpt.merge(NF4, onto=tiny(d_model=64, d_mlp=64)), r"blocks\.0\.mlp\.up\.w is not in the params"),
+        (lambda: fgpt.merge(NF4, base=tiny(d_model=64, d_mlp=64)), r"blocks\.0\.mlp\.up\.w is not in the params"),
     ],
 )
 def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str):
@@ -504,12 +504,12 @@ def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str):
 def test_what_is_narrow_may_be_held_in_whole_numbers_and_the_rest_tuned():
     """int8 wants no blocks; a target narrowed past what is quantised tunes."""
     narrow = tiny()
-    assert isinstance(fgpt.quantize(narrow, "int8").blocks[0].attn.o.w, Rowwise8)
-    assert fgpt.trainable(fgpt.tune(NF4, r".*ln_.*|.*\.b")) > 0
+    assert isinstance(fgpt.quantize(narrow, "int8").blocks[0].attn.o.w, RowwiseInt8)
+    assert fgpt.num_trainable(fgpt.trainable_leaves(NF4, r".*ln_.*|.*\.b")) > 0
     mixed = fgpt.quantize(fgpt.quantize(PLAIN, "nf4", target=r".*\.mlp\..*"), "int8", target=r".*\.attn\..*")
-    assert {type(x.w) for _, x in walk(mixed) if isinstance(x, Linear)} == {FourBit, Rowwise8}
-    partly = fgpt.adapt(update(NF4, {"blocks.0.attn.q.w": PLAIN.blocks[0].attn.q.w}), {})  # pyright: ignore
+    assert {type(x.w) for _, x in walk(mixed) if isinstance(x, Linear)} == {Blockwise4bit, RowwiseInt8}
+    partly = fgpt.adapt(replace_at(NF4, {"blocks.0.attn.q.w": PLAIN.blocks[0].attn.q.w}), {})  # pyright: ignore
     adapters = shaken(fgpt.lora(partly, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q"))
     merged = fgpt.merge(fgpt.adapt(partly, adapters))  # nothing adapted is quantised, so nothing has to be said
     assert isinstance(merged.blocks[0].attn.q.w, Tensor)  # pyright: ignore
-    assert isinstance(merged.blocks[1].attn.q.w, FourBit)  # pyright: ignore
+    assert isinstance(merged.blocks[1].attn.q.w, Blockwise4bit)  # pyright: ignore

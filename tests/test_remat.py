@@ -39,7 +39,7 @@ def rematerialised(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
 EXACT: dict[str, Callable[[Loss], Any]] = {
     "value": lambda f: f(ADAPTERS),
     "autograd": lambda f: autograd(f, ADAPTERS)[0],
-    "autograd, every weight": lambda f: autograd(f, fgpt.tune(BASE))[0],
+    "autograd, every weight": lambda f: autograd(f, fgpt.trainable_leaves(BASE))[0],
     "grad": lambda f: grad_and_value(f)(ADAPTERS),
     "grad, rows": lambda f: grad(f)(ADAPTERS, ROWS),
     "vmap(grad)": lambda f: vmap(grad(f), in_dims=(None, 0))(ADAPTERS, ROWS),
@@ -240,8 +240,8 @@ TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
     "lora, q and v": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=r"blocks\..*\.(q|v)"),
     "dora": lambda p: fgpt.dora(p, fgpt.key(0), 4, target=LAYERS),
     "ia3": lambda p: fgpt.ia3(p, rows=LAYERS, cols=LAYERS),
-    "biases": lambda p: fgpt.tune(p, r".*\.b"),
-    "all": fgpt.tune,
+    "biases": lambda p: fgpt.trainable_leaves(p, r".*\.b"),
+    "all": fgpt.trainable_leaves,
 }
 
 
@@ -276,7 +276,7 @@ def test_what_a_block_adds_last_is_not_computed_again(gpt: fgpt.GPT):
 
     once, again = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
     forward = flops(lambda: fgpt.hidden(fgpt.adapt(gpt, adapters), PACKED.tokens, PACKED.segments))
-    last = cfg.d_mlp + (cfg.d_model if cfg.parallel else 0)
+    last = cfg.d_mlp + (cfg.d_model if cfg.parallel_residual else 0)
     assert again - once == forward - 2 * cfg.n_layer * seen * cfg.d_model * last
 
 

@@ -22,7 +22,7 @@ from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.main import parse
 from fgpt.cli.report import chart, config_diff, curves, run_data
 from fgpt.cli.run_dir import any_of, find
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
 
@@ -54,7 +54,7 @@ def folder(at: Path, run: Any = LORA, steps: int = 60, **files: Any) -> Path:
 
 
 def compared(prompts: int = 10) -> dict[str, Any]:
-    rows = [Row(f"Say {i}. {EVIL}", "to & fro" if i else "", "It is." if i % 2 else "") for i in range(prompts)]
+    rows = [InstructionRow(f"Say {i}. {EVIL}", "to & fro" if i else "", "It is." if i % 2 else "") for i in range(prompts)]
     answers = {
         "base": [Answer("la la la la la la la la" if i else "", (), False) for i in range(prompts)],
         "tuned": [Answer(f"{i} is {EVIL}", (), True) for i in range(prompts)],

@@ -36,10 +36,10 @@ from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import hashed
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.files import whole_folder, write_json
+from fgpt.io.files import atomic_dir, write_json
 from fgpt.kernels import bitsandbytes_ops
 from fgpt.recipes import RUNS
-from fgpt.tree import leaves, update
+from fgpt.tree import leaves, replace_at
 
 bitsandbytes_ops.register()  # bitsandbytes too is imported here, once
 
@@ -365,7 +365,7 @@ def test_the_hash_sees_every_number():
     rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
     told = {hashed(base, rows)}
     for path in leaves(base):
-        told.add(hashed(update(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
+        told.add(hashed(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
     told |= {
         hashed(base, rows[::-1]),
         hashed(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
@@ -650,18 +650,18 @@ def test_a_line_that_was_cut_off_does_no_harm(trained: Path, tmp_path: Path):
 
 
 def half_written(path: Path) -> None:
-    with whole_folder(path) as at:
+    with atomic_dir(path) as at:
         (at / "x").write_text("2")
         raise OSError(28, "No space left on device")
 
 
 def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path):
-    with whole_folder(tmp_path / "a") as at:
+    with atomic_dir(tmp_path / "a") as at:
         (at / "x").write_text("1")
     with pytest.raises(InputError, match="free space"):
         half_written(tmp_path / "a")
     assert (tmp_path / "a" / "x").read_text() == "1"
-    with whole_folder(tmp_path / "a") as at:
+    with atomic_dir(tmp_path / "a") as at:
         (at / "y").write_text("2")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["y"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

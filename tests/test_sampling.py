@@ -54,7 +54,7 @@ def cases(draw: Any) -> Case:
     return Case(logits, texts)
 
 
-def agrees(ours: S.Filter, theirs: Callable[[Any, Any], Any], case: Case) -> None:
+def agrees(ours: S.LogitsProcessor, theirs: Callable[[Any, Any], Any], case: Case) -> None:
     """Bitwise, the batch with each of its rows alone; and the inputs are as they were."""
     logits, seen = case.logits.clone(), case.seen
     out = ours(logits, seen)
@@ -96,7 +96,7 @@ def test_the_chain_is_transformers(case: Case, data: st.DataObject):
     used = {name: v for name, v in values.items() if v and (values["temperature"] or name in names[:2])}
     theirs = hf.LogitsProcessorList([FILTERS[name][1](v) for name, v in used.items()])
 
-    agrees(S.Sampling(**values).filter, theirs, case)
+    agrees(S.SamplingParams(**values).filter, theirs, case)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.99, 1.0])
@@ -143,21 +143,21 @@ def test_bf16_stays_and_probabilities_are_fp32():
 
 def test_a_chain_of_none_is_the_identity_and_order_is_from_the_left():
     logits, seen = torch.tensor([[1.0, 2.0, 3.0]]), padded([[2]])
-    assert torch.equal(S.chain()(logits, seen), logits)
+    assert torch.equal(S.compose()(logits, seen), logits)
     only, halved = S.top_k(1), S.repetition_penalty(3.0)
-    assert S.chain(only, halved)(logits, seen).tolist() == [[-math.inf, -math.inf, 1.0]]
-    assert S.chain(halved, only)(logits, seen).tolist() == [[-math.inf, 2.0, -math.inf]]
+    assert S.compose(only, halved)(logits, seen).tolist() == [[-math.inf, -math.inf, 1.0]]
+    assert S.compose(halved, only)(logits, seen).tolist() == [[-math.inf, 2.0, -math.inf]]
 
 
 def test_the_order_of_the_filters():
     """Each case leaves something else in any other order."""
     logits, seen = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), padded([[1]])
     for sampling, kept in (
-        (S.Sampling(1.0, top_k=2, top_p=0.5), [0]),  # 0.4 / 0.7 is above a half, 0.4 is not
-        (S.Sampling(1.0, top_p=0.5, min_p=0.6), [0, 1]),  # of these two alone, one would be the nucleus
-        (S.Sampling(0.5, top_p=0.5), [0]),  # squared, it has 16 parts of 30
-        (S.Sampling(1.0, top_k=2, repetition_penalty=2.0), [0, 2]),
-        (S.Sampling(1.0, top_k=2, no_repeat_ngram=1), [0, 2]),
+        (S.SamplingParams(1.0, top_k=2, top_p=0.5), [0]),  # 0.4 / 0.7 is above a half, 0.4 is not
+        (S.SamplingParams(1.0, top_p=0.5, min_p=0.6), [0, 1]),  # of these two alone, one would be the nucleus
+        (S.SamplingParams(0.5, top_p=0.5), [0]),  # squared, it has 16 parts of 30
+        (S.SamplingParams(1.0, top_k=2, repetition_penalty=2.0), [0, 2]),
+        (S.SamplingParams(1.0, top_k=2, no_repeat_ngram=1), [0, 2]),
     ):
         assert sampling.filter(logits, seen)[0].isfinite().nonzero()[:, 0].tolist() == kept
 
@@ -187,24 +187,24 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
 
 
 SAMPLINGS = [
-    S.Sampling(1.0),
-    S.Sampling(0.7, top_k=5),
-    S.Sampling(1.5, top_p=0.8),
-    S.Sampling(1.0, min_p=0.2),
-    S.Sampling(1.3, top_k=8, top_p=0.95, min_p=0.05, repetition_penalty=1.5, no_repeat_ngram=2),
+    S.SamplingParams(1.0),
+    S.SamplingParams(0.7, top_k=5),
+    S.SamplingParams(1.5, top_p=0.8),
+    S.SamplingParams(1.0, min_p=0.2),
+    S.SamplingParams(1.3, top_k=8, top_p=0.95, min_p=0.05, repetition_penalty=1.5, no_repeat_ngram=2),
 ]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_draws_have_the_filtered_distribution(sampling: S.Sampling):
+def test_draws_have_the_filtered_distribution(sampling: S.SamplingParams):
     """At a threshold of 1e-4; counts of the plain softmax's draws, of a slightly warmer one's, are far below it."""
     n, seen = 20_000, padded([[5, 7, 2, 5]])
     one = sampling.filter(LOGITS[None], seen)
     exact = one[0].double().softmax(-1)
-    counts = S.draw(one.expand(n, -1), row_keys(n)).bincount(minlength=len(LOGITS))
+    counts = S.sample(one.expand(n, -1), row_keys(n)).bincount(minlength=len(LOGITS))
     assert p_value(counts, exact) > 1e-4
     assert p_value(counts, (one[0].double() / 1.1).softmax(-1)) < 1e-4
-    if sampling != S.Sampling(1.0):
+    if sampling != S.SamplingParams(1.0):
         assert p_value(counts, LOGITS.double().softmax(-1)) < 1e-4
 
 
@@ -212,8 +212,8 @@ def test_steps_and_neighbouring_rows_are_independent():
     """Pairs of draws, of one key's steps and of two rows' keys, have the product of the two distributions."""
     n, p = 20_000, LOGITS[[0, 2, 5, 7]].double().softmax(-1)
     logits, base = LOGITS[[0, 2, 5, 7]].expand(n, -1), fgpt.key(3)
-    steps = S.draw(logits, [fold_in(base, step) for step in range(n)]).tolist()
-    rows = S.draw(logits, [fold_in(fold_in(base, row), 1) for row in range(n)]).tolist()
+    steps = S.sample(logits, [fold_in(base, step) for step in range(n)]).tolist()
+    rows = S.sample(logits, [fold_in(fold_in(base, row), 1) for row in range(n)]).tolist()
     for drawn in (list(pairwise(steps))[::2], list(pairwise(rows))[::2], list(zip(steps, rows))):
         counts = torch.tensor([a * 4 + b for a, b in drawn]).bincount(minlength=16)
         assert p_value(counts, torch.outer(p, p).flatten()) > 1e-4
@@ -224,7 +224,7 @@ def test_steps_and_neighbouring_rows_are_independent():
 def test_a_large_vocabulary_is_drawn_evenly():
     vocab, n, bins = 50_257, 4_000, 20
     logits = torch.zeros(1, vocab).expand(50, -1)
-    drawn = torch.cat([S.draw(logits, row_keys(50, seed)) for seed in range(n // 50)])
+    drawn = torch.cat([S.sample(logits, row_keys(50, seed)) for seed in range(n // 50)])
     edges = [vocab * i // bins for i in range(bins + 1)]
     probs = torch.tensor([(b - a) / vocab for a, b in pairwise(edges)])
     counts = torch.histc(drawn.double(), bins=bins, min=0, max=vocab).long()
@@ -237,7 +237,7 @@ def test_no_number_draws_a_forbidden_token(u: float, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(S, "uniform", lambda rng: u)
     logits = torch.full((2, 1000), -math.inf)
     logits[0, [3, 500, 996]], logits[1, 7] = torch.tensor([0.1, 2.0, -20.0]), -5.0
-    assert S.draw(logits, row_keys(2)).tolist() == [3 if u == 0 else 996, 7]
+    assert S.sample(logits, row_keys(2)).tolist() == [3 if u == 0 else 996, 7]
 
 
 def test_rare_tokens_come():
@@ -246,7 +246,7 @@ def test_rare_tokens_come():
     with pytest.MonkeyPatch.context() as patch:
         for u, token in ((1 - 2.5 * tail, 0), (1 - 1.5 * tail, 1), (1 - 0.5 * tail, 2)):
             patch.setattr(S, "uniform", lambda rng, u=u: u)
-            assert S.draw(logits, row_keys(1)).tolist() == [token]
+            assert S.sample(logits, row_keys(1)).tolist() == [token]
 
 
 def test_a_uniform_is_the_key_and_does_not_advance_it():
@@ -262,22 +262,22 @@ def test_a_uniform_is_the_key_and_does_not_advance_it():
 
 def test_the_same_keys_draw_the_same_and_other_keys_another():
     logits, keys = torch.randn(64, 100, generator=fgpt.key(0)), row_keys(64)
-    drawn = S.draw(logits, keys)
-    assert torch.equal(drawn, S.draw(logits, keys))
-    assert torch.equal(drawn, S.draw(logits, row_keys(64)))
-    assert (drawn != S.draw(logits, row_keys(64, seed=1))).sum() > 32
+    drawn = S.sample(logits, keys)
+    assert torch.equal(drawn, S.sample(logits, keys))
+    assert torch.equal(drawn, S.sample(logits, row_keys(64)))
+    assert (drawn != S.sample(logits, row_keys(64, seed=1))).sum() > 32
 
 
 @given(cases(), st.data())
 def test_neighbours_do_not_matter(case: Case, data: st.DataObject):
     """A row alone is the row in the batch, and permuted rows draw permuted tokens, through every filter."""
-    sampling = S.Sampling(0.8, top_k=7, top_p=0.95, min_p=0.01, repetition_penalty=1.2, no_repeat_ngram=4)
+    sampling = S.SamplingParams(0.8, top_k=7, top_p=0.95, min_p=0.01, repetition_penalty=1.2, no_repeat_ngram=4)
     logits = torch.cat([case.logits, torch.zeros(len(case.texts), 300)], -1)  # so that no row can run out of tokens
     keys = row_keys(len(case.texts))
 
     def drawn(order: list[int]) -> list[int]:
         allowed = sampling.filter(logits[order], padded([case.texts[i] for i in order]))
-        return S.draw(allowed, [keys[i] for i in order]).tolist()
+        return S.sample(allowed, [keys[i] for i in order]).tolist()
 
     together = drawn(list(range(len(keys))))
     order = data.draw(st.permutations(range(len(keys))))
@@ -286,10 +286,10 @@ def test_neighbours_do_not_matter(case: Case, data: st.DataObject):
 
 
 def test_without_keys_the_likeliest_comes():
-    assert S.draw(torch.tensor([[0.0, 3.0, 1.0], [-1.0, -math.inf, -0.5], [2.0, 2.0, 0.0]]), None).tolist() == [1, 2, 0]
-    assert S.Sampling() == S.GREEDY
+    assert S.sample(torch.tensor([[0.0, 3.0, 1.0], [-1.0, -math.inf, -0.5], [2.0, 2.0, 0.0]]), None).tolist() == [1, 2, 0]
+    assert S.SamplingParams() == S.GREEDY
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    assert torch.equal(S.Sampling(top_k=1, top_p=0.1, min_p=1.0).filter(logits, padded([[]])), logits)
+    assert torch.equal(S.SamplingParams(top_k=1, top_p=0.1, min_p=1.0).filter(logits, padded([[]])), logits)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -309,7 +309,7 @@ BAD = {
 def test_a_bad_value_is_told_in_one_line(name: str, value: float, temperature: float):
     values: dict[str, Any] = {"temperature": temperature, name: value}
     with pytest.raises(InputError) as told:
-        S.Sampling(**values)
+        S.SamplingParams(**values)
     assert str(told.value).startswith(f"{name} is {value}: expected a ")
     assert "\n" not in str(told.value)
     with pytest.raises(InputError, match=f"{name} is {value}: expected a "):
@@ -320,7 +320,7 @@ def test_a_filter_has_no_temperature_zero():
     with pytest.raises(InputError, match=r"temperature is 0\.0: expected a number above 0$"):
         S.temperature(0.0)
     with pytest.raises(InputError, match=r"temperature is -1\.0: expected a number above 0, or 0 for greedy$"):
-        S.Sampling(-1.0)
+        S.SamplingParams(-1.0)
 
 
 @pytest.mark.parametrize("bad", [-math.inf, math.nan, math.inf])
@@ -329,10 +329,10 @@ def test_a_row_with_nothing_to_draw_is_an_error(bad: float, drawn: bool):
     logits = torch.zeros(3, 4)
     logits[1] = bad
     with pytest.raises(InputError, match=f"row 1 has a largest logit of {bad}: expected a finite number") as told:
-        S.draw(logits, row_keys(3) if drawn else None)
+        S.sample(logits, row_keys(3) if drawn else None)
     assert "\n" not in str(told.value)
 
 
 def test_keys_are_one_a_row():
     with pytest.raises(InputError, match="2 keys for 3 rows: expected one key a row"):
-        S.draw(torch.zeros(3, 4), row_keys(2))
+        S.sample(torch.zeros(3, 4), row_keys(2))

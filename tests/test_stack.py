@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fgpt
-from fgpt.optim import cosine
+from fgpt.optim import cosine_schedule
 from fgpt.tree import leaves, tree_map
 
 GPT = tiny()
@@ -26,7 +26,7 @@ def trained(members: list[Any], optimizer: fgpt.Optimizer, seeds: list[Any], ste
     """Each on its own."""
     step, ends = fgpt.make_step(objective, optimizer), []
     for member, seed in zip(members, seeds, strict=True):
-        state = fgpt.start(member, optimizer)
+        state = fgpt.init_state(member, optimizer)
         for i in range(steps):
             state, _ = step(state, GPT, [ROWS], None if seed is None else fgpt.fold_in(seed, i))
         ends.append(state.trainable)
@@ -36,7 +36,7 @@ def trained(members: list[Any], optimizer: fgpt.Optimizer, seeds: list[Any], ste
 def trained_together(members: list[Any], optimizer: fgpt.Optimizer, seeds: Tensor | None = None, steps: int = 5) -> Any:
     """As one stack, by vmap of the same step."""
     step = fgpt.make_step(objective, optimizer)
-    state = vmap(lambda a: fgpt.start(a, optimizer))(fgpt.stack(members))
+    state = vmap(lambda a: fgpt.init_state(a, optimizer))(fgpt.stack_adapters(members))
     for i in range(steps):
         if seeds is None:
             state, _ = vmap(lambda s: step(s, GPT, [ROWS], None))(state)
@@ -58,10 +58,10 @@ def unlike() -> list[fgpt.Adapters]:
 def test_training_a_stack_is_training_each_member(start: str):
     members = unlike()
     members = members if start == "fresh" else [shaken(x, 0.1) for x in members]
-    optimizer = fgpt.adamw(cosine(1e-2, 5, 2), weight_decay=0.1)
+    optimizer = fgpt.adamw(cosine_schedule(1e-2, 5, 2), weight_decay=0.1)
     stacked = trained_together(members, optimizer)
     alone = trained(members, optimizer, [None] * 3)
-    for got, expected, first in zip(fgpt.unstack(stacked), alone, members, strict=True):
+    for got, expected, first in zip(fgpt.unstack_adapters(stacked), alone, members, strict=True):
         close(got, expected, 2e-5)
         assert max((x - y).abs().max() for x, y in zip(leaves(expected).values(), leaves(first).values())) > 1e-2
         for path, x in expected.items():
@@ -71,13 +71,13 @@ def test_training_a_stack_is_training_each_member(start: str):
     assert lora.a.shape[1] == 4
     assert not lora.a[0, 2:].any()  # what was filled in stays zero
     assert not lora.b[0, :, 2:].any()
-    assert torch.equal(lora.scaling, fgpt.stack(members)["blocks.0.attn.q"].scaling)  # pyright: ignore
+    assert torch.equal(lora.scaling, fgpt.stack_adapters(members)["blocks.0.attn.q"].scaling)  # pyright: ignore
 
 
 def test_members_alike_stack_as_they_are():
     members = [fgpt.lora(GPT, fgpt.key(i), 2, 6, QV, dropout=0.25) for i in range(2)]
-    stacked = fgpt.stack(members)
-    for i, member in enumerate(fgpt.unstack(stacked)):
+    stacked = fgpt.stack_adapters(members)
+    for i, member in enumerate(fgpt.unstack_adapters(stacked)):
         assert same(member, members[i])
         assert member["blocks.0.attn.q"].dropout == 0.25  # pyright: ignore
         assert member["blocks.0.attn.q"].alpha == 6  # pyright: ignore
@@ -86,9 +86,9 @@ def test_members_alike_stack_as_they_are():
 def test_members_draw_their_own_dropout():
     """From mapped seeds, as each would alone; and from a mapped index folded into one key."""
     members = [fgpt.lora(GPT, fgpt.key(0), 2, alpha, QV, dropout=0.5) for alpha in (4, 4, 8)]
-    seeds = torch.stack([fgpt.seed(fgpt.key(i)) for i in range(3)])
+    seeds = torch.stack([fgpt.seed_tensor(fgpt.key(i)) for i in range(3)])
     optimizer = fgpt.adamw(1e-2)
-    got = fgpt.unstack(trained_together(members, optimizer, seeds))
+    got = fgpt.unstack_adapters(trained_together(members, optimizer, seeds))
     alone = trained(members, optimizer, list(seeds))
     for x, y in zip(got, alone, strict=True):
         close(x, y, 2e-5)
@@ -106,7 +106,7 @@ def test_members_draw_their_own_dropout():
 
 def test_seeds_fold():
     """As keys do: names and numbers give other seeds, in any order others, mapped or not the same."""
-    key, seed = fgpt.key(3), fgpt.seed(fgpt.key(3))
+    key, seed = fgpt.key(3), fgpt.seed_tensor(fgpt.key(3))
     numbers = torch.arange(200)
     folded = vmap(lambda i: fgpt.fold_in(seed, i))(numbers)
     assert len(set(folded.tolist())) == 200
@@ -124,7 +124,7 @@ def test_seeds_fold():
 def test_dropouts_that_differ():
     members = [fgpt.lora(GPT, fgpt.key(0), 2, target=Q, dropout=p) for p in (0.0, 0.5)]
     with pytest.raises(fgpt.InputError, match=r"at blocks.0.attn.q have dropouts of 0.0 and 0.5: .*one rate"):
-        fgpt.stack(members)
+        fgpt.stack_adapters(members)
     prompts = [[1, 2], [3]]
     written = fgpt.generate(GPT, prompts, 0, 4, adapters=members)  # writing drops nothing
     assert written == fgpt.generate(GPT, prompts, 0, 4, adapters=[{}, {}])
@@ -132,11 +132,11 @@ def test_dropouts_that_differ():
 
 def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
     members = [shaken(x, 0.1) for x in unlike()]
-    stacked = fgpt.stack(members)
-    assert fgpt.trainable(stacked) == sum(x.a.numel() + x.b.numel() for x in stacked.values())  # pyright: ignore
+    stacked = fgpt.stack_adapters(members)
+    assert fgpt.num_trainable(stacked) == sum(x.a.numel() + x.b.numel() for x in stacked.values())  # pyright: ignore
     with pytest.raises(fgpt.InputError, match="is of a stack: save what unstack"):
         fgpt.save_peft(tree_map(lambda x: x[0], stacked), GPT, tmp_path / "no", "base")
-    for i, member in enumerate(fgpt.unstack(stacked)):
+    for i, member in enumerate(fgpt.unstack_adapters(stacked)):
         fgpt.save_peft(member, GPT, tmp_path / str(i), "base")
         read = fgpt.load_peft(tmp_path / str(i), GPT)
         want = fgpt.apply(fgpt.adapt(GPT, members[i]), ROWS.tokens)
@@ -145,7 +145,7 @@ def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
 
 def test_what_is_no_stack():
     with pytest.raises(fgpt.InputError, match="expected a stack, all leaves of one leading size"):
-        fgpt.unstack(unlike()[1])
+        fgpt.unstack_adapters(unlike()[1])
 
 
 def test_a_gradient_through_a_stack_reaches_every_member():
@@ -154,6 +154,6 @@ def test_a_gradient_through_a_stack_reaches_every_member():
     def one(a: Any) -> Tensor:
         return fgpt.loss(fgpt.adapt(GPT, a), ROWS)
 
-    got = grad(lambda trees: vmap(one)(fgpt.stack(trees)).sum())(members)
+    got = grad(lambda trees: vmap(one)(fgpt.stack_adapters(trees)).sum())(members)
     for x, member in zip(got, members, strict=True):
         close(x, grad(one)(member), 1e-5)

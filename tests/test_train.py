@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import fgpt
-from fgpt.optim import clip, constant, cosine, global_norm, linear
-from fgpt.tree import cast, leaves, tree_map
+from fgpt.optim import clip_by_global_norm, constant_schedule, cosine_schedule, global_norm, linear_schedule
+from fgpt.tree import astype, leaves, tree_map
 from fgpt.weights import Adapted
 
 TREE = {"w": torch.randn(3, 4, generator=fgpt.key(0)), "b": torch.randn(4, generator=fgpt.key(1))}
@@ -67,7 +67,7 @@ def test_adamw_is_torchs(betas: tuple[float, float], eps: float, decay: float, p
 
 
 def test_adamw_follows_a_schedule():
-    schedule = cosine(1e-2, 10, warmup=3)
+    schedule = cosine_schedule(1e-2, 10, warmup=3)
     theirs = TREE["w"].clone().requires_grad_()
     reference = torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.1)
     scheduler = LambdaLR(reference, lambda step: schedule(torch.tensor(step)).item())
@@ -86,19 +86,19 @@ def factors(schedule: Any, steps: int) -> list[float]:
 
 
 def test_schedules_worked_by_hand():
-    assert factors(constant(2.0, warmup=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    assert factors(constant(2.0), 2) == [2.0, 2.0]
-    assert factors(linear(1.0, 4), 6) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert factors(linear(1.0, 6, warmup=2, end=0.5), 7) == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5])
+    assert factors(constant_schedule(2.0, warmup=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert factors(constant_schedule(2.0), 2) == [2.0, 2.0]
+    assert factors(linear_schedule(1.0, 4), 6) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert factors(linear_schedule(1.0, 6, warmup=2, end=0.5), 7) == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5])
     half = math.sqrt(0.5) / 2
-    assert factors(cosine(1.0, 4), 6) == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0], abs=1e-6)
-    assert factors(cosine(1.0, 4, end=0.2), 5)[2:] == pytest.approx([0.6, 0.6 - 0.8 * half, 0.2], abs=1e-6)
+    assert factors(cosine_schedule(1.0, 4), 6) == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0], abs=1e-6)
+    assert factors(cosine_schedule(1.0, 4, end=0.2), 5)[2:] == pytest.approx([0.6, 0.6 - 0.8 * half, 0.2], abs=1e-6)
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedules_are_transformers_after_the_warmup(warmup: int):
     """Theirs begins at 0, which trains nothing in the first step; ours at 1/warmup. From the peak on they coincide."""
-    for mine, make in ((linear, get_linear_schedule_with_warmup), (cosine, get_cosine_schedule_with_warmup)):
+    for mine, make in ((linear_schedule, get_linear_schedule_with_warmup), (cosine_schedule, get_cosine_schedule_with_warmup)):
         scheduler = make(torch.optim.SGD([torch.zeros(1)], lr=3.0), warmup, 20)
         theirs = [scheduler.lr_lambdas[0](step) * 3.0 for step in range(21)]
         got = factors(mine(3.0, 20, warmup), 21)
@@ -114,8 +114,8 @@ def test_clipping_is_torchs(most: float):
         x.grad = grads[name].clone()
     norm = torch.nn.utils.clip_grad_norm_(list(theirs.values()), most)
     close(global_norm(grads), norm, 1e-6, 1e-6)
-    close(clip(grads, global_norm(grads), most), {name: x.grad for name, x in theirs.items()}, 1e-6, 1e-6)
-    assert (most < norm) == (not same(clip(grads, global_norm(grads), most), grads))
+    close(clip_by_global_norm(grads, global_norm(grads), most), {name: x.grad for name, x in theirs.items()}, 1e-6, 1e-6)
+    assert (most < norm) == (not same(clip_by_global_norm(grads, global_norm(grads), most), grads))
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -148,7 +148,7 @@ def splits() -> st.SearchStrategy[list[list[int]]]:
 
 @given(splits(), st.sampled_from([None, 0.05]))
 def test_ragged_micro_batches_are_one_batch(parts: list[list[int]], most: float | None):
-    step, state = fgpt.make_step(objective, OPTIMIZER, most), fgpt.start(ADAPTERS, OPTIMIZER)
+    step, state = fgpt.make_step(objective, OPTIMIZER, most), fgpt.init_state(ADAPTERS, OPTIMIZER)
     state, _ = step(state, GPT, [BATCH], None)  # moments that are not zero
     micro = [part(rows, max(int((WEIGHTS[i] > 0).sum()) for i in rows)) for rows in parts]
     one, together = step(state, GPT, [BATCH], None)
@@ -158,7 +158,7 @@ def test_ragged_micro_batches_are_one_batch(parts: list[list[int]], most: float 
 
 
 def test_metrics_are_the_loss_the_norm_and_the_weight():
-    _, metrics = fgpt.make_step(objective, OPTIMIZER)(fgpt.start(ADAPTERS, OPTIMIZER), GPT, [BATCH], None)
+    _, metrics = fgpt.make_step(objective, OPTIMIZER)(fgpt.init_state(ADAPTERS, OPTIMIZER), GPT, [BATCH], None)
     expected = grad(lambda a: fgpt.loss(fgpt.adapt(GPT, a), BATCH))(ADAPTERS)
     close(metrics.loss, fgpt.loss(fgpt.adapt(GPT, ADAPTERS), BATCH), 1e-6)
     close(metrics.grad_norm, global_norm(expected), 1e-6)
@@ -168,7 +168,7 @@ def test_metrics_are_the_loss_the_norm_and_the_weight():
 def test_a_step_is_pure():
     """The same inputs give bitwise the same result, and come out as they went in."""
     rng, world = fgpt.key(0), torch.get_rng_state()
-    step, state = fgpt.make_step(objective, OPTIMIZER), fgpt.start(ADAPTERS, OPTIMIZER)
+    step, state = fgpt.make_step(objective, OPTIMIZER), fgpt.init_state(ADAPTERS, OPTIMIZER)
     state, _ = step(state, GPT, [BATCH], rng)
     inputs = (state, GPT, [BATCH])
     before = tree_map(torch.clone, inputs)
@@ -183,7 +183,7 @@ def test_a_step_is_pure():
 
 
 def test_training_lowers_the_loss():
-    step, state = fgpt.make_step(objective, OPTIMIZER), fgpt.start(ADAPTERS, OPTIMIZER)
+    step, state = fgpt.make_step(objective, OPTIMIZER), fgpt.init_state(ADAPTERS, OPTIMIZER)
     losses = []
     for _ in range(15):
         state, metrics = step(state, GPT, [BATCH], None)
@@ -233,11 +233,11 @@ def test_importing_changes_nothing_and_is_quick():
 
 def test_the_b_of_an_adapter_is_not_the_bias_beside_it(gpt: fgpt.GPT):
     """Both could be called blocks.0.attn.q.b: counted, decayed and trained apart."""
-    both = fgpt.lora(gpt, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q") | fgpt.tune(gpt, r"blocks\.0\.attn\.q\.b")
-    assert fgpt.trainable(both) == 2 * 16 * 2 + 16
+    both = fgpt.lora(gpt, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q") | fgpt.trainable_leaves(gpt, r"blocks\.0\.attn\.q\.b")
+    assert fgpt.num_trainable(both) == 2 * 16 * 2 + 16
     optimizer = fgpt.adamw(1e-2, weight_decay=0.5)
     step = fgpt.make_step(objective, optimizer)
-    state = fgpt.start(both, optimizer)
+    state = fgpt.init_state(both, optimizer)
     for _ in range(2):
         state, metrics = step(state, gpt, [BATCH], None)
     moved = {path: not torch.equal(x, leaves(both)[path]) for path, x in leaves(state.trainable).items()}
@@ -245,4 +245,4 @@ def test_the_b_of_an_adapter_is_not_the_bias_beside_it(gpt: fgpt.GPT):
     grads = torch.func.grad(lambda a: objective(a, gpt, BATCH, None)[0])(state.trainable)
     assert len(leaves(grads)) == 3
     assert float(metrics.grad_norm) > 0
-    assert cast(both, torch.bfloat16)["blocks.0.attn.q"].b.dtype == torch.bfloat16  # pyright: ignore
+    assert astype(both, torch.bfloat16)["blocks.0.attn.q"].b.dtype == torch.bfloat16  # pyright: ignore

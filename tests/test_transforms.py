@@ -71,8 +71,8 @@ def autograd(fn: Callable[[Any], Tensor], at: Any, create_graph: bool = False) -
 
 def test_the_packed_batch_has_everything():
     assert PACKED.segments is not None
-    assert PACKED.at is not None
-    assert 0 < len(PACKED.at) < PACKED.tokens.numel()
+    assert PACKED.loss_positions is not None
+    assert 0 < len(PACKED.loss_positions) < PACKED.tokens.numel()
     assert (PACKED.segments == 0).any()
     assert PACKED.segments.max() == 2
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.tree import leaves, node, rebuild, static, tree_leaves, tree_map, tree_maps, update
+from fgpt.tree import leaves, node, unflatten_like, static, tree_leaves, tree_map, tree_map_multi, replace_at
 
 
 @node
@@ -46,11 +46,11 @@ def test_maps_are_those_of_pytree(tree: Any):
     assert plain(tree_map(lambda x: 2 * x, tree)) == plain(pytree.tree_map(lambda x: 2 * x, tree))
     both = pytree.tree_map(lambda x, y: x - 3 * y, tree, other)
     assert plain(tree_map(lambda x, y: x - 3 * y, tree, other)) == plain(both)
-    sums, products = tree_maps(lambda x, y: (x + y, x * y), 2, tree, other)
+    sums, products = tree_map_multi(lambda x, y: (x + y, x * y), 2, tree, other)
     assert plain(sums) == plain(pytree.tree_map(lambda x, y: x + y, tree, other))
     assert plain(products) == plain(pytree.tree_map(lambda x, y: x * y, tree, other))
     assert all(x is y for x, y in zip(tree_leaves(tree), pytree.tree_leaves(tree), strict=True))
-    assert plain(rebuild(tree, tree_leaves(other))) == plain(other)
+    assert plain(unflatten_like(tree, tree_leaves(other))) == plain(other)
 
 
 @given(TREES, TREES)
@@ -87,7 +87,7 @@ def test_leaves_and_updates_go_by_path():
         "blocks.1.first": 2,
         "blocks.1.second.w": 3,
     }
-    again = update(tree, {"blocks.1.second.w": torch.tensor(9)})
+    again = replace_at(tree, {"blocks.1.second.w": torch.tensor(9)})
     assert plain(again)[1] == [1, 2, 9]
     assert plain(tree)[1] == [1, 2, 3]
     assert again["blocks"][0] is tree["blocks"][0]

@@ -50,12 +50,12 @@ from fgpt.adapters import Adapters, adapt, dora, lora, merge
 from fgpt.data import instruction_datasets
 from fgpt.data.prompt_templates import PLAIN, encode
 from fgpt.io.models import EMBEDDED, load, tokenizer
-from fgpt.kernels.quantized_linear import Format, FourBit
+from fgpt.kernels.quantized_linear import Format, Blockwise4bit
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, Config, fuse, init
+from fgpt.model import GPT, Config, fuse_qkv, init
 from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key
-from fgpt.train_step import first_gradient
+from fgpt.train_step import value_and_grad_once
 from fgpt.tree import leaves, nbytes, tree_map, walk
 
 CPU = torch.device("cpu")
@@ -142,13 +142,13 @@ def magnitudes(cfg: Config, repeats: int) -> list[Result]:
 
 
 def our_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, target: str, rows: int) -> Callable[[], object]:
-    base, examples = init(cfg, key(0)), equal_rows(rows, 512, cfg.vocab)
+    base, examples = init(cfg, key(0)), equal_rows(rows, 512, cfg.vocab_size)
     make = dora if kind == "DoRA" else lora
     return partial(ours(base, make(base, key(1), rank, target=target)), our_batch([[x] for x in examples], CPU))
 
 
 def their_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, modules: str, rows: int) -> Callable[[], object]:
-    model, examples = hub_model(cfg, fuse(init(cfg, key(0)))), equal_rows(rows, 512, cfg.vocab)
+    model, examples = hub_model(cfg, fuse_qkv(init(cfg, key(0)))), equal_rows(rows, 512, cfg.vocab_size)
     step = theirs(model, CPU, torch.float32, rank=rank, modules=modules, dora=kind == "DoRA")
     return partial(step, their_batch(examples, CPU))
 
@@ -159,7 +159,7 @@ def their_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, modules: s
 def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     """A LoRA step over each format against one over fp32; and loss and gradient, there and over the same numbers."""
     told("int8: steps")
-    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 512, cfg.vocab)
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 512, cfg.vocab_size)
     batch = our_batch([[row]], CPU)
     frozen = {"fp32": base} | {to: quantize(base, to) for to in FORMATS}
     seconds = timed({name: partial(ours(x, adapters_of(base)), batch) for name, x in frozen.items()}, repeats)
@@ -169,13 +169,13 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     ]
     told("int8: errors")
     heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
-    models = [row for name in ("nano", "smollm2") for row in errors(name, fuse(load(name)), heldout(name))]
+    models = [row for name in ("nano", "smollm2") for row in errors(name, fuse_qkv(load(name)), heldout(name))]
     return results, (heads, [*errors("random", base, batch), *models])
 
 
 def heldout(name: str) -> Batch:
     """The embedded model's held-out rows, as model `name` reads them."""
-    rows = instruction_datasets.rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
+    rows = instruction_datasets.load_rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
     return our_batch([[encode(row, PLAIN, tokenizer(name))] for row in rows], CPU)
 
 
@@ -189,7 +189,7 @@ def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
         held = quantize(base, to)
         found[to] = gradient(held, tuned, batch)
         if to == "int8":
-            found["int8, dequantised"] = gradient(merge(held, onto="dequantised"), tuned, batch)
+            found["int8, dequantised"] = gradient(merge(held, base="dequantised"), tuned, batch)
     pairs = [("int8, dequantised", "fp32"), ("int8", "int8, dequantised"), *((to, "fp32") for to in FORMATS)]
     rows = []
     for name, other in pairs:
@@ -208,7 +208,7 @@ def moved(tuned: Adapters) -> Adapters:
 
 def gradient(base: GPT, tuned: Adapters, batch: Batch) -> tuple[float, Tensor]:
     """(mean loss, its gradient by the adapters, in one row and in fp64)."""
-    grads, (total, weight) = first_gradient(lambda tuned: nll(adapt(base, tuned), batch), tuned)
+    grads, (total, weight) = value_and_grad_once(lambda tuned: nll(adapt(base, tuned), batch), tuned)
     flat = torch.cat([g.double().flatten() for g in leaves(grads).values()])
     return (total / weight).item(), flat / weight.item()
 
@@ -219,7 +219,7 @@ def gradient(base: GPT, tuned: Adapters, batch: Batch) -> tuple[float, Tensor]:
 def rematerialised(cfg: Config, repeats: int) -> list[Result]:
     """What is saved for the backward, resident memory of a step in a process of its own, and time."""
     told("remat")
-    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 1024, cfg.vocab)
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 1024, cfg.vocab_size)
     batch, trained = our_batch([[row]], CPU), tree_map(lambda x: x.requires_grad_(), adapters_of(base))
     saved = [
         saved_bytes(lambda remat=remat: nll(adapt(base, trained), batch, remat), (base, trained, batch))
@@ -245,7 +245,7 @@ def peak(remat: bool, cfg: Config) -> tuple[int, int]:
     """`peak_bytes` of three steps."""
 
     def build() -> Callable[[], object]:
-        (row,) = equal_rows(1, 1024, cfg.vocab)
+        (row,) = equal_rows(1, 1024, cfg.vocab_size)
         return partial(ours(base_of(cfg, CPU, torch.float32), remat=remat), our_batch([[row]], CPU))
 
     return peak_bytes(build, steps=3)
@@ -257,7 +257,7 @@ def peak(remat: bool, cfg: Config) -> tuple[int, int]:
 def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     """Gradients of each example against that of their sum, and against a loop; and how far their sum is from it."""
     told("examples")
-    base, rows = base_of(cfg, CPU, torch.float32), equal_rows(EXAMPLES, EXAMPLE, cfg.vocab)
+    base, rows = base_of(cfg, CPU, torch.float32), equal_rows(EXAMPLES, EXAMPLE, cfg.vocab_size)
     tuned, whole, singles = (
         adapters_of(base),
         our_batch([[row] for row in rows], CPU),
@@ -271,8 +271,8 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     each = vmap(grad(lambda tuned, batch: total(tuned, batch)[0]), in_dims=(None, 0))
     sides: dict[str, Callable[[], Any]] = {
         "each": lambda: each(tuned, stacked),
-        "sum": lambda: first_gradient(total, tuned, whole)[0],
-        "loop": lambda: [first_gradient(total, tuned, batch)[0] for batch in singles],
+        "sum": lambda: value_and_grad_once(total, tuned, whole)[0],
+        "loop": lambda: [value_and_grad_once(total, tuned, batch)[0] for batch in singles],
     }
     with warnings.catch_warnings(action="ignore"):  # fused attention has no batching rule: what that costs is told here
         seconds = timed(sides, repeats)
@@ -291,10 +291,10 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
 def four_bits(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     """Bytes held and the step, ours and peft + bitsandbytes; and how far their last losses lie apart."""
     told("medium: quantising")
-    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 256, cfg.vocab)
+    base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 256, cfg.vocab_size)
     tuned, batch, inputs = adapters_of(base), our_batch([[row]], CPU), their_batch([row], CPU)
     held, model = quantize(base, "nf4"), hub_model(cfg, base, nf4=True)
-    matrices = {path: x for path, x in walk(held) if isinstance(x, FourBit)}
+    matrices = {path: x for path, x in walk(held) if isinstance(x, Blockwise4bit)}
     numbers = sum(x.shape.numel() for x in matrices.values())
     (mine, my_whole), (their, their_whole) = (nbytes(matrices), nbytes(held)), hub_bytes(model)
     told("medium: steps")

@@ -56,9 +56,9 @@ def decode(bench: Decode) -> None:
     results: list[Result] = []
     notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.most} new ones"]
     for rows in (1, 8):
-        prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab)]
+        prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab_size)]
         calls: dict[str, Callable[[], object]] = {
-            name: partial(generate, params, prompts, -1, bench.most, compiled=compiled)
+            name: partial(generate, params, prompts, -1, bench.most, compile=compiled)
             for name, (params, compiled) in sides.items()
         }
         calls["theirs"] = partial(theirs, model, torch.tensor(prompts), bench.most)

@@ -17,32 +17,32 @@ import torch
 
 from experiments.bench.measure import console, hardware, report, status
 from experiments.bench.sides import equal_rows, our_batch
-from fgpt.adapters import adapt, lora, trainable, tune
+from fgpt.adapters import adapt, lora, num_trainable, trainable_leaves
 from fgpt.families import GPTJ
 from fgpt.families.mapping import to_hf
 from fgpt.io.files import write_json, write_tensors
 from fgpt.io.models import CONFIG, WEIGHTS, load
 from fgpt.kernels.quantized_linear import Format
 from fgpt.losses import nll
-from fgpt.model import Config, skeleton
-from fgpt.optim import adamw8bit, constant
+from fgpt.model import Config, abstract_params
+from fgpt.optim import adamw8bit, constant_schedule
 from fgpt.rng import fold_in, key
-from fgpt.train_step import make_step, start
-from fgpt.tree import leaves, nbytes, update
+from fgpt.train_step import make_step, init_state
+from fgpt.tree import leaves, nbytes, replace_at
 
 CPU = torch.device("cpu")
 SHAPE = Config(
     n_layer=28,
     n_head=16,
     d_model=4096,
-    context=2048,
-    vocab=50400,
+    n_ctx=2048,
+    vocab_size=50400,
     d_mlp=16384,
-    tied=False,
-    parallel=True,
-    norms=1,
+    tie_word_embeddings=False,
+    parallel_residual=True,
+    n_norms=1,
     biases="up down norm head",
-    rotary=64,
+    rotary_dim=64,
     interleaved=True,
 )
 BARS: dict[Format, float] = {"blockwise8": 9.0, "nf4": 6.0}
@@ -95,12 +95,12 @@ def loading(bench: Load) -> None:
 def written(cfg: Config, folder: Path) -> int:
     """A checkpoint in shards of a layer, all layers alike; returns its bytes."""
     one = replace(cfg, n_layer=1)
-    bare = skeleton(one)
+    bare = abstract_params(one)
     random = {
         path: (0.02 * torch.randn(x.shape, generator=fold_in(key(0), path))).half() + float(path.endswith("ln_1.w"))
         for path, x in leaves(bare).items()
     }
-    tensors = to_hf(update(bare, random), GPTJ)
+    tensors = to_hf(replace_at(bare, random), GPTJ)
     layer = {name: x for name, x in tensors.items() if ".h.0." in name}
     where: dict[str, str] = {}
     total = 0
@@ -121,12 +121,12 @@ def taken(folder: str, to: Format) -> Found:
     began = time.perf_counter()
     base = load(folder, torch.bfloat16, quantize=to)
     seconds, held, peak = time.perf_counter() - began, nbytes(base), status("VmHWM")
-    adapters = lora(base, key(1), 2, target=r"wte|head|blocks\..*") | tune(base, r".*ln_.*|.*\.b")
-    batch = our_batch([[row] for row in equal_rows(2, 105, base.cfg.vocab)], CPU)
-    optimizer = adamw8bit(constant(1e-4))
+    adapters = lora(base, key(1), 2, target=r"wte|head|blocks\..*") | trainable_leaves(base, r".*ln_.*|.*\.b")
+    batch = our_batch([[row] for row in equal_rows(2, 105, base.cfg.vocab_size)], CPU)
+    optimizer = adamw8bit(constant_schedule(1e-4))
     step: Any = make_step(lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned), batch), optimizer)
     began = time.perf_counter()
-    _, metrics = step(start(adapters, optimizer), base, [batch], key(0))
+    _, metrics = step(init_state(adapters, optimizer), base, [batch], key(0))
     return Found(
-        seconds, held, peak, time.perf_counter() - began, status("VmHWM"), float(metrics.loss), trainable(adapters)
+        seconds, held, peak, time.perf_counter() - began, status("VmHWM"), float(metrics.loss), num_trainable(adapters)
     )

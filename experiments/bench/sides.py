@@ -15,11 +15,11 @@ from fgpt.errors import InputError
 from fgpt.families import GPT2
 from fgpt.families.mapping import to_hf
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, Config, fuse, fused, init
+from fgpt.model import GPT, Config, fuse_qkv, fused_qkv, init
 from fgpt.optim import adamw
 from fgpt.rng import key
-from fgpt.train_step import State, make_step, start
-from fgpt.tree import cast, nbytes, tree_map
+from fgpt.train_step import State, make_step, init_state
+from fgpt.tree import astype, nbytes, tree_map
 from fgpt.weights import dense
 
 LR, RANK, ALPHA, CLIP = 1e-4, 8, 16.0, 1.0
@@ -28,12 +28,12 @@ Inputs: TypeAlias = dict[str, Tensor]
 
 
 def shape(cfg: Config) -> str:
-    return f"a GPT-2 of {cfg.n_layer} layers, {cfg.d_model} wide, vocabulary {cfg.vocab:,}"
+    return f"a GPT-2 of {cfg.n_layer} layers, {cfg.d_model} wide, vocabulary {cfg.vocab_size:,}"
 
 
 def base_of(cfg: Config, device: torch.device, dtype: torch.dtype) -> GPT:
     """Random weights, q, k and v fused."""
-    return tree_map(lambda x: x.to(device), cast(fuse(init(cfg, key(0))), dtype))
+    return tree_map(lambda x: x.to(device), astype(fuse_qkv(init(cfg, key(0))), dtype))
 
 
 def equal_rows(rows: int, seq: int, vocab: int) -> list[Example]:
@@ -53,7 +53,7 @@ def ours(
     """fgpt: a step that takes a batch and returns its mean loss. `base` is fused, unless `tuned` is given."""
     optimizer = adamw(LR)
     step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch, remat), optimizer, CLIP, compile)
-    state: State = start(adapters_of(base) if tuned is None else tuned, optimizer)
+    state: State = init_state(adapters_of(base) if tuned is None else tuned, optimizer)
 
     def run(batch: Batch) -> float:
         nonlocal state
@@ -164,7 +164,7 @@ def their_batch(examples: Sequence[Example], device: torch.device, pad_to: int |
     """
     seq = max(len(e.tokens) for e in examples) if pad_to is None else pad_to
     tokens = [[*e.tokens, *[0] * (seq - len(e.tokens))] for e in examples]
-    labels = [[*[-100] * e.prompt, *e.tokens[e.prompt :], *[-100] * (seq - len(e.tokens))] for e in examples]
+    labels = [[*[-100] * e.prompt_length, *e.tokens[e.prompt_length :], *[-100] * (seq - len(e.tokens))] for e in examples]
     seen = [[*[1] * len(e.tokens), *[0] * (seq - len(e.tokens))] for e in examples]
     inputs = {"input_ids": tokens, "labels": labels} | (
         {"attention_mask": seen} if any(0 in row for row in seen) else {}
@@ -191,7 +191,7 @@ def products(base: GPT, batch: Batch) -> Callable[[], None]:
 
     pairs: list[tuple[Tensor, Tensor]] = []
     for i, p in enumerate(base.blocks):
-        for linear in (fused(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
+        for linear in (fused_qkv(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
             frozen = dense(linear.w)
             out, inp = frozen.shape
             pairs += [(some(n, inp), frozen.T)]
@@ -201,7 +201,7 @@ def products(base: GPT, batch: Batch) -> Callable[[], None]:
         bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head
         q, k, s = some(bh, half, dh), some(bh, seq, dh), some(bh, half, seq)
         pairs += [(q, k.mT), (s, k), (q, k.mT), (s.mT, q), (s, k), (s.mT, q)]
-    pairs += [(some(m, d), w.T), (some(m, cfg.vocab), w)]
+    pairs += [(some(m, d), w.T), (some(m, cfg.vocab_size), w)]
     scratch = torch.empty(max(x.shape[:-1].numel() * y.shape[-1] for x, y in pairs), dtype=w.dtype, device=w.device)
 
     def run() -> None:

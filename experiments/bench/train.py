@@ -107,7 +107,7 @@ def equal(
 ) -> tuple[list[Result], float]:
     """Tokens/s of the same steps on both sides, prompt tokens counted; and how far their last losses lie apart."""
     console.print(f"equal: {bench.rows} x {bench.seq} tokens on {device.type} ..")
-    base, rows = base_of(cfg, device, dtype), equal_rows(bench.rows, bench.seq, cfg.vocab)
+    base, rows = base_of(cfg, device, dtype), equal_rows(bench.rows, bench.seq, cfg.vocab_size)
     batch, inputs, losses = our_batch([[row] for row in rows], device), their_batch(rows, device), {}
     steps: dict[str, Callable[[], float]] = {
         "ours": partial(ours(base), batch),
@@ -156,7 +156,7 @@ def memory(cfg: Config, bench: Train) -> list[Result]:
 
 def peak(side: str, cfg: Config, bench: Train) -> tuple[int, int]:
     """`peak_bytes` of one side's step."""
-    device, rows = torch.device("cpu"), equal_rows(bench.rows, bench.seq, cfg.vocab)
+    device, rows = torch.device("cpu"), equal_rows(bench.rows, bench.seq, cfg.vocab_size)
 
     def build() -> Callable[[], object]:
         if side == "ours":
@@ -172,7 +172,7 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
     Theirs: batches in random order padded to their longest row (the default collation) or to `width` (the tokenizer's
     padding="max_length"), and batches sorted by length. Ours: sorted by length, and packed with as many tokens a batch.
     """
-    examples, note = instruction_rows(bench, cfg.vocab)
+    examples, note = instruction_rows(bench, cfg.vocab_size)
     tokens = sum(len(e.tokens) for e in examples)
     console.print(f"dolly: {len(examples)} rows, {tokens:,} tokens ..")
     base, n = base_of(cfg, device, torch.float32), bench.batch
@@ -209,10 +209,10 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
     """A fixed sample of the data in random order, cut to `width`, and where it is from."""
     try:
         tokenizer = tiktoken_bpe.from_ranks(RANKS) if RANKS.is_file() else tiktoken_bpe.gpt2()
-        rows = instruction_datasets.rows(bench.data, bench.columns)
+        rows = instruction_datasets.load_rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
-        cut = (Example(e.tokens[: bench.width], e.prompt) for e in (encode(row, template, tokenizer) for row in rows))
-        found, note = [e for e in cut if e.prompt < len(e.tokens) - 1], f"{bench.data.name}"
+        cut = (Example(e.tokens[: bench.width], e.prompt_length) for e in (encode(row, template, tokenizer) for row in rows))
+        found, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
     except InputError as err:
         if bench.data != DOLLY:
             raise

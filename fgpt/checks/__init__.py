@@ -15,26 +15,26 @@ import torch
 
 from fgpt.adapters import Adapters
 from fgpt.checks import forward, persistence, training
-from fgpt.checks.context import Case, Finding, case_of, unasked
+from fgpt.checks.context import Context, CheckResult, context_of, not_applicable
 from fgpt.losses import Batch
 from fgpt.model import GPT
 
-__all__ = ["Finding", "check"]
+__all__ = ["CheckResult", "run_checks"]
 
-Law = Callable[[Case], Finding]
+Check = Callable[[Context], CheckResult]
 
-FORWARD: dict[str, Law] = {
+FORWARD: dict[str, Check] = {
     "padding": forward.padding,
     "packing": forward.packing,
-    "batch composition": forward.neighbours,
+    "batch composition": forward.batch_composition,
     "batch size": forward.size,
     "cache": forward.cache,
-    "merge": forward.merged,
+    "merge": forward.merged_forward,
 }
-TRAINING: dict[str, Law] = {
+TRAINING: dict[str, Check] = {
     "accumulation": training.accumulation,
-    "gradient flow": training.flow,
-    "first step": training.movement,
+    "gradient flow": training.gradient_flow,
+    "first step": training.first_step,
     "determinism": training.determinism,
     "save and load": persistence.files,
 }
@@ -44,7 +44,7 @@ LAWS = 2 + len(FORWARD) + len(TRAINING)
 """How many findings there are: of a finite loss and the frozen base as well."""
 
 
-def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tuple[Finding, ...]:
+def run_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tuple[CheckResult, ...]:
     """What each law is found to be worth for `adapters` over `params` on `batch`, at a point a little away from where
     they are, since a fresh adapter is the identity and hides much. `lr` is the rate of the first update. Dropout is
     off, but in the first update.
@@ -54,25 +54,25 @@ def check(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tu
 
     Raises InputError where adapters or batch do not fit the model.
     """
-    return tuple(checking(params, adapters, batch, lr))
+    return tuple(iter_checks(params, adapters, batch, lr))
 
 
-def checking(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[Finding]:
+def iter_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[CheckResult]:
     """What `check` gathers, each finding as it comes."""
     trees = {"base": params, "adapters": adapters, "batch": batch}
     # Not one no_grad around all of it: it would stay in force for whoever takes the findings.
     with torch.no_grad():
         before = persistence.digest(trees)
-        case = case_of(params, adapters, batch, lr)
+        case = context_of(params, adapters, batch, lr)
         finite = forward.finite(case)
     yield finite
     for name, law in (FORWARD | TRAINING).items():
         if not finite.holds:
-            yield unasked(name, "there is no loss to speak of")
+            yield not_applicable(name, "there is no loss to speak of")
         elif name in TRAINING and not adapters:
-            yield unasked(name, "no adapters")
+            yield not_applicable(name, "no adapters")
         else:
             with torch.no_grad():
                 finding = law(case)
             yield finding
-    yield persistence.frozen(before, persistence.digest(trees))
+    yield persistence.frozen_unchanged(before, persistence.digest(trees))

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgpt.adapters import Adapters, adapt, merge
-from fgpt.kernels.quantized_linear import QUANTISED, Rowwise8
+from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, hidden, logits
 from fgpt.optim import Optimizer, adamw
 from fgpt.rng import fold_in, key
-from fgpt.train_step import State, make_step, start
-from fgpt.tree import device, leaves, tree_map, update, walk
+from fgpt.train_step import State, make_step, init_state
+from fgpt.tree import device, leaves, tree_map, replace_at, walk
 from fgpt.weights import dtype
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -25,16 +25,16 @@ broken shows a thousandth at the least; in short dtypes each layer rounds its ow
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one law was found to be worth here."""
 
-    law: str
+    check: str
     compared: str
     """With what, in words."""
-    margin: float | None
+    error: float | None
     """The worst difference: a part of the largest number compared, or how many leaves there are that differ. None where
     the law was not asked."""
-    limit: float = 0.0
+    tolerance: float = 0.0
     """What the margin may be; 0 is to the bit."""
     note: str = ""
     """Which leaves they are, or why the law was not asked."""
@@ -42,7 +42,7 @@ class Finding:
     @property
     def holds(self) -> bool | None:
         """None where it was not asked. A margin that is no number does not hold."""
-        return None if self.margin is None else self.margin <= self.limit
+        return None if self.error is None else self.error <= self.tolerance
 
 
 def objective(
@@ -52,12 +52,12 @@ def objective(
     return nll(adapt(params, adapters, rng=seed), batch)
 
 
-def unasked(law: str, why: str) -> Finding:
-    return Finding(law, "", None, note=why)
+def not_applicable(law: str, why: str) -> CheckResult:
+    return CheckResult(law, "", None, note=why)
 
 
 @dataclass(frozen=True)
-class Case:
+class Context:
     """A base, adapters and a batch of rows, and what several laws read of them."""
 
     params: GPT
@@ -91,12 +91,12 @@ class Case:
         """The state after one update of AdamW, with dropout and clipping as in training."""
         optimizer = adamw(self.lr)
         step = make_step(objective, optimizer)
-        return step(start(self.adapters, optimizer), self.params, [self.batch], key(0))[0]
+        return step(init_state(self.adapters, optimizer), self.params, [self.batch], key(0))[0]
 
     def gradient_of(self, batches: Sequence[Batch]) -> Adapters:
         """What a step is given of these micro-batches, without dropout or clipping."""
         bare = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
-        return make_step(objective, bare, None)(start(self.adapters, bare), self.params, batches, None)[0].trainable
+        return make_step(objective, bare, None)(init_state(self.adapters, bare), self.params, batches, None)[0].trainable
 
     @property
     def rows(self) -> int:
@@ -104,11 +104,11 @@ class Case:
 
     @cached_property
     def quantised(self) -> bool:
-        return any(isinstance(x, QUANTISED) for _, x in walk(self.params))
+        return any(isinstance(x, QUANTIZED) for _, x in walk(self.params))
 
     @cached_property
     def int8(self) -> bool:
-        return any(isinstance(x, Rowwise8) for _, x in walk(self.params))
+        return any(isinstance(x, RowwiseInt8) for _, x in walk(self.params))
 
     @cached_property
     def rounding(self) -> float:
@@ -126,22 +126,22 @@ class Case:
         plain = merge(before, "dequantised" if self.quantised else None)
         segments = [None] * self.rows if self.batch.segments is None else self.batch.segments
         rows = zip(self.batch.tokens, segments, strict=True)
-        return worst(apart(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows)
+        return max_or_nan(max_rel_diff(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows)
 
     def apart(self, pairs: Iterable[tuple[Float[Tensor, "*n d_model"], Float[Tensor, "*n d_model"]]]) -> float:
         """The worst difference of logits between hidden states that should be the same."""
-        return worst(apart(logits(self.tuned, a), logits(self.tuned, b)) for a, b in pairs)
+        return max_or_nan(max_rel_diff(logits(self.tuned, a), logits(self.tuned, b)) for a, b in pairs)
 
 
-def case_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Case:
+def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Context:
     at = device(params)
     batch = tree_map(lambda x: x.to(at), batch)
     tokens, targets, weights = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if batch.segments is None else batch.segments.reshape(tokens.shape)
-    return Case(params, nearby(adapters), Batch(tokens, targets, weights, segments, batch.at), lr)
+    return Context(params, perturb(adapters), Batch(tokens, targets, weights, segments, batch.loss_positions), lr)
 
 
-def nearby(adapters: Adapters) -> Adapters:
+def perturb(adapters: Adapters) -> Adapters:
     """Adapters a little way from `adapters`, where nothing is special: at its start a LoRA is the identity whatever its
     strength, and A has no gradient since B is 0. A leaf moves by a twentieth of its size, one of zeros by 0.02.
     """
@@ -151,10 +151,10 @@ def nearby(adapters: Adapters) -> Adapters:
         size = x.float().square().mean().sqrt()
         return x + noise * torch.where(size > 0, 0.05 * size, 0.02).to(x.dtype)
 
-    return update(adapters, {path: moved(path, x) for path, x in leaves(adapters).items()})
+    return replace_at(adapters, {path: moved(path, x) for path, x in leaves(adapters).items()})
 
 
-def apart(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
+def max_rel_diff(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
     """max |a - b| / max |a|"""
     if a.numel() == 0:
         return 0.0
@@ -162,23 +162,23 @@ def apart(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
 
 
-def worst(margins: Iterable[float]) -> float:
+def max_or_nan(margins: Iterable[float]) -> float:
     """The largest, and NaN where one is: `max` would pass over it."""
     return float(torch.tensor([0.0, *margins], dtype=torch.float64).max())
 
 
-def part(batch: Batch, rows: slice, columns: slice = slice(None)) -> Batch:
+def slice_batch(batch: Batch, rows: slice, columns: slice = slice(None)) -> Batch:
     """Some rows, and of them some columns."""
     tokens, targets, weights = (x[rows, columns] for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if batch.segments is None else batch.segments[rows, columns]
-    return laid(Batch(tokens, targets, weights, segments), batch)
+    return with_loss_positions(Batch(tokens, targets, weights, segments), batch)
 
 
-def laid(batch: Batch, like: Batch) -> Batch:
+def with_loss_positions(batch: Batch, like: Batch) -> Batch:
     """`batch` with logits where they have a weight alone, if so it is in `like`: a classifier's targets are elsewhere
     tokens, of which it has no logit.
     """
-    return batch if like.at is None else replace(batch, at=batch.weights.flatten().nonzero().flatten())
+    return batch if like.loss_positions is None else replace(batch, at=batch.weights.flatten().nonzero().flatten())
 
 
 def documents(segments: Int[Tensor, "row seq"]) -> list[tuple[int, Int[Tensor, " length"]]]:

@@ -9,144 +9,144 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgpt.checks.context import Case, Finding, apart, documents, laid, part, unasked, worst
+from fgpt.checks.context import Context, CheckResult, max_rel_diff, documents, with_loss_positions, slice_batch, not_applicable, max_or_nan
 from fgpt.generation import static_cache
 from fgpt.losses import Batch, loss, nll
-from fgpt.model import GPT, Cache, extend, hidden, logits
+from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
 from fgpt.weights import shape
 
 MORE, STEPS = 8, 8
 """Columns of padding that are added, and tokens that are read one by one."""
 
 
-def finite(case: Case) -> Finding:
+def finite(case: Context) -> CheckResult:
     """A number, of all positions with weight: one that `batch.at` forgets would be lost in silence, one that it names
     twice count double.
     """
     weighted, found = case.batch.weights.flatten().nonzero().flatten(), float(loss(case.tuned, case.batch))
-    at = weighted if case.batch.at is None else case.batch.at
+    at = weighted if case.batch.loss_positions is None else case.batch.loss_positions
     margin, why = 0.0 if isfinite(found) else float("nan"), "the loss is no number"
     if not len(weighted):
         margin, why = float("inf"), "no position has a weight: nothing is asked"
     elif not torch.equal(at.sort().values, weighted):
         margin, why = float("inf"), "batch.at does not name every position with weight once"
     compared = f"the loss, {found:.4f} nats, and where it is taken: {len(weighted)} weighted positions"
-    return Finding("finite loss", compared, margin, note="" if margin == 0 else why)
+    return CheckResult("finite loss", compared, margin, note="" if margin == 0 else why)
 
 
-def padding(case: Case) -> Finding:
+def padding(case: Context) -> CheckResult:
     """Padding on the right, as batches have it, and on the left, as ragged prompts have it."""
-    context = case.params.cfg.context
+    context = case.params.cfg.n_ctx
     more = min(MORE, context - 1)
-    own = part(case.batch, slice(None), slice(context - more))  # where rows fill the context, there is no more room
+    own = slice_batch(case.batch, slice(None), slice(context - more))  # where rows fill the context, there is no more room
     width, real = own.tokens.shape[1], case.real[:, : context - more]
-    right, left = (padded(own, sides) for sides in ((0, more), (more, 0)))
+    right, left = (with_padding(own, sides) for sides in ((0, more), (more, 0)))
     h = hidden(case.tuned, own.tokens, own.segments)
     found = [hidden(case.tuned, x.tokens, x.segments) for x in (right, left)]
     logit = case.apart([(h[real], found[0][:, :width][real]), (h[real], found[1][:, more:][real])])
     sums = torch.stack(nll(case.tuned, own))  # not the mean: a cut may have left nothing weighted
-    nats = worst(apart(sums, torch.stack(nll(case.tuned, x))) for x in (right, left))
+    nats = max_or_nan(max_rel_diff(sums, torch.stack(nll(case.tuned, x))) for x in (right, left))
     compared = f"logits and loss with {more} columns of padding more, right and left"
-    return Finding("padding", compared, worst([logit, nats]), case.rounding)
+    return CheckResult("padding", compared, max_or_nan([logit, nats]), case.rounding)
 
 
-def padded(batch: Batch, sides: tuple[int, int]) -> Batch:
+def with_padding(batch: Batch, sides: tuple[int, int]) -> Batch:
     """`batch` with columns of padding on its left and on its right; the causal mask alone keeps out what is right."""
     segments = batch.segments
     if segments is None and sides[0]:
         segments = torch.ones_like(batch.tokens)
     tokens, targets, weights = (F.pad(x, sides) for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if segments is None else F.pad(segments, sides)
-    return laid(Batch(tokens, targets, weights, segments), batch)
+    return with_loss_positions(Batch(tokens, targets, weights, segments), batch)
 
 
-def packing(case: Case) -> Finding:
+def packing(case: Context) -> CheckResult:
     law, batch = "packing", case.batch
     texts = [] if batch.segments is None else documents(batch.segments)
     if len(texts) == len({row for row, _ in texts}):
-        return unasked(law, "no row holds more than one document")
+        return not_applicable(law, "no row holds more than one document")
     sums: list[Tensor] = []
 
     def both() -> Iterator[tuple[Tensor, Tensor]]:
         for row, at in texts:
-            alone = laid(Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch)
+            alone = with_loss_positions(Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch)
             sums.append(torch.stack(nll(case.tuned, alone)))
             yield hidden(case.tuned, alone.tokens)[0], case.h[row, at]
 
     logit = case.apart(both())
-    margin = worst([logit, apart(torch.stack(sums).sum(0), torch.stack(nll(case.tuned, batch)))])
-    return Finding(law, f"logits and loss of {len(texts)} documents, each alone", margin, case.rounding)
+    margin = max_or_nan([logit, max_rel_diff(torch.stack(sums).sum(0), torch.stack(nll(case.tuned, batch)))])
+    return CheckResult(law, f"logits and loss of {len(texts)} documents, each alone", margin, case.rounding)
 
 
-def neighbours(case: Case) -> Finding:
+def batch_composition(case: Context) -> CheckResult:
     """Other rows of the same shape: the same products, so that what is a row's own stays to the bit. This is what finds
     a scale that rows share where activations are rounded, which is not much larger than the rounding.
     """
     law, batch = "batch composition", case.batch
     if case.rows < 2:
-        return unasked(law, "the batch has one row")
+        return not_applicable(law, "the batch has one row")
     others = (batch.tokens + 1) % shape(case.params.wte.w)[0]
     first = torch.arange(case.rows, device=others.device)[:, None] == 0
     margins: list[float] = []
     for kept in (first, ~first):
         h = hidden(case.tuned, torch.where(kept, batch.tokens, others), batch.segments)
         margins.append(case.apart([(case.h[kept[:, 0]], h[kept[:, 0]])]))
-    return Finding(law, "logits of each row with those beside other rows, bit by bit", worst(margins))
+    return CheckResult(law, "logits of each row with those beside other rows, bit by bit", max_or_nan(margins))
 
 
-def size(case: Case) -> Finding:
+def size(case: Context) -> CheckResult:
     law, batch = "batch size", case.batch
     if case.rows < 2:
-        return unasked(law, "the batch has one row")
-    each = (part(batch, slice(i, i + 1)) for i in range(case.rows))
+        return not_applicable(law, "the batch has one row")
+    each = (slice_batch(batch, slice(i, i + 1)) for i in range(case.rows))
     pairs = ((hidden(case.tuned, x.tokens, x.segments)[0], h) for x, h in zip(each, case.h, strict=True))
-    return Finding(law, f"logits of {case.rows} rows, each alone", case.apart(pairs), case.rounding)
+    return CheckResult(law, f"logits of {case.rows} rows, each alone", case.apart(pairs), case.rounding)
 
 
-def cache(case: Case) -> Finding:
+def cache(case: Context) -> CheckResult:
     """The batch in chunks of `extend`, and its longest document written as `generate` does, in a room of slots."""
     law, batch, params = "cache", case.batch, case.tuned
     seq = int(case.real.sum(-1).max())
     if seq < 2:
-        return unasked(law, "no row has two tokens")
+        return not_applicable(law, "no row has two tokens")
     first = max(1, seq - STEPS)
-    h, kept = extend(params, batch.tokens[:, :first], Cache(), _columns(batch.segments, 0, first))
+    h, kept = forward_with_cache(params, batch.tokens[:, :first], KVCache(), _columns(batch.segments, 0, first))
     chunks = [h]
     for i in range(first, seq):
-        h, kept = extend(params, batch.tokens[:, i : i + 1], kept, _columns(batch.segments, i, i + 1))
+        h, kept = forward_with_cache(params, batch.tokens[:, i : i + 1], kept, _columns(batch.segments, i, i + 1))
         chunks.append(h)
     pairs = zip(case.h[:, :seq], torch.cat(chunks, 1), strict=True)
-    margin = worst([case.apart(pairs), written(params, longest(case))])
-    return Finding(law, f"logits of one pass with {seq - first} tokens read one by one", margin, case.rounding)
+    margin = max_or_nan([case.apart(pairs), generated_tokens(params, longest(case))])
+    return CheckResult(law, f"logits of one pass with {seq - first} tokens read one by one", margin, case.rounding)
 
 
 def _columns(x: Tensor | None, start: int, end: int) -> Tensor | None:
     return None if x is None else x[:, start:end]
 
 
-def longest(case: Case) -> Tensor:
+def longest(case: Context) -> Tensor:
     """The tokens of the longest document, [1 length]."""
     ids = case.real.long() if case.batch.segments is None else case.batch.segments
     row, at = max(documents(ids), key=lambda x: len(x[1]))
     return case.batch.tokens[row, at][None]
 
 
-def written(params: GPT, tokens: Tensor) -> float:
+def generated_tokens(params: GPT, tokens: Tensor) -> float:
     """The worst difference between logits of one pass over [1 seq] and of `static_cache.step`, token by token."""
     seq = tokens.shape[1]
     first = max(1, seq - STEPS)
-    scores, room = static_cache.read(params, tokens[:, :first], None, seq - first)
-    steps = [scores, *(static_cache.step(params, tokens[:, i], room) for i in range(first, seq))]
-    return apart(logits(params, hidden(params, tokens)[0, first - 1 :]), torch.cat(steps))
+    scores, room = static_cache.prefill(params, tokens[:, :first], None, seq - first)
+    steps = [scores, *(static_cache.decode_step(params, tokens[:, i], room) for i in range(first, seq))]
+    return max_rel_diff(logits(params, hidden(params, tokens)[0, first - 1 :]), torch.cat(steps))
 
 
-def merged(case: Case) -> Finding:
+def merged_forward(case: Context) -> CheckResult:
     """Over whole numbers the limit is twice what expanding the base alone changes: a merged matrix multiplies what it
     is given, they round it, and that is no fault of merging.
     """
     law = "merge"
     if all(isinstance(x, Tensor) for x in case.adapters.values()):
-        return unasked(law, "adapters replace leaves, and none lies over a matrix" if case.adapters else "no adapters")
+        return not_applicable(law, "adapters replace leaves, and none lies over a matrix" if case.adapters else "no adapters")
     onto = ', onto "dequantised"' if case.quantised else ""
     compared = f"logits of the factored reading with those of the merged one{onto}"
-    return Finding(law, compared, case.merging(case.tuned), case.rounding)
+    return CheckResult(law, compared, case.merging(case.tuned), case.rounding)

@@ -10,29 +10,29 @@ from typing import Any
 import torch
 
 from fgpt.adapters import Adapter, Adapters, DoRA, LoRA
-from fgpt.checks.context import Case, Finding
-from fgpt.checks.training import told
+from fgpt.checks.context import Context, CheckResult
+from fgpt.checks.training import summarize
 from fgpt.errors import InputError
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
-from fgpt.tree import cast, leaves
+from fgpt.tree import astype, leaves
 
 
-def files(case: Case) -> Finding:
+def files(case: Context) -> CheckResult:
     """The adapters written and read back: numbers, strength, and dtypes, but that `load_peft` gives fp32."""
     with TemporaryDirectory() as folder:
         ours, peft = Path(folder) / "adapters.safetensors", Path(folder) / "peft"
         save_adapters(case.adapters, ours)
         formats, differ = "fgpt's format", unlike(case.adapters, load_adapters(ours, case.params))
-        if held_by_peft(case):
+        if peft_round_trip(case):
             save_peft(case.adapters, case.params, peft, "base")
             formats += " and PEFT's"
-            differ += unlike(cast(case.adapters, torch.float32), load_peft(peft, case.params))
+            differ += unlike(astype(case.adapters, torch.float32), load_peft(peft, case.params))
     compared = f"adapters with what a file of {formats} gives back, bit by bit"
-    return Finding("save and load", compared, float(len(differ)), note=told(differ, "differs"))
+    return CheckResult("save and load", compared, float(len(differ)), note=summarize(differ, "differs"))
 
 
-def held_by_peft(case: Case) -> bool:
+def peft_round_trip(case: Context) -> bool:
     try:
         pack(case.adapters, case.params, "base")
     except InputError:
@@ -73,7 +73,7 @@ def digest(trees: Mapping[str, Any]) -> Digest:
     return {path: of(x) for path, x in leaves(dict(trees)).items()}
 
 
-def frozen(before: Digest, after: Digest) -> Finding:
+def frozen_unchanged(before: Digest, after: Digest) -> CheckResult:
     differ = [path for path in before if before[path] != after[path]]
     compared = "base, adapters and batch before and after all of this, bit by bit"
-    return Finding("frozen base", compared, float(len(differ)), note=told(differ, "was changed in place"))
+    return CheckResult("frozen base", compared, float(len(differ)), note=summarize(differ, "was changed in place"))

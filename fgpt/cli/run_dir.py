@@ -31,12 +31,12 @@ from filelock import FileLock, Timeout
 
 from fgpt import ranges
 from fgpt.adapters import Adapters, adapt, merge
-from fgpt.classification_head import classes_of
+from fgpt.classification_head import num_classes
 from fgpt.cli.console import console
 from fgpt.cli.environment import environment
 from fgpt.cli.paths import shared, with_local, without_paths, write_local
 from fgpt.errors import InputError, shown
-from fgpt.io.files import clean, read_json, staying, whole_folder, write_json
+from fgpt.io.files import clean, read_json, staying, atomic_dir, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
@@ -300,8 +300,8 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path
     A classifier of which every leaf was trained is kept as adapters too: `merge` makes it the hub's.
     """
     whole = adapters.keys() == leaves(params).keys()
-    if whole and classes_of(params) is None:
-        with whole_folder(folder / MODEL) as at:
+    if whole and num_classes(params) is None:
+        with atomic_dir(folder / MODEL) as at:
             save(merge(adapt(params, adapters)), at, like=base)
         return folder / MODEL
     try:
@@ -309,7 +309,7 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path
         held = not whole
     except InputError:  # PEFT cannot hold them
         held = False
-    with whole_folder(folder / ADAPTER) as at:
+    with atomic_dir(folder / ADAPTER) as at:
         if held:
             save_peft(adapters, params, at, base)
         else:

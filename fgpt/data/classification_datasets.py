@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fgpt.data import instruction_datasets
-from fgpt.data.classification_prompts import Labelled
+from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.text_files import open_text, without_marks
 from fgpt.errors import InputError
 
@@ -60,7 +60,7 @@ def has_test_split(source: str) -> bool:
     return source in HUB and "test" in HUB[source].files and not Path(source).exists()
 
 
-def rows(source: str, split: Split = "train", columns: Columns | None = None) -> list[Labelled]:
+def load_labeled_texts(source: str, split: Split = "train", columns: Columns | None = None) -> list[LabeledText]:
     """The labelled rows of a source.
 
     `source` is a name in `HUB`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet file; or a
@@ -74,7 +74,7 @@ def rows(source: str, split: Split = "train", columns: Columns | None = None) ->
     if known is not None and split not in known.files and not Path(source).exists():
         raise InputError(f"{source} has no {split} split on the hub: leave {option} out to keep --heldout rows for it")
     hubs = {name: instruction_datasets.Hub(it.repo, it.files[split]) for name, it in HUB.items() if split in it.files}
-    found, hub = instruction_datasets.found_in(source, hubs, option, split, {".txt": _semicolons})
+    found, hub = instruction_datasets.open_source(source, hubs, option, split, {".txt": _semicolons})
     own, names = (known.columns, known.names) if known and hub else (Columns(), ())
     taken = [_row(record, columns or own, names, f"{source}, {where}") for where, record in found]
     if not taken:
@@ -94,7 +94,7 @@ def _semicolons(path: Path) -> Iterator[instruction_datasets.Record]:
             yield f"line {number}", {"text": text, "label": label}
 
 
-def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> Labelled:
+def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> LabeledText:
     """`names` says what a class is called where the source counts them."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
@@ -109,7 +109,7 @@ def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> L
     text, label, *more = (_given(record[name], name, where, read) for name, read in values)
     if names and label.isdecimal() and int(label) < len(names):
         label = names[int(label)]
-    return Labelled(text, more[0] if more else "", label, where)
+    return LabeledText(text, more[0] if more else "", label, where)
 
 
 def _given(value: Any, name: str, where: str, read: Callable[[Any, str, str], str]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fgpt.data.packing import ends
+from fgpt.data.packing import truncate_middle
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
@@ -24,7 +24,7 @@ GAP = " ..."
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledText:
     """A text, or a pair of them, and the name of its class (empty when that is to be told)."""
 
     text: str
@@ -51,7 +51,7 @@ def classes(names: Sequence[str]) -> Labels:
     return Labels(tuple(names), tuple(range(len(names))))
 
 
-def words(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
+def verbalizers(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     """Labels as next tokens: each name, with a space before it, is one token. See `word`.
 
     Raises InputError where one is several, or two are the same.
@@ -79,7 +79,7 @@ def word(name: str, tokenizer: Tokenizer) -> list[int]:
     return next((tokens for tokens in several if len(tokens) == 1), several[1])
 
 
-def words_of(given: Sequence[str]) -> dict[str, str]:
+def parse_labels(given: Sequence[str]) -> dict[str, str]:
     """Of labels given as "label" or "label=word", what each is called. Raises InputError for two that are the same."""
     pairs = (entry.partition("=") for entry in given)
     words = {label.strip(): word.strip() or label.strip() for label, _, word in pairs}
@@ -88,7 +88,7 @@ def words_of(given: Sequence[str]) -> dict[str, str]:
     return words
 
 
-def named(words: Mapping[str, str], rows: Sequence[Labelled]) -> tuple[tuple[str, ...], list[Labelled]]:
+def apply_labels(words: Mapping[str, str], rows: Sequence[LabeledText]) -> tuple[tuple[str, ...], list[LabeledText]]:
     """The names of the classes, which are the words of the labels, and the rows by these names.
 
     Raises InputError for fewer than two, and for a row of any other label.
@@ -105,9 +105,9 @@ def named(words: Mapping[str, str], rows: Sequence[Labelled]) -> tuple[tuple[str
     return names, [replace(row, label=words[row.label]) for row in rows]
 
 
-def settle(
-    given: Sequence[str], train: Sequence[Labelled], test: Sequence[Labelled]
-) -> tuple[tuple[str, ...], list[Labelled], list[Labelled]]:
+def resolve_labels(
+    given: Sequence[str], train: Sequence[LabeledText], test: Sequence[LabeledText]
+) -> tuple[tuple[str, ...], list[LabeledText], list[LabeledText]]:
     """The names of the classes in the order `given`, or sorted where none is, and the rows by these names.
 
     A label given as "label=word" is called by the word from here on.
@@ -115,14 +115,14 @@ def settle(
     Raises InputError as `words_of` and `named` do, and for a label without a training row.
     """
     found = {row.label for row in train}
-    words = words_of(given) or {label: label for label in sorted(found)}
-    names, rows = named(words, [*train, *test])
+    words = parse_labels(given) or {label: label for label in sorted(found)}
+    names, rows = apply_labels(words, [*train, *test])
     if absent := [label for label in words if label not in found]:
         raise InputError(f"label {absent[0]!r} has no training row: add some, or leave it out of --labels")
     return names, rows[: len(train)], rows[len(train) :]
 
 
-def drawn(rows: Sequence[Labelled], names: Sequence[str], count: int, rng: torch.Generator) -> list[Labelled]:
+def sample_shots(rows: Sequence[LabeledText], names: Sequence[str], count: int, rng: torch.Generator) -> list[LabeledText]:
     """`count` of `rows`, as many of each class as of the next but for one, drawn and mixed by the key.
 
     Raises InputError where a class has too few.
@@ -143,7 +143,7 @@ def drawn(rows: Sequence[Labelled], names: Sequence[str], count: int, rng: torch
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptWording:
     """The words around a text. Each stretch is tokenised apart: end a prefix with a newline, not with a space."""
 
     instruction: str = ""
@@ -153,7 +153,7 @@ class Wording:
 
 
 @dataclass(frozen=True)
-class Frame:
+class PromptFrame:
     """The tokens around the texts of a row. All are attended: a separator or an end is a token like any other."""
 
     before: tuple[int, ...]
@@ -166,12 +166,12 @@ class Encoded(NamedTuple):
     """Examples, and how many of them lost the middle of a text."""
 
     examples: list[Example]
-    cut: int
+    num_truncated: int
 
 
-def frame(
-    wording: Wording, names: Sequence[str], tokenizer: Tokenizer, end: bool, shots: Sequence[Labelled] = ()
-) -> Frame:
+def prompt_frame(
+    wording: PromptWording, names: Sequence[str], tokenizer: Tokenizer, end: bool, shots: Sequence[LabeledText] = ()
+) -> PromptFrame:
     """The tokens around every text: with `end`, a last token after it, from which its class is read; `shots` stand
     before it as texts that have their labels. The model's end of text is separator and end; a BOS stands first where
     the model's family has one before every text.
@@ -185,10 +185,10 @@ def frame(
     for shot in shots:
         second = (*between, *encode(shot.text2)) if shot.text2 else ()
         before += (*prefix, *encode(shot.text), *second, *suffix, *word(shot.label, tokenizer), *encode("\n\n"))
-    return Frame(before + prefix, between, suffix + between if end else suffix, encode(GAP))
+    return PromptFrame(before + prefix, between, suffix + between if end else suffix, encode(GAP))
 
 
-def encode(rows: Sequence[Labelled], labels: Labels, around: Frame, tokenizer: Tokenizer, width: int) -> Encoded:
+def encode(rows: Sequence[LabeledText], labels: Labels, around: PromptFrame, tokenizer: Tokenizer, width: int) -> Encoded:
     """Examples of at most `width` tokens; one without a label has the first as a filler.
 
     Raises InputError for an empty text, and where `lay` does.
@@ -200,7 +200,7 @@ def encode(rows: Sequence[Labelled], labels: Labels, around: Frame, tokenizer: T
             raise InputError(f"{where}the text is empty: give the row a text")
         texts = [tokenizer.encode(text) for text in (row.text, row.text2) if text]
         try:
-            tokens, whole = lay(texts, around, width)
+            tokens, whole = assemble(texts, around, width)
         except InputError as err:
             raise InputError(f"{where}{err}") from None
         label = labels.choices[labels.names.index(row.label) if row.label else 0]
@@ -209,7 +209,7 @@ def encode(rows: Sequence[Labelled], labels: Labels, around: Frame, tokenizer: T
     return Encoded(examples, cut)
 
 
-def lay(texts: Sequence[Sequence[int]], around: Frame, width: int) -> tuple[tuple[int, ...], bool]:
+def assemble(texts: Sequence[Sequence[int]], around: PromptFrame, width: int) -> tuple[tuple[int, ...], bool]:
     """One text or two in their frame, in at most `width` tokens, and whether they are whole.
 
     A text that is too long loses its middle, and keeps as much of its head as of its tail. Of two, the longer loses
@@ -243,4 +243,4 @@ def lay(texts: Sequence[Sequence[int]], around: Frame, width: int) -> tuple[tupl
 def _cut(tokens: tuple[int, ...], length: int, gap: tuple[int, ...]) -> tuple[int, ...]:
     if len(tokens) <= length:
         return tokens
-    return tuple(ends(tokens, length - len(gap), gap))
+    return tuple(truncate_middle(tokens, length - len(gap), gap))

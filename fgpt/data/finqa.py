@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-from fgpt.data.packing import ends
-from fgpt.data.prompt_templates import Row
+from fgpt.data.packing import truncate_middle
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
 GAP = "..."
@@ -23,7 +23,7 @@ ROOM = 32
 
 
 @dataclass(frozen=True)
-class FinQA(Row):
+class FinQA(InstructionRow):
     """A question, the page it is asked of, and its answer. `input` is the three parts of the page, joined."""
 
     before: str = ""
@@ -31,7 +31,7 @@ class FinQA(Row):
     after: str = ""
 
 
-def holds(record: Any) -> TypeGuard[dict[str, Any]]:
+def is_finqa(record: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a record is one of FinQA's: by its names, so that a source of any kind may hold some."""
     return isinstance(record, dict) and {"pre_text", "post_text", "table"} <= record.keys()
 
@@ -58,7 +58,7 @@ def read(record: dict[str, Any], where: str) -> FinQA:
     return _row(FinQA(asked["question"], "", next(filter(None, answers), "")), before, table, after)
 
 
-def shorten(rows: Sequence[Row], width: int, length: Callable[[Row], int]) -> tuple[list[Row], int]:
+def shorten(rows: Sequence[InstructionRow], width: int, length: Callable[[InstructionRow], int]) -> tuple[list[InstructionRow], int]:
     """The rows, and how many of them were shortened so that their `length` is at most `width`.
 
     Of a FinQA row that is longer, the texts before and after the table lose as many words of their middle as it takes:
@@ -87,7 +87,7 @@ def _kept(row: FinQA, words: int) -> FinQA:
 
 
 def _cut(words: Sequence[str], most: int) -> str:
-    return " ".join(words if len(words) <= most else ends(words, most, [GAP]))
+    return " ".join(words if len(words) <= most else truncate_middle(words, most, [GAP]))
 
 
 def _row(row: FinQA, before: str, table: str, after: str) -> FinQA:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fgpt.data import conversations, finqa, hub_files
 from fgpt.data.conversations import Conversation
 from fgpt.data.hub_files import HubError, Repo
-from fgpt.data.prompt_templates import Row, Turn
+from fgpt.data.prompt_templates import InstructionRow, Turn
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import OPENERS, format_of, open_text, reading, without_marks
 from fgpt.errors import InputError, one_line, shown
@@ -63,17 +63,17 @@ Readers: TypeAlias = Mapping[str, Callable[[Path], Iterator[Record]]]
 class Examples(NamedTuple):
     """What a source holds."""
 
-    rows: list[Row]
+    rows: list[InstructionRow]
     left_out: Counter[str]
     """What of its conversations is not trained on: how many, by the reason."""
 
 
-def rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[Row]:
+def load_rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[InstructionRow]:
     """The rows of `examples`, which also counts what was left out."""
-    return examples(source, columns, limit).rows
+    return load_examples(source, columns, limit).rows
 
 
-def examples(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> Examples:
+def load_examples(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> Examples:
     """The first `limit` rows (default: all) of a source, and what of it was left out.
 
     `source` is a name in `HUB`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the texts among them
@@ -90,12 +90,12 @@ def examples(source: str | Path, columns: Columns | None = None, limit: int | No
     if "+" in str(source) and not Path(source).exists():
         parts = [part.strip() for part in str(source).split("+")]
         own = [None if part in HUB and not Path(part).exists() else columns for part in parts]
-        several = [examples(part, names) for part, names in zip(parts, own, strict=True)]
+        several = [load_examples(part, names) for part, names in zip(parts, own, strict=True)]
         taken = [row for each in several for row in each.rows][:limit]
         return Examples(taken, sum((each.left_out for each in several), Counter()))
-    found, hub = found_in(str(source), HUB, "--data")
+    found, hub = open_source(str(source), HUB, "--data")
     columns = columns or (hub.columns if hub else Columns())
-    taken, left_out = list[Row](), Counter[str]()
+    taken, left_out = list[InstructionRow](), Counter[str]()
     for where, record in found:
         taken += _rows(record, columns, f"{source}, {where}", left_out)
         if limit is not None and len(taken) >= limit:
@@ -108,7 +108,7 @@ def examples(source: str | Path, columns: Columns | None = None, limit: int | No
     return Examples(taken[:limit], +left_out)
 
 
-def found_in(
+def open_source(
     source: str, hubs: Mapping[str, Hub], option: str, split: str = "train", more: Readers | None = None
 ) -> tuple[Iterator[Record], Hub | None]:
     """The records of a file, which `more` may read, of a folder's split, or else of the hub's dataset of that name, and
@@ -120,7 +120,7 @@ def found_in(
     if path.is_dir() and source:  # Path("") would be the current folder
         return folder_records(path, split), None
     if path.is_file():
-        return records(path, more), None
+        return read_records(path, more), None
     if source in hubs:
         return hub_records(source, hubs[source], option), hubs[source]
     if path.suffix or len(path.parts) > 1:
@@ -131,7 +131,7 @@ def found_in(
     )
 
 
-def texts(source: str, limit: int | None = None) -> list[str]:
+def load_texts(source: str, limit: int | None = None) -> list[str]:
     """The first `limit` rows (default: all) of a source in `TEXTS`.
 
     Raises InputError where the hub cannot be reached.
@@ -140,13 +140,13 @@ def texts(source: str, limit: int | None = None) -> list[str]:
     return [text(record["text"], "text", f"{source}, {where}") for where, record in itertools.islice(found, limit)]
 
 
-def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> list[Row]:
+def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> list[InstructionRow]:
     """The rows of a record: one, or as many as its conversation has answers."""
     if isinstance(record, list):  # messages without a name
         record = {"messages": record}
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
-    if finqa.holds(record):
+    if finqa.is_finqa(record):
         return [finqa.read(record, where)]
     named = columns.instruction in record and columns.output in record
     null = all(is_missing(record.get(name)) for name in (columns.instruction, columns.output))
@@ -162,7 +162,7 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
             )
     name = columns.input or "input"
     given = record.get(name)
-    row = Row(
+    row = InstructionRow(
         text(record[columns.instruction], columns.instruction, where),
         "" if is_missing(given) else text(given, name, where),
         text(record[columns.output], columns.output, where),
@@ -172,14 +172,14 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
     return [row] if conversation is None else _turns(conversation, left_out)
 
 
-def _turns(conversation: Conversation, left_out: Counter[str]) -> list[Row]:
+def _turns(conversation: Conversation, left_out: Counter[str]) -> list[InstructionRow]:
     """The answers of a conversation as rows: a plain one where it is a question and an answer."""
     pairs = conversations.answers(conversation, left_out)
     if len(pairs) == 1:
         (context, answer), *_ = pairs
         if len(context) == 1 and context[0].role == "user" and answer.weight == 1:
-            return [Row(context[0].content, "", answer.content)]
-    rows: list[Row] = []
+            return [InstructionRow(context[0].content, "", answer.content)]
+    rows: list[InstructionRow] = []
     for context, answer in pairs:
         *before, last = context
         asked = last.content if last.role == "user" else conversations.as_text([last])
@@ -216,7 +216,7 @@ def text(value: Any, name: str, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def records(path: Path, more: Readers | None = None) -> Iterator[Record]:
+def read_records(path: Path, more: Readers | None = None) -> Iterator[Record]:
     """The records of a file, by the end of its name; `more` reads others. Raises InputError where it cannot be read."""
     readers = {".json": _json, ".jsonl": _jsonl, ".csv": read_csv, ".tsv": read_tsv, ".parquet": _parquet}
     readers |= dict(more or {})
@@ -342,7 +342,7 @@ def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]
     does, at once.
     """
     found = sorted(download(name, hub, option).glob(hub.files))
-    return itertools.chain.from_iterable(records(path) for path in found)
+    return itertools.chain.from_iterable(read_records(path) for path in found)
 
 
 def download(name: str, hub: Hub, option: str = "--data") -> Path:

@@ -18,14 +18,14 @@ WINDOW = 32
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DropCounts:
     """How many rows `fit` left out: longer than the width, and without an answer."""
 
     long: int
     empty: int
 
 
-def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[list[Example], Dropped]:
+def filter_by_length(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[list[Example], DropCounts]:
     """The examples that can be trained on in rows of `width` tokens, and how many were left out.
 
     Raises InputError for an example that is too long or has no answer (with `drop` it is left out and counted), and
@@ -42,7 +42,7 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
                     f"row {number} has {length} tokens, the limit is {width}: shorten it, raise the limit, or drop "
                     "long rows"
                 )
-        elif example.label is None and length - example.prompt < 2:  # the end of text alone
+        elif example.label is None and length - example.prompt_length < 2:  # the end of text alone
             empty += 1
             if not drop:
                 raise InputError(f"row {number} has no response: give it one, or drop empty rows")
@@ -53,20 +53,20 @@ def fit(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[li
             f"no row with a response that fits: {len(examples)} rows came, {long} above the limit of {width} tokens "
             f"and {empty} without a response; raise the limit or mend the rows"
         )
-    return kept, Dropped(long, empty)
+    return kept, DropCounts(long, empty)
 
 
-def ends(items: Sequence[T], count: int, gap: Sequence[T]) -> list[T]:
+def truncate_middle(items: Sequence[T], count: int, gap: Sequence[T]) -> list[T]:
     """`count` of the items, as many from their head as from their tail but for one, and `gap` where the middle was."""
     tail = count // 2
     return [*items[: count - tail], *gap, *items[len(items) - tail :]]
 
 
-def cut(example: Example, width: int) -> Example:
+def truncate(example: Example, width: int) -> Example:
     """An example of `width` tokens at most: of a long one, prompt and the first part of the answer, whose end the model
     is then not shown. Where the prompt alone leaves no room for an answer, all of it, for `fit` to refuse.
     """
-    whole = len(example.tokens) <= width or example.prompt > width - 2
+    whole = len(example.tokens) <= width or example.prompt_length > width - 2
     return example if whole else replace(example, tokens=example.tokens[:width])
 
 
@@ -106,7 +106,7 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
 def _weights(example: Example) -> list[float]:
     """What each position's prediction counts: position i predicts token i + 1."""
     end = len(example.tokens) + (example.label is not None)
-    return [example.weight * (example.prompt <= i + 1 < end) for i in range(len(example.tokens))]
+    return [example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))]
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -133,7 +133,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return [indices for indices in bins if indices]
 
 
-def epoch(
+def epoch_batches(
     examples: Sequence[Example], width: int, rows: int, rng: torch.Generator, packed: bool = True
 ) -> list[list[list[Example]]]:
     """One pass over the examples as micro-batches of at most `rows` rows, each ready for `collate`.
@@ -143,7 +143,7 @@ def epoch(
 
     Raises InputError as `fit` does.
     """
-    fit(examples, width)  # here and not in `pack`, which would name the row by its place in the shuffle
+    filter_by_length(examples, width)  # here and not in `pack`, which would name the row by its place in the shuffle
     shuffled = [examples[i] for i in _permutation(len(examples), fold_in(rng, "examples"))]
     if packed:
         bins = pack([len(example.tokens) for example in shuffled], width)

@@ -10,7 +10,7 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 @dataclass(frozen=True)
-class Row:
+class InstructionRow:
     """An instruction, what it is to be applied to (may be empty), and its answer (empty when it is to be generated)."""
 
     instruction: str
@@ -19,7 +19,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Turn(Row):
+class Turn(InstructionRow):
     """An answer within a conversation: `output` is the answer; for people to read, `instruction` is the message before
     it, and `input` the conversation up to there. A prompt is made of `messages` alone.
 
@@ -50,7 +50,7 @@ class Template:
     tool: str = "Tool: {content}\n\n"
     """What the result of a tool looks like."""
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, row: InstructionRow) -> str:
         """All that precedes the answer. The row's text is never read as a format: braces are safe."""
         if row.input.strip():
             return self.with_input.format(instruction=row.instruction, input=row.input)
@@ -73,7 +73,7 @@ class Template:
                     turns.append((prompt + self.response, answer))
                     prompt = ""
             elif role == "user":
-                prompt += self.prompt(Row("\n\n".join(contents))).removesuffix(self.response)
+                prompt += self.prompt(InstructionRow("\n\n".join(contents))).removesuffix(self.response)
             else:
                 look = self.system if role == "system" else self.tool
                 prompt += "".join(look.format(content=content) for content in contents)
@@ -124,14 +124,14 @@ class Example:
     """A row as tokens: prompt, answer, end of text. The first `prompt` tokens are given and carry no loss."""
 
     tokens: tuple[int, ...]
-    prompt: int
+    prompt_length: int
     label: int | None = None
     """What the last token predicts, where that is no token of the row: its class, or its class's one token."""
     weight: float = 1.0
     """What each token of the answer counts in the loss."""
 
 
-def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The prompt's tokens, in training and in generation alike: after a BOS where the model's family has one before
     every text. Special tokens in the row's text are plain text, but in a chat, whose template writes its own BOS.
     Earlier answers of a conversation are each closed by the end token, as in training; a chat template closes them
@@ -149,7 +149,7 @@ def encode_prompt(row: Row, template: Template, tokenizer: Tokenizer) -> tuple[i
     return tuple(tokens)
 
 
-def _chat(row: Row, template: Template, tokenizer: Tokenizer) -> list[int]:
+def _chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[int]:
     messages = row.messages if isinstance(row, Turn) else (Message("user", template.prompt(row)),)
     try:
         return tokenizer.chat([{"role": message.role, "content": message.content} for message in messages])
@@ -159,7 +159,7 @@ def _chat(row: Row, template: Template, tokenizer: Tokenizer) -> list[int]:
         raise
 
 
-def encode(row: Row, template: Template, tokenizer: Tokenizer) -> Example:
+def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Example:
     """Prompt, answer and end, which carries loss: <|endoftext|>, or in a chat what the model's template ends a turn by.
 
     Prompt and answer are tokenised apart: no merge crosses the border, so the prompt reads as generation will write it.

@@ -22,18 +22,18 @@ from fgpt.kernels.precision import at_least_fp32
 from fgpt.model import GPT, Config, hidden, logits
 from fgpt.tree import device
 
-Pair: TypeAlias = tuple[Sequence[int], Sequence[int]]
+Request: TypeAlias = tuple[Sequence[int], Sequence[int]]
 """(context, continuation): what is given, one token at least, and what is scored after it."""
 
 
-class Scored(NamedTuple):
+class LogLikelihood(NamedTuple):
     """What a model says of a continuation."""
 
     logprobs: list[float]
     """ln p of each of its tokens, in nats."""
     greedy: list[bool]
     """Whether each is the likeliest, which greedy decoding would have written."""
-    cut: int = 0
+    truncated: int = 0
     """Tokens that the context lost at its beginning, for want of room."""
 
     @property
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
         return math.fsum(self.logprobs)
 
 
-def score(params: GPT, pairs: Sequence[Pair], rows: int = 8) -> list[Scored]:
+def loglikelihood(params: GPT, pairs: Sequence[Request], batch_size: int = 8) -> list[LogLikelihood]:
     """The score of each pair, in their order, `rows` of them read at once.
 
     The model reads context and continuation but for its last token. Where these are more than its context has room for,
@@ -51,12 +51,12 @@ def score(params: GPT, pairs: Sequence[Pair], rows: int = 8) -> list[Scored]:
     Raises InputError for an empty context, a continuation that is empty or longer than the model's context (`rolling`
     scores long texts), and where a probability is not a number.
     """
-    found = {i: scored for some in scoring(params, pairs, rows) for i, scored in some}
+    found = {i: scored for some in iter_loglikelihood(params, pairs, batch_size) for i, scored in some}
     return [found[i] for i in range(len(pairs))]
 
 
 @torch.no_grad()
-def scoring(params: GPT, pairs: Sequence[Pair], rows: int = 8) -> Iterator[list[tuple[int, Scored]]]:
+def iter_loglikelihood(params: GPT, pairs: Sequence[Request], batch_size: int = 8) -> Iterator[list[tuple[int, LogLikelihood]]]:
     """What `score` gathers, as it comes: numbers of pairs and their scores.
 
     The longest come first, so that memory, if it is short, is so at once; rows read together are of like length. What
@@ -64,9 +64,9 @@ def scoring(params: GPT, pairs: Sequence[Pair], rows: int = 8) -> Iterator[list[
 
     Raises InputError as `score` does, before anything is computed where the lengths tell.
     """
-    if rows < 1:
-        raise InputError(f"rows is {rows}: expected 1 or more to be read at once")
-    context, at = params.cfg.context, device(params)
+    if batch_size < 1:
+        raise InputError(f"rows is {batch_size}: expected 1 or more to be read at once")
+    context, at = params.cfg.n_ctx, device(params)
     askers: dict[tuple[int, ...], list[int]] = {}
     for i, (given, asked) in enumerate(pairs):
         if not given or not 0 < len(asked) <= context:
@@ -76,21 +76,21 @@ def scoring(params: GPT, pairs: Sequence[Pair], rows: int = 8) -> Iterator[list[
             )
         askers.setdefault((*given, *asked)[:-1][-context:], []).append(i)
     texts = sorted(askers, key=len, reverse=True)
-    for some in (texts[i : i + rows] for i in range(0, len(texts), rows)):
+    for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
         width = len(some[0])
         h = hidden(params, torch.tensor([[*text] + [0] * (width - len(text)) for text in some], device=at))
         asked = [(i, row * width + len(text)) for row, text in enumerate(some) for i in askers[text]]
         where = [end - n for i, end in asked for n in range(len(pairs[i][1]), 0, -1)]
         y = torch.tensor([token for i, _ in asked for token in pairs[i][1]], device=at)
         logprobs, greedy = _told(params, h.flatten(0, -2)[torch.tensor(where, device=at)], y)
-        scores: list[tuple[int, Scored]] = []
+        scores: list[tuple[int, LogLikelihood]] = []
         start = 0
         for i, _ in asked:
             (given, wanted), end = pairs[i], start + len(pairs[i][1])
             if not all(map(math.isfinite, logprobs[start:end])):
                 raise InputError(f"pair {i} has a log-likelihood that is no number: the model diverged, train it again")
             cut = max(0, len(given) + len(wanted) - 1 - context)
-            scores.append((i, Scored(logprobs[start:end], greedy[start:end], cut)))
+            scores.append((i, LogLikelihood(logprobs[start:end], greedy[start:end], cut)))
             start = end
         yield scores
 
@@ -99,7 +99,7 @@ def _told(params: GPT, h: Float[Tensor, "n d_model"], y: Int[Tensor, " n"]) -> t
     """ln p of tokens y after states h, in fp32, and whether each is the likeliest; a chunk of logits at a time."""
     logprobs: list[float] = []
     greedy: list[bool] = []
-    size = max(1, CHUNK_BYTES // (4 * params.cfg.vocab))
+    size = max(1, CHUNK_BYTES // (4 * params.cfg.vocab_size))
     for states, targets in zip(h.split(size), y.split(size)):
         scores: Float[Tensor, "chunk vocab"] = at_least_fp32(logits(params, states))
         best: Bool[Tensor, " chunk"] = scores.argmax(-1) == targets
@@ -111,7 +111,7 @@ def _told(params: GPT, h: Float[Tensor, "n d_model"], y: Int[Tensor, " n"]) -> t
 # ----------------------------------------------------------------------------------------------------------- long texts
 
 
-def windows(tokens: Sequence[int], begin: int, width: int, stride: int) -> list[Pair]:
+def windows(tokens: Sequence[int], begin: int, width: int, stride: int) -> list[Request]:
     """A text as pairs in which each token is scored once: each pair's model input is `width` tokens, the last of which
     are `stride` new ones.
 
@@ -132,28 +132,28 @@ def windows(tokens: Sequence[int], begin: int, width: int, stride: int) -> list[
     return pairs
 
 
-def room(cfg: Config, width: int | None = None, stride: int | None = None) -> tuple[int, int]:
+def window_and_stride(cfg: Config, width: int | None = None, stride: int | None = None) -> tuple[int, int]:
     """Width and stride of a model's window: its context, but 2,048 at most, and half of that, unless they are given.
 
     Raises InputError for a window wider than the context, and unless 1 <= stride <= width.
     """
-    width = min(cfg.context, 2048) if width is None else width
+    width = min(cfg.n_ctx, 2048) if width is None else width
     stride = max(1, width // 2) if stride is None else stride
-    if width > cfg.context:
-        raise InputError(f"a window of {width} tokens is wider than the model's context of {cfg.context}: narrow it")
+    if width > cfg.n_ctx:
+        raise InputError(f"a window of {width} tokens is wider than the model's context of {cfg.n_ctx}: narrow it")
     windows([], 0, width, stride)
     return width, stride
 
 
-def rolling(
-    params: GPT, tokens: Sequence[int], begin: int, width: int | None = None, stride: int | None = None, rows: int = 8
-) -> Scored:
+def loglikelihood_rolling(
+    params: GPT, tokens: Sequence[int], begin: int, width: int | None = None, stride: int | None = None, batch_size: int = 8
+) -> LogLikelihood:
     """The score of a text of any length, each token once: see `windows`, and `room` for what is not given.
 
     Raises InputError as they do.
     """
-    parts = score(params, windows(tokens, begin, *room(params.cfg, width, stride)), rows)
-    return Scored([x for part in parts for x in part.logprobs], [x for part in parts for x in part.greedy])
+    parts = loglikelihood(params, windows(tokens, begin, *window_and_stride(params.cfg, width, stride)), batch_size)
+    return LogLikelihood([x for part in parts for x in part.logprobs], [x for part in parts for x in part.greedy])
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity

@@ -11,7 +11,7 @@ from fgpt.tree import node
 
 
 @node
-class Shift:
+class OutputDifference:
     """The largest change of a logit, and the change of the mean loss in nats per weighted token."""
 
     logit: Float[Tensor, ""]
@@ -19,7 +19,7 @@ class Shift:
 
 
 @torch.no_grad()
-def shift(before: GPT, after: GPT, batch: Batch) -> Shift:
+def compare_outputs(before: GPT, after: GPT, batch: Batch) -> OutputDifference:
     """What `batch` shows of the way from `before` to `after`: merging over a quantised base, rounding, quantising."""
     a, b = (at_least_fp32(apply(params, batch.tokens, batch.segments)) for params in (before, after))
-    return Shift((b - a).abs().max(), loss(after, batch) - loss(before, batch))
+    return OutputDifference((b - a).abs().max(), loss(after, batch) - loss(before, batch))

@@ -14,7 +14,7 @@ from fgpt.model import Config
 FAMILIES = (GPT2, GPTJ, NEOX, LLAMA)
 
 
-def of_config(config: Mapping[str, Any]) -> Family:
+def family_from_config(config: Mapping[str, Any]) -> Family:
     """The family of a hub's `config.json`. Raises InputError for an architecture that is none of ours."""
     known = {kind: family for family in FAMILIES for kind in family.model_types}
     if not isinstance(kind := config.get("model_type"), str) or kind not in known:
@@ -24,7 +24,7 @@ def of_config(config: Mapping[str, Any]) -> Family:
     return known[kind]
 
 
-def of(cfg: Config) -> Family:
+def family_of(cfg: Config) -> Family:
     """The family that a config of ours belongs to: the one that gives it back.
 
     Raises InputError where there is none.

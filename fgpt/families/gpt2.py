@@ -9,17 +9,17 @@ from typing import Any
 
 from fgpt.families.mapping import (
     Family,
-    Stored,
+    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layers,
+    layer_mappings,
     number,
     paths,
-    size,
+    optional_size,
     sizes,
     sizes_to_hf,
-    whole,
+    one_to_one,
 )
 from fgpt.model import Config
 
@@ -30,7 +30,7 @@ SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model", "n_posit
 def common(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[str, Any]:
     """What GPT-2's config says, and GPT-J's alike, by our names. Raises InputError as `sizes` and `activation` do."""
     return sizes(config, names) | {
-        "d_mlp": size(config, "n_inner", 4 * config["n_embd"]),
+        "d_mlp": optional_size(config, "n_inner", 4 * config["n_embd"]),
         "eps": number(config, "layer_norm_epsilon", 1e-5),
         "act": activation(config, "activation_function", "gelu_new"),
     }
@@ -40,9 +40,9 @@ def common_to_hf(cfg: Config, names: Mapping[str, str] = SIZES) -> dict[str, Any
     """`common` undone."""
     return sizes_to_hf(cfg, names) | {
         "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
-        "layer_norm_epsilon": cfg.eps,
+        "layer_norm_epsilon": cfg.norm_eps,
         "activation_function": activation_to_hf(cfg),
-        "tie_word_embeddings": cfg.tied,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
     }
 
 
@@ -59,7 +59,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     biases = Config.biases if flag(config, "bias", True) else ""
     return Config(
         **found,
-        tied=flag(config, "tie_word_embeddings", True),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", True),
         biases=biases,
         scale_attn_weights=flag(config, "scale_attn_weights", True),
         scale_attn_by_inverse_layer_idx=flag(config, "scale_attn_by_inverse_layer_idx", False),
@@ -68,20 +68,20 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The hub's `config.json` of our config."""
-    ends = {"bos_token_id": cfg.vocab - 1, "eos_token_id": cfg.vocab - 1}
+    ends = {"bos_token_id": cfg.vocab_size - 1, "eos_token_id": cfg.vocab_size - 1}
     own: dict[str, Any] = {} if cfg.biases else {"bias": False}
     own |= {} if cfg.scale_attn_weights else {"scale_attn_weights": False}
     own |= {"scale_attn_by_inverse_layer_idx": True} if cfg.scale_attn_by_inverse_layer_idx else {}
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | own
 
 
-def stored(cfg: Config) -> list[Stored]:
+def stored(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
     bare = paths(cfg)
-    found = whole({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
+    found = one_to_one({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
     for i in range(cfg.n_layer):
         ours, theirs = f"blocks.{i}", f"h.{i}"
-        found += layers({f"{ours}.{norm}": f"{theirs}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
+        found += layer_mappings({f"{ours}.{norm}": f"{theirs}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
         for modules, name in (
             (("attn.q", "attn.k", "attn.v"), "attn.c_attn"),
             (("attn.o",), "attn.c_proj"),
@@ -89,9 +89,9 @@ def stored(cfg: Config) -> list[Stored]:
             (("mlp.down",), "mlp.c_proj"),
         ):
             weights, biases = (tuple(f"{ours}.{x}.{leaf}" for x in modules) for leaf in ("w", "b"))
-            found.append(Stored(f"{theirs}.{name}.weight", weights, transposed=True))
-            found += [Stored(f"{theirs}.{name}.bias", biases)] if biases[0] in bare else []
-    return found + layers({"ln_f": "ln_f"} | ({} if cfg.tied else {"head": "lm_head"}), bare)
+            found.append(TensorMapping(f"{theirs}.{name}.weight", weights, transposed=True))
+            found += [TensorMapping(f"{theirs}.{name}.bias", biases)] if biases[0] in bare else []
+    return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 GPT2 = Family(
@@ -100,5 +100,5 @@ GPT2 = Family(
     buffers=(".attn.bias", ".attn.masked_bias"),  # causal masks that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    stored=stored,
+    tensor_mappings=stored,
 )

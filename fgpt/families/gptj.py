@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.mapping import Family, Stored, layers, only, paths, whole
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, require_values, paths, one_to_one
 from fgpt.model import Config
 
 SIZES = gpt2.SIZES | {"rotary_dim": "rotary"}
@@ -24,8 +24,8 @@ LAYERS = {
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
     found = gpt2.common(config, SIZES)
-    only(config, {"tie_word_embeddings": False})
-    return Config(**found, tied=False, parallel=True, norms=1, biases="up down norm head", interleaved=True)
+    require_values(config, {"tie_word_embeddings": False})
+    return Config(**found, tie_word_embeddings=False, parallel_residual=True, n_norms=1, biases="up down norm head", interleaved=True)
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"} | gpt2.common_to_hf(cfg, SIZES)
 
 
-def stored(cfg: Config) -> list[Stored]:
+def stored(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
     bare = paths(cfg)
-    found = whole({"wte.w": "wte.weight"})
+    found = one_to_one({"wte.w": "wte.weight"})
     for i in range(cfg.n_layer):
-        found += layers({f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
-    return found + layers({"ln_f": "ln_f"} | ({} if cfg.tied else {"head": "lm_head"}), bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+    return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 GPTJ = Family(
@@ -52,5 +52,5 @@ GPTJ = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    stored=stored,
+    tensor_mappings=stored,
 )

@@ -9,22 +9,22 @@ from typing import Any
 from fgpt.errors import InputError, shown
 from fgpt.families.mapping import (
     LLAMA_SIZES,
-    MOST,
+    MAX_SIZE,
     Family,
-    Stored,
+    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layers,
+    layer_mappings,
     number,
     paths,
     rope,
     rope_to_hf,
-    size,
+    optional_size,
     sizes,
     sizes_to_hf,
-    whole,
-    whole_numbers,
+    one_to_one,
+    require_positive_ints,
 )
 from fgpt.model import Config
 
@@ -63,24 +63,24 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     else:
         attention = "q k v o" if flag(config, "attention_bias", False) else ""
         biases = f"{attention} {'up down gate' if flag(config, 'mlp_bias', False) else ''}".strip()
-    d_head = size(config, "head_dim", 128 if kind == "qwen3" else config["hidden_size"] // heads)
-    if d_head * heads > MOST:
-        raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MOST} components at most")
+    d_head = optional_size(config, "head_dim", 128 if kind == "qwen3" else config["hidden_size"] // heads)
+    if d_head * heads > MAX_SIZE:
+        raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MAX_SIZE} components at most")
     fewer = kind == "mistral" and "num_key_value_heads" not in config
-    kv = size(config, "num_key_value_heads", 8 if fewer else heads)
+    kv = optional_size(config, "num_key_value_heads", 8 if fewer else heads)
     fields: dict[str, Any] = found | rope(config, found, d_head) | window(config, kind, found["n_layer"])
     return Config(
         **fields,
-        eps=number(config, "rms_norm_eps", 1e-6),
-        tied=flag(config, "tie_word_embeddings", False),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", False),
         n_kv=None if kv == heads else kv,
         d_head=None if d_head * heads == config["hidden_size"] else d_head,
-        act=activation(config, "hidden_act", "silu"),
-        norm="rms",
+        activation=activation(config, "hidden_act", "silu"),
+        norm_type="rms",
         qk_norm=kind == "qwen3",
-        gated=True,
+        gated_mlp=True,
         biases=biases,
-        rotary=d_head,
+        rotary_dim=d_head,
     )
 
 
@@ -93,7 +93,7 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
     slides = {"llama": False, "mistral": True}.get(kind) or flag(config, "use_sliding_window", False)
     found = config.get("sliding_window", 4096) if slides else None
     if found is not None:
-        whole_numbers({"sliding_window": found}, ["sliding_window"])
+        require_positive_ints({"sliding_window": found}, ["sliding_window"])
     first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
     if type(first) is not int or first < 0:
         raise InputError(f"config.json: expected a whole number for max_window_layers, got {shown(first)}")
@@ -137,8 +137,8 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         "hidden_act": activation_to_hf(cfg),
         "num_key_value_heads": cfg.kv_heads,
         "head_dim": cfg.head_size,
-        "rms_norm_eps": cfg.eps,
-        "tie_word_embeddings": cfg.tied,
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
         **rope_to_hf(cfg),
         **window_to_hf(cfg, kind),
     }
@@ -147,13 +147,13 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return config | {"mlp_bias": "gate" in cfg.biases.split()} if kind == "llama" else config
 
 
-def stored(cfg: Config) -> list[Stored]:
+def stored(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
     bare = paths(cfg)
-    found = whole({"wte.w": "embed_tokens.weight"})
+    found = one_to_one({"wte.w": "embed_tokens.weight"})
     for i in range(cfg.n_layer):
-        found += layers({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
-    return found + layers({"ln_f": "norm"} | ({} if cfg.tied else {"head": "lm_head"}), bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+    return found + layer_mappings({"ln_f": "norm"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 LLAMA = Family(
@@ -162,5 +162,5 @@ LLAMA = Family(
     buffers=(".rotary_emb.inv_freq",),  # angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    stored=stored,
+    tensor_mappings=stored,
 )

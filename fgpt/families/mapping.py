@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError, shown
-from fgpt.kernels.quantized_linear import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
-from fgpt.kernels.rotary import Dynamic, Yarn
-from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused, skeleton
-from fgpt.tree import leaves, update, walk
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise8bit, Blockwise4bit, Quantized
+from fgpt.kernels.rotary import DynamicScaling, YarnScaling
+from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused_qkv, abstract_params
+from fgpt.tree import leaves, replace_at, walk
 from fgpt.weights import Adapted, shape
 
 
 @dataclass(frozen=True)
-class Held:
+class LazyTensor:
     """A tensor that is read when it is asked for: its shape, where that can be told before, and how to read it."""
 
     shape: tuple[int, ...] | None
-    read: Callable[[], Tensor | Quantised]
+    read: Callable[[], Tensor | Quantized]
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorMapping:
     """A tensor of the hub's, and the leaves of ours that it holds, as rows one after the other."""
 
     name: str
@@ -52,7 +52,7 @@ class Family:
     """Endings of tensors that are no parameters."""
     config_from_hf: Callable[[Mapping[str, Any]], Config]
     config_to_hf: Callable[[Config], dict[str, Any]]
-    stored: Callable[[Config], list[Stored]]
+    tensor_mappings: Callable[[Config], list[TensorMapping]]
 
 
 SCORE = "score.weight"
@@ -62,25 +62,25 @@ Place: TypeAlias = Callable[[str, Any], Any]
 """(path, leaf) -> what stands there: cast, or quantised."""
 
 
-def whole(names: Mapping[str, str]) -> list[Stored]:
+def one_to_one(names: Mapping[str, str]) -> list[TensorMapping]:
     """The tensors that are one leaf each: {our path: the hub's name}."""
-    return [Stored(name, (path,)) for path, name in names.items()]
+    return [TensorMapping(name, (path,)) for path, name in names.items()]
 
 
-def layers(names: Mapping[str, str], bare: Container[str]) -> list[Stored]:
+def layer_mappings(names: Mapping[str, str], bare: Container[str]) -> list[TensorMapping]:
     """The same for {our layer: the hub's module}: weight and bias of each, where they are among `bare`, our leaves."""
     pairs = (
         (f"{ours}.{leaf}", f"{theirs}.{ending}")
         for ours, theirs in names.items()
         for leaf, ending in (("w", "weight"), ("b", "bias"))
     )
-    return whole({path: name for path, name in pairs if path in bare})
+    return one_to_one({path: name for path, name in pairs if path in bare})
 
 
 # --------------------------------------------------------------------------------------------------------- hub to ours
 
 
-def parameters(tensors: Mapping[str, Held], cfg: Config, family: Family) -> tuple[dict[str, Held], Config]:
+def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -> tuple[dict[str, LazyTensor], Config]:
     """The parameters among a hub's tensors, without the family's prefix, and the config that is true of them.
 
     Where the config says that head and embedding are one, and the tensors are two that differ (the head was trained by
@@ -89,10 +89,10 @@ def parameters(tensors: Mapping[str, Held], cfg: Config, family: Family) -> tupl
     Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
     """
     held = _without_prefix(tensors, family)
-    if not cfg.tied:
+    if not cfg.tie_word_embeddings:
         return held, cfg
     apart = replace(cfg, tied=False)
-    stored = {s.paths[0]: s.name for s in family.stored(apart)}
+    stored = {s.paths[0]: s.name for s in family.tensor_mappings(apart)}
     table, head = stored["wte.w"], stored["head.w"]
     if head not in held:
         return held, cfg
@@ -104,7 +104,7 @@ def parameters(tensors: Mapping[str, Held], cfg: Config, family: Family) -> tupl
     return held, apart
 
 
-def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
+def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
     """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
     are views: no copy is made.
 
@@ -116,10 +116,10 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantised one.
     """
-    bare, table = skeleton(cfg), {s.name: s for s in family.stored(cfg)}
+    bare, table = abstract_params(cfg), {s.name: s for s in family.tensor_mappings(cfg)}
     empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
 
-    def read(s: Stored) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
+    def read(s: TensorMapping) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = held[s.name].read(), sizes[s.name]
         _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
         if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
@@ -133,13 +133,13 @@ def from_hf(held: Mapping[str, Held], cfg: Config, family: Family, place: Place 
     for s in table.values():
         new |= read(s)
     for attn in [path.removesuffix(".qkv.w") for path in new if path.endswith(".qkv.w")]:
-        bare = update(bare, {attn: FusedAttention(fused(_node(bare, attn)), _node(bare, f"{attn}.o"))})
+        bare = replace_at(bare, {attn: FusedAttention(fused_qkv(_node(bare, attn)), _node(bare, f"{attn}.o"))})
         biases = [new.pop(f"{attn}.{x}.b") for x in "qkv" if f"{attn}.{x}.b" in new]
         new |= {f"{attn}.qkv.b": torch.cat(biases)} if biases else {}
-    return update(bare, new)
+    return replace_at(bare, new)
 
 
-def _without_prefix(held: Mapping[str, Held], family: Family) -> dict[str, Held]:
+def _without_prefix(held: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
     """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
 
     Raises InputError where a tensor is there by both names.
@@ -160,18 +160,18 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a.to(wide), b.to(wide))
 
 
-def _checked_sizes(held: Mapping[str, Held], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+def _checked_sizes(held: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the family has under a config.
 
     Raises InputError where one is missing, surplus, or of another shape.
     """
-    table = {s.name: s for s in family.stored(cfg)}
+    table = {s.name: s for s in family.tensor_mappings(cfg)}
     if missing := [name for name in table if name not in held]:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
     if surplus := held.keys() - table.keys():
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
-    empty = leaves(skeleton(cfg))
-    sizes = {name: tuple(joined([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    empty = leaves(abstract_params(cfg))
+    sizes = {name: tuple(join_heads([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
     for name, size in sizes.items():
         _same(name, size, held[name].shape)
     return sizes
@@ -186,11 +186,11 @@ def _node(tree: Any, path: str) -> Any:
     return dict(walk(tree))[path]
 
 
-def split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
+def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
     """The leaves in a tensor; it alone where it is quantised and cannot be split."""
     if len(s.paths) == 1:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
-    if isinstance(x, QUANTISED):
+    if isinstance(x, QUANTIZED):
         if s.heads:
             raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantised: quantize a plain one")
         return equal_parts(x, len(s.paths)) or [x]
@@ -200,7 +200,7 @@ def split(x: Any, s: Stored, sizes: list[tuple[int, ...]]) -> list[Any]:
     return list((x.T if s.transposed and x.ndim == 2 else x).split([size[0] for size in sizes]))
 
 
-def joined(parts: list[Tensor], s: Stored) -> Tensor:
+def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
     """The tensor of the leaves `parts`, as the hub has it."""
     if s.heads:
         return torch.stack([x.unflatten(0, (s.heads, -1)) for x in parts], 1).flatten(0, 2)
@@ -208,9 +208,9 @@ def joined(parts: list[Tensor], s: Stored) -> Tensor:
     return x.T if s.transposed else x
 
 
-def equal_parts(w: Quantised, n: int) -> list[Any] | None:
+def equal_parts(w: Quantized, n: int) -> list[Any] | None:
     """The rows of `w` in n equal parts, still quantised as they are; None where a block lies across two parts."""
-    per = w.block if isinstance(w, Blockwise8) else BLOCK if isinstance(w, FourBit) else w.shape[1]
+    per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):
         return None
     scales = list(w.absmax.chunk(n)) if isinstance(w.absmax, Tensor) else equal_parts(w.absmax, n)
@@ -227,15 +227,15 @@ def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
     """
     if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
-    held, cfg = unfused(leaves(params), params.cfg), params.cfg
-    classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab
+    held, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
+    classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab_size
     body = replace(cfg, tied=True) if classes else cfg  # without a head of tokens
-    made = {s.name: joined([held[path] for path in s.paths], s) for s in family.stored(body)}
+    made = {s.name: join_heads([held[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
     named = {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
     return named | ({SCORE: held["head.w"]} if classes else {})
 
 
-def unfused(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
+def unfuse_qkv(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
     """`tensors` by path, with those of q, k and v in one as those of each."""
     n, kv = (cfg.head_size * heads for heads in (cfg.n_head, cfg.kv_heads))
     made: dict[str, Tensor] = {}
@@ -251,7 +251,7 @@ def unfused(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
 
 def paths(cfg: Config) -> Container[str]:
     """Our leaves under a config."""
-    return leaves(skeleton(cfg)).keys()
+    return leaves(abstract_params(cfg)).keys()
 
 
 def is_head(name: str) -> bool:
@@ -262,11 +262,11 @@ def is_head(name: str) -> bool:
 def check(params: GPT) -> None:
     """Raises InputError where a part of `params` has not the size that its config gives it."""
     cfg = params.cfg
-    bare = skeleton(cfg)
+    bare = abstract_params(cfg)
     want: dict[str, Any] = {path: x for path, x in walk(bare) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}
     for i, p in enumerate(params.blocks[: cfg.n_layer]):
         if isinstance(p.attn, FusedAttention):
-            want[f"blocks.{i}.attn.qkv"] = fused(bare.blocks[i].attn)
+            want[f"blocks.{i}.attn.qkv"] = fused_qkv(bare.blocks[i].attn)
             for part in "qkv":
                 del want[f"blocks.{i}.attn.{part}"]
     got: dict[str, Any] = {path: x for path, x in walk(params) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}
@@ -290,25 +290,25 @@ def check(params: GPT) -> None:
 # -------------------------------------------------------------------------------------------------------------- configs
 
 
-MOST, DEEPEST = 1 << 24, 1 << 10
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10
 """The largest size, and number of layers, that a config may have: far above any model's, and far below what would fill
 the memory with the names of layers, or overflow the size of a tensor.
 """
 
 
-def whole_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:
+def require_positive_ints(config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raises InputError where one of `names` is missing or no whole number from 1 to MOST."""
-    bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MOST]
+    bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MAX_SIZE]
     if bad:
         got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
-        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MOST}; got {got}")
+        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}")
 
 
-def size(config: Mapping[str, Any], name: str, default: int) -> int:
+def optional_size(config: Mapping[str, Any], name: str, default: int) -> int:
     """A size that a config may leave out, or as null or 0 to its default. Raises InputError as `whole_numbers` does."""
     if name not in config or config[name] in (None, 0):
         return default
-    whole_numbers(config, [name])
+    require_positive_ints(config, [name])
     return config[name]
 
 
@@ -343,10 +343,10 @@ def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]
     """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does, and for more than
     DEEPEST layers.
     """
-    whole_numbers(config, names)
+    require_positive_ints(config, names)
     found = {ours: config[theirs] for theirs, ours in names.items()}
-    if found["n_layer"] > DEEPEST:
-        raise InputError(f"config.json: expected at most {DEEPEST} layers, got {found['n_layer']}")
+    if found["n_layer"] > MAX_LAYERS:
+        raise InputError(f"config.json: expected at most {MAX_LAYERS} layers, got {found['n_layer']}")
     return found
 
 
@@ -355,7 +355,7 @@ def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
     return {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
 
 
-def only(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def require_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
     for name, value in values.items():
         if config.get(name, value) != value:
@@ -389,7 +389,7 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
 
 def activation_to_hf(cfg: Config) -> str:
     """The hub's first name of our activation."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.act)
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
 
 
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -431,17 +431,17 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
         except (ValueError, OverflowError):
             raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
     elif kind == "dynamic":
-        stretch = Dynamic(_above_0(scaling, "factor"), context)
-        if stretch.factor < 1 or stretch.factor * context > MOST or dim <= 2:
+        stretch = DynamicScaling(_above_0(scaling, "factor"), context)
+        if stretch.factor < 1 or stretch.factor * context > MAX_SIZE or dim <= 2:
             raise InputError(
-                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MOST} positions, and 4 rotated "
+                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MAX_SIZE} positions, and 4 rotated "
                 f"components or more; got {stretch.factor}, {context} positions and {dim} components"
             )
         context = int(stretch.factor * context)
     return {"base": base, "stretch": stretch, "context": context}
 
 
-def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> Yarn:
+def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> YarnScaling:
     """YaRN as transformers reads it: what is left out has the values of the paper.
 
     Source: Peng et al. 2023 (YaRN), section 3.4; DeepSeek-AI 2024 (DeepSeek-V2) for the two mscale.
@@ -452,7 +452,7 @@ def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -
     size, whole = _given(scaling, "mscale"), _given(scaling, "mscale_all_dim")
     grown = math.log(factor) if factor > 1 else 0.0
     usual = (0.1 * size * grown + 1) / (0.1 * whole * grown + 1) if size and whole else 0.1 * grown + 1
-    return Yarn(
+    return YarnScaling(
         factor,
         _given(scaling, "beta_fast") or 32.0,
         _given(scaling, "beta_slow") or 1.0,
@@ -483,17 +483,17 @@ def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> floa
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:
     """`rope` undone, as old and new readers know it."""
-    if (stretch := cfg.stretch) is None:
+    if (stretch := cfg.rope_scaling) is None:
         scaling = None
-    elif isinstance(stretch, Yarn):
+    elif isinstance(stretch, YarnScaling):
         scaling = {"rope_type": "yarn"} | stretch._asdict()
         scaling["original_max_position_embeddings"] = int(scaling.pop("context"))
-    elif isinstance(stretch, Dynamic):
+    elif isinstance(stretch, DynamicScaling):
         scaling = {"rope_type": "dynamic", "factor": stretch.factor}
-        return {"rope_theta": cfg.base, "rope_scaling": scaling, "max_position_embeddings": stretch.context}
+        return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, "max_position_embeddings": stretch.context}
     elif stretch[3] == 0:
         scaling = {"rope_type": "linear", "factor": stretch[0]}
     else:
         scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, stretch, strict=True))
         scaling["original_max_position_embeddings"] = int(stretch[3])
-    return {"rope_theta": cfg.base, "rope_scaling": scaling}
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling}

@@ -9,20 +9,20 @@ from fgpt.errors import InputError
 from fgpt.families.mapping import (
     LLAMA_SIZES,
     Family,
-    Stored,
+    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layers,
+    layer_mappings,
     number,
-    only,
+    require_values,
     paths,
     rope,
     rope_fields,
     rope_to_hf,
     sizes,
     sizes_to_hf,
-    whole,
+    one_to_one,
 )
 from fgpt.model import Config
 
@@ -38,7 +38,7 @@ LAYERS = {
 def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
     found = sizes(config, LLAMA_SIZES)
-    only(config, {"attention_bias": True})
+    require_values(config, {"attention_bias": True})
     of_head = config["hidden_size"] // config["num_attention_heads"]
     scaling = rope_fields(config)
     own = "partial_rotary_factor" in scaling
@@ -49,11 +49,11 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     fields: dict[str, Any] = found | rope(config, found, rotary)
     return Config(
         **fields,
-        eps=number(config, "layer_norm_eps", 1e-5),
-        tied=flag(config, "tie_word_embeddings", False),
-        act=activation(config, "hidden_act", "gelu"),
-        parallel=flag(config, "use_parallel_residual", True),
-        rotary=rotary,
+        norm_eps=number(config, "layer_norm_eps", 1e-5),
+        tie_word_embeddings=flag(config, "tie_word_embeddings", False),
+        activation=activation(config, "hidden_act", "gelu"),
+        parallel_residual=flag(config, "use_parallel_residual", True),
+        rotary_dim=rotary,
     )
 
 
@@ -65,25 +65,25 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         "model_type": "gpt_neox",
         **sizes_to_hf(cfg, LLAMA_SIZES),
         "hidden_act": activation_to_hf(cfg),
-        "use_parallel_residual": cfg.parallel,
-        "rotary_pct": cfg.rotary / cfg.head_size,
+        "use_parallel_residual": cfg.parallel_residual,
+        "rotary_pct": cfg.rotary_dim / cfg.head_size,
         "rotary_emb_base": scaling.pop("rope_theta"),
         **scaling,
-        "layer_norm_eps": cfg.eps,
-        "tie_word_embeddings": cfg.tied,
+        "layer_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
     }
 
 
-def stored(cfg: Config) -> list[Stored]:
+def stored(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
     bare = paths(cfg)
-    found = whole({"wte.w": "embed_in.weight"})
+    found = one_to_one({"wte.w": "embed_in.weight"})
     for i in range(cfg.n_layer):
-        found += layers({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
         for leaf, ending in (("w", "weight"), ("b", "bias")):
             parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
-            found.append(Stored(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
-    return found + layers({"ln_f": "final_layer_norm"} | ({} if cfg.tied else {"head": "embed_out"}), bare)
+            found.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
+    return found + layer_mappings({"ln_f": "final_layer_norm"} | ({} if cfg.tie_word_embeddings else {"head": "embed_out"}), bare)
 
 
 NEOX = Family(
@@ -96,5 +96,5 @@ NEOX = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    stored=stored,
+    tensor_mappings=stored,
 )

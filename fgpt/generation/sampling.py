@@ -17,7 +17,7 @@ from fgpt.errors import InputError
 from fgpt.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from fgpt.rng import fold_in
 
-Filter: TypeAlias = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]]
+LogitsProcessor: TypeAlias = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]]
 """(logits, seen) -> logits, -inf where a token may not come.
 
 `seen` is each row's text so far, prompt included, padded on the left with -1. Logits keep their dtype; probabilities,
@@ -27,7 +27,7 @@ where a filter asks for them, are in fp32.
 # -------------------------------------------------------------------------------------------------------------- filters
 
 
-def chain(*filters: Filter) -> Filter:
+def compose(*filters: LogitsProcessor) -> LogitsProcessor:
     """One filter after the other, from the left; of none, the logits as they are."""
 
     def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
@@ -38,7 +38,7 @@ def chain(*filters: Filter) -> Filter:
     return run
 
 
-def temperature(t: float) -> Filter:
+def temperature(t: float) -> LogitsProcessor:
     """logits / t: above 1 flatter, below 1 sharper.
 
     Raises InputError unless 0 < t < inf.
@@ -47,7 +47,7 @@ def temperature(t: float) -> Filter:
     return lambda logits, seen: logits / t
 
 
-def top_k(k: int) -> Filter:
+def top_k(k: int) -> LogitsProcessor:
     """The k likeliest tokens, and whatever ties with the last of them; every token where there are fewer than k.
 
     Raises InputError unless k is a whole number, 1 or more.
@@ -63,7 +63,7 @@ def top_k(k: int) -> Filter:
     return run
 
 
-def top_p(p: float) -> Filter:
+def top_p(p: float) -> LogitsProcessor:
     """The nucleus: the fewest of the likeliest tokens that have probability p or more together.
 
     Of tokens that tie at its edge, those of higher number are in it. One token always is.
@@ -87,7 +87,7 @@ def top_p(p: float) -> Filter:
     return run
 
 
-def min_p(p: float) -> Filter:
+def min_p(p: float) -> LogitsProcessor:
     """The tokens at least p times as likely as the likeliest.
 
     Raises InputError unless 0 < p <= 1.
@@ -103,7 +103,7 @@ def min_p(p: float) -> Filter:
     return run
 
 
-def repetition_penalty(r: float) -> Filter:
+def repetition_penalty(r: float) -> LogitsProcessor:
     """For each token seen, once: logit / r where it is positive, logit * r where it is not. Above 1 it repeats less.
 
     Raises InputError unless 0 < r < inf.
@@ -119,7 +119,7 @@ def repetition_penalty(r: float) -> Filter:
     return run
 
 
-def no_repeat_ngram(n: int) -> Filter:
+def no_repeat_ngram(n: int) -> LogitsProcessor:
     """No token that would complete n tokens which the row has seen in a row before. It may leave none at all.
 
     Raises InputError unless n is a whole number, 1 or more.
@@ -153,10 +153,10 @@ def _expect(name: str, value: int | float, good: bool, expected: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-_Choice: TypeAlias = tuple[Callable[[Any], Filter], Any]  # what makes a filter, and of what value
+_Choice: TypeAlias = tuple[Callable[[Any], LogitsProcessor], Any]  # what makes a filter, and of what value
 
 
-def _made(choices: list[_Choice]) -> list[Filter]:
+def _made(choices: list[_Choice]) -> list[LogitsProcessor]:
     return [make(value) for make, value in choices if value is not None]
 
 
@@ -164,7 +164,7 @@ Share: TypeAlias = Annotated[float, Range(above=0, most=1)]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen: the likeliest at temperature 0, else one drawn from what the filters leave.
 
     None is no such filter. Raises InputError for a value that its filter refuses, at any temperature.
@@ -182,9 +182,9 @@ class Sampling:
         _made(self._penalties() + self._warpers()[self.temperature == 0 :])
 
     @property
-    def filter(self) -> Filter:
+    def filter(self) -> LogitsProcessor:
         """Repetition penalty, n-grams, and where a token is drawn temperature, top-k, top-p, min-p, in this order."""
-        return chain(*_made(self._penalties() + (self._warpers() if self.temperature > 0 else [])))
+        return compose(*_made(self._penalties() + (self._warpers() if self.temperature > 0 else [])))
 
     def _penalties(self) -> list[_Choice]:
         return [(repetition_penalty, self.repetition_penalty), (no_repeat_ngram, self.no_repeat_ngram)]
@@ -193,12 +193,12 @@ class Sampling:
         return [(temperature, self.temperature), (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)]
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
-def draw(logits: Float[Tensor, "batch vocab"], rngs: Sequence[torch.Generator] | None) -> Int[Tensor, " batch"]:
+def sample(logits: Float[Tensor, "batch vocab"], rngs: Sequence[torch.Generator] | None) -> Int[Tensor, " batch"]:
     """One token a row: drawn from softmax(logits) by the row's own key, or the likeliest where there are no keys.
 
         token = the first with  p_1 + .. + p_token > u (p_1 + .. + p_vocab),   u = uniform(key)

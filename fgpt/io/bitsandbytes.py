@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError, shown
-from fgpt.families.mapping import Held
+from fgpt.families.mapping import LazyTensor
 from fgpt.io.serialization import check_quantised
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, Blockwise8, FourBit, Quantised, Rowwise8
+from fgpt.kernels.quantized_linear import BLOCK, Blockwise8bit, Blockwise4bit, Quantized, RowwiseInt8
 
 STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
@@ -32,43 +32,43 @@ STATED = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nest
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def gathered(tensors: Mapping[str, Held]) -> dict[str, Held]:
+def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """`tensors` with the parts of each quantised matrix made one node [out, in], under the name of its weight.
 
     Raises InputError where a part is missing; and when one is read that is not what bitsandbytes writes, and for 4-bit
     blocks of other than 64.
     """
     whole = {name: x for name, x in tensors.items() if not PART.fullmatch(name)}
-    parts: dict[str, dict[str, Held]] = {}
+    parts: dict[str, dict[str, LazyTensor]] = {}
     for name in tensors.keys() - whole.keys():
         if match := PART.fullmatch(name):
             parts.setdefault(match["layer"], {})[match["part"].removeprefix("weight.")] = tensors[name]
     for layer, held in parts.items():
         if (name := f"{layer}.weight") not in whole:
             raise InputError(f"tensor {name} is missing, but {', '.join(sorted(held))} of it are there")
-        whole[name] = Held(None, partial(_read, whole[name], held, name))
+        whole[name] = LazyTensor(None, partial(_read, whole[name], held, name))
     if parts:
         register()
     return whole
 
 
-def _read(codes: Held, parts: Mapping[str, Held], name: str) -> Quantised:
+def _read(codes: LazyTensor, parts: Mapping[str, LazyTensor], name: str) -> Quantized:
     found: dict[str, Any] = {part: x.read() for part, x in parts.items()}
     node = (_eight if "SCB" in found else _four)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
     check_quantised(node, name)
     return node
 
 
-def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> Rowwise8:
+def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
     scales, form = parts["SCB"], parts.get("weight_format")
     if codes.dtype != torch.int8 or codes.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
         raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_said(codes, scales)}")
     if form is not None and (form.numel() != 1 or form.any()):
         raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, by rows")
-    return Rowwise8(codes, scales)
+    return RowwiseInt8(codes, scales)
 
 
-def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> FourBit:
+def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
     states = [part for part in parts if part.startswith(STATE)]
     if len(states) != 1:
         raise InputError(f"tensor {name}: expected one {STATE}nf4 or fp4 beside it, got {', '.join(states) or 'none'}")
@@ -112,10 +112,10 @@ def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> FourBit:
     if nested:
         if absmax.dtype != torch.uint8 or parts["nested_quant_map"].shape != (256,):
             raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_said(absmax)}")
-        absmax = Blockwise8(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
+        absmax = Blockwise8bit(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
         check_quantised(absmax, f"{name}.absmax")
     shift = None if offset is None else torch.tensor(offset, dtype=torch.float32)
-    return FourBit(codes.view(out, inp // 2), absmax, code, shift, kind, dtype)
+    return Blockwise4bit(codes.view(out, inp // 2), absmax, code, shift, kind, dtype)
 
 
 def _standard(kind: Any, code: Tensor, name: str) -> None:

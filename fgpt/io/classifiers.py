@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.classification_head import classes_of
+from fgpt.classification_head import num_classes
 from fgpt.errors import InputError
 from fgpt.families.mapping import Place
-from fgpt.kernels.quantized_linear import QUANTISED
+from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.model import GPT, Embedding, Linear
 from fgpt.tokenizers.chat_template import CONFIG
 from fgpt.tokenizers.huggingface import FILE
@@ -47,13 +47,13 @@ def exported(
 
     Raises InputError for a classifier over quantised weights, or labels that are not one for each class.
     """
-    if any(isinstance(x, QUANTISED) for _, x in walk(params)):
+    if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
         raise InputError('a classifier over quantised weights has no such format: merge(params, onto="dequantised")')
-    more = _labels(config, classes_of(params) or 0, labels)
+    more = _labels(config, num_classes(params) or 0, labels)
     if FILE not in files:
         return params, files, more
     padded, files, pad = _padded(params, files, config.get("eos_token_id"))
-    return padded, files, more | {"pad_token_id": pad, "vocab_size": padded.cfg.vocab}
+    return padded, files, more | {"pad_token_id": pad, "vocab_size": padded.cfg.vocab_size}
 
 
 def _labels(config: Mapping[str, Any], classes: int, labels: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _padded(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
     token = PAD
     for name in ("unk_token", "pad_token"):  # the last that will do
         known = tokenizer.token_to_id(_content(config.get(name)))
-        if known is not None and known not in ends and known < params.cfg.vocab:
+        if known is not None and known not in ends and known < params.cfg.vocab_size:
             token = _content(config[name])
     tokenizer.add_special_tokens([token])
     pad = tokenizer.token_to_id(token)
@@ -92,7 +92,7 @@ def _padded(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
 def _with_rows(params: GPT, rows: int) -> GPT:
     """`params` with at least so many rows in its table, the new ones zero."""
     table = params.wte.w
-    if rows <= params.cfg.vocab or not isinstance(table, Tensor):
+    if rows <= params.cfg.vocab_size or not isinstance(table, Tensor):
         return params
     zeros = table.new_zeros(rows - len(table), table.shape[1])
     return replace(params, wte=Embedding(torch.cat([table, zeros])), cfg=replace(params.cfg, vocab=rows))

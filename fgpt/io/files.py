@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fgpt.errors import InputError, one_line, printable, shown
-from fgpt.families.mapping import Held
+from fgpt.families.mapping import LazyTensor
 
 
 def encoded(text: str) -> bytes:
@@ -45,7 +45,7 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        _settle(path.parent)
+        _fsync_dir(path.parent)
     except OSError as err:
         _check_staying(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
@@ -55,7 +55,7 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Iterator[Path]:
     """A new folder to write files into, which takes the name `path` when all are written, in the place of an older one:
     a reader finds the old files, or the new, and never some of each. Where `path` is a symbolic link, the link is
     replaced, and not what it points to.
@@ -69,9 +69,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o755)
             yield temporary
             _check_staying(path)
-            _settle(temporary)
+            _fsync_dir(temporary)
             _replace(temporary, path)
-            _settle(path.parent)
+            _fsync_dir(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:
@@ -167,7 +167,7 @@ def _make_parent(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _settle(folder: Path) -> None:
+def _fsync_dir(folder: Path) -> None:
     """Bring a folder's names, new and renamed, to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -265,7 +265,7 @@ def shard_names(folder: Path, weights: str) -> list[str]:
     return sorted(set(where.values()))
 
 
-def held_tensors(path: Path) -> dict[str, Held]:
+def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, each to be read when it is asked for, into memory of its own: a mapped file
     would count as memory as far as it was read.
 
@@ -291,7 +291,7 @@ def held_tensors(path: Path) -> dict[str, Held]:
                 into = into[n:]
         return x
 
-    return {name: Held(tuple(header[name]["shape"]), partial(read, header[name])) for name in names}
+    return {name: LazyTensor(tuple(header[name]["shape"]), partial(read, header[name])) for name in names}
 
 
 DTYPES = {

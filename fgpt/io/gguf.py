@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.io.gguf_header import PLAIN, Container, Entry, numbers, parsed
+from fgpt.io.gguf_header import PLAIN, Container, Entry, read_tensor, read_header
 
 Config = dict[str, Any]
 
@@ -63,21 +63,21 @@ class GGUF:
                 f"{self.path}: no tensor named {name}; expected a hub name such as {next(iter(self.sources))}"
             )
         source = self.sources[name]
-        x = numbers(self.path, self.entries[source.name])
+        x = read_tensor(self.path, self.entries[source.name])
         return source.undo(x) if source.undo else x
 
 
-def opened(path: Path) -> GGUF:
+def open_gguf(path: Path) -> GGUF:
     """The model of a GGUF file; no tensor is read yet, but for the few numbers of Llama 3's rope.
 
     Raises InputError for a file that is missing, no GGUF, cut short, of an unknown architecture, or whose metadata and
     tensors are not those of one model.
     """
-    file = parsed(path)
+    file = read_header(path)
     name = file.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"{path}: general.architecture is {name!r}; expected one of {', '.join(ARCHITECTURES)}")
-    config, sources = ARCHITECTURES[name](_Said(file, name))
+    config, sources = ARCHITECTURES[name](_Metadata(file, name))
     _check(file, sources, name)
     for key in ("bos", "eos"):
         if isinstance(token := file.fields.get(f"tokenizer.ggml.{key}_token_id"), int):
@@ -114,7 +114,7 @@ def _dtype(file: Container) -> str:
 # ----------------------------------------------------------------------------------------------------- what a file says
 
 
-class _Said:
+class _Metadata:
     """An architecture's metadata, key by key, each checked; and in the end, whether any was left unread."""
 
     def __init__(self, file: Container, arch: str):
@@ -183,7 +183,7 @@ class _Said:
 # --------------------------------------------------------------------------------------- Llama and the Qwens after it
 
 
-def _llama(said: _Said) -> tuple[Config, dict[str, Source]]:
+def _llama(said: _Metadata) -> tuple[Config, dict[str, Source]]:
     """Llama, and what shares its architecture: SmolLM2, TinyLlama, Llama 3, Mistral without its window."""
     config = _llama_config(said)
     config |= {
@@ -200,19 +200,19 @@ def _llama(said: _Said) -> tuple[Config, dict[str, Source]]:
     return config, _llama_sources(config, True, bias, bias, mlp_bias=config["mlp_bias"])
 
 
-def _qwen2(said: _Said) -> tuple[Config, dict[str, Source]]:
+def _qwen2(said: _Metadata) -> tuple[Config, dict[str, Source]]:
     config = _llama_config(said) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     return config | {"use_sliding_window": False}, _llama_sources(config, False, qkv_bias=True)
 
 
-def _qwen3(said: _Said) -> tuple[Config, dict[str, Source]]:
+def _qwen3(said: _Metadata) -> tuple[Config, dict[str, Source]]:
     config = _llama_config(said) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     bias = said.has("blk.0.attn_q.bias")
     config |= {"use_sliding_window": False, "attention_bias": bias}
     return config, _llama_sources(config, False, bias, bias, qk_norm=True)
 
 
-def _llama_config(said: _Said) -> Config:
+def _llama_config(said: _Metadata) -> Config:
     width, heads, context = (
         said.whole("embedding_length"),
         said.whole("attention.head_count"),
@@ -250,7 +250,7 @@ def _llama_config(said: _Said) -> Config:
     return config
 
 
-def _rope_scaling(said: _Said) -> dict[str, Any] | None:
+def _rope_scaling(said: _Metadata) -> dict[str, Any] | None:
     kind = said.get("rope.scaling.type")
     if kind in (None, "none"):
         if said.get("rope.scaling.factor") not in (None, 0.0, 1.0):
@@ -283,7 +283,7 @@ def _llama3_rope(file: Container, config: Config) -> dict[str, Any] | None:
     entry, pairs = file.entries[ROPE], config["head_dim"] // 2
     if entry.shape != (pairs,) or entry.kind != "F32":
         raise InputError(f"{file.path}: tensor {ROPE} is {entry.kind} {list(entry.shape)}; expected F32 [{pairs}]")
-    got = numbers(file.path, entry).double()
+    got = read_tensor(file.path, entry).double()
     factor, original, low, high = round(got.max().item(), 4), 8192, 1.0, 4.0
     if torch.equal(got, torch.ones_like(got)):
         return None
@@ -339,7 +339,7 @@ def _halves(x: Tensor, heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPT-2, GPT-NeoX
 
 
-def _gpt2(said: _Said) -> tuple[Config, dict[str, Source]]:
+def _gpt2(said: _Metadata) -> tuple[Config, dict[str, Source]]:
     width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
     inner, context = said.whole("feed_forward_length", 4 * width), said.whole("context_length")
     config: Config = {
@@ -380,7 +380,7 @@ def _gpt2(said: _Said) -> tuple[Config, dict[str, Source]]:
     return config, sources
 
 
-def _gptneox(said: _Said) -> tuple[Config, dict[str, Source]]:
+def _gptneox(said: _Metadata) -> tuple[Config, dict[str, Source]]:
     """GPT-NeoX and Pythia. The activation is not in the file; it is the architecture's, GELU by the error function."""
     width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
     heads, inner = said.whole("attention.head_count"), said.whole("feed_forward_length")
@@ -441,7 +441,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
-ARCHITECTURES: dict[str, Callable[[_Said], tuple[Config, dict[str, Source]]]] = {
+ARCHITECTURES: dict[str, Callable[[_Metadata], tuple[Config, dict[str, Source]]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,

@@ -53,7 +53,7 @@ class Container:
     entries: dict[str, Entry]
 
 
-def parsed(path: Path) -> Container:
+def read_header(path: Path) -> Container:
     """The header of a GGUF file.
 
     Raises InputError where the file is missing, is no GGUF, is cut short, or holds what cannot be read.
@@ -79,7 +79,7 @@ def parsed(path: Path) -> Container:
     return Container(path, fields, entries)
 
 
-def numbers(path: Path, entry: Entry) -> Tensor:
+def read_tensor(path: Path, entry: Entry) -> Tensor:
     """A tensor of the file, on its own memory: quantised types as fp32, others as they are.
 
     Raises InputError where the file has become shorter.

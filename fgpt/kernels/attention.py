@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgpt._typing import shaped
-from fgpt.kernels.functorch_state import differentiated_again
+from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 
@@ -62,7 +62,7 @@ def attention(
     """
     if (group := q.shape[-3] // k.shape[-3]) > 1:
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-    if differentiated_again(q, k, v):
+    if needs_higher_order(q, k, v):
         return reference(q, k, v, mask)
     queries, keys = q.shape[-2], k.shape[-2]
     if mask is None and 1 < queries < keys:

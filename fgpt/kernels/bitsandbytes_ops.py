@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fgpt.kernels.functorch_state import transformed
+from fgpt.kernels.functorch_state import in_transform_or_compile
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def dynamic_code(signed: bool = True, device: torch.device = CPU) -> torch.Tenso
     Source: Dettmers 2016, section 2.2; Dettmers et al. 2022 (8-bit optimizers), section 1.3.
     """
     # A copy made under a transform belongs to that transform, and may not outlive it in a cache.
-    return _made(signed).to(device) if transformed() else _kept(signed, device)
+    return _made(signed).to(device) if in_transform_or_compile() else _kept(signed, device)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import shaped
-from fgpt.kernels.functorch_state import differentiated_again, mapped, recorded, tracked
+from fgpt.kernels.functorch_state import needs_higher_order, is_vmapped, is_recorded_by_autograd, is_differentiated
 from fgpt.kernels.precision import at_least_fp32
 
 CHUNK_BYTES = 64 << 20
@@ -44,7 +44,7 @@ def _logits(products: Products, b: Tensor | None, rows: slice = slice(None)) -> 
 
 def _chunks(products: Products, b: Tensor | None) -> list[slice]:
     n, vocab = products[0][0].shape[0], products[0][1].shape[0]
-    copies = mapped(b, *(x for pair in products for x in pair))
+    copies = is_vmapped(b, *(x for pair in products for x in pair))
     rows = max(1, CHUNK_BYTES // (4 * vocab * copies))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] or [slice(0, 0)]
 
@@ -82,7 +82,7 @@ class _CrossEntropy(torch.autograd.Function):
         products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
         if grad[0] is None:
             return (None,) * len(ctx.needs_input_grad)
-        if recorded(b, *rest):
+        if is_recorded_by_autograd(b, *rest):
             return None, None, *_definition(products, b, y, grad[0], ctx.needs_input_grad[2:])
         g = grad[0][:, None]
         need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
@@ -130,12 +130,12 @@ def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[
     Chunked under grad, vmap and both in either order; the reference under jvp and nested grads.
     """
     operands: list[Any] = [b, *(x for pair in products for x in pair)]
-    if differentiated_again(*operands):
+    if needs_higher_order(*operands):
         return reference(products, b, y)
     if torch.compiler.is_compiling():
         # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
         operands = [None if x is None else x.view_as(x) for x in operands]
-    differentiate = torch.is_grad_enabled() and tracked(*operands)
+    differentiate = torch.is_grad_enabled() and is_differentiated(*operands)
     if torch.compiler.is_compiling() and not differentiate:  # dynamo cannot call a Function that nothing differentiates
         return _CrossEntropy.forward(False, y, *operands)[0]
     return _CrossEntropy.apply(differentiate, y, *operands)[0]  # pyright: ignore

@@ -20,7 +20,7 @@ def _finalise(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
     return h ^ (h >> 16 & 0xFFFF)
 
 
-def kept(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
+def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
     """True with probability 1 - p, independently for each element, decided by `seed`."""
 
     def hashes(n: int, salt: int) -> Tensor:
@@ -33,5 +33,5 @@ def kept(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tenso
 
 def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""], p: float) -> Float[Tensor, "*batch in"]:
     """x with each element zeroed with probability p, and divided by 1 - p otherwise."""
-    keep = kept(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
+    keep = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
     return x * (keep / (1 - p)).to(x.dtype)

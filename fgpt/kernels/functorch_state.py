@@ -37,7 +37,7 @@ def _differentiated_again_now() -> bool:
 _differentiated_again_now._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def differentiated_again(*operands: Tensor | None) -> bool:
+def needs_higher_order(*operands: Tensor | None) -> bool:
     """True under forward AD, and where two reverse derivatives are nested, be it torch.func.grad in another or in plain
     autograd of `operands`: where a kernel that knows only its first backward cannot go.
 
@@ -59,14 +59,14 @@ def _inside() -> bool:
 _inside._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def inside() -> bool:
+def in_transform() -> bool:
     """True under any transform at all, compiled or not."""
     return _inside()
 
 
-def transformed() -> bool:
+def in_transform_or_compile() -> bool:
     """True under any transform at all, and while compiling, which has its own way with torch.func."""
-    return torch.compiler.is_compiling() or inside()
+    return torch.compiler.is_compiling() or in_transform()
 
 
 # ------------------------------------------------------------------------------------------------- levels of a tensor
@@ -89,14 +89,14 @@ def _tracking(operands: tuple[Tensor | None, ...]) -> dict[int, bool]:
     return levels
 
 
-def tracked(*operands: Tensor | None) -> bool:
+def is_differentiated(*operands: Tensor | None) -> bool:
     """Whether a gradient of one of `operands` is wanted, by whichever transform, or by plain autograd."""
     if torch.compiler.is_compiling():
         return any(x.requires_grad for x in operands if x is not None)
     return any(y.requires_grad for x in operands if x is not None for y in _levels(x))
 
 
-def recorded(*operands: Tensor | None) -> bool:
+def is_recorded_by_autograd(*operands: Tensor | None) -> bool:
     """In a backward of plain autograd: whether it is itself recorded, for a second one (create_graph=True).
 
     torch.func.grad records every backward. What it makes of `operands` says no: there `differentiated_again` has chosen
@@ -107,7 +107,7 @@ def recorded(*operands: Tensor | None) -> bool:
     return not any(functorch.is_gradtrackingtensor(y) for x in operands if x is not None for y in _levels(x))
 
 
-def recordable(*operands: Tensor | None) -> bool:
+def is_recordable(*operands: Tensor | None) -> bool:
     """In a forward: whether plain autograd alone follows `operands`, so that its backward may be `recorded`."""
     return functorch.TransformType.Grad not in _kinds() and _followed_now(*operands)
 
@@ -120,7 +120,7 @@ def weightable(*operands: Tensor | None) -> bool:
 
 
 def _followed_now(*operands: Tensor | None) -> bool:
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and tracked(*operands)
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and is_differentiated(*operands)
 
 
 def followed_beside(*cotangents: Tensor | None) -> bool:
@@ -130,7 +130,7 @@ def followed_beside(*cotangents: Tensor | None) -> bool:
     return bool(_kinds()) and 0 in _tracking(cotangents)
 
 
-def mapped(*operands: Tensor | None) -> int:
+def is_vmapped(*operands: Tensor | None) -> int:
     """How many examples vmap computes at once where it meets these operands: the product over all nested vmaps."""
     if torch.compiler.is_compiling():
         return 1

@@ -9,25 +9,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.kernels.functorch_state import inside
+from fgpt.kernels.functorch_state import in_transform
 from fgpt.kernels.precision import wide
 
 MOST = 8
 """Rows: at each, W's row is read again from cache; with more, a library's blocking wins."""
 
 
-def few(x: Float[Tensor, "*batch in"]) -> bool:
+def use_gemv(x: Float[Tensor, "*batch in"]) -> bool:
     """Whether `x` is to be multiplied here: a few rows on a CPU, in code being compiled and not differentiated."""
     return (
         torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.shape[:-1].numel() <= MOST
-        and not inside()
+        and not in_transform()
     )
 
 
-def product(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*batch out"]:
+def gemv(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*batch out"]:
     """x Wᵀ, summed in fp32, or in fp64 where x is."""
     dtype = wide(x.dtype)
     rows, w = x.reshape(-1, x.shape[-1]).to(dtype), w.to(dtype)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
-from fgpt.kernels.functorch_state import differentiated_again
+from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.tree import node, static
 
 BLOCK = 64
@@ -45,7 +45,7 @@ Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
 
 
 @node
-class Blockwise8:
+class Blockwise8bit:
     """Numbers as indices into a code of 256 values, times the largest magnitude of their block."""
 
     codes: UInt8[Tensor, "*size"]
@@ -60,13 +60,13 @@ class Blockwise8:
 
 
 @node
-class FourBit:
+class Blockwise4bit:
     """A matrix as indices into a code of 16 values, two to a byte (the first in the high half), times the largest
     magnitude of their block. The scales may be quantised in turn, as absmax - offset.
     """
 
     codes: UInt8[Tensor, "out half_in"]
-    absmax: Float[Tensor, " blocks"] | Blockwise8
+    absmax: Float[Tensor, " blocks"] | Blockwise8bit
     code: Float[Tensor, "16"]
     offset: Float[Tensor, ""] | None = None
     kind: Literal["nf4", "fp4"] = static(default="nf4")
@@ -78,7 +78,7 @@ class FourBit:
 
 
 @node
-class Rowwise8:
+class RowwiseInt8:
     """A matrix as whole numbers in ±127, scaled by row."""
 
     codes: SInt8[Tensor, "out in"]
@@ -90,21 +90,21 @@ class Rowwise8:
         return self.codes.shape
 
 
-Quantised: TypeAlias = FourBit | Blockwise8 | Rowwise8
-QUANTISED = (FourBit, Blockwise8, Rowwise8)
+Quantized: TypeAlias = Blockwise4bit | Blockwise8bit | RowwiseInt8
+QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
 
 
 # ----------------------------------------------------------------------------------------------------------- matrices
 
 
-def encode(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantised:
+def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
     """`w` in the named format. `in` is a multiple of BLOCK, `int8` apart. `double_quant` quantises 4-bit scales too."""
     register()
     if to == "int8":
         codes, absmax = _round(w)
-        return Rowwise8(codes, absmax.squeeze(-1), w.dtype)
+        return RowwiseInt8(codes, absmax.squeeze(-1), w.dtype)
     if to == "blockwise8":
-        return blockwise(w.contiguous(), BLOCK, w.dtype)
+        return quantize_blockwise(w.contiguous(), BLOCK, w.dtype)
     from bitsandbytes.functional import get_4bit_type
 
     code: Any = get_4bit_type(to, device=w.device)
@@ -114,69 +114,69 @@ def encode(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) ->
     ]
     codes, absmax = (torch.cat([part.flatten() for part in side]) for side in zip(*parts, strict=True))
     offset = absmax.mean() if double_quant else None
-    scales = absmax if offset is None else blockwise(absmax - offset, SCALES_BLOCK, torch.float32)
-    return FourBit(codes.view(w.shape[0], -1), scales, code, offset, to, w.dtype)
+    scales = absmax if offset is None else quantize_blockwise(absmax - offset, SCALES_BLOCK, torch.float32)
+    return Blockwise4bit(codes.view(w.shape[0], -1), scales, code, offset, to, w.dtype)
 
 
-def blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Blockwise8:
+def quantize_blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Blockwise8bit:
     """`x` in the dynamic 8-bit code, scaled by blocks of `block` consecutive numbers."""
     code = dynamic_code(True, x.device)
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(x, code, block)
-    return Blockwise8(codes, absmax, code, block, dtype)
+    return Blockwise8bit(codes, absmax, code, block, dtype)
 
 
-def dequantise(w: Quantised, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
+def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
     """The numbers that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
     if dtype == torch.float64:  # bitsandbytes' operators write no doubles, and do not say so
-        return dequantise(w, torch.float32).double()
-    if isinstance(w, Rowwise8):
+        return dequantize(w, torch.float32).double()
+    if isinstance(w, RowwiseInt8):
         return w.codes.float().mul_((w.absmax / 127)[:, None]).to(dtype)
-    if isinstance(w, Blockwise8):
+    if isinstance(w, Blockwise8bit):
         return torch.ops.bitsandbytes.dequantize_blockwise(w.codes, w.absmax, w.code, w.block, dtype)
     return torch.ops.bitsandbytes.dequantize_4bit(
         w.codes.view(-1, 1), scales(w), BLOCK, w.kind, [w.codes.shape[0], 2 * w.codes.shape[1]], dtype
     )
 
 
-def reference(w: Quantised) -> Float[Tensor, "*size"]:
+def reference(w: Quantized) -> Float[Tensor, "*size"]:
     """The definition, in fp32."""
-    if isinstance(w, Rowwise8):
+    if isinstance(w, RowwiseInt8):
         return w.codes.float() * (w.absmax / 127)[:, None]
-    indices = w.codes if isinstance(w, Blockwise8) else _unpacked(w.codes)
-    per = w.block if isinstance(w, Blockwise8) else BLOCK
+    indices = w.codes if isinstance(w, Blockwise8bit) else _unpacked(w.codes)
+    per = w.block if isinstance(w, Blockwise8bit) else BLOCK
     absmax = scales(w).repeat_interleave(per)[: indices.numel()]
     return w.code[indices.long()] * absmax.view(indices.shape)
 
 
-def scales(w: FourBit | Blockwise8) -> Float[Tensor, " blocks"]:
+def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
     """The largest magnitude of each block."""
-    if isinstance(w, FourBit) and isinstance(w.absmax, Blockwise8):
+    if isinstance(w, Blockwise4bit) and isinstance(w.absmax, Blockwise8bit):
         assert w.offset is not None
-        return dequantise(w.absmax) + w.offset
+        return dequantize(w.absmax) + w.offset
     assert isinstance(w.absmax, Tensor)
     return w.absmax
 
 
-def gather(w: Quantised, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+def embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
     """The chosen rows, the others staying as they are. Plain torch, so that `rows` may be mapped."""
-    if isinstance(w, Rowwise8):
+    if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
     codes, inp = w.codes[rows], w.shape[-1]
-    indices = codes if isinstance(w, Blockwise8) else _unpacked(codes)
+    indices = codes if isinstance(w, Blockwise8bit) else _unpacked(codes)
     absmax = scales(w).view(w.shape[0], -1)[rows]
     blocks = w.code[indices.long()].unflatten(-1, (-1, inp // absmax.shape[-1])) * absmax[..., None]
     return blocks.flatten(-2).to(w.dtype)
 
 
-def part(w: Quantised, rows: slice) -> Quantised:
+def slice_rows(w: Quantized, rows: slice) -> Quantized:
     """Some consecutive rows of a matrix, still quantised."""
-    if isinstance(w, Rowwise8):
-        return Rowwise8(w.codes[rows], w.absmax[rows], w.dtype)
+    if isinstance(w, RowwiseInt8):
+        return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()
-    if isinstance(w, Blockwise8):
-        return Blockwise8(w.codes[rows], absmax, w.code, w.block, w.dtype)
-    return FourBit(w.codes[rows], absmax, w.code, None, w.kind, w.dtype)
+    if isinstance(w, Blockwise8bit):
+        return Blockwise8bit(w.codes[rows], absmax, w.code, w.block, w.dtype)
+    return Blockwise4bit(w.codes[rows], absmax, w.code, None, w.kind, w.dtype)
 
 
 def _unpacked(codes: UInt8[Tensor, "*batch half"]) -> UInt8[Tensor, "*batch whole"]:
@@ -199,17 +199,17 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, w: Quantised, transposed: bool, whole: bool) -> Tensor:
-        if isinstance(w, Rowwise8) and whole:
+    def forward(x: Tensor, w: Quantized, transposed: bool, whole: bool) -> Tensor:
+        if isinstance(w, RowwiseInt8) and whole:
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()
             y = y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # what is a view may not be written over
             return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
-        if isinstance(w, Rowwise8) and MULTIPLIES_BF16 and x.dtype in IN_BF16 and x.device.type == "cpu":
+        if isinstance(w, RowwiseInt8) and MULTIPLIES_BF16 and x.dtype in IN_BF16 and x.device.type == "cpu":
             codes, row = w.codes.bfloat16(), w.absmax / 127
             y = (x * row).bfloat16() @ codes if transposed else F.linear(x.bfloat16(), codes) * row
             return y.to(x.dtype)
-        dense = dequantise(w, x.dtype)
+        dense = dequantize(w, x.dtype)
         return x @ dense if transposed else F.linear(x, dense)
 
     @staticmethod
@@ -236,39 +236,39 @@ class _ProductForward(_Product):
         return _multiply(t, ctx.w, ctx.transposed, False)
 
 
-def _multiply(x: Tensor, w: Quantised, transposed: bool, whole: bool) -> Tensor:
+def _multiply(x: Tensor, w: Quantized, transposed: bool, whole: bool) -> Tensor:
     if not torch.compiler.is_compiling():
         return _ProductForward.apply(x, w, transposed, whole)  # pyright: ignore[reportReturnType]
     # To dynamo the very input of torch.func.grad requires no gradient, and it would inline the forward; a view does.
     return _Product.apply(x.view_as(x), w, transposed, whole)  # pyright: ignore[reportReturnType]
 
 
-def product(x: Float[Tensor, "*batch in"], w: Quantised) -> Float[Tensor, "*batch out"]:
+def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tensor, "*batch out"]:
     """x Wᵀ in the dtype of x, under every transform. Compiled under vmap or jvp, which dynamo refuses to an
     autograd.Function, autograd keeps the expanded matrix.
     """
-    whole = isinstance(w, Rowwise8)
-    if torch.compiler.is_compiling() and differentiated_again():
-        return F.linear(rounded(x) if whole else x, dequantise(w, x.dtype))
+    whole = isinstance(w, RowwiseInt8)
+    if torch.compiler.is_compiling() and needs_higher_order():
+        return F.linear(fake_quantize(x) if whole else x, dequantize(w, x.dtype))
     return _multiply(x, w, False, whole)
 
 
-def frozen(
-    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantised, bias: Float[Tensor, " out"] | None
+def base_linear(
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias, for a matrix held in any way."""
     if isinstance(w, Tensor):
         return F.linear(x, w, bias)
-    y = product(x, w)
+    y = quantized_linear(x, w)
     return y if bias is None else y + bias
 
 
-def adjoint(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantised) -> Float[Tensor, "*batch in"]:
+def linear_input_grad(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized) -> Float[Tensor, "*batch in"]:
     """g W: what the gradient of `frozen` is in x."""
     return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 
-def rounded(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+def fake_quantize(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
     """x as a product of whole numbers sees it, with the derivative of x itself."""
     codes, absmax = _round(x.detach())
     return x + ((codes * (absmax / 127)).to(x.dtype) - x).detach()

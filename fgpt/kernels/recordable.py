@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.kernels.functorch_state import followed_beside, recordable, recorded, weightable
+from fgpt.kernels.functorch_state import followed_beside, is_recordable, is_recorded_by_autograd, weightable
 
 
 class _Recordable(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _Recordable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if not (recorded(*xs) or followed_beside(g)):
+        if not (is_recorded_by_autograd(*xs) or followed_beside(g)):
             return None, g, *(None for _ in xs)
 
         def definition(*needed: Tensor) -> Tensor:
@@ -49,6 +49,6 @@ def with_every_derivative(
     definition's where it is differentiated again. A kernel with a `second` backward of its own serves torch.func.grad
     as it is.
     """
-    if recordable(*xs) or (not second and weightable(*xs)):
+    if is_recordable(*xs) or (not second and weightable(*xs)):
         return _Recordable.apply(definition, y, *xs)  # pyright: ignore[reportReturnType]
     return y

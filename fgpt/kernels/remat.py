@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.kernels.functorch_state import differentiated_again, followed_beside, recorded, tracked, transformed
+from fgpt.kernels.functorch_state import needs_higher_order, followed_beside, is_recorded_by_autograd, is_differentiated, in_transform_or_compile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ def _pull_back(
     `operands` are all inputs, then a cotangent u for each output that gives one.
     """
     inputs, cotangents = operands[: len(needs)], operands[len(needs) :]
-    inside = transformed()
+    inside = in_transform_or_compile()
     run = fn if inside else again
 
     def of(*needed: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs = tuple(ctx.needs_input_grad[2:])
-        if recorded(*ctx.saved_tensors):
+        if is_recorded_by_autograd(*ctx.saved_tensors):
             return None, None, *_recorded(ctx.runs[0], ctx.saved_tensors, needs, grad)
         pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
         # The compiler sees one graph and drops from it what nobody reads; what autograd follows is to be recorded.
@@ -141,7 +141,7 @@ class _Remat(torch.autograd.Function):
         return _Remat.apply(mapped, mapped, *xs), 0
 
 
-def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P, R]:
+def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Callable[P, R]:
     """`fn`, keeping only its inputs for the backward, which runs `fn` again; or `again`, under plain autograd: a
     function with the same gradient, whose results nobody reads.
 
@@ -161,7 +161,7 @@ def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P
     @functools.wraps(fn)
     def rematerialised(*args: Any, **kwargs: Any) -> Any:
         tensors, join = _split((args, kwargs))
-        if differentiated_again(*tensors):
+        if needs_higher_order(*tensors):
             return fn(*args, **kwargs)
         form: list[Callable[[Sequence[Tensor]], R]] = []
         compiling = torch.compiler.is_compiling()
@@ -178,10 +178,10 @@ def remat(fn: Callable[P, R], again: Callable[P, R] | None = None) -> Callable[P
             # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
             tensors = [x.view_as(x) for x in tensors]
             plain = fn(*args, **kwargs)
-            if not (torch.is_grad_enabled() and tracked(*tensors)):
+            if not (torch.is_grad_enabled() and is_differentiated(*tensors)):
                 return plain  # dynamo takes `fn` for the context of a Function that it does not differentiate
             form = [_split(plain)[1]]  # a Function may change nothing outside it; unread, this run is compiled away
-        out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, again or fn), *tensors)
+        out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, recompute_fn or fn), *tensors)
         return form[0](out)  # pyright: ignore[reportArgumentType]
 
     return rematerialised

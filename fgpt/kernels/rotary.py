@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fgpt.kernels.precision import at_least_fp32, wide
 
-Turn: TypeAlias = tuple[Float[Tensor, "*#batch 1 seq pair"], Float[Tensor, "*#batch 1 seq pair"]]
+RopeCosSin: TypeAlias = tuple[Float[Tensor, "*#batch 1 seq pair"], Float[Tensor, "*#batch 1 seq pair"]]
 """(cos, sin) of every token's angles, the same for all heads, and for all rows where their positions are."""
-Stretch: TypeAlias = tuple[float, float, float, float]
+RopeScaling: TypeAlias = tuple[float, float, float, float]
 """(factor, low, high, context): slow angles are divided by `factor`, fast ones kept, and those between are mixed."""
 
 
-class Yarn(NamedTuple):
+class YarnScaling(NamedTuple):
     """YaRN: slow angles are divided by `factor`, fast ones kept, and those between are mixed by their place among all.
 
     Fast is what comes round more than `beta_fast` times in `context` positions, slow what does fewer than `beta_slow`
@@ -53,7 +53,7 @@ class Yarn(NamedTuple):
         return lambda places: ((places - first) / width).clamp(0, 1)
 
 
-class Dynamic(NamedTuple):
+class DynamicScaling(NamedTuple):
     """Dynamic NTK: in a text of n > `context` tokens all angles are those of a larger base, up to `factor` * `context`:
 
         base' = base (factor n / context - factor + 1)^(dim / (dim - 2))
@@ -65,14 +65,14 @@ class Dynamic(NamedTuple):
     context: int
 
 
-def turn(
+def rope_cos_sin(
     positions: Int[Tensor, "*batch seq"],
     dim: int,
     base: float,
-    stretch: Stretch | Yarn | Dynamic | None = None,
+    scaling: RopeScaling | YarnScaling | DynamicScaling | None = None,
     dtype: torch.dtype = torch.float32,
     length: int | Int[Tensor, "*batch seq"] = 0,
-) -> Turn:
+) -> RopeCosSin:
     """The turns of `dim` components at the given positions, in fp32, or in fp64 for an x that is. `length` is that of
     each token's text, which Dynamic alone asks for.
 
@@ -83,16 +83,16 @@ def turn(
     """
     exponent = torch.arange(0, dim, 2, dtype=wide(dtype), device=positions.device) / dim
     theta, size = 1.0 / base**exponent, 1.0
-    if isinstance(stretch, Yarn):
+    if isinstance(scaling, YarnScaling):
         places = torch.arange(dim // 2, dtype=theta.dtype, device=theta.device)
-        share = stretch.divided(dim, base)(places)
-        theta, size = (1 - share) * theta + share * theta / stretch.factor, stretch.attention_factor
-    elif isinstance(stretch, Dynamic):
-        longer = torch.as_tensor(length, device=theta.device).clamp(min=stretch.context).to(theta.dtype)
-        grown = base * (stretch.factor * longer / stretch.context - (stretch.factor - 1)) ** (dim / (dim - 2))
+        share = scaling.divided(dim, base)(places)
+        theta, size = (1 - share) * theta + share * theta / scaling.factor, scaling.attention_factor
+    elif isinstance(scaling, DynamicScaling):
+        longer = torch.as_tensor(length, device=theta.device).clamp(min=scaling.context).to(theta.dtype)
+        grown = base * (scaling.factor * longer / scaling.context - (scaling.factor - 1)) ** (dim / (dim - 2))
         theta = (1.0 / grown[..., None] ** exponent)[..., None, :, :] if grown.ndim else 1.0 / grown**exponent
-    elif stretch is not None:
-        factor, low, high, context = stretch
+    elif scaling is not None:
+        factor, low, high, context = scaling
         rounds = context * theta / (2 * math.pi)
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         theta = kept * theta + (1 - kept) * theta / factor
@@ -102,8 +102,8 @@ def turn(
     return angles.cos() * size, angles.sin() * size
 
 
-def rotate(
-    x: Float[Tensor, "*batch head seq d_head"], by: Turn, interleaved: bool
+def apply_rope(
+    x: Float[Tensor, "*batch head seq d_head"], by: RopeCosSin, interleaved: bool
 ) -> Float[Tensor, "*batch head seq d_head"]:
     """The first components of each head turned, in fp32 or fp64; the rest as they are."""
     cos, sin = by

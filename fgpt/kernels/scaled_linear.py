@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.kernels.functorch_state import transformed
-from fgpt.kernels.quantized_linear import Quantised, adjoint, frozen
+from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, base_linear
 
-FAR = 0.125
+MIN_SCALE = 0.125
 """The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
 
 
@@ -47,11 +47,11 @@ class _Times(torch.autograd.Function):
         return down, products, (1 - row) * sums if by_bias else None
 
 
-def times(
+def scale_rows(
     y: Float[Tensor, "rows out"], row: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "rows out"]:
     """row ⊙ y + (1 - row) ⊙ bias, of any y."""
-    return _definition(y, row, bias) if transformed() else _Times.apply(y, row, bias)  # pyright: ignore[reportReturnType]
+    return _definition(y, row, bias) if in_transform_or_compile() else _Times.apply(y, row, bias)  # pyright: ignore[reportReturnType]
 
 
 def _gradients(
@@ -73,9 +73,9 @@ def _gradients(
     )
 
 
-def readable(row: Float[Tensor, " out"]) -> bool:
+def can_reconstruct(row: Float[Tensor, " out"]) -> bool:
     """Whether `scaled` is to be called: the scaled product can be read back, and no transform surrounds the call."""
-    return not transformed() and row.device.type == "cpu" and row.detach().abs().min().item() > FAR
+    return not in_transform_or_compile() and row.device.type == "cpu" and row.detach().abs().min().item() > MIN_SCALE
 
 
 class _Scaled(torch.autograd.Function):
@@ -87,13 +87,13 @@ class _Scaled(torch.autograd.Function):
         scale: float,
         x: Tensor,
         inner: Tensor,
-        w: Tensor | Quantised,
+        w: Tensor | Quantized,
         row: Tensor,
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        y = frozen(x, w, bias)
+        y = base_linear(x, w, bias)
         y = _definition(y, row, bias, out=y)
         low = None
         if a is not None and b is not None:
@@ -110,7 +110,7 @@ class _Scaled(torch.autograd.Function):
         x, inner, w, row, bias, a, b, low, y = ctx.saved_tensors
         _, by_x, by_inner, by_w, by_row, by_bias, by_a, by_b = ctx.needs_input_grad
         down, products, sums = _gradients(g, y, row, bias, by_row or by_bias)
-        to_x = adjoint(down, ctx.quantised if w is None else w) if by_x else None
+        to_x = linear_input_grad(down, ctx.quantised if w is None else w) if by_x else None
         to_inner, to_a, to_b = None, None, None
         if low is not None:
             if torch.is_grad_enabled():  # to be differentiated again, through what made it
@@ -134,10 +134,10 @@ class _Scaled(torch.autograd.Function):
         )
 
 
-def scaled(
+def fused_scaled_linear(
     x: Float[Tensor, "rows in"],
     inner: Float[Tensor, "rows in"],
-    w: Float[Tensor, "out in"] | Quantised,
+    w: Float[Tensor, "out in"] | Quantized,
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "rank in"] | None,

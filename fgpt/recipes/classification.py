@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.classification_prompts import Wording
+from fgpt.data.classification_prompts import PromptWording
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 from fgpt.recipes.tuning import Adapter, Length, Tuning
 
@@ -27,7 +27,7 @@ class Classify(Tuning):
     """The labels in their order, each as "label", or as "label=word" to call it by another word; none sorts them."""
     form: Literal["classes", "tokens"] = "classes"
     """classes: a new head, read at the end token. tokens: the label is the next token, after the wording's suffix."""
-    wording: Wording = field(default_factory=Wording)
+    wording: PromptWording = field(default_factory=PromptWording)
     """What stands around each text."""
     shots: NonNegativeInt = 0
     """Of labels as tokens, score the base with so many training rows before each text as well; 0 does not."""
@@ -87,7 +87,7 @@ def rte_smollm2() -> Classify:
         base="smollm2",
         labels=("entailment=yes", "not_entailment=no"),
         form="tokens",
-        wording=Wording(prefix="Passage:\n", suffix="\nTrue or not? Answer yes or no:"),
+        wording=PromptWording(prefix="Passage:\n", suffix="\nTrue or not? Answer yes or no:"),
         quantize="int8",
         lr=1e-3,
         epochs=2,
@@ -111,7 +111,7 @@ def hate_gptj_lora() -> Classify:
         train="davidson",
         labels=("hate", "offensive", "neutral"),
         form="tokens",
-        wording=Wording("Sort the text into one of these categories: {labels}.\n\n", "Text:\n", "\nCategory:"),
+        wording=PromptWording("Sort the text into one of these categories: {labels}.\n\n", "Text:\n", "\nCategory:"),
         adapter=Adapter(rank=2, alpha=4),
         also=NORMS_AND_BIASES,
         quantize="blockwise8",

@@ -17,7 +17,7 @@ CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatTemplate:
     """A Jinja template as the hub's are, and the special tokens that it may name: {"bos_token": "<s>", ..}."""
 
     template: str
@@ -56,7 +56,7 @@ class Chat:
 _renderer = Child("chat_template_worker.py", SECONDS)
 
 
-def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
+def of_folder(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     """The chat template of a model folder, from a file of its own or from its tokenizer_config.json, if it has one."""
     template = config.get("chat_template")
     if (folder / TEMPLATE).is_file():
@@ -67,7 +67,7 @@ def of_folder(folder: Path, config: Mapping[str, Any]) -> Chat | None:
     if isinstance(template, list):  # several by name; the first release of this format called the usual one so
         usual = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
         template = usual[-1].get("template") if usual else None
-    return Chat(template, special(config)) if isinstance(template, str) else None
+    return ChatTemplate(template, special(config)) if isinstance(template, str) else None
 
 
 def special(config: Mapping[str, Any]) -> dict[str, str]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fgpt.errors import InputError, one_line, shown
 from fgpt.library_errors import call
 from fgpt.tokenizers import merges, special_tokens
-from fgpt.tokenizers.chat_template import CONFIG, Chat, Messages
+from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
 from fgpt.tokenizers.child_process import Child
 from fgpt.tokenizers.continuation import continuation
-from fgpt.tokenizers.special_tokens import GENERATION, Declared
+from fgpt.tokenizers.special_tokens import GENERATION, DeclaredTokens
 from fgpt.tokenizers.tiktoken_bpe import FILE, no_template
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _checked: set[bytes] = set()
 
 
 @dataclass(frozen=True, eq=False)
-class HubTokenizer:
+class HFTokenizer:
     """A `Tokenizer` of the `tokenizers` library. `special` names its special tokens: {"bos_token": "<s>", ..}."""
 
     name: str
@@ -43,7 +43,7 @@ class HubTokenizer:
     declared: tuple[int, ...]
     """Further tokens that end a generated text, as the model's config says."""
     special: Mapping[str, str]
-    template: Chat | None = None
+    template: ChatTemplate | None = None
 
     def encode(self, text: str) -> list[int]:
         return self._ids(self.ordinary, text, False)
@@ -137,7 +137,7 @@ class HubTokenizer:
         return Tokenizer.from_str(self.ordinary.to_str())
 
 
-def from_json(folder: Path, declared: Declared, class_name: str, rows: int, template: Chat | None) -> HubTokenizer:
+def from_json(folder: Path, declared: DeclaredTokens, class_name: str, rows: int, template: ChatTemplate | None) -> HFTokenizer:
     """The tokenizer of a folder's tokenizer.json, with the tokens that its other files declare.
 
     Raises InputError for a file that is not one, or does harm, or where no token ends a document.
@@ -177,7 +177,7 @@ def _check(path: Path) -> None:
     _checked.add(digest)
 
 
-def from_merges(folder: Path, declared: Declared, rows: int, template: Chat | None) -> HubTokenizer:
+def from_merges(folder: Path, declared: DeclaredTokens, rows: int, template: ChatTemplate | None) -> HFTokenizer:
     """The tokenizer of a folder's vocab.json and merges.txt; see `merges.read`.
 
     Raises InputError for files that are none, or where no token ends a document.
@@ -188,11 +188,11 @@ def from_merges(folder: Path, declared: Declared, rows: int, template: Chat | No
 def _of_folder(
     path: Path,
     tokenizer: "tokenizers.Tokenizer",
-    declared: Declared,
+    declared: DeclaredTokens,
     rows: int,
-    template: Chat | None,
+    template: ChatTemplate | None,
     complete: bool = False,
-) -> HubTokenizer:
+) -> HFTokenizer:
     """With the declared tokens that `tokenizer` has not, unless it is `complete`."""
     names, ends = declared.names, [x for x in declared.eos_token_ids if x < rows]
     end = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
@@ -209,7 +209,7 @@ def _of_folder(
     return _of(str(path), tokenizer, rows, end, ends, names, template)
 
 
-def from_gguf(fields: Mapping[str, Any], rows: int, name: str) -> HubTokenizer:
+def from_gguf(fields: Mapping[str, Any], rows: int, name: str) -> HFTokenizer:
     """The tokenizer that a GGUF file's metadata describe: byte-level BPE with merges (`tokenizer.ggml.model` gpt2).
 
     How text is cut before merging is named by `tokenizer.ggml.pre`, and not written down: those in `SPLITS` are known.
@@ -266,7 +266,7 @@ def from_gguf(fields: Mapping[str, Any], rows: int, name: str) -> HubTokenizer:
     others = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
     ends = [x for x in others if type(x) is int and 0 <= x < min(len(tokens), rows)]
     template = fields.get("tokenizer.chat_template")
-    chat = Chat(template, names) if isinstance(template, str) else None
+    chat = ChatTemplate(template, names) if isinstance(template, str) else None
     return _of(name, tokenizer, rows, end, ends, names, chat)
 
 
@@ -339,14 +339,14 @@ def _of(
     eos: int,
     ends: Sequence[int],
     names: Mapping[str, str],
-    template: Chat | None,
-) -> HubTokenizer:
+    template: ChatTemplate | None,
+) -> HFTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     n_vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     others = tuple(dict.fromkeys(x for x in ends if x != eos))
-    return HubTokenizer(name, tokenizer, n_vocab, rows, eos, others, names, template)
+    return HFTokenizer(name, tokenizer, n_vocab, rows, eos, others, names, template)
 
 
 def _sound(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fgpt.errors import InputError, shown
 from fgpt.library_errors import call
 from fgpt.tokenizers import special_tokens
-from fgpt.tokenizers.special_tokens import Declared
+from fgpt.tokenizers.special_tokens import DeclaredTokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
 
-def read(folder: Path, declared: Declared) -> "tokenizers.Tokenizer":
+def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
     """The tokenizer of a folder's vocab.json and merges.txt, as transformers' GPT2Tokenizer makes it of them.
 
     Raises InputError for files that are none.

@@ -29,7 +29,7 @@ FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredTokens:
     """What the files of a folder say of special tokens."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Declared:
         return self.config.get(name) is True
 
 
-def read(folder: Path, defaults: Mapping[str, Any]) -> Declared:
+def read(folder: Path, defaults: Mapping[str, Any]) -> DeclaredTokens:
     """What `folder` says; `defaults` are names of the tokenizer's class, which its config may change or take away.
 
     Raises InputError for a file that is not JSON of the right form.
@@ -62,7 +62,7 @@ def read(folder: Path, defaults: Mapping[str, Any]) -> Declared:
         older = {key: names.pop(key) for key in EXTRA[1:] if key in names}  # added, but after added_tokens.json is read
         added = _added_by_token(folder / ADDED, read_json(folder / ADDED), config | names)
         config |= names | older
-    return Declared(config, added, _eos_token_ids(folder))
+    return DeclaredTokens(config, added, _eos_token_ids(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def add(tokenizer: "tokenizers.Tokenizer", declared: Declared) -> None:
+def add(tokenizer: "tokenizers.Tokenizer", declared: DeclaredTokens) -> None:
     """Add the declared tokens that `tokenizer` has not, in transformers' order, which gives them their ids."""
     from tokenizers import AddedToken
 

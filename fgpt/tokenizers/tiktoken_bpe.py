@@ -14,7 +14,7 @@ import tiktoken
 from fgpt.errors import InputError
 from fgpt.library_errors import call
 from fgpt.tokenizers import merges
-from fgpt.tokenizers.chat_template import CONFIG, Chat, Messages
+from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
 
 RANKS = "ranks.tiktoken"
 """The rank file's name in a model folder: `base64(bytes) rank` lines, as tiktoken has it."""
@@ -32,11 +32,11 @@ LONG = re.compile(r"\s{10000,}+")
 
 
 @dataclass(frozen=True)
-class Ranked:
+class TiktokenTokenizer:
     """A `Tokenizer` of ranks; <|endoftext|> follows the last and is its one special token."""
 
     bpe: tiktoken.Encoding
-    template: Chat | None = None
+    template: ChatTemplate | None = None
     declared: tuple[int, ...] = ()
     """Further tokens that end a generated text, as the model's config says."""
 
@@ -90,7 +90,7 @@ class Ranked:
         config |= {"chat_template": self.template.template} if self.template else {}
         return {RANKS: rank_lines(ranks), FILE: _tokenizer_json(ranks), CONFIG: json.dumps(config, indent=2) + "\n"}
 
-    def chatting(self, template: Chat | None, declared: Sequence[int] = ()) -> "Ranked":
+    def with_chat_template(self, template: ChatTemplate | None, declared: Sequence[int] = ()) -> "TiktokenTokenizer":
         """The same tokens with a model's chat template, and what its config says that ends a generated text."""
         return replace(self, template=template, declared=tuple(declared))
 
@@ -140,10 +140,10 @@ def no_template(name: str) -> InputError:
 
 
 @functools.cache
-def gpt2() -> Ranked:
+def gpt2() -> TiktokenTokenizer:
     """GPT-2's tokenizer: 50,256 ranks and <|endoftext|>. tiktoken fetches the ranks once and keeps them."""
     try:
-        return Ranked(tiktoken.get_encoding("gpt2"))
+        return TiktokenTokenizer(tiktoken.get_encoding("gpt2"))
     except Exception as err:
         raise InputError(
             f"GPT-2's ranks could not be fetched ({type(err).__name__}): connect once, or set TIKTOKEN_CACHE_DIR to a "
@@ -151,7 +151,7 @@ def gpt2() -> Ranked:
         ) from None
 
 
-def from_ranks(path: Path) -> Ranked:
+def from_ranks(path: Path) -> TiktokenTokenizer:
     """The tokenizer of a rank file, with <|endoftext|> as the token after the last rank.
 
     Raises InputError for a file that is not one.
@@ -164,7 +164,7 @@ def from_ranks(path: Path) -> Ranked:
     return _bpe(path, ranks)
 
 
-def from_vocab(path: Path) -> Ranked:
+def from_vocab(path: Path) -> TiktokenTokenizer:
     """The tokenizer of a `vocab.json` as GPT-2's hub repositories carry it: token to id, bytes in printable stand-ins.
 
     Raises InputError for a file that is not one.
@@ -203,11 +203,11 @@ def printable(token: bytes) -> str:
     return "".join(CHAR_OF_BYTE[byte] for byte in token)
 
 
-def _bpe(path: Path, ranks: dict[bytes, Any]) -> Ranked:
+def _bpe(path: Path, ranks: dict[bytes, Any]) -> TiktokenTokenizer:
     if any(type(rank) is not int for rank in ranks.values()) or set(ranks.values()) != set(range(len(ranks))):
         raise InputError(f"{path}: expected every rank from 0 on once; got {len(ranks)} of them, with gaps or repeats")
     if lost := 256 - sum(bytes([b]) in ranks for b in range(256)):
         raise InputError(f"{path}: {lost} of the 256 single bytes have no rank: some texts could not be encoded")
-    return Ranked(
+    return TiktokenTokenizer(
         tiktoken.Encoding(str(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
     )

@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 from fgpt.errors import InputError
 from fgpt.tokenizers import chat_template, huggingface, special_tokens
 from fgpt.tokenizers.chat_template import Messages
-from fgpt.tokenizers.huggingface import HubTokenizer
+from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.merges import MERGES, VOCAB
 from fgpt.tokenizers.special_tokens import read_json
-from fgpt.tokenizers.tiktoken_bpe import END, FILE, RANKS, Ranked, from_ranks, from_vocab, gpt2
+from fgpt.tokenizers.tiktoken_bpe import END, FILE, RANKS, TiktokenTokenizer, from_ranks, from_vocab, gpt2
 
 FILES = (
     RANKS,
@@ -71,7 +71,7 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def begin(self) -> int:
+    def bos(self) -> int:
         """What the first token of a text is predicted from: the BOS token, else `eos`, which ended the text before."""
         ...
 
@@ -81,13 +81,13 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def spelled(self, text: str, around: bool = True) -> list[int]:
+    def encode_special(self, text: str, around: bool = True) -> list[int]:
         """`text` as transformers' tokenizer reads it: a special token written in it is that token, and with `around`
         those that the family puts around every text are there, such as a BOS.
         """
         ...
 
-    def plain(self, tokens: Sequence[int]) -> str:
+    def decode_text(self, tokens: Sequence[int]) -> str:
         """The text of `tokens` without the special ones."""
         ...
 
@@ -134,7 +134,7 @@ def of_folder(folder: Path, vocab: int) -> Tokenizer:
     else:
         tokenizer = gpt2()
     _fits(tokenizer, vocab, str(folder))
-    return tokenizer.chatting(template, [x for x in declared.eos_token_ids if x < vocab])
+    return tokenizer.with_chat_template(template, [x for x in declared.eos_token_ids if x < vocab])
 
 
 def _class_of(folder: Path) -> str:
@@ -147,7 +147,7 @@ def _class_of(folder: Path) -> str:
     return named.removesuffix("Fast") if isinstance(named, str) else ""
 
 
-def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") -> HubTokenizer:
+def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") -> HFTokenizer:
     """The tokenizer of a GGUF file's metadata; see `huggingface.from_gguf`.
 
     Raises InputError where they hold none that is known, or the token that ends a document is none of `vocab` rows.
@@ -155,7 +155,7 @@ def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") 
     return huggingface.from_gguf(fields, vocab, name)
 
 
-def _fits(tokenizer: Ranked, vocab: int, name: str) -> None:
+def _fits(tokenizer: TiktokenTokenizer, vocab: int, name: str) -> None:
     if tokenizer.n_vocab > vocab:  # the last of its tokens is the one that ends a document
         raise InputError(
             f"the vocabulary does not fit the model: the tokenizer of {name} has {tokenizer.n_vocab} tokens, the model "

@@ -6,33 +6,33 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.adapters import Adapters, tune
-from fgpt.checks import LAWS, Finding, checking
-from fgpt.checks.context import part
+from fgpt.adapters import Adapters, trainable_leaves
+from fgpt.checks import LAWS, CheckResult, iter_checks
+from fgpt.checks.context import slice_batch
 from fgpt.cli.console import console, progress
 from fgpt.cli.training import tasks
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.recipes import AnyRun, Pretrain
-from fgpt.tree import device, leaves, nbytes, update
+from fgpt.tree import device, leaves, nbytes, replace_at
 
 ROWS = 4
 """Of the first batch: enough for neighbours and ragged micro-batches, and little enough for seconds."""
 
 
-def go(run: AnyRun) -> tuple[Finding, ...]:
+def go(run: AnyRun) -> tuple[CheckResult, ...]:
     """Print what was found as a table.
 
     Raises InputError where a law does not hold, and as training does where the run cannot begin.
     """
     base, adapters, batch = laid_out(run)
-    batch = part(batch, slice(ROWS))
+    batch = slice_batch(batch, slice(ROWS))
     console.print(machine(base, batch))
     lr = run.lr if isinstance(run, Pretrain) else run.peak
-    found = tuple(progress(checking(base, adapters, batch, lr), "checking laws", LAWS))
+    found = tuple(progress(iter_checks(base, adapters, batch, lr), "checking laws", LAWS))
     console.print(table(run.name, found))
-    if broken := [x.law for x in found if x.holds is False]:
+    if broken := [x.check for x in found if x.holds is False]:
         raise InputError(f"{run.name}: {', '.join(broken)}: broken here, see the table; do not trust what this trains")
     return found
 
@@ -43,9 +43,9 @@ def laid_out(run: AnyRun) -> tuple[GPT, Adapters, Batch]:
     it = tasks.plan(replace(run, peak=1.0) if isinstance(run, Pretrain) and not run.peak else run)
     trained, batch = it.take().trainable, next(it.batches(0))[0]
     if it.frozen is None:
-        return trained, tune(trained), batch
+        return trained, trainable_leaves(trained), batch
     released = {path: x for path, x in leaves(it.frozen).items() if x.is_meta}  # what the adapters replace is theirs
-    return update(it.frozen, {path: trained[path].to(x.dtype) for path, x in released.items()}), trained, batch
+    return replace_at(it.frozen, {path: trained[path].to(x.dtype) for path, x in released.items()}), trained, batch
 
 
 def machine(base: GPT, batch: Batch) -> str:
@@ -59,17 +59,17 @@ def machine(base: GPT, batch: Batch) -> str:
     )
 
 
-def table(name: str, found: tuple[Finding, ...]) -> Table:
+def table(name: str, found: tuple[CheckResult, ...]) -> Table:
     view = Table("law", "what was compared", "margin", "limit", "", title=f"{name}: the laws", title_justify="left")
     for column in view.columns[2:4]:
         column.justify = "right"
     for x in found:
-        if x.margin is None:
-            view.add_row(x.law, Text(x.note, "dim"), "", "", Text("not asked", "dim"))
+        if x.error is None:
+            view.add_row(x.check, Text(x.note, "dim"), "", "", Text("not asked", "dim"))
             continue
-        count = x.limit == 0 and x.margin == int(x.margin) if x.margin < float("inf") else False
-        margin, limit = (f"{y:.0f}" if count else f"{y:.1e}" for y in (x.margin, x.limit))
+        count = x.tolerance == 0 and x.error == int(x.error) if x.error < float("inf") else False
+        margin, limit = (f"{y:.0f}" if count else f"{y:.1e}" for y in (x.error, x.tolerance))
         said = Text("ok", "green") if x.holds else Text("FAIL", "bold red")
         compared = Text.assemble(x.compared, (f"\n{x.note}" if x.note else "", "bold red"))
-        view.add_row(x.law, compared, margin, limit, said)
+        view.add_row(x.check, compared, margin, limit, said)
     return view

@@ -22,7 +22,7 @@ from fgpt.cli.training.instruction_tuning import base_of
 from fgpt.cli.training.job import hashed
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import perplexity, room, windows
+from fgpt.evaluation.likelihood import perplexity, window_and_stride, windows
 from fgpt.io import models
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
@@ -104,8 +104,8 @@ def go(asked: Asked) -> dict[str, Any]:
     if it.run is None and asked.answers is not None:
         raise InputError("a base has no held-out rows to answer: give a run in place of --base, or leave --answers out")
     text = None if asked.text is None else read_text(asked.text)
-    cfg, tokenizer = models.describe(it.base)
-    window = room(cfg, asked.width, asked.stride)
+    cfg, tokenizer = models.load_config_and_tokenizer(it.base)
+    window = window_and_stride(cfg, asked.width, asked.stride)
     chosen = None if asked.tasks is None else lm_eval_tasks.find(asked.tasks, asked.include_path)
     run = it.run
     if isinstance(run, Classify):
@@ -194,7 +194,7 @@ def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: in
     """The perplexities of a text, by name."""
     with working("tokenizing"):
         tokens = tokenizer.encode(text)
-    parts = scored(params, windows(tokens, tokenizer.begin, width, stride), rows)
+    parts = scored(params, windows(tokens, tokenizer.bos, width, stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)
     counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}
     figures = {

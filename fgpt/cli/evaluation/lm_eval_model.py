@@ -19,12 +19,12 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Scored, scoring
-from fgpt.generation.loop import cut, generate, stop_at
-from fgpt.generation.sampling import Sampling
+from fgpt.evaluation.likelihood import LogLikelihood, iter_loglikelihood
+from fgpt.generation.loop import truncate_at_stop, generate, stop_on_strings
+from fgpt.generation.sampling import SamplingParams
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key
-from fgpt.tokenizers.huggingface import HubTokenizer
+from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device
 
@@ -57,7 +57,7 @@ class Writing(NamedTuple):
 
     stop: tuple[str, ...]
     most: int
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 class Model(TemplateLM):
@@ -80,16 +80,16 @@ class Model(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text follows where a request gives no context: BOS, or else the end of text."""
-        return self.text.begin
+        return self.text.bos
 
     @property
     def max_length(self) -> int:
-        return self.params.cfg.context
+        return self.params.cfg.n_ctx
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens that transformers' tokenizer gives; a text that spells out its BOS gets no second one."""
-        begun = string.startswith(self.text.decode([self.text.begin]))
-        return self.text.spelled(string, around=not begun if add_special_tokens is None else add_special_tokens)
+        begun = string.startswith(self.text.decode([self.text.bos]))
+        return self.text.encode_special(string, around=not begun if add_special_tokens is None else add_special_tokens)
 
     # ------------------------------------------------------------------------------------------------------ likelihoods
 
@@ -105,15 +105,15 @@ class Model(TemplateLM):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
-            for some in scoring(self.params, pairs, self.rows):
+            for some in iter_loglikelihood(self.params, pairs, self.rows):
                 for i, scored in some:
                     found[i] = self._noted(scored)
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
                 bar.update(len(some))
         return [found[i] for i in range(len(pairs))]
 
-    def _noted(self, scored: Scored) -> tuple[float, bool]:
-        self.cut = self.cut.plus(scored.cut)
+    def _noted(self, scored: LogLikelihood) -> tuple[float, bool]:
+        self.cut = self.cut.plus(scored.truncated)
         return scored.total, all(scored.greedy)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -126,7 +126,7 @@ class Model(TemplateLM):
                 owners.append(i)
         totals = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="texts", disable=disable_tqdm) as bar:
-            for some in scoring(self.params, windows, self.rows):
+            for some in iter_loglikelihood(self.params, windows, self.rows):
                 for j, scored in some:
                     totals[owners[j]] += scored.total
                 bar.update(len(some))
@@ -172,21 +172,21 @@ class Model(TemplateLM):
         return kept
 
     def _written(self, prompts: Sequence[Sequence[int]], how: Writing, numbers: Sequence[int]) -> Iterator[str]:
-        until, ends = stop_at(self.text.decode, how.stop), self.text.eos_token_ids
+        until, ends = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids
         if how.sampling.temperature > 0:  # a row's key in a batch is its place there, which says nothing of the request
             out = [
                 generate(self.params, [prompt], ends, how.most, how.sampling, fold_in(self.rng, i), until)[0]
                 for prompt, i in zip(prompts, numbers, strict=True)
             ]
         else:
-            out = generate(self.params, prompts, ends, how.most, how.sampling, until=until)
-        return (cut(self.text.plain(text.tokens), how.stop) for text in out)
+            out = generate(self.params, prompts, ends, how.most, how.sampling, stopping_criterion=until)
+        return (truncate_at_stop(self.text.decode_text(text.tokens), how.stop) for text in out)
 
     # ------------------------------------------------------------------------------------------------------------- chat
 
     @property
     def tokenizer_name(self) -> str:
-        return self.text.name if isinstance(self.text, HubTokenizer) else type(self.text).__name__
+        return self.text.name if isinstance(self.text, HFTokenizer) else type(self.text).__name__
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         found = getattr(self.text, "template", None)
@@ -221,7 +221,7 @@ def writing(options: Mapping[str, Any]) -> Writing:
             f"{', '.join(FILTERS)}"
         )
     strings = [stop] if isinstance(stop, str) else stop
-    sampling = Sampling(temperature if sample is not False else 0.0, **filters)
+    sampling = SamplingParams(temperature if sample is not False else 0.0, **filters)
     return Writing(tuple(s for s in strings if s), int(limits[0]) if limits else MOST, sampling)
 
 

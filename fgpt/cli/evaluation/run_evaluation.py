@@ -22,9 +22,9 @@ from fgpt.cli.training import classification
 from fgpt.cli.training.instruction_tuning import base_of, split
 from fgpt.data import classification_prompts, packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.prompt_templates import Example, Row, encode, template
+from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Pair, Scored, scoring
+from fgpt.evaluation.likelihood import Request, LogLikelihood, iter_loglikelihood
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import Run
@@ -62,7 +62,7 @@ def own(
         return lambda params: {"test rows": of_classes(params, it)}
     if not loss and answers is None:
         return lambda params: {}
-    tokenizer, held = models.describe(run.base)[1], split(run)[1]
+    tokenizer, held = models.load_config_and_tokenizer(run.base)[1], split(run)[1]
     if not held:
         raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
     asked = compare_asked.held_out(compare_sides.of([run], [at]), held, answers).rows if answers else ()
@@ -77,10 +77,10 @@ def own(
 # --------------------------------------------------------------------------------------------- a run of instructions
 
 
-def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row], at_once: int) -> Figures:
+def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow], at_once: int) -> Figures:
     """Loss and perplexity of the rows' own answers, end of text included, where they fit the run's width."""
     examples = [encode(row, template(run.template), tokenizer) for row in rows]
-    kept, dropped = packing.fit(examples, min(run.seq, params.cfg.context), drop=True)
+    kept, dropped = packing.filter_by_length(examples, min(run.seq, params.cfg.n_ctx), drop=True)
     told = [x for part in scored(params, answers(kept), at_once) for x in part.logprobs]
     loss = -math.fsum(told) / len(told)
     counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(told)}
@@ -88,7 +88,7 @@ def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row],
     return shown("held-out rows", counts, both)
 
 
-def of_answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> Figures:
+def of_answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow]) -> Figures:
     """The scores of greedy answers to the rows, as `just compare` has them, but for what takes the base."""
     prompts = compare_sides.prompts(compare_sides.Side("", run), rows, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
@@ -112,11 +112,11 @@ class Unseen(NamedTuple):
 
 def unseen(run: Classify, limit: int | None) -> Unseen:
     """The first `limit` rows that were scored after training. Raises InputError as reading them for training does."""
-    cfg, tokenizer = models.describe(run.base)
-    names, rows = classification_prompts.named(
-        classification_prompts.words_of(run.labels), classification.to_score(run)
+    cfg, tokenizer = models.load_config_and_tokenizer(run.base)
+    names, rows = classification_prompts.apply_labels(
+        classification_prompts.parse_labels(run.labels), classification.to_score(run)
     )
-    own, width = classifiers.labels_of(run, names, tokenizer), min(run.seq, cfg.context)
+    own, width = classifiers.labels_of(run, names, tokenizer), min(run.seq, cfg.n_ctx)
     examples, cut = classification_prompts.encode(
         rows[:limit], own, classifiers.frame_of(run, names, tokenizer), tokenizer, width
     )
@@ -142,10 +142,10 @@ def of_classes(params: GPT, it: Unseen, title: str = "test rows") -> Figures:
 # ---------------------------------------------------------------------------------------------------------- showing
 
 
-def scored(params: GPT, pairs: Sequence[Pair], rows: int) -> list[Scored]:
+def scored(params: GPT, pairs: Sequence[Request], rows: int) -> list[LogLikelihood]:
     """`fgpt.evaluate.score` which shows how far it is."""
-    some: Iterator[list[tuple[int, Scored]]] = scoring(params, pairs, rows)
-    found: dict[int, Scored] = {}
+    some: Iterator[list[tuple[int, LogLikelihood]]] = iter_loglikelihood(params, pairs, rows)
+    found: dict[int, LogLikelihood] = {}
     with working("scoring", len(pairs)) as advance:
         for part in some:
             found.update(part)

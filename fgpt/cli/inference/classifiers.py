@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.classification_head import classifier
+from fgpt.classification_head import with_classification_head
 from fgpt.cli import run_dir
 from fgpt.cli.console import working
 from fgpt.cli.training.instruction_tuning import base_of
 from fgpt.data import packing
-from fgpt.data.classification_prompts import Frame, Labelled, Labels, classes, encode, frame, named, words, words_of
+from fgpt.data.classification_prompts import PromptFrame, LabeledText, Labels, classes, encode, prompt_frame, apply_labels, verbalizers, parse_labels
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.model import GPT, Cache, extend, hidden, logits
+from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
 from fgpt.recipes.classification import Classify
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -59,20 +59,20 @@ def _packed(params: GPT, texts: Sequence[tuple[int, ...]], width: int) -> Reads:
     for i in range(0, len(bins), AT_ONCE):
         rows = [[Example(texts[j], len(texts[j]), 0) for j in some] for some in bins[i : i + AT_ONCE]]
         batch = tree_map(lambda x: x.to(at), packing.collate(rows))
-        assert batch.at is not None  # each text's last position, in their order
-        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.at]
+        assert batch.loss_positions is not None  # each text's last position, in their order
+        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.loss_positions]
         yield [j for some in bins[i : i + AT_ONCE] for j in some], h
 
 
 def _after(params: GPT, texts: Sequence[tuple[int, ...]], common: int) -> Reads:
     at = device(params)
-    _, once = extend(params, torch.tensor([texts[0][:common]], device=at), Cache())
+    _, once = forward_with_cache(params, torch.tensor([texts[0][:common]], device=at), KVCache())
     for i in range(0, len(texts), AT_ONCE):
         rest = [text[common:] for text in texts[i : i + AT_ONCE]]
         many, wide = len(rest), max(map(len, rest))
         padded = [[*row] + [0] * (wide - len(row)) for row in rest]  # no text sees what follows it
         cache = tree_map(lambda x, many=many: x.expand(many, *x.shape[1:]), once)
-        h, _ = extend(params, torch.tensor(padded, device=at), cache)
+        h, _ = forward_with_cache(params, torch.tensor(padded, device=at), cache)
         yield list(range(i, i + many)), h[range(many), [len(row) - 1 for row in rest]]
 
 
@@ -92,17 +92,17 @@ class Trained(NamedTuple):
 
 def labels_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     """Raises InputError for names that are several tokens, where the label is the next."""
-    return words(names, tokenizer) if run.form == "tokens" else classes(names)
+    return verbalizers(names, tokenizer) if run.form == "tokens" else classes(names)
 
 
-def frame_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[Labelled] = ()) -> Frame:
+def frame_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()) -> PromptFrame:
     """What stands around the texts of a run, in training and in use."""
-    return frame(run.wording, names, tokenizer, run.form == "classes", shots)
+    return prompt_frame(run.wording, names, tokenizer, run.form == "classes", shots)
 
 
 def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
     """The params that the run adapts: the base, or for classes the same with their head."""
-    return classifier(base, len(names), fold_in(key(run.seed), "head")) if run.form == "classes" else base
+    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.form == "classes" else base
 
 
 def read_run(where: Path) -> Classify:
@@ -127,7 +127,7 @@ def own_or(run: Classify, given: Sequence[str]) -> tuple[str, ...]:
     if given and run.form == "classes":
         raise InputError(f"{run.name} has a head of its own labels, {', '.join(run.labels)}: leave --labels out")
     labels = tuple(given) or run.labels
-    named(words_of(labels), ())
+    apply_labels(parse_labels(labels), ())
     return labels
 
 
@@ -142,14 +142,14 @@ class Told(NamedTuple):
         return [self.names[i] for i in self.probabilities.argmax(-1).tolist()]
 
 
-def predict(it: Trained, rows: Sequence[Labelled], given: Sequence[str] = ()) -> Told:
+def predict(it: Trained, rows: Sequence[LabeledText], given: Sequence[str] = ()) -> Told:
     """How likely each label is of each row: of the run's own, or of `given` as `own_or` takes them. What a row is
     labelled is not read.
 
     Raises InputError as `own_or` does, and for rows that cannot be laid.
     """
-    own = tuple(words_of(own_or(it.run, given)).values())
-    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.seq, it.params.cfg.context)
+    own = tuple(parse_labels(own_or(it.run, given)).values())
+    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.seq, it.params.cfg.n_ctx)
     bare = [replace(row, label="") for row in rows]
     examples = encode(bare, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
     return Told(own, log_probabilities(it.params, examples, labels, width).exp())

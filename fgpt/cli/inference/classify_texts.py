@@ -11,7 +11,7 @@ from rich.text import Text
 from fgpt.cli import run_dir
 from fgpt.cli.console import answers
 from fgpt.cli.inference import classifiers
-from fgpt.data.classification_prompts import Labelled
+from fgpt.data.classification_prompts import LabeledText
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
 
@@ -51,15 +51,15 @@ def go(asked: Asked) -> None:
         print(label, f"{p:.4f}", each.text, *([each.text2] if pairs else []), sep="\t")
 
 
-def row(text: str, pairs: bool, where: str) -> Labelled:
+def row(text: str, pairs: bool, where: str) -> LabeledText:
     """Raises InputError for a pair that is none."""
     first, tab, second = text.partition("\t") if pairs else (text, "", "")
     if pairs and not (tab and second.strip()):
         raise InputError(f"{where}: the run tells pairs: expected two texts with a tab between them")
-    return Labelled(first.strip(), second.strip(), where=where)
+    return LabeledText(first.strip(), second.strip(), where=where)
 
 
-def show(rows: Sequence[Labelled], told: classifiers.Told) -> None:
+def show(rows: Sequence[LabeledText], told: classifiers.Told) -> None:
     table = Table("text", *told.names)
     for column in table.columns[1:]:
         column.justify = "right"

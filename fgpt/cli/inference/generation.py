@@ -9,10 +9,10 @@ from fgpt.cli import run_dir
 from fgpt.cli.inference.options import Writing
 from fgpt.cli.training.instruction_tuning import base_of
 from fgpt.data.conversations import Message
-from fgpt.data.prompt_templates import Row, Turn, encode_prompt, template
+from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generation.beam import beam_search
-from fgpt.generation.loop import cut, generate, pieces, stop_at, stream
+from fgpt.generation.loop import truncate_at_stop, generate, stream_text, stop_on_strings, stream
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import Run
@@ -43,7 +43,7 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
     it = opened(name)
-    prompt = encode_prompt(Row(instruction, given, ""), template(it.run.template), it.tokenizer)
+    prompt = encode_prompt(InstructionRow(instruction, given, ""), template(it.run.template), it.tokenizer)
     ends = it.tokenizer.eos_token_ids
     if how.beams > 1:
         sampling = replace(how.sampling, temperature=0.0)
@@ -55,19 +55,19 @@ def answer(name: str, instruction: str, given: str, how: Writing) -> None:
     else:
         if not how.sampling.temperature:
             raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
-        many, stop = [prompt] * how.samples, stop_at(it.tokenizer.decode, how.stop)
+        many, stop = [prompt] * how.samples, stop_on_strings(it.tokenizer.decode, how.stop)
         rng = key(how.seed)
-        made = generate(it.params, many, ends, how.most, how.sampling, rng, stop, compiled=how.compiled)
+        made = generate(it.params, many, ends, how.most, how.sampling, rng, stop, compile=how.compiled)
         texts = [it.tokenizer.decode(x.tokens) for x in made]
-    print("\n\n".join(cut(text, how.stop).strip() for text in texts))
+    print("\n\n".join(truncate_at_stop(text, how.stop).strip() for text in texts))
 
 
 def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
     """One text, piece by piece."""
-    stop, rng = stop_at(it.tokenizer.decode, how.stop), key(how.seed)
+    stop, rng = stop_on_strings(it.tokenizer.decode, how.stop), key(how.seed)
     end, compiled = it.tokenizer.eos_token_ids, how.compiled
-    steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compiled=compiled)
-    return pieces(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
+    steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compile=compiled)
+    return stream_text(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
 
 
 def tell(text: Iterator[str]) -> str:
@@ -93,7 +93,7 @@ def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
     """
     it = opened(name)
     print(f"{it.run.name}: {it.run.base}. {HELP}.")
-    said: list[Row] = []
+    said: list[InstructionRow] = []
     while True:
         try:
             line = read("> ").strip()
@@ -110,7 +110,7 @@ def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
             elif line.startswith("/"):
                 raise InputError(f"no command {command}: {HELP}")
             elif line:
-                said.append(Row(line))
+                said.append(InstructionRow(line))
                 prompt, kept = fitting(it, said, how.most)
                 if kept < len(said):
                     print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
@@ -121,7 +121,7 @@ def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
             print(f"error: {err}", file=sys.stderr)
 
 
-def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]:
+def fitting(it: Opened, said: Sequence[InstructionRow], most: int) -> tuple[list[int], int]:
     """The prompt of as many of the last turns as leave room for `most` tokens, or for half the context if that is less;
     and their number. The newest turn stays whole.
 
@@ -136,7 +136,7 @@ def fitting(it: Opened, said: Sequence[Row], most: int) -> tuple[list[int], int]
     raise InputError(f"that is {length} tokens; the model takes {limit} and an answer: say it in fewer words")
 
 
-def conversation(it: Opened, said: Sequence[Row]) -> list[int]:
+def conversation(it: Opened, said: Sequence[InstructionRow]) -> list[int]:
     """The tokens of a conversation up to where the model is to answer: those that training has there."""
     messages: list[Message] = []
     for row in said:

@@ -14,12 +14,12 @@ from fgpt.cli.inference import classifiers
 from fgpt.cli.training.classification import to_score
 from fgpt.cli.training.instruction_tuning import base_of, split
 from fgpt.data import packing
-from fgpt.data.classification_prompts import encode, named, words_of
+from fgpt.data.classification_prompts import encode, apply_labels, parse_labels
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
-from fgpt.evaluation.output_difference import shift
+from fgpt.evaluation.output_difference import compare_outputs
 from fgpt.io import models
-from fgpt.io.files import whole_folder, write_json
+from fgpt.io.files import atomic_dir, write_json
 from fgpt.model import GPT
 from fgpt.recipes import Classify, Pretrain, Run
 from fgpt.tree import device, tree_map
@@ -55,11 +55,11 @@ def merge(name: str, onto: Onto | None) -> Path:
     folder_name = MERGED if run.quantize is None else f"{MERGED}-{onto}"
     found: dict[str, Any] = {"onto": onto, "held-out rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
-    with whole_folder(out / folder_name) as saved:
+    with atomic_dir(out / folder_name) as saved:
         models.save(plain, saved, like=run.base, labels=_labels(run))
         stored = tree_map(lambda x: x.to(at), models.load(str(saved), None))
         for what, model in (("in memory", plain), ("read back", stored)):
-            moved = shift(trained, model, batch)
+            moved = compare_outputs(trained, model, batch)
             found |= {what: {"logit": float(moved.logit), "nll": float(moved.nll)}}
             table.add_row(what, f"{float(moved.logit):.3g}", f"{float(moved.nll):+.3g}")
         write_json(saved / "merge.json", found)
@@ -77,7 +77,7 @@ def _labels(run: Run | Classify) -> tuple[str, ...]:
     """The names of the classes of a head of classes."""
     if not isinstance(run, Classify) or run.form != "classes":
         return ()
-    return tuple(words_of(run.labels).values())
+    return tuple(parse_labels(run.labels).values())
 
 
 def _probes(run: Run | Classify, base: GPT) -> list[Example]:
@@ -85,6 +85,6 @@ def _probes(run: Run | Classify, base: GPT) -> list[Example]:
     tokenizer = models.tokenizer(run.base)
     if not isinstance(run, Classify):
         return fitting(base.cfg, tokenizer, run, split(run)[1][:PROBES])
-    names, rows = named(words_of(run.labels), to_score(run)[:PROBES])
+    names, rows = apply_labels(parse_labels(run.labels), to_score(run)[:PROBES])
     labels, around = classifiers.labels_of(run, names, tokenizer), classifiers.frame_of(run, names, tokenizer)
-    return encode(rows, labels, around, tokenizer, min(run.seq, base.cfg.context)).examples
+    return encode(rows, labels, around, tokenizer, min(run.seq, base.cfg.n_ctx)).examples

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tyro.conf import OmitArgPrefixes
 
 from fgpt.generation.beam import LengthPenalty
-from fgpt.generation.sampling import GREEDY, Sampling
+from fgpt.generation.sampling import GREEDY, SamplingParams
 from fgpt.ranges import BatchSize, PositiveInt, Seed
 
 
@@ -15,7 +15,7 @@ class Writing:
 
     most: PositiveInt = 200
     """Most new tokens."""
-    sampling: OmitArgPrefixes[Sampling] = GREEDY
+    sampling: OmitArgPrefixes[SamplingParams] = GREEDY
     beams: BatchSize = 1
     """Above 1, beam search: the likeliest of the texts it finds."""
     length_penalty: LengthPenalty = 1.0
@@ -40,7 +40,7 @@ class Alike:
 
     most: PositiveInt | None = None
     """Most new tokens of an answer; None takes the first run's."""
-    sampling: OmitArgPrefixes[Sampling] = GREEDY
+    sampling: OmitArgPrefixes[SamplingParams] = GREEDY
     seed: Seed = 0
 
 

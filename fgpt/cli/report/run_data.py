@@ -11,7 +11,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.metrics_log import Line, read_metrics
 from fgpt.cli.paths import shareable, shared
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError, shown
 from fgpt.io.files import read_json
 
@@ -103,7 +103,7 @@ def read_comparison(path: Path) -> Comparison:
     try:
         settings, scores, answers = held["settings"], held["scores"], held["answers"]
         _check_comparison(scores, answers)
-        rows = [Row(x["instruction"], x["input"], x["reference"]) for x in answers]
+        rows = [InstructionRow(x["instruction"], x["input"], x["reference"]) for x in answers]
         told = {side: [Answer(x[side]["text"], (), x[side]["finished"]) for x in answers] for side in scores}
         return Comparison(path.stem, _about(settings, len(rows)), rows, told, scores, settings)
     except (KeyError, TypeError, AttributeError, IndexError) as err:

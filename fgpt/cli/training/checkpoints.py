@@ -18,7 +18,7 @@ from typing import Any
 
 from fgpt.cli.console import console
 from fgpt.errors import InputError
-from fgpt.io.files import read_json, read_tensors, remove, whole_folder, write_json, write_tensors
+from fgpt.io.files import read_json, read_tensors, remove, atomic_dir, write_json, write_tensors
 from fgpt.train_step import State
 from fgpt.tree import leaves, tree_map
 
@@ -34,7 +34,7 @@ def save(out: Path, state: State, inputs: Inputs, heldout: float | None = None) 
     Raises InputError where the disk is full or the folder cannot be written; older checkpoints stay as they were.
     """
     folder = out / FOLDER / f"step-{int(state.step):06d}"
-    with whole_folder(folder) as at:
+    with atomic_dir(folder) as at:
         write_tensors(at / STATE, leaves(state))
         parts = {STATE: {"bytes": (at / STATE).stat().st_size, "sha256": _sha256(at / STATE)}}
         manifest = {"step": int(state.step), "inputs": dict(inputs), "heldout_loss": heldout, "parts": parts}

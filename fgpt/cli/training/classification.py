@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from rich.table import Table
 
-from fgpt.adapters import Adapters, adapt, tune
+from fgpt.adapters import Adapters, adapt, trainable_leaves
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, working
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion, scores
@@ -25,7 +25,7 @@ from fgpt.cli.training.instruction_tuning import (
 from fgpt.cli.training.job import Plan
 from fgpt.cli.training.loop import again, fit
 from fgpt.data import classification_datasets
-from fgpt.data.classification_prompts import Labelled, Labels, drawn, encode, settle
+from fgpt.data.classification_prompts import LabeledText, Labels, sample_shots, encode, resolve_labels
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -35,24 +35,24 @@ from fgpt.recipes.classification import Classify
 from fgpt.rng import fold_in, key
 
 
-def read(run: Classify) -> tuple[list[Labelled], list[Labelled]]:
+def read(run: Classify) -> tuple[list[LabeledText], list[LabeledText]]:
     """Rows to train on, and rows to score: those of `test`; of a hub's dataset its own test split, if it has one; else
     the last of a shuffle by the run's seed.
 
     Raises InputError where holding out would leave nothing to train on.
     """
-    rows = classification_datasets.rows(run.train, "train", _columns(run))
+    rows = classification_datasets.load_labeled_texts(run.train, "train", _columns(run))
     if (test := _test_of(run)) is not None:
-        return rows, classification_datasets.rows(test, "test", _columns(run))
+        return rows, classification_datasets.load_labeled_texts(test, "test", _columns(run))
     if run.heldout < 1:
         raise InputError(f"--heldout {run.heldout}: expected 1 or more rows to score, or others with --test")
     return apart(rows, held_out_of(rows, run.heldout, run.train), run.seed)
 
 
-def to_score(run: Classify) -> list[Labelled]:
+def to_score(run: Classify) -> list[LabeledText]:
     """The rows to score alone. Raises InputError as `read` does."""
     test = _test_of(run)
-    return read(run)[1] if test is None else classification_datasets.rows(test, "test", _columns(run))
+    return read(run)[1] if test is None else classification_datasets.load_labeled_texts(test, "test", _columns(run))
 
 
 def _test_of(run: Classify) -> str | None:
@@ -69,8 +69,8 @@ def trained_of(run: Classify, params: GPT) -> Adapters:
 
     Raises InputError where a target matches nothing that can be adapted.
     """
-    head = tune(params, r"head\..*") if run.form == "classes" else {}
-    return adapters_of(run, params) | (tune(params, run.also) if run.also else {}) | head
+    head = trainable_leaves(params, r"head\..*") if run.form == "classes" else {}
+    return adapters_of(run, params) | (trainable_leaves(params, run.also) if run.also else {}) | head
 
 
 def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> tuple[Scores, float]:
@@ -101,11 +101,11 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
     run_dir.device_of(run.device)
     if run.shots and run.form == "classes":
         raise InputError(f"--shots {run.shots} want labels as next tokens: --form tokens, or leave them out")
-    cfg, tokenizer = models.describe(run.base)
-    names, train, test = settle(run.labels, *read(run))
+    cfg, tokenizer = models.load_config_and_tokenizer(run.base)
+    names, train, test = resolve_labels(run.labels, *read(run))
     run = replace(run, labels=run.labels or names)
     train, chosen = apart(train, min(run.heldout, len(train) // 2), run.seed) if run.evaluate else (train, [])
-    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.context)
+    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.n_ctx)
     with working("tokenizing"):
         examples, cut = encode(train, labels, around, tokenizer, width)
         asked, cut_too = encode(test, labels, around, tokenizer, width)
@@ -117,8 +117,8 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
         )
     shown: list[Example] = []
     if run.shots:
-        shots = drawn(train, names, run.shots, fold_in(key(run.seed), "shots"))
-        shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.context).examples
+        shots = sample_shots(train, names, run.shots, fold_in(key(run.seed), "shots"))
+        shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.n_ctx).examples
     base = with_head(run, base_of(run), names)
     adapters = trained_of(run, base)
     judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None

@@ -48,7 +48,7 @@ def articles(text: str) -> list[str]:
 
 def from_hub(source: str) -> list[str]:
     """The documents of one of `instruction_datasets.TEXTS`. Raises InputError where the hub cannot be reached."""
-    found = instruction_datasets.texts(source, FROM_HUB.get(source))
+    found = instruction_datasets.load_texts(source, FROM_HUB.get(source))
     if source.startswith("wikitext"):  # a row is a line there, a blank one an empty row
         return articles("".join(line or " \n" for line in found))
     return found

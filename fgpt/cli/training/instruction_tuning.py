@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fgpt.adapters import Adapters, adapt, dora, ia3, lora, trainable, tune
-from fgpt.classification_head import classes_of
+from fgpt.adapters import Adapters, adapt, dora, ia3, lora, num_trainable, trainable_leaves
+from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, working
 from fgpt.cli.evaluation import compare
@@ -20,18 +20,18 @@ from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training.job import Plan, fingerprint
 from fgpt.cli.training.loop import Fitted, again, fit
 from fgpt.data import conversations, finqa, instruction_datasets, packing
-from fgpt.data.prompt_templates import Example, Row, Turn, encode, template
+from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, template
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, fuse
-from fgpt.optim import adamw, adamw8bit, cosine
+from fgpt.model import GPT, fuse_qkv
+from fgpt.optim import adamw, adamw8bit, cosine_schedule
 from fgpt.quantization import quantize
 from fgpt.recipes import Run, Tuning
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import make_step, start
-from fgpt.tree import leaves, matches, tree_map, update
+from fgpt.train_step import make_step, init_state
+from fgpt.tree import leaves, matches, tree_map, replace_at
 from fgpt.weights import parameters
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ T = TypeVar("T")
 NANO_TASKS, NANO_HELDOUT = models.EMBEDDED["nano"] / "tasks.jsonl", models.EMBEDDED["nano"] / "heldout.jsonl"
 
 
-def split(run: Run) -> tuple[list[Row], list[Row]]:
+def split(run: Run) -> tuple[list[InstructionRow], list[InstructionRow]]:
     """Rows to train on, and rows held out: the embedded data's own, or the last of a shuffle by the run's seed. What of
     conversations is not trained on is counted and printed, as is how many of FinQA's pages were shortened to the run's
     width.
@@ -48,7 +48,7 @@ def split(run: Run) -> tuple[list[Row], list[Row]]:
     """
     if run.data == "nano":
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
-    given = instruction_datasets.examples(
+    given = instruction_datasets.load_examples(
         run.data, None if run.columns == instruction_datasets.Columns() else run.columns
     )
     if reasons := conversations.summary(given.left_out):
@@ -98,15 +98,15 @@ def apart(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]
     return first, [rows[i] for i in sorted(second)]
 
 
-def _shortened(run: Run, rows: list[Row]) -> list[Row]:
+def _shortened(run: Run, rows: list[InstructionRow]) -> list[InstructionRow]:
     if not any(isinstance(row, finqa.FinQA) for row in rows):
         return rows
-    cfg, tokenizer = models.describe(run.base)
-    width, look = min(run.seq, cfg.context), template(run.template)
+    cfg, tokenizer = models.load_config_and_tokenizer(run.base)
+    width, look = min(run.seq, cfg.n_ctx), template(run.template)
 
-    def length(row: Row) -> int:
+    def length(row: InstructionRow) -> int:
         example = encode(row, look, tokenizer)
-        return max(len(example.tokens), example.prompt + finqa.ROOM)
+        return max(len(example.tokens), example.prompt_length + finqa.ROOM)
 
     kept, count = finqa.shorten(rows, width, length)
     if count:
@@ -121,7 +121,7 @@ def batches(examples: list[Example], run: Tuning, width: int, begin: int = 0) ->
     micro: list[Batch] = []
     skip = begin * run.accumulate
     for number in itertools.count():
-        laid = packing.epoch(examples, width, run.rows, fold_in(key(run.seed), f"epoch {number}"))
+        laid = packing.epoch_batches(examples, width, run.rows, fold_in(key(run.seed), f"epoch {number}"))
         for rows in laid[skip:]:
             micro.append(packing.collate(rows))
             if len(micro) == run.accumulate:
@@ -132,7 +132,7 @@ def batches(examples: list[Example], run: Tuning, width: int, begin: int = 0) ->
 
 def steps_of(examples: list[Example], run: Tuning, width: int) -> int:
     """Updates in the run's epochs, or as many as it names."""
-    one = len(packing.epoch(examples, width, run.rows, fold_in(key(run.seed), "epoch 0")))
+    one = len(packing.epoch_batches(examples, width, run.rows, fold_in(key(run.seed), "epoch 0")))
     return run.steps or max(1, round(run.epochs * one / run.accumulate))
 
 
@@ -144,11 +144,11 @@ def base_of(run: Tuning) -> GPT:
     device, dtype = run_dir.device_of(run.device), getattr(torch, run.dtype)
     with working(f"loading {run.base}"):
         if fused(run):
-            params = fuse(models.load(run.base, dtype))
+            params = fuse_qkv(models.load(run.base, dtype))
             params = params if run.quantize is None else quantize(params, run.quantize)
         else:
             params = models.load(run.base, dtype, run.quantize)
-        if (classes := classes_of(params)) is not None:
+        if (classes := num_classes(params)) is not None:
             raise InputError(f"{run.base} is a classifier of {classes} classes: expected a model of a head of tokens")
         return tree_map(lambda x: x.to(device), params)
 
@@ -168,12 +168,12 @@ def adapters_of(run: Tuning, params: GPT) -> Adapters:
         return dora(params, rng, adapter.rank, adapter.alpha, adapter.where, dropout=adapter.dropout)
     if adapter.kind == "ia3":
         return ia3(params) if adapter.target is None else ia3(params, adapter.target, None)
-    return tune(params, adapter.where)
+    return trainable_leaves(params, adapter.where)
 
 
 def release(params: GPT, adapters: Adapters) -> GPT:
     """`params` without the storage of leaves that `adapters` replace: full tuning then holds its weights once."""
-    return update(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
+    return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
 
 
 def laid_out(
@@ -195,7 +195,7 @@ def laid_out(
         raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
     steps = steps_of(examples, run, width)
     inputs = fingerprint(run, base, tokenizer, run.base, training_rows=examples, **others)
-    schedule = cosine(run.peak, steps, run.warmup_steps(steps))
+    schedule = cosine_schedule(run.peak, steps, run.warmup_steps(steps))
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
     step = make_step(
@@ -211,35 +211,35 @@ def laid_out(
         schedule=schedule,
         rng=fold_in(key(run.seed), "steps"),
         inputs=inputs,
-        first=start(adapters, optimizer),
+        first=init_state(adapters, optimizer),
         tokenizer=tokenizer,
         heldout=None if heldout is None else lambda tuned: heldout(adapt(frozen, tuned)),
     )
 
 
-def plan(run: Run) -> tuple[Plan, list[Row]]:
+def plan(run: Run) -> tuple[Plan, list[InstructionRow]]:
     """The training, and the rows held out of it.
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
     look, _ = template(run.template), run_dir.device_of(run.device)
     rows, heldout = split(run)
-    cfg, tokenizer = models.describe(run.base)
-    width = min(run.seq, cfg.context)
+    cfg, tokenizer = models.load_config_and_tokenizer(run.base)
+    width = min(run.seq, cfg.n_ctx)
     whole = [encode(row, look, tokenizer) for row in progress(rows, "tokenizing")]
-    given = [packing.cut(example, width) for example in whole] if run.long == "cut" else whole
-    examples, dropped = packing.fit(given, width, run.long != "error")
+    given = [packing.truncate(example, width) for example in whole] if run.long == "cut" else whole
+    examples, dropped = packing.filter_by_length(given, width, run.long != "error")
     if shorter := sum(a is not b for a, b in zip(whole, given, strict=True)):
         console.print(f"cut {shorter} answers where their rows reach {width} tokens")
     if dropped.long or dropped.empty:
         console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
-    apart = [x for x in (encode(row, look, tokenizer) for row in heldout) if x.prompt + 1 < len(x.tokens) <= width]
+    apart = [x for x in (encode(row, look, tokenizer) for row in heldout) if x.prompt_length + 1 < len(x.tokens) <= width]
     base = base_of(run)
     adapters = adapters_of(run, base)
     judged = (lambda tuned: nats(tuned, apart)) if apart else None
     more = {"heldout_rows": heldout, "template": repr(look)}
     it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
-    weights = sum(len(e.tokens) - e.prompt for e in examples)
+    weights = sum(len(e.tokens) - e.prompt_length for e in examples)
     announce(
         run.name,
         sizes(run.base, base, adapters),
@@ -251,7 +251,7 @@ def plan(run: Run) -> tuple[Plan, list[Row]]:
 
 def sizes(name: str, base: GPT, adapters: Adapters) -> str:
     """How large a base is, and how much is trained of it or beside it."""
-    whole, trained = parameters(base), trainable(adapters)
+    whole, trained = parameters(base), num_trainable(adapters)
     return f"{name} ({whole:,} parameters), {trained:,} trained ({percent(trained / whole)})"
 
 

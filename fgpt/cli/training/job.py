@@ -67,7 +67,7 @@ def fingerprint(run: Training, base: GPT, tokenizer: Tokenizer, source: str, **o
     rows above all. Where a path leads is not among them, what lies there is. `source` is the model whose tokenizer it
     is, empty for one that comes with the package.
     """
-    ends = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.begin}"
+    ends = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.bos}"
     inputs = {
         "options": hashed(options(run)),
         "base config": hashed(repr(base.cfg)),
@@ -93,9 +93,9 @@ def files_of_tokenizer(source: str) -> list[str | bytes]:
     """What the tokenizer of a model is read from, chat template and all: its files, or the fields of its GGUF file."""
     if not source:
         return []
-    at = models.find(source)
+    at = models.resolve(source)
     if at.is_file():
-        return [f"{name} {x}" for name, x in gguf.opened(at).fields.items() if name.startswith("tokenizer.")]
+        return [f"{name} {x}" for name, x in gguf.open_gguf(at).fields.items() if name.startswith("tokenizer.")]
     files = [at / name for name in tokenizer_files.FILES if (at / name).is_file()]
     return [part for file in files for part in (file.name, file.read_bytes())]
 
@@ -128,7 +128,7 @@ def _feed_rows(whole: Any, rows: Sequence[Any]) -> None:
     _feed_text(whole, f"{len(rows)} rows")
     for row in rows:
         if isinstance(row, Example):
-            _feed_text(whole, f"{row.prompt} {row.label} {row.weight}")
+            _feed_text(whole, f"{row.prompt_length} {row.label} {row.weight}")
             _feed(whole, torch.tensor(row.tokens))
         elif isinstance(row, Tensor):
             _feed(whole, row)

@@ -18,7 +18,7 @@ import time
 import torch
 
 from fgpt.model import GPT
-from fgpt.tree import count
+from fgpt.tree import num_elements
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices that are multiplied: large enough for the full rate, on each kind of device."""
@@ -28,8 +28,8 @@ SECONDS = 0.5
 def flops(params: GPT, seq: int) -> int:
     """Model FLOPs to train on one token, in rows of `seq`."""
     cfg = params.cfg
-    tables = [params.wpe, None if cfg.tied else params.wte]
-    n = count(params) - sum(count(table) for table in tables if table is not None)
+    tables = [params.wpe, None if cfg.tie_word_embeddings else params.wte]
+    n = num_elements(params) - sum(num_elements(table) for table in tables if table is not None)
     return 6 * n + 12 * cfg.n_layer * cfg.n_head * cfg.head_size * seq
 
 

@@ -21,20 +21,20 @@ from fgpt.cli.training.instruction_tuning import low_rate, told
 from fgpt.cli.training.job import Plan, fingerprint
 from fgpt.cli.training.loop import again, fit
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Perplexity, score, windows
+from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
 from fgpt.generation.loop import generate
-from fgpt.generation.sampling import Sampling
+from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
-from fgpt.io.files import whole_folder, write_json
+from fgpt.io.files import atomic_dir, write_json
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, Config, init, skeleton
-from fgpt.optim import adamw, cosine
+from fgpt.model import GPT, Config, init, abstract_params
+from fgpt.optim import adamw, cosine_schedule
 from fgpt.recipes import Pretrain
 from fgpt.rng import fold_in, key
-from fgpt.tokenizers.tiktoken_bpe import Ranked, gpt2
+from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer, gpt2
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import make_step, start
-from fgpt.tree import cast, count, tree_map
+from fgpt.train_step import make_step, init_state
+from fgpt.tree import astype, num_elements, tree_map
 
 HELDOUT, SHARE = 500, 20
 """Documents kept out of training where no others are given: so many, or one in so many if that is less."""
@@ -47,7 +47,7 @@ def config_of(run: Pretrain, tokenizer: Tokenizer) -> Config:
         raise InputError(f"vocab is {vocab}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
     biases = Config.biases if run.biases else ""
     cfg = Config(run.n_layer, run.n_head, run.d_model, run.seq, vocab, 4 * run.d_model, biases=biases)
-    skeleton(cfg)
+    abstract_params(cfg)
     return cfg
 
 
@@ -87,11 +87,11 @@ def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int)
     """How well a model tells documents: each by itself, its end with it, in windows that do not overlap, so that each
     token is read once. `just eval --base FOLDER --text FILE` overlaps them, which costs twice as much and finds less.
     """
-    width = params.cfg.context
+    width = params.cfg.n_ctx
     ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
-    pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.begin, width, width)]
+    pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.bos, width, width)]
     with working("scoring held-out documents"):
-        logprobs = [x for each in score(params, pairs, rows) for x in each.logprobs]
+        logprobs = [x for each in loglikelihood(params, pairs, rows) for x in each.logprobs]
     sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
     return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
 
@@ -113,7 +113,7 @@ class Held(NamedTuple):
 
     texts: list[str]
     tokenizer: Tokenizer
-    like: Ranked | str
+    like: TiktokenTokenizer | str
     """The tokenizer, or the model that it is of: whose files a saved model gets."""
 
 
@@ -135,13 +135,13 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
     peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)
     announce(
         run.name,
-        f"{count(params):,} parameters, all trained",
+        f"{num_elements(params):,} parameters, all trained",
         f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
         f"{run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens",
         f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})",
         *low_rate(run.lr, run.steps, run.warmup_steps()),
     )
-    schedule = cosine(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
+    schedule = cosine_schedule(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
     it = Plan(
         run=run,
@@ -154,7 +154,7 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
         inputs=fingerprint(
             run, params, tokenizer, "" if own else run.tokenizer, training_rows=tokens, heldout_rows=apart
         ),
-        first=start(params, optimizer),
+        first=init_state(params, optimizer),
         tokenizer=tokenizer,
         heldout=lambda trained: held_out(trained, tokenizer, apart, run.rows).loss,
         mfu=lambda speed: speed * per_token / peak,
@@ -173,18 +173,18 @@ def pretrain(run: Pretrain, where: Path | None = None) -> Path:
     before = held_out(it.first.trainable, held.tokenizer, held.texts, run.rows)
     with run_dir.opened(run, it.steps, where) as out:
         fitted = fit(it, out)
-        params = cast(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
-        with whole_folder(out / run_dir.MODEL) as at:
+        params = astype(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
+        with atomic_dir(out / run_dir.MODEL) as at:
             models.save(params, at, like=held.like)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name)
         told(fitted, out / run_dir.MODEL)
         if fitted.interrupted:
             console.print(f"what was trained so far is usable; {again(out)}")
             raise KeyboardInterrupt
-        params = cast(params, torch.float32)
+        params = astype(params, torch.float32)
         after = held_out(params, held.tokenizer, held.texts, run.rows)
         report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
-        warm, ends = Sampling(temperature=0.7), held.tokenizer.eos_token_ids
+        warm, ends = SamplingParams(temperature=0.7), held.tokenizer.eos_token_ids
         text = generate(params, [[held.tokenizer.eos]], ends, run.seq - 2, warm, fold_in(it.rng, "story"))[0]
         console.print(f"\n{held.tokenizer.decode(text.tokens)}")
     return out

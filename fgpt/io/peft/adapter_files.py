@@ -22,26 +22,26 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fgpt._typing import StrPath
-from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, layers
-from fgpt.classification_head import classes_of
+from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, weight_matrices
+from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, shown
 from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, modules_of, named, targets
 from fgpt.io.peft.qkv_stacking import (
-    Held,
-    by_turns,
+    StackedParts,
+    interleave_heads,
     commonest_scale,
     dropout_of,
-    held,
-    padded,
+    stacked_parts,
+    pad_rank,
     ranks_of,
-    stack,
-    thirds,
-    trimmed,
-    unstack,
+    stack_qkv,
+    split_qkv,
+    trim_rank,
+    unstack_qkv,
 )
 from fgpt.io.peft.trained_tensors import KEY, both_sides, fused_as, one_table, pack_tuned, read_tuned
-from fgpt.io.serialization import fitted
+from fgpt.io.serialization import check_fits
 from fgpt.model import GPT
 from fgpt.patterns import SECONDS, matching
 from fgpt.tree import leaves
@@ -72,7 +72,7 @@ class Packed(NamedTuple):
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    held: dict[str, Held]
+    held: dict[str, StackedParts]
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -99,7 +99,7 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
     """
     adapt(params, adapters)  # a path or shape that does not fit is better met now than at loading
     adapters = both_sides(adapters, params)
-    classes = classes_of(params) is not None
+    classes = num_classes(params) is not None
     known = modules_of(params.cfg, classes)
     tuned = {path: x for path, x in adapters.items() if isinstance(x, Tensor)}
     parts = _by_module({path: x for path, x in adapters.items() if path not in tuned}, known)
@@ -115,7 +115,7 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
         tensors, config, some = _pack_norms(tuned, known, params)
     else:
         make = _pack_ia3 if kinds == {IA3} else _pack_lora
-        tensors, config, some = make(parts, known, layers(params))
+        tensors, config, some = make(parts, known, weight_matrices(params))
         beside = pack_tuned(tuned, known, params, parts.keys(), biased=kinds != {IA3})
         tensors, config, some = tensors | beside.tensors, config | beside.config, some | beside.held
     common = {"task_type": "SEQ_CLS" if classes else "CAUSAL_LM", "inference_mode": True} | _named_base(base)
@@ -148,7 +148,7 @@ def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict
 
 
 Parts = Mapping[Module, Mapping[str, Any]]
-Format = tuple[dict[str, Tensor], dict[str, Any], dict[str, Held]]
+Format = tuple[dict[str, Tensor], dict[str, Any], dict[str, StackedParts]]
 
 
 def _pack_lora(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]) -> Format:
@@ -160,7 +160,7 @@ def _pack_lora(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]
     alpha = scale * rank
     tensors: dict[str, Tensor] = {}
     for m, x in products.items():
-        even = padded(x, rank, scale)
+        even = pad_rank(x, rank, scale)
         if m.embedding:
             tensors |= {f"{m.name}.lora_embedding_A": even.b.T, f"{m.name}.lora_embedding_B": even.a.T}
         else:
@@ -178,14 +178,14 @@ def _pack_lora(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]
         "fan_in_fan_out": any(m.transposed for m in whole),
         "target_modules": targets(whole, known),
     }
-    return tensors, config, {m.name: held(x) for m, x in parts.items() if "" not in x or m not in plain}
+    return tensors, config, {m.name: stacked_parts(x) for m, x in parts.items() if "" not in x or m not in plain}
 
 
 def _whole(m: Module, parts: Mapping[str, Any], weights: Mapping[str, Any], scale: float) -> Any:
     """The adapter of all of a module, whose rows are as the module has them."""
     own = {path[-1]: weights[path] for path in m.parts} if "" not in parts else {}
-    whole: Any = parts[""] if "" in parts else stack(parts, own, scale)
-    return by_turns(whole, m)
+    whole: Any = parts[""] if "" in parts else stack_qkv(parts, own, scale)
+    return interleave_heads(whole, m)
 
 
 def _pack_ia3(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]) -> Format:
@@ -209,7 +209,7 @@ def _pack_ia3(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any])
         "target_modules": sorted(feedforward + others),
         "feedforward_modules": feedforward,
     }
-    return tensors, config, {m.name: held(x) for m, x in parts.items() if "" not in x}
+    return tensors, config, {m.name: stacked_parts(x) for m, x in parts.items() if "" not in x}
 
 
 def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GPT) -> Format:
@@ -223,7 +223,7 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
             "save_adapters(adapters, path) keeps it"
         )
     tensors: dict[str, Tensor] = {}
-    some: dict[str, Held] = {}
+    some: dict[str, StackedParts] = {}
     for m, chosen in norms.items():
         has = {leaf: theirs for theirs, leaf in LEAVES.items() if f"{m.path}.{leaf}" in base}  # an RMSNorm has no bias
         for leaf, theirs in has.items():
@@ -263,7 +263,7 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     try:
         _refuse(config)
         parts = _held(metadata.get(HELD, "{}"))
-        known = named(modules_of(params.cfg, classes_of(params) is not None))
+        known = named(modules_of(params.cfg, num_classes(params) is not None))
         _check_head(tensors, params)
         found, plain = _modules(tensors, kind, known)
         if lost := [name for name in [*found, *parts] if name not in known]:
@@ -275,14 +275,14 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         adapters = one_table(low | fused_as(tuned, params), copied, params)
     except InputError as err:
         raise InputError(f"{folder}: {err}") from None
-    return fitted(adapters, params, folder)
+    return check_fits(adapters, params, folder)
 
 
 def _check_head(tensors: Mapping[str, Tensor], params: GPT) -> None:
     """Raises InputError for a classifier's head over a model that has none of as many classes."""
     for name, x in tensors.items():
         match = KEY.fullmatch(name.removeprefix(PREFIX))
-        if match is None or match["module"] != SCORE or x.ndim != 2 or len(x) == classes_of(params):
+        if match is None or match["module"] != SCORE or x.ndim != 2 or len(x) == num_classes(params):
             continue
         reads = f"load_peft(folder, classifier(params, {len(x)}, key)) reads it"
         raise InputError(f"it adapts a classifier of {len(x)} classes: {reads}")
@@ -327,7 +327,7 @@ def _modules(
     return modules, plain
 
 
-def _held(text: str) -> dict[str, Held]:
+def _held(text: str) -> dict[str, StackedParts]:
     try:
         parts = json.loads(text)
     except (ValueError, RecursionError):
@@ -342,7 +342,7 @@ def _low(
     modules: Mapping[str, Mapping[str, Tensor]],
     known: Mapping[str, Module],
     config: Mapping[str, Any],
-    parts: Mapping[str, Held],
+    parts: Mapping[str, StackedParts],
     params: GPT,
 ) -> Adapters:
     read: Callable[..., Any] = _ia3
@@ -351,15 +351,15 @@ def _low(
         alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules)
         read = lambda name, tensors: _lora(known[name], tensors, config, ranks[name], alphas[name])  # noqa: E731
     adapters: Adapters = {}
-    weights = layers(params)
+    weights = weight_matrices(params)
     for name, tensors in modules.items():
         module, own = known[name], parts.get(name, {})
-        whole = by_turns(read(name, tensors), module, back=True)
+        whole = interleave_heads(read(name, tensors), module, back=True)
         apart: dict[str, Any] = {"": whole}
         if "" in own or (len(module.parts) > 1 and module.parts[0] in weights):  # q, k and v in one over three
-            apart = unstack(whole, own) if own else thirds(whole) if isinstance(whole, IA3) else apart
+            apart = unstack_qkv(whole, own) if own else split_qkv(whole) if isinstance(whole, IA3) else apart
         elif own and not isinstance(whole, IA3):
-            apart = {"": trimmed(whole, ranks_of(own))}
+            apart = {"": trim_rank(whole, ranks_of(own))}
         adapters |= {module.path.removesuffix("qkv") + x if x else module.path: part for x, part in apart.items()}
     return adapters
 
@@ -413,7 +413,7 @@ def _ia3(module: str, tensors: Mapping[str, Tensor]) -> IA3:
 
 
 def _norms(
-    modules: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Module], parts: Mapping[str, Held]
+    modules: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Module], parts: Mapping[str, StackedParts]
 ) -> Adapters:
     adapters: Adapters = {}
     for name, tensors in modules.items():

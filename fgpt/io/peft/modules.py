@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fgpt import families
 from fgpt.errors import InputError
-from fgpt.families.mapping import Stored, is_head
-from fgpt.model import Config, Embedding, Linear, Norm, RMSNorm, skeleton
+from fgpt.families.mapping import TensorMapping, is_head
+from fgpt.model import Config, Embedding, Linear, Norm, RMSNorm, abstract_params
 from fgpt.tree import walk
 
 PREFIX = "base_model.model."
@@ -33,10 +33,10 @@ class Module:
     heads: int
     """Above 0 its rows are q's, k's and v's by turns, head by head."""
 
-    def stored(self, ending: str) -> Stored:
+    def stored(self, ending: str) -> TensorMapping:
         """Its weight or bias, and the leaves of ours that it holds."""
         paths = tuple(f"{part}.{LEAVES[ending]}" for part in self.parts)
-        return Stored(f"{self.name}.{ending}", paths, self.transposed and ending == "weight", self.heads)
+        return TensorMapping(f"{self.name}.{ending}", paths, self.transposed and ending == "weight", self.heads)
 
 
 def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
@@ -45,12 +45,12 @@ def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
     Raises InputError where no family of the hub's has it.
     """
     try:
-        family = families.of(cfg)
+        family = families.family_of(cfg)
     except InputError:
         says = "PEFT's files name layers as a family of the hub's does, and this model is of none"
         raise InputError(f"{says}: save_adapters(adapters, path) keeps its adapters") from None
-    nodes, found = dict(walk(skeleton(cfg))), []
-    for s in family.stored(cfg):
+    nodes, found = dict(walk(abstract_params(cfg))), []
+    for s in family.tensor_mappings(cfg):
         parts = tuple(path.removesuffix(".w") for path in s.paths)
         if is_head(s.name) or not isinstance(node := nodes[parts[0]], Linear | Embedding | Norm | RMSNorm):
             continue  # a bias, which goes with its weight, or the head, which every model has

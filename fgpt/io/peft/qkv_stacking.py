@@ -26,14 +26,14 @@ from torch.nn import functional as F
 from fgpt.adapters import IA3, DoRA, LoRA
 from fgpt.errors import InputError, shown
 from fgpt.io.peft.modules import Module
-from fgpt.tree import device, leaves, update
+from fgpt.tree import device, leaves, replace_at
 from fgpt.weights import Weight, row_norms, shape
 
-Held = Mapping[str, list[Any]]
+StackedParts = Mapping[str, list[Any]]
 S = TypeVar("S", LoRA, DoRA, IA3)
 
 
-def stack(parts: Mapping[str, Any], weights: Mapping[str, Weight], scale: float) -> LoRA | DoRA | IA3:
+def stack_qkv(parts: Mapping[str, Any], weights: Mapping[str, Weight], scale: float) -> LoRA | DoRA | IA3:
     """Adapters of one kind on some of q, k and v, which have these weights, as one of all three, a LoRA of `scale`."""
     first = next(iter(parts.values()))
     if isinstance(first, IA3):
@@ -42,7 +42,7 @@ def stack(parts: Mapping[str, Any], weights: Mapping[str, Weight], scale: float)
         ones = {x: torch.ones(shape(w)[0], device=device(first)) for x, w in weights.items()}
         return IA3(torch.cat([parts[x].row if x in parts else ones[x] for x in weights]))
     if isinstance(first, DoRA):
-        lora: Any = stack({x: p.lora for x, p in parts.items()}, weights, scale)
+        lora: Any = stack_qkv({x: p.lora for x, p in parts.items()}, weights, scale)
         return DoRA(lora, torch.cat([parts[x].m if x in parts else _norms(w) for x, w in weights.items()]))
     bs = {x: torch.zeros(shape(w)[0], 0, device=device(first)) for x, w in weights.items()}
     bs |= {x: _rescaled(p, scale).b for x, p in parts.items()}
@@ -56,7 +56,7 @@ def commonest_scale(loras: Iterable[LoRA]) -> float:
     return max(set(scales), key=lambda scale: (scale != 0, scales.count(scale)))
 
 
-def padded(x: LoRA, rank: int, scale: float) -> LoRA:
+def pad_rank(x: LoRA, rank: int, scale: float) -> LoRA:
     """The same product with `rank` and `scale`: A and B end in zeros, and stay so in training."""
     more = rank - len(x.a)
     a, b = F.pad(x.a, (0, 0, 0, more)), F.pad(_rescaled(x, scale).b, (0, more))
@@ -69,19 +69,19 @@ def _rescaled(x: LoRA, scale: float) -> LoRA:
     return replace(x, b=x.b if _near(x.scale, scale) else x.b * (x.scale / scale), alpha=alpha, rs=False)
 
 
-def held(parts: Mapping[str, LoRA | DoRA | IA3]) -> Held:
+def stacked_parts(parts: Mapping[str, LoRA | DoRA | IA3]) -> StackedParts:
     """What `unstack` must know of `parts`."""
     loras = {x: p.lora if isinstance(p, DoRA) else p for x, p in parts.items()}
     return {x: [p.a.shape[0], p.alpha, p.rs] if isinstance(p, LoRA) else [] for x, p in loras.items()}
 
 
-def unstack(whole: S, parts: Held) -> dict[str, S]:
+def unstack_qkv(whole: S, parts: StackedParts) -> dict[str, S]:
     """The adapters that were stacked, padded or rescaled.
 
     Raises InputError where `parts` is not what was kept of them.
     """
     if isinstance(whole, IA3):
-        return {x: p for x, p in thirds(whole).items() if x in parts}
+        return {x: p for x, p in split_qkv(whole).items() if x in parts}
     lora = whole.lora if isinstance(whole, DoRA) else whole
     d, at = len(lora.b) // 3, 0
     made: dict[str, Any] = {}
@@ -96,11 +96,11 @@ def unstack(whole: S, parts: Held) -> dict[str, S]:
             one = replace(one, b=one.b * (lora.scale / one.scale))
         made[x] = DoRA(one, whole.m[rows]) if isinstance(whole, DoRA) else one
         at += rank
-    trimmed(whole, at)
+    trim_rank(whole, at)
     return made
 
 
-def trimmed(whole: S, rank: int) -> S:
+def trim_rank(whole: S, rank: int) -> S:
     """A LoRA without the zeros that it was padded with. Raises InputError where there is something else."""
     lora: Any = whole.lora if isinstance(whole, DoRA) else whole
     if rank == len(lora.a):
@@ -112,7 +112,7 @@ def trimmed(whole: S, rank: int) -> S:
     return made
 
 
-def ranks_of(parts: Held) -> int:
+def ranks_of(parts: StackedParts) -> int:
     """The rank of all that was stacked. Raises InputError as `unstack` does."""
     return sum(_ranked(x, kept, False)[0] for x, kept in parts.items())
 
@@ -127,13 +127,13 @@ def _ranked(part: str, kept: Any, rs: bool) -> tuple[int, float, bool]:
     raise InputError(f"stacked {part} is {shown(kept)}; expected [rank, alpha, rs]")
 
 
-def thirds(whole: IA3) -> dict[str, IA3]:
+def split_qkv(whole: IA3) -> dict[str, IA3]:
     """IA3 on q, k and v in one as IA3 on each: the same model."""
     rows = [None] * 3 if whole.row is None else whole.row.chunk(3)
     return {x: IA3(row, whole.col) for x, row in zip("qkv", rows, strict=True)}
 
 
-def by_turns(x: S, module: Module, back: bool = False) -> S:
+def interleave_heads(x: S, module: Module, back: bool = False) -> S:
     """`x`, whose rows are q's, then k's, then v's, with the rows as `module` has them; or `back`. To the bit."""
     sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
@@ -141,7 +141,7 @@ def by_turns(x: S, module: Module, back: bool = False) -> S:
         each, rest = divmod(len(rows), sizes[0] * sizes[1])  # where some are left, `adapt` says that they do not fit
         return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
 
-    return update(x, {name: turned(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
+    return replace_at(x, {name: turned(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
 
 
 def dropout_of(loras: Iterable[LoRA]) -> float:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from fgpt.adapters import Adapters, LoRA
-from fgpt.classification_head import classes_of
+from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, shown
-from fgpt.families.mapping import joined, split, unfused
+from fgpt.families.mapping import join_heads, split, unfuse_qkv
 from fgpt.io.peft.modules import LEAVES, SCORE, Module
-from fgpt.io.peft.qkv_stacking import Held
-from fgpt.model import GPT, skeleton
+from fgpt.io.peft.qkv_stacking import StackedParts
+from fgpt.model import GPT, abstract_params
 from fgpt.tree import leaves
 from fgpt.weights import dense
 
@@ -39,7 +39,7 @@ class Tuned(NamedTuple):
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    held: dict[str, Held]
+    held: dict[str, StackedParts]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -62,12 +62,12 @@ def pack_tuned(
 
     Raises InputError for a part of a matrix, or some of the biases.
     """
-    base, given, known = unfused(leaves(params), params.cfg), unfused(tuned, params.cfg), list(known)
-    if classes_of(params) and not any(m.name == SCORE for m in adapted):
+    base, given, known = unfuse_qkv(leaves(params), params.cfg), unfuse_qkv(tuned, params.cfg), list(known)
+    if num_classes(params) and not any(m.name == SCORE for m in adapted):
         given = {"head.w": base["head.w"]} | given
     bias, covered = _bias_option(given, known, base, adapted) if biased else ("none", set())
     tensors: dict[str, Tensor] = {}
-    held: dict[str, Held] = {}
+    held: dict[str, StackedParts] = {}
     saved: list[str] = []
     for m in known:
         paths = {ending: m.stored(ending).paths for ending in LEAVES}
@@ -86,7 +86,7 @@ def pack_tuned(
             if missing := [p for p in paths[e] if p not in given]:
                 part = next(p for e in chosen for p in paths[e] if p in given)
                 raise InputError(_no_place(part, f"a part of {m.name}, without {missing[0]}"))
-            tensors[f"{m.name}{below}.{e}"] = joined([given[p] for p in paths[e]], m.stored(e))
+            tensors[f"{m.name}{below}.{e}"] = join_heads([given[p] for p in paths[e]], m.stored(e))
     return Tuned(tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), held)
 
 
@@ -114,7 +114,7 @@ def read_tuned(
     plain: Mapping[str, Tensor],
     known: Mapping[str, Module],
     config: Mapping[str, Any],
-    parts: Mapping[str, Held],
+    parts: Mapping[str, StackedParts],
     params: GPT,
 ) -> tuple[dict[str, Tensor], bool]:
     """The leaves of a file that are not the base's own, of its tensors `plain` that are no adapter's; and whether
@@ -122,8 +122,8 @@ def read_tuned(
 
     Raises InputError for a tensor that has no place in the model, or another shape.
     """
-    base = unfused(leaves(params), params.cfg)
-    sizes = unfused(leaves(skeleton(params.cfg)), params.cfg) | base
+    base = unfuse_qkv(leaves(params), params.cfg)
+    sizes = unfuse_qkv(leaves(abstract_params(params.cfg)), params.cfg) | base
     sizes.setdefault("head.w", sizes["wte.w"])
     found: dict[str, Tensor] = {}
     copied = False
@@ -166,7 +166,7 @@ def _leaves_of(x: Tensor, m: Module, ending: str, sizes: Mapping[str, Tensor]) -
     s = m.stored(ending)
     if any(p not in sizes for p in s.paths):
         raise InputError(f"tensor {s.name} has no place in this model, whose {m.name} has no {ending}")
-    wanted = joined([torch.empty(sizes[p].shape, device="meta") for p in s.paths], s).shape
+    wanted = join_heads([torch.empty(sizes[p].shape, device="meta") for p in s.paths], s).shape
     if x.shape != wanted:
         hint = ", as of another vocabulary" if m.path == "head" or m.embedding else ""
         raise InputError(f"tensor {s.name}: expected shape {list(wanted)}, got {list(x.shape)}{hint}")

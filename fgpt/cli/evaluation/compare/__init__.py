@@ -21,10 +21,10 @@ from fgpt.cli.evaluation.compare.prompts import Asked, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from fgpt.cli.inference.options import ALIKE, Alike
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
-from fgpt.generation.sampling import GREEDY, Sampling
+from fgpt.generation.sampling import GREEDY, SamplingParams
 from fgpt.io import models
 from fgpt.io.files import write, write_json
 from fgpt.model import GPT
@@ -38,7 +38,7 @@ AT_ONCE = 32
 """Prompts answered in one batch."""
 
 
-def report(run: Run, out: Path, heldout: Sequence[Row]) -> None:
+def report(run: Run, out: Path, heldout: Sequence[InstructionRow]) -> None:
     """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
     folder, and print the scores with a few answers.
     """
@@ -100,9 +100,9 @@ def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
     most = first.most if alike.most is None else alike.most
     if most < 1:
         raise InputError(f"most is {most}: expected 1 or more new tokens")
-    cfg, tokenizer = models.describe(first.base)
+    cfg, tokenizer = models.load_config_and_tokenizer(first.base)
     prompts = {side.name: compare_sides.prompts(side, asked.rows, tokenizer) for side in sides}
-    compare_asked.check(prompts, cfg.context)
+    compare_asked.check(prompts, cfg.n_ctx)
     references = referenced(cfg, tokenizer, sides, asked.rows)
     params = compare_sides.params(sides)
     order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i].instruction + asked.rows[i].input))
@@ -127,7 +127,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     order: Sequence[int],
     most: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     seed: int = 0,
 ) -> list[Answer]:
     """Answers to the prompts, in their order. `order` is that in which they are written, `AT_ONCE` at a time: prompts

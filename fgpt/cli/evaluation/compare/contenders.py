@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgpt.cli import run_dir
-from fgpt.data.prompt_templates import Row, encode_prompt, template
+from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
@@ -64,7 +64,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     raise InputError("the same folder twice: expected different ones")
 
 
-def prompts(side: Side, rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def prompts(side: Side, rows: Sequence[InstructionRow], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The rows' prompts in the side's template."""
     return [encode_prompt(row, template(side.run.template), tokenizer) for row in rows]
 

@@ -4,7 +4,7 @@ import html
 
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
 from fgpt.cli.evaluation.metrics.text import repeated
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 
 LOOPS = 30.0
 """Percent of repeated 4-grams from which a card says so."""
@@ -102,7 +102,7 @@ def scores_table(found: Comparison) -> str:
     )
 
 
-def answers(i: int, row: Row, found: Comparison, heading: str = "h2", lengths: bool = True) -> str:
+def answers(i: int, row: InstructionRow, found: Comparison, heading: str = "h2", lengths: bool = True) -> str:
     """A prompt and what each side answered; with `lengths`, in how many tokens, which compare.json does not hold."""
     given = f'<p class="input">{html.escape(row.input)}</p>' if row.input else ""
     cards = "".join(_card(n, side, some[i], lengths) for n, (side, some) in enumerate(found.answers.items()))

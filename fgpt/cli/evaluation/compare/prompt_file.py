@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.data import finqa, instruction_datasets
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
 NAMED = {path.stem: path for path in sorted((Path(__file__).parent / "prompts").glob("*.json"))}
 """Files of prompts that come with the package."""
 
 
-def read(source: str) -> list[Row]:
+def read(source: str) -> list[InstructionRow]:
     """The prompts of a file, in its order, or of one that comes with the package ("general").
 
     The file is a .json list or a .jsonl file of texts, or of objects with an instruction and, if there is one, an input
@@ -25,22 +25,22 @@ def read(source: str) -> list[Row]:
         if source not in NAMED:
             raise InputError(f"no prompt file {source!r}: expected the path of a file, or one of {', '.join(NAMED)}")
         path = NAMED[source]
-    found = [_row(record, f"{path}, {where}") for where, record in instruction_datasets.records(path)]
+    found = [_row(record, f"{path}, {where}") for where, record in instruction_datasets.read_records(path)]
     if not found:
         raise InputError(f"{path}: it holds no prompts, expected at least one")
     return found
 
 
-def _row(record: Any, where: str) -> Row:
+def _row(record: Any, where: str) -> InstructionRow:
     if isinstance(record, str):
         record = {"instruction": record}
-    if finqa.holds(record):
+    if finqa.is_finqa(record):
         return finqa.read(record, where)
     if not isinstance(record, dict) or "instruction" not in record:
         came = f"columns {instruction_datasets.listed(record)}" if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where}: expected a text, or an object with an instruction, got {came}")
     held = {name: x for name in ("input", "output") if not instruction_datasets.is_missing(x := record.get(name))}
-    row = Row(
+    row = InstructionRow(
         **{
             name: instruction_datasets.text(x, name, where)
             for name, x in ({"instruction": record["instruction"]} | held).items()

@@ -15,7 +15,7 @@ from fgpt.cli.paths import shareable
 from fgpt.cli.results import trained_as
 from fgpt.cli.training.job import hashed
 from fgpt.data import finqa
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io import models
 
@@ -27,13 +27,13 @@ PENALTIES = ("repetition_penalty", "no_repeat_ngram")
 class Asked:
     """What every side is asked."""
 
-    rows: Sequence[Row]
+    rows: Sequence[InstructionRow]
     source: str
     """Where the rows are from, to be read after their number."""
     heldout: bool
 
 
-def held_out(sides: Sequence[Side], heldout: Sequence[Row], count: int) -> Asked:
+def held_out(sides: Sequence[Side], heldout: Sequence[InstructionRow], count: int) -> Asked:
     """The first `count` rows that the first run held out and whose prompts leave room to answer: of rows too long, the
     run's training dropped its own.
 
@@ -42,11 +42,11 @@ def held_out(sides: Sequence[Side], heldout: Sequence[Row], count: int) -> Asked
     first = sides[0].run
     if not heldout:
         raise InputError(f"{first.name} held no rows out: give prompts with --prompts FILE, or --prompts general")
-    cfg, tokenizer = models.describe(first.base)
+    cfg, tokenizer = models.load_config_and_tokenizer(first.base)
     encoded = [compare_sides.prompts(side, heldout, tokenizer) for side in sides]
-    rows = [row for i, row in enumerate(heldout) if all(len(some[i]) < cfg.context for some in encoded)]
+    rows = [row for i, row in enumerate(heldout) if all(len(some[i]) < cfg.n_ctx for some in encoded)]
     if not rows:
-        raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.context} tokens: give --prompts")
+        raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.n_ctx} tokens: give --prompts")
     return Asked(rows[:count], f"held-out prompts of {first.name}", heldout=True)
 
 
@@ -57,10 +57,10 @@ def of_file(sides: Sequence[Side], source: str, count: int | None) -> Asked:
     """
     rows = prompt_file.read(source)[:count]
     if any(isinstance(row, finqa.FinQA) for row in rows):
-        cfg, tokenizer = models.describe(sides[0].run.base)
-        width = min(cfg.context, *(side.run.seq for side in sides))
+        cfg, tokenizer = models.load_config_and_tokenizer(sides[0].run.base)
+        width = min(cfg.n_ctx, *(side.run.seq for side in sides))
 
-        def length(row: Row) -> int:
+        def length(row: InstructionRow) -> int:
             return finqa.ROOM + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
 
         rows, cut = finqa.shorten(rows, width, length)

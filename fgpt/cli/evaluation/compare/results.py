@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Comparison:
     title: str
     about: Sequence[str]
     """Sentences on how it was done, and on what to bear in mind."""
-    rows: Sequence[Row]
+    rows: Sequence[InstructionRow]
     answers: Mapping[str, Sequence[Answer]]
     """By side, one for each row."""
     scores: Mapping[str, Mapping[str, float]]
@@ -56,7 +56,7 @@ def best(name: str, values: Sequence[str]) -> list[bool]:
 def as_json(found: Comparison) -> dict[str, Any]:
     """What compare.json holds."""
 
-    def entry(i: int, row: Row) -> dict[str, Any]:
+    def entry(i: int, row: InstructionRow) -> dict[str, Any]:
         told = {side: {"text": some[i].text, "finished": some[i].finished} for side, some in found.answers.items()}
         return {"instruction": row.instruction, "input": row.input, "reference": row.output, **told}
 

@@ -9,30 +9,30 @@ from fgpt.cli.evaluation.metrics import finqa as finqa_score
 from fgpt.cli.evaluation.metrics.nano import PARTS, Task, score
 from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated, rouge_l
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example, Row, encode, template
+from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.model import GPT, Config
 from fgpt.recipes import Run
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
-def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[Row]) -> list[Example]:
+def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow]) -> list[Example]:
     """The rows that fit the run's width, in its template."""
     encoded = [encode(row, template(run.template), tokenizer) for row in rows]
-    return packing.fit(encoded, min(run.seq, cfg.context), drop=True)[0]
+    return packing.filter_by_length(encoded, min(run.seq, cfg.n_ctx), drop=True)[0]
 
 
-def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Side], rows: Sequence[Row]) -> list[list[Example]]:
+def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Side], rows: Sequence[InstructionRow]) -> list[list[Example]]:
     """For each side the rows that have an answer, in its template: those alone that fit every run's width, so that all
     are measured on the same answers.
     """
-    width = min(cfg.context, *(side.run.seq for side in sides))
+    width = min(cfg.n_ctx, *(side.run.seq for side in sides))
     answered = [row for row in rows if row.output.strip()]
     encoded = [[encode(row, template(side.run.template), tokenizer) for row in answered] for side in sides]
     whole = [i for i in range(len(answered)) if all(len(some[i].tokens) <= width for some in encoded)]
     return [[some[i] for i in whole] for some in encoded]
 
 
-def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+def task_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
     """Points by which the answers do what the instructions ask, where the rows say how to tell; else nothing."""
     tasks = [row for row in rows if isinstance(row, Task)]
     if not tasks or len(tasks) < len(rows):
@@ -43,7 +43,7 @@ def task_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float
     return {"points (0 to 100)": got.points} | kinds | parts
 
 
-def asked_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+def asked_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
     """How far the answers do what the rows ask for, as far as a text shows it: points, FinQA's numbers, demands on the
     answers' form; of each nothing where the rows are not such.
     """
@@ -61,7 +61,7 @@ def reference_scores(params: GPT, examples: Sequence[Example], what: str) -> dic
     return {f"{what}response loss (nats per token)": loss, f"{what}response perplexity": perplexity(loss)}
 
 
-def rouge_scores(rows: Sequence[Row], found: Sequence[Answer]) -> dict[str, float]:
+def rouge_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
     """How many words answers share with the rows' own, in their order, where there are such."""
     pairs = [(row.output, answer.text) for row, answer in zip(rows, found, strict=True) if row.output.strip()]
     return {"ROUGE-L F1 (0 to 100)": rouge_l(*zip(*pairs))} if pairs else {}

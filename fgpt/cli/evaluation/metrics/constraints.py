@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fgpt.cli.evaluation.metrics.constraint_counts import PARTS, Constraint, counts
 from fgpt.cli.evaluation.metrics.constraint_texts import texts
 from fgpt.cli.evaluation.metrics.text import mean
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 
 LONG = 150
 """An instruction of more words is mostly material."""
@@ -31,12 +31,12 @@ def constraints(instruction: str) -> list[Constraint]:
     return [x for kind, x in found.items() if not (several and kind in PARTS)]
 
 
-def checked(row: Row, text: str) -> list[tuple[Constraint, bool]]:
+def checked(row: InstructionRow, text: str) -> list[tuple[Constraint, bool]]:
     """Each demand of a row's instruction, and whether a text meets it; an empty one meets none."""
     return [(x, bool(text.strip()) and x.met(text)) for x in constraints(row.instruction)]
 
 
-def score(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, float]:
+def score(rows: Sequence[InstructionRow], answers: Sequence[str]) -> dict[str, float]:
     """The share of all demands that are met, and how many they are; nothing where the rows state none."""
     met = [is_met for row, text in zip(rows, answers, strict=True) for _, is_met in checked(row, text)]
     return {"constraints met (%)": 100 * mean(met), "constraints": len(met)} if met else {}

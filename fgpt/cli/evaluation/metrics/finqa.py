@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fgpt.cli.evaluation.metrics.nano import words
 from fgpt.cli.evaluation.metrics.text import mean
 from fgpt.data.finqa import FinQA
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 
 SCALES = {"thousand": Decimal(10**3), "million": Decimal(10**6), "billion": Decimal(10**9), "trillion": Decimal(10**12)}
 DIGITS = 20
@@ -70,7 +70,7 @@ def right(answer: str, reference: str) -> bool:
     return bool(chosen) and _same(chosen[-1], expected[-1])
 
 
-def score(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, float]:
+def score(rows: Sequence[InstructionRow], texts: Sequence[str]) -> dict[str, float]:
     """The share of FinQA rows whose texts are right, and how many there are; nothing where none has an answer."""
     pairs = [(x, row.output) for row, x in zip(rows, texts, strict=True) if isinstance(row, FinQA) and row.output]
     if not pairs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgpt.data.prompt_templates import Row
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
 STORY = "story"
@@ -30,7 +30,7 @@ FRESH = 0.7
 
 
 @dataclass(frozen=True)
-class Task(Row):
+class Task(InstructionRow):
     """A row, and what its answer must hold.
 
     `requires` maps a part to its text: of a story, any of `PARTS`; of any other kind of row, "answer" alone.

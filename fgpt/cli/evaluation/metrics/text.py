@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fgpt.cli.evaluation.metrics.nano import words
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Pair, score
+from fgpt.evaluation.likelihood import Request, loglikelihood
 from fgpt.model import GPT
 
 
@@ -51,15 +51,15 @@ def nats(params: GPT, examples: Sequence[Example]) -> float:
 
     Raises InputError where no example has a token to answer.
     """
-    logprobs = [x for scored in score(params, answers(examples)) for x in scored.logprobs]
+    logprobs = [x for scored in loglikelihood(params, answers(examples)) for x in scored.logprobs]
     if not logprobs:
         raise InputError("no token to answer: expected examples that are longer than their prompts")
     return -math.fsum(logprobs) / len(logprobs)
 
 
-def answers(examples: Sequence[Example]) -> list[Pair]:
+def answers(examples: Sequence[Example]) -> list[Request]:
     """Prompts and answers, where there is a token to answer. The first token of all is predicted from nothing."""
-    starts = [max(1, x.prompt) for x in examples]
+    starts = [max(1, x.prompt_length) for x in examples]
     return [(x.tokens[:n], x.tokens[n:]) for x, n in zip(examples, starts, strict=True) if len(x.tokens) > n]
 
 
