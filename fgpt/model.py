@@ -185,7 +185,7 @@ class StaticLayerCache:
 
     k: Float[Tensor, "*batch head room d_head"]
     v: Float[Tensor, "*batch head room d_head"]
-    at: Int[Tensor, " seq"]
+    write_index: Int[Tensor, " seq"]
 
 
 @node
@@ -323,7 +323,7 @@ def attention_layer(
     if by is not None:
         q, k = apply_rope(q, by, cfg.interleaved), apply_rope(k, by, cfg.interleaved)
     if isinstance(past, StaticLayerCache):
-        past.k[..., past.at, :], past.v[..., past.at, :] = k, v
+        past.k[..., past.write_index, :], past.v[..., past.write_index, :] = k, v
         k, v = past.k, past.v
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)

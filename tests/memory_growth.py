@@ -15,8 +15,8 @@ import torch
 
 import fgpt
 from fgpt.adapters import adapt
-from fgpt.cli.training.job import Plan
-from fgpt.cli.training.loop import fit
+from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.loop import train_loop
 from fgpt.losses import Batch, nll
 from fgpt.optim import adamw, constant_schedule
 from fgpt.recipes import find
@@ -49,7 +49,7 @@ def steps(leak: bool = False) -> int:
             x = torch.randint(31, (8, 17), generator=fgpt.rng.fold_in(fgpt.key(1), number))
             yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
 
-    plan = Plan(
+    plan = TrainingJob(
         run=replace(find("lora-nano"), checkpoint=0.001),
         step=make_step(lambda a, frozen, batch, seed: nll(adapt(frozen, a), batch), optimizer),
         frozen=base,
@@ -57,12 +57,12 @@ def steps(leak: bool = False) -> int:
         steps=WARM + TIMES + 1,
         schedule=constant_schedule(1e-3),
         rng=fgpt.key(3),
-        inputs="",
-        first=init_state(adapters, optimizer),
+        fingerprint="",
+        initial_state=init_state(adapters, optimizer),
         tokenizer=fgpt.tokenizer("nano"),
     )
     with tempfile.TemporaryDirectory() as out:
-        fit(plan, Path(out))
+        train_loop(plan, Path(out))
     return sizes[1] - sizes[0]
 
 

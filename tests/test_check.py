@@ -19,7 +19,7 @@ from fgpt.cli.diagnostics import doctor
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
-from fgpt.recipes import Classify, Pretrain, find
+from fgpt.recipes import ClassificationRecipe, PretrainingRecipe, find
 from fgpt.tree import astype, leaves
 from fgpt.weights import Adapted
 
@@ -396,7 +396,7 @@ NANO = replace(find("lora-nano"), seq=160, rows=2, long="drop")  # pyright: igno
 
 
 def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
-    found = doctor.go(NANO)
+    found = doctor.run(NANO)
     assert {x.check for x in found if not x.holds} <= {"packing"}  # which short rows give nothing to be asked of
     said = capsys.readouterr().err
     assert all(law in said for law in LAWS)
@@ -407,13 +407,13 @@ def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
     patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *given: {})
     with pytest.raises(InputError, match="lora-nano: save and load: broken here"):
-        doctor.go(NANO)
+        doctor.run(NANO)
     assert "FAIL" in capsys.readouterr().err
 
 
 def test_doctor_of_full_tuning_asks_of_the_base_itself():
     run = find("full-nano")
-    base, adapters, first = doctor.laid_out(run)
+    base, adapters, first = doctor.assemble_job(run)
     assert adapters.keys() == leaves(base).keys()
     assert same(base, fgpt.load("nano"))
     assert len(first.tokens) >= doctor.ROWS
@@ -422,10 +422,10 @@ def test_doctor_of_full_tuning_asks_of_the_base_itself():
 def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
     stories, rows = tmp_path / "stories.txt", tmp_path / "rows.txt"
     stories.write_text("<|endoftext|>".join(f"Once there was a fox who had {i} hats." for i in range(40)))
-    small = Pretrain(
-        name="p", data=(stories,), n_layer=1, n_head=2, d_model=32, seq=24, rows=3, steps=2, device="cpu", compile=False
+    small = PretrainingRecipe(
+        name="p", data=(stories,), n_layer=1, n_head=2, d_model=32, max_seq_len=24, micro_batch_size=3, steps=2, device="cpu", compile=False
     )
-    assert all(x.holds is not False for x in doctor.go(small))
+    assert all(x.holds is not False for x in doctor.run(small))
     rows.write_text("".join(f"I feel {word} and {i};{word}\n" for i in range(12) for word in ("sad", "glad")))
-    told = Classify(name="c", base="nano", train=str(rows), heldout=4, seq=48, rows=3, form="classes", device="cpu")
-    assert all(x.holds is not False for x in doctor.go(told))
+    told = ClassificationRecipe(name="c", base="nano", train=str(rows), num_heldout=4, max_seq_len=48, micro_batch_size=3, head="classes", device="cpu")
+    assert all(x.holds is not False for x in doctor.run(told))

@@ -54,7 +54,7 @@ def test_torn_checkpoints_of_later_steps_cost_no_whole_one(tmp_path: Path):
     torn(tmp_path, 9)
     checkpoints.prune(tmp_path, keep=2)
     assert {2, 4, 6} <= set(steps(tmp_path))
-    assert step_of(checkpoints.newest(tmp_path, state(0), INPUTS)) == 6
+    assert step_of(checkpoints.load_latest(tmp_path, state(0), INPUTS)) == 6
 
 
 def test_a_part_that_was_cut_off_is_not_whole(tmp_path: Path):
@@ -148,7 +148,7 @@ def test_the_state_has_the_step_that_its_manifest_says(tmp_path: Path):
         (tmp_path / "checkpoints" / "step-000002" / "state.safetensors").read_bytes()
     )
     (whole / "manifest.json").write_text(json.dumps(manifest | {"parts": other["parts"]}))
-    assert step_of(checkpoints.newest(tmp_path, state(0), INPUTS)) == 2
+    assert step_of(checkpoints.load_latest(tmp_path, state(0), INPUTS)) == 2
 
 
 def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
     manifest = tmp_path / "checkpoints" / "step-000002" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"inputs": "0" * 64}))
     with pytest.raises(InputError, match="written by an earlier version"):
-        checkpoints.newest(tmp_path, state(0), INPUTS)
+        checkpoints.load_latest(tmp_path, state(0), INPUTS)
 
 
 # -------------------------------------------------------------------------------------------------------------- links

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
 import fgpt
-from fgpt.cli.inference.classifiers import opened
+from fgpt.cli.inference.classifiers import load_classifier
 from fgpt.cli.main import main
 from fgpt.io import models
 
@@ -116,7 +116,7 @@ def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, cap
     nf4 = "--quantize" in options
     assert main(["merge", str(out), *(["--onto", "dequantised"] if nf4 else [])]) == 0
     merged = out / ("merged-dequantised" if nf4 else "merged")
-    trained, ours = opened(out), fgpt.tokenizer("nano")
+    trained, ours = load_classifier(out), fgpt.tokenizer("nano")
     row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
     expected = fgpt.apply(trained.params, row)[-1]
     change = json.loads((merged / "merge.json").read_text())["read back"]
@@ -145,6 +145,6 @@ def test_the_adapter_of_a_classifier_is_peft_s(tmp_path: Path):
     assert str(tmp_path) not in json.dumps(config)
     (at / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(at, num_labels=2).eval()
-    trained, ours = opened(run / "emotion-small"), fgpt.tokenizer("nano")
+    trained, ours = load_classifier(run / "emotion-small"), fgpt.tokenizer("nano")
     row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
     close(theirs(row[None]).logits[0].detach(), fgpt.apply(trained.params, row)[-1].detach(), atol=1e-4)

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import fgpt
 from experiments.bench.load import SHAPE
 from fgpt.cli.evaluation.metrics.classes import majority, plot_confusion, scores
-from fgpt.cli.inference.classifiers import common_to, frame_of, log_probabilities, opened, predict, with_head
+from fgpt.cli.inference.classifiers import common_to, frame_of, log_probabilities, load_classifier, predict, with_head
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.classification import read, to_score, trained_of
@@ -45,7 +45,7 @@ from fgpt.data.packing import collate, epoch_batches
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.model import Config, abstract_params
-from fgpt.recipes import RUNS, Classify, find
+from fgpt.recipes import RECIPES, ClassificationRecipe, find
 from fgpt.tokenizers.tiktoken_bpe import from_ranks
 from fgpt.tree import leaves
 
@@ -389,7 +389,7 @@ def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
     path = put(tmp_path / "mine.csv", [{"text": f"text {i}", "label": i % 2} for i in range(400)])
     for name in ("emotion-small", "rte-small-lora"):
         run = find(name)
-        assert isinstance(run, Classify)
+        assert isinstance(run, ClassificationRecipe)
         assert run.test is None
         mine = replace(run, train=str(path), columns=Columns(), labels=(), heldout=40)
         train, test = read(mine)
@@ -468,10 +468,10 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     assert found["labels"] == ["fear", "joy"]
     assert found["scores"]["tuned"]["accuracy"] > 0.9
     assert found["scores"]["the commonest label"]["accuracy"] == 0.5
-    trained = opened(out)  # from its files alone
-    assert isinstance(trained.run, Classify)
+    trained = load_classifier(out)  # from its files alone
+    assert isinstance(trained.run, ClassificationRecipe)
     test = load_labeled_texts(feelings[-1])
-    told = predict(trained, [LabeledText(row.text) for row in test]).likeliest
+    told = predict(trained, [LabeledText(row.text) for row in test]).argmax
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
     with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
         predict(trained, test, ["yes", "no"])
@@ -491,9 +491,9 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
     assert found["scores"].keys() == {"the commonest label", "base", "base, 4 shots", "tuned"}
     assert found["scores"]["tuned"]["accuracy"] > 0.9 > found["scores"]["base"]["accuracy"]
     assert (out / "adapter" / "adapter_config.json").exists()  # PEFT's
-    trained = opened(out)
+    trained = load_classifier(out)
     texts = [LabeledText("One day, the king was happy."), LabeledText("One day, the king was scared.")]
-    assert predict(trained, texts).likeliest == ["love", "fear"]
+    assert predict(trained, texts).argmax == ["love", "fear"]
     others = predict(trained, texts, ["yes", "no"])  # labels that it has not been trained on
     assert others.names == ("yes", "no")
     assert torch.allclose(others.probabilities.sum(-1), torch.ones(2))
@@ -527,9 +527,9 @@ GPT2 = Config(12, 12, 768, 1024, 50257, 3072)
 )
 def test_what_the_runs_train(name: str, cfg: Config, classes: int, trained: int):
     run = find(name)
-    assert isinstance(run, Classify)
+    assert isinstance(run, ClassificationRecipe)
     assert fgpt.num_trainable(trained_of(run, with_head(run, abstract_params(cfg), ["x"] * classes))) == trained
-    assert f"{trained:,}" in (RUNS[name].__doc__ or "")
+    assert f"{trained:,}" in (RECIPES[name].__doc__ or "")
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -626,8 +626,8 @@ def test_texts_and_rows_that_code_gives():
 
 def test_a_run_s_frame_has_an_end_for_classes_alone():
     run = find("hate-smollm2-ln")
-    assert isinstance(run, Classify)
+    assert isinstance(run, ClassificationRecipe)
     assert NANO.decode(list(frame_of(run, run.labels, NANO).after)) == "\nCategory:"
     small = find("emotion-small")
-    assert isinstance(small, Classify)
+    assert isinstance(small, ClassificationRecipe)
     assert frame_of(small, ("a", "b"), NANO).after == (NANO.eos,)

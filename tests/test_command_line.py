@@ -31,8 +31,8 @@ from fgpt.cli.report.config_diff import command
 from fgpt.cli.training.instruction_tuning import low_rate, sizes
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.recipes import RUNS, Pretrain, Run, find
-from fgpt.recipes.tuning import Tuning, default_warmup
+from fgpt.recipes import RECIPES, PretrainingRecipe, InstructionRecipe, find
+from fgpt.recipes.tuning import FineTuningRecipe, default_warmup
 from fgpt.weights import parameters
 
 ODD = "[/red]x[b] :smile:"
@@ -66,7 +66,7 @@ def training(at: Path) -> list[str]:
 
 def option_classes(monkeypatch: pytest.MonkeyPatch) -> list[type[Any]]:
     """Every class whose fields are options of some command."""
-    found: list[type[Any]] = [type(make()) for make in RUNS.values()]
+    found: list[type[Any]] = [type(make()) for make in RECIPES.values()]
 
     class Seen(Exception):  # noqa: N818
         pass
@@ -107,7 +107,7 @@ def test_every_numeric_option_has_a_range(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_recipe_is_within_them():
-    for make in RUNS.values():
+    for make in RECIPES.values():
         ranges.check(make())
 
 
@@ -202,13 +202,13 @@ def test_a_warm_up_that_nobody_asked_for_is_a_tenth_at_most():
     """What is recorded of recipes stays: 20 of 328 updates, 3 of 30, 150 of 6,600, 800 of 6,000."""
     assert [default_warmup(20, steps) for steps in (1, 9, 30, 32, 199, 200, 328, 5000)] == [1, 1, 3, 4, 20, 20, 20, 20]
     lora, smol, nano, tiny = (find(x) for x in ("lora-nano", "lora-smollm2", "pretrain-nano", "tinytiny-pretrain"))
-    assert isinstance(lora, Tuning)
-    assert isinstance(smol, Tuning)
-    assert isinstance(nano, Pretrain)
-    assert isinstance(tiny, Pretrain)
-    assert (lora.warmup_steps(328), smol.warmup_steps(30)) == (20, 3)
-    assert (nano.warmup_steps(), tiny.warmup_steps()) == (150, 800)
-    assert dataclasses.replace(nano, steps=60).warmup_steps() == 6
+    assert isinstance(lora, FineTuningRecipe)
+    assert isinstance(smol, FineTuningRecipe)
+    assert isinstance(nano, PretrainingRecipe)
+    assert isinstance(tiny, PretrainingRecipe)
+    assert (lora.num_warmup_steps(328), smol.num_warmup_steps(30)) == (20, 3)
+    assert (nano.num_warmup_steps(), tiny.num_warmup_steps()) == (150, 800)
+    assert dataclasses.replace(nano, steps=60).num_warmup_steps() == 6
 
 
 def test_a_short_training_comes_to_its_rate(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -381,7 +381,7 @@ def endless_loading() -> None:
         print("loading", file=sys.stderr, flush=True)
         sleep_through("swallowed")
 
-    fgpt.cli.training.instruction_tuning.base_of = load
+    fgpt.cli.training.instruction_tuning.load_base = load
 
 
 def slow_steps() -> None:
@@ -612,6 +612,6 @@ def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
 
 def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
     run = dataclasses.replace(find("dora-nano"), name="real", lr=1e-3)  # pyright: ignore[reportCallIssue]
-    assert command(run.plain()) == "just train dora-nano --name real --lr 0.001"
-    assert command(find("dora-nano").plain()) == "just train dora-nano"
-    assert isinstance(run, Run)
+    assert command(run.to_json()) == "just train dora-nano --name real --lr 0.001"
+    assert command(find("dora-nano").to_json()) == "just train dora-nano"
+    assert isinstance(run, InstructionRecipe)

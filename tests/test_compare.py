@@ -19,7 +19,7 @@ from fgpt.cli.evaluation.compare.scores import rouge_scores
 from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
 from fgpt.cli.evaluation.metrics import text as text_scores
 from fgpt.cli.main import main
-from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.data.prompt_templates import PLAIN, Example, InstructionRow, encode_prompt
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -178,7 +178,7 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
     found = told(trained / "two" / "compare.json")
     assert len(found["answers"]) == 2
     run = run_dir.read_run(trained / "lora-nano")
-    base, tokenizer = base_of(run), fgpt.tokenizer("nano")
+    base, tokenizer = load_base(run), fgpt.tokenizer("nano")
     for side, params in (("base", base), ("tuned", run_dir.load_tuned(trained / "lora-nano", base))):
         for row in found["answers"]:
             prompt = encode_prompt(InstructionRow(row["instruction"], row["input"]), PLAIN, tokenizer)
@@ -272,7 +272,7 @@ def test_prompts_of_a_file(trained: Path, tmp_path: Path):
     run = run_dir.read_run(trained / "lora-nano")
     tokenizer = fgpt.tokenizer("nano")
     prompt, answer = encode_prompt(expected[1], PLAIN, tokenizer), tokenizer.encode("No, Tim.")
-    tuned = run_dir.load_tuned(trained / "lora-nano", base_of(run))
+    tuned = run_dir.load_tuned(trained / "lora-nano", load_base(run))
     logp = fgpt.apply(tuned, torch.tensor([[*prompt, *answer, tokenizer.eos]]))[0].log_softmax(-1)
     each = [-float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate([*answer, tokenizer.eos])]
     assert scores["response loss (nats per token)"] == pytest.approx(sum(each) / len(each), rel=1e-4)

@@ -17,8 +17,8 @@ import fgpt
 from fgpt.cli.evaluation.compare.html import answers as answers_of_page
 from fgpt.cli.evaluation.compare.markdown import markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
-from fgpt.cli.inference.generation import Opened, conversation
-from fgpt.cli.training.instruction_tuning import apart, split
+from fgpt.cli.inference.generation import LoadedRun, conversation
+from fgpt.cli.training.instruction_tuning import train_heldout_split, split
 from fgpt.data.conversations import (
     EMPTY,
     EMPTY_ANSWER,
@@ -34,7 +34,7 @@ from fgpt.data.instruction_datasets import Columns, load_examples, load_rows
 from fgpt.data.packing import collate, truncate
 from fgpt.data.prompt_templates import ALPACA, CHAT, PLAIN, TEMPLATES, TULU, InstructionRow, Turn, encode, encode_prompt
 from fgpt.errors import InputError
-from fgpt.recipes import Run, find
+from fgpt.recipes import InstructionRecipe, find
 from fgpt.tokenizers.chat_template import ChatTemplate
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
@@ -336,8 +336,8 @@ def test_a_chat_template_that_refuses_names_the_row():
 
 @pytest.mark.parametrize("name", ["alpaca", "plain", "tulu"])
 def test_a_chat_asks_in_the_words_of_training(name: str):
-    run = cast(Run, find("lora-nano"))
-    opened = Opened(replace(run, template=name), cast(Any, None), NANO)
+    run = cast(InstructionRecipe, find("lora-nano"))
+    opened = LoadedRun(replace(run, template=name), cast(Any, None), NANO)
     said = [InstructionRow("Hello.", "", "Bonjour."), InstructionRow("Good night.")]
     trained = encode(Turn("", "", "Bonne nuit.", messages(*TALK[:3])), TEMPLATES[name], NANO)
     assert conversation(opened, said) == list(trained.tokens[: trained.prompt_length])
@@ -359,7 +359,7 @@ def test_a_loss_weight_reaches_the_loss(tmp_path: Path):
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=20), st.integers(0, 9), st.integers(0, 3))
 def test_no_conversation_is_on_both_sides(lengths: list[int], heldout: int, seed: int):
     talks = [Turn(str(i), conversation=f"line {n}") for n, length in enumerate(lengths) for i in range(length)]
-    first, second = apart(talks, heldout, seed)
+    first, second = train_heldout_split(talks, heldout, seed)
     assert first
     assert not {row.conversation for row in first} & {row.conversation for row in second}
     assert Counter(first) + Counter(second) == Counter(talks)
@@ -369,12 +369,12 @@ def test_no_conversation_is_on_both_sides(lengths: list[int], heldout: int, seed
 
 def test_one_conversation_cannot_be_held_out():
     with pytest.raises(InputError, match="all 3 rows are of one conversation"):
-        apart([Turn(str(i), conversation="line 1") for i in range(3)], 1, 0)
+        train_heldout_split([Turn(str(i), conversation="line 1") for i in range(3)], 1, 0)
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
-    first, second = split(replace(cast(Run, find("lora-nano")), data=str(path), heldout=4))
+    first, second = split(replace(cast(InstructionRecipe, find("lora-nano")), data=str(path), heldout=4))
     assert len(first) + len(second) == 18
     assert len(second) == 4
     said = " ".join(capsys.readouterr().err.split())

@@ -268,12 +268,12 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
     from fgpt.cli import run_dir
-    from fgpt.cli.training.instruction_tuning import base_of, split
+    from fgpt.cli.training.instruction_tuning import load_base, split
 
     assert main(["eval", str(trained), "--limit", "7", "--rows", "3"]) == 0
     found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
     run: Any = run_dir.read_run(trained)
-    params, tokenizer = run_dir.load_tuned(trained, base_of(run)), fgpt.tokenizer("nano")
+    params, tokenizer = run_dir.load_tuned(trained, load_base(run)), fgpt.tokenizer("nano")
     examples = [encode(row, template(run.template), tokenizer) for row in split(run)[1][:7]]
     expected = fgpt.loss(params, packing.collate([[example] for example in examples]))
     assert found["response loss (nats per token)"] == pytest.approx(float(expected), rel=1e-5)

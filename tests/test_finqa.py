@@ -16,12 +16,12 @@ from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.compare.scores import asked_scores
 from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
 from fgpt.cli.main import main
-from fgpt.cli.training.instruction_tuning import adapters_of
+from fgpt.cli.training.instruction_tuning import build_adapters
 from fgpt.data.finqa import GAP, FinQA, read, shorten
 from fgpt.data.instruction_datasets import Columns, load_rows
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
-from fgpt.recipes import RUNS, Run, find
+from fgpt.recipes import RECIPES, InstructionRecipe, find
 
 RECORD: dict[str, Any] = {
     "pre_text": ["sales rose in 2012 .", "all sums are in millions ."],
@@ -236,10 +236,10 @@ def test_the_references_of_real_rows_are_right_and_their_neighbours_wrong():
 )
 def test_what_the_runs_train(name: str, shape: tuple[int, int, int], trained: int):
     run = find(name)
-    assert isinstance(run, Run)
-    assert fgpt.num_trainable(adapters_of(run, gpt2_shape(*shape))) == trained
-    assert f"{trained:,} trained parameters" in (RUNS[name].__doc__ or "")
-    assert (run.seq, run.adapter.rank, run.adapter.alpha, run.peak) == (1024, 8, 16, 3e-4)
+    assert isinstance(run, InstructionRecipe)
+    assert fgpt.num_trainable(build_adapters(run, gpt2_shape(*shape))) == trained
+    assert f"{trained:,} trained parameters" in (RECIPES[name].__doc__ or "")
+    assert (run.max_seq_len, run.adapter.rank, run.adapter.alpha, run.peak_lr) == (1024, 8, 16, 3e-4)
 
 
 def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fgpt
 from fgpt.cli.evaluation import lm_eval_model, lm_eval_tasks
-from fgpt.cli.evaluation.lm_eval_model import Model, writing
+from fgpt.cli.evaluation.lm_eval_model import Model, task_generation
 from fgpt.cli.main import main
 from fgpt.evaluation.likelihood import windows
 
@@ -162,12 +162,12 @@ def test_sampled_texts_are_their_requests_alone():
 
 
 def test_what_a_task_asks_for():
-    assert writing({"until": "\n"}) == (("\n",), lm_eval_model.MOST, fgpt.SamplingParams())
-    sampled = writing({"do_sample": True, "top_p": 0.9, "max_tokens": 3, "until": None})
+    assert task_generation({"until": "\n"}) == (("\n",), lm_eval_model.MOST, fgpt.SamplingParams())
+    sampled = task_generation({"do_sample": True, "top_p": 0.9, "max_tokens": 3, "until": None})
     assert sampled == ((), 3, fgpt.SamplingParams(1.0, top_p=0.9))
-    assert writing({"temperature": 0.5}).sampling.temperature == 0.5
+    assert task_generation({"temperature": 0.5}).sampling.temperature == 0.5
     with pytest.raises(fgpt.InputError, match="a task sets num_beams for generation: expected until, do_sample"):
-        writing({"num_beams": 4})
+        task_generation({"num_beams": 4})
     with pytest.raises(fgpt.InputError, match=f"256 new tokens, but the model's context is {CONTEXT}"):
         ours("gpt2").generate_until(asked("generate_until", [("the", {})]))
 

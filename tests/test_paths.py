@@ -37,7 +37,7 @@ def test_a_sentence_without_paths():
 
 def test_a_run_that_names_files_is_read_back_whole(tmp_path: Path):
     run = find("lora-nano")
-    values = run.plain() | {"base": f"{HOME}/model", "data": f"{HOME}/a.json+b.json+{HOME}/c.json", "out": "/x/runs"}
+    values = run.to_json() | {"base": f"{HOME}/model", "data": f"{HOME}/a.json+b.json+{HOME}/c.json", "out": "/x/runs"}
     paths.write_local(tmp_path, values)
     short = paths.shared(values)
     assert (short["base"], short["data"], short["out"]) == (".../model", ".../a.json+b.json+.../c.json", ".../runs")

@@ -18,7 +18,7 @@ from conftest import shared
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare import contenders as compare_sides
-from fgpt.cli.inference.generation import Opened, conversation
+from fgpt.cli.inference.generation import LoadedRun, conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import documents, mfu
@@ -32,7 +32,7 @@ from fgpt.evaluation.likelihood import perplexity, loglikelihood_rolling
 from fgpt.io import models
 from fgpt.model import abstract_params
 from fgpt.optim import cosine_schedule
-from fgpt.recipes import Pretrain, find
+from fgpt.recipes import PretrainingRecipe, find
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks, gpt2
 from fgpt.tree import num_elements, leaves
 
@@ -82,7 +82,7 @@ def test_tinytiny_has_its_origins_parameters():
     assert not any(path.endswith(".b") for path in leaves(bare))
     assert run.rows * run.accumulate * run.seq == 122_880
     assert mfu.flops(bare, run.seq) == 6 * 26_398_080 + 12 * 4 * 384 * 256
-    lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.where)  # pyright: ignore
+    lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.target_pattern)  # pyright: ignore
     assert fgpt.num_trainable(lora) == 2_506_752
 
 
@@ -150,8 +150,8 @@ def test_rows_lose_no_token(lengths: list[int], seq: int):
 
 def test_micro_batches_are_rows_one_after_the_other():
     given = [torch.arange(1, 200, dtype=torch.int32)]
-    (one,) = next(batches(given, 0, Pretrain(name="a", seq=5, rows=6), fgpt.key(1)))
-    three = next(batches(given, 0, Pretrain(name="a", seq=5, rows=2, accumulate=3), fgpt.key(1)))
+    (one,) = next(batches(given, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=6), fgpt.key(1)))
+    three = next(batches(given, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=2, grad_accumulation_steps=3), fgpt.key(1)))
     assert len(three) == 3
     assert torch.equal(torch.cat([batch.tokens for batch in three]), one.tokens)
     assert torch.equal(one.targets[:, :-1], one.tokens[:, 1:])
@@ -287,9 +287,9 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     example = encode(row, template("tulu"), NANO)
     assert example.tokens[: example.prompt_length] == prompt
     assert NANO.decode(list(example.tokens)) == text + "Tim.<|endoftext|>"
-    assert compare_sides.prompts(compare_sides.Side("base", run), [row], NANO) == [prompt]
+    assert compare_sides.prompts(compare_sides.Contender("base", run), [row], NANO) == [prompt]
     params = fgpt.load(run.base)
-    assert conversation(Opened(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
+    assert conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])

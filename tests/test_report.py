@@ -21,7 +21,7 @@ from fgpt.cli import environment, report
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.main import parse
 from fgpt.cli.report import chart, config_diff, curves, run_data
-from fgpt.cli.run_dir import any_of, find
+from fgpt.cli.run_dir import find_any, find_finished
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
@@ -75,7 +75,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def told(at: Path) -> str:
-    return report.go(str(at)).read_text()
+    return report.run(str(at)).read_text()
 
 
 def section(text: str, name: str) -> str:
@@ -204,7 +204,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     assert 'src="data:image/png;base64,iVBORyBub3QgcmVhbGx5"' in shown
     (at / "metrics.json").write_text('{"labels": ["joy"]}')
     with pytest.raises(InputError, match=r"metrics\.json: not the scores of this version"):
-        report.go(str(at))
+        report.run(str(at))
     (at / "metrics.json").unlink()
     assert "just eval .../emotion-small" in section(told(at), "scores")
 
@@ -218,7 +218,7 @@ def test_a_pretraining(tmp_path: Path):
     for damage in ({"loss": "x"}, {"loss": [1]}, {"before": 1}, {"before": [1]}, {"heldout_documents": None}):
         (at / "result.json").write_text(json.dumps(result | damage))
         with pytest.raises(InputError, match=r"result\.json: not the figures of this version"):
-            report.go(str(at))
+            report.run(str(at))
     (at / "result.json").unlink()
     assert "has not come to it" in section(told(at), "heldout")
 
@@ -235,15 +235,15 @@ def test_which_of_several_runs_was_taken_is_said(
         at = folder(tmp_path / "runs" / name)
         os.utime(at / "run.json", (1e9 - age, 1e9 - age))
     (tmp_path / "runs" / "lora-nano" / "adapter").mkdir()
-    for take, expected in ((any_of, "lora-nano-2"), (find, "lora-nano")):
+    for take, expected in ((find_any, "lora-nano-2"), (find_finished, "lora-nano")):
         assert take("lora-nano").name == expected
         (said,) = capsys.readouterr().err.splitlines()
         assert f"lora-nano: taking runs/{expected}, of 2 runs of that name the newest" in said
-    any_of("ia3-nano")
-    any_of("runs/lora-nano")
+    find_any("ia3-nano")
+    find_any("runs/lora-nano")
     assert capsys.readouterr().err == ""
     folder(tmp_path / "lora-nano")
-    assert any_of("lora-nano") == Path("lora-nano")
+    assert find_any("lora-nano") == Path("lora-nano")
     assert "taking the folder ./lora-nano, and not runs/lora-nano-2" in capsys.readouterr().err
 
 
@@ -272,14 +272,14 @@ def test_find_takes_the_newest_of_a_name(tmp_path: Path):
         at = folder(tmp_path / name)
         os.utime(at / "run.json", (1e9 - age, 1e9 - age))
     (tmp_path / "lora-nano" / "report.html").touch()  # the folder's own time is now the latest
-    assert any_of("lora-nano", tmp_path) == tmp_path / "lora-nano-2"
-    assert any_of(str(tmp_path / "lora-nano")) == tmp_path / "lora-nano"
+    assert find_any("lora-nano", tmp_path) == tmp_path / "lora-nano-2"
+    assert find_any(str(tmp_path / "lora-nano")) == tmp_path / "lora-nano"
     with pytest.raises(InputError, match=r"no run 'lora-nan' .*did you mean lora-nano\?"):
-        any_of("lora-nan", tmp_path)
+        find_any("lora-nan", tmp_path)
     with pytest.raises(InputError, match="no run ''"):
-        any_of("", tmp_path)
+        find_any("", tmp_path)
     with pytest.raises(InputError, match=r"holds no run\.json"):
-        any_of(str(tmp_path))
+        find_any(str(tmp_path))
 
 
 def _cut(path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_damaged_file_is_one_line(whole: Path, name: str, spoil: Callable[[Pat
     before = told(whole)
     spoil(whole / name)
     with pytest.raises(InputError) as err:
-        report.go(str(whole))
+        report.run(str(whole))
     assert said in str(err.value)
     assert name in str(err.value)
     assert "\n" not in str(err.value)
@@ -329,7 +329,7 @@ def test_a_comparison_of_wrong_types_is_one_line(at: tuple[str | int, ...], valu
     inner[at[-1]] = value
     (whole / "compare.json").write_text(json.dumps(held))
     with pytest.raises(InputError, match=r"compare\.json: not a comparison of this version") as err:
-        report.go(str(whole))
+        report.run(str(whole))
     assert str(err.value).isprintable()
 
 
@@ -450,7 +450,7 @@ class Seen(HTMLParser):
 
 
 def test_a_browser_shows_every_section_and_runs_nothing(whole: Path):
-    page = report.go(str(whole))
+    page = report.run(str(whole))
     opened = chromium(page, "--dump-dom")
     seen = Seen(opened.stdout)
     assert seen.ids == SECTIONS
@@ -476,7 +476,7 @@ def test_a_browser_draws_it(whole: Path):
     import matplotlib.image
 
     picture = whole / "shot.png"
-    chromium(report.go(str(whole)), f"--screenshot={picture}", "--window-size=1200,1400", "--hide-scrollbars")
+    chromium(report.run(str(whole)), f"--screenshot={picture}", "--window-size=1200,1400", "--hide-scrollbars")
     drawn: Any = matplotlib.image.imread(picture)[..., :3]
     assert drawn.shape[:2] == (1400, 1200)
     blue: Any = (abs(drawn - [0x1F / 255, 0x6F / 255, 0xB8 / 255]) < 0.1).all(-1)  # the smoothed lines

@@ -38,7 +38,7 @@ from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
 from fgpt.kernels import bitsandbytes_ops
-from fgpt.recipes import RUNS
+from fgpt.recipes import RECIPES
 from fgpt.tree import leaves, replace_at
 
 bitsandbytes_ops.register()  # bitsandbytes too is imported here, once
@@ -671,7 +671,7 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path):
     "name", ["lora-nano", "qlora-nano", "emotion-small", "rte-smollm2", "pretrain-nano", "dolly-finqa-lora"]
 )
 def test_a_run_reads_back_as_it_was(name: str, tmp_path: Path):
-    run = RUNS[name]()
+    run = RECIPES[name]()
     write_json(tmp_path / "run.json", dataclasses.asdict(run))
     assert run_dir.read_run(tmp_path) == run
     values = json.loads((tmp_path / "run.json").read_text())

@@ -16,8 +16,8 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training.instruction_tuning import base_of
-from fgpt.recipes import RUNS, Run, find
+from fgpt.cli.training.instruction_tuning import load_base
+from fgpt.recipes import RECIPES, InstructionRecipe, find
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
@@ -71,8 +71,8 @@ def test_a_run_leaves_all_it_promises(trained: Path):
 
 def test_the_resolved_run_reads_back(trained: Path):
     run = run_dir.read_run(trained)
-    assert isinstance(run, Run)
-    assert (run.steps, run.rows, run.most, run.base) == (6, 2, 24, "nano")
+    assert isinstance(run, InstructionRecipe)
+    assert (run.steps, run.micro_batch_size, run.max_new_tokens, run.base) == (6, 2, 24, "nano")
     assert run.adapter == find("lora-nano").adapter  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -107,7 +107,7 @@ def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
     assert saved.cfg == base.cfg
 
 
-METHODS = {name: [name] for name in RUNS if name.endswith("-nano") and name != "pretrain-nano"} | {
+METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name != "pretrain-nano"} | {
     "bias": ["lora-nano", "--adapter.kind", "bias", "--adapter.target", r".*\.b", "--lr", "1e-2"],
     "dropout": ["lora-nano", "--adapter.dropout", "0.2"],
     "remat": ["qdora-nano", "--remat", "True"],
@@ -123,9 +123,9 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         out = tmp_path / name / args[0]
         losses[name] = [m["loss"] for m in read_metrics(out / "metrics.jsonl")]
         run = run_dir.read_run(out)
-        base = base_of(run)
+        base = load_base(run)
         tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-        assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(base_of(run), tokens))
+        assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(load_base(run), tokens))
         assert main(["generate", str(out), "Write a story about a fox.", "--most", "3"]) == 0
     assert capsys.readouterr().out.strip()
     quantised = {name for name in METHODS if name.startswith("q") or name == "remat"}
@@ -147,7 +147,7 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
     assert not list(out.glob("merged*"))
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-    tuned = fgpt.apply(run_dir.load_tuned(out, base_of(run_dir.read_run(out))), tokens)
+    tuned = fgpt.apply(run_dir.load_tuned(out, load_base(run_dir.read_run(out))), tokens)
     for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
         assert main(["merge", str(out), "--onto", onto]) == 0
         told = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
@@ -163,7 +163,7 @@ def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
         options = [*SHORT[:-4], "--compare", "0", "--data", str(data), "--heldout", "4"]
         assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lora-nano", "lora-nano-2"]
-    assert run_dir.find("lora-nano", tmp_path).name == "lora-nano-2"
+    assert run_dir.find_finished("lora-nano", tmp_path).name == "lora-nano-2"
     first, second = (fgpt.load_peft(tmp_path / n / "adapter", fgpt.load("nano")) for n in ("lora-nano", "lora-nano-2"))
     for path in first:  # the same seed, the same adapter
         assert torch.equal(first[path].b, second[path].b)  # pyright: ignore[reportAttributeAccessIssue]
@@ -172,7 +172,7 @@ def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
 def test_runs_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main(["runs"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in RUNS)
+    assert all(name in listed for name in RECIPES)
 
 
 def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fgpt
-from fgpt.cli.inference.classifiers import opened, predict
+from fgpt.cli.inference.classifiers import load_classifier, predict
 from fgpt.cli.main import main
 from fgpt.data.classification_datasets import Columns, load_labeled_texts
 
@@ -48,7 +48,7 @@ def test_a_label_is_the_likeliest_next_word(worded: Path, capsys: pytest.Capture
     (worded / "texts").write_text("\n".join(texts))
     capsys.readouterr()
     assert main(["classify", str(worded), "--file", str(worded / "texts")]) == 0
-    told, it = lines(capsys.readouterr().out), opened(worded)
+    told, it = lines(capsys.readouterr().out), load_classifier(worded)
     encode = it.tokenizer.encode
     for (label, p, text), asked in zip(told, texts, strict=True):
         logits = fgpt.apply(it.params, torch.tensor([encode(asked) + encode(" It")]))[0, -1]
@@ -104,7 +104,7 @@ def test_eval_on_other_rows(headed: Path, tmp_path: Path):
     columns = ["--columns.text", "said", "--columns.label", "what"]
     assert main(["eval", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
     held = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
-    right = [a == row.label for a, row in zip(predict(opened(headed), held).likeliest, held, strict=True)]
+    right = [a == row.label for a, row in zip(predict(load_classifier(headed), held).argmax, held, strict=True)]
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["test rows"]["accuracy"] == pytest.approx(sum(right) / 3)
     assert "test rows, untuned" not in found

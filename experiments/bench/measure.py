@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fgpt.cli.training.heap import hold_freed
+from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.io.files import write, write_json
 from fgpt.tree import leaves
 
@@ -111,7 +111,7 @@ _side: Callable[[], object]
 
 def _build(build: Callable[[], Callable[[], object]]) -> None:
     global _side
-    hold_freed()
+    keep_freed_memory()
     _side = build()
 
 

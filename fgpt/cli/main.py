@@ -19,7 +19,7 @@ import tyro
 from fgpt import ranges, recipes
 from fgpt.cli import streams
 from fgpt.cli.errors import explained
-from fgpt.cli.inference.options import ALIKE, PLAINLY, Alike, Writing
+from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
 from fgpt.cli.signals import interrupt, on_first
 from fgpt.errors import InputError
 from fgpt.ranges import PositiveInt
@@ -28,21 +28,21 @@ from fgpt.ranges import PositiveInt
 def train(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if name in ("", "-h", "--help"):
-        raise InputError(f"expected a run: just train NAME [--option value ..]; there are {', '.join(recipes.RUNS)}")
+        raise InputError(f"expected a run: just train NAME [--option value ..]; there are {', '.join(recipes.RECIPES)}")
     if "--resume" in options:
         run, where = resumed(name, [option for option in options if option != "--resume"])
     else:
         run, where = named(name, options, f"just train {name}"), None
     from fgpt.cli.training import trackers
-    from fgpt.cli.training.tasks import carry_out
+    from fgpt.cli.training.tasks import run
 
     trackers.check(run)
-    carry_out(run, where)
+    run(run, where)
 
 
-def named(name: str, options: Sequence[str], command: str) -> recipes.AnyRun:
+def named(name: str, options: Sequence[str], command: str) -> recipes.AnyRecipe:
     """A recipe's run, with its options. Raises InputError for a name or an option that is none."""
-    if name not in recipes.RUNS and (at := _made_under(name)):
+    if name not in recipes.RECIPES and (at := _made_under(name)):
         raise InputError(f"no run named {name!r} to begin: {at} was made by a recipe; name that, and --name {at.name}")
     run = recipes.find(name)
     return parse(type(run), options, run, command)
@@ -55,7 +55,7 @@ def _made_under(name: str) -> Path | None:
     return next((at for at in (Path(name), Path("runs") / name) if name and (at / run_dir.RUN).is_file()), None)
 
 
-def resumed(name: str, options: Sequence[str]) -> tuple[recipes.AnyRun, Path]:
+def resumed(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     """The run that was begun under a name, or in a folder, as it was begun; and its folder.
 
     Raises InputError where there is none, or the options would make it another run.
@@ -64,17 +64,17 @@ def resumed(name: str, options: Sequence[str]) -> tuple[recipes.AnyRun, Path]:
     from fgpt.cli.training.job import LASTING
 
     command = f"just train {name} --resume"
-    if name in recipes.RUNS:
+    if name in recipes.RECIPES:
         asked = named(name, options, command)
-        where = run_dir.begun(asked.name, asked.out)
+        where = run_dir.find_unfinished(asked.name, asked.out)
     else:
-        where = run_dir.begun(name, _out_of(options))
+        where = run_dir.find_unfinished(name, _out_of(options))
     recorded = run_dir.read_run(where)
     run = parse(type(recorded), options, recorded, command)
     for field in dataclasses.fields(run):
         was, now = getattr(recorded, field.name), getattr(run, field.name)
         if was != now and field.name not in LASTING:
-            anew = "leave out --resume" if name in recipes.RUNS else "begin a new run"
+            anew = "leave out --resume" if name in recipes.RECIPES else "begin a new run"
             raise InputError(f"{where} was begun with {field.name} {was}, not {now}: leave it out, or {anew}")
     return run, where
 
@@ -112,7 +112,7 @@ class Generate:
     prompt: tyro.conf.Positional[str]
     input: str = ""
     """What the instruction is to be applied to."""
-    how: tyro.conf.OmitArgPrefixes[Writing] = PLAINLY
+    options: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
 
 def generate(args: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ class Chat:
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
-    how: tyro.conf.OmitArgPrefixes[Writing] = PLAINLY
+    options: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
 
 def chat(args: Sequence[str]) -> None:
@@ -139,9 +139,9 @@ def chat(args: Sequence[str]) -> None:
 
 
 def classify(args: Sequence[str]) -> None:
-    from fgpt.cli.inference.classify_texts import Asked, go
+    from fgpt.cli.inference.classify_texts import ClassifyOptions, run
 
-    go(parse(Asked, args, None, "just classify"))
+    run(parse(ClassifyOptions, args, None, "just classify"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,16 +155,16 @@ class Compare:
     package; None takes what the first run held out."""
     count: PositiveInt | None = None
     """Take the first so many prompts; None takes all of a file, and of held-out ones as many as after training."""
-    how: tyro.conf.OmitArgPrefixes[Alike] = ALIKE
+    options: tyro.conf.OmitArgPrefixes[ComparisonDecoding] = DEFAULT_DECODING
     out: Path | None = None
     """Where to write; None takes the run's folder, and for several a new one beside the first."""
 
 
 def compare(args: Sequence[str]) -> None:
     options = parse(Compare, args, None, "just compare")
-    from fgpt.cli.evaluation.compare import again
+    from fgpt.cli.evaluation.compare import compare_runs
 
-    again(options.runs, options.how, options.prompts, options.count, options.out)
+    compare_runs(options.runs, options.how, options.prompts, options.count, options.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +185,9 @@ def merge(args: Sequence[str]) -> None:
 
 
 def evaluate(args: Sequence[str]) -> None:
-    from fgpt.cli.evaluation.command import Asked, go
+    from fgpt.cli.evaluation.command import EvalOptions, run
 
-    go(parse(Asked, args, None, "just eval"))
+    run(parse(EvalOptions, args, None, "just eval"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +211,9 @@ def doctor(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if name in ("", "-h", "--help"):
         raise InputError("expected a run: just doctor NAME [options, as just train has them]")
-    from fgpt.cli.diagnostics.doctor import go
+    from fgpt.cli.diagnostics.doctor import run
 
-    go(named(name, options, f"just doctor {name}"))
+    run(named(name, options, f"just doctor {name}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +226,9 @@ class Report:
 
 def report(args: Sequence[str]) -> None:
     options = parse(Report, args, None, "just report")
-    from fgpt.cli.report import go
+    from fgpt.cli.report import run
 
-    go(options.run)
+    run(options.run)
 
 
 def parse(cls: type[Any], args: Sequence[str], default: Any, command: str) -> Any:

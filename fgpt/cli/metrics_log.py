@@ -56,7 +56,7 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
-def mend(metrics_file: Path) -> None:
+def truncate_partial_line(metrics_file: Path) -> None:
     """Take off a last line that was cut off, so that the next is a line of its own."""
     if metrics_file.exists() and not (data := metrics_file.read_bytes()).endswith(b"\n"):
         os.truncate(metrics_file, data.rfind(b"\n") + 1)

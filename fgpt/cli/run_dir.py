@@ -41,7 +41,7 @@ from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
-from fgpt.recipes import RUNS, AnyRun, Classify, Pretrain, Run
+from fgpt.recipes import RECIPES, AnyRecipe, ClassificationRecipe, PretrainingRecipe, InstructionRecipe
 from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
 
@@ -55,7 +55,7 @@ WRITTEN_INTO = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")
 
 
 @contextmanager
-def opened(run: AnyRun, steps: int, where: Path | None = None) -> Iterator[Path]:
+def open_run_dir(run: AnyRecipe, steps: int, where: Path | None = None) -> Iterator[Path]:
     """The folder of a run while it trains, which no other process can then train in: a new one, out/NAME, or NAME-2,
     -3, .. where earlier runs have left theirs; or `where`, that of a run which is taken up again.
 
@@ -73,7 +73,7 @@ def opened(run: AnyRun, steps: int, where: Path | None = None) -> Iterator[Path]
         write_json(folder / STATUS, status)
         if where is None:
             write_json(folder / ENVIRONMENT, environment())
-            values = run.plain()
+            values = run.to_json()
             write_local(folder, values)
             write_json(folder / RUN, shared(values))  # last: a folder that has it has all of them
         else:
@@ -115,7 +115,7 @@ def check_name(name: str) -> None:
         )
 
 
-def _new(run: AnyRun) -> Path:
+def _new(run: AnyRecipe) -> Path:
     check_name(run.name)
     for number in range(1, 10_000):
         folder = run.out / (run.name if number == 1 else f"{run.name}-{number}")
@@ -166,7 +166,7 @@ def _taken(name: str, out: Path, chosen: Path, which: str = "") -> Path:
     return chosen
 
 
-def find(name: str, out: Path = Path("runs")) -> Path:
+def find_finished(name: str, out: Path = Path("runs")) -> Path:
     """The folder of a finished run, by path, or the newest by name.
 
     Raises InputError where there is none, or it ended before it had anything to save.
@@ -179,7 +179,7 @@ def find(name: str, out: Path = Path("runs")) -> Path:
     return _taken(name, out, finished[-1], " that has finished")
 
 
-def any_of(name: str, out: Path = Path("runs")) -> Path:
+def find_any(name: str, out: Path = Path("runs")) -> Path:
     """The folder of a run, by path, or the newest by name; it may be at work still, or have been killed.
 
     Raises InputError where there is none.
@@ -191,7 +191,7 @@ def any_of(name: str, out: Path = Path("runs")) -> Path:
     raise InputError(f"no run {name!r} under {out}/: {_did_you_mean(name, out)}expected a run's name, or its folder")
 
 
-def begun(name: str, out: Path = Path("runs")) -> Path:
+def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
     """The folder of a run that was begun and has not finished, by path, or the newest by name.
 
     Raises InputError where there is none.
@@ -200,7 +200,7 @@ def begun(name: str, out: Path = Path("runs")) -> Path:
     unfinished = [p for p in found if _state(p) not in ("finished", None)]
     if not unfinished:
         if found:
-            anew = f"; begin a new one: just train {name}" if name in RUNS else ""
+            anew = f"; begin a new one: just train {name}" if name in RECIPES else ""
             raise InputError(f"nothing to resume: {found[-1]} has finished{anew}")
         raise InputError(f"nothing to resume: there is no run {name!r} under {out}/; {_to_begin(name, out)}")
     return _taken(name, out, unfinished[-1], " that has not finished")
@@ -220,7 +220,7 @@ def _to_finish(folder: Path) -> str:
 
 def _to_begin(name: str, out: Path) -> str:
     """How there comes to be a run of a name: a recipe's, or one that was given by --name."""
-    if name in RUNS:
+    if name in RECIPES:
         return f"train it first: just train {name}"
     hint = _did_you_mean(name, out)
     return f"{hint}expected a run's name, or its folder; just train RECIPE makes one, and just runs lists the recipes"
@@ -236,11 +236,11 @@ def runs_in(out: Path = Path("runs")) -> list[str]:
     return sorted(p.parent.name for p in out.glob(f"*/{RUN}"))
 
 
-def use_of(folder: Path, run: AnyRun) -> str:
+def use_of(folder: Path, run: AnyRecipe) -> str:
     """What a run is for, where it was taken for one of another kind."""
-    if isinstance(run, Run):
+    if isinstance(run, InstructionRecipe):
         return f"it answers: just generate {shlex.quote(str(folder))} PROMPT"
-    if isinstance(run, Classify):
+    if isinstance(run, ClassificationRecipe):
         return "just classify tells its labels"
     model = shlex.quote(str(folder / MODEL))
     return f"tune it first, just train RECIPE --base {model}, or just eval --base {model} --text FILE"
@@ -252,12 +252,12 @@ def _state(folder: Path) -> str | None:
     return found.get("state") if isinstance(found, dict) else None
 
 
-def read_run(folder: Path) -> AnyRun:
+def read_run(folder: Path) -> AnyRecipe:
     """The run that made a folder. Raises InputError for a folder of none, or of another version's."""
     values: Any = read_json(folder / RUN)
     if isinstance(values, dict):
         values = with_local(folder, values)
-    for kind in (Run, Classify, Pretrain):
+    for kind in (InstructionRecipe, ClassificationRecipe, PretrainingRecipe):
         if isinstance(values, dict) and values.keys() == {f.name for f in dataclasses.fields(kind)}:
             try:
                 run = _read(kind, values)
@@ -287,9 +287,9 @@ def _read(kind: Any, value: Any, name: str = "run") -> Any:
     return value
 
 
-def instruction_run(folder: Path) -> Run:
+def instruction_run(folder: Path) -> InstructionRecipe:
     """The instruction run that made a folder. Raises InputError for any other."""
-    if not isinstance(run := read_run(folder), Run):
+    if not isinstance(run := read_run(folder), InstructionRecipe):
         raise InputError(f"{folder} is no run of instructions: {use_of(folder, run)}")
     return run
 

@@ -7,11 +7,11 @@ from typing import Literal
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.classification_prompts import PromptWording
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
-from fgpt.recipes.tuning import Adapter, Length, Tuning
+from fgpt.recipes.tuning import Adapter, Length, FineTuningRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classify(Tuning):
+class ClassificationRecipe(FineTuningRecipe):
     """Training on rows of a text, or two, and a label; the loss is on the label alone."""
 
     train: str
@@ -20,34 +20,34 @@ class Classify(Tuning):
     test: str | None = None
     """The rows that are scored, from such a source. None takes the test split of `train` where that is a hub source
     which has one; of others it keeps `heldout` rows out of training."""
-    heldout: PositiveInt = 200
+    num_heldout: PositiveInt = 200
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold text, second text and label."""
     labels: tuple[str, ...] = ()
     """The labels in their order, each as "label", or as "label=word" to call it by another word; none sorts them."""
-    form: Literal["classes", "tokens"] = "classes"
+    head: Literal["classes", "tokens"] = "classes"
     """classes: a new head, read at the end token. tokens: the label is the next token, after the wording's suffix."""
-    wording: PromptWording = field(default_factory=PromptWording)
+    prompt: PromptWording = field(default_factory=PromptWording)
     """What stands around each text."""
-    shots: NonNegativeInt = 0
+    num_fewshot: NonNegativeInt = 0
     """Of labels as tokens, score the base with so many training rows before each text as well; 0 does not."""
-    also: str | None = None
+    tune_also: str | None = None
     """Regular expression of leaves that are tuned beside the adapter. A head of classes is tuned always."""
-    seq: Length = 128
+    max_seq_len: Length = 128
     """Tokens in a row, into which texts are packed, each seeing itself alone. A longer text loses its middle."""
-    rows: BatchSize = 4
+    micro_batch_size: BatchSize = 4
 
 
-def emotion_small() -> Classify:
+def emotion_small() -> ClassificationRecipe:
     """Six emotions of short texts: LoRA (r 8, alpha 16, q k v o) and a new head on gpt2, data from the hub.
 
     just train emotion-small. 594,432 trained parameters: 589,824 of the LoRA, 4,608 of the head. Not measured yet: it
     needs the hub.
     """
-    return Classify(name="emotion-small", base="gpt2", train="emotion", lr=1e-3)
+    return ClassificationRecipe(name="emotion-small", base="gpt2", train="emotion", lr=1e-3)
 
 
-def emotion_smollm2() -> Classify:
+def emotion_smollm2() -> ClassificationRecipe:
     """emotion-small on SmolLM2-135M-Instruct; local files: --train train.txt --test test.txt.
 
     just train emotion-smollm2. 925,056 trained parameters: 921,600 of the LoRA, 3,456 of the head. Accuracy 0.923,
@@ -57,24 +57,24 @@ def emotion_smollm2() -> Classify:
     return replace(emotion_small(), name="emotion-smollm2", base="smollm2", quantize="int8", epochs=2)
 
 
-def rte_small_lora() -> Classify:
+def rte_small_lora() -> ClassificationRecipe:
     """Entailment of sentence pairs: LoRA (r 8, alpha 16, q k v o) and a new head on gpt2, data from the hub.
 
     just train rte-small-lora. 591,360 trained parameters: 589,824 of the LoRA (442,368 of them on q, k and v) and 1,536
     of the head. Not measured yet: it needs the hub. Local files: --train train.tsv --test dev.tsv.
     """
-    return Classify(
+    return ClassificationRecipe(
         name="rte-small-lora",
         base="gpt2",
         train="rte",
         columns=Columns("sentence1", "sentence2"),
         labels=("entailment", "not_entailment"),
         epochs=5,
-        seq=320,
+        max_seq_len=320,
     )
 
 
-def rte_smollm2() -> Classify:
+def rte_smollm2() -> ClassificationRecipe:
     """Entailment by the next token, yes or no: LoRA (r 8, alpha 16, q k v o) on SmolLM2-135M-Instruct in int8.
 
     just train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters. Accuracy 0.686, macro-F1 0.678
@@ -98,33 +98,33 @@ NORMS_AND_BIASES = r".*ln_.*|.*\.b"
 EVERY_MATRIX = r"blocks\..*\.(q|k|v|o|gate|up|down)|wte|head"
 
 
-def hate_gptj_lora() -> Classify:
+def hate_gptj_lora() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, attention), norms and biases of GPT-J-6B in 8 bits.
 
     just train hate-gptj-lora. 2,696,416 trained parameters, moments in 8 bits; blocks are recomputed. The hub's data is
     of 24,783 rows, 5.8 % of them hate; a balanced file of label,text is given by --train and --test. Not measured yet:
     it needs the hub, and of the model a folder or a revision with safetensors, --base NAME@REVISION.
     """
-    return Classify(
+    return ClassificationRecipe(
         name="hate-gptj-lora",
         base="EleutherAI/gpt-j-6b",
         train="davidson",
         labels=("hate", "offensive", "neutral"),
-        form="tokens",
-        wording=PromptWording("Sort the text into one of these categories: {labels}.\n\n", "Text:\n", "\nCategory:"),
+        head="tokens",
+        prompt=PromptWording("Sort the text into one of these categories: {labels}.\n\n", "Text:\n", "\nCategory:"),
         adapter=Adapter(rank=2, alpha=4),
-        also=NORMS_AND_BIASES,
+        tune_also=NORMS_AND_BIASES,
         quantize="blockwise8",
         remat=True,
         lr=1e-4,
         optimizer="adamw8bit",
         epochs=3,
-        rows=2,
+        micro_batch_size=2,
         dtype="bfloat16",
     )
 
 
-def hate_gptj_ln() -> Classify:
+def hate_gptj_ln() -> ClassificationRecipe:
     """Hate speech by the next token: norms and biases of GPT-J-6B in 8 bits.
 
     just train hate-gptj-ln. 861,408 trained parameters; else as hate-gptj-lora.
@@ -132,7 +132,7 @@ def hate_gptj_ln() -> Classify:
     return replace(hate_gptj_lora(), name="hate-gptj-ln", adapter=Adapter("ln", target=NORMS_AND_BIASES), also=None)
 
 
-def hate_gptj_all() -> Classify:
+def hate_gptj_all() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, every matrix, wte and head), norms and biases of GPT-J-6B in 8 bits.
 
     just train hate-gptj-all. 5,208,160 trained parameters; else as hate-gptj-lora.
@@ -140,13 +140,13 @@ def hate_gptj_all() -> Classify:
     return replace(hate_gptj_lora(), name="hate-gptj-all", adapter=Adapter(rank=2, alpha=4, target=EVERY_MATRIX))
 
 
-def _smollm2(run: Classify) -> Classify:
+def _smollm2(run: ClassificationRecipe) -> ClassificationRecipe:
     """A GPT-J run on a base that needs no 8 bits."""
     name = run.name.replace("gptj", "smollm2")
     return replace(run, name=name, base="smollm2", quantize=None, remat=False, dtype="float32")
 
 
-def hate_smollm2_lora() -> Classify:
+def hate_smollm2_lora() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, attention) and norms of SmolLM2-135M-Instruct.
 
     just train hate-smollm2-lora --train train.csv --test val.csv, where these hold label,text. 265,536 trained
@@ -157,7 +157,7 @@ def hate_smollm2_lora() -> Classify:
     return replace(_smollm2(hate_gptj_lora()), lr=2e-3)
 
 
-def hate_smollm2_ln() -> Classify:
+def hate_smollm2_ln() -> ClassificationRecipe:
     """Hate speech by the next token: norms of SmolLM2-135M-Instruct.
 
     just train hate-smollm2-ln --train train.csv --test val.csv. 35,136 trained parameters. On 200 rows, 0.390 before:
@@ -167,7 +167,7 @@ def hate_smollm2_ln() -> Classify:
     return replace(_smollm2(hate_gptj_ln()), lr=5e-3)
 
 
-def hate_smollm2_all() -> Classify:
+def hate_smollm2_all() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, every matrix and the embedding) and norms of SmolLM2-135M-Instruct.
 
     just train hate-smollm2-all --train train.csv --test val.csv. 745,152 trained parameters.
@@ -175,7 +175,7 @@ def hate_smollm2_all() -> Classify:
     return _smollm2(hate_gptj_all())
 
 
-RUNS: tuple[Callable[[], Classify], ...] = (
+RUNS: tuple[Callable[[], ClassificationRecipe], ...] = (
     emotion_small,
     emotion_smollm2,
     rte_small_lora,

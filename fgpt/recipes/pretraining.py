@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
-from fgpt.recipes.training import Training
+from fgpt.recipes.training import TrainingRecipe
 from fgpt.recipes.tuning import Length, default_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Training):
+class PretrainingRecipe(TrainingRecipe):
     """Next-token training of a small GPT-2 from random params on a stream of documents."""
 
     data: tuple[Path, ...] = ()
@@ -30,36 +30,36 @@ class Pretrain(Training):
     d_model: PositiveInt = 256
     biases: bool = True
     """Of the block matrices and norms."""
-    seq: Length = 512
+    max_seq_len: Length = 512
     """Tokens in a row, and the model's context."""
-    rows: BatchSize = 4
+    micro_batch_size: BatchSize = 4
     """Rows in a micro-batch."""
-    accumulate: BatchSize = 1
+    grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an update."""
     lr: PositiveFloat = 3e-3
     """Peak of AdamW's rate; it rises over `warmup` steps and falls on a cosine to `floor` of it."""
-    floor: Annotated[float, Range(least=0, most=1)] = 0.01
+    min_lr_ratio: Annotated[float, Range(least=0, most=1)] = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     """A second moment of long memory: with 2,048 tokens a step most tokens' gradients are absent from most steps."""
-    warmup: NonNegativeInt | None = None
+    warmup_steps: NonNegativeInt | None = None
     """None takes 150, or a tenth of the training where that is less."""
     weight_decay: NonNegativeFloat = 0.1
     """Of matrices and tables alone."""
     steps: PositiveInt = 6600
-    peak: PositiveFloat | None = None
+    peak_tflops: PositiveFloat | None = None
     """The machine's TFLOP/s, for the share that training uses (see `mfu`); None measures it."""
     compile: bool = True
     """Compile the gradient (needs a C++ compiler); about 1.4x on a CPU."""
 
-    def warmup_steps(self) -> int:
+    def num_warmup_steps(self) -> int:
         """Over how many updates the rate rises."""
-        return default_warmup(WARMUP, self.steps) if self.warmup is None else self.warmup
+        return default_warmup(WARMUP, self.steps) if self.warmup_steps is None else self.warmup_steps
 
 
 WARMUP = 150
 
 
-def pretrain_nano() -> Pretrain:
+def pretrain_nano() -> PretrainingRecipe:
     """How the embedded base was made: a 4.3 M GPT-2 on simple English stories.
 
     just train pretrain-nano takes TinyStories from the hub. The embedded file is of other, local stories:
@@ -68,10 +68,10 @@ def pretrain_nano() -> Pretrain:
     13.5 M tokens, 2.8 epochs of 26,674 stories; 0.702 bits per character on 500 held-out stories; 1.1 GB. 48 minutes on
     2 cores of an AMD EPYC where it is alone (4,700 tokens/s; the embedded file was made beside other work).
     """
-    return Pretrain(name="pretrain-nano")
+    return PretrainingRecipe(name="pretrain-nano")
 
 
-def tinytiny_pretrain() -> Pretrain:
+def tinytiny_pretrain() -> PretrainingRecipe:
     """A 26 M GPT-2 without biases on WikiText-103 from the hub: 122,880 tokens an update.
 
     just train tinytiny-pretrain, or on local files: --data wiki.train.raw.xz --heldout wiki.valid.raw. 26,398,080
@@ -82,7 +82,7 @@ def tinytiny_pretrain() -> Pretrain:
     updates (--accumulate 1 --lr 2e-3 --betas 0.9 0.99 --steps 240 --warmup 25), to 6.84 in few large ones
     (--accumulate 4 --steps 60 --warmup 10).
     """
-    return Pretrain(
+    return PretrainingRecipe(
         name="tinytiny-pretrain",
         source="wikitext-103",
         tokenizer="gpt2",
@@ -91,16 +91,16 @@ def tinytiny_pretrain() -> Pretrain:
         n_head=4,
         d_model=384,
         biases=False,
-        seq=256,
-        rows=12,
-        accumulate=40,
+        max_seq_len=256,
+        micro_batch_size=12,
+        grad_accumulation_steps=40,
         lr=6e-4,
-        floor=0.1,
+        min_lr_ratio=0.1,
         betas=(0.9, 0.95),
-        warmup=800,
+        warmup_steps=800,
         steps=6000,
-        evaluate=500,
+        eval_every=500,
     )
 
 
-RUNS: tuple[Callable[[], Pretrain], ...] = (pretrain_nano, tinytiny_pretrain)
+RUNS: tuple[Callable[[], PretrainingRecipe], ...] = (pretrain_nano, tinytiny_pretrain)

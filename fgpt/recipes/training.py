@@ -10,25 +10,25 @@ from fgpt.ranges import NonNegativeFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingRecipe:
     """Training that leaves a folder, and can be taken up again."""
 
     name: str
-    evaluate: PositiveInt | None = None
+    eval_every: PositiveInt | None = None
     """Held-out loss each so many steps; its best state is kept too."""
     take: Literal["last", "best"] = "last"
     """What the run leaves: its last state, or of those that `evaluate` looked at the one of least held-out loss."""
-    checkpoint: NonNegativeFloat = 2.0
+    checkpoint_every_minutes: NonNegativeFloat = 2.0
     """Minutes of training from one checkpoint to the next, for --resume to go on from; 0 writes one after each step."""
-    keep: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2
     """The last so many checkpoints are kept, besides the best."""
-    track: Literal["wandb", "trackio"] | None = None
+    tracker: Literal["wandb", "trackio"] | None = None
     """Send the figures there too; a TensorBoard log is written always."""
     device: str = "auto"
     """cuda where there is one, else cpu."""
     seed: Seed = 0
     out: Path = Path("runs")
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The run as run.json reads back: paths are text, tuples are lists."""
         return json.loads(json.dumps(asdict(self), default=os.fspath))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
-from fgpt.recipes.training import Training
+from fgpt.recipes.training import TrainingRecipe
 
 Epochs: TypeAlias = Annotated[float, Range(above=0, most=1e6)]
 Length: TypeAlias = Annotated[int, Range(least=2, most=2**31 - 1)]
@@ -15,7 +15,7 @@ Kind: TypeAlias = Literal["lora", "dora", "ia3", "ln", "bias", "full"]
 
 
 @dataclass(frozen=True)
-class Method:
+class AdapterDefaults:
     """What a kind of adapter does when it is not told otherwise."""
 
     target: str
@@ -23,13 +23,13 @@ class Method:
     lr: float
 
 
-METHODS: dict[Kind, Method] = {
-    "lora": Method(r"blocks\..*\.(q|k|v|o)", 3e-4),
-    "dora": Method(r"blocks\..*\.(q|k|v|o)", 3e-4),
-    "ia3": Method(r"blocks\..*\.(k|v)", 3e-2),
-    "ln": Method(r".*ln_.*", 2e-2),
-    "bias": Method(r".*\.b", 2e-2),
-    "full": Method(".*", 5e-5),
+ADAPTER_DEFAULTS: dict[Kind, AdapterDefaults] = {
+    "lora": AdapterDefaults(r"blocks\..*\.(q|k|v|o)", 3e-4),
+    "dora": AdapterDefaults(r"blocks\..*\.(q|k|v|o)", 3e-4),
+    "ia3": AdapterDefaults(r"blocks\..*\.(k|v)", 3e-2),
+    "ln": AdapterDefaults(r".*ln_.*", 2e-2),
+    "bias": AdapterDefaults(r".*\.b", 2e-2),
+    "full": AdapterDefaults(".*", 5e-5),
 }
 
 
@@ -49,12 +49,12 @@ class Adapter:
     layers whose outputs are scaled."""
 
     @property
-    def where(self) -> str:
-        return METHODS[self.kind].target if self.target is None else self.target
+    def target_pattern(self) -> str:
+        return ADAPTER_DEFAULTS[self.kind].target if self.target is None else self.target
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(Training):
+class FineTuningRecipe(TrainingRecipe):
     """Training of an adapter over a frozen base."""
 
     base: str
@@ -68,28 +68,28 @@ class Tuning(Training):
     lr: PositiveFloat | None = None
     """Peak learning rate of AdamW; it rises over `warmup` steps and falls to 0 on a cosine. None takes the kind's."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    warmup: NonNegativeInt | None = None
+    warmup_steps: NonNegativeInt | None = None
     """Updates over which the rate rises; None takes 20, or a tenth of the training where that is less."""
     weight_decay: NonNegativeFloat = 0.0
     epochs: Epochs = 1.0
     steps: PositiveInt | None = None
     """Stop after so many updates; None trains `epochs`."""
-    seq: Length
+    max_seq_len: Length
     """Tokens in a row, into which examples are packed, each seeing itself alone."""
-    rows: BatchSize
+    micro_batch_size: BatchSize
     """Rows in a micro-batch."""
-    accumulate: BatchSize = 1
+    grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
 
     @property
-    def peak(self) -> float:
-        return METHODS[self.adapter.kind].lr if self.lr is None else self.lr
+    def peak_lr(self) -> float:
+        return ADAPTER_DEFAULTS[self.adapter.kind].lr if self.lr is None else self.lr
 
-    def warmup_steps(self, steps: int) -> int:
+    def num_warmup_steps(self, steps: int) -> int:
         """Over how many of `steps` updates the rate rises."""
-        return default_warmup(WARMUP, steps) if self.warmup is None else self.warmup
+        return default_warmup(WARMUP, steps) if self.warmup_steps is None else self.warmup_steps
 
 
 WARMUP = 20

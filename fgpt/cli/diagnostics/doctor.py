@@ -14,22 +14,22 @@ from fgpt.cli.training import tasks
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.model import GPT
-from fgpt.recipes import AnyRun, Pretrain
+from fgpt.recipes import AnyRecipe, PretrainingRecipe
 from fgpt.tree import device, leaves, nbytes, replace_at
 
 ROWS = 4
 """Of the first batch: enough for neighbours and ragged micro-batches, and little enough for seconds."""
 
 
-def go(run: AnyRun) -> tuple[CheckResult, ...]:
+def run(run: AnyRecipe) -> tuple[CheckResult, ...]:
     """Print what was found as a table.
 
     Raises InputError where a law does not hold, and as training does where the run cannot begin.
     """
-    base, adapters, batch = laid_out(run)
+    base, adapters, batch = assemble_job(run)
     batch = slice_batch(batch, slice(ROWS))
     console.print(machine(base, batch))
-    lr = run.lr if isinstance(run, Pretrain) else run.peak
+    lr = run.lr if isinstance(run, PretrainingRecipe) else run.peak_lr
     found = tuple(progress(iter_checks(base, adapters, batch, lr), "checking laws", LAWS))
     console.print(table(run.name, found))
     if broken := [x.check for x in found if x.holds is False]:
@@ -37,11 +37,11 @@ def go(run: AnyRun) -> tuple[CheckResult, ...]:
     return found
 
 
-def laid_out(run: AnyRun) -> tuple[GPT, Adapters, Batch]:
+def assemble_job(run: AnyRecipe) -> tuple[GPT, Adapters, Batch]:
     """Base, adapters and the first batch of a run, as its training makes them. Pretraining trains every leaf."""
     # how fast the machine is nobody asks here
-    it = tasks.plan(replace(run, peak=1.0) if isinstance(run, Pretrain) and not run.peak else run)
-    trained, batch = it.take().trainable, next(it.batches(0))[0]
+    it = tasks.build_job(replace(run, peak=1.0) if isinstance(run, PretrainingRecipe) and not run.peak_tflops else run)
+    trained, batch = it.pop_initial_state().trainable, next(it.batches(0))[0]
     if it.frozen is None:
         return trained, trainable_leaves(trained), batch
     released = {path: x for path, x in leaves(it.frozen).items() if x.is_meta}  # what the adapters replace is theirs

@@ -8,7 +8,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import console, working
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints, tasks
-from fgpt.cli.training.job import Plan
+from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -24,8 +24,8 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
 
     Raises InputError where there is no such run or step, and where the step does not come out as it is logged.
     """
-    where = run_dir.any_of(name, out)
-    plan = tasks.plan(run_dir.read_run(where))
+    where = run_dir.find_any(name, out)
+    plan = tasks.build_job(run_dir.read_run(where))
     if not 1 <= step <= plan.steps:
         raise InputError(f"step {step} of {where}: expected one from 1 to {plan.steps}")
     micro, metrics = once_more(plan, where, step)
@@ -44,10 +44,10 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
         )
 
 
-def once_more(plan: Plan, where: Path, step: int) -> tuple[list[Batch], Metrics]:
+def once_more(plan: TrainingJob, where: Path, step: int) -> tuple[list[Batch], Metrics]:
     """The micro-batches of one step, and what the step reports."""
-    first = plan.take()
-    state = checkpoints.newest(where, first, plan.inputs, step - 1) or first
+    first = plan.pop_initial_state()
+    state = checkpoints.load_latest(where, first, plan.fingerprint, step - 1) or first
     del first
     begin = int(state.step)
     what = f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}"
@@ -56,7 +56,7 @@ def once_more(plan: Plan, where: Path, step: int) -> tuple[list[Batch], Metrics]
     with working(what, step - begin) as advance:
         while True:
             micro = next(stream)
-            state, metrics = plan.advance(state, micro)
+            state, metrics = plan.train_step(state, micro)
             advance(1)
             if int(state.step) == step:
                 return micro, metrics

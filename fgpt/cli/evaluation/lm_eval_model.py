@@ -42,17 +42,17 @@ IDLE = {"num_beams": 1, "top_k": 0}
 """Values with which an option does nothing."""
 
 
-class Cut(NamedTuple):
+class TruncationCounts(NamedTuple):
     """What was left out of contexts because the model's own had no room for it."""
 
     requests: int = 0
     tokens: int = 0
 
-    def plus(self, tokens: int) -> "Cut":
-        return Cut(self.requests + 1, self.tokens + tokens) if tokens else self
+    def plus(self, tokens: int) -> "TruncationCounts":
+        return TruncationCounts(self.requests + 1, self.tokens + tokens) if tokens else self
 
 
-class Writing(NamedTuple):
+class TaskGeneration(NamedTuple):
     """How one request is to be written; requests that agree in it are written together."""
 
     stop: tuple[str, ...]
@@ -70,7 +70,7 @@ class Model(TemplateLM):
         self.params, self.text, self.rows, self.rng = params, tokenizer, rows, key(seed)
         self.batch_size = rows
         self._device: torch.device | None = device(params)
-        self.cut = Cut()
+        self.cut = TruncationCounts()
         """Of all that was asked so far."""
 
     @property
@@ -144,10 +144,10 @@ class Model(TemplateLM):
 
         Raises InputError for an option of generation that is not known here, or a limit that leaves no room at all.
         """
-        groups: dict[Writing, list[int]] = {}
+        groups: dict[TaskGeneration, list[int]] = {}
         for i, request in enumerate(requests):
             _, options = _args(request)
-            how = writing(options)
+            how = task_generation(options)
             if how.most >= self.max_length:
                 raise InputError(
                     f"a task asks for {how.most} new tokens, but the model's context is {self.max_length}: it has no "
@@ -171,7 +171,7 @@ class Model(TemplateLM):
         self.cut = self.cut.plus(len(tokens) - len(kept))
         return kept
 
-    def _written(self, prompts: Sequence[Sequence[int]], how: Writing, numbers: Sequence[int]) -> Iterator[str]:
+    def _written(self, prompts: Sequence[Sequence[int]], how: TaskGeneration, numbers: Sequence[int]) -> Iterator[str]:
         until, ends = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids
         if how.sampling.temperature > 0:  # a row's key in a batch is its place there, which says nothing of the request
             out = [
@@ -205,7 +205,7 @@ def _args(request: Instance) -> Any:
     return request.args  # which lm-eval's own annotation leaves empty
 
 
-def writing(options: Mapping[str, Any]) -> Writing:
+def task_generation(options: Mapping[str, Any]) -> TaskGeneration:
     """What a task's generation options say.
 
     Raises InputError for one that is not known here, or a value that its filter refuses.
@@ -222,7 +222,7 @@ def writing(options: Mapping[str, Any]) -> Writing:
         )
     strings = [stop] if isinstance(stop, str) else stop
     sampling = SamplingParams(temperature if sample is not False else 0.0, **filters)
-    return Writing(tuple(s for s in strings if s), int(limits[0]) if limits else MOST, sampling)
+    return TaskGeneration(tuple(s for s in strings if s), int(limits[0]) if limits else MOST, sampling)
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -19,7 +19,7 @@ from fgpt.cli.evaluation.compare.scores import asked_scores, rouge_scores, shape
 from fgpt.cli.evaluation.metrics.text import answers
 from fgpt.cli.inference import classifiers
 from fgpt.cli.training import classification
-from fgpt.cli.training.instruction_tuning import base_of, split
+from fgpt.cli.training.instruction_tuning import load_base, split
 from fgpt.data import classification_prompts, packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
@@ -27,29 +27,29 @@ from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Request, LogLikelihood, iter_loglikelihood
 from fgpt.io import models
 from fgpt.model import GPT
-from fgpt.recipes import Run
-from fgpt.recipes.classification import Classify
+from fgpt.recipes import InstructionRecipe
+from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 Figures = dict[str, float | int | None]
 """By name; None is infinity."""
 
 
-def run_of(at: Path) -> Run | Classify:
+def run_of(at: Path) -> InstructionRecipe | ClassificationRecipe:
     """The run that made a folder. Raises InputError for one that neither follows instructions nor classifies."""
-    if not isinstance(run := run_dir.read_run(at), Run | Classify):
+    if not isinstance(run := run_dir.read_run(at), InstructionRecipe | ClassificationRecipe):
         raise InputError(f"{at}: a pretrained model has no rows of its own; {run_dir.use_of(at, run)}")
     return run
 
 
-def of_others(run: Classify, test: str | None, columns: Columns, given: tuple[str, ...]) -> Classify:
+def of_others(run: ClassificationRecipe, test: str | None, columns: Columns, given: tuple[str, ...]) -> ClassificationRecipe:
     """The run on rows or labels that are not its own. Raises InputError for labels that cannot be."""
     own = run.columns if columns == Columns() else columns
-    return replace(run, test=run.test if test is None else test, columns=own, labels=classifiers.own_or(run, given))
+    return replace(run, test=run.test if test is None else test, columns=own, labels=classifiers.labels_or_own(run, given))
 
 
 def own(
-    run: Run | Classify, at: Path, loss: bool, answers: int | None, limit: int | None, at_once: int
+    run: InstructionRecipe | ClassificationRecipe, at: Path, loss: bool, answers: int | None, limit: int | None, at_once: int
 ) -> Callable[[GPT], dict[str, Figures]]:
     """What a run is to show on its own rows. They are read now, and its model looked at later: of a run of instructions
     with `loss` that of the first `limit` rows it held out, and the scores of `answers` to as many; of a run that tells
@@ -57,15 +57,15 @@ def own(
 
     Raises InputError where there are no such rows.
     """
-    if isinstance(run, Classify):
-        it = unseen(run, limit)
+    if isinstance(run, ClassificationRecipe):
+        it = load_test_set(run, limit)
         return lambda params: {"test rows": of_classes(params, it)}
     if not loss and answers is None:
         return lambda params: {}
     tokenizer, held = models.load_config_and_tokenizer(run.base)[1], split(run)[1]
     if not held:
         raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
-    asked = compare_asked.held_out(compare_sides.of([run], [at]), held, answers).rows if answers else ()
+    asked = compare_asked.held_out(compare_sides.from_runs([run], [at]), held, answers).rows if answers else ()
 
     def told(params: GPT) -> dict[str, Figures]:
         found = {"held out": of_heldout(params, tokenizer, run, held[:limit], at_once)} if loss else {}
@@ -77,10 +77,10 @@ def own(
 # --------------------------------------------------------------------------------------------- a run of instructions
 
 
-def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow], at_once: int) -> Figures:
+def of_heldout(params: GPT, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow], at_once: int) -> Figures:
     """Loss and perplexity of the rows' own answers, end of text included, where they fit the run's width."""
     examples = [encode(row, template(run.template), tokenizer) for row in rows]
-    kept, dropped = packing.filter_by_length(examples, min(run.seq, params.cfg.n_ctx), drop=True)
+    kept, dropped = packing.filter_by_length(examples, min(run.max_seq_len, params.cfg.n_ctx), drop=True)
     told = [x for part in scored(params, answers(kept), at_once) for x in part.logprobs]
     loss = -math.fsum(told) / len(told)
     counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": len(told)}
@@ -88,19 +88,19 @@ def of_heldout(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[Instr
     return shown("held-out rows", counts, both)
 
 
-def of_answers(params: GPT, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow]) -> Figures:
+def of_answers(params: GPT, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> Figures:
     """The scores of greedy answers to the rows, as `just compare` has them, but for what takes the base."""
-    prompts = compare_sides.prompts(compare_sides.Side("", run), rows, tokenizer)
+    prompts = compare_sides.prompts(compare_sides.Contender("", run), rows, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found = compare.answers(params, tokenizer, prompts, order, run.most)
+    found = compare.answers(params, tokenizer, prompts, order, run.max_new_tokens)
     figures = asked_scores(rows, found) | rouge_scores(rows, found) | shape_scores(found)
-    return shown("answers to held-out rows", {"rows": len(rows), "most tokens": run.most}, figures)
+    return shown("answers to held-out rows", {"rows": len(rows), "most tokens": run.max_new_tokens}, figures)
 
 
 # ----------------------------------------------------------------------------------------------- a run of classes
 
 
-class Unseen(NamedTuple):
+class TestSet(NamedTuple):
     """Rows that a classifier was not trained on."""
 
     examples: list[Example]
@@ -110,28 +110,28 @@ class Unseen(NamedTuple):
     """How many of them lost the middle of a text."""
 
 
-def unseen(run: Classify, limit: int | None) -> Unseen:
+def load_test_set(run: ClassificationRecipe, limit: int | None) -> TestSet:
     """The first `limit` rows that were scored after training. Raises InputError as reading them for training does."""
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     names, rows = classification_prompts.apply_labels(
         classification_prompts.parse_labels(run.labels), classification.to_score(run)
     )
-    own, width = classifiers.labels_of(run, names, tokenizer), min(run.seq, cfg.n_ctx)
+    own, width = classifiers.labels_of(run, names, tokenizer), min(run.max_seq_len, cfg.n_ctx)
     examples, cut = classification_prompts.encode(
         rows[:limit], own, classifiers.frame_of(run, names, tokenizer), tokenizer, width
     )
-    return Unseen(examples, own, width, cut)
+    return TestSet(examples, own, width, cut)
 
 
-def untuned(run: Classify, limit: int | None) -> Figures:
+def untuned_scores(run: ClassificationRecipe, limit: int | None) -> Figures:
     """How well the base alone tells the rows of a run whose labels are next tokens.
 
     Raises InputError as `unseen` does.
     """
-    return of_classes(base_of(run), unseen(run, limit), "test rows, untuned")
+    return of_classes(load_base(run), load_test_set(run, limit), "test rows, untuned")
 
 
-def of_classes(params: GPT, it: Unseen, title: str = "test rows") -> Figures:
+def of_classes(params: GPT, it: TestSet, title: str = "test rows") -> Figures:
     """How well a classifier tells the rows, by the scores that it had after training."""
     scores, loss = classification.score(params, it.examples, it.labels, it.width)
     counts = {"rows": len(it.examples), "rows that lost their middle": it.cut, "classes": len(it.labels.names)}

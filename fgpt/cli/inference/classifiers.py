@@ -12,14 +12,14 @@ from torch import Tensor
 from fgpt.classification_head import with_classification_head
 from fgpt.cli import run_dir
 from fgpt.cli.console import working
-from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.data import packing
 from fgpt.data.classification_prompts import PromptFrame, LabeledText, Labels, classes, encode, prompt_frame, apply_labels, verbalizers, parse_labels
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
-from fgpt.recipes.classification import Classify
+from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, tree_map
@@ -82,74 +82,74 @@ def common_to(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(most) if len({text[i] for text in texts}) > 1), most)
 
 
-class Trained(NamedTuple):
+class LoadedClassifier(NamedTuple):
     """A trained run, ready to classify."""
 
-    run: Classify
+    run: ClassificationRecipe
     params: GPT
     tokenizer: Tokenizer
 
 
-def labels_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
+def labels_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     """Raises InputError for names that are several tokens, where the label is the next."""
-    return verbalizers(names, tokenizer) if run.form == "tokens" else classes(names)
+    return verbalizers(names, tokenizer) if run.head == "tokens" else classes(names)
 
 
-def frame_of(run: Classify, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()) -> PromptFrame:
+def frame_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()) -> PromptFrame:
     """What stands around the texts of a run, in training and in use."""
-    return prompt_frame(run.wording, names, tokenizer, run.form == "classes", shots)
+    return prompt_frame(run.prompt, names, tokenizer, run.head == "classes", shots)
 
 
-def with_head(run: Classify, base: GPT, names: Sequence[str]) -> GPT:
+def with_head(run: ClassificationRecipe, base: GPT, names: Sequence[str]) -> GPT:
     """The params that the run adapts: the base, or for classes the same with their head."""
-    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.form == "classes" else base
+    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.head == "classes" else base
 
 
-def read_run(where: Path) -> Classify:
+def read_run(where: Path) -> ClassificationRecipe:
     """The run of classes that made a folder. Raises InputError for any other."""
-    if not isinstance(run := run_dir.read_run(where), Classify):
+    if not isinstance(run := run_dir.read_run(where), ClassificationRecipe):
         raise InputError(f"{where} is no run that classifies, as emotion-small is: {run_dir.use_of(where, run)}")
     return run
 
 
-def opened(where: Path) -> Trained:
+def load_classifier(where: Path) -> LoadedClassifier:
     """The trained run in a folder. Raises InputError for any other folder."""
     run = read_run(where)
-    params = run_dir.load_tuned(where, with_head(run, base_of(run), run.labels))
-    return Trained(run, params, models.tokenizer(run.base))
+    params = run_dir.load_tuned(where, with_head(run, load_base(run), run.labels))
+    return LoadedClassifier(run, params, models.tokenizer(run.base))
 
 
-def own_or(run: Classify, given: Sequence[str]) -> tuple[str, ...]:
+def labels_or_own(run: ClassificationRecipe, given: Sequence[str]) -> tuple[str, ...]:
     """Labels as they are given, each as "label" or "label=word", or the run's own where none is.
 
     Raises InputError for others where a head has learned its own, for fewer than two, and two that are the same.
     """
-    if given and run.form == "classes":
+    if given and run.head == "classes":
         raise InputError(f"{run.name} has a head of its own labels, {', '.join(run.labels)}: leave --labels out")
     labels = tuple(given) or run.labels
     apply_labels(parse_labels(labels), ())
     return labels
 
 
-class Told(NamedTuple):
+class Predictions(NamedTuple):
     """What a run makes of texts."""
 
     names: tuple[str, ...]
     probabilities: Float[Tensor, "n classes"]
 
     @property
-    def likeliest(self) -> list[str]:
+    def argmax(self) -> list[str]:
         return [self.names[i] for i in self.probabilities.argmax(-1).tolist()]
 
 
-def predict(it: Trained, rows: Sequence[LabeledText], given: Sequence[str] = ()) -> Told:
+def predict(it: LoadedClassifier, rows: Sequence[LabeledText], given: Sequence[str] = ()) -> Predictions:
     """How likely each label is of each row: of the run's own, or of `given` as `own_or` takes them. What a row is
     labelled is not read.
 
     Raises InputError as `own_or` does, and for rows that cannot be laid.
     """
-    own = tuple(parse_labels(own_or(it.run, given)).values())
-    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.seq, it.params.cfg.n_ctx)
+    own = tuple(parse_labels(labels_or_own(it.run, given)).values())
+    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.max_seq_len, it.params.cfg.n_ctx)
     bare = [replace(row, label="") for row in rows]
     examples = encode(bare, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
-    return Told(own, log_probabilities(it.params, examples, labels, width).exp())
+    return Predictions(own, log_probabilities(it.params, examples, labels, width).exp())

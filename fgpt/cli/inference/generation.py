@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fgpt.cli import run_dir
-from fgpt.cli.inference.options import Writing
-from fgpt.cli.training.instruction_tuning import base_of
+from fgpt.cli.inference.options import GenerationOptions
+from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
@@ -15,62 +15,62 @@ from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import truncate_at_stop, generate, stream_text, stop_on_strings, stream
 from fgpt.io import models
 from fgpt.model import GPT
-from fgpt.recipes import Run
+from fgpt.recipes import InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
-class Opened(NamedTuple):
+class LoadedRun(NamedTuple):
     """A trained run, ready to write."""
 
-    run: Run
+    run: InstructionRecipe
     params: GPT
     tokenizer: Tokenizer
 
 
-def opened(name: str) -> Opened:
+def load_run(name: str) -> LoadedRun:
     """Raises InputError for an unknown run."""
-    out = run_dir.find(name)
+    out = run_dir.find_finished(name)
     run = run_dir.instruction_run(out)
-    return Opened(run, run_dir.load_tuned(out, base_of(run)), models.tokenizer(run.base))
+    return LoadedRun(run, run_dir.load_tuned(out, load_base(run)), models.tokenizer(run.base))
 
 
-def answer(name: str, instruction: str, given: str, how: Writing) -> None:
+def answer(name: str, instruction: str, given: str, how: GenerationOptions) -> None:
     """Print what run `name` answers to an instruction, in the template it was trained with.
 
     Raises InputError for an unknown run, or an empty or overlong prompt.
     """
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
-    it = opened(name)
+    it = load_run(name)
     prompt = encode_prompt(InstructionRow(instruction, given, ""), template(it.run.template), it.tokenizer)
     ends = it.tokenizer.eos_token_ids
-    if how.beams > 1:
+    if how.num_beams > 1:
         sampling = replace(how.sampling, temperature=0.0)
-        found = beam_search(it.params, prompt, ends, how.most, how.beams, how.length_penalty, sampling)
-        texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.samples]]
-    elif how.samples == 1:
-        tell(written(it, prompt, how))
+        found = beam_search(it.params, prompt, ends, how.max_new_tokens, how.num_beams, how.length_penalty, sampling)
+        texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.num_return_sequences]]
+    elif how.num_return_sequences == 1:
+        print_sampling(generate_texts(it, prompt, how))
         return
     else:
         if not how.sampling.temperature:
             raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
-        many, stop = [prompt] * how.samples, stop_on_strings(it.tokenizer.decode, how.stop)
+        many, stop = [prompt] * how.num_return_sequences, stop_on_strings(it.tokenizer.decode, how.stop)
         rng = key(how.seed)
-        made = generate(it.params, many, ends, how.most, how.sampling, rng, stop, compile=how.compiled)
+        made = generate(it.params, many, ends, how.max_new_tokens, how.sampling, rng, stop, compile=how.compile)
         texts = [it.tokenizer.decode(x.tokens) for x in made]
     print("\n\n".join(truncate_at_stop(text, how.stop).strip() for text in texts))
 
 
-def written(it: Opened, prompt: Sequence[int], how: Writing) -> Iterator[str]:
+def generate_texts(it: LoadedRun, prompt: Sequence[int], how: GenerationOptions) -> Iterator[str]:
     """One text, piece by piece."""
     stop, rng = stop_on_strings(it.tokenizer.decode, how.stop), key(how.seed)
-    end, compiled = it.tokenizer.eos_token_ids, how.compiled
-    steps = stream(it.params, [prompt], end, how.most, how.sampling, rng, stop, compile=compiled)
+    end, compiled = it.tokenizer.eos_token_ids, how.compile
+    steps = stream(it.params, [prompt], end, how.max_new_tokens, how.sampling, rng, stop, compile=compiled)
     return stream_text(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
 
 
-def tell(text: Iterator[str]) -> str:
+def print_sampling(text: Iterator[str]) -> str:
     """Print a text as it comes, without white space about it; returns it."""
     told = ""
     for piece in text:
@@ -86,12 +86,12 @@ def tell(text: Iterator[str]) -> str:
 HELP = "/reset forgets what was said, /temp 0.8 sets the temperature, /quit ends"
 
 
-def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
+def chat(name: str, how: GenerationOptions, read: Callable[[str], str] = input) -> None:
     """A conversation with run `name`, line by line.
 
     Raises InputError for an unknown run.
     """
-    it = opened(name)
+    it = load_run(name)
     print(f"{it.run.name}: {it.run.base}. {HELP}.")
     said: list[InstructionRow] = []
     while True:
@@ -111,17 +111,17 @@ def chat(name: str, how: Writing, read: Callable[[str], str] = input) -> None:
                 raise InputError(f"no command {command}: {HELP}")
             elif line:
                 said.append(InstructionRow(line))
-                prompt, kept = fitting(it, said, how.most)
+                prompt, kept = fitting(it, said, how.max_new_tokens)
                 if kept < len(said):
                     print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
-                text = tell(written(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed())))
+                text = print_sampling(generate_texts(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed())))
                 said[-1] = replace(said[-1], output=text)
         except InputError as err:
             said = [row for row in said if row.output]
             print(f"error: {err}", file=sys.stderr)
 
 
-def fitting(it: Opened, said: Sequence[InstructionRow], most: int) -> tuple[list[int], int]:
+def fitting(it: LoadedRun, said: Sequence[InstructionRow], most: int) -> tuple[list[int], int]:
     """The prompt of as many of the last turns as leave room for `most` tokens, or for half the context if that is less;
     and their number. The newest turn stays whole.
 
@@ -136,7 +136,7 @@ def fitting(it: Opened, said: Sequence[InstructionRow], most: int) -> tuple[list
     raise InputError(f"that is {length} tokens; the model takes {limit} and an answer: say it in fewer words")
 
 
-def conversation(it: Opened, said: Sequence[InstructionRow]) -> list[int]:
+def conversation(it: LoadedRun, said: Sequence[InstructionRow]) -> list[int]:
     """The tokens of a conversation up to where the model is to answer: those that training has there."""
     messages: list[Message] = []
     for row in said:

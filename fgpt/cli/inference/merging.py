@@ -12,7 +12,7 @@ from fgpt.cli.console import console
 from fgpt.cli.evaluation.compare.scores import fitting
 from fgpt.cli.inference import classifiers
 from fgpt.cli.training.classification import to_score
-from fgpt.cli.training.instruction_tuning import base_of, split
+from fgpt.cli.training.instruction_tuning import load_base, split
 from fgpt.data import packing
 from fgpt.data.classification_prompts import encode, apply_labels, parse_labels
 from fgpt.data.prompt_templates import Example
@@ -21,7 +21,7 @@ from fgpt.evaluation.output_difference import compare_outputs
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
 from fgpt.model import GPT
-from fgpt.recipes import Classify, Pretrain, Run
+from fgpt.recipes import ClassificationRecipe, PretrainingRecipe, InstructionRecipe
 from fgpt.tree import device, tree_map
 
 MERGED = "merged"
@@ -39,9 +39,9 @@ def merge(name: str, onto: Onto | None) -> Path:
 
     Raises InputError for a run that has no adapter, or is over a quantised base where `onto` is not given.
     """
-    out = run_dir.find(name)
+    out = run_dir.find_finished(name)
     run = run_dir.read_run(out)
-    if isinstance(run, Pretrain):
+    if isinstance(run, PretrainingRecipe):
         raise InputError(f"{out} is of no adapter: {run_dir.use_of(out, run)}")
     if run.quantize is not None and onto is None:
         raise InputError(
@@ -68,23 +68,23 @@ def merge(name: str, onto: Onto | None) -> Path:
     return out / folder_name
 
 
-def _base(run: Run | Classify) -> GPT:
+def _base(run: InstructionRecipe | ClassificationRecipe) -> GPT:
     """What the run adapted."""
-    return classifiers.with_head(run, base_of(run), run.labels) if isinstance(run, Classify) else base_of(run)
+    return classifiers.with_head(run, load_base(run), run.labels) if isinstance(run, ClassificationRecipe) else load_base(run)
 
 
-def _labels(run: Run | Classify) -> tuple[str, ...]:
+def _labels(run: InstructionRecipe | ClassificationRecipe) -> tuple[str, ...]:
     """The names of the classes of a head of classes."""
-    if not isinstance(run, Classify) or run.form != "classes":
+    if not isinstance(run, ClassificationRecipe) or run.head != "classes":
         return ()
     return tuple(parse_labels(run.labels).values())
 
 
-def _probes(run: Run | Classify, base: GPT) -> list[Example]:
+def _probes(run: InstructionRecipe | ClassificationRecipe, base: GPT) -> list[Example]:
     """Examples that the run was not trained on."""
     tokenizer = models.tokenizer(run.base)
-    if not isinstance(run, Classify):
+    if not isinstance(run, ClassificationRecipe):
         return fitting(base.cfg, tokenizer, run, split(run)[1][:PROBES])
     names, rows = apply_labels(parse_labels(run.labels), to_score(run)[:PROBES])
     labels, around = classifiers.labels_of(run, names, tokenizer), classifiers.frame_of(run, names, tokenizer)
-    return encode(rows, labels, around, tokenizer, min(run.seq, base.cfg.n_ctx)).examples
+    return encode(rows, labels, around, tokenizer, min(run.max_seq_len, base.cfg.n_ctx)).examples

@@ -15,12 +15,12 @@ from fgpt.io.files import write
 REPORT = "report.html"
 
 
-def go(name: str) -> Path:
+def run(name: str) -> Path:
     """Write the report of a run, by its name or its folder. Returns where.
 
     Raises InputError where there is no such run, or a file of it is damaged; an older report then stays as it was.
     """
-    found = read(run_dir.any_of(name))
+    found = read(run_dir.find_any(name))
     at = found.folder.resolve().name
     title = at if at.startswith(found.name) else f"{found.name} ({at})"
     text = page(title, summary(found), sections(found))

@@ -25,7 +25,7 @@ class Option:
 
 def options(run: Mapping[str, Any], recipe: str | None = None) -> list[Option]:
     """All but the name, in the run's order, beside those of a recipe, or of that which the run is named by."""
-    usual: Any = recipes.RUNS.get(run["name"] if recipe is None else recipe)
+    usual: Any = recipes.RECIPES.get(run["name"] if recipe is None else recipe)
     default = {} if usual is None else dict(_flat(usual().plain()))
     flat = [(name, value) for name, value in _flat(run) if name != "name"]
     return [Option(name, value, default.get(name, value), name in default) for name, value in flat]
@@ -35,7 +35,7 @@ def command(run: Mapping[str, Any]) -> str:
     """What to type to have the run again: its recipe, with every option in which it differs from that. A run that got
     a name of its own is told by the recipe that is nearest to it.
     """
-    recipe = run["name"] if run["name"] in recipes.RUNS else _nearest(run)
+    recipe = run["name"] if run["name"] in recipes.RECIPES else _nearest(run)
     words = ["just", "train", recipe]
     if recipe != run["name"]:
         words += _typed("name", run["name"])
@@ -47,7 +47,7 @@ def command(run: Mapping[str, Any]) -> str:
 
 def _nearest(run: Mapping[str, Any]) -> str:
     """The recipe of the run's kind from which it differs in the fewest options."""
-    alike = [name for name, make in recipes.RUNS.items() if make().plain().keys() == run.keys()]
+    alike = [name for name, make in recipes.RECIPES.items() if make().to_json().keys() == run.keys()]
     return min(alike, key=lambda name: sum(option.differs for option in options(run, name)), default=run["name"])
 
 

@@ -13,7 +13,7 @@ from fgpt.cli.evaluation.compare.results import Comparison
 from fgpt.cli.paths import shareable
 from fgpt.cli.report.chart import number
 from fgpt.cli.report.page import Section, grid, missing, table
-from fgpt.cli.report.run_data import Found
+from fgpt.cli.report.run_data import RunData
 from fgpt.cli.results import SETTINGS
 from fgpt.errors import InputError
 
@@ -21,7 +21,7 @@ SHOWN = 8
 """Prompts whose answers stand open; the others are folded away."""
 
 
-def comparison(found: Found) -> Section:
+def comparison(found: RunData) -> Section:
     """Base against tuned, the run's own prompts first, then those of prompt files."""
     parts = [_comparison(name, it, i == 0) for i, (name, it) in enumerate(found.comparisons.items())]
     if not parts:
@@ -41,7 +41,7 @@ def _comparison(name: str, it: Comparison, first: bool) -> str:
     )
 
 
-def classes(found: Found) -> Section:
+def classes(found: RunData) -> Section:
     """Scores of a run that classifies, and what it took for what. Raises InputError for scores that are none."""
     if found.scores is None:
         return "scores", "Scores", missing("The rows have not been scored", f"just eval {shareable(found.folder)}")
@@ -62,7 +62,7 @@ def classes(found: Found) -> Section:
     return "scores", "Scores", told + scores
 
 
-def heldout(found: Found) -> Section:
+def heldout(found: RunData) -> Section:
     """The held-out figures of a pretraining, before and after. Raises InputError for figures that are none."""
     if found.result is None:
         text = missing(
@@ -80,7 +80,7 @@ def heldout(found: Found) -> Section:
     return "heldout", "Held-out text", told + grid(["", "before", "after"], rows)
 
 
-def evaluation(found: Found) -> Section:
+def evaluation(found: RunData) -> Section:
     """What `just eval` left: of each evaluation groups of figures."""
     if not found.evaluations:
         at = shareable(found.folder)
@@ -97,7 +97,7 @@ def _evaluation(name: str, figures: Mapping[str, Any]) -> str:
     return heading + (told or missing(f"{name}.json holds no figures"))
 
 
-def resume(found: Found) -> str:
+def resume(found: RunData) -> str:
     """What to type to go on with a run."""
     return f"just train {shlex.quote(shareable(found.folder))} --resume"
 

@@ -17,7 +17,7 @@ from fgpt.io.files import read_json
 
 
 @dataclass(frozen=True)
-class Found:
+class RunData:
     """Everything a report is made of; what is not there is None, or empty."""
 
     folder: Path
@@ -55,14 +55,14 @@ class Found:
         return "classes" if "wording" in self.run else "tuning" if "adapter" in self.run else "pretraining"
 
 
-def read(at: Path) -> Found:
+def read(at: Path) -> RunData:
     """Raises InputError for a file that is damaged."""
     run = _object(at / run_dir.RUN)
     if not isinstance(run.get("name"), str):
         raise InputError(f"{at / run_dir.RUN}: expected a run, which has a name")
     metrics, confusion = at / run_dir.METRICS, at / run_dir.CONFUSION
     lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
-    return Found(
+    return RunData(
         folder=at,
         run=shared(run),
         lines=lines,

@@ -12,10 +12,10 @@ from fgpt.cli.report.config_diff import Option, command, options, said
 from fgpt.cli.report.curves import curves, figures
 from fgpt.cli.report.page import Section, missing, table
 from fgpt.cli.report.results import classes, comparison, evaluation, heldout, resume, rows_of
-from fgpt.cli.report.run_data import Found
+from fgpt.cli.report.run_data import RunData
 
 
-def sections(found: Found) -> list[Section]:
+def sections(found: RunData) -> list[Section]:
     """All of them, in their order."""
     by_kind = {"tuning": comparison, "classes": classes, "pretraining": heldout}
     return [
@@ -24,11 +24,11 @@ def sections(found: Found) -> list[Section]:
         evaluation(found),
         config(found),
         environment(found),
-        again(found),
+        reproduce(found),
     ]
 
 
-def summary(found: Found) -> str:
+def summary(found: RunData) -> str:
     """One line of HTML: what was trained, and how it ended."""
     run, (state, colour, _) = found.run, ending(found)
     adapter = run.get("adapter")
@@ -40,7 +40,7 @@ def summary(found: Found) -> str:
     return f'{told} · <span class="state" style="--c: var(--{colour})">{html.escape(state)}</span>'
 
 
-def ending(found: Found) -> tuple[str, str, str]:
+def ending(found: RunData) -> tuple[str, str, str]:
     """How the run ended: in a word, its colour, and in a sentence."""
     last = "no step has been written"
     if found.lines and found.written is not None:
@@ -66,13 +66,13 @@ def _why(status: Mapping[str, Any]) -> str:
     return without_paths(why) if isinstance(why, str) else "it is not recorded why"
 
 
-def _steps(found: Found) -> str:
+def _steps(found: RunData) -> str:
     done = found.lines[-1]["step"] if found.lines else 0
     every = (found.status or {}).get("steps")
     return f"{done:,} of {every:,} steps" if isinstance(every, int) and every else f"{done:,} steps"
 
 
-def training(found: Found) -> Section:
+def training(found: RunData) -> Section:
     notes = [ending(found)[2]]
     if found.torn:
         notes += ["The last line of metrics.jsonl was cut off in the middle, and is left out."]
@@ -93,7 +93,7 @@ def training(found: Found) -> Section:
     return "training", "Training", told + drawn
 
 
-def config(found: Found) -> Section:
+def config(found: RunData) -> Section:
     every = options(found.run)
     named = any(option.known for option in every)
     changed = sum(option.differs for option in every)
@@ -120,7 +120,7 @@ def _option(option: Option) -> str:
     )
 
 
-def environment(found: Found) -> Section:
+def environment(found: RunData) -> Section:
     if found.environment is None:
         text = missing(
             "The machine and the versions were not recorded; a run of this version records them", command(found.run)
@@ -129,7 +129,7 @@ def environment(found: Found) -> Section:
     return "environment", "Environment", table(rows_of(found.environment))
 
 
-def again(found: Found) -> Section:
+def reproduce(found: RunData) -> Section:
     told = f"<p>To have it again:</p><pre>{html.escape(command(found.run))}</pre>"
     if (found.status or {}).get("state") in ("running", "interrupted", "failed"):
         told += f"<p>To go on from its last checkpoint:</p><pre>{html.escape(resume(found))}</pre>"

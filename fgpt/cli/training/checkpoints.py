@@ -42,7 +42,7 @@ def save(out: Path, state: State, inputs: Inputs, heldout: float | None = None) 
     return folder
 
 
-def newest(out: Path, like: State, inputs: Inputs, most: int | None = None) -> State | None:
+def load_latest(out: Path, like: State, inputs: Inputs, most: int | None = None) -> State | None:
     """The state of the last checkpoint below `out`, or of the last after `most` steps; None where there is none. One
     that is damaged or was not written to its end is passed over, with a line that says so.
 
@@ -51,11 +51,11 @@ def newest(out: Path, like: State, inputs: Inputs, most: int | None = None) -> S
     for folder in reversed(_folders(out)):
         if most is None or _number(folder) <= most:
             try:
-                manifest = _checked(folder)
+                manifest = _verify(folder)
             except InputError as err:
                 console.print(f"{err}: going back to the one before it", markup=False)
                 continue
-            return _read(folder, manifest, like, inputs)
+            return _load(folder, manifest, like, inputs)
     return None
 
 
@@ -64,7 +64,7 @@ def resume(out: Path, like: State, inputs: Inputs) -> State | None:
 
     Raises InputError as `newest` does; then nothing is deleted.
     """
-    state = newest(out, like, inputs)
+    state = load_latest(out, like, inputs)
     begin = 0 if state is None else int(state.step)
     for folder in _folders(out):
         if _number(folder) > begin:
@@ -80,7 +80,7 @@ def best(out: Path) -> Path | None:
 def least_loss(out: Path) -> float:
     """The held-out loss of the best checkpoint; infinity where there is none."""
     found = best(out)
-    manifest = _whole(found) if found else None
+    manifest = _is_complete(found) if found else None
     return manifest["heldout_loss"] if manifest else math.inf
 
 
@@ -90,7 +90,7 @@ def load_best(out: Path, like: State, inputs: Inputs) -> State | None:
     """
     for folder in _by_loss(out):
         try:
-            return _read(folder, _checked(folder), like, inputs)
+            return _load(folder, _verify(folder), like, inputs)
         except InputError as err:
             console.print(f"{err}: it would have been the best; taking the next best", markup=False)
     return None
@@ -98,7 +98,7 @@ def load_best(out: Path, like: State, inputs: Inputs) -> State | None:
 
 def prune(out: Path, keep: int) -> None:
     """Delete all checkpoints but the last `keep` whole ones and the best."""
-    whole = [folder for folder in _folders(out) if _whole(folder)]
+    whole = [folder for folder in _folders(out) if _is_complete(folder)]
     kept = {*whole[-max(keep, 1) :], best(out)}
     for folder in _folders(out):
         if folder not in kept:
@@ -117,7 +117,7 @@ def _number(folder: Path) -> int:
 
 def _by_loss(out: Path) -> list[Path]:
     """The whole checkpoints that have a held-out loss, the best first, of equals the earliest."""
-    found = [(manifest["heldout_loss"], folder) for folder in _folders(out) if (manifest := _whole(folder))]
+    found = [(manifest["heldout_loss"], folder) for folder in _folders(out) if (manifest := _is_complete(folder))]
     judged = [(loss, _number(folder), folder) for loss, folder in found if loss is not None and math.isfinite(loss)]
     return [folder for _, _, folder in sorted(judged)]
 
@@ -135,7 +135,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found["parts"][STATE], dict) else None
 
 
-def _whole(folder: Path) -> dict[str, Any] | None:
+def _is_complete(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose parts are as long as it says; None for any other. What is in them is unseen,
     which takes no time.
     """
@@ -145,12 +145,12 @@ def _whole(folder: Path) -> dict[str, Any] | None:
     return manifest if part.is_file() and part.stat().st_size == manifest["parts"][STATE].get("bytes") else None
 
 
-def _checked(folder: Path) -> dict[str, Any]:
+def _verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose parts are as it says. Raises InputError for any other."""
     if (manifest := _manifest(folder)) is None:
         raise InputError(f"{folder} has no whole {MANIFEST}, as one has that was written to its end")
     part = folder / STATE
-    if _whole(folder) is None or manifest["parts"][STATE].get("sha256") != _sha256(part):
+    if _is_complete(folder) is None or manifest["parts"][STATE].get("sha256") != _sha256(part):
         raise InputError(f"{part} is missing or damaged")
     step = read_tensors(part, lambda name: name == "step").get("step")
     if step is None or step.numel() != 1 or int(step) != manifest["step"]:
@@ -159,7 +159,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(folder: Path, manifest: dict[str, Any], like: State, inputs: Inputs) -> State:
+def _load(folder: Path, manifest: dict[str, Any], like: State, inputs: Inputs) -> State:
     made_from = manifest["inputs"]
     if not isinstance(made_from, dict):
         raise InputError(

@@ -13,17 +13,17 @@ from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.inference.classifiers import frame_of, labels_of, log_probabilities, with_head
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training.instruction_tuning import (
-    adapters_of,
-    apart,
-    base_of,
+    build_adapters,
+    train_heldout_split,
+    load_base,
     held_out_of,
-    laid_out,
+    assemble_job,
     low_rate,
     sizes,
-    told,
+    print_saved,
 )
-from fgpt.cli.training.job import Plan
-from fgpt.cli.training.loop import again, fit
+from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.loop import resume_hint, train_loop
 from fgpt.data import classification_datasets
 from fgpt.data.classification_prompts import LabeledText, Labels, sample_shots, encode, resolve_labels
 from fgpt.data.prompt_templates import Example
@@ -31,11 +31,11 @@ from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.io.files import write_json
 from fgpt.model import GPT
-from fgpt.recipes.classification import Classify
+from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.rng import fold_in, key
 
 
-def read(run: Classify) -> tuple[list[LabeledText], list[LabeledText]]:
+def read(run: ClassificationRecipe) -> tuple[list[LabeledText], list[LabeledText]]:
     """Rows to train on, and rows to score: those of `test`; of a hub's dataset its own test split, if it has one; else
     the last of a shuffle by the run's seed.
 
@@ -44,33 +44,33 @@ def read(run: Classify) -> tuple[list[LabeledText], list[LabeledText]]:
     rows = classification_datasets.load_labeled_texts(run.train, "train", _columns(run))
     if (test := _test_of(run)) is not None:
         return rows, classification_datasets.load_labeled_texts(test, "test", _columns(run))
-    if run.heldout < 1:
-        raise InputError(f"--heldout {run.heldout}: expected 1 or more rows to score, or others with --test")
-    return apart(rows, held_out_of(rows, run.heldout, run.train), run.seed)
+    if run.num_heldout < 1:
+        raise InputError(f"--heldout {run.num_heldout}: expected 1 or more rows to score, or others with --test")
+    return train_heldout_split(rows, held_out_of(rows, run.num_heldout, run.train), run.seed)
 
 
-def to_score(run: Classify) -> list[LabeledText]:
+def to_score(run: ClassificationRecipe) -> list[LabeledText]:
     """The rows to score alone. Raises InputError as `read` does."""
     test = _test_of(run)
     return read(run)[1] if test is None else classification_datasets.load_labeled_texts(test, "test", _columns(run))
 
 
-def _test_of(run: Classify) -> str | None:
+def _test_of(run: ClassificationRecipe) -> str | None:
     """The source of the rows to score, where they are not some of those to train on."""
     return run.test or (run.train if classification_datasets.has_test_split(run.train) else None)
 
 
-def _columns(run: Classify) -> classification_datasets.Columns | None:
+def _columns(run: ClassificationRecipe) -> classification_datasets.Columns | None:
     return None if run.columns == classification_datasets.Columns() else run.columns
 
 
-def trained_of(run: Classify, params: GPT) -> Adapters:
+def trained_of(run: ClassificationRecipe, params: GPT) -> Adapters:
     """What the run trains: its adapter, the leaves beside it, and a head of classes.
 
     Raises InputError where a target matches nothing that can be adapted.
     """
-    head = trainable_leaves(params, r"head\..*") if run.form == "classes" else {}
-    return adapters_of(run, params) | (trainable_leaves(params, run.also) if run.also else {}) | head
+    head = trainable_leaves(params, r"head\..*") if run.head == "classes" else {}
+    return build_adapters(run, params) | (trainable_leaves(params, run.tune_also) if run.tune_also else {}) | head
 
 
 def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> tuple[Scores, float]:
@@ -81,7 +81,7 @@ def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> t
     return scores(truth, found.argmax(-1).tolist(), len(labels.names)), float(loss)
 
 
-class Asked(NamedTuple):
+class ScoringSet(NamedTuple):
     """What a run is scored on: rows as the tuned model reads them and, with shots before them, the base."""
 
     names: tuple[str, ...]
@@ -93,19 +93,19 @@ class Asked(NamedTuple):
     shown: list[Example]
 
 
-def plan(run: Classify) -> tuple[Plan, Asked]:
+def build_job(run: ClassificationRecipe) -> tuple[TrainingJob, ScoringSet]:
     """The training, and what is scored before and after it.
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
     run_dir.device_of(run.device)
-    if run.shots and run.form == "classes":
-        raise InputError(f"--shots {run.shots} want labels as next tokens: --form tokens, or leave them out")
+    if run.num_fewshot and run.head == "classes":
+        raise InputError(f"--shots {run.num_fewshot} want labels as next tokens: --form tokens, or leave them out")
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     names, train, test = resolve_labels(run.labels, *read(run))
     run = replace(run, labels=run.labels or names)
-    train, chosen = apart(train, min(run.heldout, len(train) // 2), run.seed) if run.evaluate else (train, [])
-    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.seq, cfg.n_ctx)
+    train, chosen = train_heldout_split(train, min(run.num_heldout, len(train) // 2), run.seed) if run.eval_every else (train, [])
+    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.max_seq_len, cfg.n_ctx)
     with working("tokenizing"):
         examples, cut = encode(train, labels, around, tokenizer, width)
         asked, cut_too = encode(test, labels, around, tokenizer, width)
@@ -116,66 +116,66 @@ def plan(run: Classify) -> tuple[Plan, Asked]:
             f"{width} tokens: their texts lose their middle"
         )
     shown: list[Example] = []
-    if run.shots:
-        shots = sample_shots(train, names, run.shots, fold_in(key(run.seed), "shots"))
+    if run.num_fewshot:
+        shots = sample_shots(train, names, run.num_fewshot, fold_in(key(run.seed), "shots"))
         shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.n_ctx).examples
-    base = with_head(run, base_of(run), names)
+    base = with_head(run, load_base(run), names)
     adapters = trained_of(run, base)
     judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
     more = {"test_rows": asked, "rows_with_shots": shown, "heldout_rows": by, "labels": f"{labels} {around}"}
-    it = laid_out(run, base, adapters, examples, width, tokenizer, judged, **more)
+    it = assemble_job(run, base, adapters, examples, width, tokenizer, judged, **more)
     announce(
         run.name,
         sizes(run.base, base, adapters),
         f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps",
         f"{len(test):,} to score",
-        *low_rate(run.peak, it.steps, run.warmup_steps(it.steps)),
+        *low_rate(run.peak_lr, it.steps, run.num_warmup_steps(it.steps)),
     )
     truth = [names.index(row.label) for row in test]
     plain = majority([names.index(row.label) for row in train], truth, len(names))
-    return it, Asked(names, labels, width, plain, asked, shown)
+    return it, ScoringSet(names, labels, width, plain, asked, shown)
 
 
-def classify(run: Classify, where: Path | None = None) -> Path:
+def classify(run: ClassificationRecipe, where: Path | None = None) -> Path:
     """Train, save, score; in a new folder, or in `where`, from its last checkpoint on. Returns the run's folder.
 
     Raises InputError as `plan` and `fit` do.
     """
-    it, asked = plan(run)
-    run = cast(Classify, it.run)
+    it, asked = build_job(run)
+    run = cast(ClassificationRecipe, it.run)
 
     def scored(params: GPT, examples: list[Example]) -> tuple[Scores, float]:
         return score(params, examples, asked.labels, asked.width)
 
-    with run_dir.opened(run, it.steps, where) as out:
+    with run_dir.open_run_dir(run, it.steps, where) as out:
         table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (asked.commonest, None)}
-        if run.form == "tokens":
-            assert it.first is not None
-            base = adapt(it.frozen, it.first.trainable)  # adapters at their start change nothing
+        if run.head == "tokens":
+            assert it.initial_state is not None
+            base = adapt(it.frozen, it.initial_state.trainable)  # adapters at their start change nothing
             table["base"] = scored(base, asked.examples)
-            tell("base", *table["base"])
+            print_scores("base", *table["base"])
             if asked.shown:
-                table[f"base, {run.shots} shots"] = scored(base, asked.shown)
+                table[f"base, {run.num_fewshot} shots"] = scored(base, asked.shown)
             del base
-        fitted = fit(it, out)
+        fitted = train_loop(it, out)
         tuned = fitted.state.trainable
         run_dir.save_tuned(out, it.frozen, tuned, run.base)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name, "example")
-        told(fitted, out)
+        print_saved(fitted, out)
         if fitted.interrupted:
-            console.print(f"what was trained so far is usable; {again(out)}")
+            console.print(f"what was trained so far is usable; {resume_hint(out)}")
             raise KeyboardInterrupt
         table["tuned"] = scored(adapt(it.frozen, tuned), asked.examples)
         report(run, asked.names, len(asked.examples), table, out)
     return out
 
 
-def tell(side: str, found: Scores, loss: float) -> None:
+def print_scores(side: str, found: Scores, loss: float) -> None:
     console.print(f"{side}: accuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}, loss {loss:.3f}")
 
 
 def report(
-    run: Classify, names: tuple[str, ...], rows: int, table: dict[str, tuple[Scores, float | None]], out: Path
+    run: ClassificationRecipe, names: tuple[str, ...], rows: int, table: dict[str, tuple[Scores, float | None]], out: Path
 ) -> None:
     """Write metrics.json and confusion.png, and print the scores of each side."""
     found: dict[str, Any] = {side: {**some, "loss": loss} for side, (some, loss) in table.items()}

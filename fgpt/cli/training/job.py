@@ -16,7 +16,7 @@ from fgpt.io import gguf, models
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.optim import Schedule
-from fgpt.recipes import Training
+from fgpt.recipes import TrainingRecipe
 from fgpt.rng import fold_in
 from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -25,10 +25,10 @@ from fgpt.tree import device, tree_map, walk
 
 
 @dataclass
-class Plan:
+class TrainingJob:
     """What `fit` needs, and `replay`."""
 
-    run: Training
+    run: TrainingRecipe
     step: Step
     frozen: Any
     batches: Callable[[int], Iterator[list[Batch]]]
@@ -37,9 +37,9 @@ class Plan:
     schedule: Schedule
     rng: torch.Generator
     """Each step takes a key of its own from it, by its number."""
-    inputs: dict[str, str]
+    fingerprint: dict[str, str]
     """The hashes of all that the training reads: what a checkpoint must have been made from."""
-    first: State | None
+    initial_state: State | None
     """The state before the first step, until it is taken."""
     tokenizer: Tokenizer
     heldout: Callable[[Any], float] | None = None
@@ -47,22 +47,22 @@ class Plan:
     mfu: Callable[[float], float] | None = None
     """Which part of the machine so many tokens a second take."""
 
-    def advance(self, state: State, micro: Sequence[Batch]) -> tuple[State, Metrics]:
+    def train_step(self, state: State, micro: Sequence[Batch]) -> tuple[State, Metrics]:
         """The step after `state`, with the key of its number, on the device that the state is on."""
         at = device(state.trainable)
         placed = [tree_map(lambda x: x.to(at), batch) for batch in micro]
         return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step)))
 
-    def take(self) -> State:
+    def pop_initial_state(self) -> State:
         """The state before the first step. It is given away: nobody else holds on to memory that the training lets go
         of with its first step.
         """
-        state, self.first = self.first, None
+        state, self.initial_state = self.initial_state, None
         assert state is not None, "taken already"
         return state
 
 
-def fingerprint(run: Training, base: GPT, tokenizer: Tokenizer, source: str, **others: Any) -> dict[str, str]:
+def fingerprint(run: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source: str, **others: Any) -> dict[str, str]:
     """By name the hash of each thing that a training reads: the run's options, the base, the tokenizer, and `others`,
     rows above all. Where a path leads is not among them, what lies there is. `source` is the model whose tokenizer it
     is, empty for one that comes with the package.
@@ -77,10 +77,10 @@ def fingerprint(run: Training, base: GPT, tokenizer: Tokenizer, source: str, **o
     return inputs | {name.replace("_", " "): hashed(x) for name, x in others.items()}
 
 
-def options(run: Training) -> str:
+def options(run: TrainingRecipe) -> str:
     """The options of a run that change what is trained, but for those that name files."""
     apart = {"name", "device", *LASTING}
-    counted = {name: x for name, x in run.plain().items() if name not in apart}
+    counted = {name: x for name, x in run.to_json().items() if name not in apart}
     values = {name: x for name, x in counted.items() if name not in paths.FIELDS or isinstance(x, int)}
     return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)  # 1 and 1.0 are one number
 

@@ -18,21 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgpt.cli.console import claimed, console
 from fgpt.cli.errors import FULL
-from fgpt.cli.metrics_log import mend, read_metrics
+from fgpt.cli.metrics_log import truncate_partial_line, read_metrics
 from fgpt.cli.run_dir import METRICS, resume_command
 from fgpt.cli.signals import on_first
 from fgpt.cli.training import checkpoints
-from fgpt.cli.training.heap import hold_freed
-from fgpt.cli.training.job import Plan
+from fgpt.cli.training.heap import keep_freed_memory
+from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.trackers import tracking
 from fgpt.errors import InputError
-from fgpt.recipes import Training, Tuning
+from fgpt.recipes import TrainingRecipe, FineTuningRecipe
 from fgpt.train_step import State
 from fgpt.tree import device, leaves
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TrainResult:
     """How a training ended: `state` is what the run leaves, after its last whole step or the best one."""
 
     state: State
@@ -48,7 +48,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def fit(plan: Plan, out: Path) -> Fitted:
+def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
     """Train as planned, from the last checkpoint in the folder `out` if there is one. A JSON line a step goes to its
     metrics file, and a checkpoint of the state to its checkpoints each so many minutes, at the end, and where the
     held-out loss is the best so far.
@@ -57,12 +57,12 @@ def fit(plan: Plan, out: Path) -> Fitted:
 
     Raises InputError where the loss is no longer a number, a trained leaf does not move, or the disk is full.
     """
-    run, first = plan.run, plan.take()
-    state = checkpoints.resume(out, first, plan.inputs) or first
+    run, first = plan.run, plan.pop_initial_state()
+    state = checkpoints.resume(out, first, plan.fingerprint) or first
     del first
-    hold_freed()
+    keep_freed_memory()
     begin, at = int(state.step), device(state.trainable)
-    mend(out / METRICS)
+    truncate_partial_line(out / METRICS)
     before = {line["step"]: line for line in read_metrics(out / METRICS)}
     earlier = [line for step, line in before.items() if step <= begin]
     tokens, past = (earlier[-1].get("tokens", 0), earlier[-1].get("seconds", 0.0)) if earlier else (0, 0.0)
@@ -71,16 +71,16 @@ def fit(plan: Plan, out: Path) -> Fitted:
         console.print(f"going on after step {begin} of {plan.steps}")
     began, saved, still = time.perf_counter(), time.perf_counter(), set(leaves(state.trainable))
     with (
-        _room(out),
+        _disk_errors(out),
         tracking(run, out, begin) as track,
         open(out / METRICS, "a", encoding="utf-8") as log,
-        stopping() as stopped,
-        _shown(begin, plan.steps) as show,
+        graceful_interrupt() as stopped,
+        _progress_line(begin, plan.steps) as show,
     ):
         seconds = past
         for done, micro in zip(range(begin + 1, plan.steps + 1), plan.batches(begin)):
             lr, old = float(plan.schedule(state.step)), state
-            state, metrics = plan.advance(old, micro)
+            state, metrics = plan.train_step(old, micro)
             loss, norm = float(metrics.loss), float(metrics.grad_norm)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise InputError(
@@ -92,7 +92,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
                 still = {path for path in still if was[path].equal(now[path])}
                 del was, now
             if still and done == 2:
-                _unmoved(run, still, len(leaves(state.trainable)), lr)
+                _raise_if_frozen(run, still, len(leaves(state.trainable)), lr)
             del old
             new, since = sum(b.tokens.numel() for b in micro), seconds
             tokens, seconds = tokens + new, past + time.perf_counter() - began
@@ -109,7 +109,7 @@ def fit(plan: Plan, out: Path) -> Fitted:
             if plan.mfu:
                 line["mfu"] = round(plan.mfu(new / (seconds - since)), 4)
             pause = time.perf_counter()
-            if plan.heldout and run.evaluate and done % run.evaluate == 0:
+            if plan.heldout and run.eval_every and done % run.eval_every == 0:
                 line["heldout_loss"] = plan.heldout(state.trainable)
                 console.print(f"step {done}  held out: loss {line['heldout_loss']:.4f}")
             log.write(json.dumps(line) + "\n")
@@ -122,28 +122,28 @@ def fit(plan: Plan, out: Path) -> Fitted:
                 before = {}  # once is enough
             show(line)
             better = line.get("heldout_loss", math.inf) < least
-            due, ending = time.perf_counter() - saved >= 60 * run.checkpoint, stopped() or done == plan.steps
+            due, ending = time.perf_counter() - saved >= 60 * run.checkpoint_every_minutes, stopped() or done == plan.steps
             if better or due or ending:
                 os.fsync(log.fileno())  # what the checkpoint goes on from is on disk before it
-                checkpoints.save(out, state, plan.inputs, line.get("heldout_loss"))
-                checkpoints.prune(out, run.keep)
+                checkpoints.save(out, state, plan.fingerprint, line.get("heldout_loss"))
+                checkpoints.prune(out, run.keep_checkpoints)
                 least, saved = min(least, line.get("heldout_loss", math.inf)), time.perf_counter()
             began += time.perf_counter() - pause  # of looking and saving, not of training
             if ending:
                 break
-    checkpoints.prune(out, run.keep)  # again, for a training that was killed in the midst of its last
+    checkpoints.prune(out, run.keep_checkpoints)  # again, for a training that was killed in the midst of its last
     interrupted = int(state.step) < plan.steps
     if run.take == "best" and not interrupted:
-        if found := checkpoints.load_best(out, state, plan.inputs):
+        if found := checkpoints.load_best(out, state, plan.fingerprint):
             state = found
             console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
         else:
             console.print("no checkpoint with a held-out loss is there: taking the last state")
-    return Fitted(state, interrupted, seconds)
+    return TrainResult(state, interrupted, seconds)
 
 
 @contextlib.contextmanager
-def _shown(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _progress_line(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is yielded shows a step's line: as a bar in a terminal, elsewhere as some twenty lines in all."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -171,9 +171,9 @@ def _shown(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]
         yield show
 
 
-def _unmoved(run: Training, paths: set[str], of: int, lr: float) -> None:
+def _raise_if_frozen(run: TrainingRecipe, paths: set[str], of: int, lr: float) -> None:
     """A LoRA's A moves from the second step on, for its B begins at 0; by then all else has moved."""
-    leave_out = ", or leave them out by --adapter.target" if isinstance(run, Tuning) else ""
+    leave_out = ", or leave them out by --adapter.target" if isinstance(run, FineTuningRecipe) else ""
     raise InputError(
         f"{len(paths)} of {of} trained leaves did not move in two steps ({', '.join(sorted(paths)[:4])}): the loss "
         f"does not depend on them, or lr {lr:.2g} is below what their numbers can show; raise --lr{leave_out}"
@@ -181,27 +181,27 @@ def _unmoved(run: Training, paths: set[str], of: int, lr: float) -> None:
 
 
 @contextlib.contextmanager
-def _room(out: Path) -> Iterator[None]:
+def _disk_errors(out: Path) -> Iterator[None]:
     """Say how a training goes on that could not write."""
     try:
         yield
     except OSError as err:
         remedy = "free space" if err.errno in FULL else "see to it"
-        raise InputError(f"cannot write to {out}: {err.strerror or err}; {remedy}, then {again(out)}") from None
+        raise InputError(f"cannot write to {out}: {err.strerror or err}; {remedy}, then {resume_hint(out)}") from None
     except InputError as err:
         if "free space" not in str(err):
             raise
         what = str(err).removesuffix(" or choose another folder")  # it goes on where it is
-        raise InputError(f"{what}, then {again(out)}") from None
+        raise InputError(f"{what}, then {resume_hint(out)}") from None
 
 
-def again(out: Path) -> str:
+def resume_hint(out: Path) -> str:
     """The command that takes a training up."""
     return f"go on with: {resume_command(out)}"
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
+def graceful_interrupt() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C, SIGTERM or SIGHUP has asked for an end. A second one ends at once."""
     asked = threading.Event()
 

@@ -17,9 +17,9 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, working
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training import documents, mfu
-from fgpt.cli.training.instruction_tuning import low_rate, told
-from fgpt.cli.training.job import Plan, fingerprint
-from fgpt.cli.training.loop import again, fit
+from fgpt.cli.training.instruction_tuning import low_rate, print_saved
+from fgpt.cli.training.job import TrainingJob, fingerprint
+from fgpt.cli.training.loop import resume_hint, train_loop
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
 from fgpt.generation.loop import generate
@@ -29,7 +29,7 @@ from fgpt.io.files import atomic_dir, write_json
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, init, abstract_params
 from fgpt.optim import adamw, cosine_schedule
-from fgpt.recipes import Pretrain
+from fgpt.recipes import PretrainingRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer, gpt2
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -40,18 +40,18 @@ HELDOUT, SHARE = 500, 20
 """Documents kept out of training where no others are given: so many, or one in so many if that is less."""
 
 
-def config_of(run: Pretrain, tokenizer: Tokenizer) -> Config:
+def config_of(run: PretrainingRecipe, tokenizer: Tokenizer) -> Config:
     """The model's config. Raises InputError for sizes that cannot be, and for a table too small for the tokenizer."""
     vocab = tokenizer.n_vocab if run.vocab is None else run.vocab
     if vocab < tokenizer.n_vocab:
         raise InputError(f"vocab is {vocab}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
     biases = Config.biases if run.biases else ""
-    cfg = Config(run.n_layer, run.n_head, run.d_model, run.seq, vocab, 4 * run.d_model, biases=biases)
+    cfg = Config(run.n_layer, run.n_head, run.d_model, run.max_seq_len, vocab, 4 * run.d_model, biases=biases)
     abstract_params(cfg)
     return cfg
 
 
-def split(run: Pretrain) -> tuple[list[str], list[str]]:
+def split(run: PretrainingRecipe) -> tuple[list[str], list[str]]:
     """Documents to train on, and documents held out.
 
     Raises InputError where a file holds no text, or one document that cannot be divided, or the hub cannot be reached.
@@ -69,18 +69,18 @@ def split(run: Pretrain) -> tuple[list[str], list[str]]:
 
 
 def batches(
-    tokens: list[Int[Tensor, " length"]], end: int, run: Pretrain, rng: torch.Generator, begin: int = 0
+    tokens: list[Int[Tensor, " length"]], end: int, run: PretrainingRecipe, rng: torch.Generator, begin: int = 0
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other, from update `begin` on: whole rows, every position weighted."""
-    passed = begin * run.accumulate * run.rows
-    stream = itertools.islice(documents.rows(tokens, end, run.seq, rng), passed, None)
+    passed = begin * run.grad_accumulation_steps * run.micro_batch_size
+    stream = itertools.islice(documents.rows(tokens, end, run.max_seq_len, rng), passed, None)
 
     def micro() -> Batch:
-        x = torch.stack([next(stream) for _ in range(run.rows)])
-        return Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(run.rows, run.seq))
+        x = torch.stack([next(stream) for _ in range(run.micro_batch_size)])
+        return Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(run.micro_batch_size, run.max_seq_len))
 
     while True:
-        yield [micro() for _ in range(run.accumulate)]
+        yield [micro() for _ in range(run.grad_accumulation_steps)]
 
 
 def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int) -> Perplexity:
@@ -108,7 +108,7 @@ def figures(of: Perplexity, texts: Sequence[str]) -> dict[str, float | None]:
     return {name: x if math.isfinite(x) else None for name, x in found.items()}
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """What a model is measured on, and its tokenizer."""
 
     texts: list[str]
@@ -117,7 +117,7 @@ class Held(NamedTuple):
     """The tokenizer, or the model that it is of: whose files a saved model gets."""
 
 
-def plan(run: Pretrain) -> tuple[Plan, Held]:
+def build_job(run: PretrainingRecipe) -> tuple[TrainingJob, HeldOut]:
     """The training, and what the model is measured on before and after it.
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
@@ -126,24 +126,24 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
     own = gpt2() if run.tokenizer == "gpt2" else None
     tokenizer = own or models.tokenizer(run.tokenizer)
     cfg = config_of(run, tokenizer)
-    if run.take == "best" and not run.evaluate:
+    if run.take == "best" and not run.eval_every:
         raise InputError("the best state is that of the least held-out loss: --evaluate N takes it each N steps")
     texts, apart = split(run)
     tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
-    peak, per_token = run.peak * 1e12 if run.peak else mfu.peak(device), mfu.flops(params, run.seq)
+    peak, per_token = run.peak_tflops * 1e12 if run.peak_tflops else mfu.peak(device), mfu.flops(params, run.max_seq_len)
     announce(
         run.name,
         f"{num_elements(params):,} parameters, all trained",
         f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
-        f"{run.steps} steps of {run.accumulate * run.rows * run.seq:,} tokens",
-        f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak else 'measured'})",
-        *low_rate(run.lr, run.steps, run.warmup_steps()),
+        f"{run.steps} steps of {run.grad_accumulation_steps * run.micro_batch_size * run.max_seq_len:,} tokens",
+        f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak_tflops else 'measured'})",
+        *low_rate(run.lr, run.steps, run.num_warmup_steps()),
     )
-    schedule = cosine_schedule(run.lr, run.steps, run.warmup_steps(), end=run.lr * run.floor)
+    schedule = cosine_schedule(run.lr, run.steps, run.num_warmup_steps(), end=run.lr * run.min_lr_ratio)
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
-    it = Plan(
+    it = TrainingJob(
         run=run,
         step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile),
         frozen=None,
@@ -151,41 +151,41 @@ def plan(run: Pretrain) -> tuple[Plan, Held]:
         steps=run.steps,
         schedule=schedule,
         rng=rng,
-        inputs=fingerprint(
+        fingerprint=fingerprint(
             run, params, tokenizer, "" if own else run.tokenizer, training_rows=tokens, heldout_rows=apart
         ),
-        first=init_state(params, optimizer),
+        initial_state=init_state(params, optimizer),
         tokenizer=tokenizer,
-        heldout=lambda trained: held_out(trained, tokenizer, apart, run.rows).loss,
+        heldout=lambda trained: held_out(trained, tokenizer, apart, run.micro_batch_size).loss,
         mfu=lambda speed: speed * per_token / peak,
     )
-    return it, Held(apart, tokenizer, own or run.tokenizer)
+    return it, HeldOut(apart, tokenizer, own or run.tokenizer)
 
 
-def pretrain(run: Pretrain, where: Path | None = None) -> Path:
+def pretrain(run: PretrainingRecipe, where: Path | None = None) -> Path:
     """Train, save in the hub's layout, and say how well held-out documents are told; in a new folder, or in `where`,
     from its last checkpoint on. Returns the run's folder.
 
     Raises InputError as `plan` and `fit` do.
     """
-    it, held = plan(run)
-    assert it.first is not None
-    before = held_out(it.first.trainable, held.tokenizer, held.texts, run.rows)
-    with run_dir.opened(run, it.steps, where) as out:
-        fitted = fit(it, out)
+    it, held = build_job(run)
+    assert it.initial_state is not None
+    before = held_out(it.initial_state.trainable, held.tokenizer, held.texts, run.micro_batch_size)
+    with run_dir.open_run_dir(run, it.steps, where) as out:
+        fitted = train_loop(it, out)
         params = astype(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
         with atomic_dir(out / run_dir.MODEL) as at:
             models.save(params, at, like=held.like)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name)
-        told(fitted, out / run_dir.MODEL)
+        print_saved(fitted, out / run_dir.MODEL)
         if fitted.interrupted:
-            console.print(f"what was trained so far is usable; {again(out)}")
+            console.print(f"what was trained so far is usable; {resume_hint(out)}")
             raise KeyboardInterrupt
         params = astype(params, torch.float32)
-        after = held_out(params, held.tokenizer, held.texts, run.rows)
+        after = held_out(params, held.tokenizer, held.texts, run.micro_batch_size)
         report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
         warm, ends = SamplingParams(temperature=0.7), held.tokenizer.eos_token_ids
-        text = generate(params, [[held.tokenizer.eos]], ends, run.seq - 2, warm, fold_in(it.rng, "story"))[0]
+        text = generate(params, [[held.tokenizer.eos]], ends, run.max_seq_len - 2, warm, fold_in(it.rng, "story"))[0]
         console.print(f"\n{held.tokenizer.decode(text.tokens)}")
     return out
 

@@ -3,36 +3,36 @@
 from pathlib import Path
 
 from fgpt.cli import run_dir
-from fgpt.cli.training.job import Plan
-from fgpt.recipes import AnyRun, Classify, Pretrain
+from fgpt.cli.training.job import TrainingJob
+from fgpt.recipes import AnyRecipe, ClassificationRecipe, PretrainingRecipe
 
 
-def plan(run: AnyRun) -> Plan:
+def build_job(run: AnyRecipe) -> TrainingJob:
     """The run's training, laid out. Raises InputError for what bad input can spoil."""
-    if isinstance(run, Pretrain):
+    if isinstance(run, PretrainingRecipe):
         from fgpt.cli.training import pretraining
 
-        return pretraining.plan(run)[0]
-    if isinstance(run, Classify):
+        return pretraining.build_job(run)[0]
+    if isinstance(run, ClassificationRecipe):
         from fgpt.cli.training import classification
 
-        return classification.plan(run)[0]
+        return classification.build_job(run)[0]
     from fgpt.cli.training import instruction_tuning
 
-    return instruction_tuning.plan(run)[0]
+    return instruction_tuning.build_job(run)[0]
 
 
-def carry_out(run: AnyRun, where: Path | None) -> Path:
+def run(run: AnyRecipe, where: Path | None) -> Path:
     """Train, save, score: in a new folder, or in that of a run which is taken up again. Returns the folder.
 
     Raises InputError for a name that no folder can have, before anything is read.
     """
     run_dir.check_name(run.name)
-    if isinstance(run, Pretrain):
+    if isinstance(run, PretrainingRecipe):
         from fgpt.cli.training import pretraining
 
         return pretraining.pretrain(run, where)
-    if isinstance(run, Classify):
+    if isinstance(run, ClassificationRecipe):
         from fgpt.cli.training import classification
 
         return classification.classify(run, where)

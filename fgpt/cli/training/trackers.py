@@ -21,7 +21,7 @@ from fgpt.cli.console import console
 from fgpt.cli.paths import shared
 from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
-from fgpt.recipes import Training
+from fgpt.recipes import TrainingRecipe
 
 EVENTS, NAMES, PROJECT = "tensorboard", "track.json", "fgpt"
 
@@ -34,9 +34,9 @@ Calls: TypeAlias = tuple[Callable[[Line], None], Callable[[], None]]
 """What takes a line, and what comes after the last one."""
 
 
-def check(run: Training) -> None:
+def check(run: TrainingRecipe) -> None:
     """Look, in no time, whether what the run is tracked by is installed. Raises InputError where it is not."""
-    for name in filter(None, ("tensorboard", run.track)):
+    for name in filter(None, ("tensorboard", run.tracker)):
         try:
             metadata.distribution(name)  # wandb's own folders are called wandb: what can be imported proves nothing
         except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def check(run: Training) -> None:
 
 
 @contextmanager
-def tracking(run: Training, folder: Path, begin: int) -> Iterator[Callable[[Line], None]]:
+def tracking(run: TrainingRecipe, folder: Path, begin: int) -> Iterator[Callable[[Line], None]]:
     """What is yielded takes each line of metrics.jsonl, once that has it. `begin` is how many steps were done before:
     what TensorBoard has of later ones, from before a resumption, it forgets.
 
@@ -55,7 +55,7 @@ def tracking(run: Training, folder: Path, begin: int) -> Iterator[Callable[[Line
     """
     check(run)
     openers: dict[str, Callable[[], Calls]] = {"TensorBoard": lambda: _tensorboard(folder, begin)}
-    if (tracker := run.track) is not None:
+    if (tracker := run.tracker) is not None:
         opener = {"wandb": _wandb, "trackio": _trackio}[tracker]
         openers[tracker] = lambda: opener(run, folder, _own_name(folder, tracker))
     with ExitStack() as stack:
@@ -132,7 +132,7 @@ def _event_file(folder: Path) -> IO[bytes]:
     return (folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}").open("xb")
 
 
-def _wandb(run: Training, folder: Path, name: str) -> Calls:
+def _wandb(run: TrainingRecipe, folder: Path, name: str) -> Calls:
     """Raises InputError where wandb is to send what it gets and has no key."""
     import wandb  # two seconds
     from wandb.errors import UsageError
@@ -144,7 +144,7 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
             id=name,
             resume="allow",
             dir=folder,
-            config=shared(run.plain()),
+            config=shared(run.to_json()),
             settings=wandb.Settings(
                 console="off",  # what is printed here stays here
                 init_timeout=PATIENCE,
@@ -158,12 +158,12 @@ def _wandb(run: Training, folder: Path, name: str) -> Calls:
     return lambda line: it.log(dict(line)), it.finish
 
 
-def _trackio(run: Training, folder: Path, name: str) -> Calls:
+def _trackio(run: TrainingRecipe, folder: Path, name: str) -> Calls:
     with _to_stderr():
         import trackio  # more than a second  # pyright: ignore[reportMissingImports]
 
         it = trackio.init(
-            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shared(run.plain()), embed=False
+            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shared(run.to_json()), embed=False
         )
 
     def finish() -> None:

@@ -14,13 +14,13 @@ from fgpt.cli import results
 from fgpt.cli.console import console, progress, working
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
-from fgpt.cli.evaluation.compare.contenders import BASE, Side
+from fgpt.cli.evaluation.compare.contenders import BASE, Contender
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import markdown, show
-from fgpt.cli.evaluation.compare.prompts import Asked, held_out
+from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
-from fgpt.cli.inference.options import ALIKE, Alike
+from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
@@ -28,7 +28,7 @@ from fgpt.generation.sampling import GREEDY, SamplingParams
 from fgpt.io import models
 from fgpt.io.files import write, write_json
 from fgpt.model import GPT
-from fgpt.recipes import Run
+from fgpt.recipes import InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
@@ -38,17 +38,17 @@ AT_ONCE = 32
 """Prompts answered in one batch."""
 
 
-def report(run: Run, out: Path, heldout: Sequence[InstructionRow]) -> None:
+def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> None:
     """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
     folder, and print the scores with a few answers.
     """
-    sides = compare_sides.of([run], [out])
-    save(compared(sides, held_out(sides, heldout, run.compare), ALIKE), out, NAME)
+    sides = compare_sides.from_runs([run], [out])
+    save(compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING), out, NAME)
 
 
-def again(
+def compare_runs(
     names: Sequence[str],
-    alike: Alike = ALIKE,
+    alike: ComparisonDecoding = DEFAULT_DECODING,
     prompts: str | None = None,
     count: int | None = None,
     out: Path | None = None,
@@ -68,10 +68,10 @@ def again(
     if prompts is None:
         from fgpt.cli.training.instruction_tuning import split
 
-        asked = held_out(sides, split(first)[1], count or first.compare or Run.compare)
+        asked = held_out(sides, split(first)[1], count or first.compare_prompts or InstructionRecipe.compare_prompts)
     else:
-        asked = compare_asked.of_file(sides, prompts, count)
-    found, short = compared(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
+        asked = compare_asked.from_file(sides, prompts, count)
+    found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
     full = "-".join([short, *_others(first, prompts, count, alike)])
     names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
     save(found, out, results.free(out, names, found.settings, ENDINGS))
@@ -81,23 +81,23 @@ def _of_file(prompts: str | None) -> list[str]:
     return [] if prompts is None else [results.part(Path(prompts).stem)]
 
 
-def _others(run: Run, prompts: str | None, count: int | None, alike: Alike) -> list[str]:
+def _others(run: InstructionRecipe, prompts: str | None, count: int | None, alike: ComparisonDecoding) -> list[str]:
     """As parts of a name, the settings that are not those of a comparison after training."""
-    usual = None if prompts is not None else run.compare or Run.compare
+    usual = None if prompts is not None else run.compare_prompts or InstructionRecipe.compare_prompts
     parts = [f"{count}-prompts"] if count is not None and count != usual else []
-    parts += [f"most-{alike.most}"] if alike.most not in (None, run.most) else []
+    parts += [f"most-{alike.max_new_tokens}"] if alike.max_new_tokens not in (None, run.max_new_tokens) else []
     chosen = {name: x for name, x in dataclasses.asdict(alike.sampling).items() if x}
     parts += [f"{name.replace('_', '-')}-{x}" for name, x in chosen.items()]
     return parts + ([f"seed-{alike.seed}"] if alike.seed and alike.sampling.temperature else [])
 
 
-def compared(sides: Sequence[Side], asked: Asked, alike: Alike) -> Comparison:
+def compare_contenders(sides: Sequence[Contender], asked: ComparisonPrompts, alike: ComparisonDecoding) -> Comparison:
     """Every side's answers and scores.
 
     Raises InputError for a prompt that is too long for the model, before anything slow begins.
     """
     first = sides[0].run
-    most = first.most if alike.most is None else alike.most
+    most = first.max_new_tokens if alike.max_new_tokens is None else alike.max_new_tokens
     if most < 1:
         raise InputError(f"most is {most}: expected 1 or more new tokens")
     cfg, tokenizer = models.load_config_and_tokenizer(first.base)
@@ -155,7 +155,7 @@ def save(found: Comparison, out: Path, name: str) -> None:
     console.print(f"all {len(found.rows)} answers: {out / name}.md and .html")
 
 
-def _place(sides: Sequence[Side]) -> Path:
+def _place(sides: Sequence[Contender]) -> Path:
     """The run's folder, or for several runs a folder of their names beside the first."""
     tuned = [(side.name.replace("/", "-"), side.folder) for side in sides if side.folder is not None]
     first = tuned[0][1]

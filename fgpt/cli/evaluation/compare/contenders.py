@@ -10,22 +10,22 @@ from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
-from fgpt.recipes import Run
+from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 BASE, TUNED = "base", "tuned"
 
 
 @dataclass(frozen=True)
-class Side:
+class Contender:
     name: str
-    run: Run
+    run: InstructionRecipe
     """Whose template it answers in; the base in the first run's."""
     folder: Path | None = None
     """Where that is which was trained; None for the base."""
 
 
-def find(names: Sequence[str]) -> list[Side]:
+def find(names: Sequence[str]) -> list[Contender]:
     """The sides of a comparison of runs, by name or folder: the base first.
 
     Raises InputError for no run, one that is not there, one given twice, or one over another base than the first's.
@@ -33,7 +33,7 @@ def find(names: Sequence[str]) -> list[Side]:
     if not names:
         there = ", ".join(run_dir.runs_in()) or "none yet: just train lora-nano makes one"
         raise InputError(f"expected a run or several: just compare RUN [RUN2 ..]; under runs/ there are {there}")
-    folders = [run_dir.find(name) for name in names]
+    folders = [run_dir.find_finished(name) for name in names]
     runs = [run_dir.instruction_run(path) for path in folders]
     for name, times in Counter(path.resolve() for path in folders).items():
         if times > 1:
@@ -44,14 +44,14 @@ def find(names: Sequence[str]) -> list[Side]:
                 f"{name} was trained over {_told(run)}, {names[0]} over {_told(runs[0])}: an adapter answers over its "
                 "own base alone; compare them apart"
             )
-    return of(runs, folders)
+    return from_runs(runs, folders)
 
 
-def of(runs: Sequence[Run], folders: Sequence[Path]) -> list[Side]:
+def from_runs(runs: Sequence[InstructionRecipe], folders: Sequence[Path]) -> list[Contender]:
     """The base, and the runs that left `folders`: one is called "tuned", several go by their folders' names."""
     names = [TUNED] if len(runs) == 1 else labels([path.resolve() for path in folders])
-    tuned = [Side(name, run, path) for name, run, path in zip(names, runs, folders, strict=True)]
-    return [Side(BASE, runs[0]), *tuned]
+    tuned = [Contender(name, run, path) for name, run, path in zip(names, runs, folders, strict=True)]
+    return [Contender(BASE, runs[0]), *tuned]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -64,43 +64,43 @@ def labels(folders: Sequence[Path]) -> list[str]:
     raise InputError("the same folder twice: expected different ones")
 
 
-def prompts(side: Side, rows: Sequence[InstructionRow], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def prompts(side: Contender, rows: Sequence[InstructionRow], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The rows' prompts in the side's template."""
     return [encode_prompt(row, template(side.run.template), tokenizer) for row in rows]
 
 
-def params(sides: Sequence[Side]) -> dict[str, GPT]:
+def params(sides: Sequence[Contender]) -> dict[str, GPT]:
     """Each side's params, by its name, on the first run's device. The base is loaded once, and every adapter lies over
     it; twice where one run adapts q, k and v as one and another does not.
 
     Raises InputError for an adapter that does not fit.
     """
     from fgpt.cli.training.instruction_tuning import (  # train ends with a comparison, and a comparison needs its base
-        base_of,
-        fused,
+        load_base,
+        adapts_fused_qkv,
     )
 
     bases: dict[bool, GPT] = {}
     found: dict[str, GPT] = {}
     for side in sides:
-        alike = fused(side.run)
+        alike = adapts_fused_qkv(side.run)
         if alike not in bases:
-            bases[alike] = base_of(replace(side.run, device=sides[0].run.device))
+            bases[alike] = load_base(replace(side.run, device=sides[0].run.device))
         found[side.name] = bases[alike] if side.folder is None else run_dir.load_tuned(side.folder, bases[alike])
     return found
 
 
-def may_have_seen(run: Run, first: Run) -> bool:
+def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:
     """Whether `run` may have been trained on rows that `first` held out: the same data, split otherwise."""
     same = run.data == first.data and run.data != "nano"  # the embedded data has a split of its own
-    return same and (run.seed != first.seed or run.heldout < first.heldout)
+    return same and (run.seed != first.seed or run.num_heldout < first.num_heldout)
 
 
-def _over(run: Run) -> tuple[object, ...]:
+def _over(run: InstructionRecipe) -> tuple[object, ...]:
     """What a run's adapter belongs to."""
     there = run.base not in models.EMBEDDED and Path(run.base).exists()
     return Path(run.base).resolve() if there else run.base, run.dtype, run.quantize
 
 
-def _told(run: Run) -> str:
+def _told(run: InstructionRecipe) -> str:
     return f"{run.base} in {run.dtype}" + (f" and {run.quantize}" if run.quantize else "")

@@ -9,8 +9,8 @@ from typing import Any
 from fgpt.cli.console import console
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompt_file
-from fgpt.cli.evaluation.compare.contenders import Side
-from fgpt.cli.inference.options import Alike
+from fgpt.cli.evaluation.compare.contenders import Contender
+from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
 from fgpt.cli.results import trained_as
 from fgpt.cli.training.job import hashed
@@ -24,7 +24,7 @@ PENALTIES = ("repetition_penalty", "no_repeat_ngram")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonPrompts:
     """What every side is asked."""
 
     rows: Sequence[InstructionRow]
@@ -33,7 +33,7 @@ class Asked:
     heldout: bool
 
 
-def held_out(sides: Sequence[Side], heldout: Sequence[InstructionRow], count: int) -> Asked:
+def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], count: int) -> ComparisonPrompts:
     """The first `count` rows that the first run held out and whose prompts leave room to answer: of rows too long, the
     run's training dropped its own.
 
@@ -47,10 +47,10 @@ def held_out(sides: Sequence[Side], heldout: Sequence[InstructionRow], count: in
     rows = [row for i, row in enumerate(heldout) if all(len(some[i]) < cfg.n_ctx for some in encoded)]
     if not rows:
         raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.n_ctx} tokens: give --prompts")
-    return Asked(rows[:count], f"held-out prompts of {first.name}", heldout=True)
+    return ComparisonPrompts(rows[:count], f"held-out prompts of {first.name}", heldout=True)
 
 
-def of_file(sides: Sequence[Side], source: str, count: int | None) -> Asked:
+def from_file(sides: Sequence[Contender], source: str, count: int | None) -> ComparisonPrompts:
     """The first `count` prompts of a file. FinQA's pages are shortened to where every side has room to answer.
 
     Raises InputError as `prompt_file.read` does.
@@ -58,7 +58,7 @@ def of_file(sides: Sequence[Side], source: str, count: int | None) -> Asked:
     rows = prompt_file.read(source)[:count]
     if any(isinstance(row, finqa.FinQA) for row in rows):
         cfg, tokenizer = models.load_config_and_tokenizer(sides[0].run.base)
-        width = min(cfg.n_ctx, *(side.run.seq for side in sides))
+        width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
 
         def length(row: InstructionRow) -> int:
             return finqa.ROOM + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
@@ -66,7 +66,7 @@ def of_file(sides: Sequence[Side], source: str, count: int | None) -> Asked:
         rows, cut = finqa.shorten(rows, width, length)
         if cut:
             console.print(f"shortened the text of {cut:,} FinQA prompts to {width} tokens; their tables are whole")
-    return Asked(rows, f"prompts of {Path(source).name}", heldout=False)
+    return ComparisonPrompts(rows, f"prompts of {Path(source).name}", heldout=False)
 
 
 def check(prompts: Mapping[str, Sequence[Sequence[int]]], context: int) -> None:
@@ -80,7 +80,7 @@ def check(prompts: Mapping[str, Sequence[Sequence[int]]], context: int) -> None:
                 )
 
 
-def title(sides: Sequence[Side]) -> str:
+def title(sides: Sequence[Contender]) -> str:
     """Who stands beside whom."""
     names = [side.name for side in sides[1:]]
     if len(names) == 1:
@@ -88,7 +88,7 @@ def title(sides: Sequence[Side]) -> str:
     return f"{sides[0].run.base} against {', '.join(names[:-1])} and {names[-1]}"
 
 
-def about(sides: Sequence[Side], asked: Asked, most: int, alike: Alike) -> list[str]:
+def about(sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding) -> list[str]:
     """How it is done, in sentences, and what to bear in mind."""
     first, drawn = sides[0].run, alike.sampling.temperature > 0
     chosen = {name: x for name, x in dataclasses.asdict(alike.sampling).items() if x and (drawn or name in PENALTIES)}
@@ -110,7 +110,7 @@ def about(sides: Sequence[Side], asked: Asked, most: int, alike: Alike) -> list[
     return told
 
 
-def settings(sides: Sequence[Side], asked: Asked, most: int, alike: Alike) -> dict[str, Any]:
+def settings(sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding) -> dict[str, Any]:
     """The same for a program."""
     first = sides[0].run
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fgpt.cli.evaluation.compare.contenders import Side
+from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
@@ -11,21 +11,21 @@ from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, r
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.model import GPT, Config
-from fgpt.recipes import Run
+from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
-def fitting(cfg: Config, tokenizer: Tokenizer, run: Run, rows: Sequence[InstructionRow]) -> list[Example]:
+def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> list[Example]:
     """The rows that fit the run's width, in its template."""
     encoded = [encode(row, template(run.template), tokenizer) for row in rows]
-    return packing.filter_by_length(encoded, min(run.seq, cfg.n_ctx), drop=True)[0]
+    return packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0]
 
 
-def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Side], rows: Sequence[InstructionRow]) -> list[list[Example]]:
+def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Contender], rows: Sequence[InstructionRow]) -> list[list[Example]]:
     """For each side the rows that have an answer, in its template: those alone that fit every run's width, so that all
     are measured on the same answers.
     """
-    width = min(cfg.n_ctx, *(side.run.seq for side in sides))
+    width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
     answered = [row for row in rows if row.output.strip()]
     encoded = [[encode(row, template(side.run.template), tokenizer) for row in answered] for side in sides]
     whole = [i for i in range(len(answered)) if all(len(some[i].tokens) <= width for some in encoded)]

@@ -16,14 +16,14 @@ class Scores(TypedDict):
     """Rows are the true classes, columns what was told."""
 
 
-def scores(truth: Sequence[int], told: Sequence[int], classes: int) -> Scores:
+def scores(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Scores:
     """Of one class told for each true one, both as numbers below `classes`."""
     by, every = _metrics(), range(classes)
     return {
-        "accuracy": float(by.accuracy_score(truth, told)),
-        "macro_f1": float(by.f1_score(truth, told, average="macro", zero_division=0)),
-        "f1": by.f1_score(truth, told, labels=every, average=None, zero_division=0).tolist(),
-        "confusion": by.confusion_matrix(truth, told, labels=every).tolist(),
+        "accuracy": float(by.accuracy_score(truth, predicted)),
+        "macro_f1": float(by.f1_score(truth, predicted, average="macro", zero_division=0)),
+        "f1": by.f1_score(truth, predicted, labels=every, average=None, zero_division=0).tolist(),
+        "confusion": by.confusion_matrix(truth, predicted, labels=every).tolist(),
     }
 
 
