@@ -63,7 +63,7 @@ classify *args: setup
 compare *args: setup
     @{{ python }} -m fgpt compare "$@"
 
-# A trained run as one plain model, and what merging changed: `just merge qlora-nano --onto dequantised`
+# A trained run as one plain model, and what merging changed: `just merge qlora-nano --merge-base dequantized`
 [no-exit-message]
 merge *args: setup
     @{{ python }} -m fgpt merge "$@"

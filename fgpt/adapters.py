@@ -5,7 +5,7 @@
 A `LoRA`, `DoRA` or `IA3` at the path of a layer adapts its weight; a plain tensor at the path of a leaf replaces that
 leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and they compose by dict union:
 `lora(.., rank=4, target="..") | lora(.., rank=16, target="..") | tune(..)`. The adapters are the one tree that is
-differentiated. What the base is made of, fp32 or 4-bit, they never ask: `lora` over a quantised tree is QLoRA.
+differentiated. What the base is made of, fp32 or 4-bit, they never ask: `lora` over a quantized tree is QLoRA.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.rng import fold_in, fold_in_seed, seed_tensor
-from fgpt.tree import children, num_elements, device, leaves, node, select, static, tree_map, replace_at, walk
+from fgpt.tree import children, device, leaves, node, num_elements, replace_at, select, static, tree_map, walk
 from fgpt.weights import Adapted, Weight, dense, row_norms, shape
 
 T = TypeVar("T")
@@ -163,13 +163,13 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
     r"""The leaves themselves, in fp32 (fp64 stays), as the trainable tree: `".*ln_.*"` tunes norms, `r".*\.b"` biases,
     `".*"` all.
 
-    Raises InputError where `target` matches nothing, or a part of a quantised weight.
+    Raises InputError where `target` matches nothing, or a part of a quantized weight.
     """
     found, held = leaves(params), [path for path, x in walk(params) if isinstance(x, QUANTIZED)]
     chosen = select(found, target)
     for path in chosen:
         if inside := [q for q in held if path.startswith(f"{q}.")]:
-            raise InputError(f"cannot tune {inside[0]}, which is quantised: narrow the target, or tune, then quantize")
+            raise InputError(f"cannot tune {inside[0]}, which is quantized: narrow the target, or tune, then quantize")
     return {path: at_least_fp32(found[path]) for path in chosen}
 
 
@@ -236,7 +236,9 @@ def _adapted_weight(w: Weight, x: LoRA | DoRA | IA3, draw: Int[Tensor, ""] | Non
     return Adapted(w, v.a, b, row, seed=draw if drops else None, scale=scale, dropout=v.dropout if drops else 0.0)
 
 
-def _detached_row_norms(w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float) -> Float[Tensor, " out"]:
+def _detached_row_norms(
+    w: Weight, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], scale: float
+) -> Float[Tensor, " out"]:
     """‖V‖ by row, a constant to every derivative."""
     return row_norms(tree_map(torch.detach, w), a.detach(), b.detach(), scale).clamp(min=1e-30)
 
@@ -269,25 +271,25 @@ def _nearest(path: str, known: Mapping[str, Any]) -> str:
 def merge(params: T, base: Any = None) -> T:
     """A plain tree again: every adapted weight becomes the one matrix it means.
 
-    Over a quantised base there are two answers, and `onto` says which: "dequantised" adds the adapters to the numbers
-    that they were trained on; the original params tree adds them to the numbers that were quantised, which they have
-    never seen. Neither is the model that was trained once it is rounded to a short dtype or quantised anew:
-    `fgpt.shift` measures by how much it differs.
+    Over a quantized base there are two answers, and `onto` says which: "dequantized" adds the adapters to the numbers
+    that they were trained on; the original params tree adds them to the numbers that were quantized, which they have
+    never seen. Neither is the model that was trained once it is rounded to a short dtype or quantized anew:
+    `fgpt.compare_outputs` measures by how much it differs.
 
-    Raises InputError for an adapter over a quantised weight where `onto` is not given.
+    Raises InputError for an adapter over a quantized weight where `onto` is not given.
     """
     found = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *QUANTIZED))}
     outermost = {p: w for p, w in found.items() if not any(p.startswith(f"{q}.") for q in found)}
-    quantised = {p for p, w in outermost.items() if isinstance(_base_weight(w), QUANTIZED)}
+    quantized = {p for p, w in outermost.items() if isinstance(_base_weight(w), QUANTIZED)}
     if base is None:
-        if stuck := [p for p in outermost if p in quantised and isinstance(outermost[p], Adapted)]:
+        if stuck := [p for p in outermost if p in quantized and isinstance(outermost[p], Adapted)]:
             raise InputError(
-                f'{stuck[0]} is quantised below: merge(params, onto="dequantised"), or onto the original params'
+                f'{stuck[0]} is quantized below: merge(params, onto="dequantized"), or onto the original params'
             )
-        return replace_at(params, {p: dense(w) for p, w in outermost.items() if p not in quantised})
+        return replace_at(params, {p: dense(w) for p, w in outermost.items() if p not in quantized})
     if isinstance(base, str):
-        if base != "dequantised":
-            raise InputError(f'merge onto {base!r}: expected "dequantised" or a params tree')
+        if base != "dequantized":
+            raise InputError(f'merge onto {base!r}: expected "dequantized" or a params tree')
         return replace_at(params, {p: dense(w) for p, w in outermost.items()})
     original = {path: x for path, x in walk(base) if path in outermost}
     if lost := [p for p, w in outermost.items() if p not in original or shape(original[p]) != shape(w)]:

@@ -26,7 +26,7 @@ def with_classification_head(params: GPT, classes: int, rng: torch.Generator) ->
         raise InputError(f"a classifier of {classes} classes: expected at least 2")
     w = torch.empty(classes, params.cfg.d_model, dtype=torch.float32).normal_(0, 0.02, generator=fold_in(rng, "head"))
     w = w.to(device(params), dtype(params.wte.w))
-    return replace(params, head=Linear(w), cfg=replace(params.cfg, tied=False))
+    return replace(params, head=Linear(w), cfg=replace(params.cfg, tie_word_embeddings=False))
 
 
 def num_classes(params: GPT) -> int | None:

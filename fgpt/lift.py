@@ -33,7 +33,7 @@ RECOMPUTES = (
 
 @node
 class Matrix:
-    """A parameter of two dimensions that no layer holds: it can be adapted and quantised as a layer's weight can."""
+    """A parameter of two dimensions that no layer holds: it can be adapted and quantized as a layer's weight can."""
 
     w: Weight
 
@@ -56,7 +56,7 @@ def from_module(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
     has several names is one leaf, at the first of them: GPT-2's head is `transformer.wte`, and an adapter there moves
     both.
 
-    `apply` reads every weight merged: an adapted one is formed once a call, a quantised one expanded, autograd keeps
+    `apply` reads every weight merged: an adapted one is formed once a call, a quantized one expanded, autograd keeps
     both for the backward, and a gradient passes through one as large as the weight (under vmap, one for each example).
     LoRA's dropout has no merged reading, and is refused.
 
@@ -180,7 +180,7 @@ def _tensors(params: Any, places: dict[str, Place], module: str) -> dict[str, Te
 
 
 def _weights(tree: Any, path: str = "") -> Iterator[tuple[str, Weight]]:
-    """Every weight of `tree` by path, adapted and quantised ones whole."""
+    """Every weight of `tree` by path, adapted and quantized ones whole."""
     for name, x in children(tree):
         if isinstance(x, (Tensor, Adapted, *QUANTIZED)):
             yield f"{path}{name}", x

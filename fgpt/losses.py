@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fgpt._typing import shaped
 from fgpt.kernels.cross_entropy import cross_entropy
-from fgpt.model import GPT, lm_head, hidden
+from fgpt.model import GPT, hidden, lm_head
 from fgpt.tree import node
 from fgpt.weights import linear_terms
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
-from fgpt.kernels.functorch_state import needs_higher_order, is_differentiated
+from fgpt.kernels.functorch_state import is_differentiated, needs_higher_order
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
-from fgpt.kernels.remat import remat as rematerialised
-from fgpt.kernels.rotary import DynamicScaling, RopeScaling, RopeCosSin, YarnScaling, apply_rope, rope_cos_sin
+from fgpt.kernels.remat import remat as rematerialized
+from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, RopeScaling, YarnScaling, apply_rope, rope_cos_sin
 from fgpt.rng import fold_in
-from fgpt.tree import leaves, node, static, replace_at
-from fgpt.weights import Weight, embed, linear, accumulates_in_half
+from fgpt.tree import leaves, node, replace_at, static
+from fgpt.weights import Weight, accumulates_in_half, embed, linear
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
@@ -70,7 +70,7 @@ class Config:
     rotary_dim: int = 0
     """Components of a head that are rotated by position; 0 adds learned positions instead."""
     interleaved: bool = False
-    """Rotated pairs are neighbours, and not one of each half."""
+    """Rotated pairs are neighbors, and not one of each half."""
     rope_theta: float = 10000.0
     """Of the rotation's angles."""
     rope_scaling: RopeScaling | YarnScaling | DynamicScaling | None = None
@@ -173,10 +173,12 @@ class GPT:
         """The same model with a head of its own: the embedding table, shared until one of the two is adapted."""
         if self.head is not None:
             return self
-        return replace(self, head=Linear(self.wte.w), cfg=replace(self.cfg, tied=False))
+        return replace(self, head=Linear(self.wte.w), cfg=replace(self.cfg, tie_word_embeddings=False))
 
 
-LayerKV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]  # it grows
+LayerKV: TypeAlias = tuple[
+    Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]
+]  # it grows
 
 
 @node
@@ -207,7 +209,9 @@ def abstract_params(cfg: Config) -> GPT:
     if cfg.n_head % cfg.kv_heads:
         raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
     if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_size:
-        raise InputError(f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even part of them")
+        raise InputError(
+            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even part of them"
+        )
     if cfg.sliding_window is not None and cfg.sliding_window < 1:
         raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
     if cfg.n_norms == 1 and not cfg.parallel_residual:
@@ -391,9 +395,13 @@ def transformer_layers(
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length) if cfg.rotary_dim else None
+    by = (
+        rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length)
+        if cfg.rotary_dim
+        else None
+    )
     seen: list[LayerKV] = []
-    step = rematerialised(block, recompute_fn=partial(block, read=False)) if remat else block
+    step = rematerialized(block, recompute_fn=partial(block, read=False)) if remat else block
     near = mask if cfg.sliding_window is None else _near(tokens, mask, past, cfg.sliding_window)
     for i, (p, kv) in enumerate(zip(params.blocks, past, strict=True)):
         x, kv = step(x, p, cfg, mask if i in cfg.full_layers else near, kv, by, cfg.score_scale(i))
@@ -494,12 +502,12 @@ def forward_with_cache(
 
 
 def fused_qkv(p: Attention | FusedAttention) -> Linear:
-    """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantised."""
+    """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantized."""
     if isinstance(p, FusedAttention):
         return p.qkv
     weights, biases = [x.w for x in (p.q, p.k, p.v)], [x.b for x in (p.q, p.k, p.v) if x.b is not None]
     if not all(isinstance(w, Tensor) for w in weights):
-        raise InputError("q, k and v are quantised or adapted already: fuse the plain base, then quantize and adapt it")
+        raise InputError("q, k and v are quantized or adapted already: fuse the plain base, then quantize and adapt it")
     return Linear(torch.cat(weights), torch.cat(biases) if biases else None)  # pyright: ignore[reportArgumentType]
 
 

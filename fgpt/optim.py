@@ -1,4 +1,4 @@
-"""Optimisers as (init, update) pairs of pure functions over trees, and schedules as functions of the step."""
+"""Optimizers as (init, update) pairs of pure functions over trees, and schedules as functions of the step."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def _at_least_1(x: Number) -> Number:
     return x.clamp(min=1) if isinstance(x, Tensor) else max(x, 1)
 
 
-# -------------------------------------------------------------------------------------------------------- optimisers
+# -------------------------------------------------------------------------------------------------------- optimizers
 
 
 @node

@@ -1,4 +1,4 @@
-"""Quantising a params tree: one more transform of it."""
+"""Quantizing a params tree: one more transform of it."""
 
 from typing import Any, TypeVar, get_args
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from fgpt.adapters import weight_matrices
 from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import BLOCK, Format, Quantized, quantize_matrix
-from fgpt.tree import select, replace_at
+from fgpt.tree import replace_at, select
 from fgpt.weights import Weight
 
 T = TypeVar("T")
@@ -20,16 +20,17 @@ def quantize(params: T, format: Format = "nf4", double_quant: bool = True, targe
     8 bits too: 0.516 bytes a number. blockwise8: the dynamic code of 256 values. int8: whole numbers scaled by row,
     whose products are whole too: small, and on a CPU with 8-bit dot products the fastest of all.
 
-    Raises InputError where `target` matches nothing, or a weight that is adapted, quantised already, or too small.
+    Raises InputError where `target` matches nothing, or a weight that is adapted, quantized already, or too small.
     """
     weights = weight_matrices(params)
     return replace_at(
-        params, {f"{path}.w": quantize_weight(path, weights[path], format, double_quant) for path in select(weights, target)}
+        params,
+        {f"{path}.w": quantize_weight(path, weights[path], format, double_quant) for path in select(weights, target)},
     )
 
 
 def quantize_weight(path: str, w: Weight, to: Any, double_quant: bool = True) -> Quantized:
-    """The weight of the layer at `path`, quantised. Raises InputError as `quantize` does."""
+    """The weight of the layer at `path`, quantized. Raises InputError as `quantize` does."""
     if to not in get_args(Format):
         raise InputError(f"quantize to {to!r}: expected one of {', '.join(get_args(Format))}")
     if not isinstance(w, Tensor):

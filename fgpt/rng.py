@@ -1,7 +1,7 @@
 """Random keys: a `torch.Generator` that is read and never advanced.
 
 Two draws from one key are the same draw; different draws come from `fold_in(key, name)`, so that the order in which
-things are initialised changes nothing. Where vmap or a compiler passes, a key is its `seed`: a number in a tensor.
+things are initialized changes nothing. Where vmap or a compiler passes, a key is its `seed`: a number in a tensor.
 Members that are to draw each their own are given each their own seed: `fold_in(key, i)`, with i mapped over.
 """
 

@@ -15,7 +15,7 @@ from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.losses import Batch
 from fgpt.optim import Optimizer, clip_by_global_norm, global_norm
 from fgpt.rng import fold_in, seed_tensor
-from fgpt.tree import node, unflatten_like, tree_leaves, tree_map
+from fgpt.tree import node, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]

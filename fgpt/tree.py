@@ -166,7 +166,7 @@ def nbytes(tree: Any) -> int:
 
 
 def astype(tree: T, dtype: torch.dtype) -> T:
-    """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantised weight, they are scales and
+    """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantized weight, they are scales and
     stay as they are.
     """
     beside = {  # subtrees that hold codes, and all that is below them

@@ -1,4 +1,4 @@
-"""The weight algebra. A weight is a tensor, a quantised matrix or an adapted weight; it has one meaning, `dense`, and
+"""The weight algebra. A weight is a tensor, a quantized matrix or an adapted weight; it has one meaning, `dense`, and
 one fast reading, `linear`:
 
     linear(x, w) == x @ dense(w).T
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fgpt.kernels import gemv, grad_only_linear
 from fgpt.kernels.dropout import dropout
-from fgpt.kernels.functorch_state import is_differentiated, in_transform_or_compile
-from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize, base_linear, embedding, slice_rows
+from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated
+from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, base_linear, dequantize, embedding, slice_rows
 from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
 from fgpt.tree import children, node, static
 
@@ -50,7 +50,7 @@ Weight: TypeAlias = Union[Tensor, Quantized, Adapted]
 
 
 def parameters(tree: Any) -> int:
-    """How many parameters a model has: a quantised matrix has out times in, in however many bytes it is held."""
+    """How many parameters a model has: a quantized matrix has out times in, in however many bytes it is held."""
     if isinstance(tree, Tensor):
         return tree.numel()
     if isinstance(tree, QUANTIZED):
@@ -117,7 +117,7 @@ def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batc
 
 def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
     """The factored reading, undone: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ, the frozen weight first. One that
-    is scaled by row, or quantised, is no such sum, and is merged.
+    is scaled by row, or quantized, is no such sum, and is merged.
     """
     if isinstance(w, Tensor):
         return [(x, w)]

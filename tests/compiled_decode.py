@@ -43,7 +43,10 @@ def test_few_bits(to: Any):
         for _ in range(4):
             chosen = a.argmax(-1)
             text = torch.cat([text, chosen[:, None]], 1)
-            a, b = static_cache.decode_step(small, chosen, rooms[0]), static_cache.compiled_decode_step()(small, chosen, rooms[1])
+            a, b = (
+                static_cache.decode_step(small, chosen, rooms[0]),
+                static_cache.compiled_decode_step()(small, chosen, rooms[1]),
+            )
             close(a, b, 1e-5)
             close(a, fgpt.apply(small, text)[:, -1], 1e-5)
 

@@ -44,7 +44,7 @@ def shaken(tree: Any, std: float = 0.15, seed: int = 0) -> Any:
 
 
 def tiny(**overrides: Any) -> fgpt.GPT:
-    fields: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 16, "context": 24, "vocab": 31, "d_mlp": 40}
+    fields: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 16, "n_ctx": 24, "vocab_size": 31, "d_mlp": 40}
     return shaken(fgpt.init(fgpt.Config(**fields | overrides), fgpt.key(0)))
 
 

@@ -20,7 +20,7 @@ from fgpt.cli.training.loop import train_loop
 from fgpt.losses import Batch, nll
 from fgpt.optim import adamw, constant_schedule
 from fgpt.recipes import find
-from fgpt.train_step import make_step, init_state
+from fgpt.train_step import init_state, make_step
 
 WARM, TIMES = 1000, 1000
 
@@ -50,7 +50,7 @@ def steps(leak: bool = False) -> int:
             yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
 
     plan = TrainingJob(
-        run=replace(find("lora-nano"), checkpoint=0.001),
+        run=replace(find("lora-nano"), checkpoint_every_minutes=0.001),
         step=make_step(lambda a, frozen, batch, seed: nll(adapt(frozen, a), batch), optimizer),
         frozen=base,
         batches=batches,

@@ -21,7 +21,7 @@ from fgpt.adapters import weight_matrices
 from fgpt.kernels.quantized_linear import QUANTIZED, Format, RowwiseInt8, dequantize, quantize_matrix, reference
 from fgpt.model import Linear
 from fgpt.train_step import make_step
-from fgpt.tree import astype, num_elements, leaves, tree_map, replace_at, walk
+from fgpt.tree import astype, leaves, num_elements, replace_at, tree_map, walk
 from fgpt.weights import linear_terms, row_norms
 
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
@@ -120,7 +120,11 @@ OUT, IN = 7, 64
 def matrix(kind: str, *size: int, seed: int = 0) -> Any:
     w = torch.randn(*size, generator=fgpt.key(seed)) / 8
     formats: dict[str, Format] = {"nf4": "nf4", "fp4": "fp4", "int8": "int8", "blockwise8": "blockwise8"}
-    return quantize_matrix(w, formats[kind]) if kind in formats else w.to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
+    return (
+        quantize_matrix(w, formats[kind])
+        if kind in formats
+        else w.to({"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
+    )
 
 
 @st.composite
@@ -193,7 +197,7 @@ def test_gradients_of_linear_are_those_of_dense(w: Any, batch: tuple[int, ...], 
         return x.double() @ meaning(w).T + sum(bias)
 
     found, true = gradients(x, w, bias, u, fgpt.linear), gradients(x, w, bias, u.double(), exact)
-    # and last, that of a matrix which `w` holds quantised
+    # and last, that of a matrix which `w` holds quantized
     sizes = gradients(x.detach().abs(), positive(w), bias, u.double().abs(), exact)
     for got, expected, size in zip(found, true, sizes[: len(true)], strict=True):
         close(got.double(), expected.double(), 1e-5 * size.max().item())
@@ -309,7 +313,7 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merged_is_factored(base: str, method: str):
     params = BASES[base]
     adapted = fgpt.adapt(params, *METHODS[method](params))
-    merged = fgpt.merge(adapted, base=None if base == "fp32" else "dequantised")
+    merged = fgpt.merge(adapted, base=None if base == "fp32" else "dequantized")
     assert not any(isinstance(x, (fgpt.Adapted, *QUANTIZED)) for _, x in walk(merged))
     assert {p: x.shape for p, x in leaves(merged).items()} == {p: x.shape for p, x in leaves(PLAIN).items()}
     near(fgpt.apply(merged, X), fgpt.apply(adapted, X))
@@ -319,7 +323,7 @@ def test_merged_is_factored(base: str, method: str):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "dora" not in m])
 def test_merging_onto_the_original_is_adapting_it(method: str):
-    """Whatever the base was quantised to; but for DoRA, whose row scales were those of the quantised rows."""
+    """Whatever the base was quantized to; but for DoRA, whose row scales were those of the quantized rows."""
     for base in ("nf4", "int8"):
         trees = METHODS[method](BASES[base])
         merged = fgpt.merge(fgpt.adapt(BASES[base], *trees), base=PLAIN)
@@ -328,7 +332,7 @@ def test_merging_onto_the_original_is_adapting_it(method: str):
 
 @pytest.mark.parametrize("target", ["head", rf"wte|head|{LINEARS}"])
 def test_merged_is_factored_for_a_head_of_its_own(target: str):
-    params = tiny(tied=False)
+    params = tiny(tie_word_embeddings=False)
     for adapters in (
         shaken(fgpt.lora(params, fgpt.key(0), 2, target=target)),
         shaken(fgpt.dora(params, fgpt.key(0), 2, target=target)),
@@ -436,7 +440,7 @@ def test_a_layer_costs_no_matrix(wide: dict[str, Any], method: str):
     assert WIDE < seen.numel <= 4 * WIDE
 
 
-def test_a_stack_of_adapters_on_a_quantised_layer_expands_its_base_alone(wide: dict[str, Any]):
+def test_a_stack_of_adapters_on_a_quantized_layer_expands_its_base_alone(wide: dict[str, Any]):
     adapted: Any = {"layer": Linear(wide["nf4"])}
     for method in ("lora", "dora", "ia3"):
         adapted = fgpt.adapt(adapted, adapter(method, wide["nf4"]))
@@ -774,7 +778,10 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, {"ln_f.w": torch.ones(8)}), r"ln_f\.w has shape \[8\], but the base has \[16\]"),
         (lambda p: fgpt.adapt(p, {"ln_g.w": torch.ones(16)}), r"no leaf 'ln_g\.w' to replace"),
         (lambda p: fgpt.adapt(p, fgpt.lora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
-        (lambda p: fgpt.adapt(p, fgpt.lora(fgpt.fuse_qkv(p), fgpt.key(0), 2)), r"for a fused base: fuse\(params\) first"),
+        (
+            lambda p: fgpt.adapt(p, fgpt.lora(fgpt.fuse_qkv(p), fgpt.key(0), 2)),
+            r"for a fused base: fuse\(params\) first",
+        ),
         (lambda p: fgpt.adapt(fgpt.fuse_qkv(p), fgpt.lora(p, fgpt.key(0), 2)), r"not fused: do not fuse\(params\)"),
         (lambda p: fgpt.dora(p, fgpt.key(0), rank=17), r"rank 17 on blocks\.0\.attn\.q: expected 1 to 16"),
         (
@@ -814,8 +821,8 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, {"blocks.0.ln_1": fgpt.IA3(torch.ones(16))}), r"no layer 'blocks\.0\.ln_1' to adapt"),
         (lambda p: fgpt.adapt(p, fgpt.dora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
         (
-            lambda p: fgpt.merge(p, base="quantised"),
-            "merge onto 'quantised': expected \"dequantised\" or a params tree",
+            lambda p: fgpt.merge(p, base="quantized"),
+            "merge onto 'quantized': expected \"dequantized\" or a params tree",
         ),
         (lambda p: fgpt.fuse_qkv(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the plain base"),
         (lambda p: fgpt.save(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2)), Path("x")), r"merge\(params\) first"),
@@ -835,10 +842,24 @@ def test_keys_are_read_and_never_advanced(gpt: fgpt.GPT):
     before = rng.get_state()
     fgpt.init(gpt.cfg, rng)
     fgpt.lora(gpt, rng, 2)
-    first = fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng)
-    assert fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng) == first
+    first = fgpt.generate(
+        gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng
+    )
     assert (
-        fgpt.generate(gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=fgpt.key(4))
+        fgpt.generate(
+            gpt, [[1], [2, 3]], eos_token_id=0, max_new_tokens=8, sampling=fgpt.SamplingParams(temperature=1.0), rng=rng
+        )
+        == first
+    )
+    assert (
+        fgpt.generate(
+            gpt,
+            [[1], [2, 3]],
+            eos_token_id=0,
+            max_new_tokens=8,
+            sampling=fgpt.SamplingParams(temperature=1.0),
+            rng=fgpt.key(4),
+        )
         != first
     )
     assert torch.equal(rng.get_state(), before)

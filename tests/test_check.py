@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from fgpt.checks.context import max_rel_diff, perturb, max_or_nan
+from fgpt.checks.context import max_or_nan, max_rel_diff, perturb
 from fgpt.cli.diagnostics import doctor
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
@@ -26,9 +26,9 @@ from fgpt.weights import Adapted
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {
-        "norm": "rms", "act": "silu", "gated": True, "biases": "", "rotary": 32, "tied": False, "n_kv": 1
+        "norm_type": "rms", "activation": "silu", "gated_mlp": True, "biases": "", "rotary_dim": 32, "tie_word_embeddings": False, "n_kv": 1
     },
-    "neox": {"rotary": 8, "parallel": True, "tied": False},
+    "neox": {"rotary_dim": 8, "parallel_residual": True, "tie_word_embeddings": False},
 }  # fmt: skip
 BASES = ("fp32", "bf16", "nf4", "int8", "blockwise8")
 METHODS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
@@ -46,7 +46,7 @@ LAWS = [
 
 
 def model(family: str = "gpt2", base: str = "fp32", layers: int = 1) -> fgpt.GPT:
-    cfg = fgpt.Config(**{"n_layer": layers, "n_head": 2, "d_model": 64, "context": 24, "vocab": 31, "d_mlp": 128}
+    cfg = fgpt.Config(**{"n_layer": layers, "n_head": 2, "d_model": 64, "n_ctx": 24, "vocab_size": 31, "d_mlp": 128}
                       | FAMILIES[family])  # fmt: skip
     params = shaken(fgpt.init(cfg, fgpt.key(0)), 0.1)
     if base in ("fp32", "bf16"):
@@ -169,7 +169,7 @@ def faulty(given: fgpt.Batch = PACKED, base: str = "fp32", method: str = "lora a
 
 
 def test_loss_nothing_weighted():
-    given = replace(PACKED, weights=torch.zeros_like(PACKED.weights), at=None)
+    given = replace(PACKED, weights=torch.zeros_like(PACKED.weights), loss_positions=None)
     params = model()
     broken, unasked = verdict(params, METHODS["lora"](params), given)
     assert (broken, unasked) == ({"finite loss"}, set(LAWS[1:-1]))
@@ -183,7 +183,7 @@ def test_loss_is_no_number():
 def test_loss_a_forgotten_position():
     assert PACKED.loss_positions is not None
     for at in (PACKED.loss_positions[1:], torch.cat([PACKED.loss_positions, PACKED.loss_positions[:1]])):
-        assert faulty(replace(PACKED, at=at)) == {"finite loss"}
+        assert faulty(replace(PACKED, loss_positions=at)) == {"finite loss"}
 
 
 def test_padding_that_counts_as_positions(patch: Patch):
@@ -320,7 +320,7 @@ def test_a_rate_that_is_lost_in_rounding():
     assert not verdict(params, adapters, PACKED, lr=1e-2)[0]
 
 
-def test_an_optimiser_that_leaves_one_out(patch: Patch):
+def test_an_optimizer_that_leaves_one_out(patch: Patch):
     def partial(adamw: Any) -> Any:
         def made(lr: float) -> Any:
             whole = adamw(lr)
@@ -366,7 +366,9 @@ def test_a_peft_folder_that_forgets_alpha(patch: Patch):
     patch("fgpt.checks.persistence", "load_peft", weak)
     assert faulty(method="lora") == {"save and load"}
     params = model()
-    partly = METHODS["lora"](params) | fgpt.trainable_leaves(params, r"blocks\.0\.attn\.q\.b")  # which PEFT does not hold
+    partly = METHODS["lora"](params) | fgpt.trainable_leaves(
+        params, r"blocks\.0\.attn\.q\.b"
+    )  # which PEFT does not hold
     assert not verdict(params, partly, PACKED)[0]
 
 
@@ -392,7 +394,7 @@ def test_a_base_that_is_written_to(patch: Patch):
 # ------------------------------------------------------------------------------------------------------------- a run
 
 
-NANO = replace(find("lora-nano"), seq=160, rows=2, long="drop")  # pyright: ignore[reportCallIssue]
+NANO = replace(find("lora-nano"), max_seq_len=160, micro_batch_size=2, overlong="drop")  # pyright: ignore[reportCallIssue]
 
 
 def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
@@ -423,9 +425,27 @@ def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
     stories, rows = tmp_path / "stories.txt", tmp_path / "rows.txt"
     stories.write_text("<|endoftext|>".join(f"Once there was a fox who had {i} hats." for i in range(40)))
     small = PretrainingRecipe(
-        name="p", data=(stories,), n_layer=1, n_head=2, d_model=32, max_seq_len=24, micro_batch_size=3, steps=2, device="cpu", compile=False
+        name="p",
+        data=(stories,),
+        n_layer=1,
+        n_head=2,
+        d_model=32,
+        max_seq_len=24,
+        micro_batch_size=3,
+        steps=2,
+        device="cpu",
+        compile=False,
     )
     assert all(x.holds is not False for x in doctor.run(small))
     rows.write_text("".join(f"I feel {word} and {i};{word}\n" for i in range(12) for word in ("sad", "glad")))
-    told = ClassificationRecipe(name="c", base="nano", train=str(rows), num_heldout=4, max_seq_len=48, micro_batch_size=3, head="classes", device="cpu")
+    told = ClassificationRecipe(
+        name="c",
+        base="nano",
+        train=str(rows),
+        num_heldout=4,
+        max_seq_len=48,
+        micro_batch_size=3,
+        head="classes",
+        device="cpu",
+    )
     assert all(x.holds is not False for x in doctor.run(told))

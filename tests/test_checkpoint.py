@@ -193,13 +193,15 @@ def test_the_fingerprint_names_what_changed():
     from dataclasses import replace
 
     assert changed() == []
-    assert changed(base=replace(base, cfg=replace(cfg, eps=0.1))) == ["base config"]
+    assert changed(base=replace(base, cfg=replace(cfg, norm_eps=0.1))) == ["base config"]
     assert changed(base=fgpt.init(cfg, fgpt.key(1))) == ["base weights"]
     assert changed(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
     assert changed(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
     assert changed(template="{input}") == ["template"]
     assert changed(run=replace(run, weight_decay=0.5)) == ["options"]
-    assert changed(run=replace(run, keep=9, data="elsewhere.json", name="x")) == []  # what lies there is what counts
+    assert (
+        changed(run=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
+    )  # what lies there is what counts
     frozen = fgpt.quantize(fgpt.init(replace(cfg, d_model=64, d_mlp=64), fgpt.key(0)), "nf4")
     assert changed(base=frozen) == ["base config", "base weights"]
 

@@ -89,7 +89,7 @@ def test_labels_that_do_not_fit(labels: list[str], expected: str, tmp_path: Path
 
 def test_a_quantized_classifier_is_to_be_merged_first(tmp_path: Path):
     params = fgpt.quantize(fgpt.with_classification_head(tiny(), 3, fgpt.key(0)), "int8")
-    with pytest.raises(fgpt.InputError, match="a classifier over quantised weights has no such format: merge"):
+    with pytest.raises(fgpt.InputError, match="a classifier over quantized weights has no such format: merge"):
         fgpt.save(params, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -104,18 +104,29 @@ def test_a_head_that_is_none(score: torch.Tensor, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--adapter.kind", "lora"], ["--adapter.kind", "full"], ["--quantize", "nf4"], ["--form", "tokens"]],
+    [["--adapter.kind", "lora"], ["--adapter.kind", "full"], ["--quantize", "nf4"], ["--head", "tokens"]],
     ids=["lora", "full", "nf4", "tokens"],
 )
 def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "rows.txt").write_text("I am happy;joy\nI am sad;fear\n" * 8)
-    run = ["--base", "nano", "--train", str(tmp_path / "rows.txt"), "--heldout", "4", "--steps", "2", "--seq", "32"]
+    run = [
+        "--base",
+        "nano",
+        "--train",
+        str(tmp_path / "rows.txt"),
+        "--num-heldout",
+        "4",
+        "--steps",
+        "2",
+        "--max-seq-len",
+        "32",
+    ]
     run += ["--labels", "joy=love", "fear", "--out", str(tmp_path)]
     assert main(["train", "emotion-small", *run, *options]) == 0
     out = tmp_path / "emotion-small"
     nf4 = "--quantize" in options
-    assert main(["merge", str(out), *(["--onto", "dequantised"] if nf4 else [])]) == 0
-    merged = out / ("merged-dequantised" if nf4 else "merged")
+    assert main(["merge", str(out), *(["--merge-base", "dequantized"] if nf4 else [])]) == 0
+    merged = out / ("merged-dequantized" if nf4 else "merged")
     trained, ours = load_classifier(out), fgpt.tokenizer("nano")
     row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
     expected = fgpt.apply(trained.params, row)[-1]
@@ -136,7 +147,18 @@ def test_the_adapter_of_a_classifier_is_peft_s(tmp_path: Path):
     base, run = tmp_path / "base", tmp_path / "runs"
     fgpt.save(fgpt.load("nano"), base, like="nano")
     (tmp_path / "rows.txt").write_text("I am happy;joy\nI am sad;fear\n" * 8)
-    options = ["--train", str(tmp_path / "rows.txt"), "--heldout", "4", "--steps", "3", "--seq", "32", "--rows", "1"]
+    options = [
+        "--train",
+        str(tmp_path / "rows.txt"),
+        "--num-heldout",
+        "4",
+        "--steps",
+        "3",
+        "--max-seq-len",
+        "32",
+        "--micro-batch-size",
+        "1",
+    ]
     assert main(["train", "emotion-small", "--base", str(base), *options, "--out", str(run)]) == 0
     at = run / "emotion-small" / "adapter"
     config = json.loads((at / "adapter_config.json").read_text())

@@ -23,22 +23,22 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import fgpt
 from experiments.bench.load import SHAPE
 from fgpt.cli.evaluation.metrics.classes import majority, plot_confusion, scores
-from fgpt.cli.inference.classifiers import common_to, frame_of, log_probabilities, load_classifier, predict, with_head
+from fgpt.cli.inference.classifiers import common_to, frame_of, load_classifier, log_probabilities, predict, with_head
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.classification import read, to_score, trained_of
 from fgpt.data.classification_datasets import HUB, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
-    PromptFrame,
     LabeledText,
     Labels,
+    PromptFrame,
     PromptWording,
+    assemble,
     classes,
-    sample_shots,
     encode,
     prompt_frame,
-    assemble,
     resolve_labels,
+    sample_shots,
     verbalizers,
 )
 from fgpt.data.packing import collate, epoch_batches
@@ -155,7 +155,9 @@ def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list
 def test_a_category_is_asked_for_after_any_text(text: str, width: int):
     wording = PromptWording("Sort into {labels}.\n", "Text:\n", "\nCategory:")
     around = prompt_frame(wording, ["joy", "fear"], NANO, end=False)
-    (example,), _ = encode([LabeledText(text * 4, label="fear")], verbalizers(["joy", "fear"], NANO), around, NANO, width)
+    (example,), _ = encode(
+        [LabeledText(text * 4, label="fear")], verbalizers(["joy", "fear"], NANO), around, NANO, width
+    )
     said = NANO.decode(list(example.tokens))
     assert said.startswith("Sort into joy, fear.\nText:\n")
     assert said.endswith("\nCategory:")
@@ -179,14 +181,14 @@ def test_the_end_is_read_and_the_separator_is_attended():
     assert not torch.allclose(a, b, atol=1e-3)
 
 
-labelled = st.builds(
+labeled = st.builds(
     lambda tokens, label: Example(tuple(tokens), len(tokens), label),
     st.lists(st.integers(0, 30), min_size=1, max_size=9),
     st.integers(0, 2),
 )
 
 
-@given(st.lists(labelled, min_size=1, max_size=12), st.integers(0, 5))
+@given(st.lists(labeled, min_size=1, max_size=12), st.integers(0, 5))
 def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], seed: int):
     seen: Counter[tuple[int, ...]] = Counter()
     for rows_ in epoch_batches(examples, 12, 2, fgpt.key(seed)):
@@ -202,7 +204,7 @@ def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], se
     assert seen == Counter((*x.tokens, x.label or 0) for x in examples)
 
 
-@given(st.lists(labelled, min_size=1, max_size=20), st.integers(9, 24))
+@given(st.lists(labeled, min_size=1, max_size=20), st.integers(9, 24))
 def test_packed_scoring_is_scoring_one_by_one(examples: list[Example], width: int):
     params = fgpt.with_classification_head(tiny(), 3, fgpt.key(1))
     packed = log_probabilities(params, examples, classes("abc"), width)
@@ -272,7 +274,7 @@ def test_shots_are_balanced_and_a_function_of_the_key():
     assert Counter(x.label for x in shots) == {"a": 4, "b": 3}
     assert len(set(shots)) == 7
     assert shots == sample_shots(found, ("a", "b"), 7, fgpt.key(0)) != sample_shots(found, ("a", "b"), 7, fgpt.key(1))
-    with pytest.raises(InputError, match="20 shots want 10 of 'b', but 8 are there: lower --shots"):
+    with pytest.raises(InputError, match="20 shots want 10 of 'b', but 8 are there: lower --num-fewshot"):
         sample_shots(found, ("a", "b"), 20, fgpt.key(0))
     around = prompt_frame(PromptWording("Do.\n", "Text:\n", "\nSo:"), ("a", "b"), NANO, end=False, shots=shots[:2])
     one, two = shots[:2]
@@ -310,14 +312,19 @@ def test_scores_are_scikit_learn_s(pairs: list[tuple[int, int]]):
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
-def test_files_of_labelled_texts(tmp_path: Path):
+def test_files_of_labeled_texts(tmp_path: Path):
     (tmp_path / "a.txt").write_text("i am; sad;sadness\n\n hooray ;joy\n", encoding="utf-8")
-    assert load_labeled_texts(str(tmp_path / "a.txt")) == [LabeledText("i am; sad", "", "sadness"), LabeledText("hooray", "", "joy")]
+    assert load_labeled_texts(str(tmp_path / "a.txt")) == [
+        LabeledText("i am; sad", "", "sadness"),
+        LabeledText("hooray", "", "joy"),
+    ]
     assert load_labeled_texts(str(tmp_path / "a.txt"))[1].where == f"{tmp_path / 'a.txt'}, line 3"
     (tmp_path / "a.csv").write_text('label,text\n2,"so, ""so"""\n', encoding="utf-8")
     assert load_labeled_texts(str(tmp_path / "a.csv")) == [LabeledText('so, "so"', "", "2")]
     (tmp_path / "a.tsv").write_text('index\ts1\ts2\tlabel\n0\t"We know\tIt "is"\tyes\n', encoding="utf-8")
-    assert load_labeled_texts(str(tmp_path / "a.tsv"), columns=Columns("s1", "s2")) == [LabeledText('"We know', 'It "is"', "yes")]
+    assert load_labeled_texts(str(tmp_path / "a.tsv"), columns=Columns("s1", "s2")) == [
+        LabeledText('"We know', 'It "is"', "yes")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -451,7 +458,19 @@ def feelings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--base", "nano", "--train", str(path / "train.txt"), "--test", str(path / "test.txt")]
 
 
-SHORT = ["--steps", "25", "--rows", "1", "--seq", "256", "--warmup", "3", "--lr", "6e-3", "--adapter.kind"]
+SHORT = [
+    "--steps",
+    "25",
+    "--micro-batch-size",
+    "1",
+    "--max-seq-len",
+    "256",
+    "--warmup-steps",
+    "3",
+    "--lr",
+    "6e-3",
+    "--adapter.kind",
+]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -480,9 +499,9 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
 
 
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    wording = ["--wording.instruction", "One of {labels}.\n", "--wording.suffix", " It was"]
+    wording = ["--prompt.instruction", "One of {labels}.\n", "--prompt.suffix", " It was"]
     labels = ["--labels", "joy=love", "fear"]
-    run = ["emotion-small", "--form", "tokens", "--shots", "4", *feelings, *wording, *labels]
+    run = ["emotion-small", "--head", "tokens", "--num-fewshot", "4", *feelings, *wording, *labels]
     assert main(["train", *run, *SHORT, "lora", "--out", str(tmp_path)]) == 0
     out = tmp_path / "emotion-small"
     assert "base: accuracy" in capsys.readouterr().err
@@ -501,12 +520,24 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
         predict(trained, texts, ["hate", "no"])
 
 
-def test_pairs_train_over_a_quantised_base(tmp_path: Path):
+def test_pairs_train_over_a_quantized_base(tmp_path: Path):
     entails = [(f"{a} saw {b}.", f"{c} saw {b}.", "yes" if a == c else "no") for a in NEW for b in NEW[:2] for c in NEW]
     lines = ["sentence1\tsentence2\tlabel", *("\t".join(row) for row in entails)]
     (tmp_path / "a.tsv").write_text("\n".join(lines))
     options = ["--base", "nano", "--train", str(tmp_path / "a.tsv"), "--test", str(tmp_path / "a.tsv")]
-    options += ["--labels", "yes", "no", "--quantize", "nf4", "--steps", "3", "--seq", "24", "--rows", "4"]
+    options += [
+        "--labels",
+        "yes",
+        "no",
+        "--quantize",
+        "nf4",
+        "--steps",
+        "3",
+        "--max-seq-len",
+        "24",
+        "--micro-batch-size",
+        "4",
+    ]
     assert main(["train", "rte-small-lora", *options, "--out", str(tmp_path / "out")]) == 0
     base = fgpt.with_classification_head(fgpt.load("nano"), 2, fgpt.key(0))
     assert "head.w" in fgpt.load_peft(tmp_path / "out" / "rte-small-lora" / "adapter", base)
@@ -557,16 +588,21 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--labels", "joy", "fear", "joy"], r"one is there twice"),
         (GOOD, GOOD, ["--labels", "joy=x", "fear=x"], r"one is there twice"),
         ("i am glad;joy", GOOD, [], r"labels are joy: expected at least two"),
-        (GOOD, GOOD, ["--form", "tokens", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
-        (GOOD, GOOD, ["--shots", "2"], r"--shots 2 want labels as next tokens: --form tokens"),
+        (GOOD, GOOD, ["--head", "tokens", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
+        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 want labels as next tokens: --head tokens"),
         (
             GOOD,
             GOOD,
-            ["--form", "tokens", "--shots", "20"],
-            r"20 shots want 10 of 'fear', but 4 are there: lower --shots",
+            ["--head", "tokens", "--num-fewshot", "20"],
+            r"20 shots want 10 of 'fear', but 4 are there: lower --num-fewshot",
         ),
-        (GOOD, GOOD, ["--form", "classy"], r"classy"),
-        (GOOD, GOOD, ["--seq", "3"], r"line 1: the words around a text take 1 of 3 tokens, which leaves too few"),
+        (GOOD, GOOD, ["--head", "classy"], r"classy"),
+        (
+            GOOD,
+            GOOD,
+            ["--max-seq-len", "3"],
+            r"line 1: the words around a text take 1 of 3 tokens, which leaves too few",
+        ),
         (GOOD, GOOD, ["--columns.text2", "more"], r"line 1: no column 'more'; there are 'text', 'label': name the"),
         (GOOD, GOOD, ["--columns.label", "class"], r"line 1: no column 'class'; .*--columns\.label"),
         (GOOD, GOOD, ["--test", "davidson"], r"davidson has no test split on the hub: leave --test out"),
@@ -583,7 +619,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
             ["--test", "None"],
             r"train\.txt has 1 rows: expected 2 or more, one of them to be held",
         ),
-        (GOOD, GOOD, ["--also", "nothing"], r"'nothing' matches no path"),
+        (GOOD, GOOD, ["--tune-also", "nothing"], r"'nothing' matches no path"),
         (GOOD, GOOD, ["--adapter.target", "nothing"], r"'nothing' matches no path"),
         (GOOD, GOOD, ["--device", "cuda:99"], r"device 'cuda:99' cannot be used"),
     ],
@@ -608,7 +644,7 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
     long = "a fox ran home " * 20
     (tmp_path / "a.tsv").write_text(f"sentence1\tsentence2\tlabel\na\tb\tyes\na\tb\tno\n{long}\t{long}\tno\n")
     run = ["train", "rte-small-lora", "--base", "nano", "--labels", "yes", "no", "--test", str(tmp_path / "a.tsv")]
-    out = ["--train", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "out"), "--seq", "40"]
+    out = ["--train", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "out"), "--max-seq-len", "40"]
     assert main([*run, *out]) == 2
     said = capsys.readouterr().err.strip()
     assert "a.tsv, line 4: both texts are too long, 80 and 80 tokens where there is room for 38 in all" in said

@@ -31,7 +31,7 @@ from fgpt.cli.report.config_diff import command
 from fgpt.cli.training.instruction_tuning import low_rate, sizes
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.recipes import RECIPES, PretrainingRecipe, InstructionRecipe, find
+from fgpt.recipes import RECIPES, InstructionRecipe, PretrainingRecipe, find
 from fgpt.recipes.tuning import FineTuningRecipe, default_warmup
 from fgpt.weights import parameters
 
@@ -41,24 +41,35 @@ ODD = "[/red]x[b] :smile:"
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base, rows, labelled texts, and a run of each kind that is trained on them."""
+    """A tiny base, rows, labeled texts, and a run of each kind that is trained on them."""
     at = tmp_path_factory.mktemp(ODD.replace("/", "|"))
-    cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=96)
+    cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, n_ctx=96)
     models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
     rows = [{"instruction": f"Say {i} {ODD}.", "output": f"It is {i} {ODD}."} for i in range(24)]
     (at / "rows.json").write_text(json.dumps(rows))
     texts = [f"it is {i},{('[pos]', '[/neg]')[i % 2]}" for i in range(24)]
     (at / "texts.csv").write_text("\n".join(["text,label", *texts, ""]))
-    assert main(["train", *training(at), "--name", "it[b]", "--compare", "2", "--most", "3"]) == 0
-    labels = ["--base", str(at / "base"), "--train", str(at / "texts.csv"), "--test", "None", "--heldout", "6"]
+    assert main(["train", *training(at), "--name", "it[b]", "--compare-prompts", "2", "--max-new-tokens", "3"]) == 0
+    labels = ["--base", str(at / "base"), "--train", str(at / "texts.csv"), "--test", "None", "--num-heldout", "6"]
     labels += ["--steps", "2", "--name", "told[b]", "--out", str(at / "runs")]
     assert main(["train", "emotion-small", *labels]) == 0
     return at
 
 
 def training(at: Path) -> list[str]:
-    base = ["--base", str(at / "base"), "--data", str(at / "rows.json"), "--heldout", "4"]
-    return ["lora-nano", *base, "--seq", "80", "--rows", "2", "--steps", "3", "--out", str(at / "runs")]
+    base = ["--base", str(at / "base"), "--data", str(at / "rows.json"), "--num-heldout", "4"]
+    return [
+        "lora-nano",
+        *base,
+        "--max-seq-len",
+        "80",
+        "--micro-batch-size",
+        "2",
+        "--steps",
+        "3",
+        "--out",
+        str(at / "runs"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- ranges of numbers
@@ -114,43 +125,73 @@ def test_every_recipe_is_within_them():
 BAD: dict[str, list[str]] = {
     "train lora-nano": [
         *(
-            "--rows=-1",
-            "--rows=0",
-            "--rows=9999999999",
-            "--rows=2147483647",
-            "--accumulate=0",
-            "--accumulate=-2",
+            "--micro-batch-size=-1",
+            "--micro-batch-size=0",
+            "--micro-batch-size=9999999999",
+            "--micro-batch-size=2147483647",
+            "--grad-accumulation-steps=0",
+            "--grad-accumulation-steps=-2",
             "--steps=0",
             "--steps=-3",
         ),
         *("--lr=-1", "--lr=nan", "--lr=inf", "--lr=0", "--epochs=0", "--epochs=-1", "--epochs=nan", "--epochs=1e300"),
-        *("--warmup=-1", "--seq=0", "--seq=1", "--keep=0", "--checkpoint=-1", "--checkpoint=nan", "--evaluate=0"),
-        *("--heldout=-1", "--compare=-1", "--most=0", "--weight-decay=-1", "--weight-decay=nan"),
+        *(
+            "--warmup-steps=-1",
+            "--max-seq-len=0",
+            "--max-seq-len=1",
+            "--keep-checkpoints=0",
+            "--checkpoint-every-minutes=-1",
+            "--checkpoint-every-minutes=nan",
+            "--eval-every=0",
+        ),
+        *("--num-heldout=-1", "--compare-prompts=-1", "--max-new-tokens=0", "--weight-decay=-1", "--weight-decay=nan"),
         *(f"--seed={2**64}", f"--seed={-(2**63) - 1}", "--adapter.rank=0", "--adapter.alpha=nan"),
         *("--adapter.alpha=0", "--adapter.alpha=-1", "--adapter.dropout=1", "--adapter.dropout=-0.1"),
     ],
-    "doctor lora-nano": ["--rows=-1", "--lr=nan"],
-    "train emotion-small": ["--shots=-1", "--heldout=0", "--seq=1"],
+    "doctor lora-nano": ["--micro-batch-size=-1", "--lr=nan"],
+    "train emotion-small": ["--num-fewshot=-1", "--num-heldout=0", "--max-seq-len=1"],
     "train pretrain-nano": [
-        *("--betas 0.9 1", "--betas -0.1 0.9", "--floor=-1", "--floor=2", "--peak=0", "--vocab=0", "--n-layer=0"),
+        *(
+            "--betas 0.9 1",
+            "--betas -0.1 0.9",
+            "--min-lr-ratio=-1",
+            "--min-lr-ratio=2",
+            "--peak-tflops=0",
+            "--vocab=0",
+            "--n-layer=0",
+        ),
         *(
             "--steps=0",
             "--lr=nan",
-            "--warmup=-1",
-            "--rows=2147483647",
-            "--accumulate=2147483647",
+            "--warmup-steps=-1",
+            "--micro-batch-size=2147483647",
+            "--grad-accumulation-steps=2147483647",
             "--n-layer=2147483647",
         ),
     ],
     "generate r hi": [
-        *("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-p=1.1", "--top-k=0", "--min-p=2", "--beams=0"),
-        *("--samples=0", "--most=0", "--length-penalty=nan", "--repetition-penalty=0", "--no-repeat-ngram=0"),
-        *(f"--seed={2**64}", "--length-penalty=1e300", "--length-penalty=-1e300", "--samples=2147483647"),
-        "--beams=2147483647",
+        *(
+            "--temperature=-1",
+            "--temperature=nan",
+            "--top-p=0",
+            "--top-p=1.1",
+            "--top-k=0",
+            "--min-p=2",
+            "--num-beams=0",
+        ),
+        *(
+            "--num-return-sequences=0",
+            "--max-new-tokens=0",
+            "--length-penalty=nan",
+            "--repetition-penalty=0",
+            "--no-repeat-ngram=0",
+        ),
+        *(f"--seed={2**64}", "--length-penalty=1e300", "--length-penalty=-1e300", "--num-return-sequences=2147483647"),
+        "--num-beams=2147483647",
     ],
-    "chat r": ["--most=-1", "--top-k=-1"],
-    "compare r": ["--count=0", "--most=0", "--temperature=inf"],
-    "eval r": ["--width=0", "--stride=0", "--limit=0", "--shots=-1", "--answers=0", "--rows=0"],
+    "chat r": ["--max-new-tokens=-1", "--top-k=-1"],
+    "compare r": ["--num-prompts=0", "--max-new-tokens=0", "--temperature=inf"],
+    "eval r": ["--window=0", "--stride=0", "--limit=0", "--num-fewshot=-1", "--num-generations=0", "--batch-size=0"],
     "replay r": ["--step=0", "--step=-1"],
 }
 
@@ -178,8 +219,8 @@ def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(at: Path, tmp_path: 
             run_dir.read_run(tmp_path)
     (tmp_path / "run.json").write_text((at / "runs" / "it[b]" / "run.json").read_text())
     (tmp_path / "status.json").write_text('{"state": "interrupted"}')
-    assert main(["train", str(tmp_path), "--resume", "--keep", "0"]) == 2
-    assert "--keep is 0: expected 1 or more" in capsys.readouterr().err
+    assert main(["train", str(tmp_path), "--resume", "--keep-checkpoints", "0"]) == 2
+    assert "--keep-checkpoints is 0: expected 1 or more" in capsys.readouterr().err
 
 
 def test_ranges_in_words():
@@ -212,14 +253,14 @@ def test_a_warm_up_that_nobody_asked_for_is_a_tenth_at_most():
 
 
 def test_a_short_training_comes_to_its_rate(at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    args = [*training(at), "--compare", "0", "--lr", "6e-3", "--out", str(tmp_path)]
+    args = [*training(at), "--compare-prompts", "0", "--lr", "6e-3", "--out", str(tmp_path)]
     assert main(["train", *args]) == 0
     assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano" / "metrics.jsonl")) == 6e-3
     assert "warmup" not in capsys.readouterr().err
-    assert main(["train", *args, "--warmup", "20"]) == 0  # asked for: as it is, and said
+    assert main(["train", *args, "--warmup-steps", "20"]) == 0  # asked for: as it is, and said
     assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano-2" / "metrics.jsonl")) == pytest.approx(9e-4)
     said = " ".join(capsys.readouterr().err.split())
-    assert "it ends within its --warmup 20: of lr 0.006 it reaches 0.0009" in said
+    assert "it ends within its --warmup-steps 20: of lr 0.006 it reaches 0.0009" in said
     assert low_rate(1.0, 20, 20) == []
 
 
@@ -246,8 +287,8 @@ def test_a_header_counts_parameters_and_not_bytes():
 def every_command(at: Path) -> dict[str, list[str]]:
     it, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
     return {
-        "generate": [it, ODD, "--most", "3"],
-        "compare": [it, "--most", "3", "--count", "2"],
+        "generate": [it, ODD, "--max-new-tokens", "3"],
+        "compare": [it, "--max-new-tokens", "3", "--num-prompts", "2"],
         "classify": [told, ODD, "it is [bold]"],
         "merge": [it],
         "eval": [it],
@@ -445,7 +486,7 @@ def test_a_hangup_that_is_ignored_stays_so(at: Path, tmp_path: Path):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         slow_steps()
 
-    child = Child(["train", *training(at), "--compare", "0", "--steps", "9", "--out", str(tmp_path)], prepare)
+    child = Child(["train", *training(at), "--compare-prompts", "0", "--steps", "9", "--out", str(tmp_path)], prepare)
     child.hear("step 1/9")
     child.signal(signal.SIGHUP)
     assert child.end()[0] == 0
@@ -473,13 +514,24 @@ def test_a_reader_that_goes_ends_a_command_quietly(at: Path):
     done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
     run, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
-    for args in (["generate", run, "Hi.", "--most", "20"], ["classify", told, "hi"], ["generate", "--help"]):
+    for args in (["generate", run, "Hi.", "--max-new-tokens", "20"], ["classify", told, "hi"], ["generate", "--help"]):
         assert Child(args, stdout=closed_pipe()).end() == (141, "", ""), args
 
 
 def test_a_training_nobody_listens_to_goes_on(at: Path, tmp_path: Path):
     """Both streams are closed from the first line on."""
-    args = ["train", *training(at), "--compare", "2", "--most", "3", "--evaluate", "1", "--out", str(tmp_path)]
+    args = [
+        "train",
+        *training(at),
+        "--compare-prompts",
+        "2",
+        "--max-new-tokens",
+        "3",
+        "--eval-every",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert Child(args, stdout=closed_pipe(), stderr=closed_pipe()).end()[0] == 0
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -487,7 +539,7 @@ def test_a_training_nobody_listens_to_goes_on(at: Path, tmp_path: Path):
 
 
 def test_a_full_disk_behind_stdout_is_said(at: Path):
-    args = ["generate", str(at / "runs" / "it[b]"), "Hi.", "--most", "3"]
+    args = ["generate", str(at / "runs" / "it[b]"), "Hi.", "--max-new-tokens", "3"]
     status, _, said = Child(args, stdout=os.open("/dev/full", os.O_WRONLY)).end()
     assert (status, said) == (2, "error: writing: No space left on device; free space or choose another folder\n")
 
@@ -519,17 +571,30 @@ def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.Capture
     base, data = Path(odd) / "base", Path(odd) / "rows.json"
     models.save(fgpt.load(str(at / "base")), base, like=str(at / "base"))
     data.write_bytes((at / "rows.json").read_bytes())
-    options = ["--base", str(base), "--data", str(data), "--out", odd, "--compare", "2", "--most", "2"]
+    options = [
+        "--base",
+        str(base),
+        "--data",
+        str(data),
+        "--out",
+        odd,
+        "--compare-prompts",
+        "2",
+        "--max-new-tokens",
+        "2",
+    ]
     assert main(["train", *training(at), *options]) == 0
     run = str(Path(odd) / "lora-nano")
-    assert main(["generate", run, "Hi.", "--most", "2"]) == 0
-    assert main(["compare", run, "--count", "1", "--most", "2"]) == 0
+    assert main(["generate", run, "Hi.", "--max-new-tokens", "2"]) == 0
+    assert main(["compare", run, "--num-prompts", "1", "--max-new-tokens", "2"]) == 0
     assert main(["eval", run]) == 0
     assert main(["report", run]) == 0
     capsys.readouterr()
     assert main(["generate", os.fsdecode(b"caf\xe9"), "Hi."]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert main(["generate", run, os.fsdecode(b"caf\xe9"), "--stop", os.fsdecode(b"caf\xe9"), "--most", "2"]) in (0, 2)
+    assert main(
+        ["generate", run, os.fsdecode(b"caf\xe9"), "--stop", os.fsdecode(b"caf\xe9"), "--max-new-tokens", "2"]
+    ) in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -24,7 +24,18 @@ from fgpt.data.prompt_templates import PLAIN, Example, InstructionRow, encode_pr
 from fgpt.errors import InputError
 from fgpt.io import models
 
-SHORT = ["--steps", "4", "--rows", "2", "--warmup", "1", "--compare", "3", "--most", "16"]
+SHORT = [
+    "--steps",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--compare-prompts",
+    "3",
+    "--max-new-tokens",
+    "16",
+]
 NAMES = ["lora-nano", "ia3-nano"]
 
 
@@ -174,7 +185,18 @@ def test_several_runs(trained: Path):
 
 def test_answers_are_those_of_the_run_itself(trained: Path):
     """From the files by hand: greedy, each prompt alone."""
-    main(["compare", str(trained / "lora-nano"), "--count", "2", "--most", "9", "--out", str(trained / "two")])
+    main(
+        [
+            "compare",
+            str(trained / "lora-nano"),
+            "--num-prompts",
+            "2",
+            "--max-new-tokens",
+            "9",
+            "--out",
+            str(trained / "two"),
+        ]
+    )
     found = told(trained / "two" / "compare.json")
     assert len(found["answers"]) == 2
     run = run_dir.read_run(trained / "lora-nano")
@@ -193,8 +215,12 @@ def test_no_comparison_is_written_over(trained: Path, tmp_path: Path):
     for folder_name, text in (("a", "Say a."), ("b", "Say b.")):
         (tmp_path / folder_name).mkdir()
         (tmp_path / folder_name / "own.json").write_text(json.dumps([text]))
-    ways = [["--count", "2"], ["--count", "2"], ["--most", "4", "--temperature", "0.5", "--seed", "3"]]
-    ways += [["--prompts", str(tmp_path / x / "own.json"), "--most", "2"] for x in ("a", "b", "a")]
+    ways = [
+        ["--num-prompts", "2"],
+        ["--num-prompts", "2"],
+        ["--max-new-tokens", "4", "--temperature", "0.5", "--seed", "3"],
+    ]
+    ways += [["--prompts", str(tmp_path / x / "own.json"), "--max-new-tokens", "2"] for x in ("a", "b", "a")]
     for how in ways:
         assert main(["compare", str(run), *how]) == 0
     assert {p.name: p.read_bytes() for p in run.glob("compare.*")} == before
@@ -211,7 +237,7 @@ def test_no_comparison_is_written_over(trained: Path, tmp_path: Path):
 def test_each_run_answers_in_its_own_template(trained: Path, tmp_path: Path):
     assert main(["train", "lora-nano", *SHORT, "--template", "alpaca", "--out", str(tmp_path)]) == 0
     runs = [str(tmp_path / "lora-nano"), str(trained / "lora-nano")]
-    assert main(["compare", *runs, "--count", "2", "--out", str(tmp_path / "both")]) == 0
+    assert main(["compare", *runs, "--num-prompts", "2", "--out", str(tmp_path / "both")]) == 0
     found, alone = told(tmp_path / "both" / "compare.json"), told(trained / "lora-nano" / "compare.json")
     one, two = list(found["scores"])[1:]
     assert (one, two) == (f"{tmp_path.name}/lora-nano", f"{trained.name}/lora-nano")
@@ -222,9 +248,9 @@ def test_each_run_answers_in_its_own_template(trained: Path, tmp_path: Path):
 def test_the_same_key_for_every_side(trained: Path, tmp_path: Path):
     """A run whose adapter changes nothing writes what the base writes, drawn or not; another seed writes otherwise."""
     still = tmp_path / "still"
-    args = ["train", "ia3-nano", *SHORT, "--steps", "1", "--lr", "1e-12", "--compare", "0", "--out", str(still)]
+    args = ["train", "ia3-nano", *SHORT, "--steps", "1", "--lr", "1e-12", "--compare-prompts", "0", "--out", str(still)]
     assert main(args) == 0
-    how = ["--temperature", "1.0", "--top-p", "0.95", "--count", "3", "--most", "12"]
+    how = ["--temperature", "1.0", "--top-p", "0.95", "--num-prompts", "3", "--max-new-tokens", "12"]
     for seed in ("1", "2"):
         assert main(["compare", str(still / "ia3-nano"), *how, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
     first, second = (told(tmp_path / seed / "compare.json") for seed in ("1", "2"))
@@ -323,8 +349,8 @@ def test_bad_input_is_one_line(
         (["compare", lora, "--prompts", "missing.json"], "no prompt file 'missing.json'"),
         (["compare", lora, "--prompts", str(tmp_path)], "no prompt file"),
         (["compare", lora, "--prompts", "generl"], "one of general"),
-        (["compare", lora, "--count", "0"], "count is 0"),
-        (["compare", lora, "--most", "0"], "most is 0"),
+        (["compare", lora, "--num-prompts", "0"], "count is 0"),
+        (["compare", lora, "--max-new-tokens", "0"], "most is 0"),
         (["compare", lora, "--temperature", "-1"], "temperature"),
         (["compare", lora, "--promts", "x"], "did you mean --prompts"),
         (["compare", lora, "--out", str(tmp_path / "file" / "below")], "is no folder that can be written"),
@@ -368,7 +394,7 @@ def test_runs_of_different_bases(trained: Path, tmp_path: Path, capsys: pytest.C
 def test_a_run_without_held_out_rows(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    own = ["--data", str(tmp_path / "rows.json"), "--heldout", "0", "--steps", "1", "--rows", "1"]
+    own = ["--data", str(tmp_path / "rows.json"), "--num-heldout", "0", "--steps", "1", "--micro-batch-size", "1"]
     assert main(["train", "lora-nano", *own, "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "lora-nano")]) == 2

@@ -27,7 +27,7 @@ FOUND: list[tuple[str, str, list[str], list[str]]] = [  # asked, kind, answers t
     ("Summarize it in less than 5 words.", "words", ["a b c d", "1 - 2"], ["a b c d e"]),
     ("In 75 words or fewer, write of a loss.", "words", ["word " * 75], ["word " * 76]),
     ("Generate a short story of 5-7 words.", "words", ["a b c d e", "a b c d e f g"], ["a b c d", "a " * 8]),
-    ("Describe the colour yellow in 3 words.", "words", ["Warm, bright, sunny"], ["Warm and bright and sunny"]),
+    ("Describe the color yellow in 3 words.", "words", ["Warm, bright, sunny"], ["Warm and bright and sunny"]),
     ("Write at least 4 words.", "words", ["a b c d", "a b c d e"], ["a b c"]),
     ("Describe it in more than ten words.", "words", ["a " * 11], ["a " * 10]),
     ("List five animals.", "items", ["1. a\n2) b\n3. c\n4. d\n5. e", "a, b, c, d, e", "a\nb\nc\nd\ne"], ["- a\n- b"]),
@@ -107,7 +107,11 @@ def test_several_demands():
 
 
 def test_the_score_counts_demands_and_not_rows():
-    asked = [InstructionRow("Describe it in two sentences. Use the word 'red'."), InstructionRow("Say a word."), InstructionRow("List two hues.")]
+    asked = [
+        InstructionRow("Describe it in two sentences. Use the word 'red'."),
+        InstructionRow("Say a word."),
+        InstructionRow("List two hues."),
+    ]
     texts = ["It is red.", "Red.", "red, blue"]
     assert score(asked, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
     assert score(asked[1:2], texts[1:2]) == {}

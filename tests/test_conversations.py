@@ -18,7 +18,7 @@ from fgpt.cli.evaluation.compare.html import answers as answers_of_page
 from fgpt.cli.evaluation.compare.markdown import markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.inference.generation import LoadedRun, conversation
-from fgpt.cli.training.instruction_tuning import train_heldout_split, split
+from fgpt.cli.training.instruction_tuning import split, train_heldout_split
 from fgpt.data.conversations import (
     EMPTY,
     EMPTY_ANSWER,

@@ -491,7 +491,9 @@ def test_a_gated_dataset(tmp_path: Path, hub: str):
         "InputError the hub refuses GAIR/lima (HTTP 401): accept its terms at https://huggingface.co/"
     )
     assert "\n" not in error
-    assert elsewhere(tmp_path, "lima", HF_ENDPOINT=hub, HF_TOKEN="hf_good") == str([InstructionRow("hello", "", "good day")])
+    assert elsewhere(tmp_path, "lima", HF_ENDPOINT=hub, HF_TOKEN="hf_good") == str(
+        [InstructionRow("hello", "", "good day")]
+    )
     assert elsewhere(tmp_path, "lima", HF_HUB_OFFLINE="1") == str([InstructionRow("hello", "", "good day")])
 
 
@@ -677,7 +679,7 @@ def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
 def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
     assert held_out_of(range(count), wanted, "a.jsonl") == held
     said = " ".join(capsys.readouterr().err.split())
-    assert said == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: --heldout {wanted} would be "
+    assert said == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: --num-heldout {wanted} would be "
                     "more than half")  # fmt: skip
 
 

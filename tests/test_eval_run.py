@@ -8,7 +8,7 @@ import pytest
 from fgpt.cli.evaluation import command
 from fgpt.cli.main import main
 
-SHORT = ["--steps", "2", "--rows", "1", "--warmup", "1"]
+SHORT = ["--steps", "2", "--batch-size", "1", "--warmup-steps", "1"]
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
 
 
@@ -16,7 +16,9 @@ GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean"
 def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was compared after training on four prompts."""
     out = tmp_path_factory.mktemp("runs")
-    assert main(["train", "lora-nano", *SHORT, "--compare", "4", "--most", "12", "--out", str(out)]) == 0
+    assert (
+        main(["train", "lora-nano", *SHORT, "--compare-prompts", "4", "--max-new-tokens", "12", "--out", str(out)]) == 0
+    )
     return out / "lora-nano"
 
 
@@ -29,7 +31,7 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["eval", str(instructed), "--answers", "4", "--limit", "3"]) == 0
+    assert main(["eval", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
     said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-answers-limit-3.json").read_text())
     compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
     assert (found["answers"].pop("rows"), found["answers"].pop("most tokens")) == (4, 12)
@@ -45,7 +47,7 @@ def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.Capture
 
 def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("Once upon a time, there was a fox.")
-    options = ["--text", str(tmp_path / "a.txt"), "--answers", "1", "--out", str(tmp_path)]
+    options = ["--text", str(tmp_path / "a.txt"), "--num-generations", "1", "--out", str(tmp_path)]
     assert main(["eval", str(instructed), *options]) == 0
     assert json.loads((tmp_path / "eval.json").read_text()).keys() == {
         "evaluated",
@@ -58,7 +60,7 @@ def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("form", ["classes", "tokens"])
 def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tmp_path: Path):
-    labels = ["--labels", "joy=love", "fear", "--wording.suffix", " It was", "--form", form, "--lr", "3e-3"]
+    labels = ["--labels", "joy=love", "fear", "--prompt.suffix", " It was", "--head", form, "--lr", "3e-3"]
     data = [
         "--base",
         "nano",
@@ -66,9 +68,9 @@ def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tm
         str(rows_of_classes),
         "--test",
         "None",
-        "--heldout",
+        "--num-heldout",
         "6",
-        "--seq",
+        "--max-seq-len",
         "64",
         "--out",
         str(tmp_path),
@@ -98,12 +100,12 @@ def test_bad_input_is_one_line(
         str(rows_of_classes),
         "--test",
         "None",
-        "--heldout",
+        "--num-heldout",
         "6",
         "--out",
         str(tmp_path),
     ]
-    assert main(["train", "emotion-small", *labels, *SHORT, "--seq", "64"]) == 0
+    assert main(["train", "emotion-small", *labels, *SHORT, "--max-seq-len", "64"]) == 0
     run, moved = str(tmp_path / "emotion-small"), tmp_path / "moved"
     (moved / "adapter").mkdir(parents=True)
     values = json.loads((tmp_path / "emotion-small" / "run.json").read_text())
@@ -114,12 +116,15 @@ def test_bad_input_is_one_line(
     capsys.readouterr()
     for args, says in (
         (
-            [run, "--answers", "2"],
-            "tells classes, and is evaluated on its own rows: leave --text, --tasks, --answers out",
+            [run, "--num-generations", "2"],
+            "tells classes, and is evaluated on its own rows: leave --text, --tasks, --num-generations out",
         ),
         ([run, "--tasks", "hellaswag"], "tells classes, and is evaluated on its own rows"),
-        ([str(instructed), "--answers", "0"], "answers is 0: expected 1 or more"),
-        (["--base", "nano", "--text", str(rows_of_classes), "--answers", "2"], "a base has no held-out rows to answer"),
+        ([str(instructed), "--num-generations", "0"], "answers is 0: expected 1 or more"),
+        (
+            ["--base", "nano", "--text", str(rows_of_classes), "--num-generations", "2"],
+            "a base has no held-out rows to answer",
+        ),
         ([str(moved)], "gone.txt: no such file"),
         ([str(tmp_path / "odd")], "not a run of this version"),
     ):

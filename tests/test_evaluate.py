@@ -20,7 +20,14 @@ from fgpt.cli.main import main
 from fgpt.data import packing
 from fgpt.data.prompt_templates import encode, template
 from fgpt.evaluation import likelihood
-from fgpt.evaluation.likelihood import LogLikelihood, perplexity, loglikelihood_rolling, window_and_stride, loglikelihood, windows
+from fgpt.evaluation.likelihood import (
+    LogLikelihood,
+    loglikelihood,
+    loglikelihood_rolling,
+    perplexity,
+    window_and_stride,
+    windows,
+)
 from fgpt.tree import astype, replace_at
 
 MODELS = ("gpt2", "llama", "neox")
@@ -77,7 +84,7 @@ def test_a_table_of_pairs_worked_by_hand():
 @pytest.mark.parametrize("name", MODELS)
 @given(pairs=some_pairs, rows=st.integers(1, 8), data=st.data())
 def test_a_score_is_its_pairs_alone_and_transformers(name: str, pairs: list[Any], rows: int, data: st.DataObject):
-    """Whatever its neighbours, their order and number; contexts too long lose what transformers is not shown either."""
+    """Whatever its neighbors, their order and number; contexts too long lose what transformers is not shown either."""
     model, params = both(name)
     order = data.draw(st.permutations(range(len(pairs))))
     shuffled = loglikelihood(params, [pairs[i] for i in order], rows)
@@ -96,7 +103,9 @@ def test_what_greedy_decoding_writes_is_greedy():
     (written,) = fgpt.generate(params, [[3, 1, 4]], eos_token_id=-1, max_new_tokens=10)
     (got,) = loglikelihood(params, [([3, 1, 4], written.tokens)])
     assert all(got.greedy)
-    (other,) = loglikelihood(params, [([3, 1, 4], [*written.tokens[:4], (written.tokens[4] + 1) % 31, *written.tokens[5:]])])
+    (other,) = loglikelihood(
+        params, [([3, 1, 4], [*written.tokens[:4], (written.tokens[4] + 1) % 31, *written.tokens[5:]])]
+    )
     assert other.greedy[:5] == [True] * 4 + [False]
 
 
@@ -115,7 +124,7 @@ def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
     assert sum(x.greedy[0] for x in got) == 1
 
 
-def test_adapted_quantised_and_bf16_models_are_scored():
+def test_adapted_quantized_and_bf16_models_are_scored():
     params = tiny(d_model=64, d_mlp=64)
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 2))
     pairs = [([1, 2], [3, 4, 5]), ([6], [7])]
@@ -167,7 +176,7 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
 
 
 def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch):
-    params = tiny(context=256, vocab=2000)
+    params = tiny(n_ctx=256, vocab_size=2000)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
     with Largest() as seen:
         loglikelihood_rolling(params, tokens(2000, 500).tolist(), 0, 256, 128)
@@ -247,7 +256,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    short = ["--steps", "2", "--rows", "2", "--compare", "0", "--warmup", "1", "--out", str(out)]
+    short = ["--steps", "2", "--batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1", "--out", str(out)]
     assert main(["train", "lora-nano", *short]) == 0
     return out / "lora-nano"
 
@@ -255,7 +264,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = "One day, Tim's fox went out.\r\nIt was naïve!\n" * 30
     (tmp_path / "text.txt").write_bytes(text.encode())
-    options = ["--text", str(tmp_path / "text.txt"), "--width", "64", "--stride", "48", "--out", str(tmp_path)]
+    options = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--stride", "48", "--out", str(tmp_path)]
     assert main(["eval", "--base", "nano", *options]) == 0
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
@@ -270,7 +279,7 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
     from fgpt.cli import run_dir
     from fgpt.cli.training.instruction_tuning import load_base, split
 
-    assert main(["eval", str(trained), "--limit", "7", "--rows", "3"]) == 0
+    assert main(["eval", str(trained), "--limit", "7", "--batch-size", "3"]) == 0
     found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
     run: Any = run_dir.read_run(trained)
     params, tokenizer = run_dir.load_tuned(trained, load_base(run)), fgpt.tokenizer("nano")
@@ -290,9 +299,9 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
         (["--base", "nano", "--text", "nosuch.txt"], "nosuch.txt: No such file or directory; expected a text file"),
         (["--base", "nano", "--text", "EMPTY"], "the file is empty"),
         (["--base", "nano", "--text", "BYTES"], r"not a text in UTF-8 \(byte 2\)"),
-        (["--base", "nano", "--text", "TEXT", "--width", "64", "--stride", "65"], "expected 1 <= stride <= width"),
-        (["--base", "nano", "--text", "TEXT", "--width", "513"], "wider than the model's context of 512"),
-        (["--base", "nano", "--text", "TEXT", "--rows", "0"], "rows is 0: expected 1 or more"),
+        (["--base", "nano", "--text", "TEXT", "--window", "64", "--stride", "65"], "expected 1 <= stride <= width"),
+        (["--base", "nano", "--text", "TEXT", "--window", "513"], "wider than the model's context of 512"),
+        (["--base", "nano", "--text", "TEXT", "--batch-size", "0"], "rows is 0: expected 1 or more"),
         (["--base", "nano", "--texts", "TEXT"], "no option --texts; did you mean --text"),
         (["--base", "nosuch/", "--text", "TEXT"], "nosuch/"),
     ],

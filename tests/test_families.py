@@ -23,7 +23,7 @@ from fgpt import model as M
 from fgpt.families import mapping
 from fgpt.generation import static_cache
 from fgpt.io import models
-from fgpt.tree import num_elements, leaves, tree_map
+from fgpt.tree import leaves, num_elements, tree_map
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
 GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
@@ -197,7 +197,7 @@ def test_a_config_has_one_family_that_gives_it_back(name: str):
 
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama", "qwen3"])
 @pytest.mark.parametrize("to", ["nf4", "int8"])
-def test_quantising_while_loading_is_quantising_afterwards(name: str, to: Any, tmp_path: Path):
+def test_quantizing_while_loading_is_quantizing_afterwards(name: str, to: Any, tmp_path: Path):
     sizes = (
         {"n_embd": 64, "n_inner": 64}
         if name == "gptj"
@@ -370,7 +370,7 @@ NEW = ("mistral", "qwen3, a window in one layer", "qwen2, yarn, every field", "n
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_quantised_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
+def test_quantized_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
     params = fgpt.quantize(loaded(theirs(name)), "int8")
     fgpt.save(params, tmp_path)
     again = fgpt.load(str(tmp_path))
@@ -445,8 +445,8 @@ def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: P
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
     with torch.no_grad():
         assert torch.equal(again(x).logits, expected)
-    quantised = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
-    assert same(quantised, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
+    quantized = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
+    assert same(quantized, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
     adapters = shaken(fgpt.lora(params, fgpt.key(0), target="head"))
     assert not torch.allclose(fgpt.apply(fgpt.adapt(params, adapters), x), expected, atol=1e-2)
     merged = fgpt.merge(fgpt.adapt(params, adapters))
@@ -634,7 +634,7 @@ def test_a_bf16_file_is_loaded_without_an_fp32_copy(tmp_path: Path):
         params = fgpt.load(str(tmp_path), torch.bfloat16)
     assert torch.float32 not in made.most
     assert made.most[torch.bfloat16] == max(x.nbytes for x in leaves(params).values())
-    with Made() as made:  # and quantised, with one of the largest matrix at most
+    with Made() as made:  # and quantized, with one of the largest matrix at most
         fgpt.load(str(tmp_path), torch.bfloat16, quantize="int8")
     assert made.most[torch.float32] <= 4 * params.blocks[0].mlp.up.w.numel()  # pyright: ignore[reportAttributeAccessIssue]
 

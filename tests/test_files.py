@@ -1,4 +1,4 @@
-"""Files: quantised trees and any adapters bit by bit, bitsandbytes' own files, and what a run keeps."""
+"""Files: quantized trees and any adapters bit by bit, bitsandbytes' own files, and what a run keeps."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.files import clean, read_json, remove, staying, atomic_dir, write, write_json
+from fgpt.io.files import atomic_dir, clean, read_json, remove, staying, write, write_json
 from fgpt.kernels.quantized_linear import QUANTIZED, Blockwise4bit, RowwiseInt8
 from fgpt.model import FusedAttention
 from fgpt.tree import astype, tree_map, walk
@@ -40,7 +40,7 @@ def wide(**overrides: Any) -> fgpt.GPT:
     return tiny(**{"d_model": 64, "d_mlp": 128} | overrides)
 
 
-# ------------------------------------------------------------------------------------------------------ quantised trees
+# ------------------------------------------------------------------------------------------------------ quantized trees
 
 MIXED = {
     "nf4": lambda p: fgpt.quantize(p),
@@ -59,7 +59,7 @@ MIXED = {
 @pytest.mark.parametrize("kind", MIXED)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_quantised_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bool, tmp_path: Path):
+def test_a_quantized_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bool, tmp_path: Path):
     params = MIXED[kind](fgpt.fuse_qkv(wide(tied=tied)) if whole else wide(tied=tied))
     assert any(isinstance(x, QUANTIZED) for _, x in walk(params))
     fgpt.save(params, tmp_path)
@@ -135,7 +135,7 @@ def test_dtypes_stay_or_change_together(tmp_path: Path):
     identical(fgpt.load(str(tmp_path), dtype=torch.bfloat16), params)  # scales of scales mean fp32 as before
 
 
-def test_others_refuse_a_quantised_folder(tmp_path: Path):
+def test_others_refuse_a_quantized_folder(tmp_path: Path):
     """transformers fills in what a model.safetensors of other names lacks with random numbers: it must find none."""
     plain = wide()
     fgpt.save(plain, tmp_path, like="nano")
@@ -145,12 +145,12 @@ def test_others_refuse_a_quantised_folder(tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert models._config(models._opened(tmp_path)) == plain.cfg
     fgpt.save(plain, tmp_path)
-    assert same(fgpt.load(str(tmp_path)), plain)  # not the quantised one of before
+    assert same(fgpt.load(str(tmp_path)), plain)  # not the quantized one of before
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64
 
 
 def test_a_fresh_process_computes_with_what_it_loads(tmp_path: Path):
-    """bitsandbytes' operators are there, though nothing was quantised."""
+    """bitsandbytes' operators are there, though nothing was quantized."""
     params = fgpt.quantize(wide(n_layer=1))
     fgpt.save(params, tmp_path)
     code = "import sys, torch, fgpt; print(fgpt.apply(fgpt.load(sys.argv[1]), torch.tensor([[1, 2, 3]])).sum().item())"
@@ -184,15 +184,15 @@ class Place:
 @pytest.mark.parametrize("kind", [str, Path, Place])
 def test_paths_of_any_kind(kind: Callable[[str], Any], tmp_path: Path):
     """Whatever takes a path takes a str, a Path, or another PathLike."""
-    params, quantised = wide(n_layer=1, vocab=4096), kind(str(tmp_path / "quantised"))
+    params, quantized = wide(n_layer=1, vocab=4096), kind(str(tmp_path / "quantized"))
     adapters = fgpt.lora(params, fgpt.key(0))
     model, peft, whole = (kind(str(tmp_path / name)) for name in ("model", "peft", "adapters.safetensors"))
     fgpt.save(params, model, like="nano")
     assert same(fgpt.load(model), params)
     assert fgpt.tokenizer(model).encode("so") == fgpt.tokenizer("nano").encode("so")
-    fgpt.save(fgpt.quantize(params), quantised, like=model)
-    identical(fgpt.load(quantised), fgpt.quantize(params))
-    assert fgpt.tokenizer(quantised).encode("so") == fgpt.tokenizer("nano").encode("so")
+    fgpt.save(fgpt.quantize(params), quantized, like=model)
+    identical(fgpt.load(quantized), fgpt.quantize(params))
+    assert fgpt.tokenizer(quantized).encode("so") == fgpt.tokenizer("nano").encode("so")
     fgpt.save_peft(adapters, params, peft, "nano")
     assert same(fgpt.load_peft(peft, params), adapters)
     fgpt.save_adapters(adapters, whole)
@@ -271,18 +271,18 @@ SPOILED: dict[str, tuple[Edit, str]] = {
     "axes": (put(f"{Q}.w.codes", lambda x: x.view(-1)), rf"{Q}\.w\.codes: expected UInt8.*got torch.uint8 \[2048\]"),
     "code": (put(f"{Q}.w.code", lambda x: x[:8]), rf"{Q}\.w\.code: expected"),
     "blocks": (put(f"{Q}.w.absmax.codes", lambda x: x[:9]), r"want \d+ scales"),
-    "scales": (put(f"{Q}.w.absmax.absmax", lambda x: x.half()), "scales and code of a quantised weight are float32"),
+    "scales": (put(f"{Q}.w.absmax.absmax", lambda x: x.half()), "scales and code of a quantized weight are float32"),
     "rows": (put(f"{Q}.b", lambda x: x[:9]), rf"{Q}\.b: expected shape \[64\], got \[9\]"),
     "narrow": (put(f"{Q}.w.codes", lambda x: x.view(32, 64)), rf"{Q}\.w: expected shape \[64, 64\], got \[32, 128\]"),
     "whole numbers": (put("wte.w", lambda x: x.int()), r"wte\.w: expected a floating dtype, got torch\.int32"),
     "node": (field(*W, {"Popen": {}}), rf'{Q}\.w is {{"Popen": {{}}}}; expected a tensor, dict, tuple or known node'),
     "place": (field(*W[:-2], {"tuple": []}), rf"{Q}: expected Linear, got \(\)"),
-    "field": (field(*W, "FourBit", "colour", "tensor"), r"FourBit has no field 'colour'"),
+    "field": (field(*W, "FourBit", "color", "tensor"), r"FourBit has no field 'color'"),
     "kind": (field(*W, "FourBit", "kind", "nf5"), rf"{Q}\.w\.kind: expected .*got 'nf5'"),
     "static dtype": (field(*W, "FourBit", "dtype", "nn"), rf"{Q}\.w\.dtype: expected dtype, got <module"),
     "offset": (
         lambda t, s: (t.pop(f"{Q}.w.offset"), _at(s, *W, "FourBit").pop("offset")),
-        "an offset to quantised scales only",
+        "an offset to quantized scales only",
     ),
     "nothing": (field(*W[:-1], {}), rf"{Q}\.w: expected .*got None"),
     "config": (field("GPT", "cfg", "n_head", 4), r"is a model of n_head=4, but config\.json says n_head=2"),
@@ -393,7 +393,7 @@ def theirs(path: Path, width: int, **options: Any) -> GPT2LMHeadModel:
     hf_gpt2(n_embd=width, n_layer=1, **off).save_pretrained(path / "plain")
     config = BitsAndBytesConfig(**options)
     model = GPT2LMHeadModel.from_pretrained(path / "plain", quantization_config=config, device_map="cpu")
-    model.save_pretrained(path / "quantised")
+    model.save_pretrained(path / "quantized")
     return model
 
 
@@ -423,8 +423,8 @@ def matrices(p: fgpt.GPT) -> dict[str, Tensor]:
 def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage: str, fused: bool, tmp_path: Path):
     options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_quant_storage": storage}
     model = theirs(tmp_path, width, load_in_4bit=True, **options)
-    assert load_file(tmp_path / "quantised" / "model.safetensors")[PLAIN].dtype == getattr(torch, storage)
-    params = fgpt.load(str(tmp_path / "quantised"))
+    assert load_file(tmp_path / "quantized" / "model.safetensors")[PLAIN].dtype == getattr(torch, storage)
+    params = fgpt.load(str(tmp_path / "quantized"))
     assert isinstance(params.blocks[0].attn, FusedAttention) == fused
     expected = {name: numbers(model.transformer.h[0].get_submodule(name)) for name in matrices(params)}
     for name, w in matrices(params).items():
@@ -444,9 +444,9 @@ def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage:
 def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, registered = theirs(tmp_path, 64, load_in_8bit=True), []
     monkeypatch.setattr("fgpt.io.bitsandbytes.register", lambda: registered.append(True))
-    params = fgpt.load(str(tmp_path / "quantised"))
+    params = fgpt.load(str(tmp_path / "quantized"))
     assert registered
-    stored = load_file(tmp_path / "quantised" / "model.safetensors")
+    stored = load_file(tmp_path / "quantized" / "model.safetensors")
     attn: Any = params.blocks[0].attn
     assert all(isinstance(x.w, RowwiseInt8) for x in (attn.q, attn.k, attn.v, attn.o))
     codes, scales = (torch.cat([getattr(x.w, name) for x in (attn.q, attn.k, attn.v)]) for name in ("codes", "absmax"))
@@ -459,10 +459,10 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_head_apart_beside_four_bits(tmp_path: Path):
     """bitsandbytes leaves a tied head plain; one that was trained and merged afterwards is kept."""
     model = theirs(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    path = tmp_path / "quantised" / "model.safetensors"
+    path = tmp_path / "quantized" / "model.safetensors"
     head = model.lm_head.weight.detach().float() + shaken({"head": torch.zeros(31, 64)})["head"]
     save_file(load_file(path) | {"lm_head.weight": head}, path, {"format": "pt"})
-    params = fgpt.load(str(tmp_path / "quantised"))
+    params = fgpt.load(str(tmp_path / "quantized"))
     assert params.head is not None
     assert torch.equal(params.head.w, head)  # pyright: ignore[reportArgumentType]
     fgpt.save(params, tmp_path / "again")
@@ -478,7 +478,7 @@ def stated(**changes: Any) -> Callable[[Tensor], Tensor]:
 def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nested")
     theirs(path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return path / "quantised"
+    return path / "quantized"
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (PLAIN, lambda x: x[:-64], r"do not make a 4-bit matrix of \[192, 64\]"),
         (STATE, None, "expected one quant_state.bitsandbytes__nf4 or fp4 beside it, got none"),
         (STATE, lambda x: x[:9], "not the state of a 4-bit matrix"),
-        (STATE, stated(blocksize=128), "quantised by blocks of 128; expected 64"),
+        (STATE, stated(blocksize=128), "quantized by blocks of 128; expected 64"),
         (STATE, stated(nested_blocksize=300), "block is 300; expected one of 64"),
         (STATE, stated(quant_type="nf5"), "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
         (STATE, stated(shape=[64, 192]), r"c_attn.weight: expected shape \[192, 64\], got \[64, 192\]"),
@@ -550,7 +550,7 @@ def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
     }
 
 
-def test_adapters_over_a_quantised_base(tmp_path: Path):
+def test_adapters_over_a_quantized_base(tmp_path: Path):
     base = fgpt.quantize(wide())
     adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.trainable_leaves(base, r".*\.b"), 0.1)
     run_dir.save_tuned(tmp_path, base, adapters, "nano")

@@ -211,7 +211,7 @@ def test_only_finqa_rows_count():
     assert asked_scores(given_rows, answers)["FinQA exact match (%)"] == 100
 
 
-def test_the_references_of_real_rows_are_right_and_their_neighbours_wrong():
+def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong():
     path = shared("dolly") / "dolly_finqa_val.jsonl"
     asked = [row for row in load_rows(path) if row.input]  # its Dolly rows have lost theirs
     assert len(asked) == 60
@@ -251,8 +251,21 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     long = RECORD | {"pre_text": ["the fox ran home ."] * 99}
     finqa.write_text(json.dumps([long] * 6 + [RECORD] * 2))
     data = ["--data", f"{dolly}+{finqa}", "--columns.input", "context", "--columns.output", "response"]
-    size = ["--seq", "192", "--steps", "2", "--warmup", "1", "--rows", "1", "--heldout", "6", "--compare", "6"]
-    base = ["--base", "nano", "--template", "plain", "--most", "6", "--long", "error", "--out", str(out)]
+    size = [
+        "--max-seq-len",
+        "192",
+        "--steps",
+        "2",
+        "--warmup-steps",
+        "1",
+        "--micro-batch-size",
+        "1",
+        "--num-heldout",
+        "6",
+        "--compare-prompts",
+        "6",
+    ]
+    base = ["--base", "nano", "--template", "plain", "--max-new-tokens", "6", "--overlong", "error", "--out", str(out)]
     assert main(["train", "dolly-finqa-lora", *base, *data, *size]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "shortened the text of 6 FinQA rows to 192 tokens; their tables are whole" in said
@@ -264,9 +277,9 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["scores"]["base"]["FinQA rows"] == len(asked)
     for name in ("compare.md", "compare.html"):
         assert "FinQA exact match (%)" in (folder / name).read_text()
-    assert main(["compare", str(folder), "--prompts", str(finqa), "--count", "2", "--most", "2"]) == 0
+    assert main(["compare", str(folder), "--prompts", str(finqa), "--num-prompts", "2", "--max-new-tokens", "2"]) == 0
     assert "shortened the text of 2 FinQA prompts to 192 tokens" in " ".join(capsys.readouterr().err.split())
-    assert main(["eval", str(folder), "--answers", "6"]) == 0
+    assert main(["eval", str(folder), "--num-generations", "6"]) == 0
     scores = json.loads((folder / "eval-6-answers.json").read_text())
     assert scores["held out"]["rows left out"] == 0
     assert scores["answers"]["FinQA exact match (%)"] == found["scores"]["tuned"]["FinQA exact match (%)"]

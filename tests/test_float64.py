@@ -19,15 +19,15 @@ from fgpt.tree import astype, tree_map
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {
-        "rotary": 8,
-        "norm": "rms",
-        "gated": True,
-        "act": "silu",
+        "rotary_dim": 8,
+        "norm_type": "rms",
+        "gated_mlp": True,
+        "activation": "silu",
         "n_kv": 1,
         "qk_norm": True,
         "biases": "",
-        "tied": False,
-        "eps": 1e-6,
+        "tie_word_embeddings": False,
+        "norm_eps": 1e-6,
     },
 }
 ROWS = tokens(31, 3, 10)

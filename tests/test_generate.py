@@ -1,4 +1,4 @@
-"""Writing: transformers' own texts token by token, rows that see no neighbours, and text that streams whole."""
+"""Writing: transformers' own texts token by token, rows that see no neighbors, and text that streams whole."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.generation import static_cache
-from fgpt.generation.beam import beam_search, propose_ngram, prompt_lookup_decode
-from fgpt.generation.loop import truncate_at_stop, stream_text, stop_on_strings, stream
+from fgpt.generation.beam import beam_search, prompt_lookup_decode, propose_ngram
+from fgpt.generation.loop import stop_on_strings, stream, stream_text, truncate_at_stop
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
 from fgpt.tree import leaves, tree_map
@@ -102,7 +102,7 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
 WARM = SamplingParams(temperature=1.2, top_k=20, top_p=0.95)
 
 
-def test_a_row_does_not_see_its_neighbours():
+def test_a_row_does_not_see_its_neighbors():
     """Sampled, ragged, some ending early: whatever is beside it, and however wide the padding."""
     params, rng = tiny(), fgpt.key(3)
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
@@ -281,9 +281,9 @@ def test_stop_strings(seed: int):
     assert got.tokens == free.tokens[: len(got.tokens)]
     assert strings[0] not in NANO.decode(got.tokens[:-1])
     steps = stream(params, [prompt], NANO.eos, 60, sampling, rng, until)
-    assert "".join(stream_text(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)) == truncate_at_stop(
-        whole, strings
-    )
+    assert "".join(
+        stream_text(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)
+    ) == truncate_at_stop(whole, strings)
     with pytest.raises(fgpt.InputError, match="a stop string is empty"):
         stop_on_strings(NANO.decode, ["a", ""])
 
@@ -294,7 +294,7 @@ def test_stop_strings(seed: int):
 @settings(max_examples=10)
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99))
 def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, seed: int):
-    params = tiny(context=64)
+    params = tiny(n_ctx=64)
     prompt = tokens(5, length, seed=seed).tolist()
     for most in (1, 7, 100):
         [expected] = fgpt.generate(params, [prompt], 0, most)
@@ -302,7 +302,7 @@ def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, s
 
 
 def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
-    params, passes = tiny(context=200), 0
+    params, passes = tiny(n_ctx=200), 0
 
     def counted(*args: Any) -> Any:
         nonlocal passes
@@ -333,7 +333,11 @@ def test_bad_input_is_named():
                 call(prompt)
         assert call([1]) is not None
     assert fgpt.generate(params, [], 0, 3) == []
-    for got in (fgpt.generate(params, [[1]], 0, 0)[0], prompt_lookup_decode(params, [1], 0, 0), beam_search(params, [1], 0, 0)[0]):
+    for got in (
+        fgpt.generate(params, [[1]], 0, 0)[0],
+        prompt_lookup_decode(params, [1], 0, 0),
+        beam_search(params, [1], 0, 0)[0],
+    ):
         assert (got.tokens, got.finished) == ([], False)
     with pytest.raises(fgpt.InputError, match="most is -1: expected a number of new tokens, 0 or more"):
         fgpt.generate(params, [[1]], 0, -1)

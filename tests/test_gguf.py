@@ -256,7 +256,7 @@ def llama3_factors(config: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3s_rope_is_recognised(factor: float, tmp_path: Path):
+def test_llama3s_rope_is_recognized(factor: float, tmp_path: Path):
     rope = LLAMA3 | {"factor": factor, "rope_theta": 500000.0}
     config = LlamaConfig(**WIDE, **HEADS, head_dim=64, rope_parameters=rope)
     factors = llama3_factors(config)

@@ -571,7 +571,7 @@ def check_bitsandbytes(params: fgpt.GPT, path: Path) -> None:
 
 
 def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
-    params = tiny(**LLAMA | {"n_layer": 1, "d_model": 64, "d_mlp": 64, "rotary": 32})
+    params = tiny(**LLAMA | {"n_layer": 1, "d_model": 64, "d_mlp": 64, "rotary_dim": 32})
     fgpt.save(params, tmp_path)
     path, state = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
     tensors = as_bitsandbytes(params)
@@ -669,7 +669,14 @@ def test_spoiled_gguf_files(arch: str, tmp_path: Path):
 
 # ----------------------------------------------------------------------------------------------------------------- PEFT
 
-LLAMA: dict[str, Any] = {"norm": "rms", "gated": True, "rotary": 8, "tied": False, "act": "silu", "biases": ""}
+LLAMA: dict[str, Any] = {
+    "norm_type": "rms",
+    "gated_mlp": True,
+    "rotary_dim": 8,
+    "tie_word_embeddings": False,
+    "activation": "silu",
+    "biases": "",
+}
 HUB = {"self_attn.q_proj": "attn.q", "self_attn.v_proj": "attn.v", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 MADE: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(0), 2, 6, r".*\.(q|v)"),
@@ -810,14 +817,14 @@ SAME = {
     "n_layer": ("n_layer", "num_hidden_layers"),
     "n_head": ("n_head", "num_attention_heads"),
     "d_model": ("n_embd", "hidden_size"),
-    "context": ("n_positions", "max_position_embeddings"),
-    "vocab": ("vocab_size",),
+    "n_ctx": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size",),
     "d_mlp": ("n_inner", "intermediate_size"),
-    "eps": ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"),
-    "tied": ("tie_word_embeddings",),
+    "norm_eps": ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"),
+    "tie_word_embeddings": ("tie_word_embeddings",),
     "kv_heads": ("num_key_value_heads",),
     "head_size": ("head_dim",),
-    "parallel": ("use_parallel_residual",),
+    "parallel_residual": ("use_parallel_residual",),
 }
 """Fields of ours, and what the hub calls them: where they are there, they are equal."""
 
@@ -1198,7 +1205,9 @@ def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
     if (what, end) == ("rows", ".txt"):
         pytest.skip("rows of text are in no .txt")
     read, agreed = (
-        (instruction_datasets.load_rows, rows_said) if what == "rows" else (classification_datasets.load_labeled_texts, labels_said)
+        (instruction_datasets.load_rows, rows_said)
+        if what == "rows"
+        else (classification_datasets.load_labeled_texts, labels_said)
     )
     records: Any = RECORDS if what == "rows" else LABELLED
     path = tmp_path / f"data{end}"
@@ -1414,7 +1423,7 @@ def test_ranks_of_a_vocabulary_are_whole_numbers(rank: Any, tmp_path: Path):
 
 def test_codes_that_are_taken_for_scales(tmp_path: Path):
     """A state that tells of no nested scales, over those that are: codes are no scales."""
-    params = tiny(**LLAMA | {"n_layer": 1, "d_model": 64, "d_mlp": 64, "rotary": 32})
+    params = tiny(**LLAMA | {"n_layer": 1, "d_model": 64, "d_mlp": 64, "rotary_dim": 32})
     fgpt.save(params, tmp_path)
     tensors = as_bitsandbytes(params)
     name = next(name for name in tensors if "quant_state" in name)

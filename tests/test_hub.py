@@ -21,7 +21,7 @@ from fgpt.io import models
 from fgpt.tokenizers.tokenizer_files import FILES
 
 COMMIT = "a" * 40
-PARAMS = tiny(vocab=4096, n_layer=1)
+PARAMS = tiny(vocab_size=4096, n_layer=1)
 
 
 class FakeHub:

@@ -207,7 +207,7 @@ def test_full_logits_are_never_held(kernel: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_training_gradient_makes_no_full_logits_and_no_head_gradient(monkeypatch: pytest.MonkeyPatch):
-    big = tiny(vocab=500, tied=False)
+    big = tiny(vocab_size=500, tie_word_embeddings=False)
     batch = fgpt.Batch(tokens(500, 4, 20), tokens(500, 4, 20), torch.ones(4, 20))
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * 500 * 3)
     with Largest() as seen:
@@ -250,13 +250,14 @@ def test_a_fate_is_a_hash_of_seed_and_place(seed: int, p: float):
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_fates_are_independent(p: float):
-    """At the given rate; and with no pattern of rows, columns, neighbours or neighbouring seeds.
+    """At the given rate; and with no pattern of rows, columns, neighbors or neighboring seeds.
 
     A random 512 x 512 of unit variance has a largest singular value of 2 √512; any pattern adds one above it.
     """
     n = 512
     masks = [
-        (dropout_mask(torch.tensor(seed), n, n, p).float() - (1 - p)) / (p * (1 - p)) ** 0.5 for seed in (0, 1, 2, 1 << 30)
+        (dropout_mask(torch.tensor(seed), n, n, p).float() - (1 - p)) / (p * (1 - p)) ** 0.5
+        for seed in (0, 1, 2, 1 << 30)
     ]
     for i, mask in enumerate(masks):
         assert mask.mean().abs() < 5 / n
@@ -325,7 +326,7 @@ def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | Non
 
 
 @pytest.mark.parametrize("to", ["nf4", "int8"])
-def test_scaled_over_quantised(to: Any):
+def test_scaled_over_quantized(to: Any):
     """The value and the gradients of the same over the expanded matrix; int8's within the rounding of x, which the
     gradients do not see.
     """

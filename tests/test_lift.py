@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fgpt
 from fgpt.adapters import weight_matrices
-from fgpt.tree import num_elements, leaves, tree_map, replace_at
+from fgpt.tree import leaves, num_elements, replace_at, tree_map
 
 X = tokens(31, 3, 9)
 MATRICES = r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+"
@@ -43,7 +43,7 @@ def near(got: Any, expected: Any, rel: float = 1e-5) -> None:
         close({path: x[path].double()}, {path: y[path].double()}, rel * y[path].abs().max().item() + 1e-9)
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """`module` in eval mode, with noise on every parameter."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -263,7 +263,7 @@ LABELS = torch.tensor([0, 2, 1])
 def some(request: pytest.FixtureRequest) -> tuple[nn.Module, str]:
     make, target = MODULES[request.param]
     torch.manual_seed(0)
-    return randomised(make()), target
+    return randomized(make()), target
 
 
 def mean(module: Callable[[Tensor], Tensor]) -> Tensor:
@@ -345,7 +345,9 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
 def test_any_module_is_mapped_over_examples_and_over_adapters(some: tuple[nn.Module, str]):
     module, target = some
     params, apply = fgpt.from_module(module)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=target) | fgpt.trainable_leaves(params, r".*(?i:norm).*|.*head.*b"))
+    adapters = shaken(
+        fgpt.lora(params, fgpt.key(0), 2, target=target) | fgpt.trainable_leaves(params, r".*(?i:norm).*|.*head.*b")
+    )
 
     def loss(a: Any, row: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(apply(fgpt.adapt(params, a), row[None]), label[None])
@@ -374,7 +376,7 @@ class Tied(nn.Module):
 
 
 def test_what_is_tied_stays_one_leaf_at_its_first_name():
-    module = randomised(Tied())
+    module = randomized(Tied())
     params, apply = fgpt.from_module(module)
     assert list(leaves(params)) == ["table.w", "first.w", "first.b", "other.weight.w", "head.bias"]
     grads = grad(lambda a: apply(fgpt.adapt(params, a), X).square().mean())(fgpt.trainable_leaves(params))
@@ -491,7 +493,7 @@ def test_lift_is_a_bijection_of_parameters(widths: list[int], kinds: list[str], 
     assert torch.equal(apply(params, x), module(x))
 
 
-# ---------------------------------------------------------------------------------------------- dtypes, quantised bases
+# ---------------------------------------------------------------------------------------------- dtypes, quantized bases
 
 
 @pytest.mark.parametrize("method", FRESH)
@@ -509,17 +511,19 @@ def test_a_half_precision_module_keeps_its_dtype_and_the_adapters_theirs(method:
 
 
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8", "blockwise8"])
-def test_a_quantised_base_is_the_module_of_its_dequantised_numbers(to: Any):
+def test_a_quantized_base_is_the_module_of_its_dequantized_numbers(to: Any):
     module = hf_gpt2(n_embd=64)
     params, apply = fgpt.from_module(module)
     small = fgpt.quantize(params, to, target=MATRICES)
-    plain = fgpt.merge(small, base="dequantised")
+    plain = fgpt.merge(small, base="dequantized")
     other = copy.deepcopy(module)
     for path, w in weight_matrices(plain).items():
         other.get_parameter(f"{path}.weight").data = w.T.clone() if ".c_" in path else w.clone()  # pyright: ignore
     near(apply(small, X).logits, other(X).logits.detach(), 1e-6)
     assert not torch.allclose(apply(small, X).logits, module(X).logits, atol=1e-3)
-    adapters = shaken(fgpt.dora(small, fgpt.key(0), 4, target=MATRICES) | fgpt.trainable_leaves(small, r".*ln_.*"), 0.05)
+    adapters = shaken(
+        fgpt.dora(small, fgpt.key(0), 4, target=MATRICES) | fgpt.trainable_leaves(small, r".*ln_.*"), 0.05
+    )
     near(grad(lifted_loss(small, apply))(adapters), grad(lifted_loss(plain, apply))(adapters))
     each = vmap(lambda row: grad(lambda a: apply(fgpt.adapt(small, a), row[None]).logits.square().mean())(adapters))(X)
     assert all(len(g) == len(X) and g.isfinite().all() for g in leaves(each).values())
@@ -569,7 +573,7 @@ def test_the_module_is_itself_again_after_an_error(gpt2: nn.Module):
 
 def test_a_module_under_two_names_is_itself_again():
     """Where torch's `tie_weights` leaves it with the tensors of the call."""
-    module = randomised(Tied())
+    module = randomized(Tied())
     before, tensors = snapshot(module), [id(x) for x in module.parameters()]
     params, apply = fgpt.from_module(module)
     grad(lambda p: apply(p, X).sum())(params)
@@ -578,7 +582,7 @@ def test_a_module_under_two_names_is_itself_again():
 
 
 def test_batchnorm_in_training_mode_updates_nothing():
-    module = randomised(Convolutions()).train()
+    module = randomized(Convolutions()).train()
     before = snapshot(module)
     params, apply = fgpt.from_module(module)
     grads = grad(lambda a: mean(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.trainable_leaves(params))
@@ -594,7 +598,7 @@ def test_batchnorm_in_training_mode_updates_nothing():
 
 
 def test_a_buffer_is_read_as_it_stands():
-    module = randomised(Convolutions())
+    module = randomized(Convolutions())
     params, apply = fgpt.from_module(module)
     module.get_buffer("body.1.running_mean").add_(1.0)
     assert torch.equal(apply(params, X), module(X))
@@ -626,7 +630,7 @@ from torch.func import grad
 import fgpt
 
 module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
-params, apply = fgpt.lift(module)
+params, apply = fgpt.from_module(module)
 adapters, x = fgpt.dora(params, fgpt.key(0), 2, target="0|2"), torch.ones(3, 6)
 fn = grad(lambda a: apply(fgpt.adapt(params, a), x).square().mean())
 compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")(adapters)
@@ -634,7 +638,7 @@ for path, expected in fgpt.tree.leaves(fn(adapters)).items():
     torch.testing.assert_close(fgpt.tree.leaves(compiled)[path], expected)
 for thing in (lambda x: x, nn.Linear):
     try:
-        fgpt.lift(thing)
+        fgpt.from_module(thing)
     except fgpt.InputError as err:
         print(err)
 """
@@ -724,10 +728,16 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fgpt.from_module(torch.jit.script(nn.Linear(2, 2))), r"ordinary nn\.Module, got RecursiveScriptModule"),
+        (
+            lambda: fgpt.from_module(torch.jit.script(nn.Linear(2, 2))),
+            r"ordinary nn\.Module, got RecursiveScriptModule",
+        ),
         (lambda: fgpt.from_module(nn.LazyLinear(4)), "parameter weight has no shape yet: call the module once"),
         (lambda: fgpt.from_module(integers()), r"parameter 0\.weight is torch\.uint8, expected a floating dtype"),
-        (lambda: fgpt.from_module(nn.Embedding(4, 2, max_norm=1.0)), "the module has max_norm, which rewrites its table"),
+        (
+            lambda: fgpt.from_module(nn.Embedding(4, 2, max_norm=1.0)),
+            "the module has max_norm, which rewrites its table",
+        ),
         (lambda: fgpt.from_module(nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0))), "0 has max_norm"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0)), r"selector 'blocks.* matches no path; nearest are 0"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0), target="1"), "selector '1' matches no path"),

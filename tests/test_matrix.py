@@ -42,7 +42,7 @@ Mistake: TypeAlias = Literal["", "norm not detached", "bias not scaled", "not ro
 # ----------------------------------------------------------------------------------------------------- rows and columns
 
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
-NEVER_QUANTISED = r"(wte|wpe)\.w|.*ln_.*|.*\.b"
+NEVER_QUANTIZED = r"(wte|wpe)\.w|.*ln_.*|.*\.b"
 
 KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "LoRA": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS),
@@ -51,7 +51,7 @@ KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "IA3": fgpt.ia3,
     "LayerNorm": lambda p: fgpt.trainable_leaves(p, r".*ln_.*"),
     "biases": lambda p: fgpt.trainable_leaves(p, r".*\.b"),
-    "full": lambda p: fgpt.trainable_leaves(p, NEVER_QUANTISED if holding(p, QUANTIZED) else ".*"),
+    "full": lambda p: fgpt.trainable_leaves(p, NEVER_QUANTIZED if holding(p, QUANTIZED) else ".*"),
     "LoRA and LayerNorm": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.trainable_leaves(p, r".*ln_.*"),
     "LoRA on q, v, tied wte": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, r"wte|blocks\.\d+\.attn\.(q|v)"),
     "LoRA with dropout": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS, dropout=0.25),
@@ -346,7 +346,7 @@ def error(got: Any, want: Any) -> float:
 
 
 def computed(name: str, on: str, frozen: fgpt.GPT, p: Point) -> Any:
-    with mock.patch.object(quantised, "MULTIPLIES_BF16", on == BF16_TOO):
+    with mock.patch.object(quantized, "MULTIPLIES_BF16", on == BF16_TOO):
         return TRANSFORMS[name](frozen, p)
 
 

@@ -51,7 +51,7 @@ def model_of(name: str) -> tuple[Any, fgpt.GPT]:
 
 
 def reference_over(frozen: fgpt.GPT, model: Any) -> Loss:
-    plain = fgpt.merge(frozen, base="dequantised")
+    plain = fgpt.merge(frozen, base="dequantized")
     family, weights = families.family_of(frozen.cfg), leaves(plain)
     # a file's name, and a module's
     place = {} if hasattr(model, "embed_out") else {"embed_out.weight": "lm_head.weight"}
@@ -127,6 +127,6 @@ def test_a_wrong_model_is_noticed():
     reference = reference_over(frozen, model)
     p = Point("LoRA", frozen, reference)
     want = expected(reference, p)
-    odd = replace(frozen, cfg=replace(frozen.cfg, base=500.0))
+    odd = replace(frozen, cfg=replace(frozen.cfg, rope_theta=500.0))
     for transform in ("grad", "jvp(grad)", "vmap(grad)"):
         assert error(TRANSFORMS[transform](odd, p), want[transform]) > 100 * TOLERANCE["fp32"]

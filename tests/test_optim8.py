@@ -16,7 +16,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.optim import Moment8, adamw, adamw8bit, cosine_schedule
-from fgpt.tree import astype, num_elements, leaves, tree_map
+from fgpt.tree import astype, leaves, num_elements, tree_map
 
 LR, DECAY = 1e-2, 0.1
 SIZES = {"w": (64, 64), "odd": (67, 71), "wide": (3, 2311), "small": (63, 65), "bias": (5000,), "b": (9,)}

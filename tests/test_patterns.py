@@ -103,8 +103,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """A run that classifies, trained for one step: its options, and its folder."""
     at = tmp_path_factory.mktemp("run")
     (at / "a.txt").write_text("i am glad;joy\ni am sad;fear\n" * 8)
-    options = ["--base", "nano", "--train", str(at / "a.txt"), "--heldout", "4", "--steps", "1"]
-    options += ["--seq", "24", "--out", str(at / "runs")]
+    options = ["--base", "nano", "--train", str(at / "a.txt"), "--num-heldout", "4", "--steps", "1"]
+    options += ["--max-seq-len", "24", "--out", str(at / "runs")]
     assert main(["train", "emotion-small", *options]) == 0
     return options, at / "runs" / "emotion-small"
 
@@ -120,7 +120,7 @@ def test_a_selector_from_a_run_s_file_ends(pattern: str, run: tuple[list[str], P
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("option", ["--adapter.target", "--also"])
+@pytest.mark.parametrize("option", ["--adapter.target", "--tune-also"])
 def test_a_selector_that_is_typed_ends_with_one_line(
     option: str, run: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ):

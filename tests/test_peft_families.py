@@ -218,7 +218,7 @@ def test_names_of_any_modules_select_just_them(name: str):
 
 
 def test_transposed_modules_say_so():
-    params = tiny(tied=False)
+    params = tiny(tie_word_embeddings=False)
     for target, transposed in ((r"blocks\..*", True), ("head", False), (r"head|.*\.up", True)):
         packed = pack(fgpt.lora(params, fgpt.key(0), 3, target=target), params, "base")
         assert packed.config["fan_in_fan_out"] is transposed
@@ -261,14 +261,16 @@ def test_what_peft_cannot_hold_is_refused(name: str, tmp_path: Path):
     for adapters in (
         fgpt.dora(params, fgpt.key(0), target="wte"),
         fgpt.trainable_leaves(params, r"blocks\.0\.attn\.o\.w"),
-        fgpt.trainable_leaves(params, r".*\.(q|up)\.b|ln_f.*") if name != "llama" else fgpt.trainable_leaves(params, "head.*"),
+        fgpt.trainable_leaves(params, r".*\.(q|up)\.b|ln_f.*")
+        if name != "llama"
+        else fgpt.trainable_leaves(params, "head.*"),
     ):
         with pytest.raises(fgpt.InputError, match=r"PEFT has no place .*save_adapters\(adapters, path\)"):
             fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
 
 
 def test_a_model_of_no_family(tmp_path: Path):
-    params = tiny(gated=True)
+    params = tiny(gated_mlp=True)
     adapters = shaken(fgpt.lora(params, fgpt.key(0), 3))
     with pytest.raises(fgpt.InputError, match=r"family .* of none: save_adapters\(adapters, path\) keeps") as caught:
         fgpt.save_peft(adapters, params, tmp_path / "peft", "base")

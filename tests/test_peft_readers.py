@@ -46,7 +46,8 @@ def products(folder: Path, rule: str) -> dict[str, Tensor]:
 def expected(params: fgpt.GPT, adapters: fgpt.Adapters) -> dict[str, Tensor]:
     """ΔW of each of the hub's modules, [out, in]: what our own adapters add to its weight."""
     base, tuned = (
-        {path: dense(w).double() for path, w in weight_matrices(p).items()} for p in (params, fgpt.adapt(params, adapters))
+        {path: dense(w).double() for path, w in weight_matrices(p).items()}
+        for p in (params, fgpt.adapt(params, adapters))
     )
     family, found = family_of(params.cfg), {}
     for s in family.tensor_mappings(params.cfg):

@@ -230,7 +230,10 @@ REFUSED: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
         "a part of transformer.h.0.mlp.c_proj",
     ),
     "a bias below": (lambda p: lora(p) | fgpt.trainable_leaves(p, r"blocks\.0\.mlp\.up\.b"), "a bias below an adapter"),
-    "a third": (lambda p: lora(p) | fgpt.trainable_leaves(p, r".*\.0\.attn\.q\.w"), "blocks.0.attn.q.w alone, a part of"),
+    "a third": (
+        lambda p: lora(p) | fgpt.trainable_leaves(p, r".*\.0\.attn\.q\.w"),
+        "blocks.0.attn.q.w alone, a part of",
+    ),
     "dora of the table": (lambda p: fgpt.dora(p, fgpt.key(0), 3, target="wte"), "no place for DoRA on wte"),
     "a matrix alone": (lambda p: fgpt.trainable_leaves(p, r".*\.down.*"), "without an adapter or a norm beside it"),
     "ia3 and biases": (lambda p: fgpt.ia3(p) | fgpt.trainable_leaves(p, r".*\.b"), "alone, a "),

@@ -28,17 +28,43 @@ from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
-from fgpt.evaluation.likelihood import perplexity, loglikelihood_rolling
+from fgpt.evaluation.likelihood import loglikelihood_rolling, perplexity
 from fgpt.io import models
 from fgpt.model import abstract_params
 from fgpt.optim import cosine_schedule
 from fgpt.recipes import PretrainingRecipe, find
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks, gpt2
-from fgpt.tree import num_elements, leaves
+from fgpt.tree import leaves, num_elements
 
 NANO = from_ranks(models.EMBEDDED["nano"] / RANKS)
-SIZE = ["--tokenizer", "nano", "--vocab", "4100", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "64"]
-SHORT = ["--rows", "2", "--accumulate", "3", "--steps", "16", "--warmup", "4", "--lr", "1e-2", "--compile", "False"]
+SIZE = [
+    "--tokenizer",
+    "nano",
+    "--vocab",
+    "4100",
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--d-model",
+    "32",
+    "--max-seq-len",
+    "64",
+]
+SHORT = [
+    "--micro-batch-size",
+    "2",
+    "--grad-accumulation-steps",
+    "3",
+    "--steps",
+    "16",
+    "--warmup-steps",
+    "4",
+    "--lr",
+    "1e-2",
+    "--compile",
+    "False",
+]
 
 
 class Large:
@@ -63,7 +89,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    data = ["--data", str(texts[0]), "--heldout", str(texts[1]), "--peak", "0.05", "--evaluate", "8"]
+    data = ["--data", str(texts[0]), "--heldout", str(texts[1]), "--peak-tflops", "0.05", "--eval-every", "8"]
     assert main(["train", "tinytiny-pretrain", *data, *SIZE, *SHORT, "--out", str(out)]) == 0
     return out / "tinytiny-pretrain"
 
@@ -88,10 +114,12 @@ def test_tinytiny_has_its_origins_parameters():
 
 def test_flops_worked_by_hand():
     """One layer of two heads, 4 wide, and 10 tokens: 40 in the table, 12 · 16 in the block, 12 in norms."""
-    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "context": 8, "vocab": 10, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "n_ctx": 8, "vocab_size": 10, "d_mlp": 16, "biases": ""}
     tied = abstract_params(fgpt.Config(**sizes))
     assert mfu.flops(tied, 8) == 6 * (40 + 192 + 12) + 12 * 1 * 2 * 2 * 8 == 1848
-    assert mfu.flops(abstract_params(fgpt.Config(**sizes, tie_word_embeddings=False)), 8) == 1848  # the head multiplies, the table does not
+    assert (
+        mfu.flops(abstract_params(fgpt.Config(**sizes, tie_word_embeddings=False)), 8) == 1848
+    )  # the head multiplies, the table does not
     assert mfu.flops(tied, 4) == 1848 - 12 * 4 * 4
     assert 1e8 < mfu.peak(torch.device("cpu")) < 1e15
 
@@ -107,7 +135,7 @@ def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrain
 
 
 def test_ranks_are_saved_with_a_model(tmp_path: Path):
-    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "context": 8, "vocab": 4100, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 8, "vocab_size": 4100, "d_mlp": 16, "biases": ""}
     fgpt.save(fgpt.init(fgpt.Config(**sizes), fgpt.key(0)), tmp_path, like=NANO)
     assert (tmp_path / RANKS).read_bytes() == (models.EMBEDDED["nano"] / RANKS).read_bytes()
     assert fgpt.tokenizer(str(tmp_path)).eos == NANO.eos
@@ -151,7 +179,14 @@ def test_rows_lose_no_token(lengths: list[int], seq: int):
 def test_micro_batches_are_rows_one_after_the_other():
     given = [torch.arange(1, 200, dtype=torch.int32)]
     (one,) = next(batches(given, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=6), fgpt.key(1)))
-    three = next(batches(given, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=2, grad_accumulation_steps=3), fgpt.key(1)))
+    three = next(
+        batches(
+            given,
+            0,
+            PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=2, grad_accumulation_steps=3),
+            fgpt.key(1),
+        )
+    )
     assert len(three) == 3
     assert torch.equal(torch.cat([batch.tokens for batch in three]), one.tokens)
     assert torch.equal(one.targets[:, :-1], one.tokens[:, 1:])
@@ -240,7 +275,7 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
-    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.begin, stride=64)
+    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.bos, stride=64)
     of = held_out(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
@@ -259,7 +294,18 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> tuple[P
     rows = [{"instruction": f"Say {i}.", "output": f"The number is {i}. " * (i % 9 + 1)} for i in range(40)]
     (at / "rows.json").write_text(json.dumps(rows))
     options = ["--base", str(pretrained / "model"), "--data", str(at / "rows.json"), "--out", str(at), "--steps", "2"]
-    small = ["--rows", "2", "--heldout", "8", "--warmup", "1", "--compare", "0", "--most", "6"]
+    small = [
+        "--micro-batch-size",
+        "2",
+        "--heldout",
+        "8",
+        "--warmup-steps",
+        "1",
+        "--compare-prompts",
+        "0",
+        "--max-new-tokens",
+        "6",
+    ]
     for name in ("tinytiny-sft-full", "tinytiny-sft-lora"):
         assert main(["train", name, *options, *small]) == 0
     return at / "tinytiny-sft-full", at / "tinytiny-sft-lora"
@@ -272,10 +318,10 @@ def test_a_pretrained_model_serves_full_tuning_and_lora_alike(tuned: tuple[Path,
     assert [m["tokens"] for m in full] == [m["tokens"] for m in lora]
     assert (tuned[0] / "model").is_dir()
     assert (tuned[1] / "adapter").is_dir()
-    assert main(["compare", str(tuned[0]), str(tuned[1]), "--count", "3"]) == 0
+    assert main(["compare", str(tuned[0]), str(tuned[1]), "--num-prompts", "3"]) == 0
     found = json.loads((tuned[0].parent / "compare-tinytiny-sft-full-tinytiny-sft-lora" / "compare.json").read_text())
     assert list(found["scores"]) == ["base", "tinytiny-sft-full", "tinytiny-sft-lora"]
-    assert main(["generate", str(tuned[1]), "Say 3.", "--most", "3"]) == 0
+    assert main(["generate", str(tuned[1]), "Say 3.", "--max-new-tokens", "3"]) == 0
 
 
 def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
@@ -310,11 +356,11 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
         (["--data", "bytes.txt"], "bytes.txt: expected a text in UTF-8"),
         (["--data", "one.txt"], "one.txt holds one document: name another text to measure on, --heldout FILE"),
         (["--data", "one.txt", "--heldout", "missing.txt"], "missing.txt: expected a text"),
-        (["--seq", "1"], "seq is 1: expected 2 or more"),
+        (["--max-seq-len", "1"], "seq is 1: expected 2 or more"),
         (["--steps", "0"], "steps is 0: expected 1 or more"),
-        (["--accumulate", "0"], "accumulate is 0: expected 1 or more"),
-        (["--evaluate", "0"], "evaluate is 0: expected 1 or more"),
-        (["--peak", "0"], "peak is 0.0: expected a number above 0"),
+        (["--grad-accumulation-steps", "0"], "accumulate is 0: expected 1 or more"),
+        (["--eval-every", "0"], "evaluate is 0: expected 1 or more"),
+        (["--peak-tflops", "0"], "peak is 0.0: expected a number above 0"),
         (["--vocab", "4000"], "vocab is 4000: expected a row for each of the 4096 tokens, or more"),
         (["--n-head", "5"], "does not divide into 5 heads"),
         (["--source", "wikipedia"], "wikipedia"),

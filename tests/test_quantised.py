@@ -1,4 +1,4 @@
-"""Quantised matrices: bitsandbytes' numbers to the bit, products with them under every transform, and their cost."""
+"""Quantized matrices: bitsandbytes' numbers to the bit, products with them under every transform, and their cost."""
 
 from collections.abc import Callable, Iterator
 from inspect import unwrap
@@ -21,21 +21,21 @@ import fgpt
 from fgpt.kernels import quantized_linear
 from fgpt.kernels.quantized_linear import (
     QUANTIZED,
+    Blockwise4bit,
     Blockwise8bit,
     Format,
-    Blockwise4bit,
     RowwiseInt8,
     dequantize,
-    quantize_matrix,
     embedding,
-    slice_rows,
+    fake_quantize,
+    quantize_matrix,
     quantized_linear,
     reference,
-    fake_quantize,
+    slice_rows,
 )
 from fgpt.model import Linear
 from fgpt.train_step import make_step
-from fgpt.tree import astype, leaves, nbytes, tree_map, replace_at, walk
+from fgpt.tree import astype, leaves, nbytes, replace_at, tree_map, walk
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ def test_eight_bits_by_row_are_bitsandbytes(dtype: torch.dtype):
 def test_the_definition_the_operator_and_the_parts_are_one(
     kind: Any, double: bool, dtype: torch.dtype, rows: int, blocks: int, data: st.DataObject
 ):
-    """Bitwise: `dequantise` is `reference`, `gather` and `part` are its rows."""
+    """Bitwise: `dequantize` is `reference`, `gather` and `part` are its rows."""
     w = quantize_matrix(normal(rows, 64 * blocks, seed=data.draw(st.integers(0, 99)), dtype=dtype), kind, double)
     expanded = dequantize(w)
     assert w.shape == expanded.shape == (rows, 64 * blocks)
@@ -159,7 +159,7 @@ def test_bytes_a_number(kind: Any, double: bool, most: float):
     assert nbytes(tree) == 2 * (nbytes(one) - shared) + shared
 
 
-def test_a_quantised_model_weighs_what_its_parts_do():
+def test_a_quantized_model_weighs_what_its_parts_do():
     """The rest of the tree is shared with the original, not copied; a cast leaves codes and scales alone."""
     for kind in FORMATS:
         frozen = fgpt.quantize(PLAIN, kind)
@@ -274,7 +274,10 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         return y.to(torch.bfloat16).double()
 
     def found() -> tuple[Tensor, Tensor, Tensor]:
-        (y, tangent), (back,) = jvp(lambda x: quantized_linear(x, w), (x,), (t,)), vjp(lambda x: quantized_linear(x, w), x)[1](g)
+        (y, tangent), (back,) = (
+            jvp(lambda x: quantized_linear(x, w), (x,), (t,)),
+            vjp(lambda x: quantized_linear(x, w), x)[1](g),
+        )
         assert y.dtype == tangent.dtype == back.dtype == dtype
         return y, tangent, back
 
@@ -293,10 +296,10 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         assert torch.equal(back, exact[1])
 
 
-def test_mapping_over_quantised_weights_is_refused():
+def test_mapping_over_quantized_weights_is_refused():
     many = stack([quantize_matrix(normal(5, 64, seed=i), "nf4") for i in range(3)])
     for axes in ((None, 0), (0, 0)):
-        with pytest.raises(fgpt.InputError, match="cannot vmap over quantised weights: map over the adapters"):
+        with pytest.raises(fgpt.InputError, match="cannot vmap over quantized weights: map over the adapters"):
             vmap(quantized_linear, in_dims=axes)(normal(3, 64), many)
 
 
@@ -354,9 +357,9 @@ def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_quantised_model_is_the_model_of_its_numbers(kind: Any):
+def test_a_quantized_model_is_the_model_of_its_numbers(kind: Any):
     frozen = fgpt.quantize(PLAIN, kind)
-    expected = fgpt.apply(fgpt.merge(frozen, base="dequantised"), X)
+    expected = fgpt.apply(fgpt.merge(frozen, base="dequantized"), X)
     logits = fgpt.apply(frozen, X)
     assert logits.shape == expected.shape
     rounding = (logits - expected).abs().max() / expected.std()
@@ -365,10 +368,10 @@ def test_a_quantised_model_is_the_model_of_its_numbers(kind: Any):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_embedding_by_a_quantised_table(kind: Any):
+def test_embedding_by_a_quantized_table(kind: Any):
     """Tied: rows of it, and products with all of it; under vmap too."""
     frozen = fgpt.quantize(PLAIN, kind, target="wte|wpe")
-    tables = fgpt.merge(frozen, base="dequantised")
+    tables = fgpt.merge(frozen, base="dequantized")
     close(fgpt.hidden(frozen, X), fgpt.hidden(tables, X), 1e-6)
     close(fgpt.loss(frozen, BATCH), fgpt.loss(tables, BATCH), 1e-5)
     close(vmap(fgpt.hidden, in_dims=(None, 0))(frozen, X), fgpt.hidden(tables, X), 1e-5)
@@ -379,9 +382,9 @@ def test_embedding_by_a_quantised_table(kind: Any):
 
 @pytest.mark.parametrize("method", [fgpt.lora, fgpt.dora])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "blockwise8"])
-def test_adapters_over_a_quantised_base_have_the_gradient_over_its_numbers(kind: Any, method: Any):
+def test_adapters_over_a_quantized_base_have_the_gradient_over_its_numbers(kind: Any, method: Any):
     frozen = fgpt.quantize(PLAIN, kind)
-    plain, adapters = fgpt.merge(frozen, base="dequantised"), shaken(method(frozen, fgpt.key(0), 2))
+    plain, adapters = fgpt.merge(frozen, base="dequantized"), shaken(method(frozen, fgpt.key(0), 2))
     got, expected = (grad(lambda a, p=p: fgpt.loss(fgpt.adapt(p, a), BATCH))(adapters) for p in (frozen, plain))
     close(got, expected, 1e-5)
     rows = fgpt.Batch(X, Y, torch.ones(2, 9))
@@ -431,10 +434,10 @@ def test_shift_is_what_changed():
 
 
 def test_merging_is_measured_by_shift():
-    """Over the numbers trained on, merging costs only rounding; onto those never seen, what quantising had cost."""
+    """Over the numbers trained on, merging costs only rounding; onto those never seen, what quantizing had cost."""
     frozen = fgpt.quantize(PLAIN, "nf4")
     adapted = fgpt.adapt(frozen, shaken(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
-    exact = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base="dequantised"), BATCH)
+    exact = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base="dequantized"), BATCH)
     onto = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base=PLAIN), BATCH)
     assert exact.logit < 1e-4
     assert onto.logit > 100 * exact.logit
@@ -465,8 +468,14 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
         (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16: blockwise8 wants multiples of 64"),
         (lambda: fgpt.quantize(PLAIN, target=r"blocks\..*\.c_attn"), r"matches no path; nearest are blocks\.\d\.attn"),
         (lambda: fgpt.quantize(PLAIN, target=r".*ln_1"), "matches no path; nearest are"),
-        (lambda: fgpt.trainable_leaves(NF4), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised: narrow the target"),
-        (lambda: fgpt.trainable_leaves(NF4, r".*\.absmax\.codes"), r"cannot tune blocks\.0\.attn\.q\.w, which is quantised"),
+        (
+            lambda: fgpt.trainable_leaves(NF4),
+            r"cannot tune blocks\.0\.attn\.q\.w, which is quantized: narrow the target",
+        ),
+        (
+            lambda: fgpt.trainable_leaves(NF4, r".*\.absmax\.codes"),
+            r"cannot tune blocks\.0\.attn\.q\.w, which is quantized",
+        ),
         (
             lambda: fgpt.adapt(NF4, {"blocks.0.attn.q.w": torch.ones(64, 64)}),
             r"no leaf 'blocks\.0\.attn\.q\.w' to replace",
@@ -478,11 +487,11 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
         ),
         (
             lambda: fgpt.merge(ADAPTED),
-            r"blocks\.0\.attn\.q\.w is quantised below: merge\(params, onto=\"dequantised\"\)",
+            r"blocks\.0\.attn\.q\.w is quantized below: merge\(params, onto=\"dequantized\"\)",
         ),
         (
             lambda: fgpt.merge(ADAPTED, base="original"),
-            "merge onto 'original': expected \"dequantised\" or a params tree",
+            "merge onto 'original': expected \"dequantized\" or a params tree",
         ),
         (
             lambda: fgpt.merge(ADAPTED, base=tiny()),
@@ -502,7 +511,7 @@ def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str):
 
 
 def test_what_is_narrow_may_be_held_in_whole_numbers_and_the_rest_tuned():
-    """int8 wants no blocks; a target narrowed past what is quantised tunes."""
+    """int8 wants no blocks; a target narrowed past what is quantized tunes."""
     narrow = tiny()
     assert isinstance(fgpt.quantize(narrow, "int8").blocks[0].attn.o.w, RowwiseInt8)
     assert fgpt.num_trainable(fgpt.trainable_leaves(NF4, r".*ln_.*|.*\.b")) > 0
@@ -510,6 +519,6 @@ def test_what_is_narrow_may_be_held_in_whole_numbers_and_the_rest_tuned():
     assert {type(x.w) for _, x in walk(mixed) if isinstance(x, Linear)} == {Blockwise4bit, RowwiseInt8}
     partly = fgpt.adapt(replace_at(NF4, {"blocks.0.attn.q.w": PLAIN.blocks[0].attn.q.w}), {})  # pyright: ignore
     adapters = shaken(fgpt.lora(partly, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q"))
-    merged = fgpt.merge(fgpt.adapt(partly, adapters))  # nothing adapted is quantised, so nothing has to be said
+    merged = fgpt.merge(fgpt.adapt(partly, adapters))  # nothing adapted is quantized, so nothing has to be said
     assert isinstance(merged.blocks[0].attn.q.w, Tensor)  # pyright: ignore
     assert isinstance(merged.blocks[1].attn.q.w, Blockwise4bit)  # pyright: ignore

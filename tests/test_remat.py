@@ -1,4 +1,4 @@
-"""A rematerialised function is the function, under every transform, and keeps only its inputs."""
+"""A rematerialized function is the function, under every transform, and keeps only its inputs."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def plain(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
     return fgpt.loss(fgpt.adapt(BASE, adapters), batch)
 
 
-def rematerialised(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
+def rematerialized(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
     return fgpt.loss(fgpt.adapt(BASE, adapters), batch, remat=True)
 
 
@@ -58,14 +58,14 @@ EXACT: dict[str, Callable[[Loss], Any]] = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", EXACT)
 def test_it_is_the_function_bit_for_bit(name: str):
-    got, expected = EXACT[name](rematerialised), EXACT[name](plain)
+    got, expected = EXACT[name](rematerialized), EXACT[name](plain)
     assert same({"": got}, {"": expected})
     assert max(x.abs().max() for x in leaves({"": got}).values()) > 1e-2
 
 
 def test_a_second_plain_backward():
     """Recorded, the first backward keeps what it records, and the second is that of the function itself."""
-    grads, inputs = autograd(rematerialised, ADAPTERS, create_graph=True)
+    grads, inputs = autograd(rematerialized, ADAPTERS, create_graph=True)
     got = torch.autograd.grad(dot(grads, DIRECTION), inputs)
     expected = leaves(jvp(grad(plain), (ADAPTERS,), (DIRECTION,))[1]).values()
     for x, y in zip(got, expected, strict=True):
@@ -79,7 +79,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, grad_and_value, vmap
 from fgpt.kernels.remat import remat
-from test_remat import rematerialised
+from test_remat import rematerialized
 from test_transforms import ADAPTERS, PACKED, close
 def check(fn, *args):
     products = []
@@ -95,7 +95,7 @@ assert check(lambda x: grad_and_value(lambda x: remat(f)(x).sum())(x), torch.one
 assert check(lambda x: remat(f)(x), torch.ones(3, 3)) == [1]
 check(lambda x: vmap(grad(lambda x: remat(f)(x).sum()))(x), torch.ones(2, 3, 3))
 v = {path: x for path, x in ADAPTERS.items() if path.endswith("attn.v")}
-check(grad_and_value(rematerialised), v, PACKED)
+check(grad_and_value(rematerialized), v, PACKED)
 print("compiled")
 """
 
@@ -233,7 +233,7 @@ def test_it_runs_once_forward_and_once_backward():
 
 
 SERIAL = tiny(d_model=64, d_mlp=128)
-PARALLEL = tiny(d_model=64, d_mlp=128, parallel=True, norms=1, gated=True)
+PARALLEL = tiny(d_model=64, d_mlp=128, parallel_residual=True, n_norms=1, gated_mlp=True)
 LAYERS = r"blocks\..*\.(q|k|v|o|up|gate|down)"
 TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=LAYERS),
@@ -298,7 +298,7 @@ def saved_bytes(value: Callable[[], Tensor], held: list[Tensor]) -> int:
 
 
 def test_it_saves_a_third_of_the_memory():
-    gpt = tiny(n_layer=12, d_model=64, d_mlp=256, n_head=4, context=64)
+    gpt = tiny(n_layer=12, d_model=64, d_mlp=256, n_head=4, n_ctx=64)
     adapters = fgpt.lora(gpt, fgpt.key(0), 8, target=r"blocks\.\d+\.attn\.(q|k|v|o)")
     inputs: Any = tree_map(lambda x: x.detach().requires_grad_(), adapters)
     params = fgpt.adapt(gpt, inputs)

@@ -54,7 +54,9 @@ def folder(at: Path, run: Any = LORA, steps: int = 60, **files: Any) -> Path:
 
 
 def compared(prompts: int = 10) -> dict[str, Any]:
-    rows = [InstructionRow(f"Say {i}. {EVIL}", "to & fro" if i else "", "It is." if i % 2 else "") for i in range(prompts)]
+    rows = [
+        InstructionRow(f"Say {i}. {EVIL}", "to & fro" if i else "", "It is." if i % 2 else "") for i in range(prompts)
+    ]
     answers = {
         "base": [Answer("la la la la la la la la" if i else "", (), False) for i in range(prompts)],
         "tuned": [Answer(f"{i} is {EVIL}", (), True) for i in range(prompts)],
@@ -120,7 +122,7 @@ def test_options_that_differ_are_marked(whole: Path):
 CHANGED = [
     replace(LORA, out=Path("a b"), seed=3, adapter=replace(LORA.adapter, rank=4, target=r"blocks\..*\.(q|k)")),
     replace(LORA, lr=None, remat=True, steps=7),
-    replace(recipes.find("emotion-smollm2"), labels=("a=b c", "d=e"), also="-x", wording=RTE.wording),
+    replace(recipes.find("emotion-smollm2"), labels=("a=b c", "d=e"), tune_also="-x", prompt=RTE.wording),
     replace(recipes.find("tinytiny-pretrain"), data=(Path("x y.txt"), Path("z.txt")), betas=(0.5, 0.75), biases=True),
 ]
 

@@ -51,7 +51,7 @@ KILLS = 50
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The arguments of a small training of each kind, dropout, accumulation and 8-bit moments among them."""
     at = tmp_path_factory.mktemp("given")
-    cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=32, d_mlp=64, context=96)
+    cfg = dataclasses.replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=32, d_mlp=64, n_ctx=96)
     models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
     rows = [{"instruction": f"Say {i}.", "output": f"The number is {i}. " * (1 + i % 3)} for i in range(30)]
     (at / "rows.json").write_text(json.dumps(rows))
@@ -62,16 +62,33 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     (at / "tales.txt").write_text(
         "\n<|endoftext|>\n".join(f"Once there was a fox. It ran {i} miles." * 3 for i in range(12))
     )
-    often = ["--checkpoint", "0", "--seed", "3"]
-    base = ["--base", str(at / "base"), "--rows", "1", "--accumulate", "2", "--seq", "64", *often]
+    often = ["--checkpoint-every-minutes", "0", "--seed", "3"]
+    base = [
+        "--base",
+        str(at / "base"),
+        "--micro-batch-size",
+        "1",
+        "--grad-accumulation-steps",
+        "2",
+        "--max-seq-len",
+        "64",
+        *often,
+    ]
     lora = ["--adapter.rank", "4", "--adapter.dropout", "0.2", "--adapter.target", r"blocks.*\.(q|up)|wte"]
-    asked = ["--data", str(at / "rows.json"), "--heldout", "4", "--compare", "2", "--most", "4"]
-    best = ["--steps", "12", "--evaluate", "5", "--take", "best"]
-    texts = ["--train", str(at / "texts.txt"), "--test", "None", "--heldout", "9", "--steps", "8"]
-    tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--compile", "False", "--peak", "0.05"]
-    size = ["--vocab", "4096", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "32"]
-    steps = ["--rows", "2", "--accumulate", "2", "--steps", "9", "--evaluate", "4"]
-    timed = ["--checkpoint", "0.004", "--keep", "1", "--evaluate", "3"]  # minutes: some steps have one, others none
+    asked = ["--data", str(at / "rows.json"), "--num-heldout", "4", "--compare-prompts", "2", "--max-new-tokens", "4"]
+    best = ["--steps", "12", "--eval-every", "5", "--take", "best"]
+    texts = ["--train", str(at / "texts.txt"), "--test", "None", "--num-heldout", "9", "--steps", "8"]
+    tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--compile", "False", "--peak-tflops", "0.05"]
+    size = ["--vocab", "4096", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32"]
+    steps = ["--micro-batch-size", "2", "--grad-accumulation-steps", "2", "--steps", "9", "--eval-every", "4"]
+    timed = [
+        "--checkpoint-every-minutes",
+        "0.004",
+        "--keep-checkpoints",
+        "1",
+        "--eval-every",
+        "3",
+    ]  # minutes: some steps have one, others none
     instruct = ["lora-nano", *base, "--optimizer", "adamw8bit", *lora, *asked, *best]
     return {
         "timed": [*instruct, *timed],
@@ -200,13 +217,13 @@ CALLS = ("replace", "rename", "fsync", "unlink", "rmdir")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "often", [["--evaluate", "2"], ["--evaluate", "1", "--checkpoint", "99"]], ids=["each", "best"]
+    "often", [["--eval-every", "2"], ["--eval-every", "1", "--checkpoint-every-minutes", "99"]], ids=["each", "best"]
 )
 def test_killed_at_every_moment_of_writing(often: list[str], given: Any, tmp_path: Path):
     """Before each rename, flush and deletion, wherever it stands in a training of four steps, whose last deletes a
     checkpoint: with a checkpoint after each, and with those alone whose held-out loss is the best so far.
     """
-    short = [*given["instruct"], "--steps", "4", "--keep", "1", "--compare", "0", *often]
+    short = [*given["instruct"], "--steps", "4", "--keep-checkpoints", "1", "--compare-prompts", "0", *often]
     assert ended(forked(["train", *short, "--out", str(tmp_path / "whole")])) == 0
     expected, at = end_of(tmp_path / "whole"), 0
 
@@ -244,7 +261,7 @@ def test_killed_at_every_moment_of_writing(often: list[str], given: Any, tmp_pat
 @pytest.fixture(scope="module")
 def trained(given: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    assert ended(forked(["train", *given["instruct"], "--keep", "4", "--out", str(out)])) == 0
+    assert ended(forked(["train", *given["instruct"], "--keep-checkpoints", "4", "--out", str(out)])) == 0
     (run,) = run_in(out)
     return run
 
@@ -501,7 +518,7 @@ def test_a_line_of_wrong_types_is_named(line: str, tmp_path: Path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-# --------------------------------------------------------------------------------------------- disks and neighbours
+# --------------------------------------------------------------------------------------------- disks and neighbors
 
 
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
@@ -610,7 +627,7 @@ def test_a_reader_never_sees_a_torn_file(given: Any, tmp_path: Path):
 def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any, whole: Any, tmp_path: Path):
     """A process of its own, as a user has it."""
     args, (expected, _) = given["instruct"], whole["instruct"]
-    command = [sys.executable, "-m", "fgpt", "train", *args, "--checkpoint", "99", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "fgpt", "train", *args, "--checkpoint-every-minutes", "99", "--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
@@ -624,7 +641,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any
     steps = [line["step"] for line in read_metrics(metrics)]
     assert steps[-1] < 12
     assert (run / "checkpoints" / f"step-{steps[-1]:06d}" / "manifest.json").is_file()
-    assert ended(forked(again(run, "--checkpoint", "0"))) == 0
+    assert ended(forked(again(run, "--checkpoint-every-minutes", "0"))) == 0
     same(end_of(tmp_path), expected)
 
 

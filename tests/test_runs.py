@@ -20,14 +20,14 @@ from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.recipes import RECIPES, InstructionRecipe, find
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--steps", "6", "--rows", "2", "--compare", "4", "--most", "24"]
+SHORT = ["--steps", "6", "--micro-batch-size", "2", "--compare-prompts", "4", "--max-new-tokens", "24"]
 """Enough to train, save and compare in seconds."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    assert main(["train", "lora-nano", *SHORT, "--warmup", "1", "--out", str(out)]) == 0
+    assert main(["train", "lora-nano", *SHORT, "--warmup-steps", "1", "--out", str(out)]) == 0
     return out / "lora-nano"
 
 
@@ -92,14 +92,14 @@ def test_the_adapter_is_peft_s(trained: Path):
 
 def test_generate_and_compare_again(trained: Path, capsys: pytest.CaptureFixture[str]):
     before = (trained / "compare.json").read_text()
-    assert main(["generate", str(trained), "Write a story about a fox named Tim.", "--most", "12"]) == 0
+    assert main(["generate", str(trained), "Write a story about a fox named Tim.", "--max-new-tokens", "12"]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["compare", str(trained)]) == 0
     assert (trained / "compare.json").read_text() == before  # greedy: the same again, from the files alone
 
 
 def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
-    options = ["--adapter.kind", "full", "--adapter.target", ".*", "--lr", "1e-4", "--heldout", "4"]
+    options = ["--adapter.kind", "full", "--adapter.target", ".*", "--lr", "1e-4", "--num-heldout", "4"]
     assert main(["train", "lora-nano", *options, *SHORT, "--data", str(data), "--out", str(tmp_path)]) == 0
     saved = fgpt.load(str(tmp_path / "lora-nano" / "model"))
     base = fgpt.load("nano")
@@ -118,7 +118,18 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
     """They differ in what they train: the first loss, before any step, is the base's, and from then on they part."""
     losses = {}
     for name, args in METHODS.items():
-        options = ["--steps", "3", "--rows", "1", "--warmup", "1", "--compare", "0", "--out", str(tmp_path / name)]
+        options = [
+            "--steps",
+            "3",
+            "--micro-batch-size",
+            "1",
+            "--warmup-steps",
+            "1",
+            "--compare-prompts",
+            "0",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert main(["train", *args, *options]) == 0
         out = tmp_path / name / args[0]
         losses[name] = [m["loss"] for m in read_metrics(out / "metrics.jsonl")]
@@ -126,10 +137,10 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         base = load_base(run)
         tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
         assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(load_base(run), tokens))
-        assert main(["generate", str(out), "Write a story about a fox.", "--most", "3"]) == 0
+        assert main(["generate", str(out), "Write a story about a fox.", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
-    quantised = {name for name in METHODS if name.startswith("q") or name == "remat"}
-    for alike in (quantised, METHODS.keys() - quantised):
+    quantized = {name for name in METHODS if name.startswith("q") or name == "remat"}
+    for alike in (quantized, METHODS.keys() - quantized):
         first = [losses[name][0] for name in alike]
         assert max(first) - min(first) < 1e-5
     assert losses["qlora-nano"][0] != losses["lora-nano"][0]
@@ -139,28 +150,39 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--steps", "8", "--rows", "1", "--warmup", "1", "--compare", "0", "--out", str(tmp_path)]
+    options = [
+        "--steps",
+        "8",
+        "--micro-batch-size",
+        "1",
+        "--warmup-steps",
+        "1",
+        "--compare-prompts",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["train", "qlora-nano", *options]) == 0
     out = tmp_path / "qlora-nano"
     capsys.readouterr()
     assert main(["merge", str(out)]) == 2
-    assert "was trained over nf4: say --onto dequantised" in one_line(capsys)
+    assert "was trained over nf4: say --merge-base dequantized" in one_line(capsys)
     assert not list(out.glob("merged*"))
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
     tuned = fgpt.apply(run_dir.load_tuned(out, load_base(run_dir.read_run(out))), tokens)
-    for onto, least, most in (("dequantised", 0.0, 1e-3), ("original", 0.1, 50.0)):
-        assert main(["merge", str(out), "--onto", onto]) == 0
+    for onto, least, most in (("dequantized", 0.0, 1e-3), ("original", 0.1, 50.0)):
+        assert main(["merge", str(out), "--merge-base", onto]) == 0
         told = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
         merged = fgpt.load(str(out / f"merged-{onto}"))
         assert least <= told["read back"]["logit"] <= most
         assert least <= float((fgpt.apply(merged, tokens) - tuned).abs().max()) <= most
         assert f"{told['read back']['logit']:.3g}" in capsys.readouterr().err
-    assert {p.name for p in out.glob("merged*")} == {"merged-dequantised", "merged-original"}  # each is still there
+    assert {p.name for p in out.glob("merged*")} == {"merged-dequantized", "merged-original"}  # each is still there
 
 
 def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
     for _ in range(2):
-        options = [*SHORT[:-4], "--compare", "0", "--data", str(data), "--heldout", "4"]
+        options = [*SHORT[:-4], "--compare-prompts", "0", "--data", str(data), "--num-heldout", "4"]
         assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lora-nano", "lora-nano-2"]
     assert run_dir.find_finished("lora-nano", tmp_path).name == "lora-nano-2"
@@ -210,14 +232,14 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
         (["train", "lora-nano", "--adapter.rank", "300"], "expected 1 to 256"),
         (["train", "lora-nano", "--adapter.target", r"blocks\.\d+\.atn\.q"], "matches no path; nearest are"),
         (["train", "lora-nano", "--adapter.target", "("], "not a regular expression"),
-        (["train", "lora-nano", "--seq", "20"], "tokens, the limit is 20"),
-        (["generate", "lora-nano", "hi", "--most", "x"], "x"),
+        (["train", "lora-nano", "--max-seq-len", "20"], "tokens, the limit is 20"),
+        (["generate", "lora-nano", "hi", "--max-new-tokens", "x"], "x"),
         (["generate", "nothing", "hi"], "no trained run 'nothing'"),
         (["compare", "nothing"], "no trained run 'nothing'"),
         (["merge", "nothing"], "no trained run 'nothing'"),
-        (["merge", "nothing", "--onto", "both"], "both"),
+        (["merge", "nothing", "--merge-base", "both"], "both"),
         (["train", "lora-nano", "--quantize", "nf5"], "nf5"),
-        (["train", "full-nano", "--quantize", "nf4"], "which is quantised"),
+        (["train", "full-nano", "--quantize", "nf4"], "which is quantized"),
         (["train", "lora-nano", "--adapter.dropout", "1"], "--adapter.dropout is 1.0: expected 0 or more, below 1"),
         (["train", "ia3-nano", "--adapter.target", "wte"], "IA3 on wte: expected a linear layer"),
     ],
@@ -241,13 +263,13 @@ def test_bad_columns_and_rows(tmp_path: Path, data: Path, capsys: pytest.Capture
     assert "single.json has 1 rows: expected 2 or more, one of them to be held out" in one_line(capsys)
     silent = tmp_path / "silent.json"
     silent.write_text(json.dumps([{"instruction": "Say nothing.", "output": ""}] * 9))
-    assert main(["train", "lora-nano", "--data", str(silent), "--heldout", "2", *out]) == 2
+    assert main(["train", "lora-nano", "--data", str(silent), "--num-heldout", "2", *out]) == 2
     assert "row 1 has no response" in one_line(capsys)
     assert not (tmp_path / "runs").exists()
 
 
 def test_nan_ends_with_one_line_and_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    args = ["train", "lora-nano", "--lr", "1e30", "--warmup", "0", *SHORT, "--out", str(tmp_path)]
+    args = ["train", "lora-nano", "--lr", "1e30", "--warmup-steps", "0", *SHORT, "--out", str(tmp_path)]
     assert main(args) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: the loss became")
@@ -306,8 +328,19 @@ def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     stories = tmp_path / "stories.txt"
     told = [f"Once there was a fox named {name}. {name} ran home." for name in ("Tim", "Sue")]
     stories.write_text("\n<|endoftext|>\n".join(told))
-    options = ["--data", str(stories), "--heldout", str(stories), "--steps", "60", "--warmup", "5", "--rows", "2"]
-    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--seq", "32", "--compile", "False"]
+    options = [
+        "--data",
+        str(stories),
+        "--num-heldout",
+        str(stories),
+        "--steps",
+        "60",
+        "--warmup-steps",
+        "5",
+        "--micro-batch-size",
+        "2",
+    ]
+    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32", "--compile", "False"]
     assert main(["train", "pretrain-nano", *options, *size, "--lr", "1e-2", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "pretrain-nano" / "result.json").read_text())
     assert result["bits_per_character"] < 0.5 < math.log2(4096) / 4  # it knows its two stories by heart

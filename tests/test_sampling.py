@@ -208,7 +208,7 @@ def test_draws_have_the_filtered_distribution(sampling: S.SamplingParams):
         assert p_value(counts, LOGITS.double().softmax(-1)) < 1e-4
 
 
-def test_steps_and_neighbouring_rows_are_independent():
+def test_steps_and_neighboring_rows_are_independent():
     """Pairs of draws, of one key's steps and of two rows' keys, have the product of the two distributions."""
     n, p = 20_000, LOGITS[[0, 2, 5, 7]].double().softmax(-1)
     logits, base = LOGITS[[0, 2, 5, 7]].expand(n, -1), fgpt.key(3)
@@ -269,7 +269,7 @@ def test_the_same_keys_draw_the_same_and_other_keys_another():
 
 
 @given(cases(), st.data())
-def test_neighbours_do_not_matter(case: Case, data: st.DataObject):
+def test_neighbors_do_not_matter(case: Case, data: st.DataObject):
     """A row alone is the row in the batch, and permuted rows draw permuted tokens, through every filter."""
     sampling = S.SamplingParams(0.8, top_k=7, top_p=0.95, min_p=0.01, repetition_penalty=1.2, no_repeat_ngram=4)
     logits = torch.cat([case.logits, torch.zeros(len(case.texts), 300)], -1)  # so that no row can run out of tokens
@@ -286,7 +286,11 @@ def test_neighbours_do_not_matter(case: Case, data: st.DataObject):
 
 
 def test_without_keys_the_likeliest_comes():
-    assert S.sample(torch.tensor([[0.0, 3.0, 1.0], [-1.0, -math.inf, -0.5], [2.0, 2.0, 0.0]]), None).tolist() == [1, 2, 0]
+    assert S.sample(torch.tensor([[0.0, 3.0, 1.0], [-1.0, -math.inf, -0.5], [2.0, 2.0, 0.0]]), None).tolist() == [
+        1,
+        2,
+        0,
+    ]
     assert S.SamplingParams() == S.GREEDY
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     assert torch.equal(S.SamplingParams(top_k=1, top_p=0.1, min_p=1.0).filter(logits, padded([[]])), logits)

@@ -15,7 +15,7 @@ from fgpt.data.classification_datasets import Columns, load_labeled_texts
 
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
 SAID = [(f"{who} was {how}.", "joy" if how in GLAD else "fear") for who in ("Tim", "Sue") for how in GLAD + SAD]
-SHORT = ["--steps", "8", "--rows", "1", "--warmup", "1", "--lr", "6e-3", "--seq", "64"]
+SHORT = ["--steps", "8", "--micro-batch-size", "1", "--warmup-steps", "1", "--lr", "6e-3", "--max-seq-len", "64"]
 
 
 def trained(at: Path, *options: str) -> Path:
@@ -29,7 +29,7 @@ def trained(at: Path, *options: str) -> Path:
 def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose labels are words that it writes."""
     return trained(
-        tmp_path_factory.mktemp("worded"), "--form", "tokens", "--labels", "joy=love", "fear", "--wording.suffix", " It"
+        tmp_path_factory.mktemp("worded"), "--head", "tokens", "--labels", "joy=love", "fear", "--prompt.suffix", " It"
     )
 
 

@@ -282,7 +282,9 @@ def battery(ours: Tokenizer, theirs: Any) -> None:
         whole = theirs(sound, split_special_tokens=False)["input_ids"]
         assert ours.encode_special(text) == whole, repr(text)
         assert ours.decode(whole) == theirs.decode(whole, clean_up_tokenization_spaces=False)
-        assert ours.decode_text(whole) == theirs.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode_text(whole) == theirs.decode(
+            whole, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     if theirs.chat_template:
         for answer in (True, False):
             talk = TALK[1:]
@@ -353,7 +355,12 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
     assert (again.eos, again.n_vocab, again.eos_token_ids) == (ours.eos, ours.n_vocab, ours.eos_token_ids)
     for text in TEXTS:
         assert again.encode(text) == ours.encode(text), repr(text)
-        assert again.encode_special(text) == ours.encode_special(text) == theirs(text)["input_ids"] == before(text)["input_ids"]
+        assert (
+            again.encode_special(text)
+            == ours.encode_special(text)
+            == theirs(text)["input_ids"]
+            == before(text)["input_ids"]
+        )
 
 
 @pytest.mark.parametrize("pre", GGUFS)
@@ -365,12 +372,14 @@ def test_what_a_gguf_file_puts_around_a_text(pre: str, flags: dict[str, bool], t
     ours = of_gguf(read_header(gguf_file(tmp_path / "t.gguf", values)).fields, ROOM)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in ("the cat sat", "", "a <|im_end|> b", "it's 12"):
-        assert ours.spelled(text) == theirs(text)["input_ids"], repr(text)
+        assert ours.encode_special(text) == theirs(text)["input_ids"], repr(text)
     assert ours.prefix_tokens == ((1,) if flags.get("bos") else ())
     for name, text in ours.files().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert of_folder(tmp_path, ROOM).encode_special("a b") == AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"]
-    assert of_folder(tmp_path, ROOM).encode_special("a b") == ours.spelled("a b")
+    assert (
+        of_folder(tmp_path, ROOM).encode_special("a b") == AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"]
+    )
+    assert of_folder(tmp_path, ROOM).encode_special("a b") == ours.encode_special("a b")
 
 
 def gguf_file(path: Path, values: dict[str, Any]) -> Path:
@@ -533,7 +542,9 @@ def test_a_turn_that_ends_by_more_than_one_token(folders: dict[str, Path]):
     row = InstructionRow("Say it.", output="Hello")
     talk = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hello"}]
     assert list(encode(row, CHAT, ours).tokens) == ours.chat(talk, answer=False)
-    _, dropped = filter_by_length([encode(row, CHAT, ours), encode(InstructionRow("Say it."), CHAT, ours)], 100, drop=True)
+    _, dropped = filter_by_length(
+        [encode(row, CHAT, ours), encode(InstructionRow("Say it."), CHAT, ours)], 100, drop=True
+    )
     assert dropped.empty == 1
 
 

@@ -23,7 +23,7 @@ from fgpt import recipes
 from fgpt.cli.training.trackers import check, tracking
 from fgpt.errors import InputError
 
-RUN = replace(recipes.find("lora-nano"), track=None)
+RUN = replace(recipes.find("lora-nano"), tracker=None)
 
 
 def lines(first: int, last: int, loss: float) -> list[dict[str, float]]:
@@ -97,7 +97,7 @@ def test_a_missing_package_is_one_line(name: str, tmp_path: Path, monkeypatch: p
             raise metadata.PackageNotFoundError(asked)
 
     monkeypatch.setattr("fgpt.cli.training.trackers.metadata.distribution", absent)
-    run = RUN if name == "tensorboard" else replace(RUN, track=name)
+    run = RUN if name == "tensorboard" else replace(RUN, tracker=name)
     with pytest.raises(InputError, match=rf"^{name} is not installed.*: \S+ -m pip install {name}$") as err:
         check(run)
     assert "\n" not in str(err.value)
@@ -192,7 +192,7 @@ def kept_by_wandb(file: Path) -> tuple[str, dict[str, str], list[dict[str, float
 
 def test_wandb_goes_on_with_the_same_run(tmp_path: Path, wandb: pytest.MonkeyPatch):
     wandb.setenv("WANDB_MODE", "offline")
-    run = replace(RUN, track="wandb")
+    run = replace(RUN, tracker="wandb")
     for begin in (0, 3):
         with tracking(run, tmp_path, begin) as track:
             for line in lines(begin + 1, begin + 3, 2.0):
@@ -214,7 +214,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path: Path, wandb: pytest.MonkeyPat
         wandb.delenv(name, raising=False)
     wandb.setenv("HOME", str(tmp_path))
     wandb.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(InputError, match=r"WANDB_MODE=offline$"), tracking(replace(RUN, track="wandb"), tmp_path, 0):
+    with pytest.raises(InputError, match=r"WANDB_MODE=offline$"), tracking(replace(RUN, tracker="wandb"), tmp_path, 0):
         pass
 
 
@@ -224,7 +224,7 @@ def test_trackio_goes_on_with_the_same_run(
     installed("trackio")
     if "trackio" not in sys.modules:  # it looks once
         monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
-    run, folder = replace(RUN, track="trackio"), tmp_path / "lora-nano"
+    run, folder = replace(RUN, tracker="trackio"), tmp_path / "lora-nano"
     folder.mkdir()
     for begin in (0, 3):
         with tracking(run, folder, begin) as track:

@@ -1,4 +1,4 @@
-"""Optimisers against torch's, steps that are pure and add up exactly, and an import that changes nothing."""
+"""Optimizers against torch's, steps that are pure and add up exactly, and an import that changes nothing."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def gradients(step: int) -> dict[str, Tensor]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- optimisers
+# ---------------------------------------------------------------------------------------------------------- optimizers
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_schedules_worked_by_hand():
     assert factors(constant_schedule(2.0, warmup=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert factors(constant_schedule(2.0), 2) == [2.0, 2.0]
     assert factors(linear_schedule(1.0, 4), 6) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert factors(linear_schedule(1.0, 6, warmup=2, end=0.5), 7) == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5])
+    assert factors(linear_schedule(1.0, 6, warmup=2, end=0.5), 7) == pytest.approx(
+        [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5]
+    )
     half = math.sqrt(0.5) / 2
     assert factors(cosine_schedule(1.0, 4), 6) == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0], abs=1e-6)
     assert factors(cosine_schedule(1.0, 4, end=0.2), 5)[2:] == pytest.approx([0.6, 0.6 - 0.8 * half, 0.2], abs=1e-6)
@@ -98,7 +100,10 @@ def test_schedules_worked_by_hand():
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedules_are_transformers_after_the_warmup(warmup: int):
     """Theirs begins at 0, which trains nothing in the first step; ours at 1/warmup. From the peak on they coincide."""
-    for mine, make in ((linear_schedule, get_linear_schedule_with_warmup), (cosine_schedule, get_cosine_schedule_with_warmup)):
+    for mine, make in (
+        (linear_schedule, get_linear_schedule_with_warmup),
+        (cosine_schedule, get_cosine_schedule_with_warmup),
+    ):
         scheduler = make(torch.optim.SGD([torch.zeros(1)], lr=3.0), warmup, 20)
         theirs = [scheduler.lr_lambdas[0](step) * 3.0 for step in range(21)]
         got = factors(mine(3.0, 20, warmup), 21)
@@ -114,7 +119,9 @@ def test_clipping_is_torchs(most: float):
         x.grad = grads[name].clone()
     norm = torch.nn.utils.clip_grad_norm_(list(theirs.values()), most)
     close(global_norm(grads), norm, 1e-6, 1e-6)
-    close(clip_by_global_norm(grads, global_norm(grads), most), {name: x.grad for name, x in theirs.items()}, 1e-6, 1e-6)
+    close(
+        clip_by_global_norm(grads, global_norm(grads), most), {name: x.grad for name, x in theirs.items()}, 1e-6, 1e-6
+    )
     assert (most < norm) == (not same(clip_by_global_norm(grads, global_norm(grads), most), grads))
 
 
@@ -233,7 +240,9 @@ def test_importing_changes_nothing_and_is_quick():
 
 def test_the_b_of_an_adapter_is_not_the_bias_beside_it(gpt: fgpt.GPT):
     """Both could be called blocks.0.attn.q.b: counted, decayed and trained apart."""
-    both = fgpt.lora(gpt, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q") | fgpt.trainable_leaves(gpt, r"blocks\.0\.attn\.q\.b")
+    both = fgpt.lora(gpt, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q") | fgpt.trainable_leaves(
+        gpt, r"blocks\.0\.attn\.q\.b"
+    )
     assert fgpt.num_trainable(both) == 2 * 16 * 2 + 16
     optimizer = fgpt.adamw(1e-2, weight_decay=0.5)
     step = fgpt.make_step(objective, optimizer)

@@ -195,7 +195,7 @@ def check(fn, *args):
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     close(compiled(*args), fn(*args), 1e-6)
 check(grad_and_value(loss), ADAPTERS, PACKED)
-check(grad(loss), fgpt.tune(GPT), PACKED)
+check(grad(loss), fgpt.trainable_leaves(GPT), PACKED)
 check(loss, ADAPTERS, PACKED)
 check(lambda a, b: vmap(grad(loss), in_dims=(None, 0))(a, b), ADAPTERS, ROWS)
 print("compiled")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.tree import leaves, node, unflatten_like, static, tree_leaves, tree_map, tree_map_multi, replace_at
+from fgpt.tree import leaves, node, replace_at, static, tree_leaves, tree_map, tree_map_multi, unflatten_like
 
 
 @node

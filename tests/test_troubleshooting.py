@@ -28,11 +28,22 @@ class Bench:
 
     def __init__(self, at: Path) -> None:
         self.at, self.rows = at, at / "rows.json"
-        cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, context=64)
+        cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, n_ctx=64)
         models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
         self.write([{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(12)])
-        own = ["--base", str(at / "base"), "--data", str(self.rows), "--heldout", "2", "--steps", "3", "--seq", "48"]
-        self.args = ["lora-nano", *own, "--rows", "2", "--compare", "0", "--out", str(at)]
+        own = [
+            "--base",
+            str(at / "base"),
+            "--data",
+            str(self.rows),
+            "--num-heldout",
+            "2",
+            "--steps",
+            "3",
+            "--max-seq-len",
+            "48",
+        ]
+        self.args = ["lora-nano", *own, "--micro-batch-size", "2", "--compare-prompts", "0", "--out", str(at)]
 
     def write(self, rows: list[dict[str, str]]) -> None:
         self.rows.write_text(json.dumps(rows))
@@ -49,7 +60,7 @@ class Bench:
     def resume(self, *more: str) -> int:
         return main(["train", "lora-nano", "--resume", "--out", str(self.at), *more])
 
-    def labelled(self, text: str, *more: str) -> int:
+    def labeled(self, text: str, *more: str) -> int:
         (self.at / "texts.txt").write_text(text)
         own = [
             "--base",
@@ -58,7 +69,7 @@ class Bench:
             str(self.at / "texts.txt"),
             "--test",
             "None",
-            "--heldout",
+            "--num-heldout",
             "2",
         ]
         return main(["train", "hate-smollm2-lora", *own, *more, "--out", str(self.at)])
@@ -115,7 +126,7 @@ def without(name: str) -> Callable[[Bench], int]:
 
             found = metadata.distribution
             patch.setattr(metadata, "distribution", absent)
-            return it.train("--track", name)
+            return it.train("--tracker", name)
 
     return provoke
 
@@ -129,12 +140,12 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "pickled weights may run any code and are not read": pickled,
     "matches no path": lambda it: it.train("--adapter.target", "transformer.*c_attn"),
     "tokens, the limit is": long_row,
-    "expected one: give it another word": lambda it: it.labelled(
+    "expected one: give it another word": lambda it: it.labeled(
         TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"
     ),
-    "has no training row": lambda it: it.labelled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
+    "has no training row": lambda it: it.labeled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
     "cannot be used": lambda it: it.train("--device", "cuda:77"),
-    "the loss became": lambda it: it.train("--lr", "1e30", "--warmup", "1", "--steps", "40"),
+    "the loss became": lambda it: it.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
     "did not move in two steps": lambda it: it.train("--lr", "1e-30"),
     "nothing to resume": lambda it: it.resume(),
     "was begun with": other_options,

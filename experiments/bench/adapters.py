@@ -1,10 +1,10 @@
-"""What an adapter, a quantised base or a transform adds to a step of a GPT-2 from random weights, on the CPU.
+"""What an adapter, a quantized base or a transform adds to a step of a GPT-2 from random weights, on the CPU.
 
     dora       the step of a DoRA against that of a LoRA, ours and peft's: two ranks, on attention and on all matrices
     int8       a LoRA step over a base in 8 or 4 bits against fp32, and what the rounding does to loss and gradient
     remat      a LoRA step that keeps each block's input alone against one that keeps all: bytes and time
     examples   the gradients of 32 examples, each its own, against the gradient of their sum, and against a loop
-    medium     the step of a LoRA over NF4, scales quantised too, at gpt2-medium's shape: ours and peft + bitsandbytes
+    medium     the step of a LoRA over NF4, scales quantized too, at gpt2-medium's shape: ours and peft + bitsandbytes
 
 Every pair is timed turn and turn about, on the same tokens, half of each row being prompt; of `dora`, each side in a
 process of its own.
@@ -25,9 +25,9 @@ from torch.func import grad, vmap
 
 from experiments.bench.measure import (
     Result,
-    apart,
     console,
     hardware,
+    in_separate_processes,
     interleaved,
     peak_bytes,
     report,
@@ -50,7 +50,7 @@ from fgpt.adapters import Adapters, adapt, dora, lora, merge
 from fgpt.data import instruction_datasets
 from fgpt.data.prompt_templates import PLAIN, encode
 from fgpt.io.models import EMBEDDED, load, tokenizer
-from fgpt.kernels.quantized_linear import Format, Blockwise4bit
+from fgpt.kernels.quantized_linear import Blockwise4bit, Format
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv, init
 from fgpt.quantization import quantize
@@ -71,7 +71,7 @@ Sheet = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 @dataclass(frozen=True)
 class Bench:
-    """What adapters, quantised bases and transforms cost: DoRA, int8, rematerialisation, per-example gradients, NF4."""
+    """What adapters, quantized bases and transforms cost: DoRA, int8, rematerialization, per-example gradients, NF4."""
 
     parts: tuple[Part, ...] = get_args(Part)
     repeats: int = 5
@@ -96,7 +96,7 @@ def adapters(bench: Bench) -> None:
         results += found
         sheets.append(sheet)
     if "remat" in bench.parts:
-        results += rematerialised(small, bench.repeats)
+        results += rematerialized(small, bench.repeats)
     if "examples" in bench.parts:
         found, gap = per_example(small, bench.repeats)
         results += found
@@ -115,7 +115,7 @@ def timed(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, lis
     return interleaved({name: [call] * repeats for name, call in sides.items()}, CPU)
 
 
-def told(name: str) -> None:
+def describe(name: str) -> None:
     console.print(f"{name} ..")
 
 
@@ -129,10 +129,10 @@ def magnitudes(cfg: Config, repeats: int) -> list[Result]:
     matrices = "all six block matrices", r"blocks\..*\.(q|k|v|o|up|down)", r".*\.(c_attn|c_proj|c_fc)"
     # One row is a hard case: what DoRA does once a step, however many tokens, weighs most there. Four are dora-nano's.
     for rank, (what, target, modules), rows in ((8, attention, 1), (16, matrices, 1), (16, matrices, 4)):
-        told(f"dora: rank {rank} on {what}, {rows} x 512 tokens")
+        describe(f"dora: rank {rank} on {what}, {rows} x 512 tokens")
         our = {f"our {kind}": partial(our_step, cfg, kind, rank, target, rows) for kind in ("LoRA", "DoRA")}
         their = {f"their {kind}": partial(their_step, cfg, kind, rank, modules, rows) for kind in ("LoRA", "DoRA")}
-        seconds, where = apart(our | their, repeats), f"r{rank} on {what}, {rows} x 512 tokens"
+        seconds, where = in_separate_processes(our | their, repeats), f"r{rank} on {what}, {rows} x 512 tokens"
         results += [
             times(f"DoRA step / LoRA step, {where}", seconds["our DoRA"], seconds["our LoRA"], "<= 1.1"),
             times(f"the same, of peft, {where}", seconds["their DoRA"], seconds["their LoRA"]),
@@ -158,7 +158,7 @@ def their_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, modules: s
 
 def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     """A LoRA step over each format against one over fp32; and loss and gradient, there and over the same numbers."""
-    told("int8: steps")
+    describe("int8: steps")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 512, cfg.vocab_size)
     batch = our_batch([[row]], CPU)
     frozen = {"fp32": base} | {to: quantize(base, to) for to in FORMATS}
@@ -167,7 +167,7 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
         times(f"LoRA step over fp32 / over {to}, r8 on c_attn, 1 x 512 tokens", seconds["fp32"], seconds[to], bar)
         for to, bar in zip(FORMATS, (">= 1.3", "", ""), strict=True)
     ]
-    told("int8: errors")
+    describe("int8: errors")
     heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
     models = [row for name in ("nano", "smollm2") for row in errors(name, fuse_qkv(load(name)), heldout(name))]
     return results, (heads, [*errors("random", base, batch), *models])
@@ -181,7 +181,7 @@ def heldout(name: str) -> Batch:
 
 def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
     """Each format against fp32. int8 rounds activations too: its error is parted into that of the weights alone (the
-    dequantised base against fp32) and that of the activations alone (int8 against the dequantised base).
+    dequantized base against fp32) and that of the activations alone (int8 against the dequantized base).
     """
     tuned = moved(adapters_of(base))
     found = {"fp32": gradient(base, tuned, batch)}
@@ -189,8 +189,8 @@ def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
         held = quantize(base, to)
         found[to] = gradient(held, tuned, batch)
         if to == "int8":
-            found["int8, dequantised"] = gradient(merge(held, base="dequantised"), tuned, batch)
-    pairs = [("int8, dequantised", "fp32"), ("int8", "int8, dequantised"), *((to, "fp32") for to in FORMATS)]
+            found["int8, dequantized"] = gradient(merge(held, base="dequantized"), tuned, batch)
+    pairs = [("int8, dequantized", "fp32"), ("int8", "int8, dequantized"), *((to, "fp32") for to in FORMATS)]
     rows = []
     for name, other in pairs:
         (loss, g), (true, h) = found[name], found[other]
@@ -213,12 +213,12 @@ def gradient(base: GPT, tuned: Adapters, batch: Batch) -> tuple[float, Tensor]:
     return (total / weight).item(), flat / weight.item()
 
 
-# -------------------------------------------------------------------------------------------------- rematerialisation
+# -------------------------------------------------------------------------------------------------- rematerialization
 
 
-def rematerialised(cfg: Config, repeats: int) -> list[Result]:
+def rematerialized(cfg: Config, repeats: int) -> list[Result]:
     """What is saved for the backward, resident memory of a step in a process of its own, and time."""
-    told("remat")
+    describe("remat")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 1024, cfg.vocab_size)
     batch, trained = our_batch([[row]], CPU), tree_map(lambda x: x.requires_grad_(), adapters_of(base))
     saved = [
@@ -230,7 +230,7 @@ def rematerialised(cfg: Config, repeats: int) -> list[Result]:
         Result(f"saved for backward, {where}", "MB", saved[0] / 1e6, saved[1] / 1e6, saved[0] / saved[1], "<= 0.35")
     ]
     if Path("/proc/self/clear_refs").exists():
-        told("remat: a fresh process a side")
+        describe("remat: a fresh process a side")
         peaks = []
         for remat in (True, False):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -256,7 +256,7 @@ def peak(remat: bool, cfg: Config) -> tuple[int, int]:
 
 def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     """Gradients of each example against that of their sum, and against a loop; and how far their sum is from it."""
-    told("examples")
+    describe("examples")
     base, rows = base_of(cfg, CPU, torch.float32), equal_rows(EXAMPLES, EXAMPLE, cfg.vocab_size)
     tuned, whole, singles = (
         adapters_of(base),
@@ -290,14 +290,14 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
 
 def four_bits(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     """Bytes held and the step, ours and peft + bitsandbytes; and how far their last losses lie apart."""
-    told("medium: quantising")
+    describe("medium: quantizing")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 256, cfg.vocab_size)
     tuned, batch, inputs = adapters_of(base), our_batch([[row]], CPU), their_batch([row], CPU)
     held, model = quantize(base, "nf4"), hub_model(cfg, base, nf4=True)
     matrices = {path: x for path, x in walk(held) if isinstance(x, Blockwise4bit)}
     numbers = sum(x.shape.numel() for x in matrices.values())
     (mine, my_whole), (their, their_whole) = (nbytes(matrices), nbytes(held)), hub_bytes(model)
-    told("medium: steps")
+    describe("medium: steps")
     losses: dict[str, float] = {}
     steps: dict[str, Callable[[], float]] = {
         "ours": partial(ours(held, tuned), batch),

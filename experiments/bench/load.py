@@ -27,7 +27,7 @@ from fgpt.losses import nll
 from fgpt.model import Config, abstract_params
 from fgpt.optim import adamw8bit, constant_schedule
 from fgpt.rng import fold_in, key
-from fgpt.train_step import make_step, init_state
+from fgpt.train_step import init_state, make_step
 from fgpt.tree import leaves, nbytes, replace_at
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Load:
     out: Path = Path("runs/bench")
 
 
-class Found(NamedTuple):
+class LoadResult(NamedTuple):
     load: float
     held: int
     load_peak: int
@@ -76,12 +76,12 @@ def loading(bench: Load) -> None:
     with tempfile.TemporaryDirectory(dir=bench.folder, prefix="gptj-") as name:
         folder = Path(name)
         began = time.perf_counter()
-        size = written(cfg, folder)
+        size = write_model(cfg, folder)
         console.print(f"{size / 1e9:.1f} GB of shards in {time.perf_counter() - began:.0f} s")
         rows, trained = [], 0
         for to, bar in BARS.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                found = process.submit(taken, str(folder), to).result()
+                found = process.submit(measure_load, str(folder), to).result()
             trained, peak = found.trained, max(found.load_peak, found.step_peak) / 1e9
             gb = (f"{x / 1e9:.2f}" for x in (found.held, found.load_peak, found.step_peak))
             said = f"< {bar:.0f} GB ({'met' if peak < bar else 'missed'})"
@@ -92,7 +92,7 @@ def loading(bench: Load) -> None:
     report("load", ("", ""), [], [note], bench.out, [(heads, rows)])
 
 
-def written(cfg: Config, folder: Path) -> int:
+def write_model(cfg: Config, folder: Path) -> int:
     """A checkpoint in shards of a layer, all layers alike; returns its bytes."""
     one = replace(cfg, n_layer=1)
     bare = abstract_params(one)
@@ -116,7 +116,7 @@ def written(cfg: Config, folder: Path) -> int:
     return total
 
 
-def taken(folder: str, to: Format) -> Found:
+def measure_load(folder: str, to: Format) -> LoadResult:
     """In this process, which is to be fresh: load and step, with the most memory it held by the end of either."""
     began = time.perf_counter()
     base = load(folder, torch.bfloat16, quantize=to)
@@ -127,6 +127,6 @@ def taken(folder: str, to: Format) -> Found:
     step: Any = make_step(lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned), batch), optimizer)
     began = time.perf_counter()
     _, metrics = step(init_state(adapters, optimizer), base, [batch], key(0))
-    return Found(
+    return LoadResult(
         seconds, held, peak, time.perf_counter() - began, status("VmHWM"), float(metrics.loss), num_trainable(adapters)
     )

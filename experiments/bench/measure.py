@@ -119,7 +119,9 @@ def _turn() -> None:
     _side()
 
 
-def apart(sides: Mapping[str, Callable[[], Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+def in_separate_processes(
+    sides: Mapping[str, Callable[[], Callable[[], object]]], repeats: int
+) -> dict[str, list[float]]:
     """`interleaved` on the CPU, each side built in a process of its own, which holds on to its memory as a training
     does: in one process a side finds pages that another has faulted in, or given back, and pays for it.
     """

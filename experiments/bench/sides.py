@@ -18,7 +18,7 @@ from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv, fused_qkv, init
 from fgpt.optim import adamw
 from fgpt.rng import key
-from fgpt.train_step import State, make_step, init_state
+from fgpt.train_step import State, init_state, make_step
 from fgpt.tree import astype, nbytes, tree_map
 from fgpt.weights import dense
 
@@ -65,7 +65,7 @@ def ours(
 
 def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
     """transformers' GPT-2, with the weights of `base` where it is given. Attention is sdpa, dropout is 0, and no
-    key-value cache is kept. `nf4` loads `base` in 4 bits, scales quantised too, through bitsandbytes, and makes it
+    key-value cache is kept. `nf4` loads `base` in 4 bits, scales quantized too, through bitsandbytes, and makes it
     ready for training as peft does, without gradient checkpointing.
 
     Raises InputError where they are not installed.
@@ -99,15 +99,15 @@ def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
 
 
 def hub_bytes(model: Any) -> tuple[int, int]:
-    """Bytes held by the matrices that bitsandbytes quantised, scales and codes included, and by the whole model."""
+    """Bytes held by the matrices that bitsandbytes quantized, scales and codes included, and by the whole model."""
     states = {id(p): getattr(p, "quant_state", None) for p in model.parameters()}
-    quantised = {
+    quantized = {
         str(i): [p.data, *(x for s in (state, state.state2) for x in (s.absmax, s.code, s.offset) if x is not None)]
         for i, p in enumerate(model.parameters())
         if (state := states[id(p)]) is not None
     }
     rest = [p.data for p in model.parameters() if states[id(p)] is None]
-    return nbytes(quantised), nbytes([quantised, rest])
+    return nbytes(quantized), nbytes([quantized, rest])
 
 
 def theirs(
@@ -124,17 +124,17 @@ def theirs(
     """
     import peft
 
-    quantised = bool(getattr(model, "is_loaded_in_4bit", False))
+    quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules=modules if isinstance(modules, str) else list(modules),
-        fan_in_fan_out=not quantised,
+        fan_in_fan_out=not quantized,
         use_dora=dora,
     )
     with warnings.catch_warnings(action="ignore"):  # the two libraries' deprecations of each other
-        model = peft.get_peft_model(model if quantised else model.to(device, dtype), settings).train()
+        model = peft.get_peft_model(model if quantized else model.to(device, dtype), settings).train()
     for path, adapter in (tuned or {}).items():
         assert isinstance(adapter, LoRA)
         block = model.base_model.model.transformer.h[int(path.split(".")[1])]
@@ -164,7 +164,9 @@ def their_batch(examples: Sequence[Example], device: torch.device, pad_to: int |
     """
     seq = max(len(e.tokens) for e in examples) if pad_to is None else pad_to
     tokens = [[*e.tokens, *[0] * (seq - len(e.tokens))] for e in examples]
-    labels = [[*[-100] * e.prompt_length, *e.tokens[e.prompt_length :], *[-100] * (seq - len(e.tokens))] for e in examples]
+    labels = [
+        [*[-100] * e.prompt_length, *e.tokens[e.prompt_length :], *[-100] * (seq - len(e.tokens))] for e in examples
+    ]
     seen = [[*[1] * len(e.tokens), *[0] * (seq - len(e.tokens))] for e in examples]
     inputs = {"input_ids": tokens, "labels": labels} | (
         {"attention_mask": seen} if any(0 in row for row in seen) else {}

@@ -211,7 +211,10 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
         tokenizer = tiktoken_bpe.from_ranks(RANKS) if RANKS.is_file() else tiktoken_bpe.gpt2()
         rows = instruction_datasets.load_rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
-        cut = (Example(e.tokens[: bench.width], e.prompt_length) for e in (encode(row, template, tokenizer) for row in rows))
+        cut = (
+            Example(e.tokens[: bench.width], e.prompt_length)
+            for e in (encode(row, template, tokenizer) for row in rows)
+        )
         found, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
     except InputError as err:
         if bench.data != DOLLY:

@@ -3,7 +3,7 @@
 finite loss         a number, at every position with weight        merge            merged weights answer as factored
 padding             changes nothing, right or left                 accumulation     micro-batches add up to their union
 packing             documents in a row are as if alone             gradient flow    every trained leaf has a gradient
-batch composition   a row does not see its neighbours              first step       and moves in the first update
+batch composition   a row does not see its neighbors              first step       and moves in the first update
 batch size          nor how many they are                          determinism      the same step gives the same bits
 cache               token by token is one pass                     save and load    to the bit
 frozen base         nothing is changed in place
@@ -15,7 +15,7 @@ import torch
 
 from fgpt.adapters import Adapters
 from fgpt.checks import forward, persistence, training
-from fgpt.checks.context import Context, CheckResult, context_of, not_applicable
+from fgpt.checks.context import CheckResult, Context, context_of, not_applicable
 from fgpt.losses import Batch
 from fgpt.model import GPT
 

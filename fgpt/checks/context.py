@@ -14,13 +14,13 @@ from fgpt.losses import Batch, nll
 from fgpt.model import GPT, hidden, logits
 from fgpt.optim import Optimizer, adamw
 from fgpt.rng import fold_in, key
-from fgpt.train_step import State, make_step, init_state
-from fgpt.tree import device, leaves, tree_map, replace_at, walk
+from fgpt.train_step import State, init_state, make_step
+from fgpt.tree import device, leaves, replace_at, tree_map, walk
 from fgpt.weights import dtype
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """What another order of summation may make of a logit, as a part of the largest: a product is cut into blocks by its
-shape, and padding, neighbours and a cache all change shapes. A few hundred roundings in fp32, where a law that is
+shape, and padding, neighbors and a cache all change shapes. A few hundred roundings in fp32, where a law that is
 broken shows a thousandth at the least; in short dtypes each layer rounds its own result, so that a few are much."""
 
 
@@ -96,14 +96,16 @@ class Context:
     def gradient_of(self, batches: Sequence[Batch]) -> Adapters:
         """What a step is given of these micro-batches, without dropout or clipping."""
         bare = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
-        return make_step(objective, bare, None)(init_state(self.adapters, bare), self.params, batches, None)[0].trainable
+        return make_step(objective, bare, None)(init_state(self.adapters, bare), self.params, batches, None)[
+            0
+        ].trainable
 
     @property
     def rows(self) -> int:
         return len(self.batch.tokens)
 
     @cached_property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return any(isinstance(x, QUANTIZED) for _, x in walk(self.params))
 
     @cached_property
@@ -115,7 +117,7 @@ class Context:
         """The limit of what is the same but for the order of summation.
 
         Over whole numbers it is twice what their rounding of activations makes of the base, if that is more. Each row
-        has a scale of its own, so that neighbours do not matter; but a number between two of the 255 steps falls on
+        has a scale of its own, so that neighbors do not matter; but a number between two of the 255 steps falls on
         either side by the last bit of fp32, and all of them together cannot matter more than the steps themselves do.
         """
         dtypes = {dtype(self.params.wte.w), *(x.dtype for x in leaves(self.adapters).values())}
@@ -123,10 +125,12 @@ class Context:
 
     def merging(self, before: GPT) -> float:
         """The worst difference of logits that merging makes; row by row, so that one row's are alive."""
-        plain = merge(before, "dequantised" if self.quantised else None)
+        plain = merge(before, "dequantized" if self.quantized else None)
         segments = [None] * self.rows if self.batch.segments is None else self.batch.segments
         rows = zip(self.batch.tokens, segments, strict=True)
-        return max_or_nan(max_rel_diff(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows)
+        return max_or_nan(
+            max_rel_diff(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows
+        )
 
     def apart(self, pairs: Iterable[tuple[Float[Tensor, "*n d_model"], Float[Tensor, "*n d_model"]]]) -> float:
         """The worst difference of logits between hidden states that should be the same."""
@@ -178,7 +182,11 @@ def with_loss_positions(batch: Batch, like: Batch) -> Batch:
     """`batch` with logits where they have a weight alone, if so it is in `like`: a classifier's targets are elsewhere
     tokens, of which it has no logit.
     """
-    return batch if like.loss_positions is None else replace(batch, at=batch.weights.flatten().nonzero().flatten())
+    return (
+        batch
+        if like.loss_positions is None
+        else replace(batch, loss_positions=batch.weights.flatten().nonzero().flatten())
+    )
 
 
 def documents(segments: Int[Tensor, "row seq"]) -> list[tuple[int, Int[Tensor, " length"]]]:

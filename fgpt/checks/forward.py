@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fgpt.checks.context import Context, CheckResult, max_rel_diff, documents, with_loss_positions, slice_batch, not_applicable, max_or_nan
+from fgpt.checks.context import (
+    CheckResult,
+    Context,
+    documents,
+    max_or_nan,
+    max_rel_diff,
+    not_applicable,
+    slice_batch,
+    with_loss_positions,
+)
 from fgpt.generation import static_cache
 from fgpt.losses import Batch, loss, nll
 from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
@@ -38,7 +47,9 @@ def padding(case: Context) -> CheckResult:
     """Padding on the right, as batches have it, and on the left, as ragged prompts have it."""
     context = case.params.cfg.n_ctx
     more = min(MORE, context - 1)
-    own = slice_batch(case.batch, slice(None), slice(context - more))  # where rows fill the context, there is no more room
+    own = slice_batch(
+        case.batch, slice(None), slice(context - more)
+    )  # where rows fill the context, there is no more room
     width, real = own.tokens.shape[1], case.real[:, : context - more]
     right, left = (with_padding(own, sides) for sides in ((0, more), (more, 0)))
     h = hidden(case.tuned, own.tokens, own.segments)
@@ -69,7 +80,9 @@ def packing(case: Context) -> CheckResult:
 
     def both() -> Iterator[tuple[Tensor, Tensor]]:
         for row, at in texts:
-            alone = with_loss_positions(Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch)
+            alone = with_loss_positions(
+                Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch
+            )
             sums.append(torch.stack(nll(case.tuned, alone)))
             yield hidden(case.tuned, alone.tokens)[0], case.h[row, at]
 
@@ -146,7 +159,9 @@ def merged_forward(case: Context) -> CheckResult:
     """
     law = "merge"
     if all(isinstance(x, Tensor) for x in case.adapters.values()):
-        return not_applicable(law, "adapters replace leaves, and none lies over a matrix" if case.adapters else "no adapters")
-    onto = ', onto "dequantised"' if case.quantised else ""
+        return not_applicable(
+            law, "adapters replace leaves, and none lies over a matrix" if case.adapters else "no adapters"
+        )
+    onto = ', onto "dequantized"' if case.quantized else ""
     compared = f"logits of the factored reading with those of the merged one{onto}"
     return CheckResult(law, compared, case.merging(case.tuned), case.rounding)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fgpt.adapters import Adapter, Adapters, DoRA, LoRA
-from fgpt.checks.context import Context, CheckResult
+from fgpt.checks.context import CheckResult, Context
 from fgpt.checks.training import summarize
 from fgpt.errors import InputError
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from fgpt.checks.context import Context, CheckResult, slice_batch, not_applicable
+from fgpt.checks.context import CheckResult, Context, not_applicable, slice_batch
 from fgpt.losses import Batch
 from fgpt.optim import global_norm
 from fgpt.tree import leaves, tree_map
@@ -47,7 +47,9 @@ def shared(path: str, case: Context) -> bool:
 def first_step(case: Context) -> CheckResult:
     """Asked of leaves that have a gradient: `flow` tells of the others."""
     before, after = leaves(case.adapters), leaves(case.stepped.trainable)
-    asked = [path for path, mean in leaves(case.stepped.opt_state.mean).items() if mean.any() and not shared(path, case)]
+    asked = [
+        path for path, mean in leaves(case.stepped.opt_state.mean).items() if mean.any() and not shared(path, case)
+    ]
     still = [path for path in asked if torch.equal(before[path], after[path])]
     compared = f"{len(asked)} trained leaves before and after an update of AdamW at rate {case.lr:g}"
     note = summarize(still, "does not move: the rate is lost in its dtype's rounding, or the leaf is frozen")

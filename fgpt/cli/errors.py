@@ -21,7 +21,7 @@ def explained(err: Exception) -> str | None:
     if _out_of_memory(err):
         return (
             f"not enough memory ({one_line(err) or 'the system gave none'}): take a smaller model or shorter texts; in "
-            "training lower --rows or --seq, or hold the base in 4 bits by --quantize nf4"
+            "training lower --micro-batch-size or --max-seq-len, or hold the base in 4 bits by --quantize nf4"
         )
     return None
 

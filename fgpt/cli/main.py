@@ -33,11 +33,10 @@ def train(args: Sequence[str]) -> None:
         run, where = resumed(name, [option for option in options if option != "--resume"])
     else:
         run, where = named(name, options, f"just train {name}"), None
-    from fgpt.cli.training import trackers
-    from fgpt.cli.training.tasks import run
+    from fgpt.cli.training import tasks, trackers
 
     trackers.check(run)
-    run(run, where)
+    tasks.run(run, where)
 
 
 def named(name: str, options: Sequence[str], command: str) -> recipes.AnyRecipe:
@@ -112,14 +111,14 @@ class Generate:
     prompt: tyro.conf.Positional[str]
     input: str = ""
     """What the instruction is to be applied to."""
-    options: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
+    generation: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
 
 def generate(args: Sequence[str]) -> None:
     options = parse(Generate, args, None, "just generate")
     from fgpt.cli.inference.generation import answer
 
-    answer(options.run, options.prompt, options.input, options.how)
+    answer(options.run, options.prompt, options.input, options.generation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +127,14 @@ class Chat:
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
-    options: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
+    generation: tyro.conf.OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
 
 def chat(args: Sequence[str]) -> None:
     options = parse(Chat, args, None, "just chat")
-    from fgpt.cli.inference.generation import chat as go
+    from fgpt.cli.inference.generation import chat as run_chat
 
-    go(options.run, options.how)
+    run_chat(options.run, options.generation)
 
 
 def classify(args: Sequence[str]) -> None:
@@ -153,9 +152,9 @@ class Compare:
     prompts: str | None = None
     """A .json or .jsonl file of texts, or of objects with an instruction, or "general", 32 prompts that come with the
     package; None takes what the first run held out."""
-    count: PositiveInt | None = None
+    num_prompts: PositiveInt | None = None
     """Take the first so many prompts; None takes all of a file, and of held-out ones as many as after training."""
-    options: tyro.conf.OmitArgPrefixes[ComparisonDecoding] = DEFAULT_DECODING
+    decoding: tyro.conf.OmitArgPrefixes[ComparisonDecoding] = DEFAULT_DECODING
     out: Path | None = None
     """Where to write; None takes the run's folder, and for several a new one beside the first."""
 
@@ -164,7 +163,7 @@ def compare(args: Sequence[str]) -> None:
     options = parse(Compare, args, None, "just compare")
     from fgpt.cli.evaluation.compare import compare_runs
 
-    compare_runs(options.runs, options.how, options.prompts, options.count, options.out)
+    compare_runs(options.runs, options.decoding, options.prompts, options.num_prompts, options.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,15 +172,15 @@ class Merge:
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
-    onto: Literal["dequantised", "original"] | None = None
-    """Over a quantised base: add the adapter to the numbers it was trained on, or to those that were quantised."""
+    merge_base: Literal["dequantized", "original"] | None = None
+    """Over a quantized base: add the adapter to the numbers it was trained on, or to those that were quantized."""
 
 
 def merge(args: Sequence[str]) -> None:
     options = parse(Merge, args, None, "just merge")
     from fgpt.cli.inference.merging import merge as go
 
-    go(options.run, options.onto)
+    go(options.run, options.merge_base)
 
 
 def evaluate(args: Sequence[str]) -> None:

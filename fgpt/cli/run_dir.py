@@ -36,12 +36,12 @@ from fgpt.cli.console import console
 from fgpt.cli.environment import environment
 from fgpt.cli.paths import shared, with_local, without_paths, write_local
 from fgpt.errors import InputError, shown
-from fgpt.io.files import clean, read_json, staying, atomic_dir, write_json
+from fgpt.io.files import atomic_dir, clean, read_json, staying, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
-from fgpt.recipes import RECIPES, AnyRecipe, ClassificationRecipe, PretrainingRecipe, InstructionRecipe
+from fgpt.recipes import RECIPES, AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe
 from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
 

@@ -1,4 +1,4 @@
-"""Labelled texts, or pairs of them, from the hub by name, or from a file or folder."""
+"""Labeled texts, or pairs of them, from the hub by name, or from a file or folder."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +61,7 @@ def has_test_split(source: str) -> bool:
 
 
 def load_labeled_texts(source: str, split: Split = "train", columns: Columns | None = None) -> list[LabeledText]:
-    """The labelled rows of a source.
+    """The labeled rows of a source.
 
     `source` is a name in `HUB`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet file; or a
     folder in the hub's dataset layout, of which `split` is read. Files of text may be compressed (.csv.gz). A file or
@@ -72,7 +72,9 @@ def load_labeled_texts(source: str, split: Split = "train", columns: Columns | N
     """
     known, option = HUB.get(source), f"--{split}"
     if known is not None and split not in known.files and not Path(source).exists():
-        raise InputError(f"{source} has no {split} split on the hub: leave {option} out to keep --heldout rows for it")
+        raise InputError(
+            f"{source} has no {split} split on the hub: leave {option} out to keep --num-heldout rows for it"
+        )
     hubs = {name: instruction_datasets.Hub(it.repo, it.files[split]) for name, it in HUB.items() if split in it.files}
     found, hub = instruction_datasets.open_source(source, hubs, option, split, {".txt": _semicolons})
     own, names = (known.columns, known.names) if known and hub else (Columns(), ())

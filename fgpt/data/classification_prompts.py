@@ -1,4 +1,4 @@
-"""Labelled texts as tokens: what stands around a text is never cut, and the last token is to tell the class.
+"""Labeled texts as tokens: what stands around a text is never cut, and the last token is to tell the class.
 
     instruction, prefix, text, [separator, second text,] suffix, [end]      -> label
 
@@ -122,7 +122,9 @@ def resolve_labels(
     return names, rows[: len(train)], rows[len(train) :]
 
 
-def sample_shots(rows: Sequence[LabeledText], names: Sequence[str], count: int, rng: torch.Generator) -> list[LabeledText]:
+def sample_shots(
+    rows: Sequence[LabeledText], names: Sequence[str], count: int, rng: torch.Generator
+) -> list[LabeledText]:
     """`count` of `rows`, as many of each class as of the next but for one, drawn and mixed by the key.
 
     Raises InputError where a class has too few.
@@ -133,7 +135,7 @@ def sample_shots(rows: Sequence[LabeledText], names: Sequence[str], count: int, 
         wanted = len(range(i, count, len(names)))
         if len(by_name[name]) < wanted:
             raise InputError(
-                f"{count} shots want {wanted} of {name!r}, but {len(by_name[name])} are there: lower --shots"
+                f"{count} shots want {wanted} of {name!r}, but {len(by_name[name])} are there: lower --num-fewshot"
             )
     taken = [by_name[names[i % len(names)]][i // len(names)] for i in range(count)]
     return [taken[i] for i in torch.randperm(count, generator=fold_in(rng, "order")).tolist()]
@@ -144,7 +146,7 @@ def sample_shots(rows: Sequence[LabeledText], names: Sequence[str], count: int, 
 
 @dataclass(frozen=True)
 class PromptWording:
-    """The words around a text. Each stretch is tokenised apart: end a prefix with a newline, not with a space."""
+    """The words around a text. Each stretch is tokenized apart: end a prefix with a newline, not with a space."""
 
     instruction: str = ""
     """Before all else; {labels} in it becomes the labels."""
@@ -188,7 +190,9 @@ def prompt_frame(
     return PromptFrame(before + prefix, between, suffix + between if end else suffix, encode(GAP))
 
 
-def encode(rows: Sequence[LabeledText], labels: Labels, around: PromptFrame, tokenizer: Tokenizer, width: int) -> Encoded:
+def encode(
+    rows: Sequence[LabeledText], labels: Labels, around: PromptFrame, tokenizer: Tokenizer, width: int
+) -> Encoded:
     """Examples of at most `width` tokens; one without a label has the first as a filler.
 
     Raises InputError for an empty text, and where `lay` does.
@@ -223,12 +227,12 @@ def assemble(texts: Sequence[Sequence[int]], around: PromptFrame, width: int) ->
     if not whole and room < (len(around.gap) + 2) * len(texts):
         raise InputError(
             f"the words around a text take {width - room} of {width} tokens, which leaves too few for the text: "
-            "shorten them, use fewer shots, or raise --seq"
+            "shorten them, use fewer shots, or raise --max-seq-len"
         )
     if len(texts) > 1 and min(lengths) > room:
         raise InputError(
             f"both texts are too long, {lengths[0]} and {lengths[1]} tokens where there is room for {room} in all: "
-            "shorten one, or raise --seq where the model's context allows"
+            "shorten one, or raise --max-seq-len where the model's context allows"
         )
     if not whole and len(texts) > 1:
         half = room // 2

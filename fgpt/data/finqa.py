@@ -58,7 +58,9 @@ def read(record: dict[str, Any], where: str) -> FinQA:
     return _row(FinQA(asked["question"], "", next(filter(None, answers), "")), before, table, after)
 
 
-def shorten(rows: Sequence[InstructionRow], width: int, length: Callable[[InstructionRow], int]) -> tuple[list[InstructionRow], int]:
+def shorten(
+    rows: Sequence[InstructionRow], width: int, length: Callable[[InstructionRow], int]
+) -> tuple[list[InstructionRow], int]:
     """The rows, and how many of them were shortened so that their `length` is at most `width`.
 
     Of a FinQA row that is longer, the texts before and after the table lose as many words of their middle as it takes:

@@ -162,7 +162,7 @@ def _chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list
 def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Example:
     """Prompt, answer and end, which carries loss: <|endoftext|>, or in a chat what the model's template ends a turn by.
 
-    Prompt and answer are tokenised apart: no merge crosses the border, so the prompt reads as generation will write it.
+    Prompt and answer are tokenized apart: no merge crosses the border, so the prompt reads as generation will write it.
     An answer of nothing but white space is no answer; `packing.fit` reports it.
     """
     prompt = encode_prompt(row, template, tokenizer)

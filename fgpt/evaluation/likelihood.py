@@ -3,7 +3,7 @@
     ln p(continuation | context) = Σ ln p(token_i | context, token_1 .. token_i-1)
 
 A score is its pair's alone: rows are padded on the right, where the causal mask keeps the padding from the text, and so
-neighbours, their order and their number change nothing but the last bits of rounding. Nothing is left out in silence:
+neighbors, their order and their number change nothing but the last bits of rounding. Nothing is left out in silence:
 what a context had no room for is counted, and what cannot be scored is refused.
 """
 
@@ -56,7 +56,9 @@ def loglikelihood(params: GPT, pairs: Sequence[Request], batch_size: int = 8) ->
 
 
 @torch.no_grad()
-def iter_loglikelihood(params: GPT, pairs: Sequence[Request], batch_size: int = 8) -> Iterator[list[tuple[int, LogLikelihood]]]:
+def iter_loglikelihood(
+    params: GPT, pairs: Sequence[Request], batch_size: int = 8
+) -> Iterator[list[tuple[int, LogLikelihood]]]:
     """What `score` gathers, as it comes: numbers of pairs and their scores.
 
     The longest come first, so that memory, if it is short, is so at once; rows read together are of like length. What
@@ -146,7 +148,12 @@ def window_and_stride(cfg: Config, width: int | None = None, stride: int | None 
 
 
 def loglikelihood_rolling(
-    params: GPT, tokens: Sequence[int], begin: int, width: int | None = None, stride: int | None = None, batch_size: int = 8
+    params: GPT,
+    tokens: Sequence[int],
+    begin: int,
+    width: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
 ) -> LogLikelihood:
     """The score of a text of any length, each token once: see `windows`, and `room` for what is not given.
 

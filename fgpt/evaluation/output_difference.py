@@ -20,6 +20,6 @@ class OutputDifference:
 
 @torch.no_grad()
 def compare_outputs(before: GPT, after: GPT, batch: Batch) -> OutputDifference:
-    """What `batch` shows of the way from `before` to `after`: merging over a quantised base, rounding, quantising."""
+    """What `batch` shows of the way from `before` to `after`: merging over a quantized base, rounding, quantizing."""
     a, b = (at_least_fp32(apply(params, batch.tokens, batch.segments)) for params in (before, after))
     return OutputDifference((b - a).abs().max(), loss(after, batch) - loss(before, batch))

@@ -19,7 +19,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     known = {kind: family for family in FAMILIES for kind in family.model_types}
     if not isinstance(kind := config.get("model_type"), str) or kind not in known:
         raise InputError(
-            f"model_type is {shown(kind)}, expected one of {', '.join(known)}; fgpt.lift takes any other module"
+            f"model_type is {shown(kind)}, expected one of {', '.join(known)}; fgpt.from_module takes any other module"
         )
     return known[kind]
 

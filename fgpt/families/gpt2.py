@@ -15,15 +15,21 @@ from fgpt.families.mapping import (
     flag,
     layer_mappings,
     number,
-    paths,
+    one_to_one,
     optional_size,
+    paths,
     sizes,
     sizes_to_hf,
-    one_to_one,
 )
 from fgpt.model import Config
 
-SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "d_model", "n_positions": "context", "vocab_size": "vocab"}
+SIZES = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+    "n_positions": "n_ctx",
+    "vocab_size": "vocab_size",
+}
 """The hub's names of sizes, and ours."""
 
 
@@ -31,8 +37,8 @@ def common(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[
     """What GPT-2's config says, and GPT-J's alike, by our names. Raises InputError as `sizes` and `activation` do."""
     return sizes(config, names) | {
         "d_mlp": optional_size(config, "n_inner", 4 * config["n_embd"]),
-        "eps": number(config, "layer_norm_epsilon", 1e-5),
-        "act": activation(config, "activation_function", "gelu_new"),
+        "norm_eps": number(config, "layer_norm_epsilon", 1e-5),
+        "activation": activation(config, "activation_function", "gelu_new"),
     }
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.mapping import Family, TensorMapping, layer_mappings, require_values, paths, one_to_one
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, one_to_one, paths, require_values
 from fgpt.model import Config
 
-SIZES = gpt2.SIZES | {"rotary_dim": "rotary"}
+SIZES = gpt2.SIZES | {"rotary_dim": "rotary_dim"}
 LAYERS = {
     "ln_1": "ln_1",
     "attn.q": "attn.q_proj",
@@ -25,7 +25,14 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
     found = gpt2.common(config, SIZES)
     require_values(config, {"tie_word_embeddings": False})
-    return Config(**found, tie_word_embeddings=False, parallel_residual=True, n_norms=1, biases="up down norm head", interleaved=True)
+    return Config(
+        **found,
+        tie_word_embeddings=False,
+        parallel_residual=True,
+        n_norms=1,
+        biases="up down norm head",
+        interleaved=True,
+    )
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:

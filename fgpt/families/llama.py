@@ -17,14 +17,14 @@ from fgpt.families.mapping import (
     flag,
     layer_mappings,
     number,
+    one_to_one,
+    optional_size,
     paths,
+    require_positive_ints,
     rope,
     rope_to_hf,
-    optional_size,
     sizes,
     sizes_to_hf,
-    one_to_one,
-    require_positive_ints,
 )
 from fgpt.model import Config
 

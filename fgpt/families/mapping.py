@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError, shown
-from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise8bit, Blockwise4bit, Quantized
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
-from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, fused_qkv, abstract_params
+from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, abstract_params, fused_qkv
 from fgpt.tree import leaves, replace_at, walk
 from fgpt.weights import Adapted, shape
 
@@ -35,7 +35,7 @@ class TensorMapping:
     name: str
     paths: tuple[str, ...]
     transposed: bool = False
-    """[in, out]. One that was quantised on the way to the hub was transposed before, and is [out, in]."""
+    """[in, out]. One that was quantized on the way to the hub was transposed before, and is [out, in]."""
     heads: int = 0
     """Above 0 the leaves take turns, head by head."""
 
@@ -59,7 +59,7 @@ SCORE = "score.weight"
 """The head of a classifier, in every family."""
 
 Place: TypeAlias = Callable[[str, Any], Any]
-"""(path, leaf) -> what stands there: cast, or quantised."""
+"""(path, leaf) -> what stands there: cast, or quantized."""
 
 
 def one_to_one(names: Mapping[str, str]) -> list[TensorMapping]:
@@ -91,7 +91,7 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
     held = _without_prefix(tensors, family)
     if not cfg.tie_word_embeddings:
         return held, cfg
-    apart = replace(cfg, tied=False)
+    apart = replace(cfg, tie_word_embeddings=False)
     stored = {s.paths[0]: s.name for s in family.tensor_mappings(apart)}
     table, head = stored["wte.w"], stored["head.w"]
     if head not in held:
@@ -108,18 +108,20 @@ def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: 
     """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
     are views: no copy is made.
 
-    A quantised product of q, k and v is split where its blocks, and the blocks of quantised scales, end between them
-    (for NF4 with double quantisation, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
+    A quantized product of q, k and v is split where its blocks, and the blocks of quantized scales, end between them
+    (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
 
     `held` and `cfg` are those of `parameters`.
 
     Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
-    shape of a quantised one.
+    shape of a quantized one.
     """
     bare, table = abstract_params(cfg), {s.name: s for s in family.tensor_mappings(cfg)}
     empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
 
-    def read(s: TensorMapping) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
+    def read(
+        s: TensorMapping,
+    ) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = held[s.name].read(), sizes[s.name]
         _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
         if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
@@ -153,7 +155,7 @@ def _without_prefix(held: Mapping[str, LazyTensor], family: Family) -> dict[str,
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two matrices are of the same numbers; a quantised one equals none."""
+    """Whether two matrices are of the same numbers; a quantized one equals none."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     wide = torch.promote_types(a.dtype, b.dtype)
@@ -187,12 +189,12 @@ def _node(tree: Any, path: str) -> Any:
 
 
 def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
-    """The leaves in a tensor; it alone where it is quantised and cannot be split."""
+    """The leaves in a tensor; it alone where it is quantized and cannot be split."""
     if len(s.paths) == 1:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
     if isinstance(x, QUANTIZED):
         if s.heads:
-            raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantised: quantize a plain one")
+            raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantized: quantize a plain one")
         return equal_parts(x, len(s.paths)) or [x]
     if s.heads:
         parts = x.unflatten(0, (s.heads, len(s.paths), -1)).unbind(1)
@@ -209,7 +211,7 @@ def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
 
 
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:
-    """The rows of `w` in n equal parts, still quantised as they are; None where a block lies across two parts."""
+    """The rows of `w` in n equal parts, still quantized as they are; None where a block lies across two parts."""
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):
         return None
@@ -229,7 +231,7 @@ def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
     held, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
     classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab_size
-    body = replace(cfg, tied=True) if classes else cfg  # without a head of tokens
+    body = replace(cfg, tie_word_embeddings=True) if classes else cfg  # without a head of tokens
     made = {s.name: join_heads([held[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
     named = {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
     return named | ({SCORE: held["head.w"]} if classes else {})
@@ -301,7 +303,9 @@ def require_positive_ints(config: Mapping[str, Any], names: Iterable[str]) -> No
     bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MAX_SIZE]
     if bad:
         got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
-        raise InputError(f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}")
+        raise InputError(
+            f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}"
+        )
 
 
 def optional_size(config: Mapping[str, Any], name: str, default: int) -> int:
@@ -333,8 +337,8 @@ LLAMA_SIZES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "intermediate_size": "d_mlp",
-    "vocab_size": "vocab",
-    "max_position_embeddings": "context",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "n_ctx",
 }
 """A hub's names of sizes, and ours, in the families since GPT-NeoX."""
 
@@ -405,7 +409,7 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
 
     Raises InputError for a scaling that we do not compute.
     """
-    scaling, context = rope_fields(config), sizes["context"]
+    scaling, context = rope_fields(config), sizes["n_ctx"]
     where = scaling if "rope_theta" in scaling else config
     base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -438,7 +442,7 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
                 f"components or more; got {stretch.factor}, {context} positions and {dim} components"
             )
         context = int(stretch.factor * context)
-    return {"base": base, "stretch": stretch, "context": context}
+    return {"rope_theta": base, "rope_scaling": stretch, "n_ctx": context}
 
 
 def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> YarnScaling:

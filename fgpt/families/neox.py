@@ -15,14 +15,14 @@ from fgpt.families.mapping import (
     flag,
     layer_mappings,
     number,
-    require_values,
+    one_to_one,
     paths,
+    require_values,
     rope,
     rope_fields,
     rope_to_hf,
     sizes,
     sizes_to_hf,
-    one_to_one,
 )
 from fgpt.model import Config
 
@@ -83,7 +83,9 @@ def stored(cfg: Config) -> list[TensorMapping]:
         for leaf, ending in (("w", "weight"), ("b", "bias")):
             parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
             found.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
-    return found + layer_mappings({"ln_f": "final_layer_norm"} | ({} if cfg.tie_word_embeddings else {"head": "embed_out"}), bare)
+    return found + layer_mappings(
+        {"ln_f": "final_layer_norm"} | ({} if cfg.tie_word_embeddings else {"head": "embed_out"}), bare
+    )
 
 
 NEOX = Family(

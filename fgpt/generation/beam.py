@@ -52,7 +52,9 @@ def beam_search(
     """
     max_new_tokens, enders = tokens_left(params, [prompt], max_new_tokens), eos_ids(eos_token_id, params.cfg.vocab_size)
     if num_beams < 1 or sampling.temperature > 0:
-        raise InputError(f"beam search takes 1 beam or more, and draws nothing; got {num_beams}, {sampling.temperature}")
+        raise InputError(
+            f"beam search takes 1 beam or more, and draws nothing; got {num_beams}, {sampling.temperature}"
+        )
     if not PENALTIES.holds(length_penalty):
         raise InputError(f"length_penalty is {length_penalty}: expected {PENALTIES.expected(length_penalty)}")
     at, choose = device(params), sampling.filter
@@ -76,7 +78,9 @@ def beam_search(
                 done.append(BeamHypothesis(text, token in enders, score / length**length_penalty))
         done = sorted(done, key=lambda x: -x.score)[:num_beams]
         open_ = (~ends).nonzero().flatten()[:num_beams]
-        if not len(open_) or (len(done) == num_beams and best[open_[0]].item() / length**length_penalty <= done[-1].score):
+        if not len(open_) or (
+            len(done) == num_beams and best[open_[0]].item() / length**length_penalty <= done[-1].score
+        ):
             break
         rows, tokens, scores = rows[open_], tokens[open_], best[open_]
         texts = [[*texts[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
@@ -86,7 +90,12 @@ def beam_search(
 
 @torch.no_grad()
 def prompt_lookup_decode(
-    params: GPT, prompt: Sequence[int], eos_token_id: int | Collection[int], max_new_tokens: int, ngram: int = 3, num_draft_tokens: int = 10
+    params: GPT,
+    prompt: Sequence[int],
+    eos_token_id: int | Collection[int],
+    max_new_tokens: int,
+    ngram: int = 3,
+    num_draft_tokens: int = 10,
 ) -> GenerationOutput:
     """`generate`'s greedy text of one prompt, faster where it repeats: where the last `ngram` tokens stood before, the
     `ahead` tokens that followed them there are tried in one pass, and kept as far as the model would have written them.

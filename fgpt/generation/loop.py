@@ -56,14 +56,16 @@ def generate(
     until `until` says so. With -1 no token ends a text.
 
     Greedy by default. Prompts are padded on the left as a document of their own, and each row draws by a key of its
-    own: neighbours change nothing. For several texts of one prompt give it several times; it is read once. `adapters`
+    own: neighbors change nothing. For several texts of one prompt give it several times; it is read once. `adapters`
     gives each prompt its own. `compiled` compiles the step: see `static_cache.compiled`.
 
     Raises InputError for an empty prompt, or one with no room in the context for a single new token; and as `stack`
     does for adapters that do not fit one another.
     """
     texts: list[GenerationOutput] = [GenerationOutput([], False, []) for _ in prompts]
-    for step in stream(params, prompts, eos_token_id, max_new_tokens, sampling, rng, stopping_criterion, logprobs, adapters, compile):
+    for step in stream(
+        params, prompts, eos_token_id, max_new_tokens, sampling, rng, stopping_criterion, logprobs, adapters, compile
+    ):
         for row, token, logprob, ends in step:
             if ends:
                 texts[row] = texts[row]._replace(finished=True)
@@ -116,7 +118,11 @@ def stream(
             yield (told := _step_tokens(going, tokens, scores if logprobs else None, ends_text))
             for row, token, _, ends in told:
                 texts[row] += [] if ends else [token]
-            open_ = [j for j, x in enumerate(told) if not (x.end or (stopping_criterion and stopping_criterion(texts[x.row][starts[x.row] :])))]
+            open_ = [
+                j
+                for j, x in enumerate(told)
+                if not (x.end or (stopping_criterion and stopping_criterion(texts[x.row][starts[x.row] :])))
+            ]
             seen = torch.cat([seen, tokens[:, None]], 1)
             if len(open_) < len(going):
                 going, keep = [going[j] for j in open_], torch.tensor(open_, dtype=torch.long, device=at)
@@ -209,7 +215,9 @@ def truncate_at_stop(text: str, strings: Sequence[str]) -> str:
     return text[: min((text.index(string) for string in strings if string in text), default=len(text))]
 
 
-def stream_text(decode: Callable[[list[int]], str], tokens: Iterable[int], strings: Sequence[str] = ()) -> Iterator[str]:
+def stream_text(
+    decode: Callable[[list[int]], str], tokens: Iterable[int], strings: Sequence[str] = ()
+) -> Iterator[str]:
     """The text of `tokens`, piece by piece as they come: never a part of a character, nor of a stop string."""
     seen: list[int] = []
     told = ""

@@ -17,7 +17,9 @@ from fgpt.errors import InputError
 from fgpt.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from fgpt.rng import fold_in
 
-LogitsProcessor: TypeAlias = Callable[[Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]]
+LogitsProcessor: TypeAlias = Callable[
+    [Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]
+]
 """(logits, seen) -> logits, -inf where a token may not come.
 
 `seen` is each row's text so far, prompt included, padded on the left with -1. Logits keep their dtype; probabilities,

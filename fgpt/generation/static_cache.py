@@ -3,7 +3,7 @@
     logits, room = read(params, tokens, segments, most)        the prompts, and room for `most` tokens more
     logits       = step(params, tokens, room)                  the next token of each row
 
-With `adapters`, stacked by `fgpt.stack`, each row is read and written by its own: one product of the base for all rows,
+With `adapters`, stacked by `fgpt.stack_adapters`, each row is read and written by its own: one product of the base for all rows,
 and one of each row's A and B.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fgpt.adapters import Adapters, adapt
-from fgpt.model import GPT, LayerKV, KVCache, StaticLayerCache, forward_with_cache, logits, transformer_layers
+from fgpt.model import GPT, KVCache, LayerKV, StaticLayerCache, forward_with_cache, logits, transformer_layers
 from fgpt.tree import node, tree_map
 
 

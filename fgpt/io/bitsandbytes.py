@@ -1,7 +1,7 @@
-"""Matrices that bitsandbytes has quantised, as `save_pretrained` of transformers writes them.
+"""Matrices that bitsandbytes has quantized, as `save_pretrained` of transformers writes them.
 
 4 bits   NAME.weight           bytes in a column, two codes in each, of [out, in] by rows
-         NAME.weight.absmax, .quant_map, and where the scales are quantised too, .nested_absmax, .nested_quant_map
+         NAME.weight.absmax, .quant_map, and where the scales are quantized too, .nested_absmax, .nested_quant_map
          NAME.weight.quant_state.bitsandbytes__nf4    the rest, as JSON in bytes
 8 bits   NAME.weight           whole numbers [out, in], with NAME.SCB, the largest magnitude of each row
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fgpt.errors import InputError, shown
 from fgpt.families.mapping import LazyTensor
-from fgpt.io.serialization import check_quantised
+from fgpt.io.serialization import check_quantized
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, Blockwise8bit, Blockwise4bit, Quantized, RowwiseInt8
+from fgpt.kernels.quantized_linear import BLOCK, Blockwise4bit, Blockwise8bit, Quantized, RowwiseInt8
 
 STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """`tensors` with the parts of each quantised matrix made one node [out, in], under the name of its weight.
+    """`tensors` with the parts of each quantized matrix made one node [out, in], under the name of its weight.
 
     Raises InputError where a part is missing; and when one is read that is not what bitsandbytes writes, and for 4-bit
     blocks of other than 64.
@@ -55,7 +55,7 @@ def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor
 def _read(codes: LazyTensor, parts: Mapping[str, LazyTensor], name: str) -> Quantized:
     found: dict[str, Any] = {part: x.read() for part, x in parts.items()}
     node = (_eight if "SCB" in found else _four)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
-    check_quantised(node, name)
+    check_quantized(node, name)
     return node
 
 
@@ -94,7 +94,7 @@ def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
         raise InputError(f"tensor {name}.{missing[0]} is missing")
     if block != BLOCK:
         raise InputError(
-            f"tensor {name}: quantised by blocks of {shown(block)}; expected {BLOCK}, bitsandbytes' default"
+            f"tensor {name}: quantized by blocks of {shown(block)}; expected {BLOCK}, bitsandbytes' default"
         )
     if not codes.ndim:
         raise InputError(f"tensor {name}: expected a matrix' codes, got one number")
@@ -113,7 +113,7 @@ def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
         if absmax.dtype != torch.uint8 or parts["nested_quant_map"].shape != (256,):
             raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_said(absmax)}")
         absmax = Blockwise8bit(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
-        check_quantised(absmax, f"{name}.absmax")
+        check_quantized(absmax, f"{name}.absmax")
     shift = None if offset is None else torch.tensor(offset, dtype=torch.float32)
     return Blockwise4bit(codes.view(out, inp // 2), absmax, code, shift, kind, dtype)
 

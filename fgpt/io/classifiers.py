@@ -36,7 +36,7 @@ def with_head(body: GPT, score: Any, place: Place) -> GPT:
         raise InputError("tensor score.weight: expected a matrix of a floating dtype, [classes, d_model]")
     if score.shape[1] != body.cfg.d_model or not len(score):
         raise InputError(f"tensor score.weight: expected shape [classes, {body.cfg.d_model}], got {list(score.shape)}")
-    return replace(body, head=Linear(place("head.w", score)), cfg=replace(body.cfg, tied=False))
+    return replace(body, head=Linear(place("head.w", score)), cfg=replace(body.cfg, tie_word_embeddings=False))
 
 
 def exported(
@@ -45,10 +45,10 @@ def exported(
     """A classifier as it is to be written, the files of its tokenizer, and what its `config.json` says besides the
     family's fields in `config`: architecture, names of the classes and padding.
 
-    Raises InputError for a classifier over quantised weights, or labels that are not one for each class.
+    Raises InputError for a classifier over quantized weights, or labels that are not one for each class.
     """
     if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
-        raise InputError('a classifier over quantised weights has no such format: merge(params, onto="dequantised")')
+        raise InputError('a classifier over quantized weights has no such format: merge(params, onto="dequantized")')
     more = _labels(config, num_classes(params) or 0, labels)
     if FILE not in files:
         return params, files, more
@@ -95,7 +95,7 @@ def _with_rows(params: GPT, rows: int) -> GPT:
     if rows <= params.cfg.vocab_size or not isinstance(table, Tensor):
         return params
     zeros = table.new_zeros(rows - len(table), table.shape[1])
-    return replace(params, wte=Embedding(torch.cat([table, zeros])), cfg=replace(params.cfg, vocab=rows))
+    return replace(params, wte=Embedding(torch.cat([table, zeros])), cfg=replace(params.cfg, vocab_size=rows))
 
 
 def _content(token: Any) -> str:

@@ -183,7 +183,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. The metadata defaults to what the hub's libraries expect. Tensors that share their storage,
-    as the codes of quantised weights do, are each written in full. The same tensors make the same file, bit for bit.
+    as the codes of quantized weights do, are each written in full. The same tensors make the same file, bit for bit.
 
     Raises InputError for a tensor without storage, and as `write` does.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.io.gguf_header import PLAIN, Container, Entry, read_tensor, read_header
+from fgpt.io.gguf_header import PLAIN, Container, Entry, read_header, read_tensor
 
 Config = dict[str, Any]
 
@@ -331,7 +331,7 @@ def _llama_sources(
 
 
 def _halves(x: Tensor, heads: int) -> Tensor:
-    """Rows of each head as rope in halves wants them (i with i + d/2), from llama.cpp's neighbours (2i with 2i + 1)."""
+    """Rows of each head as rope in halves wants them (i with i + d/2), from llama.cpp's neighbors (2i with 2i + 1)."""
     pairs = x.shape[0] // heads // 2
     return x.unflatten(0, (heads, pairs, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 

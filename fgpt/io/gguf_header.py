@@ -80,7 +80,7 @@ def read_header(path: Path) -> Container:
 
 
 def read_tensor(path: Path, entry: Entry) -> Tensor:
-    """A tensor of the file, on its own memory: quantised types as fp32, others as they are.
+    """A tensor of the file, on its own memory: quantized types as fp32, others as they are.
 
     Raises InputError where the file has become shorter.
     """
@@ -205,7 +205,7 @@ def _placed(path: Path, name: str, number: int, shape: tuple[int, ...], offset: 
     except (ValueError, KeyError, NotImplementedError):
         known = getattr(locals().get("kind"), "name", f"type {number}")
         raise InputError(
-            f"{path}: tensor {name} is stored as {known}; expected F32, F16, BF16 or a quantised type that the gguf "
+            f"{path}: tensor {name} is stored as {known}; expected F32, F16, BF16 or a quantized type that the gguf "
             "package expands (Q4_0 to Q8_0, the K and IQ types)"
         ) from None
     if 0 in shape or shape[-1] % block:

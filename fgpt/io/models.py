@@ -1,12 +1,12 @@
 """Models in the hub's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or on
 the hub; and models in one GGUF file.
 
-A tensor is read, cast or quantised, and put in its place before the next is read: loading a model takes the memory that
+A tensor is read, cast or quantized, and put in its place before the next is read: loading a model takes the memory that
 it is held in, and that of its largest tensor.
 
-A model whose weights are quantised has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
+A model whose weights are quantized has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
 other libraries do not look for: they say that there are no weights, where they would fill up `model.safetensors` with
-random ones. What bitsandbytes has quantised, and transformers saved, is read.
+random ones. What bitsandbytes has quantized, and transformers saved, is read.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ from fgpt.io.files import lazy_tensors, read_json, shard_names, shards, write, w
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import QUANTIZED, Format
 from fgpt.model import GPT, Config, abstract_params
-from fgpt.quantization import quantize_weight as quantised
+from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tiktoken_bpe import FILE, TiktokenTokenizer
-from fgpt.tree import astype, select, replace_at, walk
+from fgpt.tree import astype, replace_at, select, walk
 from fgpt.weights import dtype as weight_dtype
 
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
@@ -213,9 +213,9 @@ def load(
     target: str = r"blocks\..*",
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
-    keeps what the file has. Quantised weights keep their codes and scales, and mean numbers of `dtype`.
+    keeps what the file has. Quantized weights keep their codes and scales, and mean numbers of `dtype`.
 
-    `quantize` quantises as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
+    `quantize` quantizes as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
 
     A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
     of scales lies across two of them (see `families.names.from_hf`).
@@ -226,12 +226,12 @@ def load(
     cfg, dtype = _config(it), dtype or _declared(it.config)
     if (it.path / TREE).exists():
         if quantize:
-            raise InputError(f"{it.path / TREE} is quantised already: load it as it is")
+            raise InputError(f"{it.path / TREE} is quantized already: load it as it is")
         params = _read_tree(it.path, cfg)
         return params if dtype is None else _in(params, dtype)
     family, (where, tensors) = families.family_from_config(it.config), _tensors(it)
     score = tensors.pop(mapping.SCORE, None)
-    cfg = cfg if score is None else dataclasses.replace(cfg, tied=True)  # it has no head of tokens
+    cfg = cfg if score is None else dataclasses.replace(cfg, tie_word_embeddings=True)  # it has no head of tokens
     try:
         held, cfg = mapping.parameters(collect_quantized(tensors), cfg, family)
         chosen = set(select(weight_matrices(abstract_params(cfg)), target)) if quantize else set()
@@ -241,7 +241,7 @@ def load(
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
         layer = leaf.removesuffix(".w")
-        return quantised(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
+        return quantized(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
     try:
         params = mapping.from_hf(held, cfg, family, place)
@@ -262,7 +262,9 @@ def _tensors(it: _Opened) -> tuple[Path, dict[str, mapping.LazyTensor]]:
     Raises InputError where there are none, or one is in two files.
     """
     if it.file:
-        return it.path, {name: mapping.LazyTensor(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()}
+        return it.path, {
+            name: mapping.LazyTensor(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()
+        }
     found, held = shards(it.path, WEIGHTS), dict[str, mapping.LazyTensor]()
     if not found[0].exists():
         raise InputError(f"{it.path} has no {WEIGHTS}{_instead(path.name for path in it.path.iterdir())}")
@@ -291,18 +293,20 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 
 def _in(params: GPT, dtype: torch.dtype) -> GPT:
     held = {path: x for path, x in walk(params) if isinstance(x, QUANTIZED)}
-    # of a weight and its quantised scales, `update` takes the weight: scales stay fp32
+    # of a weight and its quantized scales, `update` takes the weight: scales stay fp32
     return astype(replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
 
 
-def save(params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()) -> None:
+def save(
+    params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()
+) -> None:
     """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
-    quantised weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
+    quantized weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
     that of transformers' sequence classification, whose classes `labels` name.
 
-    Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantised
+    Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantized
     weights, or labels that are not one for each class.
     """
     folder = Path(folder)
@@ -324,12 +328,14 @@ def save(params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None 
         write(folder / name, content)
 
 
-def _tokenizer(like: StrPath | TiktokenTokenizer | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(
+    like: StrPath | TiktokenTokenizer | None, vocab: int
+) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """
     if isinstance(like, TiktokenTokenizer):
-        return {"bos_token_id": like.begin, "eos_token_id": like.eos}, like.files()
+        return {"bos_token_id": like.bos, "eos_token_id": like.eos}, like.files()
     if not like:
         return {}, {}
     it = _opened(resolve(like, tokenizer=True))

@@ -27,7 +27,7 @@ from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
 from fgpt.io.files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise8bit, Blockwise4bit, Quantized
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import device, leaves, tree_map, walk
@@ -158,7 +158,7 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
             values[f.name] = value
     x = cls(**values)
     if isinstance(x, QUANTIZED):
-        check_quantised(x, at)
+        check_quantized(x, at)
     if isinstance(x, LoRA) and not (len(x.a) and math.isfinite(x.alpha) and 0 <= x.dropout < 1):
         got = f"rank {len(x.a)}, alpha {x.alpha} and dropout {x.dropout}"
         raise InputError(
@@ -177,13 +177,13 @@ def _static(value: Any, kind: Any) -> Any:
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
         given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
         given = {name: getattr(Config, name) for name in LATER} | given
-        given["stretch"] = _stretch(given.get("stretch"))
+        given["rope_scaling"] = _rope_scaling(given.get("rope_scaling"))
         fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
         return Config(**given) if fits else value
     return value
 
 
-def _stretch(values: Any) -> Any:
+def _rope_scaling(values: Any) -> Any:
     """A rope's scaling, which files hold as its numbers alone; as it is where it does not fit."""
     for cls in (YarnScaling, DynamicScaling):
         kinds = list(get_type_hints(cls).values())
@@ -192,20 +192,20 @@ def _stretch(values: Any) -> Any:
     return values
 
 
-def check_quantised(w: Quantized, name: str) -> None:
-    """What the fields of a quantised weight owe each other, beyond what its class declares.
+def check_quantized(w: Quantized, name: str) -> None:
+    """What the fields of a quantized weight owe each other, beyond what its class declares.
 
     Raises InputError where codes and scales do not belong together.
     """
     if any(x.is_floating_point() and x.dtype != torch.float32 for x in leaves(w).values()):
-        raise InputError(f"{name}: scales and code of a quantised weight are float32")
+        raise InputError(f"{name}: scales and code of a quantized weight are float32")
     if not w.dtype.is_floating_point:
-        raise InputError(f"{name}: a quantised weight means numbers of a floating dtype, not {w.dtype}")
+        raise InputError(f"{name}: a quantized weight means numbers of a floating dtype, not {w.dtype}")
     scales: Any = w.absmax.codes if isinstance(w.absmax, Blockwise8bit) else w.absmax
     if isinstance(w, Blockwise4bit):
         if w.shape[1] % BLOCK or isinstance(w.absmax, Blockwise8bit) != (w.offset is not None) or scales.ndim != 1:
             raise InputError(
-                f"{name}: expected rows of whole blocks of {BLOCK}, and an offset to quantised scales only"
+                f"{name}: expected rows of whole blocks of {BLOCK}, and an offset to quantized scales only"
             )
         expected = w.shape.numel() // BLOCK
     elif isinstance(w, Blockwise8bit):

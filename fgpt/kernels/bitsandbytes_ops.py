@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def register() -> None:
     """Put bitsandbytes' operators under `torch.ops.bitsandbytes`.
 
-    Whatever makes a quantised node calls this first, so that the kernels, which may be compiled, need not.
+    Whatever makes a quantized node calls this first, so that the kernels, which may be compiled, need not.
     """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level

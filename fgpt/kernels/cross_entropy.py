@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import shaped
-from fgpt.kernels.functorch_state import needs_higher_order, is_vmapped, is_recorded_by_autograd, is_differentiated
+from fgpt.kernels.functorch_state import is_differentiated, is_recorded_by_autograd, is_vmapped, needs_higher_order
 from fgpt.kernels.precision import at_least_fp32
 
 CHUNK_BYTES = 64 << 20

@@ -14,7 +14,7 @@ from torch import Tensor
 _A, _B, _GOLDEN = -2048144789, -1028477387, -1640531527  # 0x85ebca6b, 0xc2b2ae35, 0x9e3779b9 as signed 32 bits
 
 
-def _finalise(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
+def _finalize(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
     h = (h ^ (h >> 16 & 0xFFFF)) * _A
     h = (h ^ (h >> 13 & 0x7FFFF)) * _B
     return h ^ (h >> 16 & 0xFFFF)
@@ -25,9 +25,9 @@ def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bo
 
     def hashes(n: int, salt: int) -> Tensor:
         counter = torch.arange(1, n + 1, dtype=torch.int32, device=seed.device)
-        return _finalise(counter * _GOLDEN + _finalise((seed ^ salt).to(torch.int32)))
+        return _finalize(counter * _GOLDEN + _finalize((seed ^ salt).to(torch.int32)))
 
-    joined = _finalise(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :])
+    joined = _finalize(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :])
     return joined >= round(p * 2**32) - 2**31
 
 

@@ -18,7 +18,7 @@ class _Unread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | Quantized) -> Tensor:
-        ctx.quantised = None if isinstance(w, Tensor) else w
+        ctx.quantized = None if isinstance(w, Tensor) else w
         # x is kept for a W that is trained, and for no other: it is as wide as the inner layer of an MLP
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if isinstance(w, Tensor) else None)
         return x.new_zeros(()).expand(*x.shape[:-1], w.shape[0])
@@ -30,7 +30,7 @@ class _Unread(torch.autograd.Function):
         to_w = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if by_w else None
         if not by_x:
             return None, to_w
-        return linear_input_grad(g, ctx.quantised if w is None else w), to_w
+        return linear_input_grad(g, ctx.quantized if w is None else w), to_w
 
 
 def grad_only_linear(x: Float[Tensor, "*batch in"], w: Tensor | Quantized) -> Float[Tensor, "*batch out"]:

@@ -1,6 +1,6 @@
 """Frozen matrices in 4 or 8 bits, and products with them.
 
-    FourBit      W_ij = code[c_ij] · absmax of the block of 64 that ij is in    0.516 bytes a number, doubly quantised
+    FourBit      W_ij = code[c_ij] · absmax of the block of 64 that ij is in    0.516 bytes a number, doubly quantized
     Blockwise8   W_ij = code[c_ij] · absmax of the block that ij is in          1.063
     Rowwise8     W_ij = c_ij / 127 · absmax_i                                   1 + 4 / in
 
@@ -31,14 +31,14 @@ from fgpt.tree import node, static
 BLOCK = 64
 """Numbers that share a scale: a divisor of every GPT's widths, so that a row is whole blocks."""
 SCALES_BLOCK = 256
-"""Scales that share a scale, where the scales are quantised too."""
+"""Scales that share a scale, where the scales are quantized too."""
 MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
 """Whether this CPU multiplies bf16, which takes half the time that fp32 does."""
 IN_BF16 = (torch.float32, torch.bfloat16)
 """The dtypes whose derivatives over whole numbers are then multiplied so: the others ask for more digits."""
 
 PIECE = 1 << 16
-"""Numbers that are quantised to 4 bits at once: bitsandbytes' operator on a CPU takes 25 bytes for each, and is several
+"""Numbers that are quantized to 4 bits at once: bitsandbytes' operator on a CPU takes 25 bytes for each, and is several
 times faster where they fit a cache."""
 
 Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
@@ -62,7 +62,7 @@ class Blockwise8bit:
 @node
 class Blockwise4bit:
     """A matrix as indices into a code of 16 values, two to a byte (the first in the high half), times the largest
-    magnitude of their block. The scales may be quantised in turn, as absmax - offset.
+    magnitude of their block. The scales may be quantized in turn, as absmax - offset.
     """
 
     codes: UInt8[Tensor, "out half_in"]
@@ -98,7 +98,7 @@ QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
 
 
 def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
-    """`w` in the named format. `in` is a multiple of BLOCK, `int8` apart. `double_quant` quantises 4-bit scales too."""
+    """`w` in the named format. `in` is a multiple of BLOCK, `int8` apart. `double_quant` quantizes 4-bit scales too."""
     register()
     if to == "int8":
         codes, absmax = _round(w)
@@ -170,7 +170,7 @@ def embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batc
 
 
 def slice_rows(w: Quantized, rows: slice) -> Quantized:
-    """Some consecutive rows of a matrix, still quantised."""
+    """Some consecutive rows of a matrix, still quantized."""
     if isinstance(w, RowwiseInt8):
         return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()
@@ -224,7 +224,7 @@ class _Product(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         x, *others = inputs
         if in_dims[0] is None or tree_leaves(in_dims[1]):
-            raise InputError("cannot vmap over quantised weights: map over the adapters and the rows")
+            raise InputError("cannot vmap over quantized weights: map over the adapters and the rows")
         return _multiply(x.movedim(in_dims[0], 0), *others), 0
 
 
@@ -263,7 +263,9 @@ def base_linear(
     return y if bias is None else y + bias
 
 
-def linear_input_grad(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized) -> Float[Tensor, "*batch in"]:
+def linear_input_grad(
+    g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
+) -> Float[Tensor, "*batch in"]:
     """g W: what the gradient of `frozen` is in x."""
     return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
 

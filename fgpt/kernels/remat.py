@@ -1,4 +1,4 @@
-"""Rematerialisation: keep the inputs of a function, not what it computes on the way, and run it again for its gradient.
+"""Rematerialization: keep the inputs of a function, not what it computes on the way, and run it again for its gradient.
 
     memory    Σ over blocks of all that a block computes   →   Σ over blocks of its input, and one block at a time
     work      forward + backward                           →   2 forward + backward
@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.kernels.functorch_state import needs_higher_order, followed_beside, is_recorded_by_autograd, is_differentiated, in_transform_or_compile
+from fgpt.kernels.functorch_state import (
+    followed_beside,
+    in_transform_or_compile,
+    is_differentiated,
+    is_recorded_by_autograd,
+    needs_higher_order,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -149,7 +155,7 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
     a gradient get one, so a frozen weight costs none. `fn` must be pure, and must take as an argument whatever tensor
     is differentiated or mapped over: through one that it closes over no gradient comes back.
 
-    Rematerialised under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
+    Rematerialized under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
     gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, or norms are trained in bf16); and under
     torch.compile(grad), where `fn` is run again as inside two nested grads and its kernels may take their slower paths.
     Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory. A backward
@@ -159,7 +165,7 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
     """
 
     @functools.wraps(fn)
-    def rematerialised(*args: Any, **kwargs: Any) -> Any:
+    def rematerialized(*args: Any, **kwargs: Any) -> Any:
         tensors, join = _split((args, kwargs))
         if needs_higher_order(*tensors):
             return fn(*args, **kwargs)
@@ -184,4 +190,4 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
         out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, recompute_fn or fn), *tensors)
         return form[0](out)  # pyright: ignore[reportArgumentType]
 
-    return rematerialised
+    return rematerialized

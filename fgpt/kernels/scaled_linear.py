@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, base_linear
+from fgpt.kernels.quantized_linear import Quantized, base_linear, linear_input_grad
 
 MIN_SCALE = 0.125
 """The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
@@ -99,7 +99,7 @@ class _Scaled(torch.autograd.Function):
         if a is not None and b is not None:
             low = F.linear(inner, a)
             y.addmm_(low, (row[:, None] * b).T, alpha=scale)
-        ctx.scale, ctx.quantised = scale, None if isinstance(w, Tensor) else w
+        ctx.scale, ctx.quantized = scale, None if isinstance(w, Tensor) else w
         ctx.once = inner is x  # x's gradient through A is then part of x's
         kept = x if ctx.needs_input_grad[3] else None, None if low is None else inner
         ctx.save_for_backward(*kept, w if isinstance(w, Tensor) else None, row, bias, a, b, low, y)
@@ -110,7 +110,7 @@ class _Scaled(torch.autograd.Function):
         x, inner, w, row, bias, a, b, low, y = ctx.saved_tensors
         _, by_x, by_inner, by_w, by_row, by_bias, by_a, by_b = ctx.needs_input_grad
         down, products, sums = _gradients(g, y, row, bias, by_row or by_bias)
-        to_x = linear_input_grad(down, ctx.quantised if w is None else w) if by_x else None
+        to_x = linear_input_grad(down, ctx.quantized if w is None else w) if by_x else None
         to_inner, to_a, to_b = None, None, None
         if low is not None:
             if torch.is_grad_enabled():  # to be differentiated again, through what made it

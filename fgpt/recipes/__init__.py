@@ -18,10 +18,10 @@ __all__ = [
     "Adapter",
     "AnyRecipe",
     "ClassificationRecipe",
-    "PretrainingRecipe",
-    "InstructionRecipe",
-    "TrainingRecipe",
     "FineTuningRecipe",
+    "InstructionRecipe",
+    "PretrainingRecipe",
+    "TrainingRecipe",
     "describe",
     "find",
 ]

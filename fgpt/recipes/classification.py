@@ -7,7 +7,7 @@ from typing import Literal
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.classification_prompts import PromptWording
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
-from fgpt.recipes.tuning import Adapter, Length, FineTuningRecipe
+from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ def rte_smollm2() -> ClassificationRecipe:
         name="rte-smollm2",
         base="smollm2",
         labels=("entailment=yes", "not_entailment=no"),
-        form="tokens",
-        wording=PromptWording(prefix="Passage:\n", suffix="\nTrue or not? Answer yes or no:"),
+        head="tokens",
+        prompt=PromptWording(prefix="Passage:\n", suffix="\nTrue or not? Answer yes or no:"),
         quantize="int8",
         lr=1e-3,
         epochs=2,
@@ -129,7 +129,9 @@ def hate_gptj_ln() -> ClassificationRecipe:
 
     just train hate-gptj-ln. 861,408 trained parameters; else as hate-gptj-lora.
     """
-    return replace(hate_gptj_lora(), name="hate-gptj-ln", adapter=Adapter("ln", target=NORMS_AND_BIASES), also=None)
+    return replace(
+        hate_gptj_lora(), name="hate-gptj-ln", adapter=Adapter("ln", target=NORMS_AND_BIASES), tune_also=None
+    )
 
 
 def hate_gptj_all() -> ClassificationRecipe:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from fgpt.data.instruction_datasets import Columns
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
-from fgpt.recipes.tuning import Adapter, Length, FineTuningRecipe
+from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,9 @@ def lora_small() -> InstructionRecipe:
 
     just train lora-small. 589,824 trained parameters. Not measured yet: it needs the hub.
     """
-    return InstructionRecipe(name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop")
+    return InstructionRecipe(
+        name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop"
+    )
 
 
 def lora_medium() -> InstructionRecipe:
@@ -178,7 +180,15 @@ def lora_medium() -> InstructionRecipe:
 
     just train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the hub.
     """
-    return InstructionRecipe(name="lora-medium", base="gpt2-medium", data="alpaca", max_seq_len=1024, micro_batch_size=2, grad_accumulation_steps=2, overlong="drop")
+    return InstructionRecipe(
+        name="lora-medium",
+        base="gpt2-medium",
+        data="alpaca",
+        max_seq_len=1024,
+        micro_batch_size=2,
+        grad_accumulation_steps=2,
+        overlong="drop",
+    )
 
 
 def lora_large() -> InstructionRecipe:
@@ -208,7 +218,7 @@ def lora_lima() -> InstructionRecipe:
     just train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the hub, and how many epochs are best
     is not known.
     """
-    return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, most=256)
+    return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, max_new_tokens=256)
 
 
 def dolly_small_lora() -> InstructionRecipe:
@@ -227,7 +237,7 @@ def dolly_finqa_lora() -> InstructionRecipe:
     both sides decoded alike. Not measured yet: it needs the hub. Local files: --data dolly.jsonl+train.json, with
     --columns.input context --columns.output response for Dolly's own names; a FinQA file needs none.
     """
-    return replace(dolly_small_lora(), name="dolly-finqa-lora", data="dolly+finqa", compare=32)
+    return replace(dolly_small_lora(), name="dolly-finqa-lora", data="dolly+finqa", compare_prompts=32)
 
 
 def dora_medium() -> InstructionRecipe:

@@ -79,8 +79,8 @@ def tinytiny_pretrain() -> PretrainingRecipe:
     EPYC reads 350 tokens/s (62 % of its peak) in 2.6 GB, so that an epoch of WikiText-2 takes two hours. Its folder
     model/ is the base of tinytiny-sft-full and tinytiny-sft-lora. Not measured to its end: 0.3 epochs of WikiText-2,
     737,280 tokens in an hour of one busy thread, bring the held-out loss from 10.9 to 6.42 nats a token in many small
-    updates (--accumulate 1 --lr 2e-3 --betas 0.9 0.99 --steps 240 --warmup 25), to 6.84 in few large ones
-    (--accumulate 4 --steps 60 --warmup 10).
+    updates (--grad-accumulation-steps 1 --lr 2e-3 --betas 0.9 0.99 --steps 240 --warmup-steps 25), to 6.84 in few large ones
+    (--grad-accumulation-steps 4 --steps 60 --warmup-steps 10).
     """
     return PretrainingRecipe(
         name="tinytiny-pretrain",

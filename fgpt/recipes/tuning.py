@@ -81,7 +81,7 @@ class FineTuningRecipe(TrainingRecipe):
     grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base and the activations. Adapters and optimiser state are fp32."""
+    """Of the frozen base and the activations. Adapters and optimizer state are fp32."""
 
     @property
     def peak_lr(self) -> float:

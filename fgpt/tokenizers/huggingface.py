@@ -49,7 +49,7 @@ class HFTokenizer:
         return self._ids(self.ordinary, text, False)
 
     @property
-    def begin(self) -> int:
+    def bos(self) -> int:
         found = self.ordinary.token_to_id(self.special.get("bos_token", ""))
         return self.eos if found is None or found >= self.rows else found
 
@@ -82,14 +82,14 @@ class HFTokenizer:
             return (self.eos,)
         try:
             after = self.template.after_answer()
-            tokens = continuation(lambda text: self.spelled(text, around=False), "x", after)
+            tokens = continuation(lambda text: self.encode_special(text, around=False), "x", after)
         except InputError:  # whoever chats is told
             return (self.eos,)
         marks = {number for number, token in self.ordinary.get_added_tokens_decoder().items() if token.special}
         last = next((i for i, token in enumerate(tokens) if token in marks), None)
         return (self.eos,) if last is None else tuple(tokens[: last + 1])
 
-    def spelled(self, text: str, around: bool = True) -> list[int]:
+    def encode_special(self, text: str, around: bool = True) -> list[int]:
         return self._ids(self._parsing, text, around)
 
     def _ids(self, tokenizer: "tokenizers.Tokenizer", text: str, around: bool) -> list[int]:
@@ -103,7 +103,7 @@ class HFTokenizer:
             )
         return tokens
 
-    def plain(self, tokens: Sequence[int]) -> str:
+    def decode_text(self, tokens: Sequence[int]) -> str:
         return self._text(tokens, True)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -117,7 +117,7 @@ class HFTokenizer:
     def chat(self, messages: Messages, answer: bool = True) -> list[int]:
         if self.template is None:
             raise no_template(self.name)
-        return self.spelled(self.template.text(messages, answer), around=False)
+        return self.encode_special(self.template.text(messages, answer), around=False)
 
     def files(self) -> dict[str, str]:
         """The files, by name, from which this tokenizer is read again, by us and by transformers."""
@@ -137,7 +137,9 @@ class HFTokenizer:
         return Tokenizer.from_str(self.ordinary.to_str())
 
 
-def from_json(folder: Path, declared: DeclaredTokens, class_name: str, rows: int, template: ChatTemplate | None) -> HFTokenizer:
+def from_json(
+    folder: Path, declared: DeclaredTokens, class_name: str, rows: int, template: ChatTemplate | None
+) -> HFTokenizer:
     """The tokenizer of a folder's tokenizer.json, with the tokens that its other files declare.
 
     Raises InputError for a file that is not one, or does harm, or where no token ends a document.

@@ -49,7 +49,7 @@ class TiktokenTokenizer:
         return self.bpe.eot_token
 
     @property
-    def begin(self) -> int:
+    def bos(self) -> int:
         return self.bpe.eot_token
 
     @property
@@ -67,10 +67,10 @@ class TiktokenTokenizer:
     def encode(self, text: str) -> list[int]:
         return _in_parts(self.bpe.encode_ordinary, text)
 
-    def spelled(self, text: str, around: bool = True) -> list[int]:
+    def encode_special(self, text: str, around: bool = True) -> list[int]:
         return _in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
 
-    def plain(self, tokens: Sequence[int]) -> str:
+    def decode_text(self, tokens: Sequence[int]) -> str:
         return self.decode([token for token in tokens if token != self.eos])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -80,7 +80,7 @@ class TiktokenTokenizer:
     def chat(self, messages: Messages, answer: bool = True) -> list[int]:
         if self.template is None:
             raise no_template(self.bpe.name)
-        return self.spelled(self.template.text(messages, answer))
+        return self.encode_special(self.template.text(messages, answer))
 
     def files(self) -> dict[str, str]:
         """The files, by name, from which these tokens are read again, by us and by transformers."""

@@ -1,4 +1,4 @@
-"""`just doctor`: the laws of `fgpt.check`, asked of a run's own model, adapters and first batch on this machine."""
+"""`just doctor`: the laws of `fgpt.run_checks`, asked of a run's own model, adapters and first batch on this machine."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from fgpt.recipes import AnyRecipe, PretrainingRecipe
 from fgpt.tree import device, leaves, nbytes, replace_at
 
 ROWS = 4
-"""Of the first batch: enough for neighbours and ragged micro-batches, and little enough for seconds."""
+"""Of the first batch: enough for neighbors and ragged micro-batches, and little enough for seconds."""
 
 
 def run(run: AnyRecipe) -> tuple[CheckResult, ...]:
@@ -40,7 +40,9 @@ def run(run: AnyRecipe) -> tuple[CheckResult, ...]:
 def assemble_job(run: AnyRecipe) -> tuple[GPT, Adapters, Batch]:
     """Base, adapters and the first batch of a run, as its training makes them. Pretraining trains every leaf."""
     # how fast the machine is nobody asks here
-    it = tasks.build_job(replace(run, peak=1.0) if isinstance(run, PretrainingRecipe) and not run.peak_tflops else run)
+    it = tasks.build_job(
+        replace(run, peak_tflops=1.0) if isinstance(run, PretrainingRecipe) and not run.peak_tflops else run
+    )
     trained, batch = it.pop_initial_state().trainable, next(it.batches(0))[0]
     if it.frozen is None:
         return trained, trainable_leaves(trained), batch

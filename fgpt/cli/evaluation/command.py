@@ -97,12 +97,18 @@ def run(asked: EvalOptions) -> dict[str, Any]:
         raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")
     if isinstance(it.run, ClassificationRecipe) and not (plain and asked.num_generations is None):
         raise InputError(
-            f"{it.name} tells classes, and is evaluated on its own rows: leave --text, --tasks, --answers out"
+            f"{it.name} tells classes, and is evaluated on its own rows: leave --text, --tasks, --num-generations out"
         )
-    if not isinstance(it.run, ClassificationRecipe) and (asked.test, asked.columns, asked.labels) != (None, Columns(), ()):
+    if not isinstance(it.run, ClassificationRecipe) and (asked.test, asked.columns, asked.labels) != (
+        None,
+        Columns(),
+        (),
+    ):
         raise InputError(f"{it.name} tells no classes: leave --test, --columns and --labels out")
     if it.run is None and asked.num_generations is not None:
-        raise InputError("a base has no held-out rows to answer: give a run in place of --base, or leave --answers out")
+        raise InputError(
+            "a base has no held-out rows to answer: give a run in place of --base, or leave --num-generations out"
+        )
     text = None if asked.text is None else read_text(asked.text)
     cfg, tokenizer = models.load_config_and_tokenizer(it.base)
     window = window_and_stride(cfg, asked.window, asked.stride)
@@ -110,16 +116,24 @@ def run(asked: EvalOptions) -> dict[str, Any]:
     run = it.run
     if isinstance(run, ClassificationRecipe):
         run = run_evaluation.of_others(run, asked.test, asked.columns, asked.labels)
-    own = run_evaluation.own(run, it.at, plain, asked.num_generations, asked.limit, asked.batch_size) if run and it.at else None
+    own = (
+        run_evaluation.own(run, it.at, plain, asked.num_generations, asked.limit, asked.batch_size)
+        if run and it.at
+        else None
+    )
     settings = settings_of(asked, it, text)
     found: dict[str, Any] = {"evaluated": shareable(it.name), "base": shareable(it.base), results.SETTINGS: settings}
     if isinstance(run, ClassificationRecipe) and asked.labels:
         found["test rows, untuned"] = run_evaluation.untuned_scores(run, asked.limit)
     params = load(it)
     if text is not None:
-        found["text"] = {"file": shareable(asked.text or "")} | of_text(params, tokenizer, text, *window, asked.batch_size)
+        found["text"] = {"file": shareable(asked.text or "")} | of_text(
+            params, tokenizer, text, *window, asked.batch_size
+        )
     if chosen is not None:
-        found["tasks"] = lm_eval_tasks.run(chosen, params, tokenizer, asked.batch_size, asked.limit, asked.num_fewshot, asked.chat)
+        found["tasks"] = lm_eval_tasks.run(
+            chosen, params, tokenizer, asked.batch_size, asked.limit, asked.num_fewshot, asked.chat
+        )
     if own is not None:
         found |= own(params)
     out = asked.out or it.at

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import LogLikelihood, iter_loglikelihood
-from fgpt.generation.loop import truncate_at_stop, generate, stop_on_strings
+from fgpt.generation.loop import generate, stop_on_strings, truncate_at_stop
 from fgpt.generation.sampling import SamplingParams
 from fgpt.model import GPT
 from fgpt.rng import fold_in, key

@@ -24,7 +24,7 @@ from fgpt.data import classification_prompts, packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Request, LogLikelihood, iter_loglikelihood
+from fgpt.evaluation.likelihood import LogLikelihood, Request, iter_loglikelihood
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -42,14 +42,23 @@ def run_of(at: Path) -> InstructionRecipe | ClassificationRecipe:
     return run
 
 
-def of_others(run: ClassificationRecipe, test: str | None, columns: Columns, given: tuple[str, ...]) -> ClassificationRecipe:
+def of_others(
+    run: ClassificationRecipe, test: str | None, columns: Columns, given: tuple[str, ...]
+) -> ClassificationRecipe:
     """The run on rows or labels that are not its own. Raises InputError for labels that cannot be."""
     own = run.columns if columns == Columns() else columns
-    return replace(run, test=run.test if test is None else test, columns=own, labels=classifiers.labels_or_own(run, given))
+    return replace(
+        run, test=run.test if test is None else test, columns=own, labels=classifiers.labels_or_own(run, given)
+    )
 
 
 def own(
-    run: InstructionRecipe | ClassificationRecipe, at: Path, loss: bool, answers: int | None, limit: int | None, at_once: int
+    run: InstructionRecipe | ClassificationRecipe,
+    at: Path,
+    loss: bool,
+    answers: int | None,
+    limit: int | None,
+    at_once: int,
 ) -> Callable[[GPT], dict[str, Figures]]:
     """What a run is to show on its own rows. They are read now, and its model looked at later: of a run of instructions
     with `loss` that of the first `limit` rows it held out, and the scores of `answers` to as many; of a run that tells
@@ -77,7 +86,9 @@ def own(
 # --------------------------------------------------------------------------------------------- a run of instructions
 
 
-def of_heldout(params: GPT, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow], at_once: int) -> Figures:
+def of_heldout(
+    params: GPT, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow], at_once: int
+) -> Figures:
     """Loss and perplexity of the rows' own answers, end of text included, where they fit the run's width."""
     examples = [encode(row, template(run.template), tokenizer) for row in rows]
     kept, dropped = packing.filter_by_length(examples, min(run.max_seq_len, params.cfg.n_ctx), drop=True)

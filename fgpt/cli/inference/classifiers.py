@@ -14,7 +14,17 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import working
 from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.data import packing
-from fgpt.data.classification_prompts import PromptFrame, LabeledText, Labels, classes, encode, prompt_frame, apply_labels, verbalizers, parse_labels
+from fgpt.data.classification_prompts import (
+    LabeledText,
+    Labels,
+    PromptFrame,
+    apply_labels,
+    classes,
+    encode,
+    parse_labels,
+    prompt_frame,
+    verbalizers,
+)
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -95,7 +105,9 @@ def labels_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokeni
     return verbalizers(names, tokenizer) if run.head == "tokens" else classes(names)
 
 
-def frame_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()) -> PromptFrame:
+def frame_of(
+    run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()
+) -> PromptFrame:
     """What stands around the texts of a run, in training and in use."""
     return prompt_frame(run.prompt, names, tokenizer, run.head == "classes", shots)
 
@@ -144,7 +156,7 @@ class Predictions(NamedTuple):
 
 def predict(it: LoadedClassifier, rows: Sequence[LabeledText], given: Sequence[str] = ()) -> Predictions:
     """How likely each label is of each row: of the run's own, or of `given` as `own_or` takes them. What a row is
-    labelled is not read.
+    labeled is not read.
 
     Raises InputError as `own_or` does, and for rows that cannot be laid.
     """

@@ -12,7 +12,7 @@ from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generation.beam import beam_search
-from fgpt.generation.loop import truncate_at_stop, generate, stream_text, stop_on_strings, stream
+from fgpt.generation.loop import generate, stop_on_strings, stream, stream_text, truncate_at_stop
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -54,7 +54,7 @@ def answer(name: str, instruction: str, given: str, how: GenerationOptions) -> N
         return
     else:
         if not how.sampling.temperature:
-            raise InputError("the likeliest text is one: give --temperature above 0 for several, or --beams")
+            raise InputError("the likeliest text is one: give --temperature above 0 for several, or --num-beams")
         many, stop = [prompt] * how.num_return_sequences, stop_on_strings(it.tokenizer.decode, how.stop)
         rng = key(how.seed)
         made = generate(it.params, many, ends, how.max_new_tokens, how.sampling, rng, stop, compile=how.compile)
@@ -114,7 +114,9 @@ def chat(name: str, how: GenerationOptions, read: Callable[[str], str] = input) 
                 prompt, kept = fitting(it, said, how.max_new_tokens)
                 if kept < len(said):
                     print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
-                text = print_sampling(generate_texts(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed())))
+                text = print_sampling(
+                    generate_texts(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed()))
+                )
                 said[-1] = replace(said[-1], output=text)
         except InputError as err:
             said = [row for row in said if row.output]

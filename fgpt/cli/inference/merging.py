@@ -14,30 +14,30 @@ from fgpt.cli.inference import classifiers
 from fgpt.cli.training.classification import to_score
 from fgpt.cli.training.instruction_tuning import load_base, split
 from fgpt.data import packing
-from fgpt.data.classification_prompts import encode, apply_labels, parse_labels
+from fgpt.data.classification_prompts import apply_labels, encode, parse_labels
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import compare_outputs
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
 from fgpt.model import GPT
-from fgpt.recipes import ClassificationRecipe, PretrainingRecipe, InstructionRecipe
+from fgpt.recipes import ClassificationRecipe, InstructionRecipe, PretrainingRecipe
 from fgpt.tree import device, tree_map
 
 MERGED = "merged"
-"""The folder's name; over a quantised base -dequantised or -original follows, by what the adapter is added to."""
+"""The folder's name; over a quantized base -dequantized or -original follows, by what the adapter is added to."""
 
 PROBES = 32
 """Held-out rows on which the merged model is held against the one that was trained."""
 
-Onto = Literal["dequantised", "original"]
+Onto = Literal["dequantized", "original"]
 
 
 def merge(name: str, onto: Onto | None) -> Path:
     """Write the merged model of run `name` into its folder, and print by how much it answers differently. A classifier
     becomes one that transformers' `AutoModelForSequenceClassification` reads.
 
-    Raises InputError for a run that has no adapter, or is over a quantised base where `onto` is not given.
+    Raises InputError for a run that has no adapter, or is over a quantized base where `onto` is not given.
     """
     out = run_dir.find_finished(name)
     run = run_dir.read_run(out)
@@ -45,7 +45,7 @@ def merge(name: str, onto: Onto | None) -> Path:
         raise InputError(f"{out} is of no adapter: {run_dir.use_of(out, run)}")
     if run.quantize is not None and onto is None:
         raise InputError(
-            f"{name} was trained over {run.quantize}: say --onto dequantised, its own base, or --onto original"
+            f"{name} was trained over {run.quantize}: say --merge-base dequantized, its own base, or --merge-base original"
         )
     base = _base(run)
     trained = run_dir.load_tuned(out, base)
@@ -70,7 +70,11 @@ def merge(name: str, onto: Onto | None) -> Path:
 
 def _base(run: InstructionRecipe | ClassificationRecipe) -> GPT:
     """What the run adapted."""
-    return classifiers.with_head(run, load_base(run), run.labels) if isinstance(run, ClassificationRecipe) else load_base(run)
+    return (
+        classifiers.with_head(run, load_base(run), run.labels)
+        if isinstance(run, ClassificationRecipe)
+        else load_base(run)
+    )
 
 
 def _labels(run: InstructionRecipe | ClassificationRecipe) -> tuple[str, ...]:

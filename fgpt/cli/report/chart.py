@@ -1,4 +1,4 @@
-"""A chart as SVG that takes its colours from the page, so that it is light or dark as the page is."""
+"""A chart as SVG that takes its colors from the page, so that it is light or dark as the page is."""
 
 import html
 import math

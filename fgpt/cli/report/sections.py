@@ -30,18 +30,18 @@ def sections(found: RunData) -> list[Section]:
 
 def summary(found: RunData) -> str:
     """One line of HTML: what was trained, and how it ended."""
-    run, (state, colour, _) = found.run, ending(found)
+    run, (state, color, _) = found.run, ending(found)
     adapter = run.get("adapter")
     over = f" on {run['quantize']} {run['base']}" if run.get("quantize") else f" on {run.get('base')}"
     what = f"{adapter.get('kind')}{over}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
     data = run.get("data") or run.get("train") or run.get("source")
     parts = [what, f"data {said(data)}" if data else "", f"{_steps(found)}"]
     told = html.escape(", ".join(part for part in parts if part))
-    return f'{told} · <span class="state" style="--c: var(--{colour})">{html.escape(state)}</span>'
+    return f'{told} · <span class="state" style="--c: var(--{color})">{html.escape(state)}</span>'
 
 
 def ending(found: RunData) -> tuple[str, str, str]:
-    """How the run ended: in a word, its colour, and in a sentence."""
+    """How the run ended: in a word, its color, and in a sentence."""
     last = "no step has been written"
     if found.lines and found.written is not None:
         at = datetime.fromtimestamp(found.written, UTC)

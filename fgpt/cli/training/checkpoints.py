@@ -1,7 +1,7 @@
 """Checkpoints: the state of a training after a step, from which it goes on bit for bit.
 
 runs/NAME/checkpoints/step-000120/
-state.safetensors    what is trained, the optimiser's moments, the step
+state.safetensors    what is trained, the optimizer's moments, the step
 manifest.json        size and hash of each part, and the hashes of what the training reads
 
 A checkpoint takes its name when all of it is written, in the place of an older one of that step. It counts only with a
@@ -18,7 +18,7 @@ from typing import Any
 
 from fgpt.cli.console import console
 from fgpt.errors import InputError
-from fgpt.io.files import read_json, read_tensors, remove, atomic_dir, write_json, write_tensors
+from fgpt.io.files import atomic_dir, read_json, read_tensors, remove, write_json, write_tensors
 from fgpt.train_step import State
 from fgpt.tree import leaves, tree_map
 

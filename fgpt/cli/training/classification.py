@@ -13,19 +13,19 @@ from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.inference.classifiers import frame_of, labels_of, log_probabilities, with_head
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training.instruction_tuning import (
-    build_adapters,
-    train_heldout_split,
-    load_base,
-    held_out_of,
     assemble_job,
+    build_adapters,
+    held_out_of,
+    load_base,
     low_rate,
-    sizes,
     print_saved,
+    sizes,
+    train_heldout_split,
 )
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import resume_hint, train_loop
 from fgpt.data import classification_datasets
-from fgpt.data.classification_prompts import LabeledText, Labels, sample_shots, encode, resolve_labels
+from fgpt.data.classification_prompts import LabeledText, Labels, encode, resolve_labels, sample_shots
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -45,7 +45,7 @@ def read(run: ClassificationRecipe) -> tuple[list[LabeledText], list[LabeledText
     if (test := _test_of(run)) is not None:
         return rows, classification_datasets.load_labeled_texts(test, "test", _columns(run))
     if run.num_heldout < 1:
-        raise InputError(f"--heldout {run.num_heldout}: expected 1 or more rows to score, or others with --test")
+        raise InputError(f"--num-heldout {run.num_heldout}: expected 1 or more rows to score, or others with --test")
     return train_heldout_split(rows, held_out_of(rows, run.num_heldout, run.train), run.seed)
 
 
@@ -100,12 +100,20 @@ def build_job(run: ClassificationRecipe) -> tuple[TrainingJob, ScoringSet]:
     """
     run_dir.device_of(run.device)
     if run.num_fewshot and run.head == "classes":
-        raise InputError(f"--shots {run.num_fewshot} want labels as next tokens: --form tokens, or leave them out")
+        raise InputError(
+            f"--num-fewshot {run.num_fewshot} want labels as next tokens: --head tokens, or leave them out"
+        )
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     names, train, test = resolve_labels(run.labels, *read(run))
     run = replace(run, labels=run.labels or names)
-    train, chosen = train_heldout_split(train, min(run.num_heldout, len(train) // 2), run.seed) if run.eval_every else (train, [])
-    labels, around, width = labels_of(run, names, tokenizer), frame_of(run, names, tokenizer), min(run.max_seq_len, cfg.n_ctx)
+    train, chosen = (
+        train_heldout_split(train, min(run.num_heldout, len(train) // 2), run.seed) if run.eval_every else (train, [])
+    )
+    labels, around, width = (
+        labels_of(run, names, tokenizer),
+        frame_of(run, names, tokenizer),
+        min(run.max_seq_len, cfg.n_ctx),
+    )
     with working("tokenizing"):
         examples, cut = encode(train, labels, around, tokenizer, width)
         asked, cut_too = encode(test, labels, around, tokenizer, width)
@@ -175,7 +183,11 @@ def print_scores(side: str, found: Scores, loss: float) -> None:
 
 
 def report(
-    run: ClassificationRecipe, names: tuple[str, ...], rows: int, table: dict[str, tuple[Scores, float | None]], out: Path
+    run: ClassificationRecipe,
+    names: tuple[str, ...],
+    rows: int,
+    table: dict[str, tuple[Scores, float | None]],
+    out: Path,
 ) -> None:
     """Write metrics.json and confusion.png, and print the scores of each side."""
     found: dict[str, Any] = {side: {**some, "loss": loss} for side, (some, loss) in table.items()}

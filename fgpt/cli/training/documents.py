@@ -64,7 +64,7 @@ def rows(
 ) -> Iterator[Int[Tensor, "seq+1"]]:
     """Rows of seq + 1 tokens without end, epoch after epoch: the documents in a fresh order, each closed by `end`, run
     on as one stream; a row begins with the last token of the row before it, so that an epoch predicts each token once.
-    An epoch's rows come in an order of their own, so that neighbours in a batch are not of one document; the tokens at
+    An epoch's rows come in an order of their own, so that neighbors in a batch are not of one document; the tokens at
     the end of the stream that fill no row begin the next epoch's.
     """
     stream, close, epoch = torch.tensor([end], dtype=torch.int32), torch.tensor([end], dtype=torch.int32), 0

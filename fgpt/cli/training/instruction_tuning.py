@@ -27,11 +27,11 @@ from fgpt.losses import Batch, nll
 from fgpt.model import GPT, fuse_qkv
 from fgpt.optim import adamw, adamw8bit, cosine_schedule
 from fgpt.quantization import quantize
-from fgpt.recipes import InstructionRecipe, FineTuningRecipe
+from fgpt.recipes import FineTuningRecipe, InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import make_step, init_state
-from fgpt.tree import leaves, matches, tree_map, replace_at
+from fgpt.train_step import init_state, make_step
+from fgpt.tree import leaves, matches, replace_at, tree_map
 from fgpt.weights import parameters
 
 T = TypeVar("T")
@@ -68,7 +68,8 @@ def held_out_of(rows: Sequence[object], wanted: int, source: str) -> int:
         raise InputError(f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some")
     count = max(1, len(rows) // 10)
     console.print(
-        f"held out {count:,} of {len(rows):,} rows, a tenth: --heldout {wanted} would be more than half", markup=False
+        f"held out {count:,} of {len(rows):,} rows, a tenth: --num-heldout {wanted} would be more than half",
+        markup=False,
     )
     return count
 
@@ -137,7 +138,7 @@ def num_steps(examples: list[Example], run: FineTuningRecipe, width: int) -> int
 
 
 def load_base(run: FineTuningRecipe) -> GPT:
-    """The base in its dtype, quantised as it is read, on the run's device; fused where the run adapts q, k, v as one.
+    """The base in its dtype, quantized as it is read, on the run's device; fused where the run adapts q, k, v as one.
 
     Raises InputError where there is no such base or device, or the base is a classifier.
     """
@@ -192,7 +193,9 @@ def assemble_job(
     Raises InputError where the best state is wanted, and nothing to judge it by.
     """
     if (run.eval_every or run.take == "best") and (heldout is None or not run.eval_every):
-        raise InputError("a held-out loss wants rows that are held out, and the best state one each --evaluate N steps")
+        raise InputError(
+            "a held-out loss wants rows that are held out, and the best state one each --eval-every N steps"
+        )
     steps = num_steps(examples, run, width)
     inputs = fingerprint(run, base, tokenizer, run.base, training_rows=examples, **others)
     schedule = cosine_schedule(run.peak_lr, steps, run.num_warmup_steps(steps))
@@ -233,7 +236,9 @@ def build_job(run: InstructionRecipe) -> tuple[TrainingJob, list[InstructionRow]
         console.print(f"cut {shorter} answers where their rows reach {width} tokens")
     if dropped.long or dropped.empty:
         console.print(f"left out {dropped.long} rows longer than {width} tokens and {dropped.empty} without a response")
-    apart = [x for x in (encode(row, look, tokenizer) for row in heldout) if x.prompt_length + 1 < len(x.tokens) <= width]
+    apart = [
+        x for x in (encode(row, look, tokenizer) for row in heldout) if x.prompt_length + 1 < len(x.tokens) <= width
+    ]
     base = load_base(run)
     adapters = build_adapters(run, base)
     judged = (lambda tuned: nats(tuned, apart)) if apart else None
@@ -263,7 +268,7 @@ def low_rate(peak: float, steps: int, warmup: int) -> list[str]:
     """A sentence for a training that ends within its warm-up; none for any other."""
     if warmup <= steps:
         return []
-    return [f"it ends within its --warmup {warmup}: of lr {peak:.2g} it reaches {peak * steps / warmup:.2g}"]
+    return [f"it ends within its --warmup-steps {warmup}: of lr {peak:.2g} it reaches {peak * steps / warmup:.2g}"]
 
 
 def train(run: InstructionRecipe, where: Path | None = None) -> Path:
@@ -278,7 +283,9 @@ def train(run: InstructionRecipe, where: Path | None = None) -> Path:
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name)
         print_saved(fitted, saved)
         if fitted.interrupted:
-            console.print(f"what was trained so far is usable: just compare {shlex.quote(str(out))}; {resume_hint(out)}")
+            console.print(
+                f"what was trained so far is usable: just compare {shlex.quote(str(out))}; {resume_hint(out)}"
+            )
             raise KeyboardInterrupt
         if run.compare_prompts and heldout:
             compare.compare_after_training(run, out, heldout)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgpt.cli.console import claimed, console
 from fgpt.cli.errors import FULL
-from fgpt.cli.metrics_log import truncate_partial_line, read_metrics
+from fgpt.cli.metrics_log import read_metrics, truncate_partial_line
 from fgpt.cli.run_dir import METRICS, resume_command
 from fgpt.cli.signals import on_first
 from fgpt.cli.training import checkpoints
@@ -26,7 +26,7 @@ from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.trackers import tracking
 from fgpt.errors import InputError
-from fgpt.recipes import TrainingRecipe, FineTuningRecipe
+from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 from fgpt.train_step import State
 from fgpt.tree import device, leaves
 
@@ -85,7 +85,7 @@ def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise InputError(
                     f"the loss became {loss} (gradient norm {norm}) at step {done} with lr {lr:.2g}: expected finite "
-                    "numbers; lower --lr or raise --warmup"
+                    "numbers; lower --lr or raise --warmup-steps"
                 )
             if still and done <= 2:
                 was, now = leaves(old.trainable), leaves(state.trainable)
@@ -122,7 +122,10 @@ def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
                 before = {}  # once is enough
             show(line)
             better = line.get("heldout_loss", math.inf) < least
-            due, ending = time.perf_counter() - saved >= 60 * run.checkpoint_every_minutes, stopped() or done == plan.steps
+            due, ending = (
+                time.perf_counter() - saved >= 60 * run.checkpoint_every_minutes,
+                stopped() or done == plan.steps,
+            )
             if better or due or ending:
                 os.fsync(log.fileno())  # what the checkpoint goes on from is on disk before it
                 checkpoints.save(out, state, plan.fingerprint, line.get("heldout_loss"))

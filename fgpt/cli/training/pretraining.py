@@ -27,13 +27,13 @@ from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, Config, init, abstract_params
+from fgpt.model import GPT, Config, abstract_params, init
 from fgpt.optim import adamw, cosine_schedule
 from fgpt.recipes import PretrainingRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer, gpt2
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import make_step, init_state
+from fgpt.train_step import init_state, make_step
 from fgpt.tree import astype, num_elements, tree_map
 
 HELDOUT, SHARE = 500, 20
@@ -127,12 +127,15 @@ def build_job(run: PretrainingRecipe) -> tuple[TrainingJob, HeldOut]:
     tokenizer = own or models.tokenizer(run.tokenizer)
     cfg = config_of(run, tokenizer)
     if run.take == "best" and not run.eval_every:
-        raise InputError("the best state is that of the least held-out loss: --evaluate N takes it each N steps")
+        raise InputError("the best state is that of the least held-out loss: --eval-every N takes it each N steps")
     texts, apart = split(run)
     tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
     rng = key(run.seed)
     params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
-    peak, per_token = run.peak_tflops * 1e12 if run.peak_tflops else mfu.peak(device), mfu.flops(params, run.max_seq_len)
+    peak, per_token = (
+        run.peak_tflops * 1e12 if run.peak_tflops else mfu.peak(device),
+        mfu.flops(params, run.max_seq_len),
+    )
     announce(
         run.name,
         f"{num_elements(params):,} parameters, all trained",

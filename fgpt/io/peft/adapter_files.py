@@ -29,14 +29,14 @@ from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, wr
 from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, modules_of, named, targets
 from fgpt.io.peft.qkv_stacking import (
     StackedParts,
-    interleave_heads,
     commonest_scale,
     dropout_of,
-    stacked_parts,
+    interleave_heads,
     pad_rank,
     ranks_of,
-    stack_qkv,
     split_qkv,
+    stack_qkv,
+    stacked_parts,
     trim_rank,
     unstack_qkv,
 )

@@ -131,7 +131,7 @@ def answers(
     seed: int = 0,
 ) -> list[Answer]:
     """Answers to the prompts, in their order. `order` is that in which they are written, `AT_ONCE` at a time: prompts
-    of equal length as neighbours want little padding. Each draws by a key that its place in `order` gives.
+    of equal length as neighbors want little padding. Each draws by a key that its place in `order` gives.
     """
     found: dict[int, Answer] = {}
     with working("answering", len(order)) as advance:

@@ -76,8 +76,8 @@ def params(sides: Sequence[Contender]) -> dict[str, GPT]:
     Raises InputError for an adapter that does not fit.
     """
     from fgpt.cli.training.instruction_tuning import (  # train ends with a comparison, and a comparison needs its base
-        load_base,
         adapts_fused_qkv,
+        load_base,
     )
 
     bases: dict[bool, GPT] = {}

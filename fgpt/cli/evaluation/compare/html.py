@@ -122,15 +122,15 @@ def _card(n: int, side: str, answer: Answer, lengths: bool) -> str:
     notes += [f'<span class="warn">{again:.0f} % repeated</span>'] if again >= LOOPS else []
     text = f'<p class="text">{html.escape(answer.text)}</p>' if answer.text else '<p class="none">no text</p>'
     return (
-        f'<article style="--c: var(--c{colour(n)})"><header>{side_name(n, side)}'
+        f'<article style="--c: var(--c{color(n)})"><header>{side_name(n, side)}'
         f'<span class="note">{", ".join(notes)}</span></header>{text}</article>'
     )
 
 
 def side_name(n: int, name: str) -> str:
-    return f'<span class="side" style="--c: var(--c{colour(n)})">{html.escape(name)}</span>'
+    return f'<span class="side" style="--c: var(--c{color(n)})">{html.escape(name)}</span>'
 
 
-def colour(n: int) -> int:
-    """The base has a colour of its own; five others take turns."""
+def color(n: int) -> int:
+    """The base has a color of its own; five others take turns."""
     return 1 + (n - 1) % 5 if n else 0

@@ -110,7 +110,9 @@ def about(sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike
     return told
 
 
-def settings(sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding) -> dict[str, Any]:
+def settings(
+    sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding
+) -> dict[str, Any]:
     """The same for a program."""
     first = sides[0].run
     return {

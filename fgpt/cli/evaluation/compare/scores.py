@@ -21,7 +21,9 @@ def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Seq
     return packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0]
 
 
-def referenced(cfg: Config, tokenizer: Tokenizer, sides: Sequence[Contender], rows: Sequence[InstructionRow]) -> list[list[Example]]:
+def referenced(
+    cfg: Config, tokenizer: Tokenizer, sides: Sequence[Contender], rows: Sequence[InstructionRow]
+) -> list[list[Example]]:
     """For each side the rows that have an answer, in its template: those alone that fit every run's width, so that all
     are measured on the same answers.
     """

@@ -40,7 +40,7 @@ def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Scores
 
 
 def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: str) -> None:
-    """Draw the confusion matrix: counts, and colours by their share of the true class."""
+    """Draw the confusion matrix: counts, and colors by their share of the true class."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
