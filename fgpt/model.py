@@ -29,7 +29,7 @@ from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 from fgpt.kernels.remat import remat as rematerialised
 from fgpt.kernels.rotary import Dynamic, Stretch, Turn, Yarn, rotate, turn
-from fgpt.kernels.transforms import differentiated_again, tracked
+from fgpt.kernels.transforms import differentiated_again, dual_outside_torch_func, tracked
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, static, update
 from fgpt.weights import Weight, embed, linear, sums_short
@@ -335,7 +335,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": lambda x: x * torch.sigmoid(x) if differentiated_again(x) else F.silu(x),
+    "silu": lambda x: x * torch.sigmoid(x) if dual_outside_torch_func() else F.silu(x),
     "relu": F.relu,
 }
 """`Config.act`. torch's backward of silu has no forward mode outside torch.func.
