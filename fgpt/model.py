@@ -25,7 +25,7 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
-from fgpt.kernels.functorch_state import is_differentiated, needs_higher_order
+from fgpt.kernels.functorch_state import dual_outside_torch_func, is_differentiated, needs_higher_order
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 from fgpt.kernels.remat import remat as rematerialized
@@ -339,7 +339,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": lambda x: x * torch.sigmoid(x) if needs_higher_order(x) else F.silu(x),
+    "silu": lambda x: x * torch.sigmoid(x) if dual_outside_torch_func() else F.silu(x),
     "relu": F.relu,
 }
 """`Config.act`. torch's backward of silu has no forward mode outside torch.func.

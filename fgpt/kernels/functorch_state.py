@@ -69,6 +69,11 @@ def in_transform_or_compile() -> bool:
     return torch.compiler.is_compiling() or in_transform()
 
 
+def dual_outside_torch_func() -> bool:
+    """Whether forward AD is on without torch.func.jvp: dual numbers made by hand, and linearize."""
+    return not torch.compiler.is_compiling() and _dual() and functorch.TransformType.Jvp not in _kinds()
+
+
 # ------------------------------------------------------------------------------------------------- levels of a tensor
 
 
@@ -109,14 +114,14 @@ def is_recorded_by_autograd(*operands: Tensor | None) -> bool:
 
 def is_recordable(*operands: Tensor | None) -> bool:
     """In a forward: whether plain autograd alone follows `operands`, so that its backward may be `recorded`."""
-    return functorch.TransformType.Grad not in _kinds() and _followed_now(*operands)
+    return _followed_now(*operands) and functorch.TransformType.Grad not in _kinds()
 
 
 def weightable(*operands: Tensor | None) -> bool:
     """In a forward: whether torch.func.grad follows `operands`, so that what comes into its backward may be
     `followed_beside`.
     """
-    return functorch.TransformType.Grad in _kinds() and _followed_now(*operands)
+    return _followed_now(*operands) and functorch.TransformType.Grad in _kinds()
 
 
 def _followed_now(*operands: Tensor | None) -> bool:
