@@ -109,14 +109,14 @@ def is_recorded_by_autograd(*operands: Tensor | None) -> bool:
 
 def is_recordable(*operands: Tensor | None) -> bool:
     """In a forward: whether plain autograd alone follows `operands`, so that its backward may be `recorded`."""
-    return functorch.TransformType.Grad not in _kinds() and _followed_now(*operands)
+    return _followed_now(*operands) and functorch.TransformType.Grad not in _kinds()
 
 
 def weightable(*operands: Tensor | None) -> bool:
     """In a forward: whether torch.func.grad follows `operands`, so that what comes into its backward may be
     `followed_beside`.
     """
-    return functorch.TransformType.Grad in _kinds() and _followed_now(*operands)
+    return _followed_now(*operands) and functorch.TransformType.Grad in _kinds()
 
 
 def _followed_now(*operands: Tensor | None) -> bool:
