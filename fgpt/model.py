@@ -14,7 +14,7 @@ section 2.2.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,13 @@ from torch import Tensor
 from fgpt._typing import shaped
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
-from fgpt.kernels.functorch_state import is_differentiated, needs_higher_order
-from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.recordable import with_every_derivative
+from fgpt.kernels.functorch_state import needs_higher_order
+from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialized
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, RopeScaling, YarnScaling, apply_rope, rope_cos_sin
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, replace_at, static
-from fgpt.weights import Weight, accumulates_in_half, embed, linear
+from fgpt.weights import Weight, embed, grad_only, linear
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
@@ -267,34 +266,11 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
-    """LayerNorm, or RMSNorm, its statistics in fp32 whatever the dtype of x, or in fp64.
-
-    torch's kernel of LayerNorm has wrong derivatives of second order under jvp of jvp, and under jacrev of jacrev and
-    hessian where the scale is differentiated: silently, by several per cent. There the definition stands in. On a CPU
-    it sums the gradients of scale and shift in the dtype of x, in bf16 5 % off over 4,096 tokens: trained, they have x
-    in fp32 there. Its third derivative is wrong as well, so that a backward that is recorded is the definition's.
-
-    Source: Ba et al. 2016, section 3.1; Zhang and Sennrich 2019 (RMSNorm), equation 4; pytorch issue 196700.
-    """
+    """LayerNorm or RMSNorm: see `fgpt.kernels.norm`."""
+    w = p.w.to(x.dtype)
     if isinstance(p, RMSNorm):
-        y = at_least_fp32(x)
-        return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * p.w.to(x.dtype)
-    w, b = p.w.to(x.dtype), None if p.b is None else p.b.to(x.dtype)
-    definition = partial(_layer_norm, eps)
-    if needs_higher_order(x, w, b):
-        return definition(x, w, b)
-    if accumulates_in_half(x) and is_differentiated(w, b):
-        y = F.layer_norm(x.float(), x.shape[-1:], w.float(), None if b is None else b.float(), eps).to(x.dtype)
-    else:
-        y = F.layer_norm(x, x.shape[-1:], w, b, eps)
-    return with_every_derivative(definition, y, x, w, b, second=True)
-
-
-def _layer_norm(eps: float, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    y = at_least_fp32(x)
-    y = y - y.mean(-1, keepdim=True)
-    y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * w
-    return y if b is None else y + b
+        return rms_norm(x, w, eps)
+    return layer_norm(x, w, None if p.b is None else p.b.to(x.dtype), eps)
 
 
 def qkv(
@@ -319,9 +295,8 @@ def attention_layer(
     past: LayerKV | StaticLayerCache | None,
     by: RopeCosSin | None,
     scale: float = 1.0,
-    read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """Attention, its scores times `scale`, and the keys and values it has seen by now. `read` is that of `linear`."""
+    """Attention, its scores times `scale`, and the keys and values it has seen by now."""
     q, k, v = qkv(x, p, cfg)
     q = q if scale == 1.0 else q * scale
     if by is not None:
@@ -332,7 +307,7 @@ def attention_layer(
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
     y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
-    return linear(y, p.o.w, p.o.b, read), (k, v)
+    return linear(y, p.o.w, p.o.b), (k, v)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -348,15 +323,15 @@ Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
 """
 
 
-def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, read: bool = True) -> Float[Tensor, "*batch d_model"]:
-    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)). `read` is that of `linear`.
+def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
+    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)).
 
     Source: Shazeer 2020 (GLU Variants), equation 6.
     """
     y = linear(x, p.up.w, p.up.b)
     a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
     a = ACTIVATIONS[cfg.activation](a)
-    return linear(a if p.gate is None else a * y, p.down.w, p.down.b, read)
+    return linear(a if p.gate is None else a * y, p.down.w, p.down.b)
 
 
 def block(
@@ -367,17 +342,22 @@ def block(
     past: LayerKV | StaticLayerCache | None = None,
     by: RopeCosSin | None = None,
     scale: float = 1.0,
-    read: bool = True,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """One transformer block, its scores times `scale`, and the keys and values it has seen by now. Where it is not
-    `read`, what it adds last may be anything, as in `linear`.
-    """
+    """One transformer block, its scores times `scale`, and its keys and values so far."""
     normed = norm(x, p.ln_1, cfg.norm_eps)
-    y, kv = attention_layer(normed, p.attn, cfg, mask, past, by, scale, read or not cfg.parallel_residual)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, by, scale)
     after = x + y
     if p.ln_2 is not None:
         normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
-    return after + mlp(normed, p.mlp, cfg, read), kv
+    return after + mlp(normed, p.mlp, cfg), kv
+
+
+def block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any) -> tuple[Tensor, LayerKV]:
+    """`block` for its gradient alone: what it adds to x last is not computed, as no gradient reads it."""
+    last = {"mlp.down.w": grad_only(p.mlp.down.w)}
+    if cfg.parallel_residual:
+        last["attn.o.w"] = grad_only(p.attn.o.w)
+    return block(x, replace_at(p, last), cfg, *args)
 
 
 def transformer_layers(
@@ -401,7 +381,7 @@ def transformer_layers(
         else None
     )
     seen: list[LayerKV] = []
-    step = rematerialized(block, recompute_fn=partial(block, read=False)) if remat else block
+    step = rematerialized(block, recompute_fn=block_for_gradient) if remat else block
     near = mask if cfg.sliding_window is None else _near(tokens, mask, past, cfg.sliding_window)
     for i, (p, kv) in enumerate(zip(params.blocks, past, strict=True)):
         x, kv = step(x, p, cfg, mask if i in cfg.full_layers else near, kv, by, cfg.score_scale(i))

@@ -158,7 +158,7 @@ def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
     return w.absmax
 
 
-def embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
     """The chosen rows, the others staying as they are. Plain torch, so that `rows` may be mapped."""
     if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
@@ -253,20 +253,10 @@ def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tenso
     return _multiply(x, w, False, whole)
 
 
-def base_linear(
-    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + bias, for a matrix held in any way."""
-    if isinstance(w, Tensor):
-        return F.linear(x, w, bias)
-    y = quantized_linear(x, w)
-    return y if bias is None else y + bias
-
-
 def linear_input_grad(
     g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
 ) -> Float[Tensor, "*batch in"]:
-    """g W: what the gradient of `frozen` is in x."""
+    """g W: the gradient of x Wᵀ in x."""
     return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 

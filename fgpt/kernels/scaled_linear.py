@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.quantized_linear import Quantized, base_linear, linear_input_grad
+from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
 
 MIN_SCALE = 0.125
 """The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
@@ -31,7 +31,7 @@ def _definition(y: Tensor, row: Tensor, bias: Tensor | None, out: Tensor | None 
     return torch.mul(y, row, out=out) if bias is None else torch.addcmul((1 - row) * bias, y, row, out=out)
 
 
-class _Times(torch.autograd.Function):
+class _ScaleRows(torch.autograd.Function):
     """Without a setup_context, as no transform ever meets it: one costs a signature at every call."""
 
     @staticmethod
@@ -48,10 +48,14 @@ class _Times(torch.autograd.Function):
 
 
 def scale_rows(
-    y: Float[Tensor, "rows out"], row: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "rows out"]:
-    """row ⊙ y + (1 - row) ⊙ bias, of any y."""
-    return _definition(y, row, bias) if in_transform_or_compile() else _Times.apply(y, row, bias)  # pyright: ignore[reportReturnType]
+    y: Float[Tensor, "*batch out"], row: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*batch out"]:
+    """row ⊙ y + (1 - row) ⊙ bias, for any y, in its dtype."""
+    row, bias = row.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    if in_transform_or_compile():
+        return _definition(y, row, bias)
+    scaled: Any = _ScaleRows.apply(y.reshape(-1, y.shape[-1]), row, bias)
+    return scaled.view(y.shape)
 
 
 def _gradients(
@@ -79,7 +83,7 @@ def can_reconstruct(row: Float[Tensor, " out"]) -> bool:
 
 
 class _Scaled(torch.autograd.Function):
-    """Without a setup_context, as `_Times`."""
+    """Without a setup_context, as `_ScaleRows`."""
 
     @staticmethod
     def forward(
@@ -93,7 +97,11 @@ class _Scaled(torch.autograd.Function):
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        y = base_linear(x, w, bias)
+        if isinstance(w, Tensor):
+            y = F.linear(x, w, bias)
+        else:
+            y = quantized_linear(x, w)
+            y = y if bias is None else y + bias
         y = _definition(y, row, bias, out=y)
         low = None
         if a is not None and b is not None:
