@@ -1,20 +1,19 @@
-"""The GPT: a tree of nodes, and pure functions of it.
+"""The GPT as pure functions of its params tree:
 
     x   = wte[tokens] + wpe[positions]
     x   = x + attn(ln_1(x));  x = x + mlp(ln_2(x))      for each block
-    out = ln_f(x) headᵀ                                  the head is wte itself when `head` is None
+    out = ln_f(x) headᵀ                                  the head is wte itself if `head` is None
 
-What a tree holds says what is computed: without `wpe` queries and keys are rotated, an MLP with a `gate` multiplies by
-it, and a block without `ln_2` has one norm for both its branches. What no leaf can say is in the Config.
+The tree says what is computed: without `wpe` queries and keys are rotated, an MLP with a `gate` multiplies by it, and a
+block without `ln_2` has one norm for both its branches. What no leaf can say is in the Config.
 
 Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT-J); Touvron et al. 2023 (LLaMA),
 section 2.2.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,241 +27,12 @@ from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialized
-from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, RopeScaling, YarnScaling, apply_rope, rope_cos_sin
-from fgpt.rng import fold_in
-from fgpt.tree import leaves, node, replace_at, static
-from fgpt.weights import Weight, embed, grad_only, linear
-
-# ---------------------------------------------------------------------------------------------------------- the tree
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the shapes do not say, and what `init` needs. Lives in the tree's structure as `params.cfg`."""
-
-    n_layer: int
-    n_head: int
-    d_model: int
-    n_ctx: int
-    """Most positions a row may have."""
-    vocab_size: int
-    d_mlp: int
-    norm_eps: float = 1e-5
-    """Added to the variance in every norm."""
-    tie_word_embeddings: bool = True
-    """The head is the embedding table."""
-    n_kv: int | None = None
-    """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
-    d_head: int | None = None
-    """None divides d_model among the heads."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
-    norm_type: Literal["layer", "rms"] = "layer"
-    qk_norm: bool = False
-    """q and k are normed, head by head."""
-    gated_mlp: bool = False
-    parallel_residual: bool = False
-    """Attention and MLP read the same x, and are added to it together."""
-    n_norms: Literal[1, 2] = 2
-    """Norms of a block: where there is one, both branches read it."""
-    biases: str = "q k v o up down norm"
-    """Layers that have a bias."""
-    rotary_dim: int = 0
-    """Components of a head that are rotated by position; 0 adds learned positions instead."""
-    interleaved: bool = False
-    """Rotated pairs are neighbors, and not one of each half."""
-    rope_theta: float = 10000.0
-    """Of the rotation's angles."""
-    rope_scaling: RopeScaling | YarnScaling | DynamicScaling | None = None
-    """How the angles are slowed for a longer context."""
-    sliding_window: int | None = None
-    """Most tokens that a token attends to, itself and those before it; None is all of them."""
-    full_layers: tuple[int, ...] = ()
-    """Layers without the window."""
-    scale_attn_weights: bool = True
-    """Scores are divided by the square root of a head's size."""
-    scale_attn_by_inverse_layer_idx: bool = False
-    """Scores of layer i, counted from 0, are divided by i + 1."""
-
-    @property
-    def head_size(self) -> int:
-        return self.d_head or self.d_model // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv or self.n_head
-
-    @property
-    def cached_context(self) -> int:
-        """Most positions that a row may have whose keys are kept for later tokens."""
-        return self.rope_scaling.context if isinstance(self.rope_scaling, DynamicScaling) else self.n_ctx
-
-    def score_scale(self, layer: int) -> float:
-        """What a layer's scores are multiplied by, beside 1 / sqrt(d_head)."""
-        scale = 1.0 if self.scale_attn_weights else self.head_size**0.5
-        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
-
-
-@node
-class Linear:
-    w: Weight
-    b: Float[Tensor, " out"] | None = None
-
-
-@node
-class Norm:
-    w: Float[Tensor, " d_model"]
-    b: Float[Tensor, " d_model"] | None = None
-
-
-@node
-class RMSNorm:
-    w: Float[Tensor, " d_model"]
-
-
-@node
-class Embedding:
-    w: Weight
-
-
-@node
-class Attention:
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    q_norm: RMSNorm | None = None
-    k_norm: RMSNorm | None = None
-
-
-@node
-class FusedAttention:
-    """Attention whose q, k and v are one product: the rows of `qkv` are q's, then k's, then v's."""
-
-    qkv: Linear
-    o: Linear
-    q_norm: RMSNorm | None = None
-    k_norm: RMSNorm | None = None
-
-
-@node
-class MLP:
-    up: Linear
-    down: Linear
-    gate: Linear | None = None
-
-
-@node
-class Block:
-    ln_1: Norm | RMSNorm
-    attn: Attention | FusedAttention
-    ln_2: Norm | RMSNorm | None
-    mlp: MLP
-
-
-@node
-class GPT:
-    wte: Embedding
-    wpe: Embedding | None
-    blocks: tuple[Block, ...]
-    ln_f: Norm | RMSNorm
-    head: Linear | None
-    cfg: Config = static()
-
-    def untied(self) -> "GPT":
-        """The same model with a head of its own: the embedding table, shared until one of the two is adapted."""
-        if self.head is not None:
-            return self
-        return replace(self, head=Linear(self.wte.w), cfg=replace(self.cfg, tie_word_embeddings=False))
-
-
-LayerKV: TypeAlias = tuple[
-    Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]
-]  # it grows
-
-
-@node
-class StaticLayerCache:
-    """Room for the keys and values of a layer's tokens, written in place from slot `at`: see `fgpt.decode`."""
-
-    k: Float[Tensor, "*batch head room d_head"]
-    v: Float[Tensor, "*batch head room d_head"]
-    write_index: Int[Tensor, " seq"]
-
-
-@node
-class KVCache:
-    """What `extend` remembers of the tokens it has seen: keys and values by layer, and the tokens' segments."""
-
-    kv: tuple[LayerKV, ...] = ()
-    segments: Int[Tensor, "*batch past"] | None = None
-
-
-def abstract_params(cfg: Config) -> GPT:
-    """The tree of a config, its leaves without storage: what its files are held against before they are read.
-
-    Raises InputError where the sizes do not fit one another.
-    """
-    d, m, n, kv = cfg.d_model, cfg.d_mlp, cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
-    if cfg.d_head is None and d % cfg.n_head:
-        raise InputError(f"d_model {d} does not divide into {cfg.n_head} heads")
-    if cfg.n_head % cfg.kv_heads:
-        raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
-    if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_size:
-        raise InputError(
-            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even part of them"
-        )
-    if cfg.sliding_window is not None and cfg.sliding_window < 1:
-        raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
-    if cfg.n_norms == 1 and not cfg.parallel_residual:
-        raise InputError("one norm in a block serves parallel branches: expected parallel=True, or norms=2")
-    empty = partial(torch.empty, device="meta", dtype=torch.float32)
-
-    def bias(name: str, size: int) -> Tensor | None:
-        return empty(size) if name in cfg.biases.split() else None
-
-    def layer(name: str, out: int, inp: int) -> Linear:
-        return Linear(empty(out, inp), bias(name, out))
-
-    def norm() -> Norm | RMSNorm:
-        return RMSNorm(empty(d)) if cfg.norm_type == "rms" else Norm(empty(d), bias("norm", d))
-
-    def head_norm() -> RMSNorm | None:
-        return RMSNorm(empty(cfg.head_size)) if cfg.qk_norm else None
-
-    def block() -> Block:
-        q, k, v, o = layer("q", n, d), layer("k", kv, d), layer("v", kv, d), layer("o", d, n)
-        mlp = MLP(layer("up", m, d), layer("down", d, m), layer("gate", m, d) if cfg.gated_mlp else None)
-        second = norm() if cfg.n_norms == 2 else None
-        return Block(norm(), Attention(q, k, v, o, head_norm(), head_norm()), second, mlp)
-
-    return GPT(
-        Embedding(empty(cfg.vocab_size, d)),
-        None if cfg.rotary_dim else Embedding(empty(cfg.n_ctx, d)),
-        tuple(block() for _ in range(cfg.n_layer)),
-        norm(),
-        None if cfg.tie_word_embeddings else layer("head", cfg.vocab_size, d),
-        cfg,
-    )
-
-
-def init(cfg: Config, rng: torch.Generator) -> GPT:
-    """Random params: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) for the products that write to the residual stream.
-
-    Source: Radford et al. 2019, section 2.3.
-    """
-    bare = abstract_params(cfg)
-
-    def fresh(path: str, x: Tensor) -> Tensor:
-        if x.ndim == 1:
-            return torch.full(x.shape, 0.0 if path.endswith(".b") else 1.0, dtype=torch.float32)
-        name = path.removesuffix(".w").replace("blocks.", "").replace("attn.", "").replace("mlp.", "")
-        std = 0.02 / (2 * cfg.n_layer) ** 0.5 if name.endswith((".o", ".down")) else 0.02
-        return torch.empty(x.shape, dtype=torch.float32).normal_(0, std, generator=fold_in(rng, name))
-
-    return replace_at(bare, {path: fresh(path, x) for path, x in leaves(bare).items()})
-
-
-# ----------------------------------------------------------------------------------------------------- the functions
+from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
+from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
+from fgpt.model.config import Config
+from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.tree import replace_at
+from fgpt.weights import embed, grad_only, linear
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
@@ -479,21 +249,3 @@ def forward_with_cache(
             "cannot be kept; shorten the row, or give it to apply or hidden whole"
         )
     return _forward(params, tokens, segments, cache)
-
-
-def fused_qkv(p: Attention | FusedAttention) -> Linear:
-    """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantized."""
-    if isinstance(p, FusedAttention):
-        return p.qkv
-    weights, biases = [x.w for x in (p.q, p.k, p.v)], [x.b for x in (p.q, p.k, p.v) if x.b is not None]
-    if not all(isinstance(w, Tensor) for w in weights):
-        raise InputError("q, k and v are quantized or adapted already: fuse the plain base, then quantize and adapt it")
-    return Linear(torch.cat(weights), torch.cat(biases) if biases else None)  # pyright: ignore[reportArgumentType]
-
-
-def fuse_qkv(params: GPT) -> GPT:
-    """The same model with q, k and v of every block in one product. A LoRA on `attn.qkv` then shares its A among the
-    three, which is what PEFT's LoRA on GPT-2's c_attn does.
-    """
-    whole = (FusedAttention(fused_qkv(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm) for p in params.blocks)
-    return replace_at(params, {f"blocks.{i}.attn": attn for i, attn in enumerate(whole)})
