@@ -20,6 +20,7 @@ from transformers import GPT2LMHeadModel
 import fgpt
 from fgpt import model as M
 from fgpt.kernels import attention
+from fgpt.model import forward
 from fgpt.tree import num_elements
 
 # ------------------------------------------------------------------------------------------------------ transformers
@@ -107,8 +108,8 @@ def test_every_recorded_activation():
     got["tok_emb"] = fgpt.embed(x, params.wte.w)
     got["pos_emb"] = fgpt.embed(torch.arange(x.shape[1]), params.wpe.w)[None]
     got["x"] = got["tok_emb"] + got["pos_emb"]
-    got["ln1"] = M.norm(got["x"], p.ln_1, cfg.norm_eps)
-    q, k, v = M.qkv(got["ln1"], p.attn, cfg)
+    got["ln1"] = forward.norm(got["x"], p.ln_1, cfg.norm_eps)
+    q, k, v = forward.qkv(got["ln1"], p.attn, cfg)
     got["qkv"] = torch.cat([y.transpose(1, 2).flatten(2) for y in (q, k, v)], -1)
     got |= {"q": q, "k": k, "v": v}
     scores = q @ k.mT / math.sqrt(q.shape[-1])
@@ -120,14 +121,14 @@ def test_every_recorded_activation():
     got["y"] = heads.transpose(1, 2).flatten(2)
     got["yProj"] = fgpt.linear(got["y"], p.attn.o.w, p.attn.o.b)
     got["attnResid"] = got["x"] + got["yProj"]
-    got["ln2"] = M.norm(got["attnResid"], p.ln_2, cfg.norm_eps)
+    got["ln2"] = forward.norm(got["attnResid"], p.ln_2, cfg.norm_eps)
     got["fc"] = fgpt.linear(got["ln2"], p.mlp.up.w, p.mlp.up.b)
     got["gelu"] = F.gelu(got["fc"], approximate="tanh")
     got["mlp"] = fgpt.linear(got["gelu"], p.mlp.down.w, p.mlp.down.b)
     got["mlpResid"] = got["attnResid"] + got["mlp"]
     h = got["x"]
     for i, block in enumerate(params.blocks):
-        h, _ = M.block(h, block, cfg)
+        h, _ = forward.block(h, block, cfg)
         got[f"block{i}"] = h
     got["ln_f"] = fgpt.hidden(params, x)
     got["lm_head"] = fgpt.apply(params, x)
@@ -155,7 +156,7 @@ def test_the_gradients_of_a_norm_are_not_summed_in_short_numbers(kind: str, dtyp
 
     def total(wb: tuple[Tensor, Tensor], x: Tensor, g: Tensor) -> Tensor:
         p = M.Norm(*wb) if kind == "layer" else M.RMSNorm(wb[0])
-        return (M.norm(x, p, 1e-5).to(torch.float64) * g.to(torch.float64)).sum()
+        return (forward.norm(x, p, 1e-5).to(torch.float64) * g.to(torch.float64)).sum()
 
     plain = (w.clone().requires_grad_(), b.clone().requires_grad_())
     y = x.double() - x.double().mean(-1, keepdim=True) if kind == "layer" else x.double()

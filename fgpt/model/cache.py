@@ -7,23 +7,25 @@ from torch import Tensor
 
 from fgpt.tree import node
 
-LayerKV: TypeAlias = tuple[
-    Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]
-]  # it grows
+LayerKV: TypeAlias = tuple[Float[Tensor, "*batch head _past d_head"], Float[Tensor, "*batch head _past d_head"]]
+"""Keys and values of one layer; the axis `past` grows with every token."""
 
 
 @node
 class StaticLayerCache:
-    """Room for the keys and values of a layer's tokens, written in place from slot `at`: see `fgpt.decode`."""
+    """Keys and values of one layer in tensors of a fixed size, written in place: see `fgpt.generation.static_cache`."""
 
-    k: Float[Tensor, "*batch head room d_head"]
-    v: Float[Tensor, "*batch head room d_head"]
+    k: Float[Tensor, "*batch head slot d_head"]
+    v: Float[Tensor, "*batch head slot d_head"]
     write_index: Int[Tensor, " seq"]
+    """The slots that the next tokens take."""
 
 
 @node
 class KVCache:
-    """What `extend` remembers of the tokens it has seen: keys and values by layer, and the tokens' segments."""
+    """The tokens that `forward_with_cache` has read: keys and values by layer, and the tokens' segments. `KVCache()` is
+    empty.
+    """
 
     kv: tuple[LayerKV, ...] = ()
     segments: Int[Tensor, "*batch past"] | None = None

@@ -8,50 +8,55 @@ from fgpt.kernels.rotary import DynamicScaling, RopeScaling, YarnScaling
 
 @dataclass(frozen=True)
 class Config:
-    """What the shapes do not say, and what `init` needs. Lives in the tree's structure as `params.cfg`."""
+    """What the shapes do not say, and what `init` needs. It lives in the treespec, as `params.cfg`.
+
+    >>> import fgpt
+    >>> fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32).head_size
+    4
+    """
 
     n_layer: int
     n_head: int
     d_model: int
     n_ctx: int
-    """Most positions a row may have."""
+    """The maximum number of positions in a row."""
     vocab_size: int
     d_mlp: int
     norm_eps: float = 1e-5
     """Added to the variance in every norm."""
     tie_word_embeddings: bool = True
-    """The head is the embedding table."""
+    """Whether the head is the embedding table."""
     n_kv: int | None = None
-    """Heads of k and v, each shared by n_head / n_kv heads of q; None has one for each."""
+    """Heads of k and v, each shared by n_head / n_kv heads of q; None means n_head."""
     d_head: int | None = None
-    """None divides d_model among the heads."""
+    """The size of a head; None means d_model / n_head."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
     norm_type: Literal["layer", "rms"] = "layer"
     qk_norm: bool = False
-    """q and k are normed, head by head."""
+    """Whether q and k are normalized, head by head."""
     gated_mlp: bool = False
     parallel_residual: bool = False
-    """Attention and MLP read the same x, and are added to it together."""
+    """Whether attention and MLP read the same x and are added to it together."""
     n_norms: Literal[1, 2] = 2
-    """Norms of a block: where there is one, both branches read it."""
+    """Norms of a block; if there is one, both branches read it."""
     biases: str = "q k v o up down norm"
-    """Layers that have a bias."""
+    """Layers that have a bias, separated by spaces."""
     rotary_dim: int = 0
-    """Components of a head that are rotated by position; 0 adds learned positions instead."""
+    """Components of a head that are rotated by position; 0 means learned positions instead."""
     interleaved: bool = False
-    """Rotated pairs are neighbors, and not one of each half."""
+    """Whether rotated pairs are neighbors, as in GPT-J, instead of one component of each half."""
     rope_theta: float = 10000.0
-    """Of the rotation's angles."""
+    """The base of the rotation's angles."""
     rope_scaling: RopeScaling | YarnScaling | DynamicScaling | None = None
-    """How the angles are slowed for a longer context."""
+    """How the angles are scaled for a longer context."""
     sliding_window: int | None = None
-    """Most tokens that a token attends to, itself and those before it; None is all of them."""
+    """How many tokens a token attends to at most, itself and those before it; None means all of them."""
     full_layers: tuple[int, ...] = ()
-    """Layers without the window."""
+    """Indices of the layers without the sliding window."""
     scale_attn_weights: bool = True
-    """Scores are divided by the square root of a head's size."""
+    """Whether scores are divided by the square root of the size of a head."""
     scale_attn_by_inverse_layer_idx: bool = False
-    """Scores of layer i, counted from 0, are divided by i + 1."""
+    """Whether scores of layer i, counted from 0, are divided by i + 1."""
 
     @property
     def head_size(self) -> int:
@@ -63,10 +68,10 @@ class Config:
 
     @property
     def cached_context(self) -> int:
-        """Most positions that a row may have whose keys are kept for later tokens."""
+        """The maximum number of positions in a row whose keys are cached."""
         return self.rope_scaling.context if isinstance(self.rope_scaling, DynamicScaling) else self.n_ctx
 
     def score_scale(self, layer: int) -> float:
-        """What a layer's scores are multiplied by, beside 1 / sqrt(d_head)."""
+        """The factor of a layer's scores besides 1 / sqrt(d_head)."""
         scale = 1.0 if self.scale_attn_weights else self.head_size**0.5
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale

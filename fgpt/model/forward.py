@@ -26,7 +26,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.norm import layer_norm, rms_norm
-from fgpt.kernels.remat import remat as rematerialized
+from fgpt.kernels.remat import remat as rematerialize
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
@@ -46,7 +46,7 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
 def qkv(
     x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention, cfg: Config
 ) -> tuple[Float[Tensor, "*batch head seq d_head"], ...]:
-    """Queries, keys and values of every head; of keys and values, `cfg.kv_heads`."""
+    """Queries, keys and values by head: `cfg.n_head` heads of queries, `cfg.kv_heads` of keys and values."""
     if isinstance(p, FusedAttention):
         n, kv = cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
         flat = linear(x, p.qkv.w, p.qkv.b).split((n, kv, kv), -1)
@@ -63,14 +63,14 @@ def attention_layer(
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
     past: LayerKV | StaticLayerCache | None,
-    by: RopeCosSin | None,
-    scale: float = 1.0,
+    rope: RopeCosSin | None,
+    score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """Attention, its scores times `scale`, and the keys and values it has seen by now."""
+    """Attention over `past` and x, its scores times `score_scale`; and the keys and values of both."""
     q, k, v = qkv(x, p, cfg)
-    q = q if scale == 1.0 else q * scale
-    if by is not None:
-        q, k = apply_rope(q, by, cfg.interleaved), apply_rope(k, by, cfg.interleaved)
+    q = q if score_scale == 1.0 else q * score_scale
+    if rope is not None:
+        q, k = apply_rope(q, rope, cfg.interleaved), apply_rope(k, rope, cfg.interleaved)
     if isinstance(past, StaticLayerCache):
         past.k[..., past.write_index, :], past.v[..., past.write_index, :] = k, v
         k, v = past.k, past.v
@@ -87,21 +87,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x * torch.sigmoid(x) if needs_higher_order(x) else F.silu(x),
     "relu": F.relu,
 }
-"""`Config.act`. torch's backward of silu has no forward mode outside torch.func.
+"""The choices of `Config.activation`. torch's backward of silu has no forward mode outside torch.func.
 
 Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
 """
 
 
 def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
-    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)).
+    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)) if there is a gate.
 
     Source: Shazeer 2020 (GLU Variants), equation 6.
     """
-    y = linear(x, p.up.w, p.up.b)
-    a = y if p.gate is None else linear(x, p.gate.w, p.gate.b)
-    a = ACTIVATIONS[cfg.activation](a)
-    return linear(a if p.gate is None else a * y, p.down.w, p.down.b)
+    activation = ACTIVATIONS[cfg.activation]
+    up = linear(x, p.up.w, p.up.b)
+    inner = activation(up) if p.gate is None else activation(linear(x, p.gate.w, p.gate.b)) * up
+    return linear(inner, p.down.w, p.down.b)
 
 
 def block(
@@ -110,24 +110,28 @@ def block(
     cfg: Config,
     mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
     past: LayerKV | StaticLayerCache | None = None,
-    by: RopeCosSin | None = None,
-    scale: float = 1.0,
+    rope: RopeCosSin | None = None,
+    score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """One transformer block, its scores times `scale`, and its keys and values so far."""
+    """One transformer block: x with attention and MLP added to it, and the keys and values of `past` and x."""
     normed = norm(x, p.ln_1, cfg.norm_eps)
-    y, kv = attention_layer(normed, p.attn, cfg, mask, past, by, scale)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale)
     after = x + y
     if p.ln_2 is not None:
         normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
     return after + mlp(normed, p.mlp, cfg), kv
 
 
-def block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any) -> tuple[Tensor, LayerKV]:
+def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any) -> tuple[Tensor, LayerKV]:
     """`block` for its gradient alone: what it adds to x last is not computed, as no gradient reads it."""
     last = {"mlp.down.w": grad_only(p.mlp.down.w)}
     if cfg.parallel_residual:
         last["attn.o.w"] = grad_only(p.attn.o.w)
     return block(x, replace_at(p, last), cfg, *args)
+
+
+rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
+"""`block` that saves only its inputs for the backward pass, which computes the rest again."""
 
 
 def transformer_layers(
@@ -136,42 +140,56 @@ def transformer_layers(
     positions: Int[Tensor, "*#batch seq"],
     mask: Bool[Tensor, "*batch 1 seq key"] | None,
     past: Sequence[LayerKV | StaticLayerCache | None],
-    remat: bool = False,
+    *,
     length: int | Int[Tensor, "*batch seq"] = 0,
+    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[LayerKV, ...]]:
-    """Embedding, blocks and ln_f for tokens at these positions: the hidden states, and what each layer has seen.
-    `length` is that of `turn`.
+    """Embedding, blocks and ln_f for tokens at the given positions.
+
+    Args:
+        params: The model.
+        tokens: Token ids.
+        positions: The position of each token in its document.
+        mask: True where a token attends to a key; None is causal.
+        past: Keys and values of earlier tokens, one for each layer.
+        length: The length of each token's document: only a dynamic rope depends on it.
+        block_fn: `block`, or a function with the same values that saves less for the backward pass.
+
+    Returns:
+        The hidden states, and the keys and values of each layer, those of `past` included.
     """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
-    by = (
-        rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length)
-        if cfg.rotary_dim
-        else None
-    )
-    seen: list[LayerKV] = []
-    step = rematerialized(block, recompute_fn=block_for_gradient) if remat else block
-    near = mask if cfg.sliding_window is None else _near(tokens, mask, past, cfg.sliding_window)
-    for i, (p, kv) in enumerate(zip(params.blocks, past, strict=True)):
-        x, kv = step(x, p, cfg, mask if i in cfg.full_layers else near, kv, by, cfg.score_scale(i))
-        seen.append(kv)
-    return norm(x, params.ln_f, cfg.norm_eps), tuple(seen)
+    rope = None
+    if cfg.rotary_dim:
+        rope = rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length)
+    windowed = mask if cfg.sliding_window is None else _window_mask(tokens, mask, past, cfg.sliding_window)
+    new_kv: list[LayerKV] = []
+    for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
+        layer_mask = mask if i in cfg.full_layers else windowed
+        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i))
+        new_kv.append(kv)
+    return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
 
 
-def _near(
+def _window_mask(
     tokens: Tensor, mask: Tensor | None, past: Sequence[LayerKV | StaticLayerCache | None], window: int
 ) -> Bool[Tensor, "*batch 1 seq key"] | None:
-    """`mask` within a window."""
+    """`mask` within a sliding window."""
     queries = tokens.shape[-1]
-    before = past[0]
-    keys = queries + (before[0].shape[-2] if isinstance(before, tuple) else 0) if mask is None else mask.shape[-1]
-    near = sliding(mask, window, queries, keys, tokens.device)
-    return near if near is None else near.expand(*tokens.shape[:-1], 1, queries, keys)
+    num_past = past[0][0].shape[-2] if isinstance(past[0], tuple) else 0
+    keys = num_past + queries if mask is None else mask.shape[-1]
+    windowed = sliding(mask, window, queries, keys, tokens.device)
+    return windowed if windowed is None else windowed.expand(*tokens.shape[:-1], 1, queries, keys)
 
 
 def _forward(
-    params: GPT, tokens: Tensor, segments: Tensor | None, cache: KVCache, remat: bool = False
+    params: GPT,
+    tokens: Tensor,
+    segments: Tensor | None,
+    cache: KVCache,
+    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
 ) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
     if past + seq > params.cfg.n_ctx:
@@ -180,17 +198,18 @@ def _forward(
         )
     length: int | Tensor = past + seq
     if segments is None and cache.segments is None:
-        positions, mask, seen = torch.arange(past, past + seq, device=tokens.device), None, None
+        positions, mask, all_segments = torch.arange(past, past + seq, device=tokens.device), None, None
     else:
-        now = torch.ones_like(tokens) if segments is None else segments
-        before = now.new_ones(*now.shape[:-1], past) if cache.segments is None else cache.segments
-        seen = torch.cat([before, now], -1)
-        same = now[..., :, None] == seen[..., None, :]
+        new = torch.ones_like(tokens) if segments is None else segments
+        earlier = new.new_ones(*new.shape[:-1], past) if cache.segments is None else cache.segments
+        all_segments = torch.cat([earlier, new], -1)
+        same = new[..., :, None] == all_segments[..., None, :]
         length = same.sum(-1) if isinstance(params.cfg.rope_scaling, DynamicScaling) else 0
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
-    h, kv = transformer_layers(params, tokens, positions, mask, cache.kv or (None,) * len(params.blocks), remat, length)
-    return h, KVCache(kv, seen)
+    layers_past = cache.kv or (None,) * len(params.blocks)
+    h, kv = transformer_layers(params, tokens, positions, mask, layers_past, length=length, block_fn=block_fn)
+    return h, KVCache(kv, all_segments)
 
 
 @shaped
@@ -200,34 +219,64 @@ def hidden(
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
 ) -> Float[Tensor, "*batch seq d_model"]:
-    """The last hidden states, after ln_f: what a head or a loss reads.
+    """The last hidden states, after ln_f: the input of a head or a loss.
 
-    `segments` names the document each token of a packed row belongs to: attention stays inside a document and its
-    positions count from 0. Padding is one more document, commonly 0.
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: The document that each token of a packed row belongs to: attention stays inside a document, and its
+            positions count from 0. Padding is one more document, commonly 0. None makes each row one document.
+        remat: Rematerialization, or activation checkpointing: save only each block's input for the backward pass,
+            which runs the block again. The same gradient in less memory and more time.
 
-    `remat` keeps only each block's input for the backward, which runs the block again: the same gradient in less memory
-    and more time.
+    Raises:
+        InputError: if a row is longer than the context.
 
-    Raises InputError when a row is longer than the context.
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 8])
     """
-    return _forward(params, tokens, segments, KVCache(), remat)[0]
+    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block)[0]
 
 
 def lm_head(params: GPT) -> Linear:
-    """The output layer: its own, or the embedding table."""
+    """The output layer: the model's own head, or the embedding table if the two are tied.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.lm_head(fgpt.init(cfg, fgpt.key(0))).w.shape
+    torch.Size([10, 8])
+    """
     return params.head or Linear(params.wte.w)
 
 
 def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
-    """Next-token logits of hidden states."""
-    return linear(h, lm_head(params).w, lm_head(params).b)
+    """Next-token logits of hidden states: lm_head(h).
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.logits(fgpt.init(cfg, fgpt.key(0)), torch.ones(5, 8)).shape
+    torch.Size([5, 10])
+    """
+    head = lm_head(params)
+    return linear(h, head.w, head.b)
 
 
 @shaped
 def apply(
     params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
 ) -> Float[Tensor, "*batch seq vocab"]:
-    """Next-token logits at every position."""
+    """Next-token logits at every position: logits(hidden(tokens)). The arguments are those of `hidden`.
+
+    Raises:
+        InputError: if a row is longer than the context.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.apply(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 10])
+    """
     return logits(params, hidden(params, tokens, segments))
 
 
@@ -235,17 +284,26 @@ def apply(
 def forward_with_cache(
     params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
-    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `Cache()`.
+    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `KVCache()`.
 
-    Prefill and decode are this one function: extending in any number of chunks equals one pass. Ragged prompts are
-    padded on the left, with segment 0 for the padding and 1 for the text.
+    Prefill and decode are this one function: a text in any number of chunks equals one pass. Ragged prompts are padded
+    on the left, with segment 0 for padding and 1 for text.
 
-    Raises InputError when a row is longer than the context, or than what the keys of a dynamic rope can be kept for.
+    Raises:
+        InputError: if a row is longer than the context, or than a dynamic rope allows keys to be cached.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> _, cache = fgpt.forward_with_cache(params, torch.tensor([[1, 2]]), fgpt.KVCache())
+    >>> h, cache = fgpt.forward_with_cache(params, torch.tensor([[3]]), cache)
+    >>> h.shape, cache.kv[0][0].shape  # keys: [batch, head, position, d_head]
+    (torch.Size([1, 1, 8]), torch.Size([1, 2, 3, 4]))
     """
     total = tokens.shape[-1] + (cache.kv[0][0].shape[-2] if cache.kv else 0)
     if params.cfg.cached_context < total <= params.cfg.n_ctx:
         raise InputError(
-            f"{total} tokens in a row, but a dynamic rope turns all keys anew beyond {params.cfg.cached_context}: they "
-            "cannot be kept; shorten the row, or give it to apply or hidden whole"
+            f"{total} tokens in a row, but a dynamic rope rotates all keys anew beyond {params.cfg.cached_context}, so "
+            "they cannot be cached: shorten the row, or pass it whole to apply or hidden"
         )
     return _forward(params, tokens, segments, cache)

@@ -92,9 +92,10 @@ class GPT:
 
 
 def abstract_params(cfg: Config) -> GPT:
-    """The tree of a config, its leaves without storage: what its files are held against before they are read.
+    """The params tree of a config with leaves on the meta device, without storage: the shapes that files must have.
 
-    Raises InputError where the sizes do not fit one another.
+    Raises:
+        InputError: if the sizes of `cfg` do not fit one another.
     """
     d, m, n, kv = cfg.d_model, cfg.d_mlp, cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
     if cfg.d_head is None and d % cfg.n_head:
@@ -103,12 +104,12 @@ def abstract_params(cfg: Config) -> GPT:
         raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
     if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_size:
         raise InputError(
-            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even part of them"
+            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even number of them, at most all"
         )
     if cfg.sliding_window is not None and cfg.sliding_window < 1:
         raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
     if cfg.n_norms == 1 and not cfg.parallel_residual:
-        raise InputError("one norm in a block serves parallel branches: expected parallel=True, or norms=2")
+        raise InputError("one norm in a block serves parallel branches: expected parallel_residual=True, or n_norms=2")
     empty = partial(torch.empty, device="meta", dtype=torch.float32)
 
     def bias(name: str, size: int) -> Tensor | None:
@@ -140,9 +141,22 @@ def abstract_params(cfg: Config) -> GPT:
 
 
 def init(cfg: Config, rng: torch.Generator) -> GPT:
-    """Random params: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) for the products that write to the residual stream.
+    """Random params: weights ~ N(0, 0.02), those of `o` and `down` ~ N(0, 0.02 / sqrt(2 n_layer)), as they write to the
+    residual stream; biases 0, norms 1. fp32.
+
+    Args:
+        cfg: The shape of the model.
+        rng: A key: each leaf is drawn from fold_in(rng, path).
+
+    Raises:
+        InputError: if the sizes of `cfg` do not fit one another.
 
     Source: Radford et al. 2019, section 2.3.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.init(cfg, fgpt.key(0)).blocks[0].attn.q.w.shape
+    torch.Size([8, 8])
     """
     bare = abstract_params(cfg)
 
@@ -157,7 +171,11 @@ def init(cfg: Config, rng: torch.Generator) -> GPT:
 
 
 def fused_qkv(p: Attention | FusedAttention) -> Linear:
-    """q, k and v as one layer. Raises InputError where one of them carries an adapter, or is quantized."""
+    """q, k and v of one block as one layer.
+
+    Raises:
+        InputError: if one of them is adapted or quantized.
+    """
     if isinstance(p, FusedAttention):
         return p.qkv
     weights, biases = [x.w for x in (p.q, p.k, p.v)], [x.b for x in (p.q, p.k, p.v) if x.b is not None]
@@ -168,7 +186,18 @@ def fused_qkv(p: Attention | FusedAttention) -> Linear:
 
 def fuse_qkv(params: GPT) -> GPT:
     """The same model with q, k and v of every block in one product. A LoRA on `attn.qkv` then shares its A among the
-    three, which is what PEFT's LoRA on GPT-2's c_attn does.
+    three, as PEFT's LoRA on GPT-2's c_attn does.
+
+    Raises:
+        InputError: if q, k or v of a block is adapted or quantized.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.fuse_qkv(fgpt.init(cfg, fgpt.key(0))).blocks[0].attn.qkv.w.shape
+    torch.Size([24, 8])
     """
-    whole = (FusedAttention(fused_qkv(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm) for p in params.blocks)
-    return replace_at(params, {f"blocks.{i}.attn": attn for i, attn in enumerate(whole)})
+    fused = {
+        f"blocks.{i}.attn": FusedAttention(fused_qkv(p.attn), p.attn.o, p.attn.q_norm, p.attn.k_norm)
+        for i, p in enumerate(params.blocks)
+    }
+    return replace_at(params, fused)
