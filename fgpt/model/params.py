@@ -84,7 +84,7 @@ class GPT:
     head: Linear | None
     cfg: Config = static()
 
-    def untied(self) -> "GPT":
+    def untie(self) -> "GPT":
         """The same model with a head of its own: the embedding table, shared until one of the two is adapted."""
         if self.head is not None:
             return self
@@ -104,7 +104,7 @@ def abstract_params(cfg: Config) -> GPT:
         raise InputError(f"{cfg.n_head} heads of q do not divide among {cfg.kv_heads} of k and v")
     if cfg.rotary_dim % 2 or cfg.rotary_dim > cfg.head_size:
         raise InputError(
-            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even number of them, at most all"
+            f"{cfg.rotary_dim} rotated components of a head of {cfg.head_size}: expected an even number, at most all"
         )
     if cfg.sliding_window is not None and cfg.sliding_window < 1:
         raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")

@@ -248,7 +248,7 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     such a module becomes IA3 on q, on k and on v there.
 
     An adapter of the embedding or the head of a tied model is of that side alone. Where it is the embedding's, the head
-    keeps the base's table as a leaf of the adapters, but not over `params.untied()`, which has a head of its own.
+    keeps the base's table as a leaf of the adapters, but not over `params.untie()`, which has a head of its own.
 
     The adapters of a classifier want one of as many classes, `load_peft(folder, classifier(params, n, key))`.
 
