@@ -105,8 +105,8 @@ def lora(
     rs: bool = False,
     dropout: float = 0.0,
 ) -> Adapters:
-    r"""A fresh LoRA on every layer whose path matches `target`, in fp32. B = 0, so it begins as the identity; A is uniform
-    in ±1/√in (Kaiming, as in the paper's code).
+    r"""A fresh LoRA on every layer whose path matches `target`, in fp32. B = 0, so it begins as the identity; A is
+    uniform in ±1/√in (Kaiming, as in the paper's code).
 
     Args:
         params: The base, quantized or not.

@@ -165,7 +165,7 @@ def test_what_is_tracked_and_mapped_at_any_level():
 
     def look(name: str) -> Callable[[Tensor], Tensor]:
         def f(x: Tensor) -> Tensor:
-            seen[name] = functorch_state.is_differentiated(x), functorch_state.is_vmapped(x)
+            seen[name] = functorch_state.is_differentiated(x), functorch_state.num_vmapped(x)
             return x.square().sum()
 
         return f

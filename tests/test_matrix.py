@@ -346,7 +346,7 @@ def error(got: Any, want: Any) -> float:
 
 
 def computed(name: str, on: str, frozen: fgpt.GPT, p: Point) -> Any:
-    with mock.patch.object(quantized, "MULTIPLIES_BF16", on == BF16_TOO):
+    with mock.patch.object(quantized, "HAS_BF16_MATMUL", on == BF16_TOO):
         return TRANSFORMS[name](frozen, p)
 
 

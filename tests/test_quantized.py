@@ -185,7 +185,7 @@ def expanded(x: Tensor, w: Any) -> Tensor:
 @pytest.fixture(autouse=True, scope="module")
 def exact_derivatives() -> Iterator[None]:
     """As on a CPU that does not multiply bf16."""
-    with mock.patch.object(quantized_linear, "MULTIPLIES_BF16", False):
+    with mock.patch.object(quantized_linear, "HAS_BF16_MATMUL", False):
         yield
 
 
@@ -282,7 +282,7 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         return y, tangent, back
 
     y, *exact = found()
-    monkeypatch.setattr(quantized_linear, "MULTIPLIES_BF16", True)
+    monkeypatch.setattr(quantized_linear, "HAS_BF16_MATMUL", True)
     same, tangent, back = found()
     assert torch.equal(same, y)
     if dtype in (torch.float32, torch.bfloat16):
