@@ -691,10 +691,12 @@ def test_each_micro_batch_draws_its_own_mask():
 
     optimizer = fgpt.adamw(1e-2)
     state, step = fgpt.init_state(fresh_with_dropout(), optimizer), make_step(loss, optimizer)
-    some, again, other, none = (step(state, PLAIN, [BATCH] * 3, rng)[0] for rng in (*map(fgpt.key, (0, 0, 1)), None))
-    assert same(some, again)
-    assert not same(some, other)
-    assert not same(some, none)
+    first, repeated, other, none = (
+        step(state, PLAIN, [BATCH] * 3, rng)[0] for rng in (*map(fgpt.key, (0, 0, 1)), None)
+    )
+    assert same(first, repeated)
+    assert not same(first, other)
+    assert not same(first, none)
     drawn = [None if s is None else int(s) for s in seeds]
     assert drawn[:3] == drawn[3:6]
     assert len(set(drawn[:3] + drawn[6:9])) == 6
@@ -869,14 +871,14 @@ def test_keys_are_read_and_never_advanced(gpt: fgpt.GPT):
 
 
 def test_draws_belong_to_the_key_and_the_path(gpt: fgpt.GPT):
-    some: Any = fgpt.lora(gpt, fgpt.key(0), 2)
+    few: Any = fgpt.lora(gpt, fgpt.key(0), 2)
     more: Any = fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS)
-    assert same(some, {path: more[path] for path in some})  # what else is adapted changes nothing
+    assert same(few, {path: more[path] for path in few})  # what else is adapted changes nothing
     other: Any = fgpt.lora(gpt, fgpt.key(1), 2)
     drawn = [x.a for x in more.values() if x.a.shape[1] == 16] + [x.a for x in other.values()]
     assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(drawn)
-    assert all(x.a.abs().max() <= 16**-0.5 and x.a.std() > 0.1 for x in some.values())
-    assert set(some) == {p for p in weight_matrices(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
+    assert all(x.a.abs().max() <= 16**-0.5 and x.a.std() > 0.1 for x in few.values())
+    assert set(few) == {p for p in weight_matrices(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
 
 
 def test_adapters_and_params_are_fp32_whatever_the_default_is(gpt: fgpt.GPT):
