@@ -231,43 +231,39 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
 # -------------------------------------------------------------------------------------------- each kind: Layer -> Layer
 
 
-def lora_layer(layer: T, x: LoRA, path: str, seed: Int[Tensor, ""] | None) -> T:
+def lora_layer(layer: Any, x: LoRA, path: str, seed: Int[Tensor, ""] | None) -> Any:
     """W' = W + s·B·A."""
-    w: Weight = layer.w  # pyright: ignore[reportAttributeAccessIssue]
-    _check_low_rank(path, x, w)
+    _check_low_rank(path, x, layer.w)
     b, scale = _scaled_b(x)
     dropout = x.dropout if seed is not None else 0.0
-    return _with(layer, w=Adapted(w, x.a, b, seed=seed if dropout else None, scale=scale, dropout=dropout))
+    return replace(layer, w=Adapted(layer.w, x.a, b, seed=seed if dropout else None, scale=scale, dropout=dropout))
 
 
-def dora_layer(layer: T, x: DoRA, path: str, seed: Int[Tensor, ""] | None) -> T:
+def dora_layer(layer: Any, x: DoRA, path: str, seed: Int[Tensor, ""] | None) -> Any:
     """W' = m · V / ‖V‖ by row, with V = W + s·B·A: LoRA's layer, and row = m / ‖V‖."""
-    w: Weight = layer.w  # pyright: ignore[reportAttributeAccessIssue]
-    adapted: Any = lora_layer(layer, x.lora, path, seed)
-    if x.m.shape[0] != shape(w)[0]:
-        raise InputError(f"DoRA at {path} has {x.m.shape[0]} magnitudes, but the base has {shape(w)[0]} rows")
+    adapted = lora_layer(layer, x.lora, path, seed)
+    rows, _ = shape(layer.w)
+    if x.m.shape[0] != rows:
+        raise InputError(f"DoRA at {path} has {x.m.shape[0]} magnitudes, but the base has {rows} rows")
     b, scale = _scaled_b(x.lora)
-    norms = row_norms(tree_map(torch.detach, w), x.lora.a.detach(), b.detach(), scale)  # constant to every derivative
-    return _with(adapted, w=replace(adapted.w, row=x.m / norms.clamp(min=1e-30)))
+    w = tree_map(torch.detach, layer.w)  # the norms are a constant to every derivative
+    norms = row_norms(w, x.lora.a.detach(), b.detach(), scale)
+    return replace(adapted, w=replace(adapted.w, row=x.m / norms.clamp(min=1e-30)))
 
 
-def ia3_layer(layer: T, x: IA3, path: str, seed: Int[Tensor, ""] | None) -> T:
+def ia3_layer(layer: Any, x: IA3, path: str, seed: Int[Tensor, ""] | None) -> Any:
     """W' = diag(row) · W · diag(col), bias' = row ⊙ bias."""
-    w: Weight = layer.w  # pyright: ignore[reportAttributeAccessIssue]
-    for scale, size in zip((x.row, x.col), shape(w), strict=True):
+    for scale, size in zip((x.row, x.col), shape(layer.w), strict=True):
         if scale is not None and scale.shape[0] != size:
             raise InputError(f"IA3 at {path} scales {scale.shape[0]} components, but the base has {size}")
-    layer = _with(layer, w=Adapted(w, row=x.row, col=x.col))
-    bias: Tensor | None = getattr(layer, "b", None)
-    return layer if x.row is None or bias is None else _with(layer, b=(x.row * bias).to(bias.dtype))
+    adapted, bias = replace(layer, w=Adapted(layer.w, row=x.row, col=x.col)), getattr(layer, "b", None)
+    if x.row is None or bias is None:
+        return adapted
+    return replace(adapted, b=(x.row * bias).to(bias.dtype))
 
 
 LAYER_TRANSFORMS: dict[type, Callable[..., Any]] = {LoRA: lora_layer, DoRA: dora_layer, IA3: ia3_layer}
 """What each kind of adapter makes of a layer: (layer, adapter, path, seed of dropout or None) -> layer."""
-
-
-def _with(layer: T, **fields: Any) -> T:
-    return replace(layer, **fields)  # pyright: ignore[reportArgumentType, reportCallIssue, reportReturnType, reportUnknownVariableType]
 
 
 def _scaled_b(x: LoRA) -> tuple[Tensor, float]:

@@ -187,10 +187,10 @@ def dtype(w: Weight) -> torch.dtype:
     return dtype(w.base) if isinstance(w, Adapted) else w.dtype
 
 
-def parameters(tree: Any) -> int:
+def num_parameters(tree: Any) -> int:
     """The number of parameters of a model: of a quantized matrix out times in, however many bytes hold it."""
     if isinstance(tree, Tensor):
         return tree.numel()
     if isinstance(tree, QUANTIZED):
         return tree.shape.numel()
-    return sum(parameters(child) for _, child in children(tree))
+    return sum(num_parameters(child) for _, child in children(tree))

@@ -122,12 +122,12 @@ def block(
     return after + mlp(normed, p.mlp, cfg), kv
 
 
-def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any) -> tuple[Tensor, LayerKV]:
+def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any, **options: Any) -> tuple[Tensor, LayerKV]:
     """`block` for its gradient alone: what it adds to x last is not computed, as no gradient reads it."""
     last = {"mlp.down.w": grad_only(p.mlp.down.w)}
     if cfg.parallel_residual:
         last["attn.o.w"] = grad_only(p.attn.o.w)
-    return block(x, replace_at(p, last), cfg, *args)
+    return block(x, replace_at(p, last), cfg, *args, **options)
 
 
 rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
