@@ -26,9 +26,9 @@ def test_the_same_texts():
             got = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1), compile=True)
             assert got == expected
     assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
-    own = [sets(params)[i] for i in (1, 2, 0)]
-    expected = fgpt.generate(params, prompts, 0, 9, adapters=own)
-    assert fgpt.generate(params, prompts, 0, 9, adapters=own, compile=True) == expected
+    adapters = [sets(params)[i] for i in (1, 2, 0)]
+    expected = fgpt.generate(params, prompts, 0, 9, adapters=adapters)
+    assert fgpt.generate(params, prompts, 0, 9, adapters=adapters, compile=True) == expected
 
 
 @torch.no_grad()
@@ -54,15 +54,15 @@ def test_few_bits(to: Any):
 def test_when_rows_are_few():
     """Compiled, not differentiated, and not mapped: a mapped row hides how many there are."""
 
-    def told(x: torch.Tensor) -> torch.Tensor:
+    def uses_gemv(x: torch.Tensor) -> torch.Tensor:
         return torch.tensor(gemv.use_gemv(x))
 
-    few = torch.compile(told)
+    few = torch.compile(uses_gemv)
     with torch.no_grad():
         assert [bool(few(torch.ones(n, 4))) for n in (1, 2, 8, 9)] == [True, True, True, False]
         assert few(torch.ones(2, 4, 4))
         assert not few(torch.ones(3, 3, 4))
-        assert not told(torch.ones(1, 4))
+        assert not uses_gemv(torch.ones(1, 4))
         assert not torch.compile(lambda x: vmap(lambda y: y + gemv.use_gemv(y))(x))(torch.zeros(3, 1, 4)).any()
     assert not few(torch.ones(1, 4))
 

@@ -37,7 +37,7 @@ def params() -> fgpt.GPT:
 
 def steps(leak: bool = False) -> int:
     """A training with its log, its TensorBoard events and many checkpoints; or one that keeps 10 kB each step."""
-    base, kept, sizes = params(), [], []
+    base, leaked, sizes = params(), [], []
     adapters, optimizer = fgpt.lora(base, fgpt.key(2), 2), adamw(1e-3)
 
     def batches(begin: int) -> Iterator[list[Batch]]:
@@ -45,7 +45,7 @@ def steps(leak: bool = False) -> int:
             if number in (WARM, WARM + TIMES):
                 sizes.append(resident())
             if leak:
-                kept.append(torch.ones(2500))
+                leaked.append(torch.ones(2500))
             x = torch.randint(31, (8, 17), generator=fgpt.rng.fold_in(fgpt.key(1), number))
             yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
 
@@ -69,12 +69,12 @@ def steps(leak: bool = False) -> int:
 def texts() -> int:
     """Generations, every second one with an adapter for each row."""
     base, sizes = params(), []
-    some = [fgpt.lora(base, fgpt.key(i), 2) for i in range(2)]
+    adapters = [fgpt.lora(base, fgpt.key(i), 2) for i in range(2)]
     warm = fgpt.SamplingParams(temperature=1.0, top_k=5)
     for number in range(WARM + TIMES + 1):
         if number in (WARM, WARM + TIMES):
             sizes.append(resident())
-        fgpt.generate(base, [[1, 2], [4]], 0, 2, warm, fgpt.key(number), adapters=some if number % 2 else None)
+        fgpt.generate(base, [[1, 2], [4]], 0, 2, warm, fgpt.key(number), adapters=adapters if number % 2 else None)
     return sizes[1] - sizes[0]
 
 

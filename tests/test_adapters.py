@@ -81,8 +81,8 @@ def test_at_init_the_adapted_model_is_the_base_bitwise(base: str, method: str):
     logits, adapted = fgpt.apply(params, X), fgpt.adapt(params, adapters)
     assert fgpt.apply(adapted, X).dtype == logits.dtype
     assert torch.equal(fgpt.apply(adapted, X), logits)
-    held = [isinstance(x.w, fgpt.Adapted) for _, x in walk(adapted) if isinstance(x, Linear)]
-    assert held == [True] * len(adapters)
+    is_adapted = [isinstance(x.w, fgpt.Adapted) for _, x in walk(adapted) if isinstance(x, Linear)]
+    assert is_adapted == [True] * len(adapters)
     if base in ("fp32", "bf16"):
         assert same(fgpt.merge(adapted), params)
     else:
@@ -167,11 +167,11 @@ def test_linear_embed_and_products_are_dense(w: Any, batch: tuple[int, ...], bia
     near(fgpt.embed(rows, w), meaning(w)[rows])
 
 
-def trained(w: Any) -> list[Tensor]:
-    """What of `w` has a gradient."""
+def float_parts(w: Any) -> list[Tensor]:
+    """The tensors of `w` that have a gradient."""
     if not isinstance(w, fgpt.Adapted):
         return [w] if isinstance(w, Tensor) else []
-    return [x for x in (w.a, w.b, w.row, w.col) if x is not None] + trained(w.base)
+    return [x for x in (w.a, w.b, w.row, w.col) if x is not None] + float_parts(w.base)
 
 
 def positive(w: Any) -> Any:
@@ -190,7 +190,7 @@ def test_gradients_of_linear_are_those_of_dense(w: Any, batch: tuple[int, ...], 
     bias = [torch.randn(OUT, generator=fgpt.key(2))] if biased else []
 
     def gradients(x: Tensor, w: Any, bias: list[Tensor], u: Tensor, fn: Any) -> tuple[Tensor, ...]:
-        inputs = [t.requires_grad_() for t in (x, *bias, *trained(w))]
+        inputs = [t.requires_grad_() for t in (x, *bias, *float_parts(w))]
         return torch.autograd.grad(fn(x, w, *bias), inputs, u)
 
     def exact(x: Tensor, w: Any, *bias: Tensor) -> Tensor:
@@ -302,12 +302,14 @@ METHODS: dict[str, Callable[[fgpt.GPT], list[Any]]] = {
 
 
 @pytest.fixture
-def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with whole numbers leave their input as it is: what their rounding does, the laws above say."""
-    monkeypatch.setattr("fgpt.kernels.quantized_linear.product", lambda x, w: F.linear(x, dequantize(w, x.dtype)))
+def exact_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 products without the rounding of their input, which the laws above cover."""
+    for module in ("linear", "scaled_linear"):
+        name = f"fgpt.kernels.{module}.quantized_linear"
+        monkeypatch.setattr(name, lambda x, w: F.linear(x, dequantize(w, x.dtype)))
 
 
-@pytest.mark.usefixtures("unrounded")
+@pytest.mark.usefixtures("exact_int8")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("base", ["fp32", "nf4", "int8", "blockwise8"])
 def test_merged_is_factored(base: str, method: str):
@@ -417,11 +419,11 @@ def adapter(method: str, w: Any) -> fgpt.Adapters:
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8", "blockwise8"])
 def test_row_norms_hold_no_second_matrix(wide: dict[str, Any], kind: str):
     lora: Any = adapter("lora", wide[kind])["layer"]
-    with Largest() as seen:
+    with Largest() as largest:
         fgpt.dora({"layer": Linear(wide[kind])}, fgpt.key(0), 4, target="layer")
         row_norms(wide[kind], lora.a, lora.b, lora.scale)
         row_norms(fgpt.Adapted(wide[kind], lora.a, lora.b), lora.a, lora.b, lora.scale)
-    assert seen.numel <= (8 * WIDE if kind == "fp32" else WIDE * WIDE // 4)
+    assert largest.numel <= (8 * WIDE if kind == "fp32" else WIDE * WIDE // 4)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -434,10 +436,10 @@ def test_a_layer_costs_no_matrix(wide: dict[str, Any], method: str):
         layer = fgpt.adapt(base, adapters)["layer"]
         return fgpt.linear(x, layer.w, layer.b).square().sum()
 
-    with Largest() as seen:
+    with Largest() as largest:
         grad(f)(adapters)
         fgpt.adapt(base, adapters)
-    assert WIDE < seen.numel <= 4 * WIDE
+    assert WIDE < largest.numel <= 4 * WIDE
 
 
 def test_a_stack_of_adapters_on_a_quantized_layer_expands_its_base_alone(wide: dict[str, Any]):
@@ -446,9 +448,9 @@ def test_a_stack_of_adapters_on_a_quantized_layer_expands_its_base_alone(wide: d
         adapted = fgpt.adapt(adapted, adapter(method, wide["nf4"]))
     sizes = []
     for w in (wide["nf4"], adapted["layer"].w):
-        with Largest() as seen:
+        with Largest() as largest:
             fgpt.linear(torch.randn(3, WIDE, generator=fgpt.key(1)), w)
-        sizes.append(seen.shapes)
+        sizes.append(largest.shapes)
     large = [{s for s in shapes if torch.Size(s).numel() >= WIDE * 64} for shapes in sizes]
     assert large[0] == large[1]
 
@@ -468,7 +470,7 @@ def test_row_norms_are_the_norms_of_the_rows(w: Any, rows: int, seed: int):
     while isinstance(bottom, fgpt.Adapted):
         bottom, columns = bottom.base, columns or bottom.col is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fgpt.weights.PIECE", rows * IN)
+        patch.setattr("fgpt.kernels.row_norms.CHUNK", rows * IN)
         for weight in (bottom, w):
             exact = meaning(weight) + 0.7 * b.double() @ a.double()
             got = row_norms(weight, a, b, 0.7)
@@ -517,19 +519,19 @@ def test_doras_gradient_takes_the_norm_as_a_constant(kind: str):
     norm = (meaning(base["layer"].w) + 5 / 3 * at[1] @ at[0]).norm(dim=-1)
     near(ours(adapters), by_hand(*at))
 
-    def held(a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+    def with_constant_norm(a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         return by_hand(a, b, m, norm)
 
-    got, expected = list(leaves(grad(ours)(adapters)).values()), grad(held, argnums=(0, 1, 2))(*at)
+    got, expected = list(leaves(grad(ours)(adapters)).values()), grad(with_constant_norm, argnums=(0, 1, 2))(*at)
     for g, e in zip(got, expected, strict=True):
         near(g, e)
     whole = grad(by_hand, argnums=1)(*at)
     assert (whole - expected[1]).abs().max() > 0.01 * expected[1].abs().max()
-    # Forward mode holds it as well: the slope along a direction, and a Hessian's product, are those of the held form.
+    # Forward mode holds it as well: the slope along a direction, and a Hessian's product, are those of that form.
     along, ones = tree_map(torch.ones_like, adapters), tuple(torch.ones_like(t) for t in at)
-    near(jvp(ours, (adapters,), (along,))[1], jvp(held, at, ones)[1])
+    near(jvp(ours, (adapters,), (along,))[1], jvp(with_constant_norm, at, ones)[1])
     second = leaves(jvp(grad(ours), (adapters,), (along,))[1]).values()
-    for g, e in zip(second, jvp(grad(held, argnums=(0, 1, 2)), at, ones)[1], strict=True):
+    for g, e in zip(second, jvp(grad(with_constant_norm, argnums=(0, 1, 2)), at, ones)[1], strict=True):
         near(g, e)
 
 
@@ -561,10 +563,10 @@ def agree(model: Any, trained: Sequence[Tensor], layer: Linear, adapters: fgpt.A
         y = fgpt.linear(x, adapted.w, adapted.b)
         return (u * y.sin()).sum(), y
 
-    theirs = model(x)
-    (u * theirs.sin()).sum().backward()
+    peft_y = model(x)
+    (u * peft_y.sin()).sum().backward()
     grads, y = grad(ours, has_aux=True)(adapters)
-    near(y, theirs.detach())
+    near(y, peft_y.detach())
     assert (y - F.linear(x, layer.w, layer.b)).abs().max() > 0.1  # pyright: ignore
     found = leaves(grads)
     assert len(found) == len(trained)
@@ -597,13 +599,13 @@ def test_ia3_is_pefts(feedforward: bool):
 # ------------------------------------------------------------------------------------------------------------- dropout
 
 
-def dropped(p: float = 0.5, params: fgpt.GPT = PLAIN) -> Any:
+def fresh_with_dropout(p: float = 0.5, params: fgpt.GPT = PLAIN) -> Any:
     return shaken(fgpt.lora(params, fgpt.key(0), 4, target=LINEARS, dropout=p))
 
 
 def test_dropout_needs_a_key():
     """Without one it is off, and so it is in the merged reading."""
-    adapters = dropped()
+    adapters = fresh_with_dropout()
     plain = tree_map(lambda x: x, {p: fgpt.LoRA(x.a, x.b, x.alpha) for p, x in adapters.items()})
     expected = fgpt.apply(fgpt.adapt(PLAIN, plain), X)
     assert torch.equal(fgpt.apply(fgpt.adapt(PLAIN, adapters), X), expected)
@@ -614,7 +616,7 @@ def test_dropout_needs_a_key():
 
 
 def test_one_key_is_one_mask_and_two_are_two():
-    adapters, world = dropped(), torch.get_rng_state()
+    adapters, world = fresh_with_dropout(), torch.get_rng_state()
 
     def logits(rng: Any) -> Tensor:
         return fgpt.apply(fgpt.adapt(PLAIN, adapters, rng=rng), X)
@@ -661,7 +663,7 @@ def test_dropouts_mean_is_no_dropout():
 
 def test_seeds_are_mapped_over():
     """An ensemble of masks in one pass, and their gradients."""
-    adapters, seeds = dropped(), torch.tensor([3, 4, 5])
+    adapters, seeds = fresh_with_dropout(), torch.tensor([3, 4, 5])
 
     def loss(adapters: Any, seed: Tensor) -> Tensor:
         return fgpt.loss(fgpt.adapt(PLAIN, adapters, rng=seed), BATCH)
@@ -688,11 +690,13 @@ def test_each_micro_batch_draws_its_own_mask():
         return step_loss(adapters, params, batch, rng)
 
     optimizer = fgpt.adamw(1e-2)
-    state, step = fgpt.init_state(dropped(), optimizer), make_step(loss, optimizer)
-    some, again, other, none = (step(state, PLAIN, [BATCH] * 3, rng)[0] for rng in (*map(fgpt.key, (0, 0, 1)), None))
-    assert same(some, again)
-    assert not same(some, other)
-    assert not same(some, none)
+    state, step = fgpt.init_state(fresh_with_dropout(), optimizer), make_step(loss, optimizer)
+    first, repeated, other, none = (
+        step(state, PLAIN, [BATCH] * 3, rng)[0] for rng in (*map(fgpt.key, (0, 0, 1)), None)
+    )
+    assert same(first, repeated)
+    assert not same(first, other)
+    assert not same(first, none)
     drawn = [None if s is None else int(s) for s in seeds]
     assert drawn[:3] == drawn[3:6]
     assert len(set(drawn[:3] + drawn[6:9])) == 6
@@ -780,9 +784,9 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, fgpt.lora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
         (
             lambda p: fgpt.adapt(p, fgpt.lora(fgpt.fuse_qkv(p), fgpt.key(0), 2)),
-            r"for a fused base: fuse\(params\) first",
+            r"for a fused base: fuse_qkv\(params\) first",
         ),
-        (lambda p: fgpt.adapt(fgpt.fuse_qkv(p), fgpt.lora(p, fgpt.key(0), 2)), r"not fused: do not fuse\(params\)"),
+        (lambda p: fgpt.adapt(fgpt.fuse_qkv(p), fgpt.lora(p, fgpt.key(0), 2)), r"not fused: do not fuse_qkv\(params\)"),
         (lambda p: fgpt.dora(p, fgpt.key(0), rank=17), r"rank 17 on blocks\.0\.attn\.q: expected 1 to 16"),
         (
             lambda p: fgpt.lora(p, fgpt.key(0), dropout=1.0),
@@ -822,7 +826,7 @@ B = torch.ones(40, 2)
         (lambda p: fgpt.adapt(p, fgpt.dora(tiny(n_layer=3), fgpt.key(0), 2)), r"no layer 'blocks\.2\.attn\.q'"),
         (
             lambda p: fgpt.merge(p, base="quantized"),
-            "merge onto 'quantized': expected \"dequantized\" or a params tree",
+            "merge with base 'quantized': expected \"dequantized\" or a params tree",
         ),
         (lambda p: fgpt.fuse_qkv(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2))), "fuse the plain base"),
         (lambda p: fgpt.save(fgpt.adapt(p, fgpt.lora(p, fgpt.key(0), 2)), Path("x")), r"merge\(params\) first"),
@@ -867,14 +871,14 @@ def test_keys_are_read_and_never_advanced(gpt: fgpt.GPT):
 
 
 def test_draws_belong_to_the_key_and_the_path(gpt: fgpt.GPT):
-    some: Any = fgpt.lora(gpt, fgpt.key(0), 2)
+    few: Any = fgpt.lora(gpt, fgpt.key(0), 2)
     more: Any = fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS)
-    assert same(some, {path: more[path] for path in some})  # what else is adapted changes nothing
+    assert same(few, {path: more[path] for path in few})  # what else is adapted changes nothing
     other: Any = fgpt.lora(gpt, fgpt.key(1), 2)
     drawn = [x.a for x in more.values() if x.a.shape[1] == 16] + [x.a for x in other.values()]
     assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(drawn)
-    assert all(x.a.abs().max() <= 16**-0.5 and x.a.std() > 0.1 for x in some.values())
-    assert set(some) == {p for p in weight_matrices(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
+    assert all(x.a.abs().max() <= 16**-0.5 and x.a.std() > 0.1 for x in few.values())
+    assert set(few) == {p for p in weight_matrices(gpt) if re.fullmatch(r"blocks\.\d\.attn\.[qkv]", p)}
 
 
 def test_adapters_and_params_are_fp32_whatever_the_default_is(gpt: fgpt.GPT):

@@ -187,14 +187,14 @@ def test_loss_a_forgotten_position():
 
 
 def test_padding_that_counts_as_positions(patch: Patch):
-    def counting(through: Any) -> Any:
-        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any) -> Any:
+    def counting(transformer_layers: Any) -> Any:
+        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any, **options: Any) -> Any:
             there = positions if mask is None else torch.arange(tokens.shape[-1]).expand_as(tokens)
-            return through(params, tokens, there, mask, *rest)
+            return transformer_layers(params, tokens, there, mask, *rest, **options)
 
         return wrong
 
-    patch("fgpt.model", "through", counting)
+    patch("fgpt.model.forward", "transformer_layers", counting)
     assert faulty(PLAIN) == {"padding"}
     assert "packing" in faulty(PACKED)
 
@@ -214,7 +214,7 @@ def test_packing_documents_that_see_one_another(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model", "_forward", joined)
+    patch("fgpt.model.forward", "_forward", joined)
     for base in ("fp32", "bf16"):
         assert faulty(PACKED, base) == {"packing"}
 
@@ -243,7 +243,7 @@ def test_rows_whose_number_matters(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model", "_forward", counted)
+    patch("fgpt.model.forward", "_forward", counted)
     assert faulty(PLAIN) == {"batch size"}
 
 
@@ -305,7 +305,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
 
 
 def test_a_leaf_that_has_no_gradient_is_named(patch: Patch):
-    patch("fgpt.model", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
+    patch("fgpt.model.forward", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
     params = model()
     found = fgpt.run_checks(params, METHODS["lora and ln"](params), PACKED)
     (silent,) = (x for x in found if x.holds is False)

@@ -33,7 +33,7 @@ from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.recipes import RECIPES, InstructionRecipe, PretrainingRecipe, find
 from fgpt.recipes.tuning import FineTuningRecipe, default_warmup
-from fgpt.weights import parameters
+from fgpt.weights import num_parameters
 
 ODD = "[/red]x[b] :smile:"
 """A name that a console could take for markup."""
@@ -278,7 +278,7 @@ def test_a_header_counts_parameters_and_not_bytes():
     assert sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
     table = fgpt.lora(base, fgpt.key(0), rank=1, target=r"blocks\.0\.attn\.q")
     assert sizes("nano", base, table).endswith("512 trained (0.01 %)")
-    assert parameters(fgpt.adapt(base, adapters)) == 4_339_200 + 32_768
+    assert num_parameters(fgpt.adapt(base, adapters)) == 4_339_200 + 32_768
 
 
 # ---------------------------------------------------------------------------------------------------- names in brackets

@@ -44,19 +44,19 @@ def reference(p: Any, batch: fgpt.Batch) -> Tensor:
     d = cfg.head_size
 
     def norm(x: Tensor, n: Any) -> Tensor:
-        if cfg.norm == "rms":
-            return x / (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt() * n.w
+        if cfg.norm_type == "rms":
+            return x / (x.pow(2).mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * n.w
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt() * n.w + n.b
+        return x / (x.pow(2).mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * n.w + n.b
 
     def layer(x: Tensor, part: Any) -> Tensor:
         y = x @ part.w.T
         return y if part.b is None else y + part.b
 
-    def turned(x: Tensor) -> Tensor:
-        if not cfg.rotary:
+    def rotate(x: Tensor) -> Tensor:
+        if not cfg.rotary_dim:
             return x
-        theta = cfg.base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+        theta = cfg.rope_theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
         angle = torch.arange(x.shape[-2], dtype=torch.float64)[:, None] * theta
         z = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([z.real, z.imag], -1)
@@ -70,13 +70,13 @@ def reference(p: Any, batch: fgpt.Batch) -> Tensor:
     past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
     for block in p.blocks:
         a, y = block.attn, norm(x, block.ln_1)
-        q, k, v = turned(heads(y, a.q, a.q_norm)), turned(heads(y, a.k, a.k_norm)), heads(y, a.v)
+        q, k, v = rotate(heads(y, a.q, a.q_norm)), rotate(heads(y, a.k, a.k_norm)), heads(y, a.v)
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
         scores = (q @ k.mT / d**0.5).masked_fill(~past, -torch.inf)
         x = x + layer((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), a.o)
         y = norm(x, block.ln_2)
         up = layer(y, block.mlp.up)
-        wide = F.silu(layer(y, block.mlp.gate)) * up if cfg.gated else F.gelu(up, approximate="tanh")
+        wide = F.silu(layer(y, block.mlp.gate)) * up if cfg.gated_mlp else F.gelu(up, approximate="tanh")
         x = x + layer(wide, block.mlp.down)
     head = p.wte.w if p.head is None else p.head.w
     log_p = (norm(x, p.ln_f) @ head.T).log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]

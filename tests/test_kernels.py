@@ -61,7 +61,7 @@ def case(n: int, vocab: int, widths: list[int], seed: int = 0) -> Case:
     )
 
 
-def paired(xw: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def terms_of(xw: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(xw[::2], xw[1::2], strict=True))
 
 
@@ -71,17 +71,17 @@ def test_cross_entropy_is_its_reference(n: int, products: int, biased: bool, row
     xw, b, y, u = case(n, 11, [5, 2, 3][:products], seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(C, "CHUNK_BYTES", 4 * 11 * rows)
-        out, pull = vjp(lambda b, *xw: C.cross_entropy(paired(list(xw)), b if biased else None, y), b, *xw)
+        out, pull = vjp(lambda b, *xw: C.cross_entropy(terms_of(list(xw)), b if biased else None, y), b, *xw)
         got = pull(u)
 
     def exact(b: Tensor, *xw: Tensor) -> Tensor:
-        logits = torch.stack([x @ w.T for x, w in paired(list(xw))]).sum(0) + (b if biased else 0)
+        logits = torch.stack([x @ w.T for x, w in terms_of(list(xw))]).sum(0) + (b if biased else 0)
         return F.nll_loss(logits.log_softmax(-1), y, reduction="none")
 
     expected, pull_exact = vjp(exact, b.double(), *(x.double() for x in xw))
     close(out.double(), expected, 1e-5)
     close(tuple(g.double() for g in got), pull_exact(u.double()), 1e-5)
-    close(C.reference(paired(xw), b if biased else None, y).double(), expected, 1e-5)
+    close(C.reference(terms_of(xw), b if biased else None, y).double(), expected, 1e-5)
 
 
 def test_a_bias_trained_alone():
@@ -148,9 +148,9 @@ def test_no_chunk_of_logits_is_larger_for_being_mapped(over: str, monkeypatch: p
         "heads": lambda: vmap(grad(one), in_dims=(None, 0))(x[0], w),
         "both": lambda: vmap(vmap(grad(one), in_dims=(0, None)), in_dims=(None, 0))(x, w),
     }
-    with Largest() as made:
+    with Largest() as largest:
         got = runs[over]()
-    logits = [math.prod(shape) for shape in made.shapes if shape[-1:] == (vocab,) and shape[-2:] != (d, vocab)]
+    logits = [math.prod(shape) for shape in largest.shapes if shape[-1:] == (vocab,) and shape[-2:] != (d, vocab)]
     assert max(logits) <= 30 * vocab
     r = grad(lambda x, w: C.reference([(x, w)], None, y).sum())
     close(
@@ -161,22 +161,22 @@ def test_no_chunk_of_logits_is_larger_for_being_mapped(over: str, monkeypatch: p
 
 
 def test_what_is_tracked_and_mapped_at_any_level():
-    seen: dict[str, Any] = {}
+    states: dict[str, Any] = {}
 
-    def look(name: str) -> Callable[[Tensor], Tensor]:
+    def record(name: str) -> Callable[[Tensor], Tensor]:
         def f(x: Tensor) -> Tensor:
-            seen[name] = functorch_state.is_differentiated(x), functorch_state.is_vmapped(x)
+            states[name] = functorch_state.is_differentiated(x), functorch_state.num_vmapped(x)
             return x.square().sum()
 
         return f
 
     x = torch.ones(5, 4, 3)
-    look("plain")(x)
-    vmap(vmap(look("vmap")))(x)
-    vmap(grad(look("vmap(grad)")))(x)
-    grad(lambda x: vmap(look("grad(vmap)"))(x).sum())(x)
-    vmap(look("autograd(vmap)"))(x.clone().requires_grad_())
-    assert seen == {
+    record("plain")(x)
+    vmap(vmap(record("vmap")))(x)
+    vmap(grad(record("vmap(grad)")))(x)
+    grad(lambda x: vmap(record("grad(vmap)"))(x).sum())(x)
+    vmap(record("autograd(vmap)"))(x.clone().requires_grad_())
+    assert states == {
         "plain": (False, 1),
         "vmap": (False, 20),
         "vmap(grad)": (True, 5),
@@ -201,37 +201,37 @@ def test_full_logits_are_never_held(kernel: Any, monkeypatch: pytest.MonkeyPatch
     n, vocab, d = 64, 50, 8
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * vocab * 10)
     (x, w), _, y, _ = case(n, vocab, [d])
-    with Largest() as seen:
+    with Largest() as largest:
         grad(lambda x: kernel([(x, w)], None, y).sum())(x)
-    assert seen.numel == (n * vocab if kernel is C.reference else n * d)
+    assert largest.numel == (n * vocab if kernel is C.reference else n * d)
 
 
 def test_a_training_gradient_makes_no_full_logits_and_no_head_gradient(monkeypatch: pytest.MonkeyPatch):
     big = tiny(vocab_size=500, tie_word_embeddings=False)
     batch = fgpt.Batch(tokens(500, 4, 20), tokens(500, 4, 20), torch.ones(4, 20))
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * 500 * 3)
-    with Largest() as seen:
+    with Largest() as largest:
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.lora(big, fgpt.key(0), 2))
-    assert seen.numel < 500 * 16  # smaller than the table itself, which no step may copy or differentiate
-    with Largest() as seen:
+    assert largest.numel < 500 * 16  # smaller than the table itself, which no step may copy or differentiate
+    with Largest() as largest:
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.trainable_leaves(big, r"head\.w"))
-    assert (500, 16) in seen.shapes
+    assert (500, 16) in largest.shapes
 
 
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 
 def fate(seed: int, i: int, j: int) -> int:
-    """The hash of one element, in Python's whole numbers: MurmurHash3's finaliser, over Weyl counters."""
+    """The hash of one element, in Python's integers: MurmurHash3's finalizer, over Weyl counters."""
 
-    def finalise(h: int) -> int:
+    def finalize(h: int) -> int:
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
         h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
         return h ^ h >> 16
 
-    row = finalise(((i + 1) * 0x9E3779B9 + finalise(seed)) % 2**32)
-    column = finalise(((j + 1) * 0x9E3779B9 + finalise(seed ^ 0x5BD1E995)) % 2**32)
-    return finalise((row + column) % 2**32)
+    row = finalize(((i + 1) * 0x9E3779B9 + finalize(seed)) % 2**32)
+    column = finalize(((j + 1) * 0x9E3779B9 + finalize(seed ^ 0x5BD1E995)) % 2**32)
+    return finalize((row + column) % 2**32)
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(0, 0.99))
@@ -279,7 +279,7 @@ def test_dropout_under_transforms():
 # --------------------------------------------------------------------------------------------------------------- scales
 
 
-def adapted(w: Any, row: Tensor, *ab: Tensor, drop: float = 0.0) -> fgpt.Adapted:
+def with_scaled_rows(w: Any, row: Tensor, *ab: Tensor, drop: float = 0.0) -> fgpt.Adapted:
     """With s = 3, and dropout of A's input by a seed of 5."""
     a, b = ab or (None, None)
     return fgpt.Adapted(w, a, b, row, seed=torch.tensor(5) if drop else None, scale=3.0, dropout=drop)
@@ -304,7 +304,7 @@ def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | Non
     inputs[3] = None if needs[3] is None else inputs[3]
 
     def fn(x: Tensor, w: Tensor, row: Tensor, bias: Tensor | None, *ab: Tensor) -> Tensor:
-        return fgpt.linear(x, adapted(w, row, *ab, drop=drop), bias)
+        return fgpt.linear(x, with_scaled_rows(w, row, *ab, drop=drop), bias)
 
     x, w, row, bias, *ab = inputs
     y = x @ w.T
@@ -335,7 +335,7 @@ def test_scaled_over_quantized(to: Any):
     )
     row, bias, q = torch.rand(5) + 0.5, torch.rand(5), quantize_matrix(w, to)
     trained = [t.requires_grad_() for t in (x, row, bias, a, b)]
-    found, true = (fgpt.linear(x, adapted(m, row, a, b), bias) for m in (q, dequantize(q)))
+    found, true = (fgpt.linear(x, with_scaled_rows(m, row, a, b), bias) for m in (q, dequantize(q)))
     grads = [torch.autograd.grad(y, trained, g) for y in (found, true)]
     for u, v in zip((found, *grads[0]), (true, *grads[1]), strict=True):
         assert (u - v).norm() / v.norm() < (1e-5 if to == "nf4" else 0.02)
@@ -353,7 +353,7 @@ def test_the_gradient_of_a_scale_is_summed_in_fp32(dtype: torch.dtype, least: fl
     )
     row, bias = torch.linspace(least, least + 1, 8).to(dtype), torch.ones(8, dtype=dtype)
 
-    found = torch.autograd.grad(fgpt.linear(x, adapted(w, row.requires_grad_(), a, b), bias), row, g)[0]
+    found = torch.autograd.grad(fgpt.linear(x, with_scaled_rows(w, row.requires_grad_(), a, b), bias), row, g)[0]
     true = ((x.double() @ (w.double() + 3 * b.double() @ a.double()).T) * g.double()).sum(0)
     off = (found - true).norm() / true.norm()
     assert off < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -364,7 +364,7 @@ def test_scaled_rows_may_be_few_or_none(rows: int):
     sizes = [(rows, 4), (5, 4), (5,), (5,), (2, 4), (5, 2)]
     x, w, row, bias, a, b = (torch.rand(size, dtype=torch.float64, generator=fgpt.key(0)) + 0.5 for size in sizes)
     inputs = [t.requires_grad_() for t in (x, row, bias, a, b)]
-    found = torch.autograd.grad(fgpt.linear(x, adapted(w, row, a, b), bias).sum(), inputs)
+    found = torch.autograd.grad(fgpt.linear(x, with_scaled_rows(w, row, a, b), bias).sum(), inputs)
     true = torch.autograd.grad((row * (x @ (w + 3 * b @ a).T) + bias).sum(), inputs)
     close(found, true, 1e-12)
 
@@ -425,7 +425,7 @@ def test_a_third_derivative_by_recorded_backwards():
 
 def test_dual_numbers_by_hand_through_a_recorded_gradient_of_silu():
     """Forward over reverse, without torch.func: the Hessian's product of jvp(grad)."""
-    p, at, v = in_doubles(act="silu", gated=True)
+    p, at, v = in_doubles(activation="silu", gated_mlp=True)
     rows = tokens(31, 2, 9)
 
     def loss(a: Any) -> Tensor:

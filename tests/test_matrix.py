@@ -148,7 +148,7 @@ def plane(f: Callable[[Any], Tensor], p: Point) -> Callable[[Tensor], Tensor]:
     return lambda t: f(tree_map(lambda x, v, w: x + t[0] * v + t[1] * w, p.at, p.v, p.w))
 
 
-def compiled(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def compile_eagerly(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     torch._dynamo.reset()
     return torch.compile(fn, fullgraph=True, backend="aot_eager")
 
@@ -204,8 +204,10 @@ TRANSFORMS: dict[str, Callable[[fgpt.GPT, Point], Any]] = {
     "remat, autograd(vmap)": lambda w, p: autograd(each_example(loss_over(w, remat=True)), p.at),
     "remat, grad": lambda w, p: grad(whole(loss_over(w, remat=True)))(p.at),
     "remat, vmap(grad)": lambda w, p: vmap(grad(loss_over(w, remat=True)), EXAMPLES)(p.at, ROWS, SEEDS),
-    "compile(grad)": lambda w, p: compiled(lambda a: grad(loss_over(w))(a, ROWS, SEED))(p.at),
-    "compile(vmap(grad))": lambda w, p: compiled(lambda a: vmap(grad(loss_over(w)), EXAMPLES)(a, ROWS, SEEDS))(p.at),
+    "compile(grad)": lambda w, p: compile_eagerly(lambda a: grad(loss_over(w))(a, ROWS, SEED))(p.at),
+    "compile(vmap(grad))": lambda w, p: compile_eagerly(lambda a: vmap(grad(loss_over(w)), EXAMPLES)(a, ROWS, SEEDS))(
+        p.at
+    ),
 }
 """`hessian` is torch.func's, jacfwd of jacrev, in the plane of two directions."""
 COMPILED = tuple(name for name in TRANSFORMS if name.startswith("compile"))
@@ -255,7 +257,7 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
             adapter, (row, w, ba, col) = adapters.get(path), parts(path)
             y = x @ dense(path).T
             if path in rounds:  # what rounding adds to the input of the frozen matrix is a constant
-                y = y + (rounded(x * col) - x * col).detach() @ (row[:, None] * w).T
+                y = y + (round_to_int8(x * col) - x * col).detach() @ (row[:, None] * w).T
             if isinstance(adapter, fgpt.LoRA) and adapter.dropout and mistake != "nothing dropped":
                 keep = dropout_mask(fold_in_seed(seed, f"0/{path}"), x[..., 0].numel(), x.shape[-1], adapter.dropout)
                 y = y + (x * keep.view(x.shape) / (1 - adapter.dropout) - x) @ ba.T
@@ -284,8 +286,8 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
     return loss
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Each row in whole numbers of its largest magnitude / 127."""
+def round_to_int8(x: Tensor) -> Tensor:
+    """Each row in integer multiples of its largest magnitude / 127."""
     step = x.abs().amax(-1, keepdim=True) / 127
     return (x / step).round() * step
 
@@ -300,7 +302,7 @@ def derivatives(f: Loss, at: Any, batch: fgpt.Batch, seed: Tensor, *directions: 
     return value.detach(), tree_map(torch.detach, first), [tree_unflatten(list(x), structure) for x in second]
 
 
-def expected(f: Loss, p: Point) -> dict[str, Any]:
+def reference_results(f: Loss, p: Point) -> dict[str, Any]:
     """What each transform is to give."""
     _, first, (hv, hw) = derivatives(f, p.at, ROWS, SEED, p.v, p.w)
     rows = [derivatives(f, p.at, row(ROWS, i), SEEDS[i]) for i in range(3)]
@@ -345,8 +347,8 @@ def error(got: Any, want: Any) -> float:
     return torch.stack(far).nan_to_num(math.inf).max().item()
 
 
-def computed(name: str, on: str, frozen: fgpt.GPT, p: Point) -> Any:
-    with mock.patch.object(quantized, "MULTIPLIES_BF16", on == BF16_TOO):
+def run_transform(name: str, on: str, frozen: fgpt.GPT, p: Point) -> Any:
+    with mock.patch.object(quantized_linear, "HAS_BF16_MATMUL", on == BF16_TOO):
         return TRANSFORMS[name](frozen, p)
 
 
@@ -354,11 +356,11 @@ def wrong(kind: str, on: str, names: Iterable[str], n_layer: int = 2) -> dict[st
     """The transforms of a cell that do not give what they are to give, and what they give instead."""
     frozen = base(on, n_layer)
     p = Point(kind, frozen)
-    want, found = expected(reference_over(frozen), p), {}
+    want, found = reference_results(reference_over(frozen), p), {}
     for name in names:
         kind_of_error, says = IMPOSSIBLE.get((kind, on, name), ((), ""))
         try:
-            far = error(computed(name, on, frozen, p), want[name])
+            far = error(run_transform(name, on, frozen, p), want[name])
         except Exception as err:
             if not (isinstance(err, kind_of_error) and says in str(err)):
                 found[name] = repr(err)
@@ -410,7 +412,7 @@ def test_compiled():
 def test_a_wrong_gradient_is_noticed(on: str):
     frozen = base(on, 2)
     p = Point("LoRA and LayerNorm", frozen)
-    want = expected(reference_over(frozen), p)["grad"]
+    want = reference_results(reference_over(frozen), p)["grad"]
     assert error(want, want) == 0
     assert error(tree_map(lambda x: 1.1 * x, want), want) > TOLERANCE[on]
     assert error({path: x for path, x in want.items() if path != "ln_f.b"}, want) > TOLERANCE[on]
@@ -433,9 +435,9 @@ def test_a_wrong_meaning_is_noticed(kind: str, mistake: Mistake):
     for on in BASES if mistake != "not rounded" else ["int8"]:
         frozen = base(on, 2)
         p = Point(kind, frozen)
-        want = expected(reference_over(frozen, mistake), p)
+        want = reference_results(reference_over(frozen, mistake), p)
         for name in ("grad", "vmap(grad)", "jvp(grad)"):
-            assert error(computed(name, on, frozen, p), want[name]) > TOLERANCE[on]
+            assert error(run_transform(name, on, frozen, p), want[name]) > TOLERANCE[on]
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_families import loaded, theirs
-from test_matrix import BASES, EAGER, KINDS, TOLERANCE, TRANSFORMS, Loss, Point, error, expected
+from test_matrix import BASES, EAGER, KINDS, TOLERANCE, TRANSFORMS, Loss, Point, error, reference_results
 from torch import Tensor
 
 import fgpt
@@ -91,7 +91,7 @@ def wrong(name: str, kind: str, on: str, transforms: Iterable[str]) -> dict[str,
     frozen = BASES[on](plain)
     reference = reference_over(frozen, model)
     p = Point(kind, frozen, reference)
-    want = expected(reference, p)
+    want = reference_results(reference, p)
     far = {transform: error(TRANSFORMS[transform](frozen, p), want[transform]) for transform in transforms}
     return {transform: x for transform, x in far.items() if x > TOLERANCE[on]}
 
@@ -126,7 +126,7 @@ def test_a_wrong_model_is_noticed():
     frozen = BASES["fp32"](plain)
     reference = reference_over(frozen, model)
     p = Point("LoRA", frozen, reference)
-    want = expected(reference, p)
+    want = reference_results(reference, p)
     odd = replace(frozen, cfg=replace(frozen.cfg, rope_theta=500.0))
     for transform in ("grad", "jvp(grad)", "vmap(grad)"):
         assert error(TRANSFORMS[transform](odd, p), want[transform]) > 100 * TOLERANCE["fp32"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MOST = 2_000_000
+MAX_GROWTH = 2_000_000
 """Bytes of growth that pass, the allocator's unrest: 2 kB a time."""
 
 
@@ -19,5 +19,5 @@ def test_a_thousand_times(what: str):
     script = Path(__file__).with_name("memory_growth.py")
     env = os.environ | {"PYTHONPATH": str(script.parents[1])}
     done = subprocess.run([sys.executable, script, what], stdout=subprocess.PIPE, text=True, env=env, check=True)
-    grown = int(done.stdout)
-    assert (grown > MOST) == (what == "leak"), f"{grown:,} bytes"
+    growth = int(done.stdout)
+    assert (growth > MAX_GROWTH) == (what == "leak"), f"{growth:,} bytes"

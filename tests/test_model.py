@@ -20,6 +20,7 @@ from transformers import GPT2LMHeadModel
 import fgpt
 from fgpt import model as M
 from fgpt.kernels import attention
+from fgpt.model import forward
 from fgpt.tree import num_elements
 
 # ------------------------------------------------------------------------------------------------------ transformers
@@ -47,12 +48,12 @@ def test_logits_are_transformers(architecture: dict[str, Any], seed: int):
     with TemporaryDirectory() as folder:
         params = ours(model, Path(folder) / "theirs")
         fgpt.save(params, Path(folder) / "ours")
-        again = GPT2LMHeadModel.from_pretrained(Path(folder) / "ours").eval()
+        reloaded = GPT2LMHeadModel.from_pretrained(Path(folder) / "ours").eval()
     with torch.no_grad():
         expected = model(x).logits
         close(fgpt.apply(params, x), expected, 1e-5)
         close(fgpt.apply(M.fuse_qkv(params), x), expected, 1e-5)
-        close(again(x).logits, expected, 1e-5)
+        close(reloaded(x).logits, expected, 1e-5)
     assert (params.head is None) == architecture["tie_word_embeddings"]
     assert num_elements(params) == sum(p.numel() for p in model.parameters())
 
@@ -89,7 +90,7 @@ def test_packed_rows_are_transformers_document_by_document(lengths: list[int], s
 # ----------------------------------------------------------------------------------------------- recorded activations
 
 
-def recorded() -> dict[str, Tensor]:
+def recorded_activations() -> dict[str, Tensor]:
     """Every stage of llm-viz's sorting model, the inner ones of block 0: little-endian fp32 in base64."""
     stages = json.loads((shared("gpt-nano-sort") / "gpt-nano-sort-t0-partials.json").read_text())
     return {
@@ -100,15 +101,15 @@ def recorded() -> dict[str, Tensor]:
 
 
 def test_every_recorded_activation():
-    expected = recorded()
+    expected = recorded_activations()
     params = fgpt.load(str(shared("gpt-nano-sort")))
     cfg, p, x = params.cfg, params.blocks[0], expected["idx"].long()
     got: dict[str, Tensor] = {"idx": x.float()}
     got["tok_emb"] = fgpt.embed(x, params.wte.w)
     got["pos_emb"] = fgpt.embed(torch.arange(x.shape[1]), params.wpe.w)[None]
     got["x"] = got["tok_emb"] + got["pos_emb"]
-    got["ln1"] = M.norm(got["x"], p.ln_1, cfg.norm_eps)
-    q, k, v = M.qkv(got["ln1"], p.attn, cfg)
+    got["ln1"] = forward.norm(got["x"], p.ln_1, cfg.norm_eps)
+    q, k, v = forward.qkv(got["ln1"], p.attn, cfg)
     got["qkv"] = torch.cat([y.transpose(1, 2).flatten(2) for y in (q, k, v)], -1)
     got |= {"q": q, "k": k, "v": v}
     scores = q @ k.mT / math.sqrt(q.shape[-1])
@@ -120,14 +121,14 @@ def test_every_recorded_activation():
     got["y"] = heads.transpose(1, 2).flatten(2)
     got["yProj"] = fgpt.linear(got["y"], p.attn.o.w, p.attn.o.b)
     got["attnResid"] = got["x"] + got["yProj"]
-    got["ln2"] = M.norm(got["attnResid"], p.ln_2, cfg.norm_eps)
+    got["ln2"] = forward.norm(got["attnResid"], p.ln_2, cfg.norm_eps)
     got["fc"] = fgpt.linear(got["ln2"], p.mlp.up.w, p.mlp.up.b)
     got["gelu"] = F.gelu(got["fc"], approximate="tanh")
     got["mlp"] = fgpt.linear(got["gelu"], p.mlp.down.w, p.mlp.down.b)
     got["mlpResid"] = got["attnResid"] + got["mlp"]
     h = got["x"]
     for i, block in enumerate(params.blocks):
-        h, _ = M.block(h, block, cfg)
+        h, _ = forward.block(h, block, cfg)
         got[f"block{i}"] = h
     got["ln_f"] = fgpt.hidden(params, x)
     got["lm_head"] = fgpt.apply(params, x)
@@ -139,8 +140,8 @@ def test_every_recorded_activation():
 def test_the_sorting_model_sorts():
     params = fgpt.load(str(shared("gpt-nano-sort")))
     prompts = torch.cartesian_prod(*[torch.arange(3)] * 6)[::7]
-    written = fgpt.generate(params, prompts.tolist(), eos_token_id=-1, max_new_tokens=5)
-    assert torch.equal(torch.tensor([g.tokens for g in written]), prompts.sort(-1).values[:, :5])
+    generated = fgpt.generate(params, prompts.tolist(), eos_token_id=-1, max_new_tokens=5)
+    assert torch.equal(torch.tensor([g.tokens for g in generated]), prompts.sort(-1).values[:, :5])
 
 
 # -------------------------------------------------------------------------------------------------------------- norms
@@ -148,14 +149,14 @@ def test_the_sorting_model_sorts():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_the_gradients_of_a_norm_are_not_summed_in_short_numbers(kind: str, dtype: torch.dtype):
+def test_the_gradients_of_a_norm_are_not_summed_in_half_precision(kind: str, dtype: torch.dtype):
     rng = fgpt.key(0)
     x, g = (torch.randn(4096, 16, generator=rng).to(dtype) for _ in range(2))
     w, b = torch.rand(16, generator=rng).to(dtype), torch.randn(16, generator=rng).to(dtype)
 
     def total(wb: tuple[Tensor, Tensor], x: Tensor, g: Tensor) -> Tensor:
         p = M.Norm(*wb) if kind == "layer" else M.RMSNorm(wb[0])
-        return (M.norm(x, p, 1e-5).to(torch.float64) * g.to(torch.float64)).sum()
+        return (forward.norm(x, p, 1e-5).to(torch.float64) * g.to(torch.float64)).sum()
 
     plain = (w.clone().requires_grad_(), b.clone().requires_grad_())
     y = x.double() - x.double().mean(-1, keepdim=True) if kind == "layer" else x.double()
@@ -175,7 +176,7 @@ def test_the_gradients_of_a_norm_are_not_summed_in_short_numbers(kind: str, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradients_of_an_embedding_are_not_summed_in_short_numbers(dtype: torch.dtype):
+def test_the_gradients_of_an_embedding_are_not_summed_in_half_precision(dtype: torch.dtype):
     """Of three tokens that stand at 4,096 places, with the values that torch's own reading has."""
     table, g = (
         torch.randn(5, 16, generator=fgpt.key(0)).to(dtype),
@@ -265,9 +266,9 @@ def test_greedy_text_is_transformers(lengths: list[int], seed: int):
         room = 24 - len(prompt)
         ids = torch.tensor([prompt])
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
-        written = model.generate(ids, do_sample=False, max_new_tokens=room, **options)[0, len(prompt) :].tolist()
-        expected = written[: written.index(0)] if 0 in written else written
-        assert got == fgpt.GenerationOutput(expected, 0 in written, [])
+        generated = model.generate(ids, do_sample=False, max_new_tokens=room, **options)[0, len(prompt) :].tolist()
+        expected = generated[: generated.index(0)] if 0 in generated else generated
+        assert got == fgpt.GenerationOutput(expected, 0 in generated, [])
         assert fgpt.generate(params, [prompt], eos_token_id=0, max_new_tokens=30) == [got]
 
 

@@ -103,8 +103,8 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
         got = fgpt.apply(fgpt.adapt(params, adapters), X)
         close(got, model(X).logits, 1e-5)
         assert (got - fgpt.apply(params, X)).abs().max() > 1e-2
-    again = {**fgpt.load_peft(tmp_path / "adapter", params.untied())}
-    close(fgpt.functional_call(fgpt.apply, (params.untied(), again), X), got, 1e-6)
+    again = {**fgpt.load_peft(tmp_path / "adapter", params.untie())}
+    close(fgpt.functional_call(fgpt.apply, (params.untie(), again), X), got, 1e-6)
     if "saved both" not in kind and "PEFT ties" not in kind:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert fgpt.num_trainable(again) == count
@@ -211,7 +211,7 @@ def test_a_tied_table_is_on_both_sides(tmp_path: Path):
 
 def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):
     params = fgpt.load(str(saved_base("gpt2", tmp_path / "base").config._name_or_path))
-    head = shaken(fgpt.lora(params.untied(), fgpt.key(0), 2, target="head"))
+    head = shaken(fgpt.lora(params.untie(), fgpt.key(0), 2, target="head"))
     tuned = fgpt.adapt(params, head)
     assert tuned.head is not None
     assert not tuned.cfg.tie_word_embeddings

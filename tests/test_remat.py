@@ -30,7 +30,7 @@ def plain(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
     return fgpt.loss(fgpt.adapt(BASE, adapters), batch)
 
 
-def rematerialized(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
+def with_remat(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
     return fgpt.loss(fgpt.adapt(BASE, adapters), batch, remat=True)
 
 
@@ -58,14 +58,14 @@ EXACT: dict[str, Callable[[Loss], Any]] = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", EXACT)
 def test_it_is_the_function_bit_for_bit(name: str):
-    got, expected = EXACT[name](rematerialized), EXACT[name](plain)
+    got, expected = EXACT[name](with_remat), EXACT[name](plain)
     assert same({"": got}, {"": expected})
     assert max(x.abs().max() for x in leaves({"": got}).values()) > 1e-2
 
 
 def test_a_second_plain_backward():
     """Recorded, the first backward keeps what it records, and the second is that of the function itself."""
-    grads, inputs = autograd(rematerialized, ADAPTERS, create_graph=True)
+    grads, inputs = autograd(with_remat, ADAPTERS, create_graph=True)
     got = torch.autograd.grad(dot(grads, DIRECTION), inputs)
     expected = leaves(jvp(grad(plain), (ADAPTERS,), (DIRECTION,))[1]).values()
     for x, y in zip(got, expected, strict=True):
@@ -79,7 +79,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, grad_and_value, vmap
 from fgpt.kernels.remat import remat
-from test_remat import rematerialized
+from test_remat import with_remat
 from test_transforms import ADAPTERS, PACKED, close
 def check(fn, *args):
     products = []
@@ -95,7 +95,7 @@ assert check(lambda x: grad_and_value(lambda x: remat(f)(x).sum())(x), torch.one
 assert check(lambda x: remat(f)(x), torch.ones(3, 3)) == [1]
 check(lambda x: vmap(grad(lambda x: remat(f)(x).sum()))(x), torch.ones(2, 3, 3))
 v = {path: x for path, x in ADAPTERS.items() if path.endswith("attn.v")}
-check(grad_and_value(rematerialized), v, PACKED)
+check(grad_and_value(with_remat), v, PACKED)
 print("compiled")
 """
 
@@ -121,13 +121,13 @@ def mlp(x: Tensor, net: dict[str, Any], keep: Tensor | None, scale: float) -> tu
     """Layers of a tree; beside them an int tensor or None and a number, going in and coming out, an argument handed
     through, and a tensor of no argument.
     """
-    seen, given_x = [], x
+    outputs, given_x = [], x
     for layer in net["layers"]:
         x = x @ layer.w.T if layer.b is None else x @ layer.w.T + layer.b
         x = torch.tanh(x) ** layer.power * scale
-        seen.append(x)
+        outputs.append(x)
     x = x if keep is None else x * keep[..., None]
-    return x, {"seen": seen, "keep": keep, "scale": scale, "x": given_x, "one": torch.ones(())}
+    return x, {"outputs": outputs, "keep": keep, "scale": scale, "x": given_x, "one": torch.ones(())}
 
 
 @given(
@@ -154,11 +154,11 @@ def test_any_function_of_trees(
 
     def gradients(f: Callable[..., Any]) -> dict[str, Any]:
         def loss(tree: tuple[Any, Tensor]) -> Tensor:
-            own, x = tree
-            y, aside = f(x, {"layers": [own.get(i, layer) for i, layer in layers.items()]}, keep, scale=0.5)
+            trained_layers, x = tree
+            y, aside = f(x, {"layers": [trained_layers.get(i, layer) for i, layer in layers.items()]}, keep, scale=0.5)
             assert (aside["keep"] is None) == (keep is None)
             assert aside["scale"] == 0.5
-            return (u * y).sum() + (v * aside["seen"][0]).sum() * aside["one"] + aside["x"].sum()
+            return (u * y).sum() + (v * aside["outputs"][0]).sum() * aside["one"] + aside["x"].sum()
 
         def total(tree: tuple[Any, Tensor]) -> Tensor:
             return vmap(lambda x: loss((tree[0], x)))(tree[1]).sum()
@@ -248,7 +248,7 @@ TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
 @pytest.mark.parametrize("base", ["fp32", "nf4", "int8"])
 @pytest.mark.parametrize("name", TUNED)
 @pytest.mark.parametrize("gpt", [SERIAL, PARALLEL], ids=["serial", "parallel"])
-def test_a_block_that_is_not_read_has_its_gradient(gpt: fgpt.GPT, name: str, base: Any):
+def test_a_block_for_its_gradient_alone_has_its_gradient(gpt: fgpt.GPT, name: str, base: Any):
     """What a block adds last is not computed again: `o` too, where it is added beside the MLP."""
     adapters = shaken(TUNED[name](gpt), seed=1)
     params = gpt if base == "fp32" else fgpt.quantize(gpt, base)
@@ -264,7 +264,7 @@ def test_a_block_that_is_not_read_has_its_gradient(gpt: fgpt.GPT, name: str, bas
 
 @pytest.mark.parametrize("gpt", [SERIAL, PARALLEL], ids=["serial", "parallel"])
 def test_what_a_block_adds_last_is_not_computed_again(gpt: fgpt.GPT):
-    adapters, cfg, seen = fgpt.lora(gpt, fgpt.key(0), 4), gpt.cfg, PACKED.tokens.numel()
+    adapters, cfg, n = fgpt.lora(gpt, fgpt.key(0), 4), gpt.cfg, PACKED.tokens.numel()
 
     def flops(fn: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counted:
@@ -274,25 +274,25 @@ def test_what_a_block_adds_last_is_not_computed_again(gpt: fgpt.GPT):
     def loss(adapters: Any, remat: bool) -> Tensor:
         return fgpt.loss(fgpt.adapt(gpt, adapters), PACKED, remat)
 
-    once, again = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
+    without, with_recompute = (flops(lambda r=r: autograd(lambda a: loss(a, r), adapters)) for r in (False, True))
     forward = flops(lambda: fgpt.hidden(fgpt.adapt(gpt, adapters), PACKED.tokens, PACKED.segments))
     last = cfg.d_mlp + (cfg.d_model if cfg.parallel_residual else 0)
-    assert again - once == forward - 2 * cfg.n_layer * seen * cfg.d_model * last
+    assert with_recompute - without == forward - 2 * cfg.n_layer * n * cfg.d_model * last
 
 
-def saved_bytes(value: Callable[[], Tensor], held: list[Tensor]) -> int:
-    """Bytes that plain autograd keeps for the backward of `value()`, each storage once, those of `held` left out."""
+def saved_bytes(value: Callable[[], Tensor], excluded: list[Tensor]) -> int:
+    """Bytes that plain autograd saves for the backward of `value()`, each storage once, without `excluded`."""
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # a storage that is let go of could lend its address to the next
+    alive: list[Tensor] = []  # a storage that is freed could lend its address to the next
 
     def pack(x: Tensor) -> Tensor:
-        kept.append(x)
+        alive.append(x)
         sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         value()
-    for x in held:
+    for x in excluded:
         sizes.pop(x.untyped_storage().data_ptr(), None)
     return sum(sizes.values())
 
@@ -303,8 +303,8 @@ def test_it_saves_a_third_of_the_memory():
     inputs: Any = tree_map(lambda x: x.detach().requires_grad_(), adapters)
     params = fgpt.adapt(gpt, inputs)
     batch = fgpt.Batch(tokens(31, 2, 64), tokens(31, 2, 64, seed=1), torch.ones(2, 64), torch.ones(2, 64).long())
-    held = [*leaves(params).values(), *leaves(batch).values()]
-    full, less = (saved_bytes(lambda r=r: fgpt.loss(params, batch, remat=r), held) for r in (False, True))
+    inputs_and_base = [*leaves(params).values(), *leaves(batch).values()]
+    full, less = (saved_bytes(lambda r=r: fgpt.loss(params, batch, remat=r), inputs_and_base) for r in (False, True))
     stream = 12 * batch.tokens.numel() * 64 * 4
     assert less >= stream  # a block's input is kept: the count counts
     assert less <= 0.35 * full

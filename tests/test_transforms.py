@@ -52,7 +52,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Puts the references in place of the kernels when called."""
 
     def go() -> None:
-        monkeypatch.setattr("fgpt.model.attention", A.reference)
+        monkeypatch.setattr("fgpt.model.forward.attention", A.reference)
         monkeypatch.setattr(sys.modules["fgpt.losses"], "cross_entropy", C.reference)  # fgpt.loss is the function
 
     return go

@@ -431,7 +431,7 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
         if base <= 1 or dim < 2:
             raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
         try:
-            stretch.divided(dim, base)
+            stretch.ramp(dim, base)
         except (ValueError, OverflowError):
             raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
     elif kind == "dynamic":

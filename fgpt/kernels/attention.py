@@ -15,14 +15,14 @@ from fgpt.kernels.recordable import with_every_derivative
 
 
 def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query key"]:
-    """True where a query sees a key, the last query being level with the last key."""
+    """True if a query sees a key; the last query is at the position of the last key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def sliding(
     mask: Bool[Tensor, "*batch 1 query key"] | None, window: int, queries: int, keys: int, device: torch.device
 ) -> Bool[Tensor, "*batch 1 query key"] | Bool[Tensor, "1 query key"] | None:
-    """`mask`, or where it is None the causal one, under which a query sees the last `window` of its keys alone.
+    """`mask`, or the causal one if it is None, limited to the last `window` keys that a query sees.
 
     Source: Beltagy et al. 2020 (Longformer), section 3.1; Jiang et al. 2023 (Mistral 7B), section 2.
     """
@@ -30,8 +30,8 @@ def sliding(
         return mask
     if mask is None:
         return causal(queries, keys, device).triu(keys - queries - window + 1)[None]
-    from_here_on = mask.flip(-1).cumsum(-1).flip(-1)  # of the keys that a query sees
-    return mask & (from_here_on <= window)
+    visible_from_here = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask & (visible_from_here <= window)
 
 
 def reference(
@@ -40,10 +40,10 @@ def reference(
     v: Float[Tensor, "*batch head key d_head"],
     mask: Bool[Tensor, "*batch 1 query key"] | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
-    """The definition, softmax in fp32. Differentiable as often as you like, in both modes."""
-    seen = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
+    """The definition, softmax in fp32. Differentiable to any order, in both modes."""
+    visible = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
     scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
 @shaped
@@ -53,11 +53,11 @@ def attention(
     v: Float[Tensor, "*batch kv key d_head"],
     mask: Bool[Tensor, "*batch 1 query key"] | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
-    """Attention under `mask` (True where a query sees a key); None is causal, aligned at the end.
+    """Attention under `mask` (True if a query sees a key); None is causal, aligned at the end.
 
     Fused under grad, vmap and both in either order. The fused kernel has neither a forward-mode rule nor a second
     backward, so jvp, jvp(grad) and grad(grad) take the reference, and so does a backward that is recorded
-    (create_graph=True) or of a gradient that is. Where there are fewer heads of k and v, each serves as many
+    (create_graph=True) or of a gradient that is. If there are fewer heads of k and v than of q, each serves a group of
     consecutive heads of q.
     """
     if (group := q.shape[-3] // k.shape[-3]) > 1:
@@ -68,5 +68,5 @@ def attention(
     if mask is None and 1 < queries < keys:
         mask = causal(queries, keys, q.device)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1)
-    plain = q.ndim < 4  # torch fuses none of fewer axes
-    return with_every_derivative(reference, y, q, k, v, mask, second=plain)
+    unfused = q.ndim < 4  # torch fuses no attention with fewer axes
+    return with_every_derivative(reference, y, q, k, v, mask, second=unfused)

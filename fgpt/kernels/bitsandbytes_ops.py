@@ -1,4 +1,4 @@
-"""bitsandbytes' raw operators, imported when first wanted: its import takes longer than the rest of fgpt."""
+"""bitsandbytes' raw operators, imported at first use: its import takes longer than the rest of fgpt."""
 
 import functools
 import logging
@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 def register() -> None:
     """Put bitsandbytes' operators under `torch.ops.bitsandbytes`.
 
-    Whatever makes a quantized node calls this first, so that the kernels, which may be compiled, need not.
+    Code that creates quantized nodes calls this first, so that the kernels, which may be compiled, need not.
     """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of an optional kernel package that is not used here
+    log.setLevel(logging.ERROR)  # it warns about an optional kernel package that is not used here
     try:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
     finally:
@@ -27,21 +27,21 @@ def register() -> None:
 
 
 def dynamic_code(signed: bool = True, device: torch.device = CPU) -> torch.Tensor:
-    """The 256 values of the dynamic 8-bit code, ascending, in [-1, 1], or in [0, 1] where unsigned.
+    """The 256 values of the dynamic 8-bit code, ascending, in [-1, 1], or in [0, 1] if unsigned.
 
     Source: Dettmers 2016, section 2.2; Dettmers et al. 2022 (8-bit optimizers), section 1.3.
     """
-    # A copy made under a transform belongs to that transform, and may not outlive it in a cache.
-    return _made(signed).to(device) if in_transform_or_compile() else _kept(signed, device)
+    # A copy made under a transform belongs to that transform and must not outlive it in a cache.
+    return _code(signed).to(device) if in_transform_or_compile() else _code_on(signed, device)
 
 
 @functools.cache
-def _kept(signed: bool, device: torch.device) -> torch.Tensor:
-    return _made(signed).to(device)
+def _code_on(signed: bool, device: torch.device) -> torch.Tensor:
+    return _code(signed).to(device)
 
 
 @functools.cache
-def _made(signed: bool) -> torch.Tensor:
+def _code(signed: bool) -> torch.Tensor:
     register()
     from bitsandbytes.functional import create_dynamic_map
 

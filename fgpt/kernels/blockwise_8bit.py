@@ -1,15 +1,15 @@
 """Tensors as block-wise 8-bit dynamic codes, through bitsandbytes' raw operators: x_i ≈ absmax[i // 256] · code[k_i].
 
-Each block of 256 numbers, in memory order, is scaled by its largest magnitude; k_i is the index of the nearest of the
-256 values of the dynamic code, which lie densely near 1 and reach down to 5.5e-7 (3.3e-7 unsigned) and 0.
+Each block of 256 elements, in memory order, is scaled by its largest magnitude; k_i is the index of the nearest of the
+256 values of the dynamic code, which reach from 1 down to 5.5e-7 (3.3e-7 unsigned) and 0.
 
     blocks = F.pad(x.flatten(), (0, -x.numel() % 256)).view(-1, 256)             # the reference
     absmax = blocks.abs().amax(1, keepdim=True)
     k = torch.bucketize(blocks / absmax, (code[1:] + code[:-1]) / 2)
     x ≈ code[k] * absmax
 
-One exception: with the unsigned code a positive number never becomes 0. Adam divides by √v, and a v that was lost makes
-a step of m̂/ε: where a small gradient is followed by none, hundreds of learning rates long.
+One exception: with the unsigned code a positive element never becomes 0. Adam divides by √v, and a v that is rounded to
+0 makes a step of m̂/ε, hundreds of learning rates long if a small gradient is followed by none.
 
 Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 1.3 and 2.1.
 """
@@ -26,7 +26,7 @@ from fgpt.kernels.bitsandbytes_ops import dynamic_code
 
 BLOCK = 256
 SMALL = 1e-4
-"""Below this part of its block's largest magnitude, a number is coded here on the CPU: see `_nearest`."""
+"""An element below this fraction of its block's largest magnitude is quantized here on the CPU: see `_nearest`."""
 
 
 def quantize(
@@ -44,11 +44,11 @@ def dequantize(
 
 
 def _nearest(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codes, also where bitsandbytes' CPU operator (0.50) does not give them.
+    """Nearest codes, also for elements that bitsandbytes' CPU operator (0.50) rounds to other codes.
 
-    It looks x / absmax up in 65,536 equal steps over [-1, 1], too coarse for the code's small values: 0 and anything
-    under 3e-5 come back as +2.1e-5 (1.6e-5 unsigned), so a weight that never had a gradient would drift. Its CUDA
-    operator searches for the nearest.
+    Its table of x / absmax has 65,536 equal steps over [-1, 1], too coarse for the code's small values: 0 and anything
+    under 3e-5 become +2.1e-5 (1.6e-5 unsigned), so a weight without a gradient would drift. Its CUDA operator searches
+    for the nearest.
     """
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(x, code, BLOCK)
     if x.device.type != "cpu":
@@ -56,12 +56,12 @@ def _nearest(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     flat = x.flatten()
     scale = absmax.repeat_interleave(BLOCK)[: flat.numel()]
     small = (flat.abs() < SMALL * scale).nonzero().squeeze(1)
-    found = torch.bucketize(flat[small] / scale[small], (code[1:] + code[:-1]) / 2)
-    return codes.flatten().index_copy(0, small, found.to(torch.uint8)).view_as(codes), absmax
+    nearest = torch.bucketize(flat[small] / scale[small], (code[1:] + code[:-1]) / 2)
+    return codes.flatten().index_copy(0, small, nearest.to(torch.uint8)).view_as(codes), absmax
 
 
 class _Blockwise(torch.autograd.Function):
-    """What the two directions share: rounding has no derivative, and vmap flattens its axis into more blocks."""
+    """Rounding has no derivative, and vmap flattens its axis into more blocks: the same in both directions."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
@@ -77,7 +77,7 @@ class _Quantize(_Blockwise):
     @staticmethod
     def forward(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
         codes, absmax = _nearest(x, code)
-        return codes + ((codes == 0) & (x > 0)), absmax  # signed, code 0 is -0.993: no positive number has it
+        return codes + ((codes == 0) & (x > 0)), absmax  # signed, code 0 is -0.993: no positive element has it
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Tensor) -> Any:
@@ -103,6 +103,6 @@ class _Dequantize(_Blockwise):
 
 
 def _whole_blocks(x: Tensor) -> Tensor:
-    """One row for each example, padded so that no block reaches into the next."""
+    """One row for each example, padded to whole blocks, so that no block spans two examples."""
     rows = x.flatten(1)
     return F.pad(rows, (0, -rows.shape[1] % BLOCK))

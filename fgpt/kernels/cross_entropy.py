@@ -1,13 +1,13 @@
 """Cross entropy of a linear head, in chunks: -log softmax(logits)[y], with never more than a chunk of logits alive.
 
-A head is a sum of products, logits = Σ_j x_j W_jᵀ + b: one product for a plain weight, one more for each adapter on
-it (x_j = s·h Aᵀ, W_j = B). The loss of a row depends on that row alone, so its gradient is known as soon as its logits
+A head is a sum of terms, logits = Σ_j x_j W_jᵀ + b: one term for a plain weight, one more for each adapter on it
+(x_j = s·h Aᵀ, W_j = B). The loss of a row depends on that row alone, so its gradient is known as soon as its logits
 are:
 
     ∂nll_i/∂x_ij = (softmax(logits_i) - e_y) W_j
 
-The forward pass computes it while the logits are warm and the backward only scales it: two GEMMs for a frozen head,
-where recomputing in the backward would take three.
+The forward pass computes it while the logits are in cache, and the backward only scales it: two GEMMs for a frozen
+head; recomputing in the backward would take three.
 """
 
 from typing import Any
@@ -18,33 +18,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import shaped
-from fgpt.kernels.functorch_state import is_differentiated, is_recorded_by_autograd, is_vmapped, needs_higher_order
+from fgpt.kernels.functorch_state import is_differentiated, is_recorded_by_autograd, needs_higher_order, num_vmapped
 from fgpt.kernels.precision import at_least_fp32
 
 CHUNK_BYTES = 64 << 20
-"""Logits alive at once, in bytes of fp32, those of all that vmap computes together: large enough for full GEMM speed
-(333 rows at GPT-2's vocabulary).
+"""Bytes of fp32 logits alive at once, all examples of a vmap together: 333 rows of GPT-2's vocabulary, enough for full
+GEMM speed.
 """
 
-Products = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
+Terms = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
 
 
-def reference(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+def reference(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The definition, softmax in fp32."""
-    return F.cross_entropy(_logits(products, b), y, reduction="none")
+    return F.cross_entropy(_logits(terms, b), y, reduction="none")
 
 
-def _logits(products: Products, b: Tensor | None, rows: slice = slice(None)) -> Tensor:
-    (x, w), *others = products
+def _logits(terms: Terms, b: Tensor | None, rows: slice = slice(None)) -> Tensor:
+    (x, w), *others = terms
     logits = F.linear(x[rows], w, b)
     for x, w in others:
         logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
     return at_least_fp32(logits)
 
 
-def _chunks(products: Products, b: Tensor | None) -> list[slice]:
-    n, vocab = products[0][0].shape[0], products[0][1].shape[0]
-    copies = is_vmapped(b, *(x for pair in products for x in pair))
+def _chunks(terms: Terms, b: Tensor | None) -> list[slice]:
+    n, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
+    copies = num_vmapped(b, *(x for pair in terms for x in pair))
     rows = max(1, CHUNK_BYTES // (4 * vocab * copies))
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] or [slice(0, 0)]
 
@@ -56,17 +56,17 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(differentiate: bool, y: Tensor, b: Tensor | None, *xw: Tensor) -> tuple[Tensor, ...]:
-        products = list(zip(xw[::2], xw[1::2], strict=True))
+        terms = list(zip(xw[::2], xw[1::2], strict=True))
         nll: list[Tensor] = []
-        dxs: list[list[Tensor]] = [[] for _ in products]
-        for rows in _chunks(products, b):
-            logits, target = _logits(products, b, rows), y[rows]
+        dxs: list[list[Tensor]] = [[] for _ in terms]
+        for rows in _chunks(terms, b):
+            logits, target = _logits(terms, b, rows), y[rows]
             top, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target[:, None])
             p = logits.sub_(top).exp_()  # softmax times its sum z, in place: logsumexp would hold a second chunk
             z = p.sum(-1, keepdim=True)
             nll.append((top + z.log() - chosen).squeeze(-1))
             if differentiate:
-                for dx, (x, w) in zip(dxs, products, strict=True):
+                for dx, (x, w) in zip(dxs, terms, strict=True):
                     dx.append((p.to(w.dtype) @ w / z - F.embedding(target, w)).to(x.dtype))
         return torch.cat(nll), *(torch.cat(dx) for dx in dxs if dx)
 
@@ -79,61 +79,64 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         n = (len(ctx.saved_tensors) - 2) // 3
         y, b, *rest = ctx.saved_tensors
-        products, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
+        terms, dxs = list(zip(rest[: 2 * n : 2], rest[1 : 2 * n : 2], strict=True)), rest[2 * n :]
         if grad[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         if is_recorded_by_autograd(b, *rest):
-            return None, None, *_definition(products, b, y, grad[0], ctx.needs_input_grad[2:])
+            return None, None, *_recorded_backward(terms, b, y, grad[0], ctx.needs_input_grad[2:])
         g = grad[0][:, None]
-        need_b, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
-        dws: list[Tensor | None] = [
-            torch.zeros_like(w) if need else None for (_, w), need in zip(products, needs[1::2], strict=True)
-        ]
-        db = torch.zeros_like(b) if need_b else None
-        if need_b or any(needs[1::2]):
-            # A trained head: dW_j = Σ_i g_i (p_i - e_y) x_ijᵀ wants the probabilities once more.
-            for rows in _chunks(products, b):
-                gp = _logits(products, b, rows).softmax(-1) * g[rows]
-                dws = [
-                    None if dw is None else dw + gp.to(x.dtype).T @ x[rows]
-                    for dw, (x, _) in zip(dws, products, strict=True)
-                ]
-                db = None if db is None else db + gp.sum(0)
-            dws = [
-                None if dw is None else dw.index_add(0, y, -(g * x).to(dw.dtype))
-                for dw, (x, _) in zip(dws, products, strict=True)
-            ]
-            db = None if db is None else db.index_add(0, y, -g.squeeze(-1).to(db.dtype))
+        need_b, needs_w = ctx.needs_input_grad[2], ctx.needs_input_grad[4::2]
+        db, dws = None, [None] * n
+        if need_b or any(needs_w):
+            db, dws = _head_gradients(terms, b, y, g, need_b, needs_w)
         out: list[Tensor | None] = []
         for dx, dw in zip(dxs, dws, strict=True):
             out += [dx * g.to(dx.dtype), dw]
         return None, None, db, *out
 
 
-def _definition(
-    products: Products, b: Tensor | None, y: Tensor, g: Tensor, needs: tuple[bool, ...]
+def _head_gradients(
+    terms: Terms, b: Tensor | None, y: Tensor, g: Tensor, need_b: bool, needs_w: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """db = Σ_i g_i (p_i - e_y) and dW_j = Σ_i g_i (p_i - e_y) x_ijᵀ: a trained head computes its logits once more."""
+    db = torch.zeros_like(b) if b is not None and need_b else None
+    dws = {j: torch.zeros_like(w) for j, (_, w) in enumerate(terms) if needs_w[j]}
+    for rows in _chunks(terms, b):
+        gp = _logits(terms, b, rows).softmax(-1) * g[rows]
+        for j, dw in dws.items():
+            x = terms[j][0]
+            dws[j] = dw + gp.to(x.dtype).T @ x[rows]
+        db = None if db is None else db + gp.sum(0)
+    for j, dw in dws.items():
+        dws[j] = dw.index_add(0, y, -(g * terms[j][0]).to(dw.dtype))
+    db = None if db is None else db.index_add(0, y, -g.squeeze(-1).to(db.dtype))
+    return db, [dws.get(j) for j in range(len(terms))]
+
+
+def _recorded_backward(
+    terms: Terms, b: Tensor | None, y: Tensor, g: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients once more, of b, x_1, W_1, x_2, W_2, ..., by operators that have derivatives of every order."""
-    off = _logits(products, b).softmax(-1) - F.one_hot(y, products[0][1].shape[0])
+    """The gradients of b, x_1, W_1, x_2, W_2, ..., by operators that have derivatives of every order."""
+    off = _logits(terms, b).softmax(-1) - F.one_hot(y, terms[0][1].shape[0])
     off = off * g[:, None]
     db = off.sum(0).to(b.dtype) if b is not None and needs[0] else None
     out: list[Tensor | None] = []
-    for (x, w), by_x, by_w in zip(products, needs[1::2], needs[2::2], strict=True):
-        out += [off.to(x.dtype) @ w if by_x else None, off.to(w.dtype).T @ x if by_w else None]
+    for (x, w), needs_x, needs_w in zip(terms, needs[1::2], needs[2::2], strict=True):
+        out += [off.to(x.dtype) @ w if needs_x else None, off.to(w.dtype).T @ x if needs_w else None]
     return db, *out
 
 
 @shaped
-def cross_entropy(products: Products, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32, or in fp64 where x is.
+def cross_entropy(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32, or in fp64 if x is.
 
     Chunked under grad, vmap and both in either order; the reference under jvp and nested grads.
     """
-    operands: list[Any] = [b, *(x for pair in products for x in pair)]
+    operands: list[Any] = [b, *(x for pair in terms for x in pair)]
     if needs_higher_order(*operands):
-        return reference(products, b, y)
+        return reference(terms, b, y)
     if torch.compiler.is_compiling():
-        # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
+        # To dynamo the inputs of torch.func.grad require no gradient, and theirs would be left out; views of them do.
         operands = [None if x is None else x.view_as(x) for x in operands]
     differentiate = torch.is_grad_enabled() and is_differentiated(*operands)
     if torch.compiler.is_compiling() and not differentiate:  # dynamo cannot call a Function that nothing differentiates

@@ -1,10 +1,10 @@
-"""Dropout as a function of a seed: each element's fate is a hash of the seed and of the element's place.
+"""Dropout as a function of a seed: each element's mask is a hash of the seed and of the element's indices.
 
 A torch.Generator has a state that vmap, torch.compile and a recomputed forward would each have to carry; a hash has
-none, so the mask is the same wherever and however often it is asked for. The hash is in 32-bit arithmetic that wraps:
-one for rows and one for columns, joined by a finaliser of full avalanche.
+none, so the mask is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
+one for rows and one for columns, combined by a finalizer with full avalanche.
 
-Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finaliser MurmurHash3's.
+Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finalizer MurmurHash3's.
 """
 
 import torch

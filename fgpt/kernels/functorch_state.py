@@ -1,8 +1,8 @@
 """Which derivatives surround a call, and which tensors they follow.
 
-A fused kernel with one backward asks before it runs. A tensor that a transform wraps answers for that level alone:
-inside grad(vmap(f)) every tensor says that it requires no gradient. So no kernel asks `requires_grad`; all of them ask
-`tracked`, which looks at every level.
+A fused kernel with one backward asks before it runs. A tensor wrapped by a transform answers for that level alone:
+inside grad(vmap(f)) every tensor has `requires_grad == False`. So no kernel reads `requires_grad`; all of them call
+`is_differentiated`, which looks at every level.
 """
 
 import math
@@ -38,12 +38,13 @@ _differentiated_again_now._dynamo_marked_constant = True  # pyright: ignore[repo
 
 
 def needs_higher_order(*operands: Tensor | None) -> bool:
-    """True under forward AD, and where two reverse derivatives are nested, be it torch.func.grad in another or in plain
-    autograd of `operands`: where a kernel that knows only its first backward cannot go.
+    """True under forward AD, and if two reverse derivatives are nested, be it torch.func.grad in another or in plain
+    autograd of `operands`: a kernel with only a first backward cannot run there.
 
-    vmap, grad, vmap(grad) and grad(vmap) leave it False; compiled, vmap does not, as dynamo knows no vmap of an
+    Under vmap, grad, vmap(grad) and grad(vmap) it is False; compiled, vmap makes it True, as dynamo has no vmap of an
     autograd.Function. The answer is a property of the program, never of the data, so a compiler may take it as a
-    constant. Of a backward that is itself recorded (create_graph=True) no forward can know: see `recorded`.
+    constant. Whether the backward is itself recorded (create_graph=True) no forward can know: see
+    `is_recorded_by_autograd`.
     """
     if torch.compiler.is_compiling():
         return _differentiated_again_now()
@@ -60,12 +61,12 @@ _inside._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 
 def in_transform() -> bool:
-    """True under any transform at all, compiled or not."""
+    """True under any transform, compiled or not."""
     return _inside()
 
 
 def in_transform_or_compile() -> bool:
-    """True under any transform at all, and while compiling, which has its own way with torch.func."""
+    """True under any transform, and while compiling."""
     return torch.compiler.is_compiling() or in_transform()
 
 
@@ -78,7 +79,7 @@ def dual_outside_torch_func() -> bool:
 
 
 def _levels(x: Tensor) -> Iterator[Tensor]:
-    """`x` as each transform around it sees it, the innermost first, and at last the tensor itself."""
+    """`x` as each transform around it sees it, the innermost first, and last the plain tensor."""
     yield x
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
@@ -86,7 +87,7 @@ def _levels(x: Tensor) -> Iterator[Tensor]:
 
 
 def _tracking(operands: tuple[Tensor | None, ...]) -> dict[int, bool]:
-    """The levels at which one of `operands` requires a gradient; plain autograd is level 0."""
+    """The levels at which one of `operands` requires a gradient, as keys; plain autograd is level 0."""
     levels: dict[int, bool] = {}
     for x in operands:
         if x is not None:
@@ -95,7 +96,7 @@ def _tracking(operands: tuple[Tensor | None, ...]) -> dict[int, bool]:
 
 
 def is_differentiated(*operands: Tensor | None) -> bool:
-    """Whether a gradient of one of `operands` is wanted, by whichever transform, or by plain autograd."""
+    """Whether one of `operands` is differentiated, by any transform or by plain autograd."""
     if torch.compiler.is_compiling():
         return any(x.requires_grad for x in operands if x is not None)
     return any(y.requires_grad for x in operands if x is not None for y in _levels(x))
@@ -104,8 +105,8 @@ def is_differentiated(*operands: Tensor | None) -> bool:
 def is_recorded_by_autograd(*operands: Tensor | None) -> bool:
     """In a backward of plain autograd: whether it is itself recorded, for a second one (create_graph=True).
 
-    torch.func.grad records every backward. What it makes of `operands` says no: there `differentiated_again` has chosen
-    in the forward.
+    torch.func.grad records every backward. For the tensors that it wraps the answer is no: there `needs_higher_order`
+    has chosen in the forward.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
@@ -113,30 +114,30 @@ def is_recorded_by_autograd(*operands: Tensor | None) -> bool:
 
 
 def is_recordable(*operands: Tensor | None) -> bool:
-    """In a forward: whether plain autograd alone follows `operands`, so that its backward may be `recorded`."""
-    return _followed_now(*operands) and functorch.TransformType.Grad not in _kinds()
+    """In a forward: whether plain autograd alone differentiates `operands`, so that the backward may be recorded."""
+    return _is_differentiated_eagerly(*operands) and functorch.TransformType.Grad not in _kinds()
 
 
-def weightable(*operands: Tensor | None) -> bool:
-    """In a forward: whether torch.func.grad follows `operands`, so that what comes into its backward may be
-    `followed_beside`.
+def is_weightable(*operands: Tensor | None) -> bool:
+    """In a forward: whether torch.func.grad differentiates `operands`, so that the cotangents of its backward may be
+    differentiated by plain autograd: see `cotangents_are_differentiated`.
     """
-    return _followed_now(*operands) and functorch.TransformType.Grad in _kinds()
+    return _is_differentiated_eagerly(*operands) and functorch.TransformType.Grad in _kinds()
 
 
-def _followed_now(*operands: Tensor | None) -> bool:
+def _is_differentiated_eagerly(*operands: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch.is_grad_enabled() and is_differentiated(*operands)
 
 
-def followed_beside(*cotangents: Tensor | None) -> bool:
-    """In a backward of torch.func.grad: whether plain autograd follows what comes in, though it may not follow what the
-    forward was given. So it does where a loss is weighted by what plain autograd goes on to differentiate by.
+def cotangents_are_differentiated(*cotangents: Tensor | None) -> bool:
+    """In a backward of torch.func.grad: whether plain autograd differentiates the cotangents, even if it does not
+    differentiate the inputs of the forward. It does if the loss has a weight that is differentiated outside.
     """
     return bool(_kinds()) and 0 in _tracking(cotangents)
 
 
-def is_vmapped(*operands: Tensor | None) -> int:
-    """How many examples vmap computes at once where it meets these operands: the product over all nested vmaps."""
+def num_vmapped(*operands: Tensor | None) -> int:
+    """The number of examples that vmap computes at once for these operands: the product over all nested vmaps."""
     if torch.compiler.is_compiling():
         return 1
     sizes: dict[int, int] = {}

@@ -1,14 +1,14 @@
 """Frozen matrices in 4 or 8 bits, and products with them.
 
-    FourBit      W_ij = code[c_ij] · absmax of the block of 64 that ij is in    0.516 bytes a number, doubly quantized
-    Blockwise8   W_ij = code[c_ij] · absmax of the block that ij is in          1.063
-    Rowwise8     W_ij = c_ij / 127 · absmax_i                                   1 + 4 / in
+    Blockwise4bit   W_ij = code[c_ij] · absmax of its block of 64    0.516 bytes an element, doubly quantized
+    Blockwise8bit   W_ij = code[c_ij] · absmax of its block          1.063
+    RowwiseInt8     W_ij = c_ij / 127 · absmax_i                     1 + 4 / in
 
-A product expands the matrix, multiplies, and lets it go; the backward expands it again instead of keeping it. With
-`Rowwise8` the forward product is one of whole numbers: each row of x is rounded to 8 bits as the rows of W are, which
-costs a relative error of about 1 % in y. Its derivatives, of every order, are those of x Wᵀ with the expanded W
-(straight through the rounding). On a CPU that multiplies bf16 they do so in it: W's whole numbers are bf16 numbers, so
-that a gradient is rounded, to 8 bits, and the matrix is not, and the error is a third of y's. Elsewhere they are exact.
+A product dequantizes the matrix, multiplies, and frees it; the backward dequantizes it again instead of saving it. With
+`RowwiseInt8` the forward product is an int8 matmul: each row of x is rounded to 8 bits as the rows of W are, with a
+relative error of about 1 % in y. Its derivatives, of every order, are those of x Wᵀ with the dequantized W (straight
+through the rounding). On a CPU with bf16 matmuls they are computed in bf16: W's integers are exact in bf16, so only the
+gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they are exact.
 
 Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (8-bit optimizers), section 2; Dettmers et al.
 2022 (LLM.int8()), section 3.1. The operators are bitsandbytes'.
@@ -29,24 +29,24 @@ from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.tree import node, static
 
 BLOCK = 64
-"""Numbers that share a scale: a divisor of every GPT's widths, so that a row is whole blocks."""
+"""Elements that share a scale: a divisor of every GPT's widths, so that a row is a multiple of blocks."""
 SCALES_BLOCK = 256
-"""Scales that share a scale, where the scales are quantized too."""
-MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
-"""Whether this CPU multiplies bf16, which takes half the time that fp32 does."""
+"""Scales that share a scale, if the scales are quantized too."""
+HAS_BF16_MATMUL = torch.cpu._is_avx512_bf16_supported()
+"""Whether this CPU has bf16 matmuls, which take half the time of fp32."""
 IN_BF16 = (torch.float32, torch.bfloat16)
-"""The dtypes whose derivatives over whole numbers are then multiplied so: the others ask for more digits."""
+"""The dtypes whose int8 derivatives are then computed in bf16: other dtypes have more digits."""
 
-PIECE = 1 << 16
-"""Numbers that are quantized to 4 bits at once: bitsandbytes' operator on a CPU takes 25 bytes for each, and is several
-times faster where they fit a cache."""
+CHUNK = 1 << 16
+"""Elements quantized to 4 bits at once: bitsandbytes' operator on a CPU needs 25 bytes for each, and is several times
+faster if they fit a cache."""
 
 Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
 
 
 @node
 class Blockwise8bit:
-    """Numbers as indices into a code of 256 values, times the largest magnitude of their block."""
+    """A tensor as indices into a code of 256 values, times the largest magnitude of their block."""
 
     codes: UInt8[Tensor, "*size"]
     absmax: Float[Tensor, " blocks"]
@@ -79,7 +79,7 @@ class Blockwise4bit:
 
 @node
 class RowwiseInt8:
-    """A matrix as whole numbers in ±127, scaled by row."""
+    """A matrix as integers in ±127, scaled by row."""
 
     codes: SInt8[Tensor, "out in"]
     absmax: Float[Tensor, " out"]
@@ -98,7 +98,9 @@ QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
 
 
 def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
-    """`w` in the named format. `in` is a multiple of BLOCK, `int8` apart. `double_quant` quantizes 4-bit scales too."""
+    """`w` in the given format. `in` must be a multiple of BLOCK, except for int8. `double_quant` quantizes 4-bit scales
+    too.
+    """
     register()
     if to == "int8":
         codes, absmax = _round(w)
@@ -108,27 +110,28 @@ def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool =
     from bitsandbytes.functional import get_4bit_type
 
     code: Any = get_4bit_type(to, device=w.device)
-    step = max(1, PIECE // w.shape[1])
-    parts = [
-        torch.ops.bitsandbytes.quantize_4bit(p.float().contiguous(), BLOCK, to, torch.uint8) for p in w.split(step)
-    ]
-    codes, absmax = (torch.cat([part.flatten() for part in side]) for side in zip(*parts, strict=True))
+    step = max(1, CHUNK // w.shape[1])
+    chunks: list[Any] = []
+    for rows in w.split(step):
+        chunks.append(torch.ops.bitsandbytes.quantize_4bit(rows.float().contiguous(), BLOCK, to, torch.uint8))
+    codes = torch.cat([codes.flatten() for codes, _ in chunks])
+    absmax = torch.cat([absmax.flatten() for _, absmax in chunks])
     offset = absmax.mean() if double_quant else None
     scales = absmax if offset is None else quantize_blockwise(absmax - offset, SCALES_BLOCK, torch.float32)
     return Blockwise4bit(codes.view(w.shape[0], -1), scales, code, offset, to, w.dtype)
 
 
 def quantize_blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Blockwise8bit:
-    """`x` in the dynamic 8-bit code, scaled by blocks of `block` consecutive numbers."""
+    """`x` in the dynamic 8-bit code, scaled by blocks of `block` consecutive elements."""
     code = dynamic_code(True, x.device)
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(x, code, block)
     return Blockwise8bit(codes, absmax, code, block, dtype)
 
 
 def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
-    """The numbers that `w` means, in its own dtype unless another is given."""
+    """The tensor that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
-    if dtype == torch.float64:  # bitsandbytes' operators write no doubles, and do not say so
+    if dtype == torch.float64:  # bitsandbytes' operators leave fp64 unwritten without an error
         return dequantize(w, torch.float32).double()
     if isinstance(w, RowwiseInt8):
         return w.codes.float().mul_((w.absmax / 127)[:, None]).to(dtype)
@@ -143,7 +146,7 @@ def reference(w: Quantized) -> Float[Tensor, "*size"]:
     """The definition, in fp32."""
     if isinstance(w, RowwiseInt8):
         return w.codes.float() * (w.absmax / 127)[:, None]
-    indices = w.codes if isinstance(w, Blockwise8bit) else _unpacked(w.codes)
+    indices = w.codes if isinstance(w, Blockwise8bit) else _unpack(w.codes)
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK
     absmax = scales(w).repeat_interleave(per)[: indices.numel()]
     return w.code[indices.long()] * absmax.view(indices.shape)
@@ -158,19 +161,19 @@ def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
     return w.absmax
 
 
-def embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-    """The chosen rows, the others staying as they are. Plain torch, so that `rows` may be mapped."""
+def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+    """The given rows, dequantized; no others are. Plain torch, so that `rows` may be mapped."""
     if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
     codes, inp = w.codes[rows], w.shape[-1]
-    indices = codes if isinstance(w, Blockwise8bit) else _unpacked(codes)
+    indices = codes if isinstance(w, Blockwise8bit) else _unpack(codes)
     absmax = scales(w).view(w.shape[0], -1)[rows]
     blocks = w.code[indices.long()].unflatten(-1, (-1, inp // absmax.shape[-1])) * absmax[..., None]
     return blocks.flatten(-2).to(w.dtype)
 
 
 def slice_rows(w: Quantized, rows: slice) -> Quantized:
-    """Some consecutive rows of a matrix, still quantized."""
+    """Consecutive rows of a matrix, still quantized."""
     if isinstance(w, RowwiseInt8):
         return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()
@@ -179,12 +182,12 @@ def slice_rows(w: Quantized, rows: slice) -> Quantized:
     return Blockwise4bit(w.codes[rows], absmax, w.code, None, w.kind, w.dtype)
 
 
-def _unpacked(codes: UInt8[Tensor, "*batch half"]) -> UInt8[Tensor, "*batch whole"]:
+def _unpack(codes: UInt8[Tensor, "*batch half"]) -> UInt8[Tensor, "*batch whole"]:
     return torch.stack([codes >> 4, codes & 15], -1).flatten(-2)
 
 
 def _round(x: Float[Tensor, "*batch in"]) -> tuple[SInt8[Tensor, "*batch in"], Float[Tensor, "*batch 1"]]:
-    """Each row in whole numbers of its largest magnitude / 127."""
+    """Each row as integers in units of its largest magnitude / 127; and those magnitudes."""
     x = x.float()
     absmax = x.abs().amax(-1, keepdim=True)
     return (x * (127 / absmax.clamp(min=1e-30))).round_().to(torch.int8), absmax
@@ -194,18 +197,18 @@ def _round(x: Float[Tensor, "*batch in"]) -> tuple[SInt8[Tensor, "*batch in"], F
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, or x W where `transposed`; `whole` multiplies in whole numbers. Linear in x, so every derivative of it is
-    another product.
+    """x Wᵀ, or x W if `transposed`; an int8 matmul if `int8` and W is of that format. It is linear in x, so every
+    derivative of it is another product.
     """
 
     @staticmethod
-    def forward(x: Tensor, w: Quantized, transposed: bool, whole: bool) -> Tensor:
-        if isinstance(w, RowwiseInt8) and whole:
+    def forward(x: Tensor, w: Quantized, transposed: bool, int8: bool) -> Tensor:
+        if isinstance(w, RowwiseInt8) and int8:
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()
-            y = y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # what is a view may not be written over
+            y = y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # a view may not be changed in place
             return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
-        if isinstance(w, RowwiseInt8) and MULTIPLIES_BF16 and x.dtype in IN_BF16 and x.device.type == "cpu":
+        if isinstance(w, RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu":
             codes, row = w.codes.bfloat16(), w.absmax / 127
             y = (x * row).bfloat16() @ codes if transposed else F.linear(x.bfloat16(), codes) * row
             return y.to(x.dtype)
@@ -224,7 +227,7 @@ class _Product(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         x, *others = inputs
         if in_dims[0] is None or tree_leaves(in_dims[1]):
-            raise InputError("cannot vmap over quantized weights: map over the adapters and the rows")
+            raise InputError("cannot vmap over quantized weights: map over the adapters and the examples")
         return _multiply(x.movedim(in_dims[0], 0), *others), 0
 
 
@@ -236,41 +239,31 @@ class _ProductForward(_Product):
         return _multiply(t, ctx.w, ctx.transposed, False)
 
 
-def _multiply(x: Tensor, w: Quantized, transposed: bool, whole: bool) -> Tensor:
+def _multiply(x: Tensor, w: Quantized, transposed: bool, int8: bool) -> Tensor:
     if not torch.compiler.is_compiling():
-        return _ProductForward.apply(x, w, transposed, whole)  # pyright: ignore[reportReturnType]
-    # To dynamo the very input of torch.func.grad requires no gradient, and it would inline the forward; a view does.
-    return _Product.apply(x.view_as(x), w, transposed, whole)  # pyright: ignore[reportReturnType]
+        return _ProductForward.apply(x, w, transposed, int8)  # pyright: ignore[reportReturnType]
+    # To dynamo the input of torch.func.grad requires no gradient, and it would inline the forward; a view of it does.
+    return _Product.apply(x.view_as(x), w, transposed, int8)  # pyright: ignore[reportReturnType]
 
 
 def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tensor, "*batch out"]:
     """x Wᵀ in the dtype of x, under every transform. Compiled under vmap or jvp, which dynamo refuses to an
-    autograd.Function, autograd keeps the expanded matrix.
+    autograd.Function, autograd saves the dequantized matrix.
     """
-    whole = isinstance(w, RowwiseInt8)
+    int8 = isinstance(w, RowwiseInt8)
     if torch.compiler.is_compiling() and needs_higher_order():
-        return F.linear(fake_quantize(x) if whole else x, dequantize(w, x.dtype))
-    return _multiply(x, w, False, whole)
-
-
-def base_linear(
-    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized, bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + bias, for a matrix held in any way."""
-    if isinstance(w, Tensor):
-        return F.linear(x, w, bias)
-    y = quantized_linear(x, w)
-    return y if bias is None else y + bias
+        return F.linear(fake_quantize(x) if int8 else x, dequantize(w, x.dtype))
+    return _multiply(x, w, False, int8)
 
 
 def linear_input_grad(
     g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
 ) -> Float[Tensor, "*batch in"]:
-    """g W: what the gradient of `frozen` is in x."""
+    """g W: the gradient of x Wᵀ in x."""
     return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 
 def fake_quantize(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-    """x as a product of whole numbers sees it, with the derivative of x itself."""
+    """x as an int8 matmul sees it, with the derivative of x itself."""
     codes, absmax = _round(x.detach())
     return x + ((codes * (absmax / 127)).to(x.dtype) - x).detach()

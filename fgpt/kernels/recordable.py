@@ -1,7 +1,7 @@
-"""A fused kernel with one backward, where that backward is itself to be differentiated: the definition's stands in.
+"""A fused kernel with one backward, if that backward is itself differentiated: the definition's backward stands in.
 
-Whether it will be, no forward can know: plain autograd says so in the backward (create_graph=True), and what is
-followed beside the operands, as a weight of the loss is, says so by the gradient that comes in.
+Whether it will be, no forward can know: plain autograd tells in the backward (create_graph=True), and the weight of a
+loss, which is differentiated without being an operand, is seen in the cotangent.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.kernels.functorch_state import followed_beside, is_recordable, is_recorded_by_autograd, weightable
+from fgpt.kernels.functorch_state import (
+    cotangents_are_differentiated,
+    is_recordable,
+    is_recorded_by_autograd,
+    is_weightable,
+)
 
 
 class _Recordable(torch.autograd.Function):
@@ -30,7 +35,7 @@ class _Recordable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         xs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if not (is_recorded_by_autograd(*xs) or followed_beside(g)):
+        if not (is_recorded_by_autograd(*xs) or cotangents_are_differentiated(g)):
             return None, g, *(None for _ in xs)
 
         def definition(*needed: Tensor) -> Tensor:
@@ -38,17 +43,16 @@ class _Recordable(torch.autograd.Function):
             return ctx.definition(*(next(rest) if need else x for x, need in zip(xs, needs, strict=True)))
 
         needed = [x for x, need in zip(xs, needs, strict=True) if need]
-        found = iter(torch.func.vjp(definition, *needed)[1](g) if needed else ())
-        return None, None, *(next(found) if need else None for need in needs)
+        grads = iter(torch.func.vjp(definition, *needed)[1](g) if needed else ())
+        return None, None, *(next(grads) if need else None for need in needs)
 
 
 def with_every_derivative(
     definition: Callable[..., Tensor], y: Tensor, *xs: Tensor | None, second: bool = False
 ) -> Tensor:
-    """`y`, which is definition(*xs) by a fused kernel, with that kernel's backward where once is enough, and the
-    definition's where it is differentiated again. A kernel with a `second` backward of its own serves torch.func.grad
-    as it is.
+    """`y`, which is definition(*xs) by a fused kernel, with that kernel's backward; and with the definition's, if the
+    backward is differentiated again. A kernel with a `second` backward of its own serves torch.func.grad as it is.
     """
-    if is_recordable(*xs) or (not second and weightable(*xs)):
+    if is_recordable(*xs) or (not second and is_weightable(*xs)):
         return _Recordable.apply(definition, y, *xs)  # pyright: ignore[reportReturnType]
     return y

@@ -10,6 +10,8 @@ whose rule for each transform moves the transform inside,
 
 so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block.
 
+Also called activation checkpointing.
+
 Source: Chen et al. 2016 (Training Deep Nets with Sublinear Memory Cost), section 4.
 """
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fgpt.kernels.functorch_state import (
-    followed_beside,
+    cotangents_are_differentiated,
     in_transform_or_compile,
     is_differentiated,
     is_recorded_by_autograd,
@@ -32,13 +34,13 @@ from fgpt.kernels.functorch_state import (
 P = ParamSpec("P")
 R = TypeVar("R")
 Flat: TypeAlias = Callable[..., tuple[Tensor, ...]]
-"""Tensors to a tuple of tensors: all that an autograd.Function can be given and give."""
+"""Tensors to a tuple of tensors: what an autograd.Function can take and return."""
 
 _TENSOR = object()
 
 
 def _split(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """The tensors of `tree`, and what puts others in their places. The latter holds no tensor."""
+    """The tensors of `tree`, and a function that builds the tree of other tensors, which holds none itself."""
     leaves, structure = pytree.tree_flatten(tree)
     form = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
 
@@ -49,55 +51,55 @@ def _split(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     return [x for x in leaves if isinstance(x, Tensor)], join
 
 
-def _mapped(fn: Flat, info: Any, in_dims: Sequence[int | None]) -> Flat:
+def _vmap(fn: Flat, info: Any, in_dims: Sequence[int | None]) -> Flat:
     return torch.func.vmap(fn, in_dims=tuple(in_dims[1:]), randomness=info.randomness)
 
 
 def _pull_back(
-    fn: Flat, again: Flat, needs: Sequence[bool], gives: Sequence[bool], *operands: Tensor
+    fn: Flat, recompute_fn: Flat, needs: Sequence[bool], gives: Sequence[bool], *operands: Tensor
 ) -> tuple[Tensor, ...]:
-    """fn, run again, or `again` in its stead: uᵀ ∂fn/∂x for each input x that needs it.
+    """uᵀ ∂fn/∂x for each input x that needs it, by running `fn` again, or `recompute_fn` in its place.
 
-    `operands` are all inputs, then a cotangent u for each output that gives one.
+    `operands` are all inputs, then a cotangent u for each output that `gives` one.
     """
     inputs, cotangents = operands[: len(needs)], operands[len(needs) :]
-    inside = in_transform_or_compile()
-    run = fn if inside else again
+    transformed = in_transform_or_compile()
+    run = fn if transformed else recompute_fn
 
-    def of(*needed: Tensor) -> tuple[Tensor, ...]:
+    def outputs(*needed: Tensor) -> tuple[Tensor, ...]:
         rest = iter(needed)
         out = run(*(next(rest) if need else x for x, need in zip(inputs, needs, strict=True)))
         return tuple(y for y, give in zip(out, gives, strict=True) if give)
 
     needed = [x for x, need in zip(inputs, needs, strict=True) if need]
-    if inside:  # under vmap no tensor may be made to require a gradient
-        return torch.func.vjp(of, *needed)[1](cotangents)
+    if transformed:  # under vmap no tensor may be made to require a gradient
+        return torch.func.vjp(outputs, *needed)[1](cotangents)
     with torch.enable_grad():
         needed = [x.detach().requires_grad_() for x in needed]
-        reached = [(y, u) for y, u in zip(of(*needed), cotangents, strict=True) if y.requires_grad]
-    if not reached:
+        dependent = [(y, u) for y, u in zip(outputs(*needed), cotangents, strict=True) if y.requires_grad]
+    if not dependent:
         return tuple(torch.zeros_like(x) for x in needed)
-    # vjp would keep the graph of this backward too: here each activation is let go of once it is used
-    out, cotangents = zip(*reached, strict=True)
+    # vjp would keep the graph of this backward too: here each activation is freed once it is used
+    out, cotangents = zip(*dependent, strict=True)
     return torch.autograd.grad(out, needed, cotangents, materialize_grads=True)
 
 
-def _recorded(
+def _recorded_backward(
     fn: Flat, inputs: Sequence[Tensor], needs: Sequence[bool], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """fn, run again and recorded: uᵀ ∂fn/∂x for each input x that needs it, which can be differentiated again."""
-    aliases = [x.view_as(x) for x in inputs]  # of inputs made from one another, each gets its own part
-    given = [(y, u) for y, u in zip(fn(*aliases), cotangents, strict=True) if u is not None and y.requires_grad]
+    """uᵀ ∂fn/∂x for each input x that needs it, by running `fn` again, recorded, so that it can be differentiated."""
+    aliases = [x.view_as(x) for x in inputs]  # an input that depends on another gets its own part of the gradient
+    dependent = [(y, u) for y, u in zip(fn(*aliases), cotangents, strict=True) if u is not None and y.requires_grad]
     needed = [x for x, need in zip(aliases, needs, strict=True) if need]
-    if not given:
+    if not dependent:
         return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
-    out, given_cotangents = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(out, needed, given_cotangents, create_graph=True, materialize_grads=True))
-    return tuple(next(found) if need else None for need in needs)
+    out, us = zip(*dependent, strict=True)
+    grads = iter(torch.autograd.grad(out, needed, us, create_graph=True, materialize_grads=True))
+    return tuple(next(grads) if need else None for need in needs)
 
 
 class _Below(torch.autograd.Function):
-    """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), below every grad: none of them records what fn does."""
+    """(fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), below every grad, so that none of them records fn."""
 
     @staticmethod
     def forward(fn: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
@@ -109,18 +111,18 @@ class _Below(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise RuntimeError("remat knows its first backward only: nest torch.func.grad or jvp instead")
+        raise RuntimeError("remat has a first backward only: nest torch.func.grad or jvp instead")
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, fn: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Below.apply(_mapped(fn, info, in_dims), *xs), 0
+        return _Below.apply(_vmap(fn, info, in_dims), *xs), 0
 
 
 class _Remat(torch.autograd.Function):
-    """(fn, again, x_1, x_2, ...) -> fn(x_1, x_2, ...), which keeps x_1, x_2, ... and nothing else."""
+    """(fn, recompute_fn, x_1, x_2, ...) -> fn(x_1, x_2, ...), which saves x_1, x_2, ... and nothing else."""
 
     @staticmethod
-    def forward(fn: Flat, again: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(fn: Flat, recompute_fn: Flat, *xs: Tensor) -> tuple[Tensor, ...]:
         return fn(*xs)
 
     @staticmethod
@@ -133,27 +135,27 @@ class _Remat(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs = tuple(ctx.needs_input_grad[2:])
         if is_recorded_by_autograd(*ctx.saved_tensors):
-            return None, None, *_recorded(ctx.runs[0], ctx.saved_tensors, needs, grad)
+            return None, None, *_recorded_backward(ctx.runs[0], ctx.saved_tensors, needs, grad)
         pull_back = functools.partial(_pull_back, *ctx.runs, needs, tuple(u is not None for u in grad))
-        # The compiler sees one graph and drops from it what nobody reads; what autograd follows is to be recorded.
-        if not torch.compiler.is_compiling() and not followed_beside(*grad):
+        # A compiler sees one graph and drops what nobody reads; what plain autograd differentiates must be recorded.
+        if not torch.compiler.is_compiling() and not cotangents_are_differentiated(*grad):
             pull_back = functools.partial(_Below.apply, pull_back)
-        found = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
-        return None, None, *(next(found) if need else None for need in needs)
+        grads = iter(pull_back(*ctx.saved_tensors, *(u for u in grad if u is not None)))
+        return None, None, *(next(grads) if need else None for need in needs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, fn: Flat, again: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        mapped = _mapped(fn, info, in_dims[1:])
+    def vmap(info: Any, in_dims: Any, fn: Flat, recompute_fn: Flat, *xs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        mapped = _vmap(fn, info, in_dims[1:])
         return _Remat.apply(mapped, mapped, *xs), 0
 
 
 def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Callable[P, R]:
-    """`fn`, keeping only its inputs for the backward, which runs `fn` again; or `again`, under plain autograd: a
-    function with the same gradient, whose results nobody reads.
+    """`fn`, saving only its inputs for the backward, which runs `fn` again; or, under plain autograd, `recompute_fn`:
+    a function with the same gradient, whose results nobody reads.
 
     Arguments and results are pytrees: node trees, tensors of any dtype, None, static config. Only arguments that need
     a gradient get one, so a frozen weight costs none. `fn` must be pure, and must take as an argument whatever tensor
-    is differentiated or mapped over: through one that it closes over no gradient comes back.
+    is differentiated or mapped over: a tensor that it closes over gets no gradient.
 
     Rematerialized under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
     gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, or norms are trained in bf16); and under
@@ -165,7 +167,7 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
     """
 
     @functools.wraps(fn)
-    def rematerialized(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         tensors, join = _split((args, kwargs))
         if needs_higher_order(*tensors):
             return fn(*args, **kwargs)
@@ -181,7 +183,7 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
             return tuple(y.view_as(y) if any(y is x for x in xs) else y for y in out)
 
         if compiling:
-            # To dynamo the very inputs of torch.func.grad require no gradient, and theirs would be left out; views do.
+            # To dynamo the inputs of torch.func.grad require no gradient, and would get none; views of them do.
             tensors = [x.view_as(x) for x in tensors]
             plain = fn(*args, **kwargs)
             if not (torch.is_grad_enabled() and is_differentiated(*tensors)):
@@ -190,4 +192,4 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
         out = _Remat.apply(functools.partial(flat, fn), functools.partial(flat, recompute_fn or fn), *tensors)
         return form[0](out)  # pyright: ignore[reportArgumentType]
 
-    return rematerialized
+    return wrapper

@@ -1,15 +1,14 @@
-"""Rotary positions: pairs of components of a query or key, turned by an angle that grows with the position.
+"""Rotary position embedding: pairs of components of a query or key, rotated by an angle that grows with the position.
 
     (a_i, b_i)  ->  (a_i cos pθ_i - b_i sin pθ_i,  b_i cos pθ_i + a_i sin pθ_i)        θ_i = base^(-2i / d)
 
-so that qᵀk depends on the distance of the two alone. The pairs of a head are its first half beside its second, or, as
-in GPT-J, each even component beside the odd one that follows.
+so that qᵀk depends only on the distance of the two. Component i of the first half of a head is paired with component i
+of the second half, or, as in GPT-J, each even component with the odd one that follows.
 
 Source: Su et al. 2021 (RoFormer), section 3.2.2.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -19,16 +18,17 @@ from torch import Tensor
 from fgpt.kernels.precision import at_least_fp32, wide
 
 RopeCosSin: TypeAlias = tuple[Float[Tensor, "*#batch 1 seq pair"], Float[Tensor, "*#batch 1 seq pair"]]
-"""(cos, sin) of every token's angles, the same for all heads, and for all rows where their positions are."""
+"""(cos, sin) of every token's angles; the same for all heads, and for all rows if they have the same positions."""
 RopeScaling: TypeAlias = tuple[float, float, float, float]
-"""(factor, low, high, context): slow angles are divided by `factor`, fast ones kept, and those between are mixed."""
+"""(factor, low, high, context): low frequencies are divided by `factor`, high ones stay, those between are mixed."""
 
 
 class YarnScaling(NamedTuple):
-    """YaRN: slow angles are divided by `factor`, fast ones kept, and those between are mixed by their place among all.
+    """YaRN: low frequencies are divided by `factor`, high ones stay, and those between are mixed by their index.
 
-    Fast is what comes round more than `beta_fast` times in `context` positions, slow what does fewer than `beta_slow`
-    times; with `truncate` the places of these two are whole numbers. Queries and keys grow by `attention_factor`.
+    High is a frequency that makes more than `beta_fast` rotations in `context` positions, low one that makes fewer than
+    `beta_slow`; with `truncate` the indices of these two are integers. Queries and keys are multiplied by
+    `attention_factor`.
 
     Source: Peng et al. 2023 (YaRN), sections 3.2 to 3.4.
     """
@@ -40,25 +40,31 @@ class YarnScaling(NamedTuple):
     attention_factor: float
     truncate: bool = True
 
-    def divided(self, dim: int, base: float) -> Callable[[Tensor], Tensor]:
-        """By the places of angles: the share of each that is divided."""
-        fast, slow = (
-            dim * math.log(self.context / (rounds * 2 * math.pi)) / (2 * math.log(base))
-            for rounds in (self.beta_fast, self.beta_slow)
-        )
+    def ramp(self, dim: int, base: float) -> tuple[float, float]:
+        """(start, width), in indices of frequencies, of the ramp from those that stay to those that are divided.
+
+        Raises:
+            ValueError, OverflowError: if the fields are out of range.
+        """
+
+        def index(rotations: float) -> float:
+            return dim * math.log(self.context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+        fast, slow = index(self.beta_fast), index(self.beta_slow)
         if self.truncate:
             fast, slow = math.floor(fast), math.ceil(slow)
         first, last = max(fast, 0), min(slow, dim - 1)
-        width = last - first or 0.001
-        return lambda places: ((places - first) / width).clamp(0, 1)
+        return first, last - first or 0.001
 
 
 class DynamicScaling(NamedTuple):
-    """Dynamic NTK: in a text of n > `context` tokens all angles are those of a larger base, up to `factor` * `context`:
+    """Dynamic NTK: in a text of n > `context` tokens all angles are those of a larger base:
 
         base' = base (factor n / context - factor + 1)^(dim / (dim - 2))
 
-    A further token turns all keys anew, so that no key can be kept for it. Source: Peng et al. 2023 (YaRN), appendix B.
+    Each further token rotates all keys anew, so beyond `context` no key can be cached.
+
+    Source: Peng et al. 2023 (YaRN), appendix B.
     """
 
     factor: float
@@ -73,29 +79,37 @@ def rope_cos_sin(
     dtype: torch.dtype = torch.float32,
     length: int | Int[Tensor, "*batch seq"] = 0,
 ) -> RopeCosSin:
-    """The turns of `dim` components at the given positions, in fp32, or in fp64 for an x that is. `length` is that of
-    each token's text, which Dynamic alone asks for.
+    """(cos, sin) of the angles of `dim` components at the given positions, in fp32, or in fp64 if `dtype` is.
 
-    An angle that comes round in fewer than context / high positions is kept, one that takes more than context / low is
-    divided; (factor, 1, 4, 0) divides them all, which is linear position interpolation.
+    A `RopeScaling` keeps a frequency whose period is below context / high positions and divides one whose period is
+    above context / low; (factor, 1, 4, 0) divides them all, which is linear position interpolation.
+
+    Args:
+        positions: The position of each token in its text.
+        dim: How many components of a head are rotated, an even number.
+        base: The base of the angles, `rope_theta`.
+        scaling: How the angles are scaled for a longer context.
+        dtype: The dtype of the activations.
+        length: The length of each token's text, for `DynamicScaling` alone.
 
     Source: Grattafiori et al. 2024 (Llama 3), section 3.2; Chen et al. 2023 (Position Interpolation), equation 3.
     """
     exponent = torch.arange(0, dim, 2, dtype=wide(dtype), device=positions.device) / dim
     theta, size = 1.0 / base**exponent, 1.0
     if isinstance(scaling, YarnScaling):
-        places = torch.arange(dim // 2, dtype=theta.dtype, device=theta.device)
-        share = scaling.divided(dim, base)(places)
-        theta, size = (1 - share) * theta + share * theta / scaling.factor, scaling.attention_factor
+        indices = torch.arange(dim // 2, dtype=theta.dtype, device=theta.device)
+        start, width = scaling.ramp(dim, base)
+        fraction = ((indices - start) / width).clamp(0, 1)
+        theta, size = (1 - fraction) * theta + fraction * theta / scaling.factor, scaling.attention_factor
     elif isinstance(scaling, DynamicScaling):
         longer = torch.as_tensor(length, device=theta.device).clamp(min=scaling.context).to(theta.dtype)
         grown = base * (scaling.factor * longer / scaling.context - (scaling.factor - 1)) ** (dim / (dim - 2))
         theta = (1.0 / grown[..., None] ** exponent)[..., None, :, :] if grown.ndim else 1.0 / grown**exponent
     elif scaling is not None:
         factor, low, high, context = scaling
-        rounds = context * theta / (2 * math.pi)
-        kept = ((rounds - low) / (high - low)).clamp(0, 1)
-        theta = kept * theta + (1 - kept) * theta / factor
+        rotations = context * theta / (2 * math.pi)
+        fraction = ((rotations - low) / (high - low)).clamp(0, 1)
+        theta = fraction * theta + (1 - fraction) * theta / factor
     angles = positions[..., None, :, None] * theta
     if size == 1.0:
         return angles.cos(), angles.sin()
@@ -103,13 +117,13 @@ def rope_cos_sin(
 
 
 def apply_rope(
-    x: Float[Tensor, "*batch head seq d_head"], by: RopeCosSin, interleaved: bool
+    x: Float[Tensor, "*batch head seq d_head"], rope: RopeCosSin, interleaved: bool
 ) -> Float[Tensor, "*batch head seq d_head"]:
-    """The first components of each head turned, in fp32 or fp64; the rest as they are."""
-    cos, sin = by
+    """x with the first components of each head rotated, in fp32 or fp64, and the rest unchanged."""
+    cos, sin = rope
     dim = 2 * cos.shape[-1]
     first, rest = at_least_fp32(x[..., :dim]), x[..., dim:]
     a, b = (first[..., 0::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
     pairs = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
-    return torch.cat([turned.to(x.dtype), rest], -1) if rest.shape[-1] else turned.to(x.dtype)
+    rotated = (torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)).to(x.dtype)
+    return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated

@@ -1,16 +1,15 @@
-"""The product of a frozen matrix whose rows DoRA or IA3 scale, under a bias that is not theirs to scale:
+"""The product of a frozen matrix whose rows DoRA or IA3 scale, with a bias that they do not scale:
 
     y' = row ⊙ (W x + bias + s B A x) + (1 - row) ⊙ bias
 
-so that y' is W x + bias itself, to the bit, where row is 1 and B is 0. The scale is as wide as an activation and as
-cheap as reading it, so that what it costs is memory's time. The fast path scales the product where it lies, and adds
-s (row ⊙ B) A x to it there; it keeps y' for the backward, as what reads y' mostly does too, and neither the product nor
-the sum,
+so that y' is W x + bias, to the bit, if row is 1 and B is 0. Scaling is limited by memory bandwidth. The fast path
+scales the product in place and adds s (row ⊙ B) A x to it in place. For the backward it saves y', as the reader of y'
+mostly does too, and neither the product nor the sum:
 
     d row = Σ_t g_t ⊙ (y'_t - bias) / row
 
-and lets the two products that make the gradient of x make one sum. It is for a CPU, where it can be asked whether all
-of row is far enough from 0; elsewhere `times` keeps the sum.
+The two products that make up the gradient of x are added in place as well. It is for a CPU, where one may look whether
+every element of row is far enough from 0; elsewhere `scale_rows` saves the sum.
 """
 
 from typing import Any
@@ -21,37 +20,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.quantized_linear import Quantized, base_linear, linear_input_grad
+from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
 
 MIN_SCALE = 0.125
-"""The least |row| through which the sum is read back from y': what rounding leaves of the bias grows by 1 / row."""
+"""The smallest |row| with which the sum is reconstructed from y': the rounding error of the bias grows by 1 / row."""
 
 
-def _definition(y: Tensor, row: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def reference(y: Tensor, row: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The definition of `scale_rows`: row ⊙ y + (1 - row) ⊙ bias."""
     return torch.mul(y, row, out=out) if bias is None else torch.addcmul((1 - row) * bias, y, row, out=out)
 
 
-class _Times(torch.autograd.Function):
-    """Without a setup_context, as no transform ever meets it: one costs a signature at every call."""
+class _ScaleRows(torch.autograd.Function):
+    """Without a setup_context, as no transform ever meets it: one would cost an inspected signature at every call."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, row, bias)
-        return _definition(y, row, bias)
+        return reference(y, row, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, row, bias = ctx.saved_tensors
-        _, by_row, by_bias = ctx.needs_input_grad
-        down, products, sums = _gradients(g, y, row, bias, by_row or by_bias)
-        return down, products, (1 - row) * sums if by_bias else None
+        _, needs_row, needs_bias = ctx.needs_input_grad
+        scaled_g, g_dot_y, g_sum = _gradients(g, y, row, bias, needs_row or needs_bias)
+        return scaled_g, g_dot_y, (1 - row) * g_sum if needs_bias else None
 
 
 def scale_rows(
-    y: Float[Tensor, "rows out"], row: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "rows out"]:
-    """row ⊙ y + (1 - row) ⊙ bias, of any y."""
-    return _definition(y, row, bias) if in_transform_or_compile() else _Times.apply(y, row, bias)  # pyright: ignore[reportReturnType]
+    y: Float[Tensor, "*batch out"], row: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*batch out"]:
+    """row ⊙ y + (1 - row) ⊙ bias, for any y, in its dtype."""
+    row, bias = row.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    if in_transform_or_compile():
+        return reference(y, row, bias)
+    scaled: Any = _ScaleRows.apply(y.reshape(-1, y.shape[-1]), row, bias)
+    return scaled.view(y.shape)
 
 
 def _gradients(
@@ -59,84 +63,82 @@ def _gradients(
     y: Float[Tensor, "rows out"],
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None,
-    wanted: bool,
+    with_sums: bool,
 ) -> tuple[Float[Tensor, "rows out"], Float[Tensor, " out"] | None, Float[Tensor, " out"] | None]:
-    """(g ⊙ row, Σ_t g_t ⊙ (y_t - bias), Σ_t g_t), the sums where they are `wanted`."""
-    if not wanted:
+    """(g ⊙ row, Σ_t g_t ⊙ (y_t - bias), Σ_t g_t), the sums if `with_sums`."""
+    if not with_sums:
         return g * row, None, None
     bias = torch.zeros_like(row) if bias is None else bias
     if torch.is_grad_enabled() or y.device.type != "cpu" or y.numel() == 0:
         return g * row, (g * (y - bias)).sum(0), g.sum(0)
-    # All three at once: the gradients of row ⊙ (y - mean) / deviation + shift, a batch norm that is not training.
+    # All three in one kernel: the gradients of row ⊙ (y - mean) / deviation + shift, a batch norm in evaluation mode.
     return torch.ops.aten.native_batch_norm_backward(
         g, y, row, bias, torch.ones_like(row), None, None, False, 0.0, [True, True, True]
     )
 
 
 def can_reconstruct(row: Float[Tensor, " out"]) -> bool:
-    """Whether `scaled` is to be called: the scaled product can be read back, and no transform surrounds the call."""
+    """Whether `fused_scaled_linear` applies: the sum can be reconstructed, and no transform surrounds the call."""
     return not in_transform_or_compile() and row.device.type == "cpu" and row.detach().abs().min().item() > MIN_SCALE
 
 
-class _Scaled(torch.autograd.Function):
-    """Without a setup_context, as `_Times`."""
+class _FusedScaledLinear(torch.autograd.Function):
+    """Without a setup_context, like `_ScaleRows`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         scale: float,
         x: Tensor,
-        inner: Tensor,
+        lora_x: Tensor,
         w: Tensor | Quantized,
         row: Tensor,
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        y = base_linear(x, w, bias)
-        y = _definition(y, row, bias, out=y)
+        if isinstance(w, Tensor):
+            y = F.linear(x, w, bias)
+        else:
+            y = quantized_linear(x, w)
+            y = y if bias is None else y + bias
+        y = reference(y, row, bias, out=y)
         low = None
         if a is not None and b is not None:
-            low = F.linear(inner, a)
+            low = F.linear(lora_x, a)
             y.addmm_(low, (row[:, None] * b).T, alpha=scale)
         ctx.scale, ctx.quantized = scale, None if isinstance(w, Tensor) else w
-        ctx.once = inner is x  # x's gradient through A is then part of x's
-        kept = x if ctx.needs_input_grad[3] else None, None if low is None else inner
-        ctx.save_for_backward(*kept, w if isinstance(w, Tensor) else None, row, bias, a, b, low, y)
+        ctx.same_input = lora_x is x  # then x's gradient through A is part of x's
+        saved_x, saved_lora_x = x if ctx.needs_input_grad[3] else None, None if low is None else lora_x
+        saved_w = w if isinstance(w, Tensor) else None
+        ctx.save_for_backward(saved_x, saved_lora_x, saved_w, row, bias, a, b, low, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, inner, w, row, bias, a, b, low, y = ctx.saved_tensors
-        _, by_x, by_inner, by_w, by_row, by_bias, by_a, by_b = ctx.needs_input_grad
-        down, products, sums = _gradients(g, y, row, bias, by_row or by_bias)
-        to_x = linear_input_grad(down, ctx.quantized if w is None else w) if by_x else None
-        to_inner, to_a, to_b = None, None, None
+        x, lora_x, w, row, bias, a, b, low, y = ctx.saved_tensors
+        _, needs_x, needs_lora_x, needs_w, needs_row, needs_bias, needs_a, needs_b = ctx.needs_input_grad
+        scaled_g, g_dot_y, g_sum = _gradients(g, y, row, bias, needs_row or needs_bias)
+        dx = linear_input_grad(scaled_g, ctx.quantized if w is None else w) if needs_x else None
+        d_lora_x, da, db = None, None, None
         if low is not None:
-            if torch.is_grad_enabled():  # to be differentiated again, through what made it
-                low = F.linear(inner, a)
-            to_low = down @ (ctx.scale * b)
-            if to_x is not None and ctx.once:
-                to_x = to_x.addmm_(to_low, a)
-            elif by_inner:
-                to_inner = to_low @ a
-            to_a = to_low.T @ inner if by_a else None
-            to_b = ctx.scale * (down.T @ low) if by_b else None
-        return (
-            None,
-            to_x,
-            to_inner,
-            down.T @ x if by_w else None,
-            None if products is None else products / row,
-            sums if by_bias else None,
-            to_a,
-            to_b,
-        )
+            if torch.is_grad_enabled():  # differentiated again: through the product that made it
+                low = F.linear(lora_x, a)
+            d_low = scaled_g @ (ctx.scale * b)
+            if dx is not None and ctx.same_input:
+                dx = dx.addmm_(d_low, a)
+            elif needs_lora_x:
+                d_lora_x = d_low @ a
+            da = d_low.T @ lora_x if needs_a else None
+            db = ctx.scale * (scaled_g.T @ low) if needs_b else None
+        dw = scaled_g.T @ x if needs_w else None
+        d_row = None if g_dot_y is None else g_dot_y / row
+        return None, dx, d_lora_x, dw, d_row, g_sum if needs_bias else None, da, db
 
 
 def fused_scaled_linear(
     x: Float[Tensor, "rows in"],
-    inner: Float[Tensor, "rows in"],
+    lora_x: Float[Tensor, "rows in"],
     w: Float[Tensor, "out in"] | Quantized,
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None,
@@ -144,7 +146,7 @@ def fused_scaled_linear(
     b: Float[Tensor, "out rank"] | None,
     scale: float,
 ) -> Float[Tensor, "rows out"]:
-    """The definition, with A x̃ for A x where dropout has made x̃, `inner`, of x; in one tensor of the width of y each
-    way. For plain autograd, where row is `readable`.
+    """The definition with A x̃ for A x, where `lora_x` is x̃, x after dropout; one tensor of the width of y is allocated
+    in the forward and one in the backward. For plain autograd, if `can_reconstruct(row)`.
     """
-    return _Scaled.apply(scale, x, inner, w, row, bias, a, b)  # pyright: ignore[reportReturnType]
+    return _FusedScaledLinear.apply(scale, x, lora_x, w, row, bias, a, b)  # pyright: ignore[reportReturnType]

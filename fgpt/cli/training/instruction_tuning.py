@@ -32,7 +32,7 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import leaves, matches, replace_at, tree_map
-from fgpt.weights import parameters
+from fgpt.weights import num_parameters
 
 T = TypeVar("T")
 
@@ -256,7 +256,7 @@ def build_job(run: InstructionRecipe) -> tuple[TrainingJob, list[InstructionRow]
 
 def sizes(name: str, base: GPT, adapters: Adapters) -> str:
     """How large a base is, and how much is trained of it or beside it."""
-    whole, trained = parameters(base), num_trainable(adapters)
+    whole, trained = num_parameters(base), num_trainable(adapters)
     return f"{name} ({whole:,} parameters), {trained:,} trained ({percent(trained / whole)})"
 
 

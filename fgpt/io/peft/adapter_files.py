@@ -244,11 +244,11 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, and tuned leaves.
 
     A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
-    base: `load_peft(folder, fuse(params))`; one that we stacked is unstacked on a base that is not fused, and IA3 on
+    base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3 on
     such a module becomes IA3 on q, on k and on v there.
 
     An adapter of the embedding or the head of a tied model is of that side alone. Where it is the embedding's, the head
-    keeps the base's table as a leaf of the adapters, but not over `params.untied()`, which has a head of its own.
+    keeps the base's table as a leaf of the adapters, but not over `params.untie()`, which has a head of its own.
 
     The adapters of a classifier want one of as many classes, `load_peft(folder, classifier(params, n, key))`.
 

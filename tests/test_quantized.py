@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
-from fgpt.kernels import quantized_linear
+from fgpt.kernels import quantized_linear as kernel
 from fgpt.kernels.quantized_linear import (
     QUANTIZED,
     Blockwise4bit,
@@ -26,9 +26,9 @@ from fgpt.kernels.quantized_linear import (
     Format,
     RowwiseInt8,
     dequantize,
-    embedding,
     fake_quantize,
     quantize_matrix,
+    quantized_embedding,
     quantized_linear,
     reference,
     slice_rows,
@@ -108,21 +108,21 @@ def test_eight_bits_by_row_are_bitsandbytes(dtype: torch.dtype):
 def test_the_definition_the_operator_and_the_parts_are_one(
     kind: Any, double: bool, dtype: torch.dtype, rows: int, blocks: int, data: st.DataObject
 ):
-    """Bitwise: `dequantize` is `reference`, `gather` and `part` are its rows."""
+    """Bitwise: `dequantize` is `reference`; `quantized_embedding` and `slice_rows` are its rows."""
     w = quantize_matrix(normal(rows, 64 * blocks, seed=data.draw(st.integers(0, 99)), dtype=dtype), kind, double)
     expanded = dequantize(w)
     assert w.shape == expanded.shape == (rows, 64 * blocks)
     assert torch.equal(reference(w), dequantize(w, torch.float32))
     assert torch.equal(reference(w).to(dtype), expanded)
     chosen = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, rows - 1), min_size=2, max_size=2), min_size=1)))
-    assert torch.equal(embedding(w, chosen), expanded[chosen])
-    assert torch.equal(vmap(lambda r: embedding(w, r))(chosen), expanded[chosen])
+    assert torch.equal(quantized_embedding(w, chosen), expanded[chosen])
+    assert torch.equal(vmap(lambda r: quantized_embedding(w, r))(chosen), expanded[chosen])
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows + 2))
-    some = slice_rows(w, slice(start, stop))
-    assert type(some) is type(w)
-    assert torch.equal(dequantize(some), expanded[start:stop])
-    assert some.shape == expanded[start:stop].shape
+    part = slice_rows(w, slice(start, stop))
+    assert type(part) is type(w)
+    assert torch.equal(dequantize(part), expanded[start:stop])
+    assert part.shape == expanded[start:stop].shape
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -163,8 +163,8 @@ def test_a_quantized_model_weighs_what_its_parts_do():
     """The rest of the tree is shared with the original, not copied; a cast leaves codes and scales alone."""
     for kind in FORMATS:
         frozen = fgpt.quantize(PLAIN, kind)
-        held = [x for _, x in walk(frozen) if isinstance(x, QUANTIZED) and len(x.shape) == 2]
-        assert len(held) == 12
+        matrices = [x for _, x in walk(frozen) if isinstance(x, QUANTIZED) and len(x.shape) == 2]
+        assert len(matrices) == 12
         assert nbytes(frozen) < 0.4 * nbytes(PLAIN)
         assert frozen.wte.w is PLAIN.wte.w
         short = leaves(astype(frozen, torch.bfloat16))
@@ -177,15 +177,15 @@ def test_a_quantized_model_weighs_what_its_parts_do():
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-def expanded(x: Tensor, w: Any) -> Tensor:
-    """What a product means: x Wᵀ, x in 8 bits where W is in whole numbers, differentiated as if it were not."""
+def dequantized_product(x: Tensor, w: Any) -> Tensor:
+    """The meaning of a product: x Wᵀ, with x in 8 bits if W is int8, differentiated as if it were not."""
     return F.linear(fake_quantize(x) if isinstance(w, RowwiseInt8) else x, reference(w).to(x.dtype))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def exact_derivatives() -> Iterator[None]:
     """As on a CPU that does not multiply bf16."""
-    with mock.patch.object(quantized_linear, "MULTIPLIES_BF16", False):
+    with mock.patch.object(kernel, "HAS_BF16_MATMUL", False):
         yield
 
 
@@ -197,11 +197,11 @@ def w(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("size", [(64,), (0, 64), (1, 64), (3, 64), (2, 3, 64)], ids=str)
 def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]):
     x = normal(*size, seed=1)
-    close(quantized_linear(x, w), expanded(x, w), 1e-5)
+    close(quantized_linear(x, w), dequantized_product(x, w), 1e-5)
     for dtype in (torch.bfloat16, torch.float16):
         y = quantized_linear(x.to(dtype), w)
         assert y.dtype == dtype
-        close(y.float(), expanded(x.to(dtype), w).float(), 0.1, 0.02)
+        close(y.float(), dequantized_product(x.to(dtype), w).float(), 0.1, 0.02)
 
 
 def test_rounding_is_half_a_step_and_differentiates_as_nothing():
@@ -242,7 +242,7 @@ def test_products_under_every_transform(w: Any):
             "jacobian": jacrev(lambda x: multiply(x, w))(x[0]),
         }
 
-    got, expected = of(quantized_linear), of(expanded)
+    got, expected = of(quantized_linear), of(dequantized_product)
     for name in expected:
         a, b = (x[name] if isinstance(x[name], tuple) else (x[name],) for x in (got, expected))
         assert max(y.abs().max() for y in b) > 1e-3, name
@@ -258,7 +258,7 @@ def test_autograds_double_backward(w: Any):
         (second,) = torch.autograd.grad((first * t).sum(), x)
         return first.detach(), second
 
-    for got, expected in zip(twice(quantized_linear), twice(expanded), strict=True):
+    for got, expected in zip(twice(quantized_linear), twice(dequantized_product), strict=True):
         close(got, expected, 2e-5, 1e-4)
         assert expected.abs().max() > 1e-2
 
@@ -273,7 +273,7 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
     def short(y: Tensor) -> Tensor:
         return y.to(torch.bfloat16).double()
 
-    def found() -> tuple[Tensor, Tensor, Tensor]:
+    def value_and_derivatives() -> tuple[Tensor, Tensor, Tensor]:
         (y, tangent), (back,) = (
             jvp(lambda x: quantized_linear(x, w), (x,), (t,)),
             vjp(lambda x: quantized_linear(x, w), x)[1](g),
@@ -281,9 +281,9 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
         assert y.dtype == tangent.dtype == back.dtype == dtype
         return y, tangent, back
 
-    y, *exact = found()
-    monkeypatch.setattr(quantized_linear, "MULTIPLIES_BF16", True)
-    same, tangent, back = found()
+    y, *exact = value_and_derivatives()
+    monkeypatch.setattr(kernel, "HAS_BF16_MATMUL", True)
+    same, tangent, back = value_and_derivatives()
     assert torch.equal(same, y)
     if dtype in (torch.float32, torch.bfloat16):
         # the product is rounded to 8 bits, and again where scaling it follows
@@ -308,23 +308,23 @@ class Expansions(TorchDispatchMode):
 
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.seen = numel, []
+        self.numel, self.storages = numel, []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.is_floating_point() and out.numel() >= self.numel:
-            self.seen.append(StorageWeakRef(out.untyped_storage()))
+            self.storages.append(StorageWeakRef(out.untyped_storage()))
         return out
 
-    def held(self) -> int:
-        return sum(not ref.expired() for ref in self.seen)
+    def num_alive(self) -> int:
+        return sum(not ref.expired() for ref in self.storages)
 
 
 def test_a_product_makes_its_matrix_and_nothing_as_large_beside_it():
     w = quantize_matrix(normal(256, 1024), "nf4")
-    with Largest() as seen:
+    with Largest() as largest:
         quantized_linear(normal(2, 1024), w)
-    assert sorted(s for s in seen.shapes if torch.Size(s).numel() > 256 * 1024 // 2) == [(256, 1024)]
+    assert sorted(s for s in largest.shapes if torch.Size(s).numel() > 256 * 1024 // 2) == [(256, 1024)]
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -344,12 +344,12 @@ def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
 
     with Expansions(out * inp) as expansions, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = fgpt.linear(x, w)
-        in_forward = len(expansions.seen)
-        assert expansions.held() == 0
+        in_forward = len(expansions.storages)
+        assert expansions.num_alive() == 0
         assert not [t for t in saved if t.is_floating_point() and t.numel() >= out * inp]
         y.square().sum().backward()
-        assert len(expansions.seen) > max(in_forward, 0 if kind == "int8" else 1)  # expanded anew, and let go
-        assert expansions.held() == 0
+        assert len(expansions.storages) > max(in_forward, 0 if kind == "int8" else 1)  # expanded anew, and let go
+        assert expansions.num_alive() == 0
     assert x.grad is not None
 
 
@@ -416,10 +416,10 @@ def test_training_leaves_the_frozen_tree_as_it_is_bitwise(kind: Any, method: Any
     assert not same(state.trainable, adapters)
 
 
-# ---------------------------------------------------------------------------------------------------------------- shift
+# ---------------------------------------------------------------------------------------------------- output difference
 
 
-def test_shift_is_what_changed():
+def test_output_difference_is_that_of_logits_and_losses():
     zero = fgpt.compare_outputs(PLAIN, PLAIN, BATCH)
     assert (zero.logit.item(), zero.nll.item()) == (0.0, 0.0)
     for after in (fgpt.quantize(PLAIN, "nf4"), astype(PLAIN, torch.bfloat16), shaken(PLAIN)):
@@ -433,14 +433,14 @@ def test_shift_is_what_changed():
         assert not got.logit.requires_grad
 
 
-def test_merging_is_measured_by_shift():
-    """Over the numbers trained on, merging costs only rounding; onto those never seen, what quantizing had cost."""
+def test_merging_is_measured_by_output_difference():
+    """With the values trained on, merging costs only rounding; with those before quantization, its error."""
     frozen = fgpt.quantize(PLAIN, "nf4")
     adapted = fgpt.adapt(frozen, shaken(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
     exact = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base="dequantized"), BATCH)
-    onto = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base=PLAIN), BATCH)
+    original = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base=PLAIN), BATCH)
     assert exact.logit < 1e-4
-    assert onto.logit > 100 * exact.logit
+    assert original.logit > 100 * exact.logit
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -458,7 +458,7 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
         ),
         (
             lambda: fgpt.quantize(NF4),
-            r"blocks\.0\.attn\.q is FourBit already: quantize a plain params tree, then adapt",
+            r"blocks\.0\.attn\.q is Blockwise4bit already: quantize a plain params tree, then adapt",
         ),
         (
             lambda: fgpt.quantize(fgpt.adapt(PLAIN, fgpt.lora(PLAIN, fgpt.key(0), 2))),
@@ -487,19 +487,19 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
         ),
         (
             lambda: fgpt.merge(ADAPTED),
-            r"blocks\.0\.attn\.q\.w is quantized below: merge\(params, onto=\"dequantized\"\)",
+            r"blocks\.0\.attn\.q\.w has a quantized base: merge\(params, base=\"dequantized\"\)",
         ),
         (
             lambda: fgpt.merge(ADAPTED, base="original"),
-            "merge onto 'original': expected \"dequantized\" or a params tree",
+            "merge with base 'original': expected \"dequantized\" or a params tree",
         ),
         (
             lambda: fgpt.merge(ADAPTED, base=tiny()),
-            r"blocks\.0\.attn\.q\.w is not in the params to merge onto, or has another shape there",
+            r"blocks\.0\.attn\.q\.w is not in the params given as base, or has another shape there",
         ),
         (
             lambda: fgpt.merge(ADAPTED, base=fgpt.fuse_qkv(PLAIN)),
-            r"blocks\.0\.attn\.q\.w is not in the params to merge onto",
+            r"blocks\.0\.attn\.q\.w is not in the params given as base",
         ),
         (lambda: fgpt.merge(NF4, base=tiny(d_model=64, d_mlp=64)), r"blocks\.0\.mlp\.up\.w is not in the params"),
     ],
@@ -510,7 +510,7 @@ def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_narrow_may_be_held_in_whole_numbers_and_the_rest_tuned():
+def test_narrow_matrices_may_be_int8_and_the_rest_tuned():
     """int8 wants no blocks; a target narrowed past what is quantized tunes."""
     narrow = tiny()
     assert isinstance(fgpt.quantize(narrow, "int8").blocks[0].attn.o.w, RowwiseInt8)

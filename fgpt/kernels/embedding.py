@@ -1,0 +1,32 @@
+"""Rows of a base weight by index: W[tokens].
+
+torch's CPU kernel sums the gradients of a token's occurrences in the dtype of the table: in bf16 the sum is 3 % off
+over 1,000 occurrences and 32 % over 4,096. A table that is trained is therefore read once for each token that occurs,
+and those rows are repeated in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated
+from fgpt.kernels.precision import accumulates_in_half
+from fgpt.kernels.quantized_linear import Quantized, quantized_embedding
+
+
+def reference(tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"]) -> Float[Tensor, "*batch d"]:
+    """The definition."""
+    return w[tokens]
+
+
+def embedding(tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"] | Quantized) -> Float[Tensor, "*batch d"]:
+    """W[tokens] in the dtype of W."""
+    if not isinstance(w, Tensor):
+        return quantized_embedding(w, tokens)
+    if not (accumulates_in_half(w) and is_differentiated(w)):
+        return F.embedding(tokens, w)
+    if in_transform_or_compile():  # the number of different tokens depends on the data: no transform can follow it
+        return F.embedding(tokens, w.float()).to(w.dtype)
+    present, indices = torch.unique(tokens, return_inverse=True)
+    return F.embedding(indices, F.embedding(present, w).float()).to(w.dtype)

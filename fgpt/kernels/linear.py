@@ -1,0 +1,91 @@
+"""The product of a base weight, a tensor or a quantized matrix, with and without an adapter on it:
+
+    base_linear      y = x Wᵀ + bias
+    adapted_linear   y = row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias
+
+where x̃ is x after dropout. The kernel is chosen by the operands alone, and no caller knows which one ran.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.gemv import gemv, use_gemv
+from fgpt.kernels.grad_only_linear import GradOnly, grad_only_linear
+from fgpt.kernels.quantized_linear import Quantized, quantized_linear
+from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
+
+
+def reference(
+    x: Float[Tensor, "rows in"],
+    lora_x: Float[Tensor, "rows in"],
+    w: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"],
+    *,
+    a: Float[Tensor, "rank in"],
+    b: Float[Tensor, "out rank"],
+    row: Float[Tensor, " out"],
+    scale: float,
+) -> Float[Tensor, "rows out"]:
+    """The definition of `adapted_linear`, every operand present."""
+    return row * (x @ w.T + bias + scale * lora_x @ a.T @ b.T) + (1 - row) * bias
+
+
+def base_linear(
+    x: Float[Tensor, "*batch in"],
+    w: Float[Tensor, "out in"] | Quantized | GradOnly,
+    bias: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """x Wᵀ + bias."""
+    if isinstance(w, Tensor) and not use_gemv(x):
+        return F.linear(x, w, bias)
+    if isinstance(w, Tensor):
+        y = gemv(x, w)
+    elif isinstance(w, GradOnly):
+        y = grad_only_linear(x, w.base)
+    else:
+        y = quantized_linear(x, w)
+    return y if bias is None else y + bias
+
+
+def adapted_linear(
+    x: Float[Tensor, "*batch in"],
+    lora_x: Float[Tensor, "*batch in"],
+    w: Float[Tensor, "out in"] | Quantized,
+    bias: Float[Tensor, " out"] | None,
+    *,
+    a: Float[Tensor, "rank in"] | None,
+    b: Float[Tensor, "out rank"] | None,
+    row: Float[Tensor, " out"] | None,
+    scale: float,
+) -> Float[Tensor, "*batch out"]:
+    """row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias; without A and B, or without `row`, what is left of it.
+
+    Outside transforms nothing of the width of y is allocated twice: the low-rank term is added in place, and a `row`
+    whose elements are all far from zero is fused with it.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if row is not None and can_reconstruct(row):
+        lora_rows = rows if lora_x is x else lora_x.reshape(rows.shape)
+        row, bias, a, b = (None if t is None else t.to(x.dtype) for t in (row, bias, a, b))
+        assert row is not None
+        y = fused_scaled_linear(rows, lora_rows, w, row, bias, a, b, scale)
+    else:
+        y = base_linear(rows, w, bias)
+        if a is not None and b is not None:
+            low = scale * F.linear(lora_x, a.to(x.dtype))
+            # In place: nobody else reads y yet, and it is no view, as `rows` is flat.
+            add = torch.addmm if in_transform_or_compile() else Tensor.addmm_
+            y = add(y, low.reshape(-1, low.shape[-1]), b.to(y.dtype).T)
+        y = y if row is None else scale_rows(y, row, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def add_low_rank(
+    y: Float[Tensor, "*batch out"], low: Float[Tensor, "*batch rank"], b: Float[Tensor, "out rank"]
+) -> Float[Tensor, "*batch out"]:
+    """y + low Bᵀ, out of place: for a y that others may read."""
+    low = low.reshape(-1, low.shape[-1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.to(y.dtype).T).view(y.shape)

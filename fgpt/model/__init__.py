@@ -1,0 +1,55 @@
+"""The GPT: a tree of nodes (`params`), what its shapes do not say (`config`), pure functions of it (`forward`), and the
+keys and values that generation keeps (`cache`).
+"""
+
+from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
+from fgpt.model.config import Config
+from fgpt.model.forward import (
+    apply,
+    forward_with_cache,
+    hidden,
+    lm_head,
+    logits,
+    transformer_layers,
+)
+from fgpt.model.params import (
+    GPT,
+    MLP,
+    Attention,
+    Block,
+    Embedding,
+    FusedAttention,
+    Linear,
+    Norm,
+    RMSNorm,
+    abstract_params,
+    fuse_qkv,
+    fused_qkv,
+    init,
+)
+
+__all__ = [
+    "GPT",
+    "MLP",
+    "Attention",
+    "Block",
+    "Config",
+    "Embedding",
+    "FusedAttention",
+    "KVCache",
+    "LayerKV",
+    "Linear",
+    "Norm",
+    "RMSNorm",
+    "StaticLayerCache",
+    "abstract_params",
+    "apply",
+    "forward_with_cache",
+    "fuse_qkv",
+    "fused_qkv",
+    "hidden",
+    "init",
+    "lm_head",
+    "logits",
+    "transformer_layers",
+]

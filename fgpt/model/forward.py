@@ -1,0 +1,309 @@
+"""The GPT as pure functions of its params tree:
+
+    x   = wte[tokens] + wpe[positions]
+    x   = x + attn(ln_1(x));  x = x + mlp(ln_2(x))      for each block
+    out = ln_f(x) headᵀ                                  the head is wte itself if `head` is None
+
+The tree says what is computed: without `wpe` queries and keys are rotated, an MLP with a `gate` multiplies by it, and a
+block without `ln_2` has one norm for both its branches. What no leaf can say is in the Config.
+
+Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT-J); Touvron et al. 2023 (LLaMA),
+section 2.2.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fgpt._typing import shaped
+from fgpt.errors import InputError
+from fgpt.kernels.attention import attention, sliding
+from fgpt.kernels.functorch_state import dual_outside_torch_func
+from fgpt.kernels.norm import layer_norm, rms_norm
+from fgpt.kernels.remat import remat as rematerialize
+from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
+from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
+from fgpt.model.config import Config
+from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.tree import replace_at
+from fgpt.weights import embed, grad_only, linear
+
+
+def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
+    """LayerNorm or RMSNorm: see `fgpt.kernels.norm`."""
+    w = p.w.to(x.dtype)
+    if isinstance(p, RMSNorm):
+        return rms_norm(x, w, eps)
+    return layer_norm(x, w, None if p.b is None else p.b.to(x.dtype), eps)
+
+
+def qkv(
+    x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention, cfg: Config
+) -> tuple[Float[Tensor, "*batch head seq d_head"], ...]:
+    """Queries, keys and values by head: `cfg.n_head` heads of queries, `cfg.kv_heads` of keys and values."""
+    if isinstance(p, FusedAttention):
+        n, kv = cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
+        flat = linear(x, p.qkv.w, p.qkv.b).split((n, kv, kv), -1)
+    else:
+        flat = linear(x, p.q.w, p.q.b), linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
+    q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
+    q = q if p.q_norm is None else norm(q, p.q_norm, cfg.norm_eps)
+    return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.norm_eps), v
+
+
+def attention_layer(
+    x: Float[Tensor, "*batch seq d_model"],
+    p: Attention | FusedAttention,
+    cfg: Config,
+    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    past: LayerKV | StaticLayerCache | None,
+    rope: RopeCosSin | None,
+    score_scale: float = 1.0,
+) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
+    """Attention over `past` and x, its scores times `score_scale`; and the keys and values of both."""
+    q, k, v = qkv(x, p, cfg)
+    q = q if score_scale == 1.0 else q * score_scale
+    if rope is not None:
+        q, k = apply_rope(q, rope, cfg.interleaved), apply_rope(k, rope, cfg.interleaved)
+    if isinstance(past, StaticLayerCache):
+        past.k[..., past.write_index, :], past.v[..., past.write_index, :] = k, v
+        k, v = past.k, past.v
+    elif past is not None:
+        k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
+    y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
+    return linear(y, p.o.w, p.o.b), (k, v)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": lambda x: x * torch.sigmoid(x) if dual_outside_torch_func() else F.silu(x),
+    "relu": F.relu,
+}
+"""The choices of `Config.activation`. torch's backward of silu has no forward mode outside torch.func.
+
+Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
+"""
+
+
+def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
+    """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)) if there is a gate.
+
+    Source: Shazeer 2020 (GLU Variants), equation 6.
+    """
+    activation = ACTIVATIONS[cfg.activation]
+    up = linear(x, p.up.w, p.up.b)
+    inner = activation(up) if p.gate is None else activation(linear(x, p.gate.w, p.gate.b)) * up
+    return linear(inner, p.down.w, p.down.b)
+
+
+def block(
+    x: Float[Tensor, "*batch seq d_model"],
+    p: Block,
+    cfg: Config,
+    mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
+    past: LayerKV | StaticLayerCache | None = None,
+    rope: RopeCosSin | None = None,
+    score_scale: float = 1.0,
+) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
+    """One transformer block: x with attention and MLP added to it, and the keys and values of `past` and x."""
+    normed = norm(x, p.ln_1, cfg.norm_eps)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale)
+    after = x + y
+    if p.ln_2 is not None:
+        normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
+    return after + mlp(normed, p.mlp, cfg), kv
+
+
+def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any, **options: Any) -> tuple[Tensor, LayerKV]:
+    """`block` for its gradient alone: what it adds to x last is not computed, as no gradient reads it."""
+    last = {"mlp.down.w": grad_only(p.mlp.down.w)}
+    if cfg.parallel_residual:
+        last["attn.o.w"] = grad_only(p.attn.o.w)
+    return block(x, replace_at(p, last), cfg, *args, **options)
+
+
+rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
+"""`block` that saves only its inputs for the backward pass, which computes the rest again."""
+
+
+def transformer_layers(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    positions: Int[Tensor, "*#batch seq"],
+    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    past: Sequence[LayerKV | StaticLayerCache | None],
+    *,
+    length: int | Int[Tensor, "*batch seq"] = 0,
+    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[LayerKV, ...]]:
+    """Embedding, blocks and ln_f for tokens at the given positions.
+
+    Args:
+        params: The model.
+        tokens: Token ids.
+        positions: The position of each token in its document.
+        mask: True where a token attends to a key; None is causal.
+        past: Keys and values of earlier tokens, one for each layer.
+        length: The length of each token's document: only a dynamic rope depends on it.
+        block_fn: `block`, or a function with the same values that saves less for the backward pass.
+
+    Returns:
+        The hidden states, and the keys and values of each layer, those of `past` included.
+    """
+    cfg = params.cfg
+    x = embed(tokens, params.wte.w)
+    x = x if params.wpe is None else x + embed(positions, params.wpe.w)
+    rope = None
+    if cfg.rotary_dim:
+        rope = rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length)
+    windowed = mask if cfg.sliding_window is None else _window_mask(tokens, mask, past, cfg.sliding_window)
+    new_kv: list[LayerKV] = []
+    for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
+        layer_mask = mask if i in cfg.full_layers else windowed
+        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i))
+        new_kv.append(kv)
+    return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
+
+
+def _window_mask(
+    tokens: Tensor, mask: Tensor | None, past: Sequence[LayerKV | StaticLayerCache | None], window: int
+) -> Bool[Tensor, "*batch 1 seq key"] | None:
+    """`mask` within a sliding window."""
+    queries = tokens.shape[-1]
+    num_past = past[0][0].shape[-2] if isinstance(past[0], tuple) else 0
+    keys = num_past + queries if mask is None else mask.shape[-1]
+    windowed = sliding(mask, window, queries, keys, tokens.device)
+    return windowed if windowed is None else windowed.expand(*tokens.shape[:-1], 1, queries, keys)
+
+
+def _forward(
+    params: GPT,
+    tokens: Tensor,
+    segments: Tensor | None,
+    cache: KVCache,
+    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+) -> tuple[Tensor, KVCache]:
+    seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
+    if past + seq > params.cfg.n_ctx:
+        raise InputError(
+            f"{past + seq} tokens in a row, but the model's context is {params.cfg.n_ctx}: shorten the row"
+        )
+    length: int | Tensor = past + seq
+    if segments is None and cache.segments is None:
+        positions, mask, all_segments = torch.arange(past, past + seq, device=tokens.device), None, None
+    else:
+        new = torch.ones_like(tokens) if segments is None else segments
+        earlier = new.new_ones(*new.shape[:-1], past) if cache.segments is None else cache.segments
+        all_segments = torch.cat([earlier, new], -1)
+        same = new[..., :, None] == all_segments[..., None, :]
+        length = same.sum(-1) if isinstance(params.cfg.rope_scaling, DynamicScaling) else 0
+        same = same & same.new_ones(seq, past + seq).tril(past)
+        positions, mask = same.sum(-1) - 1, same[..., None, :, :]
+    layers_past = cache.kv or (None,) * len(params.blocks)
+    h, kv = transformer_layers(params, tokens, positions, mask, layers_past, length=length, block_fn=block_fn)
+    return h, KVCache(kv, all_segments)
+
+
+@shaped
+def hidden(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
+) -> Float[Tensor, "*batch seq d_model"]:
+    """The last hidden states, after ln_f: the input of a head or a loss.
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: The document that each token of a packed row belongs to: attention stays inside a document, and its
+            positions count from 0. Padding is one more document, commonly 0. None makes each row one document.
+        remat: Rematerialization, or activation checkpointing: save only each block's input for the backward pass,
+            which runs the block again. The same gradient in less memory and more time.
+
+    Raises:
+        InputError: if a row is longer than the context.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 8])
+    """
+    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block)[0]
+
+
+def lm_head(params: GPT) -> Linear:
+    """The output layer: the model's own head, or the embedding table if the two are tied.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.lm_head(fgpt.init(cfg, fgpt.key(0))).w.shape
+    torch.Size([10, 8])
+    """
+    return params.head or Linear(params.wte.w)
+
+
+def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+    """Next-token logits of hidden states: lm_head(h).
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.logits(fgpt.init(cfg, fgpt.key(0)), torch.ones(5, 8)).shape
+    torch.Size([5, 10])
+    """
+    head = lm_head(params)
+    return linear(h, head.w, head.b)
+
+
+@shaped
+def apply(
+    params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
+) -> Float[Tensor, "*batch seq vocab"]:
+    """Next-token logits at every position: logits(hidden(tokens)). The arguments are those of `hidden`.
+
+    Raises:
+        InputError: if a row is longer than the context.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.apply(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 10])
+    """
+    return logits(params, hidden(params, tokens, segments))
+
+
+@shaped
+def forward_with_cache(
+    params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
+) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
+    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `KVCache()`.
+
+    Prefill and decode are this one function: a text in any number of chunks equals one pass. Ragged prompts are padded
+    on the left, with segment 0 for padding and 1 for text.
+
+    Raises:
+        InputError: if a row is longer than the context, or than a dynamic rope allows keys to be cached.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> _, cache = fgpt.forward_with_cache(params, torch.tensor([[1, 2]]), fgpt.KVCache())
+    >>> h, cache = fgpt.forward_with_cache(params, torch.tensor([[3]]), cache)
+    >>> h.shape, cache.kv[0][0].shape  # keys: [batch, head, position, d_head]
+    (torch.Size([1, 1, 8]), torch.Size([1, 2, 3, 4]))
+    """
+    total = tokens.shape[-1] + (cache.kv[0][0].shape[-2] if cache.kv else 0)
+    if params.cfg.cached_context < total <= params.cfg.n_ctx:
+        raise InputError(
+            f"{total} tokens in a row, but a dynamic rope rotates all keys anew beyond {params.cfg.cached_context}, so "
+            "they cannot be cached: shorten the row, or pass it whole to apply or hidden"
+        )
+    return _forward(params, tokens, segments, cache)
