@@ -70,13 +70,14 @@ def load_labeled_texts(source: str, split: Split = "train", columns: Columns | N
 
     Raises InputError for a source that is not there or cannot be read, and for a row without a text or a label.
     """
-    known, option = HUB.get(source), f"--{split}"
+    known = HUB.get(source)
     if known is not None and split not in known.files and not Path(source).exists():
         raise InputError(
-            f"{source} has no {split} split on the hub: leave {option} out to keep --num-heldout rows for it"
+            f"{source} has no {split} split on the hub: leave `{split}` out, and training rows are held out for it",
+            field=split,
         )
     hubs = {name: instruction_datasets.Hub(it.repo, it.files[split]) for name, it in HUB.items() if split in it.files}
-    found, hub = instruction_datasets.open_source(source, hubs, option, split, {".txt": _semicolons})
+    found, hub = instruction_datasets.open_source(source, hubs, split, {".txt": _semicolons})
     own, names = (known.columns, known.names) if known and hub else (Columns(), ())
     taken = [_row(record, columns or own, names, f"{source}, {where}") for where, record in found]
     if not taken:
@@ -105,7 +106,8 @@ def _row(record: Any, columns: Columns, names: tuple[str, ...], where: str) -> L
         if name not in record:
             raise InputError(
                 f"{where}: no column {name!r}; there are {instruction_datasets.listed(record)}: name the columns to "
-                "use with --columns.text, --columns.text2 and --columns.label"
+                "use in `columns.text`, `columns.text2` and `columns.label`",
+                field="columns",
             )
     values = [(name, class_name if name == columns.label else instruction_datasets.text) for name in wanted]
     text, label, *more = (_given(record[name], name, where, read) for name, read in values)

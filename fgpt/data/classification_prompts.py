@@ -62,7 +62,8 @@ def verbalizers(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
             parts = ", ".join(repr(tokenizer.decode([token])) for token in tokens)
             raise InputError(
                 f"label {name!r} is {len(tokens)} tokens ({parts}), expected one: give it another word, "
-                f"--labels {name}=WORD, and name the others too"
+                f"{name}=WORD in `labels`, and name the others too",
+                field="labels",
             )
     if twice := [name for i, name in enumerate(names) if found[i] in found[:i]]:
         raise InputError(f"label {twice[0]!r} is the same token as one before it: give it another word")
@@ -100,7 +101,8 @@ def apply_labels(words: Mapping[str, str], rows: Sequence[LabeledText]) -> tuple
         if row.label not in words:
             raise InputError(
                 f"{row.where or 'a row'}: label {row.label!r}, expected one of {', '.join(words)}: mend the row, or "
-                "name all labels with --labels"
+                "name all labels in `labels`",
+                field="labels",
             )
     return names, [replace(row, label=words[row.label]) for row in rows]
 
@@ -118,7 +120,7 @@ def resolve_labels(
     words = parse_labels(given) or {label: label for label in sorted(found)}
     names, rows = apply_labels(words, [*train, *test])
     if absent := [label for label in words if label not in found]:
-        raise InputError(f"label {absent[0]!r} has no training row: add some, or leave it out of --labels")
+        raise InputError(f"label {absent[0]!r} has no training row: add some, or leave it out of `labels`", field="labels")
     return names, rows[: len(train)], rows[len(train) :]
 
 
@@ -135,7 +137,8 @@ def sample_shots(
         wanted = len(range(i, count, len(names)))
         if len(by_name[name]) < wanted:
             raise InputError(
-                f"{count} shots want {wanted} of {name!r}, but {len(by_name[name])} are there: lower --num-fewshot"
+                f"{count} shots want {wanted} of {name!r}, but {len(by_name[name])} are there: lower `num_fewshot`",
+                field="num_fewshot",
             )
     taken = [by_name[names[i % len(names)]][i // len(names)] for i in range(count)]
     return [taken[i] for i in torch.randperm(count, generator=fold_in(rng, "order")).tolist()]
@@ -206,7 +209,7 @@ def encode(
         try:
             tokens, whole = assemble(texts, around, width)
         except InputError as err:
-            raise InputError(f"{where}{err}") from None
+            raise InputError(f"{where}{err}", err.field) from None
         label = labels.choices[labels.names.index(row.label) if row.label else 0]
         examples.append(Example(tokens, len(tokens), label))
         cut += not whole
@@ -227,12 +230,14 @@ def assemble(texts: Sequence[Sequence[int]], around: PromptFrame, width: int) ->
     if not whole and room < (len(around.gap) + 2) * len(texts):
         raise InputError(
             f"the words around a text take {width - room} of {width} tokens, which leaves too few for the text: "
-            "shorten them, use fewer shots, or raise --max-seq-len"
+            "shorten them, use fewer shots, or raise `max_seq_len`",
+            field="max_seq_len",
         )
     if len(texts) > 1 and min(lengths) > room:
         raise InputError(
             f"both texts are too long, {lengths[0]} and {lengths[1]} tokens where there is room for {room} in all: "
-            "shorten one, or raise --max-seq-len where the model's context allows"
+            "shorten one, or raise `max_seq_len` if the model's context allows",
+            field="max_seq_len",
         )
     if not whole and len(texts) > 1:
         half = room // 2

@@ -93,7 +93,7 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
         several = [load_examples(part, names) for part, names in zip(parts, own, strict=True)]
         taken = [row for each in several for row in each.rows][:limit]
         return Examples(taken, sum((each.left_out for each in several), Counter()))
-    found, hub = open_source(str(source), HUB, "--data")
+    found, hub = open_source(str(source), HUB)
     columns = columns or (hub.columns if hub else Columns())
     taken, left_out = list[InstructionRow](), Counter[str]()
     for where, record in found:
@@ -109,12 +109,12 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
 
 
 def open_source(
-    source: str, hubs: Mapping[str, Hub], option: str, split: str = "train", more: Readers | None = None
+    source: str, hubs: Mapping[str, Hub], split: str = "train", more: Readers | None = None
 ) -> tuple[Iterator[Record], Hub | None]:
     """The records of a file, which `more` may read, of a folder's split, or else of the hub's dataset of that name, and
     which dataset that is.
 
-    Raises InputError for a source that is not there or cannot be read; `option` is what names another.
+    Raises InputError for a source that is not there or cannot be read.
     """
     path = Path(source)
     if path.is_dir() and source:  # Path("") would be the current folder
@@ -122,12 +122,11 @@ def open_source(
     if path.is_file():
         return read_records(path, more), None
     if source in hubs:
-        return hub_records(source, hubs[source], option), hubs[source]
+        return hub_records(source, hubs[source]), hubs[source]
     if path.suffix or len(path.parts) > 1:
-        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(hubs)}: give it with {option}")
+        raise InputError(f"{source}: no such file; expected a path or one of {', '.join(hubs)}")
     raise InputError(
-        f"unknown source {source!r}: expected one of {', '.join(hubs)}, or the path of a file or folder: give it with "
-        f"{option}"
+        f"unknown source {source!r}: expected one of {', '.join(hubs)}, or the path of a file or folder"
     )
 
 
@@ -157,8 +156,9 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
     for name in wanted:
         if name not in record:
             raise InputError(
-                f"{where}: no column {name!r}; there are {listed(record)}: name the columns to use with "
-                "--columns.instruction, --columns.input and --columns.output"
+                f"{where}: no column {name!r}; there are {listed(record)}: name the columns to use in "
+                "`columns.instruction`, `columns.input` and `columns.output`",
+                field="columns",
             )
     name = columns.input or "input"
     given = record.get(name)
@@ -337,18 +337,18 @@ def _data_files(metadata: Any, named: bool = False) -> Iterator[str]:
         yield metadata
 
 
-def hub_records(name: str, hub: Hub, option: str = "--data") -> Iterator[Record]:
+def hub_records(name: str, hub: Hub) -> Iterator[Record]:
     """The records of a hub dataset's files, and of no others that its folder may hold. Raises InputError as `download`
     does, at once.
     """
-    found = sorted(download(name, hub, option).glob(hub.files))
+    found = sorted(download(name, hub).glob(hub.files))
     return itertools.chain.from_iterable(read_records(path) for path in found)
 
 
-def download(name: str, hub: Hub, option: str = "--data") -> Path:
+def download(name: str, hub: Hub) -> Path:
     """The local folder that holds the files of a hub dataset: from the cache if they are all there, else fetched.
 
-    Raises InputError where the hub cannot be reached or refuses; `option` is what takes a file instead.
+    Raises InputError where the hub cannot be reached or refuses.
     """
     repo = Repo(hub.repo, "dataset", [hub.files])
     held = hub_files.cached(repo)
@@ -362,20 +362,20 @@ def download(name: str, hub: Hub, option: str = "--data") -> Path:
         if err.status in (401, 403):
             raise InputError(
                 f"the hub refuses {hub.repo} (HTTP {err.status}): accept its terms at "
-                f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file with "
-                f"`{option} FILE`"
+                f"https://huggingface.co/datasets/{hub.repo} and run `hf auth login`, or give a file "
+                "instead"
             ) from None
         part = (
             f" beyond the part in the local cache, {len(files)} of {len(files) + len(lacking)} files" if lacking else ""
         )
         raise InputError(
             f"the hub gave no {name!r}{part} ({err.kinds[0]}: {err.line}): connect and try again, give a "
-            f"file with `{option} FILE`, or train the run `lora-nano`, which needs no hub"
+            "file instead, or train the recipe `lora-nano`, which needs no hub"
         ) from None
     files = _names(folder, hub.files)
     if not files or (lacking := _missing_parts(files, hub.files)):
         what = f"files that match {hub.files}" if not files else f"all of its parts, {lacking[0]} for one"
-        raise InputError(f"the hub's {hub.repo} does not have {what}: give a file with `{option} FILE`")
+        raise InputError(f"the hub's {hub.repo} does not have {what}: give a file instead")
     return folder
 
 
