@@ -218,10 +218,10 @@ def test_a_file_without_an_answer_says_why(tmp_path: Path):
     [
         ({"messages": [{"role": "narrator", "content": "x"}]}, r"line 1, message 1: unknown role 'narrator': expected"),
         ({"messages": [{"role": None, "content": "x"}]}, r"message 1: expected a role and content, or from and value"),
-        ({"messages": [{"role": "user"}]}, r"message 1: no content: expected a text beside 'user'"),
+        ({"messages": [{"role": "user"}]}, r"message 1: no content: expected a text with the role 'user'"),
         ({"messages": ["Hi", USER]}, r"line 1: message 1 of 'messages' should be an object, got str"),
         ({"messages": None}, r"line 1: column 'messages' should hold a list of messages, got null"),
-        ({"messages": "Hi"}, r"line 1: column 'messages' should hold a list of messages, got text that is no JSON"),
+        ({"messages": "Hi"}, r"line 1: column 'messages' should hold a list of messages, got text that is not JSON"),
         ({"messages": [{**USER, "content": [{"type": "image_url"}]}]}, r"message 1: a part of the content is 'image_u"),
         ({"messages": [USER, {**ASSISTANT, "content": True}]}, r"message 2: content should be text, .* got bool"),
         ({"messages": [USER, {**ASSISTANT, "weight": -1}]}, r"message 2: weight is -1, expected a number from 0"),
