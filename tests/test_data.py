@@ -288,7 +288,7 @@ PR, TL = Columns("p", output="r"), Columns("text", output="label")
             "a.jsonl",
             '{"instruction": "a", "output": "b"}\n{oops}\n',
             Columns(),
-            r"line 2: not JSON .*one object a line$",
+            r"line 2: not JSON .*one object per line$",
         ),
         (
             "a.jsonl",
@@ -419,7 +419,7 @@ def test_folder_in_the_hubs_layout(tmp_path: Path):
     assert elsewhere(tmp_path, str(data.parent), HF_HUB_OFFLINE="1") == str(WANTED)
     (tmp_path / "void").mkdir()
     error = elsewhere(tmp_path, str(tmp_path / "void"), HF_HUB_OFFLINE="1")
-    assert error.startswith(f"InputError {tmp_path / 'void'}: expected a folder in the hub's dataset layout: ")
+    assert error.startswith(f"InputError {tmp_path / 'void'}: expected a folder in the layout of a dataset: ")
     assert "\n" not in error
 
 
@@ -653,7 +653,7 @@ def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
     named = files.format(secret=tmp_path / "secret.csv")
     text = f"configs:\n- config_name: default\n  data_files: {named}\n"
     (folder / card).write_text(f"---\n{text}---\nMine.\n" if card.endswith(".md") else text)
-    with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in it") as caught:
+    with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in the folder") as caught:
         load_rows(folder)
     assert "\n" not in str(caught.value)
 
@@ -721,7 +721,7 @@ def test_a_folder_of_tables_in_parts_and_with_a_separator(tmp_path: Path):
         folder = write_files(tmp_path / "mine", table | {"README.md": card.format(f"sep: {json.dumps(separator)}")})
         assert load_rows(folder) == [InstructionRow("a,b", "", "007")]
     write_files(folder, {"README.md": card.format("skiprows: 1")})
-    with pytest.raises(InputError, match=r"mine: .* sets skiprows for its tables: expected .* `sep` alone"):
+    with pytest.raises(InputError, match=r"mine: its README\.md sets skiprows for its tables: expected `sep` alone"):
         load_rows(folder)
 
 

@@ -191,7 +191,7 @@ def test_edges_of_the_protocol(several: dict[str, Tokenizer], kind: str):
 def test_a_chat_is_its_text_with_special_tokens(several: dict[str, Tokenizer], kind: str):
     tokenizer = several[kind]
     tokens = tokenizer.apply_chat_template(TALK)
-    assert tokenizer.decode(tokens) == ChatTemplate(CHATML, {}).text(TALK)
+    assert tokenizer.decode(tokens) == ChatTemplate(CHATML, {}).render(TALK)
     assert tokenizer.decode(tokens).endswith("<|im_start|>assistant\n")
     so_far = tokenizer.apply_chat_template(TALK, add_generation_prompt=False)
     assert tokens[: len(so_far)] == so_far
@@ -298,7 +298,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
     )
     special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    assert ChatTemplate(TEMPLATES[name], special).text(TALK, answer) == expected
+    assert ChatTemplate(TEMPLATES[name], special).render(TALK, answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
 )
 def test_a_template_that_fails_says_so(template: str, expected: str):
     with pytest.raises(InputError, match=expected) as caught:
-        ChatTemplate(template, {}).text(TALK)
+        ChatTemplate(template, {}).render(TALK)
     assert "\n" not in str(caught.value)
 
 
@@ -406,9 +406,9 @@ def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 BAD = {
-    "SentencePiece": ({"model": "llama"}, "model is 'llama'; expected 'gpt2'.*give the model's hub folder"),
+    "SentencePiece": ({"model": "llama"}, "model is 'llama'; expected 'gpt2'.*give the model's folder from the hub"),
     "none": ({"model": None}, "model is None"),
-    "pre": ({"pre": "tekken"}, r"pre, the way of cutting text, is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
+    "pre": ({"pre": "tekken"}, r"pre, the way to split text, is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
     "a list": ({"pre": ["smollm"]}, r"is \['smollm'\]; expected one of"),
     "no pre": ({"pre": None}, "is None; expected one of"),
     "default": ({"pre": "default"}, "is 'default'; expected one of"),

@@ -133,15 +133,15 @@ def _row(record: Any, columns: Columns, class_names: tuple[str, ...], where: str
                 "`columns.text`, `columns.text2` and `columns.label`",
                 field="columns",
             )
-    text = _required(record, columns.text, where, column_text)
-    label = _required(record, columns.label, where, class_name)
-    text2 = "" if columns.text2 is None else _required(record, columns.text2, where, column_text)
+    text = _required_text(record, columns.text, where, column_text)
+    label = _required_text(record, columns.label, where, class_name)
+    text2 = "" if columns.text2 is None else _required_text(record, columns.text2, where, column_text)
     if class_names and label.isdecimal() and int(label) < len(class_names):
         label = class_names[int(label)]
     return LabeledText(text, text2, label, where)
 
 
-def _required(record: dict[Any, Any], name: str, where: str, convert: Callable[[Any, str, str], str]) -> str:
+def _required_text(record: dict[Any, Any], name: str, where: str, convert: Callable[[Any, str, str], str]) -> str:
     """The content of a column, without surrounding white space.
 
     Raises InputError if it is empty: a row without a label cannot be trained on, and leaving one out of a test set

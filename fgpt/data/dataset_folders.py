@@ -99,7 +99,7 @@ def _csv_readers(path: Path, config: "CsvConfig") -> Readers:
     return {".csv": read, ".tsv": read}
 
 
-# ----------------------------------------------------------------------------------------------- no file outside is read
+# ---------------------------------------------------------------------------------------------- no file outside is read
 
 
 def _check_links(path: Path, files: Sequence[str]) -> None:

@@ -48,8 +48,8 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
     extension = file_format(path)
     if extension not in readers or (extension == ".parquet" and path.suffix.lower() in OPENERS):
         raise InputError(
-            f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}, or for a compressed text file "
-            f"in one of these and {', '.join(OPENERS)}"
+            f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}, or for a "
+            f"compressed text file in one of these and {', '.join(OPENERS)}"
         )
     with read_errors(path):
         if path.stat().st_size == 0:

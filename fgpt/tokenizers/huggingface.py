@@ -209,7 +209,7 @@ def _with_eos(
     template: ChatTemplate | None,
     add_declared: bool = False,
 ) -> HFTokenizer:
-    """`tokenizer` with the declared end-of-sequence token, and with `add_declared` the declared tokens that it lacks."""
+    """`tokenizer` with the declared end-of-sequence token, and with `add_declared` the declared tokens it lacks."""
     names, eos_token_ids = declared.names, [x for x in declared.eos_token_ids if x < vocab_size]
     eos = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
     if add_declared:
@@ -342,7 +342,7 @@ SPLITS = {
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
 }
-"""How the tokenizers that llama.cpp names split text, from the tokenizer.json of their models; None for GPT-2's split."""
+"""How the tokenizers that llama.cpp names split text, from their models' tokenizer.json; None for GPT-2's split."""
 DIGITS = {"smollm"}
 """Tokenizers that first separate digits."""
 WHOLE_TOKENS = {"llama-bpe", "llama3", "llama-v3"}
@@ -380,7 +380,7 @@ def _hf_tokenizer(
 
 
 def _replace_surrogates(text: str) -> str:
-    """`text` with unpaired surrogates replaced, which the library does not accept; tiktoken replaces them the same way."""
+    """`text` with unpaired surrogates replaced, which the library does not accept; tiktoken does the same."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -131,7 +131,7 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def add(tokenizer: "tokenizers.Tokenizer", declared: DeclaredTokens) -> None:
-    """Add the declared tokens that `tokenizer` lacks, in place and in transformers' order, which determines their ids."""
+    """Add the declared tokens that `tokenizer` lacks, in place, in transformers' order, which determines their ids."""
     existing = list(tokenizer.get_added_tokens_decoder().values())
     reprs = {repr(token) for token in existing}
     added = [token for token in map(_added_token, declared.added) if repr(token) not in reprs]

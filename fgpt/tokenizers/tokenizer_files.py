@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int:
-        """The token from which the first token of a text is predicted: BOS, or else `eos`, which ends the text before."""
+        """The token from which the first token of a text is predicted: BOS, else `eos`, the end of the text before."""
         ...
 
     def encode(self, text: str) -> list[int]:
