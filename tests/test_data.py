@@ -653,7 +653,7 @@ def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
     named = files.format(secret=tmp_path / "secret.csv")
     text = f"configs:\n- config_name: default\n  data_files: {named}\n"
     (folder / card).write_text(f"---\n{text}---\nMine.\n" if card.endswith(".md") else text)
-    with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in the folder") as caught:
+    with pytest.raises(InputError, match=r"data outside the folder, .*: expected files in the folder") as caught:
         load_rows(folder)
     assert "\n" not in str(caught.value)
 
