@@ -11,7 +11,14 @@ class InputError(ValueError):
 
     Command lines print it alone and exit with a non-zero code; any other exception is a defect of ours and keeps its
     traceback.
+
+    `field` is the option to change, which the message names in backticks, as in "raise `max_seq_len`": a command line
+    writes it as its own option.
     """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def shown(value: Any) -> str:

@@ -27,14 +27,14 @@ from fgpt.cli.inference.classifiers import common_to, frame_of, load_classifier,
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.classification import read, to_score, trained_of
-from fgpt.data.classification_datasets import HUB, Columns, load_labeled_texts
+from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
     LabeledText,
     Labels,
     PromptFrame,
     PromptWording,
     assemble,
-    classes,
+    class_labels,
     encode,
     prompt_frame,
     resolve_labels,
@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     padded = torch.tensor([text + [0] * (24 - len(text)) for text in texts])
     wanted = theirs(padded, attention_mask=torch.tensor([[1] * n + [0] * (24 - n) for n in lengths])).logits
     examples = [Example(tuple(text), len(text), 0) for text in texts]
-    found = log_probabilities(params, examples, classes("abcde"), 24)
+    found = log_probabilities(params, examples, class_labels("abcde"), 24)
     torch.testing.assert_close(found, wanted.detach().log_softmax(-1), atol=1e-5, rtol=0)
 
 
@@ -146,7 +146,7 @@ def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list
             assert part[head:] == text[len(text) - len(part) + head :]
             assert 0 <= head - (len(part) - head) <= 1  # as much of the head as of the tail
             at = middle.index(part[head - 1]) + 1
-            assert middle[at : at + len(around.gap)] == around.gap
+            assert middle[at : at + len(around.ellipsis)] == around.ellipsis
     if len(texts) == 2 and not whole and min(lengths) <= room // 2:
         assert texts[lengths.index(min(lengths))] in parts  # the shorter stays whole while the longer can give way
 
@@ -154,7 +154,7 @@ def test_nothing_of_the_frame_is_lost_and_texts_keep_head_and_tail(lengths: list
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.integers(30, 90))
 def test_a_category_is_asked_for_after_any_text(text: str, width: int):
     wording = PromptWording("Sort into {labels}.\n", "Text:\n", "\nCategory:")
-    around = prompt_frame(wording, ["joy", "fear"], NANO, end=False)
+    around = prompt_frame(wording, ["joy", "fear"], NANO, append_eos=False)
     (example,), _ = encode(
         [LabeledText(text * 4, label="fear")], verbalizers(["joy", "fear"], NANO), around, NANO, width
     )
@@ -170,8 +170,8 @@ def test_a_category_is_asked_for_after_any_text(text: str, width: int):
 
 
 def test_the_end_is_read_and_the_separator_is_attended():
-    around = prompt_frame(PromptWording(), ["a", "b"], NANO, end=True)
-    (pair,), cut = encode([LabeledText("A fox.", "A dog.", "b")], classes(["a", "b"]), around, NANO, 40)
+    around = prompt_frame(PromptWording(), ["a", "b"], NANO, append_eos=True)
+    (pair,), cut = encode([LabeledText("A fox.", "A dog.", "b")], class_labels(["a", "b"]), around, NANO, 40)
     assert pair.tokens == (*NANO.encode("A fox."), NANO.eos, *NANO.encode("A dog."), NANO.eos)
     assert (pair.label, cut) == (1, 0)
     params = fgpt.load("nano")
@@ -207,7 +207,7 @@ def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], se
 @given(st.lists(labeled, min_size=1, max_size=20), st.integers(9, 24))
 def test_packed_scoring_is_scoring_one_by_one(examples: list[Example], width: int):
     params = fgpt.with_classification_head(tiny(), 3, fgpt.key(1))
-    packed = log_probabilities(params, examples, classes("abc"), width)
+    packed = log_probabilities(params, examples, class_labels("abc"), width)
     with torch.no_grad():
         alone = torch.stack([fgpt.apply(params, torch.tensor([x.tokens]))[0, -1].log_softmax(-1) for x in examples])
         few = torch.stack(
@@ -234,7 +234,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
                 f"fgpt.cli.inference.classifiers.{name}",
                 lambda p, x, *rest, real=real: read.append(x.numel()) or real(p, x, *rest),
             )
-        found = log_probabilities(params, examples, classes("abc"), 24)
+        found = log_probabilities(params, examples, class_labels("abc"), 24)
         alone = torch.stack([fgpt.apply(params, torch.tensor([x.tokens]))[0, -1].log_softmax(-1) for x in examples])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
     if common > 5:
@@ -256,7 +256,7 @@ def test_labels_are_sorted_or_as_given_whatever_the_rows_order(found: list[Label
 
 
 def test_labels_as_tokens_are_one_each():
-    assert verbalizers(["joy", "fear"], NANO).choices == (NANO.encode(" joy")[0], NANO.encode(" fear")[0])
+    assert verbalizers(["joy", "fear"], NANO).output_ids == (NANO.encode(" joy")[0], NANO.encode(" fear")[0])
     with pytest.raises(InputError, match=r"^label 'hate' is 2 tokens \(' h.*'\), expected one: .* --labels hate=WORD"):
         verbalizers(["joy", "hate"], NANO)
     with pytest.raises(InputError, match="label 'joy' is the same token as one before it"):
@@ -265,7 +265,7 @@ def test_labels_as_tokens_are_one_each():
 
 def test_gpt2_has_a_token_for_each_label_of_the_runs():
     gpt2 = from_ranks(shared("gpt2-bpe") / "gpt2.tiktoken")
-    assert len(set(verbalizers(find("hate-gptj-ln").labels, gpt2).choices)) == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(set(verbalizers(find("hate-gptj-ln").labels, gpt2).output_ids)) == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_shots_are_balanced_and_a_function_of_the_key():
@@ -274,9 +274,11 @@ def test_shots_are_balanced_and_a_function_of_the_key():
     assert Counter(x.label for x in shots) == {"a": 4, "b": 3}
     assert len(set(shots)) == 7
     assert shots == sample_shots(found, ("a", "b"), 7, fgpt.key(0)) != sample_shots(found, ("a", "b"), 7, fgpt.key(1))
-    with pytest.raises(InputError, match="20 shots want 10 of 'b', but 8 are there: lower --num-fewshot"):
+    with pytest.raises(InputError, match="20 shots need 10 of 'b', but there are 8: lower `num_fewshot`"):
         sample_shots(found, ("a", "b"), 20, fgpt.key(0))
-    around = prompt_frame(PromptWording("Do.\n", "Text:\n", "\nSo:"), ("a", "b"), NANO, end=False, shots=shots[:2])
+    around = prompt_frame(
+        PromptWording("Do.\n", "Text:\n", "\nSo:"), ("a", "b"), NANO, append_eos=False, shots=shots[:2]
+    )
     one, two = shots[:2]
     assert NANO.decode(list(around.before)) == (
         f"Do.\nText:\n{one.text}\nSo: {one.label}\n\nText:\n{two.text}\nSo: {two.label}\n\nText:\n"
@@ -424,10 +426,10 @@ def test_folders_and_the_hub_s_cache(tmp_path: Path):
     )
     code = """
 import sys
-from fgpt.data.classification_datasets import rows
+from fgpt.data.classification_datasets import load_labeled_texts
 for source, split in (("mine", "test"), ("mine", "train"), ("emotion", "test"), ("emotion", "train")):
     try:
-        print([(row.text, row.label) for row in rows(source, split)])
+        print([(row.text, row.label) for row in load_labeled_texts(source, split)])
     except Exception as err:
         print(type(err).__name__, err)
 """
@@ -437,8 +439,8 @@ for source, split in (("mine", "test"), ("mine", "train"), ("emotion", "test"), 
     said = done.stdout.splitlines()
     assert said[:3] == ["[('test', '1')]", "[('train', '1')]", "[('oh', 'surprise'), ('hm', 'sadness')]"]
     assert said[3].startswith("InputError the hub gave no 'emotion' (")
-    assert "--train FILE" in said[3]
-    assert HUB["rte"].files["test"] == "rte/validation-*.parquet"
+    assert "give a file instead" in said[3]
+    assert HUB_DATASETS["rte"].files["test"] == "rte/validation-*.parquet"
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -576,7 +578,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         ("i am glad;", GOOD, [], r"train\.txt, line 1: column 'label' is empty"),
         ("", GOOD, [], r"train\.txt: the file is empty, expected rows"),
         ("\n\n", GOOD, [], r"train\.txt: it holds no rows"),
-        (GOOD, "who;anger", [], r"test\.txt, line 1: label 'anger', expected one of fear, joy: mend the row"),
+        (GOOD, "who;anger", [], r"test\.txt, line 1: label 'anger', expected one of fear, joy: fix the row"),
         (GOOD, GOOD, ["--labels", "joy"], r"labels are joy: expected at least two"),
         (GOOD, GOOD, ["--labels", "joy", "love"], r"line 2: label 'fear', expected one of joy, love"),
         (
@@ -594,7 +596,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
             GOOD,
             GOOD,
             ["--head", "tokens", "--num-fewshot", "20"],
-            r"20 shots want 10 of 'fear', but 4 are there: lower --num-fewshot",
+            r"20 shots need 10 of 'fear', but there are 4: lower --num-fewshot",
         ),
         (GOOD, GOOD, ["--head", "classy"], r"classy"),
         (
@@ -606,7 +608,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--columns.text2", "more"], r"line 1: no column 'more'; there are 'text', 'label': name the"),
         (GOOD, GOOD, ["--columns.label", "class"], r"line 1: no column 'class'; .*--columns\.label"),
         (GOOD, GOOD, ["--test", "davidson"], r"davidson has no test split on the hub: leave --test out"),
-        (GOOD, GOOD, ["--test", "gone.txt"], r"gone\.txt: no such file; .*: give it with --test"),
+        (GOOD, GOOD, ["--test", "gone.txt"], r"gone\.txt: no such file; expected a path or one of emotion, "),
         (
             GOOD,
             GOOD,
@@ -657,7 +659,7 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_texts_and_rows_that_code_gives():
     with pytest.raises(InputError, match=r"^the text is empty"):
-        encode([LabeledText(" ")], classes("ab"), BARE, NANO, 9)
+        encode([LabeledText(" ")], class_labels("ab"), BARE, NANO, 9)
 
 
 def test_a_run_s_frame_has_an_end_for_classes_alone():

@@ -288,7 +288,7 @@ PR, TL = Columns("p", output="r"), Columns("text", output="label")
             "a.jsonl",
             '{"instruction": "a", "output": "b"}\n{oops}\n',
             Columns(),
-            r"line 2: not JSON .*one object a line$",
+            r"line 2: not JSON .*one object per line$",
         ),
         (
             "a.jsonl",
@@ -350,7 +350,7 @@ def test_not_text_and_not_there(tmp_path: Path):
     with pytest.raises(InputError, match=r"a\.jsonl: not UTF-8 text \(.* at byte 7\): save it as UTF-8$"):
         load_rows(tmp_path / "a.jsonl")
     with pytest.raises(
-        InputError, match=r"gone\.json: no such file; expected .* one of alpaca, dolly, finqa, lima, tulu: .* --data$"
+        InputError, match=r"gone\.json: no such file; expected .* one of alpaca, dolly, finqa, lima, tulu$"
     ):
         load_rows(tmp_path / "gone.json")
     for name in ("alpacca", ""):
@@ -390,11 +390,11 @@ def elsewhere(home: Path, source: str, **env: str) -> str:
     """The rows of `source`, or the error, printed by another process: the libraries read their environment once."""
     code = f"""
 import time
-from fgpt.data.instruction_datasets import rows
+from fgpt.data.instruction_datasets import load_rows
 from fgpt.errors import InputError
 begin = time.perf_counter()
 try:
-    print(rows({source!r}))
+    print(load_rows({source!r}))
 except InputError as err:
     print("InputError", err)
 assert time.perf_counter() - begin < 15
@@ -419,7 +419,7 @@ def test_folder_in_the_hubs_layout(tmp_path: Path):
     assert elsewhere(tmp_path, str(data.parent), HF_HUB_OFFLINE="1") == str(WANTED)
     (tmp_path / "void").mkdir()
     error = elsewhere(tmp_path, str(tmp_path / "void"), HF_HUB_OFFLINE="1")
-    assert error.startswith(f"InputError {tmp_path / 'void'}: expected a folder in the hub's dataset layout: ")
+    assert error.startswith(f"InputError {tmp_path / 'void'}: expected a folder in the layout of a dataset: ")
     assert "\n" not in error
 
 
@@ -440,7 +440,7 @@ def test_the_hub_is_away(tmp_path: Path, env: dict[str, str]):
     """Nothing cached: one line that says what to do instead, and soon (`elsewhere` allows 15 s; alone it takes 1)."""
     error = elsewhere(tmp_path, "alpaca", **env)
     assert error.startswith("InputError the hub gave no 'alpaca' (")
-    assert "--data FILE" in error
+    assert "give a file instead" in error
     assert "lora-nano" in error
     assert "\n" not in error
 
@@ -498,7 +498,7 @@ def test_a_gated_dataset(tmp_path: Path, hub: str):
 
 
 def test_importing_is_light():
-    code = "import sys, fgpt.data.sources; print({'datasets', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, fgpt.data.instruction_datasets; print({'datasets', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
@@ -653,7 +653,7 @@ def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
     named = files.format(secret=tmp_path / "secret.csv")
     text = f"configs:\n- config_name: default\n  data_files: {named}\n"
     (folder / card).write_text(f"---\n{text}---\nMine.\n" if card.endswith(".md") else text)
-    with pytest.raises(InputError, match=r"it names data outside the folder, .*: expected files in it") as caught:
+    with pytest.raises(InputError, match=r"data outside the folder, .*: expected files in the folder") as caught:
         load_rows(folder)
     assert "\n" not in str(caught.value)
 
@@ -670,6 +670,116 @@ def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
         load_rows(tmp_path / "mine")
 
 
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `datasets` library with an empty cache and no network."""
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+TEXTS_LIKE_NUMBERS = ["NA", "None", "null", "NaN ", "007", "1", "True", "False", "1.50", "1e3", ""]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("end", "mark"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+def test_text_in_a_folder_of_tables_stays_text(end: str, mark: str, tmp_path: Path):
+    """No value is guessed to be a number, a truth value or missing: a folder holds what each of its files holds."""
+    lines = [mark.join(("instruction", "input", "output")), *(mark.join(("Say:", x, "ok")) for x in TEXTS_LIKE_NUMBERS)]
+    content = "\n".join(lines) + "\n"
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / f"train{end}").write_bytes(gzip.compress(content.encode()) if end.endswith(".gz") else content.encode())
+    assert [row.input for row in load_rows(folder)] == TEXTS_LIKE_NUMBERS
+    assert load_rows(folder) == load_rows(folder / f"train{end}")
+
+
+@pytest.mark.usefixtures("offline")
+def test_labels_in_a_folder_of_tables_stay_apart(tmp_path: Path):
+    files = {"data/train.csv": "text,label\na,01\nb,1\n", "data/test.csv": "text,label\nNA,True\nnone,1\n"}
+    folder = str(write_files(tmp_path / "mine", files))
+    rows = classification_datasets.load_labeled_texts
+    assert [row.label for row in rows(folder)] == ["01", "1"]
+    assert [(row.text, row.label) for row in rows(folder, "test")] == [("NA", "True"), ("none", "1")]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_folder_of_tables_in_parts_and_with_a_separator(tmp_path: Path):
+    parts = {f"data/train-{i}.csv": f"instruction,output\n{i},0{i}\n" for i in range(2)}
+    assert [row.output for row in load_rows(write_files(tmp_path / "parts", parts))] == ["00", "01"]
+    card = "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  {}\n---\n"
+    for separator in (";", "|", "\t"):
+        table = {"a.csv": f"instruction{separator}output\na,b{separator}007\n"}
+        folder = write_files(tmp_path / "mine", table | {"README.md": card.format(f"sep: {json.dumps(separator)}")})
+        assert load_rows(folder) == [InstructionRow("a,b", "", "007")]
+    write_files(folder, {"README.md": card.format("skiprows: 1")})
+    with pytest.raises(InputError, match=r"mine: its README\.md sets skiprows for its tables: expected `sep` alone"):
+        load_rows(folder)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("end", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("link", ["file", "folder", "card"])
+def test_a_link_out_of_a_local_folder_is_refused(link: str, end: str, tmp_path: Path):
+    secret, folder = tmp_path / "secret" / f"train{end}", tmp_path / "mine"
+    secret.parent.mkdir()
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist([{"instruction": "secret", "output": "secret"}])
+    if end == ".parquet":
+        pyarrow.parquet.write_table(table, secret)
+    else:
+        secret.write_text("instruction,output\na,b\n" if end == ".csv" else '{"instruction": "a", "output": "b"}\n')
+    if link == "file":
+        (folder / secret.name).symlink_to(secret)
+    elif link == "folder":
+        (folder / "data").symlink_to(secret.parent)
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/train.*\n---\n")
+    else:
+        (folder / secret.name).write_bytes(secret.read_bytes())
+        (tmp_path / "card.md").write_text("---\n---\n")
+        (folder / "README.md").symlink_to(tmp_path / "card.md")
+    with pytest.raises(InputError, match=r"mine/.*: a link to a file outside the folder, .*: put the file itself"):
+        load_rows(folder)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("end", [".csv", ".parquet"])
+def test_links_within_a_folder_and_into_the_hub_s_cache_are_followed(end: str, tmp_path: Path):
+    """The files of a cache's snapshot are links into the blobs beside it."""
+    repo = tmp_path / "hub" / "datasets--me--it"
+    snapshot, blobs = repo / "snapshots" / "abc", repo / "blobs"
+    (snapshot / "data").mkdir(parents=True)
+    blobs.mkdir()
+    if end == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"instruction": "a", "output": "b"}]), blobs / "123")
+    else:
+        (blobs / "123").write_text("instruction,output\na,b\n")
+    (snapshot / "data" / f"train{end}").symlink_to("../../../blobs/123")
+    for folder in (snapshot, snapshot / "data"):
+        assert load_rows(folder) == [InstructionRow("a", "", "b")]
+    folder = tmp_path / "mine"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts" / f"one{end}").write_bytes((blobs / "123").read_bytes())
+    (folder / f"train{end}").symlink_to(f"parts/one{end}")
+    (tmp_path / "link").symlink_to(folder)
+    for at in (folder, tmp_path / "link"):
+        assert load_rows(at) == [InstructionRow("a", "", "b")]
+    stranger = tmp_path / "other" / "snapshots" / "abc"
+    stranger.mkdir(parents=True)
+    (tmp_path / "other" / "blobs").symlink_to(blobs)
+    (stranger / f"train{end}").symlink_to("../../blobs/123")
+    with pytest.raises(InputError, match="a link to a file outside the folder"):
+        load_rows(stranger)
+
+
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
@@ -678,9 +788,9 @@ def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
 )
 def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
     assert held_out_of(range(count), wanted, "a.jsonl") == held
-    said = " ".join(capsys.readouterr().err.split())
-    assert said == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: --num-heldout {wanted} would be "
-                    "more than half")  # fmt: skip
+    message = " ".join(capsys.readouterr().err.split())
+    hint = f"--num-heldout {wanted} would be more than half"
+    assert message == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: {hint}")
 
 
 def test_one_row_cannot_be_shared():

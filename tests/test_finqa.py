@@ -17,7 +17,7 @@ from fgpt.cli.evaluation.compare.scores import asked_scores
 from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
 from fgpt.cli.main import main
 from fgpt.cli.training.instruction_tuning import build_adapters
-from fgpt.data.finqa import GAP, FinQA, read, shorten
+from fgpt.data.finqa import ELLIPSIS, FinQA, read_finqa, shorten
 from fgpt.data.instruction_datasets import Columns, load_rows
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
@@ -58,12 +58,12 @@ def test_a_page_is_text_table_text(tmp_path: Path):
     ],
 )
 def test_which_answer(qa: dict[str, Any], output: str):
-    assert read(RECORD | {"qa": {"question": "q"} | qa}, "row 1").output == output
+    assert read_finqa(RECORD | {"qa": {"question": "q"} | qa}, "row 1").output == output
 
 
 def test_a_flat_copy_reads_alike():
     flat = {name: x for name, x in RECORD.items() if name != "qa"} | RECORD["qa"]
-    assert read(flat, "row 1") == read(RECORD, "row 1")
+    assert read_finqa(flat, "row 1") == read_finqa(RECORD, "row 1")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_flat_copy_reads_alike():
 def test_bad_records_are_one_line(change: dict[str, Any], message: str, tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([RECORD, RECORD | change]))
-    with pytest.raises(InputError, match=rf"a\.json, row 2: {message}.*: mend the row$") as caught:
+    with pytest.raises(InputError, match=rf"a\.json, row 2: {message}.*: fix the row$") as caught:
         load_rows(path)
     assert "\n" not in str(caught.value)
 
@@ -90,7 +90,7 @@ def test_several_sources_are_one(tmp_path: Path):
     finqa.write_text(json.dumps([RECORD] * 2))
     odd.write_text(json.dumps({"instruction": "d", "output": "e"}))
     names = Columns("instruction", "context", "response")
-    one = read(RECORD, "")
+    one = read_finqa(RECORD, "")
     assert load_rows(f"{dolly}+{finqa}", names) == [InstructionRow("a", "b", "c"), one, one]
     assert load_rows(f"{finqa} + {dolly}", names, limit=2) == [one, one]
     assert load_rows(odd) == [InstructionRow("d", "", "e")]  # a file of that name comes first
@@ -110,7 +110,7 @@ def length(row: InstructionRow) -> int:
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(8, 90))
 def test_the_middle_of_the_text_goes_and_nothing_else(before: int, after: int, width: int):
     record = RECORD | {"pre_text": [f"b{i}" for i in range(before)], "post_text": [f"a{i}" for i in range(after)]}
-    row, other = read(record, ""), InstructionRow("say " * 99, "", "no")
+    row, other = read_finqa(record, ""), InstructionRow("say " * 99, "", "no")
     (got, same), count = shorten([row, other], width, length)
     assert same is other  # FinQA's alone
     least = 7 + len(row.table.split()) + sum(n > 0 for n in (before, after))  # a gap for each text
@@ -124,7 +124,7 @@ def test_the_middle_of_the_text_goes_and_nothing_else(before: int, after: int, w
     assert f"\n{got.table}\n" in f"\n{got.input}\n"
     kept = []
     for text, whole in ((got.before, row.before), (got.after, row.after)):
-        head, gap, tail = text.partition(GAP)
+        head, gap, tail = text.partition(ELLIPSIS)
         assert whole.startswith(head.strip())
         assert whole.endswith(tail.strip()) or not gap
         assert gap or text == whole
@@ -202,8 +202,8 @@ def test_a_number_is_itself_however_it_is_written(number: Any, look: str):
 
 
 def test_only_finqa_rows_count():
-    finqa = [read(RECORD, ""), read(RECORD | {"qa": {"question": "q", "answer": "no"}}, "")]
-    silent = read(RECORD | {"qa": {"question": "q"}}, "")
+    finqa = [read_finqa(RECORD, ""), read_finqa(RECORD | {"qa": {"question": "q", "answer": "no"}}, "")]
+    silent = read_finqa(RECORD | {"qa": {"question": "q"}}, "")
     given_rows = [InstructionRow("Add.", "", "10%"), *finqa, silent]
     assert score(given_rows, ["10%", "10.2 %", "yes", "10%"]) == {"FinQA exact match (%)": 50, "FinQA rows": 2}
     assert score(given_rows[:1], ["10%"]) == score([silent], ["5"]) == {}
@@ -272,7 +272,7 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = out / "dolly-finqa-lora"
     found = json.loads((folder / "compare.json").read_text())
     asked = [row["input"] for row in found["answers"] if "|" in row["input"]]
-    assert any(GAP in page for page in asked)
+    assert any(ELLIPSIS in page for page in asked)
     assert all("net loss | ( 3 ) | ( 2 )\nsee note 4 ." in page for page in asked)
     assert found["scores"]["base"]["FinQA rows"] == len(asked)
     for name in ("compare.md", "compare.html"):

@@ -1116,7 +1116,7 @@ def test_a_template_in_a_file_of_its_own(data: bytes, tmp_path: Path):
     (tmp_path / "chat_template.jinja").write_bytes(data)
     if found := outcome("tokenizers", tmp_path, lambda: of_folder(tmp_path, 2000)):
         with suppress(InputError):
-            assert isinstance(found.chat([{"role": "user", "content": "Hi"}]), list)
+            assert isinstance(found.apply_chat_template([{"role": "user", "content": "Hi"}]), list)
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

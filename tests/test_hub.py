@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fgpt
 from fgpt.data import hub_files, instruction_datasets
-from fgpt.data.instruction_datasets import Hub
+from fgpt.data.instruction_datasets import InstructionDataset
 from fgpt.io import models
 from fgpt.tokenizers.tokenizer_files import FILES
 
@@ -246,7 +246,7 @@ def test_a_link_into_nothing_is_fetched_again(tmp_path: Path, fake: FakeHub):
 
 
 def dataset(monkeypatch: pytest.MonkeyPatch, names: list[str], pattern: str) -> dict[str, bytes]:
-    monkeypatch.setitem(instruction_datasets.HUB, "made", Hub("me/it", pattern))
+    monkeypatch.setitem(instruction_datasets.HUB_DATASETS, "made", InstructionDataset("me/it", pattern))
     return {name: json.dumps({"instruction": name, "output": "x"}).encode() for name in names}
 
 
@@ -294,8 +294,8 @@ def test_a_hub_that_stands_still_is_not_waited_for(
     what: str, tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ):
     fake.files, fake.slow = model(tmp_path / "model"), SLOW[what]
-    monkeypatch.setattr(hub_files, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(hub_files, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(hub_files, "RESPONSE_SECONDS", 0.5)
+    monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)
     begin = time.perf_counter()
     with pytest.raises(fgpt.InputError, match="the hub cannot be reached") as caught:
         fgpt.load("me/it")
@@ -307,17 +307,17 @@ def test_a_hub_that_stands_still_is_not_waited_for(
 
 def test_a_dataset_that_stands_still_is_not_waited_for(fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     fake.files, fake.slow = dataset(monkeypatch, NUMBERED, "data/train-*.jsonl"), SLOW["sends a byte at a time"]
-    monkeypatch.setattr(hub_files, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)
     with pytest.raises(
-        fgpt.InputError, match=r"the hub gave no 'made' \(Silent: fewer than 30,000 bytes in 1 seconds\)"
+        fgpt.InputError, match=r"the hub gave no 'made' \(Stalled: fewer than 30,000 bytes in 1 seconds\)"
     ):
         instruction_datasets.load_rows("made")
 
 
 def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """A download that takes longer than the silence that is borne, at three times the least rate."""
-    monkeypatch.setattr(hub_files, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(hub_files, "LEAST_BYTES", 20_000)
+    monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(hub_files, "MIN_BYTES", 20_000)
     fake.files = model(tmp_path / "model")
     assert len(fake.files["model.safetensors"]) > 200_000
     fake.slow = lambda method, path: (6_000, 0.1) if path.endswith("safetensors") and method == "GET" else None
@@ -328,7 +328,7 @@ def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: p
 
 def test_a_user_may_wait_longer(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """By the library's own variable."""
-    monkeypatch.setattr(hub_files, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 3)
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "3")
     fake.files, fake.slow = model(tmp_path / "model"), SLOW["sends no weights"]

@@ -308,7 +308,7 @@ ENDLESS = {
 def test_a_template_does_not_leave_its_sandbox(template: str, tmp_path: Path):
     said = ""
     try:
-        said = ChatTemplate(template.replace("RAN", str(tmp_path / "ran")), {}).text(TALK)
+        said = ChatTemplate(template.replace("RAN", str(tmp_path / "ran")), {}).render(TALK)
     except InputError as err:
         failed = str(err)
     else:
@@ -325,8 +325,8 @@ def test_a_template_comes_to_an_end(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fgpt.tokenizers.chat_template._renderer", Child("chat_template_worker.py", seconds=1))
     begin = time.monotonic()
     with pytest.raises(InputError, match="the model's chat template") as caught:
-        ChatTemplate(ENDLESS[name], {}).text(TALK)
+        ChatTemplate(ENDLESS[name], {}).render(TALK)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert time.monotonic() - begin < 20
-    assert ChatTemplate("{{ messages[0].content }}", {}).text(TALK) == "Hello"
+    assert ChatTemplate("{{ messages[0].content }}", {}).render(TALK) == "Hello"

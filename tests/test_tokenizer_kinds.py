@@ -278,7 +278,7 @@ def battery(ours: Tokenizer, theirs: Any) -> None:
         split = theirs(sound, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ours.encode(text) == split, repr(text)
         bare = theirs(sound, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-        assert ours.encode_special(text, around=False) == bare, repr(text)
+        assert ours.encode_special(text, add_special_tokens=False) == bare, repr(text)
         whole = theirs(sound, split_special_tokens=False)["input_ids"]
         assert ours.encode_special(text) == whole, repr(text)
         assert ours.decode(whole) == theirs.decode(whole, clean_up_tokenization_spaces=False)
@@ -289,7 +289,7 @@ def battery(ours: Tokenizer, theirs: Any) -> None:
         for answer in (True, False):
             talk = TALK[1:]
             expected = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
-            assert ours.chat(talk, answer) == expected
+            assert ours.apply_chat_template(talk, answer) == expected
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(name: str, file: str, tmp_path: 
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
 
     def reads(ours: Tokenizer) -> Any:
-        chat = ours.chat(TALK[1:]) if ours.end_of_turn != (ours.eos,) else []
+        chat = ours.apply_chat_template(TALK[1:]) if ours.end_of_turn != (ours.eos,) else []
         return [ours.encode_special(text) for text in TEXTS], ours.eos_token_ids, chat
 
     expected = reads(of_folder(folder, ROOM))
@@ -452,8 +452,10 @@ def test_a_model_saved_with_ranks_opens_in_transformers(tmp_path: Path):
     nano, params = tiktoken_bpe.from_ranks(io_models.resolve("nano") / tiktoken_bpe.RANKS), fgpt.load("nano")
     fgpt.save(params, tmp_path, like=nano.with_chat_template(ChatTemplate(CHATML, {})))
     ours, theirs = fgpt.tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert ours.chat(TALK) == nano.with_chat_template(ChatTemplate(CHATML, {})).chat(TALK)
+    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+        TALK, add_generation_prompt=True, return_dict=False
+    )
+    assert ours.apply_chat_template(TALK) == nano.with_chat_template(ChatTemplate(CHATML, {})).apply_chat_template(TALK)
 
 
 # -------------------------------------------------------------------------------------------------- what ends a text
@@ -537,11 +539,11 @@ def test_what_ends_a_turn(tmp_path: Path):
 def test_a_turn_that_ends_by_more_than_one_token(folders: dict[str, Path]):
     """Llama 2 writes a space and then </s>."""
     ours = of_folder(folders["Metaspace, <s> around, a chat template"], ROOM)
-    blank = ours.encode_special("x </s>", around=False)[1]
+    blank = ours.encode_special("x </s>", add_special_tokens=False)[1]
     assert ours.end_of_turn == (blank, 2)
     row = InstructionRow("Say it.", output="Hello")
     talk = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hello"}]
-    assert list(encode(row, CHAT, ours).tokens) == ours.chat(talk, answer=False)
+    assert list(encode(row, CHAT, ours).tokens) == ours.apply_chat_template(talk, add_generation_prompt=False)
     _, dropped = filter_by_length(
         [encode(row, CHAT, ours), encode(InstructionRow("Say it."), CHAT, ours)], 100, drop=True
     )
@@ -588,9 +590,9 @@ def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     ours = of_folder(library(tmp_path, made, **TWO), ROOM)
     got = classification_prompts.verbalizers(["yes", "no"], ours)
-    assert got.choices == (made.token_to_id("▁yes"), made.token_to_id("▁no"))
+    assert got.output_ids == (made.token_to_id("▁yes"), made.token_to_id("▁no"))
     behind = ours.encode("Answer: yes")
-    assert behind[-1] == got.choices[0]
+    assert behind[-1] == got.output_ids[0]
     around = classification_prompts.prompt_frame(
         classification_prompts.PromptWording("Tell.", "\n", "\nAnswer:"),
         got.names,
@@ -599,7 +601,7 @@ def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
         [classification_prompts.LabeledText("a", label="no")],
     )
     assert around.before[0] == 1
-    assert got.choices[1] in around.before
+    assert got.output_ids[1] in around.before
     with pytest.raises(InputError, match=r"label 'elephant' is \d+ tokens"):
         classification_prompts.verbalizers(["yes", "elephant"], ours)
 

@@ -190,10 +190,10 @@ def test_edges_of_the_protocol(several: dict[str, Tokenizer], kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chat_is_its_text_with_special_tokens(several: dict[str, Tokenizer], kind: str):
     tokenizer = several[kind]
-    tokens = tokenizer.chat(TALK)
-    assert tokenizer.decode(tokens) == ChatTemplate(CHATML, {}).text(TALK)
+    tokens = tokenizer.apply_chat_template(TALK)
+    assert tokenizer.decode(tokens) == ChatTemplate(CHATML, {}).render(TALK)
     assert tokenizer.decode(tokens).endswith("<|im_start|>assistant\n")
-    so_far = tokenizer.chat(TALK, answer=False)
+    so_far = tokenizer.apply_chat_template(TALK, add_generation_prompt=False)
     assert tokens[: len(so_far)] == so_far
     if kind != "ranks":  # of which only <|endoftext|> is one
         assert so_far.count(tokenizer.eos) == len(TALK)
@@ -222,7 +222,7 @@ def test_a_folder_is_transformers_on_all_strings(folder: Path):
     assert ours.n_vocab == len(theirs)
     assert ours.encode("a <tool> b") == theirs.encode("a <tool> b", add_special_tokens=False)
     for answer in (True, False):
-        assert ours.chat(TALK, answer) == theirs.apply_chat_template(
+        assert ours.apply_chat_template(TALK, answer) == theirs.apply_chat_template(
             TALK, add_generation_prompt=answer, return_dict=False
         )
 
@@ -240,7 +240,9 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
             agree(ours, theirs, text)
         assert ours.encode(text) == made.encode(text.replace("<|", "< |"), add_special_tokens=False).ids or "<|" in text
     assert ours.eos == theirs.eos_token_id
-    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+        TALK, add_generation_prompt=True, return_dict=False
+    )
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
@@ -264,8 +266,10 @@ def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
         agree(again, theirs, text)
         assert again.encode(text) == ours.encode(text)
     assert (again.eos, again.n_vocab) == (ours.eos, ours.n_vocab)
-    assert again.chat(TALK) == ours.chat(TALK)
-    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert again.apply_chat_template(TALK) == ours.apply_chat_template(TALK)
+    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+        TALK, add_generation_prompt=True, return_dict=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ chat templates
@@ -294,7 +298,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
     )
     special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    assert ChatTemplate(TEMPLATES[name], special).text(TALK, answer) == expected
+    assert ChatTemplate(TEMPLATES[name], special).render(TALK, answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
 )
 def test_a_template_that_fails_says_so(template: str, expected: str):
     with pytest.raises(InputError, match=expected) as caught:
-        ChatTemplate(template, {}).text(TALK)
+        ChatTemplate(template, {}).render(TALK)
     assert "\n" not in str(caught.value)
 
 
@@ -321,13 +325,13 @@ def test_where_a_template_comes_from(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     put({})
     with pytest.raises(InputError, match=r"has no chat template; expected one in tokenizer_config\.json"):
-        of_folder(tmp_path, 600).chat(TALK)
+        of_folder(tmp_path, 600).apply_chat_template(TALK)
     with pytest.raises(InputError, match="has no chat template"):
-        tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).chat(TALK)
+        tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).apply_chat_template(TALK)
     put({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]})
-    assert of_folder(tmp_path, 600).chat(TALK) == of_folder(tmp_path, 600).encode("named")
+    assert of_folder(tmp_path, 600).apply_chat_template(TALK) == of_folder(tmp_path, 600).encode("named")
     (tmp_path / "chat_template.jinja").write_text("of its own")
-    assert of_folder(tmp_path, 600).chat(TALK) == of_folder(tmp_path, 600).encode("of its own")
+    assert of_folder(tmp_path, 600).apply_chat_template(TALK) == of_folder(tmp_path, 600).encode("of its own")
 
 
 # -------------------------------------------------------------------------------------------------- which of them it is
@@ -354,7 +358,7 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
     got = of(vocab_dot_json=vocab | {"<|endoftext|>": len(vocab)}, config_dot_json={"model_type": "gptj"})
     assert isinstance(got, TiktokenTokenizer)
     assert got.encode("Once upon a time") == nano.encode("Once upon a time")
-    with pytest.raises(InputError, match=r"no tokenizer\.json; expected it beside a model of type 'llama'"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json; expected it in the folder of a model of type 'llama'"):
         of(vocab_dot_json=vocab, **ends)
     with pytest.raises(InputError, match="which token ends a document"):
         of(tokenizer_dot_json=hub)
@@ -402,9 +406,9 @@ def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 BAD = {
-    "SentencePiece": ({"model": "llama"}, "model is 'llama'; expected 'gpt2'.*give the model's hub folder"),
+    "SentencePiece": ({"model": "llama"}, "model is 'llama'; expected 'gpt2'.*give the model's folder from the hub"),
     "none": ({"model": None}, "model is None"),
-    "pre": ({"pre": "tekken"}, r"pre, the way of cutting text, is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
+    "pre": ({"pre": "tekken"}, r"pre, the way to split text, is 'tekken'; expected one of gpt-2, smollm, llama-bpe"),
     "a list": ({"pre": ["smollm"]}, r"is \['smollm'\]; expected one of"),
     "no pre": ({"pre": None}, "is None; expected one of"),
     "default": ({"pre": "default"}, "is 'default'; expected one of"),
@@ -481,13 +485,13 @@ def test_smollm2s_chat(smollm2: tuple[HFTokenizer, Any]):
     ours, theirs = smollm2
     assert (ours.n_vocab, ours.eos, ours.decode([ours.eos])) == (49152, 2, "<|im_end|>")
     talk = [{"role": "user", "content": "Who are you?"}]
-    assert ours.template is not None
+    assert ours.chat_template is not None
     for messages in (talk, TALK):
         for answer in (True, False):
             text = theirs.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-            assert ours.template.text(messages, answer) == text
+            assert ours.chat_template.render(messages, answer) == text
     expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    assert ours.chat(talk) == expected
+    assert ours.apply_chat_template(talk) == expected
     assert expected[:2] == [1, 9690]  # <|im_start|>system
     assert ours.encode("2048") == [ours.encode(digit)[0] for digit in "2048"]
     assert ours.decode(ours.encode("a\x04b")) == "ab"  # a byte that is no token of it, nor transformers', is dropped

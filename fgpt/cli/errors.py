@@ -1,6 +1,7 @@
 """One line for an exception that is no defect of ours; a defect keeps its traceback."""
 
 import errno
+import re
 
 from fgpt.errors import InputError, one_line
 
@@ -11,7 +12,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def explained(err: Exception) -> str | None:
     """What happened and what helps; None for a defect."""
     if isinstance(err, InputError):
-        return str(err) if str(err).isprintable() else one_line(err)
+        message = _with_option(err)
+        return message if message.isprintable() else one_line(message)
     if isinstance(err, OSError):
         return _of_system(err)
     if isinstance(err, UnicodeEncodeError):
@@ -24,6 +26,13 @@ def explained(err: Exception) -> str | None:
             "training lower --micro-batch-size or --max-seq-len, or hold the base in 4 bits by --quantize nf4"
         )
     return None
+
+
+def _with_option(err: InputError) -> str:
+    """The message, with the field that it names in backticks as a command-line option."""
+    if err.field is None:
+        return str(err)
+    return re.sub(rf"`({re.escape(err.field)}[\w.]*)`", lambda name: "--" + name[1].replace("_", "-"), str(err))
 
 
 def _of_system(err: OSError) -> str:

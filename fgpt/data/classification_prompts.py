@@ -1,9 +1,10 @@
-"""Labeled texts as tokens: what stands around a text is never cut, and the last token is to tell the class.
+"""Labeled texts as tokens: the prompt around a text is never truncated, and the last token predicts the class.
 
-    instruction, prefix, text, [separator, second text,] suffix, [end]      -> label
+    instruction, prefix, text, [separator, second text,] suffix, [eos]      -> label
 
-The label is what the last token predicts, a class of a classifier's head or the one token of its name, and so is no
-part of the row: its example is `Example(tokens, len(tokens), label)`, and packing, `collate` and `nll` know no more.
+The label is what the last token predicts: a class of a classification head, or the one token of the class's name. It is
+not part of the example's tokens, which are `Example(tokens, len(tokens), label)`, so packing, `collate` and `nll` treat
+these examples as any others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,22 +17,22 @@ from fgpt.data.packing import truncate_middle
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
-from fgpt.tokenizers.continuation import continuation
+from fgpt.tokenizers.continuation import continuation_tokens
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
-GAP = " ..."
-"""What stands where a text has lost its middle."""
+ELLIPSIS = " ..."
+"""Replaces the removed middle of a text."""
 
 
 @dataclass(frozen=True)
 class LabeledText:
-    """A text, or a pair of them, and the name of its class (empty when that is to be told)."""
+    """A text, or a pair of texts, and the name of its class (empty if it is to be predicted)."""
 
     text: str
     text2: str = ""
     label: str = ""
     where: str = field(default="", compare=False)
-    """Where it was read, for errors."""
+    """Its position in the source, for error messages."""
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
@@ -39,59 +40,73 @@ class LabeledText:
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes in their order: that of the run, or sorted, and never that in which the rows name them."""
+    """The classes in their order, which is the recipe's or sorted, and never the order of the examples."""
 
     names: tuple[str, ...]
-    choices: tuple[int, ...]
-    """For each class the row of the head that stands for it: the class itself, or the one token of its name."""
+    output_ids: tuple[int, ...]
+    """For each class, its index in the model's output: the class itself, or the token of its name."""
 
 
-def classes(names: Sequence[str]) -> Labels:
-    """Labels of a classifier's head: its rows are the classes."""
+def class_labels(names: Sequence[str]) -> Labels:
+    """Labels for a classification head, whose outputs are the classes.
+
+    >>> class_labels(["no", "yes"])
+    Labels(names=('no', 'yes'), output_ids=(0, 1))
+    """
     return Labels(tuple(names), tuple(range(len(names))))
 
 
 def verbalizers(names: Sequence[str], tokenizer: Tokenizer) -> Labels:
-    """Labels as next tokens: each name, with a space before it, is one token. See `word`.
+    """Labels as next tokens: each name, after a space, is one token. See `label_tokens`.
 
-    Raises InputError where one is several, or two are the same.
+    Raises:
+        InputError: if a name is several tokens, or two names are the same token.
     """
-    found = [word(name, tokenizer) for name in names]
-    for name, tokens in zip(names, found, strict=True):
+    encoded = [label_tokens(name, tokenizer) for name in names]
+    for name, tokens in zip(names, encoded, strict=True):
         if len(tokens) != 1:
             parts = ", ".join(repr(tokenizer.decode([token])) for token in tokens)
             raise InputError(
                 f"label {name!r} is {len(tokens)} tokens ({parts}), expected one: give it another word, "
-                f"--labels {name}=WORD, and name the others too"
+                f"{name}=WORD in `labels`, and name the others too",
+                field="labels",
             )
-    if twice := [name for i, name in enumerate(names) if found[i] in found[:i]]:
-        raise InputError(f"label {twice[0]!r} is the same token as one before it: give it another word")
-    return Labels(tuple(names), tuple(tokens[0] for tokens in found))
+    if repeated := [name for i, name in enumerate(names) if encoded[i] in encoded[:i]]:
+        raise InputError(f"label {repeated[0]!r} is the same token as one before it: give it another word")
+    return Labels(tuple(names), tuple(tokens[0] for tokens in encoded))
 
 
-def word(name: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a label's name where it follows a text and a space: one, if the tokenizer has one for it.
+def label_tokens(name: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a label's name after a text and a space: a single one, if the tokenizer has one for it.
 
-    A tokenizer that puts a space of its own before every text makes two of " yes" alone, and one of it behind a text.
+    A tokenizer that inserts a space before every text makes two tokens of " yes" alone, and one of it after a text.
     """
-    read = tokenizer.encode
-    several = [read(f" {name}"), *(continuation(read, context, f" {name}") for context in (":", "a", "\n"))]
-    return next((tokens for tokens in several if len(tokens) == 1), several[1])
+    after_a_text = (continuation_tokens(tokenizer.encode, context, f" {name}") for context in (":", "a", "\n"))
+    candidates = [tokenizer.encode(f" {name}"), *after_a_text]
+    return next((tokens for tokens in candidates if len(tokens) == 1), candidates[1])
 
 
-def parse_labels(given: Sequence[str]) -> dict[str, str]:
-    """Of labels given as "label" or "label=word", what each is called. Raises InputError for two that are the same."""
-    pairs = (entry.partition("=") for entry in given)
+def parse_labels(labels: Sequence[str]) -> dict[str, str]:
+    """The word for each label, from labels written as "label" or "label=word".
+
+    Raises:
+        InputError: if two are the same.
+
+    >>> parse_labels(["0=no", "1=yes", "maybe"])
+    {'0': 'no', '1': 'yes', 'maybe': 'maybe'}
+    """
+    pairs = (entry.partition("=") for entry in labels)
     words = {label.strip(): word.strip() or label.strip() for label, _, word in pairs}
-    if len(set(words.values())) < len(given):
-        raise InputError(f"labels {', '.join(given)}: one is there twice, expected each once")
+    if len(set(words.values())) < len(labels):
+        raise InputError(f"labels {', '.join(labels)}: one is there twice, expected each once")
     return words
 
 
 def apply_labels(words: Mapping[str, str], rows: Sequence[LabeledText]) -> tuple[tuple[str, ...], list[LabeledText]]:
-    """The names of the classes, which are the words of the labels, and the rows by these names.
+    """The names of the classes, which are the words of the labels, and the rows with these names as their labels.
 
-    Raises InputError for fewer than two, and for a row of any other label.
+    Raises:
+        InputError: for fewer than two classes, and for a row with any other label.
     """
     names = tuple(words.values())
     if len(names) < 2:
@@ -99,46 +114,56 @@ def apply_labels(words: Mapping[str, str], rows: Sequence[LabeledText]) -> tuple
     for row in rows:
         if row.label not in words:
             raise InputError(
-                f"{row.where or 'a row'}: label {row.label!r}, expected one of {', '.join(words)}: mend the row, or "
-                "name all labels with --labels"
+                f"{row.where or 'a row'}: label {row.label!r}, expected one of {', '.join(words)}: fix the row, or "
+                "name all labels in `labels`",
+                field="labels",
             )
     return names, [replace(row, label=words[row.label]) for row in rows]
 
 
 def resolve_labels(
-    given: Sequence[str], train: Sequence[LabeledText], test: Sequence[LabeledText]
+    labels: Sequence[str], train: Sequence[LabeledText], test: Sequence[LabeledText]
 ) -> tuple[tuple[str, ...], list[LabeledText], list[LabeledText]]:
-    """The names of the classes in the order `given`, or sorted where none is, and the rows by these names.
+    """The names of the classes, and the training and test rows with these names as their labels.
 
-    A label given as "label=word" is called by the word from here on.
+    Args:
+        labels: the labels in their order, as `parse_labels` takes them; if empty, those of `train`, sorted.
+        train: training rows.
+        test: test rows.
 
-    Raises InputError as `words_of` and `named` do, and for a label without a training row.
+    Raises:
+        InputError: as `parse_labels` and `apply_labels` do, and for a label without a training row.
     """
-    found = {row.label for row in train}
-    words = parse_labels(given) or {label: label for label in sorted(found)}
+    train_labels = {row.label for row in train}
+    words = parse_labels(labels) or {label: label for label in sorted(train_labels)}
     names, rows = apply_labels(words, [*train, *test])
-    if absent := [label for label in words if label not in found]:
-        raise InputError(f"label {absent[0]!r} has no training row: add some, or leave it out of --labels")
+    if absent := [label for label in words if label not in train_labels]:
+        raise InputError(
+            f"label {absent[0]!r} has no training row: add some, or leave it out of `labels`", field="labels"
+        )
     return names, rows[: len(train)], rows[len(train) :]
 
 
 def sample_shots(
-    rows: Sequence[LabeledText], names: Sequence[str], count: int, rng: torch.Generator
+    rows: Sequence[LabeledText], names: Sequence[str], num_shots: int, rng: torch.Generator
 ) -> list[LabeledText]:
-    """`count` of `rows`, as many of each class as of the next but for one, drawn and mixed by the key.
+    """Few-shot examples: `num_shots` of `rows` in random order, the same number of each class up to one.
 
-    Raises InputError where a class has too few.
+    Raises:
+        InputError: if a class has too few rows.
     """
     order = torch.randperm(len(rows), generator=fold_in(rng, "rows")).tolist()
-    by_name = {name: [rows[i] for i in order if rows[i].label == name] for name in names}
+    by_class = {name: [rows[i] for i in order if rows[i].label == name] for name in names}
     for i, name in enumerate(names):
-        wanted = len(range(i, count, len(names)))
-        if len(by_name[name]) < wanted:
+        required = len(range(i, num_shots, len(names)))
+        if len(by_class[name]) < required:
             raise InputError(
-                f"{count} shots want {wanted} of {name!r}, but {len(by_name[name])} are there: lower --num-fewshot"
+                f"{num_shots} shots need {required} of {name!r}, but there are {len(by_class[name])}: lower "
+                "`num_fewshot`",
+                field="num_fewshot",
             )
-    taken = [by_name[names[i % len(names)]][i // len(names)] for i in range(count)]
-    return [taken[i] for i in torch.randperm(count, generator=fold_in(rng, "order")).tolist()]
+    shots = [by_class[names[i % len(names)]][i // len(names)] for i in range(num_shots)]
+    return [shots[i] for i in torch.randperm(num_shots, generator=fold_in(rng, "order")).tolist()]
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -146,37 +171,47 @@ def sample_shots(
 
 @dataclass(frozen=True)
 class PromptWording:
-    """The words around a text. Each stretch is tokenized apart: end a prefix with a newline, not with a space."""
+    """The words around a text. Each part is tokenized on its own: end a prefix with a newline, not with a space."""
 
     instruction: str = ""
-    """Before all else; {labels} in it becomes the labels."""
+    """The beginning of the prompt; {labels} in it becomes the labels."""
     prefix: str = ""
     suffix: str = ""
 
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """The tokens around the texts of a row. All are attended: a separator or an end is a token like any other."""
+    """The tokens around the texts of an example. All are attended to, separator and end-of-sequence included."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
-    gap: tuple[int, ...]
+    ellipsis: tuple[int, ...]
 
 
-class Encoded(NamedTuple):
-    """Examples, and how many of them lost the middle of a text."""
+class EncodedTexts(NamedTuple):
+    """Examples, and the number of them with a truncated text."""
 
     examples: list[Example]
     num_truncated: int
 
 
 def prompt_frame(
-    wording: PromptWording, names: Sequence[str], tokenizer: Tokenizer, end: bool, shots: Sequence[LabeledText] = ()
+    wording: PromptWording,
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    append_eos: bool,
+    shots: Sequence[LabeledText] = (),
 ) -> PromptFrame:
-    """The tokens around every text: with `end`, a last token after it, from which its class is read; `shots` stand
-    before it as texts that have their labels. The model's end of text is separator and end; a BOS stands first where
-    the model's family has one before every text.
+    """The tokens around every text.
+
+    Args:
+        wording: the words of the prompt.
+        names: the names of the classes.
+        tokenizer: the model's; its end-of-sequence token also separates two texts, and its prefix, such as a BOS token,
+            begins the prompt.
+        append_eos: end with an end-of-sequence token, from which a head predicts the class.
+        shots: few-shot examples, placed before the text with their labels.
     """
 
     def encode(text: str) -> tuple[int, ...]:
@@ -186,65 +221,87 @@ def prompt_frame(
     before = tokenizer.prefix_tokens + encode(wording.instruction.replace("{labels}", ", ".join(names)))
     for shot in shots:
         second = (*between, *encode(shot.text2)) if shot.text2 else ()
-        before += (*prefix, *encode(shot.text), *second, *suffix, *word(shot.label, tokenizer), *encode("\n\n"))
-    return PromptFrame(before + prefix, between, suffix + between if end else suffix, encode(GAP))
+        label = label_tokens(shot.label, tokenizer)
+        before += (*prefix, *encode(shot.text), *second, *suffix, *label, *encode("\n\n"))
+    after = suffix + between if append_eos else suffix
+    return PromptFrame(before + prefix, between, after, encode(ELLIPSIS))
 
 
 def encode(
-    rows: Sequence[LabeledText], labels: Labels, around: PromptFrame, tokenizer: Tokenizer, width: int
-) -> Encoded:
-    """Examples of at most `width` tokens; one without a label has the first as a filler.
+    rows: Sequence[LabeledText], labels: Labels, frame: PromptFrame, tokenizer: Tokenizer, max_seq_len: int
+) -> EncodedTexts:
+    """Examples of at most `max_seq_len` tokens. A text without a label gets the first class as a placeholder.
 
-    Raises InputError for an empty text, and where `lay` does.
+    Raises:
+        InputError: for an empty text, and as `assemble` does.
     """
-    examples, cut = [], 0
+    examples, num_truncated = [], 0
     for row in rows:
         where = f"{row.where}: " if row.where else ""
         if not row.text.strip():
             raise InputError(f"{where}the text is empty: give the row a text")
         texts = [tokenizer.encode(text) for text in (row.text, row.text2) if text]
         try:
-            tokens, whole = assemble(texts, around, width)
+            tokens, complete = assemble(texts, frame, max_seq_len)
         except InputError as err:
-            raise InputError(f"{where}{err}") from None
-        label = labels.choices[labels.names.index(row.label) if row.label else 0]
+            raise InputError(f"{where}{err}", err.field) from None
+        label = labels.output_ids[labels.names.index(row.label) if row.label else 0]
         examples.append(Example(tokens, len(tokens), label))
-        cut += not whole
-    return Encoded(examples, cut)
+        num_truncated += not complete
+    return EncodedTexts(examples, num_truncated)
 
 
-def assemble(texts: Sequence[Sequence[int]], around: PromptFrame, width: int) -> tuple[tuple[int, ...], bool]:
-    """One text or two in their frame, in at most `width` tokens, and whether they are whole.
+def assemble(texts: Sequence[Sequence[int]], frame: PromptFrame, max_seq_len: int) -> tuple[tuple[int, ...], bool]:
+    """One text or two in their frame, and whether the texts are complete.
 
-    A text that is too long loses its middle, and keeps as much of its head as of its tail. Of two, the longer loses
-    first, and then both alike. Nothing of the frame is lost.
+    A text that is too long loses its middle, and keeps as much of its beginning as of its end. Of two texts, the longer
+    is truncated first, and then both equally. The frame is never truncated.
 
-    Raises InputError where the frame leaves no room, and for a pair of which each alone is longer than the room.
+    Args:
+        texts: the tokens of one text or two.
+        frame: the tokens around them.
+        max_seq_len: the maximum number of tokens.
+
+    Raises:
+        InputError: if the frame leaves no space, or each of two texts alone is longer than the space.
+
+    >>> frame = PromptFrame(before=(1,), between=(0,), after=(2,), ellipsis=(9,))
+    >>> assemble([[5, 6, 7, 8, 5, 6]], frame, max_seq_len=7)
+    ((1, 5, 6, 9, 5, 6, 2), False)
     """
-    room = width - len(around.before) - len(around.after) - len(around.between) * (len(texts) - 1)
+    space = max_seq_len - len(frame.before) - len(frame.after) - len(frame.between) * (len(texts) - 1)
     lengths = [len(text) for text in texts]
-    whole = sum(lengths) <= room
-    if not whole and room < (len(around.gap) + 2) * len(texts):
+    complete = sum(lengths) <= space
+    if not complete and space < (len(frame.ellipsis) + 2) * len(texts):
         raise InputError(
-            f"the words around a text take {width - room} of {width} tokens, which leaves too few for the text: "
-            "shorten them, use fewer shots, or raise --max-seq-len"
+            f"the words around a text take {max_seq_len - space} of {max_seq_len} tokens, which leaves too few for the "
+            "text: shorten them, use fewer shots, or raise `max_seq_len`",
+            field="max_seq_len",
         )
-    if len(texts) > 1 and min(lengths) > room:
+    if len(texts) > 1 and min(lengths) > space:
         raise InputError(
-            f"both texts are too long, {lengths[0]} and {lengths[1]} tokens where there is room for {room} in all: "
-            "shorten one, or raise --max-seq-len where the model's context allows"
+            f"both texts are too long: {lengths[0]} and {lengths[1]} tokens, with space for {space} in all: shorten "
+            "one, or raise `max_seq_len` if the model's context allows",
+            field="max_seq_len",
         )
-    if not whole and len(texts) > 1:
-        half = room // 2
-        lengths = [room - half, half] if min(lengths) > half else [min(n, room - min(lengths)) for n in lengths]
-    elif not whole:
-        lengths = [room]
-    parts = [_cut(tuple(text), length, around.gap) for text, length in zip(texts, lengths, strict=True)]
-    second = [token for part in parts[1:] for token in (*around.between, *part)]
-    return (*around.before, *parts[0], *second, *around.after), whole
+    if not complete:
+        lengths = _truncated_lengths(lengths, space)
+    parts = [_truncate(tuple(text), length, frame.ellipsis) for text, length in zip(texts, lengths, strict=True)]
+    second = [token for part in parts[1:] for token in (*frame.between, *part)]
+    return (*frame.before, *parts[0], *second, *frame.after), complete
 
 
-def _cut(tokens: tuple[int, ...], length: int, gap: tuple[int, ...]) -> tuple[int, ...]:
+def _truncated_lengths(lengths: list[int], space: int) -> list[int]:
+    """How many tokens of one text or two fit."""
+    if len(lengths) == 1:
+        return [space]
+    half = space // 2
+    if min(lengths) > half:
+        return [space - half, half]
+    return [min(length, space - min(lengths)) for length in lengths]
+
+
+def _truncate(tokens: tuple[int, ...], length: int, ellipsis: tuple[int, ...]) -> tuple[int, ...]:
     if len(tokens) <= length:
         return tokens
-    return tuple(truncate_middle(tokens, length - len(gap), gap))
+    return tuple(truncate_middle(tokens, length - len(ellipsis), ellipsis))

@@ -1,12 +1,12 @@
-"""Conversations: messages of roles, each with a loss weight; and the formats in which they are written down.
+"""Conversations: messages with roles, each with a loss weight; and the file formats of conversations.
 
-    {"messages": [{"role": "user", "content": ..}, ..]}            OpenAI's, Tulu's; contents also as parts
-    {"conversations": [{"from": "human", "value": ..}, ..]}        ShareGPT's, `system` and `tools` beside
+    {"messages": [{"role": "user", "content": ..}, ..]}            OpenAI's, Tulu's; contents may be lists of parts
+    {"conversations": [{"from": "human", "value": ..}, ..]}        ShareGPT's, with columns `system` and `tools`
     {"conversations": ["question", "answer", ..]}                  LIMA's
     {"prompt": .., "completion": ..}                               texts, or lists of messages
-    {"instruction": .., "output": .., "history": [[.., ..], ..]}   Alpaca's, with the exchanges before
+    {"instruction": .., "output": .., "history": [[.., ..], ..]}   Alpaca's, with earlier exchanges
 
-Each answer of the assistant is one training example, with all that precedes it as its prompt: see `answers`.
+Each answer of the assistant is one training example, with all messages before it as its prompt: see `answer_pairs`.
 """
 
 import contextlib
@@ -29,31 +29,31 @@ ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
     **dict.fromkeys(("function_response", "tool_response", "tool_result"), "tool"),
 }
-"""What each format calls the four roles. A call of a function is the assistant's, its result the tool's."""
+"""The names of the four roles in each format. A function call belongs to the assistant, its result to the tool."""
 
 WEIGHTS = ("weight", "loss_weight", "train", "training")
-"""What formats call a message's loss weight: a number, or true and false."""
-
+"""The names of a message's loss weight in each format: a number, or true and false."""
 
 CONTENTS = ("content", "value", "text")
+"""The names of a message's content."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says. `weight` counts where it is the assistant's: 0 is read, and not trained on."""
+    """A message. `weight` applies to the assistant's: a message of weight 0 is context, and not trained on."""
 
     role: Role
     content: str
     weight: float = 1.0
-    explicit: bool = field(default=False, compare=False)
-    """The weight was written down, rather than taken to be 1."""
-    reasoned: bool = field(default=False, compare=False)
-    """There is reasoning beside the content, which is not read."""
+    has_weight: bool = field(default=False, compare=False)
+    """The weight comes from the file; otherwise it is the default."""
+    has_reasoning: bool = field(default=False, compare=False)
+    """The file has reasoning in addition to the content, which is not read."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in their order, and where they were read, for errors and to hold out conversations as wholes."""
+    """Messages in their order, and their position in the source, for errors and to hold out entire conversations."""
 
     messages: tuple[Message, ...]
     where: str = ""
@@ -61,33 +61,41 @@ class Conversation:
 
 # ------------------------------------------------------------------------------------------------------------ answers
 
+# Reasons for which a part of a conversation is not trained on.
 WITHOUT_ANSWER = "conversations without an answer of the assistant"
 EMPTY_ANSWER = "empty answers of the assistant"
 EMPTY = "empty messages of others"
-UNPROMPTED = "messages of the assistant before the first of the user, read as context alone"
-UNWEIGHTED = "answers of the assistant with loss weight 0, read as context alone"
+UNPROMPTED = "messages of the assistant before the user's first, used as context only"
+UNWEIGHTED = "answers of the assistant with loss weight 0, used as context only"
 UNANSWERED = "messages after the last answer"
-REASONING = "texts of reasoning beside a message's content, which are not read"
-IGNORED = "loss weights of messages that are not the assistant's, which carry no loss"
+REASONING = "reasoning texts of messages, which are not read"
+IGNORED = "loss weights of messages that are not the assistant's, which are ignored"
 
 
-def answers(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tuple[Message, ...], Message]]:
-    """(all that precedes it, the answer) of each answer of the assistant that is to be trained on. What is not is added
-    to `left_out`, by its reason.
+def answer_pairs(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tuple[Message, ...], Message]]:
+    """(the messages before it, the answer) for each answer of the assistant that is trained on.
+
+    Args:
+        conversation: the conversation.
+        left_out: counts by reason, to which what is not trained on is added in place.
+
+    >>> chat = Conversation((Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye.")))
+    >>> [(len(context), answer.content) for context, answer in answer_pairs(chat, Counter())]
+    [(1, 'Hello.')]
     """
     context: list[Message] = []
     pairs: list[tuple[tuple[Message, ...], Message]] = []
-    spoken = any(message.role == "assistant" for message in conversation.messages)
-    left_out[WITHOUT_ANSWER] += not spoken
+    has_answer = any(message.role == "assistant" for message in conversation.messages)
+    left_out[WITHOUT_ANSWER] += not has_answer
     for message in conversation.messages:
-        left_out[REASONING] += message.reasoned
-        answer = message.role == "assistant"
+        left_out[REASONING] += message.has_reasoning
+        is_answer = message.role == "assistant"
         if not message.content.strip():
-            left_out[EMPTY_ANSWER if answer else EMPTY] += 1
+            left_out[EMPTY_ANSWER if is_answer else EMPTY] += 1
             continue
-        if not answer:
-            left_out[IGNORED] += message.explicit and message.weight > 0
-        elif not any(before.role in ("user", "tool") for before in context):
+        if not is_answer:
+            left_out[IGNORED] += message.has_weight and message.weight > 0
+        elif not any(earlier.role in ("user", "tool") for earlier in context):
             left_out[UNPROMPTED] += 1
         elif message.weight == 0:
             left_out[UNWEIGHTED] += 1
@@ -95,44 +103,53 @@ def answers(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tu
             pairs.append((tuple(context), message))
         context.append(message)
     trailing = 0
-    while spoken and trailing < len(context) and context[-1 - trailing].role != "assistant":
+    while has_answer and trailing < len(context) and context[-1 - trailing].role != "assistant":
         trailing += 1
     left_out[UNANSWERED] += trailing
     return pairs
 
 
 def summary(left_out: Mapping[str, int]) -> str:
-    """What was left out, and why, in one line; empty where nothing was."""
+    """The counts of what was left out, by reason, in one line; empty if there is nothing."""
     return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """Messages for people to read, each with its role."""
+    """Messages as text for people to read, each with its role."""
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-def read(record: Mapping[str, Any], where: str, otherwise: bool = False) -> Conversation | None:
-    """The conversation of a record, known by its columns; None where it holds none. `otherwise` says that the record
-    has columns of another format too: a conversation, which holds more, is then read where there is one.
+def read_conversation(record: Mapping[str, Any], where: str, has_other_format: bool = False) -> Conversation | None:
+    """The conversation of a record, recognized by its columns; None if it holds none.
 
-    Raises InputError for one that is malformed, and for preference data, which this training has no loss for.
+    Args:
+        record: the columns.
+        where: the record's position in the source, for error messages.
+        has_other_format: the record has the columns of another format too. A conversation, which holds more, is
+            preferred to it only if its column is filled.
+
+    Raises:
+        InputError: for a malformed conversation, and for preference data, for which there is no loss here.
+
+    >>> read_conversation({"prompt": "Hi.", "completion": "Hello."}, "row 1").messages[1].content
+    'Hello.'
     """
     refuse_preferences(record, where)
-    turns = _messages(record, where, otherwise)
-    if turns is None:
+    messages = _messages(record, where, has_other_format)
+    if messages is None:
         return None
-    return Conversation((*_system(record, where), *turns), where)
+    return Conversation((*_system_message(record, where), *messages), where)
 
 
 def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for a row of DPO's or KTO's."""
-    spoken = any(name in record for name in ("messages", "conversations", "completion"))
+    """Raises InputError for a row in the format of DPO or KTO."""
+    has_messages = any(name in record for name in ("messages", "conversations", "completion"))
     if {"chosen", "rejected"} <= record.keys():
         name = "a row of preference data (chosen, rejected: DPO's format)"
-    elif spoken and any(_is_judgment(record.get(label)) for label in ("label", "kto_tag")):
+    elif has_messages and any(_is_judgment(record.get(label)) for label in ("label", "kto_tag")):
         name = "a row of preference data (an answer and a label true or false: KTO's format)"
     else:
         return
@@ -140,20 +157,20 @@ def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
 
 
 def _is_judgment(value: Any) -> bool:
-    """True or false, also as tables write them."""
+    """Whether a label is true or false, also as a table writes them."""
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
-def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> Conversation | None:
-    """The conversation of a row of Alpaca's that has a system prompt or exchanges before it; None where it has none."""
-    before = record.get("history")
-    if isinstance(before, str):  # of a table: JSON, or a column of another meaning
-        before = _parsed(before, "history", where) if before.lstrip().startswith("[") else None
-    system = _system(record, where)
-    if not before and not system:
+def read_history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> Conversation | None:
+    """The conversation of an Alpaca row with a system prompt or earlier exchanges; None if it has neither."""
+    history = record.get("history")
+    if isinstance(history, str):  # of a table: JSON, or a column with another meaning
+        history = _parse_json(history, "history", where) if history.lstrip().startswith("[") else None
+    system = _system_message(record, where)
+    if not history and not system:
         return None
     messages = [*system]
-    for exchange in _list(before or [], "history", where):
+    for exchange in _require_list(history or [], "history", where):
         if not isinstance(exchange, Sequence) or isinstance(exchange, str) or len(exchange) != 2:
             raise InputError(f"{where}: history should hold pairs of question and answer, got {shown(exchange)}")
         for role, text in zip(("user", "assistant"), exchange, strict=True):
@@ -162,40 +179,41 @@ def history(record: Mapping[str, Any], prompt: str, answer: str, where: str) -> 
 
 
 COLUMNS = ("messages", "conversations", "conversation")
+"""Columns that hold a list of messages."""
 
 
-def _messages(record: Mapping[str, Any], where: str, otherwise: bool) -> list[Message] | None:
-    """The messages that a record's own columns hold; None where it has no such columns.
+def _messages(record: Mapping[str, Any], where: str, has_other_format: bool) -> list[Message] | None:
+    """The messages in a record's columns; None if it has no such columns.
 
-    Where rows of several formats were put together, each has the columns of all, and null in those of the others.
+    In a dataset of several formats each row has the columns of all, with null in those of the others.
     """
-    there = [name for name in COLUMNS if name in record]
-    full = [name for name in there if _holds_messages(record[name])]
-    pair = "prompt" in record and "completion" in record
-    if full:
-        first, *others = [list(_list_of_messages(record[name], name, where)) for name in full]
+    present = [name for name in COLUMNS if name in record]
+    filled = [name for name in present if _holds_messages(record[name])]
+    if filled:
+        first, *others = [list(_list_of_messages(record[name], name, where)) for name in filled]
         if any(other != first for other in others):
-            raise InputError(f"{where}: columns {' and '.join(map(repr, full))} differ: leave all but one of them out")
+            names = " and ".join(map(repr, filled))
+            raise InputError(f"{where}: columns {names} differ: leave out all but one of them")
         return first
-    if otherwise:
+    if has_other_format:
         return None
-    if there and not pair:
-        return list(_list_of_messages(record[there[0]], there[0], where))
-    if pair:
-        return [
-            *_side(record["prompt"], "prompt", "user", where),
-            *_side(record["completion"], "completion", "assistant", where),
-        ]
+    if "prompt" in record and "completion" in record:
+        prompt = _prompt_or_completion(record["prompt"], "prompt", "user", where)
+        return prompt + _prompt_or_completion(record["completion"], "completion", "assistant", where)
+    if present:
+        return list(_list_of_messages(record[present[0]], present[0], where))
     return None
 
 
 def _holds_messages(value: Any) -> bool:
-    """Whether a column has a list in it, or the JSON of one."""
-    return bool(value) if isinstance(value, list) else isinstance(value, str) and value.lstrip().startswith("[")
+    """Whether a column holds a list that is not empty, or the JSON of a list."""
+    if isinstance(value, list):
+        return bool(value)
+    return isinstance(value, str) and value.lstrip().startswith("[")
 
 
-def _side(value: Any, name: str, role: Role, where: str) -> list[Message]:
-    """One column of prompt and completion: a text of `role`, or messages."""
+def _prompt_or_completion(value: Any, name: str, role: Role, where: str) -> list[Message]:
+    """The messages of a column "prompt" or "completion", which holds a text of `role`, or messages."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list):
@@ -204,44 +222,44 @@ def _side(value: Any, name: str, role: Role, where: str) -> list[Message]:
 
 
 def _list_of_messages(value: Any, name: str, where: str) -> Iterator[Message]:
-    turns = _list(_parsed(value, name, where) if isinstance(value, str) else value, name, where)
-    plain = [isinstance(turn, str) for turn in turns]
-    if turns and all(plain):  # LIMA's: question and answer in turn
-        for number, turn in enumerate(turns):
-            yield _message("assistant" if number % 2 else "user", turn, 1.0, where)
+    messages = _require_list(_parse_json(value, name, where) if isinstance(value, str) else value, name, where)
+    if messages and all(isinstance(message, str) for message in messages):  # LIMA: question and answer alternate
+        for number, text in enumerate(messages):
+            yield _message("assistant" if number % 2 else "user", text, 1.0, where)
         return
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, Mapping):
-            raise InputError(f"{where}: message {number} of {name!r} should be an object, got {type(turn).__name__}")
-        yield _of_object(turn, f"{where}, message {number}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            actual = type(message).__name__
+            raise InputError(f"{where}: message {number} of {name!r} should be an object, got {actual}")
+        yield _message_of_object(message, f"{where}, message {number}")
 
 
-def _of_object(turn: Mapping[str, Any], where: str) -> Message:
-    turn = {name: value for name, value in turn.items() if value is not None or name in CONTENTS}
-    names = {"role", "from"} & turn.keys()
-    if len(names) != 1:
-        have = ", ".join(map(repr, turn)) or "none"
-        raise InputError(f"{where}: expected a role and content, or from and value; there are {have}: mend the row")
-    speaker = turn[names.pop()]
+def _message_of_object(columns: Mapping[str, Any], where: str) -> Message:
+    columns = {name: value for name, value in columns.items() if value is not None or name in CONTENTS}
+    role_names = {"role", "from"} & columns.keys()
+    if len(role_names) != 1:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise InputError(f"{where}: expected a role and content, or from and value; there are {names}: fix the row")
+    speaker = columns[role_names.pop()]
     role = ROLES.get(speaker.lower().strip()) if isinstance(speaker, str) else None
     if role is None:
         raise InputError(f"{where}: unknown role {shown(speaker)}: expected one of {', '.join(ROLES)}")
-    content = next((turn[name] for name in CONTENTS if turn.get(name) is not None), None)
-    calls = turn.get("tool_calls") or turn.get("function_call")
-    if not calls and not set(CONTENTS) & turn.keys():
-        raise InputError(f"{where}: no content: expected a text beside {shown(speaker)}: mend the row")
-    weight, explicit = _weight(turn, where)
-    text = "\n".join(part for part in (_content(content, where), *_calls(calls, where)) if part)
-    reasoned = any(turn.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return Message(role, text, weight, explicit, reasoned)
+    content = next((columns[name] for name in CONTENTS if columns.get(name) is not None), None)
+    calls = columns.get("tool_calls") or columns.get("function_call")
+    if not calls and not set(CONTENTS) & columns.keys():
+        raise InputError(f"{where}: no content: expected a text with the role {shown(speaker)}: fix the row")
+    weight, has_weight = _weight(columns, where)
+    text = "\n".join(part for part in (_content_text(content, where), *_tool_calls(calls, where)) if part)
+    has_reasoning = any(columns.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return Message(role, text, weight, has_weight, has_reasoning)
 
 
 def _message(role: Any, text: Any, weight: float, where: str) -> Message:
-    return Message(role, _content(text, where), weight)
+    return Message(role, _content_text(text, where), weight)
 
 
-def _content(value: Any, where: str) -> str:
-    """A message's text: a text, a number, nothing, or a list of parts that are texts, put together."""
+def _content_text(value: Any, where: str) -> str:
+    """A message's content as text: a text, a number, nothing, or the concatenation of a list of texts."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
@@ -251,11 +269,11 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
-        raise InputError(f"{where}: content should be text, or parts of it, got {type(value).__name__}: mend the row")
-    return "".join(_part(part, where) for part in value)
+        raise InputError(f"{where}: content should be text, or parts of it, got {type(value).__name__}: fix the row")
+    return "".join(_part_text(part, where) for part in value)
 
 
-def _part(part: Any, where: str) -> str:
+def _part_text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text"):
@@ -266,37 +284,37 @@ def _part(part: Any, where: str) -> str:
     raise InputError(f"{where}: a part of the content is {shown(kind)}, expected text: leave the message out")
 
 
-def _calls(calls: Any, where: str) -> list[str]:
-    """The functions that a message calls, as ShareGPT writes them: {"name": .., "arguments": ..}, a line to each."""
+def _tool_calls(calls: Any, where: str) -> list[str]:
+    """The function calls of a message as ShareGPT writes them, a line of {"name": .., "arguments": ..} each."""
     lines = []
-    for call in [calls] if isinstance(calls, Mapping) else _list(calls or [], "tool_calls", where):
+    for call in [calls] if isinstance(calls, Mapping) else _require_list(calls or [], "tool_calls", where):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError(f"{where}: a tool call should name a function and its arguments, got {shown(call)}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):  # a text that is no JSON stays a text
+            with contextlib.suppress(ValueError, RecursionError):  # what is not JSON stays text
                 arguments = json.loads(arguments)
         lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
     return lines
 
 
-def _weight(turn: Mapping[str, Any], where: str) -> tuple[float, bool]:
-    """A message's loss weight, and whether it is written down."""
-    weight, explicit = 1.0, False
+def _weight(columns: Mapping[str, Any], where: str) -> tuple[float, bool]:
+    """A message's loss weight, and whether the file has one."""
+    weight, has_weight = 1.0, False
     for name in WEIGHTS:
-        value = turn.get(name)
+        value = columns.get(name)
         if value is None:
             continue
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise InputError(f"{where}: {name} is {shown(value)}, expected a number from 0, or true or false")
-        weight, explicit = weight * float(value), True
-    return weight, explicit
+            raise InputError(f"{where}: {name} is {shown(value)}, expected a number of at least 0, or true or false")
+        weight, has_weight = weight * float(value), True
+    return weight, has_weight
 
 
-def _system(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The system prompt and the tools that stand beside a conversation, as one message at its beginning."""
-    systems = dict.fromkeys(_content(record.get(name), where) for name in ("system", "system_prompt"))
+def _system_message(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """The system prompt and the tools in a record's own columns, as one message to begin the conversation with."""
+    systems = dict.fromkeys(_content_text(record.get(name), where) for name in ("system", "system_prompt"))
     tools = next((record[x] for x in ("tools", "functions") if isinstance(record.get(x), str | list | dict)), "")
     tools = tools.strip() if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
     parts = [*systems, f"Tools:\n{tools}" if tools not in ("", "[]", "{}") else ""]
@@ -304,18 +322,18 @@ def _system(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     return (Message("system", text),) if text else ()
 
 
-def _list(value: Any, name: str, where: str) -> list[Any]:
+def _require_list(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
-        came = "null" if value is None else type(value).__name__
-        raise InputError(f"{where}: column {name!r} should hold a list of messages, got {came}: mend the row")
+        actual = "null" if value is None else type(value).__name__
+        raise InputError(f"{where}: column {name!r} should hold a list of messages, got {actual}: fix the row")
     return value
 
 
-def _parsed(text: str, name: str, where: str) -> Any:
+def _parse_json(text: str, name: str, where: str) -> Any:
     """Messages that a table holds as JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InputError(
-            f"{where}: column {name!r} should hold a list of messages, got text that is no JSON: mend the row"
+            f"{where}: column {name!r} should hold a list of messages, got text that is not JSON: fix the row"
         ) from None

@@ -1,4 +1,4 @@
-"""Files of hub repositories: what the local cache holds of them, and what is fetched into it."""
+"""Files of hub repositories: what the local cache holds of them, and downloading the rest into it."""
 
 import json
 import os
@@ -10,119 +10,133 @@ from typing import NamedTuple
 
 from fgpt.errors import one_line
 
-ANSWER_SECONDS = 5.0
-"""What the hub has to answer a first question. Without this the libraries retry for half a minute, or wait for ever."""
-SILENT_SECONDS, LEAST_BYTES = 30.0, 30_000
-"""A download ends where fewer bytes than these come in so many seconds: 1 KB/s. Whoever sets HF_HUB_DOWNLOAD_TIMEOUT
-higher waits as long."""
+RESPONSE_SECONDS = 5.0
+"""Time limit for the hub's first response. The library itself would retry for half a minute, or wait forever."""
+STALL_SECONDS, MIN_BYTES = 30.0, 30_000
+"""A download fails if fewer than MIN_BYTES arrive in STALL_SECONDS (1 KB/s). A longer HF_HUB_DOWNLOAD_TIMEOUT in the
+environment is obeyed."""
 
 
 class Repo(NamedTuple):
-    """A repository on the hub, and the patterns of the files that are wanted of it."""
+    """A repository on the hub, and the patterns of the files needed of it."""
 
     name: str
-    kind: str
+    repo_type: str
     """"model" or "dataset"."""
     patterns: Sequence[str]
     revision: str | None = None
 
 
-class Cached(NamedTuple):
+class CachedRepo(NamedTuple):
     """What the local cache holds of a repository: its folder, and whether a file is known to be missing."""
 
     folder: Path | None
     partial: bool = False
 
 
-class Fetched(NamedTuple):
-    """The folder of a repository's files, and the names of all that it has."""
+class FetchedRepo(NamedTuple):
+    """The local folder with a repository's files, and the names of all files in the repository."""
 
     folder: Path
     files: list[str]
 
 
 class HubError(Exception):
-    """The hub cannot be reached, refuses, or sends nothing: the names of the error's classes, its status, its line."""
+    """The hub cannot be reached, refuses, or sends too little.
 
-    def __init__(self, kinds: Sequence[str], status: int | None, line: str):
+    Args:
+        class_names: the names of the error's class and its bases.
+        status: the HTTP status, if there is one.
+        line: the first line of its message.
+    """
+
+    def __init__(self, class_names: Sequence[str], status: int | None, line: str):
         super().__init__(line)
-        self.kinds, self.status, self.line = kinds, status, one_line(line)[:300]
+        self.class_names, self.status, self.line = class_names, status, one_line(line)[:300]
 
     @property
     def reason(self) -> str:
-        """In a few words, for a line of ours."""
-        return self.line if self.kinds[0] == "Silent" else self.kinds[0]
+        """The cause in a few words, for a message."""
+        return self.line if self.class_names[0] == "Stalled" else self.class_names[0]
 
 
-def cached(repo: Repo) -> Cached:
-    """What the cache holds of `repo`, without a question to the hub.
+def find_cached(repo: Repo) -> CachedRepo:
+    """What the cache holds of `repo`, without a request to the hub.
 
-    Raises the library's HFValidationError for what is no name of a repository.
+    Raises:
+        HFValidationError: from `huggingface_hub`, if the name cannot be that of a repository.
     """
-    from huggingface_hub import snapshot_download  # here, because importing it takes longer than importing fgpt
+    from huggingface_hub import snapshot_download  # imported here: it takes longer than importing fgpt
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             repo.name,
-            repo_type=repo.kind,
+            repo_type=repo.repo_type,
             revision=repo.revision,
             allow_patterns=list(repo.patterns),
             local_files_only=True,
         )
-    except LocalEntryNotFoundError as err:  # it says where a folder is that lacks a file
+    except LocalEntryNotFoundError as err:  # it names the folder of an incomplete snapshot
         folder = getattr(err, "snapshot_path", None)
-        return Cached(folder and Path(folder), partial=True)
-    return Cached(Path(folder))
+        return CachedRepo(folder and Path(folder), partial=True)
+    return CachedRepo(Path(folder))
 
 
 def is_known(repo: Repo, file: str) -> bool:
-    """Whether the cache has a file of `repo`, or knows that there is none."""
+    """Whether the cache has a file of `repo`, or a record that the repository has no such file."""
     from huggingface_hub import try_to_load_from_cache
 
-    return try_to_load_from_cache(repo.name, file, revision=repo.revision, repo_type=repo.kind) is not None
+    return try_to_load_from_cache(repo.name, file, revision=repo.revision, repo_type=repo.repo_type) is not None
 
 
 def is_offline() -> bool:
-    """Whether the user has forbidden all questions to the hub, by HF_HUB_OFFLINE."""
+    """Whether the user forbids all requests to the hub, by HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
 
 
-def fetch(repo: Repo, optional: Sequence[str] = ()) -> Fetched:
-    """The files of `repo`, all of them in the cache. It then knows, too, which of the `optional` ones do not exist.
+def fetch(repo: Repo, optional: Sequence[str] = ()) -> FetchedRepo:
+    """Download the files of `repo` that the cache lacks.
 
-    Raises HubError where the hub cannot be reached, refuses, or sends too little.
+    Args:
+        repo: the repository and the files needed of it.
+        optional: files that it may have; the cache then records those that do not exist.
+
+    Raises:
+        HubError: if the hub cannot be reached, refuses, or sends too little.
     """
-    from huggingface_hub import constants
-
-    answer_seconds, seconds = ANSWER_SECONDS, SILENT_SECONDS
-    if "HF_HUB_ETAG_TIMEOUT" in os.environ:
-        answer_seconds = float(constants.HF_HUB_ETAG_TIMEOUT)
-    if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ:
-        seconds = max(seconds, constants.HF_HUB_DOWNLOAD_TIMEOUT)
     request = {
         "repo": repo.name,
-        "repo_type": repo.kind,
+        "repo_type": repo.repo_type,
         "revision": repo.revision,
         "patterns": list(repo.patterns),
         "optional": list(optional),
-        "answer_seconds": answer_seconds,
-        "seconds": seconds,
-        "least_bytes": LEAST_BYTES,
+        **_limits(),
     }
-    program = [sys.executable, "-P", str(Path(__file__).with_name("hub_download.py"))]  # -P: no neighbor is imported
+    program = [sys.executable, "-P", str(Path(__file__).with_name("hub_download.py"))]  # -P: imports nothing beside it
     process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        answered, _ = process.communicate(json.dumps(request))
+        output, _ = process.communicate(json.dumps(request))
     except BaseException:
         process.kill()
         raise
     try:
-        answer = json.loads(answered)
+        response = json.loads(output)
     except ValueError:
         raise HubError(["Ended"], None, f"the download ended with exit code {process.returncode}") from None
-    if "error" in answer:
-        raise HubError(answer["error"], answer["status"], answer["line"])
-    return Fetched(Path(answer["folder"]), answer["files"])
+    if "error" in response:
+        raise HubError(response["error"], response["status"], response["line"])
+    return FetchedRepo(Path(response["folder"]), response["files"])
+
+
+def _limits() -> dict[str, float]:
+    from huggingface_hub import constants
+
+    response_seconds, stall_seconds = RESPONSE_SECONDS, STALL_SECONDS
+    if "HF_HUB_ETAG_TIMEOUT" in os.environ:
+        response_seconds = float(constants.HF_HUB_ETAG_TIMEOUT)
+    if "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ:
+        stall_seconds = max(stall_seconds, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return {"response_seconds": response_seconds, "stall_seconds": stall_seconds, "min_bytes": MIN_BYTES}

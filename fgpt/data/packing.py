@@ -1,4 +1,4 @@
-"""From examples to batches: nothing lost, nothing twice, and no document sees another."""
+"""From examples to batches: each example once, and no document attends to another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,145 +13,196 @@ from fgpt.rng import fold_in
 
 T = TypeVar("T")
 
-WINDOW = 32
-"""Micro-batches' worth of examples that `epoch` sorts by length at a time: little padding, and still a shuffle."""
+SORT_WINDOW = 32
+"""Micro-batches whose examples `epoch_batches` sorts by length together: little padding, and still a shuffle."""
 
 
 @dataclass(frozen=True)
 class DropCounts:
-    """How many rows `fit` left out: longer than the width, and without an answer."""
+    """The number of examples that were left out: longer than the limit, and without an answer."""
 
     long: int
     empty: int
 
 
-def filter_by_length(examples: Sequence[Example], width: int, drop: bool = False) -> tuple[list[Example], DropCounts]:
-    """The examples that can be trained on in rows of `width` tokens, and how many were left out.
+def filter_by_length(
+    examples: Sequence[Example], max_seq_len: int, drop: bool = False
+) -> tuple[list[Example], DropCounts]:
+    """The examples that can be trained on, and how many were left out.
 
-    Raises InputError for an example that is too long or has no answer (with `drop` it is left out and counted), and
-    when none remains.
+    Args:
+        examples: the examples.
+        max_seq_len: the maximum number of tokens of an example.
+        drop: leave out examples that are too long or have no answer, instead of raising.
+
+    Raises:
+        InputError: for such an example unless `drop` is set, and if no example remains.
     """
-    kept: list[Example] = []
+    usable: list[Example] = []
     long = empty = 0
     for number, example in enumerate(examples, 1):
         length = len(example.tokens)
-        if length > width:
+        if length > max_seq_len:
             long += 1
             if not drop:
                 raise InputError(
-                    f"row {number} has {length} tokens, the limit is {width}: shorten it, raise the limit, or drop "
-                    "long rows"
+                    f"row {number} has {length} tokens, the limit is {max_seq_len}: shorten it, raise the limit, or "
+                    "drop long rows"
                 )
-        elif example.label is None and length - example.prompt_length < 2:  # the end of text alone
+        elif example.label is None and length - example.prompt_length < 2:  # an end-of-sequence token alone
             empty += 1
             if not drop:
                 raise InputError(f"row {number} has no response: give it one, or drop empty rows")
         else:
-            kept.append(example)
-    if not kept:
+            usable.append(example)
+    if not usable:
         raise InputError(
-            f"no row with a response that fits: {len(examples)} rows came, {long} above the limit of {width} tokens "
-            f"and {empty} without a response; raise the limit or mend the rows"
+            f"no row with a response that fits: {len(examples)} rows came, {long} above the limit of {max_seq_len} "
+            f"tokens and {empty} without a response; raise the limit or fix the rows"
         )
-    return kept, DropCounts(long, empty)
+    return usable, DropCounts(long, empty)
 
 
-def truncate_middle(items: Sequence[T], count: int, gap: Sequence[T]) -> list[T]:
-    """`count` of the items, as many from their head as from their tail but for one, and `gap` where the middle was."""
-    tail = count // 2
-    return [*items[: count - tail], *gap, *items[len(items) - tail :]]
+def truncate_middle(items: Sequence[T], count: int, ellipsis: Sequence[T]) -> list[T]:
+    """`count` of the items, half from the beginning and half from the end, with `ellipsis` in place of the middle.
 
-
-def truncate(example: Example, width: int) -> Example:
-    """An example of `width` tokens at most: of a long one, prompt and the first part of the answer, whose end the model
-    is then not shown. Where the prompt alone leaves no room for an answer, all of it, for `fit` to refuse.
+    >>> "".join(truncate_middle("abcdefgh", 5, ".."))
+    'abc..gh'
     """
-    whole = len(example.tokens) <= width or example.prompt_length > width - 2
-    return example if whole else replace(example, tokens=example.tokens[:width])
+    tail = count // 2
+    return [*items[: count - tail], *ellipsis, *items[len(items) - tail :]]
+
+
+def truncate(example: Example, max_seq_len: int) -> Example:
+    """An example of at most `max_seq_len` tokens. A long one keeps its prompt and the beginning of its answer, without
+    the end-of-sequence token. If the prompt alone leaves no space for an answer, the example is returned as it is, for
+    `filter_by_length` to reject.
+    """
+    if len(example.tokens) <= max_seq_len or example.prompt_length > max_seq_len - 2:
+        return example
+    return replace(example, tokens=example.tokens[:max_seq_len])
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
-    """Each row's examples one after the other, padded on the right with token 0 to `pad_to` (default: the longest row).
+    """A batch of rows, each the concatenation of its examples, padded on the right with token 0.
 
-    A position has its example's weight, which is 1 where nothing else was asked for, where the next token is of the
-    same document's answer or end of text, and at the last token of a document that has a label; else 0. Segments are
-    1, 2, .. by document and 0 for padding, or None when no row holds more than one document.
+    A position has its example's weight (1 by default) if the next token belongs to the same example's answer or its
+    end-of-sequence token, and at the last token of an example with a label; else 0. Segments are 1, 2, .. by example
+    and 0 for padding, or None if no row holds more than one example.
 
-    Raises InputError when a row is longer than `pad_to`.
+    Args:
+        rows: the examples of each row of the batch.
+        pad_to: the sequence length; by default that of the longest row.
+
+    Returns:
+        The batch, with tokens, targets and weights of shape [rows, sequence length].
+
+    Raises:
+        InputError: if a row is longer than `pad_to`.
+
+    >>> batch = collate([[Example((5, 6, 7), prompt_length=1)], [Example((8, 9), prompt_length=1)]])
+    >>> batch.tokens.tolist(), batch.weights.tolist()
+    ([[5, 6, 7], [8, 9, 0]], [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     """
     lengths = [sum(len(example.tokens) for example in row) for row in rows]
-    seq = max(lengths) if pad_to is None else pad_to
+    seq_len = max(lengths) if pad_to is None else pad_to
     for number, length in enumerate(lengths, 1):
-        if length > seq:
-            raise InputError(f"row {number} of the batch has {length} tokens, the limit is {seq}: shorten it")
+        if length > seq_len:
+            raise InputError(f"row {number} of the batch has {length} tokens, the limit is {seq_len}: shorten it")
     tokens, targets, weights, segments = [], [], [], []
     for row, length in zip(rows, lengths, strict=True):
-        padding = [0] * (seq - length)
-        tokens.append([token for example in row for token in example.tokens] + padding)
-        # A document's last token predicts its label, or nothing: its target is then a filler of weight 0, never the
-        # next document's first token.
-        targets.append([token for example in row for token in (*example.tokens[1:], example.label or 0)] + padding)
-        weights.append([weight for example in row for weight in _weights(example)] + padding)
-        segments.append([n for n, example in enumerate(row, 1) for _ in example.tokens] + padding)
-    weighted = torch.tensor(weights, dtype=torch.float32)
+        row_tokens, row_targets, row_weights, row_segments = [], [], [], []
+        for segment, example in enumerate(row, 1):
+            row_tokens += example.tokens
+            # An example's last token predicts its label, or nothing: its target is then a placeholder of weight 0,
+            # never the next example's first token.
+            row_targets += [*example.tokens[1:], example.label or 0]
+            row_weights += _weights(example)
+            row_segments += [segment] * len(example.tokens)
+        padding = [0] * (seq_len - length)
+        tokens.append(row_tokens + padding)
+        targets.append(row_targets + padding)
+        weights.append(row_weights + padding)
+        segments.append(row_segments + padding)
+    weights = torch.tensor(weights, dtype=torch.float32)
     return Batch(
         torch.tensor(tokens, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
-        weighted,
+        weights,
         torch.tensor(segments, dtype=torch.int64) if any(len(row) > 1 for row in rows) else None,
-        weighted.flatten().nonzero().flatten(),
+        weights.flatten().nonzero().flatten(),
     )
 
 
 def _weights(example: Example) -> list[float]:
-    """What each position's prediction counts: position i predicts token i + 1."""
+    """The loss weight of each position, which predicts the next token."""
     end = len(example.tokens) + (example.label is not None)
     return [example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))]
 
 
-def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """First fit: each item, in the given order, goes into the first bin that still has room for it. O(n log n).
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit packing: each item, in the given order, goes into the first bin with space for it. O(n log n).
 
-    Returns the bins as lists of indices into `lengths`; none holds more than `width`, and every index is in one bin.
+    Args:
+        lengths: the length of each item, in tokens.
+        capacity: the maximum total length of a bin.
 
-    Raises InputError for an item longer than `width`.
+    Returns:
+        The bins as lists of indices into `lengths`; every index is in exactly one bin.
+
+    Raises:
+        InputError: for an item longer than `capacity`.
+
+    >>> pack([3, 4, 2, 1], capacity=5)
+    [[0, 2], [1, 3]]
     """
-    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    room = [width] * (2 * leaves)  # a tree rooted at 1: a leaf is a bin, a parent has its children's larger room
-    bins: list[list[int]] = [[] for _ in range(leaves)]
+    num_leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    space = [capacity] * (2 * num_leaves)  # a tree with root 1: a leaf is a bin, a parent has its children's maximum
+    bins: list[list[int]] = [[] for _ in range(num_leaves)]
     for index, length in enumerate(lengths):
-        if length > width:
-            raise InputError(f"row {index + 1} has {length} tokens, the limit is {width}: shorten it")
-        at = 1
-        while at < leaves:
-            at = 2 * at if room[2 * at] >= length else 2 * at + 1
-        bins[at - leaves].append(index)
-        room[at] -= length
-        while at > 1:
-            at //= 2
-            room[at] = max(room[2 * at], room[2 * at + 1])
+        if length > capacity:
+            raise InputError(f"row {index + 1} has {length} tokens, the limit is {capacity}: shorten it")
+        node = 1
+        while node < num_leaves:
+            node = 2 * node if space[2 * node] >= length else 2 * node + 1
+        bins[node - num_leaves].append(index)
+        space[node] -= length
+        while node > 1:
+            node //= 2
+            space[node] = max(space[2 * node], space[2 * node + 1])
     return [indices for indices in bins if indices]
 
 
 def epoch_batches(
-    examples: Sequence[Example], width: int, rows: int, rng: torch.Generator, packed: bool = True
+    examples: Sequence[Example], max_seq_len: int, micro_batch_size: int, rng: torch.Generator, packed: bool = True
 ) -> list[list[list[Example]]]:
-    """One pass over the examples as micro-batches of at most `rows` rows, each ready for `collate`.
+    """One pass over the examples as micro-batches of rows, each ready for `collate`.
 
-    Packed, a row holds as many examples as fit in `width` tokens. Otherwise it holds one, and a micro-batch is of
-    examples of similar length. The order is a function of the key alone: fold the epoch's number into it.
+    The order is a function of the key alone: fold the number of the epoch into it.
 
-    Raises InputError as `fit` does.
+    Args:
+        examples: the examples.
+        max_seq_len: the maximum number of tokens of a row.
+        micro_batch_size: the maximum number of rows of a micro-batch.
+        rng: the key of the shuffle.
+        packed: put as many examples into a row as fit; otherwise a row is one example, and a micro-batch holds examples
+            of similar length.
+
+    Raises:
+        InputError: as `filter_by_length` does.
     """
-    filter_by_length(examples, width)  # here and not in `pack`, which would name the row by its place in the shuffle
+    filter_by_length(examples, max_seq_len)  # and not in `pack`, whose row numbers would be those of the shuffle
     shuffled = [examples[i] for i in _permutation(len(examples), fold_in(rng, "examples"))]
     if packed:
-        bins = pack([len(example.tokens) for example in shuffled], width)
-        laid = [[shuffled[i] for i in indices] for indices in bins]
+        bins = pack([len(example.tokens) for example in shuffled], max_seq_len)
+        rows = [[shuffled[i] for i in indices] for indices in bins]
     else:
-        windows = (shuffled[i : i + WINDOW * rows] for i in range(0, len(shuffled), WINDOW * rows))
-        laid = [[example] for window in windows for example in sorted(window, key=lambda e: len(e.tokens))]
-    batches = [laid[i : i + rows] for i in range(0, len(laid), rows)]
+        rows = []
+        window = SORT_WINDOW * micro_batch_size
+        for start in range(0, len(shuffled), window):
+            by_length = sorted(shuffled[start : start + window], key=lambda example: len(example.tokens))
+            rows += [[example] for example in by_length]
+    batches = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     return [batches[i] for i in _permutation(len(batches), fold_in(rng, "batches"))]
 
 

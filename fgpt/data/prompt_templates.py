@@ -1,4 +1,4 @@
-"""From a row of text to tokens: one template serves training and generation."""
+"""From a row of text to tokens: training and generation use the same template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 @dataclass(frozen=True)
 class InstructionRow:
-    """An instruction, what it is to be applied to (may be empty), and its answer (empty when it is to be generated)."""
+    """An instruction, the input to apply it to (may be empty), and its answer (empty if it is to be generated)."""
 
     instruction: str
     input: str = ""
@@ -20,49 +20,53 @@ class InstructionRow:
 
 @dataclass(frozen=True)
 class Turn(InstructionRow):
-    """An answer within a conversation: `output` is the answer; for people to read, `instruction` is the message before
-    it, and `input` the conversation up to there. A prompt is made of `messages` alone.
+    """An answer in a conversation. The prompt is built from `messages` alone; `instruction`, the message before the
+    answer, and `input`, the conversation before that, are for people to read. `output` is the answer.
 
-    A row of one instruction is the turn whose only message is the user's.
+    A row of a single instruction is the turn whose only message is the user's.
     """
 
     messages: tuple[Message, ...] = ()
-    """All that precedes the answer."""
+    """All messages before the answer."""
     weight: float = 1.0
-    """What each token of the answer counts in the loss."""
+    """The weight of each token of the answer in the loss."""
     conversation: str = ""
-    """Where the conversation was read, the same for all its turns."""
+    """Position of the conversation in its source, the same for all its turns."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """What a prompt looks like. `with_input` holds {instruction} and {input}, `without_input` holds {instruction}."""
+    """The form of a prompt. `with_input` contains {instruction} and {input}, `without_input` contains {instruction}."""
 
     name: str
     with_input: str
     without_input: str
     chat: bool = False
-    """The text is what a user says in the model's own chat template."""
+    """The text is the user's message in the model's own chat template."""
     response: str = ""
-    """What ends every prompt, and is there once before an answer, whoever spoke last."""
+    """The end of every prompt; it precedes each answer once, whoever spoke last."""
     system: str = "{content}\n\n"
-    """What a system prompt looks like, where it stands in the conversation: at its beginning."""
+    """The form of a system prompt, which begins the conversation."""
     tool: str = "Tool: {content}\n\n"
-    """What the result of a tool looks like."""
+    """The form of a tool's result."""
 
     def prompt(self, row: InstructionRow) -> str:
-        """All that precedes the answer. The row's text is never read as a format: braces are safe."""
+        r"""The text before the answer. The row's own text is never used as a format string, so it may contain braces.
+
+        >>> PLAIN.prompt(InstructionRow("Add.", "1 2"))
+        'Instruction: Add.\n\nInput: 1 2\n\nResponse:\n'
+        """
         if row.input.strip():
             return self.with_input.format(instruction=row.instruction, input=row.input)
         return self.without_input.format(instruction=row.instruction)
 
     def turns(self, messages: Sequence[Message]) -> list[tuple[str, str | None]]:
-        """A conversation as (prompt, the answer to it) one after the other; the last prompt's answer is yet to come.
+        """A conversation as pairs of a prompt and its answer; the answer to the last prompt is None.
 
             [system] instruction response | answer, instruction response | answer, .., instruction response
 
-        Every user's message has the form that it has in a row of its own; several without an answer between them are
-        one, a blank line apart.
+        A user's message has the same form as in a row of a single instruction. Consecutive messages of the user are
+        joined by a blank line.
         """
         turns: list[tuple[str, str | None]] = []
         prompt = ""
@@ -75,13 +79,13 @@ class Template:
             elif role == "user":
                 prompt += self.prompt(InstructionRow("\n\n".join(contents))).removesuffix(self.response)
             else:
-                look = self.system if role == "system" else self.tool
-                prompt += "".join(look.format(content=content) for content in contents)
+                form = self.system if role == "system" else self.tool
+                prompt += "".join(form.format(content=content) for content in contents)
         return [*turns, (prompt + self.response, None)]
 
 
-# The texts are Stanford Alpaca's (Taori et al. 2023). The newline that ends the prompt is ours: the answer then begins
-# on its own line, and its first token is an ordinary line's first token.
+# Stanford Alpaca's texts (Taori et al. 2023), plus a newline at the end of the prompt: the answer then begins on a line
+# of its own, and its first token is that of an ordinary line.
 ALPACA = Template(
     "alpaca",
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -94,7 +98,7 @@ ALPACA = Template(
     tool="### Tool:\n{content}\n\n",
 )
 
-# For small vocabularies and contexts, where the preamble alone would cost some fifty tokens a row.
+# For small vocabularies and contexts, in which Alpaca's preamble alone would take some fifty tokens per row.
 PLAIN = Template(
     "plain",
     "Instruction: {instruction}\n\nInput: {input}\n\nResponse:\n",
@@ -102,8 +106,8 @@ PLAIN = Template(
     response="Response:\n",
 )
 
-# Tulu's format (Wang et al. 2023, "How Far Can Camels Go?"). Its marks are plain text: GPT-2's tokenizer has no special
-# tokens for them, and needs none. As there, the answer begins on a line of its own.
+# Tulu's format (Wang et al. 2023, "How Far Can Camels Go?"). Its role markers are plain text: they need no special
+# tokens. As in the paper, the answer begins on a line of its own.
 TULU = Template(
     "tulu",
     "<|user|>\n{instruction}\n\n{input}\n<|assistant|>\n",
@@ -113,7 +117,7 @@ TULU = Template(
     tool="<|tool|>\n{content}\n",
 )
 
-# For models that have learned to chat.
+# For models that are trained to chat.
 CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
 
 TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU)}
@@ -121,26 +125,28 @@ TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU)
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens: prompt, answer, end of text. The first `prompt` tokens are given and carry no loss."""
+    """A row as tokens: prompt, answer, end of sequence. The first `prompt_length` tokens carry no loss."""
 
     tokens: tuple[int, ...]
     prompt_length: int
     label: int | None = None
-    """What the last token predicts, where that is no token of the row: its class, or its class's one token."""
+    """What the last token predicts, if that is not a token of the row: its class, or the one token of its class."""
     weight: float = 1.0
-    """What each token of the answer counts in the loss."""
+    """The weight of each token of the answer in the loss."""
 
 
 def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt's tokens, in training and in generation alike: after a BOS where the model's family has one before
-    every text. Special tokens in the row's text are plain text, but in a chat, whose template writes its own BOS.
-    Earlier answers of a conversation are each closed by the end token, as in training; a chat template closes them
-    itself.
+    """The tokens of the prompt, the same in training and in generation.
 
-    Raises InputError for a chat with a model that has no template for it, or whose template refuses the messages.
+    They begin with a BOS token if the tokenizer puts one before every text. Each earlier answer of a conversation ends
+    with the end-of-sequence token, as in training. A chat template writes both itself. Special tokens in the row's text
+    are encoded as plain text, except by a chat template.
+
+    Raises:
+        InputError: for a chat with a model that has no chat template, or whose template refuses the messages.
     """
     if template.chat:
-        return tuple(_chat(row, template, tokenizer))
+        return tuple(_encode_chat(row, template, tokenizer))
     turns = template.turns(row.messages) if isinstance(row, Turn) else [(template.prompt(row), None)]
     tokens = [*tokenizer.prefix_tokens]
     for prompt, answer in turns:
@@ -149,10 +155,12 @@ def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer)
     return tuple(tokens)
 
 
-def _chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[int]:
+def _encode_chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[int]:
     messages = row.messages if isinstance(row, Turn) else (Message("user", template.prompt(row)),)
     try:
-        return tokenizer.chat([{"role": message.role, "content": message.content} for message in messages])
+        return tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages]
+        )
     except InputError as err:
         if isinstance(row, Turn) and row.conversation:
             raise InputError(f"{row.conversation}: {err}") from None
@@ -160,10 +168,10 @@ def _chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list
 
 
 def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Example:
-    """Prompt, answer and end, which carries loss: <|endoftext|>, or in a chat what the model's template ends a turn by.
+    """Prompt, answer and end of sequence, which carries loss: <|endoftext|>, or in a chat what ends a turn there.
 
-    Prompt and answer are tokenized apart: no merge crosses the border, so the prompt reads as generation will write it.
-    An answer of nothing but white space is no answer; `packing.fit` reports it.
+    Prompt and answer are tokenized separately: no merge crosses the boundary, so the prompt's tokens are those of
+    generation. A blank answer counts as none, which `packing.filter_by_length` reports.
     """
     prompt = encode_prompt(row, template, tokenizer)
     answer = tokenizer.encode(row.output) if row.output.strip() else []
@@ -173,7 +181,14 @@ def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Exa
 
 
 def template(name: str) -> Template:
-    """Raises InputError for a name that is no template."""
+    r"""The template of that name.
+
+    Raises:
+        InputError: for an unknown name.
+
+    >>> template("plain").response
+    'Response:\n'
+    """
     if name not in TEMPLATES:
         raise InputError(f"no template named {name!r}; there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

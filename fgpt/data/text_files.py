@@ -1,4 +1,4 @@
-"""Text files as they come: with a byte order mark or without one, plain or compressed."""
+"""UTF-8 text files, with or without a byte order mark, plain or compressed."""
 
 import bz2
 import gzip
@@ -13,30 +13,40 @@ from typing import Any
 from fgpt.errors import InputError, one_line
 
 
-def _zstd(path: Path) -> io.BufferedReader:
-    import pyarrow  # here, because importing fgpt must stay fast
+def _open_zstd(path: Path) -> io.BufferedReader:
+    import pyarrow  # imported here because importing fgpt must stay fast
 
     stream: Any = pyarrow.input_stream(path, compression="zstd")
     return io.BufferedReader(stream)
 
 
-OPENERS: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
-"""How to unpack a file, by the end of its name."""
+OPENERS: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+"""Functions that open a compressed file, by its extension."""
 
 CHUNK = 1 << 20
+"""Bytes that are decompressed at a time while a file is checked."""
 
 
-def format_of(path: Path) -> str:
-    """The end of a file's name that tells its format, in lower case: ".jsonl" of data.jsonl and of data.JSONL.gz."""
-    packed = path.suffix.lower() in OPENERS
-    return (path.with_suffix("") if packed else path).suffix.lower()
+def file_format(path: Path) -> str:
+    """The extension that says a file's format, in lower case, without that of a compression.
+
+    >>> file_format(Path("data.jsonl")), file_format(Path("data.JSONL.gz"))
+    ('.jsonl', '.jsonl')
+    """
+    compressed = path.suffix.lower() in OPENERS
+    return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file of UTF-8 to read text from, unpacked where its name says so, without a byte order mark.
+    """Open a UTF-8 file for reading, decompressed according to its extension, without a byte order mark.
 
-    A compressed file is read through once before: only its end says whether it is whole, and what a damaged one holds
-    would be taken for a fault of the text.
+    A compressed file is first decompressed once to check it: only its end says whether it is complete, and the content
+    of a damaged file would look like a fault of the text.
     """
     opener = OPENERS.get(path.suffix.lower())
     if opener is not None:
@@ -47,25 +57,26 @@ def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
-def without_marks(lines: Iterable[str]) -> Iterator[str]:
-    """`lines` without the byte order marks before them: where files were put together, the mark of each is there."""
+def strip_boms(lines: Iterable[str]) -> Iterator[str]:
+    """`lines` without byte order marks at their beginnings: concatenated files have one for each part."""
     return (line.removeprefix("\ufeff") for line in lines)
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Whatever reading a file raises, as InputError: not there, not UTF-8, damaged, or not packed as its name says."""
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file raises into InputError: it does not exist, is not UTF-8, is damaged, or is not
+    compressed as its name says.
+    """
     try:
         yield
     except UnicodeDecodeError as err:
         raise InputError(f"{path}: not UTF-8 text ({err.reason} at byte {err.start}): save it as UTF-8") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as err:
-        own = isinstance(err, OSError) and bool(err.strerror) and err.errno is not None
-        end = path.suffix.lower()
-        if end in OPENERS and not own:
+        system_error = err.strerror if isinstance(err, OSError) and err.errno is not None else None
+        extension = path.suffix.lower()
+        if extension in OPENERS and not system_error:
             raise InputError(
-                f"{path}: damaged, or not compressed as its name says ({end}; {one_line(err)}): compress it again, or "
-                "rename it"
+                f"{path}: damaged, or not compressed as its name says ({extension}; {one_line(err)}): compress it "
+                "again, or rename it"
             ) from None
-        cause = err.strerror if own and isinstance(err, OSError) else one_line(err)
-        raise InputError(f"{path}: cannot be read: {cause}") from None
+        raise InputError(f"{path}: cannot be read: {system_error or one_line(err)}") from None

@@ -89,7 +89,7 @@ def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
     repo_name, _, revision = name.partition("@")
     repo = hub_files.Repo(repo_name, "model", WANTED, revision or None)
     try:
-        folder = hub_files.cached(repo).folder
+        folder = hub_files.find_cached(repo).folder
     except HFValidationError:
         raise InputError(f"{repo_name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
     lacking, unknown = _lacking(folder), _unknown(repo, folder)
@@ -132,14 +132,15 @@ def _unknown(repo: hub_files.Repo, folder: Path | None) -> list[str]:
 def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other: str) -> InputError:
     """What is said where a hub's files cannot be fetched, of which the cache lacks some, or has none."""
     name = repo.name
-    if "GatedRepoError" in err.kinds or (err.status in (401, 403) and "RepositoryNotFoundError" not in err.kinds):
+    not_found = "RepositoryNotFoundError" in err.class_names
+    if "GatedRepoError" in err.class_names or (err.status in (401, 403) and not not_found):
         return InputError(
             f"the hub refuses {name} (HTTP {err.status}): accept its terms at https://huggingface.co/{name} and run "
             "`hf auth login`, or give a local folder"
         )
-    if "RepositoryNotFoundError" in err.kinds:
+    if not_found:
         return InputError(f"the hub has no model named {name!r}; check the name, or give a local folder")
-    if "RevisionNotFoundError" in err.kinds:
+    if "RevisionNotFoundError" in err.class_names:
         return InputError(
             f"the hub's {name} has no revision {repo.revision!r}; check it, or leave @{repo.revision} out"
         )

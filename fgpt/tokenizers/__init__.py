@@ -1,1 +1,1 @@
-"""Tokenizers: what turns text into ids, with its chat template and special tokens."""
+"""Tokenizers: from text to tokens and back, with chat templates and special tokens."""

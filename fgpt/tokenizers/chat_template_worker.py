@@ -1,8 +1,8 @@
 """A program that renders chat templates; see `fgpt.tokenizers.child_process`.
 
-A template is a program from the model's publisher. Jinja's sandbox keeps it from all that is not given to it, but not
-from running for ever, or from filling the memory, for which one power or one product of a text is enough. So it runs
-here, in a process that ends when it takes too long, and may not grow.
+A template is a program by the model's publisher. Jinja's sandbox gives it access only to its values, but does not keep
+it from running forever, or from filling the memory, for which a single power of an integer or a repeated text is
+enough. So it runs in this process, which has limits of time and memory.
 """
 
 import functools
@@ -14,12 +14,12 @@ import jinja2
 from jinja2 import ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY, LONGEST = 1 << 30, 1 << 24
+MEMORY, MAX_CHARACTERS = 1 << 30, 1 << 24
 """Bytes that the process may map, and characters of a text: thousands of times what a model's template needs."""
 
 
 class Generation(ext.Extension):
-    """{% generation %} marks what the assistant says, for those who train on that alone; its text is as any."""
+    """{% generation %} marks the assistant's messages for training on them alone; here its content is plain text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -35,12 +35,12 @@ def fail(message: str) -> None:
 
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:  # Jinja's own escapes for HTML
+) -> str:  # Jinja's own filter escapes for HTML
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @functools.lru_cache(16)
-def compiled(template: str) -> Any:
+def compile_template(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
@@ -50,10 +50,12 @@ def compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def answer(asked: dict[str, Any]) -> dict[str, str]:
-    """{"text": ..}, or what went wrong, {"error": ..}."""
+def answer(request: dict[str, Any]) -> dict[str, str]:
+    """{"text": ..}, or {"error": ..} if the template fails."""
     try:
-        text = compiled(asked["template"]).render(**asked["values"])
-    except Exception as err:  # whatever a template does wrong, it is not ours
+        text = compile_template(request["template"]).render(**request["values"])
+    except Exception as err:  # a template may raise anything
         return {"error": f"{type(err).__name__}: {str(err)[:300]}"}
-    return {"text": text} if len(text) <= LONGEST else {"error": f"its text is longer than {LONGEST:,} characters"}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"its text is longer than {MAX_CHARACTERS:,} characters"}
+    return {"text": text}

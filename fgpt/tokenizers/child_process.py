@@ -1,10 +1,10 @@
-"""Programs that read what may do harm, each in a process of its own: a hang, a crash or a full memory ends there.
+"""Programs that read untrusted input, each in a process of its own: a hang, a crash or a full memory ends only that.
 
-A program is a file beside this one with a function `answer`, from what a line of JSON says to what the answering line
-is to say, and the `MEMORY` in bytes that its process may map. The process runs this very file, which imports no fgpt,
-so that it starts fast:
+A program is a file in this folder with a function `answer`, from a request to a response, each a line of JSON, and a
+constant `MEMORY`, the bytes that its process may map. The process runs this file, which does not import fgpt, so that
+it starts fast:
 
-    python child.py PROGRAM SECONDS
+    python child_process.py PROGRAM SECONDS
 """
 
 import atexit
@@ -22,7 +22,10 @@ from typing import Any
 
 
 class Child:
-    """A process that runs a program, started when the first answer is asked for, with `seconds` for each."""
+    """A process that runs a program.
+
+    It starts with the first request, and ends if a response takes more than `seconds`.
+    """
 
     def __init__(self, program: str, seconds: int) -> None:
         self.program, self.seconds = program, seconds
@@ -30,29 +33,31 @@ class Child:
         self.process: subprocess.Popen[str] | None = None
         self.owner = 0
 
-    def ask(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What it answers; None if it came to its limits or crashed. The next is then asked of another process."""
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The response to a request; None if the process reached its limits or crashed. The next request then starts
+        another process.
+        """
         with self.lock:
             process = self.process
-            if process is None or process.poll() is not None or self.owner != os.getpid():  # a fork may not share it
+            if process is None or process.poll() is not None or self.owner != os.getpid():  # not shared after a fork
                 process, self.owner = self._start(), os.getpid()
                 self.process = process
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                process.stdin.write(json.dumps(asked) + "\n")
+                process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
                 return json.loads(process.stdout.readline())
-            except BaseException as err:  # an answer that is not awaited would be taken for the next one's
+            except BaseException as err:  # a response left unread would be taken for the next one
                 process.kill()
                 self.process = None
-                if isinstance(err, OSError | ValueError):  # it has ended: nothing can be written, or is read
+                if isinstance(err, OSError | ValueError):  # the process has ended
                     return None
                 raise
 
     def _start(self) -> "subprocess.Popen[str]":
         pipe = subprocess.PIPE
-        command = [sys.executable, "-P", __file__, self.program, str(self.seconds)]  # -P: no neighbor is imported
+        command = [sys.executable, "-P", __file__, self.program, str(self.seconds)]  # -P: imports nothing beside it
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         atexit.register(process.kill)
         return process
@@ -62,7 +67,7 @@ class Child:
 
 
 def limit(memory: int) -> None:
-    """Where the system has such limits."""
+    """Limit the memory of this process, if the system supports it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -83,14 +88,14 @@ def load(program: str) -> Any:
 def main(program: str, seconds: int) -> None:
     module = load(program)
     limit(module.MEMORY)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the caller
     for line in sys.stdin:
         if hasattr(signal, "alarm"):
-            signal.alarm(seconds)  # whose signal ends the process, whatever it is at
-        reply = json.dumps(module.answer(json.loads(line)))
+            signal.alarm(seconds)  # ends the process by a signal
+        response = json.dumps(module.answer(json.loads(line)))
         if hasattr(signal, "alarm"):
             signal.alarm(0)
-        print(reply, flush=True)
+        print(response, flush=True)
 
 
 if __name__ == "__main__":

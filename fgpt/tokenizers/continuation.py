@@ -1,13 +1,18 @@
-"""A text's tokens where it stands behind another: tokenizers differ in what they do at the beginning of a text."""
+"""The tokens of a text after another: tokenizers treat the beginning of a text in different ways."""
 
 from collections.abc import Callable
 
 
-def continuation(read: Callable[[str], list[int]], context: str, text: str) -> list[int]:
-    """The tokens of `text` where it follows `context`: what the tokens of both have beyond those of `context` alone.
+def continuation_tokens(encode: Callable[[str], list[int]], context: str, text: str) -> list[int]:
+    """The tokens of `text` after `context`: those of both together, without those of `context` alone.
 
-    A tokenizer that puts a blank before every text puts none before the part. Where a token reaches across the border,
-    `text` is read alone.
+    A tokenizer that inserts a space before every text inserts none before a continuation. If a token crosses the
+    boundary, `text` is encoded alone.
+
+    >>> continuation_tokens(lambda text: [ord(c) for c in text], "ab", "cd")
+    [99, 100]
     """
-    alone, both = read(context), read(context + text)
-    return both[len(alone) :] if both[: len(alone)] == alone else read(text)
+    context_tokens, both = encode(context), encode(context + text)
+    if both[: len(context_tokens)] == context_tokens:
+        return both[len(context_tokens) :]
+    return encode(text)

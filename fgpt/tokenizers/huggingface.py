@@ -1,5 +1,5 @@
-"""Tokenizers of the hub's `tokenizers` library: of a folder's tokenizer.json, or its vocab.json and merges.txt, or
-rebuilt from a GGUF file's metadata.
+"""Tokenizers of Hugging Face's `tokenizers` library: from a folder's tokenizer.json, or its vocab.json and merges.txt,
+or rebuilt from the metadata of a GGUF file.
 """
 
 import functools
@@ -15,291 +15,318 @@ from fgpt.library_errors import call
 from fgpt.tokenizers import merges, special_tokens
 from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
 from fgpt.tokenizers.child_process import Child
-from fgpt.tokenizers.continuation import continuation
+from fgpt.tokenizers.continuation import continuation_tokens
 from fgpt.tokenizers.special_tokens import GENERATION, DeclaredTokens
-from fgpt.tokenizers.tiktoken_bpe import FILE, no_template
+from fgpt.tokenizers.tiktoken_bpe import FILE, no_chat_template
 
 if TYPE_CHECKING:
     import tokenizers
 
 SECONDS = 10
-"""What reading a tokenizer.json, and using it on a few texts, may take: hundreds of times what those of models do."""
+"""Time limit for reading a tokenizer.json and using it on a few texts: hundreds of times what those of models take."""
 _checker = Child("validation_worker.py", SECONDS)
-_checked: set[bytes] = set()
-"""Digests of the files that were found well."""
+_valid_files: set[bytes] = set()
+"""Digests of the files that passed the check."""
 
 
 @dataclass(frozen=True, eq=False)
 class HFTokenizer:
-    """A `Tokenizer` of the `tokenizers` library. `special` names its special tokens: {"bos_token": "<s>", ..}."""
+    """A `Tokenizer` of the `tokenizers` library."""
 
     name: str
-    ordinary: "tokenizers.Tokenizer"
-    """Reads special tokens in a text as text."""
+    tokenizer: "tokenizers.Tokenizer"
+    """Encodes special tokens in a text as ordinary text."""
     n_vocab: int
-    rows: int
-    """Of the model's table: a token beyond them is no obstacle until a text holds it."""
+    vocab_size: int
+    """Rows of the model's embedding: a token beyond them is an error only if a text contains it."""
     eos: int
-    declared: tuple[int, ...]
-    """Further tokens that end a generated text, as the model's config says."""
-    special: Mapping[str, str]
-    template: ChatTemplate | None = None
+    extra_eos_ids: tuple[int, ...]
+    """Further tokens that end a generated text, from the model's config."""
+    special_tokens: Mapping[str, str]
+    """The special tokens by name: {"bos_token": "<s>", ..}."""
+    chat_template: ChatTemplate | None = None
 
     def encode(self, text: str) -> list[int]:
-        return self._ids(self.ordinary, text, False)
+        return self._encode(self.tokenizer, text, False)
 
     @property
     def bos(self) -> int:
-        found = self.ordinary.token_to_id(self.special.get("bos_token", ""))
-        return self.eos if found is None or found >= self.rows else found
+        bos = self.tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
+        return self.eos if bos is None or bos >= self.vocab_size else bos
 
     @property
     def prefix_tokens(self) -> tuple[int, ...]:
-        return self._prefix
+        return self._prefix_tokens
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        return self._ends
+        return self._eos_token_ids
 
     @property
     def end_of_turn(self) -> tuple[int, ...]:
-        return self._turn
+        return self._end_of_turn
 
     @functools.cached_property
-    def _prefix(self) -> tuple[int, ...]:
-        read = call(self.name, lambda: self.ordinary.encode("a", add_special_tokens=True))
-        first = next((i for i, mark in enumerate(read.special_tokens_mask) if not mark), 0)
-        return tuple(read.ids[:first])
+    def _prefix_tokens(self) -> tuple[int, ...]:
+        encoding = call(self.name, lambda: self.tokenizer.encode("a", add_special_tokens=True))
+        first = next((i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special), 0)
+        return tuple(encoding.ids[:first])
 
     @functools.cached_property
-    def _ends(self) -> tuple[int, ...]:
-        several = (self.eos, *self.declared, self.end_of_turn[-1])
-        return tuple(dict.fromkeys(token for token in several if token < min(self.rows, self.n_vocab)))
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        ids = dict.fromkeys((self.eos, *self.extra_eos_ids, self.end_of_turn[-1]))
+        return tuple(token for token in ids if token < min(self.vocab_size, self.n_vocab))
 
     @functools.cached_property
-    def _turn(self) -> tuple[int, ...]:
-        if self.template is None:
+    def _end_of_turn(self) -> tuple[int, ...]:
+        if self.chat_template is None:
             return (self.eos,)
         try:
-            after = self.template.after_answer()
-            tokens = continuation(lambda text: self.encode_special(text, around=False), "x", after)
-        except InputError:  # whoever chats is told
+            suffix = self.chat_template.answer_suffix()
+            tokens = continuation_tokens(lambda text: self.encode_special(text, add_special_tokens=False), "x", suffix)
+        except InputError:  # the template's fault is reported when it is used for a chat
             return (self.eos,)
-        marks = {number for number, token in self.ordinary.get_added_tokens_decoder().items() if token.special}
-        last = next((i for i, token in enumerate(tokens) if token in marks), None)
-        return (self.eos,) if last is None else tuple(tokens[: last + 1])
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        first = next((i for i, token in enumerate(tokens) if token in special), None)
+        return (self.eos,) if first is None else tuple(tokens[: first + 1])
 
-    def encode_special(self, text: str, around: bool = True) -> list[int]:
-        return self._ids(self._parsing, text, around)
+    def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._encode(self._special_tokenizer, text, add_special_tokens)
 
-    def _ids(self, tokenizer: "tokenizers.Tokenizer", text: str, around: bool) -> list[int]:
-        what = f"{self.name}: the tokenizer fails on a text of {len(text):,} characters"
-        tokens: list[int] = call(what, lambda: tokenizer.encode(_sound(text), add_special_tokens=around).ids)
-        if self.n_vocab > self.rows and tokens and (last := max(tokens)) >= self.rows:
+    def _encode(self, tokenizer: "tokenizers.Tokenizer", text: str, add_special_tokens: bool) -> list[int]:
+        error = f"{self.name}: the tokenizer fails on a text of {len(text):,} characters"
+        valid = _replace_surrogates(text)
+        tokens: list[int] = call(error, lambda: tokenizer.encode(valid, add_special_tokens=add_special_tokens).ids)
+        if self.n_vocab > self.vocab_size and tokens and (last := max(tokens)) >= self.vocab_size:
             raise InputError(
                 f"{self.name}: the text holds {shown(tokenizer.id_to_token(last))}, token {last}, but the vocabulary "
-                f"does not fit the model, which has rows for {self.rows} tokens: take it out of the text, or put the "
-                "model's own tokenizer files beside it"
+                f"does not fit the model, which has rows for {self.vocab_size} tokens: remove it from the text, or put "
+                "the model's own tokenizer files into its folder"
             )
         return tokens
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        return self._text(tokens, True)
+        return self._decode(tokens, True)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._text(tokens, False)
+        return self._decode(tokens, False)
 
-    def _text(self, tokens: Sequence[int], skip: bool) -> str:
+    def _decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
         known = [token for token in tokens if 0 <= token < self.n_vocab]
-        what = f"{self.name}: the tokenizer fails on {len(known):,} tokens"
-        return call(what, lambda: self.ordinary.decode(known, skip_special_tokens=skip))
+        error = f"{self.name}: the tokenizer fails on {len(known):,} tokens"
+        return call(error, lambda: self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
 
-    def chat(self, messages: Messages, answer: bool = True) -> list[int]:
-        if self.template is None:
-            raise no_template(self.name)
-        return self.encode_special(self.template.text(messages, answer), around=False)
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        if self.chat_template is None:
+            raise no_chat_template(self.name)
+        text = self.chat_template.render(messages, add_generation_prompt)
+        return self.encode_special(text, add_special_tokens=False)
 
     def files(self) -> dict[str, str]:
-        """The files, by name, from which this tokenizer is read again, by us and by transformers."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special}
-        config |= {"chat_template": self.template.template} if self.template else {}
-        found = {FILE: self.ordinary.to_str(), CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
-        if self.declared:
-            several = list(dict.fromkeys((self.eos, *self.declared)))
-            found[GENERATION] = json.dumps({"eos_token_id": several}, indent=2) + "\n"
-        return found
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= self.special_tokens
+        if self.chat_template:
+            config["chat_template"] = self.chat_template.template
+        files = {FILE: self.tokenizer.to_str(), CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        if self.extra_eos_ids:
+            eos_token_ids = list(dict.fromkeys((self.eos, *self.extra_eos_ids)))
+            files[GENERATION] = json.dumps({"eos_token_id": eos_token_ids}, indent=2) + "\n"
+        return files
 
     @functools.cached_property
-    def _parsing(self) -> "tokenizers.Tokenizer":
-        """Reads special tokens as such: another object, for how they are read is the library's state."""
+    def _special_tokenizer(self) -> "tokenizers.Tokenizer":
+        """Encodes special tokens in a text as special tokens. A second object, because that is state in the library."""
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str(self.ordinary.to_str())
+        return Tokenizer.from_str(self.tokenizer.to_str())
 
 
 def from_json(
-    folder: Path, declared: DeclaredTokens, class_name: str, rows: int, template: ChatTemplate | None
+    folder: Path, declared: DeclaredTokens, class_name: str, vocab_size: int, template: ChatTemplate | None
 ) -> HFTokenizer:
-    """The tokenizer of a folder's tokenizer.json, with the tokens that its other files declare.
+    """The tokenizer of a folder's tokenizer.json.
 
-    Raises InputError for a file that is not one, or does harm, or where no token ends a document.
+    Args:
+        folder: the model folder.
+        declared: special tokens and settings of its other files.
+        class_name: the class of transformers that reads the folder, without "Fast".
+        vocab_size: rows of the model's embedding.
+        template: its chat template.
+
+    Raises:
+        InputError: for a malformed or harmful file, and if no token ends a document.
     """
     from tokenizers import Tokenizer, pre_tokenizers
 
     path = folder / FILE
     _check(path)
-    what = f"{path}: not a tokenizer that the tokenizers library reads"
-    tokenizer: Any = call(what, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
+    error = f"{path}: not a tokenizer that the tokenizers library reads"
+    tokenizer: Any = call(error, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
     if class_name in BYTE_LEVEL and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         tokenizer.pre_tokenizer.add_prefix_space = declared.flag("add_prefix_space")
-    return _of_folder(path, tokenizer, declared, rows, template)
+    return _with_eos(path, tokenizer, declared, vocab_size, template, add_declared=True)
 
 
 BYTE_LEVEL = ("GPT2Tokenizer", "GPTNeoXTokenizer")
-"""Classes of transformers that take add_prefix_space from their config, whatever tokenizer.json says."""
+"""Classes of transformers that take add_prefix_space from their config, and not from tokenizer.json."""
 
 
 def _check(path: Path) -> None:
-    """Raises InputError for a tokenizer.json that fails, crashes or does not end when another process tries it."""
+    """Raises InputError for a tokenizer.json that fails, crashes or takes too long when another process uses it."""
     try:
         digest = hashlib.sha256(path.read_bytes()).digest()
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err}") from None
-    if digest in _checked:
+    if digest in _valid_files:
         return
-    found = _checker.ask({"path": str(path.absolute())})
-    if found is None:
+    response = _checker.ask({"path": str(path.absolute())})
+    if response is None:
         raise InputError(
             f"{path}: reading it crashes the tokenizers library, or takes more than {_checker.seconds} seconds or too "
-            "much memory: fetch the model's own file again"
+            "much memory: download the model's own file again"
         )
-    if found:
-        error = one_line(found["error"])
+    if response:
+        error = one_line(response["error"])
         raise InputError(f"{path}: not a tokenizer that the tokenizers library reads: {error}")
-    _checked.add(digest)
+    _valid_files.add(digest)
 
 
-def from_merges(folder: Path, declared: DeclaredTokens, rows: int, template: ChatTemplate | None) -> HFTokenizer:
-    """The tokenizer of a folder's vocab.json and merges.txt; see `merges.read`.
+def from_merges(folder: Path, declared: DeclaredTokens, vocab_size: int, template: ChatTemplate | None) -> HFTokenizer:
+    """The tokenizer of a folder's vocab.json and merges.txt; see `merges.read`, and `from_json` for the arguments.
 
-    Raises InputError for files that are none, or where no token ends a document.
+    Raises:
+        InputError: for malformed files, and if no token ends a document.
     """
-    return _of_folder(folder / merges.VOCAB, merges.read(folder, declared), declared, rows, template, True)
+    return _with_eos(folder / merges.VOCAB, merges.read(folder, declared), declared, vocab_size, template)
 
 
-def _of_folder(
+def _with_eos(
     path: Path,
     tokenizer: "tokenizers.Tokenizer",
     declared: DeclaredTokens,
-    rows: int,
+    vocab_size: int,
     template: ChatTemplate | None,
-    complete: bool = False,
+    add_declared: bool = False,
 ) -> HFTokenizer:
-    """With the declared tokens that `tokenizer` has not, unless it is `complete`."""
-    names, ends = declared.names, [x for x in declared.eos_token_ids if x < rows]
-    end = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
-    if not complete:
+    """`tokenizer` with the declared end-of-sequence token, and with `add_declared` the declared tokens it lacks."""
+    names, eos_token_ids = declared.names, [x for x in declared.eos_token_ids if x < vocab_size]
+    eos = tokenizer.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    if add_declared:
         special_tokens.add(tokenizer, declared)
-    if end is None or end >= rows:  # a name alone, for which the model has no row
-        end = next((x for x in ends if tokenizer.id_to_token(x) is not None), None)
-    if end is None:
+    if eos is None or eos >= vocab_size:  # only a name, without a row in the model's embedding
+        eos = next((x for x in eos_token_ids if tokenizer.id_to_token(x) is not None), None)
+    if eos is None:
         got = names.get("eos_token", declared.eos_token_ids[0] if declared.eos_token_ids else None)
         raise InputError(
             f"{path}: which token ends a document? expected eos_token in {CONFIG} or eos_token_id in "
             f"{GENERATION} or config.json to name one of its tokens, got {got!r}"
         )
-    return _of(str(path), tokenizer, rows, end, ends, names, template)
+    return _hf_tokenizer(str(path), tokenizer, vocab_size, eos, eos_token_ids, names, template)
 
 
-def from_gguf(fields: Mapping[str, Any], rows: int, name: str) -> HFTokenizer:
-    """The tokenizer that a GGUF file's metadata describe: byte-level BPE with merges (`tokenizer.ggml.model` gpt2).
+def from_gguf(fields: Mapping[str, Any], vocab_size: int, name: str) -> HFTokenizer:
+    """The tokenizer in a GGUF file's metadata: byte-level BPE with merges (`tokenizer.ggml.model` gpt2).
 
-    How text is cut before merging is named by `tokenizer.ggml.pre`, and not written down: those in `SPLITS` are known.
-    SentencePiece's vocabularies (`llama`) carry scores and no merges, from which its order of merging is not rebuilt
-    exactly here.
+    `tokenizer.ggml.pre` names how text is split before merging, and does not describe it: the names in `SPLITS` are
+    known. SentencePiece vocabularies (`llama`) have scores and no merges, from which the order of merging cannot be
+    rebuilt exactly here.
 
-    Raises InputError for another kind, a way of cutting that is not known, or metadata that do not fit together.
+    Args:
+        fields: the metadata by key.
+        vocab_size: rows of the model's embedding.
+        name: the file's name, for error messages.
+
+    Raises:
+        InputError: for another kind of tokenizer, an unknown split, or inconsistent metadata.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-
     if (kind := fields.get("tokenizer.ggml.model")) != "gpt2":
         raise InputError(
             f"{name}: tokenizer.ggml.model is {kind!r}; expected 'gpt2' (byte-level BPE): for others, give the model's "
-            f"hub folder with its {FILE}"
+            f"folder from the hub with its {FILE}"
         )
     pre = fields.get("tokenizer.ggml.pre")
     if pre in (None, "default") and fields.get("general.architecture") == "gpt2":
-        pre = "gpt-2"  # files from before the key; what GPT-2 does is beyond doubt
+        pre = "gpt-2"  # files older than the key
     if not isinstance(pre, str) or pre not in SPLITS:
         raise InputError(
-            f"{name}: tokenizer.ggml.pre, the way of cutting text, is {pre!r}; expected one of {', '.join(SPLITS)}: "
-            f"for others, give the model's hub folder with its {FILE}"
+            f"{name}: tokenizer.ggml.pre, the way to split text, is {pre!r}; expected one of {', '.join(SPLITS)}: for "
+            f"others, give the model's folder from the hub with its {FILE}"
         )
-    tokens = _listed(fields, name, "tokens", str)
-    types = _listed(fields, name, "token_type", int, [NORMAL] * len(tokens))
+    tokens = _require_list(fields, name, "tokens", str)
+    types = _require_list(fields, name, "token_type", int, [NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise InputError(
             f"{name}: expected {len(tokens)} tokens, each once and with a token_type; got {len(set(tokens))} different "
             f"ones and {len(types)} types"
         )
-    tokenizer = Tokenizer(_merging(tokens, _listed(fields, name, "merges", str), pre in WHOLE, name))
-    if pre in NFC:
-        tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = _cutting(pre)
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    marked = [(token, kind == CONTROL) for token, kind in zip(tokens, types) if kind in (CONTROL, USER)]
-    tokenizer.add_tokens([AddedToken(token, special=control, normalized=False) for token, control in marked])
-
-    ids = {key: fields.get(f"tokenizer.ggml.{own}_token_id") for key, own in NAMES.items()}
+    tokenizer = _gguf_tokenizer(tokens, types, _require_list(fields, name, "merges", str), pre, name)
+    ids = {key: fields.get(f"tokenizer.ggml.{gguf_name}_token_id") for key, gguf_name in GGUF_NAMES.items()}
     names = {key: tokens[i] for key, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
     if "eos_token" not in names:
         raise InputError(
             f"{name}: tokenizer.ggml.eos_token_id, the token that ends a document: expected one of the "
             f"{len(tokens)} tokens, got {ids['eos_token']}"
         )
-    end = tokens.index(names["eos_token"])
-    if end >= rows:
+    eos = tokens.index(names["eos_token"])
+    if eos >= vocab_size:
         raise InputError(
-            f"the vocabulary does not fit the model: the tokenizer of {name} ends a document by token {end}, the model "
-            f"has {rows} rows; the file is spoiled; fetch it again"
+            f"the vocabulary does not fit the model: the tokenizer of {name} ends a document by token {eos}, the model "
+            f"has {vocab_size} rows; the file is corrupt; download it again"
         )
-    bos, eos = (fields.get(f"tokenizer.ggml.add_{key}_token") is True for key in ("bos", "eos"))
-    merges.around(tokenizer, names, bos, eos, name)
-    others = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
-    ends = [x for x in others if type(x) is int and 0 <= x < min(len(tokens), rows)]
+    add_bos, add_eos = (fields.get(f"tokenizer.ggml.add_{key}_token") is True for key in ("bos", "eos"))
+    merges.add_bos_eos(tokenizer, names, add_bos, add_eos, name)
+    end_ids = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
+    extra_eos_ids = [x for x in end_ids if type(x) is int and 0 <= x < min(len(tokens), vocab_size)]
     template = fields.get("tokenizer.chat_template")
-    chat = ChatTemplate(template, names) if isinstance(template, str) else None
-    return _of(name, tokenizer, rows, end, ends, names, chat)
+    chat_template = ChatTemplate(template, names) if isinstance(template, str) else None
+    return _hf_tokenizer(name, tokenizer, vocab_size, eos, extra_eos_ids, names, chat_template)
 
 
-def _listed(fields: Mapping[str, Any], name: str, key: str, of: type, default: list[Any] | None = None) -> list[Any]:
-    found = fields.get(f"tokenizer.ggml.{key}", default)
-    if not isinstance(found, list) or not all(isinstance(x, of) for x in found):
-        got = type(found).__name__
-        raise InputError(f"{name}: tokenizer.ggml.{key}: expected a list of {of.__name__}, got {got}")
-    return found
+def _require_list(
+    fields: Mapping[str, Any], name: str, key: str, item_type: type, default: list[Any] | None = None
+) -> list[Any]:
+    items = fields.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(items, list) or not all(isinstance(x, item_type) for x in items):
+        actual = type(items).__name__
+        raise InputError(f"{name}: tokenizer.ggml.{key}: expected a list of {item_type.__name__}, got {actual}")
+    return items
 
 
-def _merging(tokens: list[str], given: list[str], whole: bool, name: str) -> Any:
-    """BPE by `merges`, each two tokens with a space between. Bytes that are no token, as some control characters in
-    SmolLM2's vocabulary, are dropped from a text, as by transformers and llama.cpp.
+def _gguf_tokenizer(tokens: list[str], types: list[int], merge_lines: list[str], pre: str, name: str) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+
+    tokenizer: Any = Tokenizer(_bpe_model(tokens, merge_lines, pre in WHOLE_TOKENS, name))
+    if pre in NFC:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER)]
+    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
+    return tokenizer
+
+
+def _bpe_model(tokens: list[str], merge_lines: list[str], whole_tokens: bool, name: str) -> Any:
+    """BPE with the given merges, each two tokens with a space between. Bytes without a token, such as some control
+    characters in SmolLM2's vocabulary, are dropped from a text, as by transformers and llama.cpp.
     """
     from tokenizers import models
 
     pairs: list[tuple[str, str]] = []
-    for merge in given:
+    for merge in merge_lines:
         left, _, right = merge.partition(" ")
         if not right or " " in right:
             raise InputError(f"{name}: tokenizer.ggml.merges: expected pairs of tokens, got {merge!r}")
         pairs.append((left, right))
     vocab = {token: i for i, token in enumerate(tokens)}
-    what = f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make tokens"
-    return call(what, lambda: models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole))
+    error = f"{name}: tokenizer.ggml.merges: expected pairs of tokens that make tokens"
+    return call(error, lambda: models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole_tokens))
 
 
 NORMAL, CONTROL, USER = 1, 3, 4
-"""GGUF's types of tokens: others are never met in a text."""
-NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""GGUF's types of tokens; tokens of other types never occur in a text."""
+GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""The names of special tokens in GGUF keys."""
 GPT2 = None
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -315,31 +342,32 @@ SPLITS = {
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
 }
-"""How the tokenizers that llama.cpp names cut text: as the tokenizer.json of their models say. None is GPT-2's way."""
+"""How the tokenizers that llama.cpp names split text, from their models' tokenizer.json; None for GPT-2's split."""
 DIGITS = {"smollm"}
-"""Digits are cut apart first."""
-WHOLE = {"llama-bpe", "llama3", "llama-v3"}
-"""A piece that is a token as it is needs no merges."""
+"""Tokenizers that first separate digits."""
+WHOLE_TOKENS = {"llama-bpe", "llama3", "llama-v3"}
+"""Tokenizers for which a piece of text that is a token needs no merges."""
 NFC = {"qwen2", "deepseek-r1-qwen"}
+"""Tokenizers that normalize text."""
 
 
-def _cutting(pre: str) -> Any:
+def _pre_tokenizer(pre: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     split = SPLITS[pre]
     if split is None:
-        whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(True), whole]) if pre in DIGITS else whole
-    cut = pre_tokenizers.Split(Regex(split), behavior="isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level]) if pre in DIGITS else byte_level
+    splitter = pre_tokenizers.Split(Regex(split), behavior="isolated")
+    return pre_tokenizers.Sequence([splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _of(
+def _hf_tokenizer(
     name: str,
     tokenizer: "tokenizers.Tokenizer",
-    rows: int,
+    vocab_size: int,
     eos: int,
-    ends: Sequence[int],
+    eos_token_ids: Sequence[int],
     names: Mapping[str, str],
     template: ChatTemplate | None,
 ) -> HFTokenizer:
@@ -347,12 +375,12 @@ def _of(
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     n_vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    others = tuple(dict.fromkeys(x for x in ends if x != eos))
-    return HFTokenizer(name, tokenizer, n_vocab, rows, eos, others, names, template)
+    extra_eos_ids = tuple(dict.fromkeys(x for x in eos_token_ids if x != eos))
+    return HFTokenizer(name, tokenizer, n_vocab, vocab_size, eos, extra_eos_ids, names, template)
 
 
-def _sound(text: str) -> str:
-    """`text` without halves of surrogate pairs, which the library does not take; tiktoken replaces them likewise."""
+def _replace_surrogates(text: str) -> str:
+    """`text` with unpaired surrogates replaced, which the library does not accept; tiktoken does the same."""
     try:
         text.encode()
     except UnicodeEncodeError:

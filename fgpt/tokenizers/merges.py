@@ -1,8 +1,8 @@
-"""Byte-level BPE as the hub writes it: a vocabulary, and the merges in the order in which they are made.
+"""Byte-level BPE in Hugging Face's files: a vocabulary, and the merges in the order in which they are applied.
 
-tiktoken has ranks alone: it joins the two neighbors whose union has the lowest rank. Where each merge makes the token
-of the next rank, as in GPT-2's files, both are one; where merges and ids are in different orders, they are not, and the
-merges say what the model was trained with.
+tiktoken has only ranks: it joins the two neighbors whose union has the lowest rank. If each merge produces the token of
+the next rank, as in GPT-2's files, the two are equivalent. If merges and ids are in different orders they are not, and
+the merges are what the model was trained with.
 """
 
 import itertools
@@ -23,9 +23,14 @@ VOCAB, MERGES = "vocab.json", "merges.txt"
 
 
 def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
-    """The tokenizer of a folder's vocab.json and merges.txt, as transformers' GPT2Tokenizer makes it of them.
+    """The tokenizer of a folder's vocab.json and merges.txt, the same as transformers' GPT2Tokenizer.
 
-    Raises InputError for files that are none.
+    Args:
+        folder: the model folder.
+        declared: special tokens and settings of the folder's other files.
+
+    Raises:
+        InputError: for malformed files.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -36,12 +41,20 @@ def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
     tokenizer.decoder = decoders.ByteLevel()
     special_tokens.add(tokenizer, declared)
     bos, eos = declared.flag("add_bos_token"), declared.flag("add_eos_token")
-    around(tokenizer, declared.names, bos, eos, str(folder))
+    add_bos_eos(tokenizer, declared.names, bos, eos, str(folder))
     return tokenizer
 
 
-def around(tokenizer: Any, names: Mapping[str, str], bos: bool, eos: bool, where: str) -> None:
-    """Let `tokenizer` put the tokens that `names` calls bos_token and eos_token around every text, where asked."""
+def add_bos_eos(tokenizer: Any, names: Mapping[str, str], bos: bool, eos: bool, where: str) -> None:
+    """Let `tokenizer` add special tokens to every text, in place.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        names: the special tokens by name.
+        bos: add `bos_token` before every text, if it is named.
+        eos: add `eos_token` after every text, if it is named.
+        where: the file, for error messages.
+    """
     from tokenizers import processors
 
     before = [names["bos_token"]] if bos and "bos_token" in names else []
@@ -52,24 +65,25 @@ def around(tokenizer: Any, names: Mapping[str, str], bos: bool, eos: bool, where
     single = [*before, "$A", *after]
     pair = [*single, *before, "$B:1", *after]
     tokenizer.post_processor = call(
-        f"{where}: bos_token and eos_token: expected tokens that can be put around a text",
+        f"{where}: bos_token and eos_token: expected tokens that can be added to a text",
         lambda: processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens),
     )
 
 
 def _vocab(path: Path) -> dict[str, int]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        vocab = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): got {shown(found)}")
-    for token, number in found.items():
+    if not isinstance(vocab, dict) or not vocab:
+        raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): got {shown(vocab)}")
+    for token, number in vocab.items():
         if type(number) is not int or not 0 <= number < 1 << 32:
             raise InputError(f"{path}: expected the id of each token, got {shown({token: number})}")
-    if len(set(found.values())) < len(found):
-        raise InputError(f"{path}: expected each id once; {len(found)} tokens have {len(set(found.values()))}")
-    return found
+    num_ids = len(set(vocab.values()))
+    if num_ids < len(vocab):
+        raise InputError(f"{path}: expected each id once; {len(vocab)} tokens have {num_ids} ids")
+    return vocab
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
@@ -77,7 +91,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: not a list of merges: {err}") from None
-    found: list[tuple[str, str]] = []
+    merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         line = line.rstrip("\r")
         if not line or line.startswith("#version"):
@@ -85,41 +99,47 @@ def _merges(path: Path) -> list[tuple[str, str]]:
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise InputError(f"{path}: line {number}: expected two tokens with a space between, got {shown(line)}")
-        found.append((left, right))
-    return found
+        merges.append((left, right))
+    return merges
 
 
-# ------------------------------------------------------------------------------------------------------------- of ranks
+# ---------------------------------------------------------------------------------------------------- merges from ranks
 
 
-def of_ranks(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """Merges that cut every text as the ranks do, by which `tokens` are ordered.
+def merges_from_ranks(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """Merges that split every text as the ranks do.
 
-    The merges of ranks below its own leave of a token two parts, and no others of it can meet in a text. If they leave
-    more, the token is met by other ways: then every cut of it into two tokens is a merge.
+    The merges of lower ranks usually reduce a token to two parts, which are then the only ones that can meet in a text.
+    If more parts remain, the token can arise in other ways: then every split of it into two tokens is a merge.
+
+    Args:
+        tokens: the tokens in the order of their ranks.
+
+    >>> merges_from_ranks([b"a", b"b", b"ab", b"aba"])
+    [(b'a', b'b'), (b'ab', b'a')]
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    found: list[tuple[bytes, bytes]] = []
+    merges: list[tuple[bytes, bytes]] = []
     for rank, token in enumerate(tokens):
         if len(token) < 2:
             continue
         parts = _parts(token, ranks, rank)
         if len(parts) == 2:
-            found.append((parts[0], parts[1]))
+            merges.append((parts[0], parts[1]))
         else:
-            cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-            found += [(left, right) for left, right in cuts if left in ranks and right in ranks]
-    return found
+            splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+            merges += [(left, right) for left, right in splits if left in ranks and right in ranks]
+    return merges
 
 
 def _parts(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
-    """What the merges of ranks below `below` leave of a token."""
+    """The parts to which the merges of ranks below `below` reduce a token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
-        best = min(joined)
-        if best >= below:
+        pair_ranks = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
+        lowest = min(pair_ranks)
+        if lowest >= below:
             break
-        at = joined.index(best)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        i = pair_ranks.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts

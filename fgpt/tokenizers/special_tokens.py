@@ -1,12 +1,12 @@
-"""What a model folder says of its tokenizer beside the vocabulary: special tokens, added ones, and which end a text.
+"""The tokenizer files of a model folder apart from the vocabulary: special tokens, added tokens, and end tokens.
 
     tokenizer_config.json      names (bos_token, eos_token ..), added_tokens_decoder, add_bos_token, add_prefix_space
-    special_tokens_map.json    names, of folders without an added_tokens_decoder
-    added_tokens.json          added tokens and their ids, of the same folders
+    special_tokens_map.json    names, in folders without an added_tokens_decoder
+    added_tokens.json          added tokens and their ids, in the same folders
     generation_config.json     eos_token_id: one id or several, each of which ends a generated text
-    config.json                the same, where generation_config.json does not say
+    config.json                the same, if generation_config.json does not have it
 
-Read as transformers reads them, so that a token has the id there that it has here.
+They are read as transformers reads them, so that every token has the same id.
 """
 
 import json
@@ -16,92 +16,104 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgpt.errors import InputError, shown
-from fgpt.tokenizers.chat_template import CONFIG, special
+from fgpt.tokenizers.chat_template import CONFIG, named_tokens
 
 if TYPE_CHECKING:
     import tokenizers
 
 MAP, ADDED, GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Names that every tokenizer may have, in the order in which transformers adds what they name."""
+STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names that every tokenizer may have, in the order in which transformers adds their tokens."""
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
+"""Lists of special tokens without a name."""
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+"""Options of an added token."""
 
 
 @dataclass(frozen=True)
 class DeclaredTokens:
-    """What the files of a folder say of special tokens."""
+    """The special tokens that a model folder declares."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    """tokenizer_config.json, with the names of special_tokens_map.json in it."""
+    """The content of tokenizer_config.json, with the names of special_tokens_map.json added."""
     added: tuple[Mapping[str, Any], ...] = ()
-    """Added tokens in the order of their ids: content and flags."""
+    """Added tokens in the order of their ids: content and options."""
     eos_token_ids: tuple[int, ...] = ()
-    """What ends a generated text."""
+    """Tokens that end a generated text."""
 
     @property
     def names(self) -> dict[str, str]:
         """{"bos_token": "<s>", ..}"""
-        return special(self.config)
+        return named_tokens(self.config)
 
     def flag(self, name: str) -> bool:
-        """A setting such as add_bos_token."""
+        """A setting such as add_bos_token; False by default."""
         return self.config.get(name) is True
 
 
 def read(folder: Path, defaults: Mapping[str, Any]) -> DeclaredTokens:
-    """What `folder` says; `defaults` are names of the tokenizer's class, which its config may change or take away.
+    """The special tokens that `folder` declares.
 
-    Raises InputError for a file that is not JSON of the right form.
+    Args:
+        folder: the model folder.
+        defaults: the special tokens of the tokenizer's class, which the folder's config may change or remove.
+
+    Raises:
+        InputError: for a file that is not JSON of the right form.
     """
     config = {**defaults, **read_json(folder / CONFIG)}
     if "added_tokens_decoder" in config:
         added = _added_by_id(folder / CONFIG, config["added_tokens_decoder"])
     else:
         names = read_json(folder / MAP)
-        older = {key: names.pop(key) for key in EXTRA[1:] if key in names}  # added, but after added_tokens.json is read
+        older = {key: names.pop(key) for key in EXTRA[1:] if key in names}  # added last
         added = _added_by_token(folder / ADDED, read_json(folder / ADDED), config | names)
         config |= names | older
     return DeclaredTokens(config, added, _eos_token_ids(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file says, if it is there."""
+    """The JSON object in a file; empty if the file does not exist.
+
+    Raises:
+        InputError: for anything but a JSON object.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
+        value = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not valid JSON: {err}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
-def _added_by_id(path: Path, given: Any) -> tuple[Mapping[str, Any], ...]:
+def _added_by_id(path: Path, decoder: Any) -> tuple[Mapping[str, Any], ...]:
     expected = 'expected added_tokens_decoder to be {"id": {"content": token, ..}, ..}'
-    if not isinstance(given, dict):
-        raise InputError(f"{path}: {expected}, got {shown(given)}")
-    for key, token in given.items():
+    if not isinstance(decoder, dict):
+        raise InputError(f"{path}: {expected}, got {shown(decoder)}")
+    for key, token in decoder.items():
         if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise InputError(f"{path}: {expected}, got {shown({key: token})}")
-    return tuple(given[key] for key in sorted(given, key=int))
+    return tuple(decoder[key] for key in sorted(decoder, key=int))
 
 
-def _added_by_token(path: Path, given: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    for token, number in given.items():
+def _added_by_token(path: Path, ids: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    for token, number in ids.items():
         if type(number) is not int or number < 0:
             raise InputError(f"{path}: expected the id of each token, got {shown({token: number})}")
-    names = {*special(config).values(), *(_content(x) for x in _extra(config))}
+    special = {*named_tokens(config).values(), *(_content(token) for token in _extra_tokens(config))}
     return tuple(
-        {"content": token, "special": token in names, "normalized": token not in names}
-        for token in sorted(given, key=given.__getitem__)
+        {"content": token, "special": token in special, "normalized": token not in special}
+        for token in sorted(ids, key=ids.__getitem__)
     )
 
 
-def _extra(config: Mapping[str, Any]) -> list[Any]:
-    """Special tokens that have no name."""
-    given = next((config[key] for key in EXTRA if config.get(key)), [])
-    found = list(given.values()) if isinstance(given, dict) else given
-    return [x for x in found if _content(x)] if isinstance(found, list) else []
+def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
+    """Special tokens without a name."""
+    tokens = next((config[key] for key in EXTRA if config.get(key)), [])
+    if isinstance(tokens, dict):
+        tokens = list(tokens.values())
+    return [token for token in tokens if _content(token)] if isinstance(tokens, list) else []
 
 
 def _content(token: Any) -> str:
@@ -111,30 +123,33 @@ def _content(token: Any) -> str:
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:
     for name in (GENERATION, "config.json"):
-        given = read_json(folder / name).get("eos_token_id")
-        several = given if isinstance(given, list) else [given]
-        if found := [x for x in several if type(x) is int and x >= 0]:
-            return tuple(dict.fromkeys(found))
+        value = read_json(folder / name).get("eos_token_id")
+        values = value if isinstance(value, list) else [value]
+        if ids := [x for x in values if type(x) is int and x >= 0]:
+            return tuple(dict.fromkeys(ids))
     return ()
 
 
 def add(tokenizer: "tokenizers.Tokenizer", declared: DeclaredTokens) -> None:
-    """Add the declared tokens that `tokenizer` has not, in transformers' order, which gives them their ids."""
+    """Add the declared tokens that `tokenizer` lacks, in place, in transformers' order, which determines their ids."""
+    existing = list(tokenizer.get_added_tokens_decoder().values())
+    reprs = {repr(token) for token in existing}
+    added = [token for token in map(_added_token, declared.added) if repr(token) not in reprs]
+    contents = {token.content for token in (*existing, *added)}
+    other_names = [key for key in declared.config if key.endswith("_token") and key not in STANDARD_NAMES]
+    special = [declared.config.get(key) for key in (*STANDARD_NAMES, *other_names)] + _extra_tokens(declared.config)
+    for token in special:
+        content = _content(token)
+        if content and content not in contents:
+            added.append(_added_token({**token, "special": True} if isinstance(token, dict) else content))
+            contents.add(content)
+    if added:
+        tokenizer.add_tokens(added)
+
+
+def _added_token(token: Any) -> "tokenizers.AddedToken":
     from tokenizers import AddedToken
 
-    def token(given: Any) -> AddedToken:
-        if isinstance(given, str):
-            return AddedToken(given, special=True)
-        return AddedToken(given["content"], **{key: given[key] for key in FLAGS if type(given.get(key)) is bool})
-
-    there = {repr(each) for each in tokenizer.get_added_tokens_decoder().values()}
-    contents = {each.content for each in tokenizer.get_added_tokens_decoder().values()}
-    wanted = [each for each in map(token, declared.added) if repr(each) not in there]
-    names = [key for key in declared.config if key.endswith("_token") and key not in NAMED]
-    several = [declared.config.get(key) for key in (*NAMED, *names)] + _extra(declared.config)
-    for given in several:
-        content = _content(given)
-        if content and content not in contents and content not in {each.content for each in wanted}:
-            wanted.append(token({**given, "special": True} if isinstance(given, dict) else content))
-    if wanted:
-        tokenizer.add_tokens(wanted)
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    return AddedToken(token["content"], **{key: token[key] for key in FLAGS if type(token.get(key)) is bool})

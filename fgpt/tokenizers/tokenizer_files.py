@@ -1,4 +1,4 @@
-"""One small protocol for all tokenizers, and which of them a model has."""
+"""The protocol of all tokenizers, and which tokenizer a model has."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ FILES = (
     special_tokens.ADDED,
     special_tokens.GENERATION,
 )
-"""What a tokenizer is read from in a model folder, besides config.json: to be fetched and copied with a model."""
+"""The files of a tokenizer in a model folder, besides config.json: they are downloaded and copied with the model."""
 
 GPT2_LIKE = ("gpt2", "gptj", "gpt_neo")
-"""Model types that use GPT-2's ranks, so that a folder needs no tokenizer of its own."""
+"""Model types with GPT-2's tokenizer, whose folders need no tokenizer files."""
 
 DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": {"bos_token": END, "eos_token": END, "unk_token": END},
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
 }
-"""Special tokens of transformers' classes, where a folder's files do not say otherwise."""
+"""Default special tokens of transformers' classes."""
 
 
 @runtime_checkable
@@ -43,121 +43,139 @@ class Tokenizer(Protocol):
 
     @property
     def n_vocab(self) -> int:
-        """One more than the largest token; a model's table may have more rows."""
+        """One more than the largest token; a model's embedding may have more rows."""
         ...
 
     @property
     def eos(self) -> int:
-        """The token that ends a document, or an answer."""
+        """The end-of-sequence token, which ends a document or an answer."""
         ...
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a generated text: `eos`, those of the model's config, and what ends a turn in a chat.
-        Each is a row of the model's table.
+        """Every token that ends a generated text: `eos`, those of the model's config, and the end of a turn in a chat.
+        Each has a row in the model's embedding.
         """
         ...
 
     @property
     def end_of_turn(self) -> tuple[int, ...]:
-        """What the model's chat template writes after an answer, up to the special token that ends the turn; `eos`
-        where it writes none, or there is no template.
+        """The tokens that the chat template writes after an answer, up to the special token that ends the turn; `eos`
+        if it writes none, or there is no chat template.
         """
         ...
 
     @property
     def prefix_tokens(self) -> tuple[int, ...]:
-        """What the model's family puts before every text, such as a BOS."""
+        """The tokens that the tokenizer puts before every text, such as a BOS token."""
         ...
 
     @property
     def bos(self) -> int:
-        """What the first token of a text is predicted from: the BOS token, else `eos`, which ended the text before."""
+        """The token from which the first token of a text is predicted: BOS, else `eos`, the end of the text before."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """`text` as ordinary text: a special token written in it is so many letters. Nothing is put before it or
-        after: a family whose texts begin with a BOS token gets it from its chat template, or from whoever calls.
+        """The tokens of `text` as ordinary text: special tokens in it are not recognized, and none are added. A model
+        whose texts begin with a BOS token gets it from its chat template, or from the caller (`prefix_tokens`).
         """
         ...
 
-    def encode_special(self, text: str, around: bool = True) -> list[int]:
-        """`text` as transformers' tokenizer reads it: a special token written in it is that token, and with `around`
-        those that the family puts around every text are there, such as a BOS.
+    def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of `text` as transformers' tokenizer gives them: special tokens in it are recognized, and with
+        `add_special_tokens` those of every text are added, such as a BOS token.
         """
         ...
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens` without the special ones."""
+        """The text of `tokens` without special tokens."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special ones written out. Rows of the model's table that are no token have no text."""
+        """The text of `tokens`, with special tokens written out. Ids that are not a token have no text."""
         ...
 
-    def chat(self, messages: Messages, answer: bool = True) -> list[int]:
-        """`messages` by the model's chat template, special tokens and all; with `answer`, up to where it answers.
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of `messages` in the model's chat template, special tokens included.
 
-        A special token that a message spells out is read as one, as transformers does.
+        A special token in a message is recognized as one, as in transformers.
 
-        Raises InputError where there is no template, or it refuses the messages.
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end with the beginning of an answer.
+
+        Raises:
+            InputError: if there is no chat template, or it refuses the messages.
         """
         ...
 
     def files(self) -> Mapping[str, str]:
-        """The files, by name, from which this tokenizer is read again, by us and by transformers."""
+        """The content of the files, by name, from which fgpt and transformers load this tokenizer."""
         ...
 
 
-def of_folder(folder: Path, vocab: int) -> Tokenizer:
-    """The tokenizer of a model folder: its rank file, else its tokenizer.json, else its vocab.json with merges.txt or,
-    in GPT-2's layout, alone; else, for models of GPT-2's line, GPT-2's own.
+def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model folder.
 
-    Tokens beyond the model's table of `vocab` rows are no obstacle while no text holds them.
+    It is read from the rank file, or else tokenizer.json, or else vocab.json with merges.txt, or else (in GPT-2's
+    layout) vocab.json alone. Models with GPT-2's tokenizer need no files.
 
-    Raises InputError where there is none, or the token that ends a document has no row.
+    Args:
+        folder: the model folder.
+        vocab_size: rows of the model's embedding. Tokens beyond them are an error only if a text contains them.
+
+    Raises:
+        InputError: if there is no tokenizer, or its end-of-sequence token has no row.
     """
-    model, kind = read_json(folder / "config.json"), _class_of(folder)
-    there = {name for name in FILES if (folder / name).exists()}
-    declared = special_tokens.read(folder, DEFAULTS.get(kind, {}))
+    model, class_name = read_json(folder / "config.json"), _class_name(folder)
+    present = {name for name in FILES if (folder / name).exists()}
+    declared = special_tokens.read(folder, DEFAULTS.get(class_name, {}))
     template = chat_template.of_folder(folder, declared.config)
-    if RANKS in there:
+    model_type = model.get("model_type", "gpt2")
+    if RANKS in present:
         tokenizer = from_ranks(folder / RANKS)
-    elif FILE in there:
-        return huggingface.from_json(folder, declared, kind, vocab, template)
-    elif {VOCAB, MERGES} <= there and kind == "GPT2Tokenizer":
-        return huggingface.from_merges(folder, declared, vocab, template)
-    elif (named := model.get("model_type", "gpt2")) not in GPT2_LIKE:
-        raise InputError(f"{folder}: no {FILE}; expected it beside a model of type {named!r}")
-    elif VOCAB in there:
+    elif FILE in present:
+        return huggingface.from_json(folder, declared, class_name, vocab_size, template)
+    elif {VOCAB, MERGES} <= present and class_name == "GPT2Tokenizer":
+        return huggingface.from_merges(folder, declared, vocab_size, template)
+    elif model_type not in GPT2_LIKE:
+        raise InputError(f"{folder}: no {FILE}; expected it in the folder of a model of type {model_type!r}")
+    elif VOCAB in present:
         tokenizer = from_vocab(folder / VOCAB)
     else:
         tokenizer = gpt2()
-    _fits(tokenizer, vocab, str(folder))
-    return tokenizer.with_chat_template(template, [x for x in declared.eos_token_ids if x < vocab])
+    _check_fits(tokenizer, vocab_size, str(folder))
+    return tokenizer.with_chat_template(template, [x for x in declared.eos_token_ids if x < vocab_size])
 
 
-def _class_of(folder: Path) -> str:
-    """The class of transformers that reads the folder, without the Fast that older files have at its end."""
+def _class_name(folder: Path) -> str:
+    """The class of transformers that reads the folder, without the "Fast" at the end of older names."""
     model, config = read_json(folder / "config.json"), read_json(folder / chat_template.CONFIG)
-    usual = {**dict.fromkeys(GPT2_LIKE, "GPT2Tokenizer"), "gpt_neox": "GPTNeoXTokenizer"}
-    kind = model.get("model_type", "gpt2" if (folder / MERGES).exists() else None)
-    named = config.get("tokenizer_class") or model.get("tokenizer_class")
-    named = named or (usual.get(kind) if isinstance(kind, str) else None)
-    return named.removesuffix("Fast") if isinstance(named, str) else ""
+    default_classes = {**dict.fromkeys(GPT2_LIKE, "GPT2Tokenizer"), "gpt_neox": "GPTNeoXTokenizer"}
+    model_type = model.get("model_type", "gpt2" if (folder / MERGES).exists() else None)
+    name = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if not name and isinstance(model_type, str):
+        name = default_classes.get(model_type)
+    return name.removesuffix("Fast") if isinstance(name, str) else ""
 
 
-def of_gguf(fields: Mapping[str, Any], vocab: int, name: str = "the GGUF file") -> HFTokenizer:
+def of_gguf(fields: Mapping[str, Any], vocab_size: int, name: str = "the GGUF file") -> HFTokenizer:
     """The tokenizer of a GGUF file's metadata; see `huggingface.from_gguf`.
 
-    Raises InputError where they hold none that is known, or the token that ends a document is none of `vocab` rows.
+    Args:
+        fields: the metadata by key.
+        vocab_size: rows of the model's embedding.
+        name: the file's name, for error messages.
+
+    Raises:
+        InputError: if the metadata hold no known tokenizer, or its end-of-sequence token has no row.
     """
-    return huggingface.from_gguf(fields, vocab, name)
+    return huggingface.from_gguf(fields, vocab_size, name)
 
 
-def _fits(tokenizer: TiktokenTokenizer, vocab: int, name: str) -> None:
-    if tokenizer.n_vocab > vocab:  # the last of its tokens is the one that ends a document
+def _check_fits(tokenizer: TiktokenTokenizer, vocab_size: int, name: str) -> None:
+    if tokenizer.n_vocab > vocab_size:  # the last token is the end-of-sequence token
         raise InputError(
             f"the vocabulary does not fit the model: the tokenizer of {name} has {tokenizer.n_vocab} tokens, the model "
-            f"{vocab}; put the model's own {RANKS}, {FILE} or {VOCAB} beside it"
+            f"{vocab_size}; put the model's own {RANKS}, {FILE} or {VOCAB} into its folder"
         )

@@ -1,16 +1,15 @@
-"""A program that tries tokenizer.json files, each asked for by {"path": ..}; see `fgpt.tokenizers.child_process`.
+"""A program that tries out tokenizer.json files, a request {"path": ..} each; see `fgpt.tokenizers.child_process`.
 
-The library that reads them is written in Rust. A file that breaks its assumptions makes it panic, which is no
-`Exception` in Python, or ends the whole process: by an allocation of as many bytes as a field of the file says, or by a
-normalizer that doubles a text again and again. So a file is first read here, in a process that ends when it takes too
-long and may not grow, and is used on a few texts.
+The library that reads them is written in Rust. A malformed file may make it panic, which is not an `Exception` in
+Python, or end the whole process: by an allocation whose size the file gives, or by a normalizer that doubles a text
+repeatedly. So a file is first read in this process, which has limits of time and memory, and used on a few texts.
 """
 
 import json
 from typing import Any
 
 MEMORY = 4 << 30
-"""Bytes that the process may map: the largest tokenizers of the hub take a fifth of it."""
+"""Bytes that the process may map: the largest tokenizers on the hub take a fifth of it."""
 TEXTS = (
     "",
     " ",
@@ -20,27 +19,33 @@ TEXTS = (
     "a" * 40 + " " * 40 + "1" * 40,
     "a",
 )
-"""What a tokenizer is used on: each kind of character, alone and in runs."""
-LONGEST = 100_000
-"""Tokens of all those texts together: a file whose normalizers make more of them makes too much of any text."""
+"""Texts to encode: each kind of character, alone and in runs."""
+MAX_TOKENS = 100_000
+"""Tokens of all these texts together: a file whose normalizers produce more produces too many of any text."""
+TOKENS_PER_CHARACTER = 10
+"""Tokens allowed in addition for each character."""
+MAX_PATTERNS = 100
+"""Patterns of a file's rules, and added tokens, that are tried out."""
+MAX_DECODED = 300
+"""Tokens at each end of the vocabulary that are decoded."""
 
 
-def patterns(value: Any) -> list[str]:
-    """Strings that a file's rules look for, at any depth: each is a text in which its rule is met."""
-    found: list[str] = []
-    left = [value]
-    while left:
-        value = left.pop()
+def patterns(rules: Any) -> list[str]:
+    """The strings that a file's rules search for, at any depth: a text with one of them makes its rule apply."""
+    strings: list[str] = []
+    stack = [rules]
+    while stack:
+        value = stack.pop()
         if isinstance(value, dict):
-            left += value.values()
-            found += [x for key in ("String", "content") if isinstance(x := value.get(key), str) and x]
+            stack += value.values()
+            strings += [x for key in ("String", "content") if isinstance(x := value.get(key), str) and x]
         elif isinstance(value, list):
-            left += value
-    return found
+            stack += value
+    return strings
 
 
 def check(path: str) -> None:
-    """Read a file and use it; whatever the library does then, it does here."""
+    """Read a file and use it, so that whatever the library does happens here."""
     from tokenizers import Tokenizer
 
     with open(path, encoding="utf-8-sig") as file:
@@ -48,38 +53,41 @@ def check(path: str) -> None:
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    said = json.loads(text)
-    rules = {key: said.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
-    added = [x["content"] for x in said.get("added_tokens") or []][:100]
-    several = [*TEXTS, *(f"a{x[:1000]} {x[:1000]}b" for x in [*patterns(rules)[:100], *added])]
-    most = LONGEST + 10 * sum(map(len, several))
-    for split in (True, False):
-        tokenizer.encode_special_tokens = split
-        for each in several:
-            most -= used(tokenizer, each)
-            if most < 0:
-                raise ValueError("makes many thousands of tokens of a short text")
+    content = json.loads(text)
+    rules = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+    added = [token["content"] for token in content.get("added_tokens") or []]
+    strings = patterns(rules)[:MAX_PATTERNS] + added[:MAX_PATTERNS]
+    texts = [*TEXTS, *(f"a{x[:1000]} {x[:1000]}b" for x in strings)]
+    tokens_left = MAX_TOKENS + TOKENS_PER_CHARACTER * sum(map(len, texts))
+    for encode_special_tokens in (True, False):
+        tokenizer.encode_special_tokens = encode_special_tokens
+        for text in texts:
+            tokens_left -= count_tokens(tokenizer, text)
+            if tokens_left < 0:
+                raise ValueError("produces many thousands of tokens of a short text")
     size = tokenizer.get_vocab_size()
-    tokenizer.decode(list(range(min(size, 300))))
-    tokenizer.decode(list(range(max(0, size - 300), size)))
+    tokenizer.decode(list(range(min(size, MAX_DECODED))))
+    tokenizer.decode(list(range(max(0, size - MAX_DECODED), size)))
     tokenizer.to_str()
 
 
-def used(tokenizer: Any, text: str) -> int:
-    """How many tokens it makes of a text; none where it refuses that text in an orderly way."""
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """The number of tokens of a text; 0 if the library raises an ordinary exception for it."""
     try:
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
         tokenizer.decode(tokens[:1000])
         tokenizer.encode(text, add_special_tokens=True)
-    except Exception:  # such as an unknown word where no token stands for those: whoever reads the text is told
+    except (
+        Exception
+    ):  # such as for an unknown word without an unknown token: whoever encodes such a text gets the error
         return 0
     return len(tokens)
 
 
-def answer(asked: dict[str, str]) -> dict[str, str]:
-    """{} for a file that is well, or what went wrong, {"error": ..}."""
+def answer(request: dict[str, str]) -> dict[str, str]:
+    """{} for a valid file, or {"error": ..}."""
     try:
-        check(asked["path"])
-    except BaseException as err:  # a panic of the library is no Exception
+        check(request["path"])
+    except BaseException as err:  # a panic of the library is not an Exception
         return {"error": str(err)[:300] or type(err).__name__}
     return {}

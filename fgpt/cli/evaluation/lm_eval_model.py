@@ -89,7 +89,7 @@ class Model(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens that transformers' tokenizer gives; a text that spells out its BOS gets no second one."""
         begun = string.startswith(self.text.decode([self.text.bos]))
-        return self.text.encode_special(string, around=not begun if add_special_tokens is None else add_special_tokens)
+        return self.text.encode_special(string, not begun if add_special_tokens is None else add_special_tokens)
 
     # ------------------------------------------------------------------------------------------------------ likelihoods
 
@@ -189,16 +189,16 @@ class Model(TemplateLM):
         return self.text.name if isinstance(self.text, HFTokenizer) else type(self.text).__name__
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        found = getattr(self.text, "template", None)
+        found = getattr(self.text, "chat_template", None)
         return found.template if chat_template and found else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages by the model's own template. Raises InputError where it has none, or an answer is begun."""
-        found = getattr(self.text, "template", None)
+        found = getattr(self.text, "chat_template", None)
         if found is None or not add_generation_prompt:
             what = "the model has no chat template" if found is None else "a task begins the answer (its gen_prefix)"
             raise InputError(f"{what}, which a chat here cannot do: evaluate it without --chat")
-        return found.text(chat_history)
+        return found.render(chat_history)
 
 
 def _args(request: Instance) -> Any:

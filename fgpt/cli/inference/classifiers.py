@@ -19,7 +19,7 @@ from fgpt.data.classification_prompts import (
     Labels,
     PromptFrame,
     apply_labels,
-    classes,
+    class_labels,
     encode,
     parse_labels,
     prompt_frame,
@@ -50,7 +50,7 @@ def log_probabilities(
     by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
     texts, common = [examples[i].tokens for i in by_length], common_to([x.tokens for x in examples])
     reads = _after(params, texts, common) if 2 * common > len(texts[0]) else _packed(params, texts, width)
-    choices, found = torch.tensor(labels.choices), torch.empty(len(examples), len(labels.choices))
+    choices, found = torch.tensor(labels.output_ids), torch.empty(len(examples), len(labels.output_ids))
     with working("telling classes", len(examples)) as advance:
         for numbers, h in reads:
             each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
@@ -102,7 +102,7 @@ class LoadedClassifier(NamedTuple):
 
 def labels_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     """Raises InputError for names that are several tokens, where the label is the next."""
-    return verbalizers(names, tokenizer) if run.head == "tokens" else classes(names)
+    return verbalizers(names, tokenizer) if run.head == "tokens" else class_labels(names)
 
 
 def frame_of(

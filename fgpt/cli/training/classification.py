@@ -76,7 +76,7 @@ def trained_of(run: ClassificationRecipe, params: GPT) -> Adapters:
 def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> tuple[Scores, float]:
     """Scores, and the mean loss in nats per example."""
     found = log_probabilities(params, examples, labels, width)
-    truth = [labels.choices.index(x.label) for x in examples if x.label is not None]
+    truth = [labels.output_ids.index(x.label) for x in examples if x.label is not None]
     loss = -found[range(len(truth)), truth].mean()
     return scores(truth, found.argmax(-1).tolist(), len(labels.names)), float(loss)
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgpt.data import instruction_datasets
-from fgpt.data.text_files import open_text, reading
+from fgpt.data.text_files import open_text, read_errors
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
 from fgpt.tokenizers.tiktoken_bpe import END
@@ -29,7 +29,7 @@ def read(path: Path) -> list[str]:
     Raises InputError for a file that is none, or holds no text.
     """
     try:
-        with reading(path), open_text(path) as file:
+        with read_errors(path), open_text(path) as file:
             text = file.read()
     except InputError as err:
         raise InputError(f"{path}: expected a text in UTF-8, its documents separated by {END}: {err}") from None
@@ -47,7 +47,7 @@ def articles(text: str) -> list[str]:
 
 
 def from_hub(source: str) -> list[str]:
-    """The documents of one of `instruction_datasets.TEXTS`. Raises InputError where the hub cannot be reached."""
+    """The documents of one of `instruction_datasets.HUB_TEXTS`. Raises InputError where the hub cannot be reached."""
     found = instruction_datasets.load_texts(source, FROM_HUB.get(source))
     if source.startswith("wikitext"):  # a row is a line there, a blank one an empty row
         return articles("".join(line or " \n" for line in found))

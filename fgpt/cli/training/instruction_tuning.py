@@ -107,7 +107,7 @@ def _shortened(run: InstructionRecipe, rows: list[InstructionRow]) -> list[Instr
 
     def length(row: InstructionRow) -> int:
         example = encode(row, look, tokenizer)
-        return max(len(example.tokens), example.prompt_length + finqa.ROOM)
+        return max(len(example.tokens), example.prompt_length + finqa.ANSWER_TOKENS)
 
     kept, count = finqa.shorten(rows, width, length)
     if count:

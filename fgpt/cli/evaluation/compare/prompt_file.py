@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fgpt.data import finqa, instruction_datasets
+from fgpt.data import finqa, records
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
@@ -25,7 +25,7 @@ def read(source: str) -> list[InstructionRow]:
         if source not in NAMED:
             raise InputError(f"no prompt file {source!r}: expected the path of a file, or one of {', '.join(NAMED)}")
         path = NAMED[source]
-    found = [_row(record, f"{path}, {where}") for where, record in instruction_datasets.read_records(path)]
+    found = [_row(record, f"{path}, {where}") for where, record in records.read_records(path)]
     if not found:
         raise InputError(f"{path}: it holds no prompts, expected at least one")
     return found
@@ -35,14 +35,14 @@ def _row(record: Any, where: str) -> InstructionRow:
     if isinstance(record, str):
         record = {"instruction": record}
     if finqa.is_finqa(record):
-        return finqa.read(record, where)
+        return finqa.read_finqa(record, where)
     if not isinstance(record, dict) or "instruction" not in record:
-        came = f"columns {instruction_datasets.listed(record)}" if isinstance(record, dict) else type(record).__name__
+        came = f"columns {records.column_names(record)}" if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where}: expected a text, or an object with an instruction, got {came}")
-    held = {name: x for name in ("input", "output") if not instruction_datasets.is_missing(x := record.get(name))}
+    held = {name: x for name in ("input", "output") if not records.is_missing(x := record.get(name))}
     row = InstructionRow(
         **{
-            name: instruction_datasets.text(x, name, where)
+            name: records.column_text(x, name, where)
             for name, x in ({"instruction": record["instruction"]} | held).items()
         }
     )

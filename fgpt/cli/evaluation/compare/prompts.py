@@ -61,7 +61,7 @@ def from_file(sides: Sequence[Contender], source: str, count: int | None) -> Com
         width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
 
         def length(row: InstructionRow) -> int:
-            return finqa.ROOM + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
+            return finqa.ANSWER_TOKENS + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
 
         rows, cut = finqa.shorten(rows, width, length)
         if cut:

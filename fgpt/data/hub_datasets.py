@@ -1,0 +1,97 @@
+"""Datasets on the Hugging Face Hub: which files hold their examples, and the records of these files."""
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fgpt.data import hub_files
+from fgpt.data.hub_files import HubError, Repo
+from fgpt.data.records import Record, read_records
+from fgpt.errors import InputError
+
+PART = re.compile(r"(?P<before>.*-)(?P<number>\d+)(?P<of>-of-(?P<total>\d+))(?P<after>.*)")
+"""data/train-00003-of-00012.parquet, or with a hash after the total."""
+
+MAX_PARTS = 10_000
+"""Far more than any dataset here has."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset repository on the hub, and the pattern of the files in it that hold the examples."""
+
+    repo: str
+    files: str
+
+
+def hub_records(name: str, dataset: HubDataset) -> Iterator[Record]:
+    """The records of a dataset's files, and of no other file that the cache may hold.
+
+    Args:
+        name: what the user calls the dataset, for error messages.
+        dataset: its repository and files.
+
+    Raises:
+        InputError: as `download` does, at once.
+    """
+    paths = sorted(download(name, dataset).glob(dataset.files))
+    return itertools.chain.from_iterable(read_records(path) for path in paths)
+
+
+def download(name: str, dataset: HubDataset) -> Path:
+    """The local folder with the files of a dataset: from the cache if all of them are there, else downloaded.
+
+    Raises:
+        InputError: if the hub cannot be reached, refuses, or lacks a file.
+    """
+    repo = Repo(dataset.repo, "dataset", [dataset.files])
+    cache = hub_files.find_cached(repo)
+    files = [] if cache.folder is None else _matching_files(cache.folder, dataset.files)
+    missing = missing_parts(files, dataset.files)
+    if cache.folder is not None and files and not missing and not cache.partial:
+        return cache.folder
+    try:
+        folder = hub_files.fetch(repo).folder
+    except HubError as err:
+        if err.status in (401, 403):
+            raise InputError(
+                f"the hub refuses {dataset.repo} (HTTP {err.status}): accept its terms at "
+                f"https://huggingface.co/datasets/{dataset.repo} and run `hf auth login`, or give a file instead"
+            ) from None
+        total = len(files) + len(missing)
+        part = f" beyond the part in the local cache, {len(files)} of {total} files" if missing else ""
+        raise InputError(
+            f"the hub gave no {name!r}{part} ({err.class_names[0]}: {err.line}): connect and try again, give a file "
+            "instead, or train the recipe `lora-nano`, which needs no hub"
+        ) from None
+    files = _matching_files(folder, dataset.files)
+    if not files:
+        raise InputError(f"the hub's {dataset.repo} has no files that match {dataset.files}: give a file instead")
+    if missing := missing_parts(files, dataset.files):
+        raise InputError(f"the hub's {dataset.repo} lacks some of its parts, such as {missing[0]}: give a file instead")
+    return folder
+
+
+def _matching_files(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.exists())
+
+
+def missing_parts(files: Sequence[str], pattern: str) -> list[str]:
+    """The files that match `pattern` and are missing, according to the numbers in the names of `files`.
+
+    >>> missing_parts(["train-00000-of-00003.json", "train-00002-of-00003.json"], "train-*.json")
+    ['train-00001-of-00003.json']
+    """
+    matches = [match for file in files if (match := PART.fullmatch(file))]
+    present = {(match["before"], match["of"], int(match["number"])) for match in matches}
+    missing: dict[tuple[str, str, int], str] = {}
+    for match in matches:
+        for number in range(min(int(match["total"]), MAX_PARTS)):
+            key = (match["before"], match["of"], number)
+            name = f"{match['before']}{number:0{len(match['number'])}}{match['of']}{match['after']}"
+            if key not in present and fnmatch.fnmatchcase(name, pattern):
+                missing.setdefault(key, name)
+    return sorted(missing.values())

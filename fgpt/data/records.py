@@ -1,0 +1,143 @@
+"""Records of data files (JSON, JSON lines, CSV, TSV, Parquet), and the values of their columns."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fgpt.data.tables import read_csv, read_tsv
+from fgpt.data.text_files import OPENERS, file_format, open_text, read_errors, strip_boms
+from fgpt.errors import InputError, one_line
+
+Record: TypeAlias = tuple[str, Any]
+"""(its position in the source, for error messages; its columns)."""
+
+Readers: TypeAlias = Mapping[str, Callable[[Path], Iterator[Record]]]
+"""The function that reads a file, by the file's extension."""
+
+MAX_COLUMNS_SHOWN = 20
+"""Columns that an error message names."""
+
+
+def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[Record]:
+    r"""The records of a file, read according to its extension.
+
+    Args:
+        path: the file; text formats may be compressed (.jsonl.gz).
+        extra_readers: readers of further extensions, or in place of the usual ones.
+
+    Raises:
+        InputError: if the format is unknown, the file is empty, or it cannot be read.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "data.csv"
+    >>> _ = path.write_text("text,label\nNA,007\n")
+    >>> list(read_records(path))
+    [('line 2', {'text': 'NA', 'label': '007'})]
+    """
+    readers = {
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".csv": read_csv,
+        ".tsv": read_tsv,
+        ".parquet": _read_parquet,
+    }
+    readers |= dict(extra_readers or {})
+    extension = file_format(path)
+    if extension not in readers or (extension == ".parquet" and path.suffix.lower() in OPENERS):
+        raise InputError(
+            f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}, or for a "
+            f"compressed text file in one of these and {', '.join(OPENERS)}"
+        )
+    with read_errors(path):
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty, expected rows")
+        yield from readers[extension](path)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    try:
+        with open_text(path) as file:
+            records = _parse_json(file.read(), str(path))
+    except json.JSONDecodeError as err:
+        hint = "if it holds one object per line, name it .jsonl" if err.msg == "Extra data" else "fix that line"
+        raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
+    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with open_text(path) as lines:
+        for number, line in enumerate(strip_boms(lines), 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", _parse_json(line, f"{path}, line {number}")
+            except json.JSONDecodeError as err:
+                raise InputError(
+                    f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object per line"
+                ) from None
+
+
+def _parse_json(text: str, where: str) -> Any:
+    """Raises json.JSONDecodeError for what is not JSON, and InputError for JSON that Python cannot represent."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as err:  # an integer of thousands of digits; lists nested too deeply
+        raise InputError(f"{where}: cannot be read: {err}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet  # imported here because importing fgpt must stay fast
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+    except pyarrow.ArrowException as err:
+        raise InputError(f"{path}: not a Parquet file ({first_line(err)}): write it again") from None
+
+
+def first_line(err: Exception) -> str:
+    """The first line of another library's error, or the name of its class."""
+    return one_line((str(err).splitlines() or [type(err).__name__])[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+
+
+def column_names(record: Mapping[Any, Any]) -> str:
+    """The names of a record's columns, for an error message."""
+    names = ", ".join(repr(name) for name in itertools.islice(record, MAX_COLUMNS_SHOWN)) or "none"
+    more = len(record) - MAX_COLUMNS_SHOWN
+    return f"{names} and {more:,} more" if more > 0 else names
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a column is empty: null, or the NaN that pandas writes for it.
+
+    >>> is_missing(None), is_missing(float("nan")), is_missing("nan")
+    (True, True, False)
+    """
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def column_text(value: Any, name: str, where: str) -> str:
+    """The value of column `name` as text.
+
+    Raises:
+        InputError: for anything but text and numbers; the message begins with `where`.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value):
+        return str(value)
+    actual = type(value).__name__
+    if is_missing(value):
+        actual = "null" if value is None else "NaN, which is not text"
+    raise InputError(f"{where}: column {name!r} should hold text, got {actual}: fix the row or use another column")
