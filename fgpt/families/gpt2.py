@@ -17,7 +17,7 @@ from fgpt.families.mapping import (
     number,
     one_to_one,
     optional_size,
-    paths,
+    leaf_paths,
     sizes,
     sizes_to_hf,
 )
@@ -81,9 +81,9 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | own
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
     for i in range(cfg.n_layer):
         ours, theirs = f"blocks.{i}", f"h.{i}"
@@ -106,5 +106,5 @@ GPT2 = Family(
     buffers=(".attn.bias", ".attn.masked_bias"),  # causal masks that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.mapping import Family, TensorMapping, layer_mappings, one_to_one, paths, require_values
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, one_to_one, leaf_paths, require_values
 from fgpt.model import Config
 
 SIZES = gpt2.SIZES | {"rotary_dim": "rotary_dim"}
@@ -40,9 +40,9 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"} | gpt2.common_to_hf(cfg, SIZES)
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "wte.weight"})
     for i in range(cfg.n_layer):
         found += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
@@ -59,5 +59,5 @@ GPTJ = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

@@ -19,7 +19,7 @@ from fgpt.families.mapping import (
     number,
     one_to_one,
     optional_size,
-    paths,
+    leaf_paths,
     require_positive_ints,
     rope,
     rope_to_hf,
@@ -147,9 +147,9 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return config | {"mlp_bias": "gate" in cfg.biases.split()} if kind == "llama" else config
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_tokens.weight"})
     for i in range(cfg.n_layer):
         found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
@@ -162,5 +162,5 @@ LLAMA = Family(
     buffers=(".rotary_emb.inv_freq",),  # angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

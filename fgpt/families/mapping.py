@@ -88,23 +88,23 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
 
     Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
     """
-    held = _without_prefix(tensors, family)
+    bare_tensors = _without_prefix(tensors, family)
     if not cfg.tie_word_embeddings:
-        return held, cfg
-    apart = replace(cfg, tie_word_embeddings=False)
-    stored = {s.paths[0]: s.name for s in family.tensor_mappings(apart)}
+        return bare_tensors, cfg
+    untied = replace(cfg, tie_word_embeddings=False)
+    stored = {s.paths[0]: s.name for s in family.tensor_mappings(untied)}
     table, head = stored["wte.w"], stored["head.w"]
-    if head not in held:
-        return held, cfg
-    if table not in held:
-        return {table if name == head else name: x for name, x in held.items()}, cfg
-    _checked_sizes(held, apart, family)
-    if _equal(held[table].read(), held[head].read()):
-        return {name: x for name, x in held.items() if name != head}, cfg
-    return held, apart
+    if head not in bare_tensors:
+        return bare_tensors, cfg
+    if table not in bare_tensors:
+        return {table if name == head else name: x for name, x in bare_tensors.items()}, cfg
+    _check_shapes(bare_tensors, untied, family)
+    if _equal(bare_tensors[table].read(), bare_tensors[head].read()):
+        return {name: x for name, x in bare_tensors.items() if name != head}, cfg
+    return bare_tensors, untied
 
 
-def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
+def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
     """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
     are views: no copy is made.
 
@@ -117,13 +117,13 @@ def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: 
     shape of a quantized one.
     """
     bare, table = abstract_params(cfg), {s.name: s for s in family.tensor_mappings(cfg)}
-    empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
+    empty, sizes = leaves(bare), _check_shapes(tensors, cfg, family)
 
     def read(
         s: TensorMapping,
     ) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
-        x, size = held[s.name].read(), sizes[s.name]
-        _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
+        x, size = tensors[s.name].read(), sizes[s.name]
+        _check_shape(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
         if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
             raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
         parts = split(x, s, [tuple(empty[p].shape) for p in s.paths])
@@ -141,15 +141,15 @@ def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: 
     return replace_at(bare, new)
 
 
-def _without_prefix(held: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
+def _without_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
     """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
 
     Raises InputError where a tensor is there by both names.
     """
-    given = [name for name in held if not name.endswith(family.buffers)]
-    bare = {name.removeprefix(family.prefix): held[name] for name in given}
-    if len(bare) < len(given):
-        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
+    names = [name for name in tensors if not name.endswith(family.buffers)]
+    bare = {name.removeprefix(family.prefix): tensors[name] for name in names}
+    if len(bare) < len(names):
+        twice = next(name for name in names if name.startswith(family.prefix) and name[len(family.prefix) :] in names)
         raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
     return bare
 
@@ -162,24 +162,24 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a.to(wide), b.to(wide))
 
 
-def _checked_sizes(held: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+def _check_shapes(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the family has under a config.
 
     Raises InputError where one is missing, surplus, or of another shape.
     """
     table = {s.name: s for s in family.tensor_mappings(cfg)}
-    if missing := [name for name in table if name not in held]:
+    if missing := [name for name in table if name not in tensors]:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
-    if surplus := held.keys() - table.keys():
+    if surplus := tensors.keys() - table.keys():
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
     empty = leaves(abstract_params(cfg))
     sizes = {name: tuple(join_heads([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
     for name, size in sizes.items():
-        _same(name, size, held[name].shape)
+        _check_shape(name, size, tensors[name].shape)
     return sizes
 
 
-def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
+def _check_shape(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
     if got is not None and got != want:
         raise InputError(f"tensor {name}: expected shape {list(want)}, got {list(got)}")
 
@@ -229,29 +229,29 @@ def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
     """
     if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
-    held, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
+    by_path, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
     classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab_size
     body = replace(cfg, tie_word_embeddings=True) if classes else cfg  # without a head of tokens
-    made = {s.name: join_heads([held[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
-    named = {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
-    return named | ({SCORE: held["head.w"]} if classes else {})
+    tensors = {s.name: join_heads([by_path[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
+    named = {name if is_head(name) else family.prefix + name: x for name, x in tensors.items()}
+    return named | ({SCORE: by_path["head.w"]} if classes else {})
 
 
 def unfuse_qkv(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
     """`tensors` by path, with those of q, k and v in one as those of each."""
     n, kv = (cfg.head_size * heads for heads in (cfg.n_head, cfg.kv_heads))
-    made: dict[str, Tensor] = {}
+    unfused: dict[str, Tensor] = {}
     for path, x in tensors.items():
         layer, _, leaf = path.rpartition(".")
         if layer.endswith(".attn.qkv"):
             names = (f"{layer.removesuffix('qkv')}{part}.{leaf}" for part in "qkv")
-            made |= dict(zip(names, x.split((n, kv, kv)), strict=True))
+            unfused |= dict(zip(names, x.split((n, kv, kv)), strict=True))
         else:
-            made[path] = x
-    return made
+            unfused[path] = x
+    return unfused
 
 
-def paths(cfg: Config) -> Container[str]:
+def leaf_paths(cfg: Config) -> Container[str]:
     """Our leaves under a config."""
     return leaves(abstract_params(cfg)).keys()
 
@@ -261,7 +261,7 @@ def is_head(name: str) -> bool:
     return name.rpartition(".")[0] in ("lm_head", "embed_out")
 
 
-def check(params: GPT) -> None:
+def check_params(params: GPT) -> None:
     """Raises InputError where a part of `params` has not the size that its config gives it."""
     cfg = params.cfg
     bare = abstract_params(cfg)
@@ -411,38 +411,38 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
     """
     scaling, context = rope_fields(config), sizes["n_ctx"]
     where = scaling if "rope_theta" in scaling else config
-    base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
+    base = _positive(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected one of {known}")
-    wanted = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
-    if missing := [name for name in wanted if name not in scaling]:
+    required = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
+    if missing := [name for name in required if name not in scaling]:
         raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
-    stretch: Any = None
+    rope_scaling: Any = None
     if kind == "linear":
-        stretch = (_above_0(scaling, "factor"), 1.0, 4.0, 0.0)
+        rope_scaling = (_positive(scaling, "factor"), 1.0, 4.0, 0.0)
     elif kind == "llama3":
-        stretch = tuple(_above_0(scaling, name) for name in LLAMA_3)
-        if stretch[1] >= stretch[2]:
-            raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {stretch[1:3]}")
+        rope_scaling = tuple(_positive(scaling, name) for name in LLAMA_3)
+        if rope_scaling[1] >= rope_scaling[2]:
+            raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {rope_scaling[1:3]}")
     elif kind == "yarn":
-        stretch = _yarn(config, scaling, context)
+        rope_scaling = _yarn(config, scaling, context)
         if base <= 1 or dim < 2:
             raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
         try:
-            stretch.divided(dim, base)
+            rope_scaling.divided(dim, base)
         except (ValueError, OverflowError):
             raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
     elif kind == "dynamic":
-        stretch = DynamicScaling(_above_0(scaling, "factor"), context)
-        if stretch.factor < 1 or stretch.factor * context > MAX_SIZE or dim <= 2:
+        rope_scaling = DynamicScaling(_positive(scaling, "factor"), context)
+        if rope_scaling.factor < 1 or rope_scaling.factor * context > MAX_SIZE or dim <= 2:
             raise InputError(
                 f"config.json: a dynamic rope wants a factor of 1 or more, up to {MAX_SIZE} positions, and 4 rotated "
-                f"components or more; got {stretch.factor}, {context} positions and {dim} components"
+                f"components or more; got {rope_scaling.factor}, {context} positions and {dim} components"
             )
-        context = int(stretch.factor * context)
-    return {"rope_theta": base, "rope_scaling": stretch, "n_ctx": context}
+        context = int(rope_scaling.factor * context)
+    return {"rope_theta": base, "rope_scaling": rope_scaling, "n_ctx": context}
 
 
 def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> YarnScaling:
@@ -451,22 +451,22 @@ def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -
     Source: Peng et al. 2023 (YaRN), section 3.4; DeepSeek-AI 2024 (DeepSeek-V2) for the two mscale.
     """
     name = "original_max_position_embeddings"
-    original = _above_0(config if config.get(name) is not None else scaling, name, float(context))
-    factor = _given(scaling, "factor") or context / original
-    size, whole = _given(scaling, "mscale"), _given(scaling, "mscale_all_dim")
+    original = _positive(config if config.get(name) is not None else scaling, name, float(context))
+    factor = _optional_positive(scaling, "factor") or context / original
+    size, whole = _optional_positive(scaling, "mscale"), _optional_positive(scaling, "mscale_all_dim")
     grown = math.log(factor) if factor > 1 else 0.0
     usual = (0.1 * size * grown + 1) / (0.1 * whole * grown + 1) if size and whole else 0.1 * grown + 1
     return YarnScaling(
         factor,
-        _given(scaling, "beta_fast") or 32.0,
-        _given(scaling, "beta_slow") or 1.0,
+        _optional_positive(scaling, "beta_fast") or 32.0,
+        _optional_positive(scaling, "beta_slow") or 1.0,
         original,
-        _given(scaling, "attention_factor") or usual,
+        _optional_positive(scaling, "attention_factor") or usual,
         flag(scaling, "truncate", True),
     )
 
 
-def _given(fields: Mapping[str, Any], name: str) -> float | None:
+def _optional_positive(fields: Mapping[str, Any], name: str) -> float | None:
     """A number above 0, or None where it is left out, null or 0."""
     return None if fields.get(name) is None else number(fields, name, 0.0) or None
 
@@ -479,7 +479,7 @@ def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
+def _positive(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
     if not (found := number(config, name, default)):
         raise InputError(f"config.json: expected a number above 0 for {name}, got {shown(config.get(name))}")
     return found

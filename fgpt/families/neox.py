@@ -16,7 +16,7 @@ from fgpt.families.mapping import (
     layer_mappings,
     number,
     one_to_one,
-    paths,
+    leaf_paths,
     require_values,
     rope,
     rope_fields,
@@ -74,9 +74,9 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     }
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_in.weight"})
     for i in range(cfg.n_layer):
         found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
@@ -98,5 +98,5 @@ NEOX = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

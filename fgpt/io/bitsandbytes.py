@@ -28,7 +28,7 @@ STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
     rf"(?P<layer>.+)\.(?P<part>weight\.(?:(?:nested_)?(?:absmax|quant_map)|{re.escape(STATE)}\w+)|SCB|weight_format)"
 )
-STATED = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
+STATE_FIELDS = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,10 +43,10 @@ def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor
     for name in tensors.keys() - whole.keys():
         if match := PART.fullmatch(name):
             parts.setdefault(match["layer"], {})[match["part"].removeprefix("weight.")] = tensors[name]
-    for layer, held in parts.items():
+    for layer, layer_parts in parts.items():
         if (name := f"{layer}.weight") not in whole:
-            raise InputError(f"tensor {name} is missing, but {', '.join(sorted(held))} of it are there")
-        whole[name] = LazyTensor(None, partial(_read, whole[name], held, name))
+            raise InputError(f"tensor {name} is missing, but {', '.join(sorted(layer_parts))} of it are there")
+        whole[name] = LazyTensor(None, partial(_read, whole[name], layer_parts, name))
     if parts:
         register()
     return whole
@@ -54,30 +54,30 @@ def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor
 
 def _read(codes: LazyTensor, parts: Mapping[str, LazyTensor], name: str) -> Quantized:
     found: dict[str, Any] = {part: x.read() for part, x in parts.items()}
-    node = (_eight if "SCB" in found else _four)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
+    node = (_rowwise_int8 if "SCB" in found else _blockwise_4bit)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
     check_quantized(node, name)
     return node
 
 
-def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
+def _rowwise_int8(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
     scales, form = parts["SCB"], parts.get("weight_format")
     if codes.dtype != torch.int8 or codes.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
-        raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_said(codes, scales)}")
+        raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_describe(codes, scales)}")
     if form is not None and (form.numel() != 1 or form.any()):
         raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, by rows")
     return RowwiseInt8(codes, scales)
 
 
-def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
+def _blockwise_4bit(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
     states = [part for part in parts if part.startswith(STATE)]
     if len(states) != 1:
         raise InputError(f"tensor {name}: expected one {STATE}nf4 or fp4 beside it, got {', '.join(states) or 'none'}")
     packed = parts[states[0]]
     try:
         if packed.dtype != torch.uint8 or packed.ndim != 1:
-            raise ValueError(_said(packed))
+            raise ValueError(_describe(packed))
         state: Any = json.loads(bytes(packed.tolist()))
-        if surplus := state.keys() - STATED:
+        if surplus := state.keys() - STATE_FIELDS:
             raise ValueError(f"it has {shown(min(surplus))} too")
         kind, (out, inp), dtype = state["quant_type"], state["shape"], DTYPES[state["dtype"]]
         block, nested = state["blocksize"], state.get("nested_blocksize")
@@ -103,22 +103,22 @@ def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
     kinds = {x.dtype for x in (code, parts.get("nested_absmax", code), parts.get("nested_quant_map", code))}
     vectors = {x.ndim for x in (absmax, parts.get("nested_absmax", absmax))}
     if codes.numel() * 2 != out * inp or inp % 2 or kinds != {torch.float32} or vectors != {1}:
-        raise InputError(f"tensor {name}: {_said(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]")
-    _standard(kind, code, name)
+        raise InputError(f"tensor {name}: {_describe(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]")
+    _check_code(kind, code, name)
     if not nested and absmax.dtype != torch.float32:
         raise InputError(
-            f"tensor {name}.absmax: expected float32, as its state tells of no nested ones, got {_said(absmax)}"
+            f"tensor {name}.absmax: expected float32, as its state tells of no nested ones, got {_describe(absmax)}"
         )
     if nested:
         if absmax.dtype != torch.uint8 or parts["nested_quant_map"].shape != (256,):
-            raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_said(absmax)}")
+            raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_describe(absmax)}")
         absmax = Blockwise8bit(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
         check_quantized(absmax, f"{name}.absmax")
     shift = None if offset is None else torch.tensor(offset, dtype=torch.float32)
     return Blockwise4bit(codes.view(out, inp // 2), absmax, code, shift, kind, dtype)
 
 
-def _standard(kind: Any, code: Tensor, name: str) -> None:
+def _check_code(kind: Any, code: Tensor, name: str) -> None:
     """The kernels know a kind's 16 values by its name: a file with others would be misread."""
     from bitsandbytes.functional import get_4bit_type
 
@@ -129,5 +129,5 @@ def _standard(kind: Any, code: Tensor, name: str) -> None:
         raise InputError(f"tensor {name}.quant_map: not the values of {kind}")
 
 
-def _said(*tensors: Tensor) -> str:
+def _describe(*tensors: Tensor) -> str:
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)

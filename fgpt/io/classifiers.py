@@ -39,7 +39,7 @@ def with_head(body: GPT, score: Any, place: Place) -> GPT:
     return replace(body, head=Linear(place("head.w", score)), cfg=replace(body.cfg, tie_word_embeddings=False))
 
 
-def exported(
+def to_hf_classifier(
     params: GPT, files: Files, config: Mapping[str, Any], labels: Sequence[str]
 ) -> tuple[GPT, Files, dict[str, Any]]:
     """A classifier as it is to be written, the files of its tokenizer, and what its `config.json` says besides the
@@ -52,7 +52,7 @@ def exported(
     more = _labels(config, num_classes(params) or 0, labels)
     if FILE not in files:
         return params, files, more
-    padded, files, pad = _padded(params, files, config.get("eos_token_id"))
+    padded, files, pad = _with_pad_token(params, files, config.get("eos_token_id"))
     return padded, files, more | {"pad_token_id": pad, "vocab_size": padded.cfg.vocab_size}
 
 
@@ -68,7 +68,7 @@ def _labels(config: Mapping[str, Any], classes: int, labels: Sequence[str]) -> d
     }
 
 
-def _padded(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
+def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
     """Model and tokenizer with a token for padding, which is none that ends a text; and that token."""
     from tokenizers import Tokenizer
 

@@ -21,7 +21,7 @@ from fgpt.errors import InputError, one_line, printable, shown
 from fgpt.families.mapping import LazyTensor
 
 
-def encoded(text: str) -> bytes:
+def to_utf8(text: str) -> bytes:
     r"""`text` in UTF-8, by the rule for every file that is written: half of a surrogate pair, for which UTF-8 has no
     bytes, becomes its escape, as in \ud83d. In JSON that escape is read back as what it stands for.
     """
@@ -40,14 +40,14 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         with os.fdopen(handle, "wb") as file:
             for part in data:
-                file.write(encoded(part) if isinstance(part, str) else part)
+                file.write(to_utf8(part) if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _fsync_dir(path.parent)
     except OSError as err:
-        _check_staying(path)
+        _check_not_moved(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
@@ -68,14 +68,14 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         try:
             os.chmod(temporary, 0o755)
             yield temporary
-            _check_staying(path)
+            _check_not_moved(path)
             _fsync_dir(temporary)
             _replace(temporary, path)
             _fsync_dir(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:
-        _check_staying(path)
+        _check_not_moved(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
 
 
@@ -111,7 +111,7 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def clean(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Delete in `folder` itself what a killed process had not written to its end, and bring back a folder that it had
     put aside and not replaced. Nothing is touched but temporary names of ours, and nothing behind a symbolic link.
     """
@@ -129,20 +129,20 @@ def clean(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------- folders that must not move
 
-_STAYING: dict[Path, tuple[int, int]] = {}
+_MUST_NOT_MOVE: dict[Path, tuple[int, int]] = {}
 """Which folders have to stay in their place now, with their device and inode."""
 
 
 @contextmanager
-def staying(folder: Path) -> Iterator[None]:
+def must_not_move(folder: Path) -> Iterator[None]:
     """Within it nothing is written below `folder` any more once that is gone, or another: else what is written after a
     folder was renamed would make a second one under the old name, with half of the files.
     """
-    _STAYING[folder] = _identity(folder)
+    _MUST_NOT_MOVE[folder] = _identity(folder)
     try:
         yield
     finally:
-        del _STAYING[folder]
+        del _MUST_NOT_MOVE[folder]
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -150,8 +150,8 @@ def _identity(folder: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _check_staying(path: Path) -> None:
-    for folder, identity in _STAYING.items():
+def _check_not_moved(path: Path) -> None:
+    for folder, identity in _MUST_NOT_MOVE.items():
         if folder not in path.parents:
             continue
         try:
@@ -163,7 +163,7 @@ def _check_staying(path: Path) -> None:
 
 
 def _make_parent(path: Path) -> None:
-    _check_staying(path)
+    _check_not_moved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -187,19 +187,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     Raises InputError for a tensor without storage, and as `write` does.
     """
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    unshared: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, x in tensors.items():
         if x.is_meta:
             raise InputError(f"{name} has no storage (it is on the meta device): nothing to write to {path}")
         x = x.detach().contiguous()
-        own[name] = x.clone() if x.untyped_storage().data_ptr() in seen else x
-        seen.add(own[name].untyped_storage().data_ptr())
-    data = memoryview(save(own, metadata or {"format": "pt"}))
+        unshared[name] = x.clone() if x.untyped_storage().data_ptr() in storages else x
+        storages.add(unshared[name].untyped_storage().data_ptr())
+    data = memoryview(save(unshared, metadata or {"format": "pt"}))
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:begin]))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors has its entries in any order
-    text = encoded(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
+    text = to_utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
     text += b" " * (-len(text) % 8)  # as the format aligns what follows
     write(path, len(text).to_bytes(8, "little"), text, data[begin:])
 
@@ -235,7 +235,7 @@ def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> di
 
     Raises InputError where the file is missing, truncated or malformed.
     """
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
 
 
@@ -258,11 +258,11 @@ def shards(folder: Path, weights: str) -> list[Path]:
 def shard_names(folder: Path, weights: str) -> list[str]:
     """The files that `weights`.index.json lists. Raises InputError where it is no index."""
     index = folder / f"{weights}.index.json"
-    found = read_json(index)
-    where = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: expected a weight_map of tensor names to file names")
-    return sorted(set(where.values()))
+    return sorted(set(weight_map.values()))
 
 
 def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
@@ -271,7 +271,7 @@ def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
 
     Raises InputError where the file is missing, truncated or malformed, before anything is read.
     """
-    with _opened(path) as file:  # its header is whole and consistent, and the file as long as it says
+    with _open_safetensors(path) as file:  # its header is whole and consistent, and the file as long as it says
         names = list(file.keys())
     with path.open("rb") as raw:
         begin = 8 + int.from_bytes(raw.read(8), "little")
@@ -311,18 +311,18 @@ DTYPES = {
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. Raises InputError as `read_tensors` does."""
-    with _opened(path) as file:
+    with _open_safetensors(path) as file:
         return file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file")
     try:
         with _in_utf8(path) as named, safe_open(named, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                _readable(path, name, file.get_slice(name).get_shape())
+                _check_readable(path, name, file.get_slice(name).get_shape())
             yield file
     except InputError:  # which is a ValueError
         raise
@@ -344,13 +344,13 @@ def _in_utf8(path: Path) -> Iterator[Path]:
         yield path
 
 
-def _readable(path: Path, name: str, shape: list[int]) -> None:
+def _check_readable(path: Path, name: str, shape: list[int]) -> None:
     """Raises InputError for a tensor of a name that no line could show, or of a shape that none of ours has."""
-    if not name.isprintable() or len(name) > LONGEST:
-        raise InputError(f"{path}: a tensor is called {shown(name)}; expected up to {LONGEST} printable characters")
-    if len(shape) > AXES:
-        raise InputError(f"{path}: tensor {name} has {len(shape)} axes; expected at most {AXES}")
+    if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        raise InputError(f"{path}: a tensor is called {shown(name)}; expected up to {MAX_NAME_LENGTH} printable characters")
+    if len(shape) > MAX_AXES:
+        raise InputError(f"{path}: tensor {name} has {len(shape)} axes; expected at most {MAX_AXES}")
 
 
-LONGEST, AXES = 500, 8
+MAX_NAME_LENGTH, MAX_AXES = 500, 8
 """Far above what any model has."""

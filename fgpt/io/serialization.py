@@ -38,7 +38,7 @@ NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3
 FORMAT, STRUCTURE = "fgpt", "structure"
 """What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
 
-LATER = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+OPTIONAL_CONFIG_FIELDS = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 """Fields of Config that older files do not have: their models are those of the defaults."""
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -75,13 +75,13 @@ def _structure(x: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any
     for f in dataclasses.fields(x):
         value = getattr(x, f.name)
         if f.metadata.get("static"):
-            fields[f.name] = _plain(value)
+            fields[f.name] = _static_to_json(value)
         elif value is not None:
             fields[f.name] = _structure(value, f"{below}{f.name}", f"{below}{f.name}.", tensors)
     return {type(x).__name__: fields}
 
 
-def _plain(value: Any) -> Any:
+def _static_to_json(value: Any) -> Any:
     """A static field as JSON."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -175,11 +175,11 @@ def _static(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
-        given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
-        given = {name: getattr(Config, name) for name in LATER} | given
-        given["rope_scaling"] = _rope_scaling(given.get("rope_scaling"))
-        fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
-        return Config(**given) if fits else value
+        fields: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
+        fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
+        fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
+        return Config(**fields) if fits else value
     return value
 
 

@@ -33,7 +33,7 @@ class Module:
     heads: int
     """Above 0 its rows are q's, k's and v's by turns, head by head."""
 
-    def stored(self, ending: str) -> TensorMapping:
+    def tensor_mapping(self, ending: str) -> TensorMapping:
         """Its weight or bias, and the leaves of ours that it holds."""
         paths = tuple(f"{part}.{LEAVES[ending]}" for part in self.parts)
         return TensorMapping(f"{self.name}.{ending}", paths, self.transposed and ending == "weight", self.heads)
@@ -60,7 +60,7 @@ def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
     return [*found, Module(SCORE if classes else HEAD, "head", ("head",), False, False, False, 0)]
 
 
-def named(known: Iterable[Module]) -> dict[str, Module]:
+def by_name(known: Iterable[Module]) -> dict[str, Module]:
     """The modules by all that a file may call them: of a model without its head, they have no prefix."""
     return {name: m for m in known for name in (m.name, m.name.partition(".")[2] or OLD_HEAD)}
 
