@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 import fgpt
 from fgpt import families
 from fgpt import model as M
-from fgpt.families import mapping
+from fgpt.families import hf_config, mapping
 from fgpt.generation import static_cache
 from fgpt.io import models
 from fgpt.tree import leaves, num_elements, tree_map
@@ -381,12 +381,12 @@ def test_quantized_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-@pytest.mark.parametrize("name", mapping.ACTIVATIONS)
+@pytest.mark.parametrize("name", hf_config.ACTIVATIONS)
 def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    mine, wanted = M.ACTIVATIONS[mapping.ACTIVATIONS[name]](x), function(x)
+    mine, wanted = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
     close(mine, wanted, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
     close(slope, expected, 1e-9)
@@ -394,7 +394,7 @@ def test_activations_are_transformers(name: str):
     with torch.no_grad():
         close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
     with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
-        mapping.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
+        hf_config.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
 
 
 # ------------------------------------------------------------------------------------------------------- head and table
@@ -657,6 +657,6 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
         return {name: one(x) for name, x in read(path).items()}
 
-    monkeypatch.setattr(models, "held_tensors", watched)
+    monkeypatch.setattr(models, "lazy_tensors", watched)
     fgpt.load(str(tmp_path))
     assert len(alive) > 20

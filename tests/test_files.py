@@ -21,7 +21,7 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.files import atomic_dir, clean, read_json, remove, staying, write, write_json
+from fgpt.io.files import atomic_dir, must_not_move, read_json, remove, remove_leftovers, write, write_json
 from fgpt.kernels.quantized_linear import QUANTIZED, Blockwise4bit, RowwiseInt8
 from fgpt.model import FusedAttention
 from fgpt.tree import astype, tree_map, walk
@@ -78,7 +78,7 @@ def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path: Path):
 
 def test_a_folder_that_moved_is_not_made_anew(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    with staying(tmp_path / "run"):
+    with must_not_move(tmp_path / "run"):
         write(tmp_path / "run" / "a" / "x", "1")
         (tmp_path / "run").rename(tmp_path / "moved")
         for again in (False, True):  # gone, and another in its place
@@ -115,9 +115,9 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
     (tmp_path.parent / "link").symlink_to(tmp_path)
-    clean(tmp_path.parent / "link")
+    remove_leftovers(tmp_path.parent / "link")
     assert len(list(tmp_path.iterdir())) == 4  # nothing behind a link is touched
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert {p.name: (p / "x").read_text() for p in tmp_path.iterdir()} == {"a": ".a.abcd1234.fgpt-aside", "b": "b"}
 
 
@@ -143,7 +143,7 @@ def test_others_refuse_a_quantized_folder(tmp_path: Path):
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert models._config(models._opened(tmp_path)) == plain.cfg
+    assert models._config(models._open(tmp_path)) == plain.cfg
     fgpt.save(plain, tmp_path)
     assert same(fgpt.load(str(tmp_path)), plain)  # not the quantized one of before
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64

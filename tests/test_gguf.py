@@ -233,7 +233,7 @@ def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "m.gguf", arch, model(config), Kind.Q4_1)
     file = open_gguf(tmp_path / "m.gguf")
     whole = {name: file.read(name) for name in file.sizes}
-    monkeypatch.setattr("fgpt.io.gguf_header.STEP", 100)
+    monkeypatch.setattr("fgpt.io.gguf_header.CHUNK", 100)
     assert all(torch.equal(file.read(name), x) for name, x in whole.items())
 
 

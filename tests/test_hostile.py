@@ -42,7 +42,7 @@ import fgpt
 from fgpt import families, library_errors
 from fgpt.data import classification_datasets, instruction_datasets
 from fgpt.errors import InputError
-from fgpt.families import mapping
+from fgpt.families import hf_config, mapping
 from fgpt.io import models, serialization
 from fgpt.io.peft.adapter_files import load_peft
 from fgpt.kernels.quantized_linear import Blockwise4bit
@@ -858,7 +858,7 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             assert cfg.rope_scaling.context == said["max_position_embeddings"] <= cfg.n_ctx
         if scaling.get("rope_type") == "llama3":
             assert cfg.rope_scaling is not None
-            assert cfg.rope_scaling == tuple(scaling[name] for name in mapping.LLAMA_3)
+            assert cfg.rope_scaling == tuple(scaling[name] for name in hf_config.LLAMA_3)
             assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling)
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
@@ -871,14 +871,14 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
 def test_spoiled_configs(kind: str, tmp_path: Path):
     path, value = tmp_path / "config.json", CONFIGS[kind]
     path.write_text(json.dumps(value))
-    cfg = models._config(models._opened(tmp_path))
+    cfg = models._config(models._open(tmp_path))
     check_config(cfg, value)
     params = fgpt.init(cfg, fgpt.key(0))
     fgpt.save(params, tmp_path)
 
     def check(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        if cfg := outcome("configs", tmp_path, lambda: models._config(models._opened(tmp_path))):
+        if cfg := outcome("configs", tmp_path, lambda: models._config(models._open(tmp_path))):
             check_config(cfg, json.loads(text))
         options: Any
         for options in ({}, {"quantize": "int8"}):
@@ -1280,7 +1280,7 @@ def test_configs_that_were_misread(name: str, tmp_path: Path):
     kind, change, expected = CONFIGURED[name]
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[kind] | change))
     with pytest.raises(InputError, match=expected) as caught:
-        models._config(models._opened(tmp_path))
+        models._config(models._open(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 

@@ -7,20 +7,8 @@ weights are [out, in] and split. This is the one place that knows.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.mapping import (
-    Family,
-    TensorMapping,
-    activation,
-    activation_to_hf,
-    flag,
-    layer_mappings,
-    number,
-    one_to_one,
-    optional_size,
-    leaf_paths,
-    sizes,
-    sizes_to_hf,
-)
+from fgpt.families.hf_config import activation, activation_to_hf, flag, number, optional_size, sizes, sizes_to_hf
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 SIZES = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.mapping import Family, TensorMapping, layer_mappings, one_to_one, leaf_paths, require_values
+from fgpt.families.hf_config import require_values
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 SIZES = gpt2.SIZES | {"rotary_dim": "rotary_dim"}

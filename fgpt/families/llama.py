@@ -7,25 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError, shown
-from fgpt.families.mapping import (
+from fgpt.families.hf_config import (
     LLAMA_SIZES,
     MAX_SIZE,
-    Family,
-    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layer_mappings,
     number,
-    one_to_one,
     optional_size,
-    leaf_paths,
     require_positive_ints,
     rope,
     rope_to_hf,
     sizes,
     sizes_to_hf,
 )
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 ARCHITECTURES = {

@@ -6,17 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError
-from fgpt.families.mapping import (
+from fgpt.families.hf_config import (
     LLAMA_SIZES,
-    Family,
-    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layer_mappings,
     number,
-    one_to_one,
-    leaf_paths,
     require_values,
     rope,
     rope_fields,
@@ -24,6 +19,7 @@ from fgpt.families.mapping import (
     sizes,
     sizes_to_hf,
 )
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 LAYERS = {

@@ -62,7 +62,9 @@ def _read(codes: LazyTensor, parts: Mapping[str, LazyTensor], name: str) -> Quan
 def _rowwise_int8(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
     scales, form = parts["SCB"], parts.get("weight_format")
     if codes.dtype != torch.int8 or codes.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
-        raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_describe(codes, scales)}")
+        raise InputError(
+            f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_describe(codes, scales)}"
+        )
     if form is not None and (form.numel() != 1 or form.any()):
         raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, by rows")
     return RowwiseInt8(codes, scales)
@@ -103,7 +105,9 @@ def _blockwise_4bit(codes: Tensor, parts: dict[str, Tensor], name: str) -> Block
     kinds = {x.dtype for x in (code, parts.get("nested_absmax", code), parts.get("nested_quant_map", code))}
     vectors = {x.ndim for x in (absmax, parts.get("nested_absmax", absmax))}
     if codes.numel() * 2 != out * inp or inp % 2 or kinds != {torch.float32} or vectors != {1}:
-        raise InputError(f"tensor {name}: {_describe(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]")
+        raise InputError(
+            f"tensor {name}: {_describe(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]"
+        )
     _check_code(kind, code, name)
     if not nested and absmax.dtype != torch.float32:
         raise InputError(

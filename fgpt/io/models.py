@@ -32,7 +32,8 @@ from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
 from fgpt.io.bitsandbytes import collect_quantized
-from fgpt.io.files import lazy_tensors, read_json, shard_names, shards, write, write_json, write_tensors
+from fgpt.io.files import read_json, write, write_json
+from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import QUANTIZED, Format
 from fgpt.model import GPT, Config, abstract_params
@@ -294,7 +295,9 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     quantized_leaves = {path: x for path, x in walk(params) if isinstance(x, QUANTIZED)}
     # of a weight and its quantized scales, `update` takes the weight: scales stay fp32
-    return astype(replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in quantized_leaves.items()}), dtype)
+    return astype(
+        replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in quantized_leaves.items()}), dtype
+    )
 
 
 def save(
@@ -342,7 +345,9 @@ def _tokenizer(
     ends = {key: x for key, x in source.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if source.file:
         return ends, tokenizer_files.of_gguf(source.file.fields, vocab, str(source.path)).files()
-    copied_files = {name: (source.path / name).read_bytes() for name in tokenizer_files.FILES if (source.path / name).is_file()}
+    copied_files = {
+        name: (source.path / name).read_bytes() for name in tokenizer_files.FILES if (source.path / name).is_file()
+    }
     if FILE in copied_files:
         return ends, copied_files
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
-from fgpt.io.files import read_metadata, read_tensors, write_tensors
+from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling

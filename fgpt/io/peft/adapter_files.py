@@ -25,22 +25,23 @@ from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, weight_matrices
 from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, shown
-from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
-from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, modules_of, by_name, targets
+from fgpt.io.files import read_json, write_json
+from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, by_name, modules_of, targets
 from fgpt.io.peft.qkv_stacking import (
     StackedParts,
     commonest_scale,
     dropout_of,
     interleave_heads,
     pad_rank,
-    total_rank,
     split_qkv,
     stack_qkv,
     stacked_parts,
+    total_rank,
     trim_rank,
     unstack_qkv,
 )
 from fgpt.io.peft.trained_tensors import KEY, both_sides, fused_as, one_table, pack_tuned, read_tuned
+from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.io.serialization import check_fits
 from fgpt.model import GPT
 from fgpt.patterns import SECONDS, matching
@@ -270,7 +271,11 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
             raise InputError(f"adapter on {printable(lost[0])}, which is no layer of this model")
         if len({known[name] for name in found}) < len(found):
             raise InputError("two adapters are on one layer, which has two names: expected one of them")
-        low = _read_norms(found, known, parts) if kind == "LN_TUNING" else _read_adapters(kind, found, known, config, parts, params)
+        low = (
+            _read_norms(found, known, parts)
+            if kind == "LN_TUNING"
+            else _read_adapters(kind, found, known, config, parts, params)
+        )
         tuned, copied = read_tuned(plain, known, config, parts, params)
         adapters = one_table(low | fused_as(tuned, params), copied, params)
     except InputError as err:
@@ -357,7 +362,13 @@ def _read_adapters(
         whole = interleave_heads(read(name, tensors), module, back=True)
         split: dict[str, Any] = {"": whole}
         if "" in module_parts or (len(module.parts) > 1 and module.parts[0] in weights):  # q, k and v in one over three
-            split = unstack_qkv(whole, module_parts) if module_parts else split_qkv(whole) if isinstance(whole, IA3) else split
+            split = (
+                unstack_qkv(whole, module_parts)
+                if module_parts
+                else split_qkv(whole)
+                if isinstance(whole, IA3)
+                else split
+            )
         elif module_parts and not isinstance(whole, IA3):
             split = {"": trim_rank(whole, total_rank(module_parts))}
         adapters |= {module.path.removesuffix("qkv") + x if x else module.path: part for x, part in split.items()}
@@ -422,5 +433,7 @@ def _read_norms(
             raise InputError(f"metadata {PARTS_KEY} names {shown(lost[0])} of {name}; expected w or b")
         if not module.norm:  # a Conv1D's weight is transposed, and may be square
             raise InputError(f"{name} is no norm of this model")
-        adapters |= {f"{module.path}.{leaf}": tensors[x] for x, leaf in LEAVES.items() if leaf in tuned_leaves and x in tensors}
+        adapters |= {
+            f"{module.path}.{leaf}": tensors[x] for x, leaf in LEAVES.items() if leaf in tuned_leaves and x in tensors
+        }
     return adapters

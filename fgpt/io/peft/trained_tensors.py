@@ -76,10 +76,14 @@ def pack_tuned(
         by_option = ["bias"] if "bias" in chosen and covered.issuperset(paths["bias"]) else []
         below = ".base_layer" if m in adapted else ""
         if below and "bias" in chosen and not by_option:
-            raise InputError(_no_place_message(f"{m.path}.b", "a bias below an adapter, without those of all the others"))
+            raise InputError(
+                _no_place_message(f"{m.path}.b", "a bias below an adapter, without those of all the others")
+            )
         if not below and chosen != by_option:
             saved.append(m.name)
-            tuned_leaves |= {p: base[p].float() for e in has if e not in chosen and (m.norm or e == "bias") for p in paths[e]}
+            tuned_leaves |= {
+                p: base[p].float() for e in has if e not in chosen and (m.norm or e == "bias") for p in paths[e]
+            }
             if chosen != has:
                 parts[m.name] = {LEAVES[e]: [] for e in chosen}
         for e in has if m.name in saved else chosen:
@@ -87,7 +91,9 @@ def pack_tuned(
                 part = next(p for e in chosen for p in paths[e] if p in tuned_leaves)
                 raise InputError(_no_place_message(part, f"a part of {m.name}, without {missing[0]}"))
             tensors[f"{m.name}{below}.{e}"] = join_heads([tuned_leaves[p] for p in paths[e]], m.tensor_mapping(e))
-    return TunedTensors(tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), parts)
+    return TunedTensors(
+        tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), parts
+    )
 
 
 def _no_place_message(path: str, what: str) -> str:
@@ -135,7 +141,9 @@ def read_tuned(
             continue
         m, ending = known[match["module"]], match["ending"]
         trained = _is_trained(m, match["where"], ending, config)
-        tuned_leaves = LEAVES.values() if match["where"] == "base_layer" else parts.get(match["module"], LEAVES.values())
+        tuned_leaves = (
+            LEAVES.values() if match["where"] == "base_layer" else parts.get(match["module"], LEAVES.values())
+        )
         if lost := [leaf for leaf in tuned_leaves if leaf not in LEAVES.values()]:
             raise InputError(f"the metadata names {shown(lost[0])} of {m.name}; expected w or b")
         copied |= trained and m.path == "wte"
