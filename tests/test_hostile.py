@@ -837,7 +837,7 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             ):
                 if name in ("num_key_value_heads", "head_dim") and said["model_type"] != "llama":
                     continue
-                if ours == "context" and isinstance(cfg.rope_scaling, DynamicScaling):
+                if ours == "n_ctx" and isinstance(cfg.rope_scaling, DynamicScaling):
                     continue
                 assert getattr(cfg, ours) == said[name], name
                 assert type(getattr(cfg, ours)) in (type(said[name]), float), name
@@ -1430,7 +1430,7 @@ def test_codes_that_are_taken_for_scales(tmp_path: Path):
     state = json.loads(bytes(tensors[name].tolist()))
     plain = {key: x for key, x in state.items() if "nested" not in key}
     save_file(tensors | {name: packed(json.dumps(plain))}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"absmax: expected float32, as its state tells of no nested ones, got uint8"):
+    with pytest.raises(InputError, match=r"absmax: expected float32, as its state has no nested scales, got uint8"):
         fgpt.load(str(tmp_path))
 
 

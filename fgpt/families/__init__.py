@@ -27,7 +27,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
 def family_of(cfg: Config) -> Family:
     """The family that a config of ours belongs to: the one that gives it back.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     for family in FAMILIES:
         try:

@@ -18,17 +18,15 @@ the memory with the names of layers, or overflow the size of a tensor.
 
 
 def require_positive_ints(config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises InputError where one of `names` is missing or no whole number from 1 to MOST."""
+    """Raises InputError if one of `names` is missing or no integer from 1 to MAX_SIZE."""
     bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MAX_SIZE]
     if bad:
         got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
-        raise InputError(
-            f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}"
-        )
+        raise InputError(f"config.json: expected integers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}")
 
 
 def optional_size(config: Mapping[str, Any], name: str, default: int) -> int:
-    """A size that a config may leave out, or as null or 0 to its default. Raises InputError as `whole_numbers` does."""
+    """A size, or `default` if the field is missing, null or 0. Raises InputError as `require_positive_ints` does."""
     if name not in config or config[name] in (None, 0):
         return default
     require_positive_ints(config, [name])
@@ -59,27 +57,27 @@ LLAMA_SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "n_ctx",
 }
-"""A hub's names of sizes, and ours, in the families since GPT-NeoX."""
+"""Hugging Face's names of sizes, and ours, in the families since GPT-NeoX."""
 
 
 def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does, and for more than
-    DEEPEST layers.
+    """The sizes that a config must have, by our names. Raises InputError as `require_positive_ints` does, and for more
+    than MAX_LAYERS layers.
     """
     require_positive_ints(config, names)
-    found = {ours: config[theirs] for theirs, ours in names.items()}
+    found = {ours: config[hub] for hub, ours in names.items()}
     if found["n_layer"] > MAX_LAYERS:
         raise InputError(f"config.json: expected at most {MAX_LAYERS} layers, got {found['n_layer']}")
     return found
 
 
 def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
-    """`sizes` undone."""
-    return {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
+    """The inverse of `sizes`."""
+    return {hub: getattr(cfg, ours) for hub, ours in names.items()}
 
 
 def require_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
+    """Raises InputError if a field has another value than the one we compute with, which an absent one has too."""
     for name, value in values.items():
         if config.get(name, value) != value:
             raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
@@ -98,11 +96,11 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
 }
-"""The hub's names of activations, and ours: those of one function differ in their rounding alone."""
+"""Hugging Face's names of activations, and ours. Names of one function differ only in their rounding."""
 
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
-    """Our name of the activation that a config has. Raises InputError for one that we do not compute."""
+    """Our name of the activation that a config has. Raises InputError for has a value that is not supported."""
     found = config.get(name, default)
     if not isinstance(found, str) or found not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -111,20 +109,24 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
 
 
 def activation_to_hf(cfg: Config) -> str:
-    """The hub's first name of our activation."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
+    """Hugging Face's first name of our activation."""
+    return next(hub for hub, ours in ACTIVATIONS.items() if ours == cfg.activation)
 
 
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""The fields of Llama 3's scaling, as our `stretch` has them."""
+"""The fields of Llama 3's scaling, in the order of `rope_scaling` in our config."""
 
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[str, Any]:
-    """The `base`, `stretch` and `context` of our config, of what old and new configs say of rotary positions; of the
-    `sizes` that it has by our names, and the `dim` components that are rotated.
+    """The `rope_theta`, `rope_scaling` and `n_ctx` of our config, from the fields of old and new configs.
+
+    Args:
+        config: the fields of a `config.json`.
+        sizes: the sizes of the config by our names; of them, `n_ctx` is read.
+        dim: number of rotated components of a head.
 
     Raises InputError for a scaling that we do not compute.
     """
@@ -148,16 +150,16 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
     elif kind == "yarn":
         rope_scaling = _yarn(config, scaling, context)
         if base <= 1 or dim < 2:
-            raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
+            raise InputError(f"config.json: yarn needs rope_theta above 1 and rotated pairs, got {base} and {dim}")
         try:
             rope_scaling.divided(dim, base)
         except (ValueError, OverflowError):
-            raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
+            raise InputError(f"config.json: the values of yarn are too far apart: {shown(dict(scaling))}") from None
     elif kind == "dynamic":
         rope_scaling = DynamicScaling(_positive(scaling, "factor"), context)
         if rope_scaling.factor < 1 or rope_scaling.factor * context > MAX_SIZE or dim <= 2:
             raise InputError(
-                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MAX_SIZE} positions, and 4 rotated "
+                f"config.json: a dynamic rope needs a factor of 1 or more, up to {MAX_SIZE} positions, and 4 rotated "
                 f"components or more; got {rope_scaling.factor}, {context} positions and {dim} components"
             )
         context = int(rope_scaling.factor * context)
@@ -191,7 +193,7 @@ def _optional_positive(fields: Mapping[str, Any], name: str) -> float | None:
 
 
 def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of rotary positions in a field of its own. Raises InputError where it is no object."""
+    """The fields of a config's rope_parameters or rope_scaling. Raises InputError if they are no object."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
         raise InputError(f"config.json: rope_scaling={shown(found)} is not supported, expected its fields")
@@ -205,7 +207,7 @@ def _positive(config: Mapping[str, Any], name: str, default: float = 0.0) -> flo
 
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:
-    """`rope` undone, as old and new readers know it."""
+    """The inverse of `rope`, in fields that old and new readers know."""
     if (stretch := cfg.rope_scaling) is None:
         scaling = None
     elif isinstance(stretch, YarnScaling):

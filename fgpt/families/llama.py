@@ -49,7 +49,10 @@ LAYERS = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    """Our config of a Hugging Face `config.json`.
+
+    Raises InputError if a field is missing, or has a value that is not supported.
+    """
     found = sizes(config, LLAMA_SIZES)
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
     if kind == "qwen2":
@@ -84,7 +87,7 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
     """The `sliding_window` and `full_layers` of our config. A Llama has none, the layers of a Mistral all do, and those
     of a Qwen from one on, or as layer_types has them.
 
-    Raises InputError where the fields do not fit one another.
+    Raises InputError if the fields do not fit one another.
     """
     slides = {"llama": False, "mistral": True}.get(kind) or flag(config, "use_sliding_window", False)
     found = config.get("sliding_window", 4096) if slides else None
@@ -111,19 +114,23 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
 
 
 def window_to_hf(cfg: Config, kind: str) -> dict[str, Any]:
-    """`window` undone."""
+    """The inverse of `window`."""
     if cfg.sliding_window is None:
         return {}
     if kind == "mistral":
         return {"sliding_window": cfg.sliding_window}
     types = [FULL if i in cfg.full_layers else SLIDING for i in range(cfg.n_layer)]
     first = types.index(SLIDING) if SLIDING in types else cfg.n_layer
-    own = {"use_sliding_window": True, "sliding_window": cfg.sliding_window, "max_window_layers": first}
-    return own | {"layer_types": types}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": cfg.sliding_window,
+        "max_window_layers": first,
+        "layer_types": types,
+    }
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     other = "llama" if cfg.sliding_window is None else "mistral"
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == "q k v" else other
     config = {
@@ -144,11 +151,11 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 
 
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
+    """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_tokens.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
     return found + layer_mappings({"ln_f": "norm"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 

@@ -1,7 +1,7 @@
 """What all families share: a hub's tensors and our leaves, by a table of names.
 
 A family is such a table, and its config both ways. The sizes come from our own tree: a leaf has the shape that
-`skeleton` gives it, and a tensor of the hub's the shape that its leaves make up.
+`abstract_params` gives it, and a tensor of Hugging Face's the shape that its leaves make up.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -20,7 +20,7 @@ from fgpt.weights import Adapted, shape
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for: its shape, where that can be told before, and how to read it."""
+    """A tensor that is not read yet: its shape, if that is known before, and the function that reads it."""
 
     shape: tuple[int, ...] | None
     read: Callable[[], Tensor | Quantized]
@@ -28,26 +28,26 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A tensor of the hub's, and the leaves of ours that it holds, as rows one after the other."""
+    """A tensor of Hugging Face's model, and our leaves in it, whose rows are concatenated."""
 
     name: str
     paths: tuple[str, ...]
     transposed: bool = False
-    """[in, out]. One that was quantized on the way to the hub was transposed before, and is [out, in]."""
+    """Stored as [in, out]. A quantized one was transposed before, and is [out, in]."""
     heads: int = 0
-    """Above 0 the leaves take turns, head by head."""
+    """If above 0, the rows of the leaves are interleaved, head by head."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a file of this package says of its models."""
+    """A family of models: its config both ways, and its table of tensors."""
 
     model_types: tuple[str, ...]
-    """What config.json calls them."""
+    """The values of model_type in config.json."""
     prefix: str
-    """Before the names of all tensors but the head's, where a file has the head."""
+    """Prefix of all tensor names but the head's, in a file with a head."""
     buffers: tuple[str, ...]
-    """Endings of tensors that are no parameters."""
+    """Suffixes of tensors that are no parameters."""
     config_from_hf: Callable[[Mapping[str, Any]], Config]
     config_to_hf: Callable[[Config], dict[str, Any]]
     tensor_mappings: Callable[[Config], list[TensorMapping]]
@@ -68,8 +68,8 @@ def one_to_one(names: Mapping[str, str]) -> list[TensorMapping]:
 def layer_mappings(names: Mapping[str, str], bare: Container[str]) -> list[TensorMapping]:
     """The same for {our layer: the hub's module}: weight and bias of each, where they are among `bare`, our leaves."""
     pairs = (
-        (f"{ours}.{leaf}", f"{theirs}.{ending}")
-        for ours, theirs in names.items()
+        (f"{ours}.{leaf}", f"{hub}.{ending}")
+        for ours, hub in names.items()
         for leaf, ending in (("w", "weight"), ("b", "bias"))
     )
     return one_to_one({path: name for path, name in pairs if path in bare})
@@ -84,7 +84,7 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
     Where the config says that head and embedding are one, and the tensors are two that differ (the head was trained by
     itself, and merged), they are two. An equal head is left out, and one alone stands for the embedding.
 
-    Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
+    Raises InputError if a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
     """
     bare_tensors = _without_prefix(tensors, family)
     if not cfg.tie_word_embeddings:
@@ -107,11 +107,12 @@ def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, plac
     are views: no copy is made.
 
     A quantized product of q, k and v is split where its blocks, and the blocks of quantized scales, end between them
-    (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
+    (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as in
+    `fuse_qkv`.
 
     `held` and `cfg` are those of `parameters`.
 
-    Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
+    Raises InputError if a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantized one.
     """
     bare, table = abstract_params(cfg), {s.name: s for s in family.tensor_mappings(cfg)}
@@ -122,7 +123,7 @@ def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, plac
     ) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
         x, size = tensors[s.name].read(), sizes[s.name]
         _check_shape(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
-        if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
+        if isinstance(x, Tensor) and not x.is_floating_point():  # integers would be codes of an unknown format
             raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
         parts = split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
@@ -142,7 +143,7 @@ def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, plac
 def _without_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
     """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
 
-    Raises InputError where a tensor is there by both names.
+    Raises InputError if a tensor is there by both names.
     """
     names = [name for name in tensors if not name.endswith(family.buffers)]
     bare = {name.removeprefix(family.prefix): tensors[name] for name in names}
@@ -153,7 +154,7 @@ def _without_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> dict[s
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two matrices are of the same numbers; a quantized one equals none."""
+    """Whether two matrices have equal elements; False if one is quantized."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     wide = torch.promote_types(a.dtype, b.dtype)
@@ -163,7 +164,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _check_shapes(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the family has under a config.
 
-    Raises InputError where one is missing, surplus, or of another shape.
+    Raises InputError if one is missing, surplus, or of another shape.
     """
     table = {s.name: s for s in family.tensor_mappings(cfg)}
     if missing := [name for name in table if name not in tensors]:
@@ -260,7 +261,7 @@ def is_head(name: str) -> bool:
 
 
 def check_params(params: GPT) -> None:
-    """Raises InputError where a part of `params` has not the size that its config gives it."""
+    """Raises InputError if a part of `params` has not the size that its config gives it."""
     cfg = params.cfg
     bare = abstract_params(cfg)
     want: dict[str, Any] = {path: x for path, x in walk(bare) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}

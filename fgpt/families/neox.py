@@ -32,16 +32,23 @@ LAYERS = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    """Our config of a Hugging Face `config.json`.
+
+    Raises InputError if a field is missing, or has a value that is not supported.
+    """
     found = sizes(config, LLAMA_SIZES)
     require_values(config, {"attention_bias": True})
-    of_head = config["hidden_size"] // config["num_attention_heads"]
+    d_head = config["hidden_size"] // config["num_attention_heads"]
     scaling = rope_fields(config)
-    own = "partial_rotary_factor" in scaling
-    part = number(scaling, "partial_rotary_factor", 0.25) if own else number(config, "rotary_pct", 0.25)
-    if not 0 < part <= 1:
-        raise InputError(f"config.json: expected a part of each head for rotary_pct, above 0 up to 1, got {part}")
-    rotary = int(of_head * part)
+    if "partial_rotary_factor" in scaling:
+        fraction = number(scaling, "partial_rotary_factor", 0.25)
+    else:
+        fraction = number(config, "rotary_pct", 0.25)
+    if not 0 < fraction <= 1:
+        raise InputError(
+            f"config.json: expected a fraction of each head for rotary_pct, above 0 up to 1, got {fraction}"
+        )
+    rotary = int(d_head * fraction)
     fields: dict[str, Any] = found | rope(config, found, rotary)
     return Config(
         **fields,
@@ -54,7 +61,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     scaling = rope_to_hf(cfg)
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -71,11 +78,11 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 
 
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
+    """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_in.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
         for leaf, ending in (("w", "weight"), ("b", "bias")):
             parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
             found.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))

@@ -30,7 +30,7 @@ Files = Mapping[str, bytes | str]
 def with_head(body: GPT, score: Any, place: Place) -> GPT:
     """`body`, which has no head, with the head of classes that a file holds, as `place` casts it.
 
-    Raises InputError where that is none.
+    Raises InputError if that is none.
     """
     if not isinstance(score, Tensor) or not score.is_floating_point() or score.ndim != 2:
         raise InputError("tensor score.weight: expected a matrix of a floating dtype, [classes, d_model]")
@@ -48,7 +48,7 @@ def to_hf_classifier(
     Raises InputError for a classifier over quantized weights, or labels that are not one for each class.
     """
     if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
-        raise InputError('a classifier over quantized weights has no such format: merge(params, onto="dequantized")')
+        raise InputError('a classifier over quantized weights has no such format: merge(params, base="dequantized")')
     more = _labels(config, num_classes(params) or 0, labels)
     if FILE not in files:
         return params, files, more

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and readers whose errors name the file."""
+"""Atomic writes of files and folders, and JSON and text files, read with errors that name the file."""
 
 import json
 import os
@@ -23,9 +23,9 @@ def to_utf8(text: str) -> bytes:
 
 def write(path: Path, *data: bytes | memoryview | str) -> None:
     """Write `data`, part after part, to a temporary name in the same folder, flush it to disk, and rename it to `path`.
-    Where `path` is a symbolic link, the link is replaced, and not what it points to. Text is written as `encoded` says.
+    If `path` is a symbolic link, the link is replaced, not its target. Text is written as `encoded` says.
 
-    Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
+    Raises InputError if the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
     temporary = None
     try:
@@ -53,7 +53,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     a reader finds the old files, or the new, and never some of each. Where `path` is a symbolic link, the link is
     replaced, and not what it points to.
 
-    Raises InputError where the disk is full or the folder cannot be written; an older `path` then stays as it was.
+    Raises InputError if the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
     try:
         _make_parent(path)
@@ -175,7 +175,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises InputError where the file is missing or is not JSON."""
+    """Raises InputError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as err:
@@ -187,7 +187,7 @@ def read_json(path: Path) -> Any:
 def read_text(path: Path) -> str:
     """A text, as it is but for a byte order mark, of a file, or where that is - of what is piped in.
 
-    Raises InputError where there is none, or it is not in UTF-8.
+    Raises InputError if there is none, or it is not in UTF-8.
     """
     try:
         text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")

@@ -86,7 +86,7 @@ def open_gguf(path: Path) -> GGUF:
 
 
 def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
-    """Raises InputError where the tensors are not just those that the metadata speak of."""
+    """Raises InputError if the tensors are not just those that the metadata speak of."""
     expected = {source.name: (hub, source.file_shape) for hub, source in sources.items()}
     for name, (hub, shape) in expected.items():
         if name not in file.entries:

@@ -1,7 +1,7 @@
 """GGUF's container: what a file says of itself, and where each of its tensors lies.
 
-The header is read here and not by `gguf.GGUFReader`, which takes the counts in it on trust: a spoiled count has it loop
-over nothing for hours. Here a count, a length or an offset that the rest of the file cannot hold is an error before
+The header is read here and not by `gguf.GGUFReader`, which takes the counts in it on trust: a corrupt count has it loop
+for hours over nothing. Here a count, a length or an offset that the rest of the file cannot hold is an error before
 anything of that size is made. Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
@@ -24,14 +24,14 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 """The type numbers of plain values, as `struct` names them."""
 STRING, ARRAY = 8, 9
 MAX_COUNTS = {"keys": 1 << 16, "tensors": 1 << 20, "bytes of a name": 1 << 16, "elements of a list": 1 << 24}
-"""Far above what any model has: past it, a header is spoiled though the file could hold it."""
+"""Far above what any model has: above it a header is corrupt, even if the file could hold it."""
 
 MAX_NAME_LENGTH = 500
 """Far above any name, of a key or a tensor."""
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are read as they are."""
 CHUNK = 1 << 20
-"""So many numbers are expanded at a time: of a large table, only the result is held whole."""
+"""Elements that are dequantized at a time: of a large table, only the result is in memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Container:
 def read_header(path: Path) -> Container:
     """The header of a GGUF file.
 
-    Raises InputError where the file is missing, is no GGUF, is cut short, or holds what cannot be read.
+    Raises InputError if the file is missing, is no GGUF, is cut short, or holds what cannot be read.
     """
     with _open(path) as file:
         size = file.seek(0, 2)
@@ -82,7 +82,7 @@ def read_header(path: Path) -> Container:
 def read_tensor(path: Path, entry: Entry) -> Tensor:
     """A tensor of the file, on its own memory: quantized types as fp32, others as they are.
 
-    Raises InputError where the file has become shorter.
+    Raises InputError if the file has become shorter.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -102,7 +102,7 @@ def read_tensor(path: Path, entry: Entry) -> Tensor:
             data = file.read(len(chunk) * width)
             if len(data) != len(chunk) * width:
                 raise _shrunk_error(path)
-            with np.errstate(all="ignore"):  # a spoiled scale may be infinite
+            with np.errstate(all="ignore"):  # a corrupt scale may be infinite
                 chunk.copy_(torch.from_numpy(dequantize(np.frombuffer(data, np.uint8).reshape(-1, width), kind)))
     return out
 
@@ -157,7 +157,7 @@ class _Header:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def check_count(self, count: int, of: str, least: int) -> int:
-        """`count`, where so many things of `least` bytes or more can follow."""
+        """`count`, if the rest of the file can hold `count` items of `least` bytes or more."""
         if count > MAX_COUNTS.get(of, self.size) or count * least > self.size - self.file.tell():
             raise self.error(f"it tells of {count:,} {of} at byte {self.file.tell():,} of {self.size:,}")
         return count

@@ -62,7 +62,7 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
     What the cache holds of a hub's model is completed. Where the hub cannot be reached, a config and weights will do,
     and if a `tokenizer` is wanted, its files.
 
-    Raises InputError where there is none, or a part of it is neither in the cache nor to be had from the hub.
+    Raises InputError if there is none, or a part of it is neither in the cache nor to be had from the hub.
     """
     name = os.fspath(name)
     if name in EMBEDDED:
@@ -83,7 +83,7 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
 def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
     """The folder of a hub repository's model in the cache; what the cache lacks of it is fetched.
 
-    Raises InputError as `find` does, whose remedy is `other`.
+    Raises InputError as `resolve` does; `other` is the fix that its message names.
     """
     from huggingface_hub.errors import HFValidationError  # here, because importing it takes longer than importing fgpt
 
@@ -219,7 +219,7 @@ def load(
     `quantize` quantizes as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
 
     A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
-    of scales lies across two of them (see `families.names.from_hf`).
+    of scales lies across two of them (see `families.mapping.from_hf`).
 
     Raises InputError for a folder that is not a whole model of a known architecture.
     """
@@ -260,7 +260,7 @@ def _dtype_of_config(config: Mapping[str, Any]) -> torch.dtype | None:
 def _tensors(source: _Source) -> tuple[Path, dict[str, mapping.LazyTensor]]:
     """The tensors of a model, and the file that they are in, or the folder of several.
 
-    Raises InputError where there are none, or one is in two files.
+    Raises InputError if there are none, or one is in two files.
     """
     if source.file:
         return source.path, {
@@ -284,8 +284,9 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
             raise InputError(f"expected a GPT, got {type(params).__name__}")
         if params.cfg != cfg:
             odd = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(params.cfg, f.name)]
-            said, own = (", ".join(f"{name}={getattr(c, name)!r}" for name in odd) for c in (cfg, params.cfg))
-            raise InputError(f"is a model of {own}, but {CONFIG} says {said}")
+            stored = ", ".join(f"{name}={getattr(params.cfg, name)!r}" for name in odd)
+            expected = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in odd)
+            raise InputError(f"is a model of {stored}, but {CONFIG} says {expected}")
         mapping.check_params(params)
     except InputError as err:
         raise InputError(f"{folder / TREE}: {err}") from None
@@ -293,11 +294,11 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 
 
 def _cast(params: GPT, dtype: torch.dtype) -> GPT:
-    quantized_leaves = {path: x for path, x in walk(params) if isinstance(x, QUANTIZED)}
-    # of a weight and its quantized scales, `update` takes the weight: scales stay fp32
-    return astype(
-        replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in quantized_leaves.items()}), dtype
-    )
+    quantized_leaves = {
+        path: dataclasses.replace(x, dtype=dtype) for path, x in walk(params) if isinstance(x, QUANTIZED)
+    }
+    # of a weight and its quantized scales, `replace_at` takes the weight: scales stay fp32
+    return astype(replace_at(params, quantized_leaves), dtype)
 
 
 def save(

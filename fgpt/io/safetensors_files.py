@@ -44,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose name `keep` accepts.
 
-    Raises InputError where the file is missing, truncated or malformed.
+    Raises InputError if the file is missing, truncated or malformed.
     """
     with _open_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
@@ -53,7 +53,7 @@ def read_tensors(path: Path, keep: Callable[[str], bool] = lambda _: True) -> di
 def shards(folder: Path, weights: str) -> list[Path]:
     """The safetensors files of a model: `weights` itself, or those that `weights`.index.json lists.
 
-    Raises InputError where the index names a file that is not there.
+    Raises InputError if the index names a file that is not there.
     """
     index = folder / f"{weights}.index.json"
     if (folder / weights).exists() or not index.exists():
@@ -67,7 +67,7 @@ def shards(folder: Path, weights: str) -> list[Path]:
 
 
 def shard_names(folder: Path, weights: str) -> list[str]:
-    """The files that `weights`.index.json lists. Raises InputError where it is no index."""
+    """The files that `weights`.index.json lists. Raises InputError if it is no index."""
     index = folder / f"{weights}.index.json"
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -84,7 +84,7 @@ def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, each to be read when it is asked for, into memory of its own: a mapped file
     would count as memory as far as it was read.
 
-    Raises InputError where the file is missing, truncated or malformed, before anything is read.
+    Raises InputError if the file is missing, truncated or malformed, before anything is read.
     """
     with _open_safetensors(path) as file:  # its header is whole and consistent, and the file as long as it says
         names = list(file.keys())

@@ -195,7 +195,7 @@ def _rope_scaling(values: Any) -> Any:
 def check_quantized(w: Quantized, name: str) -> None:
     """What the fields of a quantized weight owe each other, beyond what its class declares.
 
-    Raises InputError where codes and scales do not belong together.
+    Raises InputError if codes and scales do not belong together.
     """
     if any(x.is_floating_point() and x.dtype != torch.float32 for x in leaves(w).values()):
         raise InputError(f"{name}: scales and code of a quantized weight are float32")
@@ -232,7 +232,7 @@ def save_adapters(adapters: Adapters, path: StrPath) -> None:
 def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
-    Raises InputError where the file holds something else, or what does not fit `params`.
+    Raises InputError if the file holds something else, or what does not fit `params`.
     """
     path = Path(path)
     adapters = read_tree(path)
@@ -243,7 +243,7 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
 
 def check_fits(adapters: Adapters, params: Any, source: Path) -> Adapters:
     """`adapters` from a file, on the device of `params` (those without storage say what fits, and leave them where they
-    are). Raises InputError where they do not fit.
+    are). Raises InputError if they do not fit.
     """
     at = device(params)
     if at.type != "meta":

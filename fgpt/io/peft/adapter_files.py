@@ -6,9 +6,9 @@ LORA        LoRA, or DoRA            lora_A [rank, in], lora_B [out, rank], lora
 IA3         IA3                      ia3_l: [out, 1] scales outputs, [1, in] the inputs of a feedforward module
 LN_TUNING   tensors of norms         weight and, but for an RMSNorm, bias: the whole norm
 
-A folder is of one type, and beside it may hold whole modules and biases (`peft_tuned`). Every module of a LoRA has one
-rank and one scale, lora_alpha / r, so that readers which know no more of the config read the same (`peft_stack`). Of a
-classifier the task is SEQ_CLS, and the head `score` is a module. What PEFT cannot hold, `save_adapters` keeps.
+A folder is of one type, and beside it may hold whole modules and biases (`trained_tensors`). Every module of a LoRA has
+one rank and one scale, lora_alpha / r, so that readers that know no more of the config read the same (`qkv_stacking`).
+The task of a classifier is SEQ_CLS, and its head `score` is a module. What PEFT cannot hold, `save_adapters` keeps.
 """
 
 import json
@@ -143,7 +143,9 @@ def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict
                 f"PEFT has no place for {type(x).__name__} on {path}{why}: save_adapters(adapters, path) keeps it"
             )
         if isinstance(x, LoRA) and x.scaling is not None:
-            raise InputError(f"the LoRA at {path} is of a stack: save what unstack(stacked) gives, each on its own")
+            raise InputError(
+                f"the LoRA at {path} is of a stack: save each adapter of unstack_adapters(stacked) on its own"
+            )
         parts.setdefault(m, {})["" if path == m.path else path[-1]] = x
     return parts
 
@@ -227,9 +229,9 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
     partial: dict[str, StackedParts] = {}
     for m, chosen in norms.items():
         has = {leaf: ending for ending, leaf in LEAVES.items() if f"{m.path}.{leaf}" in base}  # an RMSNorm has no bias
-        for leaf, theirs in has.items():
+        for leaf, ending in has.items():
             path = f"{m.path}.{leaf}"
-            tensors[f"{m.name}.ln_tuning_layers.{theirs}"] = tuned[path] if path in tuned else base[path].float()
+            tensors[f"{m.name}.ln_tuning_layers.{ending}"] = tuned[path] if path in tuned else base[path].float()
         if len(chosen) < len(has):
             partial[m.name] = {leaf: [] for leaf in chosen}
     rest = {path: x for path, x in tuned.items() if path.rpartition(".")[0] not in {m.path for m in norms}}
@@ -245,13 +247,14 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, and tuned leaves.
 
     A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
-    base: `load_peft(folder, fuse(params))`; one that we stacked is unstacked on a base that is not fused, and IA3 on
-    such a module becomes IA3 on q, on k and on v there.
+    base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3
+    on     such a module becomes IA3 on q, on k and on v there.
 
     An adapter of the embedding or the head of a tied model is of that side alone. Where it is the embedding's, the head
     keeps the base's table as a leaf of the adapters, but not over `params.untied()`, which has a head of its own.
 
-    The adapters of a classifier want one of as many classes, `load_peft(folder, classifier(params, n, key))`.
+    The adapters of a classifier need a model of as many classes:
+    `load_peft(folder, with_classification_head(params, n, key))`.
 
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
     """
@@ -289,7 +292,7 @@ def _check_head(tensors: Mapping[str, Tensor], params: GPT) -> None:
         match = KEY.fullmatch(name.removeprefix(PREFIX))
         if match is None or match["module"] != SCORE or x.ndim != 2 or len(x) == num_classes(params):
             continue
-        reads = f"load_peft(folder, classifier(params, {len(x)}, key)) reads it"
+        reads = f"load_peft(folder, with_classification_head(params, {len(x)}, key)) reads it"
         raise InputError(f"it adapts a classifier of {len(x)} classes: {reads}")
 
 

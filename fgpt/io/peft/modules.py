@@ -42,7 +42,7 @@ class Module:
 def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
     """The modules of a model, with the head of a classifier where it has `classes`.
 
-    Raises InputError where no family of the hub's has it.
+    Raises InputError if no family of the hub's has it.
     """
     try:
         family = families.family_of(cfg)

@@ -78,7 +78,7 @@ def stacked_parts(parts: Mapping[str, LoRA | DoRA | IA3]) -> StackedParts:
 def unstack_qkv(whole: S, parts: StackedParts) -> dict[str, S]:
     """The adapters that were stacked, padded or rescaled.
 
-    Raises InputError where `parts` is not what was kept of them.
+    Raises InputError if `parts` is not what was kept of them.
     """
     if isinstance(whole, IA3):
         return {x: p for x, p in split_qkv(whole).items() if x in parts}
@@ -101,7 +101,7 @@ def unstack_qkv(whole: S, parts: StackedParts) -> dict[str, S]:
 
 
 def trim_rank(whole: S, rank: int) -> S:
-    """A LoRA without the zeros that it was padded with. Raises InputError where there is something else."""
+    """A LoRA without the zeros that it was padded with. Raises InputError if there is something else."""
     lora: Any = whole.lora if isinstance(whole, DoRA) else whole
     if rank == len(lora.a):
         return whole
@@ -114,7 +114,7 @@ def trim_rank(whole: S, rank: int) -> S:
 
 def total_rank(parts: StackedParts) -> int:
     """The rank of all that was stacked. Raises InputError as `unstack` does."""
-    return sum(_parse_part(x, kept, False)[0] for x, kept in parts.items())
+    return sum(_parse_part(x, fields, False)[0] for x, fields in parts.items())
 
 
 def _parse_part(part: str, fields: Any, rs: bool) -> tuple[int, float, bool]:
@@ -137,15 +137,15 @@ def interleave_heads(x: S, module: Module, back: bool = False) -> S:
     """`x`, whose rows are q's, then k's, then v's, with the rows as `module` has them; or `back`. To the bit."""
     sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
-    def turned(rows: Tensor) -> Tensor:
+    def reorder(rows: Tensor) -> Tensor:
         each, rest = divmod(len(rows), sizes[0] * sizes[1])  # where some are left, `adapt` says that they do not fit
         return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
 
-    return replace_at(x, {name: turned(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
+    return replace_at(x, {name: reorder(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
 
 
 def dropout_of(loras: Iterable[LoRA]) -> float:
-    """The dropout that all of `loras` have. Raises InputError where they have several."""
+    """The dropout that all of `loras` have. Raises InputError if they have several."""
     found = {x.dropout for x in loras}
     if len(found) > 1:
         raise InputError("LoRAs of unequal dropout: PEFT has one for all; save_adapters(adapters, path) keeps them")
