@@ -510,11 +510,11 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
     ("name", "changes", "says"),
     [
         ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
-        ("llama", {"hidden_size": None}, "expected whole numbers above 0 for hidden_size"),
-        ("llama", {"vocab_size": -3}, "expected whole numbers above 0 for vocab_size"),
+        ("llama", {"hidden_size": None}, "expected integers above 0 for hidden_size"),
+        ("llama", {"vocab_size": -3}, "expected integers above 0 for vocab_size"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act='relu6' is not supported, expected one of gelu_new"),
         ("llama", {"rope_parameters": {"rope_type": "su"}}, "rope_type='su' is not supported, expected one of default"),
-        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn wants rope_theta above 1"),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn needs rope_theta above 1"),
         ("llama", {"rope_parameters": YARN | {"beta_fast": "32"}}, "a number from 0 to 1e15 for beta_fast, got '32'"),
         ("llama", {"rope_parameters": {"type": "dynamic"}}, "of type 'dynamic' lacks a number for 'factor'"),
         ("llama", {"rope_parameters": {"type": "dynamic", "factor": 0.5}}, "wants a factor of 1 or more"),
@@ -530,7 +530,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         (
             "qwen2",
             {"layer_types": ["sliding_attention"] * 2},
-            "layer_types other than 'full_attention' want a sliding_w",
+            "layer_types other than 'full_attention' need a sliding_w",
         ),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* one for each of 2 layers, are not supported"),
         (
@@ -538,7 +538,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
             {"layer_types": ["linear_attention"] * 2},
             "layer_types other than 'full_attention' and 'sliding_att",
         ),
-        ("mistral", {"sliding_window": 0}, "expected whole numbers above 0 for sliding_window"),
+        ("mistral", {"sliding_window": 0}, "expected integers above 0 for sliding_window"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "not supported in a Mistral that has a window"),
         ("gptj", {"rotary_dim": 7}, "7 rotated components of a head of 16"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),

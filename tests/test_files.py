@@ -236,7 +236,7 @@ def test_any_union_of_adapters_comes_back_bit_by_bit(tmp_path: Path):
         fgpt.load_adapters(tmp_path / "fgpt.safetensors", params)
 
 
-# ------------------------------------------------------------------------------------------------------- spoiled files
+# ------------------------------------------------------------------------------------------------------- corrupt files
 
 Q, K = "blocks.0.attn.q", "blocks.0.attn.k"
 Edit = Callable[[dict[str, Tensor], Any], Any]

@@ -1,4 +1,4 @@
-"""Fields of a hub's `config.json`, each checked when it is read: sizes, numbers, flags, activations and RoPE.
+"""Fields of a Hugging Face `config.json`, each checked when it is read: sizes, numbers, flags, activations and RoPE.
 
 A field that asks for what we do not compute is an error, never a silent default.
 """
@@ -131,8 +131,8 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
     Raises InputError for a scaling that we do not compute.
     """
     scaling, context = rope_fields(config), sizes["n_ctx"]
-    where = scaling if "rope_theta" in scaling else config
-    base = _positive(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
+    fields = scaling if "rope_theta" in scaling else config
+    base = _positive(fields, "rope_theta" if "rope_theta" in fields else "rotary_emb_base", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
@@ -188,7 +188,7 @@ def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -
 
 
 def _optional_positive(fields: Mapping[str, Any], name: str) -> float | None:
-    """A number above 0, or None where it is left out, null or 0."""
+    """A number above 0, or None if it is missing, null or 0."""
     return None if fields.get(name) is None else number(fields, name, 0.0) or None
 
 

@@ -95,7 +95,7 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
         require_positive_ints({"sliding_window": found}, ["sliding_window"])
     first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
     if type(first) is not int or first < 0:
-        raise InputError(f"config.json: expected a whole number for max_window_layers, got {shown(first)}")
+        raise InputError(f"config.json: expected an integer for max_window_layers, got {shown(first)}")
     types = config.get("layer_types") or None
     if types is None:
         types = [SLIDING if found and i >= first else FULL for i in range(n_layer)]
@@ -105,7 +105,9 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
             f"supported; got {shown(types)}"
         )
     if SLIDING in types and not found:
-        raise InputError(f"config.json: layer_types other than {FULL!r} want a sliding_window, and that it is used")
+        raise InputError(
+            f"config.json: layer_types other than {FULL!r} need a sliding_window, and use_sliding_window true"
+        )
     if kind == "mistral" and found and FULL in types:
         raise InputError(f"config.json: layer_types of {FULL!r} are not supported in a Mistral that has a window")
     if SLIDING not in types:

@@ -61,12 +61,12 @@ Place: TypeAlias = Callable[[str, Any], Any]
 
 
 def one_to_one(names: Mapping[str, str]) -> list[TensorMapping]:
-    """The tensors that are one leaf each: {our path: the hub's name}."""
+    """The tensors that are one leaf each: {our path: Hugging Face's name}."""
     return [TensorMapping(name, (path,)) for path, name in names.items()]
 
 
 def layer_mappings(names: Mapping[str, str], bare: Container[str]) -> list[TensorMapping]:
-    """The same for {our layer: the hub's module}: weight and bias of each, where they are among `bare`, our leaves."""
+    """The weight and bias of each {our layer: Hugging Face's module}, if they are among `bare`, our leaves."""
     pairs = (
         (f"{ours}.{leaf}", f"{hub}.{ending}")
         for ours, hub in names.items()
@@ -103,14 +103,15 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
 
 
 def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
-    """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
-    are views: no copy is made.
+    """Our tree of Hugging Face's tensors, each read, split, and given to `place` before the next is read.
+
+    Transposed weights are views: no copy is made.
 
     A quantized product of q, k and v is split where its blocks, and the blocks of quantized scales, end between them
     (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as in
     `fuse_qkv`.
 
-    `held` and `cfg` are those of `parameters`.
+    `tensors` and `cfg` are those that `parameters` returns.
 
     Raises InputError if a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantized one.
@@ -188,7 +189,7 @@ def _node(tree: Any, path: str) -> Any:
 
 
 def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
-    """The leaves in a tensor; it alone where it is quantized and cannot be split."""
+    """The leaves in a tensor; or the tensor itself if it is quantized and cannot be split."""
     if len(s.paths) == 1:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
     if isinstance(x, QUANTIZED):
@@ -210,7 +211,7 @@ def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
 
 
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:
-    """The rows of `w` in n equal parts, still quantized as they are; None where a block lies across two parts."""
+    """The rows of `w` in n equal parts, still quantized as they are; None if a block lies across two parts."""
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):
         return None

@@ -1,8 +1,8 @@
-"""A model with a head of classes in the hub's layout, as transformers' `AutoModelForSequenceClassification` reads it.
+"""A classifier in Hugging Face's layout, as transformers' `AutoModelForSequenceClassification` reads it.
 
 transformers reads the class at the last token that is not `pad_token_id`. Our texts end with the token that ends a
 document, which must not be that: a model that has no other token for it gets one, `<|pad|>`, and a row of zeros in its
-table where there is none to spare.
+embedding table if no row is unused.
 """
 
 import json
@@ -90,7 +90,7 @@ def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, in
 
 
 def _with_rows(params: GPT, rows: int) -> GPT:
-    """`params` with at least so many rows in its table, the new ones zero."""
+    """`params` with at least `rows` rows in its embedding table; new ones are zero."""
     table = params.wte.w
     if rows <= params.cfg.vocab_size or not isinstance(table, Tensor):
         return params

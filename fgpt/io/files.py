@@ -185,7 +185,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A text, as it is but for a byte order mark, of a file, or where that is - of what is piped in.
+    """The text of a file, or of standard input if `path` is "-", without a byte order mark.
 
     Raises InputError if there is none, or it is not in UTF-8.
     """

@@ -1,8 +1,8 @@
 """Models in GGUF files, as llama.cpp's tools write them: tensors by their hub names, as the hub has them.
 
-llama.cpp reorders some tensors for its kernels, each architecture's in its own way; that is undone here. What a file
-says of its model becomes a hub's `config.json`. A key or a tensor that would change the model, and has no counterpart
-there, is refused: a model that is almost read answers almost sensibly.
+llama.cpp reorders some tensors for its kernels, each architecture's in its own way; here Hugging Face's order is
+restored. The metadata of a file become a Hugging Face `config.json`. A key or a tensor that would change the model, and
+has no counterpart there, is refused: a model that is almost read answers almost sensibly.
 """
 
 import math
@@ -24,16 +24,16 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a hub tensor comes from: the file's name for it, the hub's shape, and what undoes llama.cpp's order."""
+    """Where a tensor of Hugging Face's comes from: its name in the file, its shape, and what restores its order."""
 
     name: str
     shape: tuple[int, ...]
-    undo: Callable[[Tensor], Tensor] | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape that the file must have."""
-        return self.shape[::-1] if self.undo is _transpose else self.shape
+        return self.shape[::-1] if self.restore is _transpose else self.shape
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class GGUF:
         return {name: source.shape for name, source in self.sources.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its hub name, on its own memory: fp32, or fp16 and bf16 where the file has those.
+        """One tensor by its hub name, in memory of its own: fp32, or fp16 and bf16 if the file has those.
 
-        Raises InputError for a name that is not in `sizes`, or where the file has changed.
+        Raises InputError for a name that is not in `sizes`, or if the file has changed.
         """
         if name not in self.sources:
             raise InputError(
@@ -64,13 +64,13 @@ class GGUF:
             )
         source = self.sources[name]
         x = read_tensor(self.path, self.entries[source.name])
-        return source.undo(x) if source.undo else x
+        return source.restore(x) if source.restore else x
 
 
 def open_gguf(path: Path) -> GGUF:
-    """The model of a GGUF file; no tensor is read yet, but for the few numbers of Llama 3's rope.
+    """The model of a GGUF file; no tensor is read yet except Llama 3's RoPE factors.
 
-    Raises InputError for a file that is missing, no GGUF, cut short, of an unknown architecture, or whose metadata and
+    Raises InputError for a file that is missing, no GGUF, truncated, of an unknown architecture, or whose metadata and
     tensors are not those of one model.
     """
     file = read_header(path)
@@ -103,7 +103,7 @@ def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
 
 
 def _dtype(file: Container) -> str:
-    """The dtype in which most numbers come."""
+    """The dtype of most elements."""
     counts: dict[torch.dtype, int] = {}
     for entry in file.entries.values():
         dtype = FLOAT_TYPES.get(entry.kind, torch.float32)
@@ -133,7 +133,7 @@ class _Metadata:
         found = self.get(key)
         found = default if found is None else found
         if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 1 << 31:
-            raise self.error(key, "a positive whole number")
+            raise self.error(key, "a positive integer")
         return found
 
     def positive_float(self, key: str, default: float | None = None) -> float:
@@ -315,10 +315,10 @@ def _llama_sources(
             ("mlp.up_proj", "ffn_up", inner, width, mlp_bias, 0),
             ("mlp.down_proj", "ffn_down", width, inner, mlp_bias, 0),
         ):
-            undo = partial(_unpermute_rope, heads=of) if permuted and of else None
-            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), undo)
+            restore = partial(_unpermute_rope, heads=of) if permuted and of else None
+            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
             if bias:
-                sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), undo)
+                sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
         if qk_norm:
             sources[f"{hub}.self_attn.q_norm.weight"] = Source(f"{block}.attn_q_norm.weight", (each,))
             sources[f"{hub}.self_attn.k_norm.weight"] = Source(f"{block}.attn_k_norm.weight", (each,))
@@ -331,7 +331,7 @@ def _llama_sources(
 
 
 def _unpermute_rope(x: Tensor, heads: int) -> Tensor:
-    """Rows of each head as rope in halves wants them (i with i + d/2), from llama.cpp's neighbors (2i with 2i + 1)."""
+    """Rows of each head in Hugging Face's order for RoPE (pairs i, i + d/2), from llama.cpp's (pairs 2i, 2i + 1)."""
     pairs = x.shape[0] // heads // 2
     return x.unflatten(0, (heads, pairs, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
@@ -372,7 +372,7 @@ def _gpt2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
             ("attn.c_proj", "attn_output", width, width),
             ("mlp.c_fc", "ffn_up", inner, width),
             ("mlp.c_proj", "ffn_down", width, inner),
-        ):  # the hub's are [in, out]
+        ):  # Hugging Face's are [in, out]
             sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (wide, out), _transpose)
             sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,))
     if not config["tie_word_embeddings"]:
@@ -414,14 +414,14 @@ def _gptneox(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
         hub, block = f"gpt_neox.layers.{i}", f"blk.{i}"
         sources |= _norm(f"{hub}.input_layernorm", f"{block}.attn_norm", width)
         sources |= _norm(f"{hub}.post_attention_layernorm", f"{block}.ffn_norm", width)
-        for part, name, out, wide, undo in (
+        for part, name, out, wide, restore in (
             ("attention.query_key_value", "attn_qkv", 3 * width, width, partial(_interleave_qkv, heads=heads)),
             ("attention.dense", "attn_output", width, width, None),
             ("mlp.dense_h_to_4h", "ffn_up", inner, width, None),
             ("mlp.dense_4h_to_h", "ffn_down", width, inner, None),
         ):
-            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), undo)
-            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), undo)
+            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
+            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
     sources |= _norm("gpt_neox.final_layer_norm", "output_norm", width)
     if not config["tie_word_embeddings"]:
         sources["embed_out.weight"] = Source("output.weight", (vocab, width))

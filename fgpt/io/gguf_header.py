@@ -1,4 +1,4 @@
-"""GGUF's container: what a file says of itself, and where each of its tensors lies.
+"""The header of GGUF files: metadata, and type, shape and offset of each tensor.
 
 The header is read here and not by `gguf.GGUFReader`, which takes the counts in it on trust: a corrupt count has it loop
 for hours over nothing. Here a count, a length or an offset that the rest of the file cannot hold is an error before
@@ -21,7 +21,7 @@ from fgpt.errors import InputError
 
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-"""The type numbers of plain values, as `struct` names them."""
+"""The type codes of scalars, as `struct` names them."""
 STRING, ARRAY = 8, 9
 MAX_COUNTS = {"keys": 1 << 16, "tensors": 1 << 20, "bytes of a name": 1 << 16, "elements of a list": 1 << 24}
 """Far above what any model has: above it a header is corrupt, even if the file could hold it."""
@@ -56,7 +56,7 @@ class Container:
 def read_header(path: Path) -> Container:
     """The header of a GGUF file.
 
-    Raises InputError if the file is missing, is no GGUF, is cut short, or holds what cannot be read.
+    Raises InputError if the file is missing, is no GGUF, is truncated, or holds what cannot be read.
     """
     with _open(path) as file:
         size = file.seek(0, 2)
@@ -159,7 +159,7 @@ class _Header:
     def check_count(self, count: int, of: str, least: int) -> int:
         """`count`, if the rest of the file can hold `count` items of `least` bytes or more."""
         if count > MAX_COUNTS.get(of, self.size) or count * least > self.size - self.file.tell():
-            raise self.error(f"it tells of {count:,} {of} at byte {self.file.tell():,} of {self.size:,}")
+            raise self.error(f"it declares {count:,} {of} at byte {self.file.tell():,} of {self.size:,}")
         return count
 
     def text(self, of: str) -> str:

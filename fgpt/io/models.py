@@ -1,11 +1,11 @@
-"""Models in the hub's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or on
-the hub; and models in one GGUF file.
+"""Models in Hugging Face's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or
+on the hub; and models in one GGUF file.
 
 A tensor is read, cast or quantized, and put in its place before the next is read: loading a model takes the memory that
-it is held in, and that of its largest tensor.
+its weights take, and that of its largest tensor.
 
 A model whose weights are quantized has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
-other libraries do not look for: they say that there are no weights, where they would fill up `model.safetensors` with
+other libraries do not look for: they say that there are no weights, instead of filling `model.safetensors` up with
 random ones. What bitsandbytes has quantized, and transformers saved, is read.
 """
 
@@ -131,7 +131,7 @@ def _uncached_tokenizer_files(repo: hub_files.Repo, folder: Path | None) -> list
 
 
 def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other: str) -> InputError:
-    """What is said where a hub's files cannot be fetched, of which the cache lacks some, or has none."""
+    """The error if the hub's files cannot be fetched; `lacking` are those that the cache lacks, if it has others."""
     name = repo.name
     if "GatedRepoError" in err.kinds or (err.status in (401, 403) and "RepositoryNotFoundError" not in err.kinds):
         return InputError(
@@ -179,7 +179,18 @@ def load_config_and_tokenizer(name: StrPath) -> tuple[Config, tokenizer_files.To
 
 
 def tokenizer(name: StrPath) -> tokenizer_files.Tokenizer:
-    """The tokenizer of a model by name or folder."""
+    """The tokenizer of a model.
+
+    Args:
+        name: a name or path as `load` takes it.
+
+    Raises InputError if there is no such model, or its tokenizer does not fit its vocabulary.
+
+    >>> import fgpt
+    >>> tokenizer = fgpt.tokenizer("nano")
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+    'Once upon a time'
+    """
     return load_config_and_tokenizer(name)[1]
 
 
@@ -214,14 +225,26 @@ def load(
     target: str = r"blocks\..*",
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
-    keeps what the file has. Quantized weights keep their codes and scales, and mean numbers of `dtype`.
+    keeps what the file has. Quantized weights keep their codes and scales, and stand for elements of `dtype`.
 
     `quantize` quantizes as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
 
-    A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
+    A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one if a block
     of scales lies across two of them (see `families.mapping.from_hf`).
 
-    Raises InputError for a folder that is not a whole model of a known architecture.
+    Args:
+        name: "nano", a hub name such as "gpt2-medium" or "owner/model@revision", a local folder, or a GGUF file.
+        dtype: dtype of all floating tensors, or None.
+        quantize: "nf4" or another format of `fgpt.quantize`, or None to keep the weights as they are.
+        double_quant: whether the scales of 4-bit blocks are quantized too.
+        target: regular expression; the layers whose whole path it matches are quantized.
+
+    Raises InputError if there is no such model, or it is not a whole model of a known architecture.
+
+    >>> import torch, fgpt
+    >>> params = fgpt.load("nano")
+    >>> fgpt.apply(params, torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, params.cfg.vocab_size)
+    True
     """
     source = _open(resolve(name))
     cfg, dtype = _config(source), dtype or _dtype_of_config(source.config)
@@ -230,14 +253,14 @@ def load(
             raise InputError(f"{source.path / TREE} is quantized already: load it as it is")
         params = _read_tree(source.path, cfg)
         return params if dtype is None else _cast(params, dtype)
-    family, (where, tensors) = families.family_from_config(source.config), _tensors(source)
+    family, (file, tensors) = families.family_from_config(source.config), _tensors(source)
     score = tensors.pop(mapping.SCORE, None)
     cfg = cfg if score is None else dataclasses.replace(cfg, tie_word_embeddings=True)  # it has no head of tokens
     try:
         parameters, cfg = mapping.parameters(collect_quantized(tensors), cfg, family)
         chosen = set(select(weight_matrices(abstract_params(cfg)), target)) if quantize else set()
     except InputError as err:
-        raise InputError(f"{where}: {err}") from None
+        raise InputError(f"{file}: {err}") from None
 
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
@@ -248,7 +271,7 @@ def load(
         params = mapping.from_hf(parameters, cfg, family, place)
         params = params if score is None else classifiers.with_head(params, score.read(), place)
     except InputError as err:
-        raise InputError(f"{where}: {err}") from None
+        raise InputError(f"{file}: {err}") from None
     return params if dtype is None else _cast(params, dtype)
 
 
@@ -304,14 +327,26 @@ def _cast(params: GPT, dtype: torch.dtype) -> GPT:
 def save(
     params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()
 ) -> None:
-    """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
+    """Write `params` in Hugging Face's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
     quantized weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
     that of transformers' sequence classification, whose classes `labels` name.
 
+    Args:
+        params: the model, without adapters (`merge` them first).
+        folder: written file by file; it is made if it is missing.
+        like: a model whose tokenizer files are copied, a tokenizer of ranks, or None for no tokenizer.
+        labels: names of the classes of a classifier, in order.
+
     Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantized
     weights, or labels that are not one for each class.
+
+    >>> import tempfile, fgpt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save(fgpt.load("nano"), folder, like="nano")
+    ...     fgpt.load(folder).cfg == fgpt.load("nano").cfg
+    True
     """
     folder = Path(folder)
     family, (ends, beside) = families.family_of(params.cfg), _tokenizer(like, params.cfg.vocab_size)

@@ -19,7 +19,7 @@ from fgpt.io.files import read_json, to_utf8, write
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file. The metadata defaults to what the hub's libraries expect. Tensors that share their storage,
+    """A safetensors file. The metadata defaults to what transformers expects. Tensors that share their storage,
     as the codes of quantized weights do, are each written in full. The same tensors make the same file, bit for bit.
 
     Raises InputError for a tensor without storage, and as `write` does.
@@ -147,7 +147,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _in_utf8(path: Path) -> Iterator[Path]:
-    """`path`, or where it is no text in UTF-8, which is all that safetensors opens, a link that leads to it."""
+    """`path`, or a link to it if its name is not UTF-8, which safetensors cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -49,8 +49,8 @@ from fgpt.tree import leaves
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PARTS_KEY = "fgpt_held"
-"""The entry of the file's metadata that says what of a module our adapters held, where that is not all of it, and with
-which rank and alpha, where those are not the file's."""
+"""Key of the file's metadata for what was stacked: the parts of a module that our adapters were on, if not all of it,
+and their rank and alpha, if not the file's."""
 
 KEYS = {
     "LORA": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -83,9 +83,23 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
     """Write `adapters` of the model `params`, known to others as `base`, so that `peft` loads them. Of a `base` that is
     a local path its last part alone is written: what is shared names no place on this machine.
 
-    LoRAs of several ranks all take the room of the largest.
+    LoRAs of several ranks are all padded to the largest.
+
+    Args:
+        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them.
+        params: the model that they fit.
+        folder: written with adapter_config.json and adapter_model.safetensors.
+        base: hub name or local path of the model; "owner/model@revision" writes the revision too.
 
     Raises InputError for adapters that no format of PEFT's holds.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_peft(adapters, params, folder, "nano")
+    ...     sorted(fgpt.load_peft(folder, params)) == sorted(adapters)
+    True
     """
     folder = Path(folder)
     tensors, config, parts = pack(adapters, params, base)
@@ -133,10 +147,10 @@ def _named_base(base: str) -> dict[str, Any]:
 
 def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict[str, Any]]:
     """What is on each module: on q, k or v of one that is all three, or on all of it, ""."""
-    where = {path: m for m in known for path in (m.path, *m.parts)}
+    module_of = {path: m for m in known for path in (m.path, *m.parts)}
     parts: dict[Module, dict[str, Any]] = {}
     for path, x in adapters.items():
-        m = where.get(path)
+        m = module_of.get(path)
         if m is None or m.norm or (m.embedding and not isinstance(x, LoRA)):
             why = ", as q, k and v are modules of their own" if path.endswith(".qkv") else ""
             raise InputError(
@@ -246,9 +260,9 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
 def load_peft(folder: StrPath, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, and tuned leaves.
 
-    A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
+    A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, needs a fused
     base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3
-    on     such a module becomes IA3 on q, on k and on v there.
+    on such a module becomes IA3 on q, on k and on v there.
 
     An adapter of the embedding or the head of a tied model is of that side alone. Where it is the embedding's, the head
     keeps the base's table as a leaf of the adapters, but not over `params.untied()`, which has a head of its own.
@@ -256,7 +270,19 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     The adapters of a classifier need a model of as many classes:
     `load_peft(folder, with_classification_head(params, n, key))`.
 
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        params: the model, fused or not, of any dtype, quantized or not.
+
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_peft(adapters, params, folder, "nano")
+    ...     sorted(fgpt.load_peft(folder, params)) == sorted(adapters)
+    True
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)

@@ -12,7 +12,7 @@ all read the same product, every module is written with one rank, the largest, a
 padded with zeros, and B takes up the quotient of the scales.
 
 What was stacked, padded or rescaled is kept as {part: [rank, alpha, rs]}, of a whole module {"": ..}, or {part: []} for
-IA3, so that it can be undone.
+IA3, so that loading can restore it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -64,7 +64,7 @@ def pad_rank(x: LoRA, rank: int, scale: float) -> LoRA:
 
 
 def _rescale(x: LoRA, scale: float) -> LoRA:
-    """The same product with another scale, but for rounding where they differ."""
+    """The same product with another scale, up to rounding if they differ."""
     alpha = scale * len(x.a)
     return replace(x, b=x.b if _near(x.scale, scale) else x.b * (x.scale / scale), alpha=alpha, rs=False)
 
@@ -138,7 +138,7 @@ def interleave_heads(x: S, module: Module, back: bool = False) -> S:
     sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
     def reorder(rows: Tensor) -> Tensor:
-        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # where some are left, `adapt` says that they do not fit
+        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # if some are left, `adapt` says that they do not fit
         return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
 
     return replace_at(x, {name: reorder(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})

@@ -4,8 +4,8 @@ in the file                   what it is
 X.weight, X.bias              of a module that `modules_to_save` names, trained as a whole; or a bias, by `bias`
 X.base_layer.weight, .bias    of a module that has an adapter: what lies below that
 
-PEFT writes frozen weights as well, the table and the head where either is adapted. They are left out where they are
-the base's own, and kept where they are not.
+PEFT writes frozen weights as well, the embedding and the head if either is adapted. They are skipped if they equal
+the base's, and read if they do not.
 
 Where head and embedding are one table, a module of PEFT's `modules_to_save` is a copy, and an adapter is on one side
 alone; our adapters of that table move both. So what is on both sides alike is ours on the table, and of what is on the
@@ -46,7 +46,7 @@ class TunedTensors(NamedTuple):
 
 
 def both_sides(adapters: Adapters, params: GPT) -> Adapters:
-    """`adapters` with the head's own, where they move a table that is embedding and head."""
+    """`adapters` with the head's too, if they change a table that is embedding and head."""
     if params.head is not None or adapters.keys() & {"head", "head.w"}:
         return adapters
     return adapters | {f"head{path[3:]}": x for path, x in adapters.items() if path in ("wte", "wte.w")}
@@ -55,10 +55,10 @@ def both_sides(adapters: Adapters, params: GPT) -> Adapters:
 def pack_tuned(
     tuned: Mapping[str, Tensor], known: Iterable[Module], params: GPT, adapted: Collection[Module], biased: bool
 ) -> TunedTensors:
-    """The leaves `tuned`, beside adapters on the modules `adapted`; `biased` where their format has an option `bias`.
+    """The leaves `tuned`, beside adapters on the modules `adapted`; `biased` if their format has an option `bias`.
 
     A classifier's head is always among them: no base has it. A norm is written as a whole, and any
-    bias with its weight, with the base's values where a leaf is not tuned.
+    bias with its weight, with the base's values if a leaf is not tuned.
 
     Raises InputError for a part of a matrix, or some of the biases.
     """
@@ -187,7 +187,7 @@ def _same(x: Tensor, base_leaf: Tensor) -> bool:
 
 
 def fused_as(tuned: Mapping[str, Tensor], params: GPT) -> dict[str, Tensor]:
-    """`tuned` with q, k and v in one where `params` has them so, and all three are there."""
+    """`tuned` with q, k and v fused if `params` has them fused, and all three are there."""
     found, base = dict(tuned), leaves(params)
     for path in [path for path in tuned if path not in base and ".attn.q." in path]:
         three = [path.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
@@ -197,7 +197,7 @@ def fused_as(tuned: Mapping[str, Tensor], params: GPT) -> dict[str, Tensor]:
 
 
 def one_table(adapters: Adapters, copied: bool, params: GPT) -> Adapters:
-    """The adapters of PEFT's embedding and head, where `params` has one table for both; `copied` where the embedding's
+    """The adapters of PEFT's embedding and head, if `params` has one table for both; `copied` if the embedding's
     weights were trained as a copy.
     """
     if params.head is not None:
