@@ -12,7 +12,7 @@ from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import fingerprint
 from fgpt.data.prompt_templates import Example, InstructionRow
 from fgpt.errors import InputError
-from fgpt.io.files import clean
+from fgpt.io.files import remove_leftovers
 from fgpt.recipes import find
 from fgpt.train_step import State, init_state
 
@@ -115,7 +115,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
                 ended = True
             except Killed:
                 ended = False
-        clean(tmp_path / "checkpoints")  # as a run that is taken up does
+        remove_leftovers(tmp_path / "checkpoints")  # as a run that is taken up does
         assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == 2, at
         assert steps(tmp_path) == [2]
         if ended:

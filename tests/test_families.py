@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 import fgpt
 from fgpt import families
 from fgpt import model as M
-from fgpt.families import mapping
+from fgpt.families import hf_config, mapping
 from fgpt.generation import static_cache
 from fgpt.io import models
 from fgpt.tree import leaves, num_elements, tree_map
@@ -381,12 +381,12 @@ def test_quantized_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-@pytest.mark.parametrize("name", mapping.ACTIVATIONS)
+@pytest.mark.parametrize("name", hf_config.ACTIVATIONS)
 def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    mine, wanted = M.ACTIVATIONS[mapping.ACTIVATIONS[name]](x), function(x)
+    mine, wanted = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
     close(mine, wanted, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
     close(slope, expected, 1e-9)
@@ -394,7 +394,7 @@ def test_activations_are_transformers(name: str):
     with torch.no_grad():
         close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
     with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
-        mapping.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
+        hf_config.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
 
 
 # ------------------------------------------------------------------------------------------------------- head and table
@@ -510,11 +510,11 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
     ("name", "changes", "says"),
     [
         ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
-        ("llama", {"hidden_size": None}, "expected whole numbers above 0 for hidden_size"),
-        ("llama", {"vocab_size": -3}, "expected whole numbers above 0 for vocab_size"),
+        ("llama", {"hidden_size": None}, "expected integers above 0 for hidden_size"),
+        ("llama", {"vocab_size": -3}, "expected integers above 0 for vocab_size"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act='relu6' is not supported, expected one of gelu_new"),
         ("llama", {"rope_parameters": {"rope_type": "su"}}, "rope_type='su' is not supported, expected one of default"),
-        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn wants rope_theta above 1"),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn needs rope_theta above 1"),
         ("llama", {"rope_parameters": YARN | {"beta_fast": "32"}}, "a number from 0 to 1e15 for beta_fast, got '32'"),
         ("llama", {"rope_parameters": {"type": "dynamic"}}, "of type 'dynamic' lacks a number for 'factor'"),
         ("llama", {"rope_parameters": {"type": "dynamic", "factor": 0.5}}, "wants a factor of 1 or more"),
@@ -530,7 +530,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         (
             "qwen2",
             {"layer_types": ["sliding_attention"] * 2},
-            "layer_types other than 'full_attention' want a sliding_w",
+            "layer_types other than 'full_attention' need a sliding_w",
         ),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types .* one for each of 2 layers, are not supported"),
         (
@@ -538,7 +538,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
             {"layer_types": ["linear_attention"] * 2},
             "layer_types other than 'full_attention' and 'sliding_att",
         ),
-        ("mistral", {"sliding_window": 0}, "expected whole numbers above 0 for sliding_window"),
+        ("mistral", {"sliding_window": 0}, "expected integers above 0 for sliding_window"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "not supported in a Mistral that has a window"),
         ("gptj", {"rotary_dim": 7}, "7 rotated components of a head of 16"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
@@ -657,6 +657,6 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
         return {name: one(x) for name, x in read(path).items()}
 
-    monkeypatch.setattr(models, "held_tensors", watched)
+    monkeypatch.setattr(models, "lazy_tensors", watched)
     fgpt.load(str(tmp_path))
     assert len(alive) > 20

@@ -21,7 +21,7 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.files import atomic_dir, clean, read_json, remove, staying, write, write_json
+from fgpt.io.files import atomic_dir, must_not_move, read_json, remove, remove_leftovers, write, write_json
 from fgpt.kernels.quantized_linear import QUANTIZED, Blockwise4bit, RowwiseInt8
 from fgpt.model import FusedAttention
 from fgpt.tree import astype, tree_map, walk
@@ -60,7 +60,7 @@ MIXED = {
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantized_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bool, tmp_path: Path):
-    params = MIXED[kind](fgpt.fuse_qkv(wide(tied=tied)) if whole else wide(tied=tied))
+    params = MIXED[kind](fgpt.fuse_qkv(wide(tie_word_embeddings=tied)) if whole else wide(tie_word_embeddings=tied))
     assert any(isinstance(x, QUANTIZED) for _, x in walk(params))
     fgpt.save(params, tmp_path)
     again = fgpt.load(str(tmp_path))
@@ -78,7 +78,7 @@ def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path: Path):
 
 def test_a_folder_that_moved_is_not_made_anew(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    with staying(tmp_path / "run"):
+    with must_not_move(tmp_path / "run"):
         write(tmp_path / "run" / "a" / "x", "1")
         (tmp_path / "run").rename(tmp_path / "moved")
         for again in (False, True):  # gone, and another in its place
@@ -115,9 +115,9 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
     (tmp_path.parent / "link").symlink_to(tmp_path)
-    clean(tmp_path.parent / "link")
+    remove_leftovers(tmp_path.parent / "link")
     assert len(list(tmp_path.iterdir())) == 4  # nothing behind a link is touched
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert {p.name: (p / "x").read_text() for p in tmp_path.iterdir()} == {"a": ".a.abcd1234.fgpt-aside", "b": "b"}
 
 
@@ -143,7 +143,7 @@ def test_others_refuse_a_quantized_folder(tmp_path: Path):
     assert not (tmp_path / "model.safetensors").exists()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert models._config(models._opened(tmp_path)) == plain.cfg
+    assert models._config(models._open(tmp_path)) == plain.cfg
     fgpt.save(plain, tmp_path)
     assert same(fgpt.load(str(tmp_path)), plain)  # not the quantized one of before
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64
@@ -184,7 +184,7 @@ class Place:
 @pytest.mark.parametrize("kind", [str, Path, Place])
 def test_paths_of_any_kind(kind: Callable[[str], Any], tmp_path: Path):
     """Whatever takes a path takes a str, a Path, or another PathLike."""
-    params, quantized = wide(n_layer=1, vocab=4096), kind(str(tmp_path / "quantized"))
+    params, quantized = wide(n_layer=1, vocab_size=4096), kind(str(tmp_path / "quantized"))
     adapters = fgpt.lora(params, fgpt.key(0))
     model, peft, whole = (kind(str(tmp_path / name)) for name in ("model", "peft", "adapters.safetensors"))
     fgpt.save(params, model, like="nano")
@@ -236,7 +236,7 @@ def test_any_union_of_adapters_comes_back_bit_by_bit(tmp_path: Path):
         fgpt.load_adapters(tmp_path / "fgpt.safetensors", params)
 
 
-# ------------------------------------------------------------------------------------------------------- spoiled files
+# ------------------------------------------------------------------------------------------------------- corrupt files
 
 Q, K = "blocks.0.attn.q", "blocks.0.attn.k"
 Edit = Callable[[dict[str, Tensor], Any], Any]
@@ -277,11 +277,11 @@ SPOILED: dict[str, tuple[Edit, str]] = {
     "whole numbers": (put("wte.w", lambda x: x.int()), r"wte\.w: expected a floating dtype, got torch\.int32"),
     "node": (field(*W, {"Popen": {}}), rf'{Q}\.w is {{"Popen": {{}}}}; expected a tensor, dict, tuple or known node'),
     "place": (field(*W[:-2], {"tuple": []}), rf"{Q}: expected Linear, got \(\)"),
-    "field": (field(*W, "FourBit", "color", "tensor"), r"FourBit has no field 'color'"),
-    "kind": (field(*W, "FourBit", "kind", "nf5"), rf"{Q}\.w\.kind: expected .*got 'nf5'"),
-    "static dtype": (field(*W, "FourBit", "dtype", "nn"), rf"{Q}\.w\.dtype: expected dtype, got <module"),
+    "field": (field(*W, "Blockwise4bit", "color", "tensor"), r"Blockwise4bit has no field 'color'"),
+    "kind": (field(*W, "Blockwise4bit", "kind", "nf5"), rf"{Q}\.w\.kind: expected .*got 'nf5'"),
+    "static dtype": (field(*W, "Blockwise4bit", "dtype", "nn"), rf"{Q}\.w\.dtype: expected dtype, got <module"),
     "offset": (
-        lambda t, s: (t.pop(f"{Q}.w.offset"), _at(s, *W, "FourBit").pop("offset")),
+        lambda t, s: (t.pop(f"{Q}.w.offset"), _at(s, *W, "Blockwise4bit").pop("offset")),
         "an offset to quantized scales only",
     ),
     "nothing": (field(*W[:-1], {}), rf"{Q}\.w: expected .*got None"),
@@ -356,7 +356,7 @@ def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
         del cfg[name]
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved)))
-    del cfg["tied"]
+    del cfg["tie_word_embeddings"]
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
         fgpt.load(str(tmp_path))
@@ -366,7 +366,7 @@ def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
 def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path: Path):
     tensors, metadata = copied(saved, tmp_path)
     structure = json.loads(metadata["structure"])
-    structure["GPT"]["cfg"]["stretch"] = stretch
+    structure["GPT"]["cfg"]["rope_scaling"] = stretch
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
         fgpt.load(str(tmp_path))
@@ -488,13 +488,13 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{PLAIN}.absmax", None, "c_attn.weight.absmax is missing"),
         (f"{PLAIN}.nested_quant_map", None, "nested_quant_map is missing"),
         (f"{PLAIN}.absmax", lambda x: x[:-1], "want 192 scales, got 191"),
-        (f"{PLAIN}.absmax", lambda x: x.float(), "absmax: expected uint8 under a map of 256, got float32"),
+        (f"{PLAIN}.absmax", lambda x: x.float(), "absmax: expected uint8 and a map of 256 values, got float32"),
         (f"{PLAIN}.nested_absmax", lambda x: torch.cat([x, x]), "want 1 scales, got 2"),
         (f"{PLAIN}.quant_map", lambda x: x.flip(0), "not the values of nf4"),
         (PLAIN, lambda x: x[:-64], r"do not make a 4-bit matrix of \[192, 64\]"),
         (STATE, None, "expected one quant_state.bitsandbytes__nf4 or fp4 beside it, got none"),
         (STATE, lambda x: x[:9], "not the state of a 4-bit matrix"),
-        (STATE, stated(blocksize=128), "quantized by blocks of 128; expected 64"),
+        (STATE, stated(blocksize=128), "expected blocks of 64, bitsandbytes' default, got 128"),
         (STATE, stated(nested_blocksize=300), "block is 300; expected one of 64"),
         (STATE, stated(quant_type="nf5"), "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
         (STATE, stated(shape=[64, 192]), r"c_attn.weight: expected shape \[192, 64\], got \[64, 192\]"),

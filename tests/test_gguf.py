@@ -1,4 +1,4 @@
-"""GGUF files: every tensor is the one that went in, as transformers reads it too; spoiled files get one clear line."""
+"""GGUF files: every tensor is the one that went in, as transformers reads it too; corrupt files get one clear line."""
 
 import math
 import struct
@@ -233,7 +233,7 @@ def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest
     write(tmp_path / "m.gguf", arch, model(config), Kind.Q4_1)
     file = open_gguf(tmp_path / "m.gguf")
     whole = {name: file.read(name) for name in file.sizes}
-    monkeypatch.setattr("fgpt.io.gguf_header.STEP", 100)
+    monkeypatch.setattr("fgpt.io.gguf_header.CHUNK", 100)
     assert all(torch.equal(file.read(name), x) for name, x in whole.items())
 
 
@@ -266,9 +266,9 @@ def test_llama3s_rope_is_recognized(factor: float, tmp_path: Path):
     file = open_gguf(tmp_path / "m.gguf")
     assert file.config["rope_scaling"] == LLAMA3 | {"factor": factor}
     assert "rope_freqs.weight" not in {source.name for source in file.sources.values()}
-    spoiled = factors.clone()
-    spoiled[20] *= 1.01
-    write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": spoiled.numpy()})
+    corrupt = factors.clone()
+    corrupt[20] *= 1.01
+    write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": corrupt.numpy()})
     with pytest.raises(InputError, match=r"rope_freqs\.weight: expected Llama 3's factors.*use the model's hub folder"):
         open_gguf(tmp_path / "m.gguf")
     write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": np.ones(32, np.float32)})
@@ -304,7 +304,7 @@ def test_rope_scaling(fields: dict[str, Any], expected: Any, tmp_path: Path):
         assert open_gguf(tmp_path / "m.gguf").config["rope_scaling"] == expected
 
 
-# ------------------------------------------------------------------------------------------------------- spoiled files
+# ------------------------------------------------------------------------------------------------------- corrupt files
 
 ONE = np.ones((64, 64), np.float32)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -313,8 +313,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"fields": {"general.architecture": "mamba"}},
         "architecture is 'mamba'; expected one of",
     ),
-    "missing key": ("llama", {"fields": {"llama.block_count": None}}, r"llama\.block_count: expected a positive whole"),
-    "key's type": ("llama", {"fields": {"llama.context_length": "9"}}, r"context_length: .*whole number, got '9'"),
+    "missing key": ("llama", {"fields": {"llama.block_count": None}}, r"llama\.block_count: expected a positive integer"),
+    "key's type": ("llama", {"fields": {"llama.context_length": "9"}}, r"context_length: .*positive integer, got '9'"),
     "not a number": ("llama", {"fields": {"llama.rope.freq_base": math.nan}}, r"freq_base: .*positive number, got nan"),
     "layers": ("llama", {"fields": {"llama.block_count": 2**31 - 1}}, r"block_count: expected at most the 20 tensors"),
     "fewer layers": ("llama", {"fields": {"llama.block_count": 1}}, r"tensor blk\.1\.attn_k\.weight has no place"),
@@ -417,15 +417,15 @@ def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path):
 def test_a_header_with_flipped_bytes_is_refused_or_read(
     data: st.DataObject, whole: bytes, tmp_path_factory: pytest.TempPathFactory
 ):
-    """Never another error, never a giant: a count that is spoiled cannot ask for more than the file holds."""
+    """Never another error, never a giant: a count that is corrupt cannot ask for more than the file holds."""
     path = tmp_path_factory.getbasetemp() / "flipped.gguf"
     path.write_bytes(whole)
     start = min(entry.offset for entry in read_header(path).entries.values())
-    spoiled = bytearray(whole)
+    corrupt = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, start - 1))
-        spoiled[at] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 127, 128, 255])))
-    path.write_bytes(spoiled)
+        corrupt[at] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 127, 128, 255])))
+    path.write_bytes(corrupt)
     with suppress(InputError):
         assert read_all(path) > 0
 

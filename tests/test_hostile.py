@@ -1,4 +1,4 @@
-"""Files that are spoiled, or made to harm: over a thousand, each gives one typed line, or loads as what it says.
+"""Files that are corrupt, or made to harm: over a thousand, each gives one typed line, or loads as what it says.
 
 What a file says is told by readers that are not ours: safetensors', gguf's and pyarrow's own, and json and csv. Each
 file has a few seconds and some memory beyond what the process holds: a hang or a giant allocation fails the test.
@@ -42,7 +42,7 @@ import fgpt
 from fgpt import families, library_errors
 from fgpt.data import classification_datasets, instruction_datasets
 from fgpt.errors import InputError
-from fgpt.families import mapping
+from fgpt.families import hf_config, mapping
 from fgpt.io import models, serialization
 from fgpt.io.peft.adapter_files import load_peft
 from fgpt.kernels.quantized_linear import Blockwise4bit
@@ -64,7 +64,7 @@ COUNTS = {
     "datasets": 240,
     "bitsandbytes": 80,
 }
-"""How many files of each kind are spoiled, at least."""
+"""How many files of each kind are corrupt, at least."""
 TRIED: Counter[str] = Counter()
 LOADED: Counter[str] = Counter()
 AGAIN = "read another way"
@@ -110,7 +110,7 @@ def room() -> Iterator[None]:
 
 
 def outcome(kind: str, path: Path, read: Callable[[], Any]) -> Any:
-    """What `read` makes of a spoiled file; None where it says in one line that `path` cannot be read."""
+    """What `read` makes of a corrupt file; None where it says in one line that `path` cannot be read."""
     TRIED[kind] += 1
     with guarded():
         try:
@@ -272,12 +272,12 @@ def flips(data: bytes, count: int, end: int | None = None, seed: int = 0) -> lis
     """`data` with up to three bytes before `end` another."""
     rng, found = random.Random(seed), []
     for _ in range(count):
-        spoiled = bytearray(data)
+        corrupt = bytearray(data)
         for _ in range(rng.randint(1, 3)):
-            spoiled[rng.randrange(end or len(data))] = rng.choice(
+            corrupt[rng.randrange(end or len(data))] = rng.choice(
                 [0, 1, 0x22, 0x30, 0x7F, 0x80, 0xFF, rng.randrange(256)]
             )
-        found.append(bytes(spoiled))
+        found.append(bytes(corrupt))
     return found
 
 
@@ -387,14 +387,14 @@ def test_spoiled_models(whole: Path):
     data = path.read_bytes()
     header, body = apart(data)
 
-    def check(spoiled: bytes) -> None:
-        path.write_bytes(spoiled)
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
         if params := outcome("safetensors", path, lambda: fgpt.load(str(whole))):
             assert params.cfg == tiny(n_layer=1).cfg
             agree(stored(params), said([path], params))
 
-    spoiled = [*lengths(data), *structural(data), *cuts(data, 30), *flips(data, 40, len(data) - len(body))]
-    for each_of in [*spoiled, *flips(data, 10, seed=1), *(together(text, body) for text in DEEP)]:
+    corrupt = [*lengths(data), *structural(data), *cuts(data, 30), *flips(data, 40, len(data) - len(body))]
+    for each_of in [*corrupt, *flips(data, 10, seed=1), *(together(text, body) for text in DEEP)]:
         check(each_of)
     each(60, mutated(header), lambda text: check(together(text, body)))
     enough("safetensors")
@@ -439,8 +439,8 @@ def test_spoiled_shards(tmp_path: Path):
     each(50, mutated(index), check)
     path.write_text(json.dumps(index))
     data = (tmp_path / shards[0]).read_bytes()
-    for spoiled in (*cuts(data, 5), *flips(data, 5, 200)):
-        (tmp_path / shards[0]).write_bytes(spoiled)
+    for corrupt in (*cuts(data, 5), *flips(data, 5, 200)):
+        (tmp_path / shards[0]).write_bytes(corrupt)
         if found := outcome("shards", tmp_path, lambda: fgpt.load(str(tmp_path))):
             agree(stored(found), said([tmp_path / name for name in shards], found))
     enough("shards")
@@ -497,8 +497,8 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
     header, body = apart(data)
     structure = json.loads(header["__metadata__"]["structure"])
 
-    def check(spoiled: bytes) -> None:
-        path.write_bytes(spoiled)
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
         if found := outcome("trees", path, lambda: serialization.read_tree(path)):
             check_tree(found, path)
         if kind == "adapters":
@@ -511,13 +511,13 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
 
     check(data)
     assert serialization.read_tree(path) is not None
-    for spoiled in (
+    for corrupt in (
         *lengths(data)[::3],
         *structural(data)[::2],
         *cuts(data, 5),
         *flips(data, 15, len(data) - len(body)),
     ):
-        check(spoiled)
+        check(corrupt)
     for text in DEEP:
         check(restructured(text))
     each(60, mutated(structure), lambda text: check(restructured(text)))
@@ -646,15 +646,15 @@ def test_spoiled_gguf_files(arch: str, tmp_path: Path):
     start = len(data) - min(t.data_offset for t in gguf.GGUFReader(path).tensors)
     start = len(data) - start
 
-    def check(spoiled: bytes) -> None:
-        path.write_bytes(spoiled)
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
         if params := outcome("gguf", path, lambda: fgpt.load(str(path))):
             check_gguf(arch, params, path, config)
 
     check(data)
     assert fgpt.load(str(path)) is not None
-    for spoiled in (*cuts(data, 40), *flips(data, 40, start), *flips(data, 10, seed=1)):
-        check(spoiled)
+    for corrupt in (*cuts(data, 40), *flips(data, 40, start), *flips(data, 10, seed=1)):
+        check(corrupt)
     path.write_bytes(data)
     keys = [field.offset for field in gguf.GGUFReader(path).fields.values() if field.offset]
     for word in (8, 16, 24):  # the counts of tensors and keys, the length of the first key
@@ -762,8 +762,8 @@ def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
         if adapters := outcome("peft", tmp_path, lambda: load_peft(tmp_path, params)):
             check_peft(adapters, tmp_path)
 
-    def check(spoiled: bytes) -> None:
-        path.write_bytes(spoiled)
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
         read()
 
     def configured(text: str) -> None:
@@ -772,8 +772,8 @@ def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
 
     configured(json.dumps(config))
     assert load_peft(tmp_path, params)
-    for spoiled in (*structural(data), *lengths(data)[::4], *cuts(data, 5), *flips(data, 15, len(data) - len(body))):
-        check(spoiled)
+    for corrupt in (*structural(data), *lengths(data)[::4], *cuts(data, 5), *flips(data, 15, len(data) - len(body))):
+        check(corrupt)
     each(20, mutated(header), lambda text: check(together(text, body)))
     path.write_bytes(data)
     for text in DEEP:
@@ -837,7 +837,7 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             ):
                 if name in ("num_key_value_heads", "head_dim") and said["model_type"] != "llama":
                     continue
-                if ours == "context" and isinstance(cfg.rope_scaling, DynamicScaling):
+                if ours == "n_ctx" and isinstance(cfg.rope_scaling, DynamicScaling):
                     continue
                 assert getattr(cfg, ours) == said[name], name
                 assert type(getattr(cfg, ours)) in (type(said[name]), float), name
@@ -858,7 +858,7 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
             assert cfg.rope_scaling.context == said["max_position_embeddings"] <= cfg.n_ctx
         if scaling.get("rope_type") == "llama3":
             assert cfg.rope_scaling is not None
-            assert cfg.rope_scaling == tuple(scaling[name] for name in mapping.LLAMA_3)
+            assert cfg.rope_scaling == tuple(scaling[name] for name in hf_config.LLAMA_3)
             assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling)
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
@@ -871,14 +871,14 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
 def test_spoiled_configs(kind: str, tmp_path: Path):
     path, value = tmp_path / "config.json", CONFIGS[kind]
     path.write_text(json.dumps(value))
-    cfg = models._config(models._opened(tmp_path))
+    cfg = models._config(models._open(tmp_path))
     check_config(cfg, value)
     params = fgpt.init(cfg, fgpt.key(0))
     fgpt.save(params, tmp_path)
 
     def check(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        if cfg := outcome("configs", tmp_path, lambda: models._config(models._opened(tmp_path))):
+        if cfg := outcome("configs", tmp_path, lambda: models._config(models._open(tmp_path))):
             check_config(cfg, json.loads(text))
         options: Any
         for options in ({}, {"quantize": "int8"}):
@@ -1008,8 +1008,8 @@ def test_spoiled_merges_and_special_tokens(tmp_path: Path):
     odd += ['{"<tool>": -1}', '{"<tool>": "1"}', "[]", "{", "a b c\n", "zzzz y\n", "a\n", '{"eos_token": 3}']
     odd += ['{"add_bos_token": true, "bos_token": "a:b c", "eos_token": "<|im_end|>"}', '{"eos_token": {"lstrip": 3}}']
     for name, text in files.items():
-        for spoiled in [*odd, *cuts(text.encode(), 6), *flips(text.encode(), 6)]:
-            (tmp_path / name).write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
+        for corrupt in [*odd, *cuts(text.encode(), 6), *flips(text.encode(), 6)]:
+            (tmp_path / name).write_bytes(corrupt if isinstance(corrupt, bytes) else corrupt.encode())
             if found := outcome("merges", tmp_path, lambda: of_folder(tmp_path, 600)):
                 check_tokenizer(found, 600)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -1048,8 +1048,8 @@ def test_spoiled_tokenizer_json(tmp_path: Path):
         if name == "tokenizer.json":
             parts += [("model", "vocab"), ("model", "merges"), ("model", "merges", 0), ("model", "merges", 0, 0)]
             parts += [("model", "vocab", token) for token in list(value["model"]["vocab"])[:3]] * 3
-            for spoiled in (*cuts(whole, 10), *flips(whole, 15)):
-                check(spoiled)
+            for corrupt in (*cuts(whole, 10), *flips(whole, 15)):
+                check(corrupt)
         each(45 if name == "tokenizer.json" else 20, mutated(value, tuple(parts)), check)
         path.write_bytes(whole)
     enough("tokenizers", 3)
@@ -1083,8 +1083,8 @@ def test_spoiled_vocabularies(name: str, tmp_path: Path):
                 assert all(type(rank) is int for rank in said.values())
 
     check(whole.encode())
-    for spoiled in (*cuts(whole.encode(), 12), *flips(whole.encode(), 20)):
-        check(spoiled)
+    for corrupt in (*cuts(whole.encode(), 12), *flips(whole.encode(), 20)):
+        check(corrupt)
     if value is not None:
         for text in DEEP:
             check(text.encode("utf-8", "surrogatepass"))
@@ -1213,15 +1213,15 @@ def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
     path = tmp_path / f"data{end}"
     data = written(records, end)
 
-    def check(spoiled: bytes) -> None:
-        path.write_bytes(spoiled)
+    def check(corrupt: bytes) -> None:
+        path.write_bytes(corrupt)
         if found := outcome("datasets", path, lambda: read(str(path))):
             agreed(found, records_said(path))
 
     check(data)
     assert read(str(path))
-    for spoiled in (*cuts(data, 8), *flips(data, 20)):
-        check(spoiled)
+    for corrupt in (*cuts(data, 8), *flips(data, 20)):
+        check(corrupt)
     if end in (".json", ".jsonl"):
         for text in DEEP:
             check(text.encode("utf-8", "surrogatepass"))
@@ -1233,8 +1233,8 @@ def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
         value = [*records, *TALKS] if what == "rows" else records
         each(30, mutated(value if end == ".json" else value[-1]), lambda text: check(text_of(text)))
     else:
-        for spoiled in (data + b"\0", data + b"a,b,c,d,e\n", data + b'"open', data + b"\xff", data * 3, b"\n\n", b"\0"):
-            check(spoiled)
+        for corrupt in (data + b"\0", data + b"a,b,c,d,e\n", data + b'"open', data + b"\xff", data * 3, b"\n\n", b"\0"):
+            check(corrupt)
         check(data + b'"' + b"x" * 200_000 + b'"\n')
     enough("datasets", 11)
 
@@ -1280,7 +1280,7 @@ def test_configs_that_were_misread(name: str, tmp_path: Path):
     kind, change, expected = CONFIGURED[name]
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[kind] | change))
     with pytest.raises(InputError, match=expected) as caught:
-        models._config(models._opened(tmp_path))
+        models._config(models._open(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -1430,7 +1430,7 @@ def test_codes_that_are_taken_for_scales(tmp_path: Path):
     state = json.loads(bytes(tensors[name].tolist()))
     plain = {key: x for key, x in state.items() if "nested" not in key}
     save_file(tensors | {name: packed(json.dumps(plain))}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"absmax: expected float32, as its state tells of no nested ones, got uint8"):
+    with pytest.raises(InputError, match=r"absmax: expected float32, as its state has no nested scales, got uint8"):
         fgpt.load(str(tmp_path))
 
 

@@ -315,7 +315,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(trained: Path):
 
 def test_the_best_state_is_what_a_run_leaves(trained: Path, given: dict[str, list[str]], tmp_path: Path):
     """The adapter is that of a training which ends after the best step, its schedule apart."""
-    from fgpt.io.files import read_tensors
+    from fgpt.io.safetensors_files import read_tensors
 
     best = checkpoints.best(trained)
     assert best is not None

@@ -20,8 +20,9 @@ from experiments.bench.sides import equal_rows, our_batch
 from fgpt.adapters import adapt, lora, num_trainable, trainable_leaves
 from fgpt.families import GPTJ
 from fgpt.families.mapping import to_hf
-from fgpt.io.files import write_json, write_tensors
+from fgpt.io.files import write_json
 from fgpt.io.models import CONFIG, WEIGHTS, load
+from fgpt.io.safetensors_files import write_tensors
 from fgpt.kernels.quantized_linear import Format
 from fgpt.losses import nll
 from fgpt.model import Config, abstract_params

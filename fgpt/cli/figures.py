@@ -4,14 +4,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from fgpt.io.files import encoded, write
+from fgpt.io.files import to_utf8, write
 
 
 def plain(text: str) -> str:
     """A user's text as matplotlib can draw it: no dollar in it begins a formula, and half of a surrogate pair is its
     escape, as in a file.
     """
-    return encoded(text).decode("utf-8").replace("$", r"\$")
+    return to_utf8(text).decode("utf-8").replace("$", r"\$")
 
 
 def save(figure: Any, picture: Path, dpi: int) -> None:

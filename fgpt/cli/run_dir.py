@@ -36,7 +36,7 @@ from fgpt.cli.console import console
 from fgpt.cli.environment import environment
 from fgpt.cli.paths import shared, with_local, without_paths, write_local
 from fgpt.errors import InputError, shown
-from fgpt.io.files import atomic_dir, clean, read_json, staying, write_json
+from fgpt.io.files import atomic_dir, remove_leftovers, read_json, must_not_move, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
@@ -68,7 +68,7 @@ def open_run_dir(run: AnyRecipe, steps: int, where: Path | None = None) -> Itera
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{folder} is being trained in by another process: wait, or end that one") from None
-    with lock, staying(folder):
+    with lock, must_not_move(folder):
         status = {"state": "running", "steps": steps}
         write_json(folder / STATUS, status)
         if where is None:
@@ -78,7 +78,7 @@ def open_run_dir(run: AnyRecipe, steps: int, where: Path | None = None) -> Itera
             write_json(folder / RUN, shared(values))  # last: a folder that has it has all of them
         else:
             for at in (folder, folder / ADAPTER, folder / MODEL, folder / CHECKPOINTS):
-                clean(at)
+                remove_leftovers(at)
             _same_versions(folder)
         try:
             yield folder

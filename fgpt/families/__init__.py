@@ -1,4 +1,4 @@
-"""One small file a family: its config both ways, and a table of names between the hub's tensors and our leaves."""
+"""One small file a family: its config both ways, and a table of names between Hugging Face's tensors and our leaves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
 def family_of(cfg: Config) -> Family:
     """The family that a config of ours belongs to: the one that gives it back.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     for family in FAMILIES:
         try:
@@ -35,4 +35,4 @@ def family_of(cfg: Config) -> Family:
                 return family
         except InputError:
             continue
-    raise InputError(f"no family of the hub's has models of {cfg}")
+    raise InputError(f"no family has models of {cfg}")

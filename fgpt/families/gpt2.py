@@ -7,20 +7,8 @@ weights are [out, in] and split. This is the one place that knows.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.families.mapping import (
-    Family,
-    TensorMapping,
-    activation,
-    activation_to_hf,
-    flag,
-    layer_mappings,
-    number,
-    one_to_one,
-    optional_size,
-    paths,
-    sizes,
-    sizes_to_hf,
-)
+from fgpt.families.hf_config import activation, activation_to_hf, flag, number, optional_size, sizes, sizes_to_hf
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 SIZES = {
@@ -43,7 +31,7 @@ def common(config: Mapping[str, Any], names: Mapping[str, str] = SIZES) -> dict[
 
 
 def common_to_hf(cfg: Config, names: Mapping[str, str] = SIZES) -> dict[str, Any]:
-    """`common` undone."""
+    """The inverse of `common`."""
     return sizes_to_hf(cfg, names) | {
         "n_inner": None if cfg.d_mlp == 4 * cfg.d_model else cfg.d_mlp,
         "layer_norm_epsilon": cfg.norm_eps,
@@ -53,12 +41,12 @@ def common_to_hf(cfg: Config, names: Mapping[str, str] = SIZES) -> dict[str, Any
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`.
+    """Our config of a Hugging Face `config.json`.
 
     A field of our own, `bias`, is false for a model that has no biases. transformers knows no such GPT-2: it says that
     they are missing, makes them zero, and so computes the same.
 
-    Raises InputError where a field is missing or asks for an architecture that GPT-2 proper does not have.
+    Raises InputError if a field is missing or asks for an architecture that GPT-2 proper does not have.
     """
     found = common(config)
     flag(config, "reorder_and_upcast_attn", False)  # a way to compute the same: here scores are in fp32 anyway
@@ -73,21 +61,25 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     ends = {"bos_token_id": cfg.vocab_size - 1, "eos_token_id": cfg.vocab_size - 1}
-    own: dict[str, Any] = {} if cfg.biases else {"bias": False}
-    own |= {} if cfg.scale_attn_weights else {"scale_attn_weights": False}
-    own |= {"scale_attn_by_inverse_layer_idx": True} if cfg.scale_attn_by_inverse_layer_idx else {}
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends | own
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | common_to_hf(cfg) | ends
+    if not cfg.biases:
+        config["bias"] = False
+    if not cfg.scale_attn_weights:
+        config["scale_attn_weights"] = False
+    if cfg.scale_attn_by_inverse_layer_idx:
+        config["scale_attn_by_inverse_layer_idx"] = True
+    return config
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
+    """The tensors of Hugging Face's model, and our leaves in each."""
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
     for i in range(cfg.n_layer):
-        ours, theirs = f"blocks.{i}", f"h.{i}"
-        found += layer_mappings({f"{ours}.{norm}": f"{theirs}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
+        ours, hub = f"blocks.{i}", f"h.{i}"
+        found += layer_mappings({f"{ours}.{norm}": f"{hub}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
         for modules, name in (
             (("attn.q", "attn.k", "attn.v"), "attn.c_attn"),
             (("attn.o",), "attn.c_proj"),
@@ -95,8 +87,8 @@ def stored(cfg: Config) -> list[TensorMapping]:
             (("mlp.down",), "mlp.c_proj"),
         ):
             weights, biases = (tuple(f"{ours}.{x}.{leaf}" for x in modules) for leaf in ("w", "b"))
-            found.append(TensorMapping(f"{theirs}.{name}.weight", weights, transposed=True))
-            found += [TensorMapping(f"{theirs}.{name}.bias", biases)] if biases[0] in bare else []
+            found.append(TensorMapping(f"{hub}.{name}.weight", weights, transposed=True))
+            found += [TensorMapping(f"{hub}.{name}.bias", biases)] if biases[0] in bare else []
     return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
@@ -106,5 +98,5 @@ GPT2 = Family(
     buffers=(".attn.bias", ".attn.masked_bias"),  # causal masks that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.families import gpt2
-from fgpt.families.mapping import Family, TensorMapping, layer_mappings, one_to_one, paths, require_values
+from fgpt.families.hf_config import require_values
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 SIZES = gpt2.SIZES | {"rotary_dim": "rotary_dim"}
@@ -22,7 +23,10 @@ LAYERS = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    """Our config of a Hugging Face `config.json`.
+
+    Raises InputError if a field is missing, or has a value that is not supported.
+    """
     found = gpt2.common(config, SIZES)
     require_values(config, {"tie_word_embeddings": False})
     return Config(
@@ -36,16 +40,16 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     return {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"} | gpt2.common_to_hf(cfg, SIZES)
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
+    """The tensors of Hugging Face's model, and our leaves in each."""
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "wte.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
     return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
@@ -59,5 +63,5 @@ GPTJ = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

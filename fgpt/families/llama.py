@@ -7,25 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError, shown
-from fgpt.families.mapping import (
+from fgpt.families.hf_config import (
     LLAMA_SIZES,
     MAX_SIZE,
-    Family,
-    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layer_mappings,
     number,
-    one_to_one,
     optional_size,
-    paths,
     require_positive_ints,
     rope,
     rope_to_hf,
     sizes,
     sizes_to_hf,
 )
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 ARCHITECTURES = {
@@ -53,7 +49,10 @@ LAYERS = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    """Our config of a Hugging Face `config.json`.
+
+    Raises InputError if a field is missing, or has a value that is not supported.
+    """
     found = sizes(config, LLAMA_SIZES)
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
     if kind == "qwen2":
@@ -88,7 +87,7 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
     """The `sliding_window` and `full_layers` of our config. A Llama has none, the layers of a Mistral all do, and those
     of a Qwen from one on, or as layer_types has them.
 
-    Raises InputError where the fields do not fit one another.
+    Raises InputError if the fields do not fit one another.
     """
     slides = {"llama": False, "mistral": True}.get(kind) or flag(config, "use_sliding_window", False)
     found = config.get("sliding_window", 4096) if slides else None
@@ -96,7 +95,7 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
         require_positive_ints({"sliding_window": found}, ["sliding_window"])
     first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
     if type(first) is not int or first < 0:
-        raise InputError(f"config.json: expected a whole number for max_window_layers, got {shown(first)}")
+        raise InputError(f"config.json: expected an integer for max_window_layers, got {shown(first)}")
     types = config.get("layer_types") or None
     if types is None:
         types = [SLIDING if found and i >= first else FULL for i in range(n_layer)]
@@ -106,7 +105,9 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
             f"supported; got {shown(types)}"
         )
     if SLIDING in types and not found:
-        raise InputError(f"config.json: layer_types other than {FULL!r} want a sliding_window, and that it is used")
+        raise InputError(
+            f"config.json: layer_types other than {FULL!r} need a sliding_window, and use_sliding_window true"
+        )
     if kind == "mistral" and found and FULL in types:
         raise InputError(f"config.json: layer_types of {FULL!r} are not supported in a Mistral that has a window")
     if SLIDING not in types:
@@ -115,19 +116,23 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
 
 
 def window_to_hf(cfg: Config, kind: str) -> dict[str, Any]:
-    """`window` undone."""
+    """The inverse of `window`."""
     if cfg.sliding_window is None:
         return {}
     if kind == "mistral":
         return {"sliding_window": cfg.sliding_window}
     types = [FULL if i in cfg.full_layers else SLIDING for i in range(cfg.n_layer)]
     first = types.index(SLIDING) if SLIDING in types else cfg.n_layer
-    own = {"use_sliding_window": True, "sliding_window": cfg.sliding_window, "max_window_layers": first}
-    return own | {"layer_types": types}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": cfg.sliding_window,
+        "max_window_layers": first,
+        "layer_types": types,
+    }
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     other = "llama" if cfg.sliding_window is None else "mistral"
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == "q k v" else other
     config = {
@@ -147,12 +152,12 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     return config | {"mlp_bias": "gate" in cfg.biases.split()} if kind == "llama" else config
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
+    """The tensors of Hugging Face's model, and our leaves in each."""
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_tokens.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
     return found + layer_mappings({"ln_f": "norm"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
@@ -162,5 +167,5 @@ LLAMA = Family(
     buffers=(".rotary_emb.inv_freq",),  # angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

@@ -1,20 +1,18 @@
 """What all families share: a hub's tensors and our leaves, by a table of names.
 
 A family is such a table, and its config both ways. The sizes come from our own tree: a leaf has the shape that
-`skeleton` gives it, and a tensor of the hub's the shape that its leaves make up.
+`abstract_params` gives it, and a tensor of Hugging Face's the shape that its leaves make up.
 """
 
-import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
-from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, abstract_params, fused_qkv
 from fgpt.tree import leaves, replace_at, walk
 from fgpt.weights import Adapted, shape
@@ -22,7 +20,7 @@ from fgpt.weights import Adapted, shape
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is asked for: its shape, where that can be told before, and how to read it."""
+    """A tensor that is not read yet: its shape, if that is known before, and the function that reads it."""
 
     shape: tuple[int, ...] | None
     read: Callable[[], Tensor | Quantized]
@@ -30,26 +28,26 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """A tensor of the hub's, and the leaves of ours that it holds, as rows one after the other."""
+    """A tensor of Hugging Face's model, and our leaves in it, whose rows are concatenated."""
 
     name: str
     paths: tuple[str, ...]
     transposed: bool = False
-    """[in, out]. One that was quantized on the way to the hub was transposed before, and is [out, in]."""
+    """Stored as [in, out]. A quantized one was transposed before, and is [out, in]."""
     heads: int = 0
-    """Above 0 the leaves take turns, head by head."""
+    """If above 0, the rows of the leaves are interleaved, head by head."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a file of this package says of its models."""
+    """A family of models: its config both ways, and its table of tensors."""
 
     model_types: tuple[str, ...]
-    """What config.json calls them."""
+    """The values of model_type in config.json."""
     prefix: str
-    """Before the names of all tensors but the head's, where a file has the head."""
+    """Prefix of all tensor names but the head's, in a file with a head."""
     buffers: tuple[str, ...]
-    """Endings of tensors that are no parameters."""
+    """Suffixes of tensors that are no parameters."""
     config_from_hf: Callable[[Mapping[str, Any]], Config]
     config_to_hf: Callable[[Config], dict[str, Any]]
     tensor_mappings: Callable[[Config], list[TensorMapping]]
@@ -63,15 +61,15 @@ Place: TypeAlias = Callable[[str, Any], Any]
 
 
 def one_to_one(names: Mapping[str, str]) -> list[TensorMapping]:
-    """The tensors that are one leaf each: {our path: the hub's name}."""
+    """The tensors that are one leaf each: {our path: Hugging Face's name}."""
     return [TensorMapping(name, (path,)) for path, name in names.items()]
 
 
 def layer_mappings(names: Mapping[str, str], bare: Container[str]) -> list[TensorMapping]:
-    """The same for {our layer: the hub's module}: weight and bias of each, where they are among `bare`, our leaves."""
+    """The weight and bias of each {our layer: Hugging Face's module}, if they are among `bare`, our leaves."""
     pairs = (
-        (f"{ours}.{leaf}", f"{theirs}.{ending}")
-        for ours, theirs in names.items()
+        (f"{ours}.{leaf}", f"{hub}.{ending}")
+        for ours, hub in names.items()
         for leaf, ending in (("w", "weight"), ("b", "bias"))
     )
     return one_to_one({path: name for path, name in pairs if path in bare})
@@ -86,45 +84,47 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
     Where the config says that head and embedding are one, and the tensors are two that differ (the head was trained by
     itself, and merged), they are two. An equal head is left out, and one alone stands for the embedding.
 
-    Raises InputError where a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
+    Raises InputError if a tensor is there by two names; and as `from_hf` does, before head and embedding are read.
     """
-    held = _without_prefix(tensors, family)
+    bare_tensors = _without_prefix(tensors, family)
     if not cfg.tie_word_embeddings:
-        return held, cfg
-    apart = replace(cfg, tie_word_embeddings=False)
-    stored = {s.paths[0]: s.name for s in family.tensor_mappings(apart)}
+        return bare_tensors, cfg
+    untied = replace(cfg, tie_word_embeddings=False)
+    stored = {s.paths[0]: s.name for s in family.tensor_mappings(untied)}
     table, head = stored["wte.w"], stored["head.w"]
-    if head not in held:
-        return held, cfg
-    if table not in held:
-        return {table if name == head else name: x for name, x in held.items()}, cfg
-    _checked_sizes(held, apart, family)
-    if _equal(held[table].read(), held[head].read()):
-        return {name: x for name, x in held.items() if name != head}, cfg
-    return held, apart
+    if head not in bare_tensors:
+        return bare_tensors, cfg
+    if table not in bare_tensors:
+        return {table if name == head else name: x for name, x in bare_tensors.items()}, cfg
+    _check_shapes(bare_tensors, untied, family)
+    if _equal(bare_tensors[table].read(), bare_tensors[head].read()):
+        return {name: x for name, x in bare_tensors.items() if name != head}, cfg
+    return bare_tensors, untied
 
 
-def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
-    """Our tree of the hub's tensors, each read, split, and given to `place` before the next is read. Transposed weights
-    are views: no copy is made.
+def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
+    """Our tree of Hugging Face's tensors, each read, split, and given to `place` before the next is read.
+
+    Transposed weights are views: no copy is made.
 
     A quantized product of q, k and v is split where its blocks, and the blocks of quantized scales, end between them
-    (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as `fuse` makes them.
+    (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as in
+    `fuse_qkv`.
 
-    `held` and `cfg` are those of `parameters`.
+    `tensors` and `cfg` are those that `parameters` returns.
 
-    Raises InputError where a tensor is missing, surplus, or of another shape; before anything is read, but for the
+    Raises InputError if a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantized one.
     """
     bare, table = abstract_params(cfg), {s.name: s for s in family.tensor_mappings(cfg)}
-    empty, sizes = leaves(bare), _checked_sizes(held, cfg, family)
+    empty, sizes = leaves(bare), _check_shapes(tensors, cfg, family)
 
     def read(
         s: TensorMapping,
     ) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
-        x, size = held[s.name].read(), sizes[s.name]
-        _same(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
-        if isinstance(x, Tensor) and not x.is_floating_point():  # as numbers they would be of another size
+        x, size = tensors[s.name].read(), sizes[s.name]
+        _check_shape(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
+        if isinstance(x, Tensor) and not x.is_floating_point():  # integers would be codes of an unknown format
             raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
         parts = split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
@@ -141,45 +141,45 @@ def from_hf(held: Mapping[str, LazyTensor], cfg: Config, family: Family, place: 
     return replace_at(bare, new)
 
 
-def _without_prefix(held: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
+def _without_prefix(tensors: Mapping[str, LazyTensor], family: Family) -> dict[str, LazyTensor]:
     """All tensors but buffers, named alike: a file with the head has the prefix, one without has not.
 
-    Raises InputError where a tensor is there by both names.
+    Raises InputError if a tensor is there by both names.
     """
-    given = [name for name in held if not name.endswith(family.buffers)]
-    bare = {name.removeprefix(family.prefix): held[name] for name in given}
-    if len(bare) < len(given):
-        twice = next(name for name in given if name.startswith(family.prefix) and name[len(family.prefix) :] in given)
+    names = [name for name in tensors if not name.endswith(family.buffers)]
+    bare = {name.removeprefix(family.prefix): tensors[name] for name in names}
+    if len(bare) < len(names):
+        twice = next(name for name in names if name.startswith(family.prefix) and name[len(family.prefix) :] in names)
         raise InputError(f"tensor {twice} is there without {family.prefix} too: expected one of them")
     return bare
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two matrices are of the same numbers; a quantized one equals none."""
+    """Whether two matrices have equal elements; False if one is quantized."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     wide = torch.promote_types(a.dtype, b.dtype)
     return torch.equal(a.to(wide), b.to(wide))
 
 
-def _checked_sizes(held: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+def _check_shapes(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of the family has under a config.
 
-    Raises InputError where one is missing, surplus, or of another shape.
+    Raises InputError if one is missing, surplus, or of another shape.
     """
     table = {s.name: s for s in family.tensor_mappings(cfg)}
-    if missing := [name for name in table if name not in held]:
+    if missing := [name for name in table if name not in tensors]:
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
-    if surplus := held.keys() - table.keys():
+    if surplus := tensors.keys() - table.keys():
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
     empty = leaves(abstract_params(cfg))
     sizes = {name: tuple(join_heads([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
     for name, size in sizes.items():
-        _same(name, size, held[name].shape)
+        _check_shape(name, size, tensors[name].shape)
     return sizes
 
 
-def _same(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
+def _check_shape(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
     if got is not None and got != want:
         raise InputError(f"tensor {name}: expected shape {list(want)}, got {list(got)}")
 
@@ -189,7 +189,7 @@ def _node(tree: Any, path: str) -> Any:
 
 
 def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
-    """The leaves in a tensor; it alone where it is quantized and cannot be split."""
+    """The leaves in a tensor; or the tensor itself if it is quantized and cannot be split."""
     if len(s.paths) == 1:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
     if isinstance(x, QUANTIZED):
@@ -211,7 +211,7 @@ def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
 
 
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:
-    """The rows of `w` in n equal parts, still quantized as they are; None where a block lies across two parts."""
+    """The rows of `w` in n equal parts, still quantized as they are; None if a block lies across two parts."""
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):
         return None
@@ -229,29 +229,29 @@ def to_hf(params: GPT, family: Family) -> dict[str, Tensor]:
     """
     if adapted := [path for path, x in walk(params) if isinstance(x, Adapted)]:
         raise InputError(f"{adapted[0]} still carries an adapter: merge(params) first")
-    held, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
+    by_path, cfg = unfuse_qkv(leaves(params), params.cfg), params.cfg
     classes = params.head is not None and shape(params.head.w)[0] != cfg.vocab_size
     body = replace(cfg, tie_word_embeddings=True) if classes else cfg  # without a head of tokens
-    made = {s.name: join_heads([held[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
-    named = {name if is_head(name) else family.prefix + name: x for name, x in made.items()}
-    return named | ({SCORE: held["head.w"]} if classes else {})
+    tensors = {s.name: join_heads([by_path[path] for path in s.paths], s) for s in family.tensor_mappings(body)}
+    named = {name if is_head(name) else family.prefix + name: x for name, x in tensors.items()}
+    return named | ({SCORE: by_path["head.w"]} if classes else {})
 
 
 def unfuse_qkv(tensors: Mapping[str, Tensor], cfg: Config) -> dict[str, Tensor]:
     """`tensors` by path, with those of q, k and v in one as those of each."""
     n, kv = (cfg.head_size * heads for heads in (cfg.n_head, cfg.kv_heads))
-    made: dict[str, Tensor] = {}
+    unfused: dict[str, Tensor] = {}
     for path, x in tensors.items():
         layer, _, leaf = path.rpartition(".")
         if layer.endswith(".attn.qkv"):
             names = (f"{layer.removesuffix('qkv')}{part}.{leaf}" for part in "qkv")
-            made |= dict(zip(names, x.split((n, kv, kv)), strict=True))
+            unfused |= dict(zip(names, x.split((n, kv, kv)), strict=True))
         else:
-            made[path] = x
-    return made
+            unfused[path] = x
+    return unfused
 
 
-def paths(cfg: Config) -> Container[str]:
+def leaf_paths(cfg: Config) -> Container[str]:
     """Our leaves under a config."""
     return leaves(abstract_params(cfg)).keys()
 
@@ -261,8 +261,8 @@ def is_head(name: str) -> bool:
     return name.rpartition(".")[0] in ("lm_head", "embed_out")
 
 
-def check(params: GPT) -> None:
-    """Raises InputError where a part of `params` has not the size that its config gives it."""
+def check_params(params: GPT) -> None:
+    """Raises InputError if a part of `params` has not the size that its config gives it."""
     cfg = params.cfg
     bare = abstract_params(cfg)
     want: dict[str, Any] = {path: x for path, x in walk(bare) if isinstance(x, Linear | Embedding | Norm | RMSNorm)}
@@ -287,217 +287,3 @@ def check(params: GPT) -> None:
             raise InputError(f"{path}.b: expected shape {biases[0]}, got {biases[1]}")
         if isinstance(x.w, Tensor) and not x.w.is_floating_point():
             raise InputError(f"{path}.w: expected a floating dtype, got {x.w.dtype}")
-
-
-# -------------------------------------------------------------------------------------------------------------- configs
-
-
-MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 10
-"""The largest size, and number of layers, that a config may have: far above any model's, and far below what would fill
-the memory with the names of layers, or overflow the size of a tensor.
-"""
-
-
-def require_positive_ints(config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises InputError where one of `names` is missing or no whole number from 1 to MOST."""
-    bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MAX_SIZE]
-    if bad:
-        got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
-        raise InputError(
-            f"config.json: expected whole numbers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}"
-        )
-
-
-def optional_size(config: Mapping[str, Any], name: str, default: int) -> int:
-    """A size that a config may leave out, or as null or 0 to its default. Raises InputError as `whole_numbers` does."""
-    if name not in config or config[name] in (None, 0):
-        return default
-    require_positive_ints(config, [name])
-    return config[name]
-
-
-def number(config: Mapping[str, Any], name: str, default: float) -> float:
-    """A field that is no size. Raises InputError for anything but a number from 0 to 1e15."""
-    found = config.get(name, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1e15:  # NaN is not
-        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {shown(found)}")
-    return float(found)
-
-
-def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
-    """A field that is true or false. Raises InputError for anything else: "false", for one, is true to Python."""
-    found = config.get(name, default)
-    if not isinstance(found, bool):
-        raise InputError(f"config.json: expected true or false for {name}, got {shown(found)}")
-    return found
-
-
-LLAMA_SIZES = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "d_mlp",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "n_ctx",
-}
-"""A hub's names of sizes, and ours, in the families since GPT-NeoX."""
-
-
-def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    """The sizes that a config must have, by our names. Raises InputError as `whole_numbers` does, and for more than
-    DEEPEST layers.
-    """
-    require_positive_ints(config, names)
-    found = {ours: config[theirs] for theirs, ours in names.items()}
-    if found["n_layer"] > MAX_LAYERS:
-        raise InputError(f"config.json: expected at most {MAX_LAYERS} layers, got {found['n_layer']}")
-    return found
-
-
-def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
-    """`sizes` undone."""
-    return {theirs: getattr(cfg, ours) for theirs, ours in names.items()}
-
-
-def require_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Raises InputError where a field has another value than the one we compute with, which an absent one has too."""
-    for name, value in values.items():
-        if config.get(name, value) != value:
-            raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
-
-
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
-"""The hub's names of activations, and ours: those of one function differ in their rounding alone."""
-
-
-def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
-    """Our name of the activation that a config has. Raises InputError for one that we do not compute."""
-    found = config.get(name, default)
-    if not isinstance(found, str) or found not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(f"config.json: {name}={shown(found)} is not supported, expected one of {known}")
-    return ACTIVATIONS[found]
-
-
-def activation_to_hf(cfg: Config) -> str:
-    """The hub's first name of our activation."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
-
-
-LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-"""The fields of Llama 3's scaling, as our `stretch` has them."""
-
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-
-
-def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[str, Any]:
-    """The `base`, `stretch` and `context` of our config, of what old and new configs say of rotary positions; of the
-    `sizes` that it has by our names, and the `dim` components that are rotated.
-
-    Raises InputError for a scaling that we do not compute.
-    """
-    scaling, context = rope_fields(config), sizes["n_ctx"]
-    where = scaling if "rope_theta" in scaling else config
-    base = _above_0(where, "rope_theta" if "rope_theta" in where else "rotary_emb_base", 10000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        known = ", ".join(ROPE_TYPES)
-        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected one of {known}")
-    wanted = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
-    if missing := [name for name in wanted if name not in scaling]:
-        raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
-    stretch: Any = None
-    if kind == "linear":
-        stretch = (_above_0(scaling, "factor"), 1.0, 4.0, 0.0)
-    elif kind == "llama3":
-        stretch = tuple(_above_0(scaling, name) for name in LLAMA_3)
-        if stretch[1] >= stretch[2]:
-            raise InputError(f"config.json: expected low_freq_factor below high_freq_factor, got {stretch[1:3]}")
-    elif kind == "yarn":
-        stretch = _yarn(config, scaling, context)
-        if base <= 1 or dim < 2:
-            raise InputError(f"config.json: yarn wants rope_theta above 1 and rotated pairs, got {base} and {dim}")
-        try:
-            stretch.ramp(dim, base)
-        except (ValueError, OverflowError):
-            raise InputError(f"config.json: the numbers of yarn are too far apart: {shown(dict(scaling))}") from None
-    elif kind == "dynamic":
-        stretch = DynamicScaling(_above_0(scaling, "factor"), context)
-        if stretch.factor < 1 or stretch.factor * context > MAX_SIZE or dim <= 2:
-            raise InputError(
-                f"config.json: a dynamic rope wants a factor of 1 or more, up to {MAX_SIZE} positions, and 4 rotated "
-                f"components or more; got {stretch.factor}, {context} positions and {dim} components"
-            )
-        context = int(stretch.factor * context)
-    return {"rope_theta": base, "rope_scaling": stretch, "n_ctx": context}
-
-
-def _yarn(config: Mapping[str, Any], scaling: Mapping[str, Any], context: int) -> YarnScaling:
-    """YaRN as transformers reads it: what is left out has the values of the paper.
-
-    Source: Peng et al. 2023 (YaRN), section 3.4; DeepSeek-AI 2024 (DeepSeek-V2) for the two mscale.
-    """
-    name = "original_max_position_embeddings"
-    original = _above_0(config if config.get(name) is not None else scaling, name, float(context))
-    factor = _given(scaling, "factor") or context / original
-    size, whole = _given(scaling, "mscale"), _given(scaling, "mscale_all_dim")
-    grown = math.log(factor) if factor > 1 else 0.0
-    usual = (0.1 * size * grown + 1) / (0.1 * whole * grown + 1) if size and whole else 0.1 * grown + 1
-    return YarnScaling(
-        factor,
-        _given(scaling, "beta_fast") or 32.0,
-        _given(scaling, "beta_slow") or 1.0,
-        original,
-        _given(scaling, "attention_factor") or usual,
-        flag(scaling, "truncate", True),
-    )
-
-
-def _given(fields: Mapping[str, Any], name: str) -> float | None:
-    """A number above 0, or None where it is left out, null or 0."""
-    return None if fields.get(name) is None else number(fields, name, 0.0) or None
-
-
-def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config says of rotary positions in a field of its own. Raises InputError where it is no object."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise InputError(f"config.json: rope_scaling={shown(found)} is not supported, expected its fields")
-    return found
-
-
-def _above_0(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
-    if not (found := number(config, name, default)):
-        raise InputError(f"config.json: expected a number above 0 for {name}, got {shown(config.get(name))}")
-    return found
-
-
-def rope_to_hf(cfg: Config) -> dict[str, Any]:
-    """`rope` undone, as old and new readers know it."""
-    if (stretch := cfg.rope_scaling) is None:
-        scaling = None
-    elif isinstance(stretch, YarnScaling):
-        scaling = {"rope_type": "yarn"} | stretch._asdict()
-        scaling["original_max_position_embeddings"] = int(scaling.pop("context"))
-    elif isinstance(stretch, DynamicScaling):
-        scaling = {"rope_type": "dynamic", "factor": stretch.factor}
-        return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, "max_position_embeddings": stretch.context}
-    elif stretch[3] == 0:
-        scaling = {"rope_type": "linear", "factor": stretch[0]}
-    else:
-        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA_3, stretch, strict=True))
-        scaling["original_max_position_embeddings"] = int(stretch[3])
-    return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling}

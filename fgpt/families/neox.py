@@ -6,17 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fgpt.errors import InputError
-from fgpt.families.mapping import (
+from fgpt.families.hf_config import (
     LLAMA_SIZES,
-    Family,
-    TensorMapping,
     activation,
     activation_to_hf,
     flag,
-    layer_mappings,
     number,
-    one_to_one,
-    paths,
     require_values,
     rope,
     rope_fields,
@@ -24,6 +19,7 @@ from fgpt.families.mapping import (
     sizes,
     sizes_to_hf,
 )
+from fgpt.families.mapping import Family, TensorMapping, layer_mappings, leaf_paths, one_to_one
 from fgpt.model import Config
 
 LAYERS = {
@@ -36,16 +32,23 @@ LAYERS = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> Config:
-    """Our config of a hub `config.json`. Raises InputError where a field is missing, or one that we do not compute."""
+    """Our config of a Hugging Face `config.json`.
+
+    Raises InputError if a field is missing, or has a value that is not supported.
+    """
     found = sizes(config, LLAMA_SIZES)
     require_values(config, {"attention_bias": True})
-    of_head = config["hidden_size"] // config["num_attention_heads"]
+    d_head = config["hidden_size"] // config["num_attention_heads"]
     scaling = rope_fields(config)
-    own = "partial_rotary_factor" in scaling
-    part = number(scaling, "partial_rotary_factor", 0.25) if own else number(config, "rotary_pct", 0.25)
-    if not 0 < part <= 1:
-        raise InputError(f"config.json: expected a part of each head for rotary_pct, above 0 up to 1, got {part}")
-    rotary = int(of_head * part)
+    if "partial_rotary_factor" in scaling:
+        fraction = number(scaling, "partial_rotary_factor", 0.25)
+    else:
+        fraction = number(config, "rotary_pct", 0.25)
+    if not 0 < fraction <= 1:
+        raise InputError(
+            f"config.json: expected a fraction of each head for rotary_pct, above 0 up to 1, got {fraction}"
+        )
+    rotary = int(d_head * fraction)
     fields: dict[str, Any] = found | rope(config, found, rotary)
     return Config(
         **fields,
@@ -58,7 +61,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
 
 def config_to_hf(cfg: Config) -> dict[str, Any]:
-    """The hub's `config.json` of our config."""
+    """The Hugging Face `config.json` of our config."""
     scaling = rope_to_hf(cfg)
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -74,12 +77,12 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
     }
 
 
-def stored(cfg: Config) -> list[TensorMapping]:
-    """The hub's tensors, and our leaves in them."""
-    bare = paths(cfg)
+def tensor_mappings(cfg: Config) -> list[TensorMapping]:
+    """The tensors of Hugging Face's model, and our leaves in each."""
+    bare = leaf_paths(cfg)
     found = one_to_one({"wte.w": "embed_in.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{theirs}" for ours, theirs in LAYERS.items()}, bare)
+        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
         for leaf, ending in (("w", "weight"), ("b", "bias")):
             parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
             found.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
@@ -98,5 +101,5 @@ NEOX = Family(
     ),  # causal masks and angles that old checkpoints carry
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    tensor_mappings=stored,
+    tensor_mappings=tensor_mappings,
 )

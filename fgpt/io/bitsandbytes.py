@@ -1,9 +1,9 @@
-"""Matrices that bitsandbytes has quantized, as `save_pretrained` of transformers writes them.
+"""Matrices quantized by bitsandbytes, as `save_pretrained` of transformers writes them.
 
 4 bits   NAME.weight           bytes in a column, two codes in each, of [out, in] by rows
-         NAME.weight.absmax, .quant_map, and where the scales are quantized too, .nested_absmax, .nested_quant_map
-         NAME.weight.quant_state.bitsandbytes__nf4    the rest, as JSON in bytes
-8 bits   NAME.weight           whole numbers [out, in], with NAME.SCB, the largest magnitude of each row
+         NAME.weight.absmax, .quant_map, and if the scales are quantized too, .nested_absmax, .nested_quant_map
+         NAME.weight.quant_state.bitsandbytes__nf4    the other fields, as JSON in bytes
+8 bits   NAME.weight           int8 [out, in], with NAME.SCB, the largest magnitude of each row
 
 Source: bitsandbytes 0.50, functional.QuantState.as_dict; nn.modules.Linear8bitLt._save_to_state_dict.
 """
@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,98 +28,133 @@ STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
     rf"(?P<layer>.+)\.(?P<part>weight\.(?:(?:nested_)?(?:absmax|quant_map)|{re.escape(STATE)}\w+)|SCB|weight_format)"
 )
-STATED = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
+STATE_FIELDS = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """`tensors` with the parts of each quantized matrix made one node [out, in], under the name of its weight.
+    """`tensors` with the parts of each quantized matrix combined to one node [out, in], under the name of its weight.
 
-    Raises InputError where a part is missing; and when one is read that is not what bitsandbytes writes, and for 4-bit
-    blocks of other than 64.
+    Raises InputError if a weight is missing; and when a matrix is read, if a part of it is missing or not what
+    bitsandbytes writes, or if its 4-bit blocks are not of 64 elements.
     """
     whole = {name: x for name, x in tensors.items() if not PART.fullmatch(name)}
     parts: dict[str, dict[str, LazyTensor]] = {}
     for name in tensors.keys() - whole.keys():
         if match := PART.fullmatch(name):
             parts.setdefault(match["layer"], {})[match["part"].removeprefix("weight.")] = tensors[name]
-    for layer, held in parts.items():
+    for layer, layer_parts in parts.items():
         if (name := f"{layer}.weight") not in whole:
-            raise InputError(f"tensor {name} is missing, but {', '.join(sorted(held))} of it are there")
-        whole[name] = LazyTensor(None, partial(_read, whole[name], held, name))
+            raise InputError(f"tensor {name} is missing, but {', '.join(sorted(layer_parts))} of it are there")
+        whole[name] = LazyTensor(None, partial(_read, whole[name], layer_parts, name))
     if parts:
         register()
     return whole
 
 
 def _read(codes: LazyTensor, parts: Mapping[str, LazyTensor], name: str) -> Quantized:
-    found: dict[str, Any] = {part: x.read() for part, x in parts.items()}
-    node = (_eight if "SCB" in found else _four)(codes.read(), found, name)  # pyright: ignore[reportArgumentType]
+    tensors: dict[str, Any] = {part: x.read() for part, x in parts.items()}
+    read = _rowwise_int8 if "SCB" in tensors else _blockwise_4bit
+    node = read(codes.read(), tensors, name)  # pyright: ignore[reportArgumentType]
     check_quantized(node, name)
     return node
 
 
-def _eight(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
+def _rowwise_int8(codes: Tensor, parts: Mapping[str, Tensor], name: str) -> RowwiseInt8:
     scales, form = parts["SCB"], parts.get("weight_format")
     if codes.dtype != torch.int8 or codes.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
-        raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {_said(codes, scales)}")
+        got = _describe(codes, scales)
+        raise InputError(f"tensor {name}: expected int8 [out, in] and SCB float32 [out], got {got}")
     if form is not None and (form.numel() != 1 or form.any()):
-        raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, by rows")
+        raise InputError(f"tensor {name}: weight_format {form.tolist()} is a layout of old GPUs; expected 0, row-major")
     return RowwiseInt8(codes, scales)
 
 
-def _four(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
+class _State(NamedTuple):
+    """The JSON beside the codes of a 4-bit matrix."""
+
+    kind: Any
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block: Any
+    nested_block: int | None
+    """The block size of the scales if they are quantized too, else None or 0."""
+    offset: float | None
+
+
+def _parse_state(packed: Tensor) -> _State:
+    """The state in a tensor of bytes. Raises one of MALFORMED if it is none."""
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(_describe(packed))
+    state: Any = json.loads(bytes(packed.tolist()))
+    if surplus := state.keys() - STATE_FIELDS:
+        raise ValueError(f"it has {shown(min(surplus))} too")
+    out, inp = state["shape"]
+    nested, offset = state.get("nested_blocksize"), None
+    if nested:
+        if state["nested_dtype"] != "float32":
+            raise ValueError(f"nested_dtype {state['nested_dtype']!r}")
+        offset = float(state["nested_offset"])
+    if {type(out), type(inp), type(nested or 0)} != {int} or min(out, inp) < 1 or not math.isfinite(offset or 0.0):
+        raise ValueError(f"shape {[out, inp]}, nested_blocksize {nested}, nested_offset {offset}")
+    return _State(state["quant_type"], (out, inp), DTYPES[state["dtype"]], state["blocksize"], nested, offset)
+
+
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+def _blockwise_4bit(codes: Tensor, parts: dict[str, Tensor], name: str) -> Blockwise4bit:
     states = [part for part in parts if part.startswith(STATE)]
     if len(states) != 1:
         raise InputError(f"tensor {name}: expected one {STATE}nf4 or fp4 beside it, got {', '.join(states) or 'none'}")
-    packed = parts[states[0]]
     try:
-        if packed.dtype != torch.uint8 or packed.ndim != 1:
-            raise ValueError(_said(packed))
-        state: Any = json.loads(bytes(packed.tolist()))
-        if surplus := state.keys() - STATED:
-            raise ValueError(f"it has {shown(min(surplus))} too")
-        kind, (out, inp), dtype = state["quant_type"], state["shape"], DTYPES[state["dtype"]]
-        block, nested = state["blocksize"], state.get("nested_blocksize")
-        offset = float(state["nested_offset"]) if nested and state["nested_dtype"] == "float32" else None
-        if nested and offset is None:
-            raise ValueError(f"nested_dtype {state['nested_dtype']!r}")
-        if {type(out), type(inp), type(nested or 0)} != {int} or min(out, inp) < 1 or not math.isfinite(offset or 0.0):
-            raise ValueError(f"shape {[out, inp]}, nested_blocksize {nested}, nested_offset {offset}")
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as err:
+        state = _parse_state(parts[states[0]])
+    except MALFORMED as err:
         why = repr(err)[:200]
         raise InputError(f"tensor {name}.{states[0]}: not the state of a 4-bit matrix ({why})") from None
-    wanted = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]
-    if missing := [part for part in wanted if part not in parts]:
-        raise InputError(f"tensor {name}.{missing[0]} is missing")
-    if block != BLOCK:
-        raise InputError(
-            f"tensor {name}: quantized by blocks of {shown(block)}; expected {BLOCK}, bitsandbytes' default"
-        )
-    if not codes.ndim:
-        raise InputError(f"tensor {name}: expected a matrix' codes, got one number")
-    codes = codes.contiguous().view(torch.uint8)  # bitsandbytes may store the bytes as another dtype
-    absmax, code = parts["absmax"], parts["quant_map"]
-    kinds = {x.dtype for x in (code, parts.get("nested_absmax", code), parts.get("nested_quant_map", code))}
-    vectors = {x.ndim for x in (absmax, parts.get("nested_absmax", absmax))}
-    if codes.numel() * 2 != out * inp or inp % 2 or kinds != {torch.float32} or vectors != {1}:
-        raise InputError(f"tensor {name}: {_said(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]")
-    _standard(kind, code, name)
-    if not nested and absmax.dtype != torch.float32:
-        raise InputError(
-            f"tensor {name}.absmax: expected float32, as its state tells of no nested ones, got {_said(absmax)}"
-        )
+    nested = state.nested_block
+    required = ["absmax", "quant_map"]
     if nested:
-        if absmax.dtype != torch.uint8 or parts["nested_quant_map"].shape != (256,):
-            raise InputError(f"tensor {name}.absmax: expected uint8 under a map of 256, got {_said(absmax)}")
-        absmax = Blockwise8bit(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
-        check_quantized(absmax, f"{name}.absmax")
-    shift = None if offset is None else torch.tensor(offset, dtype=torch.float32)
-    return Blockwise4bit(codes.view(out, inp // 2), absmax, code, shift, kind, dtype)
+        required += ["nested_absmax", "nested_quant_map"]
+    if missing := [part for part in required if part not in parts]:
+        raise InputError(f"tensor {name}.{missing[0]} is missing")
+
+    (out, inp), absmax, code = state.shape, parts["absmax"], parts["quant_map"]
+    floats = [code, *(parts[part] for part in ("nested_absmax", "nested_quant_map") if part in parts)]
+    vectors = [absmax, *(parts[part] for part in ("nested_absmax",) if part in parts)]
+    fits = (
+        codes.numel() * codes.element_size() * 2 == out * inp
+        and inp % 2 == 0
+        and all(x.dtype == torch.float32 for x in floats)
+        and all(x.ndim == 1 for x in vectors)
+    )
+    is_nested = absmax.dtype == torch.uint8 and parts.get("nested_quant_map", code).shape == (256,)
+    faults = (
+        (state.block != BLOCK, f": expected blocks of {BLOCK}, bitsandbytes' default, got {shown(state.block)}"),
+        (not codes.ndim, ": expected the codes of a matrix, got a scalar"),
+        (not fits, f": {_describe(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]"),
+        (
+            not nested and absmax.dtype != torch.float32,
+            f".absmax: expected float32, as its state has no nested scales, got {_describe(absmax)}",
+        ),
+        (nested and not is_nested, f".absmax: expected uint8 and a map of 256 values, got {_describe(absmax)}"),
+    )
+    for is_fault, message in faults:
+        if is_fault:
+            raise InputError(f"tensor {name}{message}")
+    _check_code(state.kind, code, name)
+
+    scales: Any = absmax
+    if nested:
+        scales = Blockwise8bit(absmax, parts["nested_absmax"], parts["nested_quant_map"], nested)
+        check_quantized(scales, f"{name}.absmax")
+    codes = codes.contiguous().view(torch.uint8)  # bitsandbytes may store the bytes as another dtype
+    offset = None if state.offset is None else torch.tensor(state.offset, dtype=torch.float32)
+    return Blockwise4bit(codes.view(out, inp // 2), scales, code, offset, state.kind, state.dtype)
 
 
-def _standard(kind: Any, code: Tensor, name: str) -> None:
-    """The kernels know a kind's 16 values by its name: a file with others would be misread."""
+def _check_code(kind: Any, code: Tensor, name: str) -> None:
+    """Raises InputError if the 16 values are not those that the kernels use for `kind`."""
     from bitsandbytes.functional import get_4bit_type
 
     if kind not in ("nf4", "fp4"):
@@ -129,5 +164,5 @@ def _standard(kind: Any, code: Tensor, name: str) -> None:
         raise InputError(f"tensor {name}.quant_map: not the values of {kind}")
 
 
-def _said(*tensors: Tensor) -> str:
+def _describe(*tensors: Tensor) -> str:
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)

@@ -1,8 +1,8 @@
-"""A model with a head of classes in the hub's layout, as transformers' `AutoModelForSequenceClassification` reads it.
+"""A classifier in Hugging Face's layout, as transformers' `AutoModelForSequenceClassification` reads it.
 
 transformers reads the class at the last token that is not `pad_token_id`. Our texts end with the token that ends a
 document, which must not be that: a model that has no other token for it gets one, `<|pad|>`, and a row of zeros in its
-table where there is none to spare.
+embedding table if no row is unused.
 """
 
 import json
@@ -30,7 +30,7 @@ Files = Mapping[str, bytes | str]
 def with_head(body: GPT, score: Any, place: Place) -> GPT:
     """`body`, which has no head, with the head of classes that a file holds, as `place` casts it.
 
-    Raises InputError where that is none.
+    Raises InputError if that is none.
     """
     if not isinstance(score, Tensor) or not score.is_floating_point() or score.ndim != 2:
         raise InputError("tensor score.weight: expected a matrix of a floating dtype, [classes, d_model]")
@@ -39,7 +39,7 @@ def with_head(body: GPT, score: Any, place: Place) -> GPT:
     return replace(body, head=Linear(place("head.w", score)), cfg=replace(body.cfg, tie_word_embeddings=False))
 
 
-def exported(
+def to_hf_classifier(
     params: GPT, files: Files, config: Mapping[str, Any], labels: Sequence[str]
 ) -> tuple[GPT, Files, dict[str, Any]]:
     """A classifier as it is to be written, the files of its tokenizer, and what its `config.json` says besides the
@@ -48,11 +48,11 @@ def exported(
     Raises InputError for a classifier over quantized weights, or labels that are not one for each class.
     """
     if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
-        raise InputError('a classifier over quantized weights has no such format: merge(params, onto="dequantized")')
+        raise InputError('a classifier over quantized weights has no such format: merge(params, base="dequantized")')
     more = _labels(config, num_classes(params) or 0, labels)
     if FILE not in files:
         return params, files, more
-    padded, files, pad = _padded(params, files, config.get("eos_token_id"))
+    padded, files, pad = _with_pad_token(params, files, config.get("eos_token_id"))
     return padded, files, more | {"pad_token_id": pad, "vocab_size": padded.cfg.vocab_size}
 
 
@@ -68,7 +68,7 @@ def _labels(config: Mapping[str, Any], classes: int, labels: Sequence[str]) -> d
     }
 
 
-def _padded(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
+def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
     """Model and tokenizer with a token for padding, which is none that ends a text; and that token."""
     from tokenizers import Tokenizer
 
@@ -90,7 +90,7 @@ def _padded(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, int]:
 
 
 def _with_rows(params: GPT, rows: int) -> GPT:
-    """`params` with at least so many rows in its table, the new ones zero."""
+    """`params` with at least `rows` rows in its embedding table; new ones are zero."""
     table = params.wte.w
     if rows <= params.cfg.vocab_size or not isinstance(table, Tensor):
         return params

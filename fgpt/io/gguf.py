@@ -1,8 +1,8 @@
 """Models in GGUF files, as llama.cpp's tools write them: tensors by their hub names, as the hub has them.
 
-llama.cpp reorders some tensors for its kernels, each architecture's in its own way; that is undone here. What a file
-says of its model becomes a hub's `config.json`. A key or a tensor that would change the model, and has no counterpart
-there, is refused: a model that is almost read answers almost sensibly.
+llama.cpp reorders some tensors for its kernels, each architecture's in its own way; here Hugging Face's order is
+restored. The metadata of a file become a Hugging Face `config.json`. A key or a tensor that would change the model, and
+has no counterpart there, is refused: a model that is almost read answers almost sensibly.
 """
 
 import math
@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.io.gguf_header import PLAIN, Container, Entry, read_header, read_tensor
+from fgpt.io.gguf_header import FLOAT_TYPES, Container, Entry, read_header, read_tensor
 
 Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a hub tensor comes from: the file's name for it, the hub's shape, and what undoes llama.cpp's order."""
+    """Where a tensor of Hugging Face's comes from: its name in the file, its shape, and what restores its order."""
 
     name: str
     shape: tuple[int, ...]
-    undo: Callable[[Tensor], Tensor] | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def stored(self) -> tuple[int, ...]:
+    def file_shape(self) -> tuple[int, ...]:
         """The shape that the file must have."""
-        return self.shape[::-1] if self.undo is _transposed else self.shape
+        return self.shape[::-1] if self.restore is _transpose else self.shape
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class GGUF:
         return {name: source.shape for name, source in self.sources.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its hub name, on its own memory: fp32, or fp16 and bf16 where the file has those.
+        """One tensor by its hub name, in memory of its own: fp32, or fp16 and bf16 if the file has those.
 
-        Raises InputError for a name that is not in `sizes`, or where the file has changed.
+        Raises InputError for a name that is not in `sizes`, or if the file has changed.
         """
         if name not in self.sources:
             raise InputError(
@@ -64,13 +64,13 @@ class GGUF:
             )
         source = self.sources[name]
         x = read_tensor(self.path, self.entries[source.name])
-        return source.undo(x) if source.undo else x
+        return source.restore(x) if source.restore else x
 
 
 def open_gguf(path: Path) -> GGUF:
-    """The model of a GGUF file; no tensor is read yet, but for the few numbers of Llama 3's rope.
+    """The model of a GGUF file; no tensor is read yet except Llama 3's RoPE factors.
 
-    Raises InputError for a file that is missing, no GGUF, cut short, of an unknown architecture, or whose metadata and
+    Raises InputError for a file that is missing, no GGUF, truncated, of an unknown architecture, or whose metadata and
     tensors are not those of one model.
     """
     file = read_header(path)
@@ -86,16 +86,16 @@ def open_gguf(path: Path) -> GGUF:
 
 
 def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
-    """Raises InputError where the tensors are not just those that the metadata speak of."""
-    wanted = {source.name: (hub, source.stored) for hub, source in sources.items()}
-    for name, (hub, shape) in wanted.items():
+    """Raises InputError if the tensors are not just those that the metadata speak of."""
+    expected = {source.name: (hub, source.file_shape) for hub, source in sources.items()}
+    for name, (hub, shape) in expected.items():
         if name not in file.entries:
             raise InputError(f"{file.path}: tensor {name} ({hub}) is missing; expected shape {list(shape)}")
         if file.entries[name].shape != shape:
             got = list(file.entries[name].shape)
             raise InputError(f"{file.path}: tensor {name} ({hub}) has shape {got}; its metadata say {list(shape)}")
     used = {ROPE} if arch == "llama" else set()  # it has become part of the config
-    if surplus := sorted(file.entries.keys() - wanted.keys() - used):
+    if surplus := sorted(file.entries.keys() - expected.keys() - used):
         raise InputError(
             f"{file.path}: tensor {surplus[0]} has no place in {arch} as its metadata describe it; expected none but "
             "its own, so this may be a variant that is not read here"
@@ -103,10 +103,10 @@ def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
 
 
 def _dtype(file: Container) -> str:
-    """The dtype in which most numbers come."""
+    """The dtype of most elements."""
     counts: dict[torch.dtype, int] = {}
     for entry in file.entries.values():
-        dtype = PLAIN.get(entry.kind, torch.float32)
+        dtype = FLOAT_TYPES.get(entry.kind, torch.float32)
         counts[dtype] = counts.get(dtype, 0) + math.prod(entry.shape)
     return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
 
@@ -120,7 +120,7 @@ class _Metadata:
     def __init__(self, file: Container, arch: str):
         self.file, self.arch, self.asked = file, arch, set[str]()
 
-    def bad(self, key: str, expected: str) -> InputError:
+    def error(self, key: str, expected: str) -> InputError:
         key = f"{self.arch}.{key}"
         got = repr(self.file.fields[key])[:80] if key in self.file.fields else "nothing"
         return InputError(f"{self.file.path}: {key}: expected {expected}, got {got}")
@@ -129,33 +129,33 @@ class _Metadata:
         self.asked.add(f"{self.arch}.{key}")
         return self.file.fields.get(f"{self.arch}.{key}")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None) -> int:
         found = self.get(key)
         found = default if found is None else found
         if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 1 << 31:
-            raise self.bad(key, "a positive whole number")
+            raise self.error(key, "a positive integer")
         return found
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def positive_float(self, key: str, default: float | None = None) -> float:
         found = self.get(key)
         found = default if found is None else found
         if not isinstance(found, int | float) or not 0 < found < 1e30:
-            raise self.bad(key, "a positive number")
+            raise self.error(key, "a positive number")
         return float(str(np.float32(found)))  # 1e-05, as its author wrote it, and not 9.999999747378752e-06
 
     def flag(self, key: str, default: bool) -> bool:
         found = self.get(key)
         if not isinstance(found, bool | None):
-            raise self.bad(key, "true or false")
+            raise self.error(key, "true or false")
         return default if found is None else found
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.entries
 
-    def blocks(self) -> int:
-        layers = self.whole("block_count")
+    def n_layer(self) -> int:
+        layers = self.positive_int("block_count")
         if layers > len(self.file.entries):
-            raise self.bad("block_count", f"at most the {len(self.file.entries)} tensors of the file")
+            raise self.error("block_count", f"at most the {len(self.file.entries)} tensors of the file")
         return layers
 
     def rows(self, tensor: str) -> int:
@@ -163,13 +163,13 @@ class _Metadata:
             raise InputError(f"{self.file.path}: tensor {tensor} is missing; expected the model's table of tokens")
         return self.file.entries[tensor].shape[0]
 
-    def vocab(self) -> int:
+    def vocab_size(self) -> int:
         rows = self.rows("token_embd.weight")
-        if self.whole("vocab_size", rows) != rows:
-            raise self.bad("vocab_size", f"{rows}, the rows of token_embd.weight")
+        if self.positive_int("vocab_size", rows) != rows:
+            raise self.error("vocab_size", f"{rows}, the rows of token_embd.weight")
         return rows
 
-    def rest(self, **neutral: Any) -> None:
+    def refuse_unread(self, **neutral: Any) -> None:
         """Raises InputError for a key of the architecture that was not asked for and says more than nothing."""
         harmless = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True} | neutral
         for key, value in self.file.fields.items():
@@ -183,87 +183,87 @@ class _Metadata:
 # --------------------------------------------------------------------------------------- Llama and the Qwens after it
 
 
-def _llama(said: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _llama(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
     """Llama, and what shares its architecture: SmolLM2, TinyLlama, Llama 3, Mistral without its window."""
-    config = _llama_config(said)
+    config = _llama_config(meta)
     config |= {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "mlp_bias": said.has("blk.0.ffn_gate.bias"),
+        "mlp_bias": meta.has("blk.0.ffn_gate.bias"),
     }
-    config |= {"attention_bias": said.has("blk.0.attn_q.bias")}
-    if said.has(ROPE):
+    config |= {"attention_bias": meta.has("blk.0.attn_q.bias")}
+    if meta.has(ROPE):
         if config["rope_scaling"]:
-            raise InputError(f"{said.file.path}: expected tensor {ROPE} or {said.arch}.rope.scaling.type, got both")
-        config["rope_scaling"] = _llama3_rope(said.file, config)
+            raise InputError(f"{meta.file.path}: expected tensor {ROPE} or {meta.arch}.rope.scaling.type, got both")
+        config["rope_scaling"] = _llama3_rope(meta.file, config)
     bias = config["attention_bias"]
     return config, _llama_sources(config, True, bias, bias, mlp_bias=config["mlp_bias"])
 
 
-def _qwen2(said: _Metadata) -> tuple[Config, dict[str, Source]]:
-    config = _llama_config(said) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+def _qwen2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+    config = _llama_config(meta) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     return config | {"use_sliding_window": False}, _llama_sources(config, False, qkv_bias=True)
 
 
-def _qwen3(said: _Metadata) -> tuple[Config, dict[str, Source]]:
-    config = _llama_config(said) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    bias = said.has("blk.0.attn_q.bias")
+def _qwen3(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+    config = _llama_config(meta) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    bias = meta.has("blk.0.attn_q.bias")
     config |= {"use_sliding_window": False, "attention_bias": bias}
     return config, _llama_sources(config, False, bias, bias, qk_norm=True)
 
 
-def _llama_config(said: _Metadata) -> Config:
+def _llama_config(meta: _Metadata) -> Config:
     width, heads, context = (
-        said.whole("embedding_length"),
-        said.whole("attention.head_count"),
-        said.whole("context_length"),
+        meta.positive_int("embedding_length"),
+        meta.positive_int("attention.head_count"),
+        meta.positive_int("context_length"),
     )
-    kv_heads = said.whole("attention.head_count_kv", heads)
-    each = said.whole("attention.key_length", max(1, width // heads))
-    if said.get("attention.key_length") is None and width % heads:
-        raise said.bad("attention.head_count", f"a divisor of the width {width}")
+    kv_heads = meta.positive_int("attention.head_count_kv", heads)
+    each = meta.positive_int("attention.key_length", max(1, width // heads))
+    if meta.get("attention.key_length") is None and width % heads:
+        raise meta.error("attention.head_count", f"a divisor of the width {width}")
     if heads % kv_heads:
-        raise said.bad("attention.head_count_kv", f"a divisor of the {heads} heads")
-    if said.whole("attention.value_length", each) != each:
-        raise said.bad("attention.value_length", f"{each}, as the keys")
-    if said.whole("rope.dimension_count", each) != each or each % 2:
-        raise said.bad("rope.dimension_count", f"{each}, an even number and the whole head")
-    if said.whole("attention.sliding_window", context) < context:
-        raise said.bad("attention.sliding_window", f"no window, or at least the context of {context}")
+        raise meta.error("attention.head_count_kv", f"a divisor of the {heads} heads")
+    if meta.positive_int("attention.value_length", each) != each:
+        raise meta.error("attention.value_length", f"{each}, as the keys")
+    if meta.positive_int("rope.dimension_count", each) != each or each % 2:
+        raise meta.error("rope.dimension_count", f"{each}, an even number and the whole head")
+    if meta.positive_int("attention.sliding_window", context) < context:
+        raise meta.error("attention.sliding_window", f"no window, or at least the context of {context}")
     config = {
         "hidden_size": width,
-        "num_hidden_layers": said.blocks(),
+        "num_hidden_layers": meta.n_layer(),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": each,
-        "intermediate_size": said.whole("feed_forward_length"),
-        "vocab_size": said.vocab(),
+        "intermediate_size": meta.positive_int("feed_forward_length"),
+        "vocab_size": meta.vocab_size(),
         "max_position_embeddings": context,
-        "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": said.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(said),
+        "rms_norm_eps": meta.positive_float("attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.positive_float("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(meta),
         "hidden_act": "silu",
-        "tie_word_embeddings": not said.has("output.weight"),
+        "tie_word_embeddings": not meta.has("output.weight"),
     }
-    said.get("rope.scaling.finetuned")  # whether the scale was trained with changes no number
-    said.rest(**{"rope.scaling.attn_factor": 1.0})
+    meta.get("rope.scaling.finetuned")  # whether the scale was trained with changes no number
+    meta.refuse_unread(**{"rope.scaling.attn_factor": 1.0})
     return config
 
 
-def _rope_scaling(said: _Metadata) -> dict[str, Any] | None:
-    kind = said.get("rope.scaling.type")
+def _rope_scaling(meta: _Metadata) -> dict[str, Any] | None:
+    kind = meta.get("rope.scaling.type")
     if kind in (None, "none"):
-        if said.get("rope.scaling.factor") not in (None, 0.0, 1.0):
-            raise said.bad("rope.scaling.type", "linear or yarn beside a factor")
-        said.get("rope.scaling.original_context_length")
+        if meta.get("rope.scaling.factor") not in (None, 0.0, 1.0):
+            raise meta.error("rope.scaling.type", "linear or yarn beside a factor")
+        meta.get("rope.scaling.original_context_length")
         return None
     if kind not in ("linear", "yarn"):
-        raise said.bad("rope.scaling.type", "none, linear or yarn")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": said.number("rope.scaling.factor")}
+        raise meta.error("rope.scaling.type", "none, linear or yarn")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": meta.positive_float("rope.scaling.factor")}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = said.whole("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = meta.positive_int("rope.scaling.original_context_length")
     else:
-        said.get("rope.scaling.original_context_length")  # a linear scale does not need it
+        meta.get("rope.scaling.original_context_length")  # a linear scale does not need it
     return scaling
 
 
@@ -305,7 +305,7 @@ def _llama_sources(
     each, inner, vocab = config["head_dim"], config["intermediate_size"], config["vocab_size"]
     sources = {"model.embed_tokens.weight": Source("token_embd.weight", (vocab, width))}
     for i in range(config["num_hidden_layers"]):
-        hub, own = f"model.layers.{i}", f"blk.{i}"
+        hub, block = f"model.layers.{i}", f"blk.{i}"
         for part, name, out, wide, bias, of in (
             ("self_attn.q_proj", "attn_q", heads * each, width, qkv_bias, heads),
             ("self_attn.k_proj", "attn_k", kv_heads * each, width, qkv_bias, kv_heads),
@@ -315,23 +315,23 @@ def _llama_sources(
             ("mlp.up_proj", "ffn_up", inner, width, mlp_bias, 0),
             ("mlp.down_proj", "ffn_down", width, inner, mlp_bias, 0),
         ):
-            undo = partial(_halves, heads=of) if permuted and of else None
-            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (out, wide), undo)
+            restore = partial(_unpermute_rope, heads=of) if permuted and of else None
+            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
             if bias:
-                sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,), undo)
+                sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
         if qk_norm:
-            sources[f"{hub}.self_attn.q_norm.weight"] = Source(f"{own}.attn_q_norm.weight", (each,))
-            sources[f"{hub}.self_attn.k_norm.weight"] = Source(f"{own}.attn_k_norm.weight", (each,))
-        sources[f"{hub}.input_layernorm.weight"] = Source(f"{own}.attn_norm.weight", (width,))
-        sources[f"{hub}.post_attention_layernorm.weight"] = Source(f"{own}.ffn_norm.weight", (width,))
+            sources[f"{hub}.self_attn.q_norm.weight"] = Source(f"{block}.attn_q_norm.weight", (each,))
+            sources[f"{hub}.self_attn.k_norm.weight"] = Source(f"{block}.attn_k_norm.weight", (each,))
+        sources[f"{hub}.input_layernorm.weight"] = Source(f"{block}.attn_norm.weight", (width,))
+        sources[f"{hub}.post_attention_layernorm.weight"] = Source(f"{block}.ffn_norm.weight", (width,))
     sources["model.norm.weight"] = Source("output_norm.weight", (width,))
     if not config["tie_word_embeddings"]:
         sources["lm_head.weight"] = Source("output.weight", (vocab, width))
     return sources
 
 
-def _halves(x: Tensor, heads: int) -> Tensor:
-    """Rows of each head as rope in halves wants them (i with i + d/2), from llama.cpp's neighbors (2i with 2i + 1)."""
+def _unpermute_rope(x: Tensor, heads: int) -> Tensor:
+    """Rows of each head in Hugging Face's order for RoPE (pairs i, i + d/2), from llama.cpp's (pairs 2i, 2i + 1)."""
     pairs = x.shape[0] // heads // 2
     return x.unflatten(0, (heads, pairs, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
@@ -339,56 +339,56 @@ def _halves(x: Tensor, heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPT-2, GPT-NeoX
 
 
-def _gpt2(said: _Metadata) -> tuple[Config, dict[str, Source]]:
-    width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
-    inner, context = said.whole("feed_forward_length", 4 * width), said.whole("context_length")
+def _gpt2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+    width, layers, vocab = meta.positive_int("embedding_length"), meta.n_layer(), meta.vocab_size()
+    inner, context = meta.positive_int("feed_forward_length", 4 * width), meta.positive_int("context_length")
     config: Config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "n_embd": width,
         "n_layer": layers,
-        "n_head": said.whole("attention.head_count"),
+        "n_head": meta.positive_int("attention.head_count"),
         "n_inner": inner,
         "n_positions": context,
         "vocab_size": vocab,
-        "layer_norm_epsilon": said.number("attention.layer_norm_epsilon"),
+        "layer_norm_epsilon": meta.positive_float("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
-        "tie_word_embeddings": not said.has("output.weight"),
+        "tie_word_embeddings": not meta.has("output.weight"),
     }
     if width % config["n_head"]:
-        raise said.bad("attention.head_count", f"a divisor of the width {width}")
-    said.whole("attention.head_count_kv", config["n_head"])
-    said.rest(**{"attention.head_count_kv": config["n_head"]})
+        raise meta.error("attention.head_count", f"a divisor of the width {width}")
+    meta.positive_int("attention.head_count_kv", config["n_head"])
+    meta.refuse_unread(**{"attention.head_count_kv": config["n_head"]})
     sources = {
         "transformer.wte.weight": Source("token_embd.weight", (vocab, width)),
         "transformer.wpe.weight": Source("position_embd.weight", (context, width)),
         **_norm("transformer.ln_f", "output_norm", width),
     }
     for i in range(layers):
-        hub, own = f"transformer.h.{i}", f"blk.{i}"
-        sources |= _norm(f"{hub}.ln_1", f"{own}.attn_norm", width) | _norm(f"{hub}.ln_2", f"{own}.ffn_norm", width)
+        hub, block = f"transformer.h.{i}", f"blk.{i}"
+        sources |= _norm(f"{hub}.ln_1", f"{block}.attn_norm", width) | _norm(f"{hub}.ln_2", f"{block}.ffn_norm", width)
         for part, name, out, wide in (
             ("attn.c_attn", "attn_qkv", 3 * width, width),
             ("attn.c_proj", "attn_output", width, width),
             ("mlp.c_fc", "ffn_up", inner, width),
             ("mlp.c_proj", "ffn_down", width, inner),
-        ):  # the hub's are [in, out]
-            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (wide, out), _transposed)
-            sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,))
+        ):  # Hugging Face's are [in, out]
+            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (wide, out), _transpose)
+            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,))
     if not config["tie_word_embeddings"]:
         sources["lm_head.weight"] = Source("output.weight", (vocab, width))
     return config, sources
 
 
-def _gptneox(said: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _gptneox(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
     """GPT-NeoX and Pythia. The activation is not in the file; it is the architecture's, GELU by the error function."""
-    width, layers, vocab = said.whole("embedding_length"), said.blocks(), said.vocab()
-    heads, inner = said.whole("attention.head_count"), said.whole("feed_forward_length")
+    width, layers, vocab = meta.positive_int("embedding_length"), meta.n_layer(), meta.vocab_size()
+    heads, inner = meta.positive_int("attention.head_count"), meta.positive_int("feed_forward_length")
     if width % heads:
-        raise said.bad("attention.head_count", f"a divisor of the width {width}")
-    rotary = said.whole("rope.dimension_count", width // heads)
+        raise meta.error("attention.head_count", f"a divisor of the width {width}")
+    rotary = meta.positive_int("rope.dimension_count", width // heads)
     if rotary > width // heads or rotary % 2:
-        raise said.bad("rope.dimension_count", f"an even number up to the head's {width // heads}")
+        raise meta.error("rope.dimension_count", f"an even number up to the head's {width // heads}")
     config: Config = {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
@@ -397,46 +397,46 @@ def _gptneox(said: _Metadata) -> tuple[Config, dict[str, Source]]:
         "num_attention_heads": heads,
         "intermediate_size": inner,
         "vocab_size": vocab,
-        "max_position_embeddings": said.whole("context_length"),
-        "layer_norm_eps": said.number("attention.layer_norm_epsilon"),
+        "max_position_embeddings": meta.positive_int("context_length"),
+        "layer_norm_eps": meta.positive_float("attention.layer_norm_epsilon"),
         "rotary_pct": rotary / (width // heads),
-        "rotary_emb_base": said.number("rope.freq_base", 10000.0),
+        "rotary_emb_base": meta.positive_float("rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "use_parallel_residual": said.flag("use_parallel_residual", True),
+        "use_parallel_residual": meta.flag("use_parallel_residual", True),
         "attention_bias": True,
         "hidden_act": "gelu",
-        "tie_word_embeddings": not said.has("output.weight"),
+        "tie_word_embeddings": not meta.has("output.weight"),
     }
     config["rope_theta"] = config["rotary_emb_base"]
-    said.rest(**{"attention.head_count_kv": heads, "rope.scaling.type": "none"})
+    meta.refuse_unread(**{"attention.head_count_kv": heads, "rope.scaling.type": "none"})
     sources = {"gpt_neox.embed_in.weight": Source("token_embd.weight", (vocab, width))}
     for i in range(layers):
-        hub, own = f"gpt_neox.layers.{i}", f"blk.{i}"
-        sources |= _norm(f"{hub}.input_layernorm", f"{own}.attn_norm", width)
-        sources |= _norm(f"{hub}.post_attention_layernorm", f"{own}.ffn_norm", width)
-        for part, name, out, wide, undo in (
-            ("attention.query_key_value", "attn_qkv", 3 * width, width, partial(_by_head, heads=heads)),
+        hub, block = f"gpt_neox.layers.{i}", f"blk.{i}"
+        sources |= _norm(f"{hub}.input_layernorm", f"{block}.attn_norm", width)
+        sources |= _norm(f"{hub}.post_attention_layernorm", f"{block}.ffn_norm", width)
+        for part, name, out, wide, restore in (
+            ("attention.query_key_value", "attn_qkv", 3 * width, width, partial(_interleave_qkv, heads=heads)),
             ("attention.dense", "attn_output", width, width, None),
             ("mlp.dense_h_to_4h", "ffn_up", inner, width, None),
             ("mlp.dense_4h_to_h", "ffn_down", width, inner, None),
         ):
-            sources[f"{hub}.{part}.weight"] = Source(f"{own}.{name}.weight", (out, wide), undo)
-            sources[f"{hub}.{part}.bias"] = Source(f"{own}.{name}.bias", (out,), undo)
+            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
+            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
     sources |= _norm("gpt_neox.final_layer_norm", "output_norm", width)
     if not config["tie_word_embeddings"]:
         sources["embed_out.weight"] = Source("output.weight", (vocab, width))
     return config, sources
 
 
-def _norm(hub: str, own: str, width: int) -> dict[str, Source]:
-    return {f"{hub}.{part}": Source(f"{own}.{part}", (width,)) for part in ("weight", "bias")}
+def _norm(hub: str, name: str, width: int) -> dict[str, Source]:
+    return {f"{hub}.{part}": Source(f"{name}.{part}", (width,)) for part in ("weight", "bias")}
 
 
-def _transposed(x: Tensor) -> Tensor:
+def _transpose(x: Tensor) -> Tensor:
     return x.T.contiguous()
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
+def _interleave_qkv(x: Tensor, heads: int) -> Tensor:
     """q, k and v of each head together, as the hub has them, from all q, all k, all v."""
     return x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 

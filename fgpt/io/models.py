@@ -1,11 +1,11 @@
-"""Models in the hub's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or on
-the hub; and models in one GGUF file.
+"""Models in Hugging Face's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or
+on the hub; and models in one GGUF file.
 
 A tensor is read, cast or quantized, and put in its place before the next is read: loading a model takes the memory that
-it is held in, and that of its largest tensor.
+its weights take, and that of its largest tensor.
 
 A model whose weights are quantized has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
-other libraries do not look for: they say that there are no weights, where they would fill up `model.safetensors` with
+other libraries do not look for: they say that there are no weights, instead of filling `model.safetensors` up with
 random ones. What bitsandbytes has quantized, and transformers saved, is read.
 """
 
@@ -32,7 +32,8 @@ from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
 from fgpt.io.bitsandbytes import collect_quantized
-from fgpt.io.files import lazy_tensors, read_json, shard_names, shards, write, write_json, write_tensors
+from fgpt.io.files import read_json, write, write_json
+from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import QUANTIZED, Format
 from fgpt.model import GPT, Config, abstract_params
@@ -43,7 +44,7 @@ from fgpt.tree import astype, replace_at, select, walk
 from fgpt.weights import dtype as weight_dtype
 
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
-WANTED = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizer_files.FILES]
+MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizer_files.FILES]
 
 PICKLED = re.compile(r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl)")
 """Files of weights that other libraries unpickle."""
@@ -61,7 +62,7 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
     What the cache holds of a hub's model is completed. Where the hub cannot be reached, a config and weights will do,
     and if a `tokenizer` is wanted, its files.
 
-    Raises InputError where there is none, or a part of it is neither in the cache nor to be had from the hub.
+    Raises InputError if there is none, or a part of it is neither in the cache nor to be had from the hub.
     """
     name = os.fspath(name)
     if name in EMBEDDED:
@@ -82,17 +83,17 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
 def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
     """The folder of a hub repository's model in the cache; what the cache lacks of it is fetched.
 
-    Raises InputError as `find` does, whose remedy is `other`.
+    Raises InputError as `resolve` does; `other` is the fix that its message names.
     """
     from huggingface_hub.errors import HFValidationError  # here, because importing it takes longer than importing fgpt
 
     repo_name, _, revision = name.partition("@")
-    repo = hub_files.Repo(repo_name, "model", WANTED, revision or None)
+    repo = hub_files.Repo(repo_name, "model", MODEL_FILES, revision or None)
     try:
         folder = hub_files.find_cached(repo).folder
     except HFValidationError:
         raise InputError(f"{repo_name!r} is neither a folder nor a hub name like gpt2-medium or owner/model") from None
-    lacking, unknown = _lacking(folder), _unknown(repo, folder)
+    lacking, unknown = _missing_files(folder), _uncached_tokenizer_files(repo, folder)
     if folder and not lacking and (not unknown or (hub_files.is_offline() and not tokenizer)):
         return folder
     try:
@@ -102,12 +103,12 @@ def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
         if folder and not lacking:
             return folder
         raise _unreachable(repo, err, lacking if folder else [], other) from None
-    if WEIGHTS in _lacking(fetched.folder):
-        raise InputError(f"the hub's {repo_name} has no {WEIGHTS}{_instead(fetched.files)}")
+    if WEIGHTS in _missing_files(fetched.folder):
+        raise InputError(f"the hub's {repo_name} has no {WEIGHTS}{_advice(fetched.files)}")
     return fetched.folder
 
 
-def _lacking(folder: Path | None) -> list[str]:
+def _missing_files(folder: Path | None) -> list[str]:
     """The files without which there is no model in a folder."""
     if folder is None:
         return [CONFIG, WEIGHTS]
@@ -119,18 +120,18 @@ def _lacking(folder: Path | None) -> list[str]:
     return [*lacking, WEIGHTS]
 
 
-def _unknown(repo: hub_files.Repo, folder: Path | None) -> list[str]:
+def _uncached_tokenizer_files(repo: hub_files.Repo, folder: Path | None) -> list[str]:
     """The files of a tokenizer that the cache neither has nor knows to be none of the repository's."""
     if folder and (folder / tokenizer_files.RANKS).is_file():
         return []
-    wanted = ["tokenizer.json", "tokenizer_config.json"]
-    if not (folder and (folder / wanted[0]).is_file()):
-        wanted += ["vocab.json", "merges.txt"]
-    return [name for name in wanted if not hub_files.is_known(repo, name)]
+    expected = ["tokenizer.json", "tokenizer_config.json"]
+    if not (folder and (folder / expected[0]).is_file()):
+        expected += ["vocab.json", "merges.txt"]
+    return [name for name in expected if not hub_files.is_known(repo, name)]
 
 
 def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other: str) -> InputError:
-    """What is said where a hub's files cannot be fetched, of which the cache lacks some, or has none."""
+    """The error if the hub's files cannot be fetched; `lacking` are those that the cache lacks, if it has others."""
     name = repo.name
     not_found = "RepositoryNotFoundError" in err.class_names
     if "GatedRepoError" in err.class_names or (err.status in (401, 403) and not not_found):
@@ -154,7 +155,7 @@ def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other:
     )
 
 
-def _instead(files: Iterable[str]) -> str:
+def _advice(files: Iterable[str]) -> str:
     """What to do about a model without weights in safetensors, by the files that it has."""
     if any(PICKLED.fullmatch(name) for name in files):
         return (
@@ -171,19 +172,30 @@ def load_config_and_tokenizer(name: StrPath) -> tuple[Config, tokenizer_files.To
 
     Raises InputError for a folder that is not of a known architecture, or whose tokenizer does not fit.
     """
-    it = _opened(resolve(name, tokenizer=True))
-    cfg = _config(it)
-    if it.file:
-        return cfg, tokenizer_files.of_gguf(it.file.fields, cfg.vocab_size, str(it.path))
-    return cfg, tokenizer_files.of_folder(it.path, cfg.vocab_size)
+    source = _open(resolve(name, tokenizer=True))
+    cfg = _config(source)
+    if source.file:
+        return cfg, tokenizer_files.of_gguf(source.file.fields, cfg.vocab_size, str(source.path))
+    return cfg, tokenizer_files.of_folder(source.path, cfg.vocab_size)
 
 
 def tokenizer(name: StrPath) -> tokenizer_files.Tokenizer:
-    """The tokenizer of a model by name or folder."""
+    """The tokenizer of a model.
+
+    Args:
+        name: a name or path as `load` takes it.
+
+    Raises InputError if there is no such model, or its tokenizer does not fit its vocabulary.
+
+    >>> import fgpt
+    >>> tokenizer = fgpt.tokenizer("nano")
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+    'Once upon a time'
+    """
     return load_config_and_tokenizer(name)[1]
 
 
-class _Opened(NamedTuple):
+class _Source(NamedTuple):
     """Where a model is, what its config.json says, or would, and its GGUF file, if it is one."""
 
     path: Path
@@ -191,19 +203,19 @@ class _Opened(NamedTuple):
     file: gguf.GGUF | None
 
 
-def _opened(path: Path) -> _Opened:
+def _open(path: Path) -> _Source:
     file = gguf.open_gguf(path) if path.is_file() else None
     config = file.config if file else read_json(path / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG}: expected an object of fields, got {type(config).__name__}")
-    return _Opened(path, config, file)
+    return _Source(path, config, file)
 
 
-def _config(it: _Opened) -> Config:
+def _config(source: _Source) -> Config:
     try:
-        return families.family_from_config(it.config).config_from_hf(it.config)
+        return families.family_from_config(source.config).config_from_hf(source.config)
     except InputError as err:
-        raise InputError(f"{it.path}: {err}") from None
+        raise InputError(f"{source.path}: {err}") from None
 
 
 def load(
@@ -214,30 +226,42 @@ def load(
     target: str = r"blocks\..*",
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
-    keeps what the file has. Quantized weights keep their codes and scales, and mean numbers of `dtype`.
+    keeps what the file has. Quantized weights keep their codes and scales, and stand for elements of `dtype`.
 
     `quantize` quantizes as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
 
-    A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one where a block
-    of scales lies across two of them (see `families.names.from_hf`).
+    A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one if a block
+    of scales lies across two of them (see `families.mapping.from_hf`).
 
-    Raises InputError for a folder that is not a whole model of a known architecture.
+    Args:
+        name: "nano", a hub name such as "gpt2-medium" or "owner/model@revision", a local folder, or a GGUF file.
+        dtype: dtype of all floating tensors, or None.
+        quantize: "nf4" or another format of `fgpt.quantize`, or None to keep the weights as they are.
+        double_quant: whether the scales of 4-bit blocks are quantized too.
+        target: regular expression; the layers whose whole path it matches are quantized.
+
+    Raises InputError if there is no such model, or it is not a whole model of a known architecture.
+
+    >>> import torch, fgpt
+    >>> params = fgpt.load("nano")
+    >>> fgpt.apply(params, torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, params.cfg.vocab_size)
+    True
     """
-    it = _opened(resolve(name))
-    cfg, dtype = _config(it), dtype or _declared(it.config)
-    if (it.path / TREE).exists():
+    source = _open(resolve(name))
+    cfg, dtype = _config(source), dtype or _dtype_of_config(source.config)
+    if (source.path / TREE).exists():
         if quantize:
-            raise InputError(f"{it.path / TREE} is quantized already: load it as it is")
-        params = _read_tree(it.path, cfg)
-        return params if dtype is None else _in(params, dtype)
-    family, (where, tensors) = families.family_from_config(it.config), _tensors(it)
+            raise InputError(f"{source.path / TREE} is quantized already: load it as it is")
+        params = _read_tree(source.path, cfg)
+        return params if dtype is None else _cast(params, dtype)
+    family, (file, tensors) = families.family_from_config(source.config), _tensors(source)
     score = tensors.pop(mapping.SCORE, None)
     cfg = cfg if score is None else dataclasses.replace(cfg, tie_word_embeddings=True)  # it has no head of tokens
     try:
-        held, cfg = mapping.parameters(collect_quantized(tensors), cfg, family)
+        parameters, cfg = mapping.parameters(collect_quantized(tensors), cfg, family)
         chosen = set(select(weight_matrices(abstract_params(cfg)), target)) if quantize else set()
     except InputError as err:
-        raise InputError(f"{where}: {err}") from None
+        raise InputError(f"{file}: {err}") from None
 
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
@@ -245,36 +269,36 @@ def load(
         return quantized(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
     try:
-        params = mapping.from_hf(held, cfg, family, place)
+        params = mapping.from_hf(parameters, cfg, family, place)
         params = params if score is None else classifiers.with_head(params, score.read(), place)
     except InputError as err:
-        raise InputError(f"{where}: {err}") from None
-    return params if dtype is None else _in(params, dtype)
+        raise InputError(f"{file}: {err}") from None
+    return params if dtype is None else _cast(params, dtype)
 
 
-def _declared(config: Mapping[str, Any]) -> torch.dtype | None:
+def _dtype_of_config(config: Mapping[str, Any]) -> torch.dtype | None:
     found = config.get("dtype", config.get("torch_dtype"))
     return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
 
 
-def _tensors(it: _Opened) -> tuple[Path, dict[str, mapping.LazyTensor]]:
+def _tensors(source: _Source) -> tuple[Path, dict[str, mapping.LazyTensor]]:
     """The tensors of a model, and the file that they are in, or the folder of several.
 
-    Raises InputError where there are none, or one is in two files.
+    Raises InputError if there are none, or one is in two files.
     """
-    if it.file:
-        return it.path, {
-            name: mapping.LazyTensor(size, partial(it.file.read, name)) for name, size in it.file.sizes.items()
+    if source.file:
+        return source.path, {
+            name: mapping.LazyTensor(size, partial(source.file.read, name)) for name, size in source.file.sizes.items()
         }
-    found, held = shards(it.path, WEIGHTS), dict[str, mapping.LazyTensor]()
-    if not found[0].exists():
-        raise InputError(f"{it.path} has no {WEIGHTS}{_instead(path.name for path in it.path.iterdir())}")
-    for shard in found:
+    paths, tensors = shards(source.path, WEIGHTS), dict[str, mapping.LazyTensor]()
+    if not paths[0].exists():
+        raise InputError(f"{source.path} has no {WEIGHTS}{_advice(path.name for path in source.path.iterdir())}")
+    for shard in paths:
         more = lazy_tensors(shard)
-        if twice := held.keys() & more.keys():
+        if twice := tensors.keys() & more.keys():
             raise InputError(f"{shard}: tensor {min(twice)} is in another shard too")
-        held |= more
-    return found[0] if len(found) == 1 else it.path, held
+        tensors |= more
+    return paths[0] if len(paths) == 1 else source.path, tensors
 
 
 def _read_tree(folder: Path, cfg: Config) -> GPT:
@@ -284,38 +308,53 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
             raise InputError(f"expected a GPT, got {type(params).__name__}")
         if params.cfg != cfg:
             odd = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(params.cfg, f.name)]
-            said, own = (", ".join(f"{name}={getattr(c, name)!r}" for name in odd) for c in (cfg, params.cfg))
-            raise InputError(f"is a model of {own}, but {CONFIG} says {said}")
-        mapping.check(params)
+            stored = ", ".join(f"{name}={getattr(params.cfg, name)!r}" for name in odd)
+            expected = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in odd)
+            raise InputError(f"is a model of {stored}, but {CONFIG} says {expected}")
+        mapping.check_params(params)
     except InputError as err:
         raise InputError(f"{folder / TREE}: {err}") from None
     return params
 
 
-def _in(params: GPT, dtype: torch.dtype) -> GPT:
-    held = {path: x for path, x in walk(params) if isinstance(x, QUANTIZED)}
-    # of a weight and its quantized scales, `update` takes the weight: scales stay fp32
-    return astype(replace_at(params, {path: dataclasses.replace(x, dtype=dtype) for path, x in held.items()}), dtype)
+def _cast(params: GPT, dtype: torch.dtype) -> GPT:
+    quantized_leaves = {
+        path: dataclasses.replace(x, dtype=dtype) for path, x in walk(params) if isinstance(x, QUANTIZED)
+    }
+    # of a weight and its quantized scales, `replace_at` takes the weight: scales stay fp32
+    return astype(replace_at(params, quantized_leaves), dtype)
 
 
 def save(
     params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()
 ) -> None:
-    """Write `params` in the hub's layout, with the tokenizer files of model `like`, or of the ranks that it is.
+    """Write `params` in Hugging Face's layout, with the tokenizer files of model `like`, or of the ranks that it is.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
     quantized weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
     that of transformers' sequence classification, whose classes `labels` name.
 
+    Args:
+        params: the model, without adapters (`merge` them first).
+        folder: written file by file; it is made if it is missing.
+        like: a model whose tokenizer files are copied, a tokenizer of ranks, or None for no tokenizer.
+        labels: names of the classes of a classifier, in order.
+
     Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantized
     weights, or labels that are not one for each class.
+
+    >>> import tempfile, fgpt
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save(fgpt.load("nano"), folder, like="nano")
+    ...     fgpt.load(folder).cfg == fgpt.load("nano").cfg
+    True
     """
     folder = Path(folder)
     family, (ends, beside) = families.family_of(params.cfg), _tokenizer(like, params.cfg.vocab_size)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}
     config |= ends
     if num_classes(params) is not None:
-        params, beside, more = classifiers.exported(params, beside, config, labels)
+        params, beside, more = classifiers.to_hf_classifier(params, beside, config, labels)
         config |= more
     if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
@@ -339,15 +378,17 @@ def _tokenizer(
         return {"bos_token_id": like.bos, "eos_token_id": like.eos}, like.files()
     if not like:
         return {}, {}
-    it = _opened(resolve(like, tokenizer=True))
-    ends = {key: x for key, x in it.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if it.file:
-        return ends, tokenizer_files.of_gguf(it.file.fields, vocab, str(it.path)).files()
-    own = {name: (it.path / name).read_bytes() for name in tokenizer_files.FILES if (it.path / name).is_file()}
-    if FILE in own:
-        return ends, own
+    source = _open(resolve(like, tokenizer=True))
+    ends = {key: x for key, x in source.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if source.file:
+        return ends, tokenizer_files.of_gguf(source.file.fields, vocab, str(source.path)).files()
+    copied_files = {
+        name: (source.path / name).read_bytes() for name in tokenizer_files.FILES if (source.path / name).is_file()
+    }
+    if FILE in copied_files:
+        return ends, copied_files
     try:
-        made = tokenizer_files.of_folder(it.path, vocab).files()
+        built_files = tokenizer_files.of_folder(source.path, vocab).files()
     except InputError:  # the model has no tokenizer: it is saved as it is
-        return ends, own
-    return ends, {**made, **own}
+        return ends, copied_files
+    return ends, {**built_files, **copied_files}

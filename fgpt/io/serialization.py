@@ -25,7 +25,7 @@ from torch import Tensor
 from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
 from fgpt.errors import InputError
-from fgpt.io.files import read_metadata, read_tensors, write_tensors
+from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
@@ -38,7 +38,7 @@ NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3
 FORMAT, STRUCTURE = "fgpt", "structure"
 """What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
 
-LATER = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+OPTIONAL_CONFIG_FIELDS = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 """Fields of Config that older files do not have: their models are those of the defaults."""
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -75,13 +75,13 @@ def _structure(x: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any
     for f in dataclasses.fields(x):
         value = getattr(x, f.name)
         if f.metadata.get("static"):
-            fields[f.name] = _plain(value)
+            fields[f.name] = _static_to_json(value)
         elif value is not None:
             fields[f.name] = _structure(value, f"{below}{f.name}", f"{below}{f.name}.", tensors)
     return {type(x).__name__: fields}
 
 
-def _plain(value: Any) -> Any:
+def _static_to_json(value: Any) -> Any:
     """A static field as JSON."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
@@ -94,8 +94,8 @@ def _plain(value: Any) -> Any:
 def read_tree(path: Path) -> Any:
     """The tree in a file that `write_tree` has made.
 
-    Raises InputError for a file that is truncated or of another make, for a tensor that is missing or surplus, and for
-    a node or a field that is not what its class declares.
+    Raises InputError for a file that is truncated or not written by fgpt, for a tensor that is missing or surplus, and
+    for a node or a field that is not what its class declares.
     """
     tensors, metadata = read_tensors(path), read_metadata(path)
     if metadata.get("format") != FORMAT or STRUCTURE not in metadata:
@@ -141,7 +141,7 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
         for f in fields.values():
             value: Any
             if f.name not in form:
-                value = None  # as None fields are written; where None will not do, the check says so
+                value = None  # as None fields are written; if None is not allowed, the check says so
             elif f.metadata.get("static"):
                 value = _static(form[f.name], f.type)
             else:
@@ -168,23 +168,23 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
 
 
 def _static(value: Any, kind: Any) -> Any:
-    """A static field from JSON; as it is where it does not fit, for the check to refuse."""
+    """A static field from JSON; unchanged if it does not fit, for the check to refuse."""
     if kind is torch.dtype and isinstance(value, str):
         return getattr(torch, value, value)
     if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
-        given: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
-        given = {name: getattr(Config, name) for name in LATER} | given
-        given["rope_scaling"] = _rope_scaling(given.get("rope_scaling"))
-        fits = given.keys() == declared.keys() and all(is_bearable(given[k], declared[k]) for k in declared)
-        return Config(**given) if fits else value
+        fields: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
+        fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
+        fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
+        return Config(**fields) if fits else value
     return value
 
 
 def _rope_scaling(values: Any) -> Any:
-    """A rope's scaling, which files hold as its numbers alone; as it is where it does not fit."""
+    """The RoPE scaling of a list of its fields; unchanged if it does not fit."""
     for cls in (YarnScaling, DynamicScaling):
         kinds = list(get_type_hints(cls).values())
         if isinstance(values, tuple) and len(values) == len(kinds):
@@ -195,12 +195,12 @@ def _rope_scaling(values: Any) -> Any:
 def check_quantized(w: Quantized, name: str) -> None:
     """What the fields of a quantized weight owe each other, beyond what its class declares.
 
-    Raises InputError where codes and scales do not belong together.
+    Raises InputError if codes and scales do not belong together.
     """
     if any(x.is_floating_point() and x.dtype != torch.float32 for x in leaves(w).values()):
         raise InputError(f"{name}: scales and code of a quantized weight are float32")
     if not w.dtype.is_floating_point:
-        raise InputError(f"{name}: a quantized weight means numbers of a floating dtype, not {w.dtype}")
+        raise InputError(f"{name}: expected a floating dtype for what a quantized weight stands for, got {w.dtype}")
     scales: Any = w.absmax.codes if isinstance(w.absmax, Blockwise8bit) else w.absmax
     if isinstance(w, Blockwise4bit):
         if w.shape[1] % BLOCK or isinstance(w.absmax, Blockwise8bit) != (w.offset is not None) or scales.ndim != 1:
@@ -215,7 +215,7 @@ def check_quantized(w: Quantized, name: str) -> None:
     else:
         expected = w.shape[0]
     if len(scales) != expected:
-        raise InputError(f"{name}: {list(w.shape)} numbers want {expected} scales, got {len(scales)}")
+        raise InputError(f"{name}: {list(w.shape)} elements need {expected} scales, got {len(scales)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -225,6 +225,16 @@ def save_adapters(adapters: Adapters, path: StrPath) -> None:
     """Write any adapters, unions and tuned leaves too, as one file that `load_adapters` reads back bit by bit.
 
     For what PEFT knows, `save_peft` writes what other libraries read.
+
+    Raises InputError if the file cannot be written.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_adapters(adapters, f"{folder}/adapters.safetensors")
+    ...     sorted(fgpt.load_adapters(f"{folder}/adapters.safetensors", params)) == sorted(adapters)
+    True
     """
     write_tree(Path(path), adapters)
 
@@ -232,7 +242,19 @@ def save_adapters(adapters: Adapters, path: StrPath) -> None:
 def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
-    Raises InputError where the file holds something else, or what does not fit `params`.
+    Args:
+        path: a file of `save_adapters`.
+        params: the model that the adapters are for.
+
+    Raises InputError if the file holds something else, or what does not fit `params`.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_adapters(adapters, f"{folder}/adapters.safetensors")
+    ...     sorted(fgpt.load_adapters(f"{folder}/adapters.safetensors", params)) == sorted(adapters)
+    True
     """
     path = Path(path)
     adapters = read_tree(path)
@@ -242,8 +264,9 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
 
 
 def check_fits(adapters: Adapters, params: Any, source: Path) -> Adapters:
-    """`adapters` from a file, on the device of `params` (those without storage say what fits, and leave them where they
-    are). Raises InputError where they do not fit.
+    """`adapters` from a file, on the device of `params`, or where they are if those have no storage.
+
+    Raises InputError if they do not fit.
     """
     at = device(params)
     if at.type != "meta":

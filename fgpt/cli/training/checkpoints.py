@@ -18,7 +18,8 @@ from typing import Any
 
 from fgpt.cli.console import console
 from fgpt.errors import InputError
-from fgpt.io.files import atomic_dir, read_json, read_tensors, remove, write_json, write_tensors
+from fgpt.io.files import atomic_dir, read_json, remove, write_json
+from fgpt.io.safetensors_files import read_tensors, write_tensors
 from fgpt.train_step import State
 from fgpt.tree import leaves, tree_map
 

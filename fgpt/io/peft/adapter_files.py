@@ -6,9 +6,9 @@ LORA        LoRA, or DoRA            lora_A [rank, in], lora_B [out, rank], lora
 IA3         IA3                      ia3_l: [out, 1] scales outputs, [1, in] the inputs of a feedforward module
 LN_TUNING   tensors of norms         weight and, but for an RMSNorm, bias: the whole norm
 
-A folder is of one type, and beside it may hold whole modules and biases (`peft_tuned`). Every module of a LoRA has one
-rank and one scale, lora_alpha / r, so that readers which know no more of the config read the same (`peft_stack`). Of a
-classifier the task is SEQ_CLS, and the head `score` is a module. What PEFT cannot hold, `save_adapters` keeps.
+A folder is of one type, and beside it may hold whole modules and biases (`trained_tensors`). Every module of a LoRA has
+one rank and one scale, lora_alpha / r, so that readers that know no more of the config read the same (`qkv_stacking`).
+The task of a classifier is SEQ_CLS, and its head `score` is a module. What PEFT cannot hold, `save_adapters` keeps.
 """
 
 import json
@@ -25,31 +25,32 @@ from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, weight_matrices
 from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, shown
-from fgpt.io.files import read_json, read_metadata, read_tensors, write_json, write_tensors
-from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, modules_of, named, targets
+from fgpt.io.files import read_json, write_json
+from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, by_name, modules_of, targets
 from fgpt.io.peft.qkv_stacking import (
     StackedParts,
     commonest_scale,
     dropout_of,
     interleave_heads,
     pad_rank,
-    ranks_of,
     split_qkv,
     stack_qkv,
     stacked_parts,
+    total_rank,
     trim_rank,
     unstack_qkv,
 )
 from fgpt.io.peft.trained_tensors import KEY, both_sides, fused_as, one_table, pack_tuned, read_tuned
+from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.io.serialization import check_fits
 from fgpt.model import GPT
 from fgpt.patterns import SECONDS, matching
 from fgpt.tree import leaves
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HELD = "fgpt_held"
-"""The entry of the file's metadata that says what of a module our adapters held, where that is not all of it, and with
-which rank and alpha, where those are not the file's."""
+PARTS_KEY = "fgpt_held"
+"""Key of the file's metadata for what was stacked: the parts of a module that our adapters were on, if not all of it,
+and their rank and alpha, if not the file's."""
 
 KEYS = {
     "LORA": r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -60,7 +61,7 @@ KEYS = {
 
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights after which the adapter belongs to a base that was changed at the start."""
-UNREAD = (
+UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
 )
@@ -72,7 +73,7 @@ class Packed(NamedTuple):
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    held: dict[str, StackedParts]
+    parts: dict[str, StackedParts]
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -82,13 +83,27 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
     """Write `adapters` of the model `params`, known to others as `base`, so that `peft` loads them. Of a `base` that is
     a local path its last part alone is written: what is shared names no place on this machine.
 
-    LoRAs of several ranks all take the room of the largest.
+    LoRAs of several ranks are all padded to the largest.
+
+    Args:
+        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them.
+        params: the model that they fit.
+        folder: written with adapter_config.json and adapter_model.safetensors.
+        base: hub name or local path of the model; "owner/model@revision" writes the revision too.
 
     Raises InputError for adapters that no format of PEFT's holds.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_peft(adapters, params, folder, "nano")
+    ...     sorted(fgpt.load_peft(folder, params)) == sorted(adapters)
+    True
     """
     folder = Path(folder)
     tensors, config, parts = pack(adapters, params, base)
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"} | ({HELD: json.dumps(parts)} if parts else {}))
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"} | ({PARTS_KEY: json.dumps(parts)} if parts else {}))
     write_json(folder / CONFIG, config)
 
 
@@ -112,14 +127,14 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
             "PEFT keeps the head of a classifier whole, without an adapter: save_adapters(adapters, path) keeps this"
         )
     if not kinds:
-        tensors, config, some = _pack_norms(tuned, known, params)
+        tensors, config, partial = _pack_norms(tuned, known, params)
     else:
         make = _pack_ia3 if kinds == {IA3} else _pack_lora
-        tensors, config, some = make(parts, known, weight_matrices(params))
+        tensors, config, partial = make(parts, known, weight_matrices(params))
         beside = pack_tuned(tuned, known, params, parts.keys(), biased=kinds != {IA3})
-        tensors, config, some = tensors | beside.tensors, config | beside.config, some | beside.held
+        tensors, config, partial = tensors | beside.tensors, config | beside.config, partial | beside.parts
     common = {"task_type": "SEQ_CLS" if classes else "CAUSAL_LM", "inference_mode": True} | _named_base(base)
-    return Packed({PREFIX + name: x for name, x in tensors.items()}, common | config, some)
+    return Packed({PREFIX + name: x for name, x in tensors.items()}, common | config, partial)
 
 
 def _named_base(base: str) -> dict[str, Any]:
@@ -132,17 +147,19 @@ def _named_base(base: str) -> dict[str, Any]:
 
 def _by_module(adapters: Adapters, known: Iterable[Module]) -> dict[Module, dict[str, Any]]:
     """What is on each module: on q, k or v of one that is all three, or on all of it, ""."""
-    where = {path: m for m in known for path in (m.path, *m.parts)}
+    module_of = {path: m for m in known for path in (m.path, *m.parts)}
     parts: dict[Module, dict[str, Any]] = {}
     for path, x in adapters.items():
-        m = where.get(path)
+        m = module_of.get(path)
         if m is None or m.norm or (m.embedding and not isinstance(x, LoRA)):
             why = ", as q, k and v are modules of their own" if path.endswith(".qkv") else ""
             raise InputError(
                 f"PEFT has no place for {type(x).__name__} on {path}{why}: save_adapters(adapters, path) keeps it"
             )
         if isinstance(x, LoRA) and x.scaling is not None:
-            raise InputError(f"the LoRA at {path} is of a stack: save what unstack(stacked) gives, each on its own")
+            raise InputError(
+                f"the LoRA at {path} is of a stack: save each adapter of unstack_adapters(stacked) on its own"
+            )
         parts.setdefault(m, {})["" if path == m.path else path[-1]] = x
     return parts
 
@@ -154,7 +171,7 @@ Format = tuple[dict[str, Tensor], dict[str, Any], dict[str, StackedParts]]
 def _pack_lora(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]) -> Format:
     loras = [x.lora if isinstance(x, DoRA) else x for each in parts.values() for x in each.values()]
     scale, dropout = commonest_scale(loras), dropout_of(loras)
-    whole = {m: _whole(m, x, weights, scale) for m, x in parts.items()}
+    whole = {m: _module_adapter(m, x, weights, scale) for m, x in parts.items()}
     products = {m: x.lora if isinstance(x, DoRA) else x for m, x in whole.items()}
     rank = max(len(x.a) for x in products.values())
     alpha = scale * rank
@@ -181,15 +198,15 @@ def _pack_lora(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]
     return tensors, config, {m.name: stacked_parts(x) for m, x in parts.items() if "" not in x or m not in plain}
 
 
-def _whole(m: Module, parts: Mapping[str, Any], weights: Mapping[str, Any], scale: float) -> Any:
+def _module_adapter(m: Module, parts: Mapping[str, Any], weights: Mapping[str, Any], scale: float) -> Any:
     """The adapter of all of a module, whose rows are as the module has them."""
-    own = {path[-1]: weights[path] for path in m.parts} if "" not in parts else {}
-    whole: Any = parts[""] if "" in parts else stack_qkv(parts, own, scale)
+    own_weights = {path[-1]: weights[path] for path in m.parts} if "" not in parts else {}
+    whole: Any = parts[""] if "" in parts else stack_qkv(parts, own_weights, scale)
     return interleave_heads(whole, m)
 
 
 def _pack_ia3(parts: Parts, known: Iterable[Module], weights: Mapping[str, Any]) -> Format:
-    whole: dict[Module, IA3] = {m: _whole(m, x, weights, 1.0) for m, x in parts.items()}
+    whole: dict[Module, IA3] = {m: _module_adapter(m, x, weights, 1.0) for m, x in parts.items()}
     tensors: dict[str, Tensor] = {}
     for m, x in whole.items():
         if (x.row is None) == (x.col is None):
@@ -223,18 +240,18 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
             "save_adapters(adapters, path) keeps it"
         )
     tensors: dict[str, Tensor] = {}
-    some: dict[str, StackedParts] = {}
+    partial: dict[str, StackedParts] = {}
     for m, chosen in norms.items():
-        has = {leaf: theirs for theirs, leaf in LEAVES.items() if f"{m.path}.{leaf}" in base}  # an RMSNorm has no bias
-        for leaf, theirs in has.items():
+        has = {leaf: ending for ending, leaf in LEAVES.items() if f"{m.path}.{leaf}" in base}  # an RMSNorm has no bias
+        for leaf, ending in has.items():
             path = f"{m.path}.{leaf}"
-            tensors[f"{m.name}.ln_tuning_layers.{theirs}"] = tuned[path] if path in tuned else base[path].float()
+            tensors[f"{m.name}.ln_tuning_layers.{ending}"] = tuned[path] if path in tuned else base[path].float()
         if len(chosen) < len(has):
-            some[m.name] = {leaf: [] for leaf in chosen}
+            partial[m.name] = {leaf: [] for leaf in chosen}
     rest = {path: x for path, x in tuned.items() if path.rpartition(".")[0] not in {m.path for m in norms}}
     beside = pack_tuned(rest, known, params, (), biased=False)
     config = {"peft_type": "LN_TUNING", "target_modules": targets(norms, known)} | beside.config
-    return tensors | beside.tensors, config, some | beside.held
+    return tensors | beside.tensors, config, partial | beside.parts
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -243,16 +260,29 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
 def load_peft(folder: StrPath, params: GPT) -> Adapters:
     """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, and tuned leaves.
 
-    A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, wants a fused
-    base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3 on
-    such a module becomes IA3 on q, on k and on v there.
+    A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, needs a fused
+    base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3
+    on such a module becomes IA3 on q, on k and on v there.
 
     An adapter of the embedding or the head of a tied model is of that side alone. Where it is the embedding's, the head
     keeps the base's table as a leaf of the adapters, but not over `params.untie()`, which has a head of its own.
 
-    The adapters of a classifier want one of as many classes, `load_peft(folder, classifier(params, n, key))`.
+    The adapters of a classifier need a model of as many classes:
+    `load_peft(folder, with_classification_head(params, n, key))`.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        params: the model, fused or not, of any dtype, quantized or not.
 
     Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
+
+    >>> import tempfile, fgpt
+    >>> params = fgpt.load("nano")
+    >>> adapters = fgpt.lora(params, fgpt.key(0), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fgpt.save_peft(adapters, params, folder, "nano")
+    ...     sorted(fgpt.load_peft(folder, params)) == sorted(adapters)
+    True
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
@@ -261,16 +291,20 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {shown(kind)}")
     tensors, metadata = read_tensors(folder / WEIGHTS), read_metadata(folder / WEIGHTS)
     try:
-        _refuse(config)
-        parts = _held(metadata.get(HELD, "{}"))
-        known = named(modules_of(params.cfg, num_classes(params) is not None))
+        _check_supported(config)
+        parts = _read_parts(metadata.get(PARTS_KEY, "{}"))
+        known = by_name(modules_of(params.cfg, num_classes(params) is not None))
         _check_head(tensors, params)
         found, plain = _modules(tensors, kind, known)
         if lost := [name for name in [*found, *parts] if name not in known]:
             raise InputError(f"adapter on {printable(lost[0])}, which is no layer of this model")
         if len({known[name] for name in found}) < len(found):
             raise InputError("two adapters are on one layer, which has two names: expected one of them")
-        low = _norms(found, known, parts) if kind == "LN_TUNING" else _low(kind, found, known, config, parts, params)
+        low = (
+            _read_norms(found, known, parts)
+            if kind == "LN_TUNING"
+            else _read_adapters(kind, found, known, config, parts, params)
+        )
         tuned, copied = read_tuned(plain, known, config, parts, params)
         adapters = one_table(low | fused_as(tuned, params), copied, params)
     except InputError as err:
@@ -284,18 +318,18 @@ def _check_head(tensors: Mapping[str, Tensor], params: GPT) -> None:
         match = KEY.fullmatch(name.removeprefix(PREFIX))
         if match is None or match["module"] != SCORE or x.ndim != 2 or len(x) == num_classes(params):
             continue
-        reads = f"load_peft(folder, classifier(params, {len(x)}, key)) reads it"
+        reads = f"load_peft(folder, with_classification_head(params, {len(x)}, key)) reads it"
         raise InputError(f"it adapts a classifier of {len(x)} classes: {reads}")
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
+def _check_supported(config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
         raise InputError(
             f"init_lora_weights {init!r} belongs to a base that was changed at the start: convert it to a plain LoRA, "
             "save_pretrained(.., path_initial_model_for_weight_conversion=..)"
         )
-    if used := [name for name in UNREAD if config.get(name)]:
+    if used := [name for name in UNSUPPORTED if config.get(name)]:
         raise InputError(f"{used[0]} is {shown(config[used[0]])}, which has no adapter here; expected none")
     for name in ("use_dora", "use_rslora"):
         if not isinstance(config.get(name), bool | None):
@@ -327,17 +361,17 @@ def _modules(
     return modules, plain
 
 
-def _held(text: str) -> dict[str, StackedParts]:
+def _read_parts(text: str) -> dict[str, StackedParts]:
     try:
         parts = json.loads(text)
     except (ValueError, RecursionError):
         parts = None
     if not isinstance(parts, dict) or not all(isinstance(x, dict) and x for x in parts.values()):
-        raise InputError(f"{WEIGHTS}: metadata {HELD} is {shown(text)}; expected an object of objects")
+        raise InputError(f"{WEIGHTS}: metadata {PARTS_KEY} is {shown(text)}; expected an object of objects")
     return parts
 
 
-def _low(
+def _read_adapters(
     kind: str,
     modules: Mapping[str, Mapping[str, Tensor]],
     known: Mapping[str, Module],
@@ -345,26 +379,32 @@ def _low(
     parts: Mapping[str, StackedParts],
     params: GPT,
 ) -> Adapters:
-    read: Callable[..., Any] = _ia3
+    read: Callable[..., Any] = _read_ia3
     if kind == "LORA":
         ranks = _by_pattern(config, "rank_pattern", "r", modules)
         alphas = _by_pattern(config, "alpha_pattern", "lora_alpha", modules)
-        read = lambda name, tensors: _lora(known[name], tensors, config, ranks[name], alphas[name])  # noqa: E731
+        read = lambda name, tensors: _read_lora(known[name], tensors, config, ranks[name], alphas[name])  # noqa: E731
     adapters: Adapters = {}
     weights = weight_matrices(params)
     for name, tensors in modules.items():
-        module, own = known[name], parts.get(name, {})
+        module, module_parts = known[name], parts.get(name, {})
         whole = interleave_heads(read(name, tensors), module, back=True)
-        apart: dict[str, Any] = {"": whole}
-        if "" in own or (len(module.parts) > 1 and module.parts[0] in weights):  # q, k and v in one over three
-            apart = unstack_qkv(whole, own) if own else split_qkv(whole) if isinstance(whole, IA3) else apart
-        elif own and not isinstance(whole, IA3):
-            apart = {"": trim_rank(whole, ranks_of(own))}
-        adapters |= {module.path.removesuffix("qkv") + x if x else module.path: part for x, part in apart.items()}
+        split: dict[str, Any] = {"": whole}
+        if "" in module_parts or (len(module.parts) > 1 and module.parts[0] in weights):  # q, k and v in one over three
+            split = (
+                unstack_qkv(whole, module_parts)
+                if module_parts
+                else split_qkv(whole)
+                if isinstance(whole, IA3)
+                else split
+            )
+        elif module_parts and not isinstance(whole, IA3):
+            split = {"": trim_rank(whole, total_rank(module_parts))}
+        adapters |= {module.path.removesuffix("qkv") + x if x else module.path: part for x, part in split.items()}
     return adapters
 
 
-def _lora(module: Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], rank: Any, alpha: Any) -> Any:
+def _read_lora(module: Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], rank: Any, alpha: Any) -> Any:
     names = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A", "lora_B")
     names = (*names, "lora_magnitude_vector") if config.get("use_dora") else names
     a, b, m = (tensors.get(name) for name in (*names, "lora_magnitude_vector")[:3])
@@ -395,32 +435,34 @@ def _lora(module: Module, tensors: Mapping[str, Tensor], config: Mapping[str, An
 
 def _by_pattern(config: Mapping[str, Any], patterns: str, default: str, modules: Iterable[str]) -> dict[str, Any]:
     """What the first of `patterns` that a module's name matches says of it, as PEFT reads them, else `default`."""
-    given, names = config.get(patterns) or {}, list(modules)
-    if not isinstance(given, dict):
-        raise InputError(f"{CONFIG}: expected an object for {patterns}, got {shown(given)}")
+    by_pattern, names = config.get(patterns) or {}, list(modules)
+    if not isinstance(by_pattern, dict):
+        raise InputError(f"{CONFIG}: expected an object for {patterns}, got {shown(by_pattern)}")
     values = dict.fromkeys(names, config.get(default))
     end = time.monotonic() + SECONDS
-    for pattern, value in reversed(given.items()):
+    for pattern, value in reversed(by_pattern.items()):
         values |= dict.fromkeys(matching(rf"(.*\.)?({pattern})", names, f"{CONFIG}: {patterns}", end), value)
     return values
 
 
-def _ia3(module: str, tensors: Mapping[str, Tensor]) -> IA3:
+def _read_ia3(module: str, tensors: Mapping[str, Tensor]) -> IA3:
     x = tensors["ia3_l"]
     if x.ndim != 2 or 1 not in x.shape:
         raise InputError(f"{module} needs ia3_l [out, 1] or [1, in], got {list(x.shape)}")
     return IA3(row=x.flatten()) if x.shape[1] == 1 else IA3(col=x.flatten())
 
 
-def _norms(
+def _read_norms(
     modules: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, Module], parts: Mapping[str, StackedParts]
 ) -> Adapters:
     adapters: Adapters = {}
     for name, tensors in modules.items():
-        module, kept = known[name], parts.get(name, {"w": [], "b": []})
-        if lost := [leaf for leaf in kept if leaf not in LEAVES.values()]:
-            raise InputError(f"metadata {HELD} names {shown(lost[0])} of {name}; expected w or b")
+        module, tuned_leaves = known[name], parts.get(name, {"w": [], "b": []})
+        if lost := [leaf for leaf in tuned_leaves if leaf not in LEAVES.values()]:
+            raise InputError(f"metadata {PARTS_KEY} names {shown(lost[0])} of {name}; expected w or b")
         if not module.norm:  # a Conv1D's weight is transposed, and may be square
             raise InputError(f"{name} is no norm of this model")
-        adapters |= {f"{module.path}.{leaf}": tensors[x] for x, leaf in LEAVES.items() if leaf in kept and x in tensors}
+        adapters |= {
+            f"{module.path}.{leaf}": tensors[x] for x, leaf in LEAVES.items() if leaf in tuned_leaves and x in tensors
+        }
     return adapters

@@ -26,23 +26,23 @@ class Module:
     name: str
     path: str
     parts: tuple[str, ...]
-    """q, k and v where it is all three, and `path` the layer of a fused base; else `path` alone."""
+    """q, k and v if the module is all three, and `path` the layer of a fused base; else `path` alone."""
     norm: bool
     embedding: bool
     transposed: bool
     heads: int
-    """Above 0 its rows are q's, k's and v's by turns, head by head."""
+    """If above 0, its rows are those of q, k and v interleaved, head by head."""
 
-    def stored(self, ending: str) -> TensorMapping:
+    def tensor_mapping(self, ending: str) -> TensorMapping:
         """Its weight or bias, and the leaves of ours that it holds."""
         paths = tuple(f"{part}.{LEAVES[ending]}" for part in self.parts)
         return TensorMapping(f"{self.name}.{ending}", paths, self.transposed and ending == "weight", self.heads)
 
 
 def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
-    """The modules of a model, with the head of a classifier where it has `classes`.
+    """The modules of a model, with the head of a classifier if `classes`.
 
-    Raises InputError where no family of the hub's has it.
+    Raises InputError if no family has it.
     """
     try:
         family = families.family_of(cfg)
@@ -60,13 +60,13 @@ def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
     return [*found, Module(SCORE if classes else HEAD, "head", ("head",), False, False, False, 0)]
 
 
-def named(known: Iterable[Module]) -> dict[str, Module]:
+def by_name(known: Iterable[Module]) -> dict[str, Module]:
     """The modules by all that a file may call them: of a model without its head, they have no prefix."""
     return {name: m for m in known for name in (m.name, m.name.partition(".")[2] or OLD_HEAD)}
 
 
 def targets(chosen: Iterable[Module], known: Iterable[Module]) -> list[str]:
-    """The shortest names that select just `chosen`: a layer's, where all that it selects are among them."""
+    """The shortest names that select just `chosen`: that of a layer if all modules that it selects are among them."""
     names, found = {m.name for m in chosen}, set()
     rest = [f".{m.name}" for m in known if m.name not in names]
     for name in names:

@@ -12,7 +12,7 @@ all read the same product, every module is written with one rank, the largest, a
 padded with zeros, and B takes up the quotient of the scales.
 
 What was stacked, padded or rescaled is kept as {part: [rank, alpha, rs]}, of a whole module {"": ..}, or {part: []} for
-IA3, so that it can be undone.
+IA3, so that loading can restore it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ def stack_qkv(parts: Mapping[str, Any], weights: Mapping[str, Weight], scale: fl
         lora: Any = stack_qkv({x: p.lora for x, p in parts.items()}, weights, scale)
         return DoRA(lora, torch.cat([parts[x].m if x in parts else _norms(w) for x, w in weights.items()]))
     bs = {x: torch.zeros(shape(w)[0], 0, device=device(first)) for x, w in weights.items()}
-    bs |= {x: _rescaled(p, scale).b for x, p in parts.items()}
+    bs |= {x: _rescale(p, scale).b for x, p in parts.items()}
     a = torch.cat([parts[x].a for x in weights if x in parts])
     return LoRA(a, torch.block_diag(*bs.values()), scale * len(a), dropout=dropout_of(parts.values()))
 
@@ -59,12 +59,12 @@ def commonest_scale(loras: Iterable[LoRA]) -> float:
 def pad_rank(x: LoRA, rank: int, scale: float) -> LoRA:
     """The same product with `rank` and `scale`: A and B end in zeros, and stay so in training."""
     more = rank - len(x.a)
-    a, b = F.pad(x.a, (0, 0, 0, more)), F.pad(_rescaled(x, scale).b, (0, more))
+    a, b = F.pad(x.a, (0, 0, 0, more)), F.pad(_rescale(x, scale).b, (0, more))
     return LoRA(a, b, scale * rank, dropout=x.dropout)
 
 
-def _rescaled(x: LoRA, scale: float) -> LoRA:
-    """The same product with another scale, but for rounding where they differ."""
+def _rescale(x: LoRA, scale: float) -> LoRA:
+    """The same product with another scale, up to rounding if they differ."""
     alpha = scale * len(x.a)
     return replace(x, b=x.b if _near(x.scale, scale) else x.b * (x.scale / scale), alpha=alpha, rs=False)
 
@@ -78,15 +78,15 @@ def stacked_parts(parts: Mapping[str, LoRA | DoRA | IA3]) -> StackedParts:
 def unstack_qkv(whole: S, parts: StackedParts) -> dict[str, S]:
     """The adapters that were stacked, padded or rescaled.
 
-    Raises InputError where `parts` is not what was kept of them.
+    Raises InputError if `parts` is not what was kept of them.
     """
     if isinstance(whole, IA3):
         return {x: p for x, p in split_qkv(whole).items() if x in parts}
     lora = whole.lora if isinstance(whole, DoRA) else whole
     d, at = len(lora.b) // 3, 0
-    made: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
     for x in (x for x in ("", *"qkv") if x in parts):
-        rank, alpha, rs = _ranked(x, parts[x], lora.rs)
+        rank, alpha, rs = _parse_part(x, parts[x], lora.rs)
         begin = "qkv".index(x) * d  # the index of "" is 0
         rows, columns = slice(begin, begin + d if x else None), slice(at, at + rank)
         one = replace(lora, a=lora.a[columns], b=lora.b[rows, columns], alpha=alpha, rs=rs)
@@ -94,37 +94,37 @@ def unstack_qkv(whole: S, parts: StackedParts) -> dict[str, S]:
             raise InputError(f"stacked {x} has rank {rank} and alpha {alpha}, but {lora.a.shape[0] - at} rows are left")
         if alpha and not _near(one.scale, lora.scale):  # its B took up the quotient
             one = replace(one, b=one.b * (lora.scale / one.scale))
-        made[x] = DoRA(one, whole.m[rows]) if isinstance(whole, DoRA) else one
+        adapters[x] = DoRA(one, whole.m[rows]) if isinstance(whole, DoRA) else one
         at += rank
     trim_rank(whole, at)
-    return made
+    return adapters
 
 
 def trim_rank(whole: S, rank: int) -> S:
-    """A LoRA without the zeros that it was padded with. Raises InputError where there is something else."""
+    """A LoRA without the zeros that it was padded with. Raises InputError if there is something else."""
     lora: Any = whole.lora if isinstance(whole, DoRA) else whole
     if rank == len(lora.a):
         return whole
     if rank > len(lora.a) or lora.a[rank:].count_nonzero() or lora.b[:, rank:].count_nonzero():
         raise InputError(f"stacked parts have ranks {rank} in all, but A has {len(lora.a)} rows that are not zero")
     one = LoRA(lora.a[:rank], lora.b[:, :rank], lora.scale * rank, dropout=lora.dropout)
-    made: Any = replace(whole, lora=one) if isinstance(whole, DoRA) else one
-    return made
+    trimmed: Any = replace(whole, lora=one) if isinstance(whole, DoRA) else one
+    return trimmed
 
 
-def ranks_of(parts: StackedParts) -> int:
+def total_rank(parts: StackedParts) -> int:
     """The rank of all that was stacked. Raises InputError as `unstack` does."""
-    return sum(_ranked(x, kept, False)[0] for x, kept in parts.items())
+    return sum(_parse_part(x, fields, False)[0] for x, fields in parts.items())
 
 
-def _ranked(part: str, kept: Any, rs: bool) -> tuple[int, float, bool]:
+def _parse_part(part: str, fields: Any, rs: bool) -> tuple[int, float, bool]:
     try:
-        rank, alpha, rs = int(kept[0]), float(kept[1]), kept[2] if len(kept) > 2 else rs
+        rank, alpha, rs = int(fields[0]), float(fields[1]), fields[2] if len(fields) > 2 else rs
         if rank >= 1 and abs(alpha) <= 1e300 and isinstance(rs, bool):
             return rank, alpha, rs
     except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         pass
-    raise InputError(f"stacked {part} is {shown(kept)}; expected [rank, alpha, rs]")
+    raise InputError(f"stacked {part} is {shown(fields)}; expected [rank, alpha, rs]")
 
 
 def split_qkv(whole: IA3) -> dict[str, IA3]:
@@ -137,15 +137,15 @@ def interleave_heads(x: S, module: Module, back: bool = False) -> S:
     """`x`, whose rows are q's, then k's, then v's, with the rows as `module` has them; or `back`. To the bit."""
     sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
-    def turned(rows: Tensor) -> Tensor:
-        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # where some are left, `adapt` says that they do not fit
+    def reorder(rows: Tensor) -> Tensor:
+        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # if some are left, `adapt` says that they do not fit
         return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
 
-    return replace_at(x, {name: turned(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
+    return replace_at(x, {name: reorder(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
 
 
 def dropout_of(loras: Iterable[LoRA]) -> float:
-    """The dropout that all of `loras` have. Raises InputError where they have several."""
+    """The dropout that all of `loras` have. Raises InputError if they have several."""
     found = {x.dropout for x in loras}
     if len(found) > 1:
         raise InputError("LoRAs of unequal dropout: PEFT has one for all; save_adapters(adapters, path) keeps them")

@@ -4,8 +4,8 @@ in the file                   what it is
 X.weight, X.bias              of a module that `modules_to_save` names, trained as a whole; or a bias, by `bias`
 X.base_layer.weight, .bias    of a module that has an adapter: what lies below that
 
-PEFT writes frozen weights as well, the table and the head where either is adapted. They are left out where they are
-the base's own, and kept where they are not.
+PEFT writes frozen weights as well, the embedding and the head if either is adapted. They are skipped if they equal
+the base's, and read if they do not.
 
 Where head and embedding are one table, a module of PEFT's `modules_to_save` is a copy, and an adapter is on one side
 alone; our adapters of that table move both. So what is on both sides alike is ours on the table, and of what is on the
@@ -34,19 +34,19 @@ KEY = re.compile(
 )
 
 
-class Tuned(NamedTuple):
+class TunedTensors(NamedTuple):
     """What PEFT's two files hold of tuned leaves, and of which modules we tuned only a part."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    held: dict[str, StackedParts]
+    parts: dict[str, StackedParts]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 def both_sides(adapters: Adapters, params: GPT) -> Adapters:
-    """`adapters` with the head's own, where they move a table that is embedding and head."""
+    """`adapters` with the head's too, if they change a table that is embedding and head."""
     if params.head is not None or adapters.keys() & {"head", "head.w"}:
         return adapters
     return adapters | {f"head{path[3:]}": x for path, x in adapters.items() if path in ("wte", "wte.w")}
@@ -54,55 +54,61 @@ def both_sides(adapters: Adapters, params: GPT) -> Adapters:
 
 def pack_tuned(
     tuned: Mapping[str, Tensor], known: Iterable[Module], params: GPT, adapted: Collection[Module], biased: bool
-) -> Tuned:
-    """The leaves `tuned`, beside adapters on the modules `adapted`; `biased` where their format has an option `bias`.
+) -> TunedTensors:
+    """The leaves `tuned`, beside adapters on the modules `adapted`; `biased` if their format has an option `bias`.
 
     A classifier's head is always among them: no base has it. A norm is written as a whole, and any
-    bias with its weight, with the base's values where a leaf is not tuned.
+    bias with its weight, with the base's values if a leaf is not tuned.
 
     Raises InputError for a part of a matrix, or some of the biases.
     """
-    base, given, known = unfuse_qkv(leaves(params), params.cfg), unfuse_qkv(tuned, params.cfg), list(known)
+    base, tuned_leaves, known = unfuse_qkv(leaves(params), params.cfg), unfuse_qkv(tuned, params.cfg), list(known)
     if num_classes(params) and not any(m.name == SCORE for m in adapted):
-        given = {"head.w": base["head.w"]} | given
-    bias, covered = _bias_option(given, known, base, adapted) if biased else ("none", set())
+        tuned_leaves = {"head.w": base["head.w"]} | tuned_leaves
+    bias, covered = _bias_option(tuned_leaves, known, base, adapted) if biased else ("none", set())
     tensors: dict[str, Tensor] = {}
-    held: dict[str, StackedParts] = {}
+    parts: dict[str, StackedParts] = {}
     saved: list[str] = []
     for m in known:
-        paths = {ending: m.stored(ending).paths for ending in LEAVES}
-        has = [e for e in LEAVES if any(p in base or p in given for p in paths[e])]
-        chosen = [e for e in LEAVES if any(p in given for p in paths[e])]
+        paths = {ending: m.tensor_mapping(ending).paths for ending in LEAVES}
+        has = [e for e in LEAVES if any(p in base or p in tuned_leaves for p in paths[e])]
+        chosen = [e for e in LEAVES if any(p in tuned_leaves for p in paths[e])]
         by_option = ["bias"] if "bias" in chosen and covered.issuperset(paths["bias"]) else []
         below = ".base_layer" if m in adapted else ""
         if below and "bias" in chosen and not by_option:
-            raise InputError(_no_place(f"{m.path}.b", "a bias below an adapter, without those of all the others"))
+            raise InputError(
+                _no_place_message(f"{m.path}.b", "a bias below an adapter, without those of all the others")
+            )
         if not below and chosen != by_option:
             saved.append(m.name)
-            given |= {p: base[p].float() for e in has if e not in chosen and (m.norm or e == "bias") for p in paths[e]}
+            tuned_leaves |= {
+                p: base[p].float() for e in has if e not in chosen and (m.norm or e == "bias") for p in paths[e]
+            }
             if chosen != has:
-                held[m.name] = {LEAVES[e]: [] for e in chosen}
+                parts[m.name] = {LEAVES[e]: [] for e in chosen}
         for e in has if m.name in saved else chosen:
-            if missing := [p for p in paths[e] if p not in given]:
-                part = next(p for e in chosen for p in paths[e] if p in given)
-                raise InputError(_no_place(part, f"a part of {m.name}, without {missing[0]}"))
-            tensors[f"{m.name}{below}.{e}"] = join_heads([given[p] for p in paths[e]], m.stored(e))
-    return Tuned(tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), held)
+            if missing := [p for p in paths[e] if p not in tuned_leaves]:
+                part = next(p for e in chosen for p in paths[e] if p in tuned_leaves)
+                raise InputError(_no_place_message(part, f"a part of {m.name}, without {missing[0]}"))
+            tensors[f"{m.name}{below}.{e}"] = join_heads([tuned_leaves[p] for p in paths[e]], m.tensor_mapping(e))
+    return TunedTensors(
+        tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), parts
+    )
 
 
-def _no_place(path: str, what: str) -> str:
+def _no_place_message(path: str, what: str) -> str:
     return f"PEFT has no place for {path} alone, {what}: save_adapters(adapters, path) keeps it"
 
 
 def _bias_option(
-    given: Mapping[str, Tensor], known: Iterable[Module], base: Mapping[str, Tensor], adapted: Collection[Module]
+    tuned: Mapping[str, Tensor], known: Iterable[Module], base: Mapping[str, Tensor], adapted: Collection[Module]
 ) -> tuple[str, set[str]]:
     """PEFT's `bias`, and the leaves that it covers."""
-    found = {m: {p for p in m.stored("bias").paths if p in base} for m in known}
+    found = {m: {p for p in m.tensor_mapping("bias").paths if p in base} for m in known}
     every = {p for paths in found.values() for p in paths}
     below = {p for m, paths in found.items() if m in adapted for p in paths}
     for option, paths in (("all", every), ("lora_only", below)):
-        if paths and paths <= given.keys():
+        if paths and paths <= tuned.keys():
             return option, paths
     return "none", set()
 
@@ -135,15 +141,17 @@ def read_tuned(
             continue
         m, ending = known[match["module"]], match["ending"]
         trained = _is_trained(m, match["where"], ending, config)
-        kept = LEAVES.values() if match["where"] == "base_layer" else parts.get(match["module"], LEAVES.values())
-        if lost := [leaf for leaf in kept if leaf not in LEAVES.values()]:
+        tuned_leaves = (
+            LEAVES.values() if match["where"] == "base_layer" else parts.get(match["module"], LEAVES.values())
+        )
+        if lost := [leaf for leaf in tuned_leaves if leaf not in LEAVES.values()]:
             raise InputError(f"the metadata names {shown(lost[0])} of {m.name}; expected w or b")
         copied |= trained and m.path == "wte"
         for path, y in _leaves_of(x, m, ending, sizes).items():
             if path == "head.w" and params.head is None and not trained:
                 path = "wte.w"  # one table
-            own = base.get(path)
-            if LEAVES[ending] not in kept or (not trained and own is not None and _same(y, own)):
+            base_leaf = base.get(path)
+            if LEAVES[ending] not in tuned_leaves or (not trained and base_leaf is not None and _same(y, base_leaf)):
                 continue
             if path in found and not torch.equal(found[path], y):
                 raise InputError(f"tensor {name} is there by another name too, with other values: expected one of them")
@@ -163,33 +171,33 @@ def _is_trained(m: Module, where: str | None, ending: str, config: Mapping[str, 
 
 
 def _leaves_of(x: Tensor, m: Module, ending: str, sizes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    s = m.stored(ending)
+    s = m.tensor_mapping(ending)
     if any(p not in sizes for p in s.paths):
         raise InputError(f"tensor {s.name} has no place in this model, whose {m.name} has no {ending}")
-    wanted = join_heads([torch.empty(sizes[p].shape, device="meta") for p in s.paths], s).shape
-    if x.shape != wanted:
+    expected = join_heads([torch.empty(sizes[p].shape, device="meta") for p in s.paths], s).shape
+    if x.shape != expected:
         hint = ", as of another vocabulary" if m.path == "head" or m.embedding else ""
-        raise InputError(f"tensor {s.name}: expected shape {list(wanted)}, got {list(x.shape)}{hint}")
+        raise InputError(f"tensor {s.name}: expected shape {list(expected)}, got {list(x.shape)}{hint}")
     parts = split(x.float(), s, [tuple(sizes[p].shape) for p in s.paths])
     return {path: part.contiguous() for path, part in zip(s.paths, parts, strict=True)}
 
 
-def _same(x: Tensor, own: Tensor) -> bool:
-    return own.device.type != "meta" and torch.equal(x.to(own), own)
+def _same(x: Tensor, base_leaf: Tensor) -> bool:
+    return base_leaf.device.type != "meta" and torch.equal(x.to(base_leaf), base_leaf)
 
 
 def fused_as(tuned: Mapping[str, Tensor], params: GPT) -> dict[str, Tensor]:
-    """`tuned` with q, k and v in one where `params` has them so, and all three are there."""
-    found, own = dict(tuned), leaves(params)
-    for path in [path for path in tuned if path not in own and ".attn.q." in path]:
+    """`tuned` with q, k and v fused if `params` has them fused, and all three are there."""
+    found, base = dict(tuned), leaves(params)
+    for path in [path for path in tuned if path not in base and ".attn.q." in path]:
         three = [path.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if (whole := path.replace(".attn.q.", ".attn.qkv.")) in own and all(p in found for p in three):
+        if (whole := path.replace(".attn.q.", ".attn.qkv.")) in base and all(p in found for p in three):
             found[whole] = torch.cat([found.pop(p) for p in three])
     return found
 
 
 def one_table(adapters: Adapters, copied: bool, params: GPT) -> Adapters:
-    """The adapters of PEFT's embedding and head, where `params` has one table for both; `copied` where the embedding's
+    """The adapters of PEFT's embedding and head, if `params` has one table for both; `copied` if the embedding's
     weights were trained as a copy.
     """
     if params.head is not None:
@@ -197,16 +205,16 @@ def one_table(adapters: Adapters, copied: bool, params: GPT) -> Adapters:
     table, head = adapters.get("wte.w"), adapters.get("head.w")
     if copied and isinstance(table, Tensor) and isinstance(head, Tensor) and torch.equal(table, head):
         return {path: x for path, x in adapters.items() if path != "head.w"}
-    if _alike(adapters.get("wte"), adapters.get("head")) and not copied and head is None:
+    if _are_equal_loras(adapters.get("wte"), adapters.get("head")) and not copied and head is None:
         return {path: x for path, x in adapters.items() if path != "head"}
     alone = copied or ("wte" in adapters and "head" not in adapters)
     if not alone or head is not None:
         return adapters
-    own = table if isinstance(table, Tensor) and not copied else dense(params.wte.w).float()
-    return adapters | {"head.w": own}
+    head_table = table if isinstance(table, Tensor) and not copied else dense(params.wte.w).float()
+    return adapters | {"head.w": head_table}
 
 
-def _alike(x: Any, y: Any) -> bool:
+def _are_equal_loras(x: Any, y: Any) -> bool:
     if not isinstance(x, LoRA) or not isinstance(y, LoRA):
         return False
     fields = [(lora.alpha, lora.rs, lora.dropout, lora.a.shape, lora.b.shape) for lora in (x, y)]
