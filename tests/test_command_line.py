@@ -24,7 +24,7 @@ import fgpt.cli.training.loop
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
-from fgpt.cli.errors import explained
+from fgpt.cli.errors import explain
 from fgpt.cli.main import COMMANDS, main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.report.config_diff import command
@@ -322,7 +322,7 @@ def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, cap
     terminal = shown.Console(stderr=True, markup=False, emoji=False, highlight=False, force_terminal=True)
     monkeypatch.setattr(shown, "console", terminal)
     for total in (None, 3):
-        with shown.working(f"loading {ODD}", total) as advance:
+        with shown.show_progress(f"loading {ODD}", total) as advance:
             advance(1)
         assert f"loading {ODD}" in capsys.readouterr().err
 
@@ -331,13 +331,13 @@ def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(shown, "QUIET", 0.05)
+    monkeypatch.setattr(shown, "FIRST_LINE_AFTER", 0.05)
     assert list(shown.progress([1, 2], "reading")) == [1, 2]
     assert capsys.readouterr().err == ""  # it was quick
     for i, _ in enumerate(shown.progress(range(3), "reading")):
         time.sleep(0.3 if i == 1 else 0)
         assert list(shown.progress(range(2), "within")) == [0, 1]
-    with shown.working("loading"):
+    with shown.show_progress("loading"):
         time.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
     assert said == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
@@ -602,20 +602,20 @@ def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_what_is_no_defect_is_one_line():
-    assert explained(InputError("two\nlines")) == "two lines"
-    assert explained(OSError("a plain one")) == "a plain one"
-    assert explained(PermissionError(13, "Permission denied", "there")) == (
+    assert explain(InputError("two\nlines")) == "two lines"
+    assert explain(OSError("a plain one")) == "a plain one"
+    assert explain(PermissionError(13, "Permission denied", "there")) == (
         "there: Permission denied; choose another place, or change its permissions"
     )
-    assert explained(FileNotFoundError(2, "No such file or directory", "there")) == "there: No such file or directory"
-    assert "not enough memory" in str(explained(MemoryError()))
-    assert "not enough memory" in str(explained(torch.OutOfMemoryError("CUDA out of memory.")))
-    assert "not enough memory" in str(explained(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    assert explain(FileNotFoundError(2, "No such file or directory", "there")) == "there: No such file or directory"
+    assert "not enough memory" in str(explain(MemoryError()))
+    assert "not enough memory" in str(explain(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert "not enough memory" in str(explain(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     with pytest.raises(UnicodeEncodeError) as no_text:
         "\ud83d".encode()
-    assert "is not a character of UTF-8" in str(explained(no_text.value))
-    assert explained(RuntimeError("a defect")) is None
-    assert explained(KeyError("a defect")) is None
+    assert "is not a character of UTF-8" in str(explain(no_text.value))
+    assert explain(RuntimeError("a defect")) is None
+    assert explain(KeyError("a defect")) is None
 
 
 @pytest.fixture
@@ -668,10 +668,10 @@ def test_advice_can_be_followed(
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
     pretrained, tuned = find("pretrain-nano"), find("lora-nano")
-    assert run_dir.use_of(tmp_path, pretrained) == (
+    assert run_dir.suggest_use(tmp_path, pretrained) == (
         f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
     )
-    assert run_dir.use_of(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
+    assert run_dir.suggest_use(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
     assert run_dir.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
 
 

@@ -76,9 +76,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     ]
     lora = ["--adapter.rank", "4", "--adapter.dropout", "0.2", "--adapter.target", r"blocks.*\.(q|up)|wte"]
     asked = ["--data", str(at / "rows.json"), "--num-heldout", "4", "--compare-prompts", "2", "--max-new-tokens", "4"]
-    best = ["--steps", "12", "--eval-every", "5", "--take", "best"]
+    best = ["--steps", "12", "--eval-every", "5", "--keep-best"]
     texts = ["--train", str(at / "texts.txt"), "--test", "None", "--num-heldout", "9", "--steps", "8"]
-    tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--compile", "False", "--peak-tflops", "0.05"]
+    tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--no-compile", "--peak-tflops", "0.05"]
     size = ["--vocab", "4096", "--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32"]
     steps = ["--micro-batch-size", "2", "--grad-accumulation-steps", "2", "--steps", "9", "--eval-every", "4"]
     timed = [

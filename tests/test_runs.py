@@ -110,7 +110,7 @@ def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
 METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name != "pretrain-nano"} | {
     "bias": ["lora-nano", "--adapter.kind", "bias", "--adapter.target", r".*\.b", "--lr", "1e-2"],
     "dropout": ["lora-nano", "--adapter.dropout", "0.2"],
-    "remat": ["qdora-nano", "--remat", "True"],
+    "remat": ["qdora-nano", "--remat"],
 }
 
 
@@ -331,7 +331,7 @@ def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     options = [
         "--data",
         str(stories),
-        "--num-heldout",
+        "--heldout",
         str(stories),
         "--steps",
         "60",
@@ -340,7 +340,7 @@ def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
         "--micro-batch-size",
         "2",
     ]
-    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32", "--compile", "False"]
+    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32", "--no-compile"]
     assert main(["train", "pretrain-nano", *options, *size, "--lr", "1e-2", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "pretrain-nano" / "result.json").read_text())
     assert result["bits_per_character"] < 0.5 < math.log2(4096) / 4  # it knows its two stories by heart

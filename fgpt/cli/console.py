@@ -42,52 +42,52 @@ def announce(name: str, *sentences: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- how far it is
 
-QUIET = 10.0
+FIRST_LINE_AFTER = 10.0
 """Seconds that work takes before a line tells of it, where there is no terminal to show a bar in."""
-EVERY = 60.0
+LINE_INTERVAL = 60.0
 """Seconds from one such line to the next."""
 
-_under_way: list[str] = []
+_shown_tasks: list[str] = []
 """The work that is shown: what is part of it shows nothing of its own."""
 
 
 @contextmanager
-def working(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def show_progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show that work is under way. What is yielded takes how much of `total` was done since it was last called.
 
     In a terminal it is a bar, or a spinner without a total, which is gone when the work is done; elsewhere a line after
     ten seconds, and one each minute. Within other work that is shown, nothing.
     """
-    if _under_way:
+    if _shown_tasks:
         yield lambda n: None
         return
     show = _bar if console.is_terminal else _lines
-    with claimed(what), show(what, total) as advance:
+    with exclusive_progress(description), show(description, total) as advance:
         yield advance
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, and how many of `total` were taken, or of as many as there are; see `working`."""
     if total is None and isinstance(items, Collection):
         total = len(items)
-    with working(what, total) as advance:
+    with show_progress(description, total) as advance:
         for item in items:
             yield item
             advance(1)
 
 
 @contextmanager
-def claimed(what: str) -> Iterator[None]:
+def exclusive_progress(description: str) -> Iterator[None]:
     """Within it no other work is shown: this one shows by itself how far it is."""
-    _under_way.append(what)
+    _shown_tasks.append(description)
     try:
         yield
     finally:
-        _under_way.remove(what)
+        _shown_tasks.remove(description)
 
 
 @contextmanager
-def _bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     if total is None:
         columns.insert(0, SpinnerColumn())
@@ -95,12 +95,12 @@ def _bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         columns[1:1] = [BarColumn(), MofNCompleteColumn()]
         columns += [TextColumn("eta"), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 
 
 @contextmanager
-def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def _lines(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     began, done, ended = time.monotonic(), 0, threading.Event()
 
     def advance(n: int) -> None:
@@ -108,10 +108,10 @@ def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         done += n
 
     def speak() -> None:
-        wait = QUIET
+        wait = FIRST_LINE_AFTER
         while not ended.wait(wait):
-            console.print(_so_far(what, done, total, time.monotonic() - began), soft_wrap=True)
-            wait = EVERY
+            console.print(_progress_line(description, done, total, time.monotonic() - began), soft_wrap=True)
+            wait = LINE_INTERVAL
 
     thread = threading.Thread(target=speak, daemon=True)
     thread.start()
@@ -122,8 +122,8 @@ def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         thread.join()
 
 
-def _so_far(what: str, done: int, total: int | None, took: float) -> str:
+def _progress_line(description: str, done: int, total: int | None, seconds: float) -> str:
     if total is None:
-        return f"{what}: {took:.0f} s so far .."
-    left = f", eta {took / done * (total - done):.0f} s" if done else ""
-    return f"{what}: {done:,} of {total:,} in {took:.0f} s{left}"
+        return f"{description}: {seconds:.0f} s so far .."
+    left = f", eta {seconds / done * (total - done):.0f} s" if done else ""
+    return f"{description}: {done:,} of {total:,} in {seconds:.0f} s{left}"

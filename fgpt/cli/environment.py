@@ -62,7 +62,7 @@ def _cpu() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return _said("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+        return _command_output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(found, platform.processor() or None)
 
@@ -93,12 +93,12 @@ def _commit(root: Path) -> dict[str, Any]:
     A folder of installed packages can lie inside somebody's own repository, whose commit would say nothing: `root`
     itself has to be the clone.
     """
-    commit = _said("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
-    changed = _said("git", "-C", str(root), "status", "--porcelain", "--", *CODE) if commit else None
+    commit = _command_output("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    changed = _command_output("git", "-C", str(root), "status", "--porcelain", "--", *CODE) if commit else None
     return {"commit": commit, "clean": None if changed is None else not changed}
 
 
-def _said(*command: str) -> str | None:
+def _command_output(*command: str) -> str | None:
     """What a program prints; None where it is absent, fails, or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -4,11 +4,11 @@ import errno
 
 from fgpt.errors import InputError, one_line
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """What a system says where nothing more can be written."""
 
 
-def explained(err: Exception) -> str | None:
+def explain(err: Exception) -> str | None:
     """What happened and what helps; None for a defect."""
     if isinstance(err, InputError):
         return str(err) if str(err).isprintable() else one_line(err)
@@ -29,7 +29,7 @@ def explained(err: Exception) -> str | None:
 def _of_system(err: OSError) -> str:
     what = one_line(err.strerror or err) or type(err).__name__
     where = f"{err.filename}: " if err.filename is not None else ""
-    if err.errno in FULL:
+    if err.errno in DISK_FULL:
         return f"{where or 'writing: '}{what}; free space or choose another folder"
     if err.errno == errno.EACCES:
         return f"{where}{what}; choose another place, or change its permissions"

@@ -21,7 +21,7 @@ ABOUT = "full paths on this machine, by which the run is resumed and used here; 
 FIELDS = ("base", "data", "source", "train", "test", "heldout", "tokenizer", "out")
 """The options of runs that may name files."""
 
-SEVERAL = "data"
+JOINED_FIELD = "data"
 """The one of them that takes several files, with a + between them."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")
@@ -45,7 +45,7 @@ def without_paths(text: str) -> str:
     return ABSOLUTE.sub(lambda found: shareable(found.group()), text)
 
 
-def shared(run: Mapping[str, Any]) -> dict[str, Any]:
+def shareable_fields(run: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a run, as plain JSON, with shareable paths."""
     return {name: _field(name, x) if name in FIELDS else x for name, x in run.items()}
 
@@ -55,19 +55,19 @@ def _field(name: str, value: Any) -> Any:
         return [shareable(x) for x in value]
     if not isinstance(value, str):
         return value
-    return "+".join(map(shareable, value.split("+"))) if name == SEVERAL else shareable(value)
+    return "+".join(map(shareable, value.split("+"))) if name == JOINED_FIELD else shareable(value)
 
 
-def write_local(folder: Path, run: Mapping[str, Any]) -> None:
+def write_full_paths(folder: Path, run: Mapping[str, Any]) -> None:
     """Keep those fields of a run that `shared` changes, where it changes any."""
-    short = shared(run)
+    short = shareable_fields(run)
     changed = {name: x for name, x in run.items() if short[name] != x and name != "out"}  # there it lies itself
     if changed:
         write_json(folder / LOCAL, {"about": ABOUT, "paths": changed})
         os.chmod(folder / LOCAL, 0o600)
 
 
-def with_local(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+def with_full_paths(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The fields that run.json has, with the full paths that were shortened in it. A field that was edited since, in
     run.json, is as it is there.
 
@@ -85,7 +85,7 @@ def with_local(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
 def _fits(name: str, full: Any, short: Any) -> bool:
     """Whether `full` was shortened to `short`, in whatever working directory."""
     if isinstance(full, str) and isinstance(short, str):
-        both = [x.split("+") if name == SEVERAL else [x] for x in (full, short)]
+        both = [x.split("+") if name == JOINED_FIELD else [x] for x in (full, short)]
     elif isinstance(full, list) and isinstance(short, list):
         both = [full, short]
     else:

@@ -25,12 +25,12 @@ LONGEST = 40
 """Characters of a part of a name."""
 
 
-def part(text: str | Path) -> str:
+def name_part(text: str | Path) -> str:
     """A text as part of a file's name: the end of a path, letters and digits, the rest as dashes."""
     return re.sub(r"[^\w.]+", "-", str(text))[:LONGEST].strip("-.") or "unnamed"
 
 
-def free(out: Path, names: Sequence[str], settings: Mapping[str, Any], endings: Sequence[str]) -> str:
+def free_name(out: Path, names: Sequence[str], settings: Mapping[str, Any], endings: Sequence[str]) -> str:
     """The first of `names`, then of the last one numbered, under which `out` holds nothing, or what these very settings
     have made.
     """
@@ -49,7 +49,7 @@ def _may_write(out: Path, stem: str, settings: Mapping[str, Any], endings: Seque
     return isinstance(found, dict) and found.get(SETTINGS) == settings
 
 
-def trained_as(folder: Path) -> str:
+def training_id(folder: Path) -> str:
     """By which a result knows what was trained in `folder`: a hash of the losses, so that a run which was gone on with
     since is another; empty where there are none.
     """

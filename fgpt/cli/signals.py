@@ -12,14 +12,14 @@ from typing import Any
 
 from fgpt.cli.console import console
 
-_lasting: list[Any] = []
+_active_handlers: list[Any] = []
 """The handlers of all that lasts, the innermost last."""
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
-def on_first(act: Callable[[], None]) -> Iterator[None]:
+def on_first_signal(act: Callable[[], None]) -> Iterator[None]:
     """While it lasts, the first signal calls `act`, and a second one of any kind ends the process. One that is ignored,
     as SIGHUP is under nohup, stays so.
     """
@@ -40,12 +40,14 @@ def on_first(act: Callable[[], None]) -> Iterator[None]:
 
     for number in before:
         signal.signal(number, first)
-    _lasting.append(first)
+    _active_handlers.append(first)
     try:
         yield
     finally:
-        _lasting.remove(first)
-        if not received or not _lasting:  # else a second one goes on to end the process, until all of this is left
+        _active_handlers.remove(first)
+        if (
+            not received or not _active_handlers
+        ):  # else a second one goes on to end the process, until all of this is left
             for number, handler in before.items():
                 signal.signal(number, handler)
 

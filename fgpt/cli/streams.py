@@ -8,11 +8,11 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 
 @contextlib.contextmanager
-def robust() -> Iterator[None]:
+def robust_streams() -> Iterator[None]:
     """While it lasts, what an encoding does not have is written as a question mark, input that is not in its encoding
     is read with a mark in its place, and writing to a stderr that is gone does nothing: what is told there is for
     somebody to look at, and no reason for a training to end. A closed stdout is an error as ever.
@@ -22,17 +22,17 @@ def robust() -> Iterator[None]:
             with contextlib.suppress(OSError, ValueError):  # what is left in a buffer may have nowhere to go
                 stream.reconfigure(errors="replace")
     stderr = sys.stderr
-    sys.stderr = _Lasting(stderr) if stderr is not None else open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = _UnfailingStream(stderr) if stderr is not None else open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     finally:
         sys.stderr = stderr
 
 
-class _Lasting:
+class _UnfailingStream:
     """A stream whose writing never fails. Everything else is the stream's own."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -50,7 +50,7 @@ class _Lasting:
 
     def _drop(self, err: OSError) -> None:
         if err.errno in (errno.EPIPE, errno.EIO):  # a full disk may have room again
-            drop(self._stream)
+            redirect_to_null(self._stream)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -60,7 +60,7 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def drop(stream: TextIO) -> None:
+def redirect_to_null(stream: Any) -> None:
     """Lead a stream that cannot be written any more to nowhere, with what is still in its buffer; else Python would try
     to write that at its end, and complain.
     """
