@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,21 +19,26 @@ import torch
 from conftest import ROOT
 
 import fgpt
-import fgpt.cli.main as command_line
 import fgpt.cli.training.instruction_tuning
 import fgpt.cli.training.loop
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
+from fgpt.cli.commands import COMMANDS
 from fgpt.cli.errors import explain
-from fgpt.cli.main import COMMANDS, main
+from fgpt.cli.evaluation.command import EvalOptions
+from fgpt.cli.inference.classify_texts import ClassifyOptions
+from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.option_hints import MODULES, OPTIONS
+from fgpt.cli.options import GROUPS, option_names
 from fgpt.cli.report.config_diff import command
+from fgpt.cli.run_json import write_run
 from fgpt.cli.training.instruction_tuning import low_rate, sizes
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.recipes import RECIPES, InstructionRecipe, PretrainingRecipe, find
-from fgpt.recipes.tuning import FineTuningRecipe, default_warmup
+from fgpt.recipes import KINDS, RECIPES, InstructionRecipe, PretrainingRecipe, find
+from fgpt.recipes.tuning import Adapter, FineTuningRecipe, default_warmup
 from fgpt.weights import parameters
 
 ODD = "[/red]x[b] :smile:"
@@ -75,23 +81,9 @@ def training(at: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- ranges of numbers
 
 
-def option_classes(monkeypatch: pytest.MonkeyPatch) -> list[type[Any]]:
-    """Every class whose fields are options of some command."""
-    found: list[type[Any]] = [type(make()) for make in RECIPES.values()]
-
-    class Seen(Exception):  # noqa: N818
-        pass
-
-    def record(cls: type[Any], *_: Any) -> None:
-        found.append(cls)
-        raise Seen
-
-    monkeypatch.setattr(command_line, "parse", record)
-    for name, run in COMMANDS.items():
-        if name != "runs":
-            with pytest.raises(Seen):
-                run(["lora-nano"])
-    return found
+COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
+OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, EvalOptions]
+"""Every class whose fields are options of some command."""
 
 
 def numeric(hint: Any) -> bool:
@@ -111,10 +103,9 @@ def unchecked(cls: type[Any]) -> list[str]:
     return found
 
 
-def test_every_numeric_option_has_a_range(monkeypatch: pytest.MonkeyPatch):
-    classes = option_classes(monkeypatch)
-    assert len(set(classes)) >= 11
-    assert [name for cls in classes for name in unchecked(cls)] == []
+def test_every_numeric_option_has_a_range():
+    assert len(OPTION_CLASSES) >= 13
+    assert [name for cls in OPTION_CLASSES for name in unchecked(cls)] == []
 
 
 def test_every_recipe_is_within_them():
@@ -212,10 +203,10 @@ def test_a_number_out_of_range_is_one_line_before_anything_is_read(
 
 
 def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(at: Path, tmp_path: Path, capsys: Any):
-    for field, value in (("rows", -1), ("lr", math.nan), ("seq", 1)):
+    for field, value in (("micro_batch_size", -1), ("lr", math.nan), ("max_seq_len", 1)):
         values = json.loads((at / "runs" / "it[b]" / "run.json").read_text()) | {field: value}
         (tmp_path / "run.json").write_text(json.dumps(values))
-        with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; train it again"):
+        with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; correct it, or"):
             run_dir.read_run(tmp_path)
     (tmp_path / "run.json").write_text((at / "runs" / "it[b]" / "run.json").read_text())
     (tmp_path / "status.json").write_text('{"state": "interrupted"}')
@@ -552,7 +543,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding: str, at: Path):
         assert "?? it is 1" in out
     status, _, err = Child(["train", "漢字"], encoding=encoding).end()
     assert (status, err.count("\n")) == (2, 1)
-    assert "no run named '??'" in err
+    assert "no recipe named '??'" in err
 
 
 def test_the_oldest_locale_is_enough(at: Path):
@@ -636,14 +627,14 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             ["generate", "real", "hi"],
-            "has not finished; go on with it: just train runs/real --resume",
+            "has not finished; resume it: just train runs/real --resume",
             "first",
         ),
         (["generate", "lora-nano", "hi"], "train it first: just train lora-nano", "--resume"),
         (["generate", "reel", "hi"], "did you mean real?", "just train reel"),
         (["generate", "done", "hi"], "has neither adapter/ nor model/ any more; train it again", "--resume"),
-        (["train", "real"], "name that, and --name real", "did you mean"),
-        (["doctor", "real"], "name that, and --name real", "did you mean"),
+        (["train", "real"], "give that recipe, and --name real", "did you mean"),
+        (["doctor", "real"], "give that recipe, and --name real", "did you mean"),
         (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "just train done"),
         (["train", "nobody", "--resume"], "just train RECIPE makes one", "just train nobody"),
         (["train", "lora-nano", "--name", "done", "--resume"], "runs/done has finished", "there is no run"),
@@ -652,7 +643,7 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "no run 'real' under elsewhere/",
             "just train real",
         ),
-        (["train", "real", "--resume", "--lr", "1"], "leave it out, or begin a new run", "leave out --resume"),
+        (["train", "real", "--resume", "--lr", "1"], "leave it out, or start a new run", "leave out --resume"),
         (["compare"], "under runs/ there are done, real", "just runs"),
         (["classify", "real", "hi"], "runs/real has not finished", "train it first"),
     ],
@@ -680,3 +671,155 @@ def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
     assert command(run.to_json()) == "just train dora-nano --name real --lr 0.001"
     assert command(find("dora-nano").to_json()) == "just train dora-nano"
     assert isinstance(run, InstructionRecipe)
+
+
+# ------------------------------------------------------------------------------------------------- options and help
+
+
+def test_hints_are_options_that_exist(capsys: pytest.CaptureFixture[str]):
+    """By the names of transformers, TRL, litgpt and PEFT, with dashes or underscores."""
+    known = {option: cls for cls in reversed(OPTION_CLASSES) for option in option_names(cls)} | {"--resume": None}
+    recipes = ("lora-nano", "emotion-small", "pretrain-nano")
+    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "r"]]
+    assert len(OPTIONS) > 100
+    for name, hint in OPTIONS.items():
+        option, *value = hint.split(" ")
+        assert option in known, name
+        for spelling in (name, name.replace("-", "_")):
+            lines = []
+            for args in commands:
+                assert main([*args, f"--{spelling}", "1"]) == 2
+                lines.append(capsys.readouterr().err)
+                if f"did you mean {hint}?" in lines[-1]:
+                    break
+            else:
+                assert f"--{name}" in known, lines  # an option of ours elsewhere, as --batch-size
+        if value:
+            assert any(main([*args, option, *value, "--help"]) == 0 for args in commands)
+            capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--learning_rate", "--lr"),
+        ("--per_device_train_batch_size", "--micro-batch-size"),
+        ("--max_length", "--max-seq-len"),
+        ("--load_in_4bit", "--quantize nf4"),
+        ("--gradient_checkpointing", "--remat"),
+        ("--batch_size", "--micro-batch-size"),
+        ("--r", "--adapter.rank"),
+        ("--report-to=wandb", "--tracker"),
+        ("--lrr", "--lr"),
+    ],
+)
+def test_an_option_of_another_library_is_hinted_at(option: str, hint: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "lora-nano", option]) == 2
+    name = option.partition("=")[0]
+    expected = f"error: no option {name}; did you mean {hint}? fgpt train lora-nano --help lists them\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_module_names_of_transformers_are_hinted_at(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "lora-nano", "--adapter.target", "q_proj|v_proj|lm_head"]) == 2
+    assert r'--adapter.target "blocks\..*\.(q|v)|head"' in capsys.readouterr().err
+    for module in MODULES:
+        assert main(["train", "lora-nano", "--adapter.target", f".*{module}"]) == 2
+        assert "matches no path" in capsys.readouterr().err
+
+
+def test_help_at_every_level(capsys: pytest.CaptureFixture[str]):
+    for args in ([], ["--help"], ["-h"]):
+        assert main(args) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        said = capsys.readouterr()
+        assert "usage: fgpt" in said.out
+        assert said.err == ""
+    for name in ("lora-nano", "emotion-small", "pretrain-nano"):
+        for verb in ("train", "doctor"):
+            assert main([verb, name, "--help"]) == 0
+            assert f"usage: fgpt {verb} {name}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("just") is None, reason="just is not installed")
+def test_just_takes_the_paths_of_the_folder_it_is_called_in(tmp_path: Path):
+    (tmp_path / "justfile").write_text((ROOT / "justfile").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    python, folder = tmp_path / ".venv" / "bin" / "python", tmp_path / "sub folder"
+    python.parent.mkdir(parents=True)
+    folder.mkdir()
+    python.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    os.utime(tmp_path / "constraints.txt", (0, 0))
+    (tmp_path / ".venv" / "ready").touch()
+    for name in COMMANDS:
+        done = subprocess.run(["just", name, "./a b", "--x"], cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == [str(folder), "-m", "fgpt", name, "./a b", "--x"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_a_recipe_is_in_one_group_with_its_help(kind: str, capsys: pytest.CaptureFixture[str]):
+    grouped = " ".join(GROUPS.values()).split()
+    fields = [field.name for field in dataclasses.fields(KINDS[kind])]
+    assert len(grouped) == len(set(grouped))
+    assert set(fields) <= set(grouped)
+    name = next(name for name, make in RECIPES.items() if make().kind == kind)
+    assert main(["train", name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        text.index("--base" if kind != "pretraining" else "--data")
+        < text.index("--lr ")
+        < text.index("--seed")
+        < text.index("--eval-every")
+    )
+    assert all(option in text for option in option_names(KINDS[kind]))
+    assert "--remat, --no-remat" in text or kind == "pretraining"
+
+
+def test_booleans_are_flags(at: Path, capsys: pytest.CaptureFixture[str]):
+    for kind, flags in (("lora-nano", ["--remat", "--no-keep-best"]), ("pretrain-nano", ["--no-compile"])):
+        assert main(["train", kind, *flags, "--help"]) == 0
+        assert main(["train", kind, flags[0], "True"]) == 2
+        assert "True" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- run.json
+
+
+@pytest.mark.parametrize("name", ["lora-nano", "emotion-small", "pretrain-nano"])
+def test_run_json_of_other_versions(name: str, tmp_path: Path):
+    run = dataclasses.replace(find(name), lr=1e-3)  # pyright: ignore[reportCallIssue]
+    write_run(tmp_path, run)
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert (values["kind"], values["version"]) == (run.kind, 1)
+
+    def read(**changes: Any) -> Any:
+        changed = {field: x for field, x in (values | changes).items() if x is not ABSENT}
+        (tmp_path / "run.json").write_text(json.dumps(changed))
+        return run_dir.read_run(tmp_path)
+
+    assert read() == run
+    assert read(seed=ABSENT, checkpoint_every_minutes=ABSENT, tracker=ABSENT) == run
+    for changes, message in (
+        ({"rows": 3, "swiglu": True}, "unknown field 'rows', 'swiglu': this version has no such option"),
+        ({"name": ABSENT}, "no field name: expected a value"),
+        ({"kind": "diffusion"}, "expected a kind, one of instruction, .*, got 'diffusion'"),
+        ({"kind": ABSENT, "version": ABSENT}, "expected a kind, .*, got None; train it again"),
+        ({"version": 2}, "version 2 is newer than this fgpt, which reads 1: upgrade fgpt"),
+        ({"version": True}, "expected version 1, got True"),
+        ({"seed": [1]}, r"seed is \[1\]: expected int"),
+    ):
+        with pytest.raises(InputError, match=rf"run\.json: {message}"):
+            read(**changes)
+    if name != "pretrain-nano":
+        assert read(adapter={"rank": 4}).adapter == Adapter(rank=4)
+        with pytest.raises(InputError, match=r"unknown field 'adapter\.r'"):
+            read(adapter={"r": 4})
+
+
+ABSENT = object()

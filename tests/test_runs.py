@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,10 +192,35 @@ def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
         assert torch.equal(first[path].b, second[path].b)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_runs_are_listed(capsys: pytest.CaptureFixture[str]):
-    assert main(["runs"]) == 0
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in RECIPES)
+
+
+def test_runs_are_listed_newest_first(trained: Path, capsys: pytest.CaptureFixture[str]):
+    out = trained.parent
+    for age, name, state in ((300, "mine", "running"), (600, "broken", "failed")):
+        (out / name).mkdir()
+        values = json.loads((trained / "run.json").read_text()) | {"name": name}
+        (out / name / "run.json").write_text("[]" if name == "broken" else json.dumps(values))
+        (out / name / "status.json").write_text(json.dumps({"state": state, "steps": 9}))
+        (out / name / "metrics.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+        written = trained.joinpath("run.json").stat().st_mtime - age
+        os.utime(out / name / "run.json", (written, written))
+    assert main(["runs", "--out", str(out)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    loss = f"{read_metrics(trained / 'metrics.jsonl')[-1]['loss']:.3f}"
+    assert lines == [
+        ["name", "recipe", "step", "loss", "state"],
+        ["lora-nano", "lora-nano", "6/6", loss, "finished"],
+        ["mine", "lora-nano", "2/9", "1.500", "killed"],  # no process has its lock
+        ["broken", "damaged"],
+    ]
+    assert main(["runs", "--out", str(out / "none")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    for name in ("mine", "broken"):
+        shutil.rmtree(out / name)
 
 
 def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
@@ -221,7 +247,7 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
     ("args", "message"),
     [
         (["trian", "lora-nano"], "expected one of train"),
-        (["train"], "expected a run"),
+        (["train"], "expected a recipe"),
         (["train", "lora-nanno"], "did you mean lora-nano"),
         (["train", "lora-nano", "--lrr", "1"], "no option --lrr; did you mean --lr"),
         (["train", "lora-nano", "--lr", "fast"], "fast"),

@@ -78,10 +78,10 @@ def _memory() -> float | None:
 def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
-    it = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        "name": it.name,
-        "memory_gb": round(it.total_memory / 1e9, 1),
+        "name": gpu.name,
+        "memory_gb": round(gpu.total_memory / 1e9, 1),
         "number": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
     }

@@ -18,7 +18,8 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data train test source max_seq_len template head labels overlong num_heldout heldout num_fewshot tokenizer"
+        "base data train test source max_seq_len template head labels overlong num_heldout heldout num_fewshot "
+        "tokenizer"
     ),
     "training": (
         "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
@@ -49,7 +50,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
     """
     _check_names(cls, args, command)
     if issubclass(cls, TrainingRecipe):
-        options = _ungroup(cls, _tyro(_grouped(cls, default), args, None, command, description or cls.__doc__))
+        options = _ungroup(cls, _tyro(_group(cls, default), args, None, command, description or cls.__doc__))
     else:
         options = _tyro(cls, args, default, command, description)
     ranges.check(options, "--")
@@ -60,10 +61,10 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
 
 def _check_names(cls: type[Any], args: Sequence[str], command: str) -> None:
     """Raises InputError for the first option that `cls` does not have, with the one that may be meant."""
-    known = option_names(cls)
+    known = [*option_names(cls), "--help"] + ["--resume"] * issubclass(cls, TrainingRecipe)
     for arg in args:
         option = arg.partition("=")[0]
-        if not option.startswith("--") or option == "--" or option.replace("_", "-") in (*known, "--help"):
+        if not option.startswith("--") or option == "--" or option.replace("_", "-") in known:
             continue
         hint = similar_option(option) or ""
         if hint.split(" ")[0] not in known:
@@ -109,7 +110,7 @@ def _error_of(output: str) -> str:
 # ------------------------------------------------------------------------------------------------------ help in groups
 
 
-def _grouped(cls: type[Any], default: Any) -> type[Any]:
+def _group(cls: type[Any], default: Any) -> type[Any]:
     """A dataclass of dataclasses, one for each of GROUPS and one for each field that is a dataclass itself."""
     hints, texts = ranges.hints(cls), _help_texts(cls)
     groups: list[tuple[str, Any, Any]] = []
@@ -129,7 +130,7 @@ def _grouped(cls: type[Any], default: Any) -> type[Any]:
 
 
 def _ungroup(cls: type[Any], groups: Any) -> Any:
-    """The recipe that an instance of `_grouped(cls)` holds."""
+    """The recipe that an instance of `_group(cls)` holds."""
     values: dict[str, Any] = {}
     for name, group in vars(groups).items():
         values |= vars(group) if name in GROUPS else {name: group}
