@@ -1,9 +1,11 @@
 """The command line as a program: ranges of numbers, signals, streams that close, names in brackets, advice."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from rich.progress import Progress
 
 import fgpt
 import fgpt.cli.training.instruction_tuning
@@ -332,6 +335,26 @@ def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsy
         time.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
     assert said == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_step_and_eta(width: int, capsys: pytest.CaptureFixture[str]):
+    terminal = shown.Console(stderr=True, force_terminal=True, width=width)
+    figures = "loss 2.041  14,000 tok/s  MFU 12.3 %  10.25 GB"
+    clock = itertools.count(0.0, 10.0)
+    bars = Progress(*shown.training_columns(width), console=terminal, expand=True, get_time=lambda: next(clock))
+    task = bars.add_task("training", total=10_000, completed=0, figures="")
+    for _ in range(8):
+        bars.update(task, advance=1, figures=figures)
+    terminal.print(bars.get_renderable())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) > 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    assert len(plain) <= width
+    assert "8/10000 " in plain
+    assert "loss 2.041" in plain
+    assert re.search(r"eta \d+:\d\d:\d\d", plain)
+    assert "10.25 GB" in plain or width < 120
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

@@ -1,5 +1,5 @@
-"""Where the commands speak: stderr, so that answers alone go to stdout. Nothing that is printed is markup, in tables
-neither: a label, a path or a prompt may hold square brackets. What is to be bold is a `Text` with a style.
+"""Where commands print: progress and messages on stderr, answers alone on stdout. Nothing is parsed as markup, since a
+label, a path or a prompt may have square brackets; bold text is a `Text` with a style.
 """
 
 import threading
@@ -19,13 +19,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
 
 
 class Answers(Console):
-    """For stdout. Whoever reads it may close it, as `head` does: the command then ends."""
+    """For stdout. If its reader closes it, as `head` does, the command ends."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -36,27 +37,29 @@ answers = Answers(highlight=False, markup=False, emoji=False)
 
 
 def announce(name: str, *sentences: str) -> None:
-    """What is about to be trained, in a paragraph that begins with the run's name."""
+    """Print what will be trained, in a paragraph that starts with the name of the run."""
     console.print(Text.assemble((name, "bold"), ": ", "; ".join(sentences)))
 
 
-# ---------------------------------------------------------------------------------------------------- how far it is
+# ------------------------------------------------------------------------------------------------------------ progress
 
 FIRST_LINE_AFTER = 10.0
-"""Seconds that work takes before a line tells of it, where there is no terminal to show a bar in."""
+"""Seconds of work before its first line if there is no terminal to show a bar in."""
 LINE_INTERVAL = 60.0
 """Seconds from one such line to the next."""
+WIDE = 100
+"""Columns of a terminal in which a bar leaves enough room for the rest."""
 
 _shown_tasks: list[str] = []
-"""The work that is shown: what is part of it shows nothing of its own."""
+"""The work that is shown: work within it shows nothing of its own."""
 
 
 @contextmanager
 def show_progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show that work is under way. What is yielded takes how much of `total` was done since it was last called.
+    """Show that work goes on. Yields a function that takes how much of `total` was done since its last call.
 
-    In a terminal it is a bar, or a spinner without a total, which is gone when the work is done; elsewhere a line after
-    ten seconds, and one each minute. Within other work that is shown, nothing.
+    In a terminal it is a bar, or a spinner without a total, which disappears when the work is done; elsewhere it is a
+    line after ten seconds and one each minute. Within other work that is shown it is nothing.
     """
     if _shown_tasks:
         yield lambda n: None
@@ -67,7 +70,7 @@ def show_progress(description: str, total: int | None = None) -> Iterator[Callab
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The items, and how many of `total` were taken, or of as many as there are; see `working`."""
+    """The items, while `show_progress` shows how many of `total` were taken; None takes their number if known."""
     if total is None and isinstance(items, Collection):
         total = len(items)
     with show_progress(description, total) as advance:
@@ -78,7 +81,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
 
 @contextmanager
 def exclusive_progress(description: str) -> Iterator[None]:
-    """Within it no other work is shown: this one shows by itself how far it is."""
+    """Show no other progress within it."""
     _shown_tasks.append(description)
     try:
         yield
@@ -92,28 +95,46 @@ def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]
     if total is None:
         columns.insert(0, SpinnerColumn())
     else:
-        columns[1:1] = [BarColumn(), MofNCompleteColumn()]
+        columns[1:1] = [BarColumn(40 if console.width >= WIDE else 8), MofNCompleteColumn()]
         columns += [TextColumn("eta"), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 
 
+def training_columns(width: int) -> list[ProgressColumn]:
+    """The progress line of a training in a terminal of `width` columns: step, metrics, elapsed time and ETA.
+
+    If it is narrow there is no bar, and the metrics are cut, of which the first ones matter most.
+    """
+    metrics = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns: list[ProgressColumn] = [
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=metrics),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    ]
+    if width >= WIDE:
+        columns[:0] = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)]
+    return columns
+
+
 @contextmanager
 def _lines(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    began, done, ended = time.monotonic(), 0, threading.Event()
+    start, done, ended = time.monotonic(), 0, threading.Event()
 
     def advance(n: int) -> None:
         nonlocal done
         done += n
 
-    def speak() -> None:
+    def print_lines() -> None:
         wait = FIRST_LINE_AFTER
         while not ended.wait(wait):
-            console.print(_progress_line(description, done, total, time.monotonic() - began), soft_wrap=True)
+            console.print(_progress_line(description, done, total, time.monotonic() - start), soft_wrap=True)
             wait = LINE_INTERVAL
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
     try:
         yield advance

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from fgpt.cli.console import exclusive_progress, console
+from fgpt.cli.console import console, exclusive_progress, training_columns
 from fgpt.cli.errors import DISK_FULL
 from fgpt.cli.metrics_log import read_metrics, truncate_partial_line
 from fgpt.cli.run_dir import METRICS, resume_command
@@ -148,17 +148,8 @@ def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
 @contextlib.contextmanager
 def _progress_line(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is yielded shows a step's line: as a bar in a terminal, elsewhere as some twenty lines in all."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
     began = time.perf_counter()
-    bars = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+    bars = Progress(*training_columns(console.width), console=console, expand=True, disable=not console.is_terminal)
     with exclusive_progress("training"), bars as bar:
         task = bar.add_task("training", total=steps, completed=begin, figures="")
 
