@@ -79,7 +79,8 @@ def _from_json(type_: Any, value: Any, name: str = "") -> Any:
         value = Path(value)
     elif float in (type_, *get_args(type_)) and type(value) is int:
         value = float(value)
-    if not is_bearable(value, type_):
+    hint: Any = type_
+    if not is_bearable(value, hint):
         raise InputError(f"{name} is {shown(value)}: expected {getattr(type_, '__name__', type_)}")
     return value
 
