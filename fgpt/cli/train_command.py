@@ -1,6 +1,7 @@
 """`fgpt train` and `fgpt doctor`: a recipe and its options, or a run to resume."""
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,12 @@ def _wants_recipe(command: str, name: str) -> bool:
     """Whether help was asked for, which is then printed. Raises InputError if no recipe is named."""
     if name in HELP:
         answers.print(f"usage: fgpt {command} RECIPE [options]\n")
-        answers.print(f"fgpt {command} RECIPE --help lists the options. The recipes:\n")
+        answers.print(f"fgpt {command} RECIPE --help lists the options of a recipe.")
+        if command == "train":
+            answers.print(
+                "fgpt train RECIPE --resume resumes its newest unfinished run, fgpt train RUN --resume any run."
+            )
+        answers.print("\nThe recipes:\n")
         print_recipes()
     elif not name:
         raise InputError(f"expected a recipe: fgpt {command} RECIPE [options]; `fgpt recipes` lists them")
@@ -58,10 +64,7 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
             f"{folder.name}"
         )
     recipe = recipes.find(name)
-    about = (
-        f"{recipes.RECIPES[name].__doc__}\n\nWith --resume, the newest run of this name that has not finished goes on."
-    )
-    return parse(type(recipe), options, recipe, command, about)
+    return parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
 
 
 def _run_dir_of(name: str) -> Path | None:
