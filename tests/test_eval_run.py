@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(
             "a base has no held-out rows to answer",
         ),
         ([str(moved)], "gone.txt: no such file"),
-        ([str(tmp_path / "odd")], "not a run of this version"),
+        ([str(tmp_path / "odd")], "expected a kind, one of"),
     ):
         assert main(["eval", *args]) == 2, args
         said = capsys.readouterr().err.strip()

@@ -398,7 +398,7 @@ def test_options_that_make_another_run_are_refused(trained: Path, tmp_path: Path
     assert "has finished" in capsys.readouterr().err
     (run / "status.json").write_text('{"state": "interrupted", "steps": 12}\n')
     assert main(again(run, "--lr", "0.5")) == 2
-    assert "was begun with lr 0.006, not 0.5" in " ".join(capsys.readouterr().err.split())
+    assert "was started with lr 0.006, not 0.5" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "lora-nano", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "nothing to resume" in capsys.readouterr().err
 
@@ -447,7 +447,7 @@ def test_nothing_is_written_through_a_link(
     before = {p: p.read_bytes() for p in files}
     assert main(again(run)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{name} is a symbolic link, and nothing is written through one" in said
+    assert f"{name} is a symbolic link, which fgpt does not write through" in said
     assert before == {p: p.read_bytes() for p in before}
 
 
