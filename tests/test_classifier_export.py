@@ -104,8 +104,8 @@ def test_a_head_that_is_none(score: torch.Tensor, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--adapter.kind", "lora"], ["--adapter.kind", "full"], ["--quantize", "nf4"], ["--head", "tokens"]],
-    ids=["lora", "full", "nf4", "tokens"],
+    [["--adapter.kind", "lora"], ["--adapter.kind", "full"], ["--quantize", "nf4"], ["--head", "lm"]],
+    ids=["lora", "full", "nf4", "lm"],
 )
 def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "rows.txt").write_text("I am happy;joy\nI am sad;fear\n" * 8)
@@ -132,7 +132,7 @@ def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, cap
     expected = fgpt.apply(trained.params, row)[-1]
     change = json.loads((merged / "merge.json").read_text())["read back"]
     assert change["logit"] < (2e-2 if nf4 else 1e-3)
-    if "tokens" in options:
+    if "lm" in options:
         close(fgpt.apply(fgpt.load(merged), row)[-1], expected, atol=1e-3)
         return
     assert main(["train", "emotion-small", *run, "--base", str(merged)]) == 2

@@ -503,7 +503,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wording = ["--prompt.instruction", "One of {labels}.\n", "--prompt.suffix", " It was"]
     labels = ["--labels", "joy=love", "fear"]
-    run = ["emotion-small", "--head", "tokens", "--num-fewshot", "4", *feelings, *wording, *labels]
+    run = ["emotion-small", "--head", "lm", "--num-fewshot", "4", *feelings, *wording, *labels]
     assert main(["train", *run, *SHORT, "lora", "--out", str(tmp_path)]) == 0
     out = tmp_path / "emotion-small"
     assert "base: accuracy" in capsys.readouterr().err
@@ -590,12 +590,12 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--labels", "joy", "fear", "joy"], r"one is there twice"),
         (GOOD, GOOD, ["--labels", "joy=x", "fear=x"], r"one is there twice"),
         ("i am glad;joy", GOOD, [], r"labels are joy: expected at least two"),
-        (GOOD, GOOD, ["--head", "tokens", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
-        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 want labels as next tokens: --head tokens"),
+        (GOOD, GOOD, ["--head", "lm", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
+        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 want labels as next tokens: --head lm"),
         (
             GOOD,
             GOOD,
-            ["--head", "tokens", "--num-fewshot", "20"],
+            ["--head", "lm", "--num-fewshot", "20"],
             r"20 shots need 10 of 'fear', but there are 4: lower --num-fewshot",
         ),
         (GOOD, GOOD, ["--head", "classy"], r"classy"),

@@ -1,9 +1,12 @@
 """The command line as a program: ranges of numbers, signals, streams that close, names in brackets, advice."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,23 +19,29 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from rich.progress import Progress
 
 import fgpt
-import fgpt.cli.main as command_line
 import fgpt.cli.training.instruction_tuning
 import fgpt.cli.training.loop
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
-from fgpt.cli.errors import explained
-from fgpt.cli.main import COMMANDS, main
+from fgpt.cli.commands import COMMANDS
+from fgpt.cli.errors import explain
+from fgpt.cli.evaluation.command import EvalOptions
+from fgpt.cli.inference.classify_texts import ClassifyOptions
+from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.option_hints import MODULES, OPTIONS
+from fgpt.cli.options import GROUPS, option_names
 from fgpt.cli.report.config_diff import command
+from fgpt.cli.run_json import write_run
 from fgpt.cli.training.instruction_tuning import low_rate, sizes
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.recipes import RECIPES, InstructionRecipe, PretrainingRecipe, find
-from fgpt.recipes.tuning import FineTuningRecipe, default_warmup
+from fgpt.recipes import KINDS, RECIPES, InstructionRecipe, PretrainingRecipe, find
+from fgpt.recipes.tuning import Adapter, FineTuningRecipe, default_warmup
 from fgpt.weights import num_parameters
 
 ODD = "[/red]x[b] :smile:"
@@ -75,23 +84,9 @@ def training(at: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- ranges of numbers
 
 
-def option_classes(monkeypatch: pytest.MonkeyPatch) -> list[type[Any]]:
-    """Every class whose fields are options of some command."""
-    found: list[type[Any]] = [type(make()) for make in RECIPES.values()]
-
-    class Seen(Exception):  # noqa: N818
-        pass
-
-    def record(cls: type[Any], *_: Any) -> None:
-        found.append(cls)
-        raise Seen
-
-    monkeypatch.setattr(command_line, "parse", record)
-    for name, run in COMMANDS.items():
-        if name != "runs":
-            with pytest.raises(Seen):
-                run(["lora-nano"])
-    return found
+COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
+OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, EvalOptions]
+"""Every class whose fields are options of some command."""
 
 
 def numeric(hint: Any) -> bool:
@@ -111,10 +106,9 @@ def unchecked(cls: type[Any]) -> list[str]:
     return found
 
 
-def test_every_numeric_option_has_a_range(monkeypatch: pytest.MonkeyPatch):
-    classes = option_classes(monkeypatch)
-    assert len(set(classes)) >= 11
-    assert [name for cls in classes for name in unchecked(cls)] == []
+def test_every_numeric_option_has_a_range():
+    assert len(OPTION_CLASSES) >= 13
+    assert [name for cls in OPTION_CLASSES for name in unchecked(cls)] == []
 
 
 def test_every_recipe_is_within_them():
@@ -212,10 +206,10 @@ def test_a_number_out_of_range_is_one_line_before_anything_is_read(
 
 
 def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(at: Path, tmp_path: Path, capsys: Any):
-    for field, value in (("rows", -1), ("lr", math.nan), ("seq", 1)):
+    for field, value in (("micro_batch_size", -1), ("lr", math.nan), ("max_seq_len", 1)):
         values = json.loads((at / "runs" / "it[b]" / "run.json").read_text()) | {field: value}
         (tmp_path / "run.json").write_text(json.dumps(values))
-        with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; train it again"):
+        with pytest.raises(InputError, match=rf"run\.json: {field} is {value}: expected .*; correct it, or"):
             run_dir.read_run(tmp_path)
     (tmp_path / "run.json").write_text((at / "runs" / "it[b]" / "run.json").read_text())
     (tmp_path / "status.json").write_text('{"state": "interrupted"}')
@@ -322,7 +316,7 @@ def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, cap
     terminal = shown.Console(stderr=True, markup=False, emoji=False, highlight=False, force_terminal=True)
     monkeypatch.setattr(shown, "console", terminal)
     for total in (None, 3):
-        with shown.working(f"loading {ODD}", total) as advance:
+        with shown.show_progress(f"loading {ODD}", total) as advance:
             advance(1)
         assert f"loading {ODD}" in capsys.readouterr().err
 
@@ -331,16 +325,36 @@ def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(shown, "QUIET", 0.05)
+    monkeypatch.setattr(shown, "FIRST_LINE_AFTER", 0.05)
     assert list(shown.progress([1, 2], "reading")) == [1, 2]
     assert capsys.readouterr().err == ""  # it was quick
     for i, _ in enumerate(shown.progress(range(3), "reading")):
         time.sleep(0.3 if i == 1 else 0)
         assert list(shown.progress(range(2), "within")) == [0, 1]
-    with shown.working("loading"):
+    with shown.show_progress("loading"):
         time.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
     assert said == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_step_and_eta(width: int, capsys: pytest.CaptureFixture[str]):
+    terminal = shown.Console(stderr=True, force_terminal=True, width=width)
+    figures = "loss 2.041  14,000 tok/s  MFU 12.3 %  10.25 GB"
+    clock = itertools.count(0.0, 10.0)
+    bars = Progress(*shown.training_columns(width), console=terminal, expand=True, get_time=lambda: next(clock))
+    task = bars.add_task("training", total=10_000, completed=0, figures="")
+    for _ in range(8):
+        bars.update(task, advance=1, figures=figures)
+    terminal.print(bars.get_renderable())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) > 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", line)
+    assert len(plain) <= width
+    assert "8/10000 " in plain
+    assert "loss 2.041" in plain
+    assert re.search(r"eta \d+:\d\d:\d\d", plain)
+    assert "10.25 GB" in plain or width < 120
 
 
 # -------------------------------------------------------------------------------------------------------------- signals
@@ -552,7 +566,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding: str, at: Path):
         assert "?? it is 1" in out
     status, _, err = Child(["train", "漢字"], encoding=encoding).end()
     assert (status, err.count("\n")) == (2, 1)
-    assert "no run named '??'" in err
+    assert "no recipe named '??'" in err
 
 
 def test_the_oldest_locale_is_enough(at: Path):
@@ -602,20 +616,20 @@ def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_what_is_no_defect_is_one_line():
-    assert explained(InputError("two\nlines")) == "two lines"
-    assert explained(OSError("a plain one")) == "a plain one"
-    assert explained(PermissionError(13, "Permission denied", "there")) == (
+    assert explain(InputError("two\nlines")) == "two lines"
+    assert explain(OSError("a plain one")) == "a plain one"
+    assert explain(PermissionError(13, "Permission denied", "there")) == (
         "there: Permission denied; choose another place, or change its permissions"
     )
-    assert explained(FileNotFoundError(2, "No such file or directory", "there")) == "there: No such file or directory"
-    assert "not enough memory" in str(explained(MemoryError()))
-    assert "not enough memory" in str(explained(torch.OutOfMemoryError("CUDA out of memory.")))
-    assert "not enough memory" in str(explained(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    assert explain(FileNotFoundError(2, "No such file or directory", "there")) == "there: No such file or directory"
+    assert "not enough memory" in str(explain(MemoryError()))
+    assert "not enough memory" in str(explain(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert "not enough memory" in str(explain(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     with pytest.raises(UnicodeEncodeError) as no_text:
         "\ud83d".encode()
-    assert "is not a character of UTF-8" in str(explained(no_text.value))
-    assert explained(RuntimeError("a defect")) is None
-    assert explained(KeyError("a defect")) is None
+    assert "is not a character of UTF-8" in str(explain(no_text.value))
+    assert explain(RuntimeError("a defect")) is None
+    assert explain(KeyError("a defect")) is None
 
 
 @pytest.fixture
@@ -636,14 +650,14 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             ["generate", "real", "hi"],
-            "has not finished; go on with it: just train runs/real --resume",
+            "has not finished; resume it: just train runs/real --resume",
             "first",
         ),
         (["generate", "lora-nano", "hi"], "train it first: just train lora-nano", "--resume"),
         (["generate", "reel", "hi"], "did you mean real?", "just train reel"),
         (["generate", "done", "hi"], "has neither adapter/ nor model/ any more; train it again", "--resume"),
-        (["train", "real"], "name that, and --name real", "did you mean"),
-        (["doctor", "real"], "name that, and --name real", "did you mean"),
+        (["train", "real"], "give that recipe, and --name real", "did you mean"),
+        (["doctor", "real"], "give that recipe, and --name real", "did you mean"),
         (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "just train done"),
         (["train", "nobody", "--resume"], "just train RECIPE makes one", "just train nobody"),
         (["train", "lora-nano", "--name", "done", "--resume"], "runs/done has finished", "there is no run"),
@@ -652,7 +666,7 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "no run 'real' under elsewhere/",
             "just train real",
         ),
-        (["train", "real", "--resume", "--lr", "1"], "leave it out, or begin a new run", "leave out --resume"),
+        (["train", "real", "--resume", "--lr", "1"], "leave it out, or start a new run", "leave out --resume"),
         (["compare"], "under runs/ there are done, real", "just runs"),
         (["classify", "real", "hi"], "runs/real has not finished", "train it first"),
     ],
@@ -668,10 +682,10 @@ def test_advice_can_be_followed(
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
     pretrained, tuned = find("pretrain-nano"), find("lora-nano")
-    assert run_dir.use_of(tmp_path, pretrained) == (
+    assert run_dir.suggest_use(tmp_path, pretrained) == (
         f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
     )
-    assert run_dir.use_of(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
+    assert run_dir.suggest_use(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
     assert run_dir.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
 
 
@@ -680,3 +694,155 @@ def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
     assert command(run.to_json()) == "just train dora-nano --name real --lr 0.001"
     assert command(find("dora-nano").to_json()) == "just train dora-nano"
     assert isinstance(run, InstructionRecipe)
+
+
+# ------------------------------------------------------------------------------------------------- options and help
+
+
+def test_hints_are_options_that_exist(capsys: pytest.CaptureFixture[str]):
+    """By the names of transformers, TRL, litgpt and PEFT, with dashes or underscores."""
+    known = {option: cls for cls in reversed(OPTION_CLASSES) for option in option_names(cls)} | {"--resume": None}
+    recipes = ("lora-nano", "emotion-small", "pretrain-nano")
+    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "r"]]
+    assert len(OPTIONS) > 100
+    for name, hint in OPTIONS.items():
+        option, *value = hint.split(" ")
+        assert option in known, name
+        for spelling in (name, name.replace("-", "_")):
+            lines = []
+            for args in commands:
+                assert main([*args, f"--{spelling}", "1"]) == 2
+                lines.append(capsys.readouterr().err)
+                if f"did you mean {hint}?" in lines[-1]:
+                    break
+            else:
+                assert f"--{name}" in known, lines  # an option of ours elsewhere, as --batch-size
+        if value:
+            assert any(main([*args, option, *value, "--help"]) == 0 for args in commands)
+            capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--learning_rate", "--lr"),
+        ("--per_device_train_batch_size", "--micro-batch-size"),
+        ("--max_length", "--max-seq-len"),
+        ("--load_in_4bit", "--quantize nf4"),
+        ("--gradient_checkpointing", "--remat"),
+        ("--batch_size", "--micro-batch-size"),
+        ("--r", "--adapter.rank"),
+        ("--report-to=wandb", "--tracker"),
+        ("--lrr", "--lr"),
+    ],
+)
+def test_an_option_of_another_library_is_hinted_at(option: str, hint: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "lora-nano", option]) == 2
+    name = option.partition("=")[0]
+    expected = f"error: no option {name}; did you mean {hint}? fgpt train lora-nano --help lists them\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_module_names_of_transformers_are_hinted_at(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "lora-nano", "--adapter.target", "q_proj|v_proj|lm_head"]) == 2
+    assert r'--adapter.target "blocks\..*\.(q|v)|head"' in capsys.readouterr().err
+    for module in MODULES:
+        assert main(["train", "lora-nano", "--adapter.target", f".*{module}"]) == 2
+        assert "matches no path" in capsys.readouterr().err
+
+
+def test_help_at_every_level(capsys: pytest.CaptureFixture[str]):
+    for args in ([], ["--help"], ["-h"]):
+        assert main(args) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        said = capsys.readouterr()
+        assert "usage: fgpt" in said.out
+        assert said.err == ""
+    for name in ("lora-nano", "emotion-small", "pretrain-nano"):
+        for verb in ("train", "doctor"):
+            assert main([verb, name, "--help"]) == 0
+            assert f"usage: fgpt {verb} {name}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("just") is None, reason="just is not installed")
+def test_just_takes_the_paths_of_the_folder_it_is_called_in(tmp_path: Path):
+    (tmp_path / "justfile").write_text((ROOT / "justfile").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    python, folder = tmp_path / ".venv" / "bin" / "python", tmp_path / "sub folder"
+    python.parent.mkdir(parents=True)
+    folder.mkdir()
+    python.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    os.utime(tmp_path / "constraints.txt", (0, 0))
+    (tmp_path / ".venv" / "ready").touch()
+    for name in COMMANDS:
+        done = subprocess.run(["just", name, "./a b", "--x"], cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == [str(folder), "-m", "fgpt", name, "./a b", "--x"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_a_recipe_is_in_one_group_with_its_help(kind: str, capsys: pytest.CaptureFixture[str]):
+    grouped = " ".join(GROUPS.values()).split()
+    fields = [field.name for field in dataclasses.fields(KINDS[kind])]
+    assert len(grouped) == len(set(grouped))
+    assert set(fields) <= set(grouped)
+    name = next(name for name, make in RECIPES.items() if make().kind == kind)
+    assert main(["train", name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        text.index("--base" if kind != "pretraining" else "--data")
+        < text.index("--lr ")
+        < text.index("--seed")
+        < text.index("--eval-every")
+    )
+    assert all(option in text for option in option_names(KINDS[kind]))
+    assert "--remat, --no-remat" in text or kind == "pretraining"
+
+
+def test_booleans_are_flags(at: Path, capsys: pytest.CaptureFixture[str]):
+    for kind, flags in (("lora-nano", ["--remat", "--no-keep-best"]), ("pretrain-nano", ["--no-compile"])):
+        assert main(["train", kind, *flags, "--help"]) == 0
+        assert main(["train", kind, flags[0], "True"]) == 2
+        assert "True" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- run.json
+
+
+@pytest.mark.parametrize("name", ["lora-nano", "emotion-small", "pretrain-nano"])
+def test_run_json_of_other_versions(name: str, tmp_path: Path):
+    run = dataclasses.replace(find(name), lr=1e-3)  # pyright: ignore[reportCallIssue]
+    write_run(tmp_path, run)
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert (values["kind"], values["version"]) == (run.kind, 1)
+
+    def read(**changes: Any) -> Any:
+        changed = {field: x for field, x in (values | changes).items() if x is not ABSENT}
+        (tmp_path / "run.json").write_text(json.dumps(changed))
+        return run_dir.read_run(tmp_path)
+
+    assert read() == run
+    assert read(seed=ABSENT, checkpoint_every_minutes=ABSENT, tracker=ABSENT) == run
+    for changes, message in (
+        ({"rows": 3, "swiglu": True}, "unknown field 'rows', 'swiglu': this version has no such option"),
+        ({"name": ABSENT}, "no field name: expected a value"),
+        ({"kind": "diffusion"}, "expected a kind, one of instruction, .*, got 'diffusion'"),
+        ({"kind": ABSENT, "version": ABSENT}, "expected a kind, .*, got None; train it again"),
+        ({"version": 2}, "version 2 is newer than this fgpt, which reads 1: upgrade fgpt"),
+        ({"version": True}, "expected version 1, got True"),
+        ({"seed": [1]}, r"seed is \[1\]: expected int"),
+    ):
+        with pytest.raises(InputError, match=rf"run\.json: {message}"):
+            read(**changes)
+    if name != "pretrain-nano":
+        assert read(adapter={"rank": 4}).adapter == Adapter(rank=4)
+        with pytest.raises(InputError, match=r"unknown field 'adapter\.r'"):
+            read(adapter={"r": 4})
+
+
+ABSENT = object()

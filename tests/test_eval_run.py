@@ -58,7 +58,7 @@ def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize("form", ["classes", "tokens"])
+@pytest.mark.parametrize("form", ["classifier", "lm"])
 def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tmp_path: Path):
     labels = ["--labels", "joy=love", "fear", "--prompt.suffix", " It was", "--head", form, "--lr", "3e-3"]
     data = [
@@ -126,7 +126,7 @@ def test_bad_input_is_one_line(
             "a base has no held-out rows to answer",
         ),
         ([str(moved)], "gone.txt: no such file"),
-        ([str(tmp_path / "odd")], "not a run of this version"),
+        ([str(tmp_path / "odd")], "expected a kind, one of"),
     ):
         assert main(["eval", *args]) == 2, args
         said = capsys.readouterr().err.strip()

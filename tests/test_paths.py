@@ -38,25 +38,25 @@ def test_a_sentence_without_paths():
 def test_a_run_that_names_files_is_read_back_whole(tmp_path: Path):
     run = find("lora-nano")
     values = run.to_json() | {"base": f"{HOME}/model", "data": f"{HOME}/a.json+b.json+{HOME}/c.json", "out": "/x/runs"}
-    paths.write_local(tmp_path, values)
-    short = paths.shared(values)
+    paths.write_full_paths(tmp_path, values)
+    short = paths.shareable_fields(values)
     assert (short["base"], short["data"], short["out"]) == (".../model", ".../a.json+b.json+.../c.json", ".../runs")
     assert "alice" not in json.dumps(short)
-    assert paths.with_local(tmp_path, short) == values | {"out": ".../runs"}
+    assert paths.with_full_paths(tmp_path, short) == values | {"out": ".../runs"}
     edited = short | {"data": "other.json"}  # what was edited since stands
-    assert paths.with_local(tmp_path, edited)["data"] == "other.json"
+    assert paths.with_full_paths(tmp_path, edited)["data"] == "other.json"
     assert os.stat(tmp_path / "local.json").st_mode & 0o077 == 0
     (tmp_path / "local.json").write_text("[]")
     with pytest.raises(run_dir.InputError, match="expected the full paths"):
-        paths.with_local(tmp_path, short)
+        paths.with_full_paths(tmp_path, short)
 
 
 def test_several_files_of_a_pretraining(tmp_path: Path):
     values = {"data": [f"{HOME}/a.txt", "b.txt"], "heldout": f"{HOME}/h.txt", "labels": ["/joy/x"]}
-    paths.write_local(tmp_path, values)
-    short = paths.shared(values)
+    paths.write_full_paths(tmp_path, values)
+    short = paths.shareable_fields(values)
     assert short == {"data": [".../a.txt", "b.txt"], "heldout": ".../h.txt", "labels": ["/joy/x"]}
-    assert paths.with_local(tmp_path, short) == values
+    assert paths.with_full_paths(tmp_path, short) == values
 
 
 def test_a_result_keeps_clear_of_others(tmp_path: Path):
@@ -64,7 +64,7 @@ def test_a_result_keeps_clear_of_others(tmp_path: Path):
     one, two = {"count": 3}, {"count": 4, "files": ("a",)}
 
     def free(settings: dict, *names: str) -> str:
-        return results.free(tmp_path, names, settings, [".json", ".md"])
+        return results.free_name(tmp_path, names, settings, [".json", ".md"])
 
     assert free(one, "compare") == "compare"
     (tmp_path / "compare.json").write_text(json.dumps({"settings": one}))
@@ -74,5 +74,5 @@ def test_a_result_keeps_clear_of_others(tmp_path: Path):
     assert free(two, "compare", "compare-4") == "compare-4-2"
     (tmp_path / "compare-4-2.json").write_text(json.dumps({"settings": two}))
     assert free(two, "compare", "compare-4") == "compare-4-2"
-    assert results.part("../a b/c\n\td" * 20)[:10] == "a-b-c-d..-"
-    assert results.part("..") == "unnamed"
+    assert results.name_part("../a b/c\n\td" * 20)[:10] == "a-b-c-d..-"
+    assert results.name_part("..") == "unnamed"

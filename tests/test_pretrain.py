@@ -62,8 +62,7 @@ SHORT = [
     "4",
     "--lr",
     "1e-2",
-    "--compile",
-    "False",
+    "--no-compile",
 ]
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from fgpt import recipes
 from fgpt.cli import environment, report
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
-from fgpt.cli.main import parse
+from fgpt.cli.options import parse
 from fgpt.cli.report import chart, config_diff, curves, run_data
 from fgpt.cli.run_dir import find_any, find_finished
 from fgpt.data.prompt_templates import InstructionRow

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_full_tuning_leaves_a_model(tmp_path: Path, data: Path):
 METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name != "pretrain-nano"} | {
     "bias": ["lora-nano", "--adapter.kind", "bias", "--adapter.target", r".*\.b", "--lr", "1e-2"],
     "dropout": ["lora-nano", "--adapter.dropout", "0.2"],
-    "remat": ["qdora-nano", "--remat", "True"],
+    "remat": ["qdora-nano", "--remat"],
 }
 
 
@@ -191,10 +192,35 @@ def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, data: Path):
         assert torch.equal(first[path].b, second[path].b)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_runs_are_listed(capsys: pytest.CaptureFixture[str]):
-    assert main(["runs"]) == 0
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in RECIPES)
+
+
+def test_runs_are_listed_newest_first(trained: Path, capsys: pytest.CaptureFixture[str]):
+    out = trained.parent
+    for age, name, state in ((300, "mine", "running"), (600, "broken", "failed")):
+        (out / name).mkdir()
+        values = json.loads((trained / "run.json").read_text()) | {"name": name}
+        (out / name / "run.json").write_text("[]" if name == "broken" else json.dumps(values))
+        (out / name / "status.json").write_text(json.dumps({"state": state, "steps": 9}))
+        (out / name / "metrics.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+        written = trained.joinpath("run.json").stat().st_mtime - age
+        os.utime(out / name / "run.json", (written, written))
+    assert main(["runs", "--out", str(out)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    loss = f"{read_metrics(trained / 'metrics.jsonl')[-1]['loss']:.3f}"
+    assert lines == [
+        ["name", "recipe", "step", "loss", "state"],
+        ["lora-nano", "lora-nano", "6/6", loss, "finished"],
+        ["mine", "lora-nano", "2/9", "1.500", "killed"],  # no process has its lock
+        ["broken", "damaged"],
+    ]
+    assert main(["runs", "--out", str(out / "none")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    for name in ("mine", "broken"):
+        shutil.rmtree(out / name)
 
 
 def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
@@ -221,7 +247,7 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
     ("args", "message"),
     [
         (["trian", "lora-nano"], "expected one of train"),
-        (["train"], "expected a run"),
+        (["train"], "expected a recipe"),
         (["train", "lora-nanno"], "did you mean lora-nano"),
         (["train", "lora-nano", "--lrr", "1"], "no option --lrr; did you mean --lr"),
         (["train", "lora-nano", "--lr", "fast"], "fast"),
@@ -331,7 +357,7 @@ def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     options = [
         "--data",
         str(stories),
-        "--num-heldout",
+        "--heldout",
         str(stories),
         "--steps",
         "60",
@@ -340,7 +366,7 @@ def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
         "--micro-batch-size",
         "2",
     ]
-    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32", "--compile", "False"]
+    size = ["--n-layer", "1", "--n-head", "2", "--d-model", "32", "--max-seq-len", "32", "--no-compile"]
     assert main(["train", "pretrain-nano", *options, *size, "--lr", "1e-2", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "pretrain-nano" / "result.json").read_text())
     assert result["bits_per_character"] < 0.5 < math.log2(4096) / 4  # it knows its two stories by heart

@@ -29,7 +29,7 @@ def trained(at: Path, *options: str) -> Path:
 def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose labels are words that it writes."""
     return trained(
-        tmp_path_factory.mktemp("worded"), "--head", "tokens", "--labels", "joy=love", "fear", "--prompt.suffix", " It"
+        tmp_path_factory.mktemp("worded"), "--head", "lm", "--labels", "joy=love", "fear", "--prompt.suffix", " It"
     )
 
 

@@ -134,7 +134,7 @@ def without(name: str) -> Callable[[Bench], int]:
 TEXTS = "\n".join(f"text {i};{('hate', 'offensive', 'neutral')[i % 3]}" for i in range(12))
 
 PROVOKED: dict[str, Callable[[Bench], int]] = {
-    "no run named": lambda it: main(["train", "lora-nan"]),
+    "no recipe named": lambda it: main(["train", "lora-nan"]),
     "no trained run": lambda it: main(["generate", "lora-none", "Hello."]),
     "the hub cannot be reached": lambda it: it.train("--base", "nobody/nothing-at-all"),
     "pickled weights may run any code and are not read": pickled,
@@ -148,7 +148,7 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "the loss became": lambda it: it.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
     "did not move in two steps": lambda it: it.train("--lr", "1e-30"),
     "nothing to resume": lambda it: it.resume(),
-    "was begun with": other_options,
+    "was started with": other_options,
     "was made from other inputs than are there now": other_rows,
     "is being trained in by another process": in_use,
     "free space": full,

@@ -1,5 +1,5 @@
-"""Where the commands speak: stderr, so that answers alone go to stdout. Nothing that is printed is markup, in tables
-neither: a label, a path or a prompt may hold square brackets. What is to be bold is a `Text` with a style.
+"""Where commands print: progress and messages on stderr, answers alone on stdout. Nothing is parsed as markup, since a
+label, a path or a prompt may have square brackets; bold text is a `Text` with a style.
 """
 
 import threading
@@ -19,13 +19,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 T = TypeVar("T")
 
 
 class Answers(Console):
-    """For stdout. Whoever reads it may close it, as `head` does: the command then ends."""
+    """For stdout. If its reader closes it, as `head` does, the command ends."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -36,84 +37,104 @@ answers = Answers(highlight=False, markup=False, emoji=False)
 
 
 def announce(name: str, *sentences: str) -> None:
-    """What is about to be trained, in a paragraph that begins with the run's name."""
+    """Print what will be trained, in a paragraph that starts with the name of the run."""
     console.print(Text.assemble((name, "bold"), ": ", "; ".join(sentences)))
 
 
-# ---------------------------------------------------------------------------------------------------- how far it is
+# ------------------------------------------------------------------------------------------------------------ progress
 
-QUIET = 10.0
-"""Seconds that work takes before a line tells of it, where there is no terminal to show a bar in."""
-EVERY = 60.0
+FIRST_LINE_AFTER = 10.0
+"""Seconds of work before its first line if there is no terminal to show a bar in."""
+LINE_INTERVAL = 60.0
 """Seconds from one such line to the next."""
+WIDE = 100
+"""Columns of a terminal in which a bar leaves enough room for the rest."""
 
-_under_way: list[str] = []
-"""The work that is shown: what is part of it shows nothing of its own."""
+_shown_tasks: list[str] = []
+"""The work that is shown: work within it shows nothing of its own."""
 
 
 @contextmanager
-def working(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show that work is under way. What is yielded takes how much of `total` was done since it was last called.
+def show_progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show that work goes on. Yields a function that takes how much of `total` was done since its last call.
 
-    In a terminal it is a bar, or a spinner without a total, which is gone when the work is done; elsewhere a line after
-    ten seconds, and one each minute. Within other work that is shown, nothing.
+    In a terminal it is a bar, or a spinner without a total, which disappears when the work is done; elsewhere it is a
+    line after ten seconds and one each minute. Within other work that is shown it is nothing.
     """
-    if _under_way:
+    if _shown_tasks:
         yield lambda n: None
         return
     show = _bar if console.is_terminal else _lines
-    with claimed(what), show(what, total) as advance:
+    with exclusive_progress(description), show(description, total) as advance:
         yield advance
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, and how many of `total` were taken, or of as many as there are; see `working`."""
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, while `show_progress` shows how many of `total` were taken; None takes their number if known."""
     if total is None and isinstance(items, Collection):
         total = len(items)
-    with working(what, total) as advance:
+    with show_progress(description, total) as advance:
         for item in items:
             yield item
             advance(1)
 
 
 @contextmanager
-def claimed(what: str) -> Iterator[None]:
-    """Within it no other work is shown: this one shows by itself how far it is."""
-    _under_way.append(what)
+def exclusive_progress(description: str) -> Iterator[None]:
+    """Show no other progress within it."""
+    _shown_tasks.append(description)
     try:
         yield
     finally:
-        _under_way.remove(what)
+        _shown_tasks.remove(description)
 
 
 @contextmanager
-def _bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     if total is None:
         columns.insert(0, SpinnerColumn())
     else:
-        columns[1:1] = [BarColumn(), MofNCompleteColumn()]
+        columns[1:1] = [BarColumn(40 if console.width >= WIDE else 8), MofNCompleteColumn()]
         columns += [TextColumn("eta"), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 
 
+def training_columns(width: int) -> list[ProgressColumn]:
+    """The progress line of a training in a terminal of `width` columns: step, metrics, elapsed time and ETA.
+
+    If it is narrow there is no bar, and the metrics are cut, of which the first ones matter most.
+    """
+    metrics = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    columns: list[ProgressColumn] = [
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=metrics),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    ]
+    if width >= WIDE:
+        columns[:0] = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)]
+    return columns
+
+
 @contextmanager
-def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    began, done, ended = time.monotonic(), 0, threading.Event()
+def _lines(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    start, done, ended = time.monotonic(), 0, threading.Event()
 
     def advance(n: int) -> None:
         nonlocal done
         done += n
 
-    def speak() -> None:
-        wait = QUIET
+    def print_lines() -> None:
+        wait = FIRST_LINE_AFTER
         while not ended.wait(wait):
-            console.print(_so_far(what, done, total, time.monotonic() - began), soft_wrap=True)
-            wait = EVERY
+            console.print(_progress_line(description, done, total, time.monotonic() - start), soft_wrap=True)
+            wait = LINE_INTERVAL
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
     try:
         yield advance
@@ -122,8 +143,8 @@ def _lines(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         thread.join()
 
 
-def _so_far(what: str, done: int, total: int | None, took: float) -> str:
+def _progress_line(description: str, done: int, total: int | None, seconds: float) -> str:
     if total is None:
-        return f"{what}: {took:.0f} s so far .."
-    left = f", eta {took / done * (total - done):.0f} s" if done else ""
-    return f"{what}: {done:,} of {total:,} in {took:.0f} s{left}"
+        return f"{description}: {seconds:.0f} s so far .."
+    left = f", eta {seconds / done * (total - done):.0f} s" if done else ""
+    return f"{description}: {done:,} of {total:,} in {seconds:.0f} s{left}"

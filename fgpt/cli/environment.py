@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine and commit, and nothing that says whose machine it was."""
+"""Versions, machine and commit of a run, without host, user or paths."""
 
 import os
 import platform
@@ -25,21 +25,20 @@ PACKAGES = (
     "huggingface_hub",
     "scikit-learn",
 )
-"""Those whose versions can change a figure."""
+"""Packages whose versions can change results."""
 
 CODE = ("fgpt", "experiments", "pyproject.toml", "constraints.txt")
-"""Of a clone, what a run is made by: changes elsewhere leave it clean."""
+"""The parts of a clone that a run depends on: changes elsewhere leave it clean."""
 
 
 def environment() -> dict[str, Any]:
-    """What environment.json holds. None stands for what cannot be found out, and for what is not there.
-
-    There is no host, user or path in it, so that it can be shown to anybody.
+    """The content of environment.json. None is what is unknown, or not there. It can be shared: it names no host, user
+    or path.
     """
-    release = platform.release().partition("-")[0]  # what follows is whoever built the kernel's
+    release = platform.release().partition("-")[0]  # the rest is of who built the kernel
     return {
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": f"{platform.system()} {release} {platform.machine()}",
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -58,17 +57,17 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str | None:
-    """The model's name, where the system tells it."""
+    """The name of the CPU if the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return _said("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or None)
+        return _command_output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or None)
 
 
 def _memory() -> float | None:
-    """Of the machine, in GB."""
+    """The memory of the machine in GB."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, OSError, ValueError):
@@ -78,28 +77,27 @@ def _memory() -> float | None:
 def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
-    it = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        "name": it.name,
-        "memory_gb": round(it.total_memory / 1e9, 1),
+        "name": gpu.name,
+        "memory_gb": round(gpu.total_memory / 1e9, 1),
         "number": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
     }
 
 
 def _commit(root: Path) -> dict[str, Any]:
-    """The commit of the code, and whether it is as committed; both None where the code is no clone's.
+    """The commit of the code, and whether there are no changes; both None if `root` is not a clone.
 
-    A folder of installed packages can lie inside somebody's own repository, whose commit would say nothing: `root`
-    itself has to be the clone.
+    Installed packages can be inside another repository, whose commit would be wrong: `root` itself must be the clone.
     """
-    commit = _said("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
-    changed = _said("git", "-C", str(root), "status", "--porcelain", "--", *CODE) if commit else None
+    commit = _command_output("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+    changed = _command_output("git", "-C", str(root), "status", "--porcelain", "--", *CODE) if commit else None
     return {"commit": commit, "clean": None if changed is None else not changed}
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints; None where it is absent, fails, or takes too long."""
+def _command_output(*command: str) -> str | None:
+    """The output of a program; None if it is missing, fails, or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

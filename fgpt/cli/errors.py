@@ -1,29 +1,29 @@
-"""One line for an exception that is no defect of ours; a defect keeps its traceback."""
+"""One line for errors that a user can fix; a defect of fgpt keeps its traceback."""
 
 import errno
 import re
 
 from fgpt.errors import InputError, one_line
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-"""What a system says where nothing more can be written."""
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""Errors of a file system that cannot be written to."""
 
 
-def explained(err: Exception) -> str | None:
-    """What happened and what helps; None for a defect."""
+def explain(err: Exception) -> str | None:
+    """What happened and how to fix it; None for a defect."""
     if isinstance(err, InputError):
         message = _with_option(err)
         return message if message.isprintable() else one_line(message)
     if isinstance(err, OSError):
-        return _of_system(err)
+        return _explain_os_error(err)
     if isinstance(err, UnicodeEncodeError):
         return f"{err.object[err.start : err.end]!a} is not a character of UTF-8: expected text that is"
     if isinstance(err, UnicodeDecodeError):
-        return f"byte {err.start} of {err.object[:20]!r} .. is not UTF-8: save the file as such"
-    if _out_of_memory(err):
+        return f"byte {err.start} of {err.object[:20]!r} .. is not UTF-8: save the file as UTF-8"
+    if _is_out_of_memory(err):
         return (
-            f"not enough memory ({one_line(err) or 'the system gave none'}): take a smaller model or shorter texts; in "
-            "training lower --micro-batch-size or --max-seq-len, or hold the base in 4 bits by --quantize nf4"
+            f"not enough memory ({one_line(err) or 'allocation failed'}): use a smaller model or shorter texts; in "
+            "training lower --micro-batch-size or --max-seq-len, or quantize the base with --quantize nf4"
         )
     return None
 
@@ -35,16 +35,16 @@ def _with_option(err: InputError) -> str:
     return re.sub(rf"`({re.escape(err.field)}[\w.]*)`", lambda name: "--" + name[1].replace("_", "-"), str(err))
 
 
-def _of_system(err: OSError) -> str:
-    what = one_line(err.strerror or err) or type(err).__name__
-    where = f"{err.filename}: " if err.filename is not None else ""
-    if err.errno in FULL:
-        return f"{where or 'writing: '}{what}; free space or choose another folder"
+def _explain_os_error(err: OSError) -> str:
+    reason = one_line(err.strerror or err) or type(err).__name__
+    prefix = f"{err.filename}: " if err.filename is not None else ""
+    if err.errno in DISK_FULL:
+        return f"{prefix or 'writing: '}{reason}; free space or choose another folder"
     if err.errno == errno.EACCES:
-        return f"{where}{what}; choose another place, or change its permissions"
-    return f"{where}{what}"
+        return f"{prefix}{reason}; choose another place, or change its permissions"
+    return f"{prefix}{reason}"
 
 
-def _out_of_memory(err: Exception) -> bool:
-    named = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
-    return named or (isinstance(err, RuntimeError) and "can't allocate memory" in str(err))
+def _is_out_of_memory(err: Exception) -> bool:
+    by_type = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
+    return by_type or (isinstance(err, RuntimeError) and "can't allocate memory" in str(err))

@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Plots as files."""
 
 import io
 from pathlib import Path
@@ -7,15 +7,13 @@ from typing import Any
 from fgpt.io.files import to_utf8, write
 
 
-def plain(text: str) -> str:
-    """A user's text as matplotlib can draw it: no dollar in it begins a formula, and half of a surrogate pair is its
-    escape, as in a file.
-    """
+def escape_mathtext(text: str) -> str:
+    """A text that matplotlib draws as it is: no dollar starts a formula, lone surrogates are escaped."""
     return to_utf8(text).decode("utf-8").replace("$", r"\$")
 
 
-def save(figure: Any, picture: Path, dpi: int) -> None:
-    """Write a figure of matplotlib's as PNG, whole or not at all, and let go of it."""
+def save_png(figure: Any, picture: Path, dpi: int) -> None:
+    """Write a matplotlib figure as PNG, atomically, and close it."""
     import matplotlib.pyplot as plt
 
     drawn = io.BytesIO()

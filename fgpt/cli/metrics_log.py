@@ -1,4 +1,4 @@
-"""A training's figures, metrics.jsonl: a JSON line a step, appended and never written over."""
+"""metrics.jsonl: a line of JSON for each step, appended and never overwritten."""
 
 import json
 import math
@@ -6,49 +6,68 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fgpt.cli.figures import plain, save
+from fgpt.cli.figures import escape_mathtext, save_png
 from fgpt.errors import InputError, printable, shown
 
 Line = dict[str, Any]
 
 
 FINITE = ("loss", "grad_norm", "tokens", "seconds")
-"""What is a finite number where a line has it; the loss every line has."""
+"""Metrics that must be finite; every line has a loss."""
+
+LONGEST_LINE = 1 << 16
+"""Bytes."""
 
 
 def read_metrics(metrics_file: Path) -> list[Line]:
-    """A dict a step. Of a step that was taken again after a kill it is the later one's; a last line that was cut off is
-    left out.
+    """The metrics of each step, in order. Of a step that was repeated after a kill it is the later line; a last line
+    that was cut off is left out.
 
-    Raises InputError for a line that is none of ours.
+    Raises InputError for a damaged line.
     """
     if not metrics_file.exists():
         return []
-    found: dict[int, Line] = {}
+    by_step: dict[int, Line] = {}
     text = metrics_file.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{metrics_file}: line {number} is damaged: take it out") from None
-        if wrong := _wrong(row):
-            raise InputError(f"{metrics_file}: line {number} is damaged ({wrong}): take it out")
-        found[row["step"]] = row
-    return [found[step] for step in sorted(found)]
+        row = _parse_line(line, f"{metrics_file}: line {number}")
+        by_step[row["step"]] = row
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def _wrong(row: Any) -> str:
-    """What makes a line none of ours; nothing where it is one."""
+def last_metrics(metrics_file: Path) -> Line:
+    """The last whole line, without reading the others; empty if there is none. Raises InputError if it is damaged."""
+    if not metrics_file.exists():
+        return {}
+    with open(metrics_file, "rb") as file:
+        file.seek(max(0, metrics_file.stat().st_size - LONGEST_LINE))
+        lines = file.read().decode("utf-8", "replace").split("\n")[:-1]
+    return _parse_line(lines[-1], f"{metrics_file}: the last line") if lines else {}
+
+
+def _parse_line(text: str, where: str) -> Line:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where} is damaged: delete it") from None
+    if problem := _problem_of(line):
+        raise InputError(f"{where} is damaged ({problem}): delete it")
+    return line
+
+
+def _problem_of(row: Any) -> str:
+    """What is wrong with a line; empty if it is a line of metrics."""
     if not isinstance(row, dict):
         return f"expected an object, got {shown(row)}"
     step = row.get("step")
     if type(step) is not int or not 1 <= step < 1 << 53:
-        return f"its step is {shown(step)}: expected a whole number from 1"
+        return f"its step is {shown(step)}: expected an integer of 1 or more"
     for name in FINITE:
         if (name in row or name == "loss") and not (_is_number(row.get(name)) and math.isfinite(row[name])):
             return f"its {name} is {shown(row.get(name))}: expected a finite number"
-    if odd := [name for name, x in row.items() if not _is_number(x)]:
-        return f"its {printable(odd[0])} is {shown(row[odd[0]])}: expected a number"
+    for name, value in row.items():
+        if not _is_number(value):
+            return f"its {printable(name)} is {shown(value)}: expected a number"
     return ""
 
 
@@ -57,13 +76,13 @@ def _is_number(value: Any) -> bool:
 
 
 def truncate_partial_line(metrics_file: Path) -> None:
-    """Take off a last line that was cut off, so that the next is a line of its own."""
+    """Delete a last line that was cut off, so that the next one starts a new line."""
     if metrics_file.exists() and not (data := metrics_file.read_bytes()).endswith(b"\n"):
         os.truncate(metrics_file, data.rfind(b"\n") + 1)
 
 
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
-    """Draw loss over steps, raw and smoothed, from a metrics file. `unit` is what has the weight 1."""
+    """Plot the loss over steps, raw and smoothed, to a PNG file. `unit` is what the loss is averaged over."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -80,7 +99,7 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set(title=plain(title), xlabel="step", ylabel=f"loss (nats per {unit})")
+    axes.set(title=escape_mathtext(title), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    save(figure, picture, 120)
+    save_png(figure, picture, 120)

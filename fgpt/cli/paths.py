@@ -1,7 +1,7 @@
-"""Paths as they stand in what a person shares: run.json, pages, figures. They name no home, user or disk.
+"""Paths in files that are shared: run.json, reports, results. They do not reveal a home, a user or a disk.
 
-A path below the working directory is written relative to it, any other by its last part alone: `.../rows.json`. A path
-that the user gave as a relative one stays as it was given.
+A path in the working directory is written relative to it, any other by its last part: `.../rows.json`. A relative path
+stays as the user gave it.
 
 runs/NAME/local.json    the full paths of a run whose run.json has them shortened, for --resume; not to be shared
 """
@@ -16,37 +16,41 @@ from fgpt.errors import InputError
 from fgpt.io.files import read_json, write_json
 
 LOCAL = "local.json"
-ABOUT = "full paths on this machine, by which the run is resumed and used here; do not share this file"
+ABOUT = "full paths on this machine, for resuming and using the run here; do not share this file"
 
 FIELDS = ("base", "data", "source", "train", "test", "heldout", "tokenizer", "out")
-"""The options of runs that may name files."""
+"""The fields of recipes that may be paths."""
 
-SEVERAL = "data"
-"""The one of them that takes several files, with a + between them."""
+JOINED_FIELD = "data"
+"""The field that takes several paths with a + between them."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")
-"""Within a sentence."""
+"""An absolute path within a sentence."""
 
 
 def shareable(path: str | Path) -> str:
-    """A path, or what may be one; a name of the hub's is none, and stays."""
+    """A path without what is private in it; a name on the Hugging Face Hub stays as it is.
+
+    >>> shareable("/home/me/rows.json"), shareable("gpt2-medium")
+    ('.../rows.json', 'gpt2-medium')
+    """
     text = str(path)
     if not text.startswith(("/", "~")):
         return text
     here, full = Path.cwd(), Path(os.path.normpath(text))
-    for at in (here, here.resolve()):
-        if full.is_relative_to(at) and at != at.parent:
-            return str(full.relative_to(at))
+    for root in (here, here.resolve()):
+        if full.is_relative_to(root) and root != root.parent:
+            return str(full.relative_to(root))
     return f".../{full.name}"
 
 
 def without_paths(text: str) -> str:
-    """A sentence, such as an error, whose paths are shareable."""
-    return ABSOLUTE.sub(lambda found: shareable(found.group()), text)
+    """A sentence, such as an error, with shareable paths."""
+    return ABSOLUTE.sub(lambda match: shareable(match.group()), text)
 
 
-def shared(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a run, as plain JSON, with shareable paths."""
+def shareable_fields(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe, as plain JSON, with shareable paths."""
     return {name: _field(name, x) if name in FIELDS else x for name, x in run.items()}
 
 
@@ -55,37 +59,36 @@ def _field(name: str, value: Any) -> Any:
         return [shareable(x) for x in value]
     if not isinstance(value, str):
         return value
-    return "+".join(map(shareable, value.split("+"))) if name == SEVERAL else shareable(value)
+    return "+".join(map(shareable, value.split("+"))) if name == JOINED_FIELD else shareable(value)
 
 
-def write_local(folder: Path, run: Mapping[str, Any]) -> None:
-    """Keep those fields of a run that `shared` changes, where it changes any."""
-    short = shared(run)
-    changed = {name: x for name, x in run.items() if short[name] != x and name != "out"}  # there it lies itself
+def write_full_paths(folder: Path, run: Mapping[str, Any]) -> None:
+    """Write the fields that `shareable_fields` changes to local.json, if there are any."""
+    short = shareable_fields(run)
+    changed = {name: x for name, x in run.items() if short[name] != x and name != "out"}  # the run directory is in it
     if changed:
         write_json(folder / LOCAL, {"about": ABOUT, "paths": changed})
         os.chmod(folder / LOCAL, 0o600)
 
 
-def with_local(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The fields that run.json has, with the full paths that were shortened in it. A field that was edited since, in
-    run.json, is as it is there.
+def with_full_paths(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The fields of run.json with their full paths from local.json. A field that was edited in run.json stays so.
 
-    Raises InputError where the file of full paths is damaged.
+    Raises InputError if local.json is damaged.
     """
     if not (folder / LOCAL).is_file():
         return run
-    found = read_json(folder / LOCAL)
-    full = found.get("paths") if isinstance(found, dict) else None
+    content = read_json(folder / LOCAL)
+    full = content.get("paths") if isinstance(content, dict) else None
     if not isinstance(full, dict):
         raise InputError(f"{folder / LOCAL}: expected the full paths of a run; delete it to use run.json alone")
     return {name: full[name] if name in full and _fits(name, full[name], x) else x for name, x in run.items()}
 
 
 def _fits(name: str, full: Any, short: Any) -> bool:
-    """Whether `full` was shortened to `short`, in whatever working directory."""
+    """Whether `short` is `full` shortened, in any working directory."""
     if isinstance(full, str) and isinstance(short, str):
-        both = [x.split("+") if name == SEVERAL else [x] for x in (full, short)]
+        both = [x.split("+") if name == JOINED_FIELD else [x] for x in (full, short)]
     elif isinstance(full, list) and isinstance(short, list):
         both = [full, short]
     else:

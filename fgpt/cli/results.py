@@ -1,8 +1,8 @@
-"""The names of results, so that none is written over by one of other settings.
+"""Names of result files, so that results of other settings do not overwrite each other.
 
-compare.json               of the run's own settings, as after training
-compare-3-prompts.json     of others: what differs is in the name
-compare-3-prompts-2.json   where that name is taken by yet other settings
+compare.json               with the run's own settings, as after training
+compare-3-prompts.json     with other settings, which the name tells
+compare-3-prompts-2.json   if that name is taken by yet other settings
 """
 
 import itertools
@@ -19,22 +19,27 @@ from fgpt.errors import InputError
 from fgpt.io.files import read_json
 
 SETTINGS = "settings"
-"""The entry of a result's JSON file that says how it was made."""
+"""The entry of a result's JSON file with the settings it was made with."""
 
 LONGEST = 40
-"""Characters of a part of a name."""
+"""Characters of a name_part."""
 
 
-def part(text: str | Path) -> str:
-    """A text as part of a file's name: the end of a path, letters and digits, the rest as dashes."""
+def name_part(text: str | Path) -> str:
+    """A text as part of a file name: letters, digits and dots, anything else as dashes."""
     return re.sub(r"[^\w.]+", "-", str(text))[:LONGEST].strip("-.") or "unnamed"
 
 
-def free(out: Path, names: Sequence[str], settings: Mapping[str, Any], endings: Sequence[str]) -> str:
-    """The first of `names`, then of the last one numbered, under which `out` holds nothing, or what these very settings
-    have made.
+def free_name(out: Path, names: Sequence[str], settings: Mapping[str, Any], endings: Sequence[str]) -> str:
+    """The first of `names`, then the last one numbered, that `out` has no files of, or files of the same settings.
+
+    Args:
+        out: The folder of results.
+        names: Names without suffixes, the best first.
+        settings: What the results are made with, to compare with those in NAME.json.
+        endings: The suffixes of the files to write, such as ".json".
     """
-    settings = json.loads(json.dumps(settings))  # as it is read back
+    settings = json.loads(json.dumps(settings))  # as JSON gives them back
     numbered = (f"{names[-1]}-{i}" for i in itertools.count(2))
     return next(x for x in itertools.chain(names, numbered) if _may_write(out, x, settings, endings))
 
@@ -43,16 +48,14 @@ def _may_write(out: Path, stem: str, settings: Mapping[str, Any], endings: Seque
     if not any((out / f"{stem}{ending}").exists() for ending in endings):
         return True
     try:
-        found = read_json(out / f"{stem}.json")
+        result = read_json(out / f"{stem}.json")
     except InputError:
         return False
-    return isinstance(found, dict) and found.get(SETTINGS) == settings
+    return isinstance(result, dict) and result.get(SETTINGS) == settings
 
 
-def trained_as(folder: Path) -> str:
-    """By which a result knows what was trained in `folder`: a hash of the losses, so that a run which was gone on with
-    since is another; empty where there are none.
-    """
+def training_id(folder: Path) -> str:
+    """A hash of the losses of a run, so that results of a run that was resumed since differ; empty if it has none."""
     try:
         lines = read_metrics(folder / METRICS)
     except InputError:

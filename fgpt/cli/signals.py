@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first ends a command in order, a second one at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first one ends a command in order, a second one at once.
 
-Whatever the first one met, a step of minutes or a library that swallows exceptions, a second is left to the kernel:
-files are written so that a kill at any moment leaves them whole.
+The second one is left to the kernel, so that it ends a step of minutes or a library that swallows exceptions too. Files
+are written such that a kill at any moment leaves them intact.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ from typing import Any
 
 from fgpt.cli.console import console
 
-_lasting: list[Any] = []
-"""The handlers of all that lasts, the innermost last."""
+_active_handlers: list[Any] = []
+"""The handlers of `on_first_signal` blocks, the innermost last."""
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
-def on_first(act: Callable[[], None]) -> Iterator[None]:
-    """While it lasts, the first signal calls `act`, and a second one of any kind ends the process. One that is ignored,
-    as SIGHUP is under nohup, stays so.
+def on_first_signal(act: Callable[[], None]) -> Iterator[None]:
+    """Within it the first signal calls `act`, and a second one of any kind ends the process. A signal that is ignored,
+    as SIGHUP is under nohup, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread gets signals
         return
     handlers = {number: signal.getsignal(number) for number in NUMBERS}
     before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
@@ -34,18 +34,18 @@ def on_first(act: Callable[[], None]) -> Iterator[None]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(RuntimeError):  # where it came in the middle of another line
-            console.show_cursor(True)  # a bar has hidden it, and after a second signal nobody could bring it back
+        with contextlib.suppress(RuntimeError):  # if it came in the middle of printing
+            console.show_cursor(True)  # hidden by a bar; after a second signal nothing could show it
         act()
 
     for number in before:
         signal.signal(number, first)
-    _lasting.append(first)
+    _active_handlers.append(first)
     try:
         yield
     finally:
-        _lasting.remove(first)
-        if not received or not _lasting:  # else a second one goes on to end the process, until all of this is left
+        _active_handlers.remove(first)
+        if not received or not _active_handlers:  # else a second one ends the process until the outermost block ends
             for number, handler in before.items():
                 signal.signal(number, handler)
 

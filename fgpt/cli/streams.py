@@ -1,6 +1,4 @@
-"""The standard streams of a command, whatever is at their other ends: a terminal that hangs up, a pipe that is closed,
-an encoding that has not every character.
-"""
+"""Standard streams that survive a terminal that hangs up, a closed pipe, and an encoding that lacks characters."""
 
 import contextlib
 import errno
@@ -8,49 +6,49 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 
 @contextlib.contextmanager
-def robust() -> Iterator[None]:
-    """While it lasts, what an encoding does not have is written as a question mark, input that is not in its encoding
-    is read with a mark in its place, and writing to a stderr that is gone does nothing: what is told there is for
-    somebody to look at, and no reason for a training to end. A closed stdout is an error as ever.
+def robust_streams() -> Iterator[None]:
+    """Within it, writing replaces characters that an encoding lacks, reading replaces invalid bytes, and writing to a
+    closed stderr does nothing, so that a training goes on if nobody reads its messages. A closed stdout is an error as
+    usual.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError, ValueError):  # what is left in a buffer may have nowhere to go
+            with contextlib.suppress(OSError, ValueError):  # a buffer may be flushed to a closed pipe
                 stream.reconfigure(errors="replace")
     stderr = sys.stderr
-    sys.stderr = _Lasting(stderr) if stderr is not None else open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = _UnfailingStream(stderr) if stderr is not None else open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     finally:
         sys.stderr = stderr
 
 
-class _Lasting:
-    """A stream whose writing never fails. Everything else is the stream's own."""
+class _UnfailingStream:
+    """A stream whose writes never fail; anything else is the wrapped stream's."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
         except OSError as err:
-            self._drop(err)
+            self._redirect_if_closed(err)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as err:
-            self._drop(err)
+            self._redirect_if_closed(err)
 
-    def _drop(self, err: OSError) -> None:
-        if err.errno in (errno.EPIPE, errno.EIO):  # a full disk may have room again
-            drop(self._stream)
+    def _redirect_if_closed(self, err: OSError) -> None:
+        if err.errno in (errno.EPIPE, errno.EIO):  # not for a full disk, which may get space again
+            redirect_to_null(self._stream)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -60,11 +58,9 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def drop(stream: TextIO) -> None:
-    """Lead a stream that cannot be written any more to nowhere, with what is still in its buffer; else Python would try
-    to write that at its end, and complain.
-    """
+def redirect_to_null(stream: Any) -> None:
+    """Redirect a closed stream to the null device, or Python would complain when it flushes its buffer at exit."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

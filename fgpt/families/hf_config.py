@@ -152,7 +152,7 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
         if base <= 1 or dim < 2:
             raise InputError(f"config.json: yarn needs rope_theta above 1 and rotated pairs, got {base} and {dim}")
         try:
-            rope_scaling.divided(dim, base)
+            rope_scaling.ramp(dim, base)
         except (ValueError, OverflowError):
             raise InputError(f"config.json: the values of yarn are too far apart: {shown(dict(scaling))}") from None
     elif kind == "dynamic":

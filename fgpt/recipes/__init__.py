@@ -1,4 +1,4 @@
-"""The runs: functions that return what to do, as frozen dataclasses. Their docstrings say what to expect."""
+"""Recipes: what can be trained. Each is a function that returns a frozen dataclass and documents its results."""
 
 import difflib
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from fgpt.recipes.tuning import ADAPTER_DEFAULTS, Adapter, FineTuningRecipe
 
 __all__ = [
     "ADAPTER_DEFAULTS",
+    "KINDS",
     "RECIPES",
     "Adapter",
     "AnyRecipe",
@@ -28,20 +29,56 @@ __all__ = [
 
 AnyRecipe: TypeAlias = InstructionRecipe | PretrainingRecipe | ClassificationRecipe
 
+KINDS: dict[str, type[AnyRecipe]] = {
+    recipe.kind: recipe for recipe in (InstructionRecipe, ClassificationRecipe, PretrainingRecipe)
+}
+"""The classes of recipes by the name that run.json has for them."""
+
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
-    run.__name__.replace("_", "-"): run for run in (*instruction.RUNS, *pretraining.RUNS, *classification.RUNS)
+    make.__name__.replace("_", "-"): make
+    for make in (*instruction.RECIPES, *pretraining.RECIPES, *classification.RECIPES)
 }
 
 
 def find(name: str) -> AnyRecipe:
-    """Raises InputError for a name that is no run."""
+    """The recipe of a name.
+
+    Raises InputError if there is none.
+
+    >>> find("lora-nano").base
+    'nano'
+    """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no run named {name!r}; {hint}there are {', '.join(RECIPES)}")
+        similar = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {similar[0]}? " if similar else ""
+        raise InputError(f"no recipe named {name!r}; {hint}`fgpt recipes` lists them")
     return RECIPES[name]()
 
 
-def describe() -> list[tuple[str, str]]:
-    """Each run's name and the first line of its docstring."""
-    return [(name, (run.__doc__ or "").strip().splitlines()[0]) for name, run in RECIPES.items()]
+def describe(kind: str) -> list[tuple[str, str]]:
+    """The name of each recipe of a kind, and the first line of its docstring.
+
+    >>> describe("pretraining")[0][0]
+    'pretrain-nano'
+    """
+    makers = [(name, make) for name, make in RECIPES.items() if make().kind == kind]
+    return [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in makers]
+
+
+def nearest(run: TrainingRecipe) -> str:
+    """The name of the recipe that a run was made from: its own, else the recipe with the fewest other options.
+
+    >>> import dataclasses
+    >>> nearest(dataclasses.replace(find("dora-nano"), name="mine", lr=1e-3))
+    'dora-nano'
+    """
+    if run.name in RECIPES:
+        return run.name
+    options = vars(run)
+
+    def num_changes(name: str) -> int:
+        defaults = vars(RECIPES[name]())
+        return sum(defaults[field] != value for field, value in options.items())
+
+    same_kind = [name for name, make in RECIPES.items() if make().kind == run.kind]
+    return min(same_kind, key=num_changes)

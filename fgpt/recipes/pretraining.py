@@ -1,9 +1,9 @@
-"""The runs that pretrain: from random params to a model folder, which is then a base."""
+"""Recipes that pretrain: from random parameters to a model folder, which is then a base."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from fgpt.recipes.training import TrainingRecipe
@@ -12,47 +12,54 @@ from fgpt.recipes.tuning import Length, default_warmup
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRecipe(TrainingRecipe):
-    """Next-token training of a small GPT-2 from random params on a stream of documents."""
+    """Next-token training of a small GPT-2 from random parameters on a stream of documents."""
+
+    kind: ClassVar[str] = "pretraining"
 
     data: tuple[Path, ...] = ()
-    """Text files of documents separated by <|endoftext|>, or of WikiText's articles; none takes `source`."""
+    """Text files of documents separated by <|endoftext|>, or of WikiText articles; without any, source is used."""
     source: Literal["tinystories", "wikitext-103"] = "tinystories"
-    """What the hub gives where no files are named."""
+    """The dataset on the Hugging Face Hub if no files are given."""
     heldout: Path | None = None
-    """A text for the held-out figures; None takes WikiText's validation part from the hub, and of all else keeps 500
-    of the training documents out, or a twentieth if that is less."""
+    """A file of held-out text. None takes WikiText's validation split from the Hub; of other data it holds out 500
+    documents, or a twentieth if that is less."""
     tokenizer: str = "nano"
-    """The model whose tokenizer is used; "gpt2" is GPT-2's own, which needs no model, but its ranks once."""
+    """The model whose tokenizer is used; gpt2 needs no model, only its merges."""
     vocab: PositiveInt | None = None
-    """Rows of the token table; None takes as many as there are tokens."""
+    """Rows of the token embedding; None takes as many as there are tokens."""
     n_layer: Annotated[int, Range(least=1, most=1024)] = 4
+    """Transformer blocks."""
     n_head: PositiveInt = 4
+    """Attention heads."""
     d_model: PositiveInt = 256
+    """The hidden size."""
     biases: bool = True
-    """Of the block matrices and norms."""
+    """Give linear layers and norms a bias."""
     max_seq_len: Length = 512
-    """Tokens in a row, and the model's context."""
+    """Tokens in a sequence, which is the model's context length too."""
     micro_batch_size: BatchSize = 4
-    """Rows in a micro-batch."""
+    """Sequences in a micro-batch."""
     grad_accumulation_steps: BatchSize = 1
-    """Micro-batches in an update."""
+    """Micro-batches in an optimizer step."""
     lr: PositiveFloat = 3e-3
-    """Peak of AdamW's rate; it rises over `warmup` steps and falls on a cosine to `floor` of it."""
+    """Peak learning rate of AdamW, after linear warmup and before cosine decay to min_lr_ratio of it."""
     min_lr_ratio: Annotated[float, Range(least=0, most=1)] = 0.01
+    """Final learning rate / peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    """A second moment of long memory: with 2,048 tokens a step most tokens' gradients are absent from most steps."""
+    """Of AdamW. The second is high: in 2,048 tokens a step, most tokens of the vocabulary do not occur."""
     warmup_steps: NonNegativeInt | None = None
-    """None takes 150, or a tenth of the training where that is less."""
+    """Steps of linear warmup; None takes 150, or a tenth of the training if that is less."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of matrices and tables alone."""
+    """Of AdamW, on matrices and embeddings alone."""
     steps: PositiveInt = 6600
+    """Optimizer steps."""
     peak_tflops: PositiveFloat | None = None
-    """The machine's TFLOP/s, for the share that training uses (see `mfu`); None measures it."""
+    """Peak TFLOP/s of the device, for the model FLOPs utilization (MFU); None measures it."""
     compile: bool = True
-    """Compile the gradient (needs a C++ compiler); about 1.4x on a CPU."""
+    """Compile the training step: about 1.4x on a CPU. Needs a C++ compiler."""
 
     def num_warmup_steps(self) -> int:
-        """Over how many updates the rate rises."""
+        """Steps of linear warmup."""
         return default_warmup(WARMUP, self.steps) if self.warmup_steps is None else self.warmup_steps
 
 
@@ -62,25 +69,25 @@ WARMUP = 150
 def pretrain_nano() -> PretrainingRecipe:
     """How the embedded base was made: a 4.3 M GPT-2 on simple English stories.
 
-    just train pretrain-nano takes TinyStories from the hub. The embedded file is of other, local stories:
+    just train pretrain-nano takes TinyStories from the Hub. The embedded file is of other, local stories:
     just train pretrain-nano --data stories-train.txt.xz tinystories_sample.txt --heldout stories-valid.txt
 
     13.5 M tokens, 2.8 epochs of 26,674 stories; 0.702 bits per character on 500 held-out stories; 1.1 GB. 48 minutes on
-    2 cores of an AMD EPYC where it is alone (4,700 tokens/s; the embedded file was made beside other work).
+    2 cores of an AMD EPYC without other load (4,700 tokens/s; the embedded file was made beside other work).
     """
     return PretrainingRecipe(name="pretrain-nano")
 
 
 def tinytiny_pretrain() -> PretrainingRecipe:
-    """A 26 M GPT-2 without biases on WikiText-103 from the hub: 122,880 tokens an update.
+    """A 26 M GPT-2 without biases on WikiText-103 from the Hub: 122,880 tokens a step.
 
     just train tinytiny-pretrain, or on local files: --data wiki.train.raw.xz --heldout wiki.valid.raw. 26,398,080
-    parameters and 98,304 of positions; 6,000 updates are 6.2 epochs of WikiText-103 and want a GPU: a thread of an AMD
+    parameters and 98,304 of positions; 6,000 steps are 6.2 epochs of WikiText-103 and need a GPU: a thread of an AMD
     EPYC reads 350 tokens/s (62 % of its peak) in 2.6 GB, so that an epoch of WikiText-2 takes two hours. Its folder
     model/ is the base of tinytiny-sft-full and tinytiny-sft-lora. Not measured to its end: 0.3 epochs of WikiText-2,
-    737,280 tokens in an hour of one busy thread, bring the held-out loss from 10.9 to 6.42 nats a token in many small
-    updates (--grad-accumulation-steps 1 --lr 2e-3 --betas 0.9 0.99 --steps 240 --warmup-steps 25), to 6.84 in few large ones
-    (--grad-accumulation-steps 4 --steps 60 --warmup-steps 10).
+    737,280 tokens in an hour of one busy thread, bring the held-out loss from 10.9 to 6.42 nats per token in many small
+    steps (--grad-accumulation-steps 1 --lr 2e-3 --betas 0.9 0.99 --steps 240 --warmup-steps 25), to 6.84 in few large
+    ones (--grad-accumulation-steps 4 --steps 60 --warmup-steps 10).
     """
     return PretrainingRecipe(
         name="tinytiny-pretrain",
@@ -103,4 +110,4 @@ def tinytiny_pretrain() -> PretrainingRecipe:
     )
 
 
-RUNS: tuple[Callable[[], PretrainingRecipe], ...] = (pretrain_nano, tinytiny_pretrain)
+RECIPES: tuple[Callable[[], PretrainingRecipe], ...] = (pretrain_nano, tinytiny_pretrain)

@@ -1,34 +1,45 @@
-"""What every run has, whatever it trains: its name, where it runs and writes, and how it lasts."""
+"""What every recipe has, whatever it trains: a name, where it runs and writes, and how it is checkpointed."""
 
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fgpt.ranges import NonNegativeFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """Training that leaves a folder, and can be taken up again."""
+    """Training that leaves a run directory and can be resumed."""
+
+    kind: ClassVar[str]
+    """What run.json calls recipes of this class."""
 
     name: str
+    """Of the run directory; -2, -3, .. is added if it exists."""
     eval_every: PositiveInt | None = None
-    """Held-out loss each so many steps; its best state is kept too."""
-    take: Literal["last", "best"] = "last"
-    """What the run leaves: its last state, or of those that `evaluate` looked at the one of least held-out loss."""
+    """Steps from one held-out loss to the next; the best state is checkpointed too. None computes none."""
+    keep_best: bool = False
+    """Leave the state of the lowest held-out loss as the result, not the last one; needs eval_every."""
     checkpoint_every_minutes: NonNegativeFloat = 2.0
-    """Minutes of training from one checkpoint to the next, for --resume to go on from; 0 writes one after each step."""
+    """Minutes of training from one checkpoint to the next, for --resume; 0 writes one after each step."""
     keep_checkpoints: PositiveInt = 2
-    """The last so many checkpoints are kept, besides the best."""
+    """Checkpoints to keep, besides the best one."""
     tracker: Literal["wandb", "trackio"] | None = None
-    """Send the figures there too; a TensorBoard log is written always."""
+    """Log the metrics there too; a TensorBoard log is always written."""
     device: str = "auto"
-    """cuda where there is one, else cpu."""
+    """auto takes cuda if there is one, else cpu."""
     seed: Seed = 0
+    """Of initialization, the order of examples and dropout."""
     out: Path = Path("runs")
+    """The folder of run directories."""
 
     def to_json(self) -> dict[str, Any]:
-        """The run as run.json reads back: paths are text, tuples are lists."""
+        """The fields as plain JSON: a path is a string, a tuple a list.
+
+        >>> from fgpt.recipes import find
+        >>> find("lora-nano").to_json()["adapter"]["rank"]
+        16
+        """
         return json.loads(json.dumps(asdict(self), default=os.fspath))

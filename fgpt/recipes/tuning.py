@@ -1,4 +1,4 @@
-"""What every run that tunes a base has: what is trained, over which base, and how."""
+"""What every recipe that fine-tunes a base has: the adapter, the base, and how it is trained."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,17 +9,17 @@ from fgpt.recipes.training import TrainingRecipe
 
 Epochs: TypeAlias = Annotated[float, Range(above=0, most=1e6)]
 Length: TypeAlias = Annotated[int, Range(least=2, most=2**31 - 1)]
-"""Of a row: one token predicts nothing."""
+"""Tokens in a sequence: a single token predicts nothing."""
 
 Kind: TypeAlias = Literal["lora", "dora", "ia3", "ln", "bias", "full"]
 
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """What a kind of adapter does when it is not told otherwise."""
+    """The defaults of a kind of adapter."""
 
     target: str
-    """Regular expression that must match the whole path of a layer (lora, dora, ia3), or of a leaf (the others)."""
+    """Regular expression for whole paths of layers (lora, dora, ia3) or of parameters (the others)."""
     lr: float
 
 
@@ -35,18 +35,20 @@ ADAPTER_DEFAULTS: dict[Kind, AdapterDefaults] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained, and from where."""
+    """What is trained."""
 
     kind: Kind = "lora"
-    """lora: a low-rank product beside each target layer. dora: that, and each row's magnitude apart. ia3: a scale for
-    each key and value, and for each input of the MLP's second product. ln, bias, full: norms, biases, all leaves."""
+    """lora: a low-rank update of each target layer. dora: that with magnitude and direction apart. ia3: a scale for
+    keys, values and the input of each MLP's second layer. ln, bias, full: norms, biases, all parameters."""
     rank: PositiveInt = 8
+    """Of lora and dora."""
     alpha: PositiveFloat = 16.0
+    """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
-    """Of the input of each LoRA, while training."""
+    """On the input of each lora or dora while training."""
     target: str | None = None
-    """Regular expression for the whole path of what is adapted or tuned; None takes the kind's own. For ia3, of the
-    layers whose outputs are scaled."""
+    """Regular expression for whole paths of what is trained, such as blocks\\..*\\.(q|v); None takes the kind's own.
+    For ia3, of the layers whose outputs are scaled."""
 
     @property
     def target_pattern(self) -> str:
@@ -55,40 +57,43 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningRecipe(TrainingRecipe):
-    """Training of an adapter over a frozen base."""
+    """Training of an adapter on a frozen base."""
 
     base: str
-    """Embedded ("nano"), packaged ("smollm2"), a local folder or GGUF file, or a hub name."""
+    """nano (embedded), smollm2 (a package), a local folder or GGUF file, or a name on the Hugging Face Hub."""
     adapter: Adapter = field(default_factory=Adapter)
     quantize: Literal["nf4", "fp4", "int8", "blockwise8"] | None = None
-    """Hold the base's block matrices in 4 or 8 bits."""
+    """Quantize the base's linear layers to 4 or 8 bits."""
     remat: bool = False
-    """Compute each block again in the backward instead of keeping it: a tenth is saved for the backward, a step's peak
-    above the model falls to some 0.6, and it takes a quarter more time."""
+    """Activation (gradient) checkpointing: recompute each block in the backward pass. A step takes a quarter more time,
+    and its peak memory above the model falls to some 0.6."""
     lr: PositiveFloat | None = None
-    """Peak learning rate of AdamW; it rises over `warmup` steps and falls to 0 on a cosine. None takes the kind's."""
+    """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits."""
     warmup_steps: NonNegativeInt | None = None
-    """Updates over which the rate rises; None takes 20, or a tenth of the training where that is less."""
+    """Steps of linear warmup; None takes 20, or a tenth of the training if that is less."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of AdamW."""
     epochs: Epochs = 1.0
+    """Passes over the examples."""
     steps: PositiveInt | None = None
-    """Stop after so many updates; None trains `epochs`."""
+    """Optimizer steps, in place of epochs."""
     max_seq_len: Length
-    """Tokens in a row, into which examples are packed, each seeing itself alone."""
+    """Tokens in a sequence. Examples are packed into sequences; each attends to itself alone."""
     micro_batch_size: BatchSize
-    """Rows in a micro-batch."""
+    """Sequences in a micro-batch."""
     grad_accumulation_steps: BatchSize = 1
-    """Micro-batches in an update."""
+    """Micro-batches in an optimizer step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base and the activations. Adapters and optimizer state are fp32."""
+    """Of the frozen base and the activations; adapters and optimizer state are float32."""
 
     @property
     def peak_lr(self) -> float:
         return ADAPTER_DEFAULTS[self.adapter.kind].lr if self.lr is None else self.lr
 
     def num_warmup_steps(self, steps: int) -> int:
-        """Over how many of `steps` updates the rate rises."""
+        """Of `steps` optimizer steps, those of linear warmup."""
         return default_warmup(WARMUP, steps) if self.warmup_steps is None else self.warmup_steps
 
 
@@ -96,7 +101,10 @@ WARMUP = 20
 
 
 def default_warmup(usual: int, steps: int) -> int:
-    """A warm-up that nobody asked for: the usual one, but no more than a tenth of the training (rounded up, as
-    transformers rounds `warmup_ratio`), so that a short one comes to its rate as well.
+    """The steps of warmup if none are given: `usual`, but at most a tenth of `steps` (rounded up, as transformers
+    rounds `warmup_ratio`), so that a short training reaches its learning rate too.
+
+    >>> default_warmup(20, steps=30)
+    3
     """
     return min(usual, math.ceil(steps / 10))

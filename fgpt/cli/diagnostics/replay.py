@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from fgpt.cli import run_dir
-from fgpt.cli.console import console, working
+from fgpt.cli.console import console, show_progress
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints, tasks
 from fgpt.cli.training.job import TrainingJob
@@ -53,7 +53,7 @@ def once_more(plan: TrainingJob, where: Path, step: int) -> tuple[list[Batch], M
     what = f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}"
     console.print(what)
     stream = plan.batches(begin)
-    with working(what, step - begin) as advance:
+    with show_progress(what, step - begin) as advance:
         while True:
             micro = next(stream)
             state, metrics = plan.train_step(state, micro)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from fgpt.cli import results, run_dir
-from fgpt.cli.console import console, working
+from fgpt.cli.console import console, show_progress
 from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
 from fgpt.cli.evaluation.run_evaluation import Figures, scored, shown
 from fgpt.cli.inference import classifiers
@@ -139,7 +139,7 @@ def run(asked: EvalOptions) -> dict[str, Any]:
     out = asked.out or it.at
     if out is not None:
         full = "-".join([NAME, *parts_of(settings)])
-        stem = results.free(out, [full] if asked.out is None else [NAME, full], settings, [".json"])
+        stem = results.free_name(out, [full] if asked.out is None else [NAME, full], settings, [".json"])
         write_json(out / f"{stem}.json", found)
         console.print(f"written: {out / stem}.json", markup=False, soft_wrap=True)
     return found
@@ -152,7 +152,7 @@ def settings_of(asked: EvalOptions, it: EvalTarget, text: str | None) -> dict[st
     usual = asdict(EvalOptions())
     chosen = {name: x for name, x in values.items() if x != usual[name]}
     chosen |= {name: shareable(x) for name, x in chosen.items() if isinstance(x, str | Path)}
-    model = {"trained": results.trained_as(it.at)} if it.at else {"base_sha256": hashed(where_is(it.base))}
+    model = {"trained": results.training_id(it.at)} if it.at else {"base_sha256": hashed(where_is(it.base))}
     return model | chosen | ({"text_sha256": hashed(text)} if text is not None else {})
 
 
@@ -168,9 +168,9 @@ def parts_of(settings: Mapping[str, Any]) -> list[str]:
 
 def part_of(name: str, value: Any) -> str:
     if name in ("text", "test"):
-        return results.part(Path(value).stem if value != "-" else "stdin")
+        return results.name_part(Path(value).stem if value != "-" else "stdin")
     if name in ("tasks", "labels"):
-        return results.part(value if isinstance(value, str) else "-".join(value))
+        return results.name_part(value if isinstance(value, str) else "-".join(value))
     if name in ("chat", "columns", "include_path"):
         return name.replace("_", "-")
     return f"{value}-{name}" if name in ("answers", "shots") else f"{name}-{value}"
@@ -196,8 +196,8 @@ def load(it: EvalTarget) -> GPT:
         return classifiers.load_classifier(it.at).params
     if it.run is not None and it.at is not None:
         return run_dir.load_tuned(it.at, load_base(it.run))
-    device = run_dir.device_of("auto")
-    with working(f"loading {it.base}"):
+    device = run_dir.resolve_device("auto")
+    with show_progress(f"loading {it.base}"):
         return tree_map(lambda x: x.to(device), models.load(it.base))
 
 
@@ -206,7 +206,7 @@ def load(it: EvalTarget) -> GPT:
 
 def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int) -> Figures:
     """The perplexities of a text, by name."""
-    with working("tokenizing"):
+    with show_progress("tokenizing"):
         tokens = tokenizer.encode(text)
     parts = scored(params, windows(tokens, tokenizer.bos, width, stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)

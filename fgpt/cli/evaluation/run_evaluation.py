@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from fgpt.cli import run_dir
-from fgpt.cli.console import console, working
+from fgpt.cli.console import console, show_progress
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
@@ -38,7 +38,7 @@ Figures = dict[str, float | int | None]
 def run_of(at: Path) -> InstructionRecipe | ClassificationRecipe:
     """The run that made a folder. Raises InputError for one that neither follows instructions nor classifies."""
     if not isinstance(run := run_dir.read_run(at), InstructionRecipe | ClassificationRecipe):
-        raise InputError(f"{at}: a pretrained model has no rows of its own; {run_dir.use_of(at, run)}")
+        raise InputError(f"{at}: a pretrained model has no rows of its own; {run_dir.suggest_use(at, run)}")
     return run
 
 
@@ -157,7 +157,7 @@ def scored(params: GPT, pairs: Sequence[Request], rows: int) -> list[LogLikeliho
     """`fgpt.evaluate.score` which shows how far it is."""
     some: Iterator[list[tuple[int, LogLikelihood]]] = iter_loglikelihood(params, pairs, rows)
     found: dict[int, LogLikelihood] = {}
-    with working("scoring", len(pairs)) as advance:
+    with show_progress("scoring", len(pairs)) as advance:
         for part in some:
             found.update(part)
             advance(len(part))

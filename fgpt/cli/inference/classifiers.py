@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fgpt.classification_head import with_classification_head
 from fgpt.cli import run_dir
-from fgpt.cli.console import working
+from fgpt.cli.console import show_progress
 from fgpt.cli.training.instruction_tuning import load_base
 from fgpt.data import packing
 from fgpt.data.classification_prompts import (
@@ -51,7 +51,7 @@ def log_probabilities(
     texts, common = [examples[i].tokens for i in by_length], common_to([x.tokens for x in examples])
     reads = _after(params, texts, common) if 2 * common > len(texts[0]) else _packed(params, texts, width)
     choices, found = torch.tensor(labels.output_ids), torch.empty(len(examples), len(labels.output_ids))
-    with working("telling classes", len(examples)) as advance:
+    with show_progress("telling classes", len(examples)) as advance:
         for numbers, h in reads:
             each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
             found[[by_length[i] for i in numbers]] = each
@@ -102,25 +102,25 @@ class LoadedClassifier(NamedTuple):
 
 def labels_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
     """Raises InputError for names that are several tokens, where the label is the next."""
-    return verbalizers(names, tokenizer) if run.head == "tokens" else class_labels(names)
+    return verbalizers(names, tokenizer) if run.head == "lm" else class_labels(names)
 
 
 def frame_of(
     run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()
 ) -> PromptFrame:
     """What stands around the texts of a run, in training and in use."""
-    return prompt_frame(run.prompt, names, tokenizer, run.head == "classes", shots)
+    return prompt_frame(run.prompt, names, tokenizer, run.head == "classifier", shots)
 
 
 def with_head(run: ClassificationRecipe, base: GPT, names: Sequence[str]) -> GPT:
     """The params that the run adapts: the base, or for classes the same with their head."""
-    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.head == "classes" else base
+    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.head == "classifier" else base
 
 
 def read_run(where: Path) -> ClassificationRecipe:
     """The run of classes that made a folder. Raises InputError for any other."""
     if not isinstance(run := run_dir.read_run(where), ClassificationRecipe):
-        raise InputError(f"{where} is no run that classifies, as emotion-small is: {run_dir.use_of(where, run)}")
+        raise InputError(f"{where} is no run that classifies, as emotion-small is: {run_dir.suggest_use(where, run)}")
     return run
 
 
@@ -136,7 +136,7 @@ def labels_or_own(run: ClassificationRecipe, given: Sequence[str]) -> tuple[str,
 
     Raises InputError for others where a head has learned its own, for fewer than two, and two that are the same.
     """
-    if given and run.head == "classes":
+    if given and run.head == "classifier":
         raise InputError(f"{run.name} has a head of its own labels, {', '.join(run.labels)}: leave --labels out")
     labels = tuple(given) or run.labels
     apply_labels(parse_labels(labels), ())

@@ -42,7 +42,7 @@ def merge(name: str, onto: Onto | None) -> Path:
     out = run_dir.find_finished(name)
     run = run_dir.read_run(out)
     if isinstance(run, PretrainingRecipe):
-        raise InputError(f"{out} is of no adapter: {run_dir.use_of(out, run)}")
+        raise InputError(f"{out} is of no adapter: {run_dir.suggest_use(out, run)}")
     if run.quantize is not None and onto is None:
         raise InputError(
             f"{name} was trained over {run.quantize}: say --merge-base dequantized, its own base, or --merge-base original"
@@ -79,7 +79,7 @@ def _base(run: InstructionRecipe | ClassificationRecipe) -> GPT:
 
 def _labels(run: InstructionRecipe | ClassificationRecipe) -> tuple[str, ...]:
     """The names of the classes of a head of classes."""
-    if not isinstance(run, ClassificationRecipe) or run.head != "classes":
+    if not isinstance(run, ClassificationRecipe) or run.head != "classifier":
         return ()
     return tuple(parse_labels(run.labels).values())
 

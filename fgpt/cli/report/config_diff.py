@@ -26,7 +26,7 @@ class Option:
 def options(run: Mapping[str, Any], recipe: str | None = None) -> list[Option]:
     """All but the name, in the run's order, beside those of a recipe, or of that which the run is named by."""
     usual: Any = recipes.RECIPES.get(run["name"] if recipe is None else recipe)
-    default = {} if usual is None else dict(_flat(usual().plain()))
+    default = {} if usual is None else dict(_flat(usual().to_json()))
     flat = [(name, value) for name, value in _flat(run) if name != "name"]
     return [Option(name, value, default.get(name, value), name in default) for name, value in flat]
 
@@ -59,6 +59,8 @@ def said(value: Any) -> str:
 
 
 def _typed(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
     values = [str(x) for x in value] if isinstance(value, list) else [str(value)]
     if len(values) == 1 and values[0].startswith("-"):  # no option of its own
         return [f"--{name}={values[0]}"]

@@ -10,7 +10,8 @@ from filelock import FileLock, Timeout
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.metrics_log import Line, read_metrics
-from fgpt.cli.paths import shareable, shared
+from fgpt.cli.paths import shareable, shareable_fields
+from fgpt.cli.run_json import recipe_fields
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError, shown
 from fgpt.io.files import read_json
@@ -52,7 +53,7 @@ class RunData:
     @property
     def kind(self) -> str:
         """tuning, classes or pretraining."""
-        return "classes" if "wording" in self.run else "tuning" if "adapter" in self.run else "pretraining"
+        return "classes" if "prompt" in self.run else "tuning" if "adapter" in self.run else "pretraining"
 
 
 def read(at: Path) -> RunData:
@@ -64,7 +65,7 @@ def read(at: Path) -> RunData:
     lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
     return RunData(
         folder=at,
-        run=shared(run),
+        run=shareable_fields(recipe_fields(run)),
         lines=lines,
         torn=torn,
         again=again,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fgpt.adapters import Adapters, adapt, trainable_leaves
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, working
+from fgpt.cli.console import announce, console, show_progress
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion, scores
 from fgpt.cli.inference.classifiers import frame_of, labels_of, log_probabilities, with_head
 from fgpt.cli.metrics_log import plot_loss
@@ -69,7 +69,7 @@ def trained_of(run: ClassificationRecipe, params: GPT) -> Adapters:
 
     Raises InputError where a target matches nothing that can be adapted.
     """
-    head = trainable_leaves(params, r"head\..*") if run.head == "classes" else {}
+    head = trainable_leaves(params, r"head\..*") if run.head == "classifier" else {}
     return build_adapters(run, params) | (trainable_leaves(params, run.tune_also) if run.tune_also else {}) | head
 
 
@@ -98,10 +98,10 @@ def build_job(run: ClassificationRecipe) -> tuple[TrainingJob, ScoringSet]:
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
-    run_dir.device_of(run.device)
-    if run.num_fewshot and run.head == "classes":
+    run_dir.resolve_device(run.device)
+    if run.num_fewshot and run.head == "classifier":
         raise InputError(
-            f"--num-fewshot {run.num_fewshot} want labels as next tokens: --head tokens, or leave them out"
+            f"--num-fewshot {run.num_fewshot} want labels as next tokens: --head lm, or leave them out"
         )
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     names, train, test = resolve_labels(run.labels, *read(run))
@@ -114,7 +114,7 @@ def build_job(run: ClassificationRecipe) -> tuple[TrainingJob, ScoringSet]:
         frame_of(run, names, tokenizer),
         min(run.max_seq_len, cfg.n_ctx),
     )
-    with working("tokenizing"):
+    with show_progress("tokenizing"):
         examples, cut = encode(train, labels, around, tokenizer, width)
         asked, cut_too = encode(test, labels, around, tokenizer, width)
         by, _ = encode(chosen, labels, around, tokenizer, width)
@@ -157,7 +157,7 @@ def classify(run: ClassificationRecipe, where: Path | None = None) -> Path:
 
     with run_dir.open_run_dir(run, it.steps, where) as out:
         table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (asked.commonest, None)}
-        if run.head == "tokens":
+        if run.head == "lm":
             assert it.initial_state is not None
             base = adapt(it.frozen, it.initial_state.trainable)  # adapters at their start change nothing
             table["base"] = scored(base, asked.examples)

@@ -12,7 +12,7 @@ import torch
 from fgpt.adapters import Adapters, adapt, dora, ia3, lora, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress, working
+from fgpt.cli.console import announce, console, progress, show_progress
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.metrics.nano import read_tasks
 from fgpt.cli.evaluation.metrics.text import nats
@@ -142,8 +142,8 @@ def load_base(run: FineTuningRecipe) -> GPT:
 
     Raises InputError where there is no such base or device, or the base is a classifier.
     """
-    device, dtype = run_dir.device_of(run.device), getattr(torch, run.dtype)
-    with working(f"loading {run.base}"):
+    device, dtype = run_dir.resolve_device(run.device), getattr(torch, run.dtype)
+    with show_progress(f"loading {run.base}"):
         if adapts_fused_qkv(run):
             params = fuse_qkv(models.load(run.base, dtype))
             params = params if run.quantize is None else quantize(params, run.quantize)
@@ -192,7 +192,7 @@ def assemble_job(
 
     Raises InputError where the best state is wanted, and nothing to judge it by.
     """
-    if (run.eval_every or run.take == "best") and (heldout is None or not run.eval_every):
+    if (run.eval_every or run.keep_best) and (heldout is None or not run.eval_every):
         raise InputError(
             "a held-out loss wants rows that are held out, and the best state one each --eval-every N steps"
         )
@@ -225,7 +225,7 @@ def build_job(run: InstructionRecipe) -> tuple[TrainingJob, list[InstructionRow]
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
-    look, _ = template(run.template), run_dir.device_of(run.device)
+    look, _ = template(run.template), run_dir.resolve_device(run.device)
     rows, heldout = split(run)
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     width = min(run.max_seq_len, cfg.n_ctx)

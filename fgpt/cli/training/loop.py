@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from fgpt.cli.console import claimed, console
-from fgpt.cli.errors import FULL
+from fgpt.cli.console import console, exclusive_progress, training_columns
+from fgpt.cli.errors import DISK_FULL
 from fgpt.cli.metrics_log import read_metrics, truncate_partial_line
 from fgpt.cli.run_dir import METRICS, resume_command
-from fgpt.cli.signals import on_first
+from fgpt.cli.signals import on_first_signal
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
@@ -136,7 +136,7 @@ def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
                 break
     checkpoints.prune(out, run.keep_checkpoints)  # again, for a training that was killed in the midst of its last
     interrupted = int(state.step) < plan.steps
-    if run.take == "best" and not interrupted:
+    if run.keep_best and not interrupted:
         if found := checkpoints.load_best(out, state, plan.fingerprint):
             state = found
             console.print(f"taking the state after step {int(state.step)}, of the least held-out loss")
@@ -148,18 +148,9 @@ def train_loop(plan: TrainingJob, out: Path) -> TrainResult:
 @contextlib.contextmanager
 def _progress_line(begin: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is yielded shows a step's line: as a bar in a terminal, elsewhere as some twenty lines in all."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-    )
     began = time.perf_counter()
-    bars = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
-    with claimed("training"), bars as bar:
+    bars = Progress(*training_columns(console.width), console=console, expand=True, disable=not console.is_terminal)
+    with exclusive_progress("training"), bars as bar:
         task = bar.add_task("training", total=steps, completed=begin, figures="")
 
         def show(line: dict[str, Any]) -> None:
@@ -189,7 +180,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        remedy = "free space" if err.errno in FULL else "see to it"
+        remedy = "free space" if err.errno in DISK_FULL else "see to it"
         raise InputError(f"cannot write to {out}: {err.strerror or err}; {remedy}, then {resume_hint(out)}") from None
     except InputError as err:
         if "free space" not in str(err):
@@ -213,5 +204,5 @@ def graceful_interrupt() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(RuntimeError):  # where it came in the middle of another line
             console.print("ending after this step; Ctrl-C again to end at once")
 
-    with on_first(ask):
+    with on_first_signal(ask):
         yield asked.is_set

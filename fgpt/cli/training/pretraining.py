@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress, working
+from fgpt.cli.console import announce, console, progress, show_progress
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.instruction_tuning import low_rate, print_saved
@@ -90,7 +90,7 @@ def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int)
     width = params.cfg.n_ctx
     ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
     pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.bos, width, width)]
-    with working("scoring held-out documents"):
+    with show_progress("scoring held-out documents"):
         logprobs = [x for each in loglikelihood(params, pairs, rows) for x in each.logprobs]
     sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
     return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
@@ -122,11 +122,11 @@ def build_job(run: PretrainingRecipe) -> tuple[TrainingJob, HeldOut]:
 
     Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
     """
-    device = run_dir.device_of(run.device)
+    device = run_dir.resolve_device(run.device)
     own = gpt2() if run.tokenizer == "gpt2" else None
     tokenizer = own or models.tokenizer(run.tokenizer)
     cfg = config_of(run, tokenizer)
-    if run.take == "best" and not run.eval_every:
+    if run.keep_best and not run.eval_every:
         raise InputError("the best state is that of the least held-out loss: --eval-every N takes it each N steps")
     texts, apart = split(run)
     tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from fgpt.cli.console import console
-from fgpt.cli.paths import shared
+from fgpt.cli.paths import shareable_fields
 from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
 from fgpt.recipes import TrainingRecipe
@@ -144,7 +144,7 @@ def _wandb(run: TrainingRecipe, folder: Path, name: str) -> Calls:
             id=name,
             resume="allow",
             dir=folder,
-            config=shared(run.to_json()),
+            config=shareable_fields(run.to_json()),
             settings=wandb.Settings(
                 console="off",  # what is printed here stays here
                 init_timeout=PATIENCE,
@@ -163,7 +163,7 @@ def _trackio(run: TrainingRecipe, folder: Path, name: str) -> Calls:
         import trackio  # more than a second  # pyright: ignore[reportMissingImports]
 
         it = trackio.init(
-            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shared(run.to_json()), embed=False
+            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shareable_fields(run.to_json()), embed=False
         )
 
     def finish() -> None:

@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgpt.cli import results
-from fgpt.cli.console import console, progress, working
+from fgpt.cli import results as result_names
+from fgpt.cli.console import console, progress, show_progress
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
 from fgpt.cli.evaluation.compare.contenders import BASE, Contender
@@ -74,11 +74,11 @@ def compare_runs(
     found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
     full = "-".join([short, *_others(first, prompts, count, alike)])
     names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
-    save(found, out, results.free(out, names, found.settings, ENDINGS))
+    save(found, out, result_names.free_name(out, names, found.settings, ENDINGS))
 
 
 def _of_file(prompts: str | None) -> list[str]:
-    return [] if prompts is None else [results.part(Path(prompts).stem)]
+    return [] if prompts is None else [result_names.name_part(Path(prompts).stem)]
 
 
 def _others(run: InstructionRecipe, prompts: str | None, count: int | None, alike: ComparisonDecoding) -> list[str]:
@@ -134,7 +134,7 @@ def answers(
     of equal length as neighbors want little padding. Each draws by a key that its place in `order` gives.
     """
     found: dict[int, Answer] = {}
-    with working("answering", len(order)) as advance:
+    with show_progress("answering", len(order)) as advance:
         for i in range(0, len(order), AT_ONCE):
             some = order[i : i + AT_ONCE]
             rng = fold_in(key(seed), i) if sampling.temperature else None

@@ -31,7 +31,7 @@ def find(names: Sequence[str]) -> list[Contender]:
     Raises InputError for no run, one that is not there, one given twice, or one over another base than the first's.
     """
     if not names:
-        there = ", ".join(run_dir.runs_in()) or "none yet: just train lora-nano makes one"
+        there = ", ".join(run_dir.run_names()) or "none yet: just train lora-nano makes one"
         raise InputError(f"expected a run or several: just compare RUN [RUN2 ..]; under runs/ there are {there}")
     folders = [run_dir.find_finished(name) for name in names]
     runs = [run_dir.instruction_run(path) for path in folders]

@@ -12,7 +12,7 @@ from fgpt.cli.evaluation.compare import prompt_file
 from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
-from fgpt.cli.results import trained_as
+from fgpt.cli.results import training_id
 from fgpt.cli.training.job import hashed
 from fgpt.data import finqa
 from fgpt.data.prompt_templates import InstructionRow
@@ -119,7 +119,7 @@ def settings(
         "base": shareable(first.base),
         "dtype": first.dtype,
         "quantize": first.quantize,
-        "trained": {side.name: trained_as(side.folder) for side in sides if side.folder is not None},
+        "trained": {side.name: training_id(side.folder) for side in sides if side.folder is not None},
         "prompts": asked.source,
         "prompts_sha256": hashed(list(asked.rows)),
         "most": most,

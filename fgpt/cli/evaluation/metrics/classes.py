@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fgpt.cli.figures import plain, save
+from fgpt.cli.figures import escape_mathtext, save_png
 
 
 class Scores(TypedDict):
@@ -46,7 +46,7 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    counts, n, names = found["confusion"], len(names), [plain(name) for name in names]
+    counts, n, names = found["confusion"], len(names), [escape_mathtext(name) for name in names]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     size = 2.2 + 0.85 * n
     figure, axes = plt.subplots(figsize=(size + 0.6, size), constrained_layout=True)
@@ -60,10 +60,10 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
     axes.set_xticks(range(n), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
     axes.set(xlabel="told", ylabel="true")
-    axes.set_title(f"{plain(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11)
+    axes.set_title(f"{escape_mathtext(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11)
     axes.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.set_yticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    save(figure, picture, 130)
+    save_png(figure, picture, 130)

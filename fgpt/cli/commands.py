@@ -1,0 +1,173 @@
+"""The commands of `fgpt`, by their names. A dataclass is a command whose fields are its options; calling an instance
+runs it. What a command imports, it imports when it runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
+from fgpt.cli.listing import print_recipes, print_runs
+from fgpt.cli.options import parse
+from fgpt.cli.train_command import doctor, train
+from fgpt.ranges import PositiveInt
+
+Run = Annotated[Positional[str], arg(metavar="RUN", help="The name of a run, or its folder.")]
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List what can be trained."""
+
+    def __call__(self) -> None:
+        print_recipes()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List what was trained, the newest first: name, recipe, step, loss, state."""
+
+    out: Path = Path("runs")
+    """The folder of run directories."""
+
+    def __call__(self) -> None:
+        print_runs(self.out)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer a prompt with a trained run, in the run's own prompt template."""
+
+    run: Run
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """The instruction."""
+    input: str = ""
+    """What the instruction is applied to."""
+    generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
+
+    def __call__(self) -> None:
+        from fgpt.cli.inference.generation import answer
+
+        answer(self.run, self.prompt, self.input, self.generation)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Have a conversation with a trained run, in the run's own prompt template."""
+
+    run: Run
+    generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
+
+    def __call__(self) -> None:
+        from fgpt.cli.inference.generation import chat
+
+        chat(self.run, self.generation)
+
+
+def classify(args: Sequence[str]) -> None:
+    """Print how likely each label of a text is, with a trained classifier."""
+    from fgpt.cli.inference.classify_texts import ClassifyOptions, run
+
+    run(parse(ClassifyOptions, args, None, "fgpt classify"))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare the base and its tuned runs on the same prompts, with scores."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ..")] = ()
+    """The names of runs, or their folders."""
+    prompts: str | None = None
+    """A .json or .jsonl file of texts or of objects with an instruction, or "general", 32 prompts of the package; None
+    takes the held-out prompts of the first run."""
+    num_prompts: PositiveInt | None = None
+    """Take the first N prompts; None takes all of a file, and as many held-out prompts as after training."""
+    decoding: OmitArgPrefixes[ComparisonDecoding] = DEFAULT_DECODING
+    out: Path | None = None
+    """Where to write; None takes the folder of the run, or for several runs a new one beside the first."""
+
+    def __call__(self) -> None:
+        from fgpt.cli.evaluation.compare import compare_runs
+
+        compare_runs(self.runs, self.decoding, self.prompts, self.num_prompts, self.out)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge a trained adapter into its base, as one model in Hugging Face's layout."""
+
+    run: Run
+    merge_base: Literal["dequantized", "original"] | None = None
+    """Of a quantized base: add the adapter to the dequantized weights that it was trained on, or the original ones."""
+
+    def __call__(self) -> None:
+        from fgpt.cli.inference.merging import merge
+
+        merge(self.run, self.merge_base)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Evaluate a run or a model: held-out loss, perplexity of a text, lm-eval's tasks."""
+    from fgpt.cli.evaluation.command import EvalOptions, run
+
+    run(parse(EvalOptions, args, None, "fgpt eval"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Show a run on one page: curves, options, samples, comparison, environment."""
+
+    run: Run
+
+    def __call__(self) -> None:
+        from fgpt.cli.report import run
+
+        run(self.run)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Recompute one step of a training: its examples, its loss, its gradient norm."""
+
+    run: Run
+    step: PositiveInt
+    """The number of the step, from 1."""
+
+    def __call__(self) -> None:
+        from fgpt.cli.diagnostics.replay import replay
+
+        replay(self.run, self.step)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "recipes": Recipes,
+    "runs": Runs,
+    "generate": Generate,
+    "chat": Chat,
+    "classify": classify,
+    "compare": Compare,
+    "eval": evaluate,
+    "merge": Merge,
+    "report": Report,
+    "replay": Replay,
+    "doctor": doctor,
+}
+"""Dataclasses of options, and functions of the arguments."""
+
+
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Run a command with its arguments. Raises InputError for bad ones."""
+    command = COMMANDS[name]
+    if isinstance(command, type):
+        parse(command, args, None, f"fgpt {name}")()
+    else:
+        command(args)
+
+
+def summaries() -> list[tuple[str, str]]:
+    """The name of each command and the first line of its docstring."""
+    return [(name, (command.__doc__ or "").splitlines()[0]) for name, command in COMMANDS.items()]

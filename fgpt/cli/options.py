@@ -1,0 +1,146 @@
+"""Options of a command line as a dataclass: tyro parses and documents them, errors are one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from docstring_parser import parse_from_object
+
+from fgpt import ranges
+from fgpt.cli.option_hints import similar_option, target_hint
+from fgpt.errors import InputError
+from fgpt.recipes import FineTuningRecipe, TrainingRecipe
+
+GROUPS = {
+    "data": (
+        "base data train test source max_seq_len template head labels overlong num_heldout heldout num_fewshot "
+        "tokenizer"
+    ),
+    "training": (
+        "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
+        "betas seed"
+    ),
+    "model": "adapter tune_also quantize n_layer n_head d_model vocab biases",
+    "speed": "device dtype remat compile peak_tflops",
+    "run": (
+        "name out eval_every keep_best checkpoint_every_minutes keep_checkpoints tracker compare_prompts max_new_tokens"
+    ),
+    "text": "columns prompt",
+}
+"""The options of recipes as help shows them: in groups, the most used first."""
+
+
+def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, description: str | None = None) -> Any:
+    """An instance of a dataclass from command-line options.
+
+    Args:
+        cls: The dataclass; each field is an option.
+        args: The command line without the command.
+        default: An instance whose values options replace, or None.
+        command: How the command is called, in its help and in errors.
+        description: What its help begins with; None takes the docstring of `cls`.
+
+    Raises:
+        InputError: for an unknown option, and for a value of a wrong type or out of range.
+    """
+    _check_names(cls, args, command)
+    if issubclass(cls, TrainingRecipe):
+        options = _ungroup(cls, _tyro(_group(cls, default), args, None, command, description or cls.__doc__))
+    else:
+        options = _tyro(cls, args, default, command, description)
+    ranges.check(options, "--")
+    if isinstance(options, FineTuningRecipe) and (hint := target_hint(options.adapter.target or "")):
+        raise InputError(f"--adapter.target {options.adapter.target} matches no path: {hint}")
+    return options
+
+
+def _check_names(cls: type[Any], args: Sequence[str], command: str) -> None:
+    """Raises InputError for the first option that `cls` does not have, with the one that may be meant."""
+    known = [*option_names(cls), "--help"] + ["--resume"] * issubclass(cls, TrainingRecipe)
+    for arg in args:
+        option = arg.partition("=")[0]
+        if not option.startswith("--") or option == "--" or option.replace("_", "-") in known:
+            continue
+        hint = similar_option(option) or ""
+        if hint.split(" ")[0] not in known:
+            hint = next(iter(difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.4)), "")
+        question = f"did you mean {hint}? " if hint else ""
+        raise InputError(f"no option {option}; {question}{command} --help lists them")
+
+
+def option_names(cls: type[Any], prefix: str = "") -> list[str]:
+    """Every option of a dataclass: --adapter.rank, --remat, --no-remat."""
+    names: list[str] = []
+    for field, hint in zip(dataclasses.fields(cls), ranges.hints(cls).values()):
+        name = field.name.replace("_", "-")
+        bare = hint.__origin__ if ranges.is_flat(hint) else hint
+        if dataclasses.is_dataclass(bare):
+            names += option_names(bare, prefix if ranges.is_flat(hint) else f"{prefix}{name}.")  # pyright: ignore
+        elif hint is bool:
+            names += [f"--{prefix}{name}", f"--{prefix}no-{name}"]
+        else:
+            names.append(f"--{prefix}{name}")
+    return names
+
+
+def _tyro(cls: type[Any], args: Sequence[str], default: Any, command: str, description: str | None) -> Any:
+    arguments = {} if default is None else {"default": default}
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            return tyro.cli(cls, args=args, prog=command, description=description, **arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(f"{_error_of(output.getvalue())}; {command} --help lists them") from None
+
+
+def _error_of(output: str) -> str:
+    """The error that tyro prints: in a box if it can, with a title, the message, and explanations after a rule."""
+    lines = [line.strip("│╭╮╰╯─|+- ") for line in output.splitlines()]
+    message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
+    return message.rstrip(".") or "unusable options"
+
+
+# ------------------------------------------------------------------------------------------------------ help in groups
+
+
+def _group(cls: type[Any], default: Any) -> type[Any]:
+    """A dataclass of dataclasses, one for each of GROUPS and one for each field that is a dataclass itself."""
+    hints, texts = ranges.hints(cls), _help_texts(cls)
+    groups: list[tuple[str, Any, Any]] = []
+    for title, names in GROUPS.items():
+        fields: list[tuple[str, Any, Any]] = []
+        nested: list[tuple[str, Any, Any]] = []
+        for name in names.split():
+            if name in hints:
+                hint = Annotated[hints[name], tyro.conf.arg(help=texts.get(name, ""))]
+                value = dataclasses.field(default=getattr(default, name))
+                (nested if dataclasses.is_dataclass(hints[name]) else fields).append((name, hint, value))
+        if fields:
+            group = dataclasses.make_dataclass(title, fields, frozen=True)
+            groups.append((title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
+        groups += nested
+    return dataclasses.make_dataclass(cls.__name__, groups, frozen=True)
+
+
+def _ungroup(cls: type[Any], groups: Any) -> Any:
+    """The recipe that an instance of `_group(cls)` holds."""
+    values: dict[str, Any] = {}
+    for name, group in vars(groups).items():
+        values |= vars(group) if name in GROUPS else {name: group}
+    return cls(**values)
+
+
+def _help_texts(cls: type[Any]) -> dict[str, str]:
+    """The docstrings of a dataclass's fields, those of its bases included."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for field in parse_from_object(base).params:
+            texts[field.arg_name] = " ".join((field.description or "").split())
+    return texts

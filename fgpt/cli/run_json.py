@@ -1,0 +1,100 @@
+"""run.json: the recipe that a run directory was made by.
+
+{"kind": "instruction", "version": 1, "name": "lora-nano", "base": "nano", ..}
+
+Fields that are absent take their defaults, so that runs stay readable when recipes get new fields. A field that a
+recipe does not have is an error, as training without it would be another training.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from beartype.door import is_bearable
+
+from fgpt import ranges
+from fgpt.cli.paths import shareable_fields, with_full_paths, write_full_paths
+from fgpt.errors import InputError, shown
+from fgpt.io.files import read_json, write_json
+from fgpt.recipes import KINDS, AnyRecipe, TrainingRecipe
+
+RUN = "run.json"
+VERSION = 1
+"""Of the format: raised if an older fgpt would misread what a newer one writes."""
+HEADER = ("kind", "version")
+"""The entries that are no fields of the recipe."""
+
+
+def write_run(folder: Path, run: TrainingRecipe) -> None:
+    """Write run.json with shareable paths, and local.json with the full ones."""
+    fields = run.to_json()
+    write_full_paths(folder, fields)
+    write_json(folder / RUN, {"kind": run.kind, "version": VERSION} | shareable_fields(fields))
+
+
+def read_run(folder: Path) -> AnyRecipe:
+    """The recipe of a run directory.
+
+    Raises InputError for a run.json of an unknown kind or a newer version, and for fields that are unknown, missing or
+    of a wrong type or range.
+    """
+    path = folder / RUN
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a recipe, got {shown(values)}")
+    recipe = _recipe_class(path, values)
+    fields = with_full_paths(folder, recipe_fields(values))
+    try:
+        run = _from_json(recipe, fields)
+        ranges.check(run)
+    except InputError as err:
+        raise InputError(f"{path}: {err}; correct it, or train it again") from None
+    return run
+
+
+def recipe_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of run.json that are fields of the recipe."""
+    return {name: value for name, value in values.items() if name not in HEADER}
+
+
+def _recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
+    kind, version = values.get("kind"), values.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(f"{path}: version {version} is newer than this fgpt, which reads {VERSION}: upgrade fgpt")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{path}: expected a kind, one of {', '.join(KINDS)}, got {shown(kind)}; train it again")
+    if type(version) is not int or version < 1:
+        raise InputError(f"{path}: expected version {VERSION}, got {shown(version)}; train it again")
+    return KINDS[kind]
+
+
+def _from_json(type_: Any, value: Any, name: str = "") -> Any:
+    """`value` from JSON as a field of type `type_`. Raises InputError if it does not fit."""
+    if dataclasses.is_dataclass(type_) and isinstance(value, dict):
+        return _dataclass_from_json(type_, value, name)
+    if get_origin(type_) is tuple and isinstance(value, list):
+        value = tuple(_from_json(get_args(type_)[0], x, name) for x in value)
+    elif Path in (type_, *get_args(type_)) and isinstance(value, str):
+        value = Path(value)
+    elif float in (type_, *get_args(type_)) and type(value) is int:
+        value = float(value)
+    hint: Any = type_
+    if not is_bearable(value, hint):
+        raise InputError(f"{name} is {shown(value)}: expected {getattr(type_, '__name__', type_)}")
+    return value
+
+
+def _dataclass_from_json(cls: Any, values: dict[str, Any], name: str) -> Any:
+    prefix = f"{name}." if name else ""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = get_type_hints(cls)  # without the ranges of numbers, which are checked at the end
+    if unknown := [prefix + key for key in values if key not in fields]:
+        raise InputError(f"unknown field {', '.join(map(shown, unknown))}: this version has no such option")
+    if missing := [prefix + key for key, field in fields.items() if key not in values and _is_required(field)]:
+        raise InputError(f"no field {', '.join(missing)}: expected a value")
+    return cls(**{key: _from_json(types[key], value, prefix + key) for key, value in values.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -1,0 +1,109 @@
+"""`fgpt train` and `fgpt doctor`: a recipe and its options, or a run to resume."""
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from fgpt import recipes
+from fgpt.cli.console import answers
+from fgpt.cli.listing import print_recipes
+from fgpt.cli.options import parse
+from fgpt.errors import InputError
+
+HELP = ("-h", "--help")
+
+
+def train(args: Sequence[str]) -> None:
+    """Train a recipe, or resume a run: fgpt train lora-nano --lr 1e-3."""
+    name, *options = args or [""]
+    if _wants_recipe("train", name):
+        return
+    if "--resume" in options:
+        run, folder = resume(name, [option for option in options if option != "--resume"])
+    else:
+        run, folder = recipe_with_options(name, options, f"fgpt train {name}"), None
+    from fgpt.cli.training import tasks, trackers
+
+    trackers.check(run)
+    tasks.run(run, folder)
+
+
+def doctor(args: Sequence[str]) -> None:
+    """Check a recipe on your model, data and machine before training it."""
+    name, *options = args or [""]
+    if _wants_recipe("doctor", name):
+        return
+    from fgpt.cli.diagnostics.doctor import run
+
+    run(recipe_with_options(name, options, f"fgpt doctor {name}"))
+
+
+def _wants_recipe(command: str, name: str) -> bool:
+    """Whether help was asked for, which is then printed. Raises InputError if no recipe is named."""
+    if name in HELP:
+        answers.print(f"usage: fgpt {command} RECIPE [options]\n")
+        answers.print(f"fgpt {command} RECIPE --help lists the options of a recipe.")
+        if command == "train":
+            answers.print(
+                "fgpt train RECIPE --resume resumes its newest unfinished run, fgpt train RUN --resume any run."
+            )
+        answers.print("\nThe recipes:\n")
+        print_recipes()
+    elif not name:
+        raise InputError(f"expected a recipe: fgpt {command} RECIPE [options]; `fgpt recipes` lists them")
+    return name in HELP
+
+
+def recipe_with_options(name: str, options: Sequence[str], command: str) -> recipes.AnyRecipe:
+    """A recipe with its options replaced. Raises InputError for an unknown recipe or option."""
+    if name not in recipes.RECIPES and (folder := _run_dir_of(name)):
+        raise InputError(
+            f"no recipe named {name!r}: {folder} is a run that a recipe has made; give that recipe, and --name "
+            f"{folder.name}"
+        )
+    recipe = recipes.find(name)
+    return parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
+
+
+def _run_dir_of(name: str) -> Path | None:
+    """The run directory if `name` is a run and no recipe."""
+    from fgpt.cli import run_dir
+
+    folders = (Path(name), Path("runs") / name)
+    return next((folder for folder in folders if name and (folder / run_dir.RUN).is_file()), None)
+
+
+def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
+    """The recipe and the directory of an unfinished run, by the name of its recipe, its own name or its folder.
+
+    Raises InputError if there is none, or an option would make it another training.
+    """
+    from fgpt.cli import run_dir
+    from fgpt.cli.training.job import LASTING
+
+    command = f"fgpt train {name} --resume"
+    if name in recipes.RECIPES:
+        recipe = recipe_with_options(name, options, command)
+        folder = run_dir.find_unfinished(recipe.name, recipe.out)
+    else:
+        folder = run_dir.find_unfinished(name, _out_option(options))
+    started = run_dir.read_run(folder)
+    run = parse(type(started), options, started, command)
+    for field in dataclasses.fields(run):
+        before, now = getattr(started, field.name), getattr(run, field.name)
+        if before != now and field.name not in LASTING:
+            restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
+            raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
+    return run, folder
+
+
+def _out_option(options: Sequence[str]) -> Path:
+    """The value of --out, which is needed before it is known which recipe's options these are."""
+    for option, value in itertools.pairwise([*options, ""]):
+        if option == "--out":
+            return Path(value)
+        if option.startswith("--out="):
+            return Path(option.removeprefix("--out="))
+    return Path("runs")
