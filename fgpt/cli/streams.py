@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def robust() -> Iterator[None]:
 class _Lasting:
     """A stream whose writing never fails. Everything else is the stream's own."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -60,7 +60,7 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-def drop(stream: TextIO) -> None:
+def drop(stream: Any) -> None:
     """Lead a stream that cannot be written any more to nowhere, with what is still in its buffer; else Python would try
     to write that at its end, and complain.
     """

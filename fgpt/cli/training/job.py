@@ -85,7 +85,7 @@ def options(run: TrainingRecipe) -> str:
     return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)  # 1 and 1.0 are one number
 
 
-LASTING = ("checkpoint", "keep", "track", "out")
+LASTING = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
 """Options that change nothing of what is trained."""
 
 
