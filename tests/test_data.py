@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.cli.evaluation.compare import prompt_file
 from fgpt.cli.training.documents import read as read_documents
-from fgpt.cli.training.instruction_tuning import held_out_of
+from fgpt.cli.training.examples import num_heldout
 from fgpt.data import classification_datasets
 from fgpt.data.conversations import Message
 from fgpt.data.instruction_datasets import Columns, load_rows
@@ -677,7 +677,7 @@ def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
     ("count", "wanted", "held"), [(60, 64, 6), (64, 64, 6), (127, 64, 12), (128, 64, 64), (2, 9, 1)]
 )
 def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
-    assert held_out_of(range(count), wanted, "a.jsonl") == held
+    assert num_heldout(range(count), wanted, "a.jsonl") == held
     said = " ".join(capsys.readouterr().err.split())
     assert said == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: --num-heldout {wanted} would be "
                     "more than half")  # fmt: skip
@@ -685,4 +685,4 @@ def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.
 
 def test_one_row_cannot_be_shared():
     with pytest.raises(InputError, match=r"^a\.jsonl has 1 rows: expected 2 or more, one of them to be held out"):
-        held_out_of(range(1), 1, "a.jsonl")
+        num_heldout(range(1), 1, "a.jsonl")

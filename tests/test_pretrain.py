@@ -18,12 +18,12 @@ from conftest import shared
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare import contenders as compare_sides
-from fgpt.cli.inference.generation import LoadedRun, conversation
+from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import documents, mfu
-from fgpt.cli.training.instruction_tuning import split
-from fgpt.cli.training.pretraining import batches, config_of, figures, held_out
+from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
@@ -150,7 +150,7 @@ def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.Mon
     again, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
     assert again.encode(text) == own.encode(text)
     assert (again.eos, again.n_vocab) == (50_256, 50_257)
-    lines = [line.split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
+    lines = [line.load_instruction_split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
     assert [base64.b64decode(token) for token, _ in lines[-3:]] == [
         own.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
     ]
@@ -268,7 +268,7 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
     assert last["heldout_loss"] == pytest.approx(result["loss"], abs=1e-2)  # saved in fp16
     tokenizer = fgpt.tokenizer(str(pretrained / "model"))
     text = documents.read(texts[1])
-    assert figures(held_out(params, tokenizer, text, 8), text) == pytest.approx(
+    assert figures(heldout_perplexity(params, tokenizer, text, 8), text) == pytest.approx(
         {name: x for name, x in result.items() if name not in ("before", "heldout_documents")}, rel=1e-4
     )
 
@@ -276,10 +276,10 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
     ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.bos, stride=64)
-    of = held_out(params, NANO, [text], 8)
+    of = heldout_perplexity(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
-    two = held_out(params, NANO, [text, text], 3)
+    two = heldout_perplexity(params, NANO, [text, text], 3)
     assert (two.loss, two.bits_per_byte) == pytest.approx((of.loss, of.bits_per_byte), rel=1e-5)
     assert main(["eval", "--base", str(pretrained / "model"), "--text", str(texts[1])]) == 0
     assert "word perplexity" in capsys.readouterr().err
@@ -335,12 +335,12 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     assert NANO.decode(list(example.tokens)) == text + "Tim.<|endoftext|>"
     assert compare_sides.prompts(compare_sides.Contender("base", run), [row], NANO) == [prompt]
     params = fgpt.load(run.base)
-    assert conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
+    assert encode_conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
     assert main(["eval", str(tuned[0])]) == 0
-    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in split(run)[1]]
+    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
     assert all(any(x[: len(prompt)] == prompt for prompt in prompts) for x in read)
 

@@ -36,7 +36,7 @@ def train(args: Sequence[str]) -> None:
     from fgpt.cli.training import tasks, trackers
 
     trackers.check(run)
-    tasks.run(run, where)
+    tasks.run_recipe(run, where)
 
 
 def named(name: str, options: Sequence[str], command: str) -> recipes.AnyRecipe:
@@ -60,7 +60,7 @@ def resumed(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]
     Raises InputError where there is none, or the options would make it another run.
     """
     from fgpt.cli import run_dir
-    from fgpt.cli.training.job import LASTING
+    from fgpt.cli.training.job import MUTABLE_OPTIONS
 
     command = f"just train {name} --resume"
     if name in recipes.RECIPES:
@@ -72,7 +72,7 @@ def resumed(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]
     run = parse(type(recorded), options, recorded, command)
     for field in dataclasses.fields(run):
         was, now = getattr(recorded, field.name), getattr(run, field.name)
-        if was != now and field.name not in LASTING:
+        if was != now and field.name not in MUTABLE_OPTIONS:
             anew = "leave out --resume" if name in recipes.RECIPES else "begin a new run"
             raise InputError(f"{where} was begun with {field.name} {was}, not {now}: leave it out, or {anew}")
     return run, where

@@ -18,8 +18,8 @@ from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
 from fgpt.cli.evaluation.run_evaluation import Figures, scored, shown
 from fgpt.cli.inference import classifiers
 from fgpt.cli.paths import shareable
-from fgpt.cli.training.instruction_tuning import load_base
-from fgpt.cli.training.job import hashed
+from fgpt.cli.training.build import load_base
+from fgpt.cli.training.job import content_hash
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import perplexity, window_and_stride, windows
@@ -152,8 +152,8 @@ def settings_of(asked: EvalOptions, it: EvalTarget, text: str | None) -> dict[st
     usual = asdict(EvalOptions())
     chosen = {name: x for name, x in values.items() if x != usual[name]}
     chosen |= {name: shareable(x) for name, x in chosen.items() if isinstance(x, str | Path)}
-    model = {"trained": results.trained_as(it.at)} if it.at else {"base_sha256": hashed(where_is(it.base))}
-    return model | chosen | ({"text_sha256": hashed(text)} if text is not None else {})
+    model = {"trained": results.trained_as(it.at)} if it.at else {"base_sha256": content_hash(where_is(it.base))}
+    return model | chosen | ({"text_sha256": content_hash(text)} if text is not None else {})
 
 
 def where_is(base: str) -> str:

@@ -21,6 +21,7 @@ from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
+from fgpt.cli.training.examples import load_instruction_split
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
@@ -38,12 +39,10 @@ AT_ONCE = 32
 """Prompts answered in one batch."""
 
 
-def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> None:
-    """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
-    folder, and print the scores with a few answers.
-    """
+def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> Comparison:
+    """The answers of base and tuned model to held-out prompts, and their scores."""
     sides = compare_sides.from_runs([run], [out])
-    save(compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING), out, NAME)
+    return compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING)
 
 
 def compare_runs(
@@ -66,9 +65,8 @@ def compare_runs(
     out = out or _place(sides)
     _writable(out)
     if prompts is None:
-        from fgpt.cli.training.instruction_tuning import split
-
-        asked = held_out(sides, split(first)[1], count or first.compare_prompts or InstructionRecipe.compare_prompts)
+        _, heldout = load_instruction_split(first)
+        asked = held_out(sides, heldout, count or first.compare_prompts or InstructionRecipe.compare_prompts)
     else:
         asked = compare_asked.from_file(sides, prompts, count)
     found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
