@@ -16,10 +16,9 @@ from fgpt.cli import results, run_dir
 from fgpt.cli.console import console, working
 from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
 from fgpt.cli.evaluation.run_evaluation import Figures, scored, shown
-from fgpt.cli.inference import classifiers
 from fgpt.cli.paths import shareable
-from fgpt.cli.training.build import load_base
 from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.tasks import task_type
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import perplexity, window_and_stride, windows
@@ -192,10 +191,8 @@ def subject(asked: EvalOptions) -> EvalTarget:
 
 def load(it: EvalTarget) -> GPT:
     """A run's model as it was trained, or a base in fp32, on the device there is."""
-    if isinstance(it.run, ClassificationRecipe) and it.at is not None:
-        return classifiers.load_classifier(it.at).params
     if it.run is not None and it.at is not None:
-        return run_dir.load_tuned(it.at, load_base(it.run))
+        return run_dir.load_tuned(it.at, task_type(it.run).load_base(it.run))
     device = run_dir.device_of("auto")
     with working(f"loading {it.base}"):
         return tree_map(lambda x: x.to(device), models.load(it.base))

@@ -7,17 +7,15 @@ from typing import Any, Literal
 from rich.table import Table
 
 from fgpt.adapters import merge as merge_adapters
-from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
 from fgpt.cli.training.tasks import task_type
 from fgpt.data import packing
-from fgpt.data.classification_prompts import parse_labels
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import compare_outputs
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
-from fgpt.recipes import ClassificationRecipe, FineTuningRecipe
+from fgpt.recipes import FineTuningRecipe
 from fgpt.tree import device, tree_map
 
 MERGED = "merged"
@@ -52,15 +50,11 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     target = device(base)
     examples = task.load_heldout_examples(recipe, base, NUM_EXAMPLES)
     batch = tree_map(lambda x: x.to(target), packing.collate([[example] for example in examples]))
-    # the names of the classes of a classification head
-    labels: tuple[str, ...] = ()
-    if isinstance(recipe, ClassificationRecipe) and num_classes(base) is not None:
-        labels = tuple(parse_labels(recipe.labels).values())
     folder_name = MERGED if recipe.quantize is None else f"{MERGED}-{merge_base}"
     summary: dict[str, Any] = {"onto": merge_base, "held-out rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
     with atomic_dir(out / folder_name) as partial:
-        models.save(merged_params, partial, like=recipe.base, labels=labels)
+        models.save(merged_params, partial, like=recipe.base, labels=task.class_names(recipe))
         stored = tree_map(lambda x: x.to(target), models.load(str(partial), None))
         for source, params in (("in memory", merged_params), ("read back", stored)):
             difference = compare_outputs(trained, params, batch)

@@ -125,6 +125,10 @@ class ClassificationTask:
         return with_head(recipe, load_base(recipe), recipe.labels)
 
     @staticmethod
+    def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:
+        return tuple(parse_labels(recipe.labels).values()) if recipe.head == "classes" else ()
+
+    @staticmethod
     def load_heldout_examples(recipe: ClassificationRecipe, base: GPT, limit: int) -> list[Example]:
         tokenizer, max_seq_len = models.tokenizer(recipe.base), min(recipe.max_seq_len, base.cfg.n_ctx)
         names, rows = apply_labels(parse_labels(recipe.labels), load_test_texts(recipe)[:limit])

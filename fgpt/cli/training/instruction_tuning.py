@@ -72,6 +72,10 @@ class InstructionTask:
         return load_base(recipe)
 
     @staticmethod
+    def class_names(recipe: InstructionRecipe) -> tuple[str, ...]:
+        return ()
+
+    @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, base: GPT, limit: int) -> list[Example]:
         _, heldout = load_instruction_split(recipe)
         return fitting(base.cfg, models.tokenizer(recipe.base), recipe, heldout[:limit])

@@ -187,6 +187,10 @@ class PretrainingTask:
         raise InputError(f"{recipe.name} is a pretraining: it adapts no base")
 
     @staticmethod
+    def class_names(recipe: PretrainingRecipe) -> tuple[str, ...]:
+        return ()
+
+    @staticmethod
     def load_heldout_examples(recipe: PretrainingRecipe, base: GPT, limit: int) -> list[Example]:
         raise InputError(f"{recipe.name} is a pretraining: its held-out documents are no examples")
 

@@ -62,6 +62,10 @@ class TaskType(Protocol):
         """What the recipe adapts. Raises InputError if it adapts nothing."""
         ...
 
+    def class_names(self, recipe: Any) -> tuple[str, ...]:
+        """The classes of the recipe's classification head; none if it has no such head."""
+        ...
+
     def load_heldout_examples(self, recipe: Any, base: GPT, limit: int) -> list[Example]:
         """Up to `limit` examples that the recipe does not train on."""
         ...
