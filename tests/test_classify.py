@@ -406,7 +406,7 @@ def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
         run = find(name)
         assert isinstance(run, ClassificationRecipe)
         assert run.test is None
-        mine = replace(run, train=str(path), columns=Columns(), labels=(), heldout=40)
+        mine = replace(run, train=str(path), columns=Columns(), labels=(), num_heldout=40)
         train, test = load_classification_split(mine)
         assert (len(train), len(test)) == (360, 40)
         assert {row.text for row in train} | {row.text for row in test} == {f"text {i}" for i in range(400)}

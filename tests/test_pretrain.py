@@ -106,8 +106,8 @@ def test_tinytiny_has_its_origins_parameters():
     assert num_elements(bare.wpe) == 256 * 384
     assert bare.head is None
     assert not any(path.endswith(".b") for path in leaves(bare))
-    assert run.rows * run.accumulate * run.seq == 122_880
-    assert mfu.flops(bare, run.seq) == 6 * 26_398_080 + 12 * 4 * 384 * 256
+    assert run.micro_batch_size * run.grad_accumulation_steps * run.max_seq_len == 122_880
+    assert mfu.flops(bare, run.max_seq_len) == 6 * 26_398_080 + 12 * 4 * 384 * 256
     lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.target_pattern)  # pyright: ignore
     assert fgpt.num_trainable(lora) == 2_506_752
 
@@ -150,7 +150,7 @@ def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.Mon
     again, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
     assert again.encode(text) == own.encode(text)
     assert (again.eos, again.n_vocab) == (50_256, 50_257)
-    lines = [line.load_instruction_split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
+    lines = [line.split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
     assert [base64.b64decode(token) for token, _ in lines[-3:]] == [
         own.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
     ]
@@ -240,7 +240,7 @@ def test_long_answers_are_cut_and_long_prompts_are_not():
 
 def test_the_schedule_falls_to_its_floor_as_torchs_does():
     run: Any = find("tinytiny-pretrain")
-    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.floor)
+    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.min_lr_ratio)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=6e-4)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
     ours = [float(schedule(torch.tensor(step))) for step in range(60)]
@@ -356,11 +356,11 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
         (["--data", "bytes.txt"], "bytes.txt: expected a text in UTF-8"),
         (["--data", "one.txt"], "one.txt holds one document: name another text to measure on, --heldout FILE"),
         (["--data", "one.txt", "--heldout", "missing.txt"], "missing.txt: expected a text"),
-        (["--max-seq-len", "1"], "seq is 1: expected 2 or more"),
+        (["--max-seq-len", "1"], "max_seq_len is 1: expected 2 or more"),
         (["--steps", "0"], "steps is 0: expected 1 or more"),
-        (["--grad-accumulation-steps", "0"], "accumulate is 0: expected 1 or more"),
-        (["--eval-every", "0"], "evaluate is 0: expected 1 or more"),
-        (["--peak-tflops", "0"], "peak is 0.0: expected a number above 0"),
+        (["--grad-accumulation-steps", "0"], "grad_accumulation_steps is 0: expected 1 or more"),
+        (["--eval-every", "0"], "eval_every is 0: expected 1 or more"),
+        (["--peak-tflops", "0"], "peak_tflops is 0.0: expected a number above 0"),
         (["--vocab", "4000"], "vocab is 4000: expected a row for each of the 4096 tokens, or more"),
         (["--n-head", "5"], "does not divide into 5 heads"),
         (["--source", "wikipedia"], "wikipedia"),

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -20,6 +21,10 @@ TITLE = re.compile(r"^ \n(?= = [^=\n]+ = \n \n)", re.MULTILINE)
 """The beginning of a WikiText article: its title is between blank lines, with one = where a section has more."""
 HUB_LIMITS = {"tinystories": 100_000}
 """The number of documents read from the hub, if not all: 20 M tokens, more than pretrain-nano reads."""
+
+
+Document: TypeAlias = Int[Tensor, " _"]
+"""The tokens of a document, int32."""
 
 
 def read(path: Path) -> list[str]:
@@ -55,13 +60,13 @@ def from_hub(source: str) -> list[str]:
     return texts
 
 
-def encode(documents: Iterable[str], tokenizer: Tokenizer) -> list[Int[Tensor, " length"]]:
+def encode(documents: Iterable[str], tokenizer: Tokenizer) -> list[Document]:
     """Tokens of each document, without an end-of-text token: 4 bytes per token, where a list takes forty."""
     return [torch.tensor(tokenizer.encode(document), dtype=torch.int32) for document in documents]
 
 
 def rows(
-    documents: list[Int[Tensor, " length"]], eos_token_id: int, seq: int, rng: torch.Generator
+    documents: list[Document], eos_token_id: int, seq: int, rng: torch.Generator
 ) -> Iterator[Int[Tensor, "seq+1"]]:
     """Rows of `seq` + 1 tokens, epoch after epoch, without end.
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, working
@@ -79,7 +77,7 @@ def load_documents(recipe: PretrainingRecipe) -> tuple[list[str], list[str]]:
 
 
 def batches(
-    tokens: list[Int[Tensor, " length"]],
+    tokens: list[documents.Document],
     eos_token_id: int,
     recipe: PretrainingRecipe,
     rng: torch.Generator,
