@@ -20,6 +20,7 @@ from fgpt.cli.training.loop import train_loop
 from fgpt.losses import Batch, nll
 from fgpt.optim import adamw, constant_schedule
 from fgpt.recipes import find
+from fgpt.rng import fold_in
 from fgpt.train_step import init_state, make_step
 
 WARM, TIMES = 1000, 1000
@@ -46,7 +47,7 @@ def steps(leak: bool = False) -> int:
                 sizes.append(resident())
             if leak:
                 kept.append(torch.ones(2500))
-            x = torch.randint(31, (8, 17), generator=fgpt.rng.fold_in(fgpt.key(1), number))
+            x = torch.randint(31, (8, 17), generator=fold_in(fgpt.key(1), number))
             yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
 
     job = TrainingJob(

@@ -99,6 +99,7 @@ def num_steps(examples: list[Example], recipe: FineTuningRecipe, max_seq_len: in
 def assemble_job(
     recipe: FineTuningRecipe,
     base: GPT,
+    *,
     adapters: Adapters,
     examples: list[Example],
     max_seq_len: int,

@@ -99,11 +99,13 @@ class ClassificationTask:
         job = assemble_job(
             recipe,
             base,
-            adapters,
-            examples,
-            max_seq_len,
-            tokenizer,
-            (lambda params: score(params, heldout_examples, labels, max_seq_len)[1]) if heldout_examples else None,
+            adapters=adapters,
+            examples=examples,
+            max_seq_len=max_seq_len,
+            tokenizer=tokenizer,
+            heldout_loss=(lambda params: score(params, heldout_examples, labels, max_seq_len)[1])
+            if heldout_examples
+            else None,
             test_rows=test_examples,
             rows_with_shots=fewshot_examples,
             heldout_rows=heldout_examples,

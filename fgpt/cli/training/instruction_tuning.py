@@ -50,11 +50,11 @@ class InstructionTask:
         job = assemble_job(
             recipe,
             base,
-            adapters,
-            examples,
-            max_seq_len,
-            tokenizer,
-            (lambda params: nats(params, heldout_examples)) if heldout_examples else None,
+            adapters=adapters,
+            examples=examples,
+            max_seq_len=max_seq_len,
+            tokenizer=tokenizer,
+            heldout_loss=(lambda params: nats(params, heldout_examples)) if heldout_examples else None,
             heldout_rows=heldout,
             template=repr(prompt_template),
         )

@@ -59,7 +59,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             _check_finite(metrics, step, lr)
             guard.check(previous, state, lr)
             del previous  # its memory is free for the next step
-            line = log.measure(step, metrics, lr, micro_batches, target, job.mfu)
+            line = log.measure(step, metrics, lr=lr, micro_batches=micro_batches, device=target, mfu=job.mfu)
             with log.pause():
                 heldout_loss = _heldout_loss(job, state)
                 if heldout_loss is not None:

@@ -58,6 +58,7 @@ class MetricsLog:
         self,
         step: int,
         metrics: Metrics,
+        *,
         lr: float,
         micro_batches: Sequence[Batch],
         device: torch.device,
