@@ -432,10 +432,10 @@ def test_folders_and_the_hub_s_cache(tmp_path: Path):
     )
     code = """
 import sys
-from fgpt.data.classification_datasets import rows
+from fgpt.data.classification_datasets import load_labeled_texts
 for source, split in (("mine", "test"), ("mine", "train"), ("emotion", "test"), ("emotion", "train")):
     try:
-        print([(row.text, row.label) for row in rows(source, split)])
+        print([(row.text, row.label) for row in load_labeled_texts(source, split)])
     except Exception as err:
         print(type(err).__name__, err)
 """
@@ -496,7 +496,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     assert found["scores"]["tuned"]["accuracy"] > 0.9
     assert found["scores"]["majority label"]["accuracy"] == 0.5
     trained = load_classifier(out)  # from its files alone
-    assert isinstance(trained.run, ClassificationRecipe)
+    assert isinstance(trained.recipe, ClassificationRecipe)
     test = load_labeled_texts(feelings[-1])
     told = predict(trained, [LabeledText(row.text) for row in test]).argmax
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
@@ -597,7 +597,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--labels", "joy=x", "fear=x"], r"one is there twice"),
         ("i am glad;joy", GOOD, [], r"labels are joy: expected at least two"),
         (GOOD, GOOD, ["--head", "tokens", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
-        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 want labels as next tokens: --head tokens"),
+        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 needs labels as next tokens: give --head tokens"),
         (
             GOOD,
             GOOD,
