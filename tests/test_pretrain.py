@@ -67,12 +67,6 @@ SHORT = [
 ]
 
 
-class Large:
-    """As many tokens as GPT-2's tokenizer has."""
-
-    n_vocab = 50_257
-
-
 def told(name: str, times: int) -> str:
     return " ".join(f"Once there was a fox named {name}. {name} ran home to eat." for _ in range(times))
 
@@ -99,7 +93,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path
 
 def test_tinytiny_has_its_origins_parameters():
     run: Any = find("tinytiny-pretrain")
-    cfg = config_of(run, Large())  # pyright: ignore[reportArgumentType]
+    cfg = config_of(run, 50_257)
     bare = abstract_params(cfg)
     assert bare.wpe is not None
     assert num_elements(bare) - num_elements(bare.wpe) == 26_398_080
@@ -297,7 +291,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> tuple[P
     small = [
         "--micro-batch-size",
         "2",
-        "--heldout",
+        "--num-heldout",
         "8",
         "--warmup-steps",
         "1",
@@ -356,11 +350,11 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
         (["--data", "bytes.txt"], "bytes.txt: expected a text in UTF-8"),
         (["--data", "one.txt"], "one.txt holds one document: name another text to measure on, --heldout FILE"),
         (["--data", "one.txt", "--heldout", "missing.txt"], "missing.txt: expected a text"),
-        (["--max-seq-len", "1"], "max_seq_len is 1: expected 2 or more"),
+        (["--max-seq-len", "1"], "--max-seq-len is 1: expected 2 or more"),
         (["--steps", "0"], "steps is 0: expected 1 or more"),
-        (["--grad-accumulation-steps", "0"], "grad_accumulation_steps is 0: expected 1 or more"),
-        (["--eval-every", "0"], "eval_every is 0: expected 1 or more"),
-        (["--peak-tflops", "0"], "peak_tflops is 0.0: expected a number above 0"),
+        (["--grad-accumulation-steps", "0"], "--grad-accumulation-steps is 0: expected 1 or more"),
+        (["--eval-every", "0"], "--eval-every is 0: expected 1 or more"),
+        (["--peak-tflops", "0"], "--peak-tflops is 0.0: expected a number above 0"),
         (["--vocab", "4000"], "vocab is 4000: expected a row for each of the 4096 tokens, or more"),
         (["--n-head", "5"], "does not divide into 5 heads"),
         (["--source", "wikipedia"], "wikipedia"),

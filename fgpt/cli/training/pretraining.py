@@ -41,11 +41,14 @@ Figures: TypeAlias = dict[str, float | None]
 """By name; None is infinity."""
 
 
-def config_of(recipe: PretrainingRecipe, tokenizer: Tokenizer) -> Config:
-    """The model's config. Raises InputError for impossible sizes, and for a vocabulary smaller than the tokenizer's."""
-    vocab_size = tokenizer.n_vocab if recipe.vocab is None else recipe.vocab
-    if vocab_size < tokenizer.n_vocab:
-        raise InputError(f"vocab is {vocab_size}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
+def config_of(recipe: PretrainingRecipe, num_tokens: int) -> Config:
+    """The model's config, for a tokenizer of `num_tokens` tokens.
+
+    Raises InputError for impossible sizes, and for a vocabulary smaller than the tokenizer's.
+    """
+    vocab_size = num_tokens if recipe.vocab is None else recipe.vocab
+    if vocab_size < num_tokens:
+        raise InputError(f"vocab is {vocab_size}: expected a row for each of the {num_tokens} tokens, or more")
     cfg = Config(
         n_layer=recipe.n_layer,
         n_head=recipe.n_head,
@@ -141,7 +144,7 @@ class PretrainingTask:
         device = run_dir.device_of(recipe.device)
         packaged = gpt2() if recipe.tokenizer == "gpt2" else None
         tokenizer = packaged or models.tokenizer(recipe.tokenizer)
-        cfg = config_of(recipe, tokenizer)
+        cfg = config_of(recipe, tokenizer.n_vocab)
         if recipe.take == "best" and not recipe.eval_every:
             raise InputError("the best state is that of the least held-out loss: give --eval-every N")
         texts, heldout = load_documents(recipe)
