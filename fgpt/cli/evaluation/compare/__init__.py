@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgpt.cli import results
+from fgpt.cli import results as result_files
 from fgpt.cli.console import console, progress, working
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
@@ -72,11 +72,11 @@ def compare_runs(
     found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
     full = "-".join([short, *_others(first, prompts, count, alike)])
     names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
-    save(found, out, results.free(out, names, found.settings, ENDINGS))
+    save(found, out, result_files.free(out, names, found.settings, ENDINGS))
 
 
 def _of_file(prompts: str | None) -> list[str]:
-    return [] if prompts is None else [results.part(Path(prompts).stem)]
+    return [] if prompts is None else [result_files.part(Path(prompts).stem)]
 
 
 def _others(run: InstructionRecipe, prompts: str | None, count: int | None, alike: ComparisonDecoding) -> list[str]:
