@@ -26,7 +26,7 @@ class Option:
 def options(run: Mapping[str, Any], recipe: str | None = None) -> list[Option]:
     """All but the name, in the run's order, beside those of a recipe, or of that which the run is named by."""
     usual: Any = recipes.RECIPES.get(run["name"] if recipe is None else recipe)
-    default = {} if usual is None else dict(_flat(usual().plain()))
+    default = {} if usual is None else dict(_flat(usual().to_json()))
     flat = [(name, value) for name, value in _flat(run) if name != "name"]
     return [Option(name, value, default.get(name, value), name in default) for name, value in flat]
 
