@@ -15,7 +15,7 @@ import torch
 
 import fgpt
 from fgpt.adapters import adapt
-from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.job import InitialState, TrainingJob
 from fgpt.cli.training.loop import train_loop
 from fgpt.losses import Batch, nll
 from fgpt.optim import adamw, constant_schedule
@@ -49,20 +49,20 @@ def steps(leak: bool = False) -> int:
             x = torch.randint(31, (8, 17), generator=fgpt.rng.fold_in(fgpt.key(1), number))
             yield [Batch(x[:, :-1], x[:, 1:], torch.ones(8, 16))]
 
-    plan = TrainingJob(
-        run=replace(find("lora-nano"), checkpoint_every_minutes=0.001),
+    job = TrainingJob(
+        recipe=replace(find("lora-nano"), checkpoint_every_minutes=0.001),
         step=make_step(lambda a, frozen, batch, seed: nll(adapt(frozen, a), batch), optimizer),
         frozen=base,
         batches=batches,
         steps=WARM + TIMES + 1,
         schedule=constant_schedule(1e-3),
         rng=fgpt.key(3),
-        fingerprint="",
-        initial_state=init_state(adapters, optimizer),
+        fingerprint={},
+        initial_state=InitialState(init_state(adapters, optimizer)),
         tokenizer=fgpt.tokenizer("nano"),
     )
     with tempfile.TemporaryDirectory() as out:
-        train_loop(plan, Path(out))
+        train_loop(job, Path(out))
     return sizes[1] - sizes[0]
 
 

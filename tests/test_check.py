@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.checks.context import max_or_nan, max_rel_diff, perturb
 from fgpt.cli.diagnostics import doctor
+from fgpt.cli.training import tasks
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
@@ -408,17 +409,17 @@ def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
 
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
     patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *given: {})
-    with pytest.raises(InputError, match="lora-nano: save and load: broken here"):
+    with pytest.raises(InputError, match="lora-nano: save and load: broken on this machine"):
         doctor.run(NANO)
     assert "FAIL" in capsys.readouterr().err
 
 
 def test_doctor_of_full_tuning_asks_of_the_base_itself():
     run = find("full-nano")
-    base, adapters, first = doctor.assemble_job(run)
+    base, adapters, first = doctor.first_step_inputs(tasks.build_job(run))
     assert adapters.keys() == leaves(base).keys()
     assert same(base, fgpt.load("nano"))
-    assert len(first.tokens) >= doctor.ROWS
+    assert len(first.tokens) >= doctor.NUM_ROWS
 
 
 def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):

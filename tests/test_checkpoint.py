@@ -80,7 +80,7 @@ def test_what_lies_after_the_state_that_is_gone_on_from_is_deleted(tmp_path: Pat
 def test_nothing_is_deleted_where_the_inputs_are_others(tmp_path: Path):
     saved(tmp_path, s2=None)
     torn(tmp_path, 9)
-    with pytest.raises(InputError, match=r"changed: base config\. Put them back"):
+    with pytest.raises(InputError, match=r"changed: base config\. Restore them"):
         checkpoints.resume(tmp_path, state(0), INPUTS | {"base config": "c"})
     assert steps(tmp_path) == [2, 9]
 
@@ -135,7 +135,7 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path, capsys: pytes
         data[-1] ^= 1
         part.write_bytes(data)
         assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == expected
-        assert "is missing or damaged: it would have been the best" in " ".join(capsys.readouterr().err.split())
+        assert "is missing or damaged: it has the least held-out loss" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_state_has_the_step_that_its_manifest_says(tmp_path: Path):
@@ -185,7 +185,7 @@ def test_the_fingerprint_names_what_changed():
     held = [InstructionRow("Say \ud83d.", "", "It is.")]
 
     def changed(**other: object) -> list[str]:
-        given: dict = {"run": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
+        given: dict = {"recipe": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
         given |= {"training_rows": rows, "heldout_rows": held, "template": "{instruction}"}
         before, after = fingerprint(**given), fingerprint(**(given | other))
         return [name for name in after if before.get(name) != after[name]]
@@ -198,9 +198,9 @@ def test_the_fingerprint_names_what_changed():
     assert changed(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
     assert changed(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
     assert changed(template="{input}") == ["template"]
-    assert changed(run=replace(run, weight_decay=0.5)) == ["options"]
+    assert changed(recipe=replace(run, weight_decay=0.5)) == ["options"]
     assert (
-        changed(run=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
+        changed(recipe=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
     )  # what lies there is what counts
     frozen = fgpt.quantize(fgpt.init(replace(cfg, d_model=64, d_mlp=64), fgpt.key(0)), "nf4")
     assert changed(base=frozen) == ["base config", "base weights"]

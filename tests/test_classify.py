@@ -23,11 +23,19 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import fgpt
 from experiments.bench.load import SHAPE
 from fgpt.cli.evaluation.metrics.classes import majority, plot_confusion, scores
-from fgpt.cli.inference.classifiers import common_to, frame_of, load_classifier, log_probabilities, predict, with_head
+from fgpt.cli.inference.classifiers import (
+    common_prefix_length,
+    load_classifier,
+    log_probabilities,
+    predict,
+    prompt_frame_of,
+    with_head,
+)
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training.classification import read, to_score, trained_of
-from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
+from fgpt.cli.training.classification import build_trainable
+from fgpt.cli.training.examples import load_classification_split, load_test_texts
+from fgpt.data.classification_datasets import Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
     LabeledText,
     Labels,
@@ -225,10 +233,10 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
     head = tokens(31, common, seed=seed).tolist()
     tails = [tokens(31, 1 + (seed + i) % 5, seed=seed + i + 1).tolist() for i in range(rows)]
     examples = [Example((*head, *tail), common + len(tail), 0) for tail in tails]
-    assert common_to([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
+    assert common_prefix_length([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
     params, read = fgpt.with_classification_head(tiny(), 3, fgpt.key(1)), []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for name in ("hidden", "extend"):
+        for name in ("hidden", "forward_with_cache"):
             real = getattr(fgpt, name)
             patch.setattr(
                 f"fgpt.cli.inference.classifiers.{name}",
@@ -239,9 +247,9 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
     if common > 5:
         assert sum(read) <= common + 5 * rows
-    assert common_to([(1, 2, 3), (1, 2)]) == 1
-    assert common_to([(1, 2, 3), (1, 3, 3)]) == 1
-    assert common_to([(1,), (1,)]) == 0
+    assert common_prefix_length([(1, 2, 3), (1, 2)]) == 1
+    assert common_prefix_length([(1, 2, 3), (1, 3, 3)]) == 1
+    assert common_prefix_length([(1,), (1,)]) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
@@ -400,13 +408,13 @@ def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
         run = find(name)
         assert isinstance(run, ClassificationRecipe)
         assert run.test is None
-        mine = replace(run, train=str(path), columns=Columns(), labels=(), heldout=40)
-        train, test = read(mine)
+        mine = replace(run, train=str(path), columns=Columns(), labels=(), num_heldout=40)
+        train, test = load_classification_split(mine)
         assert (len(train), len(test)) == (360, 40)
         assert {row.text for row in train} | {row.text for row in test} == {f"text {i}" for i in range(400)}
         given_test = replace(mine, test=str(put(tmp_path / "test.csv", [{"text": "x", "label": 0}])))
-        assert [len(part) for part in read(given_test)] == [400, 1]
-        assert to_score(given_test) == read(given_test)[1]
+        assert [len(part) for part in load_classification_split(given_test)] == [400, 1]
+        assert load_test_texts(given_test) == load_classification_split(given_test)[1]
 
 
 def test_folders_and_the_hub_s_cache(tmp_path: Path):
@@ -488,9 +496,9 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     found = json.loads((out / "metrics.json").read_text())
     assert found["labels"] == ["fear", "joy"]
     assert found["scores"]["tuned"]["accuracy"] > 0.9
-    assert found["scores"]["the commonest label"]["accuracy"] == 0.5
+    assert found["scores"]["majority label"]["accuracy"] == 0.5
     trained = load_classifier(out)  # from its files alone
-    assert isinstance(trained.run, ClassificationRecipe)
+    assert isinstance(trained.recipe, ClassificationRecipe)
     test = load_labeled_texts(feelings[-1])
     told = predict(trained, [LabeledText(row.text) for row in test]).argmax
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
@@ -509,7 +517,7 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
     assert "base: accuracy" in capsys.readouterr().err
     found = json.loads((out / "metrics.json").read_text())
     assert found["labels"] == ["love", "fear"]
-    assert found["scores"].keys() == {"the commonest label", "base", "base, 4 shots", "tuned"}
+    assert found["scores"].keys() == {"majority label", "base", "base, 4 shots", "tuned"}
     assert found["scores"]["tuned"]["accuracy"] > 0.9 > found["scores"]["base"]["accuracy"]
     assert (out / "adapter" / "adapter_config.json").exists()  # PEFT's
     trained = load_classifier(out)
@@ -561,7 +569,7 @@ GPT2 = Config(12, 12, 768, 1024, 50257, 3072)
 def test_what_the_runs_train(name: str, cfg: Config, classes: int, trained: int):
     run = find(name)
     assert isinstance(run, ClassificationRecipe)
-    assert fgpt.num_trainable(trained_of(run, with_head(run, abstract_params(cfg), ["x"] * classes))) == trained
+    assert fgpt.num_trainable(build_trainable(run, with_head(run, abstract_params(cfg), ["x"] * classes))) == trained
     assert f"{trained:,}" in (RECIPES[name].__doc__ or "")
 
 
@@ -590,8 +598,8 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--labels", "joy", "fear", "joy"], r"one is there twice"),
         (GOOD, GOOD, ["--labels", "joy=x", "fear=x"], r"one is there twice"),
         ("i am glad;joy", GOOD, [], r"labels are joy: expected at least two"),
-        (GOOD, GOOD, ["--head", "lm", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
-        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 want labels as next tokens: --head lm"),
+        (GOOD, GOOD, ["--head", "tokens", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
+        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 needs labels as next tokens: give --head tokens"),
         (
             GOOD,
             GOOD,
@@ -665,7 +673,7 @@ def test_texts_and_rows_that_code_gives():
 def test_a_run_s_frame_has_an_end_for_classes_alone():
     run = find("hate-smollm2-ln")
     assert isinstance(run, ClassificationRecipe)
-    assert NANO.decode(list(frame_of(run, run.labels, NANO).after)) == "\nCategory:"
+    assert NANO.decode(list(prompt_frame_of(run, run.labels, NANO).after)) == "\nCategory:"
     small = find("emotion-small")
     assert isinstance(small, ClassificationRecipe)
-    assert frame_of(small, ("a", "b"), NANO).after == (NANO.eos,)
+    assert prompt_frame_of(small, ("a", "b"), NANO).after == (NANO.eos,)

@@ -22,8 +22,9 @@ from conftest import ROOT
 from rich.progress import Progress
 
 import fgpt
+import fgpt.cli.training.build
 import fgpt.cli.training.instruction_tuning
-import fgpt.cli.training.loop
+import fgpt.cli.training.step_log
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
@@ -36,8 +37,7 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.option_hints import MODULES, OPTIONS
 from fgpt.cli.options import GROUPS, option_names
 from fgpt.cli.report.config_diff import command
-from fgpt.cli.run_json import write_run
-from fgpt.cli.training.instruction_tuning import low_rate, sizes
+from fgpt.cli.training.build import describe_sizes, warn_if_all_warmup
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.recipes import KINDS, RECIPES, InstructionRecipe, PretrainingRecipe, find
@@ -255,7 +255,7 @@ def test_a_short_training_comes_to_its_rate(at: Path, tmp_path: Path, capsys: py
     assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano-2" / "metrics.jsonl")) == pytest.approx(9e-4)
     said = " ".join(capsys.readouterr().err.split())
     assert "it ends within its --warmup-steps 20: of lr 0.006 it reaches 0.0009" in said
-    assert low_rate(1.0, 20, 20) == []
+    assert warn_if_all_warmup(1.0, 20, 20) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the header
@@ -264,14 +264,14 @@ def test_a_short_training_comes_to_its_rate(at: Path, tmp_path: Path, capsys: py
 def test_a_header_counts_parameters_and_not_bytes():
     base = fgpt.load("nano")
     adapters = fgpt.lora(base, fgpt.key(0), rank=8, target=r"blocks\..*\.(q|v)")
-    told = sizes("nano", base, adapters)
+    told = describe_sizes("nano", base, adapters)
     assert told == "nano (4,339,200 parameters), 32,768 trained (0.8 %)"
     for kind in ("nf4", "int8", "blockwise8"):
-        assert sizes("nano", fgpt.quantize(base, kind), adapters) == told
+        assert describe_sizes("nano", fgpt.quantize(base, kind), adapters) == told
     whole = fgpt.trainable_leaves(base, ".*")
-    assert sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
+    assert describe_sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
     table = fgpt.lora(base, fgpt.key(0), rank=1, target=r"blocks\.0\.attn\.q")
-    assert sizes("nano", base, table).endswith("512 trained (0.01 %)")
+    assert describe_sizes("nano", base, table).endswith("512 trained (0.01 %)")
     assert num_parameters(fgpt.adapt(base, adapters)) == 4_339_200 + 32_768
 
 
@@ -428,7 +428,7 @@ def endless_batches() -> None:
         sleep_through("swallowed")
         yield
 
-    fgpt.cli.training.instruction_tuning.batches = batches
+    fgpt.cli.training.build.batches = batches
 
 
 def endless_loading() -> None:
@@ -444,7 +444,7 @@ def slow_steps() -> None:
         time.sleep(0.05)
         return 1.0
 
-    fgpt.cli.training.loop.peak_memory = peak_memory
+    fgpt.cli.training.step_log.peak_memory = peak_memory
 
 
 @pytest.mark.parametrize(

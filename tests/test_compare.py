@@ -19,7 +19,7 @@ from fgpt.cli.evaluation.compare.scores import rouge_scores
 from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
 from fgpt.cli.evaluation.metrics import text as text_scores
 from fgpt.cli.main import main
-from fgpt.cli.training.instruction_tuning import load_base
+from fgpt.cli.training.build import load_base
 from fgpt.data.prompt_templates import PLAIN, Example, InstructionRow, encode_prompt
 from fgpt.errors import InputError
 from fgpt.io import models

@@ -17,8 +17,8 @@ import fgpt
 from fgpt.cli.evaluation.compare.html import answers as answers_of_page
 from fgpt.cli.evaluation.compare.markdown import markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
-from fgpt.cli.inference.generation import LoadedRun, conversation
-from fgpt.cli.training.instruction_tuning import split, train_heldout_split
+from fgpt.cli.inference.generation import LoadedRun, encode_conversation
+from fgpt.cli.training.examples import load_instruction_split, train_heldout_split
 from fgpt.data.conversations import (
     EMPTY,
     EMPTY_ANSWER,
@@ -340,7 +340,7 @@ def test_a_chat_asks_in_the_words_of_training(name: str):
     opened = LoadedRun(replace(run, template=name), cast(Any, None), NANO)
     said = [InstructionRow("Hello.", "", "Bonjour."), InstructionRow("Good night.")]
     trained = encode(Turn("", "", "Bonne nuit.", messages(*TALK[:3])), TEMPLATES[name], NANO)
-    assert conversation(opened, said) == list(trained.tokens[: trained.prompt_length])
+    assert encode_conversation(opened, said) == list(trained.tokens[: trained.prompt_length])
 
 
 # -------------------------------------------------------------------------------------------- weights, held out, shown
@@ -374,7 +374,8 @@ def test_one_conversation_cannot_be_held_out():
 
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
-    first, second = split(replace(cast(InstructionRecipe, find("lora-nano")), data=str(path), heldout=4))
+    recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=str(path), num_heldout=4)
+    first, second = load_instruction_split(recipe)
     assert len(first) + len(second) == 18
     assert len(second) == 4
     said = " ".join(capsys.readouterr().err.split())

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.cli.evaluation.compare import prompt_file
 from fgpt.cli.training.documents import read as read_documents
-from fgpt.cli.training.instruction_tuning import held_out_of
+from fgpt.cli.training.examples import num_heldout
 from fgpt.data import classification_datasets
 from fgpt.data.conversations import Message
 from fgpt.data.instruction_datasets import Columns, load_rows
@@ -787,7 +787,7 @@ def test_links_within_a_folder_and_into_the_hub_s_cache_are_followed(end: str, t
     ("count", "wanted", "held"), [(60, 64, 6), (64, 64, 6), (127, 64, 12), (128, 64, 64), (2, 9, 1)]
 )
 def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
-    assert held_out_of(range(count), wanted, "a.jsonl") == held
+    assert num_heldout(range(count), wanted, "a.jsonl") == held
     message = " ".join(capsys.readouterr().err.split())
     hint = f"--num-heldout {wanted} would be more than half"
     assert message == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: {hint}")
@@ -795,4 +795,4 @@ def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.
 
 def test_one_row_cannot_be_shared():
     with pytest.raises(InputError, match=r"^a\.jsonl has 1 rows: expected 2 or more, one of them to be held out"):
-        held_out_of(range(1), 1, "a.jsonl")
+        num_heldout(range(1), 1, "a.jsonl")

@@ -277,13 +277,14 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
     from fgpt.cli import run_dir
-    from fgpt.cli.training.instruction_tuning import load_base, split
+    from fgpt.cli.training.build import load_base
+    from fgpt.cli.training.examples import load_instruction_split
 
     assert main(["eval", str(trained), "--limit", "7", "--batch-size", "3"]) == 0
     found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
     run: Any = run_dir.read_run(trained)
     params, tokenizer = run_dir.load_tuned(trained, load_base(run)), fgpt.tokenizer("nano")
-    examples = [encode(row, template(run.template), tokenizer) for row in split(run)[1][:7]]
+    examples = [encode(row, template(run.template), tokenizer) for row in load_instruction_split(run)[1][:7]]
     expected = fgpt.loss(params, packing.collate([[example] for example in examples]))
     assert found["response loss (nats per token)"] == pytest.approx(float(expected), rel=1e-5)
     assert found["response perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)

@@ -307,7 +307,9 @@ def test_a_dynamic_rope_keeps_no_keys_beyond_its_first_context():
     whole, (h, cache) = fgpt.hidden(params, x[:, :8]), fgpt.forward_with_cache(params, x[:, :5], fgpt.KVCache())
     close(torch.cat([h, fgpt.forward_with_cache(params, x[:, 5:8], cache)[0]], 1), whole, 1e-5)
     for past, more in ((fgpt.KVCache(), x), (cache, x[:, 5:9])):
-        with pytest.raises(fgpt.InputError, match=r"a dynamic rope rotates all keys anew beyond 8, .*: shorten the row"):
+        with pytest.raises(
+            fgpt.InputError, match=r"a dynamic rope rotates all keys anew beyond 8, .*: shorten the row"
+        ):
             fgpt.forward_with_cache(params, more, past)
     with pytest.raises(fgpt.InputError, match="expected 1 to 7"):
         fgpt.generate(params, [x[0].tolist()], eos_token_id=-1, max_new_tokens=3)

@@ -16,7 +16,7 @@ from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.compare.scores import asked_scores
 from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
 from fgpt.cli.main import main
-from fgpt.cli.training.instruction_tuning import build_adapters
+from fgpt.cli.training.build import build_adapters
 from fgpt.data.finqa import ELLIPSIS, FinQA, read_finqa, shorten
 from fgpt.data.instruction_datasets import Columns, load_rows
 from fgpt.data.prompt_templates import InstructionRow

@@ -313,7 +313,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"fields": {"general.architecture": "mamba"}},
         "architecture is 'mamba'; expected one of",
     ),
-    "missing key": ("llama", {"fields": {"llama.block_count": None}}, r"llama\.block_count: expected a positive integer"),
+    "missing key": (
+        "llama",
+        {"fields": {"llama.block_count": None}},
+        r"llama\.block_count: expected a positive integer",
+    ),
     "key's type": ("llama", {"fields": {"llama.context_length": "9"}}, r"context_length: .*positive integer, got '9'"),
     "not a number": ("llama", {"fields": {"llama.rope.freq_base": math.nan}}, r"freq_base: .*positive number, got nan"),
     "layers": ("llama", {"fields": {"llama.block_count": 2**31 - 1}}, r"block_count: expected at most the 20 tensors"),

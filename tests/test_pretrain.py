@@ -18,12 +18,12 @@ from conftest import shared
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare import contenders as compare_sides
-from fgpt.cli.inference.generation import LoadedRun, conversation
+from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import documents, mfu
-from fgpt.cli.training.instruction_tuning import split
-from fgpt.cli.training.pretraining import batches, config_of, figures, held_out
+from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
@@ -66,12 +66,6 @@ SHORT = [
 ]
 
 
-class Large:
-    """As many tokens as GPT-2's tokenizer has."""
-
-    n_vocab = 50_257
-
-
 def told(name: str, times: int) -> str:
     return " ".join(f"Once there was a fox named {name}. {name} ran home to eat." for _ in range(times))
 
@@ -98,15 +92,15 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path
 
 def test_tinytiny_has_its_origins_parameters():
     run: Any = find("tinytiny-pretrain")
-    cfg = config_of(run, Large())  # pyright: ignore[reportArgumentType]
+    cfg = config_of(run, 50_257)
     bare = abstract_params(cfg)
     assert bare.wpe is not None
     assert num_elements(bare) - num_elements(bare.wpe) == 26_398_080
     assert num_elements(bare.wpe) == 256 * 384
     assert bare.head is None
     assert not any(path.endswith(".b") for path in leaves(bare))
-    assert run.rows * run.accumulate * run.seq == 122_880
-    assert mfu.flops(bare, run.seq) == 6 * 26_398_080 + 12 * 4 * 384 * 256
+    assert run.micro_batch_size * run.grad_accumulation_steps * run.max_seq_len == 122_880
+    assert mfu.flops(bare, run.max_seq_len) == 6 * 26_398_080 + 12 * 4 * 384 * 256
     lora = fgpt.lora(bare, fgpt.key(0), 32, 64.0, find("tinytiny-sft-lora").adapter.target_pattern)  # pyright: ignore
     assert fgpt.num_trainable(lora) == 2_506_752
 
@@ -239,7 +233,7 @@ def test_long_answers_are_cut_and_long_prompts_are_not():
 
 def test_the_schedule_falls_to_its_floor_as_torchs_does():
     run: Any = find("tinytiny-pretrain")
-    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.floor)
+    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.min_lr_ratio)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=6e-4)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
     ours = [float(schedule(torch.tensor(step))) for step in range(60)]
@@ -267,7 +261,7 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
     assert last["heldout_loss"] == pytest.approx(result["loss"], abs=1e-2)  # saved in fp16
     tokenizer = fgpt.tokenizer(str(pretrained / "model"))
     text = documents.read(texts[1])
-    assert figures(held_out(params, tokenizer, text, 8), text) == pytest.approx(
+    assert figures(heldout_perplexity(params, tokenizer, text, 8), text) == pytest.approx(
         {name: x for name, x in result.items() if name not in ("before", "heldout_documents")}, rel=1e-4
     )
 
@@ -275,10 +269,10 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
     ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.bos, stride=64)
-    of = held_out(params, NANO, [text], 8)
+    of = heldout_perplexity(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
-    two = held_out(params, NANO, [text, text], 3)
+    two = heldout_perplexity(params, NANO, [text, text], 3)
     assert (two.loss, two.bits_per_byte) == pytest.approx((of.loss, of.bits_per_byte), rel=1e-5)
     assert main(["eval", "--base", str(pretrained / "model"), "--text", str(texts[1])]) == 0
     assert "word perplexity" in capsys.readouterr().err
@@ -296,7 +290,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> tuple[P
     small = [
         "--micro-batch-size",
         "2",
-        "--heldout",
+        "--num-heldout",
         "8",
         "--warmup-steps",
         "1",
@@ -334,12 +328,12 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     assert NANO.decode(list(example.tokens)) == text + "Tim.<|endoftext|>"
     assert compare_sides.prompts(compare_sides.Contender("base", run), [row], NANO) == [prompt]
     params = fgpt.load(run.base)
-    assert conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
+    assert encode_conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
     assert main(["eval", str(tuned[0])]) == 0
-    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in split(run)[1]]
+    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
     assert all(any(x[: len(prompt)] == prompt for prompt in prompts) for x in read)
 
@@ -355,11 +349,11 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
         (["--data", "bytes.txt"], "bytes.txt: expected a text in UTF-8"),
         (["--data", "one.txt"], "one.txt holds one document: name another text to measure on, --heldout FILE"),
         (["--data", "one.txt", "--heldout", "missing.txt"], "missing.txt: expected a text"),
-        (["--max-seq-len", "1"], "seq is 1: expected 2 or more"),
+        (["--max-seq-len", "1"], "--max-seq-len is 1: expected 2 or more"),
         (["--steps", "0"], "steps is 0: expected 1 or more"),
-        (["--grad-accumulation-steps", "0"], "accumulate is 0: expected 1 or more"),
-        (["--eval-every", "0"], "evaluate is 0: expected 1 or more"),
-        (["--peak-tflops", "0"], "peak is 0.0: expected a number above 0"),
+        (["--grad-accumulation-steps", "0"], "--grad-accumulation-steps is 0: expected 1 or more"),
+        (["--eval-every", "0"], "--eval-every is 0: expected 1 or more"),
+        (["--peak-tflops", "0"], "--peak-tflops is 0.0: expected a number above 0"),
         (["--vocab", "4000"], "vocab is 4000: expected a row for each of the 4096 tokens, or more"),
         (["--n-head", "5"], "does not divide into 5 heads"),
         (["--source", "wikipedia"], "wikipedia"),

@@ -34,7 +34,7 @@ from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.run_json import write_run
 from fgpt.cli.training import checkpoints
-from fgpt.cli.training.job import hashed
+from fgpt.cli.training.job import content_hash
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
@@ -293,7 +293,7 @@ def test_a_step_that_comes_out_otherwise_is_told(trained: Path, tmp_path: Path, 
     lines[2]["loss"] += 1e-6
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["replay", str(run), "--step", "3"]) == 2
-    assert "came out otherwise than it is logged (loss)" in capsys.readouterr().err
+    assert "differs from the log (loss)" in capsys.readouterr().err
     assert main(["replay", str(run), "--step", "13"]) == 2
     assert "expected one from 1 to 12" in capsys.readouterr().err
 
@@ -357,8 +357,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert main(again(run)) == 0
     torch.set_num_threads(threads)
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("going back to the one before it") == 1
-    assert "going on after step 11 of 12" in said
+    assert said.count("using the checkpoint before it") == 1
+    assert "resuming after step 11 of 12" in said
     same(end_of(run.parent), end_of(trained.parent))
 
 
@@ -374,20 +374,20 @@ def test_other_inputs_are_refused(trained: Path, tmp_path: Path, given: Any, cap
     before = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     assert main(again(run)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "was made from other inputs than are there now; changed: training rows. Put them back" in said
+    assert "was made from other inputs than there are now; changed: training rows. Restore them" in said
     assert before == {p: p.read_bytes() for p in run.rglob("*.safetensors")}
 
 
 def test_the_hash_sees_every_number():
     base = fgpt.init(fgpt.Config(1, 2, 8, 16, 11, 16), fgpt.key(0))
     rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    told = {hashed(base, rows)}
+    told = {content_hash(base, rows)}
     for path in leaves(base):
-        told.add(hashed(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
+        told.add(content_hash(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
     told |= {
-        hashed(base, rows[::-1]),
-        hashed(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
-        hashed(base, rows[:1]),
+        content_hash(base, rows[::-1]),
+        content_hash(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
+        content_hash(base, rows[:1]),
     }
     assert len(told) == len(leaves(base)) + 4
 
@@ -548,7 +548,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     assert ended(forked(again(run), limited(max(state - 1, size + 10)))) == 2
     said = " ".join(capfd.readouterr().err.split())
     assert "File too large; free space" in said
-    assert f"go on with: just train {run} --resume" in said
+    assert f"resume with: just train {run} --resume" in said
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert ended(forked(again(run))) == 0
     same(end_of(tmp_path), expected)
@@ -572,7 +572,7 @@ def test_a_folder_that_turns_read_only(given: Any, whole: Any, tmp_path: Path, c
 
     assert ended(forked(["train", *args, "--out", str(tmp_path)], spoil)) == 2
     said = " ".join(capfd.readouterr().err.split())
-    assert "Read-only file system; free space, then go on with: just train" in said
+    assert "Read-only file system; free space, then resume with: just train" in said
     (run,) = run_in(tmp_path)
     assert list((run / "checkpoints").rglob("manifest.json"))
     assert ended(forked(again(run))) == 0
@@ -636,7 +636,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "go on with: just train" in " ".join(said.split())
+    assert "resume with: just train" in " ".join(said.split())
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     steps = [line["step"] for line in read_metrics(metrics)]
@@ -652,7 +652,7 @@ def test_a_leaf_that_never_moves_is_an_error(given: Any, tmp_path: Path, capsys:
     args = [*args, "--adapter.dropout", "0", "--optimizer", "adamw", "--lr", "1e-9", "--out", str(tmp_path)]
     assert main(["train", *args]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "3 of 3 trained leaves did not move in two steps (blocks.0.ln_1.w, blocks.0.ln_2.w, ln_f.w)" in said
+    assert "3 of 3 trained leaves did not change in two steps (blocks.0.ln_1.w, blocks.0.ln_2.w, ln_f.w)" in said
 
 
 def test_a_line_that_was_cut_off_does_no_harm(trained: Path, tmp_path: Path):

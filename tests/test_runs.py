@@ -17,7 +17,7 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training.instruction_tuning import load_base
+from fgpt.cli.training.build import load_base
 from fgpt.recipes import RECIPES, InstructionRecipe, find
 
 ROOT = Path(__file__).parents[1]

@@ -123,7 +123,7 @@ def test_a_tracker_that_fails_says_so_once(
             track(line)
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == len(calls) == 1
-    assert said[0].startswith("TensorBoard failed: [Errno 28] No space left on device; training goes on")
+    assert said[0].startswith("TensorBoard failed: [Errno 28] No space left on device; training continues")
 
 
 def test_a_tracker_that_cannot_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

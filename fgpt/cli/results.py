@@ -14,7 +14,7 @@ from typing import Any
 
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.run_dir import METRICS
-from fgpt.cli.training.job import hashed
+from fgpt.cli.training.job import content_hash
 from fgpt.errors import InputError
 from fgpt.io.files import read_json
 
@@ -60,4 +60,5 @@ def training_id(folder: Path) -> str:
         lines = read_metrics(folder / METRICS)
     except InputError:
         return ""
-    return hashed(str([(line["step"], line["loss"], line.get("grad_norm")) for line in lines]))[:12] if lines else ""
+    losses = [(line["step"], line["loss"], line.get("grad_norm")) for line in lines]
+    return content_hash(str(losses))[:12] if lines else ""

@@ -34,7 +34,7 @@ from fgpt.cli.environment import environment
 from fgpt.cli.paths import without_paths
 from fgpt.cli.run_json import RUN, read_run, write_run
 from fgpt.errors import InputError, shown
-from fgpt.io.files import atomic_dir, remove_leftovers, read_json, must_not_move, write_json
+from fgpt.io.files import atomic_dir, must_not_move, read_json, remove_leftovers, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters

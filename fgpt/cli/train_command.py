@@ -27,7 +27,7 @@ def train(args: Sequence[str]) -> None:
     from fgpt.cli.training import tasks, trackers
 
     trackers.check(run)
-    tasks.run(run, folder)
+    tasks.run_recipe(run, folder)
 
 
 def doctor(args: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     Raises InputError if there is none, or an option would make it another training.
     """
     from fgpt.cli import run_dir
-    from fgpt.cli.training.job import LASTING
+    from fgpt.cli.training.job import MUTABLE_OPTIONS
 
     command = f"fgpt train {name} --resume"
     if name in recipes.RECIPES:
@@ -93,7 +93,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     run = parse(type(started), options, started, command)
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
-        if before != now and field.name not in LASTING:
+        if before != now and field.name not in MUTABLE_OPTIONS:
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
             raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
     return run, folder

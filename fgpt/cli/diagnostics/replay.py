@@ -1,4 +1,4 @@
-"""Any step of a training once more: its batch, its loss and its gradient, computed from the run alone."""
+"""Replay of any step of a training: its batch, loss and gradient norm, computed again from the run alone."""
 
 from pathlib import Path
 
@@ -22,58 +22,68 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     """Compute step `step` of a run again, from the last checkpoint before it or from the start. Its rows are shown, and
     its loss and gradient norm beside those in the log.
 
-    Raises InputError where there is no such run or step, and where the step does not come out as it is logged.
+    Raises InputError if there is no such run or step, and if the step differs from the log.
     """
-    where = run_dir.find_any(name, out)
-    plan = tasks.build_job(run_dir.read_run(where))
-    if not 1 <= step <= plan.steps:
-        raise InputError(f"step {step} of {where}: expected one from 1 to {plan.steps}")
-    micro, metrics = once_more(plan, where, step)
-    for row in rows(micro, plan.tokenizer):
+    folder = run_dir.find_any(name, out)
+    job = tasks.build_job(run_dir.read_run(folder))
+    if not 1 <= step <= job.steps:
+        raise InputError(f"step {step} of {folder}: expected one from 1 to {job.steps}")
+    micro_batches, metrics = compute_step(job, folder, step)
+    for row in show_rows(micro_batches, job.tokenizer):
         console.print(row, style="dim", soft_wrap=True)
-    logged = {line["step"]: line for line in read_metrics(where / run_dir.METRICS)}.get(step, {})
-    now = {"loss": float(metrics.loss), "grad_norm": float(metrics.grad_norm), "weight": float(metrics.weight)}
-    table = Table("", "again", "logged", title=f"{where}, step {step} of {plan.steps}", title_justify="left")
-    for key, x in now.items():
-        table.add_row(key.replace("_", " "), repr(x), repr(logged[key]) if key in logged else "not reached")
+    lines = {line["step"]: line for line in read_metrics(folder / run_dir.METRICS)}
+    logged = lines.get(step, {})
+    replayed = {name: float(getattr(metrics, name)) for name in ("loss", "grad_norm", "weight")}
+    table = Table("", "replayed", "logged", title=f"{folder}, step {step} of {job.steps}", title_justify="left")
+    for name, value in replayed.items():
+        table.add_row(name.replace("_", " "), repr(value), repr(logged[name]) if name in logged else "not reached")
     console.print(table)
-    if odd := [key for key, x in now.items() if logged.get(key, x) != x]:
+    if differing := [name for name, value in replayed.items() if logged.get(name, value) != value]:
         raise InputError(
-            f"step {step} came out otherwise than it is logged ({', '.join(odd)}): is it the machine, the number of "
-            f"threads, and are these the versions, that {where / run_dir.ENVIRONMENT} names?"
+            f"step {step} differs from the log ({', '.join(differing)}): are the machine, the number of threads and "
+            f"the versions those that {folder / run_dir.ENVIRONMENT} names?"
         )
 
 
-def once_more(plan: TrainingJob, where: Path, step: int) -> tuple[list[Batch], Metrics]:
-    """The micro-batches of one step, and what the step reports."""
-    first = plan.pop_initial_state()
-    state = checkpoints.load_latest(where, first, plan.fingerprint, step - 1) or first
-    del first
+def compute_step(job: TrainingJob, folder: Path, step: int) -> tuple[list[Batch], Metrics]:
+    """The micro-batches of one step, and its metrics."""
+    initial = job.initial_state.take()
+    state = checkpoints.load_latest(folder, initial, job.fingerprint, step - 1) or initial
+    del initial
     begin = int(state.step)
     what = f"computing steps {begin + 1} to {step}" if begin + 1 < step else f"computing step {step}"
     console.print(what)
-    stream = plan.batches(begin)
+    batches = job.batches(begin)
     with show_progress(what, step - begin) as advance:
         while True:
-            micro = next(stream)
-            state, metrics = plan.train_step(state, micro)
+            micro_batches = next(batches)
+            state, metrics = job.train_step(state, micro_batches)
             advance(1)
             if int(state.step) == step:
-                return micro, metrics
+                return micro_batches, metrics
 
 
-def rows(micro: list[Batch], tokenizer: Tokenizer) -> list[str]:
-    """The texts of each row, long ones without their middle; a bar stands between the documents of one."""
-    found: list[str] = []
-    for part, batch in enumerate(micro, 1):
-        for number, tokens in enumerate(batch.tokens.tolist(), 1):
-            segments = [1] * len(tokens) if batch.segments is None else batch.segments[number - 1].tolist()
-            last = max((i for i, x in enumerate(batch.weights[number - 1].tolist()) if x), default=0)
-            texts = [
-                tokenizer.decode([t for t, s in zip(tokens[: last + 2], segments) if s == one])
-                for one in sorted({*segments} - {0})
-            ]
-            text = " ".join(" | ".join(texts).split())
-            short = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} .. {text[-SHOWN:]}"
-            found.append(f"micro-batch {part}, row {number}, {len(tokens)} tokens: {short}")
-    return found
+def show_rows(micro_batches: list[Batch], tokenizer: Tokenizer) -> list[str]:
+    """The texts of each row, long ones without their middle, with a bar between its documents."""
+    lines: list[str] = []
+    for part, batch in enumerate(micro_batches, 1):
+        for row in range(len(batch.tokens)):
+            text = " ".join(_decode_row(batch, row, tokenizer).split())
+            if len(text) > 2 * SHOWN:
+                text = f"{text[:SHOWN]} .. {text[-SHOWN:]}"
+            lines.append(f"micro-batch {part}, row {row + 1}, {batch.tokens.shape[1]} tokens: {text}")
+    return lines
+
+
+def _decode_row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:
+    """The documents of a row up to its last weighted token, separated by bars."""
+    tokens = batch.tokens[row].tolist()
+    segments = [1] * len(tokens) if batch.segments is None else batch.segments[row].tolist()
+    last = max((i for i, weight in enumerate(batch.weights[row].tolist()) if weight), default=0)
+    documents: dict[int, list[int]] = {}
+    for token, segment in zip(tokens[: last + 2], segments):
+        documents.setdefault(segment, []).append(token)
+    texts = []
+    for segment in sorted({*segments} - {0}):
+        texts.append(tokenizer.decode(documents.get(segment, [])))
+    return " | ".join(texts)

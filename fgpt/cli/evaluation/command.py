@@ -16,10 +16,9 @@ from fgpt.cli import results, run_dir
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
 from fgpt.cli.evaluation.run_evaluation import Figures, scored, shown
-from fgpt.cli.inference import classifiers
 from fgpt.cli.paths import shareable
-from fgpt.cli.training.instruction_tuning import load_base
-from fgpt.cli.training.job import hashed
+from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.tasks import task_type
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import perplexity, window_and_stride, windows
@@ -152,8 +151,8 @@ def settings_of(asked: EvalOptions, it: EvalTarget, text: str | None) -> dict[st
     usual = asdict(EvalOptions())
     chosen = {name: x for name, x in values.items() if x != usual[name]}
     chosen |= {name: shareable(x) for name, x in chosen.items() if isinstance(x, str | Path)}
-    model = {"trained": results.training_id(it.at)} if it.at else {"base_sha256": hashed(where_is(it.base))}
-    return model | chosen | ({"text_sha256": hashed(text)} if text is not None else {})
+    model = {"trained": results.training_id(it.at)} if it.at else {"base_sha256": content_hash(where_is(it.base))}
+    return model | chosen | ({"text_sha256": content_hash(text)} if text is not None else {})
 
 
 def where_is(base: str) -> str:
@@ -192,10 +191,8 @@ def subject(asked: EvalOptions) -> EvalTarget:
 
 def load(it: EvalTarget) -> GPT:
     """A run's model as it was trained, or a base in fp32, on the device there is."""
-    if isinstance(it.run, ClassificationRecipe) and it.at is not None:
-        return classifiers.load_classifier(it.at).params
     if it.run is not None and it.at is not None:
-        return run_dir.load_tuned(it.at, load_base(it.run))
+        return run_dir.load_tuned(it.at, task_type(it.run).load_base(it.run))
     device = run_dir.resolve_device("auto")
     with show_progress(f"loading {it.base}"):
         return tree_map(lambda x: x.to(device), models.load(it.base))

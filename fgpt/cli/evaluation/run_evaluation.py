@@ -19,7 +19,8 @@ from fgpt.cli.evaluation.compare.scores import asked_scores, rouge_scores, shape
 from fgpt.cli.evaluation.metrics.text import answers
 from fgpt.cli.inference import classifiers
 from fgpt.cli.training import classification
-from fgpt.cli.training.instruction_tuning import load_base, split
+from fgpt.cli.training.build import load_base
+from fgpt.cli.training.examples import load_instruction_split, load_test_texts
 from fgpt.data import classification_prompts, packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
@@ -47,9 +48,8 @@ def of_others(
 ) -> ClassificationRecipe:
     """The run on rows or labels that are not its own. Raises InputError for labels that cannot be."""
     own = run.columns if columns == Columns() else columns
-    return replace(
-        run, test=run.test if test is None else test, columns=own, labels=classifiers.labels_or_own(run, given)
-    )
+    labels = classifiers.resolve_inference_labels(run, given)
+    return replace(run, test=run.test if test is None else test, columns=own, labels=labels)
 
 
 def own(
@@ -71,7 +71,7 @@ def own(
         return lambda params: {"test rows": of_classes(params, it)}
     if not loss and answers is None:
         return lambda params: {}
-    tokenizer, held = models.load_config_and_tokenizer(run.base)[1], split(run)[1]
+    tokenizer, held = models.load_config_and_tokenizer(run.base)[1], load_instruction_split(run)[1]
     if not held:
         raise InputError(f"{run.name} held out no rows: give --text FILE or --tasks NAMES")
     asked = compare_asked.held_out(compare_sides.from_runs([run], [at]), held, answers).rows if answers else ()
@@ -125,11 +125,11 @@ def load_test_set(run: ClassificationRecipe, limit: int | None) -> TestSet:
     """The first `limit` rows that were scored after training. Raises InputError as reading them for training does."""
     cfg, tokenizer = models.load_config_and_tokenizer(run.base)
     names, rows = classification_prompts.apply_labels(
-        classification_prompts.parse_labels(run.labels), classification.to_score(run)
+        classification_prompts.parse_labels(run.labels), load_test_texts(run)
     )
-    own, width = classifiers.labels_of(run, names, tokenizer), min(run.max_seq_len, cfg.n_ctx)
+    own, width = classifiers.label_choices(run, names, tokenizer), min(run.max_seq_len, cfg.n_ctx)
     examples, cut = classification_prompts.encode(
-        rows[:limit], own, classifiers.frame_of(run, names, tokenizer), tokenizer, width
+        rows[:limit], own, classifiers.prompt_frame_of(run, names, tokenizer), tokenizer, width
     )
     return TestSet(examples, own, width, cut)
 

@@ -1,4 +1,4 @@
-"""The class of each of many texts: they are packed into rows as in training, and no text sees another."""
+"""Classification of many texts: they are packed into rows as in training, and no text attends to another."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,14 +12,13 @@ from torch import Tensor
 from fgpt.classification_head import with_classification_head
 from fgpt.cli import run_dir
 from fgpt.cli.console import show_progress
-from fgpt.cli.training.instruction_tuning import load_base
+from fgpt.cli.training.build import load_base
 from fgpt.data import packing
 from fgpt.data.classification_prompts import (
     LabeledText,
     Labels,
     PromptFrame,
     apply_labels,
-    class_labels,
     encode,
     parse_labels,
     prompt_frame,
@@ -34,134 +33,155 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, tree_map
 
-AT_ONCE = 8
-"""Rows of texts in a batch."""
+BATCH_SIZE = 8
+"""Rows in a batch; of packed texts, each row holds several."""
 
 
 @torch.no_grad()
 def log_probabilities(
-    params: GPT, examples: Sequence[Example], labels: Labels, width: int = 512
+    params: GPT, examples: Sequence[Example], labels: Labels, max_seq_len: int = 512
 ) -> Float[Tensor, "n classes"]:
-    """Of each example the log-probability of each class, among the classes alone; its own label is not read.
+    """The log-probability of each class for each example, normalized over the classes; their labels are not read.
 
-    What most of every example has in common at its beginning, as shots are, is read once. Else they are packed, into
-    rows of `width` tokens, or as long as the longest.
+    If most of every example is a common prefix, such as shots, that prefix is read once. Otherwise examples are packed
+    into rows of `max_seq_len` tokens, or of the longest example if that is longer.
     """
     by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
-    texts, common = [examples[i].tokens for i in by_length], common_to([x.tokens for x in examples])
-    reads = _after(params, texts, common) if 2 * common > len(texts[0]) else _packed(params, texts, width)
-    choices, found = torch.tensor(labels.output_ids), torch.empty(len(examples), len(labels.output_ids))
-    with show_progress("telling classes", len(examples)) as advance:
-        for numbers, h in reads:
-            each = logits(params, h).float().cpu()[:, choices].log_softmax(-1)
-            found[[by_length[i] for i in numbers]] = each
-            advance(len(numbers))
-    return found
+    texts = [examples[i].tokens for i in by_length]
+    prefix_length = common_prefix_length(texts)
+    if 2 * prefix_length > len(texts[0]):
+        hidden_states = _hidden_after_prefix(params, texts, prefix_length)
+    else:
+        hidden_states = _hidden_packed(params, texts, max_seq_len)
+    choices, logprobs = torch.tensor(labels.output_ids), torch.empty(len(examples), len(labels.output_ids))
+    with show_progress("classifying", len(examples)) as advance:
+        for indices, h in hidden_states:
+            batch_logits = logits(params, h).float().cpu()[:, choices]
+            logprobs[[by_length[i] for i in indices]] = batch_logits.log_softmax(-1)
+            advance(len(indices))
+    return logprobs
 
 
-Reads: TypeAlias = Iterator[tuple[list[int], Float[Tensor, "some d_model"]]]
-"""Numbers of texts, and their last hidden states."""
+HiddenStates: TypeAlias = Iterator[tuple[list[int], Float[Tensor, "texts d_model"]]]
+"""Indices of texts, and the hidden state at the last position of each."""
 
 
-def _packed(params: GPT, texts: Sequence[tuple[int, ...]], width: int) -> Reads:
-    at, lengths = device(params), list(map(len, texts))  # longest first, which packs well
-    bins = packing.pack(lengths, max(width, lengths[0]))
-    for i in range(0, len(bins), AT_ONCE):
-        rows = [[Example(texts[j], len(texts[j]), 0) for j in some] for some in bins[i : i + AT_ONCE]]
-        batch = tree_map(lambda x: x.to(at), packing.collate(rows))
-        assert batch.loss_positions is not None  # each text's last position, in their order
+def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: int) -> HiddenStates:
+    target, lengths = device(params), [len(text) for text in texts]  # longest first, which packs well
+    bins = packing.pack(lengths, max(max_seq_len, lengths[0]))
+    for start in range(0, len(bins), BATCH_SIZE):
+        batch_bins = bins[start : start + BATCH_SIZE]
+        rows = []
+        for indices in batch_bins:
+            rows.append([Example(texts[i], len(texts[i]), 0) for i in indices])
+        batch = tree_map(lambda x: x.to(target), packing.collate(rows))
+        assert batch.loss_positions is not None  # the last position of each text, in their order
         h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.loss_positions]
-        yield [j for some in bins[i : i + AT_ONCE] for j in some], h
+        yield [i for indices in batch_bins for i in indices], h
 
 
-def _after(params: GPT, texts: Sequence[tuple[int, ...]], common: int) -> Reads:
-    at = device(params)
-    _, once = forward_with_cache(params, torch.tensor([texts[0][:common]], device=at), KVCache())
-    for i in range(0, len(texts), AT_ONCE):
-        rest = [text[common:] for text in texts[i : i + AT_ONCE]]
-        many, wide = len(rest), max(map(len, rest))
-        padded = [[*row] + [0] * (wide - len(row)) for row in rest]  # no text sees what follows it
-        cache = tree_map(lambda x, many=many: x.expand(many, *x.shape[1:]), once)
-        h, _ = forward_with_cache(params, torch.tensor(padded, device=at), cache)
-        yield list(range(i, i + many)), h[range(many), [len(row) - 1 for row in rest]]
+def _hidden_after_prefix(params: GPT, texts: Sequence[tuple[int, ...]], prefix_length: int) -> HiddenStates:
+    target = device(params)
+    prefix = torch.tensor([texts[0][:prefix_length]], device=target)
+    _, prefix_cache = forward_with_cache(params, prefix, KVCache())
+    for start in range(0, len(texts), BATCH_SIZE):
+        rows = [text[prefix_length:] for text in texts[start : start + BATCH_SIZE]]
+        num_rows, longest = len(rows), max(map(len, rows))
+        padded = torch.tensor([[*row] + [0] * (longest - len(row)) for row in rows], device=target)
+        cache = tree_map(lambda x, n=num_rows: x.expand(n, *x.shape[1:]), prefix_cache)
+        h, _ = forward_with_cache(params, padded, cache)
+        last = [len(row) - 1 for row in rows]  # no text attends to the padding after it
+        yield list(range(start, start + num_rows)), h[range(num_rows), last]
 
 
-def common_to(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with alike, each keeping one of its own at least."""
-    most = min(map(len, texts)) - 1
-    return next((i for i in range(most) if len({text[i] for text in texts}) > 1), most)
+def common_prefix_length(texts: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all texts have in common at their beginning; at least one of each is left over."""
+    limit = min(map(len, texts)) - 1
+    for i in range(limit):
+        if len({text[i] for text in texts}) > 1:
+            return i
+    return limit
+
+
+def label_choices(recipe: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
+    """The labels, and which logit stands for each. Raises InputError if labels are next tokens and one of them is
+    several tokens.
+    """
+    return verbalizers(names, tokenizer) if recipe.head == "lm" else class_labels(names)
+
+
+def prompt_frame_of(
+    recipe: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()
+) -> PromptFrame:
+    """The tokens around each text, in training and in inference."""
+    return prompt_frame(recipe.prompt, names, tokenizer, recipe.head == "classifier", shots)
+
+
+def with_head(recipe: ClassificationRecipe, base: GPT, names: Sequence[str]) -> GPT:
+    """What the recipe adapts: the base, with a new classification head if the recipe has one."""
+    if recipe.head != "classes":
+        return base
+    return with_classification_head(base, len(names), fold_in(key(recipe.seed), "head"))
+
+
+def read_recipe(folder: Path) -> ClassificationRecipe:
+    """The classification recipe of a run directory. Raises InputError for any other recipe."""
+    recipe = run_dir.read_run(folder)
+    if not isinstance(recipe, ClassificationRecipe):
+        raise InputError(f"{folder} is not a classifier, as emotion-small is: {run_dir.suggest_use(folder, recipe)}")
+    return recipe
 
 
 class LoadedClassifier(NamedTuple):
-    """A trained run, ready to classify."""
+    """A trained classifier, ready to use."""
 
-    run: ClassificationRecipe
+    recipe: ClassificationRecipe
     params: GPT
     tokenizer: Tokenizer
 
 
-def labels_of(run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer) -> Labels:
-    """Raises InputError for names that are several tokens, where the label is the next."""
-    return verbalizers(names, tokenizer) if run.head == "lm" else class_labels(names)
+def load_classifier(folder: Path) -> LoadedClassifier:
+    """The trained classifier in a run directory. Raises InputError for any other directory."""
+    recipe = read_recipe(folder)
+    base = with_head(recipe, load_base(recipe), recipe.labels)
+    return LoadedClassifier(recipe, run_dir.load_tuned(folder, base), models.tokenizer(recipe.base))
 
 
-def frame_of(
-    run: ClassificationRecipe, names: Sequence[str], tokenizer: Tokenizer, shots: Sequence[LabeledText] = ()
-) -> PromptFrame:
-    """What stands around the texts of a run, in training and in use."""
-    return prompt_frame(run.prompt, names, tokenizer, run.head == "classifier", shots)
+def resolve_inference_labels(recipe: ClassificationRecipe, labels: Sequence[str]) -> tuple[str, ...]:
+    """`labels`, each as "label" or "label=word", or the recipe's own if there are none.
 
-
-def with_head(run: ClassificationRecipe, base: GPT, names: Sequence[str]) -> GPT:
-    """The params that the run adapts: the base, or for classes the same with their head."""
-    return with_classification_head(base, len(names), fold_in(key(run.seed), "head")) if run.head == "classifier" else base
-
-
-def read_run(where: Path) -> ClassificationRecipe:
-    """The run of classes that made a folder. Raises InputError for any other."""
-    if not isinstance(run := run_dir.read_run(where), ClassificationRecipe):
-        raise InputError(f"{where} is no run that classifies, as emotion-small is: {run_dir.suggest_use(where, run)}")
-    return run
-
-
-def load_classifier(where: Path) -> LoadedClassifier:
-    """The trained run in a folder. Raises InputError for any other folder."""
-    run = read_run(where)
-    params = run_dir.load_tuned(where, with_head(run, load_base(run), run.labels))
-    return LoadedClassifier(run, params, models.tokenizer(run.base))
-
-
-def labels_or_own(run: ClassificationRecipe, given: Sequence[str]) -> tuple[str, ...]:
-    """Labels as they are given, each as "label" or "label=word", or the run's own where none is.
-
-    Raises InputError for others where a head has learned its own, for fewer than two, and two that are the same.
+    Raises InputError if the recipe has a classification head, which knows its own labels alone, for fewer than two
+    labels, and for two that are equal.
     """
-    if given and run.head == "classifier":
-        raise InputError(f"{run.name} has a head of its own labels, {', '.join(run.labels)}: leave --labels out")
-    labels = tuple(given) or run.labels
-    apply_labels(parse_labels(labels), ())
-    return labels
+    if labels and recipe.head == "classifier":
+        raise InputError(f"{recipe.name} has a head of its own labels, {', '.join(recipe.labels)}: leave --labels out")
+    resolved = tuple(labels) or recipe.labels
+    apply_labels(parse_labels(resolved), ())
+    return resolved
 
 
 class Predictions(NamedTuple):
-    """What a run makes of texts."""
+    """The probability of each label for each text."""
 
     names: tuple[str, ...]
     probabilities: Float[Tensor, "n classes"]
 
     @property
     def argmax(self) -> list[str]:
+        """The most likely label of each text."""
         return [self.names[i] for i in self.probabilities.argmax(-1).tolist()]
 
 
-def predict(it: LoadedClassifier, rows: Sequence[LabeledText], given: Sequence[str] = ()) -> Predictions:
-    """How likely each label is of each row: of the run's own, or of `given` as `own_or` takes them. What a row is
-    labeled is not read.
+def predict(classifier: LoadedClassifier, rows: Sequence[LabeledText], labels: Sequence[str] = ()) -> Predictions:
+    """The probability of each label for each row: of the recipe's labels, or of `labels` as `resolve_inference_labels`
+    takes them. The rows' own labels are not read.
 
-    Raises InputError as `own_or` does, and for rows that cannot be laid.
+    Raises InputError as `resolve_inference_labels` does, and for rows that do not fit.
     """
-    own = tuple(parse_labels(labels_or_own(it.run, given)).values())
-    labels, width = labels_of(it.run, own, it.tokenizer), min(it.run.max_seq_len, it.params.cfg.n_ctx)
-    bare = [replace(row, label="") for row in rows]
-    examples = encode(bare, labels, frame_of(it.run, own, it.tokenizer), it.tokenizer, width).examples
-    return Predictions(own, log_probabilities(it.params, examples, labels, width).exp())
+    recipe, params, tokenizer = classifier
+    names = tuple(parse_labels(resolve_inference_labels(recipe, labels)).values())
+    choices, max_seq_len = label_choices(recipe, names, tokenizer), min(recipe.max_seq_len, params.cfg.n_ctx)
+    unlabeled = [replace(row, label="") for row in rows]
+    frame = prompt_frame_of(recipe, names, tokenizer)
+    examples = encode(unlabeled, choices, frame, tokenizer, max_seq_len).examples
+    return Predictions(names, log_probabilities(params, examples, choices, max_seq_len).exp())

@@ -1,4 +1,4 @@
-"""The labels of texts by a trained run: `just classify`."""
+"""The labels of texts by a trained classifier: `just classify`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,53 +18,57 @@ from fgpt.io.files import read_text
 
 @dataclass(frozen=True)
 class ClassifyOptions:
-    """How likely each label is of a text, or of many, by a trained run that classifies."""
+    """The probability of each label for one text or many, by a trained classifier."""
 
     run: tyro.conf.Positional[str]
     """A run's name, or its folder."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """The texts; of a pair both, with a tab between them."""
     file: Path | None = None
-    """In place of them a file of a text a line, or - for what is piped in: gives label, probability, text."""
+    """Instead of them, a file with one text per line, or - for standard input: prints label, probability, text."""
     labels: tuple[str, ...] = ()
-    """Other labels than those it was trained on: of a run whose labels are words that it writes."""
+    """Other labels than those it was trained on, if its labels are next tokens."""
 
 
-def run(asked: ClassifyOptions) -> None:
-    """Raises InputError for an unknown run, for no text, and for one that cannot be laid."""
-    if bool(asked.texts) == (asked.file is not None):
+def run(options: ClassifyOptions) -> None:
+    """Raises InputError for an unknown run, for no text, and for one that does not fit."""
+    if bool(options.texts) == (options.file is not None):
         raise InputError('which texts? expected one of just classify RUN "TEXT" .. and just classify RUN --file FILE')
-    where = run_dir.find_finished(asked.run)
-    run = classifiers.read_run(where)
-    classifiers.labels_or_own(run, asked.labels)  # before the model is loaded, as all that bad input can spoil
-    pairs = run.columns.text2 is not None
-    if asked.file is not None:
-        lines = read_text(asked.file).removesuffix("\n").split("\n")
-        rows = [row(line, pairs, f"{asked.file}, line {i}") for i, line in enumerate(lines, 1)]
+    folder = run_dir.find_finished(options.run)
+    recipe = classifiers.read_recipe(folder)
+    classifiers.resolve_inference_labels(recipe, options.labels)  # bad input is refused before the model is loaded
+    are_pairs = recipe.columns.text2 is not None
+    if options.file is not None:
+        lines = read_text(options.file).removesuffix("\n").split("\n")
+        rows = [parse_text(line, are_pairs, f"{options.file}, line {i}") for i, line in enumerate(lines, 1)]
     else:
-        rows = [row(text, pairs, f"text {i}") for i, text in enumerate(asked.texts, 1)]
-    told = classifiers.predict(classifiers.load_classifier(where), rows, asked.labels)
-    if asked.file is None:
-        show(rows, told)
+        rows = [parse_text(text, are_pairs, f"text {i}") for i, text in enumerate(options.texts, 1)]
+    predictions = classifiers.predict(classifiers.load_classifier(folder), rows, options.labels)
+    if options.file is None:
+        answers.print(table(rows, predictions))
         return
-    for each, label, p in zip(rows, told.argmax, told.probabilities.amax(-1).tolist(), strict=True):
-        print(label, f"{p:.4f}", each.text, *([each.text2] if pairs else []), sep="\t")
+    best = predictions.probabilities.amax(-1).tolist()
+    for row, label, probability in zip(rows, predictions.argmax, best, strict=True):
+        print(label, f"{probability:.4f}", row.text, *([row.text2] if are_pairs else []), sep="\t")
 
 
-def row(text: str, pairs: bool, where: str) -> LabeledText:
-    """Raises InputError for a pair that is none."""
-    first, tab, second = text.partition("\t") if pairs else (text, "", "")
-    if pairs and not (tab and second.strip()):
-        raise InputError(f"{where}: the run tells pairs: expected two texts with a tab between them")
+def parse_text(text: str, is_pair: bool, where: str) -> LabeledText:
+    """A row without a label. Raises InputError for a pair without a tab."""
+    first, tab, second = text.partition("\t") if is_pair else (text, "", "")
+    if is_pair and not (tab and second.strip()):
+        raise InputError(f"{where}: the run classifies pairs: expected two texts with a tab between them")
     return LabeledText(first.strip(), second.strip(), where=where)
 
 
-def show(rows: Sequence[LabeledText], told: classifiers.Predictions) -> None:
-    table = Table("text", *told.names)
-    for column in table.columns[1:]:
+def table(rows: Sequence[LabeledText], predictions: classifiers.Predictions) -> Table:
+    """The probabilities, the largest of each text in bold."""
+    view = Table("text", *predictions.names)
+    for column in view.columns[1:]:
         column.justify = "right"
-    for each, values, label in zip(rows, told.probabilities.tolist(), told.argmax, strict=True):
-        text = " / ".join(x for x in (each.text, each.text2) if x)
-        cells = (Text(f"{p:.3f}", "bold" if name == label else "") for name, p in zip(told.names, values))
-        table.add_row(text, *cells)
-    answers.print(table)
+    for row, probabilities, label in zip(rows, predictions.probabilities.tolist(), predictions.argmax, strict=True):
+        text = " / ".join(x for x in (row.text, row.text2) if x)
+        cells = []
+        for name, probability in zip(predictions.names, probabilities, strict=True):
+            cells.append(Text(f"{probability:.3f}", "bold" if name == label else ""))
+        view.add_row(text, *cells)
+    return view

@@ -1,4 +1,4 @@
-"""Answers from a trained run: one, as it is written, or several; and a conversation."""
+"""Generation with a trained run: one text as it is written, several texts, and a conversation."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fgpt.cli import run_dir
 from fgpt.cli.inference.options import GenerationOptions
-from fgpt.cli.training.instruction_tuning import load_base
+from fgpt.cli.training.build import load_base
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
@@ -21,79 +21,107 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 class LoadedRun(NamedTuple):
-    """A trained run, ready to write."""
+    """A trained run, ready to generate."""
 
-    run: InstructionRecipe
+    recipe: InstructionRecipe
     params: GPT
     tokenizer: Tokenizer
 
 
 def load_run(name: str) -> LoadedRun:
     """Raises InputError for an unknown run."""
-    out = run_dir.find_finished(name)
-    run = run_dir.instruction_run(out)
-    return LoadedRun(run, run_dir.load_tuned(out, load_base(run)), models.tokenizer(run.base))
+    folder = run_dir.find_finished(name)
+    recipe = run_dir.instruction_run(folder)
+    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), models.tokenizer(recipe.base))
 
 
-def answer(name: str, instruction: str, given: str, how: GenerationOptions) -> None:
-    """Print what run `name` answers to an instruction, in the template it was trained with.
+def answer(name: str, instruction: str, context: str, options: GenerationOptions) -> None:
+    """Print the responses of run `name` to an instruction, in the template it was trained with. `context` is what the
+    instruction applies to; it may be empty.
 
     Raises InputError for an unknown run, or an empty or overlong prompt.
     """
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
-    it = load_run(name)
-    prompt = encode_prompt(InstructionRow(instruction, given, ""), template(it.run.template), it.tokenizer)
-    ends = it.tokenizer.eos_token_ids
-    if how.num_beams > 1:
-        sampling = replace(how.sampling, temperature=0.0)
-        found = beam_search(it.params, prompt, ends, how.max_new_tokens, how.num_beams, how.length_penalty, sampling)
-        texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.num_return_sequences]]
-    elif how.num_return_sequences == 1:
-        print_sampling(generate_texts(it, prompt, how))
+    run = load_run(name)
+    prompt = encode_prompt(InstructionRow(instruction, context, ""), template(run.recipe.template), run.tokenizer)
+    if options.num_beams == 1 and options.num_return_sequences == 1:
+        print_stream(generate_text(run, prompt, options))
         return
-    else:
-        if not how.sampling.temperature:
-            raise InputError("the likeliest text is one: give --temperature above 0 for several, or --num-beams")
-        many, stop = [prompt] * how.num_return_sequences, stop_on_strings(it.tokenizer.decode, how.stop)
-        rng = key(how.seed)
-        made = generate(it.params, many, ends, how.max_new_tokens, how.sampling, rng, stop, compile=how.compile)
-        texts = [it.tokenizer.decode(x.tokens) for x in made]
-    print("\n\n".join(truncate_at_stop(text, how.stop).strip() for text in texts))
+    texts = _beam_texts(run, prompt, options) if options.num_beams > 1 else _sampled_texts(run, prompt, options)
+    print("\n\n".join(truncate_at_stop(text, options.stop).strip() for text in texts))
 
 
-def generate_texts(it: LoadedRun, prompt: Sequence[int], how: GenerationOptions) -> Iterator[str]:
+def _beam_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOptions) -> list[str]:
+    beams = beam_search(
+        run.params,
+        prompt,
+        run.tokenizer.eos_token_ids,
+        options.max_new_tokens,
+        options.num_beams,
+        options.length_penalty,
+        replace(options.sampling, temperature=0.0),
+    )
+    return [run.tokenizer.decode(beam.tokens) for beam in beams[: options.num_return_sequences]]
+
+
+def _sampled_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOptions) -> list[str]:
+    if not options.sampling.temperature:
+        raise InputError("greedy decoding gives one text: give --temperature above 0 for several, or --num-beams")
+    outputs = generate(
+        run.params,
+        [prompt] * options.num_return_sequences,
+        run.tokenizer.eos_token_ids,
+        options.max_new_tokens,
+        options.sampling,
+        key(options.seed),
+        stop_on_strings(run.tokenizer.decode, options.stop),
+        compile=options.compile,
+    )
+    return [run.tokenizer.decode(output.tokens) for output in outputs]
+
+
+def generate_text(run: LoadedRun, prompt: Sequence[int], options: GenerationOptions) -> Iterator[str]:
     """One text, piece by piece."""
-    stop, rng = stop_on_strings(it.tokenizer.decode, how.stop), key(how.seed)
-    end, compiled = it.tokenizer.eos_token_ids, how.compile
-    steps = stream(it.params, [prompt], end, how.max_new_tokens, how.sampling, rng, stop, compile=compiled)
-    return stream_text(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
+    steps = stream(
+        run.params,
+        [prompt],
+        run.tokenizer.eos_token_ids,
+        options.max_new_tokens,
+        options.sampling,
+        key(options.seed),
+        stop_on_strings(run.tokenizer.decode, options.stop),
+        compile=options.compile,
+    )
+    tokens = (token.token for step in steps for token in step if not token.end)
+    return stream_text(run.tokenizer.decode, tokens, options.stop)
 
 
-def print_sampling(text: Iterator[str]) -> str:
-    """Print a text as it comes, without white space about it; returns it."""
-    told = ""
-    for piece in text:
-        new = (told + piece).strip()[len(told.strip()) :] if told.strip() else piece.lstrip()
-        told += piece
+def print_stream(pieces: Iterator[str]) -> str:
+    """Print a text as it comes, without white space around it; returns it."""
+    text = ""
+    for piece in pieces:
+        printed = text.strip()
+        text += piece
+        new = text.strip()[len(printed) :] if printed else piece.lstrip()
         print(new, end="", flush=True)
     print()
-    return told.strip()
+    return text.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat
 
-HELP = "/reset forgets what was said, /temp 0.8 sets the temperature, /quit ends"
+HELP = "/reset forgets the conversation, /temp 0.8 sets the temperature, /quit ends"
 
 
-def chat(name: str, how: GenerationOptions, read: Callable[[str], str] = input) -> None:
+def chat(name: str, options: GenerationOptions, read: Callable[[str], str] = input) -> None:
     """A conversation with run `name`, line by line.
 
     Raises InputError for an unknown run.
     """
-    it = load_run(name)
-    print(f"{it.run.name}: {it.run.base}. {HELP}.")
-    said: list[InstructionRow] = []
+    run = load_run(name)
+    print(f"{run.recipe.name}: {run.recipe.base}. {HELP}.")
+    turns: list[InstructionRow] = []
     while True:
         try:
             line = read("> ").strip()
@@ -104,52 +132,53 @@ def chat(name: str, how: GenerationOptions, read: Callable[[str], str] = input) 
             return
         try:
             if command == "/reset":
-                said = []
+                turns = []
             elif command == "/temp":
-                how = replace(how, sampling=replace(how.sampling, temperature=_number(value)))
+                options = replace(options, sampling=replace(options.sampling, temperature=_parse_number(value)))
             elif line.startswith("/"):
                 raise InputError(f"no command {command}: {HELP}")
             elif line:
-                said.append(InstructionRow(line))
-                prompt, kept = fitting(it, said, how.max_new_tokens)
-                if kept < len(said):
-                    print(f"(the first {len(said) - kept} of {len(said)} turns no longer fit, and are left out)")
-                text = print_sampling(
-                    generate_texts(it, prompt, replace(how, seed=fold_in(key(how.seed), len(said)).initial_seed()))
-                )
-                said[-1] = replace(said[-1], output=text)
+                turns.append(InstructionRow(line))
+                prompt, num_turns = conversation_prompt(run, turns, options.max_new_tokens)
+                if num_turns < len(turns):
+                    dropped = len(turns) - num_turns
+                    print(f"(the first {dropped} of {len(turns)} turns no longer fit, and are left out)")
+                turn_seed = fold_in(key(options.seed), len(turns)).initial_seed()
+                text = print_stream(generate_text(run, prompt, replace(options, seed=turn_seed)))
+                turns[-1] = replace(turns[-1], output=text)
         except InputError as err:
-            said = [row for row in said if row.output]
+            turns = [turn for turn in turns if turn.output]
             print(f"error: {err}", file=sys.stderr)
 
 
-def fitting(it: LoadedRun, said: Sequence[InstructionRow], most: int) -> tuple[list[int], int]:
-    """The prompt of as many of the last turns as leave room for `most` tokens, or for half the context if that is less;
-    and their number. The newest turn stays whole.
+def conversation_prompt(run: LoadedRun, turns: Sequence[InstructionRow], max_new_tokens: int) -> tuple[list[int], int]:
+    """The prompt of as many of the last turns as leave room for `max_new_tokens` tokens, or for half the context if
+    that is less; and their number. The newest turn stays complete.
 
-    Raises InputError where it alone is too long.
+    Raises InputError if it is too long by itself.
     """
-    context = it.params.cfg.cached_context
-    limit, length = context - min(most, context // 2), 0
-    for start in range(len(said)):
-        prompt = conversation(it, said[start:])
+    context = run.params.cfg.cached_context
+    limit, length = context - min(max_new_tokens, context // 2), 0
+    for start in range(len(turns)):
+        prompt = encode_conversation(run, turns[start:])
         if (length := len(prompt)) <= limit:
-            return prompt, len(said) - start
-    raise InputError(f"that is {length} tokens; the model takes {limit} and an answer: say it in fewer words")
+            return prompt, len(turns) - start
+    raise InputError(f"the message has {length} tokens: expected at most {limit}, which leaves room to answer")
 
 
-def conversation(it: LoadedRun, said: Sequence[InstructionRow]) -> list[int]:
-    """The tokens of a conversation up to where the model is to answer: those that training has there."""
+def encode_conversation(run: LoadedRun, turns: Sequence[InstructionRow]) -> list[int]:
+    """The tokens of a conversation up to where the model is to answer, as in training."""
     messages: list[Message] = []
-    for row in said:
-        messages.append(Message("user", row.instruction))
-        messages += [Message("assistant", row.output)] if row.output else []
-    turn = Turn(said[-1].instruction, messages=tuple(messages))
-    return list(encode_prompt(turn, template(it.run.template), it.tokenizer))
+    for turn in turns:
+        messages.append(Message("user", turn.instruction))
+        if turn.output:
+            messages.append(Message("assistant", turn.output))
+    row = Turn(turns[-1].instruction, messages=tuple(messages))
+    return list(encode_prompt(row, template(run.recipe.template), run.tokenizer))
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"/temp wants a number such as 0.8, got {text!r}") from None
+        raise InputError(f"/temp: expected a number such as 0.8, got {text!r}") from None

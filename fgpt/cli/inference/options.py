@@ -1,4 +1,4 @@
-"""How a trained run is to write: the options of `just generate` and `just chat`, and of `just compare`."""
+"""Generation options of `just generate`, `just chat` and `just compare`."""
 
 from dataclasses import dataclass
 
@@ -11,38 +11,38 @@ from fgpt.ranges import BatchSize, PositiveInt, Seed
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to write."""
+    """How to generate."""
 
     max_new_tokens: PositiveInt = 200
-    """Most new tokens."""
+    """At most N new tokens."""
     sampling: OmitArgPrefixes[SamplingParams] = GREEDY
     num_beams: BatchSize = 1
-    """Above 1, beam search: the likeliest of the texts it finds."""
+    """Above 1, beam search: its most likely texts."""
     length_penalty: LengthPenalty = 1.0
-    """Of beam search: log-probabilities are divided by the length to this power."""
+    """Beam search divides log-probabilities by the length to this power."""
     num_return_sequences: BatchSize = 1
-    """Texts to write."""
+    """Texts to generate."""
     stop: tuple[str, ...] = ()
-    """Strings that end a text, and are no part of it."""
+    """Strings that end a text; they are not part of it."""
     seed: Seed = 0
     compile: bool = False
-    """Compile the step, which takes half a minute the first time: on a CPU the text then comes twice as fast or more.
-    Needs a C++ compiler."""
+    """Compile the decode step, which takes half a minute the first time: generation on a CPU is then at least twice as
+    fast. Needs a C++ compiler."""
 
 
 DEFAULT_SAMPLING = GenerationOptions()
-"""One text, the likeliest token each time."""
+"""One text, greedy decoding."""
 
 
 @dataclass(frozen=True)
 class ComparisonDecoding:
-    """How every side of a comparison is to write: by the same rule, and by the same key for the same prompt."""
+    """How every model of a comparison generates: with the same options, and the same key for the same prompt."""
 
     max_new_tokens: PositiveInt | None = None
-    """Most new tokens of an answer; None takes the first run's."""
+    """At most N new tokens; None takes the first run's."""
     sampling: OmitArgPrefixes[SamplingParams] = GREEDY
     seed: Seed = 0
 
 
 DEFAULT_DECODING = ComparisonDecoding()
-"""The likeliest token each time."""
+"""Greedy decoding."""

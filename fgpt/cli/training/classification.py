@@ -1,8 +1,9 @@
-"""Training a classifier, from a run to its scores."""
+"""Classification: training a classifier, from its recipe to its scores."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, TypeAlias
 
 from rich.table import Table
 
@@ -10,22 +11,11 @@ from fgpt.adapters import Adapters, adapt, trainable_leaves
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, show_progress
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion, scores
-from fgpt.cli.inference.classifiers import frame_of, labels_of, log_probabilities, with_head
-from fgpt.cli.metrics_log import plot_loss
-from fgpt.cli.training.instruction_tuning import (
-    assemble_job,
-    build_adapters,
-    held_out_of,
-    load_base,
-    low_rate,
-    print_saved,
-    sizes,
-    train_heldout_split,
-)
+from fgpt.cli.inference.classifiers import label_choices, log_probabilities, prompt_frame_of, with_head
+from fgpt.cli.training.build import assemble_job, build_adapters, describe_sizes, load_base, warn_if_all_warmup
+from fgpt.cli.training.examples import load_classification_split, load_test_texts, train_heldout_split
 from fgpt.cli.training.job import TrainingJob
-from fgpt.cli.training.loop import resume_hint, train_loop
-from fgpt.data import classification_datasets
-from fgpt.data.classification_prompts import LabeledText, Labels, encode, resolve_labels, sample_shots
+from fgpt.data.classification_prompts import Labels, apply_labels, encode, parse_labels, resolve_labels, sample_shots
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -34,170 +24,158 @@ from fgpt.model import GPT
 from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.rng import fold_in, key
 
+ScoreTable: TypeAlias = dict[str, tuple[Scores, float | None]]
+"""Scores and mean loss (nats per example) of each model, by its name."""
 
-def read(run: ClassificationRecipe) -> tuple[list[LabeledText], list[LabeledText]]:
-    """Rows to train on, and rows to score: those of `test`; of a hub's dataset its own test split, if it has one; else
-    the last of a shuffle by the run's seed.
 
-    Raises InputError where holding out would leave nothing to train on.
+def build_trainable(recipe: ClassificationRecipe, params: GPT) -> Adapters:
+    """What the recipe trains: its adapter, the leaves it tunes as well, and the classification head if it has one.
+
+    Raises InputError if a target matches nothing that can be adapted.
     """
-    rows = classification_datasets.load_labeled_texts(run.train, "train", _columns(run))
-    if (test := _test_of(run)) is not None:
-        return rows, classification_datasets.load_labeled_texts(test, "test", _columns(run))
-    if run.num_heldout < 1:
-        raise InputError(f"--num-heldout {run.num_heldout}: expected 1 or more rows to score, or others with --test")
-    return train_heldout_split(rows, held_out_of(rows, run.num_heldout, run.train), run.seed)
+    trainable = build_adapters(recipe, params)
+    if recipe.tune_also:
+        trainable |= trainable_leaves(params, recipe.tune_also)
+    if recipe.head == "classifier":
+        trainable |= trainable_leaves(params, r"head\..*")
+    return trainable
 
 
-def to_score(run: ClassificationRecipe) -> list[LabeledText]:
-    """The rows to score alone. Raises InputError as `read` does."""
-    test = _test_of(run)
-    return read(run)[1] if test is None else classification_datasets.load_labeled_texts(test, "test", _columns(run))
-
-
-def _test_of(run: ClassificationRecipe) -> str | None:
-    """The source of the rows to score, where they are not some of those to train on."""
-    return run.test or (run.train if classification_datasets.has_test_split(run.train) else None)
-
-
-def _columns(run: ClassificationRecipe) -> classification_datasets.Columns | None:
-    return None if run.columns == classification_datasets.Columns() else run.columns
-
-
-def trained_of(run: ClassificationRecipe, params: GPT) -> Adapters:
-    """What the run trains: its adapter, the leaves beside it, and a head of classes.
-
-    Raises InputError where a target matches nothing that can be adapted.
-    """
-    head = trainable_leaves(params, r"head\..*") if run.head == "classifier" else {}
-    return build_adapters(run, params) | (trainable_leaves(params, run.tune_also) if run.tune_also else {}) | head
-
-
-def score(params: GPT, examples: list[Example], labels: Labels, width: int) -> tuple[Scores, float]:
+def score(params: GPT, examples: list[Example], labels: Labels, max_seq_len: int) -> tuple[Scores, float]:
     """Scores, and the mean loss in nats per example."""
-    found = log_probabilities(params, examples, labels, width)
+    logprobs = log_probabilities(params, examples, labels, max_seq_len)
     truth = [labels.output_ids.index(x.label) for x in examples if x.label is not None]
-    loss = -found[range(len(truth)), truth].mean()
-    return scores(truth, found.argmax(-1).tolist(), len(labels.names)), float(loss)
+    loss = -logprobs[range(len(truth)), truth].mean()
+    return scores(truth, logprobs.argmax(-1).tolist(), len(labels.names)), float(loss)
 
 
-class ScoringSet(NamedTuple):
-    """What a run is scored on: rows as the tuned model reads them and, with shots before them, the base."""
+@dataclass(frozen=True, eq=False)
+class ClassificationTask:
+    """Train a classifier: a classification head, or labels as next tokens."""
 
-    names: tuple[str, ...]
+    recipe: ClassificationRecipe
+    job: TrainingJob
     labels: Labels
-    width: int
-    commonest: Scores
-    """Of telling always the label that the training rows have most often."""
-    examples: list[Example]
-    shown: list[Example]
+    max_seq_len: int
+    majority: Scores
+    """Of always predicting the most frequent label of the training rows."""
+    test_examples: list[Example]
+    fewshot_examples: list[Example]
+    """The same rows with shots before them, for the base alone; empty without shots."""
+    loss_unit: ClassVar[str] = "example"
 
-
-def build_job(run: ClassificationRecipe) -> tuple[TrainingJob, ScoringSet]:
-    """The training, and what is scored before and after it.
-
-    Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
-    """
-    run_dir.resolve_device(run.device)
-    if run.num_fewshot and run.head == "classifier":
-        raise InputError(
-            f"--num-fewshot {run.num_fewshot} want labels as next tokens: --head lm, or leave them out"
+    @classmethod
+    def build(cls, recipe: ClassificationRecipe) -> "ClassificationTask":
+        """Raises InputError for bad input."""
+        run_dir.resolve_device(recipe.device)
+        if recipe.num_fewshot and recipe.head == "classifier":
+            raise InputError(
+                f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head tokens, or leave it out"
+            )
+        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
+        recipe = replace(recipe, labels=recipe.labels or names)
+        heldout = []
+        if recipe.eval_every:
+            train, heldout = train_heldout_split(train, min(recipe.num_heldout, len(train) // 2), recipe.seed)
+        labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
+        max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)
+        with show_progress("tokenizing"):
+            examples, truncated = encode(train, labels, frame, tokenizer, max_seq_len)
+            test_examples, test_truncated = encode(test, labels, frame, tokenizer, max_seq_len)
+            heldout_examples, _ = encode(heldout, labels, frame, tokenizer, max_seq_len)
+        if truncated + test_truncated:
+            console.print(
+                f"{truncated:,} of {len(train):,} training rows and {test_truncated:,} of {len(test):,} test rows are "
+                f"longer than {max_seq_len} tokens: their texts lose their middle"
+            )
+        fewshot_examples: list[Example] = []
+        if recipe.num_fewshot:
+            shots = sample_shots(train, names, recipe.num_fewshot, fold_in(key(recipe.seed), "shots"))
+            fewshot_frame = prompt_frame_of(recipe, names, tokenizer, shots)
+            fewshot_examples = encode(test, labels, fewshot_frame, tokenizer, cfg.n_ctx).examples
+        base = with_head(recipe, load_base(recipe), names)
+        adapters = build_trainable(recipe, base)
+        job = assemble_job(
+            recipe,
+            base,
+            adapters=adapters,
+            examples=examples,
+            max_seq_len=max_seq_len,
+            tokenizer=tokenizer,
+            heldout_loss=(lambda params: score(params, heldout_examples, labels, max_seq_len)[1])
+            if heldout_examples
+            else None,
+            test_rows=test_examples,
+            rows_with_shots=fewshot_examples,
+            heldout_rows=heldout_examples,
+            labels=f"{labels} {frame}",
         )
-    cfg, tokenizer = models.load_config_and_tokenizer(run.base)
-    names, train, test = resolve_labels(run.labels, *read(run))
-    run = replace(run, labels=run.labels or names)
-    train, chosen = (
-        train_heldout_split(train, min(run.num_heldout, len(train) // 2), run.seed) if run.eval_every else (train, [])
-    )
-    labels, around, width = (
-        labels_of(run, names, tokenizer),
-        frame_of(run, names, tokenizer),
-        min(run.max_seq_len, cfg.n_ctx),
-    )
-    with show_progress("tokenizing"):
-        examples, cut = encode(train, labels, around, tokenizer, width)
-        asked, cut_too = encode(test, labels, around, tokenizer, width)
-        by, _ = encode(chosen, labels, around, tokenizer, width)
-    if cut + cut_too:
-        console.print(
-            f"{cut:,} of {len(train):,} training rows and {cut_too:,} of {len(test):,} to be scored are longer than "
-            f"{width} tokens: their texts lose their middle"
+        announce(
+            recipe.name,
+            describe_sizes(recipe.base, base, adapters),
+            f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {job.steps} steps",
+            f"{len(test):,} test rows",
+            *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
-    shown: list[Example] = []
-    if run.num_fewshot:
-        shots = sample_shots(train, names, run.num_fewshot, fold_in(key(run.seed), "shots"))
-        shown = encode(test, labels, frame_of(run, names, tokenizer, shots), tokenizer, cfg.n_ctx).examples
-    base = with_head(run, load_base(run), names)
-    adapters = trained_of(run, base)
-    judged = (lambda tuned: score(tuned, by, labels, width)[1]) if by else None
-    more = {"test_rows": asked, "rows_with_shots": shown, "heldout_rows": by, "labels": f"{labels} {around}"}
-    it = assemble_job(run, base, adapters, examples, width, tokenizer, judged, **more)
-    announce(
-        run.name,
-        sizes(run.base, base, adapters),
-        f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {it.steps} steps",
-        f"{len(test):,} to score",
-        *low_rate(run.peak_lr, it.steps, run.num_warmup_steps(it.steps)),
-    )
-    truth = [names.index(row.label) for row in test]
-    plain = majority([names.index(row.label) for row in train], truth, len(names))
-    return it, ScoringSet(names, labels, width, plain, asked, shown)
+        train_labels, test_labels = ([names.index(row.label) for row in rows] for rows in (train, test))
+        baseline = majority(train_labels, test_labels, len(names))
+        return cls(recipe, job, labels, max_seq_len, baseline, test_examples, fewshot_examples)
 
+    @staticmethod
+    def load_base(recipe: ClassificationRecipe) -> GPT:
+        return with_head(recipe, load_base(recipe), recipe.labels)
 
-def classify(run: ClassificationRecipe, where: Path | None = None) -> Path:
-    """Train, save, score; in a new folder, or in `where`, from its last checkpoint on. Returns the run's folder.
+    @staticmethod
+    def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:
+        return tuple(parse_labels(recipe.labels).values()) if recipe.head == "classifier" else ()
 
-    Raises InputError as `plan` and `fit` do.
-    """
-    it, asked = build_job(run)
-    run = cast(ClassificationRecipe, it.run)
+    @staticmethod
+    def load_heldout_examples(recipe: ClassificationRecipe, base: GPT, limit: int) -> list[Example]:
+        tokenizer, max_seq_len = models.tokenizer(recipe.base), min(recipe.max_seq_len, base.cfg.n_ctx)
+        names, rows = apply_labels(parse_labels(recipe.labels), load_test_texts(recipe)[:limit])
+        labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
+        return encode(rows, labels, frame, tokenizer, max_seq_len).examples
 
-    def scored(params: GPT, examples: list[Example]) -> tuple[Scores, float]:
-        return score(params, examples, asked.labels, asked.width)
-
-    with run_dir.open_run_dir(run, it.steps, where) as out:
-        table: dict[str, tuple[Scores, float | None]] = {"the commonest label": (asked.commonest, None)}
-        if run.head == "lm":
-            assert it.initial_state is not None
-            base = adapt(it.frozen, it.initial_state.trainable)  # adapters at their start change nothing
-            table["base"] = scored(base, asked.examples)
+    def score_initial(self) -> ScoreTable:
+        """The scores of the majority label and, if labels are next tokens, of the base without and with shots."""
+        table: ScoreTable = {"majority label": (self.majority, None)}
+        if self.recipe.head == "lm":
+            trainable = self.job.initial_state.peek().trainable
+            base = adapt(self.job.frozen, trainable)  # new adapters change nothing
+            table["base"] = self._score(base, self.test_examples)
             print_scores("base", *table["base"])
-            if asked.shown:
-                table[f"base, {run.num_fewshot} shots"] = scored(base, asked.shown)
-            del base
-        fitted = train_loop(it, out)
-        tuned = fitted.state.trainable
-        run_dir.save_tuned(out, it.frozen, tuned, run.base)
-        plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name, "example")
-        print_saved(fitted, out)
-        if fitted.interrupted:
-            console.print(f"what was trained so far is usable; {resume_hint(out)}")
-            raise KeyboardInterrupt
-        table["tuned"] = scored(adapt(it.frozen, tuned), asked.examples)
-        report(run, asked.names, len(asked.examples), table, out)
-    return out
+            if self.fewshot_examples:
+                table[f"base, {self.recipe.num_fewshot} shots"] = self._score(base, self.fewshot_examples)
+        return table
+
+    def save(self, trainable: Adapters, out: Path) -> Path:
+        run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base)
+        return out
+
+    def score(self, trainable: Adapters, out: Path) -> ScoreTable:
+        return {"tuned": self._score(adapt(self.job.frozen, trainable), self.test_examples)}
+
+    def report(self, before: ScoreTable, after: ScoreTable, out: Path) -> None:
+        """Write metrics.json and confusion.png, and print the scores."""
+        report(self.recipe.name, self.labels.names, len(self.test_examples), before | after, out)
+
+    def _score(self, params: GPT, examples: list[Example]) -> tuple[Scores, float]:
+        return score(params, examples, self.labels, self.max_seq_len)
 
 
-def print_scores(side: str, found: Scores, loss: float) -> None:
-    console.print(f"{side}: accuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}, loss {loss:.3f}")
+def print_scores(name: str, values: Scores, loss: float) -> None:
+    console.print(f"{name}: accuracy {values['accuracy']:.3f}, macro-F1 {values['macro_f1']:.3f}, loss {loss:.3f}")
 
 
-def report(
-    run: ClassificationRecipe,
-    names: tuple[str, ...],
-    rows: int,
-    table: dict[str, tuple[Scores, float | None]],
-    out: Path,
-) -> None:
-    """Write metrics.json and confusion.png, and print the scores of each side."""
-    found: dict[str, Any] = {side: {**some, "loss": loss} for side, (some, loss) in table.items()}
-    write_json(out / run_dir.SCORES, {"labels": list(names), "rows": rows, "scores": found})
-    plot_confusion(table["tuned"][0], names, out / run_dir.CONFUSION, f"{run.name}: {rows:,} rows")
-    view = Table(
-        "", "accuracy", "macro-F1", "loss", title=f"{rows:,} rows that were not trained on", title_justify="left"
-    )
-    for side, (some, loss) in table.items():
-        said = "" if loss is None else f"{loss:.3f}"
-        view.add_row(side, f"{some['accuracy']:.3f}", f"{some['macro_f1']:.3f}", said)
+def report(name: str, labels: Sequence[str], num_rows: int, table: ScoreTable, out: Path) -> None:
+    """Write metrics.json and confusion.png of the run `name`, and print the scores of each model."""
+    as_json: dict[str, Any] = {model: {**values, "loss": loss} for model, (values, loss) in table.items()}
+    write_json(out / run_dir.SCORES, {"labels": list(labels), "rows": num_rows, "scores": as_json})
+    plot_confusion(table["tuned"][0], labels, out / run_dir.CONFUSION, f"{name}: {num_rows:,} rows")
+    view = Table("", "accuracy", "macro-F1", "loss", title=f"{num_rows:,} test rows", title_justify="left")
+    for model, (values, loss) in table.items():
+        loss_text = "" if loss is None else f"{loss:.3f}"
+        view.add_row(model, f"{values['accuracy']:.3f}", f"{values['macro_f1']:.3f}", loss_text)
     console.print(view)
-    console.print(f"what was taken for what: {out / run_dir.CONFUSION}; all figures: {out / run_dir.SCORES}")
+    console.print(f"confusion matrix: {out / run_dir.CONFUSION}; all figures: {out / run_dir.SCORES}")

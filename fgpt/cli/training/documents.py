@@ -1,9 +1,10 @@
-"""Documents, one after the other, as pretraining reads them."""
+"""The documents of pretraining, and the rows of tokens that they fill."""
 
 import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -17,61 +18,71 @@ from fgpt.tokenizers.tiktoken_bpe import END
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 TITLE = re.compile(r"^ \n(?= = [^=\n]+ = \n \n)", re.MULTILINE)
-"""Where an article of WikiText begins: its title stands between blank lines, and has fewer signs than a section's."""
-FROM_HUB = {"tinystories": 100_000}
-"""Documents that are taken from the hub, where not all are: 20 M tokens, more than pretrain-nano reads."""
+"""The beginning of a WikiText article: its title is between blank lines, with one = where a section has more."""
+HUB_LIMITS = {"tinystories": 100_000}
+"""The number of documents read from the hub, if not all: 20 M tokens, more than pretrain-nano reads."""
+
+
+Document: TypeAlias = Int[Tensor, " _"]
+"""The tokens of a document, int32."""
 
 
 def read(path: Path) -> list[str]:
-    """The documents of a text file, unpacked where its name ends in .gz, .bz2, .xz or .zst: what <|endoftext|>
-    separates, else the articles of WikiText, else the whole file as one.
+    """The documents of a text file, decompressed if its name ends in .gz, .bz2, .xz or .zst: separated by
+    <|endoftext|>, else the articles of WikiText, else the file as one document.
 
-    Raises InputError for a file that is none, or holds no text.
+    Raises InputError if the file cannot be read, is not UTF-8, or holds no text.
     """
     try:
         with read_errors(path), open_text(path) as file:
             text = file.read()
     except InputError as err:
         raise InputError(f"{path}: expected a text in UTF-8, its documents separated by {END}: {err}") from None
-    found = [part.strip() for part in text.split(END)] if END in text else articles(text)
-    if not any(part.strip() for part in found):
+    parts = [part.strip() for part in text.split(END)] if END in text else articles(text)
+    texts = [part for part in parts if part.strip()]
+    if not texts:
         raise InputError(f"{path}: holds no text")
-    return [part for part in found if part.strip()]
+    return texts
 
 
 def articles(text: str) -> list[str]:
-    """WikiText's articles, which put together are `text` again; of another text, the whole."""
-    starts = [found.start() for found in TITLE.finditer(text)]
+    """WikiText's articles, whose concatenation is `text`; any other text is one article."""
+    starts = [match.start() for match in TITLE.finditer(text)]
     edges = [0, *(start for start in starts if start > 0), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def from_hub(source: str) -> list[str]:
-    """The documents of one of `instruction_datasets.HUB_TEXTS`. Raises InputError where the hub cannot be reached."""
-    found = instruction_datasets.load_texts(source, FROM_HUB.get(source))
-    if source.startswith("wikitext"):  # a row is a line there, a blank one an empty row
-        return articles("".join(line or " \n" for line in found))
-    return found
+    """The documents of one of `instruction_datasets.TEXTS`. Raises InputError if the hub cannot be reached."""
+    texts = instruction_datasets.load_texts(source, HUB_LIMITS.get(source))
+    if source.startswith("wikitext"):  # its rows are lines, and a blank line is an empty row
+        return articles("".join(line or " \n" for line in texts))
+    return texts
 
 
-def encode(documents: Iterable[str], tokenizer: Tokenizer) -> list[Int[Tensor, " length"]]:
-    """Tokens of each document, without the closing end: 4 bytes a token, where a list of numbers takes forty."""
+def encode(documents: Iterable[str], tokenizer: Tokenizer) -> list[Document]:
+    """Tokens of each document, without an end-of-text token: 4 bytes per token, where a list takes forty."""
     return [torch.tensor(tokenizer.encode(document), dtype=torch.int32) for document in documents]
 
 
 def rows(
-    documents: list[Int[Tensor, " length"]], end: int, seq: int, rng: torch.Generator
+    documents: list[Document], eos_token_id: int, seq: int, rng: torch.Generator
 ) -> Iterator[Int[Tensor, "seq+1"]]:
-    """Rows of seq + 1 tokens without end, epoch after epoch: the documents in a fresh order, each closed by `end`, run
-    on as one stream; a row begins with the last token of the row before it, so that an epoch predicts each token once.
-    An epoch's rows come in an order of their own, so that neighbors in a batch are not of one document; the tokens at
-    the end of the stream that fill no row begin the next epoch's.
+    """Rows of `seq` + 1 tokens, epoch after epoch, without end.
+
+    The documents, in a fresh order per epoch and each followed by `eos_token_id`, form one stream. A row begins with
+    the last token of the row before it, so that an epoch predicts each token once. The rows of an epoch are shuffled,
+    so that neighbors in a batch are not of one document. Tokens at the end of the stream that fill no row begin the
+    next epoch.
     """
-    stream, close, epoch = torch.tensor([end], dtype=torch.int32), torch.tensor([end], dtype=torch.int32), 0
-    while True:
-        order = torch.randperm(len(documents), generator=fold_in(rng, epoch)).tolist()
-        stream = torch.cat([stream, *(part for i in order for part in (documents[i], close))])
-        whole = (len(stream) - 1) // seq
-        for i in torch.randperm(whole, generator=fold_in(rng, f"rows of {epoch}")).tolist():
+    eos = torch.tensor([eos_token_id], dtype=torch.int32)
+    stream = eos
+    for epoch in itertools.count():
+        parts = [stream]
+        for i in torch.randperm(len(documents), generator=fold_in(rng, epoch)).tolist():
+            parts += [documents[i], eos]
+        stream = torch.cat(parts)
+        num_rows = (len(stream) - 1) // seq
+        for i in torch.randperm(num_rows, generator=fold_in(rng, f"rows of {epoch}")).tolist():
             yield stream[i * seq : (i + 1) * seq + 1].long()
-        stream, epoch = stream[whole * seq :].clone(), epoch + 1
+        stream = stream[num_rows * seq :].clone()

@@ -1,4 +1,4 @@
-"""A training laid out before its first step: from it, and the state after any step, follows all that comes after."""
+"""A training job: all that a training needs. The state after any step follows from it and the state before."""
 
 import dataclasses
 import hashlib
@@ -23,126 +23,152 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Metrics, State, Step
 from fgpt.tree import device, tree_map, walk
 
+MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
+"""Options that a resumed run may change, since they change nothing of what is trained."""
 
-@dataclass
+
+class InitialState:
+    """The state before the first step.
+
+    `peek` reads it any number of times. `take` hands it over and lets go of it, so that the memory of the initial
+    weights is freed by the first step of full tuning; after that it is gone.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state: State | None = state
+
+    def peek(self) -> State:
+        """The state. Raises RuntimeError after `take`."""
+        if self._state is None:
+            raise RuntimeError("the initial state was taken by a training already: build the job again")
+        return self._state
+
+    def take(self) -> State:
+        """The state, which this object then no longer holds. Raises RuntimeError for a second call."""
+        state = self.peek()
+        self._state = None
+        return state
+
+
+@dataclass(frozen=True)
 class TrainingJob:
-    """What `fit` needs, and `replay`."""
+    """What `train_loop` and `replay` need."""
 
-    run: TrainingRecipe
+    recipe: TrainingRecipe
     step: Step
     frozen: Any
+    """The frozen base; None if every parameter is trained."""
     batches: Callable[[int], Iterator[list[Batch]]]
     """The micro-batches of one update after the other, without end, from that update on; counted from 0."""
     steps: int
     schedule: Schedule
     rng: torch.Generator
-    """Each step takes a key of its own from it, by its number."""
+    """Each step folds its number into it."""
     fingerprint: dict[str, str]
-    """The hashes of all that the training reads: what a checkpoint must have been made from."""
-    initial_state: State | None
-    """The state before the first step, until it is taken."""
+    """The hashes of all that the training reads: a checkpoint must have been made from the same."""
+    initial_state: InitialState
     tokenizer: Tokenizer
-    heldout: Callable[[Any], float] | None = None
-    """Loss on rows apart, of what is trained."""
+    heldout_loss: Callable[[Any], float] | None = None
+    """Loss of the trained leaves on held-out rows."""
     mfu: Callable[[float], float] | None = None
-    """Which part of the machine so many tokens a second take."""
+    """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 
-    def train_step(self, state: State, micro: Sequence[Batch]) -> tuple[State, Metrics]:
+    def train_step(self, state: State, micro_batches: Sequence[Batch]) -> tuple[State, Metrics]:
         """The step after `state`, with the key of its number, on the device that the state is on."""
-        at = device(state.trainable)
-        placed = [tree_map(lambda x: x.to(at), batch) for batch in micro]
+        target = device(state.trainable)
+        placed = [tree_map(lambda x: x.to(target), batch) for batch in micro_batches]
         return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step)))
 
-    def pop_initial_state(self) -> State:
-        """The state before the first step. It is given away: nobody else holds on to memory that the training lets go
-        of with its first step.
-        """
-        state, self.initial_state = self.initial_state, None
-        assert state is not None, "taken already"
-        return state
 
+def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source: str, **others: Any) -> dict[str, str]:
+    """The hash of each thing that a training reads, by its name: the recipe's options, the base, the tokenizer, and
+    `others`, rows above all. The content of files counts and not their path.
 
-def fingerprint(run: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source: str, **others: Any) -> dict[str, str]:
-    """By name the hash of each thing that a training reads: the run's options, the base, the tokenizer, and `others`,
-    rows above all. Where a path leads is not among them, what lies there is. `source` is the model whose tokenizer it
-    is, empty for one that comes with the package.
+    Args:
+        source: the model whose tokenizer it is; empty for one that comes with the package.
+        others: names (underscores become spaces) and values, as `content_hash` takes them.
     """
-    ends = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.bos}"
-    inputs = {
-        "options": hashed(options(run)),
-        "base config": hashed(repr(base.cfg)),
-        "base weights": hashed(base),
-        "tokenizer": hashed(ends, *files_of_tokenizer(source)),
+    special = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.bos}"
+    hashes = {
+        "options": content_hash(training_options(recipe)),
+        "base config": content_hash(repr(base.cfg)),
+        "base weights": content_hash(base),
+        "tokenizer": content_hash(special, *tokenizer_contents(source)),
     }
-    return inputs | {name.replace("_", " "): hashed(x) for name, x in others.items()}
+    return hashes | {name.replace("_", " "): content_hash(value) for name, value in others.items()}
 
 
-def options(run: TrainingRecipe) -> str:
-    """The options of a run that change what is trained, but for those that name files."""
-    apart = {"name", "device", *LASTING}
-    counted = {name: x for name, x in run.to_json().items() if name not in apart}
-    values = {name: x for name, x in counted.items() if name not in paths.FIELDS or isinstance(x, int)}
-    return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)  # 1 and 1.0 are one number
+def training_options(recipe: TrainingRecipe) -> str:
+    """The options of a recipe that change what is trained, except those that name files, as JSON."""
+    ignored = {"name", "device", *MUTABLE_OPTIONS}
+    values = {}
+    for name, value in recipe.to_json().items():
+        is_path = name in paths.FIELDS and not isinstance(value, int)
+        if name not in ignored and not is_path:
+            values[name] = value
+    return json.dumps(json.loads(json.dumps(values), parse_int=float), sort_keys=True)  # 1 and 1.0 are equal
 
 
-LASTING = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
-"""Options that change nothing of what is trained."""
-
-
-def files_of_tokenizer(source: str) -> list[str | bytes]:
-    """What the tokenizer of a model is read from, chat template and all: its files, or the fields of its GGUF file."""
+def tokenizer_contents(source: str) -> list[str | bytes]:
+    """All that the tokenizer of a model is read from, chat template included: its files, or the fields of its GGUF
+    file.
+    """
     if not source:
         return []
-    at = models.resolve(source)
-    if at.is_file():
-        return [f"{name} {x}" for name, x in gguf.open_gguf(at).fields.items() if name.startswith("tokenizer.")]
-    files = [at / name for name in tokenizer_files.FILES if (at / name).is_file()]
-    return [part for file in files for part in (file.name, file.read_bytes())]
+    path = models.resolve(source)
+    if path.is_file():
+        fields = gguf.open_gguf(path).fields
+        return [f"{name} {value}" for name, value in fields.items() if name.startswith("tokenizer.")]
+    contents: list[str | bytes] = []
+    for name in tokenizer_files.FILES:
+        if (path / name).is_file():
+            contents += [name, (path / name).read_bytes()]
+    return contents
 
 
-def hashed(*values: Any) -> str:
-    """The hash of trees, of sequences of examples, tensors or rows, and of texts: bit by bit, and in this order."""
-    whole = hashlib.sha256()
+def content_hash(*values: Any) -> str:
+    """The SHA-256 of trees, of sequences (of examples, tensors or rows), and of texts: bit by bit, in this order."""
+    digest = hashlib.sha256()
     for value in values:
         if isinstance(value, str | bytes):
-            _feed_text(whole, value)
+            _feed_text(digest, value)
         elif isinstance(value, Sequence):
-            _feed_rows(whole, value)
+            _feed_rows(digest, value)
         else:
-            _feed_tree(whole, value)
-    return whole.hexdigest()
+            _feed_tree(digest, value)
+    return digest.hexdigest()
 
 
-def _feed_tree(whole: Any, tree: Any) -> None:
-    """Its leaves, and the static fields of its nodes."""
+def _feed_tree(digest: Any, tree: Any) -> None:
+    """Feed the leaves, and the static fields of the nodes."""
     for path, x in walk(tree):
         if isinstance(x, Tensor):
-            _feed_text(whole, f"{path} {x.dtype} {list(x.shape)}")
-            _feed(whole, x)
+            _feed_text(digest, f"{path} {x.dtype} {list(x.shape)}")
+            _feed_tensor(digest, x)
         elif dataclasses.is_dataclass(x):
-            fixed = [f"{f.name} {getattr(x, f.name)!r}" for f in dataclasses.fields(x) if f.metadata.get("static")]
-            _feed_text(whole, f"{path} {type(x).__name__} {' '.join(fixed)}")
+            static = [f"{f.name} {getattr(x, f.name)!r}" for f in dataclasses.fields(x) if f.metadata.get("static")]
+            _feed_text(digest, f"{path} {type(x).__name__} {' '.join(static)}")
 
 
-def _feed_rows(whole: Any, rows: Sequence[Any]) -> None:
-    _feed_text(whole, f"{len(rows)} rows")
+def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
+    _feed_text(digest, f"{len(rows)} rows")
     for row in rows:
         if isinstance(row, Example):
-            _feed_text(whole, f"{row.prompt_length} {row.label} {row.weight}")
-            _feed(whole, torch.tensor(row.tokens))
+            _feed_text(digest, f"{row.prompt_length} {row.label} {row.weight}")
+            _feed_tensor(digest, torch.tensor(row.tokens))
         elif isinstance(row, Tensor):
-            _feed(whole, row)
+            _feed_tensor(digest, row)
         else:
-            _feed_text(whole, row if isinstance(row, str) else repr(row))
+            _feed_text(digest, row if isinstance(row, str) else repr(row))
 
 
-def _feed_text(whole: Any, text: str | bytes) -> None:
+def _feed_text(digest: Any, text: str | bytes) -> None:
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-    whole.update(f" {len(data)}:".encode())
-    whole.update(data)
+    digest.update(f" {len(data)}:".encode())
+    digest.update(data)
 
 
-def _feed(whole: Any, x: Tensor) -> None:
-    whole.update(f" {x.numel()}:".encode())
+def _feed_tensor(digest: Any, x: Tensor) -> None:
+    digest.update(f" {x.numel()}:".encode())
     flat: Any = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    whole.update(flat)
+    digest.update(flat)

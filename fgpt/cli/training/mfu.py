@@ -1,14 +1,14 @@
-"""Model FLOPs utilisation: which part of the machine's matrix arithmetic a training uses.
+"""Model FLOPs utilization: the share of the machine's peak matrix arithmetic that a training uses.
 
     MFU = tokens per second · (6 N + 12 layers · heads · head size · seq) / peak
 
-N counts the parameters that multiply a token: all but the position table and, where the head is another, the token
+N counts the parameters that multiply a token: all except the position table and, if embeddings are not tied, the token
 table. Each multiplies and adds once forward and twice backward. The other term is attention's, q with k and the weights
-with v over whole rows of `seq`, as the source counts it, though the causal mask makes half of that needless. What is
-computed again, or clipped, or averaged is no model's FLOP.
+with v over full rows of `seq`, as the source counts it, though the causal mask makes half of that unnecessary.
+Recomputation, clipping and averaging do not count.
 
-The peak is one that is given, or that of a large fp32 product on this machine, with the threads that torch has: of
-several, the fastest, for others may be at work beside it.
+The peak is either given or measured: the fastest of several large fp32 products on this machine, with torch's threads,
+since other processes may run beside them.
 
 Source: Chowdhery et al. 2022 (PaLM), appendix B.
 """
@@ -20,13 +20,14 @@ import torch
 from fgpt.model import GPT
 from fgpt.tree import num_elements
 
-SIDE = {"cpu": 1024, "cuda": 8192}
-"""Of the square matrices that are multiplied: large enough for the full rate, on each kind of device."""
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of the multiplied matrices: large enough for the full rate, by kind of device."""
 SECONDS = 0.5
+"""How long the peak is measured."""
 
 
 def flops(params: GPT, seq: int) -> int:
-    """Model FLOPs to train on one token, in rows of `seq`."""
+    """Model FLOPs to train on one token, in rows of `seq` tokens."""
     cfg = params.cfg
     tables = [params.wpe, None if cfg.tie_word_embeddings else params.wte]
     n = num_elements(params) - sum(num_elements(table) for table in tables if table is not None)
@@ -35,13 +36,13 @@ def flops(params: GPT, seq: int) -> int:
 
 def peak(device: torch.device) -> float:
     """FLOPs per second of an fp32 matrix product, measured for half a second."""
-    side = SIDE.get(device.type, SIDE["cpu"])
-    a = torch.ones(side, side, device=device)
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < SECONDS:
+    size = MATRIX_SIZE.get(device.type, MATRIX_SIZE["cpu"])
+    a = torch.ones(size, size, device=device)
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
         start = time.perf_counter()
         _ = a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    return 2 * size**3 / best

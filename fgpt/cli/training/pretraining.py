@@ -6,20 +6,18 @@ result.json    held out, before and after: loss per token, perplexity per token,
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, show_progress
-from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.training import documents, mfu
-from fgpt.cli.training.instruction_tuning import low_rate, print_saved
-from fgpt.cli.training.job import TrainingJob, fingerprint
-from fgpt.cli.training.loop import resume_hint, train_loop
+from fgpt.cli.training.build import warn_if_all_warmup
+from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
+from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
 from fgpt.generation.loop import generate
@@ -36,168 +34,203 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import astype, num_elements, tree_map
 
-HELDOUT, SHARE = 500, 20
-"""Documents kept out of training where no others are given: so many, or one in so many if that is less."""
+NUM_HELDOUT, HELDOUT_DIVISOR = 500, 20
+"""Documents held out of training if no others are given: 500, or one in 20 if that is less."""
+
+Figures: TypeAlias = dict[str, float | None]
+"""By name; None is infinity."""
 
 
-def config_of(run: PretrainingRecipe, tokenizer: Tokenizer) -> Config:
-    """The model's config. Raises InputError for sizes that cannot be, and for a table too small for the tokenizer."""
-    vocab = tokenizer.n_vocab if run.vocab is None else run.vocab
-    if vocab < tokenizer.n_vocab:
-        raise InputError(f"vocab is {vocab}: expected a row for each of the {tokenizer.n_vocab} tokens, or more")
-    biases = Config.biases if run.biases else ""
-    cfg = Config(run.n_layer, run.n_head, run.d_model, run.max_seq_len, vocab, 4 * run.d_model, biases=biases)
+def config_of(recipe: PretrainingRecipe, num_tokens: int) -> Config:
+    """The model's config, for a tokenizer of `num_tokens` tokens.
+
+    Raises InputError for impossible sizes, and for a vocabulary smaller than the tokenizer's.
+    """
+    vocab_size = num_tokens if recipe.vocab is None else recipe.vocab
+    if vocab_size < num_tokens:
+        raise InputError(f"vocab is {vocab_size}: expected a row for each of the {num_tokens} tokens, or more")
+    cfg = Config(
+        n_layer=recipe.n_layer,
+        n_head=recipe.n_head,
+        d_model=recipe.d_model,
+        n_ctx=recipe.max_seq_len,
+        vocab_size=vocab_size,
+        d_mlp=4 * recipe.d_model,
+        biases=Config.biases if recipe.biases else "",
+    )
     abstract_params(cfg)
     return cfg
 
 
-def split(run: PretrainingRecipe) -> tuple[list[str], list[str]]:
+def load_documents(recipe: PretrainingRecipe) -> tuple[list[str], list[str]]:
     """Documents to train on, and documents held out.
 
-    Raises InputError where a file holds no text, or one document that cannot be divided, or the hub cannot be reached.
+    Raises InputError if a file holds no text, or only one document, or the hub cannot be reached.
     """
-    apart = None if run.heldout is None else documents.read(run.heldout)
-    found = [text for path in run.data for text in documents.read(path)] or documents.from_hub(run.source)
-    if apart is not None:
-        return found, apart
-    if not run.data and run.source == "wikitext-103":
-        return found, documents.from_hub("wikitext-103-valid")
-    if len(found) < 2:
-        raise InputError(f"{run.data[0]} holds one document: name another text to measure on, --heldout FILE")
-    cut = len(found) - min(HELDOUT, max(1, len(found) // SHARE))
-    return found[:cut], found[cut:]
+    heldout = None if recipe.heldout is None else documents.read(recipe.heldout)
+    texts = [text for path in recipe.data for text in documents.read(path)] or documents.from_hub(recipe.source)
+    if heldout is not None:
+        return texts, heldout
+    if not recipe.data and recipe.source == "wikitext-103":
+        return texts, documents.from_hub("wikitext-103-valid")
+    if len(texts) < 2:
+        raise InputError(f"{recipe.data[0]} holds one document: name another text to measure on, --heldout FILE")
+    cut = len(texts) - min(NUM_HELDOUT, max(1, len(texts) // HELDOUT_DIVISOR))
+    return texts[:cut], texts[cut:]
 
 
 def batches(
-    tokens: list[Int[Tensor, " length"]], end: int, run: PretrainingRecipe, rng: torch.Generator, begin: int = 0
+    tokens: list[documents.Document],
+    eos_token_id: int,
+    recipe: PretrainingRecipe,
+    rng: torch.Generator,
+    begin: int = 0,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one update after the other, from update `begin` on: whole rows, every position weighted."""
-    passed = begin * run.grad_accumulation_steps * run.micro_batch_size
-    stream = itertools.islice(documents.rows(tokens, end, run.max_seq_len, rng), passed, None)
+    """The micro-batches of one update after the other, from update `begin` on: full rows, every position weighted."""
+    skip = begin * recipe.grad_accumulation_steps * recipe.micro_batch_size
+    rows = itertools.islice(documents.rows(tokens, eos_token_id, recipe.max_seq_len, rng), skip, None)
 
-    def micro() -> Batch:
-        x = torch.stack([next(stream) for _ in range(run.micro_batch_size)])
-        return Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(run.micro_batch_size, run.max_seq_len))
+    def micro_batch() -> Batch:
+        x = torch.stack([next(rows) for _ in range(recipe.micro_batch_size)])
+        weights = torch.ones(recipe.micro_batch_size, recipe.max_seq_len)
+        return Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), weights)
 
     while True:
-        yield [micro() for _ in range(run.grad_accumulation_steps)]
+        yield [micro_batch() for _ in range(recipe.grad_accumulation_steps)]
 
 
-def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int) -> Perplexity:
-    """How well a model tells documents: each by itself, its end with it, in windows that do not overlap, so that each
-    token is read once. `just eval --base FOLDER --text FILE` overlaps them, which costs twice as much and finds less.
+def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Perplexity:
+    """The perplexity of documents: each by itself, its end-of-text token included, in windows that do not overlap, so
+    that each token is read once. `just eval --base FOLDER --text FILE` overlaps them, which costs twice as much and
+    gives a lower perplexity.
     """
-    width = params.cfg.n_ctx
-    ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
-    pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.bos, width, width)]
+    n_ctx = params.cfg.n_ctx
+    pairs = []
+    for text in texts:
+        pairs += windows([*tokenizer.encode(text), tokenizer.eos], tokenizer.bos, n_ctx, n_ctx)
     with show_progress("scoring held-out documents"):
-        logprobs = [x for each in loglikelihood(params, pairs, rows) for x in each.logprobs]
-    sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
-    return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
+        logprobs = [x for scored in loglikelihood(params, pairs, batch_size) for x in scored.logprobs]
+    num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    num_words = sum(len(text.split()) for text in texts)
+    return Perplexity(-math.fsum(logprobs), len(logprobs), num_bytes, num_words)
 
 
-def figures(of: Perplexity, texts: Sequence[str]) -> dict[str, float | None]:
-    """What a perplexity says, by name; None is infinity."""
-    found = {
-        "loss": of.loss,
-        "perplexity": of.per_token,
-        "word_perplexity": of.per_word,
-        "byte_perplexity": of.per_byte,
-        "bits_per_character": of.nats / math.log(2) / sum(map(len, texts)),
+def figures(perplexity: Perplexity, texts: Sequence[str]) -> Figures:
+    """The figures of a perplexity, by name; None is infinity."""
+    values = {
+        "loss": perplexity.loss,
+        "perplexity": perplexity.per_token,
+        "word_perplexity": perplexity.per_word,
+        "byte_perplexity": perplexity.per_byte,
+        "bits_per_character": perplexity.nats / math.log(2) / sum(map(len, texts)),
     }
-    return {name: x if math.isfinite(x) else None for name, x in found.items()}
+    return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 
-class HeldOut(NamedTuple):
-    """What a model is measured on, and its tokenizer."""
+@dataclass(frozen=True, eq=False)
+class PretrainingTask:
+    """Train a model from random params on documents."""
 
-    texts: list[str]
-    tokenizer: Tokenizer
-    like: TiktokenTokenizer | str
-    """The tokenizer, or the model that it is of: whose files a saved model gets."""
+    recipe: PretrainingRecipe
+    job: TrainingJob
+    heldout: list[str]
+    tokenizer_source: TiktokenTokenizer | str
+    """The tokenizer, or the model that it comes from: its files are saved with the model."""
+    loss_unit: ClassVar[str] = "token"
+
+    @classmethod
+    def build(cls, recipe: PretrainingRecipe) -> "PretrainingTask":
+        """Raises InputError for bad input."""
+        device = run_dir.resolve_device(recipe.device)
+        packaged = gpt2() if recipe.tokenizer == "gpt2" else None
+        tokenizer = packaged or models.tokenizer(recipe.tokenizer)
+        cfg = config_of(recipe, tokenizer.n_vocab)
+        if recipe.keep_best and not recipe.eval_every:
+            raise InputError("the best state is that of the least held-out loss: give --eval-every N")
+        texts, heldout = load_documents(recipe)
+        tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
+        rng = key(recipe.seed)
+        params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
+        peak_flops = recipe.peak_tflops * 1e12 if recipe.peak_tflops else mfu.peak(device)
+        flops_per_token = mfu.flops(params, recipe.max_seq_len)
+        warmup_steps = recipe.num_warmup_steps()
+        tokens_per_step = recipe.grad_accumulation_steps * recipe.micro_batch_size * recipe.max_seq_len
+        peak_source = "given" if recipe.peak_tflops else "measured"
+        announce(
+            recipe.name,
+            f"{num_elements(params):,} parameters, all trained",
+            f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
+            f"{recipe.steps} steps of {tokens_per_step:,} tokens",
+            f"{flops_per_token:,} FLOPs per token, peak {peak_flops / 1e12:.3g} TFLOP/s ({peak_source})",
+            *warn_if_all_warmup(recipe.lr, recipe.steps, warmup_steps),
+        )
+        schedule = cosine_schedule(recipe.lr, recipe.steps, warmup_steps, end=recipe.lr * recipe.min_lr_ratio)
+        optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
+        source = "" if packaged else recipe.tokenizer
+        job = TrainingJob(
+            recipe=recipe,
+            step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=recipe.compile),
+            frozen=None,
+            batches=lambda begin: batches(tokens, tokenizer.eos, recipe, fold_in(rng, "order"), begin),
+            steps=recipe.steps,
+            schedule=schedule,
+            rng=rng,
+            fingerprint=fingerprint(recipe, params, tokenizer, source, training_rows=tokens, heldout_rows=heldout),
+            initial_state=InitialState(init_state(params, optimizer)),
+            tokenizer=tokenizer,
+            heldout_loss=lambda p: heldout_perplexity(p, tokenizer, heldout, recipe.micro_batch_size).loss,
+            mfu=lambda tokens_per_second: tokens_per_second * flops_per_token / peak_flops,
+        )
+        return cls(recipe, job, heldout, packaged or recipe.tokenizer)
+
+    @staticmethod
+    def load_base(recipe: PretrainingRecipe) -> GPT:
+        raise InputError(f"{recipe.name} is a pretraining: it adapts no base")
+
+    @staticmethod
+    def class_names(recipe: PretrainingRecipe) -> tuple[str, ...]:
+        return ()
+
+    @staticmethod
+    def load_heldout_examples(recipe: PretrainingRecipe, base: GPT, limit: int) -> list[Example]:
+        raise InputError(f"{recipe.name} is a pretraining: its held-out documents are no examples")
+
+    def score_initial(self) -> Figures:
+        return self._score(self.job.initial_state.peek().trainable)
+
+    def save(self, trainable: GPT, out: Path) -> Path:
+        """Save the model as Hugging Face lays it out, in float16: half the size, without a visible loss."""
+        with atomic_dir(out / run_dir.MODEL) as partial:
+            models.save(astype(trainable, torch.float16), partial, like=self.tokenizer_source)
+        return out / run_dir.MODEL
+
+    def score(self, trainable: GPT, out: Path) -> Figures:
+        """The figures of the model that was saved; a sampled text is printed."""
+        params = astype(astype(trainable, torch.float16), torch.float32)
+        scored = self._score(params)
+        self._print_sample(params)
+        return scored
+
+    def report(self, before: Figures, after: Figures, out: Path) -> None:
+        """Write result.json, and print the figures."""
+        report(out, before, after, len(self.heldout))
+
+    def _score(self, params: GPT) -> Figures:
+        perplexity = heldout_perplexity(params, self.job.tokenizer, self.heldout, self.recipe.micro_batch_size)
+        return figures(perplexity, self.heldout)
+
+    def _print_sample(self, params: GPT) -> None:
+        tokenizer, rng = self.job.tokenizer, fold_in(self.job.rng, "story")
+        prompts, sampling = [[tokenizer.eos]], SamplingParams(temperature=0.7)
+        max_new_tokens = self.recipe.max_seq_len - 2
+        (text,) = generate(params, prompts, tokenizer.eos_token_ids, max_new_tokens, sampling, rng)
+        console.print(f"\n{tokenizer.decode(text.tokens)}")
 
 
-def build_job(run: PretrainingRecipe) -> tuple[TrainingJob, HeldOut]:
-    """The training, and what the model is measured on before and after it.
-
-    Everything that bad input can spoil is read here, before anything slow begins. Raises InputError.
-    """
-    device = run_dir.resolve_device(run.device)
-    own = gpt2() if run.tokenizer == "gpt2" else None
-    tokenizer = own or models.tokenizer(run.tokenizer)
-    cfg = config_of(run, tokenizer)
-    if run.keep_best and not run.eval_every:
-        raise InputError("the best state is that of the least held-out loss: --eval-every N takes it each N steps")
-    texts, apart = split(run)
-    tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
-    rng = key(run.seed)
-    params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
-    peak, per_token = (
-        run.peak_tflops * 1e12 if run.peak_tflops else mfu.peak(device),
-        mfu.flops(params, run.max_seq_len),
-    )
-    announce(
-        run.name,
-        f"{num_elements(params):,} parameters, all trained",
-        f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
-        f"{run.steps} steps of {run.grad_accumulation_steps * run.micro_batch_size * run.max_seq_len:,} tokens",
-        f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak_tflops else 'measured'})",
-        *low_rate(run.lr, run.steps, run.num_warmup_steps()),
-    )
-    schedule = cosine_schedule(run.lr, run.steps, run.num_warmup_steps(), end=run.lr * run.min_lr_ratio)
-    optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
-    it = TrainingJob(
-        run=run,
-        step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=run.compile),
-        frozen=None,
-        batches=lambda begin: batches(tokens, tokenizer.eos, run, fold_in(rng, "order"), begin),
-        steps=run.steps,
-        schedule=schedule,
-        rng=rng,
-        fingerprint=fingerprint(
-            run, params, tokenizer, "" if own else run.tokenizer, training_rows=tokens, heldout_rows=apart
-        ),
-        initial_state=init_state(params, optimizer),
-        tokenizer=tokenizer,
-        heldout=lambda trained: held_out(trained, tokenizer, apart, run.micro_batch_size).loss,
-        mfu=lambda speed: speed * per_token / peak,
-    )
-    return it, HeldOut(apart, tokenizer, own or run.tokenizer)
-
-
-def pretrain(run: PretrainingRecipe, where: Path | None = None) -> Path:
-    """Train, save in the hub's layout, and say how well held-out documents are told; in a new folder, or in `where`,
-    from its last checkpoint on. Returns the run's folder.
-
-    Raises InputError as `plan` and `fit` do.
-    """
-    it, held = build_job(run)
-    assert it.initial_state is not None
-    before = held_out(it.initial_state.trainable, held.tokenizer, held.texts, run.micro_batch_size)
-    with run_dir.open_run_dir(run, it.steps, where) as out:
-        fitted = train_loop(it, out)
-        params = astype(fitted.state.trainable, torch.float16)  # half the size, and no visible loss
-        with atomic_dir(out / run_dir.MODEL) as at:
-            models.save(params, at, like=held.like)
-        plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, run.name)
-        print_saved(fitted, out / run_dir.MODEL)
-        if fitted.interrupted:
-            console.print(f"what was trained so far is usable; {resume_hint(out)}")
-            raise KeyboardInterrupt
-        params = astype(params, torch.float32)
-        after = held_out(params, held.tokenizer, held.texts, run.micro_batch_size)
-        report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
-        warm, ends = SamplingParams(temperature=0.7), held.tokenizer.eos_token_ids
-        text = generate(params, [[held.tokenizer.eos]], ends, run.max_seq_len - 2, warm, fold_in(it.rng, "story"))[0]
-        console.print(f"\n{held.tokenizer.decode(text.tokens)}")
-    return out
-
-
-def report(out: Path, told: Sequence[dict[str, float | None]], number: int) -> None:
+def report(out: Path, before: Figures, after: Figures, num_documents: int) -> None:
     """Write and print the held-out figures, before and after."""
-    before, after = told
-    write_json(out / run_dir.RESULT, after | {"heldout_documents": number, "before": before})
-    console.print(f"held out, {number} documents, before and after:")
-    for name, x in after.items():
-        first, last = ("infinite" if y is None else f"{y:,.3f}" for y in (before[name], x))
+    write_json(out / run_dir.RESULT, after | {"heldout_documents": num_documents, "before": before})
+    console.print(f"held out, {num_documents} documents, before and after:")
+    for name, value in after.items():
+        first, last = ("infinite" if x is None else f"{x:,.3f}" for x in (before[name], value))
         console.print(f"  {name.replace('_', ' ')}: {first} -> {last}")

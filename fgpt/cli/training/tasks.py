@@ -1,41 +1,131 @@
-"""The three kinds of runs, and what lays each out and carries it out. Each is imported only when it is asked for."""
+"""What differs between the kinds of recipes in a training: a `Task` for each, looked up here alone."""
 
 from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from fgpt.cli import run_dir
+from fgpt.cli.console import console
+from fgpt.cli.metrics_log import plot_loss
+from fgpt.cli.training.classification import ClassificationTask
+from fgpt.cli.training.instruction_tuning import InstructionTask
 from fgpt.cli.training.job import TrainingJob
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, PretrainingRecipe
+from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
+from fgpt.cli.training.pretraining import PretrainingTask
+from fgpt.data.prompt_templates import Example
+from fgpt.model import GPT
+from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe
 
 
-def build_job(run: AnyRecipe) -> TrainingJob:
-    """The run's training, laid out. Raises InputError for what bad input can spoil."""
-    if isinstance(run, PretrainingRecipe):
-        from fgpt.cli.training import pretraining
-
-        return pretraining.build_job(run)[0]
-    if isinstance(run, ClassificationRecipe):
-        from fgpt.cli.training import classification
-
-        return classification.build_job(run)[0]
-    from fgpt.cli.training import instruction_tuning
-
-    return instruction_tuning.build_job(run)[0]
-
-
-def run(run: AnyRecipe, where: Path | None) -> Path:
-    """Train, save, score: in a new folder, or in that of a run which is taken up again. Returns the folder.
-
-    Raises InputError for a name that no folder can have, before anything is read.
+@runtime_checkable
+class Task(Protocol):
+    """A training, and what is scored before and after it. `run_task` calls `score_initial`, `save`, `score` and
+    `report`, in this order.
     """
-    run_dir.check_name(run.name)
-    if isinstance(run, PretrainingRecipe):
-        from fgpt.cli.training import pretraining
 
-        return pretraining.pretrain(run, where)
-    if isinstance(run, ClassificationRecipe):
-        from fgpt.cli.training import classification
+    loss_unit: ClassVar[str]
+    """What has weight 1 in the loss, for plots: "token" or "example"."""
 
-        return classification.classify(run, where)
-    from fgpt.cli.training import instruction_tuning
+    @property
+    def recipe(self) -> AnyRecipe:
+        """The recipe with all that its data decides, such as the labels: what run.json holds."""
+        ...
 
-    return instruction_tuning.train(run, where)
+    @property
+    def job(self) -> TrainingJob: ...
+
+    def score_initial(self) -> Any:
+        """The scores before training; None if there are none. Reads the job's initial state."""
+        ...
+
+    def save(self, trainable: Any, out: Path) -> Path:
+        """Save what was trained in the run directory. Returns where."""
+        ...
+
+    def score(self, trainable: Any, out: Path) -> Any:
+        """The scores of what was trained and saved; None if there are none."""
+        ...
+
+    def report(self, before: Any, after: Any, out: Path) -> None:
+        """Print both scores, and write them into the run directory."""
+        ...
+
+
+@runtime_checkable
+class TaskType(Protocol):
+    """The class of a task: what can be made from a recipe alone."""
+
+    def build(self, recipe: Any) -> Task:
+        """Read and check everything that the training needs. Raises InputError for bad input."""
+        ...
+
+    def load_base(self, recipe: Any) -> GPT:
+        """What the recipe adapts. Raises InputError if it adapts nothing."""
+        ...
+
+    def class_names(self, recipe: Any) -> tuple[str, ...]:
+        """The classes of the recipe's classification head; none if it has no such head."""
+        ...
+
+    def load_heldout_examples(self, recipe: Any, base: GPT, limit: int) -> list[Example]:
+        """Up to `limit` examples that the recipe does not train on."""
+        ...
+
+
+TASKS: dict[type[AnyRecipe], TaskType] = {
+    InstructionRecipe: InstructionTask,
+    ClassificationRecipe: ClassificationTask,
+    PretrainingRecipe: PretrainingTask,
+}
+
+
+def task_type(recipe: AnyRecipe) -> TaskType:
+    """The kind of task that a recipe describes."""
+    return TASKS[type(recipe)]
+
+
+def build_task(recipe: AnyRecipe) -> Task:
+    """Read and check everything that a training needs, before anything slow begins.
+
+    Raises InputError for bad input.
+    """
+    return task_type(recipe).build(recipe)
+
+
+def build_job(recipe: AnyRecipe) -> TrainingJob:
+    """The training of a recipe alone. Raises InputError as `build_task` does."""
+    return build_task(recipe).job
+
+
+def run_recipe(recipe: AnyRecipe, resumed: Path | None = None) -> Path:
+    """Train, save, score and report: in a new run directory, or in `resumed`. Returns the run directory.
+
+    Raises InputError for a name that no folder can have, before anything is read, and as `build_task` and `train_loop`
+    do.
+    """
+    run_dir.check_name(recipe.name)
+    return run_task(build_task(recipe), resumed)
+
+
+def run_task(task: Task, resumed: Path | None = None) -> Path:
+    """`run_recipe` for a task that is already built.
+
+    Raises KeyboardInterrupt after saving what was trained so far, if the training was interrupted.
+    """
+    recipe, job = task.recipe, task.job
+    with run_dir.open_run_dir(recipe, job.steps, resumed) as out:
+        before = task.score_initial()
+        result = train_loop(job, out)
+        saved = task.save(result.state.trainable, out)
+        plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task.loss_unit)
+        print_saved(result, saved)
+        if result.interrupted:
+            console.print(f"what was trained so far is usable: {run_dir.suggest_use(out, recipe)}; {resume_hint(out)}")
+            raise KeyboardInterrupt
+        task.report(before, task.score(result.state.trainable, out), out)
+    return out
+
+
+def print_saved(result: TrainResult, saved: Path) -> None:
+    """Say how a training ended."""
+    how = "interrupted" if result.interrupted else "saved the state"
+    console.print(f"{how} after {int(result.state.step)} steps, {result.seconds:.0f} s; saved in {saved}")

@@ -1,10 +1,10 @@
-"""Where a run's figures go besides metrics.jsonl: TensorBoard always, wandb or trackio where the run says so.
+"""Trackers of a run's metrics besides metrics.jsonl: TensorBoard always, wandb or trackio if the recipe names one.
 
 runs/NAME/tensorboard/    event files: tensorboard --logdir runs
-runs/NAME/track.json      the names of the run at wandb and trackio, by which a resumed run goes on there
-runs/NAME/wandb/          wandb's own files: with WANDB_MODE=offline nothing is sent, until `wandb sync` does
+runs/NAME/track.json      the ids of the run at wandb and trackio, by which a resumed run continues there
+runs/NAME/wandb/          wandb's own files: with WANDB_MODE=offline nothing is sent until `wandb sync`
 
-trackio keeps its figures on this machine, in TRACKIO_DIR or where it usually does: `trackio show --project fgpt`.
+trackio keeps its metrics on this machine, in TRACKIO_DIR or its default folder: `trackio show --project fgpt`.
 """
 
 import contextlib
@@ -23,45 +23,45 @@ from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
 from fgpt.recipes import TrainingRecipe
 
-EVENTS, NAMES, PROJECT = "tensorboard", "track.json", "fgpt"
+EVENTS, IDS, PROJECT = "tensorboard", "track.json", "fgpt"
 
-PATIENCE = 60
-"""Seconds that wandb gets to begin, and at the end for what it has not sent: left alone it would try for hours, and the
-run would not be saved."""
+WANDB_TIMEOUT = 60
+"""Seconds for wandb to start, and at the end to send the rest: by default it would try for hours, and the run would not
+be saved."""
 
 Line: TypeAlias = Mapping[str, float]
-Calls: TypeAlias = tuple[Callable[[Line], None], Callable[[], None]]
-"""What takes a line, and what comes after the last one."""
+WriteAndClose: TypeAlias = tuple[Callable[[Line], None], Callable[[], None]]
+"""Functions of a tracker: one that takes a line, and one to call after the last line."""
 
 
-def check(run: TrainingRecipe) -> None:
-    """Look, in no time, whether what the run is tracked by is installed. Raises InputError where it is not."""
-    for name in filter(None, ("tensorboard", run.tracker)):
+def check(recipe: TrainingRecipe) -> None:
+    """Raises InputError if a tracker of the recipe is not installed. Takes no time."""
+    for name in filter(None, ("tensorboard", recipe.tracker)):
         try:
             metadata.distribution(name)  # wandb's own folders are called wandb: what can be imported proves nothing
         except metadata.PackageNotFoundError:
             raise InputError(
-                f"{name} is not installed, and this run is tracked by it: {_pip()} install {name}"
+                f"{name} is not installed, and this run uses it as a tracker: {_pip()} install {name}"
             ) from None
 
 
 @contextmanager
-def tracking(run: TrainingRecipe, folder: Path, begin: int) -> Iterator[Callable[[Line], None]]:
-    """What is yielded takes each line of metrics.jsonl, once that has it. `begin` is how many steps were done before:
-    what TensorBoard has of later ones, from before a resumption, it forgets.
+def tracking(recipe: TrainingRecipe, folder: Path, begin: int) -> Iterator[Callable[[Line], None]]:
+    """Yields a function that takes each line of metrics.jsonl after it was written there. `begin` is the step after
+    which the training begins: TensorBoard discards what it has of later steps.
 
-    A tracker that fails is given nothing more, which a line says; the training goes on. Raises InputError, before the
-    first line, for a package that is missing, and where wandb has no key.
+    A tracker that fails gets no more lines, and a message says so; the training continues. Raises InputError, before
+    the first line, if a package is missing or wandb has no API key.
     """
-    check(run)
-    openers: dict[str, Callable[[], Calls]] = {"TensorBoard": lambda: _tensorboard(folder, begin)}
-    if (tracker := run.tracker) is not None:
+    check(recipe)
+    openers: dict[str, Callable[[], WriteAndClose]] = {"TensorBoard": lambda: _tensorboard(folder, begin)}
+    if (tracker := recipe.tracker) is not None:
         opener = {"wandb": _wandb, "trackio": _trackio}[tracker]
-        openers[tracker] = lambda: opener(run, folder, _own_name(folder, tracker))
+        openers[tracker] = lambda: opener(recipe, folder, _run_id(folder, tracker))
     with ExitStack() as stack:
         sinks = []
-        for name, opens in openers.items():
-            sinks.append(_Sink(name, opens))
+        for name, open_tracker in openers.items():
+            sinks.append(_Sink(name, open_tracker))
             stack.callback(sinks[-1].close)
 
         def write(line: Line) -> None:
@@ -72,37 +72,37 @@ def tracking(run: TrainingRecipe, folder: Path, begin: int) -> Iterator[Callable
 
 
 class _Sink:
-    """One place that lines go to. At its first failure it says so, and falls silent."""
+    """A tracker that is disabled, with a message, at its first failure."""
 
-    def __init__(self, name: str, opens: Callable[[], Calls]) -> None:
-        self.name, self.calls = name, None
-        with self._survived("cannot be used"):
-            self.calls = opens()
+    def __init__(self, name: str, open_tracker: Callable[[], WriteAndClose]) -> None:
+        self.name, self.functions = name, None
+        with self._disable_on_error("cannot be used"):
+            self.functions = open_tracker()
 
     def write(self, line: Line) -> None:
-        if self.calls is not None:
-            with self._survived("failed"):
-                self.calls[0](line)
+        if self.functions is not None:
+            with self._disable_on_error("failed"):
+                self.functions[0](line)
 
     def close(self) -> None:
-        if self.calls is not None:
-            with self._survived("failed at the end"):
-                self.calls[1]()
+        if self.functions is not None:
+            with self._disable_on_error("failed at the end"):
+                self.functions[1]()
 
     @contextmanager
-    def _survived(self, what: str) -> Iterator[None]:
+    def _disable_on_error(self, what: str) -> Iterator[None]:
         try:
             yield
         except InputError:
             raise
         except Exception as err:
-            self.calls = None
+            self.functions = None
             why = one_line(err) or type(err).__name__
-            told = f"{self.name} {what}: {why}; training goes on, and metrics.jsonl has all figures"
-            console.print(told, soft_wrap=True)
+            message = f"{self.name} {what}: {why}; training continues, and metrics.jsonl has all metrics"
+            console.print(message, soft_wrap=True)
 
 
-def _tensorboard(folder: Path, begin: int) -> Calls:
+def _tensorboard(folder: Path, begin: int) -> WriteAndClose:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -115,66 +115,70 @@ def _tensorboard(folder: Path, begin: int) -> Calls:
     def write(line: Line) -> None:
         for name, x in _figures(line).items():
             add(step=int(line["step"]), summary=Summary(value=[Summary.Value(tag=name, simple_value=x)]))
-        writer.flush()  # a tenth of a millisecond, and a kill then takes nothing
+        writer.flush()  # 0.1 ms, and a kill then loses nothing
 
     add(file_version="brain.Event:2")
-    add(step=begin + 1, session_log=SessionLog(status=SessionLog.START))  # what was from this step on is forgotten
+    add(step=begin + 1, session_log=SessionLog(status=SessionLog.START))  # events from this step on are discarded
     writer.flush()
     return write, writer.close
 
 
 def _event_file(folder: Path) -> IO[bytes]:
-    """A new event file. Its name holds when it was begun, by which TensorBoard orders several, and a number; where its
-    own writer would put the host's name and the process's.
+    """A new event file. Its name holds the time, by which TensorBoard orders several, and a number, instead of the
+    host's name and the process id that TensorBoard's own writer would put there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.iterdir()))
     return (folder / f"events.out.tfevents.{int(time.time()):010d}.{number:06d}").open("xb")
 
 
-def _wandb(run: TrainingRecipe, folder: Path, name: str) -> Calls:
-    """Raises InputError where wandb is to send what it gets and has no key."""
+def _wandb(recipe: TrainingRecipe, folder: Path, run_id: str) -> WriteAndClose:
+    """Raises InputError if wandb is online and has no API key."""
     import wandb  # two seconds
     from wandb.errors import UsageError
 
     try:
-        it = wandb.init(
+        wandb_run = wandb.init(
             project=PROJECT,
             name=folder.name,
-            id=name,
+            id=run_id,
             resume="allow",
             dir=folder,
-            config=shareable_fields(run.to_json()),
+            config=shareable_fields(recipe.to_json()),
             settings=wandb.Settings(
-                console="off",  # what is printed here stays here
-                init_timeout=PATIENCE,
-                finish_timeout=PATIENCE,
+                console="off",  # console output is not sent
+                init_timeout=WANDB_TIMEOUT,
+                finish_timeout=WANDB_TIMEOUT,
                 finish_timeout_raises=True,
             ),
         )
     except UsageError as err:
         raise InputError(f"wandb: {one_line(err)} Or keep it on this machine: WANDB_MODE=offline") from None
-    it.define_metric("*", step_metric="step")  # its own count could not go back, as a resumed run does
-    return lambda line: it.log(dict(line)), it.finish
+    wandb_run.define_metric("*", step_metric="step")  # its own step count cannot go back, as a resumed run does
+    return lambda line: wandb_run.log(dict(line)), wandb_run.finish
 
 
-def _trackio(run: TrainingRecipe, folder: Path, name: str) -> Calls:
+def _trackio(recipe: TrainingRecipe, folder: Path, run_id: str) -> WriteAndClose:
     with _to_stderr():
         import trackio  # more than a second  # pyright: ignore[reportMissingImports]
 
-        it = trackio.init(
-            project=PROJECT, name=f"{folder.name}-{name}", resume="allow", config=shareable_fields(run.to_json()), embed=False
+        trackio_run = trackio.init(
+            project=PROJECT,
+            name=f"{folder.name}-{run_id}",
+            resume="allow",
+            config=shareable_fields(recipe.to_json()),
+            embed=False,
         )
 
     def finish() -> None:
         with _to_stderr():
-            trackio.finish()  # and not the run's own, which would be called again at the process's end
+            trackio.finish()  # not the run's own, which the process would call again at its end
 
-    return lambda line: it.log(_figures(line), step=int(line["step"])), finish
+    return lambda line: trackio_run.log(_figures(line), step=int(line["step"])), finish
 
 
 def _to_stderr() -> contextlib.redirect_stdout[Any]:
-    """What a tracker prints is no answer of ours."""
+    """A tracker's messages do not belong on stdout."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
@@ -182,18 +186,18 @@ def _figures(line: Line) -> dict[str, float]:
     return {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
 
 
-def _own_name(folder: Path, tracker: str) -> str:
-    """By which the tracker knows this folder's run, whatever other runs are called as well."""
-    path = folder / NAMES
-    names = read_json(path) if path.is_file() else {}
-    if not isinstance(names, dict):
-        raise InputError(f"{path}: expected the run's names by tracker; delete it to begin a new one there")
-    if tracker not in names:
-        write_json(path, names := names | {tracker: uuid.uuid4().hex[:8]})
-    return str(names[tracker])
+def _run_id(folder: Path, tracker: str) -> str:
+    """The id of this folder's run at a tracker, unique even if other runs have the same name."""
+    path = folder / IDS
+    ids = read_json(path) if path.is_file() else {}
+    if not isinstance(ids, dict):
+        raise InputError(f"{path}: expected the run's id by tracker; delete it to begin new runs there")
+    if tracker not in ids:
+        write_json(path, ids := ids | {tracker: uuid.uuid4().hex[:8]})
+    return str(ids[tracker])
 
 
 def _pip() -> str:
-    """Of the environment that this runs in, as it can be typed here."""
+    """The pip command of this Python environment, as it can be typed here."""
     here, python = Path.cwd(), Path(sys.executable)
     return f"{python.relative_to(here) if python.is_relative_to(here) else python} -m pip"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgpt.cli import results as result_names
+from fgpt.cli import results as result_files
 from fgpt.cli.console import console, progress, show_progress
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
@@ -21,6 +21,7 @@ from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
+from fgpt.cli.training.examples import load_instruction_split
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
@@ -38,12 +39,10 @@ AT_ONCE = 32
 """Prompts answered in one batch."""
 
 
-def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> None:
-    """Answer held-out prompts with base and tuned; write compare.md, compare.html and compare.json into the run's
-    folder, and print the scores with a few answers.
-    """
+def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> Comparison:
+    """The answers of base and tuned model to held-out prompts, and their scores."""
     sides = compare_sides.from_runs([run], [out])
-    save(compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING), out, NAME)
+    return compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING)
 
 
 def compare_runs(
@@ -66,19 +65,18 @@ def compare_runs(
     out = out or _place(sides)
     _writable(out)
     if prompts is None:
-        from fgpt.cli.training.instruction_tuning import split
-
-        asked = held_out(sides, split(first)[1], count or first.compare_prompts or InstructionRecipe.compare_prompts)
+        _, heldout = load_instruction_split(first)
+        asked = held_out(sides, heldout, count or first.compare_prompts or InstructionRecipe.compare_prompts)
     else:
         asked = compare_asked.from_file(sides, prompts, count)
     found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
     full = "-".join([short, *_others(first, prompts, count, alike)])
     names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
-    save(found, out, result_names.free_name(out, names, found.settings, ENDINGS))
+    save(found, out, result_files.free_name(out, names, found.settings, ENDINGS))
 
 
 def _of_file(prompts: str | None) -> list[str]:
-    return [] if prompts is None else [result_names.name_part(Path(prompts).stem)]
+    return [] if prompts is None else [result_files.name_part(Path(prompts).stem)]
 
 
 def _others(run: InstructionRecipe, prompts: str | None, count: int | None, alike: ComparisonDecoding) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgpt.cli import run_dir
+from fgpt.cli.training.build import adapts_fused_qkv, load_base
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -75,11 +76,6 @@ def params(sides: Sequence[Contender]) -> dict[str, GPT]:
 
     Raises InputError for an adapter that does not fit.
     """
-    from fgpt.cli.training.instruction_tuning import (  # train ends with a comparison, and a comparison needs its base
-        adapts_fused_qkv,
-        load_base,
-    )
-
     bases: dict[bool, GPT] = {}
     found: dict[str, GPT] = {}
     for side in sides:

@@ -13,7 +13,7 @@ from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
 from fgpt.cli.results import training_id
-from fgpt.cli.training.job import hashed
+from fgpt.cli.training.job import content_hash
 from fgpt.data import finqa
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
@@ -121,7 +121,7 @@ def settings(
         "quantize": first.quantize,
         "trained": {side.name: training_id(side.folder) for side in sides if side.folder is not None},
         "prompts": asked.source,
-        "prompts_sha256": hashed(list(asked.rows)),
+        "prompts_sha256": content_hash(list(asked.rows)),
         "most": most,
         "sampling": dataclasses.asdict(alike.sampling),
         "seed": alike.seed,

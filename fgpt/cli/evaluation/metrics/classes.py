@@ -60,7 +60,9 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
     axes.set_xticks(range(n), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
     axes.set(xlabel="told", ylabel="true")
-    axes.set_title(f"{escape_mathtext(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11)
+    axes.set_title(
+        f"{escape_mathtext(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11
+    )
     axes.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.set_yticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.grid(which="minor", color="white", linewidth=2)

@@ -94,7 +94,7 @@ def test_pairs_have_a_tab(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["classify", str(tmp_path / "rte-small-lora"), "Tim ran."]) == 2
     assert capsys.readouterr().err.strip() == (
-        "error: text 1: the run tells pairs: expected two texts with a tab between them"
+        "error: text 1: the run classifies pairs: expected two texts with a tab between them"
     )
 
 

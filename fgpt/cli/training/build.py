@@ -1,0 +1,160 @@
+"""Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fgpt.adapters import Adapters, adapt, dora, ia3, lora, num_trainable, trainable_leaves
+from fgpt.classification_head import num_classes
+from fgpt.cli import run_dir
+from fgpt.cli.console import show_progress
+from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
+from fgpt.data import packing
+from fgpt.data.prompt_templates import Example
+from fgpt.errors import InputError
+from fgpt.io import models
+from fgpt.losses import Batch, nll
+from fgpt.model import GPT, fuse_qkv
+from fgpt.optim import adamw, adamw8bit, cosine_schedule
+from fgpt.quantization import quantize
+from fgpt.recipes import FineTuningRecipe
+from fgpt.rng import fold_in, key
+from fgpt.tokenizers.tokenizer_files import Tokenizer
+from fgpt.train_step import init_state, make_step
+from fgpt.tree import leaves, matches, replace_at, tree_map
+from fgpt.weights import num_parameters
+
+
+def load_base(recipe: FineTuningRecipe) -> GPT:
+    """The base in its dtype, quantized while it is read, on the recipe's device; q, k and v fused if the recipe adapts
+    them as one.
+
+    Raises InputError if there is no such base or device, or the base is a classifier.
+    """
+    device, dtype = run_dir.resolve_device(recipe.device), getattr(torch, recipe.dtype)
+    with show_progress(f"loading {recipe.base}"):
+        if adapts_fused_qkv(recipe):
+            params = fuse_qkv(models.load(recipe.base, dtype))
+            params = params if recipe.quantize is None else quantize(params, recipe.quantize)
+        else:
+            params = models.load(recipe.base, dtype, recipe.quantize)
+        if (classes := num_classes(params)) is not None:
+            raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
+        return tree_map(lambda x: x.to(device), params)
+
+
+def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:
+    """Whether the recipe adapts q, k and v as one matrix, so that its base holds them fused."""
+    pattern = recipe.adapter.target_pattern
+    return bool(matches(pattern, "blocks.0.attn.qkv")) and not matches(pattern, "blocks.0.attn.q")
+
+
+def build_adapters(recipe: FineTuningRecipe, params: GPT) -> Adapters:
+    """Raises InputError if the target matches nothing that this kind of adapter can adapt."""
+    adapter, rng = recipe.adapter, fold_in(key(recipe.seed), "lora")
+    if adapter.kind == "lora":
+        return lora(params, rng, adapter.rank, adapter.alpha, adapter.target_pattern, dropout=adapter.dropout)
+    if adapter.kind == "dora":
+        return dora(params, rng, adapter.rank, adapter.alpha, adapter.target_pattern, dropout=adapter.dropout)
+    if adapter.kind == "ia3":
+        return ia3(params) if adapter.target is None else ia3(params, adapter.target, None)
+    return trainable_leaves(params, adapter.target_pattern)
+
+
+def drop_replaced_leaves(params: GPT, adapters: Adapters) -> GPT:
+    """`params` without the storage of the leaves that `adapters` replace: full tuning then holds its weights once."""
+    return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
+
+
+def batches(
+    examples: list[Example], recipe: FineTuningRecipe, max_seq_len: int, begin: int = 0
+) -> Iterator[list[Batch]]:
+    """The micro-batches of one update after the other, from update `begin` on, epoch after epoch in a fresh order,
+    without end.
+    """
+    micro_batches: list[Batch] = []
+    skip = begin * recipe.grad_accumulation_steps
+    for epoch in itertools.count():
+        rng = fold_in(key(recipe.seed), f"epoch {epoch}")
+        groups = packing.epoch_batches(examples, max_seq_len, recipe.micro_batch_size, rng)
+        for rows in groups[skip:]:
+            micro_batches.append(packing.collate(rows))
+            if len(micro_batches) == recipe.grad_accumulation_steps:
+                yield micro_batches
+                micro_batches = []
+        skip = max(0, skip - len(groups))
+
+
+def num_steps(examples: list[Example], recipe: FineTuningRecipe, max_seq_len: int) -> int:
+    """Updates in the recipe's epochs, or its `steps` if it names them."""
+    if recipe.steps:
+        return recipe.steps
+    rng = fold_in(key(recipe.seed), "epoch 0")
+    per_epoch = len(packing.epoch_batches(examples, max_seq_len, recipe.micro_batch_size, rng))
+    return max(1, round(recipe.epochs * per_epoch / recipe.grad_accumulation_steps))
+
+
+def assemble_job(
+    recipe: FineTuningRecipe,
+    base: GPT,
+    *,
+    adapters: Adapters,
+    examples: list[Example],
+    max_seq_len: int,
+    tokenizer: Tokenizer,
+    heldout_loss: Callable[[GPT], float] | None = None,
+    **others: Any,
+) -> TrainingJob:
+    """The training of `adapters` over `base` on `examples`.
+
+    Args:
+        max_seq_len: tokens in a row, into which examples are packed.
+        heldout_loss: loss of tuned params on held-out rows.
+        others: what the training reads besides, for its fingerprint.
+
+    Raises InputError if a held-out loss or the best state is requested and there are no held-out rows.
+    """
+    if (recipe.eval_every or recipe.keep_best) and (heldout_loss is None or not recipe.eval_every):
+        raise InputError("a held-out loss needs held-out rows, and the best state needs a loss every --eval-every N")
+    steps = num_steps(examples, recipe, max_seq_len)
+    hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
+    schedule = cosine_schedule(recipe.peak_lr, steps, recipe.num_warmup_steps(steps))
+    adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
+    optimizer = adam(schedule, weight_decay=recipe.weight_decay)
+    step = make_step(
+        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat), optimizer
+    )
+    frozen = drop_replaced_leaves(base, adapters)
+    return TrainingJob(
+        recipe=recipe,
+        step=step,
+        frozen=frozen,
+        batches=lambda begin: batches(examples, recipe, max_seq_len, begin),
+        steps=steps,
+        schedule=schedule,
+        rng=fold_in(key(recipe.seed), "steps"),
+        fingerprint=hashes,
+        initial_state=InitialState(init_state(adapters, optimizer)),
+        tokenizer=tokenizer,
+        heldout_loss=None if heldout_loss is None else lambda tuned: heldout_loss(adapt(frozen, tuned)),
+    )
+
+
+def describe_sizes(name: str, base: GPT, adapters: Adapters) -> str:
+    """How many parameters a base has, and how many are trained."""
+    total, trained = num_parameters(base), num_trainable(adapters)
+    return f"{name} ({total:,} parameters), {trained:,} trained ({percent(trained / total)})"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
+
+
+def warn_if_all_warmup(peak_lr: float, steps: int, warmup_steps: int) -> list[str]:
+    """One sentence for a training that ends within its warm-up; none for any other."""
+    if warmup_steps <= steps:
+        return []
+    reached = peak_lr * steps / warmup_steps
+    return [f"it ends within its --warmup-steps {warmup_steps}: of lr {peak_lr:.2g} it reaches {reached:.2g}"]

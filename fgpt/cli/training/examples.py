@@ -1,0 +1,130 @@
+"""The rows that a fine-tuning recipe trains on, and the rows held out of them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from fgpt.cli.console import console
+from fgpt.cli.evaluation.metrics.nano import read_tasks
+from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
+from fgpt.data.classification_prompts import LabeledText
+from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template
+from fgpt.errors import InputError
+from fgpt.io import models
+from fgpt.recipes import ClassificationRecipe, InstructionRecipe
+from fgpt.rng import fold_in, key
+
+T = TypeVar("T")
+
+NANO_TASKS, NANO_HELDOUT = models.EMBEDDED["nano"] / "tasks.jsonl", models.EMBEDDED["nano"] / "heldout.jsonl"
+
+
+def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionRow], list[InstructionRow]]:
+    """Rows to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's seed.
+    What is left out of conversations is counted and printed, as is the number of FinQA pages that were shortened to
+    `max_seq_len`.
+
+    Raises InputError if holding out would leave nothing to train on.
+    """
+    if recipe.data == "nano":
+        return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
+    columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
+    loaded = instruction_datasets.load_examples(recipe.data, columns)
+    if reasons := conversations.summary(loaded.left_out):
+        console.print(f"left out of conversations: {reasons}", markup=False)
+    rows = _shorten_finqa(recipe, loaded.rows)
+    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, recipe.data), recipe.seed)
+
+
+def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:
+    """The rows, FinQA's pages without as much of their text as does not fit."""
+    if not any(isinstance(row, finqa.FinQA) for row in rows):
+        return rows
+    cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+    max_seq_len, prompt_template = min(recipe.max_seq_len, cfg.n_ctx), template(recipe.template)
+
+    def length(row: InstructionRow) -> int:
+        example = encode(row, prompt_template, tokenizer)
+        return max(len(example.tokens), example.prompt_length + finqa.ANSWER_TOKENS)
+
+    shortened_rows, count = finqa.shorten(rows, max_seq_len, length)
+    if count:
+        console.print(f"shortened the text of {count:,} FinQA rows to {max_seq_len} tokens; their tables are complete")
+    return shortened_rows
+
+
+def load_classification_split(recipe: ClassificationRecipe) -> tuple[list[LabeledText], list[LabeledText]]:
+    """Rows to train on and rows to score: those of `test`; for a dataset of the hub its own test split, if it has one;
+    else the last of a shuffle by the recipe's seed.
+
+    Raises InputError if holding out would leave nothing to train on.
+    """
+    columns = _classification_columns(recipe)
+    rows = classification_datasets.load_labeled_texts(recipe.train, "train", columns)
+    if (test := _test_source(recipe)) is not None:
+        return rows, classification_datasets.load_labeled_texts(test, "test", columns)
+    if recipe.num_heldout < 1:
+        raise InputError(
+            f"--num-heldout {recipe.num_heldout}: expected 1 or more rows to score, or other rows with --test"
+        )
+    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, recipe.train), recipe.seed)
+
+
+def load_test_texts(recipe: ClassificationRecipe) -> list[LabeledText]:
+    """The rows to score alone. Raises InputError as `load_classification_split` does."""
+    if (test := _test_source(recipe)) is None:
+        return load_classification_split(recipe)[1]
+    return classification_datasets.load_labeled_texts(test, "test", _classification_columns(recipe))
+
+
+def _test_source(recipe: ClassificationRecipe) -> str | None:
+    """The source of the rows to score; None if they are held out of those to train on."""
+    return recipe.test or (recipe.train if classification_datasets.has_test_split(recipe.train) else None)
+
+
+def _classification_columns(recipe: ClassificationRecipe) -> classification_datasets.Columns | None:
+    return None if recipe.columns == classification_datasets.Columns() else recipe.columns
+
+
+def num_heldout(rows: Sequence[object], requested: int, source: str) -> int:
+    """How many rows to hold out: `requested`, or a tenth of the rows if that would be more than half of them.
+
+    Raises InputError if there is only one row.
+    """
+    if 2 * requested <= len(rows):
+        return requested
+    if len(rows) < 2:
+        raise InputError(f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some")
+    count = max(1, len(rows) // 10)
+    console.print(
+        f"held out {count:,} of {len(rows):,} rows, a tenth: --num-heldout {requested} would be more than half",
+        markup=False,
+    )
+    return count
+
+
+def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
+    """All rows except `heldout` of them, and those: the last of a shuffle by the seed, each part in the rows' order.
+
+    A conversation is not divided: its turns are all in the first part or all in the second. So the second part may be a
+    few rows longer than `heldout`, or shorter if that would leave none in the first.
+
+    Raises InputError if rows are to be held out of a single conversation.
+    """
+    groups: dict[object, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row.conversation if isinstance(row, Turn) else i].append(i)
+    order = torch.randperm(len(groups), generator=fold_in(key(seed), "heldout")).tolist()
+    if heldout and len(groups) < 2:
+        raise InputError(
+            f"all {len(rows)} rows are of one conversation: expected 2 or more, one of them to be held out"
+        )
+    indices, second = list(groups.values()), set[int]()
+    for group in reversed(order[1:]):
+        if len(second) >= heldout:
+            break
+        second.update(indices[group])
+    first = [row for i, row in enumerate(rows) if i not in second]
+    return first, [rows[i] for i in sorted(second)]

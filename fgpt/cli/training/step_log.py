@@ -1,0 +1,128 @@
+"""The metrics of each training step: a line of metrics.jsonl, and the progress that the terminal shows of it."""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from rich.progress import Progress
+
+from fgpt.cli.console import console, exclusive_progress, training_columns
+from fgpt.cli.metrics_log import Line, read_metrics, truncate_partial_line
+from fgpt.losses import Batch
+from fgpt.train_step import Metrics
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use so far, in GB: of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class MetricsLog:
+    """metrics.jsonl of a training that begins after step `begin`; open it with `with`.
+
+    Tokens and seconds are totals, which go on from those of step `begin`. Seconds are those of training alone: time
+    spent in `pause` does not count.
+    """
+
+    def __init__(self, path: Path, begin: int) -> None:
+        truncate_partial_line(path)
+        self._path = path
+        self._earlier = {line["step"]: line for line in read_metrics(path)}
+        last = {}
+        for step, line in self._earlier.items():
+            if step <= begin:
+                last = line
+        self._tokens: int = last.get("tokens", 0)
+        self.seconds: float = last.get("seconds", 0.0)
+
+    def __enter__(self) -> "MetricsLog":
+        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+        self._resumed_at = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def measure(
+        self,
+        step: int,
+        metrics: Metrics,
+        *,
+        lr: float,
+        micro_batches: Sequence[Batch],
+        device: torch.device,
+        mfu: Callable[[float], float] | None = None,
+    ) -> Line:
+        """The line of a step that has just ended. `mfu` is the model FLOPs utilization at N tokens per second."""
+        now = time.perf_counter()
+        tokens, seconds = sum(batch.tokens.numel() for batch in micro_batches), now - self._resumed_at
+        self._tokens, self.seconds, self._resumed_at = self._tokens + tokens, self.seconds + seconds, now
+        line: Line = {
+            "step": step,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "lr": lr,
+            "weight": float(metrics.weight),
+            "tokens": self._tokens,
+            "seconds": round(self.seconds, 3),
+            "memory_gb": round(peak_memory(device), 3),
+        }
+        if mfu is not None:
+            line["mfu"] = round(mfu(tokens / seconds), 4)
+        return line
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent here is not training time."""
+        start = time.perf_counter()
+        yield
+        self._resumed_at += time.perf_counter() - start
+
+    def write(self, line: Line) -> None:
+        """Append the line. If an earlier process took this step with another result, say so once."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        earlier = self._earlier.get(line["step"])
+        if earlier and any(earlier.get(name, line[name]) != line[name] for name in ("loss", "grad_norm")):
+            console.print(f"step {line['step']} differs from its first computation: another machine or other versions?")
+            self._earlier = {}
+
+    def sync(self) -> None:
+        """Make sure that all lines are on disk."""
+        os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def progress_line(begin: int, steps: int) -> Iterator[Callable[[Line], None]]:
+    """Yields a function that shows a step's line: as a bar in a terminal, elsewhere as about twenty lines in all."""
+    start = time.perf_counter()
+    every = max(1, steps // 20)
+    bars = Progress(*training_columns(console.width), console=console, expand=True, disable=not console.is_terminal)
+    with exclusive_progress("training"), bars as bar:
+        task = bar.add_task("training", total=steps, completed=begin, figures="")
+
+        def show(line: dict[str, Any]) -> None:
+            step, figures = line["step"], _figures(line)
+            bar.update(task, advance=1, figures=figures)
+            if not console.is_terminal and ((step - 1) % every == 0 or step == steps):
+                left = (time.perf_counter() - start) / (step - begin) * (steps - step)
+                console.print(f"step {step}/{steps}  {figures}  eta {left:.0f} s")
+
+        yield show
+
+
+def _figures(line: Line) -> str:
+    speed = f"{line['tokens'] / max(line['seconds'], 1e-3):,.0f} tok/s"
+    mfu = f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    return f"loss {line['loss']:.3f}  {speed}{mfu}  {line['memory_gb']:.2f} GB"
