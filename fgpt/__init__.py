@@ -19,7 +19,7 @@ from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
-from fgpt.from_module import from_module
+from fgpt.lift import from_module
 from fgpt.generation.beam import beam_search, prompt_lookup_decode
 from fgpt.generation.loop import GenerationOutput, generate, stream
 from fgpt.generation.sampling import SamplingParams
