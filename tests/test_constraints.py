@@ -8,7 +8,7 @@ from conftest import shared
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
-from fgpt.cli.evaluation.compare.scores import asked_scores
+from fgpt.cli.evaluation.compare.scores import instruction_scores
 from fgpt.cli.evaluation.metrics import answer_parts as parts
 from fgpt.cli.evaluation.metrics.constraints import checked, constraints, score
 from fgpt.data.instruction_datasets import load_rows
@@ -115,16 +115,15 @@ def test_the_score_counts_demands_and_not_rows():
     texts = ["It is red.", "Red.", "red, blue"]
     assert score(asked, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
     assert score(asked[1:2], texts[1:2]) == {}
-    assert score([InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')], ["", " "]) == {
-        "constraints met (%)": 0, "constraints": 2
-    }  # fmt: skip
-    scores = {side: asked_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
+    rows = [InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')]
+    assert score(rows, ["", " "]) == {"constraints met (%)": 0, "constraints": 2}
+    scores = {side: instruction_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
               (("base", ["", "", ""]), ("tuned", texts))}  # fmt: skip
     answers = {side: [Answer("a", (1,), True)] * 3 for side in scores}
     found = Comparison("t", [], asked, answers, scores, {})
     assert "| constraints met (%) | 0.00 | 66.67 |" in markdown(found)
     assert '<td>0.00</td><td class="best">66.67</td>' in page(found)
-    assert "what the instructions demand" in page(found)
+    assert "Share of the constraints in the instructions" in page(found)
     assert best("constraints", ["3.00", "2.00"]) == [False, False]  # how many they are is no merit
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.cli.evaluation.compare.prompt_file import read as read_prompts
 from fgpt.cli.evaluation.compare.results import Answer
-from fgpt.cli.evaluation.compare.scores import asked_scores
+from fgpt.cli.evaluation.compare.scores import instruction_scores
 from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
 from fgpt.cli.main import main
 from fgpt.cli.training.instruction_tuning import build_adapters
@@ -208,7 +208,7 @@ def test_only_finqa_rows_count():
     assert score(given_rows, ["10%", "10.2 %", "yes", "10%"]) == {"FinQA exact match (%)": 50, "FinQA rows": 2}
     assert score(given_rows[:1], ["10%"]) == score([silent], ["5"]) == {}
     answers = [Answer(text, (1,), True) for text in ("a", "10%", "no", "")]
-    assert asked_scores(given_rows, answers)["FinQA exact match (%)"] == 100
+    assert instruction_scores(given_rows, answers)["FinQA exact match (%)"] == 100
 
 
 def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong():

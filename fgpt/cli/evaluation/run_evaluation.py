@@ -15,7 +15,7 @@ from fgpt.cli.console import console, working
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.evaluation.compare import prompts as compare_asked
-from fgpt.cli.evaluation.compare.scores import asked_scores, rouge_scores, shape_scores
+from fgpt.cli.evaluation.compare.scores import instruction_scores, rouge_scores, shape_scores
 from fgpt.cli.evaluation.metrics.text import answers
 from fgpt.cli.inference import classifiers
 from fgpt.cli.training import classification
@@ -101,10 +101,10 @@ def of_heldout(
 
 def of_answers(params: GPT, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> Figures:
     """The scores of greedy answers to the rows, as `just compare` has them, but for what takes the base."""
-    prompts = compare_sides.prompts(compare_sides.Contender("", run), rows, tokenizer)
+    prompts = compare_sides.encode_prompts(compare_sides.Contender("", run), rows, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found = compare.answers(params, tokenizer, prompts, order, run.max_new_tokens)
-    figures = asked_scores(rows, found) | rouge_scores(rows, found) | shape_scores(found)
+    found = compare.generate_answers(params, tokenizer, prompts, order, run.max_new_tokens)
+    figures = instruction_scores(rows, found) | rouge_scores(rows, found) | shape_scores(found)
     return shown("answers to held-out rows", {"rows": len(rows), "most tokens": run.max_new_tokens}, figures)
 
 

@@ -19,7 +19,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
 
 
-def repeated(text: str, n: int = 4) -> float:
+def repeated_ngrams(text: str, n: int = 4) -> float:
     """Share of a text's n-grams that occurred before in it; 0 where it has none. A text that goes in circles has
     nearly 100.
 
