@@ -102,7 +102,7 @@ def test_nats_count_every_answer_token_alike():
         each += [-float(logp[i - 1, e.tokens[i]]) for i in range(e.prompt_length, len(e.tokens))]
     assert len(each) == 7
     assert text_scores.nats(params, examples) == pytest.approx(sum(each) / 7, rel=1e-5)
-    with pytest.raises(InputError, match="no token to answer"):
+    with pytest.raises(InputError, match="no answer token"):
         text_scores.nats(params, [Example((1, 2), 2)])
 
 

@@ -43,7 +43,7 @@ SHAPE = Config(
     n_norms=1,
     biases="up down norm head",
     rotary_dim=64,
-    time_interleaved=True,
+    interleaved=True,
 )
 TARGETS: dict[Format, float] = {"blockwise8": 9.0, "nf4": 6.0}
 """Peak memory in GB of a process that loads the model and takes the step."""

@@ -33,13 +33,12 @@ def classification_scores(data: RunData) -> ClassificationScores | None:
     if data.scores is None:
         return None
     try:
-        by_side, labels, num_rows = data.scores["scores"], data.scores["labels"], data.scores["rows"]
+        by_side, labels, num_rows = data.scores["scores"], data.scores["labels"], int(data.scores["rows"])
         overall, by_label = [], []
         for side, values in by_side.items():
             overall.append([side, score(values["accuracy"]), score(values["macro_f1"]), score(values["loss"])])
         for i, label in enumerate(labels):
             by_label.append([label, *(score(values["f1"][i]) for values in by_side.values())])
-        f"{num_rows:,}"  # noqa: B018 (raises if it is no number)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
         path = data.folder / run_dir.SCORES
         raise InputError(f"{path}: not the scores of this version ({err}); delete it") from None
