@@ -256,8 +256,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    short = ["--steps", "2", "--micro-batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1", "--out", str(out)]
-    assert main(["train", "lora-nano", *short]) == 0
+    short = ["--steps", "2", "--micro-batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1"]
+    assert main(["train", "lora-nano", *short, "--out", str(out)]) == 0
     return out / "lora-nano"
 
 

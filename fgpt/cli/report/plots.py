@@ -18,7 +18,7 @@ Point = tuple[float, float]
 COLORS = {"raw": "#a5c5e3", "smooth": "#1f6fb8", "heldout": "#b4611a", "soft": "#5a6877", "line": "#dce2e9"}
 """The page's color variables, each with the color that stands for it while matplotlib draws."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "fgpt",  # the same data give the same file
     "path.simplify_threshold": 1.0,  # points: a long line keeps its peaks, and about one vertex for each point of width
