@@ -144,7 +144,7 @@ def test_bad_input_is_one_line(headed: Path, worded: Path, tmp_path: Path, capsy
         (["classify", "nobody", "a"], "no trained run 'nobody'"),
         (["eval", str(headed), "--labels", "x", "y"], "has a head of its own labels, fear, joy: leave --labels out"),
         (["eval", str(headed), "--test", str(tmp_path / "odd.txt")], "label 'rage', expected one of fear, joy"),
-        (["eval", "--base", "nano", "--text", "x", "--labels", "x", "y"], "tells no classes: leave --test"),
+        (["eval", "--base", "nano", "--text", "x", "--labels", "x", "y"], "is not a classifier: leave out --test"),
     ):
         assert main(args) == 2, args
         said = capsys.readouterr().err.strip()

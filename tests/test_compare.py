@@ -74,7 +74,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_repeated(text: str, share: float):
-    assert text_scores.repeated(text) == pytest.approx(share)
+    assert text_scores.repeated_ngrams(text) == pytest.approx(share)
 
 
 def test_distinct():
@@ -102,7 +102,7 @@ def test_nats_count_every_answer_token_alike():
         each += [-float(logp[i - 1, e.tokens[i]]) for i in range(e.prompt_length, len(e.tokens))]
     assert len(each) == 7
     assert text_scores.nats(params, examples) == pytest.approx(sum(each) / 7, rel=1e-5)
-    with pytest.raises(InputError, match="no token to answer"):
+    with pytest.raises(InputError, match="no answer token"):
         text_scores.nats(params, [Example((1, 2), 2)])
 
 
@@ -119,7 +119,7 @@ def test_text_scores_of_a_side():
     )
     by_hand = [Answer("a b c d a b c d", (1, 2, 3), True), Answer("a b", (4,), False)]
     scores = of_texts(params, prompts[:2], by_hand, tokenizer.eos)
-    assert scores["answers ended by the model (%)"] == 50
+    assert scores["answers finished with EOS (%)"] == 50
     assert scores["mean answer length (tokens)"] == 2
     assert scores["repeated 4-grams (%)"] == pytest.approx(10)  # of 20 and 0
     assert scores["distinct-1 (%)"] == pytest.approx(40)  # 4 of 10
@@ -225,10 +225,15 @@ def test_no_comparison_is_written_over(trained: Path, tmp_path: Path):
         assert main(["compare", str(run), *how]) == 0
     assert {p.name: p.read_bytes() for p in run.glob("compare.*")} == before
     assert {p.stem for p in run.glob("compare*.json")} == {
-        *("compare", "compare-2-prompts", "compare-most-4-temperature-0.5-seed-3", "compare-own-most-2"),
-        "compare-own-most-2-2",
+        *(
+            "compare",
+            "compare-2-prompts",
+            "compare-max-new-tokens-4-temperature-0.5-seed-3",
+            "compare-own-max-new-tokens-2",
+        ),
+        "compare-own-max-new-tokens-2-2",
     }
-    assert told(run / "compare-own-most-2-2.json")["answers"][0]["instruction"] == "Say b."
+    assert told(run / "compare-own-max-new-tokens-2-2.json")["answers"][0]["instruction"] == "Say b."
     assert main(["report", str(run)]) == 0
     shown = (run / "report.html").read_text()
     assert shown.index("held-out prompts of lora-nano") < shown.index("<h3>compare-2-prompts</h3>")
@@ -264,7 +269,7 @@ def test_the_base_is_loaded_once(trained: Path, monkeypatch: pytest.MonkeyPatch)
     load: Callable[..., object] = models.load
     monkeypatch.setattr(models, "load", lambda *args: (loads.append(args), load(*args))[1])
     sides = compare_sides.find([str(trained / name) for name in NAMES])
-    params = compare_sides.params(sides)
+    params = compare_sides.load_params(sides)
     assert len(loads) == 1
     assert list(params) == ["base", *NAMES]
     assert all(x.wte.w is params["base"].wte.w for x in params.values())
@@ -323,7 +328,7 @@ def test_bad_input_is_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """And comes before any model is loaded; nothing is left half-made."""
-    monkeypatch.setattr(compare_sides, "params", None)
+    monkeypatch.setattr(compare_sides, "load_params", None)
     lora, ia3 = (str(trained / name) for name in NAMES)
     files = {
         "empty.json": "",
@@ -343,17 +348,17 @@ def test_bad_input_is_one_line(
         (tmp_path / name).write_text(content)
     (tmp_path / "file").write_text("")
     cases = [
-        (["compare"], "expected a run or several"),
+        (["compare"], "expected one or more runs"),
         (["compare", lora, "nothing"], "no trained run 'nothing'"),
         (["compare", lora, ia3, lora + "/"], "lora-nano is given 2 times"),
         (["compare", lora, "--prompts", "missing.json"], "no prompt file 'missing.json'"),
         (["compare", lora, "--prompts", str(tmp_path)], "no prompt file"),
         (["compare", lora, "--prompts", "generl"], "one of general"),
-        (["compare", lora, "--num-prompts", "0"], "count is 0"),
-        (["compare", lora, "--max-new-tokens", "0"], "most is 0"),
+        (["compare", lora, "--num-prompts", "0"], "--num-prompts is 0"),
+        (["compare", lora, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["compare", lora, "--temperature", "-1"], "temperature"),
         (["compare", lora, "--promts", "x"], "did you mean --prompts"),
-        (["compare", lora, "--out", str(tmp_path / "file" / "below")], "is no folder that can be written"),
+        (["compare", lora, "--out", str(tmp_path / "file" / "below")], "is not a writable directory"),
     ]
     said = {
         "empty.json": "the file is empty",
@@ -387,7 +392,7 @@ def test_runs_of_different_bases(trained: Path, tmp_path: Path, capsys: pytest.C
         assert main(["compare", str(lora), str(other)]) == 2
         said = one_line(capsys)
         assert value in said
-        assert "an adapter answers over its own base alone" in said
+        assert "an adapter works on its own base only" in said
     assert not list(trained.glob("compare-*"))[1:]
 
 
@@ -398,16 +403,16 @@ def test_a_run_without_held_out_rows(trained: Path, tmp_path: Path, capsys: pyte
     assert main(["train", "lora-nano", *own, "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "lora-nano")]) == 2
-    assert "held no rows out: give prompts with --prompts FILE" in one_line(capsys)
+    assert "held out no rows: give prompts with --prompts FILE" in one_line(capsys)
 
 
 def test_rows_that_another_run_may_have_seen(trained: Path):
     run = run_dir.read_run(trained / "lora-nano")
     from dataclasses import replace
 
-    first = replace(run, data="rows.json", seed=0, heldout=8)
+    first = replace(run, data="rows.json", seed=0, num_heldout=8)
     assert not compare_sides.may_have_seen(first, first)
     assert compare_sides.may_have_seen(replace(first, seed=1), first)
-    assert compare_sides.may_have_seen(replace(first, heldout=4), first)
-    assert not compare_sides.may_have_seen(replace(first, heldout=16), first)  # it held those out as well
+    assert compare_sides.may_have_seen(replace(first, num_heldout=4), first)
+    assert not compare_sides.may_have_seen(replace(first, num_heldout=16), first)  # it held those out as well
     assert not compare_sides.may_have_seen(replace(run, seed=1), run)  # the embedded data has its own

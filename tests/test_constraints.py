@@ -8,9 +8,9 @@ from conftest import shared
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
-from fgpt.cli.evaluation.compare.scores import asked_scores
+from fgpt.cli.evaluation.compare.scores import instruction_scores
 from fgpt.cli.evaluation.metrics import answer_parts as parts
-from fgpt.cli.evaluation.metrics.constraints import checked, constraints, score
+from fgpt.cli.evaluation.metrics.constraints import check, constraints, score
 from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.prompt_templates import InstructionRow
 
@@ -89,7 +89,7 @@ NONE = [
 @pytest.mark.parametrize(("instruction", "kind", "meet", "miss"), FOUND, ids=[x[0][:40] for x in FOUND])
 def test_demands_by_hand(instruction: str, kind: str, meet: list[str], miss: list[str]):
     (one,) = [x for x in constraints(instruction) if x.kind == kind]
-    assert one.said.lower() in instruction.lower()
+    assert one.phrase.lower() in instruction.lower()
     assert {text: one.met(text) for text in (*meet, *miss)} == dict.fromkeys(meet, True) | dict.fromkeys(miss, False)
 
 
@@ -103,7 +103,7 @@ def test_several_demands():
     assert [x.kind for x in found] == ["words", "begins", "ends"]
     assert constraints("Write a haiku. List three reasons.") == []  # of which part would the lines be?
     row = InstructionRow("Describe it in two sentences. Use the word 'red'.")
-    assert [(x.kind, met) for x, met in checked(row, "It is red.")] == [("sentences", False), ("holds", True)]
+    assert [(x.kind, met) for x, met in check(row, "It is red.")] == [("sentences", False), ("holds", True)]
 
 
 def test_the_score_counts_demands_and_not_rows():
@@ -115,16 +115,15 @@ def test_the_score_counts_demands_and_not_rows():
     texts = ["It is red.", "Red.", "red, blue"]
     assert score(asked, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
     assert score(asked[1:2], texts[1:2]) == {}
-    assert score([InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')], ["", " "]) == {
-        "constraints met (%)": 0, "constraints": 2
-    }  # fmt: skip
-    scores = {side: asked_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
+    rows = [InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')]
+    assert score(rows, ["", " "]) == {"constraints met (%)": 0, "constraints": 2}
+    scores = {side: instruction_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
               (("base", ["", "", ""]), ("tuned", texts))}  # fmt: skip
     answers = {side: [Answer("a", (1,), True)] * 3 for side in scores}
     found = Comparison("t", [], asked, answers, scores, {})
     assert "| constraints met (%) | 0.00 | 66.67 |" in markdown(found)
     assert '<td>0.00</td><td class="best">66.67</td>' in page(found)
-    assert "what the instructions demand" in page(found)
+    assert "Share of the constraints in the instructions" in page(found)
     assert best("constraints", ["3.00", "2.00"]) == [False, False]  # how many they are is no merit
 
 
@@ -134,12 +133,12 @@ def test_the_score_counts_demands_and_not_rows():
 def test_parts_of_a_text():
     text = "# Title\nDr. A. Fox came at 5 p.m. to us. \u201cWhy?\u201d He left!\n\n1. one\n   - in\n2. two"
     assert parts.sentences(text) == 1 + 3 + 3
-    assert (parts.lines(text), parts.paragraphs(text), parts.marked(text)) == (5, 2, 2)
+    assert (parts.lines(text), parts.paragraphs(text), parts.num_marked_items(text)) == (5, 2, 2)
     assert parts.words("It's 5 - 3 = 2, so.") == 5
     assert parts.items("1. a 2. b 3. c") == {3}
     assert parts.items("These are:\na b\nc d") >= {2, 3}
     assert 3 in parts.items("They are: salt, bread and wine.")
-    assert parts.marked("---\n**bold** it is\n-5 degrees") == 0
+    assert parts.num_marked_items("---\n**bold** it is\n-5 degrees") == 0
     assert (parts.lines(""), parts.sentences(" \n"), parts.items("")) == (0, 0, {0})
 
 
@@ -153,12 +152,12 @@ def test_parts_of_a_text():
 def test_good_answers_meet_what_is_found(name: str, least: int):
     """A false find, or a wrong count, would show as a good answer that misses it."""
     folder, _, file = name.partition("/")
-    met = [x for row in load_rows(shared(folder) / file) for _, x in checked(row, row.output)]
+    met = [x for row in load_rows(shared(folder) / file) for _, x in check(row, row.output)]
     assert len(met) >= least
     assert sum(met) >= 0.88 * len(met)
 
 
 def test_few_of_the_instructions_of_other_tasks_demand_anything():
     told = [json.loads(x) for x in (shared("prompts") / "user_oriented_instructions.jsonl").read_text().splitlines()]
-    found = [x.said for row in told for x in constraints(row["instruction"])]
+    found = [x.phrase for row in told for x in constraints(row["instruction"])]
     assert found == ["in just one sentence"]

@@ -8,7 +8,7 @@ import pytest
 from fgpt.cli.evaluation import command
 from fgpt.cli.main import main
 
-SHORT = ["--steps", "2", "--batch-size", "1", "--warmup-steps", "1"]
+SHORT = ["--steps", "2", "--micro-batch-size", "1", "--warmup-steps", "1"]
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
 
 
@@ -32,9 +32,9 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
-    said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-answers-limit-3.json").read_text())
+    said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-generations-limit-3.json").read_text())
     compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
-    assert (found["answers"].pop("rows"), found["answers"].pop("most tokens")) == (4, 12)
+    assert (found["answers"].pop("rows"), found["answers"].pop("max new tokens")) == (4, 12)
     assert found["answers"] == {name: compared[name] for name in found["answers"]}
     assert compared.keys() - found["answers"].keys() == {
         "held-out response loss (nats per token)",  # that of the four rows: here it is of all, or of the limit's
@@ -80,7 +80,7 @@ def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tm
     assert main(["eval", str(run)]) == 0
     found = json.loads((run / "eval.json").read_text())["test rows"]
     after = json.loads((run / "metrics.json").read_text())["scores"]["tuned"]
-    assert (found["rows"], found["classes"], found["rows that lost their middle"]) == (6, 2, 0)
+    assert (found["rows"], found["classes"], found["truncated rows"]) == (6, 2, 0)
     assert found["accuracy"] == after["accuracy"]
     assert found["macro-F1"] == after["macro_f1"]
     assert found["loss (nats per row)"] == pytest.approx(after["loss"], rel=1e-5)
@@ -111,16 +111,16 @@ def test_bad_input_is_one_line(
     values = json.loads((tmp_path / "emotion-small" / "run.json").read_text())
     (moved / "run.json").write_text(json.dumps(values | {"train": "gone.txt"}))
     (tmp_path / "odd" / "adapter").mkdir(parents=True)
-    (tmp_path / "odd" / "run.json").write_text(json.dumps({"wording": 1}))
+    (tmp_path / "odd" / "run.json").write_text(json.dumps({"prompt": 1}))
     monkeypatch.setattr(command, "load", None)
     capsys.readouterr()
     for args, says in (
         (
             [run, "--num-generations", "2"],
-            "tells classes, and is evaluated on its own rows: leave --text, --tasks, --num-generations out",
+            "is a classifier, evaluated on its own rows: leave out --text, --tasks, --num-generations",
         ),
-        ([run, "--tasks", "hellaswag"], "tells classes, and is evaluated on its own rows"),
-        ([str(instructed), "--num-generations", "0"], "answers is 0: expected 1 or more"),
+        ([run, "--tasks", "hellaswag"], "is a classifier, evaluated on its own rows"),
+        ([str(instructed), "--num-generations", "0"], "--num-generations is 0: expected 1 or more"),
         (
             ["--base", "nano", "--text", str(rows_of_classes), "--num-generations", "2"],
             "a base has no held-out rows to answer",

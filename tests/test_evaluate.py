@@ -256,8 +256,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    short = ["--steps", "2", "--batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1", "--out", str(out)]
-    assert main(["train", "lora-nano", *short]) == 0
+    short = ["--steps", "2", "--micro-batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1"]
+    assert main(["train", "lora-nano", *short, "--out", str(out)]) == 0
     return out / "lora-nano"
 
 
@@ -302,7 +302,7 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
         (["--base", "nano", "--text", "BYTES"], r"not a text in UTF-8 \(byte 2\)"),
         (["--base", "nano", "--text", "TEXT", "--window", "64", "--stride", "65"], "expected 1 <= stride <= width"),
         (["--base", "nano", "--text", "TEXT", "--window", "513"], "wider than the model's context of 512"),
-        (["--base", "nano", "--text", "TEXT", "--batch-size", "0"], "rows is 0: expected 1 or more"),
+        (["--base", "nano", "--text", "TEXT", "--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
         (["--base", "nano", "--texts", "TEXT"], "no option --texts; did you mean --text"),
         (["--base", "nosuch/", "--text", "TEXT"], "nosuch/"),
     ],

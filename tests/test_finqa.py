@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.cli.evaluation.compare.prompt_file import read as read_prompts
 from fgpt.cli.evaluation.compare.results import Answer
-from fgpt.cli.evaluation.compare.scores import asked_scores
-from fgpt.cli.evaluation.metrics.finqa import quantities, right, score
+from fgpt.cli.evaluation.compare.scores import instruction_scores
+from fgpt.cli.evaluation.metrics.finqa import is_correct, quantities, score
 from fgpt.cli.main import main
 from fgpt.cli.training.build import build_adapters
 from fgpt.data.finqa import ELLIPSIS, FinQA, read_finqa, shorten
@@ -191,14 +191,14 @@ def test_the_middle_of_the_text_goes_and_nothing_else(before: int, after: int, w
     ],
 )
 def test_right_by_hand(answer: str, reference: str, is_right: bool):
-    assert right(answer, reference) is is_right
+    assert is_correct(answer, reference) is is_right
 
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{}", "${:,}", "{}%", "it was {} ."]))
 def test_a_number_is_itself_however_it_is_written(number: Any, look: str):
     written = look.format(number)
-    assert right(written, str(number))
-    assert not right(written, str(number + 1)) or 1900 <= number <= 2100
+    assert is_correct(written, str(number))
+    assert not is_correct(written, str(number + 1)) or 1900 <= number <= 2100
 
 
 def test_only_finqa_rows_count():
@@ -208,7 +208,7 @@ def test_only_finqa_rows_count():
     assert score(given_rows, ["10%", "10.2 %", "yes", "10%"]) == {"FinQA exact match (%)": 50, "FinQA rows": 2}
     assert score(given_rows[:1], ["10%"]) == score([silent], ["5"]) == {}
     answers = [Answer(text, (1,), True) for text in ("a", "10%", "no", "")]
-    assert asked_scores(given_rows, answers)["FinQA exact match (%)"] == 100
+    assert instruction_scores(given_rows, answers)["FinQA exact match (%)"] == 100
 
 
 def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong():
@@ -218,8 +218,8 @@ def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong():
     for row in asked:
         (number,) = quantities(row.output)
         other = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), row.output)
-        assert right(f"The answer is {row.output}.", row.output), row.output
-        assert not right(other, row.output), (number, other)
+        assert is_correct(f"The answer is {row.output}.", row.output), row.output
+        assert not is_correct(other, row.output), (number, other)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -280,6 +280,6 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["compare", str(folder), "--prompts", str(finqa), "--num-prompts", "2", "--max-new-tokens", "2"]) == 0
     assert "shortened the text of 2 FinQA prompts to 192 tokens" in " ".join(capsys.readouterr().err.split())
     assert main(["eval", str(folder), "--num-generations", "6"]) == 0
-    scores = json.loads((folder / "eval-6-answers.json").read_text())
+    scores = json.loads((folder / "eval-6-generations.json").read_text())
     assert scores["held out"]["rows left out"] == 0
     assert scores["answers"]["FinQA exact match (%)"] == found["scores"]["tuned"]["FinQA exact match (%)"]

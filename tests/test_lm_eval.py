@@ -88,8 +88,8 @@ def test_likelihoods_are_hfs(kind: str):
         got = us.loglikelihood(requests, disable_tqdm=True)
         assert [x for x, _ in got] == pytest.approx([x for x, _ in expected], abs=1e-4)
         assert [flag for _, flag in got] == [flag for _, flag in expected]
-        assert us.cut.requests == len(CONTINUATIONS)  # one context is longer than the model's
-        assert us.cut.tokens > 54 * us.cut.requests - 1
+        assert us.truncated.requests == len(CONTINUATIONS)  # one context is longer than the model's
+        assert us.truncated.tokens > 54 * us.truncated.requests - 1
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_greedy_texts_are_hfs(kind: str, how: dict[str, Any]):
     for rows in (1, 3):
         us = ours(kind, rows)
         assert us.generate_until(requests, disable_tqdm=True) == expected
-        assert us.cut.requests > 0
+        assert us.truncated.requests > 0
 
 
 @given(text=st.lists(st.integers(0, 9), max_size=50), width=st.integers(1, 12), data=st.data())
@@ -162,7 +162,7 @@ def test_sampled_texts_are_their_requests_alone():
 
 
 def test_what_a_task_asks_for():
-    assert task_generation({"until": "\n"}) == (("\n",), lm_eval_model.MOST, fgpt.SamplingParams())
+    assert task_generation({"until": "\n"}) == (("\n",), lm_eval_model.MAX_NEW_TOKENS, fgpt.SamplingParams())
     sampled = task_generation({"do_sample": True, "top_p": 0.9, "max_tokens": 3, "until": None})
     assert sampled == ((), 3, fgpt.SamplingParams(1.0, top_p=0.9))
     assert task_generation({"temperature": 0.5}).sampling.temperature == 0.5
@@ -235,7 +235,7 @@ def test_whole_tasks_have_hfs_metrics(kind: str, local: Path):
                 if isinstance(x, float):
                     assert got["results"][task][metric] == pytest.approx(x, rel=1e-5), (task, metric)
     assert {x["acc,none"] for x in (got["results"]["own_choice"], expected["results"]["own_choice"])} != {0.0}
-    assert got["cut"]["requests"] > 0
+    assert got["truncated"]["requests"] > 0
 
 
 def _loaded(kind: str) -> tuple[fgpt.GPT, Any]:

@@ -326,7 +326,7 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     example = encode(row, template("tulu"), NANO)
     assert example.tokens[: example.prompt_length] == prompt
     assert NANO.decode(list(example.tokens)) == text + "Tim.<|endoftext|>"
-    assert compare_sides.prompts(compare_sides.Contender("base", run), [row], NANO) == [prompt]
+    assert compare_sides.encode_prompts(compare_sides.Contender("base", run), [row], NANO) == [prompt]
     params = fgpt.load(run.base)
     assert encode_conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []

@@ -20,7 +20,8 @@ from fgpt import recipes
 from fgpt.cli import environment, report
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.options import parse
-from fgpt.cli.report import chart, config_diff, curves, run_data
+from fgpt.cli.report import config_diff, curves, run_data
+from fgpt.cli.report.plots import Plot, Series
 from fgpt.cli.run_dir import find_any, find_finished
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
@@ -29,7 +30,7 @@ from fgpt.io.files import write_json
 EVIL = "<script>document.title = 'it ran'</script><img src='http://example.invalid/x.png'>"
 LORA: Any = replace(recipes.find("lora-nano"), lr=1e-3, data="rows 1.json")
 RTE: Any = recipes.find("rte-smollm2")
-SECTIONS = ["training", "comparison", "evaluation", "config", "environment", "again"]
+SECTIONS = ["training", "comparison", "evaluation", "config", "environment", "reproduce"]
 
 
 def write_lines(at: Path, steps: int, loss: float = 3.0) -> None:
@@ -62,8 +63,8 @@ def compared(prompts: int = 10) -> dict[str, Any]:
         "tuned": [Answer(f"{i} is {EVIL}", (), True) for i in range(prompts)],
     }
     scores = {"base": {"points (0 to 100)": 10.0}, "tuned": {"points (0 to 100)": 20.0}}
-    settings = {"base": "nano", "dtype": "float32", "quantize": None, "prompts": "held-out prompts", "most": 20}
-    settings |= {"sampling": {"temperature": 0.0, "top_k": None}, "seed": 0}
+    settings = {"base": "nano", "dtype": "float32", "quantize": None, "prompts": "held-out prompts"}
+    settings |= {"max_new_tokens": 20, "sampling": {"temperature": 0.0, "top_k": None}, "seed": 0}
     return as_json(Comparison("", [], rows, answers, scores, settings))
 
 
@@ -96,8 +97,8 @@ def test_a_whole_run(whole: Path):
     for title in ("loss", "learning rate", "gradient norm", "tokens per second", "memory"):
         assert f"<b>{title}</b>" in drawn
     assert drawn.count("<svg") == 5
-    assert "held out</title>" in drawn
-    assert "the least is 0.033, at step 60" in drawn
+    assert ">held out</span>" in drawn
+    assert "the best is 0.033, at step 60" in drawn
     assert "<b>200</b>" in drawn  # tokens per second
     samples = section(text, "comparison")
     assert samples.count("<article") == 25  # 10 prompts of two sides, and 5 references
@@ -114,15 +115,15 @@ def test_a_whole_run(whole: Path):
 
 def test_options_that_differ_are_marked(whole: Path):
     shown = section(told(whole), "config")
-    assert "2 options differ from lora-nano" in shown
+    assert "2 options differ from the recipe lora-nano" in shown
     assert re.findall(r'<tr class="changed"><th scope="row">([\w.-]+)</th>', shown) == ["lr", "data"]
-    assert '<td class="said">0.006</td>' in shown  # the named run's
+    assert '<td class="value">0.006</td>' in shown  # the named run's
 
 
 CHANGED = [
     replace(LORA, out=Path("a b"), seed=3, adapter=replace(LORA.adapter, rank=4, target=r"blocks\..*\.(q|k)")),
     replace(LORA, lr=None, remat=True, steps=7),
-    replace(recipes.find("emotion-smollm2"), labels=("a=b c", "d=e"), tune_also="-x", prompt=RTE.wording),
+    replace(recipes.find("emotion-smollm2"), labels=("a=b c", "d=e"), tune_also="-x", prompt=RTE.prompt),
     replace(recipes.find("tinytiny-pretrain"), data=(Path("x y.txt"), Path("z.txt")), betas=(0.5, 0.75), biases=True),
 ]
 
@@ -161,7 +162,7 @@ def test_a_run_that_ended_early(tmp_path: Path, status: dict[str, Any], said: st
     assert f">{said}</span>" in text
     assert "60 of 90 steps" in text
     assert status.get("why", "") in text
-    assert "just train .../lora-nano --resume" in section(text, "again")
+    assert "just train .../lora-nano --resume" in section(text, "reproduce")
 
 
 def test_a_run_that_is_at_work(tmp_path: Path):
@@ -184,18 +185,18 @@ def test_a_torn_line_and_repeated_steps(tmp_path: Path):
         for i in (15, 16):
             file.write(json.dumps({"step": i, "loss": 99.0}) + "\n")
         file.write('{"step": 17, "lo')
-    it = run_data.read(at)
-    assert (it.torn, it.again) == (1, 2)
-    assert [line["step"] for line in it.lines] == list(range(1, 21))
-    assert [line["loss"] for line in it.lines[14:16]] == [99.0, 99.0]
+    data = run_data.read(at)
+    assert (data.truncated_lines, data.repeated_steps) == (1, 2)
+    assert [line["step"] for line in data.lines] == list(range(1, 21))
+    assert [line["loss"] for line in data.lines[14:16]] == [99.0, 99.0]
     drawn = section(told(at), "training")
-    assert "cut off in the middle" in drawn
-    assert "2 lines are of steps that were done again" in drawn
+    assert "is incomplete" in drawn
+    assert "2 lines are of steps repeated after resuming" in drawn
 
 
 def test_a_run_that_classifies(tmp_path: Path):
     scores = {"accuracy": 0.5, "macro_f1": 0.25, "f1": [0.5, 0.0], "confusion": [[1, 0], [1, 0]]}
-    by_side = {"the commonest label": {**scores, "loss": None}, "tuned": {**scores, "loss": 0.75}}
+    by_side = {"majority-class baseline": {**scores, "loss": None}, "tuned": {**scores, "loss": 0.75}}
     both = {"labels": ["joy", "<b>anger"], "rows": 1234, "scores": by_side}
     at = folder(tmp_path / "emotion-small", recipes.find("emotion-small"), metrics=both)
     (at / "confusion.png").write_bytes(b"\x89PNG not really")
@@ -219,10 +220,10 @@ def test_a_pretraining(tmp_path: Path):
     assert '<th scope="row">loss</th><td>8.000</td><td>1.500</td>' in shown
     for damage in ({"loss": "x"}, {"loss": [1]}, {"before": 1}, {"before": [1]}, {"heldout_documents": None}):
         (at / "result.json").write_text(json.dumps(result | damage))
-        with pytest.raises(InputError, match=r"result\.json: not the figures of this version"):
+        with pytest.raises(InputError, match=r"result\.json: not the results of this version"):
             report.run(str(at))
     (at / "result.json").unlink()
-    assert "has not come to it" in section(told(at), "heldout")
+    assert "has not reached" in section(told(at), "heldout")
 
 
 # ------------------------------------------------------------------------------------------------------ what it finds
@@ -341,45 +342,54 @@ def test_an_adapter_of_no_kind_does_not_keep_a_run_from_its_page(whole: Path):
     assert "None on" in told(whole)
 
 
-# -------------------------------------------------------------------------------------------------- charts, by hand
+# ------------------------------------------------------------------------------------------------------------- plots
 
 
-def test_ticks_are_round():
-    assert chart.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
-    assert chart.ticks(1, 5, whole=True) == [1, 2, 3, 4, 5]
-    assert chart.ticks(1, 2, whole=True) == [1, 2]
-    assert chart.ticks(0.0, 0.001) == pytest.approx([0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001])
-    assert chart.ticks(5, 5) == [5]
-    assert chart.ticks(0.0, 0.0) == [0]
-    assert chart.powers(0.3, 40) == [0.5, 1, 2, 5, 10, 20]
-    assert chart.powers(1, 1000) == [1, 10, 100, 1000]
-    assert chart.powers(3, 3) == [3]
+def vertices(svg: str) -> list[tuple[float, float]]:
+    """The points of the drawn line, in the order of the file."""
+    line = next(path for path in re.findall(r'<path d="([^"]*)"[^>]*var\(--smooth\)', svg))
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", line)]
 
 
 def test_a_long_line_keeps_its_peaks():
-    points = [(float(i), 0.0) for i in range(50_000)]
-    points[12_345] = (12_345.0, 9.0)
-    points[40_000] = (40_000.0, -9.0)
-    thin = chart.thinned(points)
-    assert len(thin) <= 2 * chart.MOST
-    assert {(12_345.0, 9.0), (40_000.0, -9.0)} <= set(thin)
-    assert list(thin) == sorted(thin)
+    values = [float(i % 7) for i in range(50_000)]
+    values[12_345], values[40_000] = 90.0, -90.0
+    svg = Plot("loss", [Series("loss", [*enumerate(values)], "smooth")]).svg
+    points = vertices(svg)
+    assert len(points) < 10_000
+    heights = sorted(y for _, y in points)
+    assert heights[0] < heights[5] - 50  # y grows downwards: one vertex is high above all others
+    assert heights[-1] > heights[-6] + 50
 
 
-def test_pace_is_each_step_s_own():
+def test_a_plot_takes_the_page_s_colors_and_is_reproducible():
+    plot = Plot("a <b>", [Series("x", [(1, 2.0), (2, 3.0)], "raw"), Series("y", [(1, 2.5)], "heldout")], log=True)
+    assert plot.svg == plot.svg
+    assert set(re.findall(r"#[0-9a-f]{6}", plot.svg)) <= {"#000000"}
+    assert plot.svg.startswith("<svg viewBox=")
+    assert 'aria-label="a &lt;b&gt;"' in plot.svg
+    assert not re.search(r"<(style|metadata|image|script)|http|<!", plot.svg)
+
+
+def test_tokens_per_second_are_each_step_s_own():
     lines = [{"step": i, "tokens": t, "seconds": s} for i, (t, s) in enumerate([(10, 1.0), (30, 2.0), (8, 2.0)], 1)]
-    assert curves.pace(lines) == [(1, 10.0), (2, 20.0), (3, 4.0)]  # the counters began anew before the last
-    assert curves.pace([{"step": 1, "loss": 2.0}]) == []
+    assert curves.tokens_per_second(lines) == [
+        (1, 10.0),
+        (2, 20.0),
+        (3, 4.0),
+    ]  # the counters began anew before the last
+    assert curves.tokens_per_second([{"step": 1, "loss": 2.0}]) == []
 
 
 def test_smoothing_owes_nothing_to_its_beginning():
-    assert [y for _, y in curves.smoothed([(1, 3.0), (2, 3.0), (3, 3.0)])] == pytest.approx([3.0, 3.0, 3.0])
+    assert [y for _, y in curves.smooth([(1, 3.0), (2, 3.0), (3, 3.0)])] == pytest.approx([3.0, 3.0, 3.0])
 
 
 def test_values_that_are_no_numbers_are_left_out():
     lines = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None}]
     assert curves.values(lines, "loss") == [(2, 2.0)]
-    assert "nan" not in curves.curves(lines, "token")
+    (plot,) = curves.curves(lines, "token")
+    assert "nan" not in plot.svg
 
 
 # ---------------------------------------------------------------------------------------------------- the environment
@@ -455,7 +465,7 @@ def test_a_browser_shows_every_section_and_runs_nothing(whole: Path):
     page = report.run(str(whole))
     opened = chromium(page, "--dump-dom")
     seen = Seen(opened.stdout)
-    assert seen.ids == SECTIONS
+    assert [name for name in seen.ids if not re.fullmatch("[mp][0-9a-f]{10}", name)] == SECTIONS  # else of plots
     assert "CONSOLE" not in opened.stderr
     assert seen.fetched == [f"#{name}" for name in SECTIONS]
     assert not seen.tags & {"script", "link", "iframe", "object", "img", "form"}

@@ -6,8 +6,8 @@
     examples   the gradients of 32 examples, each its own, against the gradient of their sum, and against a loop
     medium     the step of a LoRA over NF4, scales quantized too, at gpt2-medium's shape: ours and peft + bitsandbytes
 
-Every pair is timed turn and turn about, on the same tokens, half of each row being prompt; of `dora`, each side in a
-process of its own.
+Every pair is timed in alternating rounds on the same tokens, half of each row being prompt; for `dora`, each side in a
+separate process.
 """
 
 import multiprocessing
@@ -23,28 +23,28 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from experiments.bench.measure import (
+from experiments.bench.baselines import (
+    adapters_of,
+    base_of,
+    equal_rows,
+    fgpt_batch,
+    fgpt_step,
+    hub_bytes,
+    hub_model,
+    peft_batch,
+    peft_step,
+    shape,
+)
+from experiments.bench.timing import (
     Result,
     console,
     hardware,
     in_separate_processes,
-    interleaved,
     peak_bytes,
     report,
     saved_bytes,
+    time_interleaved,
     times,
-)
-from experiments.bench.sides import (
-    adapters_of,
-    base_of,
-    equal_rows,
-    hub_bytes,
-    hub_model,
-    our_batch,
-    ours,
-    shape,
-    their_batch,
-    theirs,
 )
 from fgpt.adapters import Adapters, adapt, dora, lora, merge
 from fgpt.data import instruction_datasets
@@ -65,7 +65,7 @@ EXAMPLES, EXAMPLE = 32, 64
 HELDOUT_ROWS = 16
 """On which the loss and gradient of trained models are compared."""
 
-Part = Literal["dora", "int8", "remat", "examples", "medium"]
+Benchmark = Literal["dora", "int8", "remat", "examples", "medium"]
 Sheet = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -73,9 +73,9 @@ Sheet = tuple[Sequence[str], Sequence[Sequence[str]]]
 class Bench:
     """What adapters, quantized bases and transforms cost: DoRA, int8, rematerialization, per-example gradients, NF4."""
 
-    parts: tuple[Part, ...] = get_args(Part)
+    benchmarks: tuple[Benchmark, ...] = get_args(Benchmark)
     repeats: int = 5
-    """Turns of every pair; the median of their quotients is told, and the quartiles."""
+    """Rounds of every pair; the median of their ratios is reported, and the quartiles."""
     layers: int = 12
     """12 is GPT-2 small, and medium has twice as many; fewer for a quick look."""
     vocab: int = 50257
@@ -83,25 +83,25 @@ class Bench:
 
 
 def adapters(bench: Bench) -> None:
-    """Run the parts and write runs/bench/adapters.json and adapters.md. Raises InputError."""
+    """Run the benchmarks and write runs/bench/adapters.json and adapters.md. Raises InputError."""
     small = Config(bench.layers, 12, 768, 1024, bench.vocab, 3072)
     results: list[Result] = []
     sheets: list[Sheet] = []
     notes = [f"{hardware(CPU)}, fp32; {shape(small)}"]
-    if "dora" in bench.parts:
+    if "dora" in bench.benchmarks:
         results += magnitudes(small, bench.repeats)
         notes.append("DoRA: a process a side; peft's adapters lie on the fused q, k, v, ours on each of the three")
-    if "int8" in bench.parts:
-        found, sheet = rounded(small, bench.repeats)
+    if "int8" in bench.benchmarks:
+        found, sheet = quantized_steps(small, bench.repeats)
         results += found
         sheets.append(sheet)
-    if "remat" in bench.parts:
-        results += rematerialized(small, bench.repeats)
-    if "examples" in bench.parts:
+    if "remat" in bench.benchmarks:
+        results += remat_cost(small, bench.repeats)
+    if "examples" in bench.benchmarks:
         found, gap = per_example(small, bench.repeats)
         results += found
         notes.append(f"the sum of the examples' gradients differs from the batch's by {gap:.1e} of its norm")
-    if "medium" in bench.parts:
+    if "medium" in bench.benchmarks:
         medium = Config(2 * bench.layers, 16, 1024, 1024, bench.vocab, 4096)
         found, gap = four_bits(medium, bench.repeats)
         results += found
@@ -111,8 +111,8 @@ def adapters(bench: Bench) -> None:
     report("adapters", ("this", "that"), results, notes, bench.out, sheets)
 
 
-def timed(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    return interleaved({name: [call] * repeats for name, call in sides.items()}, CPU)
+def time_sides(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    return time_interleaved({name: [call] * repeats for name, call in sides.items()}, CPU)
 
 
 def describe(name: str) -> None:
@@ -144,31 +144,31 @@ def magnitudes(cfg: Config, repeats: int) -> list[Result]:
 def our_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, target: str, rows: int) -> Callable[[], object]:
     base, examples = init(cfg, key(0)), equal_rows(rows, 512, cfg.vocab_size)
     make = dora if kind == "DoRA" else lora
-    return partial(ours(base, make(base, key(1), rank, target=target)), our_batch([[x] for x in examples], CPU))
+    return partial(fgpt_step(base, make(base, key(1), rank, target=target)), fgpt_batch([[x] for x in examples], CPU))
 
 
 def their_step(cfg: Config, kind: Literal["LoRA", "DoRA"], rank: int, modules: str, rows: int) -> Callable[[], object]:
     model, examples = hub_model(cfg, fuse_qkv(init(cfg, key(0)))), equal_rows(rows, 512, cfg.vocab_size)
-    step = theirs(model, CPU, torch.float32, rank=rank, modules=modules, dora=kind == "DoRA")
-    return partial(step, their_batch(examples, CPU))
+    step = peft_step(model, CPU, torch.float32, rank=rank, modules=modules, dora=kind == "DoRA")
+    return partial(step, peft_batch(examples, CPU))
 
 
 # ------------------------------------------------------------------------------------------------------------- 8 bits
 
 
-def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
+def quantized_steps(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
     """A LoRA step over each format against one over fp32; and loss and gradient, there and over the same numbers."""
     describe("int8: steps")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 512, cfg.vocab_size)
-    batch = our_batch([[row]], CPU)
+    batch = fgpt_batch([[row]], CPU)
     frozen = {"fp32": base} | {to: quantize(base, to) for to in FORMATS}
-    seconds = timed({name: partial(ours(x, adapters_of(base)), batch) for name, x in frozen.items()}, repeats)
+    seconds = time_sides({name: partial(fgpt_step(x, adapters_of(base)), batch) for name, x in frozen.items()}, repeats)
     results = [
-        times(f"LoRA step over fp32 / over {to}, r8 on c_attn, 1 x 512 tokens", seconds["fp32"], seconds[to], bar)
-        for to, bar in zip(FORMATS, (">= 1.3", "", ""), strict=True)
+        times(f"LoRA step over fp32 / over {to}, r8 on c_attn, 1 x 512 tokens", seconds["fp32"], seconds[to], target)
+        for to, target in zip(FORMATS, (">= 1.3", "", ""), strict=True)
     ]
     describe("int8: errors")
-    heads = ("numbers", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
+    heads = ("weights", "base", "against", "loss", "its rel. error", "LoRA gradient: rel. error", "cosine")
     models = [row for name in ("nano", "smollm2") for row in errors(name, fuse_qkv(load(name)), heldout(name))]
     return results, (heads, [*errors("random", base, batch), *models])
 
@@ -176,32 +176,32 @@ def rounded(cfg: Config, repeats: int) -> tuple[list[Result], Sheet]:
 def heldout(name: str) -> Batch:
     """The embedded model's held-out rows, as model `name` reads them."""
     rows = instruction_datasets.load_rows(EMBEDDED["nano"] / "heldout.jsonl", limit=HELDOUT_ROWS)
-    return our_batch([[encode(row, PLAIN, tokenizer(name))] for row in rows], CPU)
+    return fgpt_batch([[encode(row, PLAIN, tokenizer(name))] for row in rows], CPU)
 
 
-def errors(numbers: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
-    """Each format against fp32. int8 rounds activations too: its error is parted into that of the weights alone (the
+def errors(weights: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
+    """Each format against fp32. int8 quantizes activations too: its error is split into that of the weights alone (the
     dequantized base against fp32) and that of the activations alone (int8 against the dequantized base).
     """
-    tuned = moved(adapters_of(base))
+    tuned = perturb(adapters_of(base))
     found = {"fp32": gradient(base, tuned, batch)}
     for to in FORMATS:
-        held = quantize(base, to)
-        found[to] = gradient(held, tuned, batch)
+        quantized = quantize(base, to)
+        found[to] = gradient(quantized, tuned, batch)
         if to == "int8":
-            found["int8, dequantized"] = gradient(merge(held, base="dequantized"), tuned, batch)
+            found["int8, dequantized"] = gradient(merge(quantized, base="dequantized"), tuned, batch)
     pairs = [("int8, dequantized", "fp32"), ("int8", "int8, dequantized"), *((to, "fp32") for to in FORMATS)]
     rows = []
     for name, other in pairs:
         (loss, g), (true, h) = found[name], found[other]
         off, size = abs(loss / true - 1), float((g - h).norm() / h.norm())
         cosine = float(torch.cosine_similarity(g, h, dim=0))
-        rows.append((numbers, name, other, f"{loss:.5f}", f"{off:.1e}", f"{size:.1e}", f"{cosine:.6f}"))
+        rows.append((weights, name, other, f"{loss:.5f}", f"{off:.1e}", f"{size:.1e}", f"{cosine:.6f}"))
     return rows
 
 
-def moved(tuned: Adapters) -> Adapters:
-    """`tuned` as after some training: where B is 0, A has no gradient."""
+def perturb(tuned: Adapters) -> Adapters:
+    """`tuned` as after some training: while B is 0, A has no gradient."""
     noise = (torch.randn(x.shape, generator=fold_in(key(5), path)) for path, x in leaves(tuned).items())
     return tree_map(lambda x: x + 0.02 * next(noise), tuned)
 
@@ -216,11 +216,11 @@ def gradient(base: GPT, tuned: Adapters, batch: Batch) -> tuple[float, Tensor]:
 # -------------------------------------------------------------------------------------------------- rematerialization
 
 
-def rematerialized(cfg: Config, repeats: int) -> list[Result]:
-    """What is saved for the backward, resident memory of a step in a process of its own, and time."""
+def remat_cost(cfg: Config, repeats: int) -> list[Result]:
+    """What is saved for the backward, resident memory of a step in a separate process, and time."""
     describe("remat")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 1024, cfg.vocab_size)
-    batch, trained = our_batch([[row]], CPU), tree_map(lambda x: x.requires_grad_(), adapters_of(base))
+    batch, trained = fgpt_batch([[row]], CPU), tree_map(lambda x: x.requires_grad_(), adapters_of(base))
     saved = [
         saved_bytes(lambda remat=remat: nll(adapt(base, trained), batch, remat), (base, trained, batch))
         for remat in (True, False)
@@ -237,7 +237,7 @@ def rematerialized(cfg: Config, repeats: int) -> list[Result]:
                 peaks.append(process.submit(peak, remat, cfg).result())
         for what, a, b in zip(("of the process", "of the step, beyond the model"), *peaks, strict=True):
             results.append(Result(f"peak memory {what}, {where}", "MB", a / 1e6, b / 1e6, a / b))
-    seconds = timed({str(remat): partial(ours(base, remat=remat), batch) for remat in (True, False)}, repeats)
+    seconds = time_sides({str(remat): partial(fgpt_step(base, remat=remat), batch) for remat in (True, False)}, repeats)
     return [*results, times(f"LoRA step, {where}", seconds["True"], seconds["False"], "<= 1.4")]
 
 
@@ -246,7 +246,7 @@ def peak(remat: bool, cfg: Config) -> tuple[int, int]:
 
     def build() -> Callable[[], object]:
         (row,) = equal_rows(1, 1024, cfg.vocab_size)
-        return partial(ours(base_of(cfg, CPU, torch.float32), remat=remat), our_batch([[row]], CPU))
+        return partial(fgpt_step(base_of(cfg, CPU, torch.float32), remat=remat), fgpt_batch([[row]], CPU))
 
     return peak_bytes(build, steps=3)
 
@@ -260,8 +260,8 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
     base, rows = base_of(cfg, CPU, torch.float32), equal_rows(EXAMPLES, EXAMPLE, cfg.vocab_size)
     tuned, whole, singles = (
         adapters_of(base),
-        our_batch([[row] for row in rows], CPU),
-        [our_batch([[row]], CPU) for row in rows],
+        fgpt_batch([[row] for row in rows], CPU),
+        [fgpt_batch([[row]], CPU) for row in rows],
     )
     stacked = tree_map(lambda *xs: torch.stack(xs), *singles)
 
@@ -274,8 +274,10 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
         "sum": lambda: value_and_grad_once(total, tuned, whole)[0],
         "loop": lambda: [value_and_grad_once(total, tuned, batch)[0] for batch in singles],
     }
-    with warnings.catch_warnings(action="ignore"):  # fused attention has no batching rule: what that costs is told here
-        seconds = timed(sides, repeats)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # fused attention has no batching rule: what that costs is measured here
+        seconds = time_sides(sides, repeats)
         parted = tree_map(lambda g: g.sum(0), sides["each"]())
     what = f"{EXAMPLES} gradients of {EXAMPLE} tokens, vmap(grad)"
     summed, true = (torch.cat([g.flatten() for g in leaves(tree).values()]) for tree in (parted, sides["sum"]()))
@@ -289,28 +291,37 @@ def per_example(cfg: Config, repeats: int) -> tuple[list[Result], float]:
 
 
 def four_bits(cfg: Config, repeats: int) -> tuple[list[Result], float]:
-    """Bytes held and the step, ours and peft + bitsandbytes; and how far their last losses lie apart."""
+    """Bytes held and the step, ours and peft + bitsandbytes; and the difference of their last losses."""
     describe("medium: quantizing")
     base, (row,) = base_of(cfg, CPU, torch.float32), equal_rows(1, 256, cfg.vocab_size)
-    tuned, batch, inputs = adapters_of(base), our_batch([[row]], CPU), their_batch([row], CPU)
-    held, model = quantize(base, "nf4"), hub_model(cfg, base, nf4=True)
-    matrices = {path: x for path, x in walk(held) if isinstance(x, Blockwise4bit)}
-    numbers = sum(x.shape.numel() for x in matrices.values())
-    (mine, my_whole), (their, their_whole) = (nbytes(matrices), nbytes(held)), hub_bytes(model)
+    tuned, batch, inputs = adapters_of(base), fgpt_batch([[row]], CPU), peft_batch([row], CPU)
+    quantized, model = quantize(base, "nf4"), hub_model(cfg, base, nf4=True)
+    matrices = {path: x for path, x in walk(quantized) if isinstance(x, Blockwise4bit)}
+    num_elements = sum(x.shape.numel() for x in matrices.values())
+    (matrix_bytes, model_bytes), (peft_matrix_bytes, peft_model_bytes) = (
+        (nbytes(matrices), nbytes(quantized)),
+        hub_bytes(model),
+    )
     describe("medium: steps")
     losses: dict[str, float] = {}
     steps: dict[str, Callable[[], float]] = {
-        "ours": partial(ours(held, tuned), batch),
-        "theirs": partial(theirs(model, CPU, torch.float32, tuned), inputs),
+        "ours": partial(fgpt_step(quantized, tuned), batch),
+        "theirs": partial(peft_step(model, CPU, torch.float32, tuned), inputs),
     }
 
     def keep(name: str) -> None:
         losses[name] = steps[name]()
 
-    seconds = timed({name: partial(keep, name) for name in steps}, repeats)
+    seconds = time_sides({name: partial(keep, name) for name in steps}, repeats)
     where = "ours / peft + bitsandbytes"
     return [
-        Result(f"NF4 matrices, a number, {where}", "bytes", mine / numbers, their / numbers, mine / their),
-        Result(f"NF4 model, {where}", "MB", my_whole / 1e6, their_whole / 1e6, my_whole / their_whole),
+        Result(
+            f"NF4 matrices, per element, {where}",
+            "bytes",
+            matrix_bytes / num_elements,
+            peft_matrix_bytes / num_elements,
+            matrix_bytes / peft_matrix_bytes,
+        ),
+        Result(f"NF4 model, {where}", "MB", model_bytes / 1e6, peft_model_bytes / 1e6, model_bytes / peft_model_bytes),
         times(f"LoRA step over NF4, r8 on c_attn, 1 x 256 tokens, {where}", seconds["ours"], seconds["theirs"]),
     ], abs(losses["ours"] - losses["theirs"])

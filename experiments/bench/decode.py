@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from experiments.bench.measure import Result, hardware, interleaved, report, speeds
-from experiments.bench.sides import base_of, equal_rows, hub_model, shape
+from experiments.bench.baselines import base_of, equal_rows, hub_model, shape
+from experiments.bench.timing import Result, hardware, report, speeds, time_interleaved
 from fgpt.generation.loop import generate
 from fgpt.model import Config
 from fgpt.quantization import quantize
@@ -23,7 +23,7 @@ from fgpt.tree import nbytes
 CPU = torch.device("cpu")
 PROMPT = 32
 """Tokens of the prompt."""
-BARS = {("fp32, compiled", 1): ">= 1.6", ("int8, compiled", 1): ">= 2.5", ("fp32, compiled", 8): ">= 1.5"}
+TARGETS = {("fp32, compiled", 1): ">= 1.6", ("int8, compiled", 1): ">= 2.5", ("fp32, compiled", 8): ">= 1.5"}
 """By side and rows."""
 
 
@@ -32,7 +32,7 @@ class Decode:
     """Tokens a second of greedy text, beside transformers."""
 
     repeats: int = 3
-    most: int = 128
+    max_new_tokens: int = 128
     """New tokens."""
     layers: int = 12
     """12 is GPT-2 small; fewer for a quick look."""
@@ -54,40 +54,40 @@ def decode(bench: Decode) -> None:
         "int8, compiled": (int8, True),
     }
     results: list[Result] = []
-    notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.most} new ones"]
+    notes = [f"{hardware(CPU)}; {shape(cfg)}; prompts of {PROMPT} tokens, {bench.max_new_tokens} new ones"]
     for rows in (1, 8):
         prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab_size)]
         calls: dict[str, Callable[[], object]] = {
-            name: partial(generate, params, prompts, -1, bench.most, compile=compiled)
+            name: partial(generate, params, prompts, -1, bench.max_new_tokens, compile=compiled)
             for name, (params, compiled) in sides.items()
         }
-        calls["theirs"] = partial(theirs, model, torch.tensor(prompts), bench.most)
-        seconds = interleaved({name: [call] * bench.repeats for name, call in calls.items()}, CPU)
+        calls["theirs"] = partial(transformers_generate, model, torch.tensor(prompts), bench.max_new_tokens)
+        seconds = time_interleaved({name: [call] * bench.repeats for name, call in calls.items()}, CPU)
         for name, (params, _) in sides.items():
             what = f"{name}, batch {rows}, against transformers in fp32"
-            bar = BARS.get((name, rows), "")
-            results.append(speeds(what, rows * bench.most, seconds[name], seconds["theirs"], bar))
+            target = TARGETS.get((name, rows), "")
+            results.append(speeds(what, rows * bench.max_new_tokens, seconds[name], seconds["theirs"], target))
             if rows == 1:
                 rate = bandwidth(nbytes(params))
                 limit = rate / nbytes(params)
-                part = bench.most / min(seconds[name]) / limit
+                part = bench.max_new_tokens / min(seconds[name]) / limit
                 size = f"{nbytes(params) / 1e6:,.0f} MB at {rate / 1e9:.1f} GB/s"
                 notes.append(f"{name}: {size} allow {limit:.1f} tokens/s; the fastest run reached {part:.2f} of it")
     report("decode", ("ours", "theirs"), results, notes, bench.out)
 
 
-def theirs(model: Any, prompts: torch.Tensor, most: int) -> None:
+def transformers_generate(model: Any, prompts: torch.Tensor, max_new_tokens: int) -> None:
     model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=most, do_sample=False, use_cache=True
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
     )
 
 
 def bandwidth(size: int) -> float:
-    """Bytes a second of reading a tensor of so many bytes, the best of a few times."""
+    """Bytes a second of reading a tensor of `size` bytes, the best of seven times."""
     x = torch.ones(size // 4)
     best = float("inf")
     for _ in range(7):
-        began = time.perf_counter()
+        start = time.perf_counter()
         x.sum()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return size / best

@@ -2,7 +2,7 @@
 bits takes, and one step of LoRA on every matrix of it.
 
 The step is of the 8-bit GPT-J of its day: rank 2 on all linear layers, the embedding and the head, norms and biases too
-(5,208,160 numbers), 8-bit Adam, 2 rows of 105 tokens, activations in bf16. Each format has a process of its own.
+(5,208,160 parameters), 8-bit Adam, 2 rows of 105 tokens, activations in bf16. Each format has a separate process.
 """
 
 import multiprocessing
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments.bench.measure import console, hardware, report, status
-from experiments.bench.sides import equal_rows, our_batch
+from experiments.bench.baselines import equal_rows, fgpt_batch
+from experiments.bench.timing import console, hardware, report, status
 from fgpt.adapters import adapt, lora, num_trainable, trainable_leaves
 from fgpt.families import GPTJ
 from fgpt.families.mapping import to_hf
@@ -46,8 +46,8 @@ SHAPE = Config(
     rotary_dim=64,
     interleaved=True,
 )
-BARS: dict[Format, float] = {"blockwise8": 9.0, "nf4": 6.0}
-"""Most GB of a process that loads and takes the step."""
+TARGETS: dict[Format, float] = {"blockwise8": 9.0, "nf4": 6.0}
+"""Peak memory in GB of a process that loads the model and takes the step."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Load:
 
 class LoadResult(NamedTuple):
     load: float
-    held: int
+    model_bytes: int
     load_peak: int
     step: float
     step_peak: int
@@ -76,20 +76,22 @@ def loading(bench: Load) -> None:
     cfg = replace(SHAPE, n_layer=bench.layers)
     with tempfile.TemporaryDirectory(dir=bench.folder, prefix="gptj-") as name:
         folder = Path(name)
-        began = time.perf_counter()
+        start = time.perf_counter()
         size = write_model(cfg, folder)
-        console.print(f"{size / 1e9:.1f} GB of shards in {time.perf_counter() - began:.0f} s")
+        console.print(f"{size / 1e9:.1f} GB of shards in {time.perf_counter() - start:.0f} s")
         rows, trained = [], 0
-        for to, bar in BARS.items():
+        for to, target in TARGETS.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 found = process.submit(measure_load, str(folder), to).result()
             trained, peak = found.trained, max(found.load_peak, found.step_peak) / 1e9
-            gb = (f"{x / 1e9:.2f}" for x in (found.held, found.load_peak, found.step_peak))
-            said = f"< {bar:.0f} GB ({'met' if peak < bar else 'missed'})"
-            rows.append((to, f"{found.load:.0f}", *gb, f"{found.step:.0f}", f"{found.loss:.3f}", said))
+            gb = (f"{x / 1e9:.2f}" for x in (found.model_bytes, found.load_peak, found.step_peak))
+            outcome = f"< {target:.0f} GB ({'met' if peak < target else 'missed'})"
+            rows.append((to, f"{found.load:.0f}", *gb, f"{found.step:.0f}", f"{found.loss:.3f}", outcome))
             console.print(", ".join(rows[-1]))
-    heads = ("base", "load (s)", "model (GB)", "peak, loading", "peak, with the step", "step (s)", "loss", "bar")
-    note = f"{hardware(CPU)}; GPT-J's shape, {cfg.n_layer} layers, fp16 shards of a layer; {trained:,} numbers trained"
+    heads = ("base", "load (s)", "model (GB)", "peak, loading", "peak, with the step", "step (s)", "loss", "target")
+    note = (
+        f"{hardware(CPU)}; GPT-J's shape, {cfg.n_layer} layers, fp16 shards of a layer; {trained:,} parameters trained"
+    )
     report("load", ("", ""), [], [note], bench.out, [(heads, rows)])
 
 
@@ -118,16 +120,22 @@ def write_model(cfg: Config, folder: Path) -> int:
 
 
 def measure_load(folder: str, to: Format) -> LoadResult:
-    """In this process, which is to be fresh: load and step, with the most memory it held by the end of either."""
-    began = time.perf_counter()
+    """Load and step in this process, which must be fresh, with the peak memory after either."""
+    start = time.perf_counter()
     base = load(folder, torch.bfloat16, quantize=to)
-    seconds, held, peak = time.perf_counter() - began, nbytes(base), status("VmHWM")
+    seconds, model_bytes, peak = time.perf_counter() - start, nbytes(base), status("VmHWM")
     adapters = lora(base, key(1), 2, target=r"wte|head|blocks\..*") | trainable_leaves(base, r".*ln_.*|.*\.b")
-    batch = our_batch([[row] for row in equal_rows(2, 105, base.cfg.vocab_size)], CPU)
+    batch = fgpt_batch([[row] for row in equal_rows(2, 105, base.cfg.vocab_size)], CPU)
     optimizer = adamw8bit(constant_schedule(1e-4))
     step: Any = make_step(lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned), batch), optimizer)
-    began = time.perf_counter()
+    start = time.perf_counter()
     _, metrics = step(init_state(adapters, optimizer), base, [batch], key(0))
     return LoadResult(
-        seconds, held, peak, time.perf_counter() - began, status("VmHWM"), float(metrics.loss), num_trainable(adapters)
+        seconds,
+        model_bytes,
+        peak,
+        time.perf_counter() - start,
+        status("VmHWM"),
+        float(metrics.loss),
+        num_trainable(adapters),
     )

@@ -2,7 +2,7 @@
 
     equal    tokens/s of LoRA r8 steps on rows of equal length, half of each being prompt
     limit    time of that step's matrix products alone / time of the step
-    memory   resident memory of that step, in a fresh process a side
+    memory   resident memory of that step, in a fresh process for each side
     dolly    tokens/s, padding not counted, over instruction rows as they come
     cuda     equal, at gpt2-medium's shape in bf16, eager and compiled, where there is a GPU
 
@@ -21,19 +21,19 @@ from typing import Literal
 
 import torch
 
-from experiments.bench.measure import Result, console, hardware, interleaved, peak_bytes, quotients, report, speeds
-from experiments.bench.sides import (
+from experiments.bench.baselines import (
     adapters_of,
     base_of,
     equal_rows,
+    fgpt_batch,
+    fgpt_step,
     hub_model,
-    our_batch,
-    ours,
+    peft_batch,
+    peft_step,
     products,
     shape,
-    their_batch,
-    theirs,
 )
+from experiments.bench.timing import Result, console, hardware, peak_bytes, ratios_of, report, speeds, time_interleaved
 from fgpt.data import instruction_datasets, packing
 from fgpt.data.prompt_templates import ALPACA, Example, Template, encode
 from fgpt.errors import InputError
@@ -42,31 +42,31 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers import tiktoken_bpe
 
 SHARED = Path("../shared/data")
-"""Real rows beside the checkout, where this project is developed."""
+"""Real rows beside the checkout, if there are any."""
 DOLLY, RANKS = SHARED / "dolly/dolly_hhrlhf_train_small.jsonl", SHARED / "gpt2-bpe/gpt2.tiktoken"
 
 AS_IS = Template("as is", "{instruction}{input}", "{instruction}")
-"""For rows whose prompt is written out already."""
+"""For rows whose prompt is already complete."""
 
-Part = Literal["equal", "limit", "memory", "dolly", "cuda"]
+Benchmark = Literal["equal", "limit", "memory", "dolly", "cuda"]
 
 
 @dataclass(frozen=True)
 class Train:
-    """Training steps against transformers + peft: speed, memory, and how near the matrix products' own time."""
+    """Training steps against transformers + peft: speed, memory, and the share of the matrix products in it."""
 
-    parts: tuple[Part, ...] = ("equal", "limit", "memory", "dolly", "cuda")
+    benchmarks: tuple[Benchmark, ...] = ("equal", "limit", "memory", "dolly", "cuda")
     rows: int = 4
     """Rows in a batch of equal lengths."""
-    seq: int = 256
+    seq_len: int = 256
     """Tokens in such a row; the first half is prompt."""
     repeats: int = 9
-    """Turns of equal; the median of their quotients is told."""
+    """Rounds of equal; the median of their ratios is reported."""
     layers: int = 12
     """12 is GPT-2 small; fewer for a quick look."""
     vocab: int = 50257
     data: Path = DOLLY
-    """Instruction rows: a .jsonl, .json, .csv or .parquet file. Where it is not there, rows are made up."""
+    """Instruction rows: a .jsonl, .json, .csv or .parquet file. If it does not exist, rows are made up."""
     columns: instruction_datasets.Columns = field(
         default_factory=lambda: instruction_datasets.Columns("prompt", None, "response")
     )
@@ -74,27 +74,27 @@ class Train:
     """Rows of dolly, a fixed random sample."""
     batch: int = 8
     """Examples in an update of dolly."""
-    width: int = 512
-    """Longer examples are cut to so many tokens."""
+    max_seq_len: int = 512
+    """Longer examples are truncated to N tokens."""
     out: Path = Path("runs/bench")
 
 
 def train(bench: Train) -> None:
-    """Run the parts and write runs/bench/train.json and train.md. Raises InputError."""
+    """Run the benchmarks and write runs/bench/train.json and train.md. Raises InputError."""
     cpu, cfg = torch.device("cpu"), Config(bench.layers, 12, 768, 1024, bench.vocab, 3072)
     results: list[Result] = []
     notes = [f"{hardware(cpu)}, fp32; LoRA r8 on c_attn of {shape(cfg)}"]
-    if {"equal", "limit"} & set(bench.parts):
-        found, gap = equal(cfg, bench, cpu, torch.float32, limit="limit" in bench.parts)
+    if {"equal", "limit"} & set(bench.benchmarks):
+        found, gap = equal(cfg, bench, cpu, torch.float32, limit="limit" in bench.benchmarks)
         results += found
         notes.append(f"losses of the two sides after {bench.repeats + 1} updates differ by {gap:.1e}")
-    if "memory" in bench.parts:
+    if "memory" in bench.benchmarks:
         results += memory(cfg, bench)
-    if "dolly" in bench.parts:
+    if "dolly" in bench.benchmarks:
         found, note = dolly(cfg, bench, cpu)
         results += found
         notes.append(note)
-    if "cuda" in bench.parts and torch.cuda.is_available():
+    if "cuda" in bench.benchmarks and torch.cuda.is_available():
         gpu, medium = torch.device("cuda"), Config(24, 16, 1024, 1024, bench.vocab, 4096)
         found, gap = equal(medium, bench, gpu, torch.bfloat16, compiled=True)
         results += found
@@ -105,16 +105,16 @@ def train(bench: Train) -> None:
 def equal(
     cfg: Config, bench: Train, device: torch.device, dtype: torch.dtype, limit: bool = False, compiled: bool = False
 ) -> tuple[list[Result], float]:
-    """Tokens/s of the same steps on both sides, prompt tokens counted; and how far their last losses lie apart."""
-    console.print(f"equal: {bench.rows} x {bench.seq} tokens on {device.type} ..")
-    base, rows = base_of(cfg, device, dtype), equal_rows(bench.rows, bench.seq, cfg.vocab_size)
-    batch, inputs, losses = our_batch([[row] for row in rows], device), their_batch(rows, device), {}
+    """Tokens/s of the same steps on both sides, prompt tokens counted; and the difference of their last losses."""
+    console.print(f"equal: {bench.rows} x {bench.seq_len} tokens on {device.type} ..")
+    base, rows = base_of(cfg, device, dtype), equal_rows(bench.rows, bench.seq_len, cfg.vocab_size)
+    batch, inputs, losses = fgpt_batch([[row] for row in rows], device), peft_batch(rows, device), {}
     steps: dict[str, Callable[[], float]] = {
-        "ours": partial(ours(base), batch),
-        "theirs": partial(theirs(hub_model(cfg, base), device, dtype, adapters_of(base)), inputs),
+        "ours": partial(fgpt_step(base), batch),
+        "theirs": partial(peft_step(hub_model(cfg, base), device, dtype, adapters_of(base)), inputs),
     }
     if compiled:
-        steps["compiled"] = partial(ours(base, compile=True), batch)
+        steps["compiled"] = partial(fgpt_step(base, compile=True), batch)
 
     def keep(name: str) -> None:
         losses[name] = steps[name]()
@@ -122,27 +122,27 @@ def equal(
     sides: dict[str, Callable[[], object]] = {name: partial(keep, name) for name in steps}
     if limit:
         sides["products"] = products(base, batch)
-    seconds = interleaved({name: [call] * bench.repeats for name, call in sides.items()}, device)
-    tokens = bench.rows * bench.seq
-    what = f"LoRA step, {bench.rows} x {bench.seq} tokens, half prompt, {device.type}"
+    seconds = time_interleaved({name: [call] * bench.repeats for name, call in sides.items()}, device)
+    tokens = bench.rows * bench.seq_len
+    what = f"LoRA step, {bench.rows} x {bench.seq_len} tokens, half prompt, {device.type}"
     results = [
-        speeds(f"{what}, {name}" if compiled else what, tokens, seconds[name], seconds["theirs"], bar)
-        for name, bar in (("ours", ">= 1.3"), ("compiled", ""))
+        speeds(f"{what}, {name}" if compiled else what, tokens, seconds[name], seconds["theirs"], target)
+        for name, target in (("ours", ">= 1.3"), ("compiled", ""))
         if name in seconds
     ]
     if limit:
-        part = {name: statistics.median(quotients(seconds["products"], seconds[name])) for name in ("ours", "theirs")}
+        part = {name: statistics.median(ratios_of(seconds["products"], seconds[name])) for name in ("ours", "theirs")}
         name = "its matrix products alone / the step"
         results.append(Result(name, "of the time", part["ours"], part["theirs"], part["ours"] / part["theirs"]))
     return results, abs(losses["ours"] - losses["theirs"])
 
 
 def memory(cfg: Config, bench: Train) -> list[Result]:
-    """Resident memory of three steps of `equal`, a fresh process a side: in all, and beyond what was held before."""
+    """Resident memory of three steps of `equal`, a fresh process for each side: in all, and above that before."""
     if not Path("/proc/self/clear_refs").exists():
         console.print("memory: needs Linux, left out")
         return []
-    console.print("memory: a fresh process a side ..")
+    console.print("memory: a fresh process for each side ..")
     peaks = {}
     for side in ("ours", "theirs"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -156,12 +156,12 @@ def memory(cfg: Config, bench: Train) -> list[Result]:
 
 def peak(side: str, cfg: Config, bench: Train) -> tuple[int, int]:
     """`peak_bytes` of one side's step."""
-    device, rows = torch.device("cpu"), equal_rows(bench.rows, bench.seq, cfg.vocab_size)
+    device, rows = torch.device("cpu"), equal_rows(bench.rows, bench.seq_len, cfg.vocab_size)
 
     def build() -> Callable[[], object]:
         if side == "ours":
-            return partial(ours(base_of(cfg, device, torch.float32)), our_batch([[row] for row in rows], device))
-        return partial(theirs(hub_model(cfg), device, torch.float32), their_batch(rows, device))
+            return partial(fgpt_step(base_of(cfg, device, torch.float32)), fgpt_batch([[row] for row in rows], device))
+        return partial(peft_step(hub_model(cfg), device, torch.float32), peft_batch(rows, device))
 
     return peak_bytes(build, steps=3)
 
@@ -169,8 +169,9 @@ def peak(side: str, cfg: Config, bench: Train) -> tuple[int, int]:
 def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result], str]:
     """Tokens/s of one pass over instruction rows, padding not counted; loss on the answers.
 
-    Theirs: batches in random order padded to their longest row (the default collation) or to `width` (the tokenizer's
-    padding="max_length"), and batches sorted by length. Ours: sorted by length, and packed with as many tokens a batch.
+    Theirs: batches in random order padded to their longest row (the default collation) or to `max_seq_len` (the
+    tokenizer's padding="max_length"), and batches sorted by length. Ours: sorted by length, and packed
+    with as many tokens a batch.
     """
     examples, note = instruction_rows(bench, cfg.vocab_size)
     tokens = sum(len(e.tokens) for e in examples)
@@ -178,16 +179,18 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
     base, n = base_of(cfg, device, torch.float32), bench.batch
     ascending = sorted(examples, key=lambda e: len(e.tokens))
     random, by_length = ([rows[i : i + n] for i in range(0, len(rows), n)] for rows in (examples, ascending))
-    full = max(1, round(n * tokens / len(examples) / bench.width))
-    bins = [[examples[i] for i in indices] for indices in packing.pack([len(e.tokens) for e in examples], bench.width)]
-    their, our = theirs(hub_model(cfg, base), device, torch.float32, adapters_of(base)), ours(base)
-    seconds = interleaved(
+    full = max(1, round(n * tokens / len(examples) / bench.max_seq_len))
+    bins = [
+        [examples[i] for i in indices] for indices in packing.pack([len(e.tokens) for e in examples], bench.max_seq_len)
+    ]
+    their, our = peft_step(hub_model(cfg, base), device, torch.float32, adapters_of(base)), fgpt_step(base)
+    seconds = time_interleaved(
         {
-            "random": [partial(their, their_batch(rows, device)) for rows in random],
-            "max_length": [partial(their, their_batch(rows, device, bench.width)) for rows in random],
-            "by length": [partial(their, their_batch(rows, device)) for rows in by_length],
-            "sorted": [partial(our, our_batch([[e] for e in rows], device)) for rows in by_length],
-            "packed": [partial(our, our_batch(bins[i : i + full], device)) for i in range(0, len(bins), full)],
+            "random": [partial(their, peft_batch(rows, device)) for rows in random],
+            "max_length": [partial(their, peft_batch(rows, device, bench.max_seq_len)) for rows in random],
+            "by length": [partial(their, peft_batch(rows, device)) for rows in by_length],
+            "sorted": [partial(our, fgpt_batch([[e] for e in rows], device)) for rows in by_length],
+            "packed": [partial(our, fgpt_batch(bins[i : i + full], device)) for i in range(0, len(bins), full)],
         },
         device,
     )
@@ -200,19 +203,19 @@ def dolly(cfg: Config, bench: Train, device: torch.device) -> tuple[list[Result]
     )
     unit = "useful tokens/s"
     return [
-        Result(f"instruction rows: {what}", unit, speed[a], speed[b], speed[a] / speed[b], bar)
-        for what, a, b, bar in pairs
-    ], f"instruction rows: {note}; {n} in an update, ours packed: {full} rows of {bench.width}"
+        Result(f"instruction rows: {what}", unit, speed[a], speed[b], speed[a] / speed[b], target)
+        for what, a, b, target in pairs
+    ], f"instruction rows: {note}; {n} in an update, ours packed: {full} rows of {bench.max_seq_len}"
 
 
 def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
-    """A fixed sample of the data in random order, cut to `width`, and where it is from."""
+    """A fixed sample of the data in random order, truncated to `max_seq_len`, and its source."""
     try:
         tokenizer = tiktoken_bpe.from_ranks(RANKS) if RANKS.is_file() else tiktoken_bpe.gpt2()
         rows = instruction_datasets.load_rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
         cut = (
-            Example(e.tokens[: bench.width], e.prompt_length)
+            Example(e.tokens[: bench.max_seq_len], e.prompt_length)
             for e in (encode(row, template, tokenizer) for row in rows)
         )
         found, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
@@ -221,9 +224,9 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
             raise
         found, note = made_up(bench, vocab), f"made up, of lengths like Dolly's ({err})"
     order = torch.randperm(len(found), generator=key(3)).tolist()[: bench.examples]
-    found = [Example(tuple(t % vocab for t in found[i].tokens), found[i].prompt) for i in order]
+    found = [Example(tuple(t % vocab for t in found[i].tokens), found[i].prompt_length) for i in order]
     mean = statistics.mean(len(e.tokens) for e in found)
-    return found, f"{len(found)} of {note}, {mean:.0f} tokens on average, cut at {bench.width}"
+    return found, f"{len(found)} of {note}, {mean:.0f} tokens on average, truncated at {bench.max_seq_len}"
 
 
 def made_up(bench: Train, vocab: int) -> list[Example]:
@@ -232,8 +235,8 @@ def made_up(bench: Train, vocab: int) -> list[Example]:
     """
     examples = []
     for i, (z_prompt, z_answer) in enumerate(torch.randn(bench.examples, 2, generator=key(4)).tolist()):
-        prompt = min(33 + round(math.exp(2.5 + 2.4 * z_prompt)), bench.width - 2)
-        length = min(prompt + 2 + round(math.exp(3.75 + 1.13 * z_answer)), bench.width)
+        prompt = min(33 + round(math.exp(2.5 + 2.4 * z_prompt)), bench.max_seq_len - 2)
+        length = min(prompt + 2 + round(math.exp(3.75 + 1.13 * z_answer)), bench.max_seq_len)
         tokens = torch.randint(vocab, (length,), generator=fold_in(key(4), i)).tolist()
         examples.append(Example(tuple(tokens), prompt))
     return examples

@@ -103,22 +103,22 @@ def story(tale: Tale, common: set[str], i: int) -> Task | None:
     if short is None:
         return None
     parts = pick([("kind", "name")] * 3 + [("name",), ("kind",)], i, "about")
-    asked = {"kind": short.kind, "name": short.name}
-    asked = {part: asked[part] for part in parts}
-    wanted = [word for word in tales.nouns(short.rest) if word in common and word != short.kind]
-    if wanted and chance(0.8, i, "word"):
-        asked["word"] = pick(wanted, i, "which word")
+    requires = {"kind": short.kind, "name": short.name}
+    requires = {part: requires[part] for part in parts}
+    nouns = [word for word in tales.nouns(short.rest) if word in common and word != short.kind]
+    if nouns and chance(0.8, i, "word"):
+        requires["word"] = pick(nouns, i, "which word")
     if chance(0.5, i, "opening"):
         short = replace(short, head=pick(tales.heads_for(short), i, "which opening"))
-        asked["opening"] = tales.HEADS[short.head]
+        requires["opening"] = tales.HEADS[short.head]
     text = short.text
     if chance(0.5, i, "ending"):
         text = text.removesuffix("The end.").rstrip()
-        asked["ending"] = pick(tales.endings_for(text), i, "which ending")
-        text = text if text.endswith(asked["ending"]) else f"{text} {asked['ending']}"
-    phrases = [pick(ABOUT[parts], i, "phrase"), *(pick(ASK[part], i, part) for part in ASK if part in asked)]
-    instruction = _articles(" ".join(phrases).format(**asked))
-    return Task(instruction, "", text, STORY, asked)
+        requires["ending"] = pick(tales.endings_for(text), i, "which ending")
+        text = text if text.endswith(requires["ending"]) else f"{text} {requires['ending']}"
+    phrases = [pick(ABOUT[parts], i, "phrase"), *(pick(ASK[part], i, part) for part in ASK if part in requires)]
+    instruction = _articles(" ".join(phrases).format(**requires))
+    return Task(instruction, "", text, STORY, requires)
 
 
 # --------------------------------------------------------------------------------------------- questions and the rest
@@ -151,18 +151,21 @@ _VERBS = {
 
 def question(kind: str, tale: Tale, i: int) -> Task | None:
     """A question on the tale's first sentences, in `input`, that they answer in one way; None where they do not."""
-    said = tales.sentences(tale.text)[:4]
+    first_sentences = tales.sentences(tale.text)[:4]
     if kind in ("who", "what", "repeat"):
         length, verb = pick([1, 2, 3] if kind != "repeat" else [2, 3], i, "length"), ""
-        if len(said) < length or len(re.findall(r"\b(?:named|called)\b", " ".join(said[:length]))) > 1:
+        if (
+            len(first_sentences) < length
+            or len(re.findall(r"\b(?:named|called)\b", " ".join(first_sentences[:length]))) > 1
+        ):
             return None
-        answer = {"who": f"{tale.name}.", "what": f"{tale.hero.capitalize()}.", "repeat": said[0]}[kind]
+        answer = {"who": f"{tale.name}.", "what": f"{tale.hero.capitalize()}.", "repeat": first_sentences[0]}[kind]
         if len(answer) > 110:
             return None
     else:
-        for length in range(1, len(said) + 1):
+        for length in range(1, len(first_sentences) + 1):
             pattern = "find" if kind == "title" else kind
-            fact = tales.fact(pattern, tale, " ".join(said[:length]), said[length - 1])
+            fact = tales.fact(pattern, tale, " ".join(first_sentences[:length]), first_sentences[length - 1])
             if fact is not None:
                 break
         else:
@@ -172,7 +175,7 @@ def question(kind: str, tale: Tale, i: int) -> Task | None:
             answer = f"{tale.name} and the {object_.split()[-1].capitalize()}"
         else:
             answer = f"{object_[0].upper()}{object_[1:]}."
-    passage = " ".join(said[:length])
+    passage = " ".join(first_sentences[:length])
     if len(passage) > LONGEST_INPUT or '"' in passage:
         return None
     phrase = pick(QUESTIONS[kind], i, "phrase")
@@ -214,41 +217,41 @@ def candidates(stories: Sequence[str]) -> list[tuple[int, Tale]]:
     return sorted(((i, tale) for i, tale in cast if tale is not None), key=lambda pair: pair[0])
 
 
-def make(stories: Sequence[str], count: int, common: set[str], taken: Sequence[Task] = ()) -> list[Task]:
-    """`count` rows in the mixture of `SHARES`, none with the instruction and input, the input or the story of `taken`.
+def make(stories: Sequence[str], count: int, common: set[str], exclude: Sequence[Task] = ()) -> list[Task]:
+    """`count` rows in the mixture of `SHARES`, none with the prompt, the input or the story of one of `exclude`.
 
-    Raises InputError where the stories do not make that many.
+    Raises InputError if the stories do not make that many.
     """
     pool = candidates(stories)
-    wanted = {kind: round(share * count) for kind, share in SHARES.items()}
-    wanted[STORY] += count - sum(wanted.values())
+    counts = {kind: round(share * count) for kind, share in SHARES.items()}
+    counts[STORY] += count - sum(counts.values())
     tasks: list[Task] = []
     used: set[int] = set()
-    seen = {mark for task in taken for mark in _marks(task)}
-    for kind, number in wanted.items():
-        repeats, some = Counter[str](), list[Task]()
+    used_marks = {mark for task in exclude for mark in _marks(task)}
+    for kind, number in counts.items():
+        repeats, of_kind = Counter[str](), list[Task]()
         whole_first = sorted(pool, key=lambda pair: kind == STORY and len(pair[1].text) > LONGEST)
         for i, tale in whole_first:
-            if len(some) == number:
+            if len(of_kind) == number:
                 break
             task = None if i in used else story(tale, common, i) if kind == STORY else question(kind, tale, i)
-            if task is None or seen & _marks(task):
+            if task is None or used_marks & _marks(task):
                 continue
             same = tale.kind if kind == STORY else task.output
             if repeats[same] >= max(1, SAME[kind] * number):
                 continue
             if not all(requirements_met(task, task.output, finished=True).values()):
-                continue  # a story that goes in circles; asserted of all rows below
+                continue  # a repetitive story; asserted of all rows below
             repeats[same] += 1
             used.add(i)
-            seen |= _marks(task)
-            some.append(task)
-        if len(some) < number:
+            used_marks |= _marks(task)
+            of_kind.append(task)
+        if len(of_kind) < number:
             raise InputError(
-                f"the stories make {len(some)} rows of kind {kind!r}, expected {number}: give more stories, or ask for "
-                "fewer rows"
+                f"the stories make {len(of_kind)} rows of kind {kind!r}, expected {number}: give more stories, or ask "
+                "for fewer rows"
             )
-        tasks += some
+        tasks += of_kind
     assert all(all(requirements_met(task, task.output, finished=True).values()) for task in tasks)
     return sorted(tasks, key=lambda task: draw(task.instruction, task.input))
 
@@ -259,7 +262,7 @@ def _marks(task: Task) -> set[str]:
 
 
 def lines(tasks: Sequence[Task]) -> str:
-    """The rows as JSON lines; `nano_score.read_tasks` reads them."""
+    """The rows as JSON Lines; `fgpt.cli.evaluation.metrics.nano.read_tasks` reads them."""
     return "".join(json.dumps(asdict(task), ensure_ascii=False) + "\n" for task in tasks)
 
 
@@ -278,10 +281,10 @@ def main(
     """
     texts = [text for path in stories for text in documents.read(path)]
     common = common_words(texts)
-    kept = make(documents.read(held_out), held_out_rows, common)
-    made = make(texts, rows, common, taken=kept)
-    write(out / "heldout.jsonl", lines(kept))
-    write(out / "tasks.jsonl", lines(made))
+    heldout_tasks = make(documents.read(held_out), held_out_rows, common)
+    tasks = make(texts, rows, common, exclude=heldout_tasks)
+    write(out / "heldout.jsonl", lines(heldout_tasks))
+    write(out / "tasks.jsonl", lines(tasks))
 
 
 if __name__ == "__main__":

@@ -203,8 +203,8 @@ FACTS = {
 NO_THINGS = {"lot", "bit", "way", "place", "part", "few", "piece", "group", "time", "day", "great", "fun", "own"}
 
 
-def fact(question: str, tale: Tale, said: str, sentence: str) -> Fact | None:
-    """What `sentence`, the last of the passage `said`, tells of the hero in the manner of FACTS[question].
+def fact(question: str, tale: Tale, passage: str, sentence: str) -> Fact | None:
+    """What `sentence`, the last of the `passage`, tells of the hero in the manner of FACTS[question].
 
     None where it tells nothing, or where the passage leaves room for a second answer.
     """
@@ -214,7 +214,7 @@ def fact(question: str, tale: Tale, said: str, sentence: str) -> Fact | None:
     if found is None or len(found[2].split()) > 9 or {"it", "them"} & set(found[2].split()):
         return None
     others = _FEELINGS if question == "feel" else f"{verbs} to" if question == "like" else verbs
-    if len(re.findall(rf"\b(?:{others})\b", said)) > 1:
+    if len(re.findall(rf"\b(?:{others})\b", passage)) > 1:
         return None
     if question == "find" and not _thing(found[2], tale.rest):
         return None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def truncate_partial_line(metrics_file: Path) -> None:
         os.truncate(metrics_file, data.rfind(b"\n") + 1)
 
 
+def ema(values: Sequence[float], decay: float = 0.95) -> list[float]:
+    """The exponential moving average, corrected for its start at zero as Adam's moments are.
+
+    Source: Kingma and Ba 2015, section 3.
+    """
+    averages, total = [], 0.0
+    for n, value in enumerate(values, 1):
+        total = decay * total + (1 - decay) * value
+        averages.append(total / (1 - decay**n))
+    return averages
+
+
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
     """Plot the loss over steps, raw and smoothed, to a PNG file. `unit` is what the loss is averaged over."""
     import matplotlib
@@ -92,13 +105,9 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     if not rows:
         return
-    keep, smooth, total = 0.95, [], 0.0
-    for i, x in enumerate(losses):
-        total = keep * total + (1 - keep) * x
-        smooth.append(total / (1 - keep ** (i + 1)))
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="smoothed")
+    axes.plot(steps, ema(losses), color="#1f5fa8", linewidth=2, label="smoothed")
     axes.set(title=escape_mathtext(title), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -1,7 +1,7 @@
-"""How well a trained run, or a model as it is, tells texts and does tasks: `just eval`.
+"""`just eval`: the perplexity of a text, lm-eval's tasks, or a run's own held-out rows.
 
-eval.json          what was asked and every figure: in the run's folder, or where --out says
-eval-wiki.json     the same of other settings than the run's own, which the name says
+eval.json          the settings and every result: in the run directory, or in --out
+eval-wiki.json     the same with other settings than the run's own, named by those
 """
 
 import shlex
@@ -15,9 +15,8 @@ import tyro
 from fgpt.cli import results, run_dir
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
-from fgpt.cli.evaluation.run_evaluation import Figures, scored, shown
+from fgpt.cli.evaluation.run_evaluation import Metrics, loglikelihoods, print_metrics
 from fgpt.cli.paths import shareable
-from fgpt.cli.training.job import content_hash
 from fgpt.cli.training.tasks import task_type
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
@@ -36,29 +35,29 @@ NAME = Path(run_dir.EVAL).stem
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The perplexity of a text, scores in lm-eval's tasks, or, where neither is asked for, how well a run does its own
-    task on rows that it was not trained on: the loss of their answers, or how it tells their classes.
+    """The perplexity of a text, scores in lm-eval's tasks, or, if neither is asked for, how well a run does its own
+    task on rows that it was not trained on: the loss of their answers, or the accuracy of their labels.
     """
 
     run: tyro.conf.Positional[str] = ""
-    """A trained run's name, or its folder."""
+    """A trained run's name, or its directory."""
     base: str | None = None
     """A model as it is, in place of a run: "nano", "smollm2", a folder, a GGUF file, or a hub name."""
     text: Path | None = None
-    """A UTF-8 file, or - for what is piped in: its perplexity through a sliding window, by its own bytes and words."""
+    """A UTF-8 file, or - for standard input: its perplexity by a sliding window, per token, byte and word."""
     window: PositiveInt | None = None
-    """Tokens that the model reads in a window; None takes its context, but 2048 at most."""
+    """Tokens in a window; None takes the model's context, but 2048 at most."""
     stride: PositiveInt | None = None
-    """New tokens in each window but the first; None takes half of it. Fewer cost more, and leave more to go by."""
+    """New tokens in each window after the first; None takes half of it. Fewer cost more and give more context."""
     test: str | None = None
-    """Of a run that classifies: other rows than its own, from a source as just train's --test takes."""
+    """For a classifier: other rows than its own, from a source as just train's --test takes."""
     columns: Columns = field(default_factory=Columns)
-    """Which columns of those rows hold text, second text and label, where they are others than the run's."""
+    """Which columns of those rows hold text, second text and label, if they are others than the run's."""
     labels: tuple[str, ...] = ()
-    """Of a run whose labels are words that it writes: other labels than it was trained on, as just train takes them.
-    Its base is then scored beside it."""
+    """For a classifier whose labels are words that it generates: other labels than it was trained on, as just train
+    takes them. Its base is then scored as well."""
     tasks: str | None = None
-    """lm-eval's tasks, such as hellaswag,arc_easy; they want `just setup-eval`."""
+    """lm-eval's tasks, such as hellaswag,arc_easy; they need `just setup-eval`."""
     include_path: Path | None = None
     """A folder of tasks of your own: lm-eval's YAML files."""
     num_fewshot: NonNegativeInt | None = None
@@ -66,13 +65,13 @@ class EvalOptions:
     chat: bool = False
     """Put the tasks' prompts in the model's chat template."""
     num_generations: PositiveInt | None = None
-    """Of a run of instructions: answer so many held-out prompts as well, and score the answers as just compare does."""
+    """For an instruction-tuned run: also answer N held-out prompts, and score the answers as just compare does."""
     limit: PositiveInt | None = None
-    """The first so many documents of each task, or held-out rows."""
+    """Only the first N documents of each task, or the first N held-out rows."""
     batch_size: BatchSize = 8
-    """Rows that are read at once; they change no result."""
+    """Rows in one batch; it changes no result."""
     out: Path | None = None
-    """The folder that eval.json is written into; None takes the run's own, and for a base writes none."""
+    """The folder that eval.json is written into; None takes the run directory, and for a base writes none."""
 
 
 class EvalTarget(NamedTuple):
@@ -81,138 +80,154 @@ class EvalTarget(NamedTuple):
     name: str
     base: str
     run: InstructionRecipe | ClassificationRecipe | None
-    at: Path | None
-    """The run's folder."""
+    folder: Path | None
+    """The run directory."""
 
 
-def run(asked: EvalOptions) -> dict[str, Any]:
-    """Evaluate, print, and write. Everything that bad input can spoil is read before anything slow begins.
+def run(options: EvalOptions) -> dict[str, Any]:
+    """Evaluate, print and write. Everything in which bad input can be found is read before anything slow begins.
 
     Raises InputError.
     """
-    it = subject(asked)
-    plain = asked.text is None and asked.tasks is None
-    if plain and it.run is None:
-        raise InputError("what is to be evaluated? a base has no held-out rows: give --text FILE or --tasks NAMES")
-    if isinstance(it.run, ClassificationRecipe) and not (plain and asked.num_generations is None):
-        raise InputError(
-            f"{it.name} tells classes, and is evaluated on its own rows: leave --text, --tasks, --num-generations out"
-        )
-    if not isinstance(it.run, ClassificationRecipe) and (asked.test, asked.columns, asked.labels) != (
-        None,
-        Columns(),
-        (),
-    ):
-        raise InputError(f"{it.name} tells no classes: leave --test, --columns and --labels out")
-    if it.run is None and asked.num_generations is not None:
-        raise InputError(
-            "a base has no held-out rows to answer: give a run in place of --base, or leave --num-generations out"
-        )
-    text = None if asked.text is None else read_text(asked.text)
-    cfg, tokenizer = models.load_config_and_tokenizer(it.base)
-    window = window_and_stride(cfg, asked.window, asked.stride)
-    chosen = None if asked.tasks is None else lm_eval_tasks.find(asked.tasks, asked.include_path)
-    run = it.run
+    target = find_target(options)
+    own_rows = options.text is None and options.tasks is None
+    _check_options(options, target, own_rows)
+    text = None if options.text is None else read_text(options.text)
+    cfg, tokenizer = models.load_config_and_tokenizer(target.base)
+    window, stride = window_and_stride(cfg, options.window, options.stride)
+    tasks = None if options.tasks is None else lm_eval_tasks.find(options.tasks, options.include_path)
+    run = target.run
     if isinstance(run, ClassificationRecipe):
-        run = run_evaluation.of_others(run, asked.test, asked.columns, asked.labels)
-    own = (
-        run_evaluation.own(run, it.at, plain, asked.num_generations, asked.limit, asked.batch_size)
-        if run and it.at
-        else None
-    )
-    settings = settings_of(asked, it, text)
-    found: dict[str, Any] = {"evaluated": shareable(it.name), "base": shareable(it.base), results.SETTINGS: settings}
-    if isinstance(run, ClassificationRecipe) and asked.labels:
-        found["test rows, untuned"] = run_evaluation.untuned_scores(run, asked.limit)
-    params = load(it)
+        run = run_evaluation.with_other_data(run, options.test, options.columns, options.labels)
+    evaluate_own_rows = None
+    if run and target.folder:
+        evaluate_own_rows = run_evaluation.own_rows_evaluation(
+            run, target.folder, own_rows, options.num_generations, options.limit, options.batch_size
+        )
+    settings = settings_of(options, target, text)
+    found: dict[str, Any] = {
+        "evaluated": shareable(target.name),
+        "base": shareable(target.base),
+        results.SETTINGS: settings,
+    }
+    if isinstance(run, ClassificationRecipe) and options.labels:
+        found["test rows, untuned"] = run_evaluation.untuned_scores(run, options.limit)
+    params = load(target)
     if text is not None:
-        found["text"] = {"file": shareable(asked.text or "")} | of_text(
-            params, tokenizer, text, *window, asked.batch_size
-        )
-    if chosen is not None:
+        metrics = text_metrics(params, tokenizer, text, window, stride, options.batch_size)
+        found["text"] = {"file": shareable(options.text or "")} | metrics
+    if tasks is not None:
         found["tasks"] = lm_eval_tasks.run(
-            chosen, params, tokenizer, asked.batch_size, asked.limit, asked.num_fewshot, asked.chat
+            tasks, params, tokenizer, options.batch_size, options.limit, options.num_fewshot, options.chat
         )
-    if own is not None:
-        found |= own(params)
-    out = asked.out or it.at
+    if evaluate_own_rows is not None:
+        found |= evaluate_own_rows(params)
+    out = options.out or target.folder
     if out is not None:
-        full = "-".join([NAME, *parts_of(settings)])
-        stem = results.free_name(out, [full] if asked.out is None else [NAME, full], settings, [".json"])
+        full = "-".join([NAME, *name_parts(settings)])
+        stem = results.free_name(out, [full] if options.out is None else [NAME, full], settings, [".json"])
         write_json(out / f"{stem}.json", found)
         console.print(f"written: {out / stem}.json", markup=False, soft_wrap=True)
     return found
 
 
-def settings_of(asked: EvalOptions, it: EvalTarget, text: str | None) -> dict[str, Any]:
-    """What makes an evaluation the one that it is: the model, and every option that is not at its default."""
-    apart = {"run", "base", "rows", "out"}  # whose it is, what changes no figure, and where it goes
-    values = {name: x for name, x in asdict(asked).items() if name not in apart}
-    usual = asdict(EvalOptions())
-    chosen = {name: x for name, x in values.items() if x != usual[name]}
-    chosen |= {name: shareable(x) for name, x in chosen.items() if isinstance(x, str | Path)}
-    model = {"trained": results.training_id(it.at)} if it.at else {"base_sha256": content_hash(where_is(it.base))}
-    return model | chosen | ({"text_sha256": content_hash(text)} if text is not None else {})
+def _check_options(options: EvalOptions, target: EvalTarget, own_rows: bool) -> None:
+    """Raises InputError for options that the target cannot have."""
+    classifies = isinstance(target.run, ClassificationRecipe)
+    if own_rows and target.run is None:
+        raise InputError("nothing to evaluate: a base has no held-out rows: give --text FILE or --tasks NAMES")
+    if classifies and not (own_rows and options.num_generations is None):
+        raise InputError(
+            f"{target.name} is a classifier, evaluated on its own rows: leave out --text, --tasks, --num-generations"
+        )
+    if not classifies and (options.test, options.columns, options.labels) != (None, Columns(), ()):
+        raise InputError(f"{target.name} is not a classifier: leave out --test, --columns and --labels")
+    if target.run is None and options.num_generations is not None:
+        raise InputError(
+            "a base has no held-out rows to answer: give a run in place of --base, or leave out --num-generations"
+        )
 
 
-def where_is(base: str) -> str:
+def settings_of(options: EvalOptions, target: EvalTarget, text: str | None) -> dict[str, Any]:
+    """What identifies an evaluation: the model, and every option that is not at its default."""
+    excluded = {"run", "base", "batch_size", "out"}  # the model is told otherwise; the others change no result
+    defaults = asdict(EvalOptions())
+    changed = {name: x for name, x in asdict(options).items() if name not in excluded and x != defaults[name]}
+    changed |= {name: shareable(x) for name, x in changed.items() if isinstance(x, str | Path)}
+    if target.folder:
+        model = {"trained": results.trained_as(target.folder)}
+    else:
+        model = {"base_sha256": hashed(absolute_base(target.base))}
+    return model | changed | ({"text_sha256": hashed(text)} if text is not None else {})
+
+
+def absolute_base(base: str) -> str:
     return str(Path(base).resolve()) if base not in models.EMBEDDED and Path(base).exists() else base
 
 
-def parts_of(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as parts of a file's name."""
+def name_parts(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as parts of a file name."""
     names = [f.name for f in fields(EvalOptions) if f.name in settings]
-    return [part_of(name, settings[name]) for name in names]
+    return [name_part(name, settings[name]) for name in names]
 
 
-def part_of(name: str, value: Any) -> str:
+COUNTS = {"num_generations": "generations", "num_fewshot": "shot"}
+
+
+def name_part(name: str, value: Any) -> str:
     if name in ("text", "test"):
         return results.name_part(Path(value).stem if value != "-" else "stdin")
     if name in ("tasks", "labels"):
         return results.name_part(value if isinstance(value, str) else "-".join(value))
     if name in ("chat", "columns", "include_path"):
         return name.replace("_", "-")
-    return f"{value}-{name}" if name in ("answers", "shots") else f"{name}-{value}"
+    return f"{value}-{COUNTS[name]}" if name in COUNTS else f"{name}-{value}"
 
 
-def subject(asked: EvalOptions) -> EvalTarget:
-    """Raises InputError for an unknown run, and unless it is either a run or a base."""
-    if bool(asked.run) == (asked.base is not None):
-        raise InputError("what is to be evaluated? expected one of just eval RUN and just eval --base MODEL")
-    if asked.base is not None:
-        return EvalTarget(asked.base, asked.base, None, None)
+def find_target(options: EvalOptions) -> EvalTarget:
+    """Raises InputError for an unknown run, and unless exactly one of a run and a base is given."""
+    if bool(options.run) == (options.base is not None):
+        raise InputError("nothing to evaluate: expected one of just eval RUN and just eval --base MODEL")
+    if options.base is not None:
+        return EvalTarget(options.base, options.base, None, None)
     try:
-        at = run_dir.find_finished(asked.run)
+        folder = run_dir.find_finished(options.run)
     except InputError as err:
-        raise InputError(f"{err}; or for a model as it is: just eval --base {shlex.quote(asked.run)}") from None
-    run = run_evaluation.run_of(at)
-    return EvalTarget(str(at), run.base, run, at)
+        raise InputError(f"{err}; or for a model as it is: just eval --base {shlex.quote(options.run)}") from None
+    run = run_evaluation.read_run(folder)
+    return EvalTarget(str(folder), run.base, run, folder)
 
 
-def load(it: EvalTarget) -> GPT:
-    """A run's model as it was trained, or a base in fp32, on the device there is."""
-    if it.run is not None and it.at is not None:
-        return run_dir.load_tuned(it.at, task_type(it.run).load_base(it.run))
+def load(target: EvalTarget) -> GPT:
+    """A run's model as it was trained, or a base in fp32, on the available device."""
+    if target.run is not None and target.folder is not None:
+        return run_dir.load_tuned(target.folder, task_type(target.run).load_base(target.run))
     device = run_dir.resolve_device("auto")
-    with show_progress(f"loading {it.base}"):
-        return tree_map(lambda x: x.to(device), models.load(it.base))
+    with show_progress(f"loading {target.base}"):
+        return tree_map(lambda x: x.to(device), models.load(target.base))
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
-def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: int, rows: int) -> Figures:
+def text_metrics(params: GPT, tokenizer: Tokenizer, text: str, window: int, stride: int, batch_size: int) -> Metrics:
     """The perplexities of a text, by name."""
     with show_progress("tokenizing"):
         tokens = tokenizer.encode(text)
-    parts = scored(params, windows(tokens, tokenizer.bos, width, stride), rows)
-    of = perplexity([x for part in parts for x in part.logprobs], text)
-    counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}
-    figures = {
-        "nats per token": of.loss,
-        "perplexity per token": of.per_token,
-        "bits per byte": of.bits_per_byte,
-        "byte perplexity": of.per_byte,
-        "word perplexity": of.per_word,
+    parts = loglikelihoods(params, windows(tokens, tokenizer.bos, window, stride), batch_size)
+    measured = perplexity([logprob for part in parts for logprob in part.logprobs], text)
+    counts = {
+        "tokens": measured.tokens,
+        "bytes": measured.bytes,
+        "words": measured.words,
+        "window": window,
+        "stride": stride,
     }
-    return shown("text", counts, figures)
+    values = {
+        "nats per token": measured.loss,
+        "perplexity per token": measured.per_token,
+        "bits per byte": measured.bits_per_byte,
+        "byte perplexity": measured.per_byte,
+        "word perplexity": measured.per_word,
+    }
+    return print_metrics("text", counts, values)

@@ -1,10 +1,10 @@
-"""Our models for EleutherAI's lm-eval: its tasks, few-shot prompts and metrics over `fgpt.evaluate` and `generate`.
+"""fgpt's models for EleutherAI's lm-eval: its tasks, few-shot prompts and metrics on our likelihoods and `generate`.
 
     lm_eval.simple_evaluate(model=Model(params, tokenizer), tasks=["hellaswag"])
 
-What a task is given is what lm-eval's own `hf` model gives it: the same tokens, likelihoods, greedy flags and greedy
-texts. Beyond that no result depends on the batch that it was computed in, and what was cut for want of room is counted
-in `Model.cut`, of which `hf` warns at most.
+A task gets what lm-eval's own `hf` model gives it: the same tokens, likelihoods, greedy flags and greedy texts. In
+addition no result depends on its batch, and the tokens truncated to fit the context are counted in `Model.truncated`,
+for which `hf` prints a warning at most.
 
 Needs lm-eval: just setup-eval, or pip install 'fgpt[eval]'.
 """
@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import LogLikelihood, iter_loglikelihood
+from fgpt.evaluation.likelihood import iter_loglikelihood
 from fgpt.generation.loop import generate, stop_on_strings, truncate_at_stop
 from fgpt.generation.sampling import SamplingParams
 from fgpt.model import GPT
@@ -30,48 +30,48 @@ from fgpt.tree import device
 
 T = TypeVar("T")
 
-MOST = 256
-"""New tokens where a task names no limit, as in lm-eval's own models."""
+MAX_NEW_TOKENS = 256
+"""The limit if a task names none, as in lm-eval's own models."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call that limit; the first that is given holds."""
+"""What tasks call that limit; the first one given counts."""
 FILTERS = {name: name for name in ("top_k", "top_p", "min_p", "repetition_penalty")} | {
     "no_repeat_ngram_size": "no_repeat_ngram"
 }
-"""transformers' names of what `Sampling` has."""
-IDLE = {"num_beams": 1, "top_k": 0}
+"""transformers' names of what `SamplingParams` has."""
+NO_EFFECT = {"num_beams": 1, "top_k": 0}
 """Values with which an option does nothing."""
 
 
 class TruncationCounts(NamedTuple):
-    """What was left out of contexts because the model's own had no room for it."""
+    """What was left out of contexts that did not fit the model's own."""
 
     requests: int = 0
     tokens: int = 0
 
-    def plus(self, tokens: int) -> "TruncationCounts":
+    def add(self, tokens: int) -> "TruncationCounts":
         return TruncationCounts(self.requests + 1, self.tokens + tokens) if tokens else self
 
 
 class TaskGeneration(NamedTuple):
-    """How one request is to be written; requests that agree in it are written together."""
+    """How to generate for a request; requests with the same settings are batched together."""
 
     stop: tuple[str, ...]
-    most: int
+    max_new_tokens: int
     sampling: SamplingParams
 
 
 class Model(TemplateLM):
-    """A model and its tokenizer as lm-eval wants them. `rows` are read or written at once, and change no result."""
+    """A model and its tokenizer as lm-eval wants them. `batch_size` changes no result."""
 
-    def __init__(self, params: GPT, tokenizer: Tokenizer, rows: int = 8, seed: int = 0) -> None:
+    def __init__(self, params: GPT, tokenizer: Tokenizer, batch_size: int = 8, seed: int = 0) -> None:
         super().__init__()
-        if rows < 1:
-            raise InputError(f"rows is {rows}: expected 1 or more to be read at once")
-        self.params, self.text, self.rows, self.rng = params, tokenizer, rows, key(seed)
-        self.batch_size = rows
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: expected 1 or more")
+        self.params, self.text, self.rng = params, tokenizer, key(seed)
+        self.batch_size = batch_size
         self._device: torch.device | None = device(params)
-        self.cut = TruncationCounts()
-        """Of all that was asked so far."""
+        self.truncated = TruncationCounts()
+        """Over all requests so far."""
 
     @property
     def eot_token_id(self) -> int:
@@ -79,7 +79,7 @@ class Model(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text follows where a request gives no context: BOS, or else the end of text."""
+        """The context of a request that has none: BOS, or else EOS."""
         return self.text.bos
 
     @property
@@ -87,34 +87,32 @@ class Model(TemplateLM):
         return self.params.cfg.n_ctx
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens that transformers' tokenizer gives; a text that spells out its BOS gets no second one."""
-        begun = string.startswith(self.text.decode([self.text.bos]))
-        return self.text.encode_special(string, not begun if add_special_tokens is None else add_special_tokens)
+        """The tokens that transformers' tokenizer gives; a text that begins with BOS gets no second one."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.text.decode([self.text.bos]))
+        return self.text.encode_special(string, add_special_tokens)
 
     # ------------------------------------------------------------------------------------------------------ likelihoods
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(Σ ln p, whether greedy decoding would have written it) of tokenized requests, in their order.
+        """(Σ ln p, whether greedy decoding would generate it) of tokenized requests, in their order.
 
-        A context of spaces alone, which all go to the continuation, leaves none: the prefix token then stands for it.
+        A context of spaces alone is empty, as they all go to the continuation: the prefix token then replaces it.
 
         Raises InputError for a continuation that is empty, or longer than the model's context.
         """
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
-            for some in iter_loglikelihood(self.params, pairs, self.rows):
-                for i, scored in some:
-                    found[i] = self._noted(scored)
+            for batch in iter_loglikelihood(self.params, pairs, self.batch_size):
+                for i, likelihood in batch:
+                    self.truncated = self.truncated.add(likelihood.truncated)
+                    found[i] = likelihood.total, all(likelihood.greedy)
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-                bar.update(len(some))
+                bar.update(len(batch))
         return [found[i] for i in range(len(pairs))]
-
-    def _noted(self, scored: LogLikelihood) -> tuple[float, bool]:
-        self.cut = self.cut.plus(scored.truncated)
-        return scored.total, all(scored.greedy)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts, by lm-eval's disjoint windows of the model's context."""
@@ -126,10 +124,10 @@ class Model(TemplateLM):
                 owners.append(i)
         totals = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="texts", disable=disable_tqdm) as bar:
-            for some in iter_loglikelihood(self.params, windows, self.rows):
-                for j, scored in some:
-                    totals[owners[j]] += scored.total
-                bar.update(len(some))
+            for batch in iter_loglikelihood(self.params, windows, self.batch_size):
+                for j, likelihood in batch:
+                    totals[owners[j]] += likelihood.total
+                bar.update(len(batch))
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -137,50 +135,51 @@ class Model(TemplateLM):
     # ------------------------------------------------------------------------------------------------------------ texts
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context until a stop string, its end of text, or the limit of tokens.
+        """What the model generates after each context until a stop string, EOS, or the limit of new tokens.
 
-        A context loses tokens at its beginning where they and the limit have no room together. Sampled texts are
-        functions of the seed and the request's number, whatever is asked beside them.
+        A context that does not fit together with the limit loses tokens at its beginning. A sampled text depends on the
+        seed and the request's index alone.
 
-        Raises InputError for an option of generation that is not known here, or a limit that leaves no room at all.
+        Raises InputError for an unknown option of generation, or a limit that leaves no token for the prompt.
         """
         groups: dict[TaskGeneration, list[int]] = {}
         for i, request in enumerate(requests):
             _, options = _args(request)
             how = task_generation(options)
-            if how.most >= self.max_length:
+            if how.max_new_tokens >= self.max_length:
                 raise InputError(
-                    f"a task asks for {how.most} new tokens, but the model's context is {self.max_length}: it has no "
-                    "room for a prompt; lower the task's max_gen_toks"
+                    f"a task asks for {how.max_new_tokens} new tokens, but the model's context is {self.max_length}: "
+                    "that leaves no token for a prompt; lower the task's max_gen_toks"
                 )
             groups.setdefault(how, []).append(i)
         found: dict[int, str] = {}
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             for how, chosen in groups.items():
-                prompts = {i: self._prompt(requests[i].args[0], how.most) for i in chosen}
-                for some in batched(sorted(chosen, key=lambda i, of=prompts: -len(of[i])), self.rows):
-                    for i, text in zip(some, self._written([prompts[i] for i in some], how, some), strict=True):
+                prompts = {i: self._prompt(requests[i].args[0], how.max_new_tokens) for i in chosen}
+                longest_first = sorted(chosen, key=lambda i, of=prompts: -len(of[i]))
+                for batch in batched(longest_first, self.batch_size):
+                    texts = self._generate([prompts[i] for i in batch], how, batch)
+                    for i, text in zip(batch, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(some))
+                    bar.update(len(batch))
         return [found[i] for i in range(len(requests))]
 
-    def _prompt(self, context: str, most: int) -> list[int]:
+    def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        kept = tokens[-(self.max_length - most) :]
-        self.cut = self.cut.plus(len(tokens) - len(kept))
-        return kept
+        prompt = tokens[-(self.max_length - max_new_tokens) :]
+        self.truncated = self.truncated.add(len(tokens) - len(prompt))
+        return prompt
 
-    def _written(self, prompts: Sequence[Sequence[int]], how: TaskGeneration, numbers: Sequence[int]) -> Iterator[str]:
-        until, ends = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids
-        if how.sampling.temperature > 0:  # a row's key in a batch is its place there, which says nothing of the request
-            out = [
-                generate(self.params, [prompt], ends, how.most, how.sampling, fold_in(self.rng, i), until)[0]
-                for prompt, i in zip(prompts, numbers, strict=True)
-            ]
+    def _generate(self, prompts: Sequence[Sequence[int]], how: TaskGeneration, indices: Sequence[int]) -> Iterator[str]:
+        stop, eos, limit = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids, how.max_new_tokens
+        if how.sampling.temperature > 0:  # one by one, as the key of a row is that of its index in the batch
+            outputs = []
+            for prompt, i in zip(prompts, indices, strict=True):
+                outputs += generate(self.params, [prompt], eos, limit, how.sampling, fold_in(self.rng, i), stop)
         else:
-            out = generate(self.params, prompts, ends, how.most, how.sampling, stopping_criterion=until)
-        return (truncate_at_stop(self.text.decode_text(text.tokens), how.stop) for text in out)
+            outputs = generate(self.params, prompts, eos, limit, how.sampling, stopping_criterion=stop)
+        return (truncate_at_stop(self.text.decode_text(output.tokens), how.stop) for output in outputs)
 
     # ------------------------------------------------------------------------------------------------------------- chat
 
@@ -193,24 +192,24 @@ class Model(TemplateLM):
         return found.template if chat_template and found else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages by the model's own template. Raises InputError where it has none, or an answer is begun."""
+        """The messages in the model's own template. Raises InputError if it has none, or the task begins the answer."""
         found = getattr(self.text, "chat_template", None)
         if found is None or not add_generation_prompt:
             what = "the model has no chat template" if found is None else "a task begins the answer (its gen_prefix)"
-            raise InputError(f"{what}, which a chat here cannot do: evaluate it without --chat")
+            raise InputError(f"{what}, which --chat does not support: evaluate it without")
         return found.render(chat_history)
 
 
 def _args(request: Instance) -> Any:
-    return request.args  # which lm-eval's own annotation leaves empty
+    return request.args  # untyped in lm-eval
 
 
 def task_generation(options: Mapping[str, Any]) -> TaskGeneration:
-    """What a task's generation options say.
+    """The generation options of a task.
 
-    Raises InputError for one that is not known here, or a value that its filter refuses.
+    Raises InputError for an unknown option, or a value that its logits processor refuses.
     """
-    left = {name: value for name, value in options.items() if value is not None and IDLE.get(name) != value}
+    left = {name: value for name, value in options.items() if value is not None and NO_EFFECT.get(name) != value}
     stop, sample = left.pop("until", []), left.pop("do_sample", None)
     limits = [left.pop(name) for name in LIMITS if name in left]
     temperature = float(left.pop("temperature", 1.0 if sample else 0.0))
@@ -222,7 +221,7 @@ def task_generation(options: Mapping[str, Any]) -> TaskGeneration:
         )
     strings = [stop] if isinstance(stop, str) else stop
     sampling = SamplingParams(temperature if sample is not False else 0.0, **filters)
-    return TaskGeneration(tuple(s for s in strings if s), int(limits[0]) if limits else MOST, sampling)
+    return TaskGeneration(tuple(s for s in strings if s), int(limits[0]) if limits else MAX_NEW_TOKENS, sampling)
 
 
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks for `just eval`: found by name, run on a model of ours, shown as a table."""
+"""lm-eval's tasks for `just eval`: find them by name, run them on a model, print a table."""
 
 import difflib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 class Tasks(NamedTuple):
-    """Tasks that there are, before anything is loaded or fetched."""
+    """Existing tasks, before anything is loaded or downloaded."""
 
     names: list[str]
     manager: Any
@@ -25,74 +25,74 @@ class Tasks(NamedTuple):
 def find(names: str, include_path: Path | None = None) -> Tasks:
     """The tasks of a list such as "hellaswag,arc_*": those of `include_path`, and lm-eval's own.
 
-    Raises InputError where lm-eval is not installed, or has no such task.
+    Raises InputError if lm-eval is not installed or has no such task.
     """
     try:
         from lm_eval.tasks import TaskManager  # here, because it is an extra, and takes seconds to import
     except ModuleNotFoundError as err:
         raise InputError(f"tasks need lm-eval ({err}): just setup-eval, or pip install 'fgpt[eval]'") from None
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
+    patterns = [name.strip() for name in names.split(",") if name.strip()]
+    if not patterns:
         raise InputError("--tasks is empty: expected names such as hellaswag,arc_easy")
     if include_path is not None:
         if not include_path.is_dir():
             raise InputError(f"{include_path}: no such folder; --include-path is a folder of lm-eval's YAML files")
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
-        if all(manager.match_tasks([name]) for name in wanted):  # the index of lm-eval's own takes ten seconds
-            return Tasks(manager.match_tasks(wanted), manager)
+        if all(manager.match_tasks([name]) for name in patterns):  # the index of lm-eval's own takes ten seconds
+            return Tasks(manager.match_tasks(patterns), manager)
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in wanted:
+    for name in patterns:
         if not manager.match_tasks([name]):
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"no task {name!r}; {hint}`lm_eval ls tasks` lists them, --include-path FOLDER adds yours")
-    return Tasks(manager.match_tasks(wanted), manager)
+    return Tasks(manager.match_tasks(patterns), manager)
 
 
 def run(
     tasks: Tasks,
     params: GPT,
     tokenizer: Tokenizer,
-    rows: int = 8,
+    batch_size: int = 8,
     limit: int | None = None,
-    shots: int | None = None,
+    num_fewshot: int | None = None,
     chat: bool = False,
 ) -> dict[str, Any]:
-    """Scores of a model, printed as a table and returned with what they are scores of.
+    """Scores of a model, printed as a table and returned with the settings they depend on.
 
-    Raises InputError where a task's data cannot be had, and as `fgpt.cli.evaluation.lm_eval_model` does.
+    Raises InputError if a task's data cannot be loaded, and as `fgpt.cli.evaluation.lm_eval_model` does.
     """
     import lm_eval
 
     from fgpt.cli.evaluation.lm_eval_model import Model
 
-    model, evaluate = Model(params, tokenizer, rows), cast(Any, lm_eval.simple_evaluate)  # it is loaded lazily
+    model, evaluate = Model(params, tokenizer, batch_size), cast(Any, lm_eval.simple_evaluate)  # it is loaded lazily
     try:
         found = evaluate(
             model=model,
             tasks=[*tasks.names],
             task_manager=tasks.manager,
-            num_fewshot=shots,
+            num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=chat,
             log_samples=False,
         )
     except (ConnectionError, FileNotFoundError) as err:
-        said = one_line(err)
-        raise InputError(f"the data of {', '.join(tasks.names)}: {said}; connect once, or take a local task") from None
+        names = ", ".join(tasks.names)
+        raise InputError(f"the data of {names}: {one_line(err)}; connect once, or take a local task") from None
     show(found["results"])
-    if model.cut.requests:
+    if model.truncated.requests:
         console.print(
-            f"{model.cut.requests:,} prompts did not fit the context of {model.max_length} tokens, and lost "
-            f"{model.cut.tokens:,} tokens at their beginning"
+            f"{model.truncated.requests:,} prompts did not fit the context of {model.max_length} tokens and lost "
+            f"{model.truncated.tokens:,} tokens at the beginning"
         )
-    kept = {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found}
+    scores = {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found}
     settings = {"limit": limit, "chat": chat, "lm_eval": version("lm-eval")}
-    return kept | settings | {"cut": model.cut._asdict()}
+    return scores | settings | {"truncated": model.truncated._asdict()}
 
 
 def show(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """lm-eval's results as a table: its metrics, and their standard errors where it has them."""
+    """Print lm-eval's results as a table: its metrics, and their standard errors if it has them."""
     table = Table("task", "metric", "score", "±", title="lm-eval", title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"

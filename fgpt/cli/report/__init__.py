@@ -1,29 +1,43 @@
-"""One page that tells of a run: how the training went, what came of it, how it was set up, and where.
+"""A run on one page: its training, its results, its options, and the environment.
 
-report.html    in the run's folder; it needs no other file and nothing from the network
+report.html    in the run directory; it needs no other file and no network
 """
 
 from pathlib import Path
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
-from fgpt.cli.report.page import page
-from fgpt.cli.report.run_data import read
-from fgpt.cli.report.sections import sections, summary
+from fgpt.cli.evaluation.compare.html import template
+from fgpt.cli.report.config_diff import command
+from fgpt.cli.report.run_data import RunData, read
+from fgpt.cli.report.sections import ending, resume_command, sections, summary
 from fgpt.io.files import write
 
 REPORT = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def run(name: str) -> Path:
-    """Write the report of a run, by its name or its folder. Returns where.
+    """Write the report of a run, given by its name or its directory, and return its path.
 
-    Raises InputError where there is no such run, or a file of it is damaged; an older report then stays as it was.
+    Raises InputError if there is no such run, or if a file of it is damaged; an older report then stays as it was.
     """
-    found = read(run_dir.find_any(name))
-    at = found.folder.resolve().name
-    title = at if at.startswith(found.name) else f"{found.name} ({at})"
-    text = page(title, summary(found), sections(found))
-    write(found.folder / REPORT, text)
-    console.print(f"written: {found.folder / REPORT}", soft_wrap=True)
-    return found.folder / REPORT
+    data = read(run_dir.find_any(name))
+    path = data.folder / REPORT
+    write(path, page(data))
+    console.print(f"written: {path}", soft_wrap=True)
+    return path
+
+
+def page(data: RunData) -> str:
+    """The report as HTML. Raises InputError for results that are not of this version."""
+    directory = data.folder.resolve().name
+    return template("report.html", TEMPLATES).render(
+        title=directory if directory.startswith(data.name) else f"{data.name} ({directory})",
+        data=data,
+        summary=summary(data),
+        ending=ending(data),
+        train=command(data.run),
+        resume=resume_command(data),
+        sections=sections(data),
+    )

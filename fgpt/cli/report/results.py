@@ -1,124 +1,79 @@
-"""The sections on what came of a run: answers beside the base's, scores, held-out figures."""
+"""The results of a run as tables: classification scores, held-out losses of a pretraining, evaluations."""
 
 import base64
-import html
-import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fgpt.cli import run_dir
-from fgpt.cli.evaluation.compare.html import answers, scores_table
-from fgpt.cli.evaluation.compare.results import Comparison
-from fgpt.cli.paths import shareable
-from fgpt.cli.report.chart import number
-from fgpt.cli.report.page import Section, grid, missing, table
+from fgpt.cli.report.formatting import score, table_rows
 from fgpt.cli.report.run_data import RunData
 from fgpt.cli.results import SETTINGS
 from fgpt.errors import InputError
 
-SHOWN = 8
-"""Prompts whose answers stand open; the others are folded away."""
+Rows = list[list[str]]
+"""Rows of a table; the first cell of each is its name."""
 
 
-def comparison(found: RunData) -> Section:
-    """Base against tuned, the run's own prompts first, then those of prompt files."""
-    parts = [_comparison(name, it, i == 0) for i, (name, it) in enumerate(found.comparisons.items())]
-    if not parts:
-        parts = [missing("Base and tuned have not been compared", f"just compare {shareable(found.folder)}")]
-    return "comparison", "Samples and comparison", "".join(parts)
+@dataclass(frozen=True)
+class ClassificationScores:
+    num_rows: int
+    overall: Rows
+    """Accuracy, macro-F1 and loss of each contender."""
+    sides: list[str]
+    by_label: Rows
+    """F1 of each label, by contender."""
+    confusion: str
+    """The confusion matrix, a PNG in base64; empty if there is none."""
 
 
-def _comparison(name: str, it: Comparison, first: bool) -> str:
-    about = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in it.about)
-    heading = f"<h3>{html.escape(name)}</h3>" if not first or name != "compare" else ""
-    each = [f'<div class="answers">{answers(i, row, it, "h3", False)}</div>' for i, row in enumerate(it.rows)]
-    shown = SHOWN if first else 0
-    rest = f"<details><summary>{len(each) - shown} more prompts</summary>{''.join(each[shown:])}</details>"
-    return (
-        f'{heading}<ul class="about">{about}</ul>{scores_table(it)}'
-        f"{''.join(each[:shown])}{rest if len(each) > shown else ''}"
-    )
-
-
-def classes(found: RunData) -> Section:
-    """Scores of a run that classifies, and what it took for what. Raises InputError for scores that are none."""
-    if found.scores is None:
-        return "scores", "Scores", missing("The rows have not been scored", f"just eval {shareable(found.folder)}")
+def classification_scores(data: RunData) -> ClassificationScores | None:
+    """The scores of a classifier, if it has been scored. Raises InputError for scores that are not of this version."""
+    if data.scores is None:
+        return None
     try:
-        names, by_side, rows = (found.scores[key] for key in ("labels", "scores", "rows"))
-        whole = [[side, *(_score(x[key]) for key in ("accuracy", "macro_f1", "loss"))] for side, x in by_side.items()]
-        each = [[name, *(_score(x["f1"][i]) for x in by_side.values())] for i, name in enumerate(names)]
-        told = f'<p class="missing">{rows:,} rows that were not trained on.</p>'
+        by_side, labels, num_rows = data.scores["scores"], data.scores["labels"], int(data.scores["rows"])
+        overall, by_label = [], []
+        for side, values in by_side.items():
+            overall.append([side, score(values["accuracy"]), score(values["macro_f1"]), score(values["loss"])])
+        for i, label in enumerate(labels):
+            by_label.append([label, *(score(values["f1"][i]) for values in by_side.values())])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
-        raise InputError(
-            f"{found.folder / run_dir.SCORES}: not the scores of this version ({err}); take it away"
-        ) from None
-    picture = missing("There is no picture of what was taken for what.")
-    if found.confusion is not None:
-        data = base64.b64encode(found.confusion).decode()
-        picture = f'<img class="picture" alt="what was taken for what" src="data:image/png;base64,{data}">'
-    scores = grid(["", "accuracy", "macro-F1", "loss"], whole) + picture + grid(["F1 of each label", *by_side], each)
-    return "scores", "Scores", told + scores
+        path = data.folder / run_dir.SCORES
+        raise InputError(f"{path}: not the scores of this version ({err}); delete it") from None
+    confusion = base64.b64encode(data.confusion or b"").decode()
+    return ClassificationScores(num_rows, overall, list(by_side), by_label, confusion)
 
 
-def heldout(found: RunData) -> Section:
-    """The held-out figures of a pretraining, before and after. Raises InputError for figures that are none."""
-    if found.result is None:
-        text = missing(
-            "A pretraining measures held-out documents at its end; this one has not come to it", resume(found)
-        )
-        return "heldout", "Held-out text", text
-    before = found.result.get("before") or {}
+@dataclass(frozen=True)
+class HeldOutLosses:
+    num_documents: int
+    before_and_after: Rows
+
+
+def heldout_losses(data: RunData) -> HeldOutLosses | None:
+    """The held-out losses of a pretraining, if it has finished. Raises InputError if they are not of this version."""
+    if data.result is None:
+        return None
     try:
-        rows = [[name.replace("_", " "), _score(before[name]), _score(found.result.get(name))] for name in before]
-        number = found.result.get("heldout_documents", 0)
-        told = f'<p class="missing">{number:,} documents that were not trained on.</p>'
+        rows = []
+        for name, before in (data.result.get("before") or {}).items():
+            rows.append([name.replace("_", " "), score(before), score(data.result.get(name))])
+        return HeldOutLosses(int(data.result.get("heldout_documents", 0)), rows)
     except (TypeError, ValueError, AttributeError) as err:
-        at = found.folder / run_dir.RESULT
-        raise InputError(f"{at}: not the figures of this version ({err}); take it away") from None
-    return "heldout", "Held-out text", told + grid(["", "before", "after"], rows)
+        path = data.folder / run_dir.RESULT
+        raise InputError(f"{path}: not the results of this version ({err}); delete it") from None
 
 
-def evaluation(found: RunData) -> Section:
-    """What `just eval` left: of each evaluation groups of figures."""
-    if not found.evaluations:
-        at = shareable(found.folder)
-        how = f"just eval --base {at}/model --text FILE" if found.kind == "pretraining" else f"just eval {at}"
-        return "evaluation", "Evaluation", missing("It has not been evaluated", how)
-    parts = [_evaluation(name, x) for name, x in found.evaluations.items()]
-    return "evaluation", "Evaluation", "".join(parts)
+def evaluations(data: RunData) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """What `just eval` has written: the heading of each evaluation, and of its groups the names and tables."""
+    return [
+        ("" if name == Path(run_dir.EVAL).stem else name, _groups(results))
+        for name, results in data.evaluations.items()
+    ]
 
 
-def _evaluation(name: str, figures: Mapping[str, Any]) -> str:
-    groups = [(group, x) for group, x in figures.items() if isinstance(x, Mapping) and group != SETTINGS]
-    heading = f"<h3>{html.escape(name)}</h3>" if name != Path(run_dir.EVAL).stem else ""
-    told = "".join(f"<h3>{html.escape(group)}</h3>{table(rows_of(x))}" for group, x in groups)
-    return heading + (told or missing(f"{name}.json holds no figures"))
-
-
-def resume(found: RunData) -> str:
-    """What to type to go on with a run."""
-    return f"just train {shlex.quote(shareable(found.folder))} --resume"
-
-
-def rows_of(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The names and values of nested figures, for a table."""
-    rows: list[tuple[str, str]] = []
-    for name, x in values.items():
-        words = prefix + name.replace("_", " ")
-        rows += rows_of(x, f"{words}: ") if isinstance(x, Mapping) else [(words, _figure(x))]
-    return rows
-
-
-def _score(x: float | None) -> str:
-    """To three places, so that a column of them can be compared."""
-    return "–" if x is None else f"{x:,.3f}"
-
-
-def _figure(x: Any) -> str:
-    if isinstance(x, bool):
-        return "yes" if x else "no"
-    if isinstance(x, int):
-        return f"{x:,}"
-    return "–" if x is None else number(x) if isinstance(x, float) else str(x)
+def _groups(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    groups = {name: group for name, group in results.items() if isinstance(group, Mapping) and name != SETTINGS}
+    return [(name, table_rows(group)) for name, group in groups.items()]

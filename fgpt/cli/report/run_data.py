@@ -1,4 +1,4 @@
-"""What lies in a run's folder, whether the run came to its end or not."""
+"""The files of a run directory, whether the run has finished or not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,36 +19,41 @@ from fgpt.io.files import read_json
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything a report is made of; what is not there is None, or empty."""
+    """Everything a report shows; what does not exist is None or empty."""
 
     folder: Path
     run: Mapping[str, Any]
     lines: Sequence[Line] = ()
-    """Of metrics.jsonl, one a step, in the steps' order."""
-    torn: int = 0
-    """Lines left out because their writing was cut short: 0 or 1."""
-    again: int = 0
-    """Steps that were done more than once, by a run that resumed before them."""
-    written: float | None = None
+    """The lines of metrics.jsonl, one for each step, in the order of the steps."""
+    truncated_lines: int = 0
+    """Incomplete lines at the end of metrics.jsonl, which are left out: 0 or 1."""
+    repeated_steps: int = 0
+    """Lines replaced by a later one of the same step, written by a run that resumed before it."""
+    last_write: float | None = None
     """When metrics.jsonl was last written to, in seconds since 1970."""
     status: Mapping[str, Any] | None = None
-    at_work: bool = False
-    """A process is training in the folder now."""
+    is_running: bool = False
+    """Whether a process is training in the run directory now."""
     environment: Mapping[str, Any] | None = None
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
-    """By the name of their file."""
+    """By the stem of their file."""
     scores: Mapping[str, Any] | None = None
-    """Of a run that classifies."""
+    """Scores of a classifier."""
     confusion: bytes | None = None
-    """A picture."""
+    """The confusion matrix, a PNG."""
     result: Mapping[str, Any] | None = None
-    """Of a pretraining, held out."""
+    """Held-out losses of a pretraining."""
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By the name of their file."""
+    """By the stem of their file."""
 
     @property
     def name(self) -> str:
         return str(self.run["name"])
+
+    @property
+    def directory(self) -> str:
+        """The run directory as a page may name it."""
+        return shareable(self.folder)
 
     @property
     def kind(self) -> str:
@@ -56,94 +61,101 @@ class RunData:
         return "classes" if "prompt" in self.run else "tuning" if "adapter" in self.run else "pretraining"
 
 
-def read(at: Path) -> RunData:
+def read(folder: Path) -> RunData:
     """Raises InputError for a file that is damaged."""
-    run = _object(at / run_dir.RUN)
+    run = _read_object(folder / run_dir.RUN)
     if not isinstance(run.get("name"), str):
-        raise InputError(f"{at / run_dir.RUN}: expected a run, which has a name")
-    metrics, confusion = at / run_dir.METRICS, at / run_dir.CONFUSION
-    lines, torn, again = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
+        raise InputError(f"{folder / run_dir.RUN}: expected a run, which has a name")
+    metrics, confusion = folder / run_dir.METRICS, folder / run_dir.CONFUSION
+    lines, truncated_lines, repeated_steps = read_lines(metrics) if metrics.is_file() else ([], 0, 0)
     return RunData(
-        folder=at,
+        folder=folder,
         run=shareable_fields(recipe_fields(run)),
         lines=lines,
-        torn=torn,
-        again=again,
-        written=metrics.stat().st_mtime if lines else None,
-        status=_if_there(at / run_dir.STATUS),
-        at_work=_locked(at / run_dir.LOCK),
-        environment=_if_there(at / run_dir.ENVIRONMENT),
-        comparisons={p.stem: read_comparison(p) for p in _results(at, "compare")},
-        scores=_if_there(at / run_dir.SCORES),
+        truncated_lines=truncated_lines,
+        repeated_steps=repeated_steps,
+        last_write=metrics.stat().st_mtime if lines else None,
+        status=_read_if_exists(folder / run_dir.STATUS),
+        is_running=_is_locked(folder / run_dir.LOCK),
+        environment=_read_if_exists(folder / run_dir.ENVIRONMENT),
+        comparisons={path.stem: read_comparison(path) for path in _result_files(folder, "compare")},
+        scores=_read_if_exists(folder / run_dir.SCORES),
         confusion=confusion.read_bytes() if confusion.is_file() else None,
-        result=_if_there(at / run_dir.RESULT),
-        evaluations={p.stem: _object(p) for p in _results(at, Path(run_dir.EVAL).stem)},
+        result=_read_if_exists(folder / run_dir.RESULT),
+        evaluations={path.stem: _read_object(path) for path in _result_files(folder, Path(run_dir.EVAL).stem)},
     )
 
 
-def _results(at: Path, kind: str) -> list[Path]:
-    """The files of results of a kind, that of the run's own settings first."""
-    return sorted([*at.glob(f"{kind}.json"), *at.glob(f"{kind}-*.json")], key=lambda p: p.stem)
+def _result_files(folder: Path, kind: str) -> list[Path]:
+    """The result files of a kind, that of the run's own settings first."""
+    return sorted([*folder.glob(f"{kind}.json"), *folder.glob(f"{kind}-*.json")], key=lambda path: path.stem)
 
 
 def read_lines(metrics: Path) -> tuple[list[Line], int, int]:
-    """The steps in their order, how many torn lines were left out, and how many a later line of their step replaced.
+    """The lines in the order of their steps, the number of incomplete lines left out, and the number of lines replaced
+    by a later one of the same step.
 
-    Raises InputError for a line that is no step.
+    Raises InputError for a line that is not a step's.
     """
     lines, data = read_metrics(metrics), metrics.read_bytes()
-    return lines, int(not data.endswith(b"\n")) if data else 0, data.count(b"\n") - len(lines)
+    truncated = int(bool(data) and not data.endswith(b"\n"))
+    return lines, truncated, data.count(b"\n") - len(lines)
 
 
 def read_comparison(path: Path) -> Comparison:
-    """What compare.json holds, which is all but the tokens of the answers.
+    """The comparison in a compare.json, which has everything but the tokens of the answers.
 
-    Raises InputError for a file that is none.
+    Raises InputError for a file that is not a comparison.
     """
-    held = _object(path)
+    content = _read_object(path)
     try:
-        settings, scores, answers = held["settings"], held["scores"], held["answers"]
-        _check_comparison(scores, answers)
-        rows = [InstructionRow(x["instruction"], x["input"], x["reference"]) for x in answers]
-        told = {side: [Answer(x[side]["text"], (), x[side]["finished"]) for x in answers] for side in scores}
-        return Comparison(path.stem, _about(settings, len(rows)), rows, told, scores, settings)
+        settings, scores, entries = content["settings"], content["scores"], content["answers"]
+        _check_comparison(scores, entries)
+        rows = [InstructionRow(entry["instruction"], entry["input"], entry["reference"]) for entry in entries]
+        answers = {}
+        for side in scores:
+            answers[side] = [Answer(entry[side]["text"], (), entry[side]["finished"]) for entry in entries]
+        return Comparison(path.stem, _about(settings, len(rows)), rows, answers, scores, settings)
     except (KeyError, TypeError, AttributeError, IndexError) as err:
         raise InputError(
-            f"{path}: not a comparison of this version ({err}); write it anew: just compare {path.parent}"
+            f"{path}: not a comparison of this version ({err}); write it again: just compare {path.parent}"
         ) from None
 
 
-def _check_comparison(scores: Any, answers: Any) -> None:
-    """Raises TypeError for scores that are not numbers of the same names on every side, and for answers of which a part
-    is no text.
+def _check_comparison(scores: Any, entries: Any) -> None:
+    """Raises TypeError if the sides have different scores, a score is not a number, or a part of an answer is not a
+    string.
     """
     sides = list(scores.values()) if isinstance(scores, dict) else []
     if not sides or not all(isinstance(side, dict) and side.keys() == sides[0].keys() for side in sides):
         raise TypeError("expected the same scores for each side")
-    if odd := [x for side in sides for x in side.values() if isinstance(x, bool) or not isinstance(x, int | float)]:
-        raise TypeError(f"a score is {shown(odd[0])}: expected a number")
-    if not isinstance(answers, list):
-        raise TypeError(f"its answers are {shown(answers)}: expected a list")
-    texts = [x[name] for x in answers for name in ("instruction", "input", "reference")]
-    texts += [x[side]["text"] for x in answers for side in scores]
-    if odd := [text for text in texts if not isinstance(text, str)]:
-        raise TypeError(f"a prompt or an answer is {shown(odd[0])}: expected a text")
+    for score in (score for side in sides for score in side.values()):
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise TypeError(f"a score is {shown(score)}: expected a number")
+    if not isinstance(entries, list):
+        raise TypeError(f"its answers are {shown(entries)}: expected a list")
+    texts = [entry[name] for entry in entries for name in ("instruction", "input", "reference")]
+    texts += [entry[side]["text"] for entry in entries for side in scores]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt or an answer is {shown(text)}: expected a string")
 
 
-def _about(settings: Mapping[str, Any], rows: int) -> list[str]:
-    chosen = [f"{name.replace('_', '-')} {x}" for name, x in settings["sampling"].items() if x]
-    how = ", ".join(
-        [*chosen, f"seed {settings['seed']}"] if settings["sampling"]["temperature"] else ["greedy", *chosen]
-    )
-    over = f" and {settings['quantize']}" if settings["quantize"] else ""
+def _about(settings: Mapping[str, Any], num_rows: int) -> list[str]:
+    decoding = [f"{name.replace('_', '-')} {value}" for name, value in settings["sampling"].items() if value]
+    if settings["sampling"]["temperature"]:
+        decoding.append(f"seed {settings['seed']}")
+    else:
+        decoding.insert(0, "greedy")
+    precision = settings["dtype"] + (f" and {settings['quantize']}" if settings["quantize"] else "")
     return [
-        f"{rows} {settings['prompts']}; base {shareable(settings['base'])} in {settings['dtype']}{over}; "
-        f"decoding, the same for all: {how}, at most {settings['most']} tokens."
+        f"{num_rows} {settings['prompts']}; base {shareable(settings['base'])} in {precision}; "
+        f"decoding, the same for all: {', '.join(decoding)}, at most {settings['max_new_tokens']} new tokens."
     ]
 
 
-def _locked(path: Path) -> bool:
-    """Whether a process holds the lock, which ends with it, however that ends."""
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; a process that ends, however it ends, releases it."""
     if not path.is_file() or path.is_symlink():  # to lock a file is to empty it
         return False
     lock = FileLock(path)
@@ -155,12 +167,12 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _object(path: Path) -> dict[str, Any]:
-    held = read_json(path)
-    if not isinstance(held, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(held).__name__}")
-    return held
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
-def _if_there(path: Path) -> dict[str, Any] | None:
-    return _object(path) if path.is_file() else None
+def _read_if_exists(path: Path) -> dict[str, Any] | None:
+    return _read_object(path) if path.is_file() else None

@@ -1,136 +1,130 @@
-"""The sections of a report, in their order: the training, what came of it, and how it was set up. What is not there is
-said in a line.
-"""
+"""The sections of a report, in order: the training, its results, the evaluation, the options, the environment."""
 
-import html
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from fgpt.cli.paths import without_paths
-from fgpt.cli.report.config_diff import Option, command, options, said
-from fgpt.cli.report.curves import curves, figures
-from fgpt.cli.report.page import Section, missing, table
-from fgpt.cli.report.results import classes, comparison, evaluation, heldout, resume, rows_of
+from fgpt.cli.paths import shareable, without_paths
+from fgpt.cli.report import config_diff
+from fgpt.cli.report.curves import curves, key_numbers
+from fgpt.cli.report.formatting import table_rows
+from fgpt.cli.report.results import classification_scores, evaluations, heldout_losses
 from fgpt.cli.report.run_data import RunData
 
 
-def sections(found: RunData) -> list[Section]:
-    """All of them, in their order."""
-    by_kind = {"tuning": comparison, "classes": classes, "pretraining": heldout}
+@dataclass(frozen=True)
+class Section:
+    id: str
+    heading: str
+    values: Mapping[str, Any]
+    """What the template of the section, sections/ID.html, shows."""
+
+
+class Ending(NamedTuple):
+    """How a run ended: in a word, the color of that word, and in a sentence."""
+
+    state: str
+    color: str
+    sentence: str
+
+
+def sections(data: RunData) -> list[Section]:
+    """All sections. One that lacks its data says so, and which command makes it.
+
+    Raises InputError for results that are not of this version.
+    """
+    results = {"tuning": _comparisons, "classes": _scores, "pretraining": _heldout}
     return [
-        training(found),
-        by_kind[found.kind](found),
-        evaluation(found),
-        config(found),
-        environment(found),
-        reproduce(found),
+        _training(data),
+        results[data.kind](data),
+        Section("evaluation", "Evaluation", {"evaluations": evaluations(data)}),
+        _config(data),
+        Section("environment", "Environment", {"rows": table_rows(data.environment or {})}),
+        Section("reproduce", "Reproduce", {}),
     ]
 
 
-def summary(found: RunData) -> str:
-    """One line of HTML: what was trained, and how it ended."""
-    run, (state, color, _) = found.run, ending(found)
-    adapter = run.get("adapter")
-    over = f" on {run['quantize']} {run['base']}" if run.get("quantize") else f" on {run.get('base')}"
-    what = f"{adapter.get('kind')}{over}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
-    data = run.get("data") or run.get("train") or run.get("source")
-    parts = [what, f"data {said(data)}" if data else "", f"{_steps(found)}"]
-    told = html.escape(", ".join(part for part in parts if part))
-    return f'{told} · <span class="state" style="--c: var(--{color})">{html.escape(state)}</span>'
+def summary(data: RunData) -> str:
+    """What was trained on what, and for how many steps."""
+    run, adapter = data.run, data.run.get("adapter")
+    base = f"{run['quantize']} {run['base']}" if run.get("quantize") else f"{run.get('base')}"
+    method = (
+        f"{adapter.get('kind')} on {base}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
+    )
+    source = run.get("data") or run.get("train") or run.get("source")
+    parts = [method, f"data {config_diff.as_text(source)}" if source else "", _steps(data)]
+    return ", ".join(part for part in parts if part)
 
 
-def ending(found: RunData) -> tuple[str, str, str]:
-    """How the run ended: in a word, its color, and in a sentence."""
+def ending(data: RunData) -> Ending:
+    """How the run ended, by status.json and the lock of its directory."""
     last = "no step has been written"
-    if found.lines and found.written is not None:
-        at = datetime.fromtimestamp(found.written, UTC)
-        last = f"the last figure, of step {found.lines[-1]['step']:g}, was written at {at:%Y-%m-%d %H:%M} UTC"
-    status = found.status or {}
+    if data.lines and data.last_write is not None:
+        time = datetime.fromtimestamp(data.last_write, UTC)
+        last = f"the last metrics, of step {data.lines[-1]['step']:g}, were written at {time:%Y-%m-%d %H:%M} UTC"
+    status = data.status or {}
+    reason = status.get("why")
+    reason = without_paths(reason) if isinstance(reason, str) else "the reason is not recorded"
+    endings = {
+        "finished": Ending("finished", "c3", f"The training finished; {last}."),
+        "interrupted": Ending("interrupted", "warn", f"The training was interrupted; {last}."),
+        "failed": Ending("failed", "warn", f"The training failed: {reason}; {last}."),
+        "running": Ending("running", "c1", f"The training is running; {last}."),
+        "killed": Ending(
+            "killed", "warn", f"The training ended without recording why, as a killed process does; {last}."
+        ),
+        "unknown": Ending(
+            "end not recorded", "c0", f"The run directory does not record how the training ended; {last}."
+        ),
+    }
     state = status.get("state")
-    if state == "finished":
-        return "finished", "c3", f"The training came to its end; {last}."
-    if state == "interrupted":
-        return "interrupted", "warn", f"The training was interrupted; {last}."
-    if state == "failed":
-        return "failed", "warn", f"The training failed: {_why(status)}; {last}."
-    if state == "running" and found.at_work:
-        return "running", "c1", f"The training is at work; {last}."
-    if state == "running":
-        return "killed", "warn", f"The training ended without a word, as a killed process does; {last}."
-    return "end not recorded", "c0", f"The folder does not say how the training ended; {last}."
+    if state == "running" and not data.is_running:
+        state = "killed"
+    return endings.get(state if isinstance(state, str) else "unknown", endings["unknown"])
 
 
-def _why(status: Mapping[str, Any]) -> str:
-    why = status.get("why")
-    return without_paths(why) if isinstance(why, str) else "it is not recorded why"
+def resume_command(data: RunData) -> str:
+    """The command that continues a run from its last checkpoint; empty if there is nothing to continue."""
+    if (data.status or {}).get("state") == "finished":
+        return ""
+    return f"just train {shlex.quote(shareable(data.folder))} --resume"
 
 
-def _steps(found: RunData) -> str:
-    done = found.lines[-1]["step"] if found.lines else 0
-    every = (found.status or {}).get("steps")
-    return f"{done:,} of {every:,} steps" if isinstance(every, int) and every else f"{done:,} steps"
+def _steps(data: RunData) -> str:
+    done = data.lines[-1]["step"] if data.lines else 0
+    total = (data.status or {}).get("steps")
+    return f"{done:,} of {total:,} steps" if isinstance(total, int) and total else f"{done:,} steps"
 
 
-def training(found: RunData) -> Section:
-    notes = [ending(found)[2]]
-    if found.torn:
-        notes += ["The last line of metrics.jsonl was cut off in the middle, and is left out."]
-    if found.again:
-        notes += [
-            f"{found.again:,} lines are of steps that were done again after a resumption: the later ones are drawn."
-        ]
-    told = f'<p class="missing">{html.escape(" ".join(notes))}</p>'
-    if not found.lines:
-        return "training", "Training", told + missing("No step was written", command(found.run))
-    tiles = "".join(
-        f'<div title="{html.escape(about)}"><dt>{html.escape(name)}</dt><b>{html.escape(value)}</b>'
-        f'<span class="note">{html.escape(about)}</span></div>'
-        for name, value, about in figures(found.lines)
-    )
-    unit = "example" if found.kind == "classes" else "token"
-    drawn = f'<dl class="tiles">{tiles}</dl><div class="curves">{curves(found.lines, unit)}</div>'
-    return "training", "Training", told + drawn
+def _training(data: RunData) -> Section:
+    notes = [ending(data).sentence]
+    if data.truncated_lines:
+        notes.append("The last line of metrics.jsonl is incomplete and left out.")
+    if data.repeated_steps:
+        notes.append(f"{data.repeated_steps:,} lines are of steps repeated after resuming: the later ones are drawn.")
+    unit = "example" if data.kind == "classes" else "token"
+    values = {"note": " ".join(notes), "numbers": key_numbers(data.lines), "plots": curves(data.lines, unit)}
+    return Section("training", "Training", values)
 
 
-def config(found: RunData) -> Section:
-    every = options(found.run)
-    named = any(option.known for option in every)
-    changed = sum(option.differs for option in every)
-    about = f"{changed or 'No'} option{'s differ' if changed != 1 else ' differs'} from {found.name}'s own."
-    told = about if named else f"There is no run named {found.name} in this version to compare with."
-    rows = "".join(map(_option, every))
-    view = (
-        f'<table><thead><tr><th scope="col">option</th><th>this run</th><th>{html.escape(found.name)}</th></tr></thead>'
-    )
-    return (
-        "config",
-        "Options",
-        f'<p class="missing">{html.escape(told)}</p><div class="wide own">{view}<tbody>{rows}</tbody></table></div>',
-    )
+def _comparisons(data: RunData) -> Section:
+    return Section("comparison", "Samples and comparison", {"comparisons": data.comparisons})
 
 
-def _option(option: Option) -> str:
-    usual = said(option.default) if option.differs else ""
-    kind = ' class="changed"' if option.differs else ""
-    return (
-        f"<tr{kind}>"
-        f'<th scope="row">{html.escape(option.name)}</th><td class="said">{html.escape(said(option.value))}</td>'
-        f'<td class="said">{html.escape(usual)}</td></tr>'
-    )
+def _scores(data: RunData) -> Section:
+    return Section("scores", "Scores", {"scores": classification_scores(data)})
 
 
-def environment(found: RunData) -> Section:
-    if found.environment is None:
-        text = missing(
-            "The machine and the versions were not recorded; a run of this version records them", command(found.run)
-        )
-        return "environment", "Environment", text
-    return "environment", "Environment", table(rows_of(found.environment))
+def _heldout(data: RunData) -> Section:
+    return Section("heldout", "Held-out text", {"losses": heldout_losses(data)})
 
 
-def reproduce(found: RunData) -> Section:
-    told = f"<p>To have it again:</p><pre>{html.escape(command(found.run))}</pre>"
-    if (found.status or {}).get("state") in ("running", "interrupted", "failed"):
-        told += f"<p>To go on from its last checkpoint:</p><pre>{html.escape(resume(found))}</pre>"
-    return "again", "Again", told
+def _config(data: RunData) -> Section:
+    options = config_diff.options(data.run)
+    changed = sum(option.differs for option in options)
+    note = f"{changed or 'No'} option{'s differ' if changed != 1 else ' differs'} from the recipe {data.name}."
+    if not any(option.in_recipe for option in options):
+        note = f"This version has no recipe {data.name} to compare with."
+    return Section("config", "Options", {"note": note, "options": options})

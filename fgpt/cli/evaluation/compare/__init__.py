@@ -1,8 +1,8 @@
-"""Base and tuned side by side on the same prompts: the same decoding for each, scores on top.
+"""Base and tuned runs side by side on the same prompts: the same decoding for each, scores on top.
 
 compare.md, compare.html    for a reader
-compare.json                scores, answers, and how they were written
-compare-3-prompts.*         the same of other settings than the run's own, which the name says
+compare.json                scores, answers, and the settings they were generated with
+compare-3-prompts.*         the same with other settings than the run's own, named by those
 """
 
 import dataclasses
@@ -12,14 +12,19 @@ from pathlib import Path
 
 from fgpt.cli import results as result_files
 from fgpt.cli.console import console, progress, show_progress
-from fgpt.cli.evaluation.compare import contenders as compare_sides
-from fgpt.cli.evaluation.compare import prompts as compare_asked
+from fgpt.cli.evaluation.compare import contenders, prompts
 from fgpt.cli.evaluation.compare.contenders import BASE, Contender
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import markdown, show
 from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
-from fgpt.cli.evaluation.compare.scores import asked_scores, reference_scores, referenced, rouge_scores, text_scores
+from fgpt.cli.evaluation.compare.scores import (
+    instruction_scores,
+    reference_examples,
+    reference_scores,
+    rouge_scores,
+    text_scores,
+)
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.data.prompt_templates import InstructionRow
@@ -33,134 +38,158 @@ from fgpt.recipes import InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
-NAME, ENDINGS = "compare", (".json", ".md", ".html")
+NAME, SUFFIXES = "compare", (".json", ".md", ".html")
 
-AT_ONCE = 32
+BATCH_SIZE = 32
 """Prompts answered in one batch."""
 
 
 def compare_after_training(run: InstructionRecipe, out: Path, heldout: Sequence[InstructionRow]) -> Comparison:
     """The answers of base and tuned model to held-out prompts, and their scores."""
-    sides = compare_sides.from_runs([run], [out])
+    sides = contenders.from_runs([run], [out])
     return compare_contenders(sides, held_out(sides, heldout, run.compare_prompts), DEFAULT_DECODING)
 
 
 def compare_runs(
     names: Sequence[str],
-    alike: ComparisonDecoding = DEFAULT_DECODING,
-    prompts: str | None = None,
-    count: int | None = None,
+    decoding: ComparisonDecoding = DEFAULT_DECODING,
+    prompt_source: str | None = None,
+    num_prompts: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Compare trained runs with their base and with each other: on the first run's held-out prompts, or those of a
-    file; the first `count` of them. What is found goes into the run's folder; for several into compare-NAMES beside
-    the first; or into `out`. Its name is that of its settings, and a comparison of others is not written over.
+    """Compare trained runs with their base and with each other, and write the comparison. Its file name is that of its
+    settings, and a comparison with other settings is not overwritten.
 
-    Raises InputError, before anything slow begins, for what `compare_sides.find` and `prompt_file.read` refuse.
+    Args:
+        names: Names of runs, or their directories.
+        decoding: How every side generates.
+        prompt_source: A file of prompts; None takes what the first run held out.
+        num_prompts: Only the first prompts; None takes all of a file, and of held-out ones as many as after training.
+        out: None takes the run directory, and for several runs compare-NAMES beside the first.
+
+    Raises InputError, before anything slow begins, for what `contenders.find` and `prompt_file.read` refuse.
     """
-    sides = compare_sides.find(names)
-    if count is not None and count < 1:
-        raise InputError(f"count is {count}: expected 1 or more prompts")
-    first, own = sides[0].run, len(sides) == 2 and out is None
-    out = out or _place(sides)
-    _writable(out)
-    if prompts is None:
-        _, heldout = load_instruction_split(first)
-        asked = held_out(sides, heldout, count or first.compare_prompts or InstructionRecipe.compare_prompts)
+    sides = contenders.find(names)
+    if num_prompts is not None and num_prompts < 1:
+        raise InputError(f"num_prompts is {num_prompts}: expected 1 or more")
+    first, in_run_dir = sides[0].run, len(sides) == 2 and out is None
+    out = out or _default_out(sides)
+    _check_writable(out)
+    if prompt_source is None:
+        count = num_prompts or first.compare_prompts or InstructionRecipe.compare_prompts
+        chosen = held_out(sides, load_instruction_split(first)[1], count)
     else:
-        asked = compare_asked.from_file(sides, prompts, count)
-    found, short = compare_contenders(sides, asked, alike), "-".join([NAME, *_of_file(prompts)])
-    full = "-".join([short, *_others(first, prompts, count, alike)])
-    names = [full] if own else [short, full]  # a folder of its own needs no long names while it holds one comparison
-    save(found, out, result_files.free_name(out, names, found.settings, ENDINGS))
+        chosen = prompts.from_file(sides, prompt_source, num_prompts)
+    comparison = compare_contenders(sides, chosen, decoding)
+    short = NAME if prompt_source is None else f"{NAME}-{result_files.name_part(Path(prompt_source).stem)}"
+    full = "-".join([short, *_other_settings(first, prompt_source, num_prompts, decoding)])
+    stems = [full] if in_run_dir else [short, full]  # in a directory of its own the first comparison has a short name
+    save(comparison, out, result_files.free_name(out, stems, comparison.settings, SUFFIXES))
 
 
-def _of_file(prompts: str | None) -> list[str]:
-    return [] if prompts is None else [result_files.name_part(Path(prompts).stem)]
+def _other_settings(
+    run: InstructionRecipe, prompt_source: str | None, num_prompts: int | None, decoding: ComparisonDecoding
+) -> list[str]:
+    """The settings that differ from those of a comparison after training, as parts of a file name."""
+    usual = None if prompt_source is not None else run.compare_prompts or InstructionRecipe.compare_prompts
+    parts = []
+    if num_prompts is not None and num_prompts != usual:
+        parts.append(f"{num_prompts}-prompts")
+    if decoding.max_new_tokens not in (None, run.max_new_tokens):
+        parts.append(f"max-new-tokens-{decoding.max_new_tokens}")
+    for name, value in dataclasses.asdict(decoding.sampling).items():
+        if value:
+            parts.append(f"{name.replace('_', '-')}-{value}")
+    if decoding.seed and decoding.sampling.temperature:
+        parts.append(f"seed-{decoding.seed}")
+    return parts
 
 
-def _others(run: InstructionRecipe, prompts: str | None, count: int | None, alike: ComparisonDecoding) -> list[str]:
-    """As parts of a name, the settings that are not those of a comparison after training."""
-    usual = None if prompts is not None else run.compare_prompts or InstructionRecipe.compare_prompts
-    parts = [f"{count}-prompts"] if count is not None and count != usual else []
-    parts += [f"most-{alike.max_new_tokens}"] if alike.max_new_tokens not in (None, run.max_new_tokens) else []
-    chosen = {name: x for name, x in dataclasses.asdict(alike.sampling).items() if x}
-    parts += [f"{name.replace('_', '-')}-{x}" for name, x in chosen.items()]
-    return parts + ([f"seed-{alike.seed}"] if alike.seed and alike.sampling.temperature else [])
-
-
-def compare_contenders(sides: Sequence[Contender], asked: ComparisonPrompts, alike: ComparisonDecoding) -> Comparison:
+def compare_contenders(
+    sides: Sequence[Contender], chosen: ComparisonPrompts, decoding: ComparisonDecoding
+) -> Comparison:
     """Every side's answers and scores.
 
     Raises InputError for a prompt that is too long for the model, before anything slow begins.
     """
-    first = sides[0].run
-    most = first.max_new_tokens if alike.max_new_tokens is None else alike.max_new_tokens
-    if most < 1:
-        raise InputError(f"most is {most}: expected 1 or more new tokens")
+    first, rows = sides[0].run, chosen.rows
+    max_new_tokens = first.max_new_tokens if decoding.max_new_tokens is None else decoding.max_new_tokens
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
     cfg, tokenizer = models.load_config_and_tokenizer(first.base)
-    prompts = {side.name: compare_sides.prompts(side, asked.rows, tokenizer) for side in sides}
-    compare_asked.check(prompts, cfg.n_ctx)
-    references = referenced(cfg, tokenizer, sides, asked.rows)
-    params = compare_sides.params(sides)
-    order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i].instruction + asked.rows[i].input))
-    found: dict[str, list[Answer]] = {}
+    encoded = {side.name: contenders.encode_prompts(side, rows, tokenizer) for side in sides}
+    prompts.check(encoded, cfg.n_ctx)
+    references = reference_examples(cfg, tokenizer, sides, rows)
+    params = contenders.load_params(sides)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].instruction + rows[i].input))
+    answers: dict[str, list[Answer]] = {}
     for name, model in params.items():
-        console.print(f"{name}: answering {len(asked.rows)} {asked.source} ..")
-        found[name] = answers(model, tokenizer, prompts[name], order, most, alike.sampling, alike.seed)
-    scores = {
-        side.name: asked_scores(asked.rows, found[side.name])
-        | reference_scores(params[side.name], examples, "held-out " if asked.heldout else "")
-        | rouge_scores(asked.rows, found[side.name])
-        | text_scores(params[BASE], prompts[side.name], found[side.name], tokenizer.eos)
-        for side, examples in progress([*zip(sides, references, strict=True)], "scoring the answers of each side")
-    }
-    about, settings = compare_asked.about(sides, asked, most, alike), compare_asked.settings(sides, asked, most, alike)
-    return Comparison(compare_asked.title(sides), about, asked.rows, found, scores, settings)
+        console.print(f"{name}: answering {len(rows)} {chosen.source} ..")
+        answers[name] = generate_answers(
+            model, tokenizer, encoded[name], order, max_new_tokens, decoding.sampling, decoding.seed
+        )
+    scores = {}
+    for side, examples in progress([*zip(sides, references, strict=True)], "scoring the answers of each side"):
+        scores[side.name] = (
+            instruction_scores(rows, answers[side.name])
+            | reference_scores(params[side.name], examples, "held-out " if chosen.heldout else "")
+            | rouge_scores(rows, answers[side.name])
+            | text_scores(params[BASE], encoded[side.name], answers[side.name], tokenizer.eos)
+        )
+    about = prompts.about(sides, chosen, max_new_tokens, decoding)
+    settings = prompts.settings(sides, chosen, max_new_tokens, decoding)
+    return Comparison(prompts.title(sides), about, rows, answers, scores, settings)
 
 
-def answers(
+def generate_answers(
     params: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
     order: Sequence[int],
-    most: int,
+    max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
     seed: int = 0,
 ) -> list[Answer]:
-    """Answers to the prompts, in their order. `order` is that in which they are written, `AT_ONCE` at a time: prompts
-    of equal length as neighbors want little padding. Each draws by a key that its place in `order` gives.
+    """Answers to the prompts, in the order of the prompts.
+
+    Args:
+        encoded: The tokens of each prompt.
+        order: The order in which they are generated, `BATCH_SIZE` at a time: prompts of equal length in one batch need
+            little padding. An answer samples with a key that its position in `order` gives.
     """
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     with show_progress("answering", len(order)) as advance:
-        for i in range(0, len(order), AT_ONCE):
-            some = order[i : i + AT_ONCE]
-            rng = fold_in(key(seed), i) if sampling.temperature else None
-            made = generate(params, [prompts[j] for j in some], tokenizer.eos_token_ids, most, sampling, rng)
-            for at, it in zip(some, made, strict=True):
-                found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
-            advance(len(some))
-    return [found[i] for i in range(len(prompts))]
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
+            rng = fold_in(key(seed), start) if sampling.temperature else None
+            outputs = generate(
+                params, [encoded[i] for i in batch], tokenizer.eos_token_ids, max_new_tokens, sampling, rng
+            )
+            for i, output in zip(batch, outputs, strict=True):
+                text = tokenizer.decode(output.tokens).strip()
+                answers[i] = Answer(text, tuple(output.tokens), output.finished)
+            advance(len(batch))
+    return [answers[i] for i in range(len(encoded))]
 
 
-def save(found: Comparison, out: Path, name: str) -> None:
-    """Write what was found into `out`, and print it in short."""
-    text, html = markdown(found), page(found)  # both, before the first file is there
-    write_json(out / f"{name}.json", as_json(found))
-    write(out / f"{name}.md", text)
-    write(out / f"{name}.html", html)
-    show(found)
-    console.print(f"all {len(found.rows)} answers: {out / name}.md and .html")
+def save(comparison: Comparison, out: Path, stem: str) -> None:
+    """Write a comparison into `out`, and print it in short."""
+    text, html = markdown(comparison), page(comparison)  # both, before the first file is written
+    write_json(out / f"{stem}.json", as_json(comparison))
+    write(out / f"{stem}.md", text)
+    write(out / f"{stem}.html", html)
+    show(comparison)
+    console.print(f"all {len(comparison.rows)} answers: {out / stem}.md and .html")
 
 
-def _place(sides: Sequence[Contender]) -> Path:
-    """The run's folder, or for several runs a folder of their names beside the first."""
+def _default_out(sides: Sequence[Contender]) -> Path:
+    """The run directory, or for several runs a directory of their names beside the first."""
     tuned = [(side.name.replace("/", "-"), side.folder) for side in sides if side.folder is not None]
     first = tuned[0][1]
     return first if len(tuned) == 1 else first.parent / "-".join(["compare", *(name for name, _ in tuned)])
 
 
-def _writable(out: Path) -> None:
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"cannot write into {out}: {there} is no folder that can be written; choose another --out")
+def _check_writable(out: Path) -> None:
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write into {out}: {existing} is not a writable directory; choose another --out")

@@ -1,4 +1,4 @@
-"""Who answers in a comparison: the base, and each run that was tuned from it."""
+"""The sides of a comparison: the base, and each run that was tuned from it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,82 +21,82 @@ BASE, TUNED = "base", "tuned"
 class Contender:
     name: str
     run: InstructionRecipe
-    """Whose template it answers in; the base in the first run's."""
+    """In whose template it answers; the base in the first run's."""
     folder: Path | None = None
-    """Where that is which was trained; None for the base."""
+    """The run directory; None for the base."""
 
 
 def find(names: Sequence[str]) -> list[Contender]:
-    """The sides of a comparison of runs, by name or folder: the base first.
+    """The sides of a comparison of runs, given by name or directory: the base first.
 
-    Raises InputError for no run, one that is not there, one given twice, or one over another base than the first's.
+    Raises InputError for no run, one that does not exist, one given twice, or one with another base than the first's.
     """
     if not names:
-        there = ", ".join(run_dir.run_names()) or "none yet: just train lora-nano makes one"
-        raise InputError(f"expected a run or several: just compare RUN [RUN2 ..]; under runs/ there are {there}")
+        existing = ", ".join(run_dir.run_names()) or "none yet: just train lora-nano makes one"
+        raise InputError(f"expected one or more runs: just compare RUN [RUN2 ..]; under runs/ there are {existing}")
     folders = [run_dir.find_finished(name) for name in names]
     runs = [run_dir.instruction_run(path) for path in folders]
-    for name, times in Counter(path.resolve() for path in folders).items():
+    for path, times in Counter(path.resolve() for path in folders).items():
         if times > 1:
-            raise InputError(f"the run {name.name} is given {times} times: once is enough")
+            raise InputError(f"the run {path.name} is given {times} times: give it once")
     for name, run in zip(names[1:], runs[1:], strict=True):
-        if _over(run) != _over(runs[0]):
+        if _base_of(run) != _base_of(runs[0]):
             raise InputError(
-                f"{name} was trained over {_told(run)}, {names[0]} over {_told(runs[0])}: an adapter answers over its "
-                "own base alone; compare them apart"
+                f"{name} was trained on {_describe_base(run)}, {names[0]} on {_describe_base(runs[0])}: an adapter "
+                "works on its own base only; compare them separately"
             )
     return from_runs(runs, folders)
 
 
 def from_runs(runs: Sequence[InstructionRecipe], folders: Sequence[Path]) -> list[Contender]:
-    """The base, and the runs that left `folders`: one is called "tuned", several go by their folders' names."""
+    """The base and the runs of these directories: one run is called "tuned", several have their directories' names."""
     names = [TUNED] if len(runs) == 1 else labels([path.resolve() for path in folders])
     tuned = [Contender(name, run, path) for name, run, path in zip(names, runs, folders, strict=True)]
     return [Contender(BASE, runs[0]), *tuned]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The last names of each path, as many as tell them all apart, and from the base."""
-    deepest = max(len(path.parts) for path in folders)
-    for n in range(1, deepest + 1):
-        found = ["/".join(path.parts[-n:]) for path in folders]
-        if len({BASE, *found}) == 1 + len(found):
-            return found
-    raise InputError("the same folder twice: expected different ones")
+    """The last parts of each path, as many as make them different from each other and from "base"."""
+    depth = max(len(path.parts) for path in folders)
+    for n in range(1, depth + 1):
+        names = ["/".join(path.parts[-n:]) for path in folders]
+        if len({BASE, *names}) == 1 + len(names):
+            return names
+    raise InputError("the same directory twice: expected different ones")
 
 
-def prompts(side: Contender, rows: Sequence[InstructionRow], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """The rows' prompts in the side's template."""
+def encode_prompts(side: Contender, rows: Sequence[InstructionRow], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens of the rows' prompts in the side's template."""
     return [encode_prompt(row, template(side.run.template), tokenizer) for row in rows]
 
 
-def params(sides: Sequence[Contender]) -> dict[str, GPT]:
-    """Each side's params, by its name, on the first run's device. The base is loaded once, and every adapter lies over
-    it; twice where one run adapts q, k and v as one and another does not.
+def load_params(sides: Sequence[Contender]) -> dict[str, GPT]:
+    """The params of each side by its name, on the first run's device. The base is loaded once and shared by every
+    adapter; twice if one run adapts fused q, k and v and another does not.
 
     Raises InputError for an adapter that does not fit.
     """
     bases: dict[bool, GPT] = {}
-    found: dict[str, GPT] = {}
+    params: dict[str, GPT] = {}
     for side in sides:
-        alike = adapts_fused_qkv(side.run)
-        if alike not in bases:
-            bases[alike] = load_base(replace(side.run, device=sides[0].run.device))
-        found[side.name] = bases[alike] if side.folder is None else run_dir.load_tuned(side.folder, bases[alike])
-    return found
+        fused = adapts_fused_qkv(side.run)
+        if fused not in bases:
+            bases[fused] = load_base(replace(side.run, device=sides[0].run.device))
+        params[side.name] = bases[fused] if side.folder is None else run_dir.load_tuned(side.folder, bases[fused])
+    return params
 
 
 def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:
-    """Whether `run` may have been trained on rows that `first` held out: the same data, split otherwise."""
-    same = run.data == first.data and run.data != "nano"  # the embedded data has a split of its own
+    """Whether `run` may have been trained on rows that `first` held out: the same data with another split."""
+    same = run.data == first.data and run.data != "nano"  # the embedded data has a fixed split
     return same and (run.seed != first.seed or run.num_heldout < first.num_heldout)
 
 
-def _over(run: InstructionRecipe) -> tuple[object, ...]:
+def _base_of(run: InstructionRecipe) -> tuple[object, ...]:
     """What a run's adapter belongs to."""
-    there = run.base not in models.EMBEDDED and Path(run.base).exists()
-    return Path(run.base).resolve() if there else run.base, run.dtype, run.quantize
+    is_path = run.base not in models.EMBEDDED and Path(run.base).exists()
+    return Path(run.base).resolve() if is_path else run.base, run.dtype, run.quantize
 
 
-def _told(run: InstructionRecipe) -> str:
+def _describe_base(run: InstructionRecipe) -> str:
     return f"{run.base} in {run.dtype}" + (f" and {run.quantize}" if run.quantize else "")

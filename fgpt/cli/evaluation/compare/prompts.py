@@ -1,4 +1,4 @@
-"""What the sides of a comparison are asked, and the words and settings that say so."""
+"""The prompts of a comparison, and the sentences and settings that describe how they are answered."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli.console import console
-from fgpt.cli.evaluation.compare import contenders as compare_sides
-from fgpt.cli.evaluation.compare import prompt_file
+from fgpt.cli.evaluation.compare import contenders, prompt_file
 from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
@@ -20,38 +19,37 @@ from fgpt.errors import InputError
 from fgpt.io import models
 
 PENALTIES = ("repetition_penalty", "no_repeat_ngram")
-"""The filters that greedy decoding obeys, too."""
+"""The logits processors that apply to greedy decoding, too."""
 
 
 @dataclass(frozen=True)
 class ComparisonPrompts:
-    """What every side is asked."""
+    """What every side answers."""
 
     rows: Sequence[InstructionRow]
     source: str
-    """Where the rows are from, to be read after their number."""
+    """Where the rows come from, to be read after their number."""
     heldout: bool
 
 
 def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], count: int) -> ComparisonPrompts:
-    """The first `count` rows that the first run held out and whose prompts leave room to answer: of rows too long, the
-    run's training dropped its own.
+    """The first `count` rows that the first run held out and whose prompts leave tokens for an answer.
 
-    Raises InputError where there are none.
+    Raises InputError if there are none.
     """
     first = sides[0].run
     if not heldout:
-        raise InputError(f"{first.name} held no rows out: give prompts with --prompts FILE, or --prompts general")
+        raise InputError(f"{first.name} held out no rows: give prompts with --prompts FILE, or --prompts general")
     cfg, tokenizer = models.load_config_and_tokenizer(first.base)
-    encoded = [compare_sides.prompts(side, heldout, tokenizer) for side in sides]
-    rows = [row for i, row in enumerate(heldout) if all(len(some[i]) < cfg.n_ctx for some in encoded)]
+    encoded = [contenders.encode_prompts(side, heldout, tokenizer) for side in sides]
+    rows = [row for i, row in enumerate(heldout) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
     if not rows:
         raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.n_ctx} tokens: give --prompts")
     return ComparisonPrompts(rows[:count], f"held-out prompts of {first.name}", heldout=True)
 
 
 def from_file(sides: Sequence[Contender], source: str, count: int | None) -> ComparisonPrompts:
-    """The first `count` prompts of a file. FinQA's pages are shortened to where every side has room to answer.
+    """The first `count` prompts of a file. FinQA's texts are shortened so that every side has tokens left to answer.
 
     Raises InputError as `prompt_file.read` does.
     """
@@ -61,57 +59,70 @@ def from_file(sides: Sequence[Contender], source: str, count: int | None) -> Com
         width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
 
         def length(row: InstructionRow) -> int:
-            return finqa.ANSWER_TOKENS + max(len(compare_sides.prompts(side, [row], tokenizer)[0]) for side in sides)
+            return finqa.ANSWER_TOKENS + max(
+                len(contenders.encode_prompts(side, [row], tokenizer)[0]) for side in sides
+            )
 
-        rows, cut = finqa.shorten(rows, width, length)
-        if cut:
-            console.print(f"shortened the text of {cut:,} FinQA prompts to {width} tokens; their tables are whole")
+        rows, num_shortened = finqa.shorten(rows, width, length)
+        if num_shortened:
+            console.print(
+                f"shortened the text of {num_shortened:,} FinQA prompts to {width} tokens; their tables are complete"
+            )
     return ComparisonPrompts(rows, f"prompts of {Path(source).name}", heldout=False)
 
 
 def check(prompts: Mapping[str, Sequence[Sequence[int]]], context: int) -> None:
-    """Raises InputError for a prompt, of any side, that leaves no room in the context to answer."""
-    for side, some in prompts.items():
-        for number, prompt in enumerate(some, 1):
+    """Raises InputError for a prompt, of any side, that leaves no token of the context for an answer."""
+    for side, of_side in prompts.items():
+        for number, prompt in enumerate(of_side, 1):
             if len(prompt) >= context:
                 raise InputError(
                     f"prompt {number} has {len(prompt)} tokens in the template of {side}: expected at most "
-                    f"{context - 1}, the context less one to write; shorten it"
+                    f"{context - 1}, the context less one for the answer; shorten it"
                 )
 
 
 def title(sides: Sequence[Contender]) -> str:
-    """Who stands beside whom."""
+    """Who is compared with whom."""
     names = [side.name for side in sides[1:]]
     if len(names) == 1:
         return f"{sides[1].run.name}: base against tuned"
     return f"{sides[0].run.base} against {', '.join(names[:-1])} and {names[-1]}"
 
 
-def about(sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding) -> list[str]:
+def about(
+    sides: Sequence[Contender], chosen: ComparisonPrompts, max_new_tokens: int, decoding: ComparisonDecoding
+) -> list[str]:
     """How it is done, in sentences, and what to bear in mind."""
-    first, drawn = sides[0].run, alike.sampling.temperature > 0
-    chosen = {name: x for name, x in dataclasses.asdict(alike.sampling).items() if x and (drawn or name in PENALTIES)}
-    rule = [f"{name.replace('_', '-')} {value}" for name, value in chosen.items()]
-    how = ", ".join([*([] if drawn else ["greedy"]), *rule, *([f"seed {alike.seed}"] if drawn else [])])
-    templates = {side.run.template for side in sides}
-    look = (
-        f"the template {first.template}" if len(templates) == 1 else "each run's own template, the base in the first's"
-    )
-    over = f"{shareable(first.base)} in {first.dtype}" + (f" and {first.quantize}" if first.quantize else "")
-    told = [
-        f"Base: {over}.",
-        f"{len(asked.rows)} {asked.source}, in {look}.",
-        f"Decoding, the same for all: {how}, at most {most} tokens.",
+    first = sides[0].run
+    base = f"{shareable(first.base)} in {first.dtype}" + (f" and {first.quantize}" if first.quantize else "")
+    template = f"the template {first.template}"
+    if len({side.run.template for side in sides}) > 1:
+        template = "each run's own template, the base in the first's"
+    sentences = [
+        f"Base: {base}.",
+        f"{len(chosen.rows)} {chosen.source}, in {template}.",
+        f"Decoding, the same for all: {_describe(decoding)}, at most {max_new_tokens} new tokens.",
     ]
-    if asked.heldout:
-        seen = [side.name for side in sides if compare_sides.may_have_seen(side.run, first)]
-        told += [f"{name} held other rows out: it may have been trained on some of these." for name in seen]
-    return told
+    if chosen.heldout:
+        for side in sides:
+            if contenders.may_have_seen(side.run, first):
+                sentences.append(f"{side.name} held out other rows: it may have been trained on some of these.")
+    return sentences
+
+
+def _describe(decoding: ComparisonDecoding) -> str:
+    """The settings of decoding that have an effect."""
+    sampled = decoding.sampling.temperature > 0
+    words = [] if sampled else ["greedy"]
+    for name, value in dataclasses.asdict(decoding.sampling).items():
+        if value and (sampled or name in PENALTIES):
+            words.append(f"{name.replace('_', '-')} {value}")
+    return ", ".join([*words, f"seed {decoding.seed}"] if sampled else words)
 
 
 def settings(
-    sides: Sequence[Contender], asked: ComparisonPrompts, most: int, alike: ComparisonDecoding
+    sides: Sequence[Contender], chosen: ComparisonPrompts, max_new_tokens: int, decoding: ComparisonDecoding
 ) -> dict[str, Any]:
     """The same for a program."""
     first = sides[0].run
@@ -120,10 +131,10 @@ def settings(
         "dtype": first.dtype,
         "quantize": first.quantize,
         "trained": {side.name: training_id(side.folder) for side in sides if side.folder is not None},
-        "prompts": asked.source,
-        "prompts_sha256": content_hash(list(asked.rows)),
-        "most": most,
-        "sampling": dataclasses.asdict(alike.sampling),
-        "seed": alike.seed,
+        "prompts": chosen.source,
+        "prompts_sha256": content_hash(list(chosen.rows)),
+        "max_new_tokens": max_new_tokens,
+        "sampling": dataclasses.asdict(decoding.sampling),
+        "seed": decoding.seed,
         "templates": {side.name: side.run.template for side in sides},
     }

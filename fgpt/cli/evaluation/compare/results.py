@@ -1,4 +1,4 @@
-"""What a comparison found: answers and scores by side."""
+"""The outcome of a comparison: answers and scores by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from fgpt.data.prompt_templates import InstructionRow
 class Answer:
     text: str
     tokens: tuple[int, ...]
-    """As they were written, the end of text not among them."""
+    """As generated, without EOS."""
     finished: bool
-    """The model ended the answer by itself."""
+    """Whether the model finished the answer with EOS."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,31 @@ class Comparison:
         return list(self.answers)
 
     def cells(self) -> list[tuple[str, list[str]]]:
-        """Each score: its name, and its value at each side as text."""
+        """Each score: its name, and its value for each side as text."""
         names = list(self.scores[self.sides[0]])
         return [(name, [f"{self.scores[side][name]:,.2f}" for side in self.sides]) for name in names]
 
 
-MORE = ("points", "stories with", "ROUGE-L", "FinQA exact", "constraints met")
-LESS = ("held-out response", "response")
-"""How the names of scores begin of which more is better, or less. Of the others neither is by itself: an empty answer
-repeats nothing."""
+HIGHER_IS_BETTER = ("points", "stories with", "ROUGE-L", "FinQA exact", "constraints met")
+LOWER_IS_BETTER = ("held-out response", "response")
+"""How the names of such scores begin. The others are neither: an empty answer repeats nothing."""
 
 
 def best(name: str, values: Sequence[str]) -> list[bool]:
-    """Which of a score's values, as they are shown, are the best; none where there is no better, or all are alike."""
+    """Which values of a score, as text, are the best; none if the score has no better, or if all values are equal."""
     numbers = [float(value.replace(",", "")) for value in values]
-    choose = max if name.startswith(MORE) else min if name.startswith(LESS) else None
-    if choose is None or len(set(numbers)) == 1:
+    if len(set(numbers)) == 1 or not name.startswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
         return [False] * len(values)
-    return [number == choose(numbers) for number in numbers]
+    optimum = max(numbers) if name.startswith(HIGHER_IS_BETTER) else min(numbers)
+    return [number == optimum for number in numbers]
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
-    """What compare.json holds."""
-
-    def entry(i: int, row: InstructionRow) -> dict[str, Any]:
-        told = {side: {"text": some[i].text, "finished": some[i].finished} for side, some in found.answers.items()}
-        return {"instruction": row.instruction, "input": row.input, "reference": row.output, **told}
-
-    answers = [entry(i, row) for i, row in enumerate(found.rows)]
-    return {"settings": found.settings, "scores": found.scores, "answers": answers}
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The content of compare.json."""
+    entries = []
+    for i, row in enumerate(comparison.rows):
+        entry: dict[str, Any] = {"instruction": row.instruction, "input": row.input, "reference": row.output}
+        for side, answers in comparison.answers.items():
+            entry[side] = {"text": answers[i].text, "finished": answers[i].finished}
+        entries.append(entry)
+    return {"settings": comparison.settings, "scores": comparison.scores, "answers": entries}

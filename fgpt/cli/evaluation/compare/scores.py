@@ -1,4 +1,4 @@
-"""The scores of a comparison: what the rows ask for, how near their own answers are, and what the texts show."""
+"""The scores of a comparison: what the rows ask for, how likely their reference answers are, and text statistics."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
 from fgpt.cli.evaluation.metrics.nano import PARTS, Task, score
-from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated, rouge_l
+from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated_ngrams, rouge_l
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.model import GPT, Config
@@ -16,77 +16,77 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> list[Example]:
-    """The rows that fit the run's width, in its template."""
+    """The rows that fit the run's max_seq_len, in its template."""
     encoded = [encode(row, template(run.template), tokenizer) for row in rows]
     return packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0]
 
 
-def referenced(
+def reference_examples(
     cfg: Config, tokenizer: Tokenizer, sides: Sequence[Contender], rows: Sequence[InstructionRow]
 ) -> list[list[Example]]:
-    """For each side the rows that have an answer, in its template: those alone that fit every run's width, so that all
-    are measured on the same answers.
+    """For each side the rows that have a reference answer, in its template: only those that fit the max_seq_len of
+    every run, so that all sides are measured on the same answers.
     """
     width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
     answered = [row for row in rows if row.output.strip()]
     encoded = [[encode(row, template(side.run.template), tokenizer) for row in answered] for side in sides]
-    whole = [i for i in range(len(answered)) if all(len(some[i].tokens) <= width for some in encoded)]
-    return [[some[i] for i in whole] for some in encoded]
+    fits = [i for i in range(len(answered)) if all(len(examples[i].tokens) <= width for examples in encoded)]
+    return [[examples[i] for i in fits] for examples in encoded]
 
 
-def task_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
-    """Points by which the answers do what the instructions ask, where the rows say how to tell; else nothing."""
+def task_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
+    """Points for how far the answers do what the instructions ask, if every row says how to check it; else nothing."""
     tasks = [row for row in rows if isinstance(row, Task)]
     if not tasks or len(tasks) < len(rows):
         return {}
-    got = score(tasks, [a.text for a in found], [a.finished for a in found])
-    kinds = {f"points: {kind}": points for kind, points in got.by_kind.items()}
-    parts = {f"stories with the {part} asked for (%)": x for part, x in got.by_requirement.items() if part in PARTS}
-    return {"points (0 to 100)": got.points} | kinds | parts
+    scores = score(tasks, [answer.text for answer in answers], [answer.finished for answer in answers])
+    kinds = {f"points: {kind}": points for kind, points in scores.by_kind.items()}
+    parts = {f"stories with the {part} asked for (%)": x for part, x in scores.by_requirement.items() if part in PARTS}
+    return {"points (0 to 100)": scores.points} | kinds | parts
 
 
-def asked_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
-    """How far the answers do what the rows ask for, as far as a text shows it: points, FinQA's numbers, demands on the
-    answers' form; of each nothing where the rows are not such.
+def instruction_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
+    """How far the answers do what the rows ask for, as far as a text shows it: points of nano tasks, FinQA's numbers,
+    constraints on the form of the answer; of each nothing if the rows are not of that kind.
     """
-    said = [a.text for a in found]
-    return task_scores(rows, found) | finqa_score.score(rows, said) | constraints.score(rows, said)
+    texts = [answer.text for answer in answers]
+    return task_scores(rows, answers) | finqa_score.score(rows, texts) | constraints.score(rows, texts)
 
 
-def reference_scores(params: GPT, examples: Sequence[Example], what: str) -> dict[str, float]:
-    """How likely the rows' own answers are, end of text included; nothing where there are none. `what` they are goes
-    before the names.
-    """
+def reference_scores(params: GPT, examples: Sequence[Example], prefix: str) -> dict[str, float]:
+    """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
     if not examples:
         return {}
     loss = nats(params, examples)
-    return {f"{what}response loss (nats per token)": loss, f"{what}response perplexity": perplexity(loss)}
+    return {f"{prefix}response loss (nats per token)": loss, f"{prefix}response perplexity": perplexity(loss)}
 
 
-def rouge_scores(rows: Sequence[InstructionRow], found: Sequence[Answer]) -> dict[str, float]:
-    """How many words answers share with the rows' own, in their order, where there are such."""
-    pairs = [(row.output, answer.text) for row, answer in zip(rows, found, strict=True) if row.output.strip()]
+def rouge_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
+    """ROUGE-L of the answers against the reference answers; nothing if there are none."""
+    pairs = [(row.output, answer.text) for row, answer in zip(rows, answers, strict=True) if row.output.strip()]
     return {"ROUGE-L F1 (0 to 100)": rouge_l(*zip(*pairs))} if pairs else {}
 
 
-def text_scores(base: GPT, prompts: Sequence[Sequence[int]], found: Sequence[Answer], end: int) -> dict[str, float]:
-    """What the answers show by themselves. Perplexity is that of all their tokens under the base, given the prompts
-    they answer: far above the base's own, a text it would hardly write; far below, one that goes in circles.
+def text_scores(
+    base: GPT, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], eos_token_id: int
+) -> dict[str, float]:
+    """Statistics of the answers by themselves, and their perplexity under the base given the prompts: far above the
+    base's own, a text it would hardly generate; far below, a repetitive one.
     """
-    written = [
-        Example((*prompt, *a.tokens, *([end] if a.finished else [])), len(prompt))
-        for prompt, a in zip(prompts, found, strict=True)
-    ]
-    return shape_scores(found) | {"perplexity of the answers under the base": perplexity(nats(base, written))}
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        eos = [eos_token_id] if answer.finished else []
+        examples.append(Example((*prompt, *answer.tokens, *eos), len(prompt)))
+    return shape_scores(answers) | {"perplexity of the answers under the base": perplexity(nats(base, examples))}
 
 
-def shape_scores(found: Sequence[Answer]) -> dict[str, float]:
-    """What the answers show without a model: how they end, how long they are, how they repeat."""
-    texts = [a.text for a in found]
+def shape_scores(answers: Sequence[Answer]) -> dict[str, float]:
+    """Statistics that need no model: how the answers end, how long they are, how they repeat."""
+    texts = [answer.text for answer in answers]
     return {
-        "answers ended by the model (%)": 100 * mean([a.finished for a in found]),
-        "mean answer length (tokens)": mean([len(a.tokens) for a in found]),
-        "repeated 4-grams (%)": mean([repeated(text) for text in texts]),
+        "answers finished with EOS (%)": 100 * mean([answer.finished for answer in answers]),
+        "mean answer length (tokens)": mean([len(answer.tokens) for answer in answers]),
+        "repeated 4-grams (%)": mean([repeated_ngrams(text) for text in texts]),
         "distinct-1 (%)": distinct(texts, 1),
         "distinct-2 (%)": distinct(texts, 2),
     }

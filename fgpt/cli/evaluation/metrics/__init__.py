@@ -1,1 +1,1 @@
-"""What can be told of an answer without a judge."""
+"""Metrics of answers that need no judge."""

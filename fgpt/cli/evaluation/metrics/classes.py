@@ -1,4 +1,4 @@
-"""How well classes were told: accuracy, macro-F1, and which class was taken for which."""
+"""Classification metrics: accuracy, macro-F1 and the confusion matrix."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,37 +10,37 @@ from fgpt.cli.figures import escape_mathtext, save_png
 class Scores(TypedDict):
     accuracy: float
     macro_f1: float
-    """Mean over the classes that occur, truly or as told, of 2 · precision · recall / (precision + recall)."""
+    """Mean over the classes among the true or predicted labels of 2 · precision · recall / (precision + recall)."""
     f1: list[float]
     confusion: list[list[int]]
-    """Rows are the true classes, columns what was told."""
+    """Rows are true classes, columns predicted classes."""
 
 
 def scores(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Scores:
-    """Of one class told for each true one, both as numbers below `classes`."""
-    by, every = _metrics(), range(classes)
+    """The scores of one predicted class for each true one, both as integers below `classes`."""
+    metrics, labels = _sklearn_metrics(), range(classes)
     return {
-        "accuracy": float(by.accuracy_score(truth, predicted)),
-        "macro_f1": float(by.f1_score(truth, predicted, average="macro", zero_division=0)),
-        "f1": by.f1_score(truth, predicted, labels=every, average=None, zero_division=0).tolist(),
-        "confusion": by.confusion_matrix(truth, predicted, labels=every).tolist(),
+        "accuracy": float(metrics.accuracy_score(truth, predicted)),
+        "macro_f1": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0)),
+        "f1": metrics.f1_score(truth, predicted, labels=labels, average=None, zero_division=0).tolist(),
+        "confusion": metrics.confusion_matrix(truth, predicted, labels=labels).tolist(),
     }
 
 
-def _metrics() -> Any:
+def _sklearn_metrics() -> Any:
     from sklearn import metrics  # here, because importing it takes seconds
 
     return metrics
 
 
 def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Scores:
-    """Scores of always telling the class that is most frequent in training, the first of several."""
-    most = max(range(classes), key=list(train).count)
-    return scores(truth, [most] * len(truth), classes)
+    """Scores of the majority-class baseline: always the class most frequent in training, the first of several."""
+    majority_class = max(range(classes), key=list(train).count)
+    return scores(truth, [majority_class] * len(truth), classes)
 
 
 def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: str) -> None:
-    """Draw the confusion matrix: counts, and colors by their share of the true class."""
+    """Draw the confusion matrix: counts, colored by their share of the true class."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
@@ -59,7 +59,7 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
             )  # fmt: skip
     axes.set_xticks(range(n), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
-    axes.set(xlabel="told", ylabel="true")
+    axes.set(xlabel="predicted label", ylabel="true label")
     axes.set_title(
         f"{escape_mathtext(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11
     )

@@ -1,7 +1,7 @@
-"""How many words, sentences, paragraphs, lines or items an instruction asks for, as patterns of its own words.
+"""Constraints on the number of words, sentences, paragraphs, lines or items, found by patterns.
 
-A pattern ends where it is no longer sure: "about 50 words", "list words of at most 5 letters" and "describe each in one
-sentence" ask for nothing that could be counted in the answer as a whole.
+A pattern matches only what is certain: "about 50 words", "list words of at most 5 letters" and "describe each in one
+sentence" ask for nothing that can be counted in the answer as a whole.
 """
 
 import re
@@ -45,7 +45,7 @@ MAKE = rf"{VERB}\s+"
 ASKED = re.compile(
     rf"{VERB}|\b(?:must|should|needs? to|has to|answer|response|summari[sz]e|describe|explain)\b", re.IGNORECASE
 )
-"""Without one of these, "of three sentences" is told of the material."""
+"""Without one of these, "of three sentences" describes the material."""
 ADJECTIVES = r"(?:\s+(?!(?:of|for|to|in|and|or|from|the|than|with)\b)[a-z-]+){0,2}?\s+"
 LISTED = r"\s+(?!(?:star|time|step|day|page|minute|course|way|word|sentence|line)\b)[a-z'-]+"
 THINGS = (
@@ -57,17 +57,17 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer as a whole is to be."""
+    """A condition on an answer as a whole."""
 
     kind: str
-    said: str
-    """The instruction's own words."""
+    phrase: str
+    """The words of the instruction that state it."""
     met: Callable[[str], bool]
-    """Of an answer."""
+    """Whether an answer meets it."""
 
 
 class Form(NamedTuple):
-    """A way to ask for a number of something; `number` is given where the words have none ("a haiku")."""
+    """A way to ask for a number of something; `number` is set if the words have none ("a haiku")."""
 
     kind: str
     pattern: re.Pattern[str]
@@ -78,7 +78,8 @@ class Form(NamedTuple):
 def _forms() -> Iterator[Form]:
     def form(kind: str, pattern: str, measure: Callable[[str], int | set[int]], number: int | None = None) -> Form:
         def count(text: str) -> set[int]:
-            return found if isinstance(found := measure(text), set) else {found}
+            measured = measure(text)
+            return measured if isinstance(measured, set) else {measured}
 
         return Form(kind, re.compile(pattern, re.IGNORECASE), count, number)
 
@@ -94,7 +95,7 @@ def _forms() -> Iterator[Form]:
     yield form("lines", rf"{MAKE}(?:an? )?{AMOUNT}(?:-|\s)line\s+[a-z]+", parts.lines)
     for poem, number in (("haiku", 3), ("limerick", 5), ("quatrain", 4), ("couplet", 2)):
         yield form("lines", rf"{MAKE}(?:an?|one){ADJECTIVES}{poem}\b", parts.lines, number)
-    yield form("bullets", rf"\b{AMOUNT}{ADJECTIVES}bullet(?:ed)?[- ](?:points?|items?)\b", parts.marked)
+    yield form("bullets", rf"\b{AMOUNT}{ADJECTIVES}bullet(?:ed)?[- ](?:points?|items?)\b", parts.num_marked_items)
     yield form("items", rf"(?:^|,|\b(?:and|please|you|to) )\s*(?:list|name)(?: me)?\s+{AMOUNT}{LISTED}", parts.items)
     yield form("items", rf"{MAKE}(?:an?|the){ADJECTIVES}list of (?:the )?(?:top )?{AMOUNT}{LISTED}", parts.items)
     yield form("items", rf"{MAKE}{AMOUNT}{ADJECTIVES}{THINGS}", parts.items)
@@ -102,13 +103,13 @@ def _forms() -> Iterator[Form]:
 
 FORMS = tuple(_forms())
 PARTS = {form.kind for form in FORMS} - {"words"}
-"""Kinds of which an answer that has two is hard to tell: sentences of items, lines of paragraphs."""
+"""Kinds that cannot be checked together: an answer may have sentences in its items, or lines in its paragraphs."""
 BARE_WORDS, MOST_ITEMS = 10, 50
 """More words than these, without an "at most" or the like, are a rough size; more items are no number of items."""
 
 
 def counts(sentence: str) -> Iterator[Constraint]:
-    """What a sentence of an instruction asks for in numbers."""
+    """The constraints on numbers in a sentence of an instruction."""
     if PER_ITEM.search(sentence.lower()):
         return
     for form in FORMS:
@@ -129,24 +130,24 @@ def _meets(count: Callable[[str], set[int]], low: int, high: int) -> Callable[[s
 
 
 def _bounds(match: re.Match[str], kind: str) -> tuple[int, int] | None:
-    """The least and the most that the words allow; None where they are no clear demand."""
+    """The smallest and the largest number that the words allow; None if they are not a clear constraint."""
     low, high = (None if match[name] is None else _number(match[name]) for name in ("low", "high"))
-    said = {name for name in HOW if match[name] is not None}
+    modifiers = {name for name in HOW if match[name] is not None}
     tail = match.groupdict().get("tail")
     assert low is not None  # the pattern has it
     if high is not None:
-        return (low, high) if low < high and not said and tail is None else None
-    if said & {"most"} or tail in ("less", "fewer", "under"):
+        return (low, high) if low < high and not modifiers and tail is None else None
+    if modifiers & {"most"} or tail in ("less", "fewer", "under"):
         return 0, low
-    if "less" in said:
+    if "less" in modifiers:
         return 0, low - 1
-    if "least" in said or tail == "more":
+    if "least" in modifiers or tail == "more":
         return low, 10**9
-    if "more" in said:
+    if "more" in modifiers:
         return low + 1, 10**9
     if kind == "words":
         inside = re.search(r"\b(?:in|using|with|write|be)\s+$", match.string[: match.start()].lower())
-        return (low, low) if inside and (said or low <= BARE_WORDS) else None
+        return (low, low) if inside and (modifiers or low <= BARE_WORDS) else None
     if kind == "items" and not 2 <= low <= MOST_ITEMS:
         return None
     return low, low

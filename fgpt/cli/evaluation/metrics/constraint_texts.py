@@ -1,6 +1,6 @@
-"""What an instruction wants an answer to begin or end with, to hold or to avoid, or to be: JSON, capitals, a question.
+"""Constraints on what an answer begins or ends with, contains or avoids, or is: JSON, capitals, a question.
 
-As with counts, only of the answer as a whole: "list words that start with 'a'" wants nothing that is looked for here.
+As with counts, only for the answer as a whole: "list words that start with 'a'" has no constraint of this kind.
 """
 
 import json
@@ -29,11 +29,11 @@ CODE = re.compile(
 
 
 def texts(sentence: str) -> Iterator[Constraint]:
-    """What a sentence of an instruction asks for other than numbers."""
+    """The constraints in a sentence of an instruction other than those on numbers."""
     for kind, pattern, make in PATTERNS:
         if match := pattern.search(sentence):
-            given = [x.strip() for x in match.groups() if x]
-            yield Constraint(kind, match[0].strip(), make(*given))
+            phrases = [x.strip() for x in match.groups() if x]
+            yield Constraint(kind, match[0].strip(), make(*phrases))
     if (match := JSON.search(sentence)) and not CODE.search(sentence):
         yield Constraint("json", match[0].strip(), is_json)
 

@@ -1,4 +1,4 @@
-"""Whether an answer to a FinQA question is right: its number, to as many decimals as the reference has, or yes or no.
+"""Whether an answer to a FinQA question is correct: its number, to as many decimals as the reference has, or yes or no.
 
 No judge is needed, and it is strict: a number of the wrong sign, or of fewer decimals than the reference, is wrong.
 """
@@ -28,17 +28,17 @@ NUMBER = re.compile(
 
 
 class Quantity(NamedTuple):
-    """A number as it was written: 5.50 has two decimals."""
+    """A number as written: 5.50 has two decimals."""
 
     value: Decimal
     percent: bool = False
     scale: Decimal | None = None
-    """What "million" beside it stands for, or "( in millions )"."""
+    """The value of a "million" or "( in millions )" after it."""
 
 
 def quantities(text: str) -> list[Quantity]:
-    """The numbers of a text, in their order, but for those of more digits than any report has. In parentheses a number
-    is negative, as reports write it.
+    """The numbers of a text, in order, except those with more than `DIGITS` digits. A number in parentheses is
+    negative, as reports write it.
     """
     found = []
     for match in NUMBER.finditer(text.replace("\u2212", "-")):
@@ -52,30 +52,31 @@ def quantities(text: str) -> list[Quantity]:
     return found
 
 
-def right(answer: str, reference: str) -> bool:
-    """Whether the first line of an answer says what the reference says.
+def is_correct(answer: str, reference: str) -> bool:
+    """Whether the first line of an answer has the reference's value.
 
-    Of several numbers in it the last counts, or the last that is no year. A percent sign may be missing on one side,
-    where the number is then the same, or its hundredth; so may a "million". A reference without a number is compared
+    Of several numbers in it the last that is not a year counts, or else the last. A percent sign may be missing on one
+    side, if the number is then the same or its hundredth; so may a "million". A reference without a number is compared
     word by word; yes or no is the answer's first word, or its last.
     """
     line = next((line for line in answer.splitlines() if line.strip()), "")
-    wanted, said = words(reference), words(line)
-    if wanted in (["yes"], ["no"]):
-        return [word for word in said[:1] + said[-1:] if word in ("yes", "no")][:1] == wanted
+    reference_words, line_words = words(reference), words(line)
+    if reference_words in (["yes"], ["no"]):
+        ends = line_words[:1] + line_words[-1:]
+        return [word for word in ends if word in ("yes", "no")][:1] == reference_words
     expected, found = quantities(reference), quantities(line)
     if not expected:
-        return bool(wanted) and said == wanted
-    chosen = [x for x in found if not _year(x)] or found
+        return bool(reference_words) and line_words == reference_words
+    chosen = [x for x in found if not _is_year(x)] or found
     return bool(chosen) and _same(chosen[-1], expected[-1])
 
 
 def score(rows: Sequence[InstructionRow], texts: Sequence[str]) -> dict[str, float]:
-    """The share of FinQA rows whose texts are right, and how many there are; nothing where none has an answer."""
+    """The share of FinQA rows whose texts are correct, and their number; nothing if no row has a reference answer."""
     pairs = [(x, row.output) for row, x in zip(rows, texts, strict=True) if isinstance(row, FinQA) and row.output]
     if not pairs:
         return {}
-    return {"FinQA exact match (%)": 100 * mean([right(*pair) for pair in pairs]), "FinQA rows": len(pairs)}
+    return {"FinQA exact match (%)": 100 * mean([is_correct(*pair) for pair in pairs]), "FinQA rows": len(pairs)}
 
 
 def _same(x: Quantity, reference: Quantity) -> bool:
@@ -91,12 +92,12 @@ def _same(x: Quantity, reference: Quantity) -> bool:
     return any(value.quantize(step, ROUND_HALF_UP) == reference.value for value in values)
 
 
-def _year(x: Quantity) -> bool:
+def _is_year(x: Quantity) -> bool:
     whole = x.value.as_tuple().exponent == 0
     return whole and not x.percent and x.scale is None and 1900 <= abs(x.value) <= 2099
 
 
 def _joins(text: str, match: re.Match[str]) -> bool:
-    """Whether a number's hyphen joins it to what stands before, or subtracts it: 2009-2010, 5 - 3; but not 2010 -3."""
+    """Whether a number's hyphen joins it to what precedes it, or subtracts it: 2009-2010, 5 - 3; but not 2010 -3."""
     spaced = match["negative"].endswith(" ")
     return re.search(r"[\d)]\s*$" if spaced else r"[\w)]$", text[: match.start()]) is not None

@@ -1,4 +1,4 @@
-"""How far an answer does what nano's instruction asks, in points from 0 to 100.
+"""How far an answer does what an instruction of the nano tasks asks, in points from 0 to 100.
 
 A row lists requirements that can be checked on the text alone, so no judge is needed:
 
@@ -20,18 +20,18 @@ STORY = "story"
 """The kind of row that asks for a story; every other kind has one right answer."""
 
 PARTS = ("name", "kind", "word", "opening", "ending")
-"""What a story can be asked to hold, in the order it is asked for."""
+"""What a story can be required to contain, in the order of the instruction."""
 
 FEWEST_WORDS = 30
-"""A shorter text is no story: the instruction itself, said back, holds every word it asks for."""
+"""A shorter text is not a story: the instruction itself, repeated, contains every word it asks for."""
 
 FRESH = 0.7
-"""Least share of distinct word triples in a story: the stories trained on have 0.9 and more, a loop has next to 0."""
+"""Least share of distinct word triples in a story: the training stories have 0.9 and more, a loop has nearly 0."""
 
 
 @dataclass(frozen=True)
 class Task(InstructionRow):
-    """A row, and what its answer must hold.
+    """A row, and what its answer must contain.
 
     `requires` maps a part to its text: of a story, any of `PARTS`; of any other kind of row, "answer" alone.
     """
@@ -45,29 +45,29 @@ class Score:
     points: float
     """0 to 100."""
     by_requirement: dict[str, float]
-    """Share of the rows that ask for it in which it is met, in percent."""
+    """Percentage of the rows with a requirement in which it is met."""
     by_kind: dict[str, float]
-    """Points on the rows of a kind."""
+    """Points on the rows of each kind."""
 
 
 def requirements_met(task: Task, response: str, finished: bool) -> dict[str, bool]:
-    """Each requirement of a row, and whether a response meets it. `finished`: the model ended the response by itself.
+    """Each requirement of a row, and whether a response meets it. `finished`: whether it ended with EOS.
 
     A question's answer is compared whole, but for case, punctuation and spacing, and counts only when finished. Of a
-    story, being finished is one requirement more, and a text that is none (too short, going in circles, or saying the
-    instruction back) meets no requirement at all.
+    story, being finished is one more requirement, and a text that is not a story (too short, repetitive, or the
+    instruction repeated) meets no requirement at all.
     """
     if task.kind != STORY:
         return {"answer": finished and words(response) == words(task.requires["answer"])}
-    told = is_story(response, task.instruction)
-    parts = {part: told and _holds(part, text, response, finished) for part, text in task.requires.items()}
-    return parts | {"finished": told and finished}
+    valid = is_story(response, task.instruction)
+    parts = {part: valid and _contains(part, text, response, finished) for part, text in task.requires.items()}
+    return parts | {"finished": valid and finished}
 
 
 def score(tasks: Sequence[Task], responses: Sequence[str], finished: Sequence[bool]) -> Score:
     """Points of one response to each row.
 
-    Raises InputError without rows, or where the three do not match in number.
+    Raises InputError if there are no rows, or if the three differ in number.
     """
     if not tasks or not len(tasks) == len(responses) == len(finished):
         raise InputError(
@@ -81,22 +81,22 @@ def score(tasks: Sequence[Task], responses: Sequence[str], finished: Sequence[bo
         by_kind[task.kind].append(100 * sum(met.values()) / len(met))
         for name, is_met in met.items():
             by_requirement[name].append(100.0 * is_met)
-    points = [p for some in by_kind.values() for p in some]
+    points = [p for of_kind in by_kind.values() for p in of_kind]
     return Score(
         sum(points) / len(points),
-        {name: sum(some) / len(some) for name, some in by_requirement.items()},
-        {kind: sum(some) / len(some) for kind, some in by_kind.items()},
+        {name: sum(values) / len(values) for name, values in by_requirement.items()},
+        {kind: sum(values) / len(values) for kind, values in by_kind.items()},
     )
 
 
 def is_story(response: str, instruction: str) -> bool:
-    """Whether a text could be a story at all: long enough, not in circles, and not the instruction said back."""
-    said = words(response)
-    triples = list(zip(said, said[1:], said[2:], strict=False))
+    """Whether a text could be a story: long enough, not repetitive, and not the instruction repeated."""
+    response_words = words(response)
+    triples = list(zip(response_words, response_words[1:], response_words[2:], strict=False))
     return (
-        len(said) >= FEWEST_WORDS
+        len(response_words) >= FEWEST_WORDS
         and len(set(triples)) >= FRESH * len(triples)
-        and " ".join(words(instruction)) not in " ".join(said)
+        and " ".join(words(instruction)) not in " ".join(response_words)
     )
 
 
@@ -105,19 +105,19 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.lower())
 
 
-def _holds(part: str, wanted: str, response: str, finished: bool) -> bool:
-    said, asked = words(response), words(wanted)
+def _contains(part: str, required: str, response: str, finished: bool) -> bool:
+    response_words, required_words = words(response), words(required)
     if part == "opening":
-        return said[: len(asked)] == asked
+        return response_words[: len(required_words)] == required_words
     if part == "ending":
-        return finished and said[-len(asked) :] == asked
-    return re.search(rf"\b{re.escape(wanted)}\b", response, 0 if part == "name" else re.IGNORECASE) is not None
+        return finished and response_words[-len(required_words) :] == required_words
+    return re.search(rf"\b{re.escape(required)}\b", response, 0 if part == "name" else re.IGNORECASE) is not None
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The rows of a JSON lines file that `make_nano_tasks` wrote.
+    """The rows of a JSON Lines file written by `experiments.nano.make_tasks`.
 
-    Raises InputError for a file that is not one.
+    Raises InputError for any other file.
     """
     try:
         return [_task(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -126,8 +126,8 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def _task(record: dict[str, Any]) -> Task:
-    asked = dict(record["requires"])
+    requires = dict(record["requires"])
     known = set(PARTS) if record["kind"] == STORY else {"answer"}
-    if not asked or not asked.keys() <= known or not all(isinstance(text, str) for text in asked.values()):
-        raise ValueError(f"a row of kind {record['kind']!r} requires texts for some of {sorted(known)}, got {asked}")
-    return Task(record["instruction"], record["input"], record["output"], record["kind"], asked)
+    if not requires or not requires.keys() <= known or not all(isinstance(text, str) for text in requires.values()):
+        raise ValueError(f"a row of kind {record['kind']!r} requires texts for some of {sorted(known)}, got {requires}")
+    return Task(record["instruction"], record["input"], record["output"], record["kind"], requires)

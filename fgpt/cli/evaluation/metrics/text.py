@@ -1,6 +1,6 @@
-"""What can be said of a side's texts without a judge: how long, how they end, how they repeat, how likely they are.
+"""Metrics of texts: repetition, diversity, likelihood, overlap with references.
 
-Pure functions of texts. Words are those of `nano_score.words`: lower case, without punctuation. Shares are in percent.
+Words are those of `nano.words`: lower case, without punctuation. Shares are in percent.
 """
 
 import math
@@ -14,14 +14,14 @@ from fgpt.model import GPT
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """Every n words in a row of a text, from the left; none where it has fewer than n words."""
-    said = words(text)
-    return [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+    """Every n words in a row of a text, from the left; none if it has fewer than n words."""
+    all_words = words(text)
+    return [tuple(all_words[i : i + n]) for i in range(len(all_words) - n + 1)]
 
 
-def repeated(text: str, n: int = 4) -> float:
-    """Share of a text's n-grams that occurred before in it; 0 where it has none. A text that goes in circles has
-    nearly 100.
+def repeated_ngrams(text: str, n: int = 4) -> float:
+    """Share of a text's n-grams that occurred before in it; 0 if it has none. A text that repeats itself all
+    the time has nearly 100.
 
     Source: Welleck et al. 2020, section 6 (seq-rep-n).
     """
@@ -30,8 +30,8 @@ def repeated(text: str, n: int = 4) -> float:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of all texts together, as a share of all their n-grams; 0 where there are none. No n-gram goes
-    from one text into the next.
+    """Different n-grams of all texts together, as a share of all their n-grams; 0 if there are none. No n-gram spans
+    two texts.
 
     Source: Li et al. 2016, section 5.3 (distinct-n).
     """
@@ -40,7 +40,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Raises InputError for none."""
+    """The arithmetic mean. Raises InputError if there are no values."""
     if not values:
         raise InputError("the mean of no values: expected at least one answer")
     return sum(values) / len(values)
@@ -49,29 +49,29 @@ def mean(values: Sequence[float]) -> float:
 def nats(params: GPT, examples: Sequence[Example]) -> float:
     """Mean nats per token of the examples' answers, given their prompts: every token counts the same.
 
-    Raises InputError where no example has a token to answer.
+    Raises InputError if no example has an answer token.
     """
-    logprobs = [x for scored in loglikelihood(params, answers(examples)) for x in scored.logprobs]
+    logprobs = [x for likelihood in loglikelihood(params, requests(examples)) for x in likelihood.logprobs]
     if not logprobs:
-        raise InputError("no token to answer: expected examples that are longer than their prompts")
+        raise InputError("no answer token: expected examples that are longer than their prompts")
     return -math.fsum(logprobs) / len(logprobs)
 
 
-def answers(examples: Sequence[Example]) -> list[Request]:
-    """Prompts and answers, where there is a token to answer. The first token of all is predicted from nothing."""
+def requests(examples: Sequence[Example]) -> list[Request]:
+    """Each prompt and its answer, if the answer has a token. The first token of an example is never predicted."""
     starts = [max(1, x.prompt_length) for x in examples]
     return [(x.tokens[:n], x.tokens[n:]) for x, n in zip(examples, starts, strict=True) if len(x.tokens) > n]
 
 
 def perplexity(loss: float) -> float:
-    """exp of mean nats per token; infinity where that is more than a float holds."""
+    """exp of mean nats per token; infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def rouge_l(references: Sequence[str], texts: Sequence[str]) -> float:
     """Mean ROUGE-L F1 of texts against their references, 0 to 100.
 
-    It reads letters a to z and digits alone: texts in other scripts score 0.
+    Only letters a to z and digits count: texts in other scripts score 0.
 
     Source: Lin 2004, section 3.1.
     """

@@ -1,4 +1,4 @@
-"""Timing two sides fairly, peak memory, and the table that comes of it."""
+"""Fair timing of two sides, peak memory, and the table of results."""
 
 import contextlib
 import ctypes
@@ -34,79 +34,80 @@ class Result:
     value: float
     other: float
     ratio: float
-    """The quotient the bar is about, value / other; of times and speeds, the median of the turns' quotients."""
-    bar: str = ""
-    """What the ratio should be: ">= 1.3" or "<= 0.8"; empty where it is only told."""
+    """value / other; for times and speeds, the median of the ratios of the rounds."""
+    target: str = ""
+    """What the ratio should be: ">= 1.3" or "<= 0.8"; empty if there is no target."""
     spread: tuple[float, float] | None = None
-    """Lower and upper quartile of the turns' quotients."""
+    """Lower and upper quartile of the ratios of the rounds."""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        met = "" if not self.bar else " (met)" if self.met else " (missed)"
+        met = "" if not self.target else " (met)" if self.met else " (missed)"
         spread = "" if self.spread is None else f"{self.spread[0]:.2f} .. {self.spread[1]:.2f}"
         numbers = f"{self.value:,.4g}", f"{self.other:,.4g}", f"{self.ratio:.2f}"
-        return self.what, self.unit, *numbers, spread, self.bar + met
+        return self.what, self.unit, *numbers, spread, self.target + met
 
     @property
     def met(self) -> bool:
-        sign, _, number = self.bar.partition(" ")
-        return not self.bar or (self.ratio >= float(number) if sign == ">=" else self.ratio <= float(number))
+        sign, _, number = self.target.partition(" ")
+        return not self.target or (self.ratio >= float(number) if sign == ">=" else self.ratio <= float(number))
 
 
-def times(what: str, value: Sequence[float], other: Sequence[float], bar: str = "") -> Result:
-    """Times of a call, given as seconds of each turn on either side."""
-    ratios = quotients(value, other)
+def times(what: str, value: Sequence[float], other: Sequence[float], target: str = "") -> Result:
+    """Times of a call, from the seconds of each round on either side."""
+    ratios = ratios_of(value, other)
     medians = 1e3 * statistics.median(value), 1e3 * statistics.median(other)
-    return Result(what, "ms", *medians, statistics.median(ratios), bar, quartiles(ratios))
+    return Result(what, "ms", *medians, statistics.median(ratios), target, quartiles(ratios))
 
 
-def speeds(what: str, tokens: int, value: Sequence[float], other: Sequence[float], bar: str = "") -> Result:
-    """Speeds over so many tokens, from seconds of each turn on either side."""
-    ratios = quotients(other, value)
+def speeds(what: str, tokens: int, value: Sequence[float], other: Sequence[float], target: str = "") -> Result:
+    """Tokens per second, from the tokens of a round and its seconds on either side."""
+    ratios = ratios_of(other, value)
     medians = tokens / statistics.median(value), tokens / statistics.median(other)
-    return Result(what, "tokens/s", *medians, statistics.median(ratios), bar, quartiles(ratios))
+    return Result(what, "tokens/s", *medians, statistics.median(ratios), target, quartiles(ratios))
 
 
-def quotients(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Turn by turn."""
+def ratios_of(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Of each round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def quartiles(xs: Sequence[float]) -> tuple[float, float] | None:
-    """Lower and upper; None of fewer than two."""
+    """Lower and upper; None for fewer than two."""
     if len(xs) < 2:
         return None
     low, _, high = statistics.quantiles(xs, n=4, method="inclusive")
     return low, high
 
 
-def interleaved(
+def time_interleaved(
     sides: Mapping[str, Sequence[Callable[[], object]]], device: torch.device, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of every call. At each turn every side that has a call left makes one, and each turn begins with another
-    side than the last, so that a machine that slows down slows all of them. `warm` runs each side's first call before.
+    """Seconds of every call. In each round every side that has a call left makes one, and each round begins with
+    another side than the last, so that a machine that slows down slows all of them. `warm` runs each
+    side's first call before.
     """
 
-    def timed(call: Callable[[], object]) -> float:
-        began = time.perf_counter()
+    def time_call(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     if warm:
         for calls in sides.values():
-            timed(calls[0])
+            time_call(calls[0])
     names, seconds = list(sides), {name: [] for name in sides}
-    for turn in range(max(map(len, sides.values()))):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if turn < len(sides[name]):
-                seconds[name].append(timed(sides[name][turn]))
+    for round_index in range(max(map(len, sides.values()))):
+        for name in names[round_index % len(names) :] + names[: round_index % len(names)]:
+            if round_index < len(sides[name]):
+                seconds[name].append(time_call(sides[name][round_index]))
     return seconds
 
 
 _side: Callable[[], object]
-"""What a process of `apart` times."""
+"""What a process of `in_separate_processes` times."""
 
 
 def _build(build: Callable[[], Callable[[], object]]) -> None:
@@ -115,31 +116,31 @@ def _build(build: Callable[[], Callable[[], object]]) -> None:
     _side = build()
 
 
-def _turn() -> None:
+def _call() -> None:
     _side()
 
 
 def in_separate_processes(
     sides: Mapping[str, Callable[[], Callable[[], object]]], repeats: int
 ) -> dict[str, list[float]]:
-    """`interleaved` on the CPU, each side built in a process of its own, which holds on to its memory as a training
-    does: in one process a side finds pages that another has faulted in, or given back, and pays for it.
+    """`time_interleaved` on the CPU, each side built in a separate process, which keeps freed memory as a training
+    does: in one process a side would profit from, or pay for, the pages that another has touched or freed.
     """
     with contextlib.ExitStack() as stack:
         spawn, calls = multiprocessing.get_context("spawn"), {}
         for name, build in sides.items():
             process = stack.enter_context(ProcessPoolExecutor(1, spawn))
             process.submit(_build, build).result()
-            calls[name] = [lambda process=process: process.submit(_turn).result()] * repeats
-        return interleaved(calls, torch.device("cpu"))
+            calls[name] = [lambda process=process: process.submit(_call).result()] * repeats
+        return time_interleaved(calls, torch.device("cpu"))
 
 
 def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[int, int]:
-    """(most bytes held during `steps` calls of what `build` returns, of that what was not held just before them).
+    """(peak bytes during `steps` calls of what `build` returns, the same less the bytes just before them).
 
     Resident memory of this process, so run it in a fresh one. Linux only: the kernel's high-water mark is reset after
-    `build`, and memory that `build` freed is given back first, lest the steps reuse it unseen. (ru_maxrss would not
-    do: a process begins with that of the one that started it.)
+    `build`, and memory that `build` freed is released first, so that the steps do not reuse it unseen. (ru_maxrss does
+    not work: a process starts with that of its parent.)
     """
     call = build()
     gc.collect()
@@ -153,29 +154,29 @@ def peak_bytes(build: Callable[[], Callable[[], object]], steps: int) -> tuple[i
 
 
 def status(name: str) -> int:
-    """A figure of this process in /proc/self/status, in bytes. Linux only."""
+    """A value of this process in /proc/self/status, in bytes. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def saved_bytes(forward: Callable[[], object], held: Any) -> int:
-    """Bytes that `forward` keeps for its backward, storage that several tensors share counted once, and that of the
-    leaves of `held` (parameters, inputs) not at all.
+def saved_bytes(forward: Callable[[], object], existing: Any) -> int:
+    """Bytes that `forward` saves for its backward: storage shared by several tensors counts once, and that of the
+    leaves of `existing` (parameters, inputs) not at all.
     """
-    known = {x.untyped_storage().data_ptr() for x in leaves(held).values()}
-    kept: dict[int, Tensor] = {}  # the tensors themselves, lest one's place be given to the next
+    known = {x.untyped_storage().data_ptr() for x in leaves(existing).values()}
+    saved: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
 
-    def keep(x: Tensor) -> Tensor:
-        kept.setdefault(x.untyped_storage().data_ptr(), x)
+    def save(x: Tensor) -> Tensor:
+        saved.setdefault(x.untyped_storage().data_ptr(), x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         forward()
-    return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in known)
+    return sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in known)
 
 
 def hardware(device: torch.device) -> str:
-    """One line that a figure should never be without."""
+    """The hardware and the torch version, in one line for every table."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -186,7 +187,7 @@ def hardware(device: torch.device) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up, so that it reads as well in a terminal."""
+    """A table with aligned columns, to be read in a terminal too."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (heads, *rows)]
     padded.insert(1, ["-" * width for width in widths])
@@ -204,12 +205,12 @@ def report(
     """Print the results of two `sides` as a table, then tables of (heads, rows) that have no two sides; and write them
     to out/NAME.json and out/NAME.md.
     """
-    heads = ("measurement", "unit", *sides, f"{sides[0]} / {sides[1]}", "quartiles", "bar")
+    heads = ("measurement", "unit", *sides, f"{sides[0]} / {sides[1]}", "quartiles", "target")
     sheets = [(heads, [result.cells for result in results])] if results else []
     text = "\n\n".join([*(markdown(*sheet) for sheet in (*sheets, *more)), "\n".join(notes)])
     console.print(text, markup=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)
     write(out / f"{name}.md", f"{text}\n".encode())
-    told: dict[str, Any] = {"sides": list(sides), "results": [asdict(r) | {"met": r.met} for r in results]}
-    told["more"] = [[dict(zip(heads, row, strict=True)) for row in rows] for heads, rows in more]
-    write_json(out / f"{name}.json", told | {"notes": list(notes)})
+    content: dict[str, Any] = {"sides": list(sides), "results": [asdict(r) | {"met": r.met} for r in results]}
+    content["more"] = [[dict(zip(heads, row, strict=True)) for row in rows] for heads, rows in more]
+    write_json(out / f"{name}.json", content | {"notes": list(notes)})

@@ -47,7 +47,7 @@ def adapters_of(base: GPT) -> Adapters:
     return lora(base, key(1), RANK, ALPHA, r"blocks\..*\.qkv")
 
 
-def ours(
+def fgpt_step(
     base: GPT, tuned: Adapters | None = None, compile: bool = False, remat: bool = False
 ) -> Callable[[Batch], float]:
     """fgpt: a step that takes a batch and returns its mean loss. `base` is fused, unless `tuned` is given."""
@@ -64,14 +64,14 @@ def ours(
 
 
 def hub_model(cfg: Config, base: GPT | None = None, nf4: bool = False) -> Any:
-    """transformers' GPT-2, with the weights of `base` where it is given. Attention is sdpa, dropout is 0, and no
+    """transformers' GPT-2, with the weights of `base` if given. Attention is sdpa, dropout is 0, and no
     key-value cache is kept. `nf4` loads `base` in 4 bits, scales quantized too, through bitsandbytes, and makes it
     ready for training as peft does, without gradient checkpointing.
 
-    Raises InputError where they are not installed.
+    Raises InputError if they are not installed.
     """
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that is not wanted here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a missing kernel that is not used here
         import peft
         import transformers
     except ImportError as err:
@@ -110,7 +110,7 @@ def hub_bytes(model: Any) -> tuple[int, int]:
     return nbytes(quantized), nbytes([quantized, rest])
 
 
-def theirs(
+def peft_step(
     model: Any,
     device: torch.device,
     dtype: torch.dtype,
@@ -119,8 +119,8 @@ def theirs(
     modules: str | Sequence[str] = ("c_attn",),
     dora: bool = False,
 ) -> Callable[[Inputs], float]:
-    """transformers + peft with AdamW: the same step, on a `hub_model`; `tuned` are the adapters of `ours`, whose A are
-    copied to c_attn.
+    """transformers + peft with AdamW: the same step, on a `hub_model`; `tuned` are the adapters of `fgpt_step`, whose A
+    are copied to c_attn.
     """
     import peft
 
@@ -153,57 +153,57 @@ def theirs(
     return run
 
 
-def our_batch(rows: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+def fgpt_batch(rows: Sequence[Sequence[Example]], device: torch.device) -> Batch:
     """Rows of one or more examples; loss on the answers, and logits only there."""
     return tree_map(lambda x: x.to(device), collate(rows))
 
 
-def their_batch(examples: Sequence[Example], device: torch.device, pad_to: int | None = None) -> Inputs:
+def peft_batch(examples: Sequence[Example], device: torch.device, pad_to: int | None = None) -> Inputs:
     """What transformers' collators make: an example a row, padded on the right to the longest or to `pad_to`, label
-    -100 on padding and, as for ours, on the prompt. Without padding there is no attention mask: the faster way.
+    -100 on padding and, as in `fgpt_batch`, on the prompt. Without padding there is no attention mask, which is faster.
     """
     seq = max(len(e.tokens) for e in examples) if pad_to is None else pad_to
     tokens = [[*e.tokens, *[0] * (seq - len(e.tokens))] for e in examples]
     labels = [
         [*[-100] * e.prompt_length, *e.tokens[e.prompt_length :], *[-100] * (seq - len(e.tokens))] for e in examples
     ]
-    seen = [[*[1] * len(e.tokens), *[0] * (seq - len(e.tokens))] for e in examples]
-    inputs = {"input_ids": tokens, "labels": labels} | (
-        {"attention_mask": seen} if any(0 in row for row in seen) else {}
-    )
+    mask = [[*[1] * len(e.tokens), *[0] * (seq - len(e.tokens))] for e in examples]
+    inputs = {"input_ids": tokens, "labels": labels}
+    if any(0 in row for row in mask):
+        inputs["attention_mask"] = mask
     return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
 
 def products(base: GPT, batch: Batch) -> Callable[[], None]:
     """The matrix products of our step and nothing else, on operands of the same shapes, written into one buffer.
 
-    Forward: every linear, the adapter's two, attention's two, the head where there is loss. Backward: the gradient of
-    each frozen product's input (the first block's qkv needs none), of the adapter's four, of attention's four.
+    Forward: every linear, the adapter's two, attention's two, the head at positions with a loss. Backward: the gradient
+    of each frozen product's input (the first block's qkv needs none), of the adapter's four, of attention's four.
     Attention is counted as causal: half of the square.
     """
     cfg, (rows, seq) = base.cfg, batch.tokens.shape
     w = dense(base.wte.w)
     n, m, d = rows * seq, int((batch.weights != 0).sum()), cfg.d_model
-    made: dict[tuple[int, ...], Tensor] = {}
+    operands: dict[tuple[int, ...], Tensor] = {}
 
-    def some(*size: int) -> Tensor:
-        if size not in made:
-            made[size] = torch.randn(size, dtype=w.dtype, device=w.device)
-        return made[size]
+    def operand(*size: int) -> Tensor:
+        if size not in operands:
+            operands[size] = torch.randn(size, dtype=w.dtype, device=w.device)
+        return operands[size]
 
     pairs: list[tuple[Tensor, Tensor]] = []
     for i, p in enumerate(base.blocks):
         for linear in (fused_qkv(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
             frozen = dense(linear.w)
             out, inp = frozen.shape
-            pairs += [(some(n, inp), frozen.T)]
-            pairs += [(some(n, out), frozen)] if i or out != 3 * d else []
-        a, b, x, low, dy = some(RANK, d), some(3 * d, RANK), some(n, d), some(n, RANK), some(n, 3 * d)
+            pairs += [(operand(n, inp), frozen.T)]
+            pairs += [(operand(n, out), frozen)] if i or out != 3 * d else []
+        a, b, x, low, dy = operand(RANK, d), operand(3 * d, RANK), operand(n, d), operand(n, RANK), operand(n, 3 * d)
         pairs += [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x)] + ([(low, a)] if i else [])
         bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head
-        q, k, s = some(bh, half, dh), some(bh, seq, dh), some(bh, half, seq)
+        q, k, s = operand(bh, half, dh), operand(bh, seq, dh), operand(bh, half, seq)
         pairs += [(q, k.mT), (s, k), (q, k.mT), (s.mT, q), (s, k), (s.mT, q)]
-    pairs += [(some(m, d), w.T), (some(m, cfg.vocab_size), w)]
+    pairs += [(operand(m, d), w.T), (operand(m, cfg.vocab_size), w)]
     scratch = torch.empty(max(x.shape[:-1].numel() * y.shape[-1] for x, y in pairs), dtype=w.dtype, device=w.device)
 
     def run() -> None:
