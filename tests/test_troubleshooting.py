@@ -1,4 +1,4 @@
-"""Every message that the README's list of troubles names is provoked here, by what it says brings it."""
+"""Every message that docs/troubleshooting.md names is provoked here, by what it says brings it."""
 
 import json
 import os
@@ -14,13 +14,12 @@ import fgpt
 from fgpt.cli.main import main
 from fgpt.io import models
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 
 
 def listed() -> list[str]:
     """The messages, as the first column of the list has them."""
-    section = README.read_text().split("## When something goes wrong")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]+)` \|", section, flags=re.M)
+    return re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(), flags=re.M)
 
 
 class Bench:
