@@ -9,7 +9,7 @@ _default:
 
 # Make .venv and install fgpt into it
 setup:
-    @just _install ready --editable .
+    @just _install ready --editable '.[cli]'
 
 # The same with what the tests, benchmarks and checks need
 setup-dev:
@@ -103,9 +103,10 @@ bench *args: setup-dev
 test *args: setup-dev
     @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal "$@"
 
-# Lint, format, types, layers
+# Lint, format, types, layers, names
 check: setup-dev
     "{{ python }}" -m ruff check .
     "{{ python }}" -m ruff format --check .
     "{{ python }}" -m pyright
     .venv/bin/lint-imports
+    {{ python }} .ci/names.py

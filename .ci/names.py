@@ -14,16 +14,65 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("fgpt", "experiments")
 
 BANNED = frozenset(
-    "again alike apart asked given going held it kept laid made mine meant opened own said seen some taken told "
-    "theirs wanted written".split()
+    [
+        "again",
+        "alike",
+        "apart",
+        "asked",
+        "given",
+        "going",
+        "held",
+        "it",
+        "kept",
+        "laid",
+        "made",
+        "mine",
+        "meant",
+        "opened",
+        "own",
+        "said",
+        "seen",
+        "some",
+        "taken",
+        "told",
+        "theirs",
+        "wanted",
+        "written",
+    ]
 )
 """Variables, arguments and attributes that no reader can place."""
 PARTICIPLES = BANNED | frozenset(
-    "fitted found fused joined listed merged moved named placed read_back recorded rounded scaled shown shortened "
-    "spoiled stored thinned timed trimmed typed undone unlike untuned drawn begun".split()
+    [
+        "fitted",
+        "found",
+        "fused",
+        "joined",
+        "listed",
+        "merged",
+        "moved",
+        "named",
+        "placed",
+        "read_back",
+        "recorded",
+        "rounded",
+        "scaled",
+        "shown",
+        "shortened",
+        "spoiled",
+        "stored",
+        "thinned",
+        "timed",
+        "trimmed",
+        "typed",
+        "undone",
+        "unlike",
+        "untuned",
+        "drawn",
+        "begun",
+    ]
 )
 """Functions that say how their result came about."""
-TERMS = frozenset("padded cached quantized batched".split())
+TERMS = frozenset(["padded", "cached", "quantized", "batched"])
 """Participles that are terms of the field."""
 
 
@@ -46,14 +95,16 @@ def is_participle(name: str) -> bool:
     bare = name.strip("_")
     if "_" in bare or bare in TERMS:
         return False
-    return bare in PARTICIPLES or (bare.endswith("ed") and len(bare) > 4 and bare not in ("speed", "embed", "feed", "need", "seed"))
+    return bare in PARTICIPLES or (
+        bare.endswith("ed") and len(bare) > 4 and bare not in ("speed", "embed", "feed", "need", "seed")
+    )
 
 
 def faults(path: Path) -> Iterator[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for function in functions(tree):
         if is_participle(function.name):
-            yield f"{path}:{function.lineno}: function {function.name!r} is named by a participle; say what it does or gives"
+            yield f"{path}:{function.lineno}: function {function.name!r} is a participle; say what it does"
     for line, name in sorted(set(bindings(tree))):
         if name.strip("_") in BANNED:
             yield f"{path}:{line}: variable {name!r} says nothing; name what it holds"
@@ -62,7 +113,9 @@ def faults(path: Path) -> Iterator[str]:
 def shadowed_modules() -> Iterator[str]:
     """Names exported by a package that are also modules of it: `import fgpt.x` must give a module."""
     for init in sorted(ROOT.glob("fgpt/**/__init__.py")):
-        modules = {p.stem for p in init.parent.glob("*.py")} | {p.parent.name for p in init.parent.glob("*/__init__.py")}
+        modules = {p.stem for p in init.parent.glob("*.py")} | {
+            p.parent.name for p in init.parent.glob("*/__init__.py")
+        }
         for node in ast.parse(init.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
@@ -73,9 +126,9 @@ def shadowed_modules() -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     paths = [Path(x) for x in arguments] or [p for folder in SOURCES for p in sorted((ROOT / folder).rglob("*.py"))]
-    found = [fault for path in paths for fault in faults(path)] + ([] if arguments else list(shadowed_modules()))
-    print("\n".join(found) or "names: ok")
-    return 1 if found else 0
+    faults_found = [fault for path in paths for fault in faults(path)] + ([] if arguments else list(shadowed_modules()))
+    print("\n".join(faults_found) or "names: ok")
+    return 1 if faults_found else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every message that the README's list of troubles names is provoked here, by what it says brings it."""
+"""Every message that docs/troubleshooting.md names is provoked here, by what it says brings it."""
 
 import json
 import os
@@ -14,13 +14,12 @@ import fgpt
 from fgpt.cli.main import main
 from fgpt.io import models
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 
 
 def listed() -> list[str]:
     """The messages, as the first column of the list has them."""
-    section = README.read_text().split("## When something goes wrong")[1].split("\n## ")[0]
-    return re.findall(r"^\| `([^`]+)` \|", section, flags=re.M)
+    return re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(), flags=re.M)
 
 
 class Bench:
@@ -75,29 +74,29 @@ class Bench:
         return main(["train", "hate-smollm2-lora", *own, *more, "--out", str(self.at)])
 
 
-def pickled(it: Bench) -> int:
-    (it.at / "base" / "model.safetensors").unlink()
-    (it.at / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    return it.train()
+def pickled(bench: Bench) -> int:
+    (bench.at / "base" / "model.safetensors").unlink()
+    (bench.at / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return bench.train()
 
 
-def long_row(it: Bench) -> int:
-    it.write([{"instruction": "Say it.", "output": "word " * 90}] * 12)
-    return it.train()
+def long_row(bench: Bench) -> int:
+    bench.write([{"instruction": "Say it.", "output": "word " * 90}] * 12)
+    return bench.train()
 
 
-def other_rows(it: Bench) -> int:
-    it.begun()
-    it.write([{"instruction": f"Say {i}.", "output": f"It is not {i}."} for i in range(12)])
-    return it.resume()
+def other_rows(bench: Bench) -> int:
+    bench.begun()
+    bench.write([{"instruction": f"Say {i}.", "output": f"It is not {i}."} for i in range(12)])
+    return bench.resume()
 
 
-def in_use(it: Bench) -> int:
-    with FileLock(it.begun() / ".lock"):
-        return it.resume()
+def in_use(bench: Bench) -> int:
+    with FileLock(bench.begun() / ".lock"):
+        return bench.resume()
 
 
-def full(it: Bench) -> int:
+def full(bench: Bench) -> int:
     """The kernel refuses files of more than 20 kB; in a process of its own, for the limit stays."""
     import resource
     import signal
@@ -106,16 +105,16 @@ def full(it: Bench) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    os._exit(it.train("--device", "cpu"))
+    os._exit(bench.train("--device", "cpu"))
 
 
-def other_options(it: Bench) -> int:
-    it.begun()
-    return it.resume("--lr", "1")
+def other_options(bench: Bench) -> int:
+    bench.begun()
+    return bench.resume("--lr", "1")
 
 
 def without(name: str) -> Callable[[Bench], int]:
-    def provoke(it: Bench) -> int:
+    def provoke(bench: Bench) -> int:
         with pytest.MonkeyPatch.context() as patch:
             from importlib import metadata
 
@@ -126,7 +125,7 @@ def without(name: str) -> Callable[[Bench], int]:
 
             found = metadata.distribution
             patch.setattr(metadata, "distribution", absent)
-            return it.train("--tracker", name)
+            return bench.train("--tracker", name)
 
     return provoke
 
@@ -134,20 +133,20 @@ def without(name: str) -> Callable[[Bench], int]:
 TEXTS = "\n".join(f"text {i};{('hate', 'offensive', 'neutral')[i % 3]}" for i in range(12))
 
 PROVOKED: dict[str, Callable[[Bench], int]] = {
-    "no recipe named": lambda it: main(["train", "lora-nan"]),
-    "no trained run": lambda it: main(["generate", "lora-none", "Hello."]),
-    "the hub cannot be reached": lambda it: it.train("--base", "nobody/nothing-at-all"),
+    "no recipe named": lambda bench: main(["train", "lora-nan"]),
+    "no trained run": lambda bench: main(["generate", "lora-none", "Hello."]),
+    "the hub cannot be reached": lambda bench: bench.train("--base", "nobody/nothing-at-all"),
     "pickled weights may run any code and are not read": pickled,
-    "matches no path": lambda it: it.train("--adapter.target", "transformer.*c_attn"),
+    "matches no path": lambda bench: bench.train("--adapter.target", "transformer.*c_attn"),
     "tokens, the limit is": long_row,
-    "expected one: give it another word": lambda it: it.labeled(
+    "expected one: give it another word": lambda bench: bench.labeled(
         TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"
     ),
-    "has no training row": lambda it: it.labeled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
-    "cannot be used": lambda it: it.train("--device", "cuda:77"),
-    "the loss became": lambda it: it.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
-    "did not move in two steps": lambda it: it.train("--lr", "1e-30"),
-    "nothing to resume": lambda it: it.resume(),
+    "has no training row": lambda bench: bench.labeled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
+    "cannot be used": lambda bench: bench.train("--device", "cuda:77"),
+    "the loss became": lambda bench: bench.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
+    "did not move in two steps": lambda bench: bench.train("--lr", "1e-30"),
+    "nothing to resume": lambda bench: bench.resume(),
     "was started with": other_options,
     "was made from other inputs than are there now": other_rows,
     "is being trained in by another process": in_use,
@@ -167,6 +166,6 @@ def test_the_message_comes_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert PROVOKED[message](Bench(tmp_path)) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said
-    assert message in [line for line in said.splitlines() if line.startswith("error: ")][-1]
+    stderr = capfd.readouterr().err
+    assert "Traceback" not in stderr
+    assert message in [line for line in stderr.splitlines() if line.startswith("error: ")][-1]

@@ -139,7 +139,7 @@ class ClassificationTask:
 
     def score_initial(self) -> ScoreTable:
         """The scores of the majority label and, if labels are next tokens, of the base without and with shots."""
-        table: ScoreTable = {"majority label": (self.majority, None)}
+        table: ScoreTable = {"majority-class baseline": (self.majority, None)}
         if self.recipe.head == "lm":
             trainable = self.job.initial_state.peek().trainable
             base = adapt(self.job.frozen, trainable)  # new adapters change nothing
