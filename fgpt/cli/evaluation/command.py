@@ -17,6 +17,7 @@ from fgpt.cli.console import console, show_progress
 from fgpt.cli.evaluation import lm_eval_tasks, run_evaluation
 from fgpt.cli.evaluation.run_evaluation import Metrics, loglikelihoods, print_metrics
 from fgpt.cli.paths import shareable
+from fgpt.cli.training.job import content_hash
 from fgpt.cli.training.tasks import task_type
 from fgpt.data.classification_datasets import Columns
 from fgpt.errors import InputError
@@ -155,10 +156,10 @@ def settings_of(options: EvalOptions, target: EvalTarget, text: str | None) -> d
     changed = {name: x for name, x in asdict(options).items() if name not in excluded and x != defaults[name]}
     changed |= {name: shareable(x) for name, x in changed.items() if isinstance(x, str | Path)}
     if target.folder:
-        model = {"trained": results.trained_as(target.folder)}
+        model = {"trained": results.training_id(target.folder)}
     else:
-        model = {"base_sha256": hashed(absolute_base(target.base))}
-    return model | changed | ({"text_sha256": hashed(text)} if text is not None else {})
+        model = {"base_sha256": content_hash(absolute_base(target.base))}
+    return model | changed | ({"text_sha256": content_hash(text)} if text is not None else {})
 
 
 def absolute_base(base: str) -> str:

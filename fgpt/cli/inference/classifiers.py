@@ -19,6 +19,7 @@ from fgpt.data.classification_prompts import (
     Labels,
     PromptFrame,
     apply_labels,
+    class_labels,
     encode,
     parse_labels,
     prompt_frame,
