@@ -19,13 +19,13 @@ from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
-from fgpt.from_module import from_module
 from fgpt.generation.beam import beam_search, prompt_lookup_decode
 from fgpt.generation.loop import GenerationOutput, generate, stream
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
+from fgpt.lift import from_module
 from fgpt.losses import Batch, loss, nll
 from fgpt.model import GPT, Config, KVCache, apply, forward_with_cache, fuse_qkv, hidden, init, lm_head, logits
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
