@@ -30,7 +30,7 @@ def run(run: AnyRecipe) -> tuple[CheckResult, ...]:
     batch = slice_batch(batch, slice(ROWS))
     console.print(machine(base, batch))
     lr = run.lr if isinstance(run, PretrainingRecipe) else run.peak_lr
-    found = tuple(progress(iter_checks(base, adapters, batch, lr), "checking laws", LAWS))
+    found = tuple(progress(iter_checks(base, adapters, batch, lr=lr), "checking laws", LAWS))
     console.print(table(run.name, found))
     if broken := [x.check for x in found if x.holds is False]:
         raise InputError(f"{run.name}: {', '.join(broken)}: broken here, see the table; do not trust what this trains")

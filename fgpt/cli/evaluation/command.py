@@ -208,7 +208,7 @@ def of_text(params: GPT, tokenizer: Tokenizer, text: str, width: int, stride: in
     """The perplexities of a text, by name."""
     with working("tokenizing"):
         tokens = tokenizer.encode(text)
-    parts = scored(params, windows(tokens, tokenizer.bos, width, stride), rows)
+    parts = scored(params, windows(tokens, tokenizer.bos, width=width, stride=stride), rows)
     of = perplexity([x for part in parts for x in part.logprobs], text)
     counts = {"tokens": of.tokens, "bytes": of.bytes, "words": of.words, "width": width, "stride": stride}
     figures = {

@@ -105,7 +105,7 @@ class Model(TemplateLM):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
-            for some in iter_loglikelihood(self.params, pairs, self.rows):
+            for some in iter_loglikelihood(self.params, pairs, batch_size=self.rows):
                 for i, scored in some:
                     found[i] = self._noted(scored)
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
@@ -126,7 +126,7 @@ class Model(TemplateLM):
                 owners.append(i)
         totals = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="texts", disable=disable_tqdm) as bar:
-            for some in iter_loglikelihood(self.params, windows, self.rows):
+            for some in iter_loglikelihood(self.params, windows, batch_size=self.rows):
                 for j, scored in some:
                     totals[owners[j]] += scored.total
                 bar.update(len(some))
@@ -175,11 +175,26 @@ class Model(TemplateLM):
         until, ends = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids
         if how.sampling.temperature > 0:  # a row's key in a batch is its place there, which says nothing of the request
             out = [
-                generate(self.params, [prompt], ends, how.most, how.sampling, fold_in(self.rng, i), until)[0]
+                generate(
+                    self.params,
+                    [prompt],
+                    eos_token_id=ends,
+                    max_new_tokens=how.most,
+                    sampling=how.sampling,
+                    rng=fold_in(self.rng, i),
+                    stopping_criterion=until,
+                )[0]
                 for prompt, i in zip(prompts, numbers, strict=True)
             ]
         else:
-            out = generate(self.params, prompts, ends, how.most, how.sampling, stopping_criterion=until)
+            out = generate(
+                self.params,
+                prompts,
+                eos_token_id=ends,
+                max_new_tokens=how.most,
+                sampling=how.sampling,
+                stopping_criterion=until,
+            )
         return (truncate_at_stop(self.text.decode_text(text.tokens), how.stop) for text in out)
 
     # ------------------------------------------------------------------------------------------------------------- chat

@@ -155,7 +155,7 @@ def of_classes(params: GPT, it: TestSet, title: str = "test rows") -> Figures:
 
 def scored(params: GPT, pairs: Sequence[Request], rows: int) -> list[LogLikelihood]:
     """`fgpt.evaluate.score` which shows how far it is."""
-    some: Iterator[list[tuple[int, LogLikelihood]]] = iter_loglikelihood(params, pairs, rows)
+    some: Iterator[list[tuple[int, LogLikelihood]]] = iter_loglikelihood(params, pairs, batch_size=rows)
     found: dict[int, LogLikelihood] = {}
     with working("scoring", len(pairs)) as advance:
         for part in some:

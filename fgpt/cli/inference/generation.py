@@ -47,7 +47,15 @@ def answer(name: str, instruction: str, given: str, how: GenerationOptions) -> N
     ends = it.tokenizer.eos_token_ids
     if how.num_beams > 1:
         sampling = replace(how.sampling, temperature=0.0)
-        found = beam_search(it.params, prompt, ends, how.max_new_tokens, how.num_beams, how.length_penalty, sampling)
+        found = beam_search(
+            it.params,
+            prompt,
+            eos_token_id=ends,
+            max_new_tokens=how.max_new_tokens,
+            num_beams=how.num_beams,
+            length_penalty=how.length_penalty,
+            sampling=sampling,
+        )
         texts = [it.tokenizer.decode(beam.tokens) for beam in found[: how.num_return_sequences]]
     elif how.num_return_sequences == 1:
         print_sampling(generate_texts(it, prompt, how))
@@ -57,7 +65,16 @@ def answer(name: str, instruction: str, given: str, how: GenerationOptions) -> N
             raise InputError("the likeliest text is one: give --temperature above 0 for several, or --num-beams")
         many, stop = [prompt] * how.num_return_sequences, stop_on_strings(it.tokenizer.decode, how.stop)
         rng = key(how.seed)
-        made = generate(it.params, many, ends, how.max_new_tokens, how.sampling, rng, stop, compile=how.compile)
+        made = generate(
+            it.params,
+            many,
+            eos_token_id=ends,
+            max_new_tokens=how.max_new_tokens,
+            sampling=how.sampling,
+            rng=rng,
+            stopping_criterion=stop,
+            compile=how.compile,
+        )
         texts = [it.tokenizer.decode(x.tokens) for x in made]
     print("\n\n".join(truncate_at_stop(text, how.stop).strip() for text in texts))
 
@@ -66,8 +83,17 @@ def generate_texts(it: LoadedRun, prompt: Sequence[int], how: GenerationOptions)
     """One text, piece by piece."""
     stop, rng = stop_on_strings(it.tokenizer.decode, how.stop), key(how.seed)
     end, compiled = it.tokenizer.eos_token_ids, how.compile
-    steps = stream(it.params, [prompt], end, how.max_new_tokens, how.sampling, rng, stop, compile=compiled)
-    return stream_text(it.tokenizer.decode, (x.token for step in steps for x in step if not x.end), how.stop)
+    steps = stream(
+        it.params,
+        [prompt],
+        eos_token_id=end,
+        max_new_tokens=how.max_new_tokens,
+        sampling=how.sampling,
+        rng=rng,
+        stopping_criterion=stop,
+        compile=compiled,
+    )
+    return stream_text(it.tokenizer.decode, (x.token for step in steps for x in step if not x.is_eos), how.stop)
 
 
 def print_sampling(text: Iterator[str]) -> str:

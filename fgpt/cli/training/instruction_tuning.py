@@ -198,7 +198,7 @@ def assemble_job(
         )
     steps = num_steps(examples, run, width)
     inputs = fingerprint(run, base, tokenizer, run.base, training_rows=examples, **others)
-    schedule = cosine_schedule(run.peak_lr, steps, run.num_warmup_steps(steps))
+    schedule = cosine_schedule(run.peak_lr, steps, warmup_steps=run.num_warmup_steps(steps))
     adam = adamw8bit if run.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=run.weight_decay)
     step = make_step(

@@ -89,9 +89,9 @@ def held_out(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], rows: int)
     """
     width = params.cfg.n_ctx
     ended = ([*tokenizer.encode(text), tokenizer.eos] for text in texts)
-    pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.bos, width, width)]
+    pairs = [pair for tokens in ended for pair in windows(tokens, tokenizer.bos, width=width, stride=width)]
     with working("scoring held-out documents"):
-        logprobs = [x for each in loglikelihood(params, pairs, rows) for x in each.logprobs]
+        logprobs = [x for each in loglikelihood(params, pairs, batch_size=rows) for x in each.logprobs]
     sizes = [(len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
     return Perplexity(-math.fsum(logprobs), len(logprobs), *map(sum, zip(*sizes, strict=True)))
 
@@ -144,7 +144,9 @@ def build_job(run: PretrainingRecipe) -> tuple[TrainingJob, HeldOut]:
         f"{per_token:,} FLOPs a token, {peak / 1e12:.3g} TFLOP/s at most ({'given' if run.peak_tflops else 'measured'})",
         *low_rate(run.lr, run.steps, run.num_warmup_steps()),
     )
-    schedule = cosine_schedule(run.lr, run.steps, run.num_warmup_steps(), end=run.lr * run.min_lr_ratio)
+    schedule = cosine_schedule(
+        run.lr, run.steps, warmup_steps=run.num_warmup_steps(), final_lr=run.lr * run.min_lr_ratio
+    )
     optimizer = adamw(schedule, run.betas, weight_decay=run.weight_decay)
     it = TrainingJob(
         run=run,
@@ -188,7 +190,14 @@ def pretrain(run: PretrainingRecipe, where: Path | None = None) -> Path:
         after = held_out(params, held.tokenizer, held.texts, run.micro_batch_size)
         report(out, [figures(of, held.texts) for of in (before, after)], len(held.texts))
         warm, ends = SamplingParams(temperature=0.7), held.tokenizer.eos_token_ids
-        text = generate(params, [[held.tokenizer.eos]], ends, run.max_seq_len - 2, warm, fold_in(it.rng, "story"))[0]
+        text = generate(
+            params,
+            [[held.tokenizer.eos]],
+            eos_token_id=ends,
+            max_new_tokens=run.max_seq_len - 2,
+            sampling=warm,
+            rng=fold_in(it.rng, "story"),
+        )[0]
         console.print(f"\n{held.tokenizer.decode(text.tokens)}")
     return out
 

@@ -138,7 +138,14 @@ def answers(
         for i in range(0, len(order), AT_ONCE):
             some = order[i : i + AT_ONCE]
             rng = fold_in(key(seed), i) if sampling.temperature else None
-            made = generate(params, [prompts[j] for j in some], tokenizer.eos_token_ids, most, sampling, rng)
+            made = generate(
+                params,
+                [prompts[j] for j in some],
+                eos_token_id=tokenizer.eos_token_ids,
+                max_new_tokens=most,
+                sampling=sampling,
+                rng=rng,
+            )
             for at, it in zip(some, made, strict=True):
                 found[at] = Answer(tokenizer.decode(it.tokens).strip(), tuple(it.tokens), it.finished)
             advance(len(some))
