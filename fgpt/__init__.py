@@ -19,8 +19,9 @@ from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
-from fgpt.generation.beam import beam_search, prompt_lookup_decode
+from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import GenerationOutput, generate, stream
+from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft

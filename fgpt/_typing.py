@@ -1,4 +1,4 @@
-"""What the types of all files share, and shape and type checks that vanish while compiling."""
+"""Shared types, and shape and type checks that vanish while compiling."""
 
 import functools
 import os
@@ -12,24 +12,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StrPath: TypeAlias = str | os.PathLike[str]
-"""A path as users give it."""
+"""A path in any form that `open` accepts."""
 
 
 def shaped(fn: Callable[P, R]) -> Callable[P, R]:
     """Check the jaxtyping annotations of `fn` at every call: under grad, vmap and jvp too, where a mapped tensor
     shows the shape of one example.
 
-    Inside `torch.compile` the checks step aside: dynamo cannot trace them, and the eager run has already made them.
+    Inside `torch.compile` there are no checks: dynamo cannot trace them, and the eager run has already made them.
     """
 
     @functools.cache
-    def checked() -> Callable[P, R]:
+    def with_checks() -> Callable[P, R]:
         from beartype import beartype  # here, because importing it takes longer than the rest of fgpt
 
         return jaxtyped(fn, typechecker=beartype)
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (fn if torch.compiler.is_compiling() else checked())(*args, **kwargs)
+        return (fn if torch.compiler.is_compiling() else with_checks())(*args, **kwargs)
 
     return call

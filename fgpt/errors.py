@@ -1,19 +1,26 @@
-"""The one error a user can mend, and how its one line shows what was found."""
+"""The error for bad input, and how its one line shows a value."""
 
 from typing import Any
 
-LONGEST = 80
+MAX_CHARS = 80
 """Characters shown of a value or a name."""
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: what was expected, what came, and how to mend it.
+    """Bad input. The message is one line: what was expected, what came, and how to fix it.
 
-    Command lines print it alone and exit with a non-zero code; any other exception is a defect of ours and keeps its
+    A command line prints the message alone and exits with a non-zero code. Any other exception is a bug and keeps its
     traceback.
 
     `field` is the option to change, which the message names in backticks, as in "raise `max_seq_len`": a command line
     writes it as its own option.
+
+    >>> import fgpt
+    >>> try:
+    ...     fgpt.SamplingParams(top_k=0)
+    ... except fgpt.InputError as err:
+    ...     print(err)
+    top_k is 0: expected an integer, 1 or more
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -22,19 +29,20 @@ class InputError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """What a file says, as Python writes it: of something long its beginning."""
+    """`repr(value)`, shortened if it is long."""
     try:
         text = repr(value)
     except RecursionError:
         return "something nested deeply"
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 3]}..."
 
 
 def printable(text: str) -> str:
-    """A name that a file gives: as it is, or where it is long or would break the line, as `shown` shows it."""
-    return text if text.isprintable() and len(text) <= LONGEST else shown(text)
+    """A name from a file: as it is, or as its shortened `repr` if it is long or would break the line."""
+    return text if text.isprintable() and len(text) <= MAX_CHARS else shown(text)
 
 
-def one_line(said: object) -> str:
-    """What another library says, which may quote a file, in printable characters with single spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
+def one_line(message: object) -> str:
+    """A message of another library, which may quote a file, in printable characters with single spaces."""
+    text = "".join(c if c.isprintable() else " " for c in str(message))
+    return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Calls into libraries written in Rust, whose panics are no `Exception` in Python."""
+"""Calls into libraries written in Rust, whose panics are not an `Exception` in Python."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def call(what: str, function: Callable[[], T]) -> T:
-    """What `function` gives. Raises InputError, which begins with `what`, where the library fails or panics."""
+    """`function()`. Raises InputError, which begins with `what`, if the library raises or panics."""
     try:
         return function()
     except InputError:

@@ -12,12 +12,21 @@ from fgpt.weights import linear_terms
 
 @node
 class Batch:
-    """Rows of tokens, and what is asked of them.
+    """Tokens, and which of them the loss is about.
 
-    `targets[i]` is the token to predict at position i (the text's token i + 1), `weights[i]` what that prediction
-    counts: 0 where nothing is asked. `segments` is None where every row is one document, padded on the right at most:
-    the causal mask alone then keeps padding out. `at` lists the flat positions with weight, so that logits are computed
-    nowhere else; None computes them everywhere, which suits vmap over rows and whole-text training.
+    Args:
+        tokens: token ids.
+        targets: the token to predict at each position, that is the text's next token.
+        weights: the weight of each position in the loss; 0 leaves it out.
+        segments: the document that each position belongs to, 0 for padding. None if each row is one document, padded on
+            the right at most: the causal mask alone then keeps padding out.
+        loss_positions: the flat positions with a weight, so that logits are computed only there. None computes them at
+            all positions, which suits vmap over examples and training on whole texts.
+
+    >>> import fgpt, torch
+    >>> text = torch.tensor([[1, 2, 3, 4]])
+    >>> fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3)).targets
+    tensor([[2, 3, 4]])
     """
 
     tokens: Int[Tensor, "*batch seq"]
@@ -29,17 +38,27 @@ class Batch:
 
 @shaped
 def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Σ weight · nll, Σ weight) in nats: sums, so that unequal batches add up exactly. `remat` is that of `hidden`."""
+    """(Σ weight · nll, Σ weight) in nats: sums, so that batches of different sizes add up exactly. `remat` is activation
+    checkpointing, see `hidden`.
+
+    >>> import fgpt, torch
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params = fgpt.init(config, fgpt.key(0))
+    >>> text = torch.tensor([[1, 2, 3, 4]])
+    >>> total, weight = fgpt.nll(params, fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3)))
+    >>> weight
+    tensor(3.)
+    """
     h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
     y, weights = batch.targets.flatten(), batch.weights.flatten()
     if batch.loss_positions is not None:
         h, y, weights = h[batch.loss_positions], y[batch.loss_positions], weights[batch.loss_positions]
-    each = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
-    weights = weights.to(each.dtype)
-    return (weights * each).sum(), weights.sum()
+    token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
+    weights = weights.to(token_nll.dtype)
+    return (weights * token_nll).sum(), weights.sum()
 
 
 def loss(params: GPT, batch: Batch, remat: bool = False) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood in nats per weighted token."""
+    """Mean negative log-likelihood in nats per weighted token. The arguments are those of `nll`."""
     total, weight = nll(params, batch, remat)
     return total / weight

@@ -12,13 +12,13 @@ from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.patterns import matching
-from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_map_multi
+from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_map_multi, unflatten_like
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Learning rate at a step, counted from 0."""
 Number: TypeAlias = int | float | Tensor
-"""A number, or a tensor without axes that holds it: what a sweep maps over, and a metagradient differentiates by."""
+"""A number, or a scalar tensor, which a sweep maps over and a metagradient differentiates."""
 
 
 class Optimizer(NamedTuple):
@@ -31,32 +31,46 @@ class Optimizer(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- schedules
 
 
-def constant_schedule(lr: Number, warmup: Number = 0) -> Schedule:
-    """lr, after a linear rise over the first `warmup` steps."""
-    return lambda step: lr * _rise(step, warmup)
+def constant_schedule(lr: Number, warmup_steps: Number = 0) -> Schedule:
+    """lr, after a linear warmup over the first `warmup_steps`.
+
+    >>> schedule = constant_schedule(1e-3, warmup_steps=10)
+    >>> round(float(schedule(torch.tensor(4))), 6)
+    0.0005
+    """
+    return lambda step: lr * _warmup(step, warmup_steps)
 
 
-def linear_schedule(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
-    """A linear rise, then a straight line from lr to `end` at the last of `steps`."""
-    return lambda step: _rise(step, warmup) * (lr + (end - lr) * _progress(step, steps, warmup))
+def linear_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
+    """A linear warmup, then a linear decay from lr to `final_lr` at the last of `total_steps`."""
+
+    def schedule(step: Tensor) -> Tensor:
+        decay = (final_lr - lr) * _progress(step, total_steps, warmup_steps)
+        return _warmup(step, warmup_steps) * (lr + decay)
+
+    return schedule
 
 
-def cosine_schedule(lr: Number, steps: Number, warmup: Number = 0, end: Number = 0.0) -> Schedule:
-    """A linear rise, then half a cosine from lr to `end` at the last of `steps`.
+def cosine_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
+    """A linear warmup, then a cosine decay from lr to `final_lr` at the last of `total_steps`.
 
     Source: Loshchilov & Hutter 2017 (SGDR), section 3.
     """
-    return lambda step: (
-        _rise(step, warmup) * (end + (lr - end) * (1 + torch.cos(math.pi * _progress(step, steps, warmup))) / 2)
-    )
+
+    def schedule(step: Tensor) -> Tensor:
+        angle = math.pi * _progress(step, total_steps, warmup_steps)
+        return _warmup(step, warmup_steps) * (final_lr + (lr - final_lr) * (1 + torch.cos(angle)) / 2)
+
+    return schedule
 
 
-def _rise(step: Tensor, warmup: Number) -> Tensor:
-    return ((step.double() + 1) / _at_least_1(warmup)).clamp(max=1.0)
+def _warmup(step: Tensor, warmup_steps: Number) -> Tensor:
+    return ((step.double() + 1) / _at_least_1(warmup_steps)).clamp(max=1.0)
 
 
-def _progress(step: Tensor, steps: Number, warmup: Number) -> Tensor:
-    return ((step.double() - warmup) / _at_least_1(steps - warmup)).clamp(0.0, 1.0)
+def _progress(step: Tensor, total_steps: Number, warmup_steps: Number) -> Tensor:
+    """0 at the end of the warmup, 1 at the last step."""
+    return ((step.double() - warmup_steps) / _at_least_1(total_steps - warmup_steps)).clamp(0.0, 1.0)
 
 
 def _at_least_1(x: Number) -> Number:
@@ -68,7 +82,7 @@ def _at_least_1(x: Number) -> Number:
 
 @node
 class Moment8:
-    """A moment as 8-bit dynamic codes: 1 byte a number, and 4 for the largest magnitude in each block of 256."""
+    """A moment as 8-bit dynamic codes: 1 byte for each element, and 4 for the largest magnitude of each block of 256."""
 
     codes: UInt8[Tensor, "*shape"]
     absmax: Float32[Tensor, " blocks"]
@@ -77,7 +91,7 @@ class Moment8:
 
 @node
 class AdamState:
-    """Moments, shaped like the params, and the number of updates done."""
+    """First and second moments, shaped like the params, and the number of updates so far."""
 
     mu: Tree
     nu: Tree
@@ -87,21 +101,35 @@ class AdamState:
 def adamw(
     lr: Number | Schedule,
     betas: tuple[Number, Number] = (0.9, 0.999),
+    *,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     decay: str = ".*",
-    *,
     eps_root: Number = 0.0,
 ) -> Optimizer:
     """AdamW: m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; θ ← θ - η (m̂ / (√(v̂ + ε₀) + ε) + λθ).
 
-    Its numbers may be tensors without axes, to be mapped over or differentiated by. ε₀ = `eps_root` is 0 in the paper;
-    above 0, as in optax, the step has a derivative where v is 0: at every leaf that has had no gradient yet.
+    Args:
+        lr: η, a number or a schedule.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ, for leaves of two dimensions or more, never for biases and norms.
+        decay: a regular expression; only leaves whose whole path matches it decay.
+        eps_root: ε₀, which is 0 in the paper. Above 0, as in optax, the step has a derivative at v = 0, that is at
+            every leaf that has had no gradient yet.
 
-    The decay λ = `weight_decay` acts on leaves of two dimensions or more whose path matches `decay` in full: never on
-    biases and norms.
+    Each number may be a scalar tensor, to be mapped over or differentiated.
+
+    Raises:
+        InputError: if `decay` is not a regular expression.
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
+
+    >>> optimizer = adamw(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> params, state = optimizer.update({"w": torch.ones(2)}, optimizer.init(params), params)
+    >>> params["w"]
+    tensor([0.9000, 0.9000])
     """
     return _adam(lr, betas, eps, eps_root, weight_decay, decay, encode_moment=lambda x, signed: x)
 
@@ -109,33 +137,41 @@ def adamw(
 def adamw8bit(
     lr: Number | Schedule,
     betas: tuple[Number, Number] = (0.9, 0.999),
+    *,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     decay: str = ".*",
     min_8bit_size: int = 4096,
-    *,
     eps_root: Number = 0.0,
 ) -> Optimizer:
-    """AdamW whose moments rest as 8-bit codes: 2.03 bytes a parameter in place of 8.
+    """AdamW with its moments stored as 8-bit codes: 2.03 bytes for each parameter instead of 8.
 
-    A leaf with at least `smallest` numbers has its moments decoded, moved in fp32 as in `adamw`, and coded again, one
-    leaf at a time; a smaller leaf keeps them in fp32.
+    The moments of a leaf with at least `min_8bit_size` elements are decoded, updated in fp32 as in `adamw`, and encoded
+    again, one leaf at a time; those of a smaller leaf stay in fp32. The other arguments are those of `adamw`.
 
-    bitsandbytes' fused update is not used: it writes into its arguments, so that each would be copied first; it wants
-    the learning rate and the step as Python numbers, and no vmap; and on CUDA it passes silently over gradients that
-    are not finite, and decays θ after the step instead of before.
+    bitsandbytes' fused update is not used. It writes into its arguments, so that each would have to be copied first; it
+    needs the learning rate and the step as Python numbers, and has no vmap; and on CUDA it silently skips gradients
+    that are not finite, and decays θ after the step instead of before.
 
-    Moments round, so that no gradient passes from one update to the next; through one it does.
+    Moments are rounded, so that no gradient passes from one update to the next. It does pass through one update.
+
+    Raises:
+        InputError: if `decay` is not a regular expression.
 
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
+
+    >>> optimizer = adamw8bit(0.1)
+    >>> params = {"w": torch.ones(64, 64)}
+    >>> optimizer.init(params).mu["w"].codes.dtype
+    torch.uint8
     """
     for signed in (True, False):
-        dynamic_code(signed)  # kept from here on, where no transform surrounds it
+        dynamic_code(signed)  # cached from here on, outside of any transform
 
-    def hold(x: Tensor, signed: bool) -> Tensor | Moment8:
+    def encode_moment(x: Tensor, signed: bool) -> Tensor | Moment8:
         return Moment8(*quantize(x, signed), signed) if x.numel() >= min_8bit_size else x
 
-    return _adam(lr, betas, eps, eps_root, weight_decay, decay, hold)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, encode_moment)
 
 
 def _adam(
@@ -147,14 +183,14 @@ def _adam(
     decay: str,
     encode_moment: Callable[[Tensor, bool], Tensor | Moment8],
 ) -> Optimizer:
-    """AdamW, with each moment kept as `hold(moment, signed)` from one update to the next.
+    """AdamW, with each moment stored as `encode_moment(moment, signed)` between updates.
 
-    Raises InputError as `matching` does, where `decay` is no regular expression.
+    Raises InputError as `matching` does, if `decay` is not a regular expression.
     """
     matching(decay, [])
-    rate = lr if callable(lr) else constant_schedule(lr)
-    decaying = isinstance(weight_decay, Tensor) or weight_decay != 0
-    rooted = isinstance(eps_root, Tensor) or eps_root != 0
+    schedule = lr if callable(lr) else constant_schedule(lr)
+    has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
+    has_eps_root = isinstance(eps_root, Tensor) or eps_root != 0
 
     def init(params: Tree) -> AdamState:
         def zeros(signed: bool) -> Tree:
@@ -163,31 +199,41 @@ def _adam(
         return AdamState(zeros(True), zeros(False), torch.zeros((), dtype=torch.int64))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        eta, t = rate(state.count), state.count + 1
+        eta, t = schedule(state.count), state.count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
-        decayed = set(matching(decay, [p for p, x in leaves(params).items() if x.ndim > 1])) if decaying else set()
-        decays = iter([path in decayed for path in leaves(params)] if decaying else ())
 
-        def moved(theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8) -> tuple[Any, Any, Any]:
+        def update_leaf(
+            theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8, decays: bool
+        ) -> tuple[Any, Any, Any]:
             m, v = _decode_moment(m), _decode_moment(v)
             g = g.to(m.dtype)
-            m, v = _first(m, g, betas[0]), _second(v, g, betas[1])
-            square = v / bias2 + eps_root if rooted else v / bias2
+            m, v = _first_moment(m, g, betas[0]), _second_moment(v, g, betas[1])
+            square = v / bias2 + eps_root if has_eps_root else v / bias2
             step = (m / bias1) / (square.sqrt() + eps)
-            step = step + weight_decay * theta if next(decays, False) else step
+            step = step + weight_decay * theta if decays else step
             return (theta - eta * step).to(theta.dtype), encode_moment(m, True), encode_moment(v, False)
 
-        params, mean, square = tree_map_multi(moved, 3, params, grads, state.mu, state.nu)
-        return params, AdamState(mean, square, t)
+        decay_mask = _decay_mask(params, decay if has_decay else None)
+        params, mu, nu = tree_map_multi(update_leaf, 3, params, grads, state.mu, state.nu, decay_mask)
+        return params, AdamState(mu, nu, t)
 
     return Optimizer(init, update)
 
 
-def _first(m: Tensor, g: Tensor, beta: Number) -> Tensor:
+def _decay_mask(params: Tree, pattern: str | None) -> Tree:
+    """A tree of bools: whether a leaf has two dimensions or more and its whole path matches `pattern`."""
+    if pattern is None:
+        return tree_map(lambda x: False, params)
+    by_path = leaves(params)
+    decayed = set(matching(pattern, [path for path, x in by_path.items() if x.ndim > 1]))
+    return unflatten_like(params, [path in decayed for path in by_path])
+
+
+def _first_moment(m: Tensor, g: Tensor, beta: Number) -> Tensor:
     return torch.lerp(m, g, (1 - beta).to(m.dtype) if isinstance(beta, Tensor) else 1 - beta)
 
 
-def _second(v: Tensor, g: Tensor, beta: Number) -> Tensor:
+def _second_moment(v: Tensor, g: Tensor, beta: Number) -> Tensor:
     if isinstance(beta, Tensor):
         return (v * beta + (1 - beta) * g * g).to(v.dtype)
     return torch.addcmul(v * beta, g, g, value=1 - beta)
@@ -204,7 +250,7 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
     return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 
-def clip_by_global_norm(grads: Tree, norm: Float[Tensor, ""], most: float) -> Tree:
-    """`grads` scaled down so that their global norm is at most `most`; unchanged where it is already."""
-    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+def clip_by_global_norm(grads: Tree, norm: Float[Tensor, ""], max_norm: float) -> Tree:
+    """`grads`, whose global norm is `norm`, scaled down to a global norm of at most `max_norm`."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return tree_map(lambda g: g * scale, grads)

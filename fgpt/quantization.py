@@ -1,4 +1,4 @@
-"""Quantizing a params tree: one more transform of it."""
+"""Quantization as a transform of the params tree."""
 
 from typing import Any, TypeVar, get_args
 
@@ -13,28 +13,42 @@ from fgpt.weights import Weight
 T = TypeVar("T")
 
 
-def quantize(params: T, format: Format = "nf4", double_quant: bool = True, target: str = r"blocks\..*") -> T:
-    """`params` with the weight of every layer whose path matches `target` in full held in 4 or 8 bits.
+def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, target: str = r"blocks\..*") -> T:
+    r"""`params` with the weights of some layers quantized to 4 or 8 bits.
 
-    nf4, fp4: 16 values fit to normal numbers, or floats, scaled by blocks of 64; `double_quant` holds the scales in
-    8 bits too: 0.516 bytes a number. blockwise8: the dynamic code of 256 values. int8: whole numbers scaled by row,
-    whose products are whole too: small, and on a CPU with 8-bit dot products the fastest of all.
+    Args:
+        params: a plain params tree; adapt it after quantization.
+        format: nf4 (16 quantiles of the normal distribution) and fp4 (4-bit floats) have a scale for each block of 64
+            elements; blockwise8 is the dynamic code of 256 values; int8 has a scale for each row, and its matmul is an
+            int8 matmul: on a CPU with 8-bit dot products the fastest of all.
+        double_quant: quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
+        target: a regular expression; layers whose whole path matches it are quantized.
 
-    Raises InputError where `target` matches nothing, or a weight that is adapted, quantized already, or too small.
+    Raises:
+        InputError: if `target` matches nothing, or a weight that is adapted, quantized already, or has rows that do
+            not divide into blocks.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=64, n_ctx=16, vocab_size=11, d_mlp=64)
+    >>> params = fgpt.init(config, fgpt.key(0))
+    >>> type(fgpt.quantize(params, "int8", target=r".*\.mlp\..*").blocks[0].mlp.up.w).__name__
+    'RowwiseInt8'
     """
     weights = weight_matrices(params)
-    return replace_at(
-        params,
-        {f"{path}.w": quantize_weight(path, weights[path], format, double_quant) for path in select(weights, target)},
-    )
+    quantized: dict[str, Quantized] = {}
+    for path in select(weights, target):
+        quantized[f"{path}.w"] = quantize_weight(path, weights[path], format, double_quant)
+    return replace_at(params, quantized)
 
 
-def quantize_weight(path: str, w: Weight, to: Any, double_quant: bool = True) -> Quantized:
+def quantize_weight(path: str, w: Weight, format: Any, double_quant: bool = True) -> Quantized:
     """The weight of the layer at `path`, quantized. Raises InputError as `quantize` does."""
-    if to not in get_args(Format):
-        raise InputError(f"quantize to {to!r}: expected one of {', '.join(get_args(Format))}")
+    if format not in get_args(Format):
+        raise InputError(f"format is {format!r}: expected one of {', '.join(get_args(Format))}")
     if not isinstance(w, Tensor):
         raise InputError(f"{path} is {type(w).__name__} already: quantize a plain params tree, then adapt it")
-    if to != "int8" and w.shape[1] % BLOCK:
-        raise InputError(f"{path} has rows of {w.shape[1]}: {to} wants multiples of {BLOCK}; narrow the target")
-    return quantize_matrix(w, to, double_quant)
+    if format != "int8" and w.shape[1] % BLOCK:
+        raise InputError(
+            f"{path} has rows of {w.shape[1]} elements: {format} needs a multiple of {BLOCK}; narrow the target"
+        )
+    return quantize_matrix(w, format, double_quant)

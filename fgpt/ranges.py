@@ -1,9 +1,9 @@
-"""Ranges of numeric options: written once, in the type of a dataclass's field, and checked from there.
+"""Ranges of numeric fields: declared once, in the type of a dataclass's field, and checked from there.
 
-    rows: PositiveInt = 8
+    batch_size: PositiveInt = 8
     top_p: Annotated[float, Range(above=0, most=1)] | None = None
 
-`Annotated` changes nothing for a type checker, nor for what reads or parses the field.
+`Annotated` changes nothing for a type checker, nor for a parser of the field.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hin
 from fgpt.errors import InputError, shown
 
 LARGEST = 2**31 - 1
-"""Of an integer without another bound: far above any sensible value, and small enough for every index."""
+"""Bound of an integer without another one: far above any sensible value, and small enough for every index."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """Which numbers a field takes. Infinity and what is no number are in no range."""
+    """The numbers that a field may have. Infinity and NaN are in no range."""
 
     least: int | float | None = None
     above: int | float | None = None
@@ -34,13 +34,13 @@ class Range:
         return high_enough and low_enough
 
     def expected(self, x: int | float) -> str:
-        """The range in words, for a number that is not in it."""
+        """The range in words, for a number x that is not in it."""
         words: list[str] = []
         if self.least is not None:
             words.append(f"{self.least:,} or more")
         if self.above is not None:
             words.append(f"a number above {self.above:,}")
-        if self.most is not None and (self.most != LARGEST or x > LARGEST):  # a bound that nobody comes near is noise
+        if self.most is not None and (self.most != LARGEST or x > LARGEST):  # the default bound says nothing
             words.append(f"at most {self.most:,}")
         if self.below is not None:
             words.append(f"below {self.below:,}")
@@ -49,18 +49,18 @@ class Range:
 
 PositiveInt: TypeAlias = Annotated[int, Range(least=1, most=LARGEST)]
 BatchSize: TypeAlias = Annotated[int, Range(least=1, most=2**16)]
-"""Of what is made or held at once, such as the rows of a batch: more would be gathered until memory ends."""
+"""Number of examples, or of other things, that are in memory at once: a larger one would run out of memory."""
 NonNegativeInt: TypeAlias = Annotated[int, Range(least=0, most=LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Range(above=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Range(least=0)]
 Fraction: TypeAlias = Annotated[float, Range(least=0, below=1)]
 Seed: TypeAlias = Annotated[int, Range(least=-(2**63), most=2**64 - 1)]
-"""What `torch.Generator.manual_seed` takes."""
+"""The range of `torch.Generator.manual_seed`."""
 
 
 def check(options: Any, prefix: str = "") -> None:
-    """Raises InputError for the first number in a dataclass, or in one within it, that is out of its field's range.
-    `prefix` goes before the field's name, as the dashes of an option do.
+    """Raises InputError for the first number in a dataclass, or in a nested one, that is out of its field's range. The
+    message begins with `prefix` and the field's name, as an option's name begins with dashes.
     """
     for name, hint in hints(type(options)).items():
         value = getattr(options, name)
@@ -75,13 +75,13 @@ def check(options: Any, prefix: str = "") -> None:
 
 
 def hints(cls: type[Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields, with what `Annotated` says of them."""
-    every = get_type_hints(cls, include_extras=True)
-    return {field.name: every[field.name] for field in dataclasses.fields(cls)}
+    """The types of a dataclass's fields, with their `Annotated` metadata."""
+    types = get_type_hints(cls, include_extras=True)
+    return {field.name: types[field.name] for field in dataclasses.fields(cls)}
 
 
 def ranges(hint: Any) -> Iterator[Range]:
-    """The ranges that a type names, also within a union or a tuple."""
+    """The ranges in a type, also within a union or a tuple."""
     if get_origin(hint) is Annotated:
         yield from (x for x in hint.__metadata__ if isinstance(x, Range))
     for part in get_args(hint):
@@ -89,5 +89,5 @@ def ranges(hint: Any) -> Iterator[Range]:
 
 
 def is_flat(hint: Any) -> bool:
-    """Whether the options of a nested dataclass stand by themselves, without its name before theirs."""
+    """Whether the options of a nested dataclass are named without its name before theirs."""
     return get_origin(hint) is Annotated

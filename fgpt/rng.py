@@ -1,8 +1,8 @@
 """Random keys: a `torch.Generator` that is read and never advanced.
 
 Two draws from one key are the same draw; different draws come from `fold_in(key, name)`, so that the order in which
-things are initialized changes nothing. Where vmap or a compiler passes, a key is its `seed`: a number in a tensor.
-Members that are to draw each their own are given each their own seed: `fold_in(key, i)`, with i mapped over.
+things are initialized changes nothing. Under vmap or a compiler a key is its seed, an integer tensor. For different
+draws in each member of a vmap map over i in `fold_in(key, i)`.
 """
 
 import hashlib
@@ -14,7 +14,11 @@ from torch import Tensor
 
 
 def key(seed: int) -> torch.Generator:
-    """The key of an integer seed."""
+    """The key of an integer seed.
+
+    >>> key(0).initial_seed()
+    0
+    """
     return torch.Generator().manual_seed(seed)
 
 
@@ -27,19 +31,25 @@ def fold_in(rng: Int[Tensor, ""], name: str | int | Int[Tensor, ""]) -> Int[Tens
 def fold_in(
     rng: torch.Generator | Int[Tensor, ""], name: str | int | Int[Tensor, ""]
 ) -> torch.Generator | Int[Tensor, ""]:
-    """A fresh key, a function of `rng`'s seed and of `name` alone: a seed where either is a tensor, which vmap may map.
+    """A fresh key, a function of `rng`'s seed and of `name` alone. If either is a tensor, which vmap may map over, the
+    result is a seed tensor.
 
-    Source: for tensors Appleby's MurmurHash3, its finalizer.
+    Source: for tensors the finalizer of Appleby's MurmurHash3.
+
+    >>> fold_in(key(0), "dropout").initial_seed() == fold_in(key(0), "dropout").initial_seed()
+    True
+    >>> fold_in(key(0), "dropout").initial_seed() == fold_in(key(0), "order").initial_seed()
+    False
     """
     if isinstance(rng, Tensor) or isinstance(name, Tensor):
-        name = salt(name) if isinstance(name, str) else name
-        return _mixed(_mixed(seed_tensor(rng)) + name) & 0x7FFFFFFF
+        name = hash_name(name) if isinstance(name, str) else name
+        return _mix(_mix(seed_tensor(rng)) + name) & 0x7FFFFFFF
     digest = hashlib.blake2b(f"{rng.initial_seed()}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(rng.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _mixed(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
-    """32 bits of which each depends on all of the low 32 of x, one to one."""
+def _mix(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
+    """A one-to-one function of the low 32 bits of x, of which every bit of the result depends on every bit."""
     x = x.long() & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -47,21 +57,25 @@ def _mixed(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
 
 
 def seed_tensor(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
-    """The key as 31 bits in a tensor: what can be mapped over, and changes without compiling anew. A seed stays."""
+    """The key as 31 bits in a tensor, which can be mapped over, and changes without recompilation. A seed stays as it is.
+
+    >>> seed_tensor(key(0)).dtype
+    torch.int64
+    """
     if isinstance(rng, Tensor):
         return rng
     return torch.tensor(fold_in(rng, "seed").initial_seed() & 0x7FFFFFFF)
 
 
 def fold_in_seed(seed: Int[Tensor, ""], name: str) -> Int[Tensor, ""]:
-    """`fold_in` for a seed."""
-    return seed ^ salt(name)
+    """`fold_in` for a seed, by the name's hash alone."""
+    return seed ^ hash_name(name)
 
 
-def salt(name: str) -> int:
-    """31 bits that stand for a name."""
+def hash_name(name: str) -> int:
+    """The name as 31 bits."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: a name's hash is never traced.
-salt._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+hash_name._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -22,13 +22,23 @@ def test_the_same_texts():
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
     for rows in (1, 3):
         for most in (6, 14):
-            expected = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1))
-            got = fgpt.generate(params, prompts[:rows], 0, most, WARM, fgpt.key(1), compile=True)
+            expected = fgpt.generate(
+                params, prompts[:rows], eos_token_id=0, max_new_tokens=most, sampling=WARM, rng=fgpt.key(1)
+            )
+            got = fgpt.generate(
+                params,
+                prompts[:rows],
+                eos_token_id=0,
+                max_new_tokens=most,
+                sampling=WARM,
+                rng=fgpt.key(1),
+                compile=True,
+            )
             assert got == expected
     assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
-    adapters = [sets(params)[i] for i in (1, 2, 0)]
-    expected = fgpt.generate(params, prompts, 0, 9, adapters=adapters)
-    assert fgpt.generate(params, prompts, 0, 9, adapters=adapters, compile=True) == expected
+    own = [sets(params)[i] for i in (1, 2, 0)]
+    expected = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own)
+    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own, compile=True) == expected
 
 
 @torch.no_grad()

@@ -74,7 +74,15 @@ def texts() -> int:
     for number in range(WARM + TIMES + 1):
         if number in (WARM, WARM + TIMES):
             sizes.append(resident())
-        fgpt.generate(base, [[1, 2], [4]], 0, 2, warm, fgpt.key(number), adapters=adapters if number % 2 else None)
+        fgpt.generate(
+            base,
+            [[1, 2], [4]],
+            eos_token_id=0,
+            max_new_tokens=2,
+            sampling=warm,
+            rng=fgpt.key(number),
+            adapters=adapters if number % 2 else None,
+        )
     return sizes[1] - sizes[0]
 
 

@@ -76,7 +76,7 @@ def test_a_classifier_is_the_same_tree_with_another_head():
     large = fgpt.with_classification_head(tiny(d_model=256, n_head=4), 100, fgpt.key(0)).head
     assert large is not None
     assert float(large.w.std()) == pytest.approx(0.02, rel=0.05)  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(InputError, match="a classifier of 1 classes: expected at least 2"):
+    with pytest.raises(InputError, match="num_classes is 1: expected 2 or more"):
         fgpt.with_classification_head(base, 1, fgpt.key(0))
 
 

@@ -110,7 +110,7 @@ def test_text_scores_of_a_side():
     """Perplexity under the base is what generation itself has seen, where the base has written the answers."""
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The sun", "Tim said")]
-    made = fgpt.generate(params, prompts, tokenizer.eos, 8, logprobs=True)
+    made = fgpt.generate(params, prompts, eos_token_id=tokenizer.eos, max_new_tokens=8, logprobs=True)
     found = [Answer(tokenizer.decode(x.tokens), tuple(x.tokens), x.finished) for x in made]
     scores = of_texts(params, prompts, found, tokenizer.eos)
     logprobs = [p for x in made for p in x.logprobs]
@@ -204,7 +204,7 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
     for side, params in (("base", base), ("tuned", run_dir.load_tuned(trained / "lora-nano", base))):
         for row in found["answers"]:
             prompt = encode_prompt(InstructionRow(row["instruction"], row["input"]), PLAIN, tokenizer)
-            it = fgpt.generate(params, [prompt], tokenizer.eos, 9)[0]
+            it = fgpt.generate(params, [prompt], eos_token_id=tokenizer.eos, max_new_tokens=9)[0]
             assert row[side] == {"text": tokenizer.decode(it.tokens).strip(), "finished": it.finished}
 
 

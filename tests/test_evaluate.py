@@ -77,7 +77,7 @@ def test_a_table_of_pairs_worked_by_hand():
     assert math.exp(second.total) == pytest.approx(0.7, rel=1e-5)
     assert [math.exp(x) for x in third.logprobs] == pytest.approx([0.4, 0.7, 0.5], rel=1e-5)
     assert third.greedy == [True, True, True]
-    whole = loglikelihood_rolling(params, [1, 3, 0, 0], begin=0, width=2, stride=1)
+    whole = loglikelihood_rolling(params, [1, 3, 0, 0], bos_token_id=0, width=2, stride=1)
     assert math.exp(whole.total) == pytest.approx(0.25 * 0.4 * 0.7 * 0.5, rel=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_a_score_is_its_pairs_alone_and_transformers(name: str, pairs: list[Any]
     """Whatever its neighbors, their order and number; contexts too long lose what transformers is not shown either."""
     model, params = both(name)
     order = data.draw(st.permutations(range(len(pairs))))
-    shuffled = loglikelihood(params, [pairs[i] for i in order], rows)
+    shuffled = loglikelihood(params, [pairs[i] for i in order], batch_size=rows)
     for i, got in zip(order, shuffled, strict=True):
         (alone,) = loglikelihood(params, [pairs[i]])
         expected, greedy = reference(model, *pairs[i])
@@ -145,7 +145,7 @@ def test_adapted_quantized_and_bf16_models_are_scored():
 )
 def test_each_token_is_scored_once_after_what_precedes_it(text: list[int], sizes: tuple[int, int]):
     width, stride = sizes
-    pairs = windows(text, 99, width, stride)
+    pairs = windows(text, 99, width=width, stride=stride)
     assert [token for _, new in pairs for token in new] == text
     whole, done = [99, *text], 0
     for i, (context, new) in enumerate(pairs):
@@ -164,7 +164,7 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
     stride, rows = data.draw(st.integers(1, width)), data.draw(st.integers(1, 5))
     model, params = both(name)
     text = tokens(31, length, seed=length).tolist()
-    got = loglikelihood_rolling(params, text, 7, width, stride, rows)
+    got = loglikelihood_rolling(params, text, bos_token_id=7, width=width, stride=stride, batch_size=rows)
     whole, expected = [7, *text], []
     for at in range(length):
         window = max(0, -(-(at + 1 - width) // stride))  # which of them scores the token
@@ -179,7 +179,7 @@ def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.Monke
     params = tiny(n_ctx=256, vocab_size=2000)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
     with Largest() as seen:
-        loglikelihood_rolling(params, tokens(2000, 500).tolist(), 0, 256, 128)
+        loglikelihood_rolling(params, tokens(2000, 500).tolist(), bos_token_id=0, width=256, stride=128)
     assert seen.numel < 256 * 2000 / 4
 
 
@@ -212,8 +212,8 @@ def test_perplexities_count_tokens_bytes_and_words_of_the_text():
 @pytest.mark.parametrize(
     ("pair", "says"),
     [
-        (([], [1]), "pair 1 has 0 tokens of context and 1 to score: expected 1 or more of context"),
-        (([1], []), "pair 1 has 1 tokens of context and 0 to score"),
+        (([], [1]), "request 1 has 0 tokens of context and 1 to score: expected 1 or more of context"),
+        (([1], []), "request 1 has 1 tokens of context and 0 to score"),
         (([1], [2] * 25), "25 to score: expected .* 1 to 24 to score, the model's context"),
     ],
 )
@@ -231,16 +231,16 @@ def test_other_bad_input_is_refused():
         (25, 4, "context of 24"),
     ):
         with pytest.raises(fgpt.InputError, match=says):
-            loglikelihood_rolling(params, [1, 2], 0, width, stride)
-    with pytest.raises(fgpt.InputError, match="rows is 0"):
-        loglikelihood(params, [([1], [2])], 0)
+            loglikelihood_rolling(params, [1, 2], bos_token_id=0, width=width, stride=stride)
+    with pytest.raises(fgpt.InputError, match="batch_size is 0"):
+        loglikelihood(params, [([1], [2])], batch_size=0)
     with pytest.raises(fgpt.InputError, match="expected 1 or more of each"):
         perplexity([], "a")
     broken = replace_at(params, {"wte.w": torch.full((31, 16), math.nan)})
-    with pytest.raises(fgpt.InputError, match="pair 0 has a log-likelihood that is no number"):
+    with pytest.raises(fgpt.InputError, match="the log-likelihood of request 0 is not finite"):
         loglikelihood(broken, [([5], [2])])
     assert loglikelihood(params, []) == []
-    assert loglikelihood_rolling(params, [], 0) == LogLikelihood([], [])
+    assert loglikelihood_rolling(params, [], bos_token_id=0) == LogLikelihood([], [])
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -268,7 +268,10 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", "--base", "nano", *options]) == 0
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
-    expected = perplexity(loglikelihood_rolling(params, tokenizer.encode(text), tokenizer.eos, 64, 48).logprobs, text)
+    expected = perplexity(
+        loglikelihood_rolling(params, tokenizer.encode(text), bos_token_id=tokenizer.eos, width=64, stride=48).logprobs,
+        text,
+    )
     assert (found["tokens"], found["bytes"], found["words"]) == (expected.tokens, len(text.encode()), 270)
     assert found["perplexity per token"] == pytest.approx(expected.per_token, rel=1e-5)
     assert found["word perplexity"] == pytest.approx(expected.per_word, rel=1e-4)

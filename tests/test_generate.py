@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.generation import static_cache
-from fgpt.generation.beam import beam_search, prompt_lookup_decode, propose_ngram
+from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import stop_on_strings, stream, stream_text, truncate_at_stop
+from fgpt.generation.prompt_lookup import prompt_lookup_decode, propose_ngram
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
 from fgpt.tree import leaves, tree_map
@@ -61,7 +62,9 @@ def test_penalised_greedy_text_is_transformers(lengths: list[int], penalty: Any,
     model, params = both(seed)
     prompts = [tokens(31, n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
     sampling = SamplingParams(repetition_penalty=penalty, no_repeat_ngram=ngram)
-    for prompt, got in zip(prompts, fgpt.generate(params, prompts, 0, 11, sampling), strict=True):
+    for prompt, got in zip(
+        prompts, fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=11, sampling=sampling), strict=True
+    ):
         options = {"repetition_penalty": penalty or 1.0, "no_repeat_ngram_size": ngram or 0}
         expected = text(theirs(model, prompt, 11, **options).sequences[0], len(prompt))
         assert (got.tokens, got.finished) == expected
@@ -81,7 +84,9 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
     prompt = tokens(31, length, seed=seed).tolist()
     extra: dict[str, Any] = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2} if penalised else {}
     sampling = SamplingParams(repetition_penalty=1.5, no_repeat_ngram=2) if penalised else SamplingParams()
-    found = beam_search(params, prompt, 0, 10, beams, penalty, sampling)
+    found = beam_search(
+        params, prompt, eos_token_id=0, max_new_tokens=10, num_beams=beams, length_penalty=penalty, sampling=sampling
+    )
     expected = theirs(
         model,
         prompt,
@@ -106,14 +111,26 @@ def test_a_row_does_not_see_its_neighbors():
     """Sampled, ragged, some ending early: whatever is beside it, and however wide the padding."""
     params, rng = tiny(), fgpt.key(3)
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
-    together = fgpt.generate(params, prompts, 0, 30, WARM, rng)
+    together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng)
     others = [tokens(31, n, seed=50 + n).tolist() for n in (11, 1, 2)]
     for i in range(3):
         beside = [prompts[j] if j == i else others[j] for j in range(3)]
-        assert fgpt.generate(params, beside, 0, 30, WARM, rng)[i] == together[i]
-    assert fgpt.generate(params, prompts, 0, 30, WARM, rng) == together
-    assert fgpt.generate(params, prompts, 0, 30, WARM, fgpt.key(4)) != together
-    assert len({tuple(x.tokens) for x in fgpt.generate(params, prompts[:1] * 6, 0, 12, WARM, rng)}) > 3
+        assert (
+            fgpt.generate(params, beside, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng)[i] == together[i]
+        )
+    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng) == together
+    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=fgpt.key(4)) != together
+    assert (
+        len(
+            {
+                tuple(x.tokens)
+                for x in fgpt.generate(
+                    params, prompts[:1] * 6, eos_token_id=0, max_new_tokens=12, sampling=WARM, rng=rng
+                )
+            }
+        )
+        > 3
+    )
 
 
 def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
@@ -129,10 +146,17 @@ def test_what_is_read_and_computed(monkeypatch: pytest.MonkeyPatch):
         sizes.append(tuple(x.shape))
         return step(p, x, *rest)
 
-    monkeypatch.setattr(static_cache, "read", reads)
-    monkeypatch.setattr(static_cache, "step", steps)
+    monkeypatch.setattr(static_cache, "prefill", reads)
+    monkeypatch.setattr(static_cache, "decode_step", steps)
     prompt = tokens(31, 4).tolist()
-    got = fgpt.generate(params, [prompt] * 5, 0, 15, SamplingParams(temperature=2.0), fgpt.key(0))
+    got = fgpt.generate(
+        params,
+        [prompt] * 5,
+        eos_token_id=0,
+        max_new_tokens=15,
+        sampling=SamplingParams(temperature=2.0),
+        rng=fgpt.key(0),
+    )
     assert sizes[0] == (1, 4)
     lengths = [len(x.tokens) + x.finished for x in got]
     assert len(set(lengths)) > 1
@@ -143,7 +167,9 @@ def test_log_probabilities_are_the_models():
     params = tiny()
     prompts = [tokens(31, n, seed=n).tolist() for n in (2, 6)]
     for prompt, got in zip(
-        prompts, fgpt.generate(params, prompts, 0, 9, WARM, fgpt.key(1), logprobs=True), strict=True
+        prompts,
+        fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, sampling=WARM, rng=fgpt.key(1), logprobs=True),
+        strict=True,
     ):
         whole = torch.tensor([[*prompt, *got.tokens, *([0] if got.finished else [])]])
         log_p = (
@@ -175,13 +201,24 @@ def test_a_row_is_written_by_its_own_adapters(to: Any):
     which = [1, 0, 2, 1, 0]
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5, 3, 1)]
     for sampling in (SamplingParams(), WARM):
-        together = fgpt.generate(params, prompts, 0, 12, sampling, fgpt.key(0), adapters=[by_name[i] for i in which])
+        together = fgpt.generate(
+            params,
+            prompts,
+            eos_token_id=0,
+            max_new_tokens=12,
+            sampling=sampling,
+            rng=fgpt.key(0),
+            adapters=[by_name[i] for i in which],
+        )
         for row, i in enumerate(which):
             tuned, beside = (
                 fgpt.adapt(params, by_name[i]),
                 [prompts[row]] * (row + 1),
             )  # a row's key is that of its place
-            assert fgpt.generate(tuned, beside, 0, 12, sampling, fgpt.key(0))[row] == together[row]
+            assert (
+                fgpt.generate(tuned, beside, eos_token_id=0, max_new_tokens=12, sampling=sampling, rng=fgpt.key(0))[row]
+                == together[row]
+            )
         assert len({tuple(x.tokens) for x in together}) > 2
 
 
@@ -214,9 +251,9 @@ def test_any_kind_of_adapters_stacks_with_its_own():
         got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(fgpt.stack_adapters(moved), rows)
         for y, a, x in zip(got, moved, rows, strict=True):
             close(y, fgpt.apply(fgpt.adapt(params, a), x), 1e-5)
-        written = fgpt.generate(params, rows.tolist(), 0, 5, adapters=moved)
+        written = fgpt.generate(params, rows.tolist(), eos_token_id=0, max_new_tokens=5, adapters=moved)
         for y, a, x in zip(written, moved, rows.tolist(), strict=True):
-            assert [y] == fgpt.generate(fgpt.adapt(params, a), [x], 0, 5)
+            assert [y] == fgpt.generate(fgpt.adapt(params, a), [x], eos_token_id=0, max_new_tokens=5)
 
 
 def test_adapters_that_do_not_stack():
@@ -233,7 +270,7 @@ def test_adapters_that_do_not_stack():
         with pytest.raises(fgpt.InputError, match=message):
             fgpt.stack_adapters(some)
     with pytest.raises(fgpt.InputError, match="2 sets of adapters for 1 prompts: expected one for each"):
-        fgpt.generate(params, [[1]], 0, 1, adapters=[ln, ln])
+        fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, adapters=[ln, ln])
 
 
 @pytest.mark.slow
@@ -272,17 +309,21 @@ def test_stop_strings(seed: int):
     params = fgpt.load("nano")
     prompt = NANO.encode("Once upon a time")
     rng, sampling = fgpt.key(seed), SamplingParams(temperature=1.0)
-    free = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng)[0]
+    free = fgpt.generate(params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng)[0]
     whole = NANO.decode(free.tokens)
     strings = [whole[20:23], "never this"]
     until = stop_on_strings(NANO.decode, strings)
-    got = fgpt.generate(params, [prompt], NANO.eos, 60, sampling, rng, until)[0]
+    got = fgpt.generate(
+        params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
+    )[0]
     assert truncate_at_stop(NANO.decode(got.tokens), strings) == truncate_at_stop(whole, strings)
     assert got.tokens == free.tokens[: len(got.tokens)]
     assert strings[0] not in NANO.decode(got.tokens[:-1])
-    steps = stream(params, [prompt], NANO.eos, 60, sampling, rng, until)
+    steps = stream(
+        params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
+    )
     assert "".join(
-        stream_text(NANO.decode, (x.token for s in steps for x in s if not x.end), strings)
+        stream_text(NANO.decode, (x.token for s in steps for x in s if not x.is_eos), strings)
     ) == truncate_at_stop(whole, strings)
     with pytest.raises(fgpt.InputError, match="a stop string is empty"):
         stop_on_strings(NANO.decode, ["a", ""])
@@ -297,8 +338,13 @@ def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, s
     params = tiny(n_ctx=64)
     prompt = tokens(5, length, seed=seed).tolist()
     for most in (1, 7, 100):
-        [expected] = fgpt.generate(params, [prompt], 0, most)
-        assert prompt_lookup_decode(params, prompt, 0, most, ngram, ahead) == expected
+        [expected] = fgpt.generate(params, [prompt], eos_token_id=0, max_new_tokens=most)
+        assert (
+            prompt_lookup_decode(
+                params, prompt, eos_token_id=0, max_new_tokens=most, ngram=ngram, num_draft_tokens=ahead
+            )
+            == expected
+        )
 
 
 def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
@@ -310,8 +356,8 @@ def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.Monkey
         return fgpt.forward_with_cache(*args)
 
     monkeypatch.setattr("fgpt.generation.beam.extend", counted)
-    got = prompt_lookup_decode(params, [1, 2], -1, 150)
-    assert got == fgpt.generate(params, [[1, 2]], -1, 150)[0]
+    got = prompt_lookup_decode(params, [1, 2], eos_token_id=-1, max_new_tokens=150)
+    assert got == fgpt.generate(params, [[1, 2]], eos_token_id=-1, max_new_tokens=150)[0]
     assert passes < 0.6 * len(got.tokens)
 
 
@@ -324,31 +370,31 @@ def test_a_draft_is_what_followed_last():
 def test_bad_input_is_named():
     params = tiny()
     for call in (
-        lambda p: fgpt.generate(params, [p], 0, 1),
-        lambda p: beam_search(params, p, 0, 1),
-        lambda p: prompt_lookup_decode(params, p, 0, 1),
+        lambda p: fgpt.generate(params, [p], eos_token_id=0, max_new_tokens=1),
+        lambda p: beam_search(params, p, eos_token_id=0, max_new_tokens=1),
+        lambda p: prompt_lookup_decode(params, p, eos_token_id=0, max_new_tokens=1),
     ):
         for prompt in ([], [1] * 24):
             with pytest.raises(fgpt.InputError, match=f"prompt 0 has {len(prompt)} tokens: expected 1 to 23"):
                 call(prompt)
         assert call([1]) is not None
-    assert fgpt.generate(params, [], 0, 3) == []
+    assert fgpt.generate(params, [], eos_token_id=0, max_new_tokens=3) == []
     for got in (
-        fgpt.generate(params, [[1]], 0, 0)[0],
-        prompt_lookup_decode(params, [1], 0, 0),
-        beam_search(params, [1], 0, 0)[0],
+        fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=0)[0],
+        prompt_lookup_decode(params, [1], eos_token_id=0, max_new_tokens=0),
+        beam_search(params, [1], eos_token_id=0, max_new_tokens=0)[0],
     ):
         assert (got.tokens, got.finished) == ([], False)
-    with pytest.raises(fgpt.InputError, match="most is -1: expected a number of new tokens, 0 or more"):
-        fgpt.generate(params, [[1]], 0, -1)
-    with pytest.raises(fgpt.InputError, match="end token 31: expected one of the vocabulary's 31, or -1 for none"):
-        fgpt.generate(params, [[1]], 31, 1)
+    with pytest.raises(fgpt.InputError, match="max_new_tokens is -1: expected 0 or more"):
+        fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=-1)
+    with pytest.raises(fgpt.InputError, match="eos_token_id is 31: expected 0 to 30, or -1 for none"):
+        fgpt.generate(params, [[1]], eos_token_id=31, max_new_tokens=1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
-        fgpt.generate(params, [[1]], 0, 1, SamplingParams(temperature=1.0))
-    with pytest.raises(fgpt.InputError, match="takes 1 beam or more, and draws nothing; got 0"):
-        beam_search(params, [1], 0, 1, num_beams=0)
+        fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, sampling=SamplingParams(temperature=1.0))
+    with pytest.raises(fgpt.InputError, match="expects 1 beam or more and temperature 0, got 0"):
+        beam_search(params, [1], eos_token_id=0, max_new_tokens=1, num_beams=0)
     for penalty in (1e300, -1e300, float("nan")):
         with pytest.raises(fgpt.InputError, match=r"length_penalty is .*: expected -30 or more, at most 30"):
-            beam_search(params, [1], 0, 1, length_penalty=penalty)
+            beam_search(params, [1], eos_token_id=0, max_new_tokens=1, length_penalty=penalty)
     with pytest.raises(fgpt.InputError, match="draws nothing"):
-        beam_search(params, [1], 0, 1, sampling=SamplingParams(temperature=0.5))
+        beam_search(params, [1], eos_token_id=0, max_new_tokens=1, sampling=SamplingParams(temperature=0.5))

@@ -98,7 +98,7 @@ def test_greedy_flags_are_hfs(kind: str):
     """Of what greedy decoding writes, and of that with another last token."""
     us, them = ours(kind), hf(kind)
     prompts = [us.tok_encode(text) for text in CONTEXTS if text and len(us.tok_encode(text)) < CONTEXT - 8]
-    written = [x.tokens for x in fgpt.generate(us.params, prompts, -1, 5)]
+    written = [x.tokens for x in fgpt.generate(us.params, prompts, eos_token_id=-1, max_new_tokens=5)]
     requests = [(("", ""), a, b[:n]) for a, b in zip(prompts, written, strict=True) for n in range(1, 6)]
     requests += [(("", ""), a, [*b[:2], (b[2] + 1) % 400]) for a, b in zip(prompts, written, strict=True)]
     expected, got = (x._loglikelihood_tokens(requests, disable_tqdm=True) for x in (them, us))
@@ -150,7 +150,7 @@ def test_our_windows_are_lm_evals(text: list[int], width: int, data: st.DataObje
     """Its context_len is our width - stride + 1."""
     stride = data.draw(st.integers(1, width))
     found = utils.get_rolling_token_windows(text, 99, width, context_len=width - stride + 1)
-    assert windows(text, 99, width, stride) == [utils.make_disjoint_window(each) for each in found]
+    assert windows(text, 99, width=width, stride=stride) == [utils.make_disjoint_window(each) for each in found]
 
 
 def test_sampled_texts_are_their_requests_alone():

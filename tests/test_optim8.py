@@ -121,7 +121,7 @@ def test_twenty_updates_are_bitsandbytes(nearest: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_fifty_updates_are_close_to_fp32(spread: float):
-    schedule = cosine_schedule(LR, 50, warmup=5)
+    schedule = cosine_schedule(LR, 50, warmup_steps=5)
     full, coded = (make(schedule, weight_decay=DECAY) for make in (adamw, adamw8bit))
     a, b, s, t = TREE, TREE, full.init(TREE), coded.init(TREE)
     for step in range(50):
@@ -233,7 +233,7 @@ def objective(adapters: Any, params: Any, batch: fgpt.Batch, rng: Any) -> tuple[
 
 
 def test_a_lora_trains_as_well_under_make_step():
-    schedule, losses = cosine_schedule(1e-2, 40, warmup=4), {}
+    schedule, losses = cosine_schedule(1e-2, 40, warmup_steps=4), {}
     for optimizer in (adamw(schedule, weight_decay=DECAY), adamw8bit(schedule, weight_decay=DECAY, min_8bit_size=0)):
         step, state, losses[optimizer] = fgpt.make_step(objective, optimizer), fgpt.init_state(ADAPTERS, optimizer), []
         for _ in range(40):
@@ -248,7 +248,7 @@ def test_a_lora_trains_as_well_under_make_step():
 
 def test_a_schedule_is_followed():
     """The first update is lr · sign(g): at the warmup's first step, and with lr a tensor."""
-    optimizer = adamw8bit(cosine_schedule(1e-2, 10, warmup=4))
+    optimizer = adamw8bit(cosine_schedule(1e-2, 10, warmup_steps=4))
     params, state = optimizer.update(gradients(1), optimizer.init(TREE), TREE)
     moves = {name: ((TREE[name] - params[name]) / gradients(1)[name].sign()).median() for name in TREE}
     close(moves, {name: torch.tensor(1e-2 / 4) for name in TREE}, 1e-6)

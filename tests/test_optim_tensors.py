@@ -37,10 +37,10 @@ MAKE: dict[str, tuple[Callable[[Any], fgpt.Optimizer], list[float]]] = {
     "lr": (fgpt.adamw, [1e-3, 2e-2]),
     "constant, lr": (lambda x: fgpt.adamw(constant_schedule(x, 2)), [1e-3, 2e-2]),
     "constant, warmup": (lambda x: fgpt.adamw(constant_schedule(1e-2, x)), [0, 1, 3]),
-    "linear, steps": (lambda x: fgpt.adamw(linear_schedule(1e-2, x, 2)), [3, 6]),
-    "linear, end": (lambda x: fgpt.adamw(linear_schedule(1e-2, 4, 2, x)), [1e-3, 2e-3]),
+    "linear, steps": (lambda x: fgpt.adamw(linear_schedule(1e-2, x, warmup_steps=2)), [3, 6]),
+    "linear, end": (lambda x: fgpt.adamw(linear_schedule(1e-2, 4, warmup_steps=2, final_lr=x)), [1e-3, 2e-3]),
     "cosine, steps": (lambda x: fgpt.adamw(cosine_schedule(1e-2, x)), [1, 6]),
-    "cosine, warmup": (lambda x: fgpt.adamw(cosine_schedule(1e-2, 6, x)), [0, 2, 8]),
+    "cosine, warmup": (lambda x: fgpt.adamw(cosine_schedule(1e-2, 6, warmup_steps=x)), [0, 2, 8]),
     "beta 1": (lambda x: fgpt.adamw(1e-2, (x, 0.99)), [0.8, 0.9]),
     "beta 2": (lambda x: fgpt.adamw(1e-2, (0.9, x)), [0.95, 0.999]),
     "eps": (lambda x: fgpt.adamw(1e-2, eps=x), [1e-8, 1e-2]),
@@ -77,7 +77,9 @@ def test_eps_root_is_in_the_root():
 def end_of(numbers: Tensor, batch: fgpt.Batch = ROWS) -> Tensor:
     """The loss on OTHER after three steps on `batch`, by rate, decay, warm-up and root."""
     lr, decay, warmup, root = numbers
-    optimizer = fgpt.adamw(cosine_schedule(lr, 4, warmup), (0.9, 0.99), 1e-6, decay, eps_root=root)
+    optimizer = fgpt.adamw(
+        cosine_schedule(lr, 4, warmup_steps=warmup), (0.9, 0.99), eps=1e-6, weight_decay=decay, eps_root=root
+    )
     step, state = fgpt.make_step(objective, optimizer, max_norm=None), fgpt.init_state(FRESH, optimizer)
     for _ in range(3):
         state, _ = step(state, GPT, [batch], None)
@@ -149,7 +151,7 @@ def test_a_loss_that_returns_something_else(returns: Any, says: str):
     optimizer = fgpt.adamw(1e-3)
     state = fgpt.init_state(FRESH, optimizer)
     step = fgpt.make_step(loss, optimizer)
-    expected = rf"returns two tensors without axes, \(Σ weight · nll, Σ weight\).*{says}"
+    expected = rf"returns two scalar tensors, \(Σ weight · nll, Σ weight\).*{says}"
     with pytest.raises(fgpt.InputError, match=expected):
         step(state, GPT, [ROWS], None)
     with pytest.raises(fgpt.InputError, match=expected):
@@ -176,7 +178,7 @@ def test_a_compiled_step_says_where_it_is_not_compiled():
     optimizer = fgpt.adamw(1e-3)
     step = fgpt.make_step(objective, optimizer, compile=True)
     states = vmap(lambda a: fgpt.init_state(a, optimizer))(fgpt.stack_adapters([FRESH, FRESH]))
-    with pytest.warns(UserWarning, match="compile=True runs uncompiled where it is mapped or differentiated"):
+    with pytest.warns(UserWarning, match="compile=True runs uncompiled when it is mapped over or differentiated"):
         vmap(lambda s: step(s, GPT, [ROWS], None)[1].loss)(states)
     plain = fgpt.make_step(objective, optimizer)
     with warnings.catch_warnings():

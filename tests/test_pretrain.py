@@ -233,7 +233,7 @@ def test_long_answers_are_cut_and_long_prompts_are_not():
 
 def test_the_schedule_falls_to_its_floor_as_torchs_does():
     run: Any = find("tinytiny-pretrain")
-    schedule = cosine_schedule(run.lr, 50, 10, end=run.lr * run.min_lr_ratio)
+    schedule = cosine_schedule(run.lr, 50, warmup_steps=10, final_lr=run.lr * run.min_lr_ratio)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=6e-4)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
     ours = [float(schedule(torch.tensor(step))) for step in range(60)]
@@ -268,7 +268,7 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
-    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], NANO.bos, stride=64)
+    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], bos_token_id=NANO.bos, stride=64)
     of = heldout_perplexity(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]

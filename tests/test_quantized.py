@@ -454,7 +454,7 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
     [
         (
             lambda: unwrap(fgpt.quantize)(PLAIN, "nf5"),  # as users run it: here every type is checked first
-            "quantize to 'nf5': expected one of nf4, fp4, int8, blockwise8",
+            "format is 'nf5': expected one of nf4, fp4, int8, blockwise8",
         ),
         (
             lambda: fgpt.quantize(NF4),
@@ -464,8 +464,8 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
             lambda: fgpt.quantize(fgpt.adapt(PLAIN, fgpt.lora(PLAIN, fgpt.key(0), 2))),
             r"blocks\.0\.attn\.q is Adapted already: quantize a plain params tree, then adapt it",
         ),
-        (lambda: fgpt.quantize(tiny()), r"blocks\.0\.attn\.q has rows of 16: nf4 wants multiples of 64"),
-        (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16: blockwise8 wants multiples of 64"),
+        (lambda: fgpt.quantize(tiny()), r"blocks\.0\.attn\.q has rows of 16 elements: nf4 needs a multiple of 64"),
+        (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16 elements: blockwise8 needs a multiple of 64"),
         (lambda: fgpt.quantize(PLAIN, target=r"blocks\..*\.c_attn"), r"matches no path; nearest are blocks\.\d\.attn"),
         (lambda: fgpt.quantize(PLAIN, target=r".*ln_1"), "matches no path; nearest are"),
         (

@@ -96,7 +96,7 @@ def test_the_chain_is_transformers(case: Case, data: st.DataObject):
     used = {name: v for name, v in values.items() if v and (values["temperature"] or name in names[:2])}
     theirs = hf.LogitsProcessorList([FILTERS[name][1](v) for name, v in used.items()])
 
-    agrees(S.SamplingParams(**values).filter, theirs, case)
+    agrees(S.SamplingParams(**values).logits_processor, theirs, case)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.99, 1.0])
@@ -293,7 +293,7 @@ def test_without_keys_the_likeliest_comes():
     ]
     assert S.SamplingParams() == S.GREEDY
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    assert torch.equal(S.SamplingParams(top_k=1, top_p=0.1, min_p=1.0).filter(logits, padded([[]])), logits)
+    assert torch.equal(S.SamplingParams(top_k=1, top_p=0.1, min_p=1.0).logits_processor(logits, padded([[]])), logits)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -338,5 +338,5 @@ def test_a_row_with_nothing_to_draw_is_an_error(bad: float, drawn: bool):
 
 
 def test_keys_are_one_a_row():
-    with pytest.raises(InputError, match="2 keys for 3 rows: expected one key a row"):
+    with pytest.raises(InputError, match="2 keys for 3 rows: expected one for each row"):
         S.sample(torch.zeros(3, 4), row_keys(2))

@@ -58,7 +58,7 @@ def unlike() -> list[fgpt.Adapters]:
 def test_training_a_stack_is_training_each_member(start: str):
     members = unlike()
     members = members if start == "fresh" else [shaken(x, 0.1) for x in members]
-    optimizer = fgpt.adamw(cosine_schedule(1e-2, 5, 2), weight_decay=0.1)
+    optimizer = fgpt.adamw(cosine_schedule(1e-2, 5, warmup_steps=2), weight_decay=0.1)
     stacked = trained_together(members, optimizer)
     alone = trained(members, optimizer, [None] * 3)
     for got, expected, first in zip(fgpt.unstack_adapters(stacked), alone, members, strict=True):
@@ -126,8 +126,8 @@ def test_dropouts_that_differ():
     with pytest.raises(fgpt.InputError, match=r"at blocks.0.attn.q have dropouts of 0.0 and 0.5: .*one rate"):
         fgpt.stack_adapters(members)
     prompts = [[1, 2], [3]]
-    written = fgpt.generate(GPT, prompts, 0, 4, adapters=members)  # writing drops nothing
-    assert written == fgpt.generate(GPT, prompts, 0, 4, adapters=[{}, {}])
+    written = fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=members)  # writing drops nothing
+    assert written == fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=[{}, {}])
 
 
 def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):

@@ -24,7 +24,8 @@ from fgpt.data import classification_prompts
 from fgpt.data.packing import filter_by_length
 from fgpt.data.prompt_templates import ALPACA, CHAT, InstructionRow, encode, encode_prompt
 from fgpt.errors import InputError
-from fgpt.generation.beam import beam_search, prompt_lookup_decode
+from fgpt.generation.beam import beam_search
+from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.io import models as io_models
 from fgpt.io.gguf_header import read_header
 from fgpt.model import init
@@ -489,24 +490,28 @@ def test_further_ends_of_a_gguf_file():
 def test_any_of_several_ends_a_text():
     cfg = families.family_from_config(LLAMA).config_from_hf(LLAMA)
     params = init(cfg, fgpt.key(3))
-    free = fgpt.generate(params, [[1, 2], [3], [4, 5, 6]], -1, 12)
+    free = fgpt.generate(params, [[1, 2], [3], [4, 5, 6]], eos_token_id=-1, max_new_tokens=12)
     ends = {free[0].tokens[4], free[1].tokens[7]}
     assert -1 not in ends
-    for got, whole in zip(fgpt.generate(params, [[1, 2], [3], [4, 5, 6]], ends, 12), free, strict=True):
+    for got, whole in zip(
+        fgpt.generate(params, [[1, 2], [3], [4, 5, 6]], eos_token_id=ends, max_new_tokens=12), free, strict=True
+    ):
         first = next((i for i, token in enumerate(whole.tokens) if token in ends), None)
         assert got.tokens == whole.tokens[:first]
         assert got.finished == (first is not None)
     for prompt in ([1, 2], [3]):
-        [expected] = fgpt.generate(params, [prompt], ends, 12)
+        [expected] = fgpt.generate(params, [prompt], eos_token_id=ends, max_new_tokens=12)
         assert expected.finished
-        assert prompt_lookup_decode(params, prompt, tuple(ends), 12) == expected
-        [alone] = beam_search(params, prompt, ends, 12, num_beams=1)
+        assert prompt_lookup_decode(params, prompt, eos_token_id=tuple(ends), max_new_tokens=12) == expected
+        [alone] = beam_search(params, prompt, eos_token_id=ends, max_new_tokens=12, num_beams=1)
         assert (alone.tokens, alone.finished) == (expected.tokens, True)
-        assert fgpt.generate(params, [prompt], [], 12) == fgpt.generate(params, [prompt], -1, 12)
-    with pytest.raises(InputError, match="end token 64: expected one of the vocabulary's 64"):
-        fgpt.generate(params, [[1]], [2, 64], 1)
-    with pytest.raises(InputError, match="end token 64"):
-        beam_search(params, [1], [2, 64], 1)
+        assert fgpt.generate(params, [prompt], eos_token_id=[], max_new_tokens=12) == fgpt.generate(
+            params, [prompt], eos_token_id=-1, max_new_tokens=12
+        )
+    with pytest.raises(InputError, match="eos_token_id is 64: expected 0 to 63"):
+        fgpt.generate(params, [[1]], eos_token_id=[2, 64], max_new_tokens=1)
+    with pytest.raises(InputError, match="eos_token_id is 64"):
+        beam_search(params, [1], eos_token_id=[2, 64], max_new_tokens=1)
 
 
 LLAMA = {

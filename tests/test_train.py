@@ -53,7 +53,7 @@ def test_adamw_is_torchs(betas: tuple[float, float], eps: float, decay: float, p
         {"params": [x for n, x in theirs.items() if n not in decayed], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW([g for g in groups if g["params"]], lr=3e-2, betas=betas, eps=eps)
-    optimizer = fgpt.adamw(3e-2, betas, eps, decay, pattern)
+    optimizer = fgpt.adamw(3e-2, betas, eps=eps, weight_decay=decay, decay=pattern)
     params, state = TREE, optimizer.init(TREE)
     for step in range(20):
         grads = gradients(step)
@@ -67,7 +67,7 @@ def test_adamw_is_torchs(betas: tuple[float, float], eps: float, decay: float, p
 
 
 def test_adamw_follows_a_schedule():
-    schedule = cosine_schedule(1e-2, 10, warmup=3)
+    schedule = cosine_schedule(1e-2, 10, warmup_steps=3)
     theirs = TREE["w"].clone().requires_grad_()
     reference = torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.1)
     scheduler = LambdaLR(reference, lambda step: schedule(torch.tensor(step)).item())
@@ -86,15 +86,17 @@ def factors(schedule: Any, steps: int) -> list[float]:
 
 
 def test_schedules_worked_by_hand():
-    assert factors(constant_schedule(2.0, warmup=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert factors(constant_schedule(2.0, warmup_steps=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert factors(constant_schedule(2.0), 2) == [2.0, 2.0]
     assert factors(linear_schedule(1.0, 4), 6) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert factors(linear_schedule(1.0, 6, warmup=2, end=0.5), 7) == pytest.approx(
+    assert factors(linear_schedule(1.0, 6, warmup_steps=2, final_lr=0.5), 7) == pytest.approx(
         [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5]
     )
     half = math.sqrt(0.5) / 2
     assert factors(cosine_schedule(1.0, 4), 6) == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0], abs=1e-6)
-    assert factors(cosine_schedule(1.0, 4, end=0.2), 5)[2:] == pytest.approx([0.6, 0.6 - 0.8 * half, 0.2], abs=1e-6)
+    assert factors(cosine_schedule(1.0, 4, final_lr=0.2), 5)[2:] == pytest.approx(
+        [0.6, 0.6 - 0.8 * half, 0.2], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
@@ -155,7 +157,7 @@ def splits() -> st.SearchStrategy[list[list[int]]]:
 
 @given(splits(), st.sampled_from([None, 0.05]))
 def test_ragged_micro_batches_are_one_batch(parts: list[list[int]], most: float | None):
-    step, state = fgpt.make_step(objective, OPTIMIZER, most), fgpt.init_state(ADAPTERS, OPTIMIZER)
+    step, state = fgpt.make_step(objective, OPTIMIZER, max_norm=most), fgpt.init_state(ADAPTERS, OPTIMIZER)
     state, _ = step(state, GPT, [BATCH], None)  # moments that are not zero
     micro = [part(rows, max(int((WEIGHTS[i] > 0).sum()) for i in rows)) for rows in parts]
     one, together = step(state, GPT, [BATCH], None)

@@ -52,7 +52,12 @@ def fgpt_step(
 ) -> Callable[[Batch], float]:
     """fgpt: a step that takes a batch and returns its mean loss. `base` is fused, unless `tuned` is given."""
     optimizer = adamw(LR)
-    step = make_step(lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch, remat), optimizer, CLIP, compile)
+    step = make_step(
+        lambda tuned, frozen, batch, _: nll(adapt(frozen, tuned), batch, remat),
+        optimizer,
+        max_norm=CLIP,
+        compile=compile,
+    )
     state: State = init_state(adapters_of(base) if tuned is None else tuned, optimizer)
 
     def run(batch: Batch) -> float:

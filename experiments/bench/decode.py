@@ -58,7 +58,9 @@ def decode(bench: Decode) -> None:
     for rows in (1, 8):
         prompts = [list(row.tokens[:PROMPT]) for row in equal_rows(rows, PROMPT + 1, cfg.vocab_size)]
         calls: dict[str, Callable[[], object]] = {
-            name: partial(generate, params, prompts, -1, bench.max_new_tokens, compile=compiled)
+            name: partial(
+                generate, params, prompts, eos_token_id=-1, max_new_tokens=bench.max_new_tokens, compile=compiled
+            )
             for name, (params, compiled) in sides.items()
         }
         calls["theirs"] = partial(transformers_generate, model, torch.tensor(prompts), bench.max_new_tokens)

@@ -54,7 +54,7 @@ def run_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) 
 
     Raises InputError where adapters or batch do not fit the model.
     """
-    return tuple(iter_checks(params, adapters, batch, lr))
+    return tuple(iter_checks(params, adapters, batch, lr=lr))
 
 
 def iter_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[CheckResult]:

@@ -96,7 +96,7 @@ class Context:
     def gradient_of(self, batches: Sequence[Batch]) -> Adapters:
         """What a step is given of these micro-batches, without dropout or clipping."""
         bare = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
-        return make_step(objective, bare, None)(init_state(self.adapters, bare), self.params, batches, None)[
+        return make_step(objective, bare, max_norm=None)(init_state(self.adapters, bare), self.params, batches, None)[
             0
         ].trainable
 

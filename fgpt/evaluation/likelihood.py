@@ -1,10 +1,10 @@
-"""How well a model tells a text: the log-likelihood of continuations, and of long texts through a sliding window.
+"""Log-likelihoods of continuations, and of long texts by a sliding window; perplexity.
 
     ln p(continuation | context) = Σ ln p(token_i | context, token_1 .. token_i-1)
 
-A score is its pair's alone: rows are padded on the right, where the causal mask keeps the padding from the text, and so
-neighbors, their order and their number change nothing but the last bits of rounding. Nothing is left out in silence:
-what a context had no room for is counted, and what cannot be scored is refused.
+A log-likelihood depends on its own request alone: batches are padded on the right, where the causal mask separates
+padding from text, so that the other requests of a batch change nothing but the last bits of rounding. Nothing is left
+out silently: tokens that a context lost are counted, and what cannot be scored is refused.
 """
 
 import math
@@ -23,18 +23,18 @@ from fgpt.model import GPT, Config, hidden, logits
 from fgpt.tree import device
 
 Request: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""(context, continuation): what is given, one token at least, and what is scored after it."""
+"""(context, continuation): the tokens before, one at least, and the tokens to score after them."""
 
 
 class LogLikelihood(NamedTuple):
-    """What a model says of a continuation."""
+    """The log-likelihood of a continuation."""
 
     logprobs: list[float]
     """ln p of each of its tokens, in nats."""
     greedy: list[bool]
-    """Whether each is the likeliest, which greedy decoding would have written."""
+    """Whether each is the likeliest token, which greedy decoding would have chosen."""
     truncated: int = 0
-    """Tokens that the context lost at its beginning, for want of room."""
+    """Tokens that were removed from the beginning of the context, to fit the model's."""
 
     @property
     def total(self) -> float:
@@ -42,100 +42,147 @@ class LogLikelihood(NamedTuple):
         return math.fsum(self.logprobs)
 
 
-def loglikelihood(params: GPT, pairs: Sequence[Request], batch_size: int = 8) -> list[LogLikelihood]:
-    """The score of each pair, in their order, `rows` of them read at once.
+def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int = 8) -> list[LogLikelihood]:
+    """The log-likelihood of each request's continuation, in the order of the requests.
 
-    The model reads context and continuation but for its last token. Where these are more than its context has room for,
-    the pair's context loses tokens at its beginning, and `cut` says how many; a continuation is always whole.
+    If a request is longer than the model's context, its own context loses tokens at the beginning, which `truncated`
+    counts; a continuation is never shortened. (Its last token is only predicted, so it needs no room.)
 
-    Raises InputError for an empty context, a continuation that is empty or longer than the model's context (`rolling`
-    scores long texts), and where a probability is not a number.
+    Args:
+        params: the model.
+        requests: pairs of token ids (context, continuation).
+        batch_size: requests in one forward pass.
+
+    Raises:
+        InputError: for an empty context, a continuation that is empty or longer than the model's context
+            (`loglikelihood_rolling` scores long texts), and a log-likelihood that is not finite.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> [result] = loglikelihood(fgpt.init(config, fgpt.key(0)), [([1, 2], [3, 4, 5])])
+    >>> len(result.logprobs), result.truncated
+    (3, 0)
     """
-    found = {i: scored for some in iter_loglikelihood(params, pairs, batch_size) for i, scored in some}
-    return [found[i] for i in range(len(pairs))]
+    results: dict[int, LogLikelihood] = {}
+    for batch in iter_loglikelihood(params, requests, batch_size=batch_size):
+        results.update(batch)
+    return [results[i] for i in range(len(requests))]
 
 
 @torch.no_grad()
 def iter_loglikelihood(
-    params: GPT, pairs: Sequence[Request], batch_size: int = 8
+    params: GPT, requests: Sequence[Request], *, batch_size: int = 8
 ) -> Iterator[list[tuple[int, LogLikelihood]]]:
-    """What `score` gathers, as it comes: numbers of pairs and their scores.
+    """`loglikelihood`, one batch at a time: the indices of requests and their log-likelihoods.
 
-    The longest come first, so that memory, if it is short, is so at once; rows read together are of like length. What
-    the model reads for several pairs, as it does for choices of one token, it reads once.
+    The longest come first, so that a lack of memory shows at once, and a batch has texts of similar length. Requests
+    with the same model input, such as one-token choices after one context, share one row.
 
-    Raises InputError as `score` does, before anything is computed where the lengths tell.
+    Raises:
+        InputError: as `loglikelihood` does, for lengths before anything is computed.
     """
     if batch_size < 1:
-        raise InputError(f"rows is {batch_size}: expected 1 or more to be read at once")
-    context, at = params.cfg.n_ctx, device(params)
-    askers: dict[tuple[int, ...], list[int]] = {}
-    for i, (given, asked) in enumerate(pairs):
-        if not given or not 0 < len(asked) <= context:
+        raise InputError(f"batch_size is {batch_size}: expected 1 or more")
+    by_input = _requests_by_input(requests, params.cfg.n_ctx)
+    inputs = sorted(by_input, key=len, reverse=True)
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size]
+        yield _score_batch(params, requests, [(tokens, by_input[tokens]) for tokens in batch])
+
+
+def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[tuple[int, ...], list[int]]:
+    """The indices of requests by model input: context and continuation without its last token, cut to n_ctx."""
+    by_input: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        if not context or not 0 < len(continuation) <= n_ctx:
             raise InputError(
-                f"pair {i} has {len(given)} tokens of context and {len(asked)} to score: expected 1 or more of context "
-                f"(the token that begins texts, if nothing else), and 1 to {context} to score, the model's context"
+                f"request {i} has {len(context)} tokens of context and {len(continuation)} to score: expected 1 or "
+                f"more of context (the beginning-of-sequence token, if nothing else), and 1 to {n_ctx} to score, the "
+                "model's context"
             )
-        askers.setdefault((*given, *asked)[:-1][-context:], []).append(i)
-    texts = sorted(askers, key=len, reverse=True)
-    for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
-        width = len(some[0])
-        h = hidden(params, torch.tensor([[*text] + [0] * (width - len(text)) for text in some], device=at))
-        asked = [(i, row * width + len(text)) for row, text in enumerate(some) for i in askers[text]]
-        where = [end - n for i, end in asked for n in range(len(pairs[i][1]), 0, -1)]
-        y = torch.tensor([token for i, _ in asked for token in pairs[i][1]], device=at)
-        logprobs, greedy = _told(params, h.flatten(0, -2)[torch.tensor(where, device=at)], y)
-        scores: list[tuple[int, LogLikelihood]] = []
-        start = 0
-        for i, _ in asked:
-            (given, wanted), end = pairs[i], start + len(pairs[i][1])
-            if not all(map(math.isfinite, logprobs[start:end])):
-                raise InputError(f"pair {i} has a log-likelihood that is no number: the model diverged, train it again")
-            cut = max(0, len(given) + len(wanted) - 1 - context)
-            scores.append((i, LogLikelihood(logprobs[start:end], greedy[start:end], cut)))
-            start = end
-        yield scores
+        tokens = (*context, *continuation)[:-1][-n_ctx:]
+        by_input.setdefault(tokens, []).append(i)
+    return by_input
 
 
-def _told(params: GPT, h: Float[Tensor, "n d_model"], y: Int[Tensor, " n"]) -> tuple[list[float], list[bool]]:
-    """ln p of tokens y after states h, in fp32, and whether each is the likeliest; a chunk of logits at a time."""
+def _score_batch(
+    params: GPT, requests: Sequence[Request], batch: Sequence[tuple[tuple[int, ...], list[int]]]
+) -> list[tuple[int, LogLikelihood]]:
+    """The log-likelihoods of the requests of each (model input, indices of requests) of a batch, longest input first."""
+    at, width = device(params), len(batch[0][0])
+    padded = [[*tokens] + [0] * (width - len(tokens)) for tokens, _ in batch]
+    h = hidden(params, torch.tensor(padded, device=at)).flatten(0, -2)
+    indices: list[int] = []
+    positions: list[int] = []  # in h, flat
+    targets: list[int] = []
+    for row, (tokens, request_indices) in enumerate(batch):
+        end = row * width + len(tokens)
+        for i in request_indices:
+            continuation = requests[i][1]
+            indices.append(i)
+            positions += range(end - len(continuation), end)
+            targets += continuation
+    logprobs, greedy = _token_logprobs(params, h[torch.tensor(positions, device=at)], torch.tensor(targets, device=at))
+    results: list[tuple[int, LogLikelihood]] = []
+    start = 0
+    for i in indices:
+        context, continuation = requests[i]
+        end = start + len(continuation)
+        if not all(map(math.isfinite, logprobs[start:end])):
+            raise InputError(f"the log-likelihood of request {i} is not finite: the model diverged, train it again")
+        truncated = max(0, len(context) + len(continuation) - 1 - params.cfg.n_ctx)
+        results.append((i, LogLikelihood(logprobs[start:end], greedy[start:end], truncated)))
+        start = end
+    return results
+
+
+def _token_logprobs(
+    params: GPT, h: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
+) -> tuple[list[float], list[bool]]:
+    """ln p of each target after its hidden state, in fp32, and whether it is the likeliest; logits chunk by chunk."""
     logprobs: list[float] = []
     greedy: list[bool] = []
     size = max(1, CHUNK_BYTES // (4 * params.cfg.vocab_size))
-    for states, targets in zip(h.split(size), y.split(size)):
+    for states, tokens in zip(h.split(size), targets.split(size)):
         scores: Float[Tensor, "chunk vocab"] = at_least_fp32(logits(params, states))
-        best: Bool[Tensor, " chunk"] = scores.argmax(-1) == targets
-        logprobs += (-F.cross_entropy(scores, targets, reduction="none")).tolist()
-        greedy += best.tolist()
+        is_best: Bool[Tensor, " chunk"] = scores.argmax(-1) == tokens
+        logprobs += (-F.cross_entropy(scores, tokens, reduction="none")).tolist()
+        greedy += is_best.tolist()
     return logprobs, greedy
 
 
 # ----------------------------------------------------------------------------------------------------------- long texts
 
 
-def windows(tokens: Sequence[int], begin: int, width: int, stride: int) -> list[Request]:
-    """A text as pairs in which each token is scored once: each pair's model input is `width` tokens, the last of which
-    are `stride` new ones.
+def windows(tokens: Sequence[int], bos_token_id: int, *, width: int, stride: int) -> list[Request]:
+    """A text as requests that score each of its tokens once.
 
-    The first window follows the token `begin` and scores `width` tokens. Each later one scores `stride` more, or what
-    is left, and every token of it follows width - stride + 1 others or more. With stride = width each token is read
-    once, which is cheapest, and the first of a window has one token to go by. Perplexities of different strides or
-    widths do not compare.
+    The model input of each window is `width` tokens. The first window begins with `bos_token_id` and scores `width`
+    tokens. Each later one scores the next `stride` tokens, or what is left, and each of them follows
+    width - stride + 1 or more others. With stride = width each token is in one window, which is cheapest, and the first
+    token of a window has a context of one token. Perplexities of different strides or widths are not comparable.
 
-    Raises InputError unless 1 <= stride <= width.
+    Raises:
+        InputError: unless 1 <= stride <= width.
+
+    >>> windows([5, 6, 7], 0, width=2, stride=1)
+    [([0], [5, 6]), ([5, 6], [7])]
     """
     if not 1 <= stride <= width:
         raise InputError(f"a window of {width} tokens and a stride of {stride}: expected 1 <= stride <= width")
-    text, pairs, done = [begin, *tokens], [], 0
+    text = [bos_token_id, *tokens]
+    requests: list[Request] = []
+    done = 0
     while done < len(tokens):
         end = min(done + (stride if done else width), len(tokens))  # tokens[:end] are text[1 : end + 1]
-        pairs.append((text[max(0, end - width) : done + 1], text[done + 1 : end + 1]))
+        requests.append((text[max(0, end - width) : done + 1], text[done + 1 : end + 1]))
         done = end
-    return pairs
+    return requests
 
 
 def window_and_stride(cfg: Config, width: int | None = None, stride: int | None = None) -> tuple[int, int]:
-    """Width and stride of a model's window: its context, but 2,048 at most, and half of that, unless they are given.
+    """Width and stride of the sliding window. By default the width is the model's context, 2,048 at most, and the
+    stride half of the width.
 
     Raises InputError for a window wider than the context, and unless 1 <= stride <= width.
     """
@@ -143,31 +190,52 @@ def window_and_stride(cfg: Config, width: int | None = None, stride: int | None 
     stride = max(1, width // 2) if stride is None else stride
     if width > cfg.n_ctx:
         raise InputError(f"a window of {width} tokens is wider than the model's context of {cfg.n_ctx}: narrow it")
-    windows([], 0, width, stride)
+    windows([], 0, width=width, stride=stride)
     return width, stride
 
 
 def loglikelihood_rolling(
     params: GPT,
     tokens: Sequence[int],
-    begin: int,
+    *,
+    bos_token_id: int,
     width: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
 ) -> LogLikelihood:
-    """The score of a text of any length, each token once: see `windows`, and `room` for what is not given.
+    """The log-likelihood of a text of any length by a sliding window, each token scored once.
 
-    Raises InputError as they do.
+    Args:
+        params: the model.
+        tokens: the text's token ids.
+        bos_token_id: the token before the text.
+        width, stride: of the window, in tokens: see `windows`, and `window_and_stride` for the defaults.
+        batch_size: windows in one forward pass.
+
+    Raises:
+        InputError: as `windows`, `window_and_stride` and `loglikelihood` do.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> text = [1, 2, 3] * 10
+    >>> len(loglikelihood_rolling(fgpt.init(config, fgpt.key(0)), text, bos_token_id=0).logprobs)
+    30
     """
-    parts = loglikelihood(params, windows(tokens, begin, *window_and_stride(params.cfg, width, stride)), batch_size)
-    return LogLikelihood([x for part in parts for x in part.logprobs], [x for part in parts for x in part.greedy])
+    width, stride = window_and_stride(params.cfg, width, stride)
+    requests = windows(tokens, bos_token_id, width=width, stride=stride)
+    logprobs: list[float] = []
+    greedy: list[bool] = []
+    for part in loglikelihood(params, requests, batch_size=batch_size):
+        logprobs += part.logprobs
+        greedy += part.greedy
+    return LogLikelihood(logprobs, greedy)
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity
 
 
 class Perplexity(NamedTuple):
-    """The log-likelihood of a text by its tokens, bytes and words: of those, only tokens are the model's own."""
+    """The log-likelihood of a text, by its tokens, bytes and words. Only tokens depend on the model's tokenizer."""
 
     nats: float
     """-ln p of the whole text."""
@@ -182,7 +250,7 @@ class Perplexity(NamedTuple):
 
     @property
     def per_token(self) -> float:
-        """exp(nats / tokens): of use between models of one tokenizer alone."""
+        """exp(nats / tokens), comparable only between models of one tokenizer."""
         return _exp(self.nats, self.tokens)
 
     @property
@@ -199,14 +267,18 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(logprobs: Sequence[float], text: str) -> Perplexity:
-    """The perplexities of `text`, whose tokens have these log-likelihoods.
+    """The perplexities of `text`, whose tokens have these log-probabilities.
 
-    Bytes are those of UTF-8, words what white space separates, both of `text` and not of its tokens. Where a corpus is
-    read in another form than it is counted, `text` is the one to count: of WikiText the raw form, with its spaced
-    punctuation, though a model may read it mended. Its published word figures count the ends of lines too:
+    Bytes are those of UTF-8, words are separated by white space, both counted in `text`. If the model reads a corpus in
+    another form, `text` is the form to count: for WikiText the raw one, with its spaced punctuation, although a model
+    may read it detokenized. WikiText's published word perplexities count the ends of lines too:
     `perplexity(..)._replace(words=245_569)` is for the test part of WikiText-2.
 
-    Raises InputError for an empty text.
+    Raises:
+        InputError: for an empty text.
+
+    >>> round(perplexity([-1.0, -1.0], "two words").per_token, 3)
+    2.718
     """
     if not logprobs or not text:
         raise InputError(f"{len(logprobs)} tokens of a text of {len(text)} characters: expected 1 or more of each")

@@ -1,4 +1,4 @@
-"""By how much a model answers differently after a transform that should have changed nothing."""
+"""How much a transform that should change nothing changes the outputs of a model."""
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,15 @@ class OutputDifference:
 
 @torch.no_grad()
 def compare_outputs(before: GPT, after: GPT, batch: Batch) -> OutputDifference:
-    """What `batch` shows of the way from `before` to `after`: merging over a quantized base, rounding, quantizing."""
+    """How far the outputs of `after` differ from those of `before` on `batch`, for example after merging into a quantized
+    base, a change of dtype, or quantization.
+
+    >>> import fgpt, torch
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params, text = fgpt.init(config, fgpt.key(0)), torch.tensor([[1, 2, 3, 4]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3))
+    >>> fgpt.compare_outputs(params, params, batch).logit
+    tensor(0.)
+    """
     a, b = (at_least_fp32(apply(params, batch.tokens, batch.segments)) for params in (before, after))
     return OutputDifference((b - a).abs().max(), loss(after, batch) - loss(before, batch))

@@ -1,13 +1,13 @@
-"""What may come next, and which of it does: small pure functions of logits that compose.
+"""Choosing the next token: logits processors, small pure functions that compose, and sampling.
 
-A filter lowers logits, to -inf where a token may not come; `draw` takes one token a row of what is left. Nothing is
-changed in place, and no row of a result depends on another row.
+A logits processor changes logits, to -inf for a token that may not come next; `sample` then chooses one token for each
+row. Nothing is changed in place, and no row of a result depends on another row.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,27 +17,27 @@ from fgpt.errors import InputError
 from fgpt.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from fgpt.rng import fold_in
 
-LogitsProcessor: TypeAlias = Callable[
-    [Float[Tensor, "batch vocab"], Int[Tensor, "batch past"]], Float[Tensor, "batch vocab"]
-]
-"""(logits, seen) -> logits, -inf where a token may not come.
+Logits: TypeAlias = Float[Tensor, "batch vocab"]
+PastTokens: TypeAlias = Int[Tensor, "batch past"]
+LogitsProcessor: TypeAlias = Callable[[Logits, PastTokens], Logits]
+"""(logits, past_tokens) -> logits, -inf for a token that may not come next.
 
-`seen` is each row's text so far, prompt included, padded on the left with -1. Logits keep their dtype; probabilities,
-where a filter asks for them, are in fp32.
+`past_tokens` is each row's text so far, prompt included, padded on the left with -1. Logits keep their dtype;
+probabilities are computed in fp32.
 """
 
-# -------------------------------------------------------------------------------------------------------------- filters
+# ---------------------------------------------------------------------------------------------------- logits processors
 
 
-def compose(*filters: LogitsProcessor) -> LogitsProcessor:
-    """One filter after the other, from the left; of none, the logits as they are."""
+def compose(*processors: LogitsProcessor) -> LogitsProcessor:
+    """One processor after the other, from the left; without any, the identity."""
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
-        for each in filters:
-            logits = each(logits, seen)
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
+        for processor in processors:
+            logits = processor(logits, past_tokens)
         return logits
 
-    return run
+    return process
 
 
 def temperature(t: float) -> LogitsProcessor:
@@ -46,29 +46,29 @@ def temperature(t: float) -> LogitsProcessor:
     Raises InputError unless 0 < t < inf.
     """
     _expect("temperature", t, 0 < t < math.inf, "a number above 0")
-    return lambda logits, seen: logits / t
+    return lambda logits, past_tokens: logits / t
 
 
 def top_k(k: int) -> LogitsProcessor:
-    """The k likeliest tokens, and whatever ties with the last of them; every token where there are fewer than k.
+    """The k likeliest tokens, and those that tie with the last of them; every token if there are fewer than k.
 
-    Raises InputError unless k is a whole number, 1 or more.
+    Raises InputError unless k is an integer, 1 or more.
 
     Source: Fan et al. 2018, section 5.1.
     """
-    _expect("top_k", k, isinstance(k, int) and k >= 1, "a whole number of tokens, 1 or more")
+    _expect("top_k", k, isinstance(k, int) and k >= 1, "an integer, 1 or more")
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
-        least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-        return logits.masked_fill(logits < least, -math.inf)
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
+        threshold = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+        return logits.masked_fill(logits < threshold, -math.inf)
 
-    return run
+    return process
 
 
 def top_p(p: float) -> LogitsProcessor:
-    """The nucleus: the fewest of the likeliest tokens that have probability p or more together.
+    """The nucleus: the smallest set of likeliest tokens whose probabilities sum to p or more.
 
-    Of tokens that tie at its edge, those of higher number are in it. One token always is.
+    Of tokens that tie at its edge, those with higher ids are in it. At least one token is.
 
     Raises InputError unless 0 < p <= 1.
 
@@ -76,17 +76,17 @@ def top_p(p: float) -> LogitsProcessor:
     """
     _expect("top_p", p, 0 < p <= 1, "a probability above 0, at most 1")
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
         scores = logits.float()
-        # All tokens below this would together be within 1 - p: they are out, in any order. Sorting them is most of the
-        # cost, and ties cost little.
-        hopeless = scores.softmax(-1) < (1 - p) / (2 * logits.shape[-1])
-        order = scores.masked_fill(hopeless, -math.inf).argsort(dim=-1, stable=True)
-        out = scores.gather(-1, order).softmax(-1).cumsum(-1) <= 1 - p
-        out[:, -1] = False
-        return logits.masked_fill(out.scatter(-1, order, out), -math.inf)
+        # All tokens below this sum to less than 1 - p: they are out in any order. Sorting them would be most of the
+        # cost; as ties they cost little.
+        negligible = scores.softmax(-1) < (1 - p) / (2 * logits.shape[-1])
+        order = scores.masked_fill(negligible, -math.inf).argsort(dim=-1, stable=True)
+        removed = scores.gather(-1, order).softmax(-1).cumsum(-1) <= 1 - p
+        removed[:, -1] = False
+        return logits.masked_fill(removed.scatter(-1, order, removed), -math.inf)
 
-    return run
+    return process
 
 
 def min_p(p: float) -> LogitsProcessor:
@@ -96,120 +96,141 @@ def min_p(p: float) -> LogitsProcessor:
 
     Source: Nguyen et al. 2024, section 3.
     """
-    _expect("min_p", p, 0 < p <= 1, "a share of the likeliest token's probability, above 0, at most 1")
+    _expect("min_p", p, 0 < p <= 1, "a part of the likeliest token's probability, above 0, at most 1")
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
         probs = logits.float().softmax(-1)
         return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -math.inf)
 
-    return run
+    return process
 
 
 def repetition_penalty(r: float) -> LogitsProcessor:
-    """For each token seen, once: logit / r where it is positive, logit * r where it is not. Above 1 it repeats less.
+    """logit / r of each past token if the logit is positive, logit * r if it is not. Above 1 the text repeats less.
 
     Raises InputError unless 0 < r < inf.
 
     Source: Keskar et al. 2019 (CTRL), section 4.1.
     """
-    _expect("repetition_penalty", r, 0 < r < math.inf, "a number above 0, where 1 changes nothing")
+    _expect("repetition_penalty", r, 0 < r < math.inf, "a number above 0 (1 changes nothing)")
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
-        penalised = torch.where(logits < 0, logits * r, logits / r)
-        return torch.where(_among(seen, logits.shape[-1]), penalised, logits)
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
+        penalized = torch.where(logits < 0, logits * r, logits / r)
+        return torch.where(_occurs(past_tokens, logits.shape[-1]), penalized, logits)
 
-    return run
+    return process
 
 
 def no_repeat_ngram(n: int) -> LogitsProcessor:
-    """No token that would complete n tokens which the row has seen in a row before. It may leave none at all.
+    """No token that would complete an n-gram of the row's text so far. This may forbid every token.
 
-    Raises InputError unless n is a whole number, 1 or more.
+    Raises InputError unless n is an integer, 1 or more.
 
     Source: Paulus et al. 2018, section 2.5.
     """
-    _expect("no_repeat_ngram", n, isinstance(n, int) and n >= 1, "a whole number of tokens, 1 or more")
+    _expect("no_repeat_ngram", n, isinstance(n, int) and n >= 1, "an integer, 1 or more")
 
-    def run(logits: Float[Tensor, "batch vocab"], seen: Int[Tensor, "batch past"]) -> Float[Tensor, "batch vocab"]:
-        if seen.shape[1] < n:
+    def process(logits: Logits, past_tokens: PastTokens) -> Logits:
+        length = past_tokens.shape[1]
+        if length < n:
             return logits
-        end, windows = seen[:, seen.shape[1] - (n - 1) :], seen.unfold(1, n, 1)  # [batch n-1], [batch windows n]
-        # A shorter text leaves padding in its end; all that can follow such a match is padding, which is no token.
-        again = (windows[..., :-1] == end[:, None]).all(-1)
-        return logits.masked_fill(_among(windows[..., -1].where(again, -1), logits.shape[-1]), -math.inf)
+        ngrams: Int[Tensor, "batch ngram n"] = past_tokens.unfold(1, n, 1)
+        end: Int[Tensor, "batch n-1"] = past_tokens[:, length - (n - 1) :]
+        # A text shorter than n - 1 has padding in its end; only padding can follow such a match, which is no token.
+        matches = (ngrams[..., :-1] == end[:, None]).all(-1)
+        forbidden = ngrams[..., -1].where(matches, -1)
+        return logits.masked_fill(_occurs(forbidden, logits.shape[-1]), -math.inf)
 
-    return run
-
-
-def _among(ids: Int[Tensor, "batch some"], vocab: int) -> Bool[Tensor, "batch vocab"]:
-    """Which tokens are among `ids`; -1 is none, nor is one past the vocabulary, as an embedding can have."""
-    spare = ids.new_zeros(len(ids), vocab + 1, dtype=torch.bool)  # its last column stands for none
-    return spare.scatter(1, ids.where(ids >= 0, vocab).clamp(max=vocab).long(), True)[:, :vocab]
+    return process
 
 
-def _expect(name: str, value: int | float, good: bool, expected: str) -> None:
-    if not good:
+def _occurs(ids: Int[Tensor, "batch count"], vocab_size: int) -> Bool[Tensor, "batch vocab"]:
+    """Which tokens occur in `ids`. -1 is no token, nor is an id past the vocabulary, as an embedding can have."""
+    column = ids.where(ids >= 0, vocab_size).clamp(max=vocab_size).long()  # an extra last column for those
+    return ids.new_zeros(len(ids), vocab_size + 1, dtype=torch.bool).scatter(1, column, True)[:, :vocab_size]
+
+
+def _expect(name: str, value: int | float, valid: bool, expected: str) -> None:
+    if not valid:
         raise InputError(f"{name} is {value}: expected {expected}")
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-_Choice: TypeAlias = tuple[Callable[[Any], LogitsProcessor], Any]  # what makes a filter, and of what value
-
-
-def _made(choices: list[_Choice]) -> list[LogitsProcessor]:
-    return [make(value) for make, value in choices if value is not None]
-
-
-Share: TypeAlias = Annotated[float, Range(above=0, most=1)]
+Probability: TypeAlias = Annotated[float, Range(above=0, most=1)]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen: the likeliest at temperature 0, else one drawn from what the filters leave.
+    """How the next token is chosen: the likeliest at temperature 0, else a sample from what the processors leave.
 
-    None is no such filter. Raises InputError for a value that its filter refuses, at any temperature.
+    Args:
+        temperature: 0 for greedy decoding, else the divisor of the logits.
+        top_k, top_p, min_p: see the functions of these names; they apply at a temperature above 0.
+        repetition_penalty, no_repeat_ngram: see the functions of these names; they apply at any temperature.
+
+    None is no such processor.
+
+    Raises:
+        InputError: for a value that its processor refuses, at any temperature.
+
+    >>> import fgpt
+    >>> fgpt.SamplingParams(temperature=0.8, top_k=50).top_k
+    50
     """
 
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
+    top_p: Probability | None = None
+    min_p: Probability | None = None
     repetition_penalty: PositiveFloat | None = None
     no_repeat_ngram: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         _expect("temperature", self.temperature, 0 <= self.temperature < math.inf, "a number above 0, or 0 for greedy")
-        _made(self._penalties() + self._warpers()[self.temperature == 0 :])
+        self._penalties()
+        self._warpers()
 
     @property
-    def filter(self) -> LogitsProcessor:
-        """Repetition penalty, n-grams, and where a token is drawn temperature, top-k, top-p, min-p, in this order."""
-        return compose(*_made(self._penalties() + (self._warpers() if self.temperature > 0 else [])))
+    def logits_processor(self) -> LogitsProcessor:
+        """Repetition penalty and n-grams, then, unless greedy, temperature, top-k, top-p and min-p, in this order."""
+        if self.temperature == 0:
+            return compose(*self._penalties())
+        return compose(*self._penalties(), temperature(self.temperature), *self._warpers())
 
-    def _penalties(self) -> list[_Choice]:
-        return [(repetition_penalty, self.repetition_penalty), (no_repeat_ngram, self.no_repeat_ngram)]
+    def _penalties(self) -> list[LogitsProcessor]:
+        processors: list[LogitsProcessor] = []
+        if self.repetition_penalty is not None:
+            processors.append(repetition_penalty(self.repetition_penalty))
+        if self.no_repeat_ngram is not None:
+            processors.append(no_repeat_ngram(self.no_repeat_ngram))
+        return processors
 
-    def _warpers(self) -> list[_Choice]:
-        return [(temperature, self.temperature), (top_k, self.top_k), (top_p, self.top_p), (min_p, self.min_p)]
+    def _warpers(self) -> list[LogitsProcessor]:
+        processors: list[LogitsProcessor] = []
+        if self.top_k is not None:
+            processors.append(top_k(self.top_k))
+        if self.top_p is not None:
+            processors.append(top_p(self.top_p))
+        if self.min_p is not None:
+            processors.append(min_p(self.min_p))
+        return processors
 
 
 GREEDY = SamplingParams()
 
-# -------------------------------------------------------------------------------------------------------------- drawing
 
-
-def sample(logits: Float[Tensor, "batch vocab"], rngs: Sequence[torch.Generator] | None) -> Int[Tensor, " batch"]:
-    """One token a row: drawn from softmax(logits) by the row's own key, or the likeliest where there are no keys.
+def sample(logits: Logits, keys: Sequence[torch.Generator] | None) -> Int[Tensor, " batch"]:
+    """One token for each row: sampled from softmax(logits) with the row's key, or the likeliest if there are no keys.
 
         token = the first with  p_1 + .. + p_token > u (p_1 + .. + p_vocab),   u = uniform(key)
 
-    A function of the row's logits and key alone, the same on every device; a key is never advanced, so each step
-    wants a new one: `fold_in(key, step)`. A token at -inf never comes. Sums are in fp64, u has 53 bits: no token's
-    chance is off by more than the rounding of an fp32 softmax.
+    A function of the row's logits and key alone, the same on every device. A key is never advanced, so each step needs
+    a new one: `fold_in(key, step)`. A token at -inf is never chosen. Sums are in fp64 and u has 53 bits: no token's
+    probability is off by more than the rounding of an fp32 softmax.
 
-    Raises InputError for a row with no token that may come, for NaN, and unless there is one key a row.
+    Raises InputError for a row without a token that may come next, for NaN, and unless there is one key for each row.
 
     Source: Devroye 1986, section III.2.1 (inversion by sequential search; here the search is binary).
     """
@@ -217,18 +238,19 @@ def sample(logits: Float[Tensor, "batch vocab"], rngs: Sequence[torch.Generator]
     if not best.isfinite().all():
         row = int((~best.isfinite()).nonzero()[0])
         raise InputError(
-            f"row {row} has a largest logit of {best[row].item()}: expected a finite number. At -inf no token may come "
-            "(a larger no_repeat_ngram forbids less), else the model diverged or the temperature is too near 0"
+            f"row {row} has a largest logit of {best[row].item()}: expected a finite number. At -inf every token is "
+            "forbidden (a larger no_repeat_ngram forbids fewer), else the model diverged or the temperature is too "
+            "near 0"
         )
-    if rngs is None:
+    if keys is None:
         return likeliest
-    if len(rngs) != len(logits):
-        raise InputError(f"{len(rngs)} keys for {len(logits)} rows: expected one key a row, such as fold_in(key, row)")
+    if len(keys) != len(logits):
+        raise InputError(f"{len(keys)} keys for {len(logits)} rows: expected one for each row, as fold_in(key, row)")
     sums = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-    u = torch.tensor([uniform(rng) for rng in rngs], dtype=torch.float64, device=logits.device)
+    u = torch.tensor([uniform(key) for key in keys], dtype=torch.float64, device=logits.device)
     return torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
-def uniform(rng: torch.Generator) -> float:
-    """A number in [0, 1), of 53 bits: the key's hash itself, so that no generator need be run."""
-    return (fold_in(rng, "uniform").initial_seed() >> 10) * 2.0**-53
+def uniform(key: torch.Generator) -> float:
+    """A number in [0, 1) with 53 bits, from the key's hash itself: no generator needs to run."""
+    return (fold_in(key, "uniform").initial_seed() >> 10) * 2.0**-53

@@ -1,10 +1,10 @@
-"""Reading prompts and writing one token after the other, at shapes that stay the same: what a compiler wants.
+"""A KV cache of fixed size: prefill and decode at constant shapes, which a compiler needs.
 
-    logits, room = read(params, tokens, segments, most)        the prompts, and room for `most` tokens more
-    logits       = step(params, tokens, room)                  the next token of each row
+    logits, cache = prefill(params, tokens, segments, max_new_tokens)       the prompts
+    logits        = decode_step(params, tokens, cache)                      the next token of each row
 
-With `adapters`, stacked by `fgpt.stack_adapters`, each row is read and written by its own: one product of the base for all rows,
-and one of each row's A and B.
+With `adapters`, stacked by `fgpt.stack_adapters`, each row has its own: one matmul with the base for all rows, and one
+with each row's A and B.
 """
 
 import functools
@@ -23,87 +23,96 @@ from fgpt.tree import node, tree_map
 
 @node
 class StaticKVCache:
-    """A cache with room for the tokens to come, which `step` writes into: the one thing here that changes in place."""
+    """Keys and values of a batch, with room for its new tokens. `decode_step` updates it in place: the only thing in
+    the library that does so.
+    """
 
     kv: tuple[LayerKV, ...]
-    visible: Bool[Tensor, "*batch room"]
-    """Which slots hold what the row's next token sees."""
+    visible: Bool[Tensor, "*batch slot"]
+    """Which slots the row's next token attends to, besides its own."""
     next_position: Int[Tensor, "*batch"]
-    """Of the row's next token."""
+    """Position of the row's next token."""
     write_index: Int[Tensor, "1"]
-    """The slot that it takes."""
+    """The slot of the next token."""
 
 
 def prefill(
     params: GPT,
     tokens: Int[Tensor, "batch seq"],
     segments: Int[Tensor, "batch seq"] | None,
-    most: int,
+    max_new_tokens: int,
     adapters: Adapters | None = None,
 ) -> tuple[Float[Tensor, "batch vocab"], StaticKVCache]:
-    """Logits of what follows each row, and the room that holds the rows and has place for `most` tokens more."""
+    """Logits of the next token of each row, and the cache of the rows with room for `max_new_tokens` more.
+
+    Segment 0 is padding; None has no padding.
+    """
     if adapters is None:
         h, cache = forward_with_cache(params, tokens, KVCache(), segments)
         scores = logits(params, h[:, -1])
     else:
 
-        def one(a: Adapters, tokens: Tensor, segments: Tensor) -> tuple[Tensor, KVCache]:
-            own = adapt(params, a)
-            h, cache = forward_with_cache(own, tokens, KVCache(), segments)
-            return logits(own, h[-1]), cache
+        def prefill_row(row_adapters: Adapters, tokens: Tensor, segments: Tensor) -> tuple[Tensor, KVCache]:
+            adapted = adapt(params, row_adapters)
+            h, cache = forward_with_cache(adapted, tokens, KVCache(), segments)
+            return logits(adapted, h[-1]), cache
 
-        scores, cache = vmap(one)(adapters, tokens, torch.ones_like(tokens) if segments is None else segments)
-    past = tokens.shape[1]
-    seen = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments > 0
-    kv = tuple((_grow(k, most), _grow(v, most)) for k, v in cache.kv)
-    at = torch.tensor([past], device=tokens.device)
-    return scores, StaticKVCache(kv, torch.cat([seen, seen.new_zeros(len(seen), most)], -1), seen.sum(-1), at)
+        one_segment = torch.ones_like(tokens)
+        scores, cache = vmap(prefill_row)(adapters, tokens, one_segment if segments is None else segments)
+    visible = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments > 0
+    kv = tuple((_add_slots(k, max_new_tokens), _add_slots(v, max_new_tokens)) for k, v in cache.kv)
+    write_index = torch.tensor([tokens.shape[1]], device=tokens.device)
+    empty = visible.new_zeros(len(visible), max_new_tokens)
+    return scores, StaticKVCache(kv, torch.cat([visible, empty], -1), visible.sum(-1), write_index)
 
 
-def _grow(x: Tensor, most: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(*x.shape[:-2], most, x.shape[-1])], -2)
+def _add_slots(x: Tensor, count: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(*x.shape[:-2], count, x.shape[-1])], -2)
 
 
 def decode_step(
-    params: GPT, tokens: Int[Tensor, "batch"], room: StaticKVCache, adapters: Adapters | None = None
+    params: GPT, tokens: Int[Tensor, "batch"], cache: StaticKVCache, adapters: Adapters | None = None
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of what follows `tokens`, the next one of each row, which the room then holds too."""
+    """Logits of what follows `tokens`, the next one of each row, which are added to the cache in place."""
     if adapters is None:
-        scores = _next(params, tokens, room)
+        scores = _decode(params, tokens, cache)
     else:
 
-        def one(a: Adapters, token: Tensor, kv: tuple[LayerKV, ...], seen: Tensor, position: Tensor) -> Tensor:
-            return _next(adapt(params, a), token, StaticKVCache(kv, seen, position, room.write_index))
+        def decode_row(
+            row_adapters: Adapters, token: Tensor, kv: tuple[LayerKV, ...], visible: Tensor, position: Tensor
+        ) -> Tensor:
+            row_cache = StaticKVCache(kv, visible, position, cache.write_index)
+            return _decode(adapt(params, row_adapters), token, row_cache)
 
-        scores = vmap(one)(adapters, tokens, room.kv, room.visible, room.next_position)
-    room.next_position.add_(1)
-    room.write_index.add_(1)
+        scores = vmap(decode_row)(adapters, tokens, cache.kv, cache.visible, cache.next_position)
+    cache.next_position.add_(1)
+    cache.write_index.add_(1)
     return scores
 
 
-def _next(params: GPT, tokens: Int[Tensor, "*batch"], room: StaticKVCache) -> Float[Tensor, "*batch vocab"]:
-    seen = room.visible.index_fill_(-1, room.write_index, True)[..., None, None, :]
-    slots = [StaticLayerCache(k, v, room.write_index) for k, v in room.kv]
-    h, _ = transformer_layers(params, tokens[..., None], room.next_position[..., None], seen, slots)
+def _decode(params: GPT, tokens: Int[Tensor, "*batch"], cache: StaticKVCache) -> Float[Tensor, "*batch vocab"]:
+    mask = cache.visible.index_fill_(-1, cache.write_index, True)[..., None, None, :]
+    layers = [StaticLayerCache(k, v, cache.write_index) for k, v in cache.kv]
+    h, _ = transformer_layers(params, tokens[..., None], cache.next_position[..., None], mask, layers)
     return logits(params, h[..., 0, :])
 
 
-def select_rows(room: StaticKVCache, rows: Int[Tensor, "some"]) -> StaticKVCache:
-    """The room of some of its rows."""
-    kv, seen, position = tree_map(lambda x: x[rows], (room.kv, room.visible, room.next_position))
-    return StaticKVCache(kv, seen, position, room.write_index)
+def select_rows(cache: StaticKVCache, rows: Int[Tensor, " selected"]) -> StaticKVCache:
+    """The cache of these rows alone."""
+    kv, visible, position = tree_map(lambda x: x[rows], (cache.kv, cache.visible, cache.next_position))
+    return StaticKVCache(kv, visible, position, cache.write_index)
 
 
 @functools.cache
 def compiled_decode_step() -> Callable[..., Tensor]:
-    """`step`, compiled: for a batch size and a model the first call takes half a minute, the later ones, and those of
-    later programs, read what it made. Needs a C++ compiler.
+    """`decode_step`, compiled. The first call for a batch size and a model takes half a minute; later calls, in later
+    processes too, use the compiled code from the cache. Needs a C++ compiler.
     """
-    compiling: Any = torch.compile(decode_step)
+    compiled: Any = torch.compile(decode_step)
 
-    def run(params: GPT, tokens: Tensor, room: StaticKVCache, adapters: Adapters | None = None) -> Tensor:
-        for x in (room.visible, *(x for kv in room.kv for x in kv)):  # one program for every length of room
+    def run(params: GPT, tokens: Tensor, cache: StaticKVCache, adapters: Adapters | None = None) -> Tensor:
+        for x in (cache.visible, *(x for kv in cache.kv for x in kv)):  # one compilation for every number of slots
             torch._dynamo.maybe_mark_dynamic(x, max(1, x.ndim - 2))
-        return compiling(params, tokens, room, adapters)
+        return compiled(params, tokens, cache, adapters)
 
     return run

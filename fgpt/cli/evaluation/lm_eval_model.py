@@ -10,6 +10,7 @@ Needs lm-eval: just setup-eval, or pip install 'fgpt[eval]'.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -106,7 +107,7 @@ class Model(TemplateLM):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
-            for batch in iter_loglikelihood(self.params, pairs, self.batch_size):
+            for batch in iter_loglikelihood(self.params, pairs, batch_size=self.batch_size):
                 for i, likelihood in batch:
                     self.truncated = self.truncated.add(likelihood.truncated)
                     found[i] = likelihood.total, all(likelihood.greedy)
@@ -124,7 +125,7 @@ class Model(TemplateLM):
                 owners.append(i)
         totals = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="texts", disable=disable_tqdm) as bar:
-            for batch in iter_loglikelihood(self.params, windows, self.batch_size):
+            for batch in iter_loglikelihood(self.params, windows, batch_size=self.batch_size):
                 for j, likelihood in batch:
                     totals[owners[j]] += likelihood.total
                 bar.update(len(batch))
@@ -172,13 +173,20 @@ class Model(TemplateLM):
         return prompt
 
     def _generate(self, prompts: Sequence[Sequence[int]], how: TaskGeneration, indices: Sequence[int]) -> Iterator[str]:
-        stop, eos, limit = stop_on_strings(self.text.decode, how.stop), self.text.eos_token_ids, how.max_new_tokens
+        generate_texts = partial(
+            generate,
+            self.params,
+            eos_token_id=self.text.eos_token_ids,
+            max_new_tokens=how.max_new_tokens,
+            sampling=how.sampling,
+            stopping_criterion=stop_on_strings(self.text.decode, how.stop),
+        )
         if how.sampling.temperature > 0:  # one by one, as the key of a row is that of its index in the batch
             outputs = []
             for prompt, i in zip(prompts, indices, strict=True):
-                outputs += generate(self.params, [prompt], eos, limit, how.sampling, fold_in(self.rng, i), stop)
+                outputs += generate_texts([prompt], rng=fold_in(self.rng, i))
         else:
-            outputs = generate(self.params, prompts, eos, limit, how.sampling, stopping_criterion=stop)
+            outputs = generate_texts(prompts)
         return (truncate_at_stop(self.text.decode_text(output.tokens), how.stop) for output in outputs)
 
     # ------------------------------------------------------------------------------------------------------------- chat

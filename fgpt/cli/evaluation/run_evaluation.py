@@ -174,7 +174,7 @@ def loglikelihoods(params: GPT, pairs: Sequence[Request], batch_size: int) -> li
     """`fgpt.evaluation.likelihood.loglikelihood` with a progress bar."""
     found: dict[int, LogLikelihood] = {}
     with show_progress("scoring", len(pairs)) as advance:
-        for batch in iter_loglikelihood(params, pairs, batch_size):
+        for batch in iter_loglikelihood(params, pairs, batch_size=batch_size):
             found.update(batch)
             advance(len(batch))
     return [found[i] for i in range(len(pairs))]

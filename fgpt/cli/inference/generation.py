@@ -56,11 +56,11 @@ def _beam_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOption
     beams = beam_search(
         run.params,
         prompt,
-        run.tokenizer.eos_token_ids,
-        options.max_new_tokens,
-        options.num_beams,
-        options.length_penalty,
-        replace(options.sampling, temperature=0.0),
+        eos_token_id=run.tokenizer.eos_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        sampling=replace(options.sampling, temperature=0.0),
     )
     return [run.tokenizer.decode(beam.tokens) for beam in beams[: options.num_return_sequences]]
 
@@ -71,11 +71,11 @@ def _sampled_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOpt
     outputs = generate(
         run.params,
         [prompt] * options.num_return_sequences,
-        run.tokenizer.eos_token_ids,
-        options.max_new_tokens,
-        options.sampling,
-        key(options.seed),
-        stop_on_strings(run.tokenizer.decode, options.stop),
+        eos_token_id=run.tokenizer.eos_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        rng=key(options.seed),
+        stopping_criterion=stop_on_strings(run.tokenizer.decode, options.stop),
         compile=options.compile,
     )
     return [run.tokenizer.decode(output.tokens) for output in outputs]
@@ -86,14 +86,14 @@ def generate_text(run: LoadedRun, prompt: Sequence[int], options: GenerationOpti
     steps = stream(
         run.params,
         [prompt],
-        run.tokenizer.eos_token_ids,
-        options.max_new_tokens,
-        options.sampling,
-        key(options.seed),
-        stop_on_strings(run.tokenizer.decode, options.stop),
+        eos_token_id=run.tokenizer.eos_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        rng=key(options.seed),
+        stopping_criterion=stop_on_strings(run.tokenizer.decode, options.stop),
         compile=options.compile,
     )
-    tokens = (token.token for step in steps for token in step if not token.end)
+    tokens = (token.token for step in steps for token in step if not token.is_eos)
     return stream_text(run.tokenizer.decode, tokens, options.stop)
 
 

@@ -120,7 +120,7 @@ def assemble_job(
         raise InputError("a held-out loss needs held-out rows, and the best state needs a loss every --eval-every N")
     steps = num_steps(examples, recipe, max_seq_len)
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
-    schedule = cosine_schedule(recipe.peak_lr, steps, recipe.num_warmup_steps(steps))
+    schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=recipe.weight_decay)
     step = make_step(

@@ -107,9 +107,9 @@ def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], 
     n_ctx = params.cfg.n_ctx
     pairs = []
     for text in texts:
-        pairs += windows([*tokenizer.encode(text), tokenizer.eos], tokenizer.bos, n_ctx, n_ctx)
+        pairs += windows([*tokenizer.encode(text), tokenizer.eos], tokenizer.bos, width=n_ctx, stride=n_ctx)
     with show_progress("scoring held-out documents"):
-        logprobs = [x for scored in loglikelihood(params, pairs, batch_size) for x in scored.logprobs]
+        logprobs = [x for scored in loglikelihood(params, pairs, batch_size=batch_size) for x in scored.logprobs]
     num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     num_words = sum(len(text.split()) for text in texts)
     return Perplexity(-math.fsum(logprobs), len(logprobs), num_bytes, num_words)
@@ -164,7 +164,9 @@ class PretrainingTask:
             f"{flops_per_token:,} FLOPs per token, peak {peak_flops / 1e12:.3g} TFLOP/s ({peak_source})",
             *warn_if_all_warmup(recipe.lr, recipe.steps, warmup_steps),
         )
-        schedule = cosine_schedule(recipe.lr, recipe.steps, warmup_steps, end=recipe.lr * recipe.min_lr_ratio)
+        schedule = cosine_schedule(
+            recipe.lr, recipe.steps, warmup_steps=warmup_steps, final_lr=recipe.lr * recipe.min_lr_ratio
+        )
         optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
         source = "" if packaged else recipe.tokenizer
         job = TrainingJob(
@@ -223,7 +225,14 @@ class PretrainingTask:
         tokenizer, rng = self.job.tokenizer, fold_in(self.job.rng, "story")
         prompts, sampling = [[tokenizer.eos]], SamplingParams(temperature=0.7)
         max_new_tokens = self.recipe.max_seq_len - 2
-        (text,) = generate(params, prompts, tokenizer.eos_token_ids, max_new_tokens, sampling, rng)
+        (text,) = generate(
+            params,
+            prompts,
+            eos_token_id=tokenizer.eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            rng=rng,
+        )
         console.print(f"\n{tokenizer.decode(text.tokens)}")
 
 
