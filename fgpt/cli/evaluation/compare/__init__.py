@@ -163,7 +163,12 @@ def generate_answers(
             batch = order[start : start + BATCH_SIZE]
             rng = fold_in(key(seed), start) if sampling.temperature else None
             outputs = generate(
-                params, [encoded[i] for i in batch], tokenizer.eos_token_ids, max_new_tokens, sampling, rng
+                params,
+                [encoded[i] for i in batch],
+                eos_token_id=tokenizer.eos_token_ids,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                rng=rng,
             )
             for i, output in zip(batch, outputs, strict=True):
                 text = tokenizer.decode(output.tokens).strip()
