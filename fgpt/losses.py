@@ -38,7 +38,7 @@ class Batch:
 
 @shaped
 def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Σ weight · nll, Σ weight) in nats: sums, so that batches of different sizes add up exactly. `remat` is activation
+    """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly. `remat` is activation
     checkpointing, see `hidden`.
 
     >>> import fgpt, torch

@@ -82,7 +82,7 @@ def _at_least_1(x: Number) -> Number:
 
 @node
 class Moment8:
-    """A moment as 8-bit dynamic codes: 1 byte for each element, and 4 for the largest magnitude of each block of 256."""
+    """A moment as 8-bit dynamic codes: 1 byte an element, and 4 for the largest magnitude of each block of 256."""
 
     codes: UInt8[Tensor, "*shape"]
     absmax: Float32[Tensor, " blocks"]

@@ -57,7 +57,7 @@ def _mix(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
 
 
 def seed_tensor(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
-    """The key as 31 bits in a tensor, which can be mapped over, and changes without recompilation. A seed stays as it is.
+    """The key as 31 bits in a tensor, which can be mapped over and changes without recompilation. A seed stays itself.
 
     >>> seed_tensor(key(0)).dtype
     torch.int64

@@ -134,7 +134,7 @@ def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
     members = [shaken(x, 0.1) for x in unlike()]
     stacked = fgpt.stack_adapters(members)
     assert fgpt.num_trainable(stacked) == sum(x.a.numel() + x.b.numel() for x in stacked.values())  # pyright: ignore
-    with pytest.raises(fgpt.InputError, match="is of a stack: save what unstack"):
+    with pytest.raises(fgpt.InputError, match="is of a stack: save each adapter of unstack_adapters"):
         fgpt.save_peft(tree_map(lambda x: x[0], stacked), GPT, tmp_path / "no", "base")
     for i, member in enumerate(fgpt.unstack_adapters(stacked)):
         fgpt.save_peft(member, GPT, tmp_path / str(i), "base")

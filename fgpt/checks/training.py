@@ -48,7 +48,7 @@ def first_step(case: Context) -> CheckResult:
     """Asked of leaves that have a gradient: `flow` tells of the others."""
     before, after = leaves(case.adapters), leaves(case.stepped.trainable)
     asked = [
-        path for path, mean in leaves(case.stepped.opt_state.mean).items() if mean.any() and not shared(path, case)
+        path for path, mean in leaves(case.stepped.opt_state.mu).items() if mean.any() and not shared(path, case)
     ]
     still = [path for path in asked if torch.equal(before[path], after[path])]
     compared = f"{len(asked)} trained leaves before and after an update of AdamW at rate {case.lr:g}"

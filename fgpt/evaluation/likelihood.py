@@ -108,7 +108,7 @@ def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[tuple[in
 def _score_batch(
     params: GPT, requests: Sequence[Request], batch: Sequence[tuple[tuple[int, ...], list[int]]]
 ) -> list[tuple[int, LogLikelihood]]:
-    """The log-likelihoods of the requests of each (model input, indices of requests) of a batch, longest input first."""
+    """The log-likelihoods of the requests of a batch of (model input, indices of requests), longest input first."""
     at, width = device(params), len(batch[0][0])
     padded = [[*tokens] + [0] * (width - len(tokens)) for tokens, _ in batch]
     h = hidden(params, torch.tensor(padded, device=at)).flatten(0, -2)

@@ -20,7 +20,7 @@ class OutputDifference:
 
 @torch.no_grad()
 def compare_outputs(before: GPT, after: GPT, batch: Batch) -> OutputDifference:
-    """How far the outputs of `after` differ from those of `before` on `batch`, for example after merging into a quantized
+    """How far the outputs of `after` differ from those of `before` on `batch`, as after merging into a quantized
     base, a change of dtype, or quantization.
 
     >>> import fgpt, torch

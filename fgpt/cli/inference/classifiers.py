@@ -120,7 +120,7 @@ def prompt_frame_of(
 
 def with_head(recipe: ClassificationRecipe, base: GPT, names: Sequence[str]) -> GPT:
     """What the recipe adapts: the base, with a new classification head if the recipe has one."""
-    if recipe.head != "classes":
+    if recipe.head != "classifier":
         return base
     return with_classification_head(base, len(names), fold_in(key(recipe.seed), "head"))
 
