@@ -263,19 +263,19 @@ def test_a_cache_that_forgets_the_newest_token(patch: Patch):
 
         return wrong
 
-    patch("fgpt.checks.forward", "extend", forgetful)
+    patch("fgpt.checks.forward", "forward_with_cache", forgetful)
     assert faulty(PLAIN) == faulty(PACKED) == {"cache"}
 
 
 def test_a_room_whose_positions_are_off_by_one(patch: Patch):
     def late(read: Any) -> Any:
-        def wrong(*given: Any) -> Any:
-            scores, room = read(*given)
-            return scores, replace(room, position=room.position - 1)
+        def wrong(*operands: Any, **options: Any) -> Any:
+            scores, cache = read(*operands, **options)
+            return scores, replace(cache, next_position=cache.next_position - 1)
 
         return wrong
 
-    patch("fgpt.generation.static_cache", "read", late)
+    patch("fgpt.generation.static_cache", "prefill", late)
     assert faulty() == {"cache"}
 
 
@@ -292,8 +292,8 @@ def test_a_merge_that_forgets_the_strength(patch: Patch, base: str):
 
 def test_accumulation_by_the_mean_of_means(patch: Patch):
     def averaging(make_step: Any) -> Any:
-        def made(*given: Any) -> Any:
-            step = make_step(*given)
+        def make_wrong_step(*operands: Any, **options: Any) -> Any:
+            step = make_step(*operands, **options)
 
             def wrong(state: Any, frozen: Any, batches: Any, rng: Any) -> Any:
                 states = [step(state, frozen, [b], rng) for b in batches]
@@ -304,7 +304,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
                 state, frozen, batches, rng
             )
 
-        return made
+        return make_wrong_step
 
     patch("fgpt.checks.context", "make_step", averaging)
     for rows in (PACKED, batch((8,), (8,))):  # rows alike have means alike, but for what they count

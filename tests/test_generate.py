@@ -355,7 +355,7 @@ def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.Monkey
         passes += 1
         return fgpt.forward_with_cache(*args)
 
-    monkeypatch.setattr("fgpt.generation.beam.extend", counted)
+    monkeypatch.setattr("fgpt.generation.prompt_lookup.forward_with_cache", counted)
     got = prompt_lookup_decode(params, [1, 2], eos_token_id=-1, max_new_tokens=150)
     assert got == fgpt.generate(params, [[1, 2]], eos_token_id=-1, max_new_tokens=150)[0]
     assert passes < 0.6 * len(got.tokens)
