@@ -15,7 +15,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 """A path in any form that `open` accepts."""
 
 
-def shaped(fn: Callable[P, R]) -> Callable[P, R]:
+def check_shapes(fn: Callable[P, R]) -> Callable[P, R]:
     """Check the jaxtyping annotations of `fn` at every call: under grad, vmap and jvp too, where a mapped tensor
     shows the shape of one example.
 

@@ -69,7 +69,7 @@ def without_dropout(adapters: Mapping[str, Any]) -> Adapters:
 def _together(path: str, members: Sequence[Any]) -> Any:
     present = [x for x in members if x is not None]
     if all(isinstance(x, LoRA) for x in present):
-        members = _alike(path, members)
+        members = _with_equal_rank(path, members)
     spec = pytree.tree_structure(next(x for x in members if x is not None))
     for i, x in enumerate(members):
         if x is None:
@@ -82,7 +82,7 @@ def _together(path: str, members: Sequence[Any]) -> Any:
     return tree_map(lambda *xs: torch.stack(xs), *members)
 
 
-def _alike(path: str, members: Sequence[LoRA | None]) -> list[LoRA]:
+def _with_equal_rank(path: str, members: Sequence[LoRA | None]) -> list[LoRA]:
     """The same LoRAs at one rank, each with its scale as a tensor; as they are where that says nothing new."""
     present = [x for x in members if x is not None]
     settings = {(x.a.shape[0], x.alpha, x.rs, x.scaling is None) for x in present}
@@ -99,12 +99,12 @@ def _alike(path: str, members: Sequence[LoRA | None]) -> list[LoRA]:
     def wider(x: Tensor, rows: int, columns: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0]))
 
-    def alike(x: LoRA | None) -> LoRA:
+    def with_rank(x: LoRA | None) -> LoRA:
         a, b = (one.a[:0], one.b[:, :0]) if x is None else (x.a, x.b)
         s = one.a.new_tensor(0.0 if x is None else x.scale) if x is None or x.scaling is None else x.scaling
         return LoRA(wider(a, rank, a.shape[1]), wider(b, b.shape[0], rank), 0.0, False, one.dropout, s)
 
-    return [alike(x) for x in members]
+    return [with_rank(x) for x in members]
 
 
 def _absent(x: LoRA) -> bool:

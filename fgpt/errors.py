@@ -28,7 +28,7 @@ class InputError(ValueError):
         self.field = field
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`repr(value)`, shortened if it is long."""
     try:
         text = repr(value)
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
 
 def printable(text: str) -> str:
     """A name from a file: as it is, or as its shortened `repr` if it is long or would break the line."""
-    return text if text.isprintable() and len(text) <= MAX_CHARS else shown(text)
+    return text if text.isprintable() and len(text) <= MAX_CHARS else short_repr(text)
 
 
 def one_line(message: object) -> str:

@@ -131,24 +131,24 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, Any, dict[str, Place]]]:
         if getattr(part, "max_norm", None) is not None:
             raise InputError(f"{path or 'the module'} has max_norm, which rewrites its table at each call: set it None")
         dot, turned = f"{path}." if path else "", isinstance(part, _conv1d())
-        own = {name: named[dot + name] for name in part._parameters if dot + name in named}
-        if path and _is_layer(part, own):
-            places = {f"{path}.w": place(own["weight"], turned)}
-            places |= {f"{path}.b": place(own["bias"])} if "bias" in own else {}
-            w, b = own["weight"].detach(), own["bias"].detach() if "bias" in own else None
+        parameters = {name: named[dot + name] for name in part._parameters if dot + name in named}
+        if path and _is_layer(part, parameters):
+            places = {f"{path}.w": place(parameters["weight"], turned)}
+            places |= {f"{path}.b": place(parameters["bias"])} if "bias" in parameters else {}
+            w, b = parameters["weight"].detach(), parameters["bias"].detach() if "bias" in parameters else None
             yield path, Embedding(w) if isinstance(part, nn.Embedding) else Linear(w.T if turned else w, b), places
             continue
-        for name, x in own.items():
+        for name, x in parameters.items():
             here, matrix = dot + name, x.ndim == 2
             yield here, Matrix(x.detach()) if matrix else x.detach(), {f"{here}.w" if matrix else here: place(x)}
 
 
-def _is_layer(part: nn.Module, own: dict[str, nn.Parameter]) -> bool:
+def _is_layer(part: nn.Module, parameters: dict[str, nn.Parameter]) -> bool:
     """Whether `part` is one of the layers known here, and all of it: a subclass that holds more, and a layer that has
     its bias elsewhere (which IA3 would have to scale), are taken apart.
     """
-    held = {name for name, x in part._parameters.items() if x is not None}
-    whole = held == own.keys() and {"weight"} <= held <= {"weight", "bias"} and not part._modules
+    names = {name for name, x in part._parameters.items() if x is not None}
+    whole = names == parameters.keys() and {"weight"} <= names <= {"weight", "bias"} and not part._modules
     return whole and isinstance(part, (nn.Linear, nn.Embedding, *_conv1d()))
 
 

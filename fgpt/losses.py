@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt._typing import shaped
+from fgpt._typing import check_shapes
 from fgpt.kernels.cross_entropy import cross_entropy
 from fgpt.model import GPT, hidden, lm_head
 from fgpt.tree import node
@@ -36,7 +36,7 @@ class Batch:
     loss_positions: Int[Tensor, " n"] | None = None
 
 
-@shaped
+@check_shapes
 def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly. `remat` is activation
     checkpointing, see `hidden`.

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable
 
-from fgpt.errors import InputError, one_line, shown
+from fgpt.errors import InputError, one_line, short_repr
 
 SECONDS = 1.0
 """Time limit for all names, and for all patterns of a file, together."""
@@ -38,18 +38,20 @@ def matching(pattern: str, names: Iterable[str], what: str = "selector", end: fl
             raise TimeoutError
     except TimeoutError:
         raise InputError(
-            f"{what} {shown(pattern)} takes longer than {SECONDS:g} s to match: expected a simpler pattern, without "
-            "repetitions inside repetitions"
+            f"{what} {short_repr(pattern)} takes longer than {SECONDS:g} s to match: expected a simpler pattern, "
+            "without repetitions inside repetitions"
         ) from None
     except (regex.error, RecursionError, OverflowError, MemoryError) as err:
-        raise InputError(f"{what} {shown(pattern)} is not a regular expression: {one_line(err)}") from None
+        raise InputError(f"{what} {short_repr(pattern)} is not a regular expression: {one_line(err)}") from None
     return matched
 
 
 def _check_size(pattern: str, what: str) -> None:
     if len(pattern) > MAX_CHARS:
-        raise InputError(f"{what} {shown(pattern)} has {len(pattern):,} characters; expected at most {MAX_CHARS:,}")
+        raise InputError(
+            f"{what} {short_repr(pattern)} has {len(pattern):,} characters; expected at most {MAX_CHARS:,}"
+        )
     counts = [re.sub(r"\D", "", part, flags=re.ASCII) for part in re.findall(r"[{,][^{},]*", pattern)]
     too_many = any(len(count) > 6 for count in counts)
     if too_many or len(pattern) * math.prod(int(n) or 1 for n in counts if n) > MAX_EXPANDED_CHARS:
-        raise InputError(f"{what} {shown(pattern)} repeats too often: expected smaller counts in its braces")
+        raise InputError(f"{what} {short_repr(pattern)} repeats too often: expected smaller counts in its braces")

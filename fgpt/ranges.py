@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 
 LARGEST = 2**31 - 1
 """Bound of an integer without another one: far above any sensible value, and small enough for every index."""
@@ -33,7 +33,7 @@ class Range:
         low_enough = (self.most is None or x <= self.most) and (self.below is None or x < self.below)
         return high_enough and low_enough
 
-    def expected(self, x: int | float) -> str:
+    def describe(self, x: int | float) -> str:
         """The range in words, for a number x that is not in it."""
         words: list[str] = []
         if self.least is not None:
@@ -71,7 +71,7 @@ def check(options: Any, prefix: str = "") -> None:
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, int | float) and not allowed.holds(x):
                     option = f"{prefix}{name}".replace("_", "-") if prefix else name
-                    raise InputError(f"{option} is {shown(x)}: expected {allowed.expected(x)}")
+                    raise InputError(f"{option} is {short_repr(x)}: expected {allowed.describe(x)}")
 
 
 def hints(cls: type[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.patterns import matching
 
 T = TypeVar("T")
@@ -43,9 +43,9 @@ def node(cls: type[T]) -> type[T]:
     absent = dict.fromkeys(dynamics)
 
     def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        held = vars(x)
-        present = tuple([name for name in dynamics if held[name] is not None])
-        return [held[name] for name in present], (present, tuple([held[name] for name in statics]))
+        fields = vars(x)
+        present = tuple([name for name in dynamics if fields[name] is not None])
+        return [fields[name] for name in present], (present, tuple([fields[name] for name in statics]))
 
     def flatten_with_keys(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
         values, context = flatten(x)
@@ -74,8 +74,8 @@ def children(tree: Any) -> list[tuple[str, Any]]:
     if isinstance(tree, Tensor):
         return []
     if type(tree) in _FIELDS:
-        held = vars(tree)
-        return [(name, held[name]) for name in _FIELDS[type(tree)][0] if held[name] is not None]
+        fields = vars(tree)
+        return [(name, fields[name]) for name in _FIELDS[type(tree)][0] if fields[name] is not None]
     if isinstance(tree, Mapping):
         return [(str(k), v) for k, v in tree.items()]
     if isinstance(tree, tuple | list):
@@ -145,7 +145,7 @@ def select(paths: Iterable[str], pattern: str) -> list[str]:
     if not found:
         plain = pattern.replace("\\", "").replace("d+", "0").replace(".*", "")
         near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.1) or paths[:4]
-        raise InputError(f"selector {shown(pattern)} matches no path; nearest are {', '.join(near) or '(none)'}")
+        raise InputError(f"selector {short_repr(pattern)} matches no path; nearest are {', '.join(near) or '(none)'}")
     return found
 
 
@@ -161,22 +161,22 @@ def num_elements(tree: Any) -> int:
 
 def nbytes(tree: Any) -> int:
     """Bytes that the leaves of `tree` keep alive, storage that they share counted once."""
-    kept = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves(tree).values()}
-    return sum(kept.values())
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in leaves(tree).values()}
+    return sum(storages.values())
 
 
 def astype(tree: T, dtype: torch.dtype) -> T:
     """`tree` with its floating-point leaves in `dtype`; beside codes, as in a quantized weight, they are scales and
     stay as they are.
     """
-    beside = {  # subtrees that hold codes, and all that is below them
+    with_codes = {  # subtrees that hold codes, and all that is below them
         path
         for path, x in [("", tree), *walk(tree)]
         if any(isinstance(y, Tensor) and not y.is_floating_point() for _, y in children(x))
     }
 
     def stays(path: str) -> bool:
-        return any(not held or path.startswith((f"{held}.", f"{held}/")) for held in beside)
+        return any(not parent or path.startswith((f"{parent}.", f"{parent}/")) for parent in with_codes)
 
     return replace_at(tree, {p: x.to(dtype) for p, x in leaves(tree).items() if x.is_floating_point() and not stays(p)})
 
@@ -196,25 +196,25 @@ def tree_map(fn: Callable[..., Any], tree: T, *rest: Any) -> T:
     if kind not in _FIELDS and kind not in (dict, list, tuple):  # a leaf that is no tensor, or another's container
         return pytree.tree_map(fn, tree, *rest)
     for other in rest:
-        if not _alike(tree, other):
+        if not _same_container(tree, other):
             forms = " and ".join(str(pytree.tree_structure(x)) for x in (tree, other))
             raise ValueError(f"expected trees of one structure, got {forms}")
     if kind is dict:
         return {key: tree_map(fn, x, *[other[key] for other in rest]) for key, x in tree.items()}  # pyright: ignore
     if kind not in _FIELDS:
         return kind([tree_map(fn, *xs) for xs in zip(tree, *rest, strict=True)])  # pyright: ignore
-    held, others = vars(tree), [vars(other) for other in rest]
+    fields, others = vars(tree), [vars(other) for other in rest]
     built: Any = object.__new__(kind)
     new, (dynamics, statics) = vars(built), _FIELDS[kind]
     for name in dynamics:
-        x = held[name]
+        x = fields[name]
         new[name] = None if x is None else tree_map(fn, x, *[other[name] for other in others])
     for name in statics:
-        new[name] = held[name]
+        new[name] = fields[name]
     return built
 
 
-def _alike(tree: Any, other: Any) -> bool:
+def _same_container(tree: Any, other: Any) -> bool:
     """Whether two containers differ only below their children. A dict may be of another of torch's kinds."""
     if type(tree) is dict and type(other) in (OrderedDict, defaultdict):
         return tree.keys() == other.keys()

@@ -265,7 +265,9 @@ def test_labels_are_sorted_or_as_given_whatever_the_rows_order(found: list[Label
 
 def test_labels_as_tokens_are_one_each():
     assert verbalizers(["joy", "fear"], NANO).output_ids == (NANO.encode(" joy")[0], NANO.encode(" fear")[0])
-    with pytest.raises(InputError, match=r"^label 'hate' is 2 tokens \(' h.*'\), expected one: .*hate=WORD in `labels`"):
+    with pytest.raises(
+        InputError, match=r"^label 'hate' is 2 tokens \(' h.*'\), expected one: .*hate=WORD in `labels`"
+    ):
         verbalizers(["joy", "hate"], NANO)
     with pytest.raises(InputError, match="label 'joy' is the same token as one before it"):
         verbalizers(["joy", "joy"], NANO)
@@ -397,7 +399,9 @@ def test_a_row_without_a_text_or_a_label_is_refused(end: str, value: Any, column
     if end == ".parquet" and isinstance(value, float):
         records = [{"text": "a", "label": 1.0}, {"text": "a", "label": value}]
         column = "label"
-    with pytest.raises(InputError, match=rf"(line|row) [23]: column '{column}' (is empty|holds .* means a missing value)"):
+    with pytest.raises(
+        InputError, match=rf"(line|row) [23]: column '{column}' (is empty|holds .* means a missing value)"
+    ):
         load_labeled_texts(str(put(tmp_path / f"a{end}", records)))
 
 

@@ -68,13 +68,13 @@ class Context:
     lr: float
 
     @cached_property
-    def tuned(self) -> GPT:
+    def adapted_params(self) -> GPT:
         return adapt(self.params, self.adapters)
 
     @cached_property
     def h(self) -> Float[Tensor, "row seq d_model"]:
         """The last hidden states of the whole batch in one pass."""
-        return hidden(self.tuned, self.batch.tokens, self.batch.segments)
+        return hidden(self.adapted_params, self.batch.tokens, self.batch.segments)
 
     @cached_property
     def real(self) -> Bool[Tensor, "row seq"]:
@@ -84,7 +84,7 @@ class Context:
         return (self.batch.weights != 0).flip(-1).cumsum(-1).flip(-1) > 0
 
     @cached_property
-    def stepped(self) -> State:
+    def state_after_step(self) -> State:
         return self.step()
 
     def step(self) -> State:
@@ -132,9 +132,11 @@ class Context:
             max_rel_diff(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows
         )
 
-    def apart(self, pairs: Iterable[tuple[Float[Tensor, "*n d_model"], Float[Tensor, "*n d_model"]]]) -> float:
+    def max_logit_diff(self, pairs: Iterable[tuple[Float[Tensor, "*n d_model"], Float[Tensor, "*n d_model"]]]) -> float:
         """The worst difference of logits between hidden states that should be the same."""
-        return max_or_nan(max_rel_diff(logits(self.tuned, a), logits(self.tuned, b)) for a, b in pairs)
+        return max_or_nan(
+            max_rel_diff(logits(self.adapted_params, a), logits(self.adapted_params, b)) for a, b in pairs
+        )
 
 
 def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Context:
@@ -150,12 +152,12 @@ def perturb(adapters: Adapters) -> Adapters:
     strength, and A has no gradient since B is 0. A leaf moves by a twentieth of its size, one of zeros by 0.02.
     """
 
-    def moved(path: str, x: Tensor) -> Tensor:
+    def perturb_leaf(path: str, x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=fold_in(key(0), path)).to(x)
         size = x.float().square().mean().sqrt()
         return x + noise * torch.where(size > 0, 0.05 * size, 0.02).to(x.dtype)
 
-    return replace_at(adapters, {path: moved(path, x) for path, x in leaves(adapters).items()})
+    return replace_at(adapters, {path: perturb_leaf(path, x) for path, x in leaves(adapters).items()})
 
 
 def max_rel_diff(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:

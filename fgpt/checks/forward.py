@@ -32,7 +32,7 @@ def finite(case: Context) -> CheckResult:
     """A number, of all positions with weight: one that `batch.at` forgets would be lost in silence, one that it names
     twice count double.
     """
-    weighted, found = case.batch.weights.flatten().nonzero().flatten(), float(loss(case.tuned, case.batch))
+    weighted, found = case.batch.weights.flatten().nonzero().flatten(), float(loss(case.adapted_params, case.batch))
     at = weighted if case.batch.loss_positions is None else case.batch.loss_positions
     margin, why = 0.0 if isfinite(found) else float("nan"), "the loss is no number"
     if not len(weighted):
@@ -47,16 +47,16 @@ def padding(case: Context) -> CheckResult:
     """Padding on the right, as batches have it, and on the left, as ragged prompts have it."""
     context = case.params.cfg.n_ctx
     more = min(MORE, context - 1)
-    own = slice_batch(
+    cropped = slice_batch(
         case.batch, slice(None), slice(context - more)
     )  # where rows fill the context, there is no more room
-    width, real = own.tokens.shape[1], case.real[:, : context - more]
-    right, left = (with_padding(own, sides) for sides in ((0, more), (more, 0)))
-    h = hidden(case.tuned, own.tokens, own.segments)
-    found = [hidden(case.tuned, x.tokens, x.segments) for x in (right, left)]
-    logit = case.apart([(h[real], found[0][:, :width][real]), (h[real], found[1][:, more:][real])])
-    sums = torch.stack(nll(case.tuned, own))  # not the mean: a cut may have left nothing weighted
-    nats = max_or_nan(max_rel_diff(sums, torch.stack(nll(case.tuned, x))) for x in (right, left))
+    width, real = cropped.tokens.shape[1], case.real[:, : context - more]
+    right, left = (with_padding(cropped, sides) for sides in ((0, more), (more, 0)))
+    h = hidden(case.adapted_params, cropped.tokens, cropped.segments)
+    found = [hidden(case.adapted_params, x.tokens, x.segments) for x in (right, left)]
+    logit = case.max_logit_diff([(h[real], found[0][:, :width][real]), (h[real], found[1][:, more:][real])])
+    sums = torch.stack(nll(case.adapted_params, cropped))  # not the mean: a cut may have left nothing weighted
+    nats = max_or_nan(max_rel_diff(sums, torch.stack(nll(case.adapted_params, x))) for x in (right, left))
     compared = f"logits and loss with {more} columns of padding more, right and left"
     return CheckResult("padding", compared, max_or_nan([logit, nats]), case.rounding)
 
@@ -83,11 +83,11 @@ def packing(case: Context) -> CheckResult:
             alone = with_loss_positions(
                 Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch
             )
-            sums.append(torch.stack(nll(case.tuned, alone)))
-            yield hidden(case.tuned, alone.tokens)[0], case.h[row, at]
+            sums.append(torch.stack(nll(case.adapted_params, alone)))
+            yield hidden(case.adapted_params, alone.tokens)[0], case.h[row, at]
 
-    logit = case.apart(both())
-    margin = max_or_nan([logit, max_rel_diff(torch.stack(sums).sum(0), torch.stack(nll(case.tuned, batch)))])
+    logit = case.max_logit_diff(both())
+    margin = max_or_nan([logit, max_rel_diff(torch.stack(sums).sum(0), torch.stack(nll(case.adapted_params, batch)))])
     return CheckResult(law, f"logits and loss of {len(texts)} documents, each alone", margin, case.rounding)
 
 
@@ -101,9 +101,9 @@ def batch_composition(case: Context) -> CheckResult:
     others = (batch.tokens + 1) % shape(case.params.wte.w)[0]
     first = torch.arange(case.rows, device=others.device)[:, None] == 0
     margins: list[float] = []
-    for kept in (first, ~first):
-        h = hidden(case.tuned, torch.where(kept, batch.tokens, others), batch.segments)
-        margins.append(case.apart([(case.h[kept[:, 0]], h[kept[:, 0]])]))
+    for selected in (first, ~first):
+        h = hidden(case.adapted_params, torch.where(selected, batch.tokens, others), batch.segments)
+        margins.append(case.max_logit_diff([(case.h[selected[:, 0]], h[selected[:, 0]])]))
     return CheckResult(law, "logits of each row with those beside other rows, bit by bit", max_or_nan(margins))
 
 
@@ -112,24 +112,26 @@ def size(case: Context) -> CheckResult:
     if case.rows < 2:
         return not_applicable(law, "the batch has one row")
     each = (slice_batch(batch, slice(i, i + 1)) for i in range(case.rows))
-    pairs = ((hidden(case.tuned, x.tokens, x.segments)[0], h) for x, h in zip(each, case.h, strict=True))
-    return CheckResult(law, f"logits of {case.rows} rows, each alone", case.apart(pairs), case.rounding)
+    pairs = ((hidden(case.adapted_params, x.tokens, x.segments)[0], h) for x, h in zip(each, case.h, strict=True))
+    return CheckResult(law, f"logits of {case.rows} rows, each alone", case.max_logit_diff(pairs), case.rounding)
 
 
 def cache(case: Context) -> CheckResult:
     """The batch in chunks of `extend`, and its longest document written as `generate` does, in a room of slots."""
-    law, batch, params = "cache", case.batch, case.tuned
+    law, batch, params = "cache", case.batch, case.adapted_params
     seq = int(case.real.sum(-1).max())
     if seq < 2:
         return not_applicable(law, "no row has two tokens")
     first = max(1, seq - STEPS)
-    h, kept = forward_with_cache(params, batch.tokens[:, :first], KVCache(), _columns(batch.segments, 0, first))
+    h, kv_cache = forward_with_cache(params, batch.tokens[:, :first], KVCache(), _columns(batch.segments, 0, first))
     chunks = [h]
     for i in range(first, seq):
-        h, kept = forward_with_cache(params, batch.tokens[:, i : i + 1], kept, _columns(batch.segments, i, i + 1))
+        h, kv_cache = forward_with_cache(
+            params, batch.tokens[:, i : i + 1], kv_cache, _columns(batch.segments, i, i + 1)
+        )
         chunks.append(h)
     pairs = zip(case.h[:, :seq], torch.cat(chunks, 1), strict=True)
-    margin = max_or_nan([case.apart(pairs), generated_tokens(params, longest(case))])
+    margin = max_or_nan([case.max_logit_diff(pairs), generated_tokens(params, longest(case))])
     return CheckResult(law, f"logits of one pass with {seq - first} tokens read one by one", margin, case.rounding)
 
 
@@ -164,4 +166,4 @@ def merged_forward(case: Context) -> CheckResult:
         )
     onto = ', onto "dequantized"' if case.quantized else ""
     compared = f"logits of the factored reading with those of the merged one{onto}"
-    return CheckResult(law, compared, case.merging(case.tuned), case.rounding)
+    return CheckResult(law, compared, case.merging(case.adapted_params), case.rounding)

@@ -23,11 +23,11 @@ def files(case: Context) -> CheckResult:
     with TemporaryDirectory() as folder:
         ours, peft = Path(folder) / "adapters.safetensors", Path(folder) / "peft"
         save_adapters(case.adapters, ours)
-        formats, differ = "fgpt's format", unlike(case.adapters, load_adapters(ours, case.params))
+        formats, differ = "fgpt's format", differing_paths(case.adapters, load_adapters(ours, case.params))
         if peft_round_trip(case):
             save_peft(case.adapters, case.params, peft, "base")
             formats += " and PEFT's"
-            differ += unlike(astype(case.adapters, torch.float32), load_peft(peft, case.params))
+            differ += differing_paths(astype(case.adapters, torch.float32), load_peft(peft, case.params))
     compared = f"adapters with what a file of {formats} gives back, bit by bit"
     return CheckResult("save and load", compared, float(len(differ)), note=summarize(differ, "differs"))
 
@@ -40,12 +40,12 @@ def peft_round_trip(case: Context) -> bool:
     return True
 
 
-def unlike(kept: Adapters, read: Adapters) -> list[str]:
+def differing_paths(expected: Adapters, read: Adapters) -> list[str]:
     """Paths where two sets of adapters are not the same to the bit."""
     return sorted(
         path
-        for path in kept.keys() | read.keys()
-        if path not in kept or path not in read or not same(kept[path], read[path])
+        for path in expected.keys() | read.keys()
+        if path not in expected or path not in read or not same(expected[path], read[path])
     )
 
 

@@ -31,12 +31,14 @@ def accumulation(case: Context) -> CheckResult:
 
 def gradient_flow(case: Context) -> CheckResult:
     found = leaves(case.gradient_of([case.batch]))
-    silent = [path for path, g in found.items() if not (g.isfinite().all() and g.any()) and not shared(path, case)]
+    silent = [
+        path for path, g in found.items() if not (g.isfinite().all() and g.any()) and not is_shift_invariant(path, case)
+    ]
     compared = f"gradients of {len(found)} trained leaves: finite, and not all zero"
     return CheckResult("gradient flow", compared, float(len(silent)), note=summarize(silent, "has no gradient"))
 
 
-def shared(path: str, case: Context) -> bool:
+def is_shift_invariant(path: str, case: Context) -> bool:
     """Whether this is a bias of keys as they are: a softmax takes off what all keys have in common, and the gradient is
     zero but for rounding. Where keys are rotated or normed it is not.
     """
@@ -46,18 +48,20 @@ def shared(path: str, case: Context) -> bool:
 
 def first_step(case: Context) -> CheckResult:
     """Asked of leaves that have a gradient: `flow` tells of the others."""
-    before, after = leaves(case.adapters), leaves(case.stepped.trainable)
-    asked = [
-        path for path, mean in leaves(case.stepped.opt_state.mu).items() if mean.any() and not shared(path, case)
+    before, after = leaves(case.adapters), leaves(case.state_after_step.trainable)
+    trained_paths = [
+        path
+        for path, mean in leaves(case.state_after_step.opt_state.mu).items()
+        if mean.any() and not is_shift_invariant(path, case)
     ]
-    still = [path for path in asked if torch.equal(before[path], after[path])]
-    compared = f"{len(asked)} trained leaves before and after an update of AdamW at rate {case.lr:g}"
+    still = [path for path in trained_paths if torch.equal(before[path], after[path])]
+    compared = f"{len(trained_paths)} trained leaves before and after an update of AdamW at rate {case.lr:g}"
     note = summarize(still, "does not move: the rate is lost in its dtype's rounding, or the leaf is frozen")
     return CheckResult("first step", compared, float(len(still)), note=note)
 
 
 def determinism(case: Context) -> CheckResult:
-    one, two = leaves(case.stepped), leaves(case.step())
+    one, two = leaves(case.state_after_step), leaves(case.step())
     differ = [path for path, x in one.items() if not torch.equal(x, two[path])]
     compared = "params and moments after the same step twice, bit by bit"
     return CheckResult("determinism", compared, float(len(differ)), note=summarize(differ, "differs"))

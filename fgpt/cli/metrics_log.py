@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli.figures import escape_mathtext, save_png
-from fgpt.errors import InputError, printable, shown
+from fgpt.errors import InputError, printable, short_repr
 
 Line = dict[str, Any]
 
@@ -59,16 +59,16 @@ def _parse_line(text: str, where: str) -> Line:
 def _problem_of(row: Any) -> str:
     """What is wrong with a line; empty if it is a line of metrics."""
     if not isinstance(row, dict):
-        return f"expected an object, got {shown(row)}"
+        return f"expected an object, got {short_repr(row)}"
     step = row.get("step")
     if type(step) is not int or not 1 <= step < 1 << 53:
-        return f"its step is {shown(step)}: expected an integer of 1 or more"
+        return f"its step is {short_repr(step)}: expected an integer of 1 or more"
     for name in FINITE:
         if (name in row or name == "loss") and not (_is_number(row.get(name)) and math.isfinite(row[name])):
-            return f"its {name} is {shown(row.get(name))}: expected a finite number"
+            return f"its {name} is {short_repr(row.get(name))}: expected a finite number"
     for name, value in row.items():
         if not _is_number(value):
-            return f"its {printable(name)} is {shown(value)}: expected a number"
+            return f"its {printable(name)} is {short_repr(value)}: expected a number"
     return ""
 
 

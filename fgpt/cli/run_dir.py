@@ -33,7 +33,7 @@ from fgpt.cli.console import console
 from fgpt.cli.environment import environment
 from fgpt.cli.paths import without_paths
 from fgpt.cli.run_json import RUN, read_run, write_run
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.io.files import atomic_dir, must_not_move, read_json, remove_leftovers, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
@@ -106,8 +106,8 @@ def check_name(name: str) -> None:
     unfit = "/" in name or "\\" in name or not name.isprintable() or name.strip() != name or name[:1] in (".", "-", "")
     if unfit or len(name.encode("utf-8", "replace")) > LONGEST_NAME:
         raise InputError(
-            f"the run's name is {shown(name)}: expected the name of one folder, printable characters without /, not "
-            f"starting with . or -, at most {LONGEST_NAME} bytes; --out sets the folder it is in"
+            f"the run's name is {short_repr(name)}: expected the name of one folder, printable characters without /, "
+            f"not starting with . or -, at most {LONGEST_NAME} bytes; --out sets the folder it is in"
         )
 
 

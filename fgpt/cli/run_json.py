@@ -15,7 +15,7 @@ from beartype.door import is_bearable
 
 from fgpt import ranges
 from fgpt.cli.paths import shareable_fields, with_full_paths, write_full_paths
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json, write_json
 from fgpt.recipes import KINDS, AnyRecipe, TrainingRecipe
 
@@ -42,7 +42,7 @@ def read_run(folder: Path) -> AnyRecipe:
     path = folder / RUN
     values = read_json(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a recipe, got {shown(values)}")
+        raise InputError(f"{path}: expected a recipe, got {short_repr(values)}")
     recipe = _recipe_class(path, values)
     fields = with_full_paths(folder, recipe_fields(values))
     try:
@@ -63,9 +63,9 @@ def _recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
     if isinstance(version, int) and version > VERSION:
         raise InputError(f"{path}: version {version} is newer than this fgpt, which reads {VERSION}: upgrade fgpt")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(f"{path}: expected a kind, one of {', '.join(KINDS)}, got {shown(kind)}; train it again")
+        raise InputError(f"{path}: expected a kind, one of {', '.join(KINDS)}, got {short_repr(kind)}; train it again")
     if type(version) is not int or version < 1:
-        raise InputError(f"{path}: expected version {VERSION}, got {shown(version)}; train it again")
+        raise InputError(f"{path}: expected version {VERSION}, got {short_repr(version)}; train it again")
     return KINDS[kind]
 
 
@@ -81,7 +81,7 @@ def _from_json(type_: Any, value: Any, name: str = "") -> Any:
         value = float(value)
     hint: Any = type_
     if not is_bearable(value, hint):
-        raise InputError(f"{name} is {shown(value)}: expected {getattr(type_, '__name__', type_)}")
+        raise InputError(f"{name} is {short_repr(value)}: expected {getattr(type_, '__name__', type_)}")
     return value
 
 
@@ -90,7 +90,7 @@ def _dataclass_from_json(cls: Any, values: dict[str, Any], name: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types = get_type_hints(cls)  # without the ranges of numbers, which are checked at the end
     if unknown := [prefix + key for key in values if key not in fields]:
-        raise InputError(f"unknown field {', '.join(map(shown, unknown))}: this version has no such option")
+        raise InputError(f"unknown field {', '.join(map(short_repr, unknown))}: this version has no such option")
     if missing := [prefix + key for key, field in fields.items() if key not in values and _is_required(field)]:
         raise InputError(f"no field {', '.join(missing)}: expected a value")
     return cls(**{key: _from_json(types[key], value, prefix + key) for key, value in values.items()})

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
@@ -172,7 +172,7 @@ def read_history(record: Mapping[str, Any], prompt: str, answer: str, where: str
     messages = [*system]
     for exchange in _require_list(history or [], "history", where):
         if not isinstance(exchange, Sequence) or isinstance(exchange, str) or len(exchange) != 2:
-            raise InputError(f"{where}: history should hold pairs of question and answer, got {shown(exchange)}")
+            raise InputError(f"{where}: history should hold pairs of question and answer, got {short_repr(exchange)}")
         for role, text in zip(("user", "assistant"), exchange, strict=True):
             messages.append(_message(role, text, 1.0, where))
     return Conversation((*messages, Message("user", prompt), Message("assistant", answer)), where)
@@ -243,11 +243,11 @@ def _message_of_object(columns: Mapping[str, Any], where: str) -> Message:
     speaker = columns[role_names.pop()]
     role = ROLES.get(speaker.lower().strip()) if isinstance(speaker, str) else None
     if role is None:
-        raise InputError(f"{where}: unknown role {shown(speaker)}: expected one of {', '.join(ROLES)}")
+        raise InputError(f"{where}: unknown role {short_repr(speaker)}: expected one of {', '.join(ROLES)}")
     content = next((columns[name] for name in CONTENTS if columns.get(name) is not None), None)
     calls = columns.get("tool_calls") or columns.get("function_call")
     if not calls and not set(CONTENTS) & columns.keys():
-        raise InputError(f"{where}: no content: expected a text with the role {shown(speaker)}: fix the row")
+        raise InputError(f"{where}: no content: expected a text with the role {short_repr(speaker)}: fix the row")
     weight, has_weight = _weight(columns, where)
     text = "\n".join(part for part in (_content_text(content, where), *_tool_calls(calls, where)) if part)
     has_reasoning = any(columns.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
@@ -281,7 +281,7 @@ def _part_text(part: Any, where: str) -> str:
         if isinstance(text, str):
             return text
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise InputError(f"{where}: a part of the content is {shown(kind)}, expected text: leave the message out")
+    raise InputError(f"{where}: a part of the content is {short_repr(kind)}, expected text: leave the message out")
 
 
 def _tool_calls(calls: Any, where: str) -> list[str]:
@@ -290,7 +290,7 @@ def _tool_calls(calls: Any, where: str) -> list[str]:
     for call in [calls] if isinstance(calls, Mapping) else _require_list(calls or [], "tool_calls", where):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InputError(f"{where}: a tool call should name a function and its arguments, got {shown(call)}")
+            raise InputError(f"{where}: a tool call should name a function and its arguments, got {short_repr(call)}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):  # what is not JSON stays text
@@ -307,7 +307,9 @@ def _weight(columns: Mapping[str, Any], where: str) -> tuple[float, bool]:
         if value is None:
             continue
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise InputError(f"{where}: {name} is {shown(value)}, expected a number of at least 0, or true or false")
+            raise InputError(
+                f"{where}: {name} is {short_repr(value)}, expected a number of at least 0, or true or false"
+            )
         weight, has_weight = weight * float(value), True
     return weight, has_weight
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fgpt.data.records import Readers, Record, first_line, read_records
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import read_errors
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 
 if TYPE_CHECKING:
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -144,8 +144,8 @@ def _check_cards(path: Path) -> None:
             parts = text.replace("\\", "/").split("/")
             if ":" in text or ".." in parts or parts[0] in ("", "~"):
                 raise InputError(
-                    f"{card}: it names data outside the folder, {shown(text)}: expected files in the folder; remove "
-                    "that entry, or give the file as the source"
+                    f"{card}: it names data outside the folder, {short_repr(text)}: expected files in the folder; "
+                    "remove that entry, or give the file as the source"
                 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.families.gpt2 import GPT2
 from fgpt.families.gptj import GPTJ
 from fgpt.families.llama import LLAMA
@@ -19,7 +19,7 @@ def family_from_config(config: Mapping[str, Any]) -> Family:
     known = {kind: family for family in FAMILIES for kind in family.model_types}
     if not isinstance(kind := config.get("model_type"), str) or kind not in known:
         raise InputError(
-            f"model_type is {shown(kind)}, expected one of {', '.join(known)}; fgpt.from_module takes any other module"
+            f"model_type is {short_repr(kind)}, expected one of {', '.join(known)}; fgpt.from_module takes others"
         )
     return known[kind]
 

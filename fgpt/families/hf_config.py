@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import Config
 
@@ -21,7 +21,7 @@ def require_positive_ints(config: Mapping[str, Any], names: Iterable[str]) -> No
     """Raises InputError if one of `names` is missing or no integer from 1 to MAX_SIZE."""
     bad = [name for name in names if type(config.get(name)) is not int or not 1 <= config[name] <= MAX_SIZE]
     if bad:
-        got = f"{bad[0]}={shown(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
+        got = f"{bad[0]}={short_repr(config[bad[0]])}" if bad[0] in config else f"no {bad[0]}"
         raise InputError(f"config.json: expected integers above 0 for {', '.join(bad)}, up to {MAX_SIZE}; got {got}")
 
 
@@ -37,7 +37,7 @@ def number(config: Mapping[str, Any], name: str, default: float) -> float:
     """A field that is no size. Raises InputError for anything but a number from 0 to 1e15."""
     found = config.get(name, default)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1e15:  # NaN is not
-        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {shown(found)}")
+        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {short_repr(found)}")
     return float(found)
 
 
@@ -45,7 +45,7 @@ def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     """A field that is true or false. Raises InputError for anything else: "false", for one, is true to Python."""
     found = config.get(name, default)
     if not isinstance(found, bool):
-        raise InputError(f"config.json: expected true or false for {name}, got {shown(found)}")
+        raise InputError(f"config.json: expected true or false for {name}, got {short_repr(found)}")
     return found
 
 
@@ -80,7 +80,7 @@ def require_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> None
     """Raises InputError if a field has another value than the one we compute with, which an absent one has too."""
     for name, value in values.items():
         if config.get(name, value) != value:
-            raise InputError(f"config.json: {name}={shown(config[name])} is not supported, expected {value!r}")
+            raise InputError(f"config.json: {name}={short_repr(config[name])} is not supported, expected {value!r}")
 
 
 ACTIVATIONS = {
@@ -104,7 +104,7 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
     found = config.get(name, default)
     if not isinstance(found, str) or found not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise InputError(f"config.json: {name}={shown(found)} is not supported, expected one of {known}")
+        raise InputError(f"config.json: {name}={short_repr(found)} is not supported, expected one of {known}")
     return ACTIVATIONS[found]
 
 
@@ -136,7 +136,7 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
-        raise InputError(f"config.json: rope_type={shown(kind)} is not supported, expected one of {known}")
+        raise InputError(f"config.json: rope_type={short_repr(kind)} is not supported, expected one of {known}")
     required = {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA_3}.get(kind, ())
     if missing := [name for name in required if name not in scaling]:
         raise InputError(f"config.json: rope_scaling of type {kind!r} lacks a number for {missing[0]!r}")
@@ -154,7 +154,9 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
         try:
             rope_scaling.ramp(dim, base)
         except (ValueError, OverflowError):
-            raise InputError(f"config.json: the values of yarn are too far apart: {shown(dict(scaling))}") from None
+            raise InputError(
+                f"config.json: the values of yarn are too far apart: {short_repr(dict(scaling))}"
+            ) from None
     elif kind == "dynamic":
         rope_scaling = DynamicScaling(_positive(scaling, "factor"), context)
         if rope_scaling.factor < 1 or rope_scaling.factor * context > MAX_SIZE or dim <= 2:
@@ -196,13 +198,13 @@ def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config's rope_parameters or rope_scaling. Raises InputError if they are no object."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
-        raise InputError(f"config.json: rope_scaling={shown(found)} is not supported, expected its fields")
+        raise InputError(f"config.json: rope_scaling={short_repr(found)} is not supported, expected its fields")
     return found
 
 
 def _positive(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
     if not (found := number(config, name, default)):
-        raise InputError(f"config.json: expected a number above 0 for {name}, got {shown(config.get(name))}")
+        raise InputError(f"config.json: expected a number above 0 for {name}, got {short_repr(config.get(name))}")
     return found
 
 

@@ -6,7 +6,7 @@ are normed.
 from collections.abc import Mapping
 from typing import Any
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.families.hf_config import (
     LLAMA_SIZES,
     MAX_SIZE,
@@ -95,14 +95,14 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
         require_positive_ints({"sliding_window": found}, ["sliding_window"])
     first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
     if type(first) is not int or first < 0:
-        raise InputError(f"config.json: expected an integer for max_window_layers, got {shown(first)}")
+        raise InputError(f"config.json: expected an integer for max_window_layers, got {short_repr(first)}")
     types = config.get("layer_types") or None
     if types is None:
         types = [SLIDING if found and i >= first else FULL for i in range(n_layer)]
     if not isinstance(types, list) or any(x not in (FULL, SLIDING) for x in types) or len(types) != n_layer:
         raise InputError(
             f"config.json: layer_types other than {FULL!r} and {SLIDING!r}, one for each of {n_layer} layers, are not "
-            f"supported; got {shown(types)}"
+            f"supported; got {short_repr(types)}"
         )
     if SLIDING in types and not found:
         raise InputError(

@@ -73,7 +73,7 @@ def beam_search(
             f"beam search expects 1 beam or more and temperature 0, got {num_beams} and {sampling.temperature}"
         )
     if not LENGTH_PENALTIES.holds(length_penalty):
-        expected = LENGTH_PENALTIES.expected(length_penalty)
+        expected = LENGTH_PENALTIES.describe(length_penalty)
         raise InputError(f"length_penalty is {length_penalty}: expected {expected}")
     if not max_new_tokens:
         return [BeamHypothesis([], False, 0.0)]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.families.mapping import LazyTensor
 from fgpt.io.serialization import check_quantized
 from fgpt.kernels.bitsandbytes_ops import register
@@ -88,7 +88,7 @@ def _parse_state(packed: Tensor) -> _State:
         raise ValueError(_describe(packed))
     state: Any = json.loads(bytes(packed.tolist()))
     if surplus := state.keys() - STATE_FIELDS:
-        raise ValueError(f"it has {shown(min(surplus))} too")
+        raise ValueError(f"it has {short_repr(min(surplus))} too")
     out, inp = state["shape"]
     nested, offset = state.get("nested_blocksize"), None
     if nested:
@@ -130,7 +130,7 @@ def _blockwise_4bit(codes: Tensor, parts: dict[str, Tensor], name: str) -> Block
     )
     is_nested = absmax.dtype == torch.uint8 and parts.get("nested_quant_map", code).shape == (256,)
     faults = (
-        (state.block != BLOCK, f": expected blocks of {BLOCK}, bitsandbytes' default, got {shown(state.block)}"),
+        (state.block != BLOCK, f": expected blocks of {BLOCK}, bitsandbytes' default, got {short_repr(state.block)}"),
         (not codes.ndim, ": expected the codes of a matrix, got a scalar"),
         (not fits, f": {_describe(codes, absmax, code)} do not make a 4-bit matrix of [{out}, {inp}]"),
         (
@@ -158,7 +158,7 @@ def _check_code(kind: Any, code: Tensor, name: str) -> None:
     from bitsandbytes.functional import get_4bit_type
 
     if kind not in ("nf4", "fp4"):
-        raise InputError(f"tensor {name}: quant_type is {shown(kind)}; expected 'nf4' or 'fp4'")
+        raise InputError(f"tensor {name}: quant_type is {short_repr(kind)}; expected 'nf4' or 'fp4'")
     values: Any = get_4bit_type(kind, device=code.device)
     if code.shape != (16,) or not torch.allclose(code, values, atol=1e-6):
         raise InputError(f"tensor {name}.quant_map: not the values of {kind}")

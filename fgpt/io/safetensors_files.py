@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fgpt.errors import InputError, one_line, printable, shown
+from fgpt.errors import InputError, one_line, printable, short_repr
 from fgpt.families.mapping import LazyTensor
 from fgpt.io.files import read_json, to_utf8, write
 
@@ -163,7 +163,7 @@ def _check_readable(path: Path, name: str, shape: list[int]) -> None:
     """Raises InputError for a tensor of a name that no line could show, or of a shape that none of ours has."""
     if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         raise InputError(
-            f"{path}: a tensor is called {shown(name)}; expected up to {MAX_NAME_LENGTH} printable characters"
+            f"{path}: a tensor is called {short_repr(name)}; expected up to {MAX_NAME_LENGTH} printable characters"
         )
     if len(shape) > MAX_AXES:
         raise InputError(f"{path}: tensor {name} has {len(shape)} axes; expected at most {MAX_AXES}")

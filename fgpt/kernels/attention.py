@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fgpt._typing import shaped
+from fgpt._typing import check_shapes
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
@@ -46,7 +46,7 @@ def reference(
     return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-@shaped
+@check_shapes
 def attention(
     q: Float[Tensor, "*batch head query d_head"],
     k: Float[Tensor, "*batch kv key d_head"],

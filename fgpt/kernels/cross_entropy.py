@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt._typing import shaped
+from fgpt._typing import check_shapes
 from fgpt.kernels.functorch_state import is_differentiated, is_recorded_by_autograd, needs_higher_order, num_vmapped
 from fgpt.kernels.precision import at_least_fp32
 
@@ -126,7 +126,7 @@ def _recorded_backward(
     return db, *out
 
 
-@shaped
+@check_shapes
 def cross_entropy(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32, or in fp64 if x is.
 

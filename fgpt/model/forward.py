@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fgpt._typing import shaped
+from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.functorch_state import dual_outside_torch_func
@@ -212,7 +212,7 @@ def _forward(
     return h, KVCache(kv, all_segments)
 
 
-@shaped
+@check_shapes
 def hidden(
     params: GPT,
     tokens: Int[Tensor, "*batch seq"],
@@ -263,7 +263,7 @@ def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*b
     return linear(h, head.w, head.b)
 
 
-@shaped
+@check_shapes
 def apply(
     params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
 ) -> Float[Tensor, "*batch seq vocab"]:
@@ -280,7 +280,7 @@ def apply(
     return logits(params, hidden(params, tokens, segments))
 
 
-@shaped
+@check_shapes
 def forward_with_cache(
     params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:

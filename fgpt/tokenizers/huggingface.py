@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgpt.errors import InputError, one_line, shown
+from fgpt.errors import InputError, one_line, short_repr
 from fgpt.library_errors import call
 from fgpt.tokenizers import merges, special_tokens
 from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
@@ -100,8 +100,8 @@ class HFTokenizer:
         tokens: list[int] = call(error, lambda: tokenizer.encode(valid, add_special_tokens=add_special_tokens).ids)
         if self.n_vocab > self.vocab_size and tokens and (last := max(tokens)) >= self.vocab_size:
             raise InputError(
-                f"{self.name}: the text holds {shown(tokenizer.id_to_token(last))}, token {last}, but the vocabulary "
-                f"does not fit the model, which has rows for {self.vocab_size} tokens: remove it from the text, or put "
+                f"{self.name}: the text holds {short_repr(tokenizer.id_to_token(last))}, token {last}, but the "
+                f"vocabulary does not fit the model, which has rows for {self.vocab_size} tokens: remove it from the text, or put "
                 "the model's own tokenizer files into its folder"
             )
         return tokens

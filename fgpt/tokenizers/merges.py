@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.library_errors import call
 from fgpt.tokenizers import special_tokens
 from fgpt.tokenizers.special_tokens import DeclaredTokens
@@ -76,10 +76,10 @@ def _vocab(path: Path) -> dict[str, int]:
     except (OSError, ValueError, RecursionError) as err:
         raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): {err}") from None
     if not isinstance(vocab, dict) or not vocab:
-        raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): got {shown(vocab)}")
+        raise InputError(f"{path}: not a byte-level BPE vocabulary (token to id): got {short_repr(vocab)}")
     for token, number in vocab.items():
         if type(number) is not int or not 0 <= number < 1 << 32:
-            raise InputError(f"{path}: expected the id of each token, got {shown({token: number})}")
+            raise InputError(f"{path}: expected the id of each token, got {short_repr({token: number})}")
     num_ids = len(set(vocab.values()))
     if num_ids < len(vocab):
         raise InputError(f"{path}: expected each id once; {len(vocab)} tokens have {num_ids} ids")
@@ -98,7 +98,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise InputError(f"{path}: line {number}: expected two tokens with a space between, got {shown(line)}")
+            raise InputError(f"{path}: line {number}: expected two tokens with a space between, got {short_repr(line)}")
         merges.append((left, right))
     return merges
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.tokenizers.chat_template import CONFIG, named_tokens
 
 if TYPE_CHECKING:
@@ -90,17 +90,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def _added_by_id(path: Path, decoder: Any) -> tuple[Mapping[str, Any], ...]:
     expected = 'expected added_tokens_decoder to be {"id": {"content": token, ..}, ..}'
     if not isinstance(decoder, dict):
-        raise InputError(f"{path}: {expected}, got {shown(decoder)}")
+        raise InputError(f"{path}: {expected}, got {short_repr(decoder)}")
     for key, token in decoder.items():
         if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise InputError(f"{path}: {expected}, got {shown({key: token})}")
+            raise InputError(f"{path}: {expected}, got {short_repr({key: token})}")
     return tuple(decoder[key] for key in sorted(decoder, key=int))
 
 
 def _added_by_token(path: Path, ids: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     for token, number in ids.items():
         if type(number) is not int or number < 0:
-            raise InputError(f"{path}: expected the id of each token, got {shown({token: number})}")
+            raise InputError(f"{path}: expected the id of each token, got {short_repr({token: number})}")
     special = {*named_tokens(config).values(), *(_content(token) for token in _extra_tokens(config))}
     return tuple(
         {"content": token, "special": token in special, "normalized": token not in special}

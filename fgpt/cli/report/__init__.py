@@ -10,7 +10,7 @@ from fgpt.cli.console import console
 from fgpt.cli.evaluation.compare.html import template
 from fgpt.cli.report.config_diff import command
 from fgpt.cli.report.run_data import RunData, read
-from fgpt.cli.report.sections import ending, resume_command, sections, summary
+from fgpt.cli.report.sections import ending, report_sections, resume_command, summary
 from fgpt.io.files import write
 
 REPORT = "report.html"
@@ -39,5 +39,5 @@ def page(data: RunData) -> str:
         ending=ending(data),
         train=command(data.run),
         resume=resume_command(data),
-        sections=sections(data),
+        sections=report_sections(data),
     )

@@ -13,7 +13,7 @@ from fgpt.cli.metrics_log import Line, read_metrics
 from fgpt.cli.paths import shareable, shareable_fields
 from fgpt.cli.run_json import recipe_fields
 from fgpt.data.prompt_templates import InstructionRow
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json
 
 
@@ -131,14 +131,14 @@ def _check_comparison(scores: Any, entries: Any) -> None:
         raise TypeError("expected the same scores for each side")
     for score in (score for side in sides for score in side.values()):
         if isinstance(score, bool) or not isinstance(score, int | float):
-            raise TypeError(f"a score is {shown(score)}: expected a number")
+            raise TypeError(f"a score is {short_repr(score)}: expected a number")
     if not isinstance(entries, list):
-        raise TypeError(f"its answers are {shown(entries)}: expected a list")
+        raise TypeError(f"its answers are {short_repr(entries)}: expected a list")
     texts = [entry[name] for entry in entries for name in ("instruction", "input", "reference")]
     texts += [entry[side]["text"] for entry in entries for side in scores]
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"a prompt or an answer is {shown(text)}: expected a string")
+            raise TypeError(f"a prompt or an answer is {short_repr(text)}: expected a string")
 
 
 def _about(settings: Mapping[str, Any], num_rows: int) -> list[str]:

@@ -30,7 +30,7 @@ class Ending(NamedTuple):
     sentence: str
 
 
-def sections(data: RunData) -> list[Section]:
+def report_sections(data: RunData) -> list[Section]:
     """All sections. One that lacks its data says so, and which command makes it.
 
     Raises InputError for results that are not of this version.

@@ -24,7 +24,7 @@ from torch import Tensor
 from fgpt._typing import StrPath
 from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, weight_matrices
 from fgpt.classification_head import num_classes
-from fgpt.errors import InputError, printable, shown
+from fgpt.errors import InputError, printable, short_repr
 from fgpt.io.files import read_json, write_json
 from fgpt.io.peft.modules import LEAVES, PREFIX, SCORE, Module, by_name, modules_of, targets
 from fgpt.io.peft.qkv_stacking import (
@@ -288,7 +288,7 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in KEYS:
-        raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {shown(kind)}")
+        raise InputError(f"{folder / CONFIG}: expected peft_type {', '.join(map(repr, KEYS))}, got {short_repr(kind)}")
     tensors, metadata = read_tensors(folder / WEIGHTS), read_metadata(folder / WEIGHTS)
     try:
         _check_supported(config)
@@ -330,10 +330,10 @@ def _check_supported(config: Mapping[str, Any]) -> None:
             "save_pretrained(.., path_initial_model_for_weight_conversion=..)"
         )
     if used := [name for name in UNSUPPORTED if config.get(name)]:
-        raise InputError(f"{used[0]} is {shown(config[used[0]])}, which has no adapter here; expected none")
+        raise InputError(f"{used[0]} is {short_repr(config[used[0]])}, which has no adapter here; expected none")
     for name in ("use_dora", "use_rslora"):
         if not isinstance(config.get(name), bool | None):
-            raise InputError(f"{CONFIG}: expected true or false for {name}, got {shown(config[name])}")
+            raise InputError(f"{CONFIG}: expected true or false for {name}, got {short_repr(config[name])}")
 
 
 def _modules(
@@ -367,7 +367,7 @@ def _read_parts(text: str) -> dict[str, StackedParts]:
     except (ValueError, RecursionError):
         parts = None
     if not isinstance(parts, dict) or not all(isinstance(x, dict) and x for x in parts.values()):
-        raise InputError(f"{WEIGHTS}: metadata {PARTS_KEY} is {shown(text)}; expected an object of objects")
+        raise InputError(f"{WEIGHTS}: metadata {PARTS_KEY} is {short_repr(text)}; expected an object of objects")
     return parts
 
 
@@ -424,11 +424,11 @@ def _read_lora(module: Module, tensors: Mapping[str, Tensor], config: Mapping[st
         raise InputError(f"DoRA of {module.name}: PEFT's has a magnitude for each column, ours one for each token")
     dropout = config.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(f"{CONFIG}: expected lora_dropout from 0 to less than 1, got {shown(dropout)}")
+        raise InputError(f"{CONFIG}: expected lora_dropout from 0 to less than 1, got {short_repr(dropout)}")
     if not len(a) or (rank is not None and rank != len(a)):
-        raise InputError(f"{module.name} has a lora_A of rank {len(a)}; {CONFIG} says {shown(rank)}")
+        raise InputError(f"{module.name} has a lora_A of rank {len(a)}; {CONFIG} says {short_repr(rank)}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= 1e15:  # NaN is not
-        raise InputError(f"{CONFIG}: expected a number for lora_alpha, got {shown(alpha)}")
+        raise InputError(f"{CONFIG}: expected a number for lora_alpha, got {short_repr(alpha)}")
     lora = LoRA(a.contiguous(), b.contiguous(), float(alpha), bool(config.get("use_rslora")), float(dropout))
     return lora if m is None else DoRA(lora, m.flatten())
 
@@ -437,7 +437,7 @@ def _by_pattern(config: Mapping[str, Any], patterns: str, default: str, modules:
     """What the first of `patterns` that a module's name matches says of it, as PEFT reads them, else `default`."""
     by_pattern, names = config.get(patterns) or {}, list(modules)
     if not isinstance(by_pattern, dict):
-        raise InputError(f"{CONFIG}: expected an object for {patterns}, got {shown(by_pattern)}")
+        raise InputError(f"{CONFIG}: expected an object for {patterns}, got {short_repr(by_pattern)}")
     values = dict.fromkeys(names, config.get(default))
     end = time.monotonic() + SECONDS
     for pattern, value in reversed(by_pattern.items()):
@@ -459,7 +459,7 @@ def _read_norms(
     for name, tensors in modules.items():
         module, tuned_leaves = known[name], parts.get(name, {"w": [], "b": []})
         if lost := [leaf for leaf in tuned_leaves if leaf not in LEAVES.values()]:
-            raise InputError(f"metadata {PARTS_KEY} names {shown(lost[0])} of {name}; expected w or b")
+            raise InputError(f"metadata {PARTS_KEY} names {short_repr(lost[0])} of {name}; expected w or b")
         if not module.norm:  # a Conv1D's weight is transposed, and may be square
             raise InputError(f"{name} is no norm of this model")
         adapters |= {

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgpt.adapters import IA3, DoRA, LoRA
-from fgpt.errors import InputError, shown
+from fgpt.errors import InputError, short_repr
 from fgpt.io.peft.modules import Module
 from fgpt.tree import device, leaves, replace_at
 from fgpt.weights import Weight, row_norms, shape
@@ -124,7 +124,7 @@ def _parse_part(part: str, fields: Any, rs: bool) -> tuple[int, float, bool]:
             return rank, alpha, rs
     except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         pass
-    raise InputError(f"stacked {part} is {shown(fields)}; expected [rank, alpha, rs]")
+    raise InputError(f"stacked {part} is {short_repr(fields)}; expected [rank, alpha, rs]")
 
 
 def split_qkv(whole: IA3) -> dict[str, IA3]:

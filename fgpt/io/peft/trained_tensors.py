@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgpt.adapters import Adapters, LoRA
 from fgpt.classification_head import num_classes
-from fgpt.errors import InputError, printable, shown
+from fgpt.errors import InputError, printable, short_repr
 from fgpt.families.mapping import join_heads, split, unfuse_qkv
 from fgpt.io.peft.modules import LEAVES, SCORE, Module
 from fgpt.io.peft.qkv_stacking import StackedParts
@@ -145,7 +145,7 @@ def read_tuned(
             LEAVES.values() if match["where"] == "base_layer" else parts.get(match["module"], LEAVES.values())
         )
         if lost := [leaf for leaf in tuned_leaves if leaf not in LEAVES.values()]:
-            raise InputError(f"the metadata names {shown(lost[0])} of {m.name}; expected w or b")
+            raise InputError(f"the metadata names {short_repr(lost[0])} of {m.name}; expected w or b")
         copied |= trained and m.path == "wte"
         for path, y in _leaves_of(x, m, ending, sizes).items():
             if path == "head.w" and params.head is None and not trained:
@@ -163,7 +163,7 @@ def _is_trained(m: Module, where: str | None, ending: str, config: Mapping[str, 
     """Whether PEFT trained a tensor, or has merely written it."""
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(x, str) for x in saved):
-        raise InputError(f"adapter_config.json: expected a list of names for modules_to_save, got {shown(saved)}")
+        raise InputError(f"adapter_config.json: expected a list of names for modules_to_save, got {short_repr(saved)}")
     by_bias = ending == "bias" and config.get("bias") in ("all", "lora_only")
     whole = where is None and any(x and (m.name.endswith(x) or f".{x}." in f".{m.name}.") for x in saved)
     tied = where is None and m.path == "head" and bool(config.get("ensure_weight_tying"))  # which names one of the two

@@ -15,7 +15,7 @@ from fgpt.cli.console import console, progress, show_progress
 from fgpt.cli.evaluation.compare import contenders, prompts
 from fgpt.cli.evaluation.compare.contenders import BASE, Contender
 from fgpt.cli.evaluation.compare.html import page
-from fgpt.cli.evaluation.compare.markdown import markdown, show
+from fgpt.cli.evaluation.compare.markdown import show, to_markdown
 from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import (
@@ -179,7 +179,7 @@ def generate_answers(
 
 def save(comparison: Comparison, out: Path, stem: str) -> None:
     """Write a comparison into `out`, and print it in short."""
-    text, html = markdown(comparison), page(comparison)  # both, before the first file is written
+    text, html = to_markdown(comparison), page(comparison)  # both, before the first file is written
     write_json(out / f"{stem}.json", as_json(comparison))
     write(out / f"{stem}.md", text)
     write(out / f"{stem}.html", html)

@@ -11,7 +11,7 @@ MAX_COLUMNS = 3
 """Most sides whose answers the terminal shows next to each other; of more, the scores alone."""
 
 
-def markdown(comparison: Comparison) -> str:
+def to_markdown(comparison: Comparison) -> str:
     """All scores, then each prompt with its answers."""
     lines = [f"# {comparison.title}", "", *(f"- {sentence}" for sentence in comparison.about), ""]
     lines += ["| | " + " | ".join(side.replace("|", r"\|") for side in comparison.sides) + " |"]
