@@ -80,7 +80,7 @@ def test_each_update_is_bitsandbytes():
         params, new = optimizer.update(gradients(step), state, before)
         close(params, {name: x.detach() for name, x in theirs.params.items()}, 1e-6, 1e-6)
         for name in TREE:
-            for mine, their in zip((new.mean[name], new.square[name]), theirs.state(name), strict=True):
+            for mine, their in zip((new.mu[name], new.nu[name]), theirs.state(name), strict=True):
                 assert isinstance(mine, Moment8) == isinstance(their, Moment8) == (name in CODED)
                 if isinstance(mine, Moment8):
                     close(mine.absmax, their.absmax, 0.0, 1e-6)
@@ -206,7 +206,7 @@ def held(tree: Any) -> int:
 def test_bytes_a_parameter():
     large, small = {"w": torch.zeros(768, 769), "b": torch.zeros(4096)}, {"w": torch.zeros(4095)}
     state = adamw8bit(LR).init(large)
-    assert held((state.mean, state.square)) <= 2.04 * num_elements(large)
+    assert held((state.mu, state.nu)) <= 2.04 * num_elements(large)
     assert held(adamw8bit(LR).init(small)) == 8 * 4095 + 8
     assert held(adamw8bit(LR, min_8bit_size=0).init(small)) < 2.1 * 4095
 
@@ -241,7 +241,7 @@ def test_a_lora_trains_as_well_under_make_step():
             losses[optimizer].append(metrics.loss.item())
         assert state.opt_state.count == 40
     full, coded = losses.values()
-    assert isinstance(state.opt_state.mean["blocks.0.attn.q"].a, Moment8)
+    assert isinstance(state.opt_state.mu["blocks.0.attn.q"].a, Moment8)
     assert coded[-1] < coded[0] - 0.3
     assert abs(coded[-1] - full[-1]) < 0.02 * (full[0] - full[-1])
 
@@ -269,8 +269,8 @@ def test_vmapped_updates_are_each_ones_own():
     for i, (trees, rate) in enumerate(zip(many, rates, strict=True)):
         alone, mine = twice(*trees, rate), tree_map(lambda x, i=i: x[i], together)
         close(mine[0], alone[0], 1e-6)
-        assert same({n: mine[1].mean[n] for n in CODED}, {n: alone[1].mean[n] for n in CODED})
-        assert same({n: mine[1].square[n] for n in CODED}, {n: alone[1].square[n] for n in CODED})
+        assert same({n: mine[1].mu[n] for n in CODED}, {n: alone[1].mu[n] for n in CODED})
+        assert same({n: mine[1].nu[n] for n in CODED}, {n: alone[1].nu[n] for n in CODED})
 
 
 def test_gradients_pass_through_one_update_and_say_so_at_two():

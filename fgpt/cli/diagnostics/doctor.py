@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.adapters import Adapters, trainable_leaves
-from fgpt.checks import LAWS, CheckResult, iter_checks
+from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.cli.console import console, progress
 from fgpt.cli.training import tasks
@@ -30,7 +30,7 @@ def run(run: AnyRecipe) -> tuple[CheckResult, ...]:
     batch = slice_batch(batch, slice(ROWS))
     console.print(machine(base, batch))
     lr = run.lr if isinstance(run, PretrainingRecipe) else run.peak_lr
-    found = tuple(progress(iter_checks(base, adapters, batch, lr=lr), "checking laws", LAWS))
+    found = tuple(progress(iter_checks(base, adapters, batch, lr=lr), "checking laws", NUM_CHECKS))
     console.print(table(run.name, found))
     if broken := [x.check for x in found if x.holds is False]:
         raise InputError(f"{run.name}: {', '.join(broken)}: broken here, see the table; do not trust what this trains")
