@@ -1,4 +1,13 @@
-"""GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree."""
+"""GPT fine-tuning as pure functions: a model is a function of a params tree, an adapter a transform of that tree.
+
+>>> import torch, fgpt
+>>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+>>> params = fgpt.init(config, fgpt.key(0))
+>>> adapters = fgpt.lora(params, fgpt.key(1), rank=2)
+>>> logits = fgpt.functional_call(fgpt.apply, (params, adapters), torch.tensor([1, 2, 3]))
+>>> logits.shape
+torch.Size([3, 11])
+"""
 
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
 from fgpt.adapters import (

@@ -20,7 +20,7 @@ class InputError(ValueError):
     ...     fgpt.SamplingParams(top_k=0)
     ... except fgpt.InputError as err:
     ...     print(err)
-    top_k is 0: expected an integer, 1 or more
+    top_k is 0: expected a number of tokens, 1 or more
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:

@@ -1,12 +1,12 @@
-"""Any `nn.Module` as a params tree and a pure function of it: models that we do not carry, in the merged reading.
+"""Any `nn.Module` as a params tree and a pure function of it, for models that fgpt does not have. Weights are merged.
 
-    params, apply = lift(module)        apply(params, x) == module(x)
+    params, apply = from_module(module)        apply(params, x) == module(x)
 
 The paths are the module's own names. Weights are [out, in] here as everywhere:
 
-transformer.h.3.attn.c_attn          a layer: nn.Linear, transformers' Conv1D (turned), nn.Embedding
+transformer.h.3.attn.c_attn          a layer: nn.Linear, transformers' Conv1D (transposed), nn.Embedding
 transformer.h.3.attn.c_attn.w        its weight, whose name in the module ends in .weight
-encoder.self_attn.in_proj_weight     a matrix in no such layer: a layer of its own, its rows those of the module
+encoder.self_attn.in_proj_weight     a matrix in no such layer: a layer by itself, with the rows of the module
 transformer.h.3.ln_1.weight          any other parameter: a leaf
 """
 
@@ -26,60 +26,71 @@ from fgpt.tree import children, node
 from fgpt.weights import Adapted, Weight, dense
 
 RECOMPUTES = (
-    "the module recomputes activations in the backward, when its own parameters are back in place and gradients would "
-    "be those of another model: turn its checkpointing off"
+    "the module recomputes activations in the backward, when its own parameters are back in place, so that gradients "
+    "would be those of another model: turn its activation checkpointing off"
 )
 
 
 @node
 class Matrix:
-    """A parameter of two dimensions that no layer holds: it can be adapted and quantized as a layer's weight can."""
+    """A parameter of two dimensions outside of any layer: it can be adapted and quantized like a layer's weight."""
 
     w: Weight
 
 
 class Place(NamedTuple):
-    """What a leaf of the tree is in the module."""
+    """The parameter of the module that a leaf of the tree stands for."""
 
     names: tuple[str, ...]
-    """Its name, and those it is tied to."""
+    """Its name, and the names that it is tied to."""
     shape: torch.Size
     transposed: bool
-    """Whether the module holds it as [in, out]."""
+    """Whether it is [in, out] in the module."""
 
 
 def from_module(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
     """`(params, apply)` with `apply(params, *args, **kwargs)` = `module(*args, **kwargs)`, a function of `params`.
 
-    `params` shares the module's memory and requires no grad, whatever the module's parameters do; the module is left
-    as it is. `lora`, `dora`, `ia3`, `tune`, `adapt`, `merge` and `quantize` work on `params` by path. A parameter that
-    has several names is one leaf, at the first of them: GPT-2's head is `transformer.wte`, and an adapter there moves
-    both.
+    `params` shares the module's memory and does not require grad, even if the module's parameters do; the module is not
+    changed. `lora`, `dora`, `ia3`, `trainable_leaves`, `adapt`, `merge` and `quantize` work on `params` by path. A
+    parameter with several names is one leaf, at the first of them: GPT-2's head is `transformer.wte`, and an adapter
+    there changes both.
 
-    `apply` reads every weight merged: an adapted one is formed once a call, a quantized one expanded, autograd keeps
-    both for the backward, and a gradient passes through one as large as the weight (under vmap, one for each example).
-    LoRA's dropout has no merged reading, and is refused.
+    `apply` merges every weight: each call computes an adapted weight and dequantizes a quantized one, autograd keeps
+    both for the backward, and the gradient of each is as large as the weight (under vmap, for each example). LoRA's
+    dropout cannot be merged, and is refused.
 
-    Beside its parameters, the module is read as it stands when `apply` is called. In training mode its dropout draws
-    from torch's own generator (`vmap` wants `randomness=`): call `module.eval()` first for a function of the arguments
-    alone. Buffers are copied at each call, and what is written into them is let go: BatchNorm in training mode takes
-    its statistics from the batch and updates none. While a call runs its tensors stand in the module: one thread at a
-    time. Its kernels are its own, and torch's for attention lack second derivatives: transformers' "eager" one has
-    them. Recomputation is refused, but torch's checkpoint with `use_reentrant=True`, called by hand, goes unnoticed.
+    Apart from its parameters, the module is used as it is when `apply` is called. In training mode its dropout uses
+    torch's global generator (`vmap` then needs `randomness=`): call `module.eval()` first for a function of the
+    arguments alone. Buffers are copied at each call, and changes to them are dropped: BatchNorm in training mode uses
+    the statistics of the batch and updates none. During a call its tensors are in the module: one thread at a time. The
+    module's kernels are its own; torch's attention has no second derivatives, transformers' "eager" one has them.
+    Activation checkpointing is refused, but torch's checkpoint with `use_reentrant=True` is not noticed.
 
-    Raises InputError where `module` is no ordinary module, or holds parameters that are not floating-point, have no
-    shape yet, or are rewritten by the forward pass; `apply` does where `params` is not a tree of this module, or the
-    module recomputes activations (torch.utils.checkpoint).
+    Args:
+        module: an ordinary module, whose parameters are floating-point and have a shape.
+
+    Raises:
+        InputError: if `module` is not an ordinary module, or has parameters that are not floating-point, have no shape
+            yet, or are changed by the forward pass; and from `apply`, if `params` is not a tree of this module, or the
+            module checkpoints activations (torch.utils.checkpoint).
+
+    >>> import fgpt
+    >>> module = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> params, apply = fgpt.from_module(module)
+    >>> x = torch.randn(2, 4)
+    >>> bool((apply(params, x) == module(x)).all())
+    True
     """
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
-        raise InputError(f"lift wants an ordinary nn.Module, got {type(module).__name__}")
+        raise InputError(f"from_module expects an ordinary nn.Module, got {type(module).__name__}")
     for name, x in module.named_parameters():
         _check_parameter(name, x)
     params: dict[str, Any] = {}
     places: dict[str, Place] = {}
-    for path, x, found in _parts(module):
-        _put(params, path, x)
-        places |= found
+    for path, x, new_places in _parts(module):
+        _insert(params, path, x)
+        places |= new_places
 
     def apply(params: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = _tensors(params, places, type(module).__name__)
@@ -103,16 +114,16 @@ def from_module(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
 
 def _check_parameter(name: str, x: Tensor) -> None:
     if is_lazy(x):
-        raise InputError(f"parameter {name} has no shape yet: call the module once, then lift it")
+        raise InputError(f"parameter {name} has no shape yet: call the module once before from_module")
     if not x.is_floating_point():
         raise InputError(
-            f"parameter {name} is {x.dtype}, expected a floating dtype: lift the plain module, then quantize its params"
+            f"parameter {name} is {x.dtype}, expected a floating dtype: use the plain module, then quantize its params"
         )
 
 
 def _names(module: nn.Module, named: Callable[..., Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by every name, those of a module with several names by its first: where torch's functional_call
-    puts a tensor in one place under two names (its `tie_weights` does), it does not put the module's own back.
+    """Every tensor by every name, those of a module with several names by its first: if torch's functional_call puts a
+    tensor in one place under two names (as its `tie_weights` does), it does not restore the module's own.
     """
     for path, part in module.named_modules():
         yield from named(part, path, recurse=False, remove_duplicate=False)
@@ -124,43 +135,51 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, Any, dict[str, Place]]]:
     for name, x in _names(module, nn.Module.named_parameters):
         tied[id(x)] = (*tied.get(id(x), ()), name)
 
-    def place(x: nn.Parameter, turned: bool = False) -> Place:
-        return Place(tied[id(x)], x.shape, turned)
+    def place(x: nn.Parameter, transposed: bool = False) -> Place:
+        return Place(tied[id(x)], x.shape, transposed)
 
     for path, part in module.named_modules():
         if getattr(part, "max_norm", None) is not None:
-            raise InputError(f"{path or 'the module'} has max_norm, which rewrites its table at each call: set it None")
-        dot, turned = f"{path}." if path else "", isinstance(part, _conv1d())
-        parameters = {name: named[dot + name] for name in part._parameters if dot + name in named}
-        if path and _is_layer(part, parameters):
-            places = {f"{path}.w": place(parameters["weight"], turned)}
-            places |= {f"{path}.b": place(parameters["bias"])} if "bias" in parameters else {}
-            w, b = parameters["weight"].detach(), parameters["bias"].detach() if "bias" in parameters else None
-            yield path, Embedding(w) if isinstance(part, nn.Embedding) else Linear(w.T if turned else w, b), places
+            raise InputError(
+                f"{path or 'the module'} has max_norm, which changes its table at each call: set it to None"
+            )
+        prefix, transposed = f"{path}." if path else "", isinstance(part, _conv1d())
+        direct = {name: named[prefix + name] for name in part._parameters if prefix + name in named}
+        if path and _is_layer(part, direct):
+            w, b = direct["weight"], direct.get("bias")
+            places = {f"{path}.w": place(w, transposed)}
+            if b is not None:
+                places[f"{path}.b"] = place(b)
+            w, b = w.detach(), None if b is None else b.detach()
+            w = w.T if transposed else w
+            yield path, Embedding(w) if isinstance(part, nn.Embedding) else Linear(w, b), places
             continue
-        for name, x in parameters.items():
-            here, matrix = dot + name, x.ndim == 2
-            yield here, Matrix(x.detach()) if matrix else x.detach(), {f"{here}.w" if matrix else here: place(x)}
+        for name, x in direct.items():
+            leaf_path = prefix + name
+            if x.ndim == 2:
+                yield leaf_path, Matrix(x.detach()), {f"{leaf_path}.w": place(x)}
+            else:
+                yield leaf_path, x.detach(), {leaf_path: place(x)}
 
 
-def _is_layer(part: nn.Module, parameters: dict[str, nn.Parameter]) -> bool:
-    """Whether `part` is one of the layers known here, and all of it: a subclass that holds more, and a layer that has
-    its bias elsewhere (which IA3 would have to scale), are taken apart.
+def _is_layer(part: nn.Module, direct: dict[str, nn.Parameter]) -> bool:
+    """Whether `part` is one of the known layers and nothing else. A subclass with more parameters, and a layer whose
+    bias is elsewhere (which IA3 would have to scale), become separate matrices and leaves.
     """
     names = {name for name, x in part._parameters.items() if x is not None}
-    whole = names == parameters.keys() and {"weight"} <= names <= {"weight", "bias"} and not part._modules
-    return whole and isinstance(part, (nn.Linear, nn.Embedding, *_conv1d()))
+    complete = names == direct.keys() and {"weight"} <= names <= {"weight", "bias"} and not part._modules
+    return complete and isinstance(part, (nn.Linear, nn.Embedding, *_conv1d()))
 
 
 def _conv1d() -> tuple[type, ...]:
-    """transformers' Conv1D, if there can be any: whoever has one has imported it."""
-    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return (found,) if isinstance(found, type) else ()
+    """transformers' Conv1D, if transformers is imported: without it no module has one."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (conv1d,) if isinstance(conv1d, type) else ()
 
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *above, last = path.split(".")
-    for name in above:
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
         tree = tree.setdefault(name, {})
     tree[last] = value
 
@@ -169,18 +188,20 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _tensors(params: Any, places: dict[str, Place], module: str) -> dict[str, Tensor]:
-    """The module's parameters by each of their names, as it holds them."""
+    """The module's parameters by each of their names, in the module's layout."""
     weights = dict(_weights(params))
     if missing := [path for path in places if path not in weights]:
-        raise InputError(f"no '{missing[0]}' in these params: expected a tree of this {module}, as lift gave it")
+        raise InputError(f"no '{missing[0]}' in these params: expected a tree of this {module} from from_module")
     if surplus := [path for path in weights if path not in places]:
-        raise InputError(f"'{surplus[0]}' is nothing of this {module}: expected a tree as lift gave it")
-    found = [(place, _tensor(path, weights[path], place)) for path, place in places.items()]
-    return {name: x for place, x in found for name in place.names}
+        raise InputError(f"'{surplus[0]}' is not a parameter of this {module}: expected a tree from from_module")
+    tensors: dict[str, Tensor] = {}
+    for path, place in places.items():
+        tensors.update(dict.fromkeys(place.names, _tensor(path, weights[path], place)))
+    return tensors
 
 
 def _weights(tree: Any, path: str = "") -> Iterator[tuple[str, Weight]]:
-    """Every weight of `tree` by path, adapted and quantized ones whole."""
+    """Every weight of `tree` by path; an adapted or quantized one is not taken apart."""
     for name, x in children(tree):
         if isinstance(x, (Tensor, Adapted, *QUANTIZED)):
             yield f"{path}{name}", x
@@ -189,23 +210,23 @@ def _weights(tree: Any, path: str = "") -> Iterator[tuple[str, Weight]]:
 
 
 def _tensor(path: str, w: Weight, place: Place) -> Tensor:
-    if _drops(w):
-        raise InputError(f"the adapter on {path} has dropout, which no merged weight can have: adapt without rng")
+    if _has_dropout(w):
+        raise InputError(f"the adapter on {path} has dropout, which cannot be merged: adapt without rng")
     x = w if isinstance(w, Tensor) else dense(w)
     x = x.T if place.transposed else x
     if x.shape != place.shape:
-        has = list(place.shape)
-        raise InputError(f"{path} has shape {list(x.shape)}, but {place.names[0]} of the module has {has}")
+        expected = list(place.shape)
+        raise InputError(f"{path} has shape {list(x.shape)}, but {place.names[0]} of the module has {expected}")
     return x
 
 
-def _drops(w: Weight) -> bool:
-    return isinstance(w, Adapted) and (w.dropout > 0 or _drops(w.base))
+def _has_dropout(w: Weight) -> bool:
+    return isinstance(w, Adapted) and (w.dropout > 0 or _has_dropout(w.base))
 
 
 def _no_recomputation() -> AbstractContextManager[Any]:
-    """Makes torch's checkpoint raise, which works by hooks on saved tensors. Hooks of the caller's own, who may
-    recompute the whole call, stay; and a compiler sees what the recomputed part reads.
+    """A context in which torch's checkpoint, which uses hooks on saved tensors, raises. The caller's own hooks, which
+    may recompute the whole call, stay; and a compiler sees what the recomputed part uses.
     """
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
         return nullcontext()

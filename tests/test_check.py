@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.checks.context import max_or_nan, max_rel_diff, perturb
 from fgpt.cli.diagnostics import doctor
-from fgpt.cli.training import tasks
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
@@ -27,13 +26,8 @@ from fgpt.weights import Adapted
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {
-        "norm_type": "rms",
-        "activation": "silu",
-        "gated_mlp": True,
-        "biases": "",
-        "rotary_dim": 32,
-        "tie_word_embeddings": False,
-        "n_kv": 1,
+        "norm_type": "rms", "activation": "silu", "gated_mlp": True, "biases": "", "rotary_dim": 32,
+        "tie_word_embeddings": False, "n_kv": 1,
     },
     "neox": {"rotary_dim": 8, "parallel_residual": True, "tie_word_embeddings": False},
 }  # fmt: skip
@@ -46,7 +40,7 @@ METHODS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "lora and ln": lambda p: fgpt.lora(p, fgpt.key(1), 4) | fgpt.trainable_leaves(p, r".*ln_.*"),
     "full": lambda p: fgpt.trainable_leaves(p, r"(?!.*(codes|absmax|code|offset)).*"),
 }
-LAWS = [
+CHECKS = [
     "finite loss", "padding", "packing", "batch composition", "batch size", "cache", "merge", "accumulation",
     "gradient flow", "first step", "determinism", "save and load", "frozen base",
 ]  # fmt: skip
@@ -75,10 +69,10 @@ def batch(*rows: tuple[int, ...], label: int | None = None) -> fgpt.Batch:
 PACKED, PLAIN = batch((7, 9), (16,), (4, 5, 3)), batch((7,), (20,), (12,))
 
 
-def verdict(*given: Any, **options: Any) -> tuple[set[str], set[str]]:
-    """The laws that are broken, and those that were not asked."""
-    found = fgpt.run_checks(*given, **options)
-    assert [x.check for x in found] == LAWS
+def verdict(*arguments: Any, **options: Any) -> tuple[set[str], set[str]]:
+    """The checks that fail, and those that do not apply."""
+    found = fgpt.run_checks(*arguments, **options)
+    assert [x.check for x in found] == CHECKS
     assert all(x.note for x in found if x.holds is None)
     return {x.check for x in found if x.holds is False}, {x.check for x in found if x.holds is None}
 
@@ -131,9 +125,9 @@ def test_what_cannot_be_asked_is_not_passed_in_silence():
 def test_it_leaves_everything_as_it_was():
     params = model()
     adapters, before = METHODS["lora"](params), leaves(params)
-    kept = {path: x.clone() for path, x in before.items()}
+    copies = {path: x.clone() for path, x in before.items()}
     first = fgpt.run_checks(params, adapters, PACKED)
-    assert same(kept, before)
+    assert same(copies, before)
     assert torch.is_grad_enabled()
     assert fgpt.run_checks(params, adapters, PACKED) == first
 
@@ -170,16 +164,16 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Patch:
     return put
 
 
-def faulty(given: fgpt.Batch = PACKED, base: str = "fp32", method: str = "lora and ln", **options: Any) -> set[str]:
+def faulty(rows: fgpt.Batch = PACKED, base: str = "fp32", method: str = "lora and ln", **options: Any) -> set[str]:
     params = model(base=base)
-    return verdict(params, METHODS[method](params), given, **options)[0]
+    return verdict(params, METHODS[method](params), rows, **options)[0]
 
 
 def test_loss_nothing_weighted():
-    given = replace(PACKED, weights=torch.zeros_like(PACKED.weights), loss_positions=None)
+    unweighted = replace(PACKED, weights=torch.zeros_like(PACKED.weights), loss_positions=None)
     params = model()
-    broken, unasked = verdict(params, METHODS["lora"](params), given)
-    assert (broken, unasked) == ({"finite loss"}, set(LAWS[1:-1]))
+    broken, unasked = verdict(params, METHODS["lora"](params), unweighted)
+    assert (broken, unasked) == ({"finite loss"}, set(CHECKS[1:-1]))
 
 
 def test_loss_is_no_number():
@@ -194,14 +188,14 @@ def test_loss_a_forgotten_position():
 
 
 def test_padding_that_counts_as_positions(patch: Patch):
-    def counting(transformer_layers: Any) -> Any:
-        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+    def counting(through: Any) -> Any:
+        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any) -> Any:
             there = positions if mask is None else torch.arange(tokens.shape[-1]).expand_as(tokens)
-            return transformer_layers(params, tokens, there, mask, *rest, **options)
+            return through(params, tokens, there, mask, *rest)
 
         return wrong
 
-    patch("fgpt.model.forward", "transformer_layers", counting)
+    patch("fgpt.model", "transformer_layers", counting)
     assert faulty(PLAIN) == {"padding"}
     assert "packing" in faulty(PACKED)
 
@@ -215,33 +209,33 @@ def test_padding_that_counts_in_the_mean(patch: Patch):
 
 
 def test_packing_documents_that_see_one_another(patch: Patch):
-    def joined(forward: Any) -> Any:
+    def join(forward: Any) -> Any:
         def wrong(params: Any, tokens: Any, segments: Any, *rest: Any) -> Any:
             return forward(params, tokens, None if segments is None else segments.clamp(max=1), *rest)
 
         return wrong
 
-    patch("fgpt.model.forward", "_forward", joined)
+    patch("fgpt.model", "_forward", join)
     for base in ("fp32", "bf16"):
         assert faulty(PACKED, base) == {"packing"}
 
 
 def test_rows_that_share_the_scale_of_activations(patch: Patch):
-    def shared(rounded: Any) -> Any:
+    def share(round_rows: Any) -> Any:
         def wrong(x: Any) -> Any:
             if x.ndim < 3:
-                return rounded(x)
+                return round_rows(x)
             absmax = x.abs().amax((0, 2), keepdim=True).expand(*x.shape[:-1], 1)
             return (x * (127 / absmax)).round().to(torch.int8), absmax
 
         return wrong
 
-    patch("fgpt.kernels.quantized_linear", "_round", shared)
+    patch("fgpt.kernels.quantized_linear", "_round", share)
     assert faulty(PACKED, "int8", "lora") == {"batch composition"}
 
 
 def test_rows_whose_number_matters(patch: Patch):
-    def counted(forward: Any) -> Any:
+    def count_rows(forward: Any) -> Any:
         def wrong(params: Any, tokens: Any, *rest: Any) -> Any:
             h, cache = forward(params, tokens, *rest)
             rows = len(tokens) - 1 if tokens.ndim > 1 and not torch.is_grad_enabled() else 0
@@ -250,16 +244,16 @@ def test_rows_whose_number_matters(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model.forward", "_forward", counted)
+    patch("fgpt.model", "_forward", count_rows)
     assert faulty(PLAIN) == {"batch size"}
 
 
 def test_a_cache_that_forgets_the_newest_token(patch: Patch):
-    def forgetful(extend: Any) -> Any:
-        def wrong(*given: Any) -> Any:
-            h, kept = extend(*given)
-            segments = None if kept.segments is None else kept.segments[..., :-1]
-            return h, fgpt.KVCache(tuple((k[..., :-1, :], v[..., :-1, :]) for k, v in kept.kv), segments)
+    def forgetful(forward_with_cache: Any) -> Any:
+        def wrong(*arguments: Any) -> Any:
+            h, cache = forward_with_cache(*arguments)
+            segments = None if cache.segments is None else cache.segments[..., :-1]
+            return h, fgpt.KVCache(tuple((k[..., :-1, :], v[..., :-1, :]) for k, v in cache.kv), segments)
 
         return wrong
 
@@ -268,9 +262,9 @@ def test_a_cache_that_forgets_the_newest_token(patch: Patch):
 
 
 def test_a_room_whose_positions_are_off_by_one(patch: Patch):
-    def late(read: Any) -> Any:
-        def wrong(*operands: Any, **options: Any) -> Any:
-            scores, cache = read(*operands, **options)
+    def late(prefill: Any) -> Any:
+        def wrong(*arguments: Any) -> Any:
+            scores, cache = prefill(*arguments)
             return scores, replace(cache, next_position=cache.next_position - 1)
 
         return wrong
@@ -292,8 +286,8 @@ def test_a_merge_that_forgets_the_strength(patch: Patch, base: str):
 
 def test_accumulation_by_the_mean_of_means(patch: Patch):
     def averaging(make_step: Any) -> Any:
-        def make_wrong_step(*operands: Any, **options: Any) -> Any:
-            step = make_step(*operands, **options)
+        def make_wrong(*arguments: Any, **options: Any) -> Any:
+            step = make_step(*arguments, **options)
 
             def wrong(state: Any, frozen: Any, batches: Any, rng: Any) -> Any:
                 states = [step(state, frozen, [b], rng) for b in batches]
@@ -304,7 +298,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
                 state, frozen, batches, rng
             )
 
-        return make_wrong_step
+        return make_wrong
 
     patch("fgpt.checks.context", "make_step", averaging)
     for rows in (PACKED, batch((8,), (8,))):  # rows alike have means alike, but for what they count
@@ -312,7 +306,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
 
 
 def test_a_leaf_that_has_no_gradient_is_named(patch: Patch):
-    patch("fgpt.model.forward", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
+    patch("fgpt.model", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
     params = model()
     found = fgpt.run_checks(params, METHODS["lora and ln"](params), PACKED)
     (silent,) = (x for x in found if x.holds is False)
@@ -329,7 +323,7 @@ def test_a_rate_that_is_lost_in_rounding():
 
 def test_an_optimizer_that_leaves_one_out(patch: Patch):
     def partial(adamw: Any) -> Any:
-        def made(lr: float) -> Any:
+        def make_wrong(lr: float) -> Any:
             whole = adamw(lr)
 
             def update(grads: Any, state: Any, params: Any) -> Any:
@@ -338,7 +332,7 @@ def test_an_optimizer_that_leaves_one_out(patch: Patch):
 
             return fgpt.Optimizer(whole.init, update)
 
-        return made
+        return make_wrong
 
     patch("fgpt.checks.context", "adamw", partial)
     assert faulty() == {"first step"}
@@ -368,7 +362,7 @@ def test_a_file_that_rounds(patch: Patch):
 
 def test_a_peft_folder_that_forgets_alpha(patch: Patch):
     def weak(load: Any) -> Any:
-        return lambda *given: {path: replace(x, alpha=1.0) for path, x in load(*given).items()}
+        return lambda *arguments: {path: replace(x, alpha=1.0) for path, x in load(*arguments).items()}
 
     patch("fgpt.checks.persistence", "load_peft", weak)
     assert faulty(method="lora") == {"save and load"}
@@ -407,15 +401,15 @@ NANO = replace(find("lora-nano"), max_seq_len=160, micro_batch_size=2, overlong=
 def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
     found = doctor.run(NANO)
     assert {x.check for x in found if not x.holds} <= {"packing"}  # which short rows give nothing to be asked of
-    said = capsys.readouterr().err
-    assert all(law in said for law in LAWS)
-    assert f"torch {torch.__version__} on cpu" in said
-    assert "FAIL" not in said
+    printed = capsys.readouterr().err
+    assert all(check in printed for check in CHECKS)
+    assert f"torch {torch.__version__} on cpu" in printed
+    assert "FAIL" not in printed
 
 
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
-    patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *given: {})
-    with pytest.raises(InputError, match="lora-nano: save and load: broken on this machine"):
+    patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *_: {})
+    with pytest.raises(InputError, match="lora-nano: save and load: broken here"):
         doctor.run(NANO)
     assert "FAIL" in capsys.readouterr().err
 
@@ -445,14 +439,14 @@ def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
     )
     assert all(x.holds is not False for x in doctor.run(small))
     rows.write_text("".join(f"I feel {word} and {i};{word}\n" for i in range(12) for word in ("sad", "glad")))
-    told = ClassificationRecipe(
+    recipe = ClassificationRecipe(
         name="c",
         base="nano",
         train=str(rows),
         num_heldout=4,
         max_seq_len=48,
         micro_batch_size=3,
-        head="classifier",
+        head="classes",
         device="cpu",
     )
-    assert all(x.holds is not False for x in doctor.run(told))
+    assert all(x.holds is not False for x in doctor.run(recipe))

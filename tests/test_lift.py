@@ -649,7 +649,7 @@ def test_gradients_compile_whole_and_what_is_no_module_is_named():
     refuses an argument of another type first.
     """
     done = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, check=False)
-    named = [f"lift wants an ordinary nn.Module, got {name}" for name in ("function", "type")]
+    named = [f"from_module expects an ordinary nn.Module, got {name}" for name in ("function", "type")]
     assert done.stdout.splitlines() == named, done.stderr[-3000:]
 
 
@@ -671,7 +671,7 @@ class Recomputing(nn.Module):
 def test_a_module_that_recomputes_is_refused(gpt2: Any):
     """torch.func.functional_call alone gives, without a word, the gradient of another model."""
     params, apply = fgpt.from_module(Recomputing())
-    with pytest.raises(fgpt.InputError, match="turn its checkpointing off"):
+    with pytest.raises(fgpt.InputError, match="turn its activation checkpointing off"):
         apply(
             fgpt.adapt(params, {path: x.requires_grad_() for path, x in leaves(fgpt.trainable_leaves(params)).items()}),
             X[:, :4] / 31,
@@ -680,7 +680,7 @@ def test_a_module_that_recomputes_is_refused(gpt2: Any):
         module = copy.deepcopy(gpt2).train()
         module.gradient_checkpointing_enable({"use_reentrant": reentrant})
         params, apply = fgpt.from_module(module)
-        with pytest.raises(fgpt.InputError, match="turn its checkpointing off"):
+        with pytest.raises(fgpt.InputError, match="turn its activation checkpointing off"):
             apply(params, X)
         module.eval()  # where transformers recomputes nothing
         assert torch.equal(apply(params, X).logits, gpt2(X).logits)
@@ -736,7 +736,7 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
         (lambda: fgpt.from_module(integers()), r"parameter 0\.weight is torch\.uint8, expected a floating dtype"),
         (
             lambda: fgpt.from_module(nn.Embedding(4, 2, max_norm=1.0)),
-            "the module has max_norm, which rewrites its table",
+            "the module has max_norm, which changes its table",
         ),
         (lambda: fgpt.from_module(nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0))), "0 has max_norm"),
         (lambda: fgpt.lora(pair()[0], fgpt.key(0)), r"selector 'blocks.* matches no path; nearest are 0"),
@@ -746,7 +746,7 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
         (lambda: fgpt.adapt(pair()[0], {"0.b": torch.ones(3)}), r"tensor at 0\.b has shape \[3\]"),
         (lambda: fgpt.adapt(pair()[0], {"1": fgpt.IA3(torch.ones(4))}), "no layer '1' to adapt; the base has 0"),
         (applied(lambda p: {"0": p["0"]}), r"no '1\.weight' in these params: expected a tree of this Sequential"),
-        (applied(lambda p: p | {"2": p["0"]}), r"'2\.w' is nothing of this Sequential"),
+        (applied(lambda p: p | {"2": p["0"]}), r"'2\.w' is not a parameter of this Sequential"),
         (applied(lambda p: torch.ones(2)), r"no '0\.w' in these params"),
         (
             applied(lambda p: replace_at(p, {"1.bias": torch.ones(3)})),
@@ -758,7 +758,7 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
         ),
         (
             applied(lambda p: fgpt.adapt(dropped(p), {"0": fgpt.IA3(torch.ones(4))})),
-            r"the adapter on 0\.w has dropout, which no merged weight can have: adapt without rng",
+            r"the adapter on 0\.w has dropout, which cannot be merged: adapt without rng",
         ),
     ],
 )

@@ -159,7 +159,7 @@ def test_the_order_of_the_filters():
         (S.SamplingParams(1.0, top_k=2, repetition_penalty=2.0), [0, 2]),
         (S.SamplingParams(1.0, top_k=2, no_repeat_ngram=1), [0, 2]),
     ):
-        assert sampling.filter(logits, seen)[0].isfinite().nonzero()[:, 0].tolist() == kept
+        assert sampling.logits_processor(logits, seen)[0].isfinite().nonzero()[:, 0].tolist() == kept
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -199,7 +199,7 @@ SAMPLINGS = [
 def test_draws_have_the_filtered_distribution(sampling: S.SamplingParams):
     """At a threshold of 1e-4; counts of the plain softmax's draws, of a slightly warmer one's, are far below it."""
     n, seen = 20_000, padded([[5, 7, 2, 5]])
-    one = sampling.filter(LOGITS[None], seen)
+    one = sampling.logits_processor(LOGITS[None], seen)
     exact = one[0].double().softmax(-1)
     counts = S.sample(one.expand(n, -1), row_keys(n)).bincount(minlength=len(LOGITS))
     assert p_value(counts, exact) > 1e-4
@@ -276,7 +276,7 @@ def test_neighbors_do_not_matter(case: Case, data: st.DataObject):
     keys = row_keys(len(case.texts))
 
     def drawn(order: list[int]) -> list[int]:
-        allowed = sampling.filter(logits[order], padded([case.texts[i] for i in order]))
+        allowed = sampling.logits_processor(logits[order], padded([case.texts[i] for i in order]))
         return S.sample(allowed, [keys[i] for i in order]).tolist()
 
     together = drawn(list(range(len(keys))))

@@ -123,7 +123,7 @@ def test_seeds_fold():
 
 def test_dropouts_that_differ():
     members = [fgpt.lora(GPT, fgpt.key(0), 2, target=Q, dropout=p) for p in (0.0, 0.5)]
-    with pytest.raises(fgpt.InputError, match=r"at blocks.0.attn.q have dropouts of 0.0 and 0.5: .*one rate"):
+    with pytest.raises(fgpt.InputError, match=r"at blocks.0.attn.q have dropouts of 0.0 and 0.5: .*one dropout"):
         fgpt.stack_adapters(members)
     prompts = [[1, 2], [3]]
     written = fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=members)  # writing drops nothing

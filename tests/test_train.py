@@ -102,14 +102,14 @@ def test_schedules_worked_by_hand():
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedules_are_transformers_after_the_warmup(warmup: int):
     """Theirs begins at 0, which trains nothing in the first step; ours at 1/warmup. From the peak on they coincide."""
-    for mine, make in (
+    for schedule, make in (
         (linear_schedule, get_linear_schedule_with_warmup),
         (cosine_schedule, get_cosine_schedule_with_warmup),
     ):
         scheduler = make(torch.optim.SGD([torch.zeros(1)], lr=3.0), warmup, 20)
-        theirs = [scheduler.lr_lambdas[0](step) * 3.0 for step in range(21)]
-        got = factors(mine(3.0, 20, warmup), 21)
-        assert got[warmup:] == pytest.approx(theirs[warmup:], abs=1e-6)
+        expected = [scheduler.lr_lambdas[0](step) * 3.0 for step in range(21)]
+        got = factors(schedule(3.0, 20, warmup_steps=warmup), 21)
+        assert got[warmup:] == pytest.approx(expected[warmup:], abs=1e-6)
         assert got[:warmup] == pytest.approx([3.0 * (step + 1) / warmup for step in range(warmup)])
 
 

@@ -1,11 +1,17 @@
-"""The laws that everything here rests on, asked of a model, adapters and a batch of your own.
+"""Checks that your own model, adapters and batch obey the laws that fine-tuning relies on.
 
-finite loss         a number, at every position with weight        merge            merged weights answer as factored
-padding             changes nothing, right or left                 accumulation     micro-batches add up to their union
-packing             documents in a row are as if alone             gradient flow    every trained leaf has a gradient
-batch composition   a row does not see its neighbors              first step       and moves in the first update
-batch size          nor how many they are                          determinism      the same step gives the same bits
-cache               token by token is one pass                     save and load    to the bit
+finite loss         the loss is finite, at every weighted position
+padding             changes nothing, right or left
+packing             the documents of one example do not interact
+batch composition   nor do the examples of one batch
+batch size          nor does their number matter
+cache               decoding equals one forward pass
+merge               merged weights give the same logits
+accumulation        micro-batches add up to their union
+gradient flow       every trained leaf has a gradient
+first step          and moves in the first update
+determinism         the same step gives the same bits
+save and load       files give back the same bits
 frozen base         nothing is changed in place
 """
 
@@ -23,56 +29,69 @@ __all__ = ["CheckResult", "run_checks"]
 
 Check = Callable[[Context], CheckResult]
 
-FORWARD: dict[str, Check] = {
+FORWARD_CHECKS: dict[str, Check] = {
     "padding": forward.padding,
     "packing": forward.packing,
     "batch composition": forward.batch_composition,
-    "batch size": forward.size,
+    "batch size": forward.batch_size,
     "cache": forward.cache,
     "merge": forward.merged_forward,
 }
-TRAINING: dict[str, Check] = {
+TRAINING_CHECKS: dict[str, Check] = {
     "accumulation": training.accumulation,
     "gradient flow": training.gradient_flow,
     "first step": training.first_step,
     "determinism": training.determinism,
-    "save and load": persistence.files,
+    "save and load": persistence.save_and_load,
 }
 
+NUM_CHECKS = 2 + len(FORWARD_CHECKS) + len(TRAINING_CHECKS)
+"""With the finite loss and the frozen base."""
 
-LAWS = 2 + len(FORWARD) + len(TRAINING)
-"""How many findings there are: of a finite loss and the frozen base as well."""
 
+def run_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4) -> tuple[CheckResult, ...]:
+    r"""The result of every check for `adapters` over `params` on `batch`.
 
-def run_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> tuple[CheckResult, ...]:
-    """What each law is found to be worth for `adapters` over `params` on `batch`, at a point a little away from where
-    they are, since a fresh adapter is the identity and hides much. `lr` is the rate of the first update. Dropout is
-    off, but in the first update.
+    The adapters are perturbed first, because a fresh adapter is the identity and hides faults. Dropout is off, except
+    in the first update. A few examples are enough: the checks take the time of some twenty forward passes, and all
+    logits of an example are in memory at once. A check that does not apply says why, and its `holds` is None.
 
-    A few rows are enough: the passes take some twenty times the batch, and a row's logits are held whole. A law that
-    has nothing to be asked of says why, and its `holds` is None.
+    Args:
+        params: the base.
+        adapters: what is trained; may be empty.
+        batch: examples as training has them.
+        lr: learning rate of the first update.
 
-    Raises InputError where adapters or batch do not fit the model.
+    Raises:
+        InputError: if adapters or batch do not fit the model.
+
+    >>> import fgpt, torch
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params, text = fgpt.init(config, fgpt.key(0)), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(2, 3))
+    >>> results = fgpt.run_checks(params, fgpt.lora(params, fgpt.key(1), 2, target=r".*\.(q|v)"), batch)
+    >>> [result.check for result in results if result.holds is False]
+    []
     """
     return tuple(iter_checks(params, adapters, batch, lr=lr))
 
 
-def iter_checks(params: GPT, adapters: Adapters, batch: Batch, lr: float = 3e-4) -> Iterator[CheckResult]:
-    """What `check` gathers, each finding as it comes."""
+def iter_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4) -> Iterator[CheckResult]:
+    """`run_checks`, one result at a time."""
     trees = {"base": params, "adapters": adapters, "batch": batch}
-    # Not one no_grad around all of it: it would stay in force for whoever takes the findings.
+    # Not one no_grad around everything: it would stay in force for the caller between two results.
     with torch.no_grad():
         before = persistence.digest(trees)
-        case = context_of(params, adapters, batch, lr)
-        finite = forward.finite(case)
-    yield finite
-    for name, law in (FORWARD | TRAINING).items():
-        if not finite.holds:
-            yield not_applicable(name, "there is no loss to speak of")
-        elif name in TRAINING and not adapters:
+        context = context_of(params, adapters, batch, lr)
+        finite_loss = forward.finite_loss(context)
+    yield finite_loss
+    for name, check in (FORWARD_CHECKS | TRAINING_CHECKS).items():
+        if not finite_loss.holds:
+            yield not_applicable(name, "there is no finite loss")
+        elif name in TRAINING_CHECKS and not adapters:
             yield not_applicable(name, "no adapters")
         else:
             with torch.no_grad():
-                finding = law(case)
-            yield finding
-    yield persistence.frozen_unchanged(before, persistence.digest(trees))
+                result = check(context)
+            yield result
+    yield persistence.frozen_base(before, persistence.digest(trees))

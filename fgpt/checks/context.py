@@ -1,4 +1,4 @@
-"""What is checked, at which point, and what a law's answer looks like."""
+"""What the checks have in common: their result, the model and batch they run on, and how outputs are compared."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,67 +18,74 @@ from fgpt.train_step import State, init_state, make_step
 from fgpt.tree import device, leaves, replace_at, tree_map, walk
 from fgpt.weights import dtype
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""What another order of summation may make of a logit, as a part of the largest: a product is cut into blocks by its
-shape, and padding, neighbors and a cache all change shapes. A few hundred roundings in fp32, where a law that is
-broken shows a thousandth at the least; in short dtypes each layer rounds its own result, so that a few are much."""
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How much the order of summation may change a logit, relative to the largest: a matmul is divided into blocks by its
+shape, and padding, other examples and a cache all change shapes. A few hundred roundings in fp32, in which a real fault
+is a thousandth or more; in short dtypes each layer rounds its own result, so that a few roundings are much."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one law was found to be worth here."""
+    """The result of one check.
+
+    >>> result = CheckResult("padding", "logits with and without padding", error=1e-6, tolerance=5e-5)
+    >>> result.holds
+    True
+    """
 
     check: str
     compared: str
-    """With what, in words."""
+    """What was compared with what."""
     error: float | None
-    """The worst difference: a part of the largest number compared, or how many leaves there are that differ. None where
-    the law was not asked."""
+    """The largest difference relative to the largest value compared, or the number of leaves that differ. None if the
+    check does not apply."""
     tolerance: float = 0.0
-    """What the margin may be; 0 is to the bit."""
+    """Largest error that is accepted; 0 is equality of all bits."""
     note: str = ""
-    """Which leaves they are, or why the law was not asked."""
+    """Which leaves differ, or why the check does not apply."""
 
     @property
     def holds(self) -> bool | None:
-        """None where it was not asked. A margin that is no number does not hold."""
+        """None if the check does not apply. An error that is NaN does not hold."""
         return None if self.error is None else self.error <= self.tolerance
 
 
 def objective(
     adapters: Adapters, params: GPT, batch: Batch, seed: Int[Tensor, ""] | None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """What is trained: sums, as `make_step` takes them."""
+    """The loss of training: sums, as `make_step` takes them."""
     return nll(adapt(params, adapters, rng=seed), batch)
 
 
-def not_applicable(law: str, why: str) -> CheckResult:
-    return CheckResult(law, "", None, note=why)
+def not_applicable(check: str, reason: str) -> CheckResult:
+    """The result of a check that does not apply."""
+    return CheckResult(check, "", None, note=reason)
 
 
 @dataclass(frozen=True)
 class Context:
-    """A base, adapters and a batch of rows, and what several laws read of them."""
+    """A base, adapters and a batch, and what several checks compute from them."""
 
     params: GPT
     adapters: Adapters
-    """A little away from where they were given: see `nearby`."""
+    """Perturbed, see `perturb`."""
     batch: Batch
-    """[row seq]"""
+    """[example seq]"""
     lr: float
 
     @cached_property
-    def adapted_params(self) -> GPT:
+    def model(self) -> GPT:
+        """The base with its adapters."""
         return adapt(self.params, self.adapters)
 
     @cached_property
-    def h(self) -> Float[Tensor, "row seq d_model"]:
-        """The last hidden states of the whole batch in one pass."""
-        return hidden(self.adapted_params, self.batch.tokens, self.batch.segments)
+    def h(self) -> Float[Tensor, "example seq d_model"]:
+        """The last hidden states of the whole batch in one forward pass."""
+        return hidden(self.model, self.batch.tokens, self.batch.segments)
 
     @cached_property
-    def real(self) -> Bool[Tensor, "row seq"]:
-        """Where the batch holds text: where it says nothing of it, up to each row's last weighted token."""
+    def is_text(self) -> Bool[Tensor, "example seq"]:
+        """Which positions are text and not padding. Without segments each example ends at its last weighted token."""
         if self.batch.segments is not None:
             return self.batch.segments > 0
         return (self.batch.weights != 0).flip(-1).cumsum(-1).flip(-1) > 0
@@ -91,73 +98,75 @@ class Context:
         """The state after one update of AdamW, with dropout and clipping as in training."""
         optimizer = adamw(self.lr)
         step = make_step(objective, optimizer)
-        return step(init_state(self.adapters, optimizer), self.params, [self.batch], key(0))[0]
+        state, _ = step(init_state(self.adapters, optimizer), self.params, [self.batch], key(0))
+        return state
 
-    def gradient_of(self, batches: Sequence[Batch]) -> Adapters:
-        """What a step is given of these micro-batches, without dropout or clipping."""
-        bare = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
-        return make_step(objective, bare, max_norm=None)(init_state(self.adapters, bare), self.params, batches, None)[
-            0
-        ].trainable
+    def gradient(self, batches: Sequence[Batch]) -> Adapters:
+        """The gradient that a step computes from these micro-batches, without dropout or clipping."""
+        gradient_only = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
+        step = make_step(objective, gradient_only, max_norm=None)
+        state, _ = step(init_state(self.adapters, gradient_only), self.params, batches, None)
+        return state.trainable
 
     @property
-    def rows(self) -> int:
+    def num_examples(self) -> int:
         return len(self.batch.tokens)
 
     @cached_property
-    def quantized(self) -> bool:
+    def is_quantized(self) -> bool:
         return any(isinstance(x, QUANTIZED) for _, x in walk(self.params))
 
     @cached_property
-    def int8(self) -> bool:
+    def has_int8(self) -> bool:
         return any(isinstance(x, RowwiseInt8) for _, x in walk(self.params))
 
     @cached_property
-    def rounding(self) -> float:
-        """The limit of what is the same but for the order of summation.
+    def tolerance(self) -> float:
+        """Largest error of outputs that differ in the order of summation alone.
 
-        Over whole numbers it is twice what their rounding of activations makes of the base, if that is more. Each row
-        has a scale of its own, so that neighbors do not matter; but a number between two of the 255 steps falls on
-        either side by the last bit of fp32, and all of them together cannot matter more than the steps themselves do.
+        With int8 weights it is at least twice the error that merging makes on the base. Each row has its own scale, so
+        that the other rows do not matter; but an activation halfway between two of the 255 steps is rounded up or down
+        by the last bit of fp32, and all such roundings together matter no more than the steps themselves.
         """
         dtypes = {dtype(self.params.wte.w), *(x.dtype for x in leaves(self.adapters).values())}
-        return max(2 * self.merging(self.params) if self.int8 else 0.0, *(ROUNDING.get(x, 0.0) for x in dtypes))
+        int8_error = 2 * self.merge_error(self.params) if self.has_int8 else 0.0
+        return max(int8_error, *(TOLERANCE.get(x, 0.0) for x in dtypes))
 
-    def merging(self, before: GPT) -> float:
-        """The worst difference of logits that merging makes; row by row, so that one row's are alive."""
-        plain = merge(before, "dequantized" if self.quantized else None)
-        segments = [None] * self.rows if self.batch.segments is None else self.batch.segments
-        rows = zip(self.batch.tokens, segments, strict=True)
-        return max_or_nan(
-            max_rel_diff(logits(before, hidden(before, *row)), logits(plain, hidden(plain, *row))) for row in rows
-        )
+    def merge_error(self, params: GPT) -> float:
+        """The largest difference of logits before and after merging; example by example, which limits memory."""
+        merged = merge(params, "dequantized" if self.is_quantized else None)
+        segments = [None] * self.num_examples if self.batch.segments is None else self.batch.segments
+        errors: list[float] = []
+        for tokens, segment in zip(self.batch.tokens, segments, strict=True):
+            before = logits(params, hidden(params, tokens, segment))
+            errors.append(max_rel_diff(before, logits(merged, hidden(merged, tokens, segment))))
+        return max_or_nan(errors)
 
     def max_logit_diff(self, pairs: Iterable[tuple[Float[Tensor, "*n d_model"], Float[Tensor, "*n d_model"]]]) -> float:
-        """The worst difference of logits between hidden states that should be the same."""
-        return max_or_nan(
-            max_rel_diff(logits(self.adapted_params, a), logits(self.adapted_params, b)) for a, b in pairs
-        )
+        """The largest difference of logits between hidden states that should be the same."""
+        return max_or_nan(max_rel_diff(logits(self.model, a), logits(self.model, b)) for a, b in pairs)
 
 
 def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Context:
-    at = device(params)
-    batch = tree_map(lambda x: x.to(at), batch)
+    """The context of the checks, with the batch on the device of `params` and one axis of examples."""
+    target = device(params)
+    batch = tree_map(lambda x: x.to(target), batch)
     tokens, targets, weights = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if batch.segments is None else batch.segments.reshape(tokens.shape)
     return Context(params, perturb(adapters), Batch(tokens, targets, weights, segments, batch.loss_positions), lr)
 
 
 def perturb(adapters: Adapters) -> Adapters:
-    """Adapters a little way from `adapters`, where nothing is special: at its start a LoRA is the identity whatever its
-    strength, and A has no gradient since B is 0. A leaf moves by a twentieth of its size, one of zeros by 0.02.
+    """`adapters` plus noise, because a fresh adapter is a special case: a new LoRA is the identity whatever its scale,
+    and A has no gradient since B is 0. The noise is a twentieth of a leaf's root mean square, or 0.02 if it is 0.
     """
 
-    def perturb_leaf(path: str, x: Tensor) -> Tensor:
+    def add_noise(path: str, x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=fold_in(key(0), path)).to(x)
-        size = x.float().square().mean().sqrt()
-        return x + noise * torch.where(size > 0, 0.05 * size, 0.02).to(x.dtype)
+        rms = x.float().square().mean().sqrt()
+        return x + noise * torch.where(rms > 0, 0.05 * rms, 0.02).to(x.dtype)
 
-    return replace_at(adapters, {path: perturb_leaf(path, x) for path, x in leaves(adapters).items()})
+    return replace_at(adapters, {path: add_noise(path, x) for path, x in leaves(adapters).items()})
 
 
 def max_rel_diff(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
@@ -168,30 +177,32 @@ def max_rel_diff(a: Float[Tensor, "*n"], b: Float[Tensor, "*n"]) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-300))
 
 
-def max_or_nan(margins: Iterable[float]) -> float:
-    """The largest, and NaN where one is: `max` would pass over it."""
-    return float(torch.tensor([0.0, *margins], dtype=torch.float64).max())
+def max_or_nan(errors: Iterable[float]) -> float:
+    """The largest, or NaN if one is NaN, which `max` would ignore."""
+    return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())
 
 
-def slice_batch(batch: Batch, rows: slice, columns: slice = slice(None)) -> Batch:
-    """Some rows, and of them some columns."""
-    tokens, targets, weights = (x[rows, columns] for x in (batch.tokens, batch.targets, batch.weights))
-    segments = None if batch.segments is None else batch.segments[rows, columns]
+def slice_batch(batch: Batch, examples: slice, columns: slice = slice(None)) -> Batch:
+    """Some examples of the batch, and some of their columns."""
+    tokens, targets, weights = (x[examples, columns] for x in (batch.tokens, batch.targets, batch.weights))
+    segments = None if batch.segments is None else batch.segments[examples, columns]
     return with_loss_positions(Batch(tokens, targets, weights, segments), batch)
 
 
 def with_loss_positions(batch: Batch, like: Batch) -> Batch:
-    """`batch` with logits where they have a weight alone, if so it is in `like`: a classifier's targets are elsewhere
-    tokens, of which it has no logit.
+    """`batch` with loss positions if `like` has them: a classifier has no logits for the targets elsewhere, which are
+    tokens.
     """
-    return (
-        batch
-        if like.loss_positions is None
-        else replace(batch, loss_positions=batch.weights.flatten().nonzero().flatten())
-    )
+    if like.loss_positions is None:
+        return batch
+    return replace(batch, loss_positions=batch.weights.flatten().nonzero().flatten())
 
 
-def documents(segments: Int[Tensor, "row seq"]) -> list[tuple[int, Int[Tensor, " length"]]]:
-    """(row, positions) of every document; padding, which is segment 0, is none."""
-    found = ((i, row, int(n)) for i, row in enumerate(segments) for n in row.unique() if n > 0)
-    return [(i, (row == n).nonzero().flatten()) for i, row, n in found]
+def documents(segments: Int[Tensor, "example seq"]) -> list[tuple[int, Int[Tensor, " length"]]]:
+    """(example, positions) of every document. Segment 0 is padding and not a document."""
+    result: list[tuple[int, Int[Tensor, " length"]]] = []
+    for i, row in enumerate(segments):
+        for n in row.unique().tolist():
+            if n > 0:
+                result.append((i, (row == n).nonzero().flatten()))
+    return result

@@ -1,12 +1,12 @@
-"""Laws of the forward pass: what a position answers is a function of its own document up to it, however it is laid out
-or computed.
+"""Checks of the forward pass: the logits at a position depend only on its own document up to there, however the batch
+is laid out and whichever code computes them.
 """
 
-from collections.abc import Iterator
-from math import isfinite
+from math import inf, isfinite, nan
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from fgpt.checks.context import (
@@ -24,146 +24,157 @@ from fgpt.losses import Batch, loss, nll
 from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
 from fgpt.weights import shape
 
-MORE, STEPS = 8, 8
-"""Columns of padding that are added, and tokens that are read one by one."""
+NUM_PADDING = 8
+"""Columns of padding that are added."""
+NUM_DECODED = 8
+"""Tokens that are decoded one by one."""
 
 
-def finite(case: Context) -> CheckResult:
-    """A number, of all positions with weight: one that `batch.at` forgets would be lost in silence, one that it names
-    twice count double.
+def finite_loss(context: Context) -> CheckResult:
+    """A finite loss over exactly the weighted positions: one that is missing in `batch.loss_positions` would be left
+    out silently, one that is there twice would count double.
     """
-    weighted, found = case.batch.weights.flatten().nonzero().flatten(), float(loss(case.adapted_params, case.batch))
-    at = weighted if case.batch.loss_positions is None else case.batch.loss_positions
-    margin, why = 0.0 if isfinite(found) else float("nan"), "the loss is no number"
+    weighted = context.batch.weights.flatten().nonzero().flatten()
+    mean_loss = float(loss(context.model, context.batch))
+    positions = weighted if context.batch.loss_positions is None else context.batch.loss_positions
+    error, note = 0.0, ""
     if not len(weighted):
-        margin, why = float("inf"), "no position has a weight: nothing is asked"
-    elif not torch.equal(at.sort().values, weighted):
-        margin, why = float("inf"), "batch.at does not name every position with weight once"
-    compared = f"the loss, {found:.4f} nats, and where it is taken: {len(weighted)} weighted positions"
-    return CheckResult("finite loss", compared, margin, note="" if margin == 0 else why)
+        error, note = inf, "no position has a weight"
+    elif not torch.equal(positions.sort().values, weighted):
+        error, note = inf, "batch.loss_positions does not contain every weighted position once"
+    elif not isfinite(mean_loss):
+        error, note = nan, "the loss is not finite"
+    compared = f"the loss, {mean_loss:.4f} nats, and its positions: {len(weighted)} with a weight"
+    return CheckResult("finite loss", compared, error, note=note)
 
 
-def padding(case: Context) -> CheckResult:
-    """Padding on the right, as batches have it, and on the left, as ragged prompts have it."""
-    context = case.params.cfg.n_ctx
-    more = min(MORE, context - 1)
-    cropped = slice_batch(
-        case.batch, slice(None), slice(context - more)
-    )  # where rows fill the context, there is no more room
-    width, real = cropped.tokens.shape[1], case.real[:, : context - more]
-    right, left = (with_padding(cropped, sides) for sides in ((0, more), (more, 0)))
-    h = hidden(case.adapted_params, cropped.tokens, cropped.segments)
-    found = [hidden(case.adapted_params, x.tokens, x.segments) for x in (right, left)]
-    logit = case.max_logit_diff([(h[real], found[0][:, :width][real]), (h[real], found[1][:, more:][real])])
-    sums = torch.stack(nll(case.adapted_params, cropped))  # not the mean: a cut may have left nothing weighted
-    nats = max_or_nan(max_rel_diff(sums, torch.stack(nll(case.adapted_params, x))) for x in (right, left))
-    compared = f"logits and loss with {more} columns of padding more, right and left"
-    return CheckResult("padding", compared, max_or_nan([logit, nats]), case.rounding)
+def padding(context: Context) -> CheckResult:
+    """Padding on the right, as batches have it, and on the left, as prompts of different lengths have it."""
+    n_ctx, model = context.params.cfg.n_ctx, context.model
+    count = min(NUM_PADDING, n_ctx - 1)
+    batch = slice_batch(context.batch, slice(None), slice(n_ctx - count))  # a full context leaves no room for padding
+    width, is_text = batch.tokens.shape[1], context.is_text[:, : n_ctx - count]
+    right, left = with_padding(batch, (0, count)), with_padding(batch, (count, 0))
+    h = hidden(model, batch.tokens, batch.segments)
+    h_right = hidden(model, right.tokens, right.segments)[:, :width]
+    h_left = hidden(model, left.tokens, left.segments)[:, count:]
+    logit_error = context.max_logit_diff([(h[is_text], h_right[is_text]), (h[is_text], h_left[is_text])])
+    sums = torch.stack(nll(model, batch))  # not the mean: the slice may have no weighted position
+    loss_error = max_or_nan(max_rel_diff(sums, torch.stack(nll(model, x))) for x in (right, left))
+    compared = f"logits and loss with {count} more columns of padding, right and left"
+    return CheckResult("padding", compared, max_or_nan([logit_error, loss_error]), context.tolerance)
 
 
-def with_padding(batch: Batch, sides: tuple[int, int]) -> Batch:
-    """`batch` with columns of padding on its left and on its right; the causal mask alone keeps out what is right."""
+def with_padding(batch: Batch, columns: tuple[int, int]) -> Batch:
+    """`batch` with (left, right) columns of padding. Right padding needs no segments, only the causal mask."""
     segments = batch.segments
-    if segments is None and sides[0]:
+    if segments is None and columns[0]:
         segments = torch.ones_like(batch.tokens)
-    tokens, targets, weights = (F.pad(x, sides) for x in (batch.tokens, batch.targets, batch.weights))
-    segments = None if segments is None else F.pad(segments, sides)
+    tokens, targets, weights = (F.pad(x, columns) for x in (batch.tokens, batch.targets, batch.weights))
+    segments = None if segments is None else F.pad(segments, columns)
     return with_loss_positions(Batch(tokens, targets, weights, segments), batch)
 
 
-def packing(case: Context) -> CheckResult:
-    law, batch = "packing", case.batch
+def packing(context: Context) -> CheckResult:
+    """The documents of a packed example have the logits and the loss that each has alone."""
+    check, batch = "packing", context.batch
     texts = [] if batch.segments is None else documents(batch.segments)
-    if len(texts) == len({row for row, _ in texts}):
-        return not_applicable(law, "no row holds more than one document")
+    if len(texts) == len({example for example, _ in texts}):
+        return not_applicable(check, "no example contains more than one document")
     sums: list[Tensor] = []
-
-    def both() -> Iterator[tuple[Tensor, Tensor]]:
-        for row, at in texts:
-            alone = with_loss_positions(
-                Batch(*(x[row, at][None] for x in (batch.tokens, batch.targets, batch.weights))), batch
-            )
-            sums.append(torch.stack(nll(case.adapted_params, alone)))
-            yield hidden(case.adapted_params, alone.tokens)[0], case.h[row, at]
-
-    logit = case.max_logit_diff(both())
-    margin = max_or_nan([logit, max_rel_diff(torch.stack(sums).sum(0), torch.stack(nll(case.adapted_params, batch)))])
-    return CheckResult(law, f"logits and loss of {len(texts)} documents, each alone", margin, case.rounding)
+    errors: list[float] = []
+    for example, positions in texts:
+        tokens, targets, weights = (x[example, positions][None] for x in (batch.tokens, batch.targets, batch.weights))
+        document = with_loss_positions(Batch(tokens, targets, weights), batch)
+        sums.append(torch.stack(nll(context.model, document)))
+        h = hidden(context.model, document.tokens)[0]
+        errors.append(context.max_logit_diff([(h, context.h[example, positions])]))
+    errors.append(max_rel_diff(torch.stack(sums).sum(0), torch.stack(nll(context.model, batch))))
+    compared = f"logits and loss of {len(texts)} documents, each alone"
+    return CheckResult(check, compared, max_or_nan(errors), context.tolerance)
 
 
-def batch_composition(case: Context) -> CheckResult:
-    """Other rows of the same shape: the same products, so that what is a row's own stays to the bit. This is what finds
-    a scale that rows share where activations are rounded, which is not much larger than the rounding.
+def batch_composition(context: Context) -> CheckResult:
+    """Other examples of the same shape in the batch: the same matmuls, so that nothing may change by a bit. Only this
+    finds a quantization scale that examples share, whose effect is not much larger than rounding.
     """
-    law, batch = "batch composition", case.batch
-    if case.rows < 2:
-        return not_applicable(law, "the batch has one row")
-    others = (batch.tokens + 1) % shape(case.params.wte.w)[0]
-    first = torch.arange(case.rows, device=others.device)[:, None] == 0
-    margins: list[float] = []
-    for selected in (first, ~first):
-        h = hidden(case.adapted_params, torch.where(selected, batch.tokens, others), batch.segments)
-        margins.append(case.max_logit_diff([(case.h[selected[:, 0]], h[selected[:, 0]])]))
-    return CheckResult(law, "logits of each row with those beside other rows, bit by bit", max_or_nan(margins))
+    check, batch = "batch composition", context.batch
+    if context.num_examples < 2:
+        return not_applicable(check, "the batch has one example")
+    other_tokens = (batch.tokens + 1) % shape(context.params.wte.w)[0]
+    is_first = torch.arange(context.num_examples, device=other_tokens.device) == 0
+    errors: list[float] = []
+    for unchanged in (is_first, ~is_first):
+        tokens = torch.where(unchanged[:, None], batch.tokens, other_tokens)
+        h = hidden(context.model, tokens, batch.segments)
+        errors.append(context.max_logit_diff([(context.h[unchanged], h[unchanged])]))
+    return CheckResult(check, "logits of each example with those in a batch of other ones", max_or_nan(errors))
 
 
-def size(case: Context) -> CheckResult:
-    law, batch = "batch size", case.batch
-    if case.rows < 2:
-        return not_applicable(law, "the batch has one row")
-    each = (slice_batch(batch, slice(i, i + 1)) for i in range(case.rows))
-    pairs = ((hidden(case.adapted_params, x.tokens, x.segments)[0], h) for x, h in zip(each, case.h, strict=True))
-    return CheckResult(law, f"logits of {case.rows} rows, each alone", case.max_logit_diff(pairs), case.rounding)
+def batch_size(context: Context) -> CheckResult:
+    """Each example alone."""
+    check, batch = "batch size", context.batch
+    if context.num_examples < 2:
+        return not_applicable(check, "the batch has one example")
+    errors: list[float] = []
+    for i in range(context.num_examples):
+        example = slice_batch(batch, slice(i, i + 1))
+        h = hidden(context.model, example.tokens, example.segments)[0]
+        errors.append(context.max_logit_diff([(h, context.h[i])]))
+    compared = f"logits of {context.num_examples} examples, each alone"
+    return CheckResult(check, compared, max_or_nan(errors), context.tolerance)
 
 
-def cache(case: Context) -> CheckResult:
-    """The batch in chunks of `extend`, and its longest document written as `generate` does, in a room of slots."""
-    law, batch, params = "cache", case.batch, case.adapted_params
-    seq = int(case.real.sum(-1).max())
+def cache(context: Context) -> CheckResult:
+    """The batch in chunks of `forward_with_cache`, and its longest document through the static cache of `generate`."""
+    check, batch, model = "cache", context.batch, context.model
+    seq = int(context.is_text.sum(-1).max())
     if seq < 2:
-        return not_applicable(law, "no row has two tokens")
-    first = max(1, seq - STEPS)
-    h, kv_cache = forward_with_cache(params, batch.tokens[:, :first], KVCache(), _columns(batch.segments, 0, first))
+        return not_applicable(check, "no example has two tokens")
+    first = max(1, seq - NUM_DECODED)
+    h, kv = forward_with_cache(model, batch.tokens[:, :first], KVCache(), _columns(batch.segments, 0, first))
     chunks = [h]
     for i in range(first, seq):
-        h, kv_cache = forward_with_cache(
-            params, batch.tokens[:, i : i + 1], kv_cache, _columns(batch.segments, i, i + 1)
-        )
+        h, kv = forward_with_cache(model, batch.tokens[:, i : i + 1], kv, _columns(batch.segments, i, i + 1))
         chunks.append(h)
-    pairs = zip(case.h[:, :seq], torch.cat(chunks, 1), strict=True)
-    margin = max_or_nan([case.max_logit_diff(pairs), generated_tokens(params, longest(case))])
-    return CheckResult(law, f"logits of one pass with {seq - first} tokens read one by one", margin, case.rounding)
+    growing_error = context.max_logit_diff(zip(context.h[:, :seq], torch.cat(chunks, 1), strict=True))
+    error = max_or_nan([growing_error, static_cache_error(model, longest_document(context))])
+    compared = f"logits of one pass with those of {seq - first} tokens decoded one by one"
+    return CheckResult(check, compared, error, context.tolerance)
 
 
 def _columns(x: Tensor | None, start: int, end: int) -> Tensor | None:
     return None if x is None else x[:, start:end]
 
 
-def longest(case: Context) -> Tensor:
-    """The tokens of the longest document, [1 length]."""
-    ids = case.real.long() if case.batch.segments is None else case.batch.segments
-    row, at = max(documents(ids), key=lambda x: len(x[1]))
-    return case.batch.tokens[row, at][None]
+def longest_document(context: Context) -> Int[Tensor, "1 length"]:
+    """Its tokens."""
+    segments = context.is_text.long() if context.batch.segments is None else context.batch.segments
+    example, positions = max(documents(segments), key=lambda document: len(document[1]))
+    return context.batch.tokens[example, positions][None]
 
 
-def generated_tokens(params: GPT, tokens: Tensor) -> float:
-    """The worst difference between logits of one pass over [1 seq] and of `static_cache.step`, token by token."""
+def static_cache_error(model: GPT, tokens: Int[Tensor, "1 seq"]) -> float:
+    """The largest difference of logits between one forward pass and `static_cache.decode_step`, token by token."""
     seq = tokens.shape[1]
-    first = max(1, seq - STEPS)
-    scores, room = static_cache.prefill(params, tokens[:, :first], None, seq - first)
-    steps = [scores, *(static_cache.decode_step(params, tokens[:, i], room) for i in range(first, seq))]
-    return max_rel_diff(logits(params, hidden(params, tokens)[0, first - 1 :]), torch.cat(steps))
+    first = max(1, seq - NUM_DECODED)
+    scores, state = static_cache.prefill(model, tokens[:, :first], None, seq - first)
+    steps = [scores]
+    for i in range(first, seq):
+        steps.append(static_cache.decode_step(model, tokens[:, i], state))
+    expected = logits(model, hidden(model, tokens)[0, first - 1 :])
+    return max_rel_diff(expected, torch.cat(steps))
 
 
-def merged_forward(case: Context) -> CheckResult:
-    """Over whole numbers the limit is twice what expanding the base alone changes: a merged matrix multiplies what it
-    is given, they round it, and that is no fault of merging.
+def merged_forward(context: Context) -> CheckResult:
+    """Merged weights give the logits of factored ones. Over int8 weights the tolerance is twice the error that merging
+    makes on the base alone: a merged matrix multiplies exact activations, an int8 matmul rounds them.
     """
-    law = "merge"
-    if all(isinstance(x, Tensor) for x in case.adapters.values()):
-        return not_applicable(
-            law, "adapters replace leaves, and none lies over a matrix" if case.adapters else "no adapters"
-        )
-    onto = ', onto "dequantized"' if case.quantized else ""
-    compared = f"logits of the factored reading with those of the merged one{onto}"
-    return CheckResult(law, compared, case.merging(case.adapted_params), case.rounding)
+    check = "merge"
+    if not context.adapters:
+        return not_applicable(check, "no adapters")
+    if all(isinstance(x, Tensor) for x in context.adapters.values()):
+        return not_applicable(check, "adapters replace leaves, and none adapts a matrix")
+    base = ', base="dequantized"' if context.is_quantized else ""
+    compared = f"logits of factored weights with those of merged ones{base}"
+    return CheckResult(check, compared, context.merge_error(context.model), context.tolerance)

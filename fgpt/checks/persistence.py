@@ -1,4 +1,4 @@
-"""Laws of what stays as it is: in a file, and in memory."""
+"""Checks that files give back what was saved, and that nothing in memory changes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,62 +18,66 @@ from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.tree import astype, leaves
 
 
-def files(case: Context) -> CheckResult:
-    """The adapters written and read back: numbers, strength, and dtypes, but that `load_peft` gives fp32."""
+def save_and_load(context: Context) -> CheckResult:
+    """Adapters saved and loaded: values, scale, and dtypes, except that `load_peft` gives fp32."""
     with TemporaryDirectory() as folder:
-        ours, peft = Path(folder) / "adapters.safetensors", Path(folder) / "peft"
-        save_adapters(case.adapters, ours)
-        formats, differ = "fgpt's format", differing_paths(case.adapters, load_adapters(ours, case.params))
-        if peft_round_trip(case):
-            save_peft(case.adapters, case.params, peft, "base")
+        file, peft_folder = Path(folder) / "adapters.safetensors", Path(folder) / "peft"
+        save_adapters(context.adapters, file)
+        formats, different = "fgpt's format", different_paths(context.adapters, load_adapters(file, context.params))
+        if has_peft_format(context):
+            save_peft(context.adapters, context.params, peft_folder, "base")
+            loaded = load_peft(peft_folder, context.params)
             formats += " and PEFT's"
-            differ += differing_paths(astype(case.adapters, torch.float32), load_peft(peft, case.params))
-    compared = f"adapters with what a file of {formats} gives back, bit by bit"
-    return CheckResult("save and load", compared, float(len(differ)), note=summarize(differ, "differs"))
+            different += different_paths(astype(context.adapters, torch.float32), loaded)
+    compared = f"adapters with those loaded from a file of {formats}, bit by bit"
+    return CheckResult("save and load", compared, float(len(different)), note=summarize(different, "differs"))
 
 
-def peft_round_trip(case: Context) -> bool:
+def has_peft_format(context: Context) -> bool:
+    """Whether PEFT can represent the adapters."""
     try:
-        pack(case.adapters, case.params, "base")
+        pack(context.adapters, context.params, "base")
     except InputError:
         return False
     return True
 
 
-def differing_paths(expected: Adapters, read: Adapters) -> list[str]:
-    """Paths where two sets of adapters are not the same to the bit."""
-    return sorted(
-        path
-        for path in expected.keys() | read.keys()
-        if path not in expected or path not in read or not same(expected[path], read[path])
-    )
+def different_paths(expected: Adapters, actual: Adapters) -> list[str]:
+    """Paths at which two sets of adapters are not equal to the bit."""
+    paths: list[str] = []
+    for path in sorted(expected.keys() | actual.keys()):
+        if path not in expected or path not in actual or not is_equal(expected[path], actual[path]):
+            paths.append(path)
+    return paths
 
 
-def same(a: Adapter, b: Adapter) -> bool:
-    """Whether kind, numbers and strength are the same; two that differ in alpha and in being stabilised may be."""
-    x, y = leaves({"": a}), leaves({"": b})
-    if type(a) is not type(b) or x.keys() != y.keys():
+def is_equal(a: Adapter, b: Adapter) -> bool:
+    """Whether kind, values, scale and dropout are equal. Two with different alpha and rank stabilization may be."""
+    a_leaves, b_leaves = leaves({"": a}), leaves({"": b})
+    if type(a) is not type(b) or a_leaves.keys() != b_leaves.keys():
         return False
-    v, w = (each.lora if isinstance(each, DoRA) else each for each in (a, b))
-    if isinstance(v, LoRA) and isinstance(w, LoRA) and not (isclose(v.scale, w.scale) and v.dropout == w.dropout):
+    x, y = (adapter.lora if isinstance(adapter, DoRA) else adapter for adapter in (a, b))
+    if isinstance(x, LoRA) and isinstance(y, LoRA) and not (isclose(x.scale, y.scale) and x.dropout == y.dropout):
         return False
-    return all(x[path].dtype == y[path].dtype and torch.equal(x[path], y[path]) for path in x)
+    return all(x.dtype == b_leaves[path].dtype and torch.equal(x, b_leaves[path]) for path, x in a_leaves.items())
 
 
 Digest = dict[str, bytes]
 
 
 def digest(trees: Mapping[str, Any]) -> Digest:
-    """What tells every leaf's bits from others, in 16 bytes: a copy would hold a large base twice."""
+    """A 16-byte hash of every leaf's bits: a copy would need the memory of a second base."""
 
-    def of(x: torch.Tensor) -> bytes:
+    def leaf_digest(x: torch.Tensor) -> bytes:
         data: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return hashlib.blake2b(data, digest_size=16).digest()
 
-    return {path: of(x) for path, x in leaves(dict(trees)).items()}
+    return {path: leaf_digest(x) for path, x in leaves(dict(trees)).items()}
 
 
-def frozen_unchanged(before: Digest, after: Digest) -> CheckResult:
-    differ = [path for path in before if before[path] != after[path]]
-    compared = "base, adapters and batch before and after all of this, bit by bit"
-    return CheckResult("frozen base", compared, float(len(differ)), note=summarize(differ, "was changed in place"))
+def frozen_base(before: Digest, after: Digest) -> CheckResult:
+    """No leaf was changed in place."""
+    different = [path for path in before if before[path] != after[path]]
+    compared = "base, adapters and batch before and after all checks, bit by bit"
+    note = summarize(different, "was changed in place")
+    return CheckResult("frozen base", compared, float(len(different)), note=note)

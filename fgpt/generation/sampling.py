@@ -56,7 +56,7 @@ def top_k(k: int) -> LogitsProcessor:
 
     Source: Fan et al. 2018, section 5.1.
     """
-    _expect("top_k", k, isinstance(k, int) and k >= 1, "an integer, 1 or more")
+    _expect("top_k", k, isinstance(k, int) and k >= 1, "a number of tokens, 1 or more")
 
     def process(logits: Logits, past_tokens: PastTokens) -> Logits:
         threshold = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
@@ -128,7 +128,7 @@ def no_repeat_ngram(n: int) -> LogitsProcessor:
 
     Source: Paulus et al. 2018, section 2.5.
     """
-    _expect("no_repeat_ngram", n, isinstance(n, int) and n >= 1, "an integer, 1 or more")
+    _expect("no_repeat_ngram", n, isinstance(n, int) and n >= 1, "a number of tokens, 1 or more")
 
     def process(logits: Logits, past_tokens: PastTokens) -> Logits:
         length = past_tokens.shape[1]

@@ -101,8 +101,8 @@ class HFTokenizer:
         if self.n_vocab > self.vocab_size and tokens and (last := max(tokens)) >= self.vocab_size:
             raise InputError(
                 f"{self.name}: the text holds {short_repr(tokenizer.id_to_token(last))}, token {last}, but the "
-                f"vocabulary does not fit the model, which has rows for {self.vocab_size} tokens: remove it from the text, "
-                "or put the model's own tokenizer files into its folder"
+                f"vocabulary does not fit the model, which has rows for {self.vocab_size} tokens: remove it from the "
+                "text, or put the model's own tokenizer files into its folder"
             )
         return tokens
 

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt.adapters import Adapters, trainable_leaves
-from fgpt.checks import LAWS, CheckResult, iter_checks
+from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.cli.console import console, progress
 from fgpt.cli.training import tasks
@@ -29,8 +29,8 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     base, adapters, batch = first_step_inputs(job)
     batch = slice_batch(batch, slice(NUM_ROWS))
     console.print(describe_machine(base, batch))
-    checks = iter_checks(base, adapters, batch, peak_lr(job))
-    results = tuple(progress(checks, "checking laws", LAWS))
+    checks = iter_checks(base, adapters, batch, lr=peak_lr(job))
+    results = tuple(progress(checks, "running checks", NUM_CHECKS))
     console.print(table(recipe.name, results))
     if broken := [result.check for result in results if result.holds is False]:
         raise InputError(
@@ -66,7 +66,9 @@ def describe_machine(base: GPT, batch: Batch) -> str:
 
 
 def table(name: str, results: tuple[CheckResult, ...]) -> Table:
-    view = Table("law", "what was compared", "margin", "limit", "", title=f"{name}: the laws", title_justify="left")
+    view = Table(
+        "check", "compared", "max error", "tolerance", "", title=f"{name}: checks", title_justify="left"
+    )
     for column in view.columns[2:4]:
         column.justify = "right"
     for result in results:
