@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.checks.context import max_or_nan, max_rel_diff, perturb
 from fgpt.cli.diagnostics import doctor
+from fgpt.cli.training import tasks
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
@@ -409,7 +410,7 @@ def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
 
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
     patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *_: {})
-    with pytest.raises(InputError, match="lora-nano: save and load: broken here"):
+    with pytest.raises(InputError, match="lora-nano: save and load: broken on this machine"):
         doctor.run(NANO)
     assert "FAIL" in capsys.readouterr().err
 
