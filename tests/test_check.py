@@ -196,7 +196,7 @@ def test_padding_that_counts_as_positions(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model", "transformer_layers", counting)
+    patch("fgpt.model.forward", "transformer_layers", counting)
     assert faulty(PLAIN) == {"padding"}
     assert "packing" in faulty(PACKED)
 
@@ -216,7 +216,7 @@ def test_packing_documents_that_see_one_another(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model", "_forward", join)
+    patch("fgpt.model.forward", "_forward", join)
     for base in ("fp32", "bf16"):
         assert faulty(PACKED, base) == {"packing"}
 
@@ -245,7 +245,7 @@ def test_rows_whose_number_matters(patch: Patch):
 
         return wrong
 
-    patch("fgpt.model", "_forward", count_rows)
+    patch("fgpt.model.forward", "_forward", count_rows)
     assert faulty(PLAIN) == {"batch size"}
 
 
@@ -307,7 +307,7 @@ def test_accumulation_by_the_mean_of_means(patch: Patch):
 
 
 def test_a_leaf_that_has_no_gradient_is_named(patch: Patch):
-    patch("fgpt.model", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
+    patch("fgpt.model.forward", "norm", lambda norm: lambda x, p, eps: norm(x, replace(p, b=p.b.detach()), eps))
     params = model()
     found = fgpt.run_checks(params, METHODS["lora and ln"](params), PACKED)
     (silent,) = (x for x in found if x.holds is False)
@@ -447,7 +447,7 @@ def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
         num_heldout=4,
         max_seq_len=48,
         micro_batch_size=3,
-        head="classes",
+        head="classifier",
         device="cpu",
     )
     assert all(x.holds is not False for x in doctor.run(recipe))

@@ -35,7 +35,7 @@ from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.classification import build_trainable
 from fgpt.cli.training.examples import load_classification_split, load_test_texts
-from fgpt.data.classification_datasets import Columns, load_labeled_texts
+from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
     LabeledText,
     Labels,
@@ -500,7 +500,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     found = json.loads((out / "metrics.json").read_text())
     assert found["labels"] == ["fear", "joy"]
     assert found["scores"]["tuned"]["accuracy"] > 0.9
-    assert found["scores"]["majority label"]["accuracy"] == 0.5
+    assert found["scores"]["majority-class baseline"]["accuracy"] == 0.5
     trained = load_classifier(out)  # from its files alone
     assert isinstance(trained.recipe, ClassificationRecipe)
     test = load_labeled_texts(feelings[-1])
@@ -521,7 +521,7 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
     assert "base: accuracy" in capsys.readouterr().err
     found = json.loads((out / "metrics.json").read_text())
     assert found["labels"] == ["love", "fear"]
-    assert found["scores"].keys() == {"majority label", "base", "base, 4 shots", "tuned"}
+    assert found["scores"].keys() == {"majority-class baseline", "base", "base, 4 shots", "tuned"}
     assert found["scores"]["tuned"]["accuracy"] > 0.9 > found["scores"]["base"]["accuracy"]
     assert (out / "adapter" / "adapter_config.json").exists()  # PEFT's
     trained = load_classifier(out)

@@ -51,7 +51,8 @@ MIXED = {
     "the table": lambda p: fgpt.quantize(p, "int8", target="wte"),
     "all, mixed": lambda p: fgpt.quantize(
         fgpt.quantize(fgpt.quantize(p, "nf4", target=r".*\.0\.attn\..*"), "int8", target=r".*\.down"),
-        *("blockwise8", True, r".*\.1\.attn\..*|wte|head" if p.head else r".*\.1\.attn\..*|wte"),
+        "blockwise8",
+        target=r".*\.1\.attn\..*|wte|head" if p.head else r".*\.1\.attn\..*|wte",
     ),
 }
 

@@ -334,4 +334,4 @@ def test_a_user_may_wait_longer(tmp_path: Path, fake: FakeHub, monkeypatch: pyte
     fake.files, fake.slow = model(tmp_path / "model"), SLOW["sends no weights"]
     with pytest.raises(fgpt.InputError, match="in 3 seconds"):
         fgpt.load("me/it")
-    assert models._lacking(None) == ["config.json", "model.safetensors"]
+    assert models._missing_files(None) == ["config.json", "model.safetensors"]

@@ -66,9 +66,7 @@ def describe_machine(base: GPT, batch: Batch) -> str:
 
 
 def table(name: str, results: tuple[CheckResult, ...]) -> Table:
-    view = Table(
-        "check", "compared", "max error", "tolerance", "", title=f"{name}: checks", title_justify="left"
-    )
+    view = Table("check", "compared", "max error", "tolerance", "", title=f"{name}: checks", title_justify="left")
     for column in view.columns[2:4]:
         column.justify = "right"
     for result in results:
