@@ -190,9 +190,9 @@ def test_loss_a_forgotten_position():
 
 def test_padding_that_counts_as_positions(patch: Patch):
     def counting(through: Any) -> Any:
-        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any) -> Any:
+        def wrong(params: Any, tokens: Any, positions: Any, mask: Any, *rest: Any, **options: Any) -> Any:
             there = positions if mask is None else torch.arange(tokens.shape[-1]).expand_as(tokens)
-            return through(params, tokens, there, mask, *rest)
+            return through(params, tokens, there, mask, *rest, **options)
 
         return wrong
 
