@@ -7,14 +7,14 @@ from typing import Any, Literal
 from rich.table import Table
 
 from experiments import folder, predict
-from experiments.classify import to_score
 from experiments.compare.scores import fitting
 from experiments.console import console
+from experiments.eval_run import unseen
 from experiments.runs import Classify, Pretrain, Run
 from experiments.train import base_of, split
 from fgpt.adapters import merge as merged
 from fgpt.data import packing
-from fgpt.data.labels import encode, named, words_of
+from fgpt.data.labels import words_of
 from fgpt.data.templates import Example
 from fgpt.errors import InputError
 from fgpt.io import hub
@@ -81,9 +81,6 @@ def _labels(run: Run | Classify) -> tuple[str, ...]:
 
 def _probes(run: Run | Classify, base: GPT) -> list[Example]:
     """Examples that the run was not trained on."""
-    tokenizer = hub.tokenizer(run.base)
-    if not isinstance(run, Classify):
-        return fitting(base.cfg, tokenizer, run, split(run)[1][:PROBES])
-    names, rows = named(words_of(run.labels), to_score(run)[:PROBES])
-    labels, around = predict.labels_of(run, names, tokenizer), predict.frame_of(run, names, tokenizer)
-    return encode(rows, labels, around, tokenizer, min(run.seq, base.cfg.context)).examples
+    if isinstance(run, Classify):
+        return unseen(run, PROBES).examples
+    return fitting(base.cfg, hub.tokenizer(run.base), run, split(run)[1][:PROBES])

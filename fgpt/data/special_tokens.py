@@ -90,7 +90,7 @@ def _added_by_token(path: Path, given: Mapping[str, Any], config: Mapping[str, A
     for token, number in given.items():
         if type(number) is not int or number < 0:
             raise InputError(f"{path}: expected the id of each token, got {shown({token: number})}")
-    names = {*special(config).values(), *(_content(x) for x in _extra(config))}
+    names = {*special(config).values(), *(content(x) for x in _extra(config))}
     return tuple(
         {"content": token, "special": token in names, "normalized": token not in names}
         for token in sorted(given, key=given.__getitem__)
@@ -101,10 +101,11 @@ def _extra(config: Mapping[str, Any]) -> list[Any]:
     """Special tokens that have no name."""
     given = next((config[key] for key in EXTRA if config.get(key)), [])
     found = list(given.values()) if isinstance(given, dict) else given
-    return [x for x in found if _content(x)] if isinstance(found, list) else []
+    return [x for x in found if content(x)] if isinstance(found, list) else []
 
 
-def _content(token: Any) -> str:
+def content(token: Any) -> str:
+    """A special token as its text: files have it as a string or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
@@ -133,8 +134,8 @@ def add(tokenizer: "tokenizers.Tokenizer", declared: Declared) -> None:
     names = [key for key in declared.config if key.endswith("_token") and key not in NAMED]
     several = [declared.config.get(key) for key in (*NAMED, *names)] + _extra(declared.config)
     for given in several:
-        content = _content(given)
-        if content and content not in contents and content not in {each.content for each in wanted}:
-            wanted.append(token({**given, "special": True} if isinstance(given, dict) else content))
+        text = content(given)
+        if text and text not in contents and text not in {each.content for each in wanted}:
+            wanted.append(token({**given, "special": True} if isinstance(given, dict) else text))
     if wanted:
         tokenizer.add_tokens(wanted)
