@@ -20,7 +20,7 @@ from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.model import GPT, Embedding, Linear
 from fgpt.tokenizers.chat_template import CONFIG
 from fgpt.tokenizers.huggingface import FILE
-from fgpt.tokenizers.special_tokens import MAP
+from fgpt.tokenizers.special_tokens import MAP, token_content
 from fgpt.tree import walk
 
 PAD = "<|pad|>"
@@ -74,12 +74,12 @@ def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, in
 
     config = _read(files.get(CONFIG, "{}"))
     tokenizer = Tokenizer.from_str(_text(files[FILE]))
-    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.token_to_id(_content(config.get("eos_token")))}
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.token_to_id(token_content(config.get("eos_token")))}
     token = PAD
     for name in ("unk_token", "pad_token"):  # the last that will do
-        known = tokenizer.token_to_id(_content(config.get(name)))
+        known = tokenizer.token_to_id(token_content(config.get(name)))
         if known is not None and known not in ends and known < params.cfg.vocab_size:
-            token = _content(config[name])
+            token = token_content(config[name])
     tokenizer.add_special_tokens([token])
     pad = tokenizer.token_to_id(token)
     assert pad is not None
@@ -96,12 +96,6 @@ def _with_rows(params: GPT, rows: int) -> GPT:
         return params
     zeros = table.new_zeros(rows - len(table), table.shape[1])
     return replace(params, wte=Embedding(torch.cat([table, zeros])), cfg=replace(params.cfg, vocab_size=rows))
-
-
-def _content(token: Any) -> str:
-    """A special token as its text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
 
 
 def _text(data: bytes | str) -> str:

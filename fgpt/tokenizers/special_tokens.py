@@ -101,7 +101,7 @@ def _added_by_token(path: Path, ids: Mapping[str, Any], config: Mapping[str, Any
     for token, number in ids.items():
         if type(number) is not int or number < 0:
             raise InputError(f"{path}: expected the id of each token, got {short_repr({token: number})}")
-    special = {*named_tokens(config).values(), *(_content(token) for token in _extra_tokens(config))}
+    special = {*named_tokens(config).values(), *(token_content(token) for token in _extra_tokens(config))}
     return tuple(
         {"content": token, "special": token in special, "normalized": token not in special}
         for token in sorted(ids, key=ids.__getitem__)
@@ -113,10 +113,11 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
     tokens = next((config[key] for key in EXTRA if config.get(key)), [])
     if isinstance(tokens, dict):
         tokens = list(tokens.values())
-    return [token for token in tokens if _content(token)] if isinstance(tokens, list) else []
+    return [token for token in tokens if token_content(token)] if isinstance(tokens, list) else []
 
 
-def _content(token: Any) -> str:
+def token_content(token: Any) -> str:
+    """A special token as its text: files have it as a string or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
@@ -139,7 +140,7 @@ def add(tokenizer: "tokenizers.Tokenizer", declared: DeclaredTokens) -> None:
     other_names = [key for key in declared.config if key.endswith("_token") and key not in STANDARD_NAMES]
     special = [declared.config.get(key) for key in (*STANDARD_NAMES, *other_names)] + _extra_tokens(declared.config)
     for token in special:
-        content = _content(token)
+        content = token_content(token)
         if content and content not in contents:
             added.append(_added_token({**token, "special": True} if isinstance(token, dict) else content))
             contents.add(content)
