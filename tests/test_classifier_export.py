@@ -136,7 +136,7 @@ def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, cap
         close(fgpt.apply(fgpt.load(merged), row)[-1], expected, atol=1e-3)
         return
     assert main(["train", "emotion-small", *run, "--base", str(merged)]) == 2
-    assert "is a classifier of 2 classes: expected a model" in capsys.readouterr().err
+    assert "is a classifier of 2 classes: expected a language model" in capsys.readouterr().err
     model = transformers.AutoModelForSequenceClassification.from_pretrained(merged).eval()
     assert model.config.id2label == {0: "love", 1: "fear"}
     close(model(row[None]).logits[0].detach(), expected, atol=1e-3)

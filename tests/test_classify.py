@@ -661,7 +661,7 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
     out = ["--train", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "out"), "--max-seq-len", "40"]
     assert main([*run, *out]) == 2
     said = capsys.readouterr().err.strip()
-    assert "a.tsv, line 4: both texts are too long, 80 and 80 tokens where there is room for 38 in all" in said
+    assert "a.tsv, line 4: both texts are too long: 80 and 80 tokens, with space for 38 in all" in said
     assert "\n" not in said
     (tmp_path / "a.tsv").write_text("sentence1\tsentence2\tlabel\na\t\tyes\n")
     assert main([*run, *out]) == 2

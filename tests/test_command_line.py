@@ -224,8 +224,8 @@ def test_ranges_in_words():
         "0 or more, below 1": ranges.Range(least=0, below=1),
         "a finite number": ranges.Range(),
     }
-    assert {allowed.expected(-1): allowed for allowed in said.values()} == said
-    assert ranges.Range(least=1, most=ranges.LARGEST).expected(2**40) == "1 or more, at most 2,147,483,647"
+    assert {allowed.describe(-1): allowed for allowed in said.values()} == said
+    assert ranges.Range(least=1, most=ranges.LARGEST).describe(2**40) == "1 or more, at most 2,147,483,647"
     assert not any(allowed.holds(x) for allowed in said.values() for x in (math.nan, math.inf, -math.inf))
     assert ranges.Range(least=0).holds(10**400)  # which no float is
 
@@ -302,7 +302,7 @@ def test_names_in_brackets_are_printed_as_they_are(name: str, at: Path, capsys: 
         "compare": "it[b]:baseagainsttuned",
         "classify": "[/neg]",
         "replay": "[/red]x[b]:smile:",
-        "doctor": "[red]x[b]:smile::thelaws",
+        "doctor": "[red]x[b]:smile::checks",
     }
     assert expected.get(name, "it[b]") in text
     if name == "classify":
@@ -817,7 +817,7 @@ def test_booleans_are_flags(at: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("name", ["lora-nano", "emotion-small", "pretrain-nano"])
 def test_run_json_of_other_versions(name: str, tmp_path: Path):
     run = dataclasses.replace(find(name), lr=1e-3)  # pyright: ignore[reportCallIssue]
-    write_run(tmp_path, run)
+    run_dir.write_run(tmp_path, run)
     values = json.loads((tmp_path / "run.json").read_text())
     assert (values["kind"], values["version"]) == (run.kind, 1)
 

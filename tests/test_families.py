@@ -23,6 +23,7 @@ from fgpt import model as M
 from fgpt.families import hf_config, mapping
 from fgpt.generation import static_cache
 from fgpt.io import models
+from fgpt.model import forward
 from fgpt.tree import leaves, num_elements, tree_map
 
 COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
@@ -388,7 +389,7 @@ def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    mine, wanted = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
+    mine, wanted = forward.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
     close(mine, wanted, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
     close(slope, expected, 1e-9)
@@ -511,7 +512,7 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.lift"),
+        ("llama", {"model_type": "bloom"}, r"model_type is 'bloom', expected one of gpt2, gptj.*fgpt\.from_module"),
         ("llama", {"hidden_size": None}, "expected integers above 0 for hidden_size"),
         ("llama", {"vocab_size": -3}, "expected integers above 0 for vocab_size"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act='relu6' is not supported, expected one of gelu_new"),
@@ -519,8 +520,8 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
         ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "yarn needs rope_theta above 1"),
         ("llama", {"rope_parameters": YARN | {"beta_fast": "32"}}, "a number from 0 to 1e15 for beta_fast, got '32'"),
         ("llama", {"rope_parameters": {"type": "dynamic"}}, "of type 'dynamic' lacks a number for 'factor'"),
-        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 0.5}}, "wants a factor of 1 or more"),
-        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 1e9}}, "wants a factor of 1 or more, up to"),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 0.5}}, "needs a factor of 1 or more"),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 1e9}}, "needs a factor of 1 or more, up to"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "of type 'llama3' lacks a number for 'factor'"),
         ("llama", {"num_key_value_heads": 3}, "4 heads of q do not divide among 3 of k and v"),
         ("llama", {"num_hidden_layers": 3}, r"tensor layers\.2\.\S+ is missing \(9 in all\): not a whole model"),

@@ -268,7 +268,7 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     base = ["--base", "nano", "--template", "plain", "--max-new-tokens", "6", "--overlong", "error", "--out", str(out)]
     assert main(["train", "dolly-finqa-lora", *base, *data, *size]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "shortened the text of 6 FinQA rows to 192 tokens; their tables are whole" in said
+    assert "shortened the text of 6 FinQA rows to 192 tokens; their tables are complete" in said
     folder = out / "dolly-finqa-lora"
     found = json.loads((folder / "compare.json").read_text())
     asked = [row["input"] for row in found["answers"] if "|" in row["input"]]

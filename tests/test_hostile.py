@@ -1417,7 +1417,7 @@ def test_ranks_of_a_vocabulary_are_whole_numbers(rank: Any, tmp_path: Path):
 
     vocab = {char: i for i, char in enumerate(BYTE_OF_CHAR)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab | {list(vocab)[1]: rank}))
-    with pytest.raises(InputError, match="expected every rank from 0 on once"):
+    with pytest.raises(InputError, match="expected every rank from 0 once"):
         from_vocab(tmp_path / "vocab.json")
 
 

@@ -163,7 +163,7 @@ def test_a_real_adapter():
             a, b = (stored[f"base_model.model.transformer.h.{i}.{name}.lora_{side}.weight"] for side in "AB")
             assert same(lora, fgpt.LoRA(a, b, 16.0))
             assert lora.scale == 2.0
-    with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+    with pytest.raises(fgpt.InputError, match=r"fuse_qkv\(params\) first"):
         fgpt.load_peft(folder, gpt2_shape(12, 12, 768))
 
 
@@ -262,7 +262,7 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
     params = ours(hf_gpt2(), tmp_path / "base")
     for base in (fgpt.fuse_qkv(params), params):
         if kind == "dora" and base is params:
-            with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+            with pytest.raises(fgpt.InputError, match=r"fuse_qkv\(params\) first"):
                 fgpt.load_peft(tmp_path / "adapter", base)
             continue
         adapters = fgpt.load_peft(tmp_path / "adapter", base)

@@ -273,7 +273,7 @@ def changed_file(tmp_path: Path, **tensors: torch.Tensor) -> fgpt.GPT:
         (
             "score.weight",
             torch.ones(3, 32),
-            r"a classifier of 3 classes: load_peft\(folder, classifier\(params, 3, key\)",
+            r"a classifier of 3 classes: load_peft\(folder, with_classification_head\(params, 3, key\)",
         ),
     ],
 )

@@ -24,7 +24,7 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.pretraining import batches, config_of, figures, heldout_perplexity
-from fgpt.data import instruction_datasets, packing
+from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
@@ -209,7 +209,7 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     said = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     chats = pyarrow.table({"dataset": ["x"], "messages": [said]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
-    monkeypatch.setattr(instruction_datasets, "download", lambda name, hub, option: tmp_path)
+    monkeypatch.setattr(hub_datasets, "download", lambda name, dataset: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
     (row,) = instruction_datasets.load_rows("tulu")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
-from fgpt.cli.evaluation.compare.html import template
+from fgpt.cli.evaluation.compare.html import render
 from fgpt.cli.report.config_diff import command
 from fgpt.cli.report.run_data import RunData, read
 from fgpt.cli.report.sections import ending, report_sections, resume_command, summary
@@ -32,7 +32,9 @@ def run(name: str) -> Path:
 def page(data: RunData) -> str:
     """The report as HTML. Raises InputError for results that are not of this version."""
     directory = data.folder.resolve().name
-    return template("report.html", TEMPLATES).render(
+    return render(
+        "report.html",
+        TEMPLATES,
         title=directory if directory.startswith(data.name) else f"{data.name} ({directory})",
         data=data,
         summary=summary(data),

@@ -4,8 +4,10 @@ The templates escape every value (Jinja2's autoescape), and the page forbids scr
 """
 
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fgpt.cli.evaluation.compare.results import Comparison, best
 from fgpt.cli.evaluation.metrics.text import repeated_ngrams
@@ -33,12 +35,12 @@ MEANINGS = {
 
 def page(comparison: Comparison) -> str:
     """The whole comparison as HTML."""
-    return template("comparison.html").render(title=comparison.title, comparison=comparison)
+    return render("comparison.html", title=comparison.title, comparison=comparison)
 
 
-def template(name: str, folder: Path = TEMPLATES) -> Template:
-    """A template of `folder`, which may use those of this room."""
-    environment = Environment(
+def render(name: str, folder: Path = TEMPLATES, **values: Any) -> str:
+    """A template of `folder`, which may use those of this room, with `values`."""
+    environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
@@ -48,7 +50,7 @@ def template(name: str, folder: Path = TEMPLATES) -> Template:
     environment.globals.update(
         best=best, color=color, meanings=meanings, min_repeats=MIN_REPEATS, repeated_ngrams=repeated_ngrams
     )
-    return environment.get_template(name)
+    return environment.get_template(name).render(values)
 
 
 def meanings(comparison: Comparison) -> list[tuple[str, str]]:
