@@ -269,7 +269,9 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     expected = perplexity(
-        loglikelihood_rolling(params, tokenizer.encode(text), bos_token_id=tokenizer.eos, width=64, stride=48).logprobs,
+        loglikelihood_rolling(
+            params, tokenizer.encode(text), bos_token_id=tokenizer.eos_token_id, width=64, stride=48
+        ).logprobs,
         text,
     )
     assert (found["tokens"], found["bytes"], found["words"]) == (expected.tokens, len(text.encode()), 270)

@@ -901,7 +901,7 @@ def test_spoiled_configs(kind: str, tmp_path: Path):
 def check_tokenizer(tokenizer: Tokenizer, vocab: int) -> None:
     """Asserts that what is there can be used."""
     assert tokenizer.n_vocab > 0
-    assert 0 <= tokenizer.eos < vocab
+    assert 0 <= tokenizer.eos_token_id < vocab
     assert all(0 <= token < vocab for token in tokenizer.eos_token_ids)
     with guarded():
         try:

@@ -88,7 +88,7 @@ def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source:
         source: the model whose tokenizer it is; empty for one that comes with the package.
         others: names (underscores become spaces) and values, as `content_hash` takes them.
     """
-    special = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.bos}"
+    special = f"{tokenizer.n_vocab} {tokenizer.eos_token_id} {tokenizer.bos_token_id}"
     hashes = {
         "options": content_hash(training_options(recipe)),
         "base config": content_hash(repr(base.cfg)),
