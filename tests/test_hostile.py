@@ -675,7 +675,7 @@ LLAMA: dict[str, Any] = {
     "rotary_dim": 8,
     "tie_word_embeddings": False,
     "activation": "silu",
-    "biases": "",
+    "biases": frozenset(),
 }
 HUB = {"self_attn.q_proj": "attn.q", "self_attn.v_proj": "attn.v", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 MADE: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
@@ -863,8 +863,8 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
     if said["model_type"] == "llama":
-        assert ("q" in cfg.biases.split()) is bool(said.get("attention_bias"))
-        assert ("gate" in cfg.biases.split()) is bool(said.get("mlp_bias"))
+        assert ("q" in cfg.biases) is bool(said.get("attention_bias"))
+        assert ("gate" in cfg.biases) is bool(said.get("mlp_bias"))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

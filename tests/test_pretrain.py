@@ -107,7 +107,8 @@ def test_tinytiny_has_its_origins_parameters():
 
 def test_flops_worked_by_hand():
     """One layer of two heads, 4 wide, and 10 tokens: 40 in the table, 12 · 16 in the block, 12 in norms."""
-    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "n_ctx": 8, "vocab_size": 10, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "n_ctx": 8, "vocab_size": 10, "d_mlp": 16}
+    sizes |= {"biases": frozenset()}
     tied = abstract_params(fgpt.Config(**sizes))
     assert mfu.flops(tied, 8) == 6 * (40 + 192 + 12) + 12 * 1 * 2 * 2 * 8 == 1848
     assert (
@@ -120,7 +121,7 @@ def test_flops_worked_by_hand():
 def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrained: Path):
     saved = pretrained / "model"
     ours = fgpt.load(str(saved))
-    assert ours.cfg.biases == ""
+    assert ours.cfg.biases == frozenset()
     assert json.loads((saved / "config.json").read_text())["bias"] is False
     theirs = transformers.GPT2LMHeadModel.from_pretrained(saved, dtype=torch.float32).eval()
     tokens = torch.randint(0, 4096, (2, 40), generator=fgpt.key(0))
@@ -128,7 +129,8 @@ def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrain
 
 
 def test_ranks_are_saved_with_a_model(tmp_path: Path):
-    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 8, "vocab_size": 4100, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 8, "vocab_size": 4100, "d_mlp": 16}
+    sizes |= {"biases": frozenset()}
     fgpt.save(fgpt.init(fgpt.Config(**sizes), fgpt.key(0)), tmp_path, like=NANO)
     assert (tmp_path / RANKS).read_bytes() == (models.EMBEDDED["nano"] / RANKS).read_bytes()
     assert fgpt.tokenizer(str(tmp_path)).eos_token_id == NANO.eos_token_id

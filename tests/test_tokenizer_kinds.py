@@ -410,7 +410,7 @@ def gguf_file(path: Path, values: dict[str, Any]) -> Path:
 def test_merges_of_ranks_are_those_of_the_files():
     bpe = shared("gpt2-bpe")
     own = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
-    made = merges.of_ranks([own.decode_single_token_bytes(rank) for rank in range(50256)])
+    made = merges.merges_from_ranks([own.decode_single_token_bytes(rank) for rank in range(50256)])
     theirs = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
     assert [(tiktoken_bpe.printable(left), tiktoken_bpe.printable(right)) for left, right in made] == theirs
 
@@ -418,7 +418,7 @@ def test_merges_of_ranks_are_those_of_the_files():
 def test_a_token_that_no_merge_of_lower_ranks_makes():
     """Ranks 256 to 258: "abc" comes before "ab" and "cd". tiktoken joins whatever gives a token, the lowest first."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"abc", b"ab", b"cd", b"abcd"]
-    assert merges.of_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
+    assert merges.merges_from_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
     made = tiktoken_bpe.TiktokenTokenizer(
         tiktoken_bpe.tiktoken.Encoding(
             "made",

@@ -42,7 +42,7 @@ SHAPE = Config(
     tie_word_embeddings=False,
     parallel_residual=True,
     n_norms=1,
-    biases="up down norm head",
+    biases=frozenset({"up", "down", "norm", "head"}),
     rotary_dim=64,
     interleaved=True,
 )

@@ -85,7 +85,12 @@ def _static_to_json(value: Any) -> Any:
     """A static field as JSON."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return dataclasses.asdict(value) if isinstance(value, Config) else value
+    return config_to_json(value) if isinstance(value, Config) else value
+
+
+def config_to_json(cfg: Config) -> dict[str, Any]:
+    """The fields of a config as JSON: equal for equal configs."""
+    return dataclasses.asdict(cfg) | {"biases": sorted(cfg.biases)}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -178,9 +183,18 @@ def _static(value: Any, kind: Any) -> Any:
         fields: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
+        fields["biases"] = _biases(fields.get("biases"))
         fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
         return Config(**fields) if fits else value
     return value
+
+
+def _biases(value: Any) -> Any:
+    """The layers with a bias, of a list or, in older files, of one string; unchanged if it does not fit."""
+    names = value.split() if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return frozenset(names)
 
 
 def _rope_scaling(values: Any) -> Any:

@@ -56,7 +56,7 @@ def config_of(recipe: PretrainingRecipe, num_tokens: int) -> Config:
         n_ctx=recipe.max_seq_len,
         vocab_size=vocab_size,
         d_mlp=4 * recipe.d_model,
-        biases=Config.biases if recipe.biases else "",
+        biases=Config.biases if recipe.biases else frozenset(),
     )
     abstract_params(cfg)
     return cfg
