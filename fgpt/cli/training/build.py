@@ -15,6 +15,7 @@ from fgpt.data import packing
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
+from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, fuse_qkv
 from fgpt.optim import adamw, adamw8bit, cosine_schedule
@@ -24,7 +25,6 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import leaves, matches, replace_at, tree_map
-from fgpt.weights import num_parameters
 
 
 def load_base(recipe: FineTuningRecipe) -> GPT:
