@@ -17,8 +17,8 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
 import fgpt
-from fgpt.adapters import weight_matrices
 from fgpt.kernels.quantized_linear import QUANTIZED, Format, RowwiseInt8, dequantize, quantize_matrix, reference
+from fgpt.layers import weight_matrices
 from fgpt.losses import linear_terms
 from fgpt.model import Linear
 from fgpt.train_step import make_step

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fgpt import families
 from fgpt._typing import StrPath
-from fgpt.adapters import weight_matrices
 from fgpt.classification_head import num_classes
 from fgpt.data import hub_files
 from fgpt.data.hub_files import HubError
@@ -36,6 +35,7 @@ from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import QUANTIZED, Format
+from fgpt.layers import weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files

@@ -23,7 +23,11 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 
 from fgpt._typing import StrPath
-from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_ia3 import IA3
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register

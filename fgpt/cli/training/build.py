@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
-from fgpt.adapters import Adapters, adapt, dora, ia3, lora, num_trainable, trainable_leaves
+from fgpt.adapter_dora import dora
+from fgpt.adapter_ia3 import ia3
+from fgpt.adapter_lora import lora
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
 from fgpt.cli.console import show_progress
