@@ -45,6 +45,23 @@ FORMAT, STRUCTURE = "fgpt", "structure"
 OPTIONAL_CONFIG_FIELDS = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 """Fields of Config that older files do not have: their models are those of the defaults."""
 
+RENAMED_NODES = {"FourBit": "Blockwise4bit", "Blockwise8": "Blockwise8bit", "Rowwise8": "RowwiseInt8"}
+RENAMED_CONFIG_FIELDS = {
+    "context": "n_ctx",
+    "vocab": "vocab_size",
+    "eps": "norm_eps",
+    "tied": "tie_word_embeddings",
+    "act": "activation",
+    "norm": "norm_type",
+    "gated": "gated_mlp",
+    "parallel": "parallel_residual",
+    "norms": "n_norms",
+    "rotary": "rotary_dim",
+    "base": "rope_theta",
+    "stretch": "rope_scaling",
+}
+"""Nodes and fields of Config that have other names in older files, by those names."""
+
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' operators take for a block."""
 
@@ -135,8 +152,10 @@ def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
             return {k: _build(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in items.items()}
         case {"tuple": list(items), **rest} if not rest:
             return tuple(_build(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(items))
-        case dict() if len(form) == 1 and isinstance(fields := form[cls := next(iter(form))], dict) and cls in NODES:
-            return _node(NODES[cls], fields, name, below, tensors)
+        case dict() if len(form) == 1 and isinstance(fields := form[key := next(iter(form))], dict):
+            cls = NODES.get(RENAMED_NODES.get(key, key))
+            if cls is not None:
+                return _node(cls, fields, name, below, tensors)
     raise InputError(f"{name or 'the tree'} is {json.dumps(form)[:60]}; expected a tensor, dict, tuple or known node")
 
 
@@ -184,7 +203,9 @@ def _static(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
-        fields: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        fields: dict[str, Any] = {}
+        for name, x in value.items():
+            fields[RENAMED_CONFIG_FIELDS.get(name, name)] = tuple(x) if isinstance(x, list) else x
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
         fields["biases"] = _biases(fields.get("biases"))
