@@ -9,21 +9,12 @@
 torch.Size([3, 11])
 """
 
+from fgpt.adapter_dora import DoRA, dora
+from fgpt.adapter_ia3 import IA3, ia3
+from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
-from fgpt.adapters import (
-    IA3,
-    Adapters,
-    DoRA,
-    LoRA,
-    adapt,
-    dora,
-    functional_call,
-    ia3,
-    lora,
-    merge,
-    num_trainable,
-    trainable_leaves,
-)
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
 from fgpt.errors import InputError

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fgpt.adapters import Adapters, DoRA, LoRA
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.tree import leaves, tree_map
 

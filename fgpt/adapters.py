@@ -1,285 +1,34 @@
 """Adapters: small trees of float tensors that a transform lays over a frozen params tree.
 
-    Adapters = {path: LoRA | DoRA | IA3 | Tensor}
+    Adapters = {path: LoRA | DoRA | IA3 | Tensor}        adapted params = adapt(params, adapters)
 
 A `LoRA`, `DoRA` or `IA3` at the path of a layer adapts that layer; a plain tensor at the path of a leaf replaces that
 leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and they compose by dict union:
 `lora(.., rank=4, target="..") | lora(.., rank=16, target="..") | trainable_leaves(..)`. The adapters are the one tree
 that is differentiated. They do not depend on the format of the base: `lora` over a quantized tree is QLoRA.
+
+Each kind is a file, `fgpt.adapter_lora` and so on: a node with one method, `adapt_layer`, from layer to layer.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantized_linear import QUANTIZED
-from fgpt.rng import fold_in, fold_in_seed, seed_tensor
-from fgpt.tree import children, device, leaves, node, num_elements, replace_at, select, static, tree_map, walk
-from fgpt.weights import Adapted, Weight, dense, row_norms, shape
+from fgpt.layers import adaptable_layers
+from fgpt.rng import fold_in_seed, seed_tensor
+from fgpt.tree import children, leaves, num_elements, replace_at, select, walk
+from fgpt.weights import Adapted, Weight, dense, shape
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@node
-class LoRA:
-    """W' = W + s·B·A, with s = alpha / rank, or alpha / √rank if rank-stabilized.
-
-    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
-    """
-
-    a: Float[Tensor, "rank in"]
-    b: Float[Tensor, "out rank"]
-    alpha: float = static()
-    rs: bool = static(default=False)
-    dropout: float = static(default=0.0)
-    """Probability of dropping an element of A's input in training, that is, if `adapt` is given a key."""
-    scaling: Float[Tensor, ""] | None = None
-    """s itself, in place of alpha and the rank: in a stack whose members differ in them. No gradient reaches it."""
-
-    @property
-    def scale(self) -> Any:
-        """s: a float, or in a stack the member's own as a tensor."""
-        if self.scaling is not None:
-            return self.scaling.detach()
-        rank = self.a.shape[0]
-        return self.alpha / (rank**0.5 if self.rs else rank)
-
-
-@node
-class DoRA:
-    """W' = m · V / ‖V‖ by row, with V = W + s·B·A: magnitude m, direction V. The gradient takes ‖V‖ as a constant.
-
-    Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
-    """
-
-    lora: LoRA
-    m: Float[Tensor, " out"]
-
-
-@node
-class IA3:
-    """W' = diag(row) · W · diag(col), and bias' = row ⊙ bias: outputs rescaled, or inputs.
-
-    Source: Liu et al. 2022 (IA3), section 3.3.
-    """
-
-    row: Float[Tensor, " out"] | None = None
-    col: Float[Tensor, " in"] | None = None
-
-
-Adapter: TypeAlias = LoRA | DoRA | IA3 | Tensor
-Adapters: TypeAlias = dict[str, Adapter]
-
-
-# ------------------------------------------------------------------------------------------------------- construction
-
-
-def adaptable_layers(params: Any) -> dict[str, Any]:
-    """The layers of `params` that can be adapted, by path: nodes whose field `w` is a weight matrix."""
-    return {path: x for path, x in walk(params) if not isinstance(x, Tensor | Adapted) and _has_weight_matrix(x)}
-
-
-def _has_weight_matrix(layer: Any) -> bool:
-    w = getattr(layer, "w", None)
-    return isinstance(w, (Adapted, *QUANTIZED)) or (isinstance(w, Tensor) and w.ndim == 2)
-
-
-def weight_matrices(params: Any) -> dict[str, Weight]:
-    """The weight matrices of `params` by the path of their layer."""
-    return {path: layer.w for path, layer in adaptable_layers(params).items()}
-
-
-def lora(
-    params: Any,
-    rng: torch.Generator,
-    rank: int = 8,
-    alpha: int | float | None = None,
-    target: str = r"blocks\..*\.(q|k|v|qkv)",
-    rs: bool = False,
-    dropout: float = 0.0,
-) -> Adapters:
-    r"""A fresh LoRA on every layer whose path matches `target`, in fp32. B = 0, so it begins as the identity; A is
-    uniform in ±1/√in (Kaiming, as in the paper's code).
-
-    Args:
-        params: The base, quantized or not.
-        rng: A key: each A is drawn from fold_in(rng, path).
-        rank: Rows of A and columns of B.
-        alpha: The strength: s = alpha / rank, or alpha / √rank if `rs`. None means s = 2.
-        target: A regular expression that matches a layer's path in full.
-        rs: Rank-stabilized scaling.
-        dropout: Probability of dropping an element of A's input in training.
-
-    Raises:
-        InputError: if `target` matches nothing, `rank` exceeds the smaller side of a layer, or `dropout` is not in
-            [0, 1).
-
-    >>> import fgpt
-    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
-    >>> params = fgpt.init(cfg, fgpt.key(0))
-    >>> list(fgpt.lora(params, fgpt.key(1), rank=2, target=r"blocks\..*\.(q|v)"))
-    ['blocks.0.attn.q', 'blocks.0.attn.v']
-    """
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout {dropout}: expected a probability from 0 to less than 1")
-    weights = weight_matrices(params)
-    adapters: Adapters = {}
-    for path in select(weights, target):
-        out, inp = shape(weights[path])
-        if not 1 <= rank <= min(out, inp):
-            raise InputError(
-                f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
-            )
-        where, bound = device({path: weights[path]}), inp**-0.5
-        a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-bound, bound, generator=fold_in(rng, path))
-        b = torch.zeros(out, rank, dtype=torch.float32)
-        strength = 2 * (rank**0.5 if rs else rank) if alpha is None else alpha
-        adapters[path] = LoRA(a.to(where), b.to(where), float(strength), rs, dropout)
-    return adapters
-
-
-def dora(
-    params: Any,
-    rng: torch.Generator,
-    rank: int = 8,
-    alpha: int | float | None = None,
-    target: str = r"blocks\..*\.(q|k|v|qkv)",
-    dropout: float = 0.0,
-) -> Adapters:
-    """A fresh DoRA on every layer whose path matches `target`: a fresh LoRA, and m = ‖W‖ by row, so that it begins as
-    the identity, to the bit. The arguments are those of `lora`.
-
-    Raises:
-        InputError: as `lora` does.
-
-    >>> import fgpt
-    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
-    >>> params = fgpt.init(cfg, fgpt.key(0))
-    >>> fgpt.dora(params, fgpt.key(1), rank=2)["blocks.0.attn.q"].m.shape
-    torch.Size([8])
-    """
-    weights, adapters = weight_matrices(params), lora(params, rng, rank, alpha, target, dropout=dropout)
-    return {p: DoRA(x, row_norms(weights[p], x.a, x.b, x.scale)) for p, x in adapters.items() if isinstance(x, LoRA)}
-
-
-def ia3(
-    params: Any, rows: str | None = r"blocks\..*\.attn\.(k|v|qkv)", cols: str | None = r"blocks\..*\.mlp\.down"
-) -> Adapters:
-    """A fresh IA3 of ones on linear layers.
-
-    Args:
-        params: The base, quantized or not.
-        rows: A regular expression for the layers whose outputs are scaled: by default keys and values, as in the
-            paper; of a fused product, all of it. None scales no outputs.
-        cols: A regular expression for the layers whose inputs are scaled. None scales no inputs.
-
-    Raises:
-        InputError: if a pattern matches nothing, or something that is not a linear layer.
-
-    >>> import fgpt
-    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
-    >>> list(fgpt.ia3(fgpt.init(cfg, fgpt.key(0))))
-    ['blocks.0.attn.k', 'blocks.0.attn.v', 'blocks.0.mlp.down']
-    """
-    layers = adaptable_layers(params)
-
-    def ones(pattern: str | None, side: int) -> dict[str, Tensor]:
-        scales: dict[str, Tensor] = {}
-        for path in select(layers, pattern) if pattern else ():
-            if not hasattr(layers[path], "b"):
-                raise InputError(f"IA3 on {path}: expected a linear layer, got {type(layers[path]).__name__}")
-            w = layers[path].w
-            scales[path] = torch.ones(shape(w)[side], dtype=torch.float32, device=device({path: w}))
-        return scales
-
-    row, col = ones(rows, 0), ones(cols, 1)
-    return {path: IA3(row.get(path), col.get(path)) for path in row | col}
-
-
-def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
-    r"""The leaves themselves as the trainable tree, in fp32 (fp64 stays).
-
-    Args:
-        params: The base.
-        target: A regular expression that matches a leaf's path in full: `".*ln_.*"` tunes norms, `r".*\.b"` biases,
-            `".*"` everything.
-
-    Raises:
-        InputError: if `target` matches nothing, or a part of a quantized weight.
-
-    >>> import fgpt
-    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
-    >>> list(fgpt.trainable_leaves(fgpt.init(cfg, fgpt.key(0)), "ln_f.*"))
-    ['ln_f.w', 'ln_f.b']
-    """
-    tensors = leaves(params)
-    quantized = [path for path, x in walk(params) if isinstance(x, QUANTIZED)]
-    chosen = select(tensors, target)
-    for path in chosen:
-        if parents := [q for q in quantized if path.startswith(f"{q}.")]:
-            raise InputError(f"cannot tune {parents[0]}, which is quantized: narrow the target, or tune, then quantize")
-    return {path: at_least_fp32(tensors[path]) for path in chosen}
-
-
-# -------------------------------------------------------------------------------------------- each kind: Layer -> Layer
-
-
-def lora_layer(layer: Any, x: LoRA, path: str, seed: Int[Tensor, ""] | None) -> Any:
-    """W' = W + s·B·A."""
-    _check_low_rank(path, x, layer.w)
-    b, scale = _scaled_b(x)
-    dropout = x.dropout if seed is not None else 0.0
-    return replace(layer, w=Adapted(layer.w, x.a, b, seed=seed if dropout else None, scale=scale, dropout=dropout))
-
-
-def dora_layer(layer: Any, x: DoRA, path: str, seed: Int[Tensor, ""] | None) -> Any:
-    """W' = m · V / ‖V‖ by row, with V = W + s·B·A: LoRA's layer, and row = m / ‖V‖."""
-    adapted = lora_layer(layer, x.lora, path, seed)
-    rows, _ = shape(layer.w)
-    if x.m.shape[0] != rows:
-        raise InputError(f"DoRA at {path} has {x.m.shape[0]} magnitudes, but the base has {rows} rows")
-    b, scale = _scaled_b(x.lora)
-    w = tree_map(torch.detach, layer.w)  # the norms are a constant to every derivative
-    norms = row_norms(w, x.lora.a.detach(), b.detach(), scale)
-    return replace(adapted, w=replace(adapted.w, row=x.m / norms.clamp(min=1e-30)))
-
-
-def ia3_layer(layer: Any, x: IA3, path: str, seed: Int[Tensor, ""] | None) -> Any:
-    """W' = diag(row) · W · diag(col), bias' = row ⊙ bias."""
-    for scale, size in zip((x.row, x.col), shape(layer.w), strict=True):
-        if scale is not None and scale.shape[0] != size:
-            raise InputError(f"IA3 at {path} scales {scale.shape[0]} components, but the base has {size}")
-    adapted, bias = replace(layer, w=Adapted(layer.w, row=x.row, col=x.col)), getattr(layer, "b", None)
-    if x.row is None or bias is None:
-        return adapted
-    return replace(adapted, b=(x.row * bias).to(bias.dtype))
-
-
-LAYER_TRANSFORMS: dict[type, Callable[..., Any]] = {LoRA: lora_layer, DoRA: dora_layer, IA3: ia3_layer}
-"""What each kind of adapter makes of a layer: (layer, adapter, path, seed of dropout or None) -> layer."""
-
-
-def _scaled_b(x: LoRA) -> tuple[Tensor, float]:
-    """(B, s), or (s·B, 1) in a stack, whose s is a tensor."""
-    return (x.scale * x.b, 1.0) if isinstance(x.scale, Tensor) else (x.b, x.scale)
-
-
-def _check_low_rank(path: str, x: LoRA, w: Weight) -> None:
-    if x.a.shape[0] != x.b.shape[1]:
-        raise InputError(f"adapter at {path} has A of rank {x.a.shape[0]}, but B of rank {x.b.shape[1]}")
-    size = (x.b.shape[0], x.a.shape[1])
-    if size != shape(w):
-        raise InputError(f"adapter at {path} fits a weight of {list(size)}, but the base has {list(shape(w))}")
-
-
-# ---------------------------------------------------------------------------------------------------------- application
 
 
 def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Tensor, ""] | None = None) -> T:
@@ -315,7 +64,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
             if path not in layers:
                 raise InputError(f"no layer '{path}' to adapt; {_hint(path, layers)}")
             seed = None if key_seed is None else fold_in_seed(key_seed, f"{number}/{path}")
-            adapted[path] = LAYER_TRANSFORMS[type(x)](layers[path], x, path, seed)
+            adapted[path] = x.adapt_layer(layers[path], path, seed)
         params = replace_at(params, adapted)
     return params
 
@@ -399,6 +148,31 @@ def _base_weight(w: Weight) -> Weight:
 
 def _with_base(w: Weight, base: Weight) -> Weight:
     return replace_at(w, {"base": _with_base(w.base, base)}) if isinstance(w, Adapted) else base
+
+
+def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
+    r"""The leaves themselves as the trainable tree, in fp32 (fp64 stays).
+
+    Args:
+        params: The base.
+        target: A regular expression that matches a leaf's path in full: `".*ln_.*"` tunes norms, `r".*\.b"` biases,
+            `".*"` everything.
+
+    Raises:
+        InputError: if `target` matches nothing, or a part of a quantized weight.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> list(fgpt.trainable_leaves(fgpt.init(cfg, fgpt.key(0)), "ln_f.*"))
+    ['ln_f.w', 'ln_f.b']
+    """
+    tensors = leaves(params)
+    quantized = [path for path, x in walk(params) if isinstance(x, QUANTIZED)]
+    chosen = select(tensors, target)
+    for path in chosen:
+        if parents := [q for q in quantized if path.startswith(f"{q}.")]:
+            raise InputError(f"cannot tune {parents[0]}, which is quantized: narrow the target, or tune, then quantize")
+    return {path: at_least_fp32(tensors[path]) for path in chosen}
 
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:

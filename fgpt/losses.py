@@ -7,7 +7,7 @@ from fgpt._typing import check_shapes
 from fgpt.kernels.cross_entropy import cross_entropy
 from fgpt.model import GPT, hidden, lm_head
 from fgpt.tree import node
-from fgpt.weights import linear_terms
+from fgpt.weights import Adapted, Weight, dense, lora_down
 
 
 @node
@@ -56,6 +56,19 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
     weights = weights.to(token_nll.dtype)
     return (weights * token_nll).sum(), weights.sum()
+
+
+def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
+    """`linear` as terms of a sum, the base first: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ. A weight that is
+    quantized, or scaled by row, is merged: it is no such sum.
+    """
+    if isinstance(w, Tensor):
+        return [(x, w)]
+    if not isinstance(w, Adapted) or w.row is not None:
+        return [(x, dense(w).to(x.dtype))]
+    x = x if w.col is None else x * w.col.to(x.dtype)
+    terms = linear_terms(x, w.base)
+    return terms if w.a is None or w.b is None else [*terms, (lora_down(x, w), w.b.to(x.dtype))]
 
 
 def loss(params: GPT, batch: Batch, remat: bool = False) -> Float[Tensor, ""]:

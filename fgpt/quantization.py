@@ -4,9 +4,9 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from fgpt.adapters import weight_matrices
 from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import BLOCK, Format, Quantized, quantize_matrix
+from fgpt.layers import weight_matrices
 from fgpt.tree import replace_at, select
 from fgpt.weights import Weight
 

@@ -10,8 +10,7 @@ col alone. The base of an adapted weight is any weight, so adapters stack with n
 everywhere. Which kernel computes a reading is the business of `fgpt.kernels`.
 """
 
-from dataclasses import replace
-from typing import Any, TypeAlias, Union
+from typing import TypeAlias, Union
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
 from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize
 from fgpt.kernels.scaled_linear import scale_rows
-from fgpt.tree import children, node, static
+from fgpt.tree import node, static
 
 
 @node
@@ -87,36 +86,18 @@ def linear(
     if not isinstance(w, Adapted):
         return base_linear(x, w, bias)
     x = x if w.col is None else x * w.col.to(x.dtype)
-    if not isinstance(w.base, Adapted | GradOnly):  # one adapter over a frozen matrix: a kernel may fuse the rest
-        return adapted_linear(x, lora_input(x, w), w.base, bias, a=w.a, b=w.b, row=w.row, scale=w.scale)
+    if not isinstance(w.base, Adapted | GradOnly):  # one adapter over a base weight: a kernel may fuse the rest
+        return adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=w.row, scale=w.scale, seed=w.seed, p=w.dropout)
     y = linear(x, w.base, bias)
     if w.a is not None and w.b is not None:
         y = add_low_rank(y, lora_down(x, w), w.b)
     return y if w.row is None else scale_rows(y, w.row, bias)
 
 
-def lora_input(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch in"]:
-    """x as A sees it: after dropout."""
-    return x if w.seed is None else dropout(x, w.seed, w.dropout)
-
-
 def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
-    """s A x."""
+    """s A x, with x as A sees it: after dropout."""
     assert w.a is not None
-    return w.scale * F.linear(lora_input(x, w), w.a.to(x.dtype))
-
-
-def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
-    """The factored reading as terms of a sum: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ, the base first. A
-    weight that is scaled by row, or quantized, is merged: it is no such sum.
-    """
-    if isinstance(w, Tensor):
-        return [(x, w)]
-    if not isinstance(w, Adapted) or w.row is not None:
-        return [(x, dense(w).to(x.dtype))]
-    x = x if w.col is None else x * w.col.to(x.dtype)
-    terms = linear_terms(x, w.base)
-    return terms if w.a is None or w.b is None else [*terms, (lora_down(x, w), w.b.to(x.dtype))]
+    return w.scale * F.linear(dropout(x, w.seed, w.dropout), w.a.to(x.dtype))
 
 
 def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"]:
@@ -170,13 +151,6 @@ def row_sq_and_cross(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tens
     return (squares, cross) if w.row is None else (w.row**2 * squares, w.row[:, None] * cross)
 
 
-def grad_only(w: Weight) -> Weight:
-    """`w` for a product whose value nobody reads. If rows are scaled, their gradient reads it: then `w` itself."""
-    if isinstance(w, Adapted):
-        return w if w.row is not None else replace(w, base=grad_only(w.base))
-    return w if isinstance(w, GradOnly) else GradOnly(w)
-
-
 def shape(w: Weight) -> tuple[int, int]:
     """(out, in)."""
     return shape(w.base) if isinstance(w, Adapted) else (w.shape[0], w.shape[1])
@@ -185,12 +159,3 @@ def shape(w: Weight) -> tuple[int, int]:
 def dtype(w: Weight) -> torch.dtype:
     """The dtype of the innermost base, which activations share."""
     return dtype(w.base) if isinstance(w, Adapted) else w.dtype
-
-
-def num_parameters(tree: Any) -> int:
-    """The number of parameters of a model: of a quantized matrix out times in, however many bytes hold it."""
-    if isinstance(tree, Tensor):
-        return tree.numel()
-    if isinstance(tree, QUANTIZED):
-        return tree.shape.numel()
-    return sum(num_parameters(child) for _, child in children(tree))

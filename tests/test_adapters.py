@@ -17,12 +17,13 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
 import fgpt
-from fgpt.adapters import weight_matrices
 from fgpt.kernels.quantized_linear import QUANTIZED, Format, RowwiseInt8, dequantize, quantize_matrix, reference
+from fgpt.layers import weight_matrices
+from fgpt.losses import linear_terms
 from fgpt.model import Linear
 from fgpt.train_step import make_step
 from fgpt.tree import astype, leaves, num_elements, replace_at, tree_map, walk
-from fgpt.weights import linear_terms, row_norms
+from fgpt.weights import row_norms
 
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)

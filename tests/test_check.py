@@ -27,7 +27,7 @@ from fgpt.weights import Adapted
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {
-        "norm_type": "rms", "activation": "silu", "gated_mlp": True, "biases": "", "rotary_dim": 32,
+        "norm_type": "rms", "activation": "silu", "gated_mlp": True, "biases": frozenset(), "rotary_dim": 32,
         "tie_word_embeddings": False, "n_kv": 1,
     },
     "neox": {"rotary_dim": 8, "parallel_residual": True, "tie_word_embeddings": False},

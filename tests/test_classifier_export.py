@@ -71,7 +71,7 @@ def test_texts_of_several_lengths(tmp_path: Path):
     batch = tokenizer([f"{text}{tokenizer.eos_token}" for text in texts], padding=True, return_tensors="pt")
     found, ours = model(**batch).logits.detach(), fgpt.tokenizer("nano")
     for text, logits in zip(texts, found, strict=True):
-        close(logits, classes(params, torch.tensor([*ours.encode(text), ours.eos])), atol=1e-4)
+        close(logits, classes(params, torch.tensor([*ours.encode(text), ours.eos_token_id])), atol=1e-4)
     saved = fgpt.tokenizer(str(tmp_path))
     assert [saved.encode(text) for text in texts] == [ours.encode(text) for text in texts]
     assert saved.eos_token_ids == ours.eos_token_ids
@@ -128,7 +128,7 @@ def test_a_run_that_classifies_is_merged(options: list[str], tmp_path: Path, cap
     assert main(["merge", str(out), *(["--merge-base", "dequantized"] if nf4 else [])]) == 0
     merged = out / ("merged-dequantized" if nf4 else "merged")
     trained, ours = load_classifier(out), fgpt.tokenizer("nano")
-    row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
+    row = torch.tensor([*ours.encode("I am very happy today"), ours.eos_token_id])
     expected = fgpt.apply(trained.params, row)[-1]
     change = json.loads((merged / "merge.json").read_text())["read back"]
     assert change["logit"] < (2e-2 if nf4 else 1e-3)
@@ -168,5 +168,5 @@ def test_the_adapter_of_a_classifier_is_peft_s(tmp_path: Path):
     (at / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(at, num_labels=2).eval()
     trained, ours = load_classifier(run / "emotion-small"), fgpt.tokenizer("nano")
-    row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
+    row = torch.tensor([*ours.encode("I am very happy today"), ours.eos_token_id])
     close(theirs(row[None]).logits[0].detach(), fgpt.apply(trained.params, row)[-1].detach(), atol=1e-4)

@@ -180,7 +180,7 @@ def test_a_category_is_asked_for_after_any_text(text: str, width: int):
 def test_the_end_is_read_and_the_separator_is_attended():
     around = prompt_frame(PromptWording(), ["a", "b"], NANO, append_eos=True)
     (pair,), cut = encode([LabeledText("A fox.", "A dog.", "b")], class_labels(["a", "b"]), around, NANO, 40)
-    assert pair.tokens == (*NANO.encode("A fox."), NANO.eos, *NANO.encode("A dog."), NANO.eos)
+    assert pair.tokens == (*NANO.encode("A fox."), NANO.eos_token_id, *NANO.encode("A dog."), NANO.eos_token_id)
     assert (pair.label, cut) == (1, 0)
     params = fgpt.load("nano")
     other = list(pair.tokens)
@@ -680,4 +680,4 @@ def test_a_run_s_frame_has_an_end_for_classes_alone():
     assert NANO.decode(list(prompt_frame_of(run, run.labels, NANO).after)) == "\nCategory:"
     small = find("emotion-small")
     assert isinstance(small, ClassificationRecipe)
-    assert prompt_frame_of(small, ("a", "b"), NANO).after == (NANO.eos,)
+    assert prompt_frame_of(small, ("a", "b"), NANO).after == (NANO.eos_token_id,)

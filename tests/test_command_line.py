@@ -40,9 +40,9 @@ from fgpt.cli.report.config_diff import command
 from fgpt.cli.training.build import describe_sizes, warn_if_all_warmup
 from fgpt.errors import InputError
 from fgpt.io import models
+from fgpt.layers import num_parameters
 from fgpt.recipes import KINDS, RECIPES, InstructionRecipe, PretrainingRecipe, find
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, default_warmup
-from fgpt.weights import num_parameters
 
 ODD = "[/red]x[b] :smile:"
 """A name that a console could take for markup."""

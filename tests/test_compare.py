@@ -110,21 +110,23 @@ def test_text_scores_of_a_side():
     """Perplexity under the base is what generation itself has seen, where the base has written the answers."""
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The sun", "Tim said")]
-    made = fgpt.generate(params, prompts, eos_token_id=tokenizer.eos, max_new_tokens=8, logprobs=True)
+    made = fgpt.generate(params, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=8, logprobs=True)
     found = [Answer(tokenizer.decode(x.tokens), tuple(x.tokens), x.finished) for x in made]
-    scores = of_texts(params, prompts, found, tokenizer.eos)
+    scores = of_texts(params, prompts, found, tokenizer.eos_token_id)
     logprobs = [p for x in made for p in x.logprobs]
     assert scores["perplexity of the answers under the base"] == pytest.approx(
         math.exp(-sum(logprobs) / len(logprobs)), rel=1e-4
     )
     by_hand = [Answer("a b c d a b c d", (1, 2, 3), True), Answer("a b", (4,), False)]
-    scores = of_texts(params, prompts[:2], by_hand, tokenizer.eos)
+    scores = of_texts(params, prompts[:2], by_hand, tokenizer.eos_token_id)
     assert scores["answers finished with EOS (%)"] == 50
     assert scores["mean answer length (tokens)"] == 2
     assert scores["repeated 4-grams (%)"] == pytest.approx(10)  # of 20 and 0
     assert scores["distinct-1 (%)"] == pytest.approx(40)  # 4 of 10
     assert scores["distinct-2 (%)"] == pytest.approx(50)  # ab bc cd da, of 7 and 1
-    empty = of_texts(params, prompts[:1], [Answer("", (), True)], tokenizer.eos)  # its end of text is what was written
+    empty = of_texts(
+        params, prompts[:1], [Answer("", (), True)], tokenizer.eos_token_id
+    )  # its end of text is what was written
     assert empty["perplexity of the answers under the base"] > 1
 
 
@@ -204,7 +206,7 @@ def test_answers_are_those_of_the_run_itself(trained: Path):
     for side, params in (("base", base), ("tuned", run_dir.load_tuned(trained / "lora-nano", base))):
         for row in found["answers"]:
             prompt = encode_prompt(InstructionRow(row["instruction"], row["input"]), PLAIN, tokenizer)
-            it = fgpt.generate(params, [prompt], eos_token_id=tokenizer.eos, max_new_tokens=9)[0]
+            it = fgpt.generate(params, [prompt], eos_token_id=tokenizer.eos_token_id, max_new_tokens=9)[0]
             assert row[side] == {"text": tokenizer.decode(it.tokens).strip(), "finished": it.finished}
 
 
@@ -304,8 +306,8 @@ def test_prompts_of_a_file(trained: Path, tmp_path: Path):
     tokenizer = fgpt.tokenizer("nano")
     prompt, answer = encode_prompt(expected[1], PLAIN, tokenizer), tokenizer.encode("No, Tim.")
     tuned = run_dir.load_tuned(trained / "lora-nano", load_base(run))
-    logp = fgpt.apply(tuned, torch.tensor([[*prompt, *answer, tokenizer.eos]]))[0].log_softmax(-1)
-    each = [-float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate([*answer, tokenizer.eos])]
+    logp = fgpt.apply(tuned, torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]]))[0].log_softmax(-1)
+    each = [-float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate([*answer, tokenizer.eos_token_id])]
     assert scores["response loss (nats per token)"] == pytest.approx(sum(each) / len(each), rel=1e-4)
     html = (trained / "lora-nano" / "compare-own.html").read_text()
     assert "&lt;b&gt;fox" in html

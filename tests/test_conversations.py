@@ -279,7 +279,7 @@ def test_what_a_conversation_looks_like():
         example = encode(FRENCH, TEMPLATES[name], NANO)
         assert NANO.decode(list(example.tokens)) == f"{text}Bonne nuit.{end}", name
         assert NANO.decode(list(example.tokens[: example.prompt_length])) == text
-        assert example.tokens[: example.prompt_length].count(NANO.eos) == 1
+        assert example.tokens[: example.prompt_length].count(NANO.eos_token_id) == 1
 
 
 def test_a_tool_and_an_assistant_that_goes_on():

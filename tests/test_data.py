@@ -80,15 +80,15 @@ def test_training_and_generation_share_the_prompt(row: InstructionRow, name: str
     )
     assert TOKENIZER.decode(list(example.tokens[: example.prompt_length])) == TEMPLATES[name].prompt(row)
     assert TOKENIZER.decode(list(example.tokens[example.prompt_length : -1])) == row.output
-    assert example.tokens[-1] == TOKENIZER.eos
-    assert example.tokens.count(TOKENIZER.eos) == 1
+    assert example.tokens[-1] == TOKENIZER.eos_token_id
+    assert example.tokens.count(TOKENIZER.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("text", ["{input}", "{", "{0}", "}{instruction}", "<|endoftext|>", "a {{b}}"])
 def test_users_text_is_only_text(text: str):
     example = encode(InstructionRow(text, text, text), ALPACA, TOKENIZER)
     assert TOKENIZER.decode(list(example.tokens[:-1])).count(text) == 3
-    assert example.tokens.count(TOKENIZER.eos) == 1
+    assert example.tokens.count(TOKENIZER.eos_token_id) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- packing
@@ -175,7 +175,7 @@ def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list
     batch = collate([examples])
     asked = batch.targets[batch.weights > 0].tolist()
     assert asked == [token for e in examples for token in e.tokens[e.prompt_length :]]
-    assert asked.count(TOKENIZER.eos) == len(examples)
+    assert asked.count(TOKENIZER.eos_token_id) == len(examples)
 
 
 @settings(max_examples=20, deadline=None)

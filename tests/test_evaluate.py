@@ -64,7 +64,7 @@ def test_a_table_of_pairs_worked_by_hand():
     chances = torch.tensor(
         [[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]
     )
-    cfg = fgpt.Config(1, 1, 4, 8, 4, 4, tie_word_embeddings=False, biases="norm")
+    cfg = fgpt.Config(1, 1, 4, 8, 4, 4, tie_word_embeddings=False, biases=frozenset({"norm"}))
     bare = fgpt.init(cfg, fgpt.key(0))
     spread = (1 / 4 - 1 / 16 + cfg.norm_eps) ** 0.5  # of the row of an identity: ln_f is made to give it back
     leaves = {"wte.w": torch.eye(4), "wpe.w": torch.zeros(8, 4), "head.w": chances.log().T.contiguous()}
@@ -269,7 +269,9 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     expected = perplexity(
-        loglikelihood_rolling(params, tokenizer.encode(text), bos_token_id=tokenizer.eos, width=64, stride=48).logprobs,
+        loglikelihood_rolling(
+            params, tokenizer.encode(text), bos_token_id=tokenizer.eos_token_id, width=64, stride=48
+        ).logprobs,
         text,
     )
     assert (found["tokens"], found["bytes"], found["words"]) == (expected.tokens, len(text.encode()), 270)

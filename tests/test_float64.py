@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "activation": "silu",
         "n_kv": 1,
         "qk_norm": True,
-        "biases": "",
+        "biases": frozenset(),
         "tie_word_embeddings": False,
         "norm_eps": 1e-6,
     },

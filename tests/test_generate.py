@@ -308,19 +308,19 @@ def test_pieces_are_whole_characters_and_stop_before_the_stop(written: str, stri
 def test_stop_strings(seed: int):
     params = fgpt.load("nano")
     prompt = NANO.encode("Once upon a time")
-    rng, sampling = fgpt.key(seed), SamplingParams(temperature=1.0)
-    free = fgpt.generate(params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng)[0]
+    rng, sampling, eos = fgpt.key(seed), SamplingParams(temperature=1.0), NANO.eos_token_id
+    free = fgpt.generate(params, [prompt], eos_token_id=eos, max_new_tokens=60, sampling=sampling, rng=rng)[0]
     whole = NANO.decode(free.tokens)
     strings = [whole[20:23], "never this"]
     until = stop_on_strings(NANO.decode, strings)
     got = fgpt.generate(
-        params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
+        params, [prompt], eos_token_id=eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
     )[0]
     assert truncate_at_stop(NANO.decode(got.tokens), strings) == truncate_at_stop(whole, strings)
     assert got.tokens == free.tokens[: len(got.tokens)]
     assert strings[0] not in NANO.decode(got.tokens[:-1])
     steps = stream(
-        params, [prompt], eos_token_id=NANO.eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
+        params, [prompt], eos_token_id=eos, max_new_tokens=60, sampling=sampling, rng=rng, stopping_criterion=until
     )
     assert "".join(
         stream_text(NANO.decode, (x.token for s in steps for x in s if not x.is_eos), strings)

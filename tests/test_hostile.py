@@ -675,7 +675,7 @@ LLAMA: dict[str, Any] = {
     "rotary_dim": 8,
     "tie_word_embeddings": False,
     "activation": "silu",
-    "biases": "",
+    "biases": frozenset(),
 }
 HUB = {"self_attn.q_proj": "attn.q", "self_attn.v_proj": "attn.v", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 MADE: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
@@ -863,8 +863,8 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
     if said["model_type"] == "llama":
-        assert ("q" in cfg.biases.split()) is bool(said.get("attention_bias"))
-        assert ("gate" in cfg.biases.split()) is bool(said.get("mlp_bias"))
+        assert ("q" in cfg.biases) is bool(said.get("attention_bias"))
+        assert ("gate" in cfg.biases) is bool(said.get("mlp_bias"))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -901,7 +901,7 @@ def test_spoiled_configs(kind: str, tmp_path: Path):
 def check_tokenizer(tokenizer: Tokenizer, vocab: int) -> None:
     """Asserts that what is there can be used."""
     assert tokenizer.n_vocab > 0
-    assert 0 <= tokenizer.eos < vocab
+    assert 0 <= tokenizer.eos_token_id < vocab
     assert all(0 <= token < vocab for token in tokenizer.eos_token_ids)
     with guarded():
         try:

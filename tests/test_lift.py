@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import fgpt
-from fgpt.adapters import weight_matrices
+from fgpt.layers import weight_matrices
 from fgpt.tree import leaves, num_elements, replace_at, tree_map
 
 X = tokens(31, 3, 9)

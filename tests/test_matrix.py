@@ -28,10 +28,10 @@ from torch.func import grad, grad_and_value, hessian, jvp, linearize, vmap
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
-from fgpt.adapters import weight_matrices
 from fgpt.kernels import attention, quantized_linear
 from fgpt.kernels.dropout import dropout_mask
 from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
+from fgpt.layers import weight_matrices
 from fgpt.rng import fold_in_seed
 from fgpt.tree import astype, leaves, tree_map
 

@@ -20,9 +20,9 @@ from test_peft import X, agrees, identical
 from torch import Tensor
 
 import fgpt
-from fgpt.adapters import weight_matrices
 from fgpt.families import family_of
 from fgpt.families.mapping import join_heads
+from fgpt.layers import weight_matrices
 from fgpt.weights import dense
 
 RULES: dict[str, Callable[[dict[str, Any], Tensor], float]] = {

@@ -107,7 +107,8 @@ def test_tinytiny_has_its_origins_parameters():
 
 def test_flops_worked_by_hand():
     """One layer of two heads, 4 wide, and 10 tokens: 40 in the table, 12 · 16 in the block, 12 in norms."""
-    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "n_ctx": 8, "vocab_size": 10, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 2, "d_model": 4, "n_ctx": 8, "vocab_size": 10, "d_mlp": 16}
+    sizes |= {"biases": frozenset()}
     tied = abstract_params(fgpt.Config(**sizes))
     assert mfu.flops(tied, 8) == 6 * (40 + 192 + 12) + 12 * 1 * 2 * 2 * 8 == 1848
     assert (
@@ -120,7 +121,7 @@ def test_flops_worked_by_hand():
 def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrained: Path):
     saved = pretrained / "model"
     ours = fgpt.load(str(saved))
-    assert ours.cfg.biases == ""
+    assert ours.cfg.biases == frozenset()
     assert json.loads((saved / "config.json").read_text())["bias"] is False
     theirs = transformers.GPT2LMHeadModel.from_pretrained(saved, dtype=torch.float32).eval()
     tokens = torch.randint(0, 4096, (2, 40), generator=fgpt.key(0))
@@ -128,12 +129,13 @@ def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrain
 
 
 def test_ranks_are_saved_with_a_model(tmp_path: Path):
-    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 8, "vocab_size": 4100, "d_mlp": 16, "biases": ""}
+    sizes: Any = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 8, "vocab_size": 4100, "d_mlp": 16}
+    sizes |= {"biases": frozenset()}
     fgpt.save(fgpt.init(fgpt.Config(**sizes), fgpt.key(0)), tmp_path, like=NANO)
     assert (tmp_path / RANKS).read_bytes() == (models.EMBEDDED["nano"] / RANKS).read_bytes()
-    assert fgpt.tokenizer(str(tmp_path)).eos == NANO.eos
+    assert fgpt.tokenizer(str(tmp_path)).eos_token_id == NANO.eos_token_id
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["eos_token_id"] == config["bos_token_id"] == NANO.eos
+    assert config["eos_token_id"] == config["bos_token_id"] == NANO.eos_token_id
 
 
 def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -142,7 +144,7 @@ def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / RANKS).write_text(own.files()[RANKS])
     again, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
     assert again.encode(text) == own.encode(text)
-    assert (again.eos, again.n_vocab) == (50_256, 50_257)
+    assert (again.eos_token_id, again.n_vocab) == (50_256, 50_257)
     lines = [line.split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
     assert [base64.b64decode(token) for token, _ in lines[-3:]] == [
         own.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
@@ -268,7 +270,9 @@ def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
 
 def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
     params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
-    ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], bos_token_id=NANO.bos, stride=64)
+    ended = loglikelihood_rolling(
+        params, [*NANO.encode(text), NANO.eos_token_id], bos_token_id=NANO.bos_token_id, stride=64
+    )
     of = heldout_perplexity(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]

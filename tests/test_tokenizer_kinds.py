@@ -302,7 +302,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_is_transformers(name: str, folders: dict[str, Path]):
     ours, theirs = of_folder(folders[name], ROOM), AutoTokenizer.from_pretrained(folders[name])
-    assert ours.eos == theirs.eos_token_id
+    assert ours.eos_token_id == theirs.eos_token_id
     assert ours.n_vocab == len(theirs)
     battery(ours, theirs)
     empty = theirs("")["input_ids"]
@@ -327,7 +327,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file(name: str, file: str, tmp_path: 
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
 
     def reads(ours: Tokenizer) -> Any:
-        chat = ours.apply_chat_template(TALK[1:]) if ours.end_of_turn != (ours.eos,) else []
+        chat = ours.apply_chat_template(TALK[1:]) if ours.end_of_turn != (ours.eos_token_id,) else []
         return [ours.encode_special(text) for text in TEXTS], ours.eos_token_ids, chat
 
     expected = reads(of_folder(folder, ROOM))
@@ -353,7 +353,11 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert (tmp_path / "tokenizer.json").is_file()
     again, theirs = of_folder(tmp_path, ROOM), AutoTokenizer.from_pretrained(tmp_path)
-    assert (again.eos, again.n_vocab, again.eos_token_ids) == (ours.eos, ours.n_vocab, ours.eos_token_ids)
+    assert (again.eos_token_id, again.n_vocab, again.eos_token_ids) == (
+        ours.eos_token_id,
+        ours.n_vocab,
+        ours.eos_token_ids,
+    )
     for text in TEXTS:
         assert again.encode(text) == ours.encode(text), repr(text)
         assert (
@@ -445,7 +449,7 @@ def nano_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     again = fgpt.tokenizer(str(at))
     assert isinstance(again, tiktoken_bpe.TiktokenTokenizer)
     theirs = AutoTokenizer.from_pretrained(at)
-    assert (again.eos, again.n_vocab) == (theirs.eos_token_id, len(theirs)) == (4095, 4096)
+    assert (again.eos_token_id, again.n_vocab) == (theirs.eos_token_id, len(theirs)) == (4095, 4096)
     return again, theirs
 
 
@@ -478,7 +482,7 @@ def test_every_end_that_the_configs_name(
     at = library(tmp_path, trained(), eos_token="<|im_end|>")
     put(at, generation_config_DOT_json=generation, config_DOT_json={"model_type": "llama"} | config)
     assert of_folder(at, ROOM).eos_token_ids == expected
-    assert of_folder(at, ROOM).eos == 2
+    assert of_folder(at, ROOM).eos_token_id == 2
 
 
 def test_further_ends_of_a_gguf_file():
@@ -531,7 +535,7 @@ def test_what_ends_a_turn(tmp_path: Path):
     made = trained()
     at = library(tmp_path, made, template=CHATML, eos_token="<|endoftext|>")
     ours = of_folder(at, ROOM)
-    assert (ours.eos, ours.end_of_turn, ours.eos_token_ids) == (0, (2,), (0, 2))
+    assert (ours.eos_token_id, ours.end_of_turn, ours.eos_token_ids) == (0, (2,), (0, 2))
     row = InstructionRow("Say it.", output="Hello")
     talk = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hello"}]
     whole = encode(row, CHAT, ours)

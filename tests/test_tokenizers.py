@@ -172,9 +172,9 @@ def test_text_comes_back_and_special_tokens_in_it_stay_text(several: dict[str, T
     assert isinstance(tokenizer, Tokenizer)
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
-    assert tokenizer.eos not in tokens
+    assert tokenizer.eos_token_id not in tokens
     assert all(0 <= token < tokenizer.n_vocab for token in tokens)
-    assert tokenizer.decode([*tokens, tokenizer.eos]) == text + tokenizer.decode([tokenizer.eos])
+    assert tokenizer.decode([*tokens, tokenizer.eos_token_id]) == text + tokenizer.decode([tokenizer.eos_token_id])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +183,7 @@ def test_edges_of_the_protocol(several: dict[str, Tokenizer], kind: str):
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode([*tokenizer.encode("a"), 10**6, -1]) == "a"  # rows of a padded table have no text
-    assert tokenizer.decode([tokenizer.eos]) in SPECIAL
+    assert tokenizer.decode([tokenizer.eos_token_id]) in SPECIAL
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")  # half a surrogate pair
 
 
@@ -196,7 +196,7 @@ def test_a_chat_is_its_text_with_special_tokens(several: dict[str, Tokenizer], k
     so_far = tokenizer.apply_chat_template(TALK, add_generation_prompt=False)
     assert tokens[: len(so_far)] == so_far
     if kind != "ranks":  # of which only <|endoftext|> is one
-        assert so_far.count(tokenizer.eos) == len(TALK)
+        assert so_far.count(tokenizer.eos_token_id) == len(TALK)
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
@@ -218,7 +218,7 @@ def test_a_folder_is_transformers_on_all_strings(folder: Path):
     ours, theirs = of_folder(folder, 600), AutoTokenizer.from_pretrained(folder)
     for text in STRINGS:
         agree(ours, theirs, text)
-    assert ours.eos == theirs.eos_token_id
+    assert ours.eos_token_id == theirs.eos_token_id
     assert ours.n_vocab == len(theirs)
     assert ours.encode("a <tool> b") == theirs.encode("a <tool> b", add_special_tokens=False)
     for answer in (True, False):
@@ -239,7 +239,7 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
         if pre != "qwen2" or "combining" not in text:  # transformers drops Qwen's NFC there
             agree(ours, theirs, text)
         assert ours.encode(text) == made.encode(text.replace("<|", "< |"), add_special_tokens=False).ids or "<|" in text
-    assert ours.eos == theirs.eos_token_id
+    assert ours.eos_token_id == theirs.eos_token_id
     assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
         TALK, add_generation_prompt=True, return_dict=False
     )
@@ -265,7 +265,7 @@ def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
     for text in STRINGS:
         agree(again, theirs, text)
         assert again.encode(text) == ours.encode(text)
-    assert (again.eos, again.n_vocab) == (ours.eos, ours.n_vocab)
+    assert (again.eos_token_id, again.n_vocab) == (ours.eos_token_id, ours.n_vocab)
     assert again.apply_chat_template(TALK) == ours.apply_chat_template(TALK)
     assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
         TALK, add_generation_prompt=True, return_dict=False
@@ -353,8 +353,8 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
     assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), TiktokenTokenizer)
     got = of(tokenizer_dot_json=hub, vocab_dot_json=vocab, **ends)
     assert isinstance(got, HFTokenizer)
-    assert got.eos == 0
-    assert of(tokenizer_dot_json=hub, generation_config_dot_json={"eos_token_id": [2, 1]}, **ends).eos == 2
+    assert got.eos_token_id == 0
+    assert of(tokenizer_dot_json=hub, generation_config_dot_json={"eos_token_id": [2, 1]}, **ends).eos_token_id == 2
     got = of(vocab_dot_json=vocab | {"<|endoftext|>": len(vocab)}, config_dot_json={"model_type": "gptj"})
     assert isinstance(got, TiktokenTokenizer)
     assert got.encode("Once upon a time") == nano.encode("Once upon a time")
@@ -402,7 +402,7 @@ def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_
     several = [hub, of_folder(tmp_path, 50400), tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken"), tokenizer_files.gpt2()]
     for text in [*STRINGS, (ROOT / "README.md").read_text()]:
         assert len({tuple(each.encode(text)) for each in several}) == 1, repr(text)
-    assert {(each.eos, each.n_vocab) for each in several} == {(50256, 50257)}
+    assert {(each.eos_token_id, each.n_vocab) for each in several} == {(50256, 50257)}
 
 
 BAD = {
@@ -483,7 +483,7 @@ def test_smollm2_is_transformers(smollm2: tuple[HFTokenizer, Any], text: str):
 
 def test_smollm2s_chat(smollm2: tuple[HFTokenizer, Any]):
     ours, theirs = smollm2
-    assert (ours.n_vocab, ours.eos, ours.decode([ours.eos])) == (49152, 2, "<|im_end|>")
+    assert (ours.n_vocab, ours.eos_token_id, ours.decode([ours.eos_token_id])) == (49152, 2, "<|im_end|>")
     talk = [{"role": "user", "content": "Who are you?"}]
     assert ours.chat_template is not None
     for messages in (talk, TALK):

@@ -46,7 +46,10 @@ from experiments.bench.timing import (
     time_interleaved,
     times,
 )
-from fgpt.adapters import Adapters, adapt, dora, lora, merge
+from fgpt.adapter_dora import dora
+from fgpt.adapter_lora import lora
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, merge
 from fgpt.data import instruction_datasets
 from fgpt.data.prompt_templates import PLAIN, encode
 from fgpt.io.models import EMBEDDED, load, tokenizer

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fgpt.adapters import Adapters, LoRA, adapt, lora
+from fgpt.adapter_lora import LoRA, lora
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError

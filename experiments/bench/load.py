@@ -17,7 +17,8 @@ import torch
 
 from experiments.bench.baselines import equal_rows, fgpt_batch
 from experiments.bench.timing import console, hardware, report, status
-from fgpt.adapters import adapt, lora, num_trainable, trainable_leaves
+from fgpt.adapter_lora import lora
+from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.families import GPTJ
 from fgpt.families.mapping import to_hf
 from fgpt.io.files import write_json
@@ -42,7 +43,7 @@ SHAPE = Config(
     tie_word_embeddings=False,
     parallel_residual=True,
     n_norms=1,
-    biases="up down norm head",
+    biases=frozenset({"up", "down", "norm", "head"}),
     rotary_dim=64,
     interleaved=True,
 )

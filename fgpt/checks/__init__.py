@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fgpt.adapters import Adapters
+from fgpt.adapter_types import Adapters
 from fgpt.checks import forward, persistence, training
 from fgpt.checks.context import CheckResult, Context, context_of, not_applicable
 from fgpt.losses import Batch

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fgpt.adapters import Adapters, adapt, merge
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, merge
 from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, hidden, logits

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from fgpt.adapters import Adapter, Adapters, DoRA, LoRA
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapter, Adapters
 from fgpt.checks.context import CheckResult, Context
 from fgpt.checks.training import summarize
 from fgpt.errors import InputError

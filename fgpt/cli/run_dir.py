@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from fgpt.adapters import Adapters, adapt, merge
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, merge
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console
 from fgpt.cli.environment import environment

@@ -3,7 +3,8 @@
 {"kind": "instruction", "version": 1, "name": "lora-nano", "base": "nano", ..}
 
 Fields that are absent take their defaults, so that runs stay readable when recipes get new fields. A field that a
-recipe does not have is an error, as training without it would be another training.
+recipe does not have is an error, as training without it would be another training. Files from before version 1 have
+neither kind nor version, and older names.
 """
 
 import dataclasses
@@ -25,6 +26,37 @@ VERSION = 1
 HEADER = ("kind", "version")
 """The entries that are no fields of the recipe."""
 
+RENAMED = {
+    "evaluate": "eval_every",
+    "checkpoint": "checkpoint_every_minutes",
+    "keep": "keep_checkpoints",
+    "track": "tracker",
+    "warmup": "warmup_steps",
+    "seq": "max_seq_len",
+    "rows": "micro_batch_size",
+    "accumulate": "grad_accumulation_steps",
+}
+"""The fields that have other names in files without a version, by those names."""
+RENAMED_IN = {
+    "instruction": {
+        "long": "overlong",
+        "heldout": "num_heldout",
+        "compare": "compare_prompts",
+        "most": "max_new_tokens",
+    },
+    "classification": {
+        "heldout": "num_heldout",
+        "form": "head",
+        "wording": "prompt",
+        "shots": "num_fewshot",
+        "also": "tune_also",
+    },
+    "pretraining": {"floor": "min_lr_ratio", "peak": "peak_tflops"},
+}
+"""Those of one kind of recipe."""
+HEADS = {"classes": "classifier", "tokens": "lm"}
+"""The values of `head` that have other names there."""
+
 
 def write_run(folder: Path, run: TrainingRecipe) -> None:
     """Write run.json with shareable paths, and local.json with the full ones."""
@@ -43,6 +75,7 @@ def read_run(folder: Path) -> AnyRecipe:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a recipe, got {short_repr(values)}")
+    values = upgrade(values)
     recipe = _recipe_class(path, values)
     fields = with_full_paths(folder, recipe_fields(values))
     try:
@@ -55,7 +88,26 @@ def read_run(folder: Path) -> AnyRecipe:
 
 def recipe_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of run.json that are fields of the recipe."""
-    return {name: value for name, value in values.items() if name not in HEADER}
+    return {name: value for name, value in upgrade(values).items() if name not in HEADER}
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a run.json without a version as version 1 has them; those of any other file unchanged.
+
+    >>> upgrade({"name": "mine", "data": "alpaca", "seq": 512, "take": "best"})["keep_best"]
+    True
+    """
+    if any(name in values for name in HEADER) or "seq" not in values:
+        return dict(values)
+    kind = "classification" if "train" in values else "pretraining" if "n_layer" in values else "instruction"
+    names = RENAMED | RENAMED_IN[kind]
+    fields: dict[str, Any] = {names.get(name, name): value for name, value in values.items()}
+    if "take" in fields:
+        fields["keep_best"] = fields.pop("take") == "best"
+    for old, new in HEADS.items():
+        if fields.get("head") == old:
+            fields["head"] = new
+    return {"kind": kind, "version": VERSION} | fields
 
 
 def _recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:

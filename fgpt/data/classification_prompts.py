@@ -217,7 +217,7 @@ def prompt_frame(
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text)) if text else ()
 
-    prefix, suffix, between = encode(wording.prefix), encode(wording.suffix), (tokenizer.eos,)
+    prefix, suffix, between = encode(wording.prefix), encode(wording.suffix), (tokenizer.eos_token_id,)
     before = tokenizer.prefix_tokens + encode(wording.instruction.replace("{labels}", ", ".join(names)))
     for shot in shots:
         second = (*between, *encode(shot.text2)) if shot.text2 else ()

@@ -151,7 +151,7 @@ def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer)
     tokens = [*tokenizer.prefix_tokens]
     for prompt, answer in turns:
         tokens += tokenizer.encode(prompt)
-        tokens += [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos]
+        tokens += [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos_token_id]
     return tuple(tokens)
 
 
@@ -175,7 +175,7 @@ def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Exa
     """
     prompt = encode_prompt(row, template, tokenizer)
     answer = tokenizer.encode(row.output) if row.output.strip() else []
-    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos,)
+    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos_token_id,)
     weight = row.weight if isinstance(row, Turn) else 1.0
     return Example((*prompt, *answer, *(end if answer else end[-1:])), len(prompt), weight=weight)
 

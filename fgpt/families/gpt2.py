@@ -50,7 +50,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     """
     found = common(config)
     flag(config, "reorder_and_upcast_attn", False)  # a way to compute the same: here scores are in fp32 anyway
-    biases = Config.biases if flag(config, "bias", True) else ""
+    biases = Config.biases if flag(config, "bias", True) else frozenset()
     return Config(
         **found,
         tie_word_embeddings=flag(config, "tie_word_embeddings", True),

@@ -34,7 +34,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         tie_word_embeddings=False,
         parallel_residual=True,
         n_norms=1,
-        biases="up down norm head",
+        biases=frozenset({"up", "down", "norm", "head"}),
         interleaved=True,
     )
 

@@ -55,13 +55,12 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
     """
     found = sizes(config, LLAMA_SIZES)
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
+    biases: set[str] = set()
     if kind == "qwen2":
-        biases = "q k v"
-    elif kind == "mistral":
-        biases = ""
-    else:
-        attention = "q k v o" if flag(config, "attention_bias", False) else ""
-        biases = f"{attention} {'up down gate' if flag(config, 'mlp_bias', False) else ''}".strip()
+        biases = {"q", "k", "v"}
+    elif kind != "mistral":
+        biases |= {"q", "k", "v", "o"} if flag(config, "attention_bias", False) else set()
+        biases |= {"up", "down", "gate"} if flag(config, "mlp_bias", False) else set()
     d_head = optional_size(config, "head_dim", 128 if kind == "qwen3" else config["hidden_size"] // heads)
     if d_head * heads > MAX_SIZE:
         raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MAX_SIZE} components at most")
@@ -78,7 +77,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         norm_type="rms",
         qk_norm=kind == "qwen3",
         gated_mlp=True,
-        biases=biases,
+        biases=frozenset(biases),
         rotary_dim=d_head,
     )
 
@@ -134,7 +133,7 @@ def window_to_hf(cfg: Config, kind: str) -> dict[str, Any]:
 def config_to_hf(cfg: Config) -> dict[str, Any]:
     """The Hugging Face `config.json` of our config."""
     other = "llama" if cfg.sliding_window is None else "mistral"
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == "q k v" else other
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.biases == {"q", "k", "v"} else other
     config = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -148,8 +147,8 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
         **window_to_hf(cfg, kind),
     }
     if kind in ("llama", "qwen3"):
-        config["attention_bias"] = "q" in cfg.biases.split()
-    return config | {"mlp_bias": "gate" in cfg.biases.split()} if kind == "llama" else config
+        config["attention_bias"] = "q" in cfg.biases
+    return config | {"mlp_bias": "gate" in cfg.biases} if kind == "llama" else config
 
 
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.adapter_stacking import stack_adapters, without_dropout
-from fgpt.adapters import Adapters
+from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.generation import static_cache
 from fgpt.generation.sampling import GREEDY, SamplingParams, sample

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import vmap
 
-from fgpt.adapters import Adapters, adapt
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt
 from fgpt.model import GPT, KVCache, LayerKV, StaticLayerCache, forward_with_cache, logits, transformer_layers
 from fgpt.tree import node, tree_map
 

@@ -18,9 +18,9 @@ from fgpt.errors import InputError
 from fgpt.families.mapping import Place
 from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.model import GPT, Embedding, Linear
-from fgpt.tokenizers.chat_template import CONFIG
-from fgpt.tokenizers.huggingface import FILE
-from fgpt.tokenizers.special_tokens import MAP, token_content
+from fgpt.tokenizers.chat_template import TOKENIZER_CONFIG
+from fgpt.tokenizers.huggingface import TOKENIZER_JSON
+from fgpt.tokenizers.special_tokens import SPECIAL_TOKENS_MAP, token_content
 from fgpt.tree import walk
 
 PAD = "<|pad|>"
@@ -50,7 +50,7 @@ def to_hf_classifier(
     if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
         raise InputError('a classifier over quantized weights has no such format: merge(params, base="dequantized")')
     more = _labels(config, num_classes(params) or 0, labels)
-    if FILE not in files:
+    if TOKENIZER_JSON not in files:
         return params, files, more
     padded, files, pad = _with_pad_token(params, files, config.get("eos_token_id"))
     return padded, files, more | {"pad_token_id": pad, "vocab_size": padded.cfg.vocab_size}
@@ -72,8 +72,8 @@ def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, in
     """Model and tokenizer with a token for padding, which is none that ends a text; and that token."""
     from tokenizers import Tokenizer
 
-    config = _read(files.get(CONFIG, "{}"))
-    tokenizer = Tokenizer.from_str(_text(files[FILE]))
+    config = _read(files.get(TOKENIZER_CONFIG, "{}"))
+    tokenizer = Tokenizer.from_str(_text(files[TOKENIZER_JSON]))
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.token_to_id(token_content(config.get("eos_token")))}
     token = PAD
     for name in ("unk_token", "pad_token"):  # the last that will do
@@ -83,9 +83,9 @@ def _with_pad_token(params: GPT, files: Files, eos: Any) -> tuple[GPT, Files, in
     tokenizer.add_special_tokens([token])
     pad = tokenizer.token_to_id(token)
     assert pad is not None
-    more = {FILE: tokenizer.to_str(pretty=True), CONFIG: _json(config | {"pad_token": token})}
-    if MAP in files:
-        more[MAP] = _json(_read(files[MAP]) | {"pad_token": token})
+    more = {TOKENIZER_JSON: tokenizer.to_str(pretty=True), TOKENIZER_CONFIG: _json(config | {"pad_token": token})}
+    if SPECIAL_TOKENS_MAP in files:
+        more[SPECIAL_TOKENS_MAP] = _json(_read(files[SPECIAL_TOKENS_MAP]) | {"pad_token": token})
     return _with_rows(params, pad + 1), {**files, **more}, pad
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fgpt import families
 from fgpt._typing import StrPath
-from fgpt.adapters import weight_matrices
 from fgpt.classification_head import num_classes
 from fgpt.data import hub_files
 from fgpt.data.hub_files import HubError
@@ -36,10 +35,11 @@ from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import QUANTIZED, Format
+from fgpt.layers import weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files
-from fgpt.tokenizers.tiktoken_bpe import FILE, TiktokenTokenizer
+from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON, TiktokenTokenizer
 from fgpt.tree import astype, replace_at, select, walk
 from fgpt.weights import dtype as weight_dtype
 
@@ -375,7 +375,7 @@ def _tokenizer(
     among them, which transformers reads.
     """
     if isinstance(like, TiktokenTokenizer):
-        return {"bos_token_id": like.bos, "eos_token_id": like.eos}, like.files()
+        return {"bos_token_id": like.bos_token_id, "eos_token_id": like.eos_token_id}, like.files()
     if not like:
         return {}, {}
     source = _open(resolve(like, tokenizer=True))
@@ -385,7 +385,7 @@ def _tokenizer(
     copied_files = {
         name: (source.path / name).read_bytes() for name in tokenizer_files.FILES if (source.path / name).is_file()
     }
-    if FILE in copied_files:
+    if TOKENIZER_JSON in copied_files:
         return ends, copied_files
     try:
         built_files = tokenizer_files.of_folder(source.path, vocab).files()

@@ -23,7 +23,11 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 
 from fgpt._typing import StrPath
-from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_ia3 import IA3
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
@@ -40,6 +44,23 @@ FORMAT, STRUCTURE = "fgpt", "structure"
 
 OPTIONAL_CONFIG_FIELDS = ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 """Fields of Config that older files do not have: their models are those of the defaults."""
+
+RENAMED_NODES = {"FourBit": "Blockwise4bit", "Blockwise8": "Blockwise8bit", "Rowwise8": "RowwiseInt8"}
+RENAMED_CONFIG_FIELDS = {
+    "context": "n_ctx",
+    "vocab": "vocab_size",
+    "eps": "norm_eps",
+    "tied": "tie_word_embeddings",
+    "act": "activation",
+    "norm": "norm_type",
+    "gated": "gated_mlp",
+    "parallel": "parallel_residual",
+    "norms": "n_norms",
+    "rotary": "rotary_dim",
+    "base": "rope_theta",
+    "stretch": "rope_scaling",
+}
+"""Nodes and fields of Config that have other names in older files, by those names."""
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' operators take for a block."""
@@ -85,7 +106,12 @@ def _static_to_json(value: Any) -> Any:
     """A static field as JSON."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return dataclasses.asdict(value) if isinstance(value, Config) else value
+    return config_to_json(value) if isinstance(value, Config) else value
+
+
+def config_to_json(cfg: Config) -> dict[str, Any]:
+    """The fields of a config as JSON: equal for equal configs."""
+    return dataclasses.asdict(cfg) | {"biases": sorted(cfg.biases)}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -126,8 +152,10 @@ def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
             return {k: _build(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in items.items()}
         case {"tuple": list(items), **rest} if not rest:
             return tuple(_build(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(items))
-        case dict() if len(form) == 1 and isinstance(fields := form[cls := next(iter(form))], dict) and cls in NODES:
-            return _node(NODES[cls], fields, name, below, tensors)
+        case dict() if len(form) == 1 and isinstance(fields := form[key := next(iter(form))], dict):
+            cls = NODES.get(RENAMED_NODES.get(key, key))
+            if cls is not None:
+                return _node(cls, fields, name, below, tensors)
     raise InputError(f"{name or 'the tree'} is {json.dumps(form)[:60]}; expected a tensor, dict, tuple or known node")
 
 
@@ -175,12 +203,23 @@ def _static(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
-        fields: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in value.items()}
+        fields: dict[str, Any] = {}
+        for name, x in value.items():
+            fields[RENAMED_CONFIG_FIELDS.get(name, name)] = tuple(x) if isinstance(x, list) else x
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
+        fields["biases"] = _biases(fields.get("biases"))
         fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
         return Config(**fields) if fits else value
     return value
+
+
+def _biases(value: Any) -> Any:
+    """The layers with a bias, of a list or, in older files, of one string; unchanged if it does not fit."""
+    names = value.split() if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return frozenset(names)
 
 
 def _rope_scaling(values: Any) -> Any:

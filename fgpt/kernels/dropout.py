@@ -31,7 +31,9 @@ def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bo
     return joined >= round(p * 2**32) - 2**31
 
 
-def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""], p: float) -> Float[Tensor, "*batch in"]:
-    """x with each element zeroed with probability p, and divided by 1 - p otherwise."""
+def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""] | None, p: float) -> Float[Tensor, "*batch in"]:
+    """x with each element zeroed with probability p, and divided by 1 - p otherwise; without a seed, x itself."""
+    if seed is None:
+        return x
     keep = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
     return x * (keep / (1 - p)).to(x.dtype)

@@ -1,16 +1,17 @@
 """The product of a base weight, a tensor or a quantized matrix, with and without an adapter on it:
 
     base_linear      y = x Wᵀ + bias
-    adapted_linear   y = row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias
+    adapted_linear   y = row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias        x̃ = x after dropout
 
-where x̃ is x after dropout. The kernel is chosen by the operands alone, and no caller knows which one ran.
+The kernel is chosen by the operands alone, and no caller knows which one ran.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.kernels.dropout import dropout
 from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.kernels.gemv import gemv, use_gemv
 from fgpt.kernels.grad_only_linear import GradOnly, grad_only_linear
@@ -20,7 +21,6 @@ from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, sca
 
 def reference(
     x: Float[Tensor, "rows in"],
-    lora_x: Float[Tensor, "rows in"],
     w: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"],
     *,
@@ -28,9 +28,11 @@ def reference(
     b: Float[Tensor, "out rank"],
     row: Float[Tensor, " out"],
     scale: float,
+    seed: Int[Tensor, ""],
+    p: float,
 ) -> Float[Tensor, "rows out"]:
     """The definition of `adapted_linear`, every operand present."""
-    return row * (x @ w.T + bias + scale * lora_x @ a.T @ b.T) + (1 - row) * bias
+    return row * (x @ w.T + bias + scale * dropout(x, seed, p) @ a.T @ b.T) + (1 - row) * bias
 
 
 def base_linear(
@@ -52,7 +54,6 @@ def base_linear(
 
 def adapted_linear(
     x: Float[Tensor, "*batch in"],
-    lora_x: Float[Tensor, "*batch in"],
     w: Float[Tensor, "out in"] | Quantized,
     bias: Float[Tensor, " out"] | None,
     *,
@@ -60,22 +61,24 @@ def adapted_linear(
     b: Float[Tensor, "out rank"] | None,
     row: Float[Tensor, " out"] | None,
     scale: float,
+    seed: Int[Tensor, ""] | None,
+    p: float,
 ) -> Float[Tensor, "*batch out"]:
     """row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias; without A and B, or without `row`, what is left of it.
+    `seed` drops each element of x̃ with probability p.
 
     Outside transforms nothing of the width of y is allocated twice: the low-rank term is added in place, and a `row`
     whose elements are all far from zero is fused with it.
     """
     rows = x.reshape(-1, x.shape[-1])
     if row is not None and can_reconstruct(row):
-        lora_rows = rows if lora_x is x else lora_x.reshape(rows.shape)
         row, bias, a, b = (None if t is None else t.to(x.dtype) for t in (row, bias, a, b))
         assert row is not None
-        y = fused_scaled_linear(rows, lora_rows, w, row, bias, a, b, scale)
+        y = fused_scaled_linear(rows, dropout(rows, seed, p), w, row, bias, a, b, scale)
     else:
         y = base_linear(rows, w, bias)
         if a is not None and b is not None:
-            low = scale * F.linear(lora_x, a.to(x.dtype))
+            low = scale * F.linear(dropout(x, seed, p), a.to(x.dtype))
             # In place: nobody else reads y yet, and it is no view, as `rows` is flat.
             add = torch.addmm if in_transform_or_compile() else Tensor.addmm_
             y = add(y, low.reshape(-1, low.shape[-1]), b.to(y.dtype).T)

@@ -5,6 +5,9 @@ from typing import Literal
 
 from fgpt.kernels.rotary import DynamicScaling, RopeScaling, YarnScaling
 
+BIASES = frozenset({"q", "k", "v", "o", "up", "down", "gate", "norm", "head"})
+"""The layers that may have a bias."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -39,8 +42,8 @@ class Config:
     """Whether attention and MLP read the same x and are added to it together."""
     n_norms: Literal[1, 2] = 2
     """Norms of a block; if there is one, both branches read it."""
-    biases: str = "q k v o up down norm"
-    """Layers that have a bias, separated by spaces."""
+    biases: frozenset[str] = frozenset({"q", "k", "v", "o", "up", "down", "norm"})
+    """Layers that have a bias: names of BIASES."""
     rotary_dim: int = 0
     """Components of a head that are rotated by position; 0 means learned positions instead."""
     interleaved: bool = False

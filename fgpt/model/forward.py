@@ -12,6 +12,7 @@ section 2.2.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.functorch_state import dual_outside_torch_func
+from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialize
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
@@ -32,7 +34,7 @@ from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import replace_at
-from fgpt.weights import embed, grad_only, linear
+from fgpt.weights import Adapted, Weight, embed, linear
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
@@ -124,10 +126,17 @@ def block(
 
 def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any, **options: Any) -> tuple[Tensor, LayerKV]:
     """`block` for its gradient alone: what it adds to x last is not computed, as no gradient reads it."""
-    last = {"mlp.down.w": grad_only(p.mlp.down.w)}
+    last = {"mlp.down.w": _grad_only(p.mlp.down.w)}
     if cfg.parallel_residual:
-        last["attn.o.w"] = grad_only(p.attn.o.w)
+        last["attn.o.w"] = _grad_only(p.attn.o.w)
     return block(x, replace_at(p, last), cfg, *args, **options)
+
+
+def _grad_only(w: Weight) -> Weight:
+    """`w` for a product whose value nobody reads. If rows are scaled, their gradient reads it: then `w` itself."""
+    if isinstance(w, Adapted):
+        return w if w.row is not None else replace(w, base=_grad_only(w.base))
+    return w if isinstance(w, GradOnly) else GradOnly(w)
 
 
 rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)

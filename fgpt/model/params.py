@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.model.config import Config
+from fgpt.model.config import BIASES, Config
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, replace_at, static
 from fgpt.weights import Weight
@@ -95,7 +95,7 @@ def abstract_params(cfg: Config) -> GPT:
     """The params tree of a config with leaves on the meta device, without storage: the shapes that files must have.
 
     Raises:
-        InputError: if the sizes of `cfg` do not fit one another.
+        InputError: if the sizes of `cfg` do not fit one another, or it names a bias that no layer has.
     """
     d, m, n, kv = cfg.d_model, cfg.d_mlp, cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
     if cfg.d_head is None and d % cfg.n_head:
@@ -110,10 +110,12 @@ def abstract_params(cfg: Config) -> GPT:
         raise InputError(f"a window of {cfg.sliding_window} tokens: expected 1 or more, or None")
     if cfg.n_norms == 1 and not cfg.parallel_residual:
         raise InputError("one norm in a block serves parallel branches: expected parallel_residual=True, or n_norms=2")
+    if unknown := set(cfg.biases) - BIASES:
+        raise InputError(f"no layer {min(unknown)!r} for a bias: expected a set of {', '.join(sorted(BIASES))}")
     empty = partial(torch.empty, device="meta", dtype=torch.float32)
 
     def bias(name: str, size: int) -> Tensor | None:
-        return empty(size) if name in cfg.biases.split() else None
+        return empty(size) if name in cfg.biases else None
 
     def layer(name: str, out: int, inp: int) -> Linear:
         return Linear(empty(out, inp), bias(name, out))

@@ -13,7 +13,7 @@ Messages = Sequence[Mapping[str, str]]
 
 SECONDS = 10
 """Time limit for rendering a text: thousands of times what the templates of models take."""
-CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def of_folder(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
     None if there is none.
     """
     template = config.get("chat_template")
-    path = folder / TEMPLATE
+    path = folder / CHAT_TEMPLATE
     if path.is_file():
         try:
             template = path.read_text(encoding="utf-8-sig")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fgpt.errors import InputError, one_line, short_repr
 from fgpt.library_errors import call
 from fgpt.tokenizers import merges, special_tokens
-from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
+from fgpt.tokenizers.chat_template import TOKENIZER_CONFIG, ChatTemplate, Messages
 from fgpt.tokenizers.child_process import Child
 from fgpt.tokenizers.continuation import continuation_tokens
-from fgpt.tokenizers.special_tokens import GENERATION, DeclaredTokens
-from fgpt.tokenizers.tiktoken_bpe import FILE, no_chat_template
+from fgpt.tokenizers.special_tokens import GENERATION_CONFIG, DeclaredTokens
+from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON, no_chat_template
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,7 +39,7 @@ class HFTokenizer:
     n_vocab: int
     vocab_size: int
     """Rows of the model's embedding: a token beyond them is an error only if a text contains it."""
-    eos: int
+    eos_token_id: int
     extra_eos_ids: tuple[int, ...]
     """Further tokens that end a generated text, from the model's config."""
     special_tokens: Mapping[str, str]
@@ -50,9 +50,9 @@ class HFTokenizer:
         return self._encode(self.tokenizer, text, False)
 
     @property
-    def bos(self) -> int:
+    def bos_token_id(self) -> int:
         bos = self.tokenizer.token_to_id(self.special_tokens.get("bos_token", ""))
-        return self.eos if bos is None or bos >= self.vocab_size else bos
+        return self.eos_token_id if bos is None or bos >= self.vocab_size else bos
 
     @property
     def prefix_tokens(self) -> tuple[int, ...]:
@@ -74,22 +74,22 @@ class HFTokenizer:
 
     @functools.cached_property
     def _eos_token_ids(self) -> tuple[int, ...]:
-        ids = dict.fromkeys((self.eos, *self.extra_eos_ids, self.end_of_turn[-1]))
+        ids = dict.fromkeys((self.eos_token_id, *self.extra_eos_ids, self.end_of_turn[-1]))
         return tuple(token for token in ids if token < min(self.vocab_size, self.n_vocab))
 
     @functools.cached_property
     def _end_of_turn(self) -> tuple[int, ...]:
         if self.chat_template is None:
-            return (self.eos,)
+            return (self.eos_token_id,)
         try:
             suffix = self.chat_template.answer_suffix()
             tokens = continuation_tokens(lambda text: self.encode_special(text, add_special_tokens=False), "x", suffix)
         except InputError:  # the template's fault is reported when it is used for a chat
-            return (self.eos,)
+            return (self.eos_token_id,)
         added = self.tokenizer.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         first = next((i for i, token in enumerate(tokens) if token in special), None)
-        return (self.eos,) if first is None else tuple(tokens[: first + 1])
+        return (self.eos_token_id,) if first is None else tuple(tokens[: first + 1])
 
     def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._encode(self._special_tokenizer, text, add_special_tokens)
@@ -128,10 +128,13 @@ class HFTokenizer:
         config |= self.special_tokens
         if self.chat_template:
             config["chat_template"] = self.chat_template.template
-        files = {FILE: self.tokenizer.to_str(), CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        files = {
+            TOKENIZER_JSON: self.tokenizer.to_str(),
+            TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
         if self.extra_eos_ids:
-            eos_token_ids = list(dict.fromkeys((self.eos, *self.extra_eos_ids)))
-            files[GENERATION] = json.dumps({"eos_token_id": eos_token_ids}, indent=2) + "\n"
+            eos_token_ids = list(dict.fromkeys((self.eos_token_id, *self.extra_eos_ids)))
+            files[GENERATION_CONFIG] = json.dumps({"eos_token_id": eos_token_ids}, indent=2) + "\n"
         return files
 
     @functools.cached_property
@@ -159,7 +162,7 @@ def from_json(
     """
     from tokenizers import Tokenizer, pre_tokenizers
 
-    path = folder / FILE
+    path = folder / TOKENIZER_JSON
     _check(path)
     error = f"{path}: not a tokenizer that the tokenizers library reads"
     tokenizer: Any = call(error, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
@@ -198,7 +201,7 @@ def from_merges(folder: Path, declared: DeclaredTokens, vocab_size: int, templat
     Raises:
         InputError: for malformed files, and if no token ends a document.
     """
-    return _with_eos(folder / merges.VOCAB, merges.read(folder, declared), declared, vocab_size, template)
+    return _with_eos(folder / merges.VOCAB_JSON, merges.read(folder, declared), declared, vocab_size, template)
 
 
 def _with_eos(
@@ -219,8 +222,8 @@ def _with_eos(
     if eos is None:
         got = names.get("eos_token", declared.eos_token_ids[0] if declared.eos_token_ids else None)
         raise InputError(
-            f"{path}: which token ends a document? expected eos_token in {CONFIG} or eos_token_id in "
-            f"{GENERATION} or config.json to name one of its tokens, got {got!r}"
+            f"{path}: which token ends a document? expected eos_token in {TOKENIZER_CONFIG} or eos_token_id in "
+            f"{GENERATION_CONFIG} or config.json to name one of its tokens, got {got!r}"
         )
     return _hf_tokenizer(str(path), tokenizer, vocab_size, eos, eos_token_ids, names, template)
 
@@ -243,7 +246,7 @@ def from_gguf(fields: Mapping[str, Any], vocab_size: int, name: str) -> HFTokeni
     if (kind := fields.get("tokenizer.ggml.model")) != "gpt2":
         raise InputError(
             f"{name}: tokenizer.ggml.model is {kind!r}; expected 'gpt2' (byte-level BPE): for others, give the model's "
-            f"folder from the hub with its {FILE}"
+            f"folder from the hub with its {TOKENIZER_JSON}"
         )
     pre = fields.get("tokenizer.ggml.pre")
     if pre in (None, "default") and fields.get("general.architecture") == "gpt2":
@@ -251,7 +254,7 @@ def from_gguf(fields: Mapping[str, Any], vocab_size: int, name: str) -> HFTokeni
     if not isinstance(pre, str) or pre not in SPLITS:
         raise InputError(
             f"{name}: tokenizer.ggml.pre, the way to split text, is {pre!r}; expected one of {', '.join(SPLITS)}: for "
-            f"others, give the model's folder from the hub with its {FILE}"
+            f"others, give the model's folder from the hub with its {TOKENIZER_JSON}"
         )
     tokens = _require_list(fields, name, "tokens", str)
     types = _require_list(fields, name, "token_type", int, [NORMAL] * len(tokens))

@@ -19,7 +19,7 @@ from fgpt.tokenizers.special_tokens import DeclaredTokens
 if TYPE_CHECKING:
     import tokenizers
 
-VOCAB, MERGES = "vocab.json", "merges.txt"
+VOCAB_JSON, MERGES_TXT = "vocab.json", "merges.txt"
 
 
 def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
@@ -34,8 +34,8 @@ def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocab, merges = _vocab(folder / VOCAB), _merges(folder / MERGES)
-    what = f"{folder / MERGES}: expected pairs of tokens of {VOCAB} that make tokens of it"
+    vocab, merges = _vocab(folder / VOCAB_JSON), _merges(folder / MERGES_TXT)
+    what = f"{folder / MERGES_TXT}: expected pairs of tokens of {VOCAB_JSON} that make tokens of it"
     tokenizer: Any = Tokenizer(call(what, lambda: models.BPE(vocab=vocab, merges=merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=declared.flag("add_prefix_space"))
     tokenizer.decoder = decoders.ByteLevel()

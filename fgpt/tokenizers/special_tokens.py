@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgpt.errors import InputError, short_repr
-from fgpt.tokenizers.chat_template import CONFIG, named_tokens
+from fgpt.tokenizers.chat_template import TOKENIZER_CONFIG, named_tokens
 
 if TYPE_CHECKING:
     import tokenizers
 
-MAP, ADDED, GENERATION = "special_tokens_map.json", "added_tokens.json", "generation_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+GENERATION_CONFIG = "generation_config.json"
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names that every tokenizer may have, in the order in which transformers adds their tokens."""
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
@@ -61,13 +63,13 @@ def read(folder: Path, defaults: Mapping[str, Any]) -> DeclaredTokens:
     Raises:
         InputError: for a file that is not JSON of the right form.
     """
-    config = {**defaults, **read_json(folder / CONFIG)}
+    config = {**defaults, **read_json(folder / TOKENIZER_CONFIG)}
     if "added_tokens_decoder" in config:
-        added = _added_by_id(folder / CONFIG, config["added_tokens_decoder"])
+        added = _added_by_id(folder / TOKENIZER_CONFIG, config["added_tokens_decoder"])
     else:
-        names = read_json(folder / MAP)
+        names = read_json(folder / SPECIAL_TOKENS_MAP)
         older = {key: names.pop(key) for key in EXTRA[1:] if key in names}  # added last
-        added = _added_by_token(folder / ADDED, read_json(folder / ADDED), config | names)
+        added = _added_by_token(folder / ADDED_TOKENS, read_json(folder / ADDED_TOKENS), config | names)
         config |= names | older
     return DeclaredTokens(config, added, _eos_token_ids(folder))
 
@@ -123,7 +125,7 @@ def token_content(token: Any) -> str:
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    for name in (GENERATION, "config.json"):
+    for name in (GENERATION_CONFIG, "config.json"):
         value = read_json(folder / name).get("eos_token_id")
         values = value if isinstance(value, list) else [value]
         if ids := [x for x in values if type(x) is int and x >= 0]:

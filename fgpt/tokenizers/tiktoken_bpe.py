@@ -14,7 +14,7 @@ import tiktoken
 from fgpt.errors import InputError
 from fgpt.library_errors import call
 from fgpt.tokenizers import merges
-from fgpt.tokenizers.chat_template import CONFIG, ChatTemplate, Messages
+from fgpt.tokenizers.chat_template import TOKENIZER_CONFIG, ChatTemplate, Messages
 
 RANKS = "ranks.tiktoken"
 """The name of the rank file in a model folder: `base64(bytes) rank` lines, tiktoken's format."""
@@ -24,7 +24,7 @@ END = "<|endoftext|>"
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 """How GPT-2 splits text before merging. Source: Radford et al. 2019, section 2.2; possessive as in tiktoken."""
 
-FILE = "tokenizer.json"
+TOKENIZER_JSON = "tokenizer.json"
 """The file that the tokenizers library, and so transformers, reads."""
 
 MIN_LONG_RUN = 10_000
@@ -46,20 +46,20 @@ class TiktokenTokenizer:
         return self.bpe.n_vocab
 
     @property
-    def eos(self) -> int:
+    def eos_token_id(self) -> int:
         return self.bpe.eot_token
 
     @property
-    def bos(self) -> int:
+    def bos_token_id(self) -> int:
         return self.bpe.eot_token
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((self.eos, *self.extra_eos_ids)))
+        return tuple(dict.fromkeys((self.eos_token_id, *self.extra_eos_ids)))
 
     @property
     def end_of_turn(self) -> tuple[int, ...]:
-        return (self.eos,)
+        return (self.eos_token_id,)
 
     @property
     def prefix_tokens(self) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class TiktokenTokenizer:
         return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        return self.decode([token for token in tokens if token != self.eos])
+        return self.decode([token for token in tokens if token != self.eos_token_id])
 
     def decode(self, tokens: Sequence[int]) -> str:
         size = self.n_vocab
@@ -84,12 +84,16 @@ class TiktokenTokenizer:
         return self.encode_special(self.chat_template.render(messages, add_generation_prompt))
 
     def files(self) -> dict[str, str]:
-        ranks = [self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos)]
+        ranks = [self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos_token_id)]
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"bos_token": END, "eos_token": END, "unk_token": END}
         if self.chat_template:
             config["chat_template"] = self.chat_template.template
-        return {RANKS: rank_lines(ranks), FILE: _tokenizer_json(ranks), CONFIG: json.dumps(config, indent=2) + "\n"}
+        return {
+            RANKS: rank_lines(ranks),
+            TOKENIZER_JSON: _tokenizer_json(ranks),
+            TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
+        }
 
     def with_chat_template(
         self, chat_template: ChatTemplate | None, extra_eos_ids: Sequence[int] = ()

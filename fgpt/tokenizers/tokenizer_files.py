@@ -8,20 +8,20 @@ from fgpt.errors import InputError
 from fgpt.tokenizers import chat_template, huggingface, special_tokens
 from fgpt.tokenizers.chat_template import Messages
 from fgpt.tokenizers.huggingface import HFTokenizer
-from fgpt.tokenizers.merges import MERGES, VOCAB
+from fgpt.tokenizers.merges import MERGES_TXT, VOCAB_JSON
 from fgpt.tokenizers.special_tokens import read_json
-from fgpt.tokenizers.tiktoken_bpe import END, FILE, RANKS, TiktokenTokenizer, from_ranks, from_vocab, gpt2
+from fgpt.tokenizers.tiktoken_bpe import END, RANKS, TOKENIZER_JSON, TiktokenTokenizer, from_ranks, from_vocab, gpt2
 
 FILES = (
     RANKS,
-    FILE,
-    VOCAB,
-    MERGES,
-    chat_template.CONFIG,
-    chat_template.TEMPLATE,
-    special_tokens.MAP,
-    special_tokens.ADDED,
-    special_tokens.GENERATION,
+    TOKENIZER_JSON,
+    VOCAB_JSON,
+    MERGES_TXT,
+    chat_template.TOKENIZER_CONFIG,
+    chat_template.CHAT_TEMPLATE,
+    special_tokens.SPECIAL_TOKENS_MAP,
+    special_tokens.ADDED_TOKENS,
+    special_tokens.GENERATION_CONFIG,
 )
 """The files of a tokenizer in a model folder, besides config.json: they are downloaded and copied with the model."""
 
@@ -47,21 +47,21 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def eos(self) -> int:
+    def eos_token_id(self) -> int:
         """The end-of-sequence token, which ends a document or an answer."""
         ...
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a generated text: `eos`, those of the model's config, and the end of a turn in a chat.
-        Each has a row in the model's embedding.
+        """Every token that ends a generated text: `eos_token_id`, those of the model's config, and the end of a turn in
+        a chat. Each has a row in the model's embedding.
         """
         ...
 
     @property
     def end_of_turn(self) -> tuple[int, ...]:
-        """The tokens that the chat template writes after an answer, up to the special token that ends the turn; `eos`
-        if it writes none, or there is no chat template.
+        """The tokens that the chat template writes after an answer, up to the special token that ends the turn;
+        `eos_token_id` if it writes none, or there is no chat template.
         """
         ...
 
@@ -71,8 +71,10 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def bos(self) -> int:
-        """The token from which the first token of a text is predicted: BOS, else `eos`, the end of the text before."""
+    def bos_token_id(self) -> int:
+        """The token from which the first token of a text is predicted: BOS, else `eos_token_id`, which ended the text
+        before.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -134,14 +136,14 @@ def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
     model_type = model.get("model_type", "gpt2")
     if RANKS in present:
         tokenizer = from_ranks(folder / RANKS)
-    elif FILE in present:
+    elif TOKENIZER_JSON in present:
         return huggingface.from_json(folder, declared, class_name, vocab_size, template)
-    elif {VOCAB, MERGES} <= present and class_name == "GPT2Tokenizer":
+    elif {VOCAB_JSON, MERGES_TXT} <= present and class_name == "GPT2Tokenizer":
         return huggingface.from_merges(folder, declared, vocab_size, template)
     elif model_type not in GPT2_LIKE:
-        raise InputError(f"{folder}: no {FILE}; expected it in the folder of a model of type {model_type!r}")
-    elif VOCAB in present:
-        tokenizer = from_vocab(folder / VOCAB)
+        raise InputError(f"{folder}: no {TOKENIZER_JSON}; expected it in the folder of a model of type {model_type!r}")
+    elif VOCAB_JSON in present:
+        tokenizer = from_vocab(folder / VOCAB_JSON)
     else:
         tokenizer = gpt2()
     _check_fits(tokenizer, vocab_size, str(folder))
@@ -150,9 +152,9 @@ def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
 
 def _class_name(folder: Path) -> str:
     """The class of transformers that reads the folder, without the "Fast" at the end of older names."""
-    model, config = read_json(folder / "config.json"), read_json(folder / chat_template.CONFIG)
+    model, config = read_json(folder / "config.json"), read_json(folder / chat_template.TOKENIZER_CONFIG)
     default_classes = {**dict.fromkeys(GPT2_LIKE, "GPT2Tokenizer"), "gpt_neox": "GPTNeoXTokenizer"}
-    model_type = model.get("model_type", "gpt2" if (folder / MERGES).exists() else None)
+    model_type = model.get("model_type", "gpt2" if (folder / MERGES_TXT).exists() else None)
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     if not name and isinstance(model_type, str):
         name = default_classes.get(model_type)
@@ -177,5 +179,5 @@ def _check_fits(tokenizer: TiktokenTokenizer, vocab_size: int, name: str) -> Non
     if tokenizer.n_vocab > vocab_size:  # the last token is the end-of-sequence token
         raise InputError(
             f"the vocabulary does not fit the model: the tokenizer of {name} has {tokenizer.n_vocab} tokens, the model "
-            f"{vocab_size}; put the model's own {RANKS}, {FILE} or {VOCAB} into its folder"
+            f"{vocab_size}; put the model's own {RANKS}, {TOKENIZER_JSON} or {VOCAB_JSON} into its folder"
         )

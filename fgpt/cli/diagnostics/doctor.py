@@ -4,7 +4,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.adapters import Adapters, trainable_leaves
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import trainable_leaves
 from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.cli.console import console, progress

@@ -215,7 +215,7 @@ def text_metrics(params: GPT, tokenizer: Tokenizer, text: str, window: int, stri
     """The perplexities of a text, by name."""
     with show_progress("tokenizing"):
         tokens = tokenizer.encode(text)
-    parts = loglikelihoods(params, windows(tokens, tokenizer.bos, width=window, stride=stride), batch_size)
+    parts = loglikelihoods(params, windows(tokens, tokenizer.bos_token_id, width=window, stride=stride), batch_size)
     measured = perplexity([logprob for part in parts for logprob in part.logprobs], text)
     counts = {
         "tokens": measured.tokens,

@@ -76,12 +76,12 @@ class Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.text.eos
+        return self.text.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """The context of a request that has none: BOS, or else EOS."""
-        return self.text.bos
+        return self.text.bos_token_id
 
     @property
     def max_length(self) -> int:
@@ -90,7 +90,7 @@ class Model(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens that transformers' tokenizer gives; a text that begins with BOS gets no second one."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.text.decode([self.text.bos]))
+            add_special_tokens = not string.startswith(self.text.decode([self.text.bos_token_id]))
         return self.text.encode_special(string, add_special_tokens)
 
     # ------------------------------------------------------------------------------------------------------ likelihoods

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
-from fgpt.adapters import Adapters, adapt, dora, ia3, lora, num_trainable, trainable_leaves
+from fgpt.adapter_dora import dora
+from fgpt.adapter_ia3 import ia3
+from fgpt.adapter_lora import lora
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
 from fgpt.cli.console import show_progress
@@ -15,6 +19,7 @@ from fgpt.data import packing
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
+from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, fuse_qkv
 from fgpt.optim import adamw, adamw8bit, cosine_schedule
@@ -24,7 +29,6 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import leaves, matches, replace_at, tree_map
-from fgpt.weights import num_parameters
 
 
 def load_base(recipe: FineTuningRecipe) -> GPT:

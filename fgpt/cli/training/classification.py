@@ -7,7 +7,8 @@ from typing import Any, ClassVar, TypeAlias
 
 from rich.table import Table
 
-from fgpt.adapters import Adapters, adapt, trainable_leaves
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt, trainable_leaves
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, show_progress
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion, scores

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fgpt.adapters import Adapters
+from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress
 from fgpt.cli.evaluation import compare

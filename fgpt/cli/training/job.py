@@ -13,6 +13,7 @@ from torch import Tensor
 from fgpt.cli import paths
 from fgpt.data.prompt_templates import Example
 from fgpt.io import gguf, models
+from fgpt.io.serialization import config_to_json
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.optim import Schedule
@@ -88,10 +89,10 @@ def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source:
         source: the model whose tokenizer it is; empty for one that comes with the package.
         others: names (underscores become spaces) and values, as `content_hash` takes them.
     """
-    special = f"{tokenizer.n_vocab} {tokenizer.eos} {tokenizer.bos}"
+    special = f"{tokenizer.n_vocab} {tokenizer.eos_token_id} {tokenizer.bos_token_id}"
     hashes = {
         "options": content_hash(training_options(recipe)),
-        "base config": content_hash(repr(base.cfg)),
+        "base config": content_hash(json.dumps(config_to_json(base.cfg))),
         "base weights": content_hash(base),
         "tokenizer": content_hash(special, *tokenizer_contents(source)),
     }

@@ -56,7 +56,7 @@ def config_of(recipe: PretrainingRecipe, num_tokens: int) -> Config:
         n_ctx=recipe.max_seq_len,
         vocab_size=vocab_size,
         d_mlp=4 * recipe.d_model,
-        biases=Config.biases if recipe.biases else "",
+        biases=Config.biases if recipe.biases else frozenset(),
     )
     abstract_params(cfg)
     return cfg
@@ -107,7 +107,9 @@ def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], 
     n_ctx = params.cfg.n_ctx
     pairs = []
     for text in texts:
-        pairs += windows([*tokenizer.encode(text), tokenizer.eos], tokenizer.bos, width=n_ctx, stride=n_ctx)
+        pairs += windows(
+            [*tokenizer.encode(text), tokenizer.eos_token_id], tokenizer.bos_token_id, width=n_ctx, stride=n_ctx
+        )
     with show_progress("scoring held-out documents"):
         logprobs = [x for scored in loglikelihood(params, pairs, batch_size=batch_size) for x in scored.logprobs]
     num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
@@ -173,7 +175,7 @@ class PretrainingTask:
             recipe=recipe,
             step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=recipe.compile),
             frozen=None,
-            batches=lambda begin: batches(tokens, tokenizer.eos, recipe, fold_in(rng, "order"), begin),
+            batches=lambda begin: batches(tokens, tokenizer.eos_token_id, recipe, fold_in(rng, "order"), begin),
             steps=recipe.steps,
             schedule=schedule,
             rng=rng,
@@ -223,7 +225,7 @@ class PretrainingTask:
 
     def _print_sample(self, params: GPT) -> None:
         tokenizer, rng = self.job.tokenizer, fold_in(self.job.rng, "story")
-        prompts, sampling = [[tokenizer.eos]], SamplingParams(temperature=0.7)
+        prompts, sampling = [[tokenizer.eos_token_id]], SamplingParams(temperature=0.7)
         max_new_tokens = self.recipe.max_seq_len - 2
         (text,) = generate(
             params,

@@ -22,7 +22,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fgpt._typing import StrPath
-from fgpt.adapters import IA3, Adapters, DoRA, LoRA, adapt, weight_matrices
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_ia3 import IA3
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
+from fgpt.adapters import adapt
 from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, short_repr
 from fgpt.io.files import read_json, write_json
@@ -43,6 +47,7 @@ from fgpt.io.peft.qkv_stacking import (
 from fgpt.io.peft.trained_tensors import KEY, both_sides, fused_as, one_table, pack_tuned, read_tuned
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.io.serialization import check_fits
+from fgpt.layers import weight_matrices
 from fgpt.model import GPT
 from fgpt.patterns import SECONDS, matching
 from fgpt.tree import leaves

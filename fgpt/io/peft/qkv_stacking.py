@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgpt.adapters import IA3, DoRA, LoRA
+from fgpt.adapter_dora import DoRA
+from fgpt.adapter_ia3 import IA3
+from fgpt.adapter_lora import LoRA
 from fgpt.errors import InputError, short_repr
 from fgpt.io.peft.modules import Module
 from fgpt.tree import device, leaves, replace_at

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgpt.adapters import Adapters, LoRA
+from fgpt.adapter_lora import LoRA
+from fgpt.adapter_types import Adapters
 from fgpt.classification_head import num_classes
 from fgpt.errors import InputError, printable, short_repr
 from fgpt.families.mapping import join_heads, split, unfuse_qkv

@@ -134,7 +134,7 @@ def compare_contenders(
             instruction_scores(rows, answers[side.name])
             | reference_scores(params[side.name], examples, "held-out " if chosen.heldout else "")
             | rouge_scores(rows, answers[side.name])
-            | text_scores(params[BASE], encoded[side.name], answers[side.name], tokenizer.eos)
+            | text_scores(params[BASE], encoded[side.name], answers[side.name], tokenizer.eos_token_id)
         )
     about = prompts.about(sides, chosen, max_new_tokens, decoding)
     settings = prompts.settings(sides, chosen, max_new_tokens, decoding)

@@ -1,0 +1,68 @@
+"""DoRA, a LoRA whose rows have a trained magnitude:
+
+W' = m · V / ‖V‖ by row        V = W + s·B·A
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgpt.adapter_lora import LoRA, lora, scaled_b
+from fgpt.adapter_types import Adapters
+from fgpt.errors import InputError
+from fgpt.layers import weight_matrices
+from fgpt.tree import node, tree_map
+from fgpt.weights import row_norms, shape
+
+
+@node
+class DoRA:
+    """W' = m · V / ‖V‖ by row, with V = W + s·B·A: magnitude m, direction V. The gradient takes ‖V‖ as a constant.
+
+    Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
+    """
+
+    lora: LoRA
+    m: Float[Tensor, " out"]
+
+    def adapt_layer(self, layer: Any, path: str, seed: Int[Tensor, ""] | None) -> Any:
+        """W' = row ⊙ V: LoRA's layer, and row = m / ‖V‖. `seed` draws the dropout; None is none."""
+        adapted = self.lora.adapt_layer(layer, path, seed)
+        rows, _ = shape(layer.w)
+        if self.m.shape[0] != rows:
+            raise InputError(f"DoRA at {path} has {self.m.shape[0]} magnitudes, but the base has {rows} rows")
+        b, scale = scaled_b(self.lora)
+        w = tree_map(torch.detach, layer.w)  # the norms are a constant to every derivative
+        norms = row_norms(w, self.lora.a.detach(), b.detach(), scale)
+        return replace(adapted, w=replace(adapted.w, row=self.m / norms.clamp(min=1e-30)))
+
+
+def dora(
+    params: Any,
+    rng: torch.Generator,
+    rank: int = 8,
+    alpha: int | float | None = None,
+    target: str = r"blocks\..*\.(q|k|v|qkv)",
+    dropout: float = 0.0,
+) -> Adapters:
+    """A fresh DoRA on every layer whose path matches `target`: a fresh LoRA, and m = ‖W‖ by row, so that it begins as
+    the identity, to the bit. The arguments are those of `lora`.
+
+    Raises:
+        InputError: as `lora` does.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> fgpt.dora(params, fgpt.key(1), rank=2)["blocks.0.attn.q"].m.shape
+    torch.Size([8])
+    """
+    weights = weight_matrices(params)
+    adapters: Adapters = {}
+    for path, x in lora(params, rng, rank, alpha, target, dropout=dropout).items():
+        assert isinstance(x, LoRA)
+        adapters[path] = DoRA(x, row_norms(weights[path], x.a, x.b, x.scale))
+    return adapters

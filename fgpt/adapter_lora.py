@@ -1,0 +1,113 @@
+"""LoRA, a product of rank r added to a weight:
+
+W' = W + s·B·A
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fgpt.adapter_types import Adapters
+from fgpt.errors import InputError
+from fgpt.layers import weight_matrices
+from fgpt.rng import fold_in
+from fgpt.tree import device, node, select, static
+from fgpt.weights import Adapted, Weight, shape
+
+
+@node
+class LoRA:
+    """W' = W + s·B·A, with s = alpha / rank, or alpha / √rank if rank-stabilized.
+
+    Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
+    """
+
+    a: Float[Tensor, "rank in"]
+    b: Float[Tensor, "out rank"]
+    alpha: float = static()
+    rs: bool = static(default=False)
+    dropout: float = static(default=0.0)
+    """Probability of dropping an element of A's input in training, that is, if `adapt` is given a key."""
+    scaling: Float[Tensor, ""] | None = None
+    """s itself, in place of alpha and the rank: in a stack whose members differ in them. No gradient reaches it."""
+
+    @property
+    def scale(self) -> Any:
+        """s: a float, or in a stack the member's own as a tensor."""
+        if self.scaling is not None:
+            return self.scaling.detach()
+        rank = self.a.shape[0]
+        return self.alpha / (rank**0.5 if self.rs else rank)
+
+    def adapt_layer(self, layer: Any, path: str, seed: Int[Tensor, ""] | None) -> Any:
+        """W' = W + s·B·A. `seed` draws the dropout; None is none."""
+        _check_fits(self, layer.w, path)
+        b, scale = scaled_b(self)
+        dropout = 0.0 if seed is None else self.dropout
+        w = Adapted(layer.w, self.a, b, seed=seed if dropout else None, scale=scale, dropout=dropout)
+        return replace(layer, w=w)
+
+
+def scaled_b(x: LoRA) -> tuple[Tensor, float]:
+    """(B, s), or (s·B, 1) in a stack, whose s is a tensor."""
+    return (x.scale * x.b, 1.0) if isinstance(x.scale, Tensor) else (x.b, x.scale)
+
+
+def _check_fits(x: LoRA, w: Weight, path: str) -> None:
+    if x.a.shape[0] != x.b.shape[1]:
+        raise InputError(f"adapter at {path} has A of rank {x.a.shape[0]}, but B of rank {x.b.shape[1]}")
+    size = (x.b.shape[0], x.a.shape[1])
+    if size != shape(w):
+        raise InputError(f"adapter at {path} fits a weight of {list(size)}, but the base has {list(shape(w))}")
+
+
+def lora(
+    params: Any,
+    rng: torch.Generator,
+    rank: int = 8,
+    alpha: int | float | None = None,
+    target: str = r"blocks\..*\.(q|k|v|qkv)",
+    rs: bool = False,
+    dropout: float = 0.0,
+) -> Adapters:
+    r"""A fresh LoRA on every layer whose path matches `target`, in fp32. B = 0, so it begins as the identity; A is
+    uniform in ±1/√in (Kaiming, as in the paper's code).
+
+    Args:
+        params: The base, quantized or not.
+        rng: A key: each A is drawn from fold_in(rng, path).
+        rank: Rows of A and columns of B.
+        alpha: The strength: s = alpha / rank, or alpha / √rank if `rs`. None means s = 2.
+        target: A regular expression that matches a layer's path in full.
+        rs: Rank-stabilized scaling.
+        dropout: Probability of dropping an element of A's input in training.
+
+    Raises:
+        InputError: if `target` matches nothing, `rank` exceeds the smaller side of a layer, or `dropout` is not in
+            [0, 1).
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> list(fgpt.lora(params, fgpt.key(1), rank=2, target=r"blocks\..*\.(q|v)"))
+    ['blocks.0.attn.q', 'blocks.0.attn.v']
+    """
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout}: expected a probability from 0 to less than 1")
+    weights = weight_matrices(params)
+    adapters: Adapters = {}
+    for path in select(weights, target):
+        out, inp = shape(weights[path])
+        if not 1 <= rank <= min(out, inp):
+            raise InputError(
+                f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
+            )
+        where, bound = device({path: weights[path]}), inp**-0.5
+        a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-bound, bound, generator=fold_in(rng, path))
+        b = torch.zeros(out, rank, dtype=torch.float32)
+        strength = 2 * (rank**0.5 if rs else rank) if alpha is None else alpha
+        adapters[path] = LoRA(a.to(where), b.to(where), float(strength), rs, dropout)
+    return adapters

@@ -1,0 +1,33 @@
+"""The layers of a params tree: nodes whose field `w` is a weight matrix. They are what is adapted and quantized."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.tree import children, walk
+from fgpt.weights import Adapted, Weight
+
+
+def adaptable_layers(params: Any) -> dict[str, Any]:
+    """The layers of `params` by path."""
+    return {path: x for path, x in walk(params) if not isinstance(x, Tensor | Adapted) and _has_weight_matrix(x)}
+
+
+def weight_matrices(params: Any) -> dict[str, Weight]:
+    """The weight matrices of `params` by the path of their layer."""
+    return {path: layer.w for path, layer in adaptable_layers(params).items()}
+
+
+def num_parameters(params: Any) -> int:
+    """The number of parameters of a model: of a quantized matrix out times in, however many bytes hold it."""
+    if isinstance(params, Tensor):
+        return params.numel()
+    if isinstance(params, QUANTIZED):
+        return params.shape.numel()
+    return sum(num_parameters(child) for _, child in children(params))
+
+
+def _has_weight_matrix(layer: Any) -> bool:
+    w = getattr(layer, "w", None)
+    return isinstance(w, (Adapted, *QUANTIZED)) or (isinstance(w, Tensor) and w.ndim == 2)
