@@ -33,7 +33,7 @@ from fgpt.cli.inference.classifiers import (
 )
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training.classification import build_trainable
+from fgpt.cli.tasks.classification import build_trainable
 from fgpt.cli.training.examples import load_classification_split, load_test_texts
 from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (

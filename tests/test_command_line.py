@@ -22,15 +22,14 @@ from conftest import ROOT
 from rich.progress import Progress
 
 import fgpt
+import fgpt.cli.tasks.instruction_tuning
 import fgpt.cli.training.build
-import fgpt.cli.training.instruction_tuning
 import fgpt.cli.training.step_log
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.errors import explain
-from fgpt.cli.evaluation.command import EvalOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
@@ -85,7 +84,7 @@ def training(at: Path) -> list[str]:
 
 
 COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
-OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, EvalOptions]
+OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, *EVAL_COMMANDS.values()]
 """Every class whose fields are options of some command."""
 
 
@@ -436,7 +435,7 @@ def endless_loading() -> None:
         print("loading", file=sys.stderr, flush=True)
         sleep_through("swallowed")
 
-    fgpt.cli.training.instruction_tuning.load_base = load
+    fgpt.cli.tasks.instruction_tuning.load_base = load
 
 
 def slow_steps() -> None:

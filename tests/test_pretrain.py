@@ -21,9 +21,9 @@ from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.tasks.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.examples import load_instruction_split
-from fgpt.cli.training.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.data import instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template

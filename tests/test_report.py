@@ -46,7 +46,7 @@ def write_lines(at: Path, steps: int, loss: float = 3.0) -> None:
 def folder(at: Path, run: Any = LORA, steps: int = 60, **files: Any) -> Path:
     """A run's folder: `files` are JSON, by name without the ending."""
     at.mkdir()
-    write_json(at / "run.json", dataclasses.asdict(run))
+    write_json(at / "run.json", {"kind": run.kind, "version": 1} | dataclasses.asdict(run))
     if steps:
         write_lines(at / "metrics.jsonl", steps)
     for name, value in files.items():

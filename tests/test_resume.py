@@ -26,9 +26,9 @@ import torch.utils.tensorboard
 
 import fgpt
 import fgpt.cli.evaluation.compare
-import fgpt.cli.training.classification
-import fgpt.cli.training.instruction_tuning
-import fgpt.cli.training.pretraining
+import fgpt.cli.tasks.classification
+import fgpt.cli.tasks.instruction_tuning
+import fgpt.cli.tasks.pretraining
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics

@@ -43,7 +43,7 @@ def read_run(folder: Path) -> AnyRecipe:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a recipe, got {short_repr(values)}")
-    recipe = _recipe_class(path, values)
+    recipe = recipe_class(path, values)
     fields = with_full_paths(folder, recipe_fields(values))
     try:
         run = _from_json(recipe, fields)
@@ -58,7 +58,8 @@ def recipe_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in HEADER}
 
 
-def _recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
+def recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
+    """The class of the recipe that run.json holds. Raises InputError for an unknown kind or a newer version."""
     kind, version = values.get("kind"), values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise InputError(f"{path}: version {version} is newer than this fgpt, which reads {VERSION}: upgrade fgpt")
