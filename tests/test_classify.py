@@ -506,10 +506,10 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     test = load_labeled_texts(feelings[-1])
     told = predict(trained, [LabeledText(row.text) for row in test]).argmax
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
-    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
+    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave"):
         predict(trained, test, ["yes", "no"])
     assert main(["generate", str(out), "hi"]) == 2
-    assert "is no run of instructions: just classify tells its labels" in capsys.readouterr().err.splitlines()[-1]
+    assert "is not an instruction-tuned run: it classifies: fgpt classify" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -284,7 +284,7 @@ def every_command(at: Path) -> dict[str, list[str]]:
         "compare": [it, "--max-new-tokens", "3", "--num-prompts", "2"],
         "classify": [told, ODD, "it is [bold]"],
         "merge": [it],
-        "eval": [it],
+        "eval": ["run", it],
         "report": [it],
         "replay": [it, "--step", "2"],
         "doctor": [*training(at), "--name", ODD.replace("/", "")],
@@ -600,7 +600,7 @@ def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.Capture
     run = str(Path(odd) / "lora-nano")
     assert main(["generate", run, "Hi.", "--max-new-tokens", "2"]) == 0
     assert main(["compare", run, "--num-prompts", "1", "--max-new-tokens", "2"]) == 0
-    assert main(["eval", run]) == 0
+    assert main(["eval", "run", run]) == 0
     assert main(["report", run]) == 0
     capsys.readouterr()
     assert main(["generate", os.fsdecode(b"caf\xe9"), "Hi."]) == 2
@@ -649,24 +649,24 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             ["generate", "real", "hi"],
-            "has not finished; resume it: just train runs/real --resume",
+            "has not finished; resume it: fgpt train runs/real --resume",
             "first",
         ),
-        (["generate", "lora-nano", "hi"], "train it first: just train lora-nano", "--resume"),
-        (["generate", "reel", "hi"], "did you mean real?", "just train reel"),
+        (["generate", "lora-nano", "hi"], "train it first: fgpt train lora-nano", "--resume"),
+        (["generate", "reel", "hi"], "did you mean real?", "fgpt train reel"),
         (["generate", "done", "hi"], "has neither adapter/ nor model/ any more; train it again", "--resume"),
         (["train", "real"], "give that recipe, and --name real", "did you mean"),
         (["doctor", "real"], "give that recipe, and --name real", "did you mean"),
-        (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "just train done"),
-        (["train", "nobody", "--resume"], "just train RECIPE makes one", "just train nobody"),
+        (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "fgpt train done"),
+        (["train", "nobody", "--resume"], "fgpt train RECIPE makes one", "fgpt train nobody"),
         (["train", "lora-nano", "--name", "done", "--resume"], "runs/done has finished", "there is no run"),
         (
             ["train", "real", "--resume", "--out", "elsewhere"],
             "no run 'real' under elsewhere/",
-            "just train real",
+            "fgpt train real",
         ),
         (["train", "real", "--resume", "--lr", "1"], "leave it out, or start a new run", "leave out --resume"),
-        (["compare"], "under runs/ there are done, real", "just runs"),
+        (["compare"], "under runs/ there are done, real", "fgpt runs"),
         (["classify", "real", "hi"], "runs/real has not finished", "train it first"),
     ],
 )
@@ -681,17 +681,17 @@ def test_advice_can_be_followed(
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
     pretrained, tuned = find("pretrain-nano"), find("lora-nano")
-    assert run_dir.suggest_use(tmp_path, pretrained) == (
-        f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
+    assert pretrained.suggest_use(tmp_path) == (
+        f"tune it first, fgpt train RECIPE --base {tmp_path}/model, or fgpt eval text FILE --base {tmp_path}/model"
     )
-    assert run_dir.suggest_use(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
-    assert run_dir.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
+    assert tuned.suggest_use(Path("runs/a b")) == "it answers: fgpt generate 'runs/a b' PROMPT"
+    assert run_dir.resume_command(Path("runs/a b")) == "fgpt train 'runs/a b' --resume"
 
 
 def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
     run = dataclasses.replace(find("dora-nano"), name="real", lr=1e-3)  # pyright: ignore[reportCallIssue]
-    assert command(run.to_json()) == "just train dora-nano --name real --lr 0.001"
-    assert command(find("dora-nano").to_json()) == "just train dora-nano"
+    assert command(run.to_json()) == "fgpt train dora-nano --name real --lr 0.001"
+    assert command(find("dora-nano").to_json()) == "fgpt train dora-nano"
     assert isinstance(run, InstructionRecipe)
 
 
@@ -702,7 +702,7 @@ def test_hints_are_options_that_exist(capsys: pytest.CaptureFixture[str]):
     """By the names of transformers, TRL, litgpt and PEFT, with dashes or underscores."""
     known = {option: cls for cls in reversed(OPTION_CLASSES) for option in option_names(cls)} | {"--resume": None}
     recipes = ("lora-nano", "emotion-small", "pretrain-nano")
-    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "r"]]
+    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "tasks", "t"]]
     assert len(OPTIONS) > 100
     for name, hint in OPTIONS.items():
         option, *value = hint.split(" ")

@@ -127,14 +127,18 @@ def run(args: Sequence[str]) -> None:
     """
     kind, *options = args or [""]
     if kind in ("-h", "--help"):
-        answers.print("usage:")
-        for form, command in zip(FORMS, COMMANDS.values(), strict=True):
-            answers.print(f"  {form}\n      {(command.__doc__ or '').splitlines()[0]}")
-        answers.print("\nfgpt eval run --help, text --help and tasks --help list the options of each.")
+        _print_help()
     elif kind in COMMANDS:
         parse(COMMANDS[kind], options, None, f"fgpt eval {kind}")()
     else:
         raise InputError(f"expected run, text or tasks after fgpt eval; type: {command_meant(args)}")
+
+
+def _print_help() -> None:
+    answers.print("usage: fgpt eval run|text|tasks .. [options]\n")
+    for form, command in zip(FORMS, COMMANDS.values(), strict=True):
+        answers.print(f"  {form}\n      {(command.__doc__ or '').splitlines()[0]}", soft_wrap=True)
+    answers.print("\nfgpt eval run --help, text --help and tasks --help list the options of each.")
 
 
 def command_meant(args: Sequence[str]) -> str:
