@@ -35,6 +35,7 @@ OTHERS = {
     "--load_in_4bit": "transformers",
     "--c": "a CSS property",
     "--no": "before the name of a flag",
+    "--text": "a former option, in a hint of what to type now",
 }
 """What is named and is no option of ours."""
 
