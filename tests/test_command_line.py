@@ -30,6 +30,7 @@ from fgpt.cli import console as shown
 from fgpt.cli import run_dir
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.errors import explain
+from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
@@ -184,7 +185,9 @@ BAD: dict[str, list[str]] = {
     ],
     "chat r": ["--max-new-tokens=-1", "--top-k=-1"],
     "compare r": ["--num-prompts=0", "--max-new-tokens=0", "--temperature=inf"],
-    "eval r": ["--window=0", "--stride=0", "--limit=0", "--num-fewshot=-1", "--num-generations=0", "--batch-size=0"],
+    "eval run r": ["--limit=0", "--num-generations=0", "--batch-size=0"],
+    "eval text t": ["--window=0", "--stride=0", "--batch-size=0"],
+    "eval tasks t": ["--limit=0", "--num-fewshot=-1"],
     "replay r": ["--step=0", "--step=-1"],
 }
 
