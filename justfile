@@ -15,7 +15,7 @@ setup:
 setup-dev:
     @just _install ready-dev --editable '.[eval]' --group dev
 
-# The same with lm-eval, for `just eval --tasks`: the extra of `pip install 'fgpt[eval]'`
+# The same with lm-eval, for `just eval tasks`: the extra of `pip install 'fgpt[eval]'`
 setup-eval:
     @just _install ready-eval --editable '.[eval]'
 
@@ -73,7 +73,7 @@ compare *args: setup
 merge *args: setup
     @"{{ python }}" -m fgpt merge "$@"
 
-# Held-out loss, perplexity of a text, lm-eval's tasks: `just eval lora-nano`, `just eval --base smollm2 --text FILE`
+# Held-out loss, perplexity of a text, lm-eval's tasks: `just eval run lora-nano`, `just eval text FILE --base smollm2`
 [no-cd, no-exit-message]
 eval *args: setup
     @"{{ python }}" -m fgpt eval "$@"

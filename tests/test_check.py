@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.checks.context import max_or_nan, max_rel_diff, perturb
+from fgpt.cli import tasks
 from fgpt.cli.diagnostics import doctor
-from fgpt.cli.training import tasks
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError

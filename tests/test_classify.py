@@ -33,7 +33,7 @@ from fgpt.cli.inference.classifiers import (
 )
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training.classification import build_trainable
+from fgpt.cli.tasks.classification import build_trainable
 from fgpt.cli.training.examples import load_classification_split, load_test_texts
 from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
@@ -506,10 +506,10 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     test = load_labeled_texts(feelings[-1])
     told = predict(trained, [LabeledText(row.text) for row in test]).argmax
     assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
-    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
+    with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave"):
         predict(trained, test, ["yes", "no"])
     assert main(["generate", str(out), "hi"]) == 2
-    assert "is no run of instructions: just classify tells its labels" in capsys.readouterr().err.splitlines()[-1]
+    assert "is not an instruction-tuned run: it classifies: fgpt classify" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -603,7 +603,7 @@ GOOD = "i am glad;joy\ni am sad;fear\n" * 4
         (GOOD, GOOD, ["--labels", "joy=x", "fear=x"], r"one is there twice"),
         ("i am glad;joy", GOOD, [], r"labels are joy: expected at least two"),
         (GOOD, GOOD, ["--head", "lm", "--labels", "joy", "fear=hate"], r"label 'hate' is 2 tokens \(' h"),
-        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 needs labels as next tokens: give --head tokens"),
+        (GOOD, GOOD, ["--num-fewshot", "2"], r"--num-fewshot 2 needs labels as next tokens: give --head lm"),
         (
             GOOD,
             GOOD,

@@ -1,4 +1,4 @@
-"""`just classify`: the labels of texts by a trained run; and `just eval` of it on rows and labels not its own."""
+"""`fgpt classify`: the labels of texts by a trained run; and `fgpt eval` of it on rows and labels not its own."""
 
 import io
 import json
@@ -90,7 +90,9 @@ def test_pairs_have_a_tab(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["classify", str(tmp_path / "rte-small-lora"), "Tim ran.\tHe sat."]) == 0
     assert "Tim ran. / He sat." in capsys.readouterr().out
-    assert main(["eval", str(tmp_path / "rte-small-lora"), "--test", str(tmp_path / "a.tsv")]) == 0  # its own columns
+    assert (
+        main(["eval", "run", str(tmp_path / "rte-small-lora"), "--test", str(tmp_path / "a.tsv")]) == 0
+    )  # its own columns
     capsys.readouterr()
     assert main(["classify", str(tmp_path / "rte-small-lora"), "Tim ran."]) == 2
     assert capsys.readouterr().err.strip() == (
@@ -102,7 +104,9 @@ def test_eval_on_other_rows(headed: Path, tmp_path: Path):
     """As `predict` tells them."""
     (tmp_path / "other.csv").write_text("said,what\nAnn was happy.,joy\nAnn was lost.,joy\nAnn was mean.,fear\n")
     columns = ["--columns.text", "said", "--columns.label", "what"]
-    assert main(["eval", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["eval", "run", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
+    )
     held = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
     right = [a == row.label for a, row in zip(predict(load_classifier(headed), held).argmax, held, strict=True)]
     found = json.loads((tmp_path / "eval.json").read_text())
@@ -113,7 +117,9 @@ def test_eval_on_other_rows(headed: Path, tmp_path: Path):
 def test_eval_on_other_labels_has_the_base_beside_it(worded: Path, tmp_path: Path):
     (tmp_path / "other.txt").write_text("Ann was happy.;1\nAnn was lost.;0\n")
     labels = ["--labels", "1=good", "0=bad"]
-    assert main(["eval", str(worded), "--test", str(tmp_path / "other.txt"), *labels, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["eval", "run", str(worded), "--test", str(tmp_path / "other.txt"), *labels, "--out", str(tmp_path)]) == 0
+    )
     found = json.loads((tmp_path / "eval.json").read_text())
     it, total = fgpt.tokenizer("nano"), 0.0
     base = fgpt.load("nano")
@@ -142,9 +148,12 @@ def test_bad_input_is_one_line(headed: Path, worded: Path, tmp_path: Path, capsy
         (["classify", str(worded), "a", "--labels", "good", "x=good"], "labels good, x=good: one is there twice"),
         (["classify", str(worded), "a", "--labels", "good"], "labels are good: expected at least two"),
         (["classify", "nobody", "a"], "no trained run 'nobody'"),
-        (["eval", str(headed), "--labels", "x", "y"], "has a head of its own labels, fear, joy: leave --labels out"),
-        (["eval", str(headed), "--test", str(tmp_path / "odd.txt")], "label 'rage', expected one of fear, joy"),
-        (["eval", "--base", "nano", "--text", "x", "--labels", "x", "y"], "is not a classifier: leave out --test"),
+        (
+            ["eval", "run", str(headed), "--labels", "x", "y"],
+            "has a head of its own labels, fear, joy: leave",
+        ),
+        (["eval", "run", str(headed), "--test", str(tmp_path / "odd.txt")], "label 'rage', expected one of fear, joy"),
+        (["eval", "text", "x", "--base", "nano", "--labels", "x", "y"], "no option --labels"),
     ):
         assert main(args) == 2, args
         said = capsys.readouterr().err.strip()

@@ -22,15 +22,15 @@ from conftest import ROOT
 from rich.progress import Progress
 
 import fgpt
+import fgpt.cli.tasks.instruction_tuning
 import fgpt.cli.training.build
-import fgpt.cli.training.instruction_tuning
 import fgpt.cli.training.step_log
 from fgpt import ranges
 from fgpt.cli import console as shown
 from fgpt.cli import run_dir
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.errors import explain
-from fgpt.cli.evaluation.command import EvalOptions
+from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
@@ -85,7 +85,7 @@ def training(at: Path) -> list[str]:
 
 
 COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
-OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, EvalOptions]
+OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, *EVAL_COMMANDS.values()]
 """Every class whose fields are options of some command."""
 
 
@@ -185,7 +185,9 @@ BAD: dict[str, list[str]] = {
     ],
     "chat r": ["--max-new-tokens=-1", "--top-k=-1"],
     "compare r": ["--num-prompts=0", "--max-new-tokens=0", "--temperature=inf"],
-    "eval r": ["--window=0", "--stride=0", "--limit=0", "--num-fewshot=-1", "--num-generations=0", "--batch-size=0"],
+    "eval run r": ["--limit=0", "--num-generations=0", "--batch-size=0"],
+    "eval text t": ["--window=0", "--stride=0", "--batch-size=0"],
+    "eval tasks t": ["--limit=0", "--num-fewshot=-1"],
     "replay r": ["--step=0", "--step=-1"],
 }
 
@@ -285,7 +287,7 @@ def every_command(at: Path) -> dict[str, list[str]]:
         "compare": [it, "--max-new-tokens", "3", "--num-prompts", "2"],
         "classify": [told, ODD, "it is [bold]"],
         "merge": [it],
-        "eval": [it],
+        "eval": ["run", it],
         "report": [it],
         "replay": [it, "--step", "2"],
         "doctor": [*training(at), "--name", ODD.replace("/", "")],
@@ -436,7 +438,7 @@ def endless_loading() -> None:
         print("loading", file=sys.stderr, flush=True)
         sleep_through("swallowed")
 
-    fgpt.cli.training.instruction_tuning.load_base = load
+    fgpt.cli.tasks.instruction_tuning.load_base = load
 
 
 def slow_steps() -> None:
@@ -601,7 +603,7 @@ def test_paths_that_are_no_text(at: Path, tmp_path: Path, capsys: pytest.Capture
     run = str(Path(odd) / "lora-nano")
     assert main(["generate", run, "Hi.", "--max-new-tokens", "2"]) == 0
     assert main(["compare", run, "--num-prompts", "1", "--max-new-tokens", "2"]) == 0
-    assert main(["eval", run]) == 0
+    assert main(["eval", "run", run]) == 0
     assert main(["report", run]) == 0
     capsys.readouterr()
     assert main(["generate", os.fsdecode(b"caf\xe9"), "Hi."]) == 2
@@ -650,24 +652,24 @@ def made(at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (
             ["generate", "real", "hi"],
-            "has not finished; resume it: just train runs/real --resume",
+            "has not finished; resume it: fgpt train runs/real --resume",
             "first",
         ),
-        (["generate", "lora-nano", "hi"], "train it first: just train lora-nano", "--resume"),
-        (["generate", "reel", "hi"], "did you mean real?", "just train reel"),
+        (["generate", "lora-nano", "hi"], "train it first: fgpt train lora-nano", "--resume"),
+        (["generate", "reel", "hi"], "did you mean real?", "fgpt train reel"),
         (["generate", "done", "hi"], "has neither adapter/ nor model/ any more; train it again", "--resume"),
         (["train", "real"], "give that recipe, and --name real", "did you mean"),
         (["doctor", "real"], "give that recipe, and --name real", "did you mean"),
-        (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "just train done"),
-        (["train", "nobody", "--resume"], "just train RECIPE makes one", "just train nobody"),
+        (["train", "done", "--resume"], "nothing to resume: runs/done has finished", "fgpt train done"),
+        (["train", "nobody", "--resume"], "fgpt train RECIPE makes one", "fgpt train nobody"),
         (["train", "lora-nano", "--name", "done", "--resume"], "runs/done has finished", "there is no run"),
         (
             ["train", "real", "--resume", "--out", "elsewhere"],
             "no run 'real' under elsewhere/",
-            "just train real",
+            "fgpt train real",
         ),
         (["train", "real", "--resume", "--lr", "1"], "leave it out, or start a new run", "leave out --resume"),
-        (["compare"], "under runs/ there are done, real", "just runs"),
+        (["compare"], "under runs/ there are done, real", "fgpt runs"),
         (["classify", "real", "hi"], "runs/real has not finished", "train it first"),
     ],
 )
@@ -682,17 +684,17 @@ def test_advice_can_be_followed(
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):
     pretrained, tuned = find("pretrain-nano"), find("lora-nano")
-    assert run_dir.suggest_use(tmp_path, pretrained) == (
-        f"tune it first, just train RECIPE --base {tmp_path}/model, or just eval --base {tmp_path}/model --text FILE"
+    assert pretrained.suggest_use(tmp_path) == (
+        f"tune it first, fgpt train RECIPE --base {tmp_path}/model, or fgpt eval text FILE --base {tmp_path}/model"
     )
-    assert run_dir.suggest_use(Path("runs/a b"), tuned) == "it answers: just generate 'runs/a b' PROMPT"
-    assert run_dir.resume_command(Path("runs/a b")) == "just train 'runs/a b' --resume"
+    assert tuned.suggest_use(Path("runs/a b")) == "it answers: fgpt generate 'runs/a b' PROMPT"
+    assert run_dir.resume_command(Path("runs/a b")) == "fgpt train 'runs/a b' --resume"
 
 
 def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
     run = dataclasses.replace(find("dora-nano"), name="real", lr=1e-3)  # pyright: ignore[reportCallIssue]
-    assert command(run.to_json()) == "just train dora-nano --name real --lr 0.001"
-    assert command(find("dora-nano").to_json()) == "just train dora-nano"
+    assert command(run.to_json()) == "fgpt train dora-nano --name real --lr 0.001"
+    assert command(find("dora-nano").to_json()) == "fgpt train dora-nano"
     assert isinstance(run, InstructionRecipe)
 
 
@@ -703,7 +705,7 @@ def test_hints_are_options_that_exist(capsys: pytest.CaptureFixture[str]):
     """By the names of transformers, TRL, litgpt and PEFT, with dashes or underscores."""
     known = {option: cls for cls in reversed(OPTION_CLASSES) for option in option_names(cls)} | {"--resume": None}
     recipes = ("lora-nano", "emotion-small", "pretrain-nano")
-    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "r"]]
+    commands = [["train", name] for name in recipes] + [["generate", "r", "p"], ["eval", "tasks", "t"]]
     assert len(OPTIONS) > 100
     for name, hint in OPTIONS.items():
         option, *value = hint.split(" ")

@@ -1,12 +1,13 @@
-"""`just eval` of a run on its own rows: answers are scored as `just compare` scores them, classes as after training."""
+"""`fgpt eval` of a run on its own rows: answers are scored as `fgpt compare` scores them, classes as after training."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from fgpt.cli.evaluation import command
+from fgpt.cli import eval_command
 from fgpt.cli.main import main
+from fgpt.io import models
 
 SHORT = ["--steps", "2", "--micro-batch-size", "1", "--warmup-steps", "1"]
 GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean")
@@ -31,7 +32,7 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["eval", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
+    assert main(["eval", "run", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
     said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-generations-limit-3.json").read_text())
     compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
     assert (found["answers"].pop("rows"), found["answers"].pop("max new tokens")) == (4, 12)
@@ -45,16 +46,15 @@ def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.Capture
     assert f"{compared['mean answer length (tokens)']:.4f}" in said
 
 
-def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
+def test_a_text_by_a_run(instructed: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("Once upon a time, there was a fox.")
-    options = ["--text", str(tmp_path / "a.txt"), "--num-generations", "1", "--out", str(tmp_path)]
-    assert main(["eval", str(instructed), *options]) == 0
+    options = ["--run", str(instructed), "--out", str(tmp_path)]
+    assert main(["eval", "text", str(tmp_path / "a.txt"), *options]) == 0
     assert json.loads((tmp_path / "eval.json").read_text()).keys() == {
         "evaluated",
         "base",
         "settings",
         "text",
-        "answers",
     }
 
 
@@ -77,14 +77,14 @@ def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tm
     ]
     assert main(["train", "emotion-small", *data, *labels, *SHORT]) == 0
     run = tmp_path / "emotion-small"
-    assert main(["eval", str(run)]) == 0
+    assert main(["eval", "run", str(run)]) == 0
     found = json.loads((run / "eval.json").read_text())["test rows"]
     after = json.loads((run / "metrics.json").read_text())["scores"]["tuned"]
     assert (found["rows"], found["classes"], found["truncated rows"]) == (6, 2, 0)
     assert found["accuracy"] == after["accuracy"]
     assert found["macro-F1"] == after["macro_f1"]
     assert found["loss (nats per row)"] == pytest.approx(after["loss"], rel=1e-5)
-    assert main(["eval", str(run), "--limit", "2", "--out", str(tmp_path / "two")]) == 0
+    assert main(["eval", "run", str(run), "--limit", "2", "--out", str(tmp_path / "two")]) == 0
     assert json.loads((tmp_path / "two" / "eval.json").read_text())["test rows"]["rows"] == 2
 
 
@@ -112,23 +112,20 @@ def test_bad_input_is_one_line(
     (moved / "run.json").write_text(json.dumps(values | {"train": "gone.txt"}))
     (tmp_path / "odd" / "adapter").mkdir(parents=True)
     (tmp_path / "odd" / "run.json").write_text(json.dumps({"prompt": 1}))
-    monkeypatch.setattr(command, "load", None)
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(eval_command, "load", None)
     capsys.readouterr()
     for args, says in (
         (
             [run, "--num-generations", "2"],
-            "is a classifier, evaluated on its own rows: leave out --text, --tasks, --num-generations",
+            "is a classifier, which generates no answers: leave out --num-generations",
         ),
-        ([run, "--tasks", "hellaswag"], "is a classifier, evaluated on its own rows"),
+        ([str(instructed), "--labels", "a", "b"], "is not a classifier: leave out --test, --columns and --labels"),
         ([str(instructed), "--num-generations", "0"], "--num-generations is 0: expected 1 or more"),
-        (
-            ["--base", "nano", "--text", str(rows_of_classes), "--num-generations", "2"],
-            "a base has no held-out rows to answer",
-        ),
         ([str(moved)], "gone.txt: no such file"),
         ([str(tmp_path / "odd")], "expected a kind, one of"),
     ):
-        assert main(["eval", *args]) == 2, args
+        assert main(["eval", "run", *args]) == 2, args
         said = capsys.readouterr().err.strip()
         assert said.startswith("error: "), said
         assert says in said

@@ -264,8 +264,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = "One day, Tim's fox went out.\r\nIt was naïve!\n" * 30
     (tmp_path / "text.txt").write_bytes(text.encode())
-    options = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--stride", "48", "--out", str(tmp_path)]
-    assert main(["eval", "--base", "nano", *options]) == 0
+    options = [str(tmp_path / "text.txt"), "--window", "64", "--stride", "48", "--out", str(tmp_path)]
+    assert main(["eval", "text", "--base", "nano", *options]) == 0
     said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     expected = perplexity(
@@ -285,7 +285,7 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
     from fgpt.cli.training.build import load_base
     from fgpt.cli.training.examples import load_instruction_split
 
-    assert main(["eval", str(trained), "--limit", "7", "--batch-size", "3"]) == 0
+    assert main(["eval", "run", str(trained), "--limit", "7", "--batch-size", "3"]) == 0
     found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
     run: Any = run_dir.read_run(trained)
     params, tokenizer = run_dir.load_tuned(trained, load_base(run)), fgpt.tokenizer("nano")
@@ -299,17 +299,17 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "one of just eval RUN and just eval --base MODEL"),
-        (["--base", "nano"], "a base has no held-out rows: give --text FILE or --tasks NAMES"),
-        (["nosuch"], "no trained run 'nosuch' .* just eval --base nosuch"),
-        (["--base", "nano", "--text", "nosuch.txt"], "nosuch.txt: No such file or directory; expected a text file"),
-        (["--base", "nano", "--text", "EMPTY"], "the file is empty"),
-        (["--base", "nano", "--text", "BYTES"], r"not a text in UTF-8 \(byte 2\)"),
-        (["--base", "nano", "--text", "TEXT", "--window", "64", "--stride", "65"], "expected 1 <= stride <= width"),
-        (["--base", "nano", "--text", "TEXT", "--window", "513"], "wider than the model's context of 512"),
-        (["--base", "nano", "--text", "TEXT", "--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
-        (["--base", "nano", "--texts", "TEXT"], "no option --texts; did you mean --text"),
-        (["--base", "nosuch/", "--text", "TEXT"], "nosuch/"),
+        (["text", "TEXT"], "expected one of --base MODEL and --run RUN"),
+        (["text", "TEXT", "--base", "nano", "--run", "r"], "expected one of --base MODEL and --run RUN"),
+        (["run", "nosuch"], "no trained run 'nosuch' .* fgpt eval text FILE --base nosuch"),
+        (["text", "nosuch.txt", "--base", "nano"], "nosuch.txt: No such file or directory; expected a text file"),
+        (["text", "EMPTY", "--base", "nano"], "the file is empty"),
+        (["text", "BYTES", "--base", "nano"], r"not a text in UTF-8 \(byte 2\)"),
+        (["text", "TEXT", "--base", "nano", "--window", "64", "--stride", "65"], "expected 1 <= stride <= width"),
+        (["text", "TEXT", "--base", "nano", "--window", "513"], "wider than the model's context of 512"),
+        (["text", "TEXT", "--base", "nano", "--batch-size", "0"], "--batch-size is 0: expected 1 or more"),
+        (["text", "TEXT", "--base", "nano", "--windw", "8"], "no option --windw; did you mean --window"),
+        (["text", "TEXT", "--base", "nosuch/"], "nosuch/"),
     ],
 )
 def test_bad_input_is_one_line(args: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -324,5 +324,5 @@ def test_bad_input_is_one_line(args: list[str], says: str, tmp_path: Path, capsy
 def test_a_missing_lm_eval_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert main(["eval", "--base", "nano", "--tasks", "hellaswag"]) == 2
-    assert "just setup-eval, or pip install 'fgpt[eval]'" in one_line(capsys)
+    assert main(["eval", "tasks", "hellaswag", "--base", "nano"]) == 2
+    assert "pip install 'fgpt[eval]', or in a clone just setup-eval" in one_line(capsys)

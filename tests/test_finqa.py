@@ -279,7 +279,7 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert "FinQA exact match (%)" in (folder / name).read_text()
     assert main(["compare", str(folder), "--prompts", str(finqa), "--num-prompts", "2", "--max-new-tokens", "2"]) == 0
     assert "shortened the text of 2 FinQA prompts to 192 tokens" in " ".join(capsys.readouterr().err.split())
-    assert main(["eval", str(folder), "--num-generations", "6"]) == 0
+    assert main(["eval", "run", str(folder), "--num-generations", "6"]) == 0
     scores = json.loads((folder / "eval-6-generations.json").read_text())
     assert scores["held out"]["rows left out"] == 0
     assert scores["answers"]["FinQA exact match (%)"] == found["scores"]["tuned"]["FinQA exact match (%)"]

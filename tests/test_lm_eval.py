@@ -243,8 +243,8 @@ def _loaded(kind: str) -> tuple[fgpt.GPT, Any]:
 
 
 def test_eval_of_tasks(local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--tasks", "own_pages", "--include-path", str(local), "--limit", "3", "--out", str(tmp_path)]
-    assert main(["eval", "--base", str(folder("llama")), *options]) == 0
+    options = ["--include-path", str(local), "--limit", "3", "--out", str(tmp_path)]
+    assert main(["eval", "tasks", "own_pages", "--base", str(folder("llama")), *options]) == 0
     assert "word_perplexity" in capsys.readouterr().err
     found = json.loads((tmp_path / "eval.json").read_text())["tasks"]
     assert found["n-samples"]["own_pages"]["effective"] == 3
@@ -257,10 +257,10 @@ def test_eval_of_tasks(local: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_bad_input_is_one_line(local: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    at = ["eval", "--base", str(folder("llama")), "--tasks"]
+    at = ["eval", "tasks", "--base", str(folder("llama"))]
     for args, says in (
         ([*at, "hellaswagg"], "no task 'hellaswagg'; did you mean hellaswag?"),
-        ([*at, " , "], "--tasks is empty"),
+        ([*at, " , "], "no tasks: expected names"),
         ([*at, "own_say", "--include-path", str(local / "none")], "no such folder; --include-path is a folder"),
         ([*at, "far", "--include-path", str(local)], "the data of far: Couldn't reach"),
     ):

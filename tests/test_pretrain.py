@@ -21,9 +21,9 @@ from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.tasks.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.examples import load_instruction_split
-from fgpt.cli.training.pretraining import batches, config_of, figures, heldout_perplexity
 from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, InstructionRow, Turn, encode, encode_prompt, template
@@ -278,7 +278,7 @@ def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Pat
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
     two = heldout_perplexity(params, NANO, [text, text], 3)
     assert (two.loss, two.bits_per_byte) == pytest.approx((of.loss, of.bits_per_byte), rel=1e-5)
-    assert main(["eval", "--base", str(pretrained / "model"), "--text", str(texts[1])]) == 0
+    assert main(["eval", "text", str(texts[1]), "--base", str(pretrained / "model")]) == 0
     assert "word perplexity" in capsys.readouterr().err
 
 
@@ -336,7 +336,7 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
-    assert main(["eval", str(tuned[0])]) == 0
+    assert main(["eval", "run", str(tuned[0])]) == 0
     prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
     assert all(any(x[: len(prompt)] == prompt for prompt in prompts) for x in read)

@@ -46,7 +46,7 @@ def write_lines(at: Path, steps: int, loss: float = 3.0) -> None:
 def folder(at: Path, run: Any = LORA, steps: int = 60, **files: Any) -> Path:
     """A run's folder: `files` are JSON, by name without the ending."""
     at.mkdir()
-    write_json(at / "run.json", dataclasses.asdict(run))
+    write_json(at / "run.json", {"kind": run.kind, "version": 1} | dataclasses.asdict(run))
     if steps:
         write_lines(at / "metrics.jsonl", steps)
     for name, value in files.items():
@@ -131,9 +131,9 @@ CHANGED = [
 @pytest.mark.parametrize("run", CHANGED, ids=lambda run: run.name)
 def test_the_command_makes_the_run_again(run: Any):
     values = json.loads(json.dumps(dataclasses.asdict(run), default=os.fspath))
-    just, train, name, *rest = shlex.split(config_diff.command(values))
-    assert (just, train, name) == ("just", "train", run.name)
-    assert parse(type(run), rest, recipes.find(name), "just train") == run
+    program, train, name, *rest = shlex.split(config_diff.command(values))
+    assert (program, train, name) == ("fgpt", "train", run.name)
+    assert parse(type(run), rest, recipes.find(name), "fgpt train") == run
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path):
@@ -141,9 +141,9 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
     text = told(at)
     assert re.findall(r'<section id="(\w+)">', text) == SECTIONS
     assert "No step was written" in section(text, "training")
-    assert "just compare .../lora-nano" in section(text, "comparison")
-    assert "just eval .../lora-nano" in section(text, "evaluation")
-    assert "just train lora-nano" in section(text, "environment")
+    assert "fgpt compare .../lora-nano" in section(text, "comparison")
+    assert "fgpt eval run .../lora-nano" in section(text, "evaluation")
+    assert "fgpt train lora-nano" in section(text, "environment")
     assert "end not recorded" in text
 
 
@@ -162,7 +162,7 @@ def test_a_run_that_ended_early(tmp_path: Path, status: dict[str, Any], said: st
     assert f">{said}</span>" in text
     assert "60 of 90 steps" in text
     assert status.get("why", "") in text
-    assert "just train .../lora-nano --resume" in section(text, "reproduce")
+    assert "fgpt train .../lora-nano --resume" in section(text, "reproduce")
 
 
 def test_a_run_that_is_at_work(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     with pytest.raises(InputError, match=r"metrics\.json: not the scores of this version"):
         report.run(str(at))
     (at / "metrics.json").unlink()
-    assert "just eval .../emotion-small" in section(told(at), "scores")
+    assert "fgpt eval run .../emotion-small" in section(told(at), "scores")
 
 
 def test_a_pretraining(tmp_path: Path):

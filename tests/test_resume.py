@@ -26,9 +26,9 @@ import torch.utils.tensorboard
 
 import fgpt
 import fgpt.cli.evaluation.compare
-import fgpt.cli.training.classification
-import fgpt.cli.training.instruction_tuning
-import fgpt.cli.training.pretraining
+import fgpt.cli.tasks.classification
+import fgpt.cli.tasks.instruction_tuning
+import fgpt.cli.tasks.pretraining
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
@@ -548,7 +548,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     assert ended(forked(again(run), limited(max(state - 1, size + 10)))) == 2
     said = " ".join(capfd.readouterr().err.split())
     assert "File too large; free space" in said
-    assert f"resume with: just train {run} --resume" in said
+    assert f"resume with: fgpt train {run} --resume" in said
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert ended(forked(again(run))) == 0
     same(end_of(tmp_path), expected)
@@ -572,7 +572,7 @@ def test_a_folder_that_turns_read_only(given: Any, whole: Any, tmp_path: Path, c
 
     assert ended(forked(["train", *args, "--out", str(tmp_path)], spoil)) == 2
     said = " ".join(capfd.readouterr().err.split())
-    assert "Read-only file system; free space, then resume with: just train" in said
+    assert "Read-only file system; free space, then resume with: fgpt train" in said
     (run,) = run_in(tmp_path)
     assert list((run / "checkpoints").rglob("manifest.json"))
     assert ended(forked(again(run))) == 0
@@ -636,7 +636,7 @@ def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(number: int, given: Any
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "resume with: just train" in " ".join(said.split())
+    assert "resume with: fgpt train" in " ".join(said.split())
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     steps = [line["step"] for line in read_metrics(metrics)]

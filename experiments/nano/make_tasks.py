@@ -19,8 +19,9 @@ import tyro
 
 from experiments.nano import tales
 from experiments.nano.tales import Tale
-from fgpt.cli.evaluation.metrics.nano import STORY, Task, requirements_met
+from fgpt.cli.evaluation.metrics.nano import requirements_met
 from fgpt.cli.training import documents
+from fgpt.cli.training.nano_rows import STORY, Task
 from fgpt.errors import InputError
 from fgpt.io.files import write
 
@@ -262,7 +263,7 @@ def _marks(task: Task) -> set[str]:
 
 
 def lines(tasks: Sequence[Task]) -> str:
-    """The rows as JSON Lines; `fgpt.cli.evaluation.metrics.nano.read_tasks` reads them."""
+    """The rows as JSON Lines; `fgpt.cli.training.nano_rows.read_tasks` reads them."""
     return "".join(json.dumps(asdict(task), ensure_ascii=False) + "\n" for task in tasks)
 
 

@@ -104,16 +104,16 @@ class Merge:
     """Of a quantized base: add the adapter to the dequantized weights that it was trained on, or the original ones."""
 
     def __call__(self) -> None:
-        from fgpt.cli.inference.merging import merge
+        from fgpt.cli.merge_command import merge
 
         merge(self.run, self.merge_base)
 
 
 def evaluate(args: Sequence[str]) -> None:
     """Evaluate a run or a model: held-out loss, perplexity of a text, lm-eval's tasks."""
-    from fgpt.cli.evaluation.command import EvalOptions, run
+    from fgpt.cli.eval_command import run
 
-    run(parse(EvalOptions, args, None, "fgpt eval"))
+    run(args)
 
 
 @dataclass(frozen=True)

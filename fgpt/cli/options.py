@@ -74,9 +74,11 @@ def _check_names(cls: type[Any], args: Sequence[str], command: str) -> None:
 
 
 def option_names(cls: type[Any], prefix: str = "") -> list[str]:
-    """Every option of a dataclass: --adapter.rank, --remat, --no-remat."""
+    """Every option of a dataclass, without its positional arguments: --adapter.rank, --remat, --no-remat."""
     names: list[str] = []
     for field, hint in zip(dataclasses.fields(cls), ranges.hints(cls).values()):
+        if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+            continue
         name = field.name.replace("_", "-")
         bare = hint.__origin__ if ranges.is_flat(hint) else hint
         if dataclasses.is_dataclass(bare):

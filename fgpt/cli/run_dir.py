@@ -22,7 +22,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,9 +40,11 @@ from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
-from fgpt.recipes import RECIPES, AnyRecipe, ClassificationRecipe, InstructionRecipe
+from fgpt.recipes import RECIPES, AnyRecipe, InstructionRecipe, TrainingRecipe
 from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
+
+R = TypeVar("R", bound=TrainingRecipe)
 
 METRICS, LOSS, ADAPTER, MODEL = "metrics.jsonl", "loss.png", "adapter", "model"
 RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
@@ -195,7 +197,7 @@ def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
     unfinished = [folder for folder in runs if read_state(folder) not in ("finished", None)]
     if not unfinished:
         if runs:
-            restart = f"; start a new one: just train {name}" if name in RECIPES else ""
+            restart = f"; start a new one: fgpt train {name}" if name in RECIPES else ""
             raise InputError(f"nothing to resume: {runs[-1]} has finished{restart}")
         raise InputError(f"nothing to resume: there is no run {name!r} under {out}/; {_how_to_start(name, out)}")
     return _announce_choice(name, out, unfinished[-1], " that has not finished")
@@ -203,7 +205,7 @@ def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
 
 def resume_command(folder: Path) -> str:
     """The command that resumes a training, to be typed as it is."""
-    return f"just train {shlex.quote(str(folder))} --resume"
+    return f"fgpt train {shlex.quote(str(folder))} --resume"
 
 
 def _how_to_finish(folder: Path) -> str:
@@ -216,9 +218,9 @@ def _how_to_finish(folder: Path) -> str:
 def _how_to_start(name: str, out: Path) -> str:
     """What to do if there is no run of a name."""
     if name in RECIPES:
-        return f"train it first: just train {name}"
+        return f"train it first: fgpt train {name}"
     hint = _did_you_mean(name, out)
-    return f"{hint}expected the name or folder of a run; just runs lists them, and just train RECIPE makes one"
+    return f"{hint}expected the name or folder of a run; fgpt runs lists them, and fgpt train RECIPE makes one"
 
 
 def _did_you_mean(name: str, out: Path) -> str:
@@ -237,27 +239,25 @@ def run_names(out: Path = Path("runs")) -> list[str]:
     return sorted(folder.name for folder in run_dirs(out))
 
 
-def suggest_use(folder: Path, run: AnyRecipe) -> str:
-    """What a run can be used for, in errors about a run of another kind."""
-    if isinstance(run, InstructionRecipe):
-        return f"it answers: just generate {shlex.quote(str(folder))} PROMPT"
-    if isinstance(run, ClassificationRecipe):
-        return "just classify tells its labels"
-    model = shlex.quote(str(folder / MODEL))
-    return f"tune it first, just train RECIPE --base {model}, or just eval --base {model} --text FILE"
-
-
 def read_state(folder: Path) -> str | None:
     """running, interrupted, failed or finished; None if there is no status.json."""
     status = read_json(folder / STATUS) if (folder / STATUS).is_file() else None
     return status.get("state") if isinstance(status, dict) else None
 
 
+def read_run_as(folder: Path, recipe_class: type[R], description: str) -> R:
+    """The recipe of a run directory, of this class. Raises InputError for any other: it is not what the description
+    says.
+    """
+    recipe = read_run(folder)
+    if not isinstance(recipe, recipe_class):
+        raise InputError(f"{folder} is not {description}: {recipe.suggest_use(folder)}")
+    return recipe
+
+
 def instruction_run(folder: Path) -> InstructionRecipe:
-    """The recipe of an instruction run. Raises InputError for any other run."""
-    if not isinstance(run := read_run(folder), InstructionRecipe):
-        raise InputError(f"{folder} is no run of instructions: {suggest_use(folder, run)}")
-    return run
+    """The recipe of an instruction-tuned run. Raises InputError for any other run."""
+    return read_run_as(folder, InstructionRecipe, "an instruction-tuned run")
 
 
 def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path:

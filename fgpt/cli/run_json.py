@@ -76,7 +76,7 @@ def read_run(folder: Path) -> AnyRecipe:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a recipe, got {short_repr(values)}")
     values = upgrade(values)
-    recipe = _recipe_class(path, values)
+    recipe = recipe_class(path, values)
     fields = with_full_paths(folder, recipe_fields(values))
     try:
         run = _from_json(recipe, fields)
@@ -110,7 +110,8 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": kind, "version": VERSION} | fields
 
 
-def _recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
+def recipe_class(path: Path, values: Mapping[str, Any]) -> type[AnyRecipe]:
+    """The class of the recipe that run.json holds. Raises InputError for an unknown kind or a newer version."""
     kind, version = values.get("kind"), values.get("version")
     if isinstance(version, int) and version > VERSION:
         raise InputError(f"{path}: version {version} is newer than this fgpt, which reads {VERSION}: upgrade fgpt")

@@ -24,7 +24,8 @@ def train(args: Sequence[str]) -> None:
         run, folder = resume(name, [option for option in options if option != "--resume"])
     else:
         run, folder = recipe_with_options(name, options, f"fgpt train {name}"), None
-    from fgpt.cli.training import tasks, trackers
+    from fgpt.cli import tasks
+    from fgpt.cli.training import trackers
 
     trackers.check(run)
     tasks.run_recipe(run, folder)

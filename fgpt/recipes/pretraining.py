@@ -1,5 +1,6 @@
 """Recipes that pretrain: from random parameters to a model folder, which is then a base."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class PretrainingRecipe(TrainingRecipe):
     compile: bool = True
     """Compile the training step: about 1.4x on a CPU. Needs a C++ compiler."""
 
+    def suggest_use(self, folder: Path) -> str:
+        model = shlex.quote(str(folder / "model"))
+        return f"tune it first, fgpt train RECIPE --base {model}, or fgpt eval text FILE --base {model}"
+
     def num_warmup_steps(self) -> int:
         """Steps of linear warmup."""
         return default_warmup(WARMUP, self.steps) if self.warmup_steps is None else self.warmup_steps
@@ -69,8 +74,8 @@ WARMUP = 150
 def pretrain_nano() -> PretrainingRecipe:
     """How the embedded base was made: a 4.3 M GPT-2 on simple English stories.
 
-    just train pretrain-nano takes TinyStories from the Hub. The embedded file is of other, local stories:
-    just train pretrain-nano --data stories-train.txt.xz tinystories_sample.txt --heldout stories-valid.txt
+    fgpt train pretrain-nano takes TinyStories from the Hub. The embedded file is of other, local stories:
+    fgpt train pretrain-nano --data stories-train.txt.xz tinystories_sample.txt --heldout stories-valid.txt
 
     13.5 M tokens, 2.8 epochs of 26,674 stories; 0.702 bits per character on 500 held-out stories; 1.1 GB. 48 minutes on
     2 cores of an AMD EPYC without other load (4,700 tokens/s; the embedded file was made beside other work).
@@ -81,7 +86,7 @@ def pretrain_nano() -> PretrainingRecipe:
 def tinytiny_pretrain() -> PretrainingRecipe:
     """A 26 M GPT-2 without biases on WikiText-103 from the Hub: 122,880 tokens a step.
 
-    just train tinytiny-pretrain, or on local files: --data wiki.train.raw.xz --heldout wiki.valid.raw. 26,398,080
+    fgpt train tinytiny-pretrain, or on local files: --data wiki.train.raw.xz --heldout wiki.valid.raw. 26,398,080
     parameters and 98,304 of positions; 6,000 steps are 6.2 epochs of WikiText-103 and need a GPU: a thread of an AMD
     EPYC reads 350 tokens/s (62 % of its peak) in 2.6 GB, so that an epoch of WikiText-2 takes two hours. Its folder
     model/ is the base of tinytiny-sft-full and tinytiny-sft-lora. Not measured to its end: 0.3 epochs of WikiText-2,

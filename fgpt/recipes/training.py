@@ -35,6 +35,14 @@ class TrainingRecipe:
     out: Path = Path("runs")
     """The folder of run directories."""
 
+    def suggest_use(self, folder: Path) -> str:
+        """What a run of this recipe can be used for, in errors about a run of another kind.
+
+        Args:
+            folder: The run directory.
+        """
+        raise NotImplementedError
+
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON: a path is a string, a tuple a list.
 

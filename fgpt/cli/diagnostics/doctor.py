@@ -1,4 +1,4 @@
-"""`just doctor`: the laws of `fgpt.run_checks` on a recipe's own model, adapters and first batch, on this machine."""
+"""`fgpt doctor`: the laws of `fgpt.run_checks` on a recipe's own model, adapters and first batch, on this machine."""
 
 import torch
 from rich.table import Table
@@ -8,8 +8,8 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import trainable_leaves
 from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
+from fgpt.cli import tasks
 from fgpt.cli.console import console, progress
-from fgpt.cli.training import tasks
 from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
 from fgpt.losses import Batch

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fgpt.cli import run_dir
+from fgpt.cli import run_dir, tasks
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.training import checkpoints, tasks
+from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
 from fgpt.losses import Batch

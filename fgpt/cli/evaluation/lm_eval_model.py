@@ -6,7 +6,7 @@ A task gets what lm-eval's own `hf` model gives it: the same tokens, likelihoods
 addition no result depends on its batch, and the tokens truncated to fit the context are counted in `Model.truncated`,
 for which `hf` prints a warning at most.
 
-Needs lm-eval: just setup-eval, or pip install 'fgpt[eval]'.
+Needs lm-eval: pip install 'fgpt[eval]'.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""lm-eval's tasks for `just eval`: find them by name, run them on a model, print a table."""
+"""lm-eval's tasks for `fgpt eval tasks`: find them by name, run them on a model, print a table."""
 
 import difflib
 from collections.abc import Mapping
@@ -30,10 +30,12 @@ def find(names: str, include_path: Path | None = None) -> Tasks:
     try:
         from lm_eval.tasks import TaskManager  # here, because it is an extra, and takes seconds to import
     except ModuleNotFoundError as err:
-        raise InputError(f"tasks need lm-eval ({err}): just setup-eval, or pip install 'fgpt[eval]'") from None
+        raise InputError(
+            f"tasks need lm-eval ({err}): pip install 'fgpt[eval]', or in a clone just setup-eval"
+        ) from None
     patterns = [name.strip() for name in names.split(",") if name.strip()]
     if not patterns:
-        raise InputError("--tasks is empty: expected names such as hellaswag,arc_easy")
+        raise InputError("no tasks: expected names such as hellaswag,arc_easy")
     if include_path is not None:
         if not include_path.is_dir():
             raise InputError(f"{include_path}: no such folder; --include-path is a folder of lm-eval's YAML files")

@@ -127,10 +127,7 @@ def with_head(recipe: ClassificationRecipe, base: GPT, names: Sequence[str]) -> 
 
 def read_recipe(folder: Path) -> ClassificationRecipe:
     """The classification recipe of a run directory. Raises InputError for any other recipe."""
-    recipe = run_dir.read_run(folder)
-    if not isinstance(recipe, ClassificationRecipe):
-        raise InputError(f"{folder} is not a classifier, as emotion-small is: {run_dir.suggest_use(folder, recipe)}")
-    return recipe
+    return run_dir.read_run_as(folder, ClassificationRecipe, "a classifier, as emotion-small is")
 
 
 class LoadedClassifier(NamedTuple):

@@ -1,4 +1,4 @@
-"""The labels of texts by a trained classifier: `just classify`."""
+"""The labels of texts by a trained classifier: `fgpt classify`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class ClassifyOptions:
 def run(options: ClassifyOptions) -> None:
     """Raises InputError for an unknown run, for no text, and for one that does not fit."""
     if bool(options.texts) == (options.file is not None):
-        raise InputError('which texts? expected one of just classify RUN "TEXT" .. and just classify RUN --file FILE')
+        raise InputError('which texts? expected one of fgpt classify RUN "TEXT" .. and fgpt classify RUN --file FILE')
     folder = run_dir.find_finished(options.run)
     recipe = classifiers.read_recipe(folder)
     classifiers.resolve_inference_labels(recipe, options.labels)  # bad input is refused before the model is loaded

@@ -1,4 +1,4 @@
-"""Generation options of `just generate`, `just chat` and `just compare`."""
+"""Generation options of `fgpt generate`, `fgpt chat` and `fgpt compare`."""
 
 from dataclasses import dataclass
 

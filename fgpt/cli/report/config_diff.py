@@ -45,7 +45,7 @@ def command(run: Mapping[str, Any]) -> str:
     its own starts from the recipe that is closest to it.
     """
     recipe = run["name"] if run["name"] in recipes.RECIPES else _closest_recipe(run)
-    words = ["just", "train", recipe]
+    words = ["fgpt", "train", recipe]
     if recipe != run["name"]:
         words += _arguments("name", run["name"])
     for option in options(run, recipe):

@@ -67,7 +67,7 @@ def heldout_losses(data: RunData) -> HeldOutLosses | None:
 
 
 def evaluations(data: RunData) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
-    """What `just eval` has written: the heading of each evaluation, and of its groups the names and tables."""
+    """What `fgpt eval` has written: the heading of each evaluation, and of its groups the names and tables."""
     return [
         ("" if name == Path(run_dir.EVAL).stem else name, _groups(results))
         for name, results in data.evaluations.items()

@@ -1,5 +1,6 @@
 """The files of a run directory, whether the run has finished or not."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.metrics_log import Line, read_metrics
 from fgpt.cli.paths import shareable, shareable_fields
-from fgpt.cli.run_json import recipe_fields
+from fgpt.cli.run_json import recipe_class, recipe_fields, upgrade
+from fgpt.cli.tasks import TASKS, TaskType
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json
@@ -23,6 +25,8 @@ class RunData:
 
     folder: Path
     run: Mapping[str, Any]
+    """The fields of its recipe."""
+    task: TaskType
     lines: Sequence[Line] = ()
     """The lines of metrics.jsonl, one for each step, in the order of the steps."""
     truncated_lines: int = 0
@@ -56,14 +60,14 @@ class RunData:
         return shareable(self.folder)
 
     @property
-    def kind(self) -> str:
-        """tuning, classes or pretraining."""
-        return "classes" if "prompt" in self.run else "tuning" if "adapter" in self.run else "pretraining"
+    def eval_command(self) -> str:
+        """The command that evaluates the run."""
+        return self.task.eval_command(shlex.quote(self.directory))
 
 
 def read(folder: Path) -> RunData:
     """Raises InputError for a file that is damaged."""
-    run = _read_object(folder / run_dir.RUN)
+    run = upgrade(_read_object(folder / run_dir.RUN))
     if not isinstance(run.get("name"), str):
         raise InputError(f"{folder / run_dir.RUN}: expected a run, which has a name")
     metrics, confusion = folder / run_dir.METRICS, folder / run_dir.CONFUSION
@@ -71,6 +75,7 @@ def read(folder: Path) -> RunData:
     return RunData(
         folder=folder,
         run=shareable_fields(recipe_fields(run)),
+        task=TASKS[recipe_class(folder / run_dir.RUN, run)],
         lines=lines,
         truncated_lines=truncated_lines,
         repeated_steps=repeated_steps,
@@ -118,7 +123,7 @@ def read_comparison(path: Path) -> Comparison:
         return Comparison(path.stem, _about(settings, len(rows)), rows, answers, scores, settings)
     except (KeyError, TypeError, AttributeError, IndexError) as err:
         raise InputError(
-            f"{path}: not a comparison of this version ({err}); write it again: just compare {path.parent}"
+            f"{path}: not a comparison of this version ({err}); write it again: fgpt compare {path.parent}"
         ) from None
 
 

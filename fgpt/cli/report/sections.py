@@ -35,10 +35,9 @@ def report_sections(data: RunData) -> list[Section]:
 
     Raises InputError for results that are not of this version.
     """
-    results = {"tuning": _comparisons, "classes": _scores, "pretraining": _heldout}
     return [
         _training(data),
-        results[data.kind](data),
+        RESULTS[data.task.report_section](data),
         Section("evaluation", "Evaluation", {"evaluations": evaluations(data)}),
         _config(data),
         Section("environment", "Environment", {"rows": table_rows(data.environment or {})}),
@@ -89,7 +88,7 @@ def resume_command(data: RunData) -> str:
     """The command that continues a run from its last checkpoint; empty if there is nothing to continue."""
     if (data.status or {}).get("state") == "finished":
         return ""
-    return f"just train {shlex.quote(shareable(data.folder))} --resume"
+    return f"fgpt train {shlex.quote(shareable(data.folder))} --resume"
 
 
 def _steps(data: RunData) -> str:
@@ -104,8 +103,8 @@ def _training(data: RunData) -> Section:
         notes.append("The last line of metrics.jsonl is incomplete and left out.")
     if data.repeated_steps:
         notes.append(f"{data.repeated_steps:,} lines are of steps repeated after resuming: the later ones are drawn.")
-    unit = "example" if data.kind == "classes" else "token"
-    values = {"note": " ".join(notes), "numbers": key_numbers(data.lines), "plots": curves(data.lines, unit)}
+    plots = curves(data.lines, data.task.loss_unit)
+    values = {"note": " ".join(notes), "numbers": key_numbers(data.lines), "plots": plots}
     return Section("training", "Training", values)
 
 
@@ -119,6 +118,10 @@ def _scores(data: RunData) -> Section:
 
 def _heldout(data: RunData) -> Section:
     return Section("heldout", "Held-out text", {"losses": heldout_losses(data)})
+
+
+RESULTS = {"comparison": _comparisons, "scores": _scores, "heldout": _heldout}
+"""The sections with the results of a training, by the names that tasks give them."""
 
 
 def _config(data: RunData) -> Section:

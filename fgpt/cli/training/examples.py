@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from fgpt.cli.console import console
-from fgpt.cli.evaluation.metrics.nano import read_tasks
+from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template

@@ -32,8 +32,8 @@ def find(names: Sequence[str]) -> list[Contender]:
     Raises InputError for no run, one that does not exist, one given twice, or one with another base than the first's.
     """
     if not names:
-        existing = ", ".join(run_dir.run_names()) or "none yet: just train lora-nano makes one"
-        raise InputError(f"expected one or more runs: just compare RUN [RUN2 ..]; under runs/ there are {existing}")
+        existing = ", ".join(run_dir.run_names()) or "none yet: fgpt train lora-nano makes one"
+        raise InputError(f"expected one or more runs: fgpt compare RUN [RUN2 ..]; under runs/ there are {existing}")
     folders = [run_dir.find_finished(name) for name in names]
     runs = [run_dir.instruction_run(path) for path in folders]
     for path, times in Counter(path.resolve() for path in folders).items():

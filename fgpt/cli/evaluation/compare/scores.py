@@ -6,8 +6,9 @@ from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
-from fgpt.cli.evaluation.metrics.nano import PARTS, Task, score
+from fgpt.cli.evaluation.metrics.nano import score
 from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated_ngrams, rouge_l
+from fgpt.cli.training.nano_rows import PARTS, Task
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
 from fgpt.model import GPT, Config

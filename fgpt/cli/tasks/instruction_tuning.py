@@ -1,5 +1,7 @@
 """Instruction tuning, from its recipe to a comparison of base and tuned model."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -8,14 +10,21 @@ from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress
 from fgpt.cli.evaluation import compare
+from fgpt.cli.evaluation.compare import contenders
+from fgpt.cli.evaluation.compare.prompts import held_out
 from fgpt.cli.evaluation.compare.results import Comparison
 from fgpt.cli.evaluation.compare.scores import fitting
+from fgpt.cli.evaluation.instruction_tuning import answer_metrics, heldout_metrics
 from fgpt.cli.evaluation.metrics.text import nats
+from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training.build import assemble_job, build_adapters, describe_sizes, load_base, warn_if_all_warmup
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
+from fgpt.data.classification_datasets import Columns
 from fgpt.data.prompt_templates import Example, InstructionRow, Template, encode, template
+from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -30,6 +39,7 @@ class InstructionTask:
     job: TrainingJob
     heldout: list[InstructionRow]
     loss_unit: ClassVar[str] = "token"
+    report_section: ClassVar[str] = "comparison"
 
     @classmethod
     def build(cls, recipe: InstructionRecipe) -> "InstructionTask":
@@ -76,9 +86,31 @@ class InstructionTask:
         return ()
 
     @staticmethod
-    def load_heldout_examples(recipe: InstructionRecipe, base: GPT, limit: int) -> list[Example]:
-        _, heldout = load_instruction_split(recipe)
-        return fitting(base.cfg, models.tokenizer(recipe.base), recipe, heldout[:limit])
+    def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
+        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        return fitting(cfg, tokenizer, recipe, load_instruction_split(recipe)[1][:limit])
+
+    @staticmethod
+    def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
+        if (options.test, options.columns, options.labels) != (None, Columns(), ()):
+            raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
+        tokenizer, heldout = models.tokenizer(recipe.base), load_instruction_split(recipe)[1]
+        if not heldout:
+            run = shlex.quote(str(folder))
+            raise InputError(f"{recipe.name} held out no rows: give a text, fgpt eval text FILE --run {run}")
+        answered: Sequence[InstructionRow] = ()
+        if options.num_generations:
+            answered = held_out(contenders.from_runs([recipe], [folder]), heldout, options.num_generations).rows
+        params = run_dir.load_tuned(folder, load_base(recipe))
+        rows, batch_size = heldout[: options.limit], options.batch_size
+        results = {"held out": heldout_metrics(params, tokenizer, recipe, rows=rows, batch_size=batch_size)}
+        if answered:
+            results["answers"] = answer_metrics(params, tokenizer, recipe, answered)
+        return results
+
+    @staticmethod
+    def eval_command(folder: str) -> str:
+        return f"fgpt eval run {folder}"
 
     def score_initial(self) -> None:
         """The comparison after training scores the base, too."""

@@ -1,19 +1,21 @@
-"""What differs between the kinds of recipes in a training: a `Task` for each, looked up here alone."""
+"""What differs between the kinds of recipes: a `Task` for each, looked up here alone."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
+from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.metrics_log import plot_loss
-from fgpt.cli.training.classification import ClassificationTask
-from fgpt.cli.training.instruction_tuning import InstructionTask
+from fgpt.cli.tasks.classification import ClassificationTask
+from fgpt.cli.tasks.instruction_tuning import InstructionTask
+from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
-from fgpt.cli.training.pretraining import PretrainingTask
 from fgpt.data.prompt_templates import Example
 from fgpt.model import GPT
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe
+from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
 
 
 @runtime_checkable
@@ -21,9 +23,6 @@ class Task(Protocol):
     """A training, and what is scored before and after it. `run_task` calls `score_initial`, `save`, `score` and
     `report`, in this order.
     """
-
-    loss_unit: ClassVar[str]
-    """What has weight 1 in the loss, for plots: "token" or "example"."""
 
     @property
     def recipe(self) -> AnyRecipe:
@@ -54,6 +53,16 @@ class Task(Protocol):
 class TaskType(Protocol):
     """The class of a task: what can be made from a recipe alone."""
 
+    @property
+    def loss_unit(self) -> str:
+        """What has weight 1 in the loss, for plots: "token" or "example"."""
+        ...
+
+    @property
+    def report_section(self) -> str:
+        """The section of a report that shows the results of a training."""
+        ...
+
     def build(self, recipe: Any) -> Task:
         """Read and check everything that the training needs. Raises InputError for bad input."""
         ...
@@ -66,19 +75,31 @@ class TaskType(Protocol):
         """The classes of the recipe's classification head; none if it has no such head."""
         ...
 
-    def load_heldout_examples(self, recipe: Any, base: GPT, limit: int) -> list[Example]:
+    def load_heldout_examples(self, recipe: Any, limit: int) -> list[Example]:
         """Up to `limit` examples that the recipe does not train on."""
         ...
 
+    def evaluate(self, recipe: Any, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
+        """The metrics of a trained run, by what they are of, printed too. Whatever can be bad input is read before the
+        model is loaded.
 
-TASKS: dict[type[AnyRecipe], TaskType] = {
+        Raises InputError for options that such a run cannot have, and if it has no rows to be evaluated on.
+        """
+        ...
+
+    def eval_command(self, folder: str) -> str:
+        """The command that evaluates the run of a directory."""
+        ...
+
+
+TASKS: dict[type[TrainingRecipe], TaskType] = {
     InstructionRecipe: InstructionTask,
     ClassificationRecipe: ClassificationTask,
     PretrainingRecipe: PretrainingTask,
 }
 
 
-def task_type(recipe: AnyRecipe) -> TaskType:
+def task_type(recipe: TrainingRecipe) -> TaskType:
     """The kind of task that a recipe describes."""
     return TASKS[type(recipe)]
 
@@ -116,10 +137,10 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         before = task.score_initial()
         result = train_loop(job, out)
         saved = task.save(result.state.trainable, out)
-        plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task.loss_unit)
+        plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task_type(recipe).loss_unit)
         print_saved(result, saved)
         if result.interrupted:
-            console.print(f"what was trained so far is usable: {run_dir.suggest_use(out, recipe)}; {resume_hint(out)}")
+            console.print(f"what was trained so far is usable: {recipe.suggest_use(out)}; {resume_hint(out)}")
             raise KeyboardInterrupt
         task.report(before, task.score(result.state.trainable, out), out)
     return out

@@ -9,7 +9,7 @@ from rich.table import Table
 from fgpt.adapters import merge as merge_adapters
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
-from fgpt.cli.training.tasks import task_type
+from fgpt.cli.tasks import task_type
 from fgpt.data import packing
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import compare_outputs
@@ -34,9 +34,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     Raises InputError for a run without an adapter, or over a quantized base if `merge_base` is None.
     """
     out = run_dir.find_finished(name)
-    recipe = run_dir.read_run(out)
-    if not isinstance(recipe, FineTuningRecipe):
-        raise InputError(f"{out} has no adapter to merge: {run_dir.suggest_use(out, recipe)}")
+    recipe = run_dir.read_run_as(out, FineTuningRecipe, "a fine-tuned run, which has an adapter to merge")
     if recipe.quantize is not None and merge_base is None:
         raise InputError(
             f"{name} was trained over {recipe.quantize}: give --merge-base dequantized, the base it was trained over, "
@@ -48,7 +46,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     onto = task.load_base(replace(recipe, quantize=None)) if merge_base == "original" else merge_base
     merged_params = merge_adapters(trained, onto)
     target = device(base)
-    examples = task.load_heldout_examples(recipe, base, NUM_EXAMPLES)
+    examples = task.load_heldout_examples(recipe, NUM_EXAMPLES)
     batch = tree_map(lambda x: x.to(target), packing.collate([[example] for example in examples]))
     folder_name = MERGED if recipe.quantize is None else f"{MERGED}-{merge_base}"
     summary: dict[str, Any] = {"onto": merge_base, "held-out rows": len(examples)}

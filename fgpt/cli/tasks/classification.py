@@ -11,12 +11,15 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, trainable_leaves
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, show_progress
-from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion, scores
-from fgpt.cli.inference.classifiers import label_choices, log_probabilities, prompt_frame_of, with_head
+from fgpt.cli.evaluation.classification import classification_metrics, load_test_set, score, with_other_data
+from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
+from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.tables import Metrics
+from fgpt.cli.inference.classifiers import label_choices, prompt_frame_of, with_head
 from fgpt.cli.training.build import assemble_job, build_adapters, describe_sizes, load_base, warn_if_all_warmup
-from fgpt.cli.training.examples import load_classification_split, load_test_texts, train_heldout_split
+from fgpt.cli.training.examples import load_classification_split, train_heldout_split
 from fgpt.cli.training.job import TrainingJob
-from fgpt.data.classification_prompts import Labels, apply_labels, encode, parse_labels, resolve_labels, sample_shots
+from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -42,14 +45,6 @@ def build_trainable(recipe: ClassificationRecipe, params: GPT) -> Adapters:
     return trainable
 
 
-def score(params: GPT, examples: list[Example], labels: Labels, max_seq_len: int) -> tuple[Scores, float]:
-    """Scores, and the mean loss in nats per example."""
-    logprobs = log_probabilities(params, examples, labels, max_seq_len)
-    truth = [labels.output_ids.index(x.label) for x in examples if x.label is not None]
-    loss = -logprobs[range(len(truth)), truth].mean()
-    return scores(truth, logprobs.argmax(-1).tolist(), len(labels.names)), float(loss)
-
-
 @dataclass(frozen=True, eq=False)
 class ClassificationTask:
     """Train a classifier: a classification head, or labels as next tokens."""
@@ -64,6 +59,7 @@ class ClassificationTask:
     fewshot_examples: list[Example]
     """The same rows with shots before them, for the base alone; empty without shots."""
     loss_unit: ClassVar[str] = "example"
+    report_section: ClassVar[str] = "scores"
 
     @classmethod
     def build(cls, recipe: ClassificationRecipe) -> "ClassificationTask":
@@ -71,7 +67,7 @@ class ClassificationTask:
         run_dir.resolve_device(recipe.device)
         if recipe.num_fewshot and recipe.head == "classifier":
             raise InputError(
-                f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head tokens, or leave it out"
+                f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head lm, or leave it out"
             )
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
         names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
@@ -132,11 +128,25 @@ class ClassificationTask:
         return tuple(parse_labels(recipe.labels).values()) if recipe.head == "classifier" else ()
 
     @staticmethod
-    def load_heldout_examples(recipe: ClassificationRecipe, base: GPT, limit: int) -> list[Example]:
-        tokenizer, max_seq_len = models.tokenizer(recipe.base), min(recipe.max_seq_len, base.cfg.n_ctx)
-        names, rows = apply_labels(parse_labels(recipe.labels), load_test_texts(recipe)[:limit])
-        labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
-        return encode(rows, labels, frame, tokenizer, max_seq_len).examples
+    def load_heldout_examples(recipe: ClassificationRecipe, limit: int) -> list[Example]:
+        return load_test_set(recipe, limit).examples
+
+    @staticmethod
+    def evaluate(recipe: ClassificationRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
+        if options.num_generations is not None:
+            raise InputError(f"{folder} is a classifier, which generates no answers: leave out --num-generations")
+        recipe = with_other_data(recipe, options)
+        test_set = load_test_set(recipe, options.limit)
+        base = ClassificationTask.load_base(recipe)
+        results: dict[str, Metrics] = {}
+        if options.labels:
+            results["test rows, untuned"] = classification_metrics(base, test_set, "test rows, untuned")
+        params = run_dir.load_tuned(folder, base)
+        return results | {"test rows": classification_metrics(params, test_set)}
+
+    @staticmethod
+    def eval_command(folder: str) -> str:
+        return f"fgpt eval run {folder}"
 
     def score_initial(self) -> ScoreTable:
         """The scores of the majority label and, if labels are next tokens, of the base without and with shots."""

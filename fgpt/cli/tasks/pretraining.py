@@ -14,6 +14,8 @@ import torch
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, show_progress
+from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.build import warn_if_all_warmup
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
@@ -101,7 +103,7 @@ def batches(
 
 def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Perplexity:
     """The perplexity of documents: each by itself, its end-of-text token included, in windows that do not overlap, so
-    that each token is read once. `just eval --base FOLDER --text FILE` overlaps them, which costs twice as much and
+    that each token is read once. `fgpt eval text FILE --base FOLDER` overlaps them, which costs twice as much and
     gives a lower perplexity.
     """
     n_ctx = params.cfg.n_ctx
@@ -139,6 +141,7 @@ class PretrainingTask:
     tokenizer_source: TiktokenTokenizer | str
     """The tokenizer, or the model that it comes from: its files are saved with the model."""
     loss_unit: ClassVar[str] = "token"
+    report_section: ClassVar[str] = "heldout"
 
     @classmethod
     def build(cls, recipe: PretrainingRecipe) -> "PretrainingTask":
@@ -196,8 +199,16 @@ class PretrainingTask:
         return ()
 
     @staticmethod
-    def load_heldout_examples(recipe: PretrainingRecipe, base: GPT, limit: int) -> list[Example]:
+    def load_heldout_examples(recipe: PretrainingRecipe, limit: int) -> list[Example]:
         raise InputError(f"{recipe.name} is a pretraining: its held-out documents are no examples")
+
+    @staticmethod
+    def evaluate(recipe: PretrainingRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
+        raise InputError(f"{folder}: a pretrained model has no rows of its own; {recipe.suggest_use(folder)}")
+
+    @staticmethod
+    def eval_command(folder: str) -> str:
+        return f"fgpt eval text FILE --base {folder}/{run_dir.MODEL}"
 
     def score_initial(self) -> Figures:
         return self._score(self.job.initial_state.peek().trainable)

@@ -1,0 +1,40 @@
+"""An instruction-tuned run on its held-out rows: the loss of their answers, and the scores of generated answers."""
+
+import math
+from collections.abc import Sequence
+
+from fgpt.cli.evaluation.compare import contenders, generate_answers
+from fgpt.cli.evaluation.compare.scores import instruction_scores, rouge_scores, shape_scores
+from fgpt.cli.evaluation.metrics.text import requests
+from fgpt.cli.evaluation.tables import Metrics, print_metrics
+from fgpt.cli.evaluation.text import loglikelihoods
+from fgpt.data import packing
+from fgpt.data.prompt_templates import InstructionRow, encode, template
+from fgpt.model import GPT
+from fgpt.recipes import InstructionRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
+
+
+def heldout_metrics(
+    params: GPT, tokenizer: Tokenizer, recipe: InstructionRecipe, *, rows: Sequence[InstructionRow], batch_size: int
+) -> Metrics:
+    """Loss and perplexity of the reference answers, EOS included, of the rows that fit the recipe's max_seq_len."""
+    examples = [encode(row, template(recipe.template), tokenizer) for row in rows]
+    fitting, dropped = packing.filter_by_length(examples, min(recipe.max_seq_len, params.cfg.n_ctx), drop=True)
+    logprobs = [x for answer in loglikelihoods(params, requests(fitting), batch_size) for x in answer.logprobs]
+    loss = -math.fsum(logprobs) / len(logprobs)
+    counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": len(logprobs)}
+    values = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
+    return print_metrics("held-out rows", counts, values)
+
+
+def answer_metrics(
+    params: GPT, tokenizer: Tokenizer, recipe: InstructionRecipe, rows: Sequence[InstructionRow]
+) -> Metrics:
+    """The scores of greedy answers to the rows, as `fgpt compare` computes them, but for those that need the base."""
+    prompts = contenders.encode_prompts(contenders.Contender("", recipe), rows, tokenizer)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    answers = generate_answers(params, tokenizer, prompts, order, recipe.max_new_tokens)
+    scores = instruction_scores(rows, answers) | rouge_scores(rows, answers) | shape_scores(answers)
+    counts = {"rows": len(rows), "max new tokens": recipe.max_new_tokens}
+    return print_metrics("answers to held-out rows", counts, scores)
