@@ -31,7 +31,18 @@ R = TypeVar("R")
 class LoRA:
     """W' = W + s·B·A, with s = alpha / rank, or alpha / √rank if rank-stabilized.
 
+    Args:
+        a: A, which projects the layer's input to `rank` components. `lora` draws it.
+        b: B, which projects them to the layer's output. `lora` sets it to 0.
+        alpha: The strength, from which s follows.
+        rs: Rank-stabilized scaling: s = alpha / √rank.
+
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
+
+    >>> import fgpt
+    >>> x = fgpt.LoRA(a=torch.ones(2, 8), b=torch.zeros(4, 2), alpha=16.0)
+    >>> x.scale
+    8.0
     """
 
     a: Float[Tensor, "rank in"]
@@ -56,7 +67,19 @@ class LoRA:
 class DoRA:
     """W' = m · V / ‖V‖ by row, with V = W + s·B·A: magnitude m, direction V. The gradient takes ‖V‖ as a constant.
 
+    Args:
+        lora: The update of the direction.
+        m: The magnitude of each row, that is of each output. `dora` sets it to ‖W‖ by row.
+
     Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
+    >>> adapted = fgpt.adapt(base, {"layer": fgpt.DoRA(update, m=torch.tensor([3.0, 5.0]))})
+    >>> fgpt.dense(adapted["layer"].w)
+    tensor([[3., 0.],
+            [0., 5.]])
     """
 
     lora: LoRA
@@ -67,7 +90,18 @@ class DoRA:
 class IA3:
     """W' = diag(row) · W · diag(col), and bias' = row ⊙ bias: outputs rescaled, or inputs.
 
+    Args:
+        row: The factor of each output; None scales no outputs.
+        col: The factor of each input; None scales no inputs.
+
     Source: Liu et al. 2022 (IA3), section 3.3.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> adapted = fgpt.adapt(base, {"layer": fgpt.IA3(row=torch.tensor([3.0, 5.0]))})
+    >>> fgpt.dense(adapted["layer"].w)
+    tensor([[3., 0.],
+            [0., 5.]])
     """
 
     row: Float[Tensor, " out"] | None = None
@@ -121,6 +155,8 @@ def lora(
         InputError: if `target` matches nothing, `rank` exceeds the smaller side of a layer, or `dropout` is not in
             [0, 1).
 
+    Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
+
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> params = fgpt.init(cfg, fgpt.key(0))
@@ -154,10 +190,20 @@ def dora(
     dropout: float = 0.0,
 ) -> Adapters:
     """A fresh DoRA on every layer whose path matches `target`: a fresh LoRA, and m = ‖W‖ by row, so that it begins as
-    the identity, to the bit. The arguments are those of `lora`.
+    the identity, to the bit.
+
+    Args:
+        params: The base, quantized or not.
+        rng: A key: each A is drawn from fold_in(rng, path).
+        rank: Rows of A and columns of B.
+        alpha: The strength: s = alpha / rank. None means s = 2.
+        target: A regular expression that matches a layer's path in full.
+        dropout: Probability of dropping an element of A's input in training.
 
     Raises:
         InputError: as `lora` does.
+
+    Source: Liu et al. 2024 (DoRA), section 4.1.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -172,7 +218,7 @@ def dora(
 def ia3(
     params: Any, rows: str | None = r"blocks\..*\.attn\.(k|v|qkv)", cols: str | None = r"blocks\..*\.mlp\.down"
 ) -> Adapters:
-    """A fresh IA3 of ones on linear layers.
+    """A fresh IA3 of ones on linear layers, which begins as the identity.
 
     Args:
         params: The base, quantized or not.
@@ -182,6 +228,8 @@ def ia3(
 
     Raises:
         InputError: if a pattern matches nothing, or something that is not a linear layer.
+
+    Source: Liu et al. 2022 (IA3), section 3.3.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -403,6 +451,14 @@ def _with_base(w: Weight, base: Weight) -> Weight:
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:
     """fn(adapt(params, *adapters), *args) for trees = (params, *adapters): torch.func.functional_call for adapters.
+
+    Args:
+        fn: A function whose first argument is a params tree, such as `apply`.
+        trees: The params, and the trees of adapters over them, the innermost first.
+        args: The other arguments of `fn`.
+
+    Raises:
+        InputError: as `adapt` does.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)

@@ -127,9 +127,9 @@ def resolve_labels(
     """The names of the classes, and the training and test rows with these names as their labels.
 
     Args:
-        labels: the labels in their order, as `parse_labels` takes them; if empty, those of `train`, sorted.
-        train: training rows.
-        test: test rows.
+        labels: The labels in their order, as `parse_labels` takes them; if empty, those of `train`, sorted.
+        train: Training rows.
+        test: Test rows.
 
     Raises:
         InputError: as `parse_labels` and `apply_labels` do, and for a label without a training row.
@@ -206,12 +206,12 @@ def prompt_frame(
     """The tokens around every text.
 
     Args:
-        wording: the words of the prompt.
-        names: the names of the classes.
-        tokenizer: the model's; its end-of-sequence token also separates two texts, and its prefix, such as a BOS token,
+        wording: The words of the prompt.
+        names: The names of the classes.
+        tokenizer: The model's; its end-of-sequence token also separates two texts, and its prefix, such as a BOS token,
             begins the prompt.
-        append_eos: end with an end-of-sequence token, from which a head predicts the class.
-        shots: few-shot examples, placed before the text with their labels.
+        append_eos: End with an end-of-sequence token, from which a head predicts the class.
+        shots: Few-shot examples, placed before the text with their labels.
     """
 
     def encode(text: str) -> tuple[int, ...]:
@@ -258,9 +258,9 @@ def assemble(texts: Sequence[Sequence[int]], frame: PromptFrame, max_seq_len: in
     is truncated first, and then both equally. The frame is never truncated.
 
     Args:
-        texts: the tokens of one text or two.
-        frame: the tokens around them.
-        max_seq_len: the maximum number of tokens.
+        texts: The tokens of one text or two.
+        frame: The tokens around them.
+        max_seq_len: The maximum number of tokens.
 
     Raises:
         InputError: if the frame leaves no space, or each of two texts alone is longer than the space.

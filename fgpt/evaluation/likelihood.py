@@ -49,9 +49,9 @@ def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int =
     counts; a continuation is never shortened. (Its last token is only predicted, so it needs no room.)
 
     Args:
-        params: the model.
-        requests: pairs of token ids (context, continuation).
-        batch_size: requests in one forward pass.
+        params: The model.
+        requests: Pairs of token ids (context, continuation).
+        batch_size: Requests in one forward pass.
 
     Raises:
         InputError: for an empty context, a continuation that is empty or longer than the model's context
@@ -206,11 +206,11 @@ def loglikelihood_rolling(
     """The log-likelihood of a text of any length by a sliding window, each token scored once.
 
     Args:
-        params: the model.
-        tokens: the text's token ids.
-        bos_token_id: the token before the text.
-        width, stride: of the window, in tokens: see `windows`, and `window_and_stride` for the defaults.
-        batch_size: windows in one forward pass.
+        params: The model.
+        tokens: The text's token ids.
+        bos_token_id: The token before the text.
+        width, stride: Of the window, in tokens: see `windows`, and `window_and_stride` for the defaults.
+        batch_size: Windows in one forward pass.
 
     Raises:
         InputError: as `windows`, `window_and_stride` and `loglikelihood` do.

@@ -243,8 +243,8 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
     Args:
-        path: a file of `save_adapters`.
-        params: the model that the adapters are for.
+        path: A file of `save_adapters`.
+        params: The model that the adapters are for.
 
     Raises InputError if the file holds something else, or what does not fit `params`.
 

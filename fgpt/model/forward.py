@@ -267,7 +267,12 @@ def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*b
 def apply(
     params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
 ) -> Float[Tensor, "*batch seq vocab"]:
-    """Next-token logits at every position: logits(hidden(tokens)). The arguments are those of `hidden`.
+    """Next-token logits at every position: logits(hidden(tokens)).
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: The document that each token of a packed row belongs to, as in `hidden`.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -284,10 +289,16 @@ def apply(
 def forward_with_cache(
     params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
-    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `KVCache()`.
+    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too.
 
-    Prefill and decode are this one function: a text in any number of chunks equals one pass. Ragged prompts are padded
-    on the left, with segment 0 for padding and 1 for text.
+    Prefill and decode are this one function: a text in any number of chunks equals one pass.
+
+    Args:
+        params: The model, adapted or not.
+        tokens: The ids of the next token, or of several.
+        cache: What the last call returned, or `KVCache()`. It is not changed.
+        segments: As in `hidden`. Prompts of different lengths are padded on the left, with segment 0 for padding and 1
+            for text.
 
     Raises:
         InputError: if a row is longer than the context, or than a dynamic rope allows keys to be cached.

@@ -77,6 +77,25 @@ class Block:
 
 @node
 class GPT:
+    """A model: its weights are a tree, and its config is part of the tree's structure.
+
+    Args:
+        wte: The token embedding, [vocab, d_model].
+        wpe: The embedding of learned positions, [n_ctx, d_model]; None if q and k are rotated instead.
+        blocks: The transformer blocks, the first to be computed first.
+        ln_f: The norm after the last block.
+        head: The output layer, [vocab, d_model]; None if it is the embedding table.
+        cfg: What the shapes do not say.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> [path for path in leaves(params) if ".mlp." in path]
+    ['blocks.0.mlp.up.w', 'blocks.0.mlp.up.b', 'blocks.0.mlp.down.w', 'blocks.0.mlp.down.b']
+    >>> params.cfg.n_layer
+    1
+    """
+
     wte: Embedding
     wpe: Embedding | None
     blocks: tuple[Block, ...]
