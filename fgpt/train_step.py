@@ -51,7 +51,8 @@ class Metrics:
         grad_norm: The Euclidean norm of the gradient, before clipping.
         weight: The total weight of the tokens; their number, if each weighs 1.
 
-    >>> Metrics(loss=torch.tensor(2.0), grad_norm=torch.tensor(0.5), weight=torch.tensor(128.0)).loss.exp()  # perplexity
+    >>> metrics = Metrics(loss=torch.tensor(2.0), grad_norm=torch.tensor(0.5), weight=torch.tensor(128.0))
+    >>> metrics.loss.exp()  # the perplexity
     tensor(7.3891)
     """
 
