@@ -145,13 +145,13 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "has no training row": lambda bench: bench.labeled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
     "cannot be used": lambda bench: bench.train("--device", "cuda:77"),
     "the loss became": lambda bench: bench.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
-    "did not move in two steps": lambda bench: bench.train("--lr", "1e-30"),
+    "did not change in two steps": lambda bench: bench.train("--lr", "1e-30"),
     "nothing to resume": lambda bench: bench.resume(),
     "was started with": other_options,
-    "was made from other inputs than are there now": other_rows,
+    "was made from other inputs than there are now": other_rows,
     "is being trained in by another process": in_use,
     "free space": full,
-    "is not installed, and this run is tracked by it": without("wandb"),
+    "is not installed, and this run uses it as a tracker": without("wandb"),
 }
 
 

@@ -1,7 +1,7 @@
 """GPT-J-6B at its real shape, from random weights in a sharded file of the hub's layout: what loading it into 8 and 4
 bits takes, and one step of LoRA on every matrix of it.
 
-The step is that of an early 8-bit GPT-J project: rank 2 on all linear layers, the embedding and the head, norms and biases too
+The step is that of an early 8-bit GPT-J: rank 2 on all linear layers, the embedding and the head, norms and biases too
 (5,208,160 parameters), 8-bit Adam, 2 rows of 105 tokens, activations in bf16. Each format has a separate process.
 """
 
