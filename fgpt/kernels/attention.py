@@ -1,6 +1,11 @@
 """Causal attention: softmax(q kᵀ / sqrt(d_head) + mask) v.
 
-Source: Vaswani et al. 2017, section 3.2.1; the fused path is torch's scaled_dot_product_attention.
+    reference     plain torch, softmax in fp32
+    fast path     torch's fused scaled_dot_product_attention
+    transforms    fused under grad, vmap and both in either order; under forward mode, nested derivatives and a backward
+                  that is recorded the reference; compiled under vmap the reference, too
+
+Source: Vaswani et al. 2017, section 3.2.1.
 """
 
 import torch

@@ -8,6 +8,12 @@ are:
 
 The forward pass computes it while the logits are in cache, and the backward only scales it: two GEMMs for a frozen
 head; recomputing in the backward would take three.
+
+    reference     all logits at once, plain torch
+    fast path     chunks, each with its part of the gradient
+    transforms    chunks under grad, vmap and both in either order, smaller ones under vmap; under forward mode and
+                  nested derivatives the reference; a backward that is recorded computes its gradients by operators that
+                  have derivatives of every order
 """
 
 from typing import Any

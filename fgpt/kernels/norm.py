@@ -3,6 +3,9 @@
     layer_norm   y = (x - mean x) / √(var x + eps) ⊙ w + b
     rms_norm     y = x / √(mean x² + eps) ⊙ w
 
+RMSNorm is its definition, in plain torch. LayerNorm's `reference` is the definition, too, and its fast path is torch's
+kernel, under grad, vmap and both in either order.
+
 torch's kernel of LayerNorm is wrong in three places, where something else stands in:
 
     second derivatives   under jvp of jvp, and under jacrev of jacrev and hessian if w is differentiated: several

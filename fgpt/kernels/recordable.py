@@ -2,6 +2,9 @@
 
 Whether it will be, no forward can know: plain autograd tells in the backward (create_graph=True), and the weight of a
 loss, which is differentiated without being an operand, is seen in the cotangent.
+
+It wraps the result of a kernel: `attention` and `layer_norm` use it. Without such derivatives its backward passes the
+cotangent on to the kernel's own; vmap applies to both.
 """
 
 from collections.abc import Callable

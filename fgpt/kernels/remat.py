@@ -8,9 +8,11 @@ whose rule for each transform moves the transform inside,
 
     vmap(remat(f)) = remat(vmap(f))        grad(remat(f)) = (the gradient of f, run below the transform)
 
-so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block.
+so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block. Also called
+activation checkpointing.
 
-Also called activation checkpointing.
+    reference     f itself, which runs under forward mode, nested derivatives and compiled vmap
+    fast path     under plain autograd, grad, vmap and any mixture of these with one grad, and under compiled grad
 
 Source: Chen et al. 2016 (Training Deep Nets with Sublinear Memory Cost), section 4.
 """

@@ -5,6 +5,8 @@
 so that qᵀk depends only on the distance of the two. Component i of the first half of a head is paired with component i
 of the second half, or, as in GPT-J, each even component with the odd one that follows.
 
+It is the definition, in plain torch, with angles in fp32: every transform and the compiler pass.
+
 Source: Su et al. 2021 (RoFormer), section 3.2.2.
 """
 
