@@ -46,7 +46,11 @@ class Optimizer(NamedTuple):
 
 
 def constant_schedule(lr: Number, warmup_steps: Number = 0) -> Schedule:
-    """lr, after a linear warmup over the first `warmup_steps`.
+    """lr, after a linear warmup.
+
+    Args:
+        lr: The learning rate.
+        warmup_steps: Steps of the warmup.
 
     >>> schedule = constant_schedule(1e-3, warmup_steps=10)
     >>> round(float(schedule(torch.tensor(4))), 6)
@@ -56,7 +60,18 @@ def constant_schedule(lr: Number, warmup_steps: Number = 0) -> Schedule:
 
 
 def linear_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
-    """A linear warmup, then a linear decay from lr to `final_lr` at the last of `total_steps`."""
+    """A linear warmup, then a linear decay.
+
+    Args:
+        lr: The peak learning rate, at the end of the warmup.
+        total_steps: Steps of the training, warmup included.
+        warmup_steps: Steps of the warmup.
+        final_lr: The learning rate at the last step.
+
+    >>> schedule = linear_schedule(1.0, total_steps=10)
+    >>> schedule(torch.tensor(5))
+    tensor(0.5000, dtype=torch.float64)
+    """
 
     def schedule(step: Tensor) -> Tensor:
         decay = (final_lr - lr) * _progress(step, total_steps, warmup_steps)
@@ -66,9 +81,19 @@ def linear_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0
 
 
 def cosine_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
-    """A linear warmup, then a cosine decay from lr to `final_lr` at the last of `total_steps`.
+    """A linear warmup, then a cosine decay.
+
+    Args:
+        lr: The peak learning rate, at the end of the warmup.
+        total_steps: Steps of the training, warmup included.
+        warmup_steps: Steps of the warmup.
+        final_lr: The learning rate at the last step.
 
     Source: Loshchilov & Hutter 2017 (SGDR), section 3.
+
+    >>> schedule = cosine_schedule(1.0, total_steps=10, final_lr=0.1)
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 5, 10)]
+    [1.0, 0.55, 0.1]
     """
 
     def schedule(step: Tensor) -> Tensor:
@@ -278,7 +303,11 @@ def _decode_moment(moment: Tensor | Moment8) -> Tensor:
 
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
-    """The Euclidean norm of all leaves together."""
+    """The Euclidean norm of all leaves together.
+
+    >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
     return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 

@@ -163,7 +163,16 @@ def row_norms(
 ) -> Float[Tensor, " out"]:
     """‖w_i + s b_i A‖ for every row i, without forming B·A or an fp32 copy of W:
 
-    ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
+        ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
+
+    Args:
+        w: W.
+        a: A.
+        b: B.
+        scale: s.
+
+    >>> row_norms(torch.eye(2), torch.ones(1, 2), torch.zeros(2, 1), 1.0)
+    tensor([1., 1.])
     """
     squares, cross = row_sq_and_cross(w, a)
     total = squares + torch.linalg.vecdot(b, torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2))

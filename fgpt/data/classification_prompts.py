@@ -147,7 +147,13 @@ def resolve_labels(
 def sample_shots(
     rows: Sequence[LabeledText], names: Sequence[str], num_shots: int, rng: torch.Generator
 ) -> list[LabeledText]:
-    """Few-shot examples: `num_shots` of `rows` in random order, the same number of each class up to one.
+    """Few-shot examples in random order, the same number of each class up to one.
+
+    Args:
+        rows: The rows to sample from.
+        names: The names of the classes.
+        num_shots: The number of examples.
+        rng: The key of the sample.
 
     Raises:
         InputError: if a class has too few rows.
@@ -230,7 +236,14 @@ def prompt_frame(
 def encode(
     rows: Sequence[LabeledText], labels: Labels, frame: PromptFrame, tokenizer: Tokenizer, max_seq_len: int
 ) -> EncodedTexts:
-    """Examples of at most `max_seq_len` tokens. A text without a label gets the first class as a placeholder.
+    """Labeled texts as examples, and how many of them were truncated.
+
+    Args:
+        rows: The texts; one without a label gets the first class as a placeholder.
+        labels: The classes.
+        frame: The tokens around each text.
+        tokenizer: The model's.
+        max_seq_len: The maximum number of tokens of an example.
 
     Raises:
         InputError: for an empty text, and as `assemble` does.

@@ -362,8 +362,15 @@ def truncate_at_stop(text: str, strings: Sequence[str]) -> str:
 def stream_text(
     decode: Callable[[list[int]], str], tokens: Iterable[int], strings: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of `tokens`, piece by piece as they come, up to the first of the stop `strings`: never a part of a
-    character or of a stop string.
+    """The text of tokens, piece by piece as they come: never a part of a character or of a stop string.
+
+    Args:
+        decode: From token ids to text, such as a tokenizer's.
+        tokens: The token ids of one text, one by one.
+        strings: Strings at the first of which the text ends.
+
+    >>> list(stream_text(lambda tokens: bytes(tokens).decode(errors="replace"), "café".encode()))
+    ['c', 'a', 'f', 'é']
     """
     past_tokens: list[int] = []
     emitted = 0  # characters

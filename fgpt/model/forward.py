@@ -66,7 +66,17 @@ def attention_layer(
     rope: RopeCosSin | None,
     score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """Attention over `past` and x, its scores times `score_scale`; and the keys and values of both."""
+    """Attention over earlier tokens and x; and the keys and values of both.
+
+    Args:
+        x: Hidden states, after the norm.
+        p: The layer's weights.
+        cfg: The model's config.
+        mask: True where a token attends to a key; None is causal.
+        past: Keys and values of earlier tokens; a `StaticLayerCache` is written in place.
+        rope: The angles of the tokens' positions; None rotates nothing.
+        score_scale: A factor of the scores besides 1 / sqrt(d_head).
+    """
     q, k, v = qkv(x, p, cfg)
     q = q if score_scale == 1.0 else q * score_scale
     if rope is not None:
@@ -113,7 +123,10 @@ def block(
     rope: RopeCosSin | None = None,
     score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """One transformer block: x with attention and MLP added to it, and the keys and values of `past` and x."""
+    """One transformer block: x with attention and MLP added to it; and the keys and values of `past` and x.
+
+    The arguments after the weights `p` are those of `attention_layer`.
+    """
     normed = norm(x, p.ln_1, cfg.norm_eps)
     y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale)
     after = x + y

@@ -20,28 +20,38 @@ from fgpt.weights import Weight
 
 @node
 class Linear:
+    """x -> x Wᵀ + b, with w [out, in]; a b that is None is not added."""
+
     w: Weight
     b: Float[Tensor, " out"] | None = None
 
 
 @node
 class Norm:
+    """LayerNorm: gain w and bias b."""
+
     w: Float[Tensor, " d_model"]
     b: Float[Tensor, " d_model"] | None = None
 
 
 @node
 class RMSNorm:
+    """RMSNorm: gain w."""
+
     w: Float[Tensor, " d_model"]
 
 
 @node
 class Embedding:
+    """A table, w [rows, d_model], of tokens or of positions."""
+
     w: Weight
 
 
 @node
 class Attention:
+    """Attention: queries, keys, values, the output, and norms of each head of q and k if there are any."""
+
     q: Linear
     k: Linear
     v: Linear
@@ -62,6 +72,8 @@ class FusedAttention:
 
 @node
 class MLP:
+    """down(act(up(x))), or with a gate down(act(gate(x)) ⊙ up(x))."""
+
     up: Linear
     down: Linear
     gate: Linear | None = None
@@ -69,6 +81,8 @@ class MLP:
 
 @node
 class Block:
+    """A transformer block. Without `ln_2` attention and MLP both read `ln_1`."""
+
     ln_1: Norm | RMSNorm
     attn: Attention | FusedAttention
     ln_2: Norm | RMSNorm | None

@@ -91,7 +91,8 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
         folder: Written with adapter_config.json and adapter_model.safetensors.
         base: Hub name or local path of the model; "owner/model@revision" writes the revision too.
 
-    Raises InputError for adapters that no format of PEFT's holds.
+    Raises:
+        InputError: for adapters that no format of PEFT's holds.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")
@@ -274,7 +275,8 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         folder: With adapter_config.json and adapter_model.safetensors.
         params: The model, fused or not, of any dtype, quantized or not.
 
-    Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
+    Raises:
+        InputError: for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")
