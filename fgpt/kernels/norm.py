@@ -47,7 +47,14 @@ def reference(
 def layer_norm(
     x: Float[Tensor, "*batch d"], w: Float[Tensor, " d"], b: Float[Tensor, " d"] | None, eps: float
 ) -> Float[Tensor, "*batch d"]:
-    """(x - mean x) / √(var x + eps) ⊙ w + b, with w and b in the dtype of x; right under every transform."""
+    """(x - mean x) / √(var x + eps) ⊙ w + b; right under every transform.
+
+    Args:
+        x: The input.
+        w: The gain, in the dtype of x.
+        b: The bias, in the dtype of x; None adds none.
+        eps: Added to the variance.
+    """
     definition = partial(reference, eps=eps)
     if needs_higher_order(x, w, b):
         return definition(x, w, b)

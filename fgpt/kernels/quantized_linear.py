@@ -104,8 +104,12 @@ QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
 
 
 def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
-    """`w` in the given format. `in` must be a multiple of BLOCK, except for int8. `double_quant` quantizes 4-bit scales
-    too.
+    """A matrix in 4 or 8 bits.
+
+    Args:
+        w: The matrix. Its rows must be a multiple of BLOCK long, except for int8.
+        to: The format.
+        double_quant: Quantize the scales of a 4-bit format, too.
     """
     register()
     if to == "int8":

@@ -121,7 +121,13 @@ def rope_cos_sin(
 def apply_rope(
     x: Float[Tensor, "*batch head seq d_head"], rope: RopeCosSin, interleaved: bool
 ) -> Float[Tensor, "*batch head seq d_head"]:
-    """x with the first components of each head rotated, in fp32 or fp64, and the rest unchanged."""
+    """x with the first components of each head rotated, in fp32 or fp64, and the rest unchanged.
+
+    Args:
+        x: Queries or keys by head.
+        rope: Of `rope_cos_sin`.
+        interleaved: Rotated pairs are neighbors, as in GPT-J; otherwise one component of each half.
+    """
     cos, sin = rope
     dim = 2 * cos.shape[-1]
     first, rest = at_least_fp32(x[..., :dim]), x[..., dim:]
