@@ -22,7 +22,19 @@ from fgpt.weights import row_norms, shape
 class DoRA:
     """W' = m · V / ‖V‖ by row, with V = W + s·B·A: magnitude m, direction V. The gradient takes ‖V‖ as a constant.
 
+    Args:
+        lora: The update of the direction.
+        m: The magnitude of each row, that is of each output. `dora` sets it to ‖W‖ by row.
+
     Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
+    >>> adapted = fgpt.adapt(base, {"layer": fgpt.DoRA(update, m=torch.tensor([3.0, 5.0]))})
+    >>> fgpt.dense(adapted["layer"].w)
+    tensor([[3., 0.],
+            [0., 5.]])
     """
 
     lora: LoRA
@@ -49,10 +61,20 @@ def dora(
     dropout: float = 0.0,
 ) -> Adapters:
     """A fresh DoRA on every layer whose path matches `target`: a fresh LoRA, and m = ‖W‖ by row, so that it begins as
-    the identity, to the bit. The arguments are those of `lora`.
+    the identity, to the bit.
+
+    Args:
+        params: The base, quantized or not.
+        rng: A key: each A is drawn from fold_in(rng, path).
+        rank: Rows of A and columns of B.
+        alpha: The strength: s = alpha / rank. None means s = 2.
+        target: A regular expression that matches a layer's path in full.
+        dropout: Probability of dropping an element of A's input in training.
 
     Raises:
         InputError: as `lora` does.
+
+    Source: Liu et al. 2024 (DoRA), section 4.1.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)

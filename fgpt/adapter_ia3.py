@@ -21,7 +21,18 @@ from fgpt.weights import Adapted, shape
 class IA3:
     """W' = diag(row) · W · diag(col), and bias' = row ⊙ bias: outputs rescaled, or inputs.
 
+    Args:
+        row: The factor of each output; None scales no outputs.
+        col: The factor of each input; None scales no inputs.
+
     Source: Liu et al. 2022 (IA3), section 3.3.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> adapted = fgpt.adapt(base, {"layer": fgpt.IA3(row=torch.tensor([3.0, 5.0]))})
+    >>> fgpt.dense(adapted["layer"].w)
+    tensor([[3., 0.],
+            [0., 5.]])
     """
 
     row: Float[Tensor, " out"] | None = None
@@ -41,7 +52,7 @@ class IA3:
 def ia3(
     params: Any, rows: str | None = r"blocks\..*\.attn\.(k|v|qkv)", cols: str | None = r"blocks\..*\.mlp\.down"
 ) -> Adapters:
-    """A fresh IA3 of ones on linear layers.
+    """A fresh IA3 of ones on linear layers, which begins as the identity.
 
     Args:
         params: The base, quantized or not.
@@ -51,6 +62,8 @@ def ia3(
 
     Raises:
         InputError: if a pattern matches nothing, or something that is not a linear layer.
+
+    Source: Liu et al. 2022 (IA3), section 3.3.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)

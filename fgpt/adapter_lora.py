@@ -22,7 +22,18 @@ from fgpt.weights import Adapted, Weight, shape
 class LoRA:
     """W' = W + s·B·A, with s = alpha / rank, or alpha / √rank if rank-stabilized.
 
+    Args:
+        a: A, which projects the layer's input to `rank` components. `lora` draws it.
+        b: B, which projects them to the layer's output. `lora` sets it to 0.
+        alpha: The strength, from which s follows.
+        rs: Rank-stabilized scaling: s = alpha / √rank.
+
     Source: Hu et al. 2021, section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
+
+    >>> import fgpt
+    >>> x = fgpt.LoRA(a=torch.ones(2, 8), b=torch.zeros(4, 2), alpha=16.0)
+    >>> x.scale
+    8.0
     """
 
     a: Float[Tensor, "rank in"]
@@ -88,6 +99,8 @@ def lora(
     Raises:
         InputError: if `target` matches nothing, `rank` exceeds the smaller side of a layer, or `dropout` is not in
             [0, 1).
+
+    Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)

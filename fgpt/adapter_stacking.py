@@ -33,7 +33,7 @@ def stack_adapters(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
     zero and scales stay constant.
 
     Args:
-        adapters: one or more sets.
+        adapters: One or more sets.
 
     Raises:
         InputError: if LoRAs differ in dropout, or if adapters of another kind differ in kind or shape or are missing
@@ -56,7 +56,7 @@ def unstack_adapters(stacked: Mapping[str, Any]) -> list[Adapters]:
     """The members of a stack, without padding and with the scale in alpha.
 
     Args:
-        stacked: what `stack_adapters` returned, trained or not.
+        stacked: What `stack_adapters` returned, trained or not.
 
     Raises:
         InputError: for adapters that are not a stack.

@@ -178,6 +178,14 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:
     """fn(adapt(params, *adapters), *args) for trees = (params, *adapters): torch.func.functional_call for adapters.
 
+    Args:
+        fn: A function whose first argument is a params tree, such as `apply`.
+        trees: The params, and the trees of adapters over them, the innermost first.
+        args: The other arguments of `fn`.
+
+    Raises:
+        InputError: as `adapt` does.
+
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> params = fgpt.init(cfg, fgpt.key(0))

@@ -19,9 +19,9 @@ def with_classification_head(params: GPT, num_classes: int, rng: torch.Generator
     copied, and head and embedding are not tied.
 
     Args:
-        params: the model.
-        num_classes: rows of the head, 2 or more.
-        rng: the key of its initialization.
+        params: The model.
+        num_classes: Rows of the head, 2 or more.
+        rng: The key of its initialization.
 
     Raises:
         InputError: for fewer than two classes.

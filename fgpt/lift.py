@@ -68,7 +68,7 @@ def from_module(module: nn.Module) -> tuple[dict[str, Any], Callable[..., Any]]:
     Activation checkpointing is refused, but torch's checkpoint with `use_reentrant=True` is not noticed.
 
     Args:
-        module: an ordinary module, whose parameters are floating-point and have a shape.
+        module: An ordinary module, whose parameters are floating-point and have a shape.
 
     Raises:
         InputError: if `module` is not an ordinary module, or has parameters that are not floating-point, have no shape

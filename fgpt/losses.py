@@ -15,12 +15,12 @@ class Batch:
     """Tokens, and which of them the loss is about.
 
     Args:
-        tokens: token ids.
-        targets: the token to predict at each position, that is the text's next token.
-        weights: the weight of each position in the loss; 0 leaves it out.
-        segments: the document that each position belongs to, 0 for padding. None if each row is one document, padded on
+        tokens: Token ids.
+        targets: The token to predict at each position, that is the text's next token.
+        weights: The weight of each position in the loss; 0 leaves it out.
+        segments: The document that each position belongs to, 0 for padding. None if each row is one document, padded on
             the right at most: the causal mask alone then keeps padding out.
-        loss_positions: the flat positions with a weight, so that logits are computed only there. None computes them at
+        loss_positions: The flat positions with a weight, so that logits are computed only there. None computes them at
             all positions, which suits vmap over examples and training on whole texts.
 
     >>> import fgpt, torch
@@ -38,8 +38,15 @@ class Batch:
 
 @check_shapes
 def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly. `remat` is activation
-    checkpointing, see `hidden`.
+    """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly.
+
+    Args:
+        params: The model, adapted or not.
+        batch: Tokens, targets and the weight of each target.
+        remat: Activation checkpointing, see `hidden`.
+
+    Raises:
+        InputError: if a row is longer than the context.
 
     >>> import fgpt, torch
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
@@ -72,6 +79,23 @@ def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor,
 
 
 def loss(params: GPT, batch: Batch, remat: bool = False) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood in nats per weighted token. The arguments are those of `nll`."""
+    """Mean negative log-likelihood, in nats per token, each token weighted: the quotient of what `nll` returns.
+
+    Args:
+        params: The model, adapted or not.
+        batch: Tokens, targets and the weight of each target.
+        remat: Activation checkpointing, see `hidden`.
+
+    Raises:
+        InputError: if a row is longer than the context.
+
+    >>> import fgpt, math, torch
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> text = torch.tensor([[1, 2, 3, 4]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3))
+    >>> value = fgpt.loss(fgpt.init(config, fgpt.key(0)), batch)
+    >>> abs(float(value) - math.log(11)) < 0.1  # an untrained model gives each of 11 tokens about the same probability
+    True
+    """
     total, weight = nll(params, batch, remat)
     return total / weight

@@ -22,7 +22,21 @@ Number: TypeAlias = int | float | Tensor
 
 
 class Optimizer(NamedTuple):
-    """`state = init(params)`; `params, state = update(grads, state, params)`. Nothing is changed in place."""
+    """A pair of pure functions, as in optax. Nothing is changed in place.
+
+    Args:
+        init: `state = init(params)`.
+        update: `params, state = update(grads, state, params)`: the new params themselves, where optax returns the
+            change.
+
+    >>> def update(grads, state, params):
+    ...     return {"w": params["w"] - 0.1 * grads["w"]}, state
+    >>> sgd = Optimizer(init=lambda params: (), update=update)
+    >>> params = {"w": torch.ones(2)}
+    >>> params, state = sgd.update({"w": torch.ones(2)}, sgd.init(params), params)
+    >>> params["w"]
+    tensor([0.9000, 0.9000])
+    """
 
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -32,7 +46,11 @@ class Optimizer(NamedTuple):
 
 
 def constant_schedule(lr: Number, warmup_steps: Number = 0) -> Schedule:
-    """lr, after a linear warmup over the first `warmup_steps`.
+    """lr, after a linear warmup.
+
+    Args:
+        lr: The learning rate.
+        warmup_steps: Steps of the warmup.
 
     >>> schedule = constant_schedule(1e-3, warmup_steps=10)
     >>> round(float(schedule(torch.tensor(4))), 6)
@@ -42,7 +60,18 @@ def constant_schedule(lr: Number, warmup_steps: Number = 0) -> Schedule:
 
 
 def linear_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
-    """A linear warmup, then a linear decay from lr to `final_lr` at the last of `total_steps`."""
+    """A linear warmup, then a linear decay.
+
+    Args:
+        lr: The peak learning rate, at the end of the warmup.
+        total_steps: Steps of the training, warmup included.
+        warmup_steps: Steps of the warmup.
+        final_lr: The learning rate at the last step.
+
+    >>> schedule = linear_schedule(1.0, total_steps=10)
+    >>> schedule(torch.tensor(5))
+    tensor(0.5000, dtype=torch.float64)
+    """
 
     def schedule(step: Tensor) -> Tensor:
         decay = (final_lr - lr) * _progress(step, total_steps, warmup_steps)
@@ -52,9 +81,19 @@ def linear_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0
 
 
 def cosine_schedule(lr: Number, total_steps: Number, *, warmup_steps: Number = 0, final_lr: Number = 0.0) -> Schedule:
-    """A linear warmup, then a cosine decay from lr to `final_lr` at the last of `total_steps`.
+    """A linear warmup, then a cosine decay.
+
+    Args:
+        lr: The peak learning rate, at the end of the warmup.
+        total_steps: Steps of the training, warmup included.
+        warmup_steps: Steps of the warmup.
+        final_lr: The learning rate at the last step.
 
     Source: Loshchilov & Hutter 2017 (SGDR), section 3.
+
+    >>> schedule = cosine_schedule(1.0, total_steps=10, final_lr=0.1)
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 5, 10)]
+    [1.0, 0.55, 0.1]
     """
 
     def schedule(step: Tensor) -> Tensor:
@@ -91,7 +130,16 @@ class Moment8:
 
 @node
 class AdamState:
-    """First and second moments, shaped like the params, and the number of updates so far."""
+    """The state of `adamw` and `adamw8bit`.
+
+    Args:
+        mu: The first moment of each leaf of the params: a tensor of its shape, or its 8-bit codes.
+        nu: The second moment, likewise.
+        count: The number of updates so far, an integer.
+
+    >>> adamw(0.1).init({"w": torch.ones(2)}).nu
+    {'w': tensor([0., 0.])}
+    """
 
     mu: Tree
     nu: Tree
@@ -114,7 +162,7 @@ def adamw(
         betas: β₁ and β₂.
         eps: ε.
         weight_decay: λ, for leaves of two dimensions or more, never for biases and norms.
-        decay: a regular expression; only leaves whose whole path matches it decay.
+        decay: A regular expression; only leaves whose whole path matches it decay.
         eps_root: ε₀, which is 0 in the paper. Above 0, as in optax, the step has a derivative at v = 0, that is at
             every leaf that has had no gradient yet.
 
@@ -147,13 +195,22 @@ def adamw8bit(
     """AdamW with its moments stored as 8-bit codes: 2.03 bytes for each parameter instead of 8.
 
     The moments of a leaf with at least `min_8bit_size` elements are decoded, updated in fp32 as in `adamw`, and encoded
-    again, one leaf at a time; those of a smaller leaf stay in fp32. The other arguments are those of `adamw`.
+    again, one leaf at a time; those of a smaller leaf stay in fp32.
 
     bitsandbytes' fused update is not used. It writes into its arguments, so that each would have to be copied first; it
     needs the learning rate and the step as Python numbers, and has no vmap; and on CUDA it silently skips gradients
     that are not finite, and decays θ after the step instead of before.
 
     Moments are rounded, so that no gradient passes from one update to the next. It does pass through one update.
+
+    Args:
+        lr: η, a number or a schedule.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ, for leaves of two dimensions or more, never for biases and norms.
+        decay: A regular expression; only leaves whose whole path matches it decay.
+        min_8bit_size: Elements of the smallest leaf whose moments are encoded.
+        eps_root: ε₀, as in `adamw`.
 
     Raises:
         InputError: if `decay` is not a regular expression.
@@ -246,7 +303,11 @@ def _decode_moment(moment: Tensor | Moment8) -> Tensor:
 
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
-    """The Euclidean norm of all leaves together."""
+    """The Euclidean norm of all leaves together.
+
+    >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
     return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
 
 

@@ -20,12 +20,19 @@ MAX_EXPANDED_CHARS = 1_000_000
 
 
 def matching(pattern: str, names: Iterable[str], what: str = "selector", end: float | None = None) -> list[str]:
-    """The `names` that `pattern` matches in full.
+    r"""The names that a pattern matches in full.
 
-    `end` is a time limit on the monotonic clock that several patterns share; without it the limit is a second from now.
+    Args:
+        pattern: A regular expression.
+        names: The names.
+        what: What the error calls the pattern.
+        end: A time limit on the monotonic clock, which several patterns may share; by default a second from now.
 
-    Raises InputError, which calls the pattern `what`, if it is not a regular expression, is too large, or takes too
-    long.
+    Raises:
+        InputError: if the pattern is not a regular expression, is too large, or takes too long.
+
+    >>> matching(r"blocks\.\d+\.attn\.q", ["blocks.0.attn.q", "blocks.0.attn.k"])
+    ['blocks.0.attn.q']
     """
     import regex  # here, to keep `import fgpt` fast
 

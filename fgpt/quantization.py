@@ -17,12 +17,12 @@ def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, ta
     r"""`params` with the weights of some layers quantized to 4 or 8 bits.
 
     Args:
-        params: a plain params tree; adapt it after quantization.
+        params: A plain params tree; adapt it after quantization.
         format: nf4 (16 quantiles of the normal distribution) and fp4 (4-bit floats) have a scale for each block of 64
             elements; blockwise8 is the dynamic code of 256 values; int8 has a scale for each row, and its matmul is an
             int8 matmul: on a CPU with 8-bit dot products the fastest of all.
-        double_quant: quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
-        target: a regular expression; layers whose whole path matches it are quantized.
+        double_quant: Quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
+        target: A regular expression; layers whose whole path matches it are quantized.
 
     Raises:
         InputError: if `target` matches nothing, or a weight that is adapted, quantized already, or has rows that do

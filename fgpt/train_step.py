@@ -24,7 +24,18 @@ Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Fl
 
 @node
 class State:
-    """What a step updates: the trainable tree, the state of its optimizer, and the number of steps so far."""
+    """What a step updates.
+
+    Args:
+        trainable: The tree that is trained, such as adapters.
+        opt_state: The state of its optimizer.
+        step: The number of steps so far, an integer.
+
+    >>> import fgpt
+    >>> state = fgpt.init_state({"w": torch.zeros(2)}, fgpt.adamw(0.1))
+    >>> state.trainable, state.step
+    ({'w': tensor([0., 0.])}, tensor(0))
+    """
 
     trainable: Tree
     opt_state: Tree
@@ -33,7 +44,17 @@ class State:
 
 @node
 class Metrics:
-    """Mean loss in nats per weighted token, norm of the gradient before clipping, and total weight of the tokens."""
+    """What a step reports, of all its micro-batches together.
+
+    Args:
+        loss: The mean loss before the update, in nats per weighted token.
+        grad_norm: The Euclidean norm of the gradient, before clipping.
+        weight: The total weight of the tokens; their number, if each weighs 1.
+
+    >>> metrics = Metrics(loss=torch.tensor(2.0), grad_norm=torch.tensor(0.5), weight=torch.tensor(128.0))
+    >>> metrics.loss.exp()  # the perplexity
+    tensor(7.3891)
+    """
 
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
@@ -47,6 +68,10 @@ Step: TypeAlias = Callable[[State, Tree, Sequence[Batch], Key | None], tuple[Sta
 
 def init_state(trainable: Tree, optimizer: Optimizer) -> State:
     """The state before the first step.
+
+    Args:
+        trainable: The tree to train, such as adapters.
+        optimizer: Such as `adamw(lr)`.
 
     >>> import fgpt
     >>> init_state({"w": torch.zeros(2)}, fgpt.adamw(0.1)).step
@@ -124,22 +149,28 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
 
     Args:
         loss: `loss(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)`, two scalar tensors.
-        optimizer: such as `adamw(lr)`.
-        max_norm: clip the gradient to this global norm; None does not clip.
-        compile: compile the gradient (needs a C++ compiler). Under vmap and derivatives of the step it has no effect,
+        optimizer: Such as `adamw(lr)`.
+        max_norm: Clip the gradient to this global norm; None does not clip.
+        compile: Compile the gradient (needs a C++ compiler). Under vmap and derivatives of the step it has no effect,
             and a warning says so.
 
     Raises:
         InputError: from the step, if `loss` returns anything else.
 
     >>> import fgpt
-    >>> def loss(trainable, frozen, batch, seed):
-    ...     return ((trainable["w"] - frozen) ** 2).sum(), torch.tensor(1.0)
-    >>> optimizer = fgpt.adamw(0.1)
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params, optimizer = fgpt.init(config, fgpt.key(0)), fgpt.adamw(0.01)
+    >>> text = torch.tensor([[1, 2, 3, 4]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3))
+    >>> def loss(adapters, params, batch, seed):
+    ...     return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
     >>> step = fgpt.make_step(loss, optimizer)
-    >>> state, metrics = step(fgpt.init_state({"w": torch.zeros(1)}, optimizer), torch.ones(1), [None])
-    >>> state.trainable["w"], metrics.loss
-    (tensor([0.1000]), tensor(1.))
+    >>> state, losses = fgpt.init_state(fgpt.lora(params, fgpt.key(1), rank=2), optimizer), []
+    >>> for i in range(3):
+    ...     state, metrics = step(state, params, [batch], fgpt.fold_in(fgpt.key(2), i))
+    ...     losses.append(float(metrics.loss))
+    >>> state.step, metrics.weight, losses[2] < losses[0]
+    (tensor(3), tensor(3.), True)
     """
     loss = _check_result(loss)
     transformable: Any = grad_and_value(loss, has_aux=True)

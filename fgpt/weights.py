@@ -29,10 +29,24 @@ from fgpt.tree import node, static
 
 @node
 class Adapted:
-    """A base weight, moved by a product of rank r and scaled by row and by column; a field that is None does nothing.
-    `seed` draws the dropout of the input of A, in the factored reading alone.
+    """W' = diag(row) · (W + s·B·A) · diag(col): a base weight with an adapter. A field that is None does nothing.
+
+    Args:
+        base: W: a tensor, a quantized matrix, or an adapted weight.
+        a: A.
+        b: B.
+        row: The factor of each output.
+        col: The factor of each input.
+        seed: Draws the dropout of the input of A; only `linear` applies it.
+        scale: s.
+        dropout: Probability of dropping an element of the input of A.
 
     Source: Hu et al. 2021 (LoRA), section 4.1; Liu et al. 2024 (DoRA), section 4.1; Liu et al. 2022 (IA3), section 3.3.
+
+    >>> import fgpt
+    >>> fgpt.dense(fgpt.Adapted(torch.eye(2), row=torch.tensor([1.0, 2.0]), col=torch.tensor([3.0, 4.0])))
+    tensor([[3., 0.],
+            [0., 8.]])
     """
 
     base: "Weight"
@@ -77,6 +91,11 @@ def linear(
     """The factored reading: x @ dense(w).T + bias, and neither B·A nor a scaled W is ever formed.
 
         x' = col ⊙ x        y = row ⊙ (x' Wᵀ + s x' Aᵀ Bᵀ) + bias
+
+    Args:
+        x: Inputs, in the dtype of the activations.
+        w: The weight, [out, in].
+        bias: Added last, and not scaled by row.
 
     >>> import fgpt
     >>> w = fgpt.Adapted(torch.eye(2), a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
@@ -125,7 +144,16 @@ def row_norms(
 ) -> Float[Tensor, " out"]:
     """‖w_i + s b_i A‖ for every row i, without forming B·A or an fp32 copy of W:
 
-    ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
+        ‖w_i + s b_i A‖² = ‖w_i‖² + b_i · (2s A w_iᵀ + s² A Aᵀ b_iᵀ)
+
+    Args:
+        w: W.
+        a: A.
+        b: B.
+        scale: s.
+
+    >>> row_norms(torch.eye(2), torch.ones(1, 2), torch.zeros(2, 1), 1.0)
+    tensor([1., 1.])
     """
     squares, cross = row_sq_and_cross(w, a)
     total = squares + torch.linalg.vecdot(b, torch.addmm(cross, b, a @ a.T, beta=2 * scale, alpha=scale**2))

@@ -16,8 +16,9 @@ def test_there_is_code():
     assert blocks()
 
 
-def test_the_code_runs_from_top_to_bottom():
+def test_the_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """In one namespace, as a reader would type it in."""
+    monkeypatch.chdir(tmp_path)  # it writes files
     names = {"__name__": "readme"}
     for code in blocks():
         exec(compile(code, str(README), "exec"), names)

@@ -95,19 +95,19 @@ def adapters(bench: Bench) -> None:
         results += magnitudes(small, bench.repeats)
         notes.append("DoRA: a process a side; peft's adapters lie on the fused q, k, v, ours on each of the three")
     if "int8" in bench.benchmarks:
-        found, sheet = quantized_steps(small, bench.repeats)
-        results += found
+        int8_results, sheet = quantized_steps(small, bench.repeats)
+        results += int8_results
         sheets.append(sheet)
     if "remat" in bench.benchmarks:
         results += remat_cost(small, bench.repeats)
     if "examples" in bench.benchmarks:
-        found, gap = per_example(small, bench.repeats)
-        results += found
+        example_results, gap = per_example(small, bench.repeats)
+        results += example_results
         notes.append(f"the sum of the examples' gradients differs from the batch's by {gap:.1e} of its norm")
     if "medium" in bench.benchmarks:
         medium = Config(2 * bench.layers, 16, 1024, 1024, bench.vocab, 4096)
-        found, gap = four_bits(medium, bench.repeats)
-        results += found
+        nf4_results, gap = four_bits(medium, bench.repeats)
+        results += nf4_results
         notes.append(
             f"NF4: {shape(medium)}; the two sides' losses after {bench.repeats + 1} updates differ by {gap:.1e}"
         )
@@ -187,16 +187,16 @@ def errors(weights: str, base: GPT, batch: Batch) -> list[tuple[str, ...]]:
     dequantized base against fp32) and that of the activations alone (int8 against the dequantized base).
     """
     tuned = perturb(adapters_of(base))
-    found = {"fp32": gradient(base, tuned, batch)}
+    gradients = {"fp32": gradient(base, tuned, batch)}
     for to in FORMATS:
         quantized = quantize(base, to)
-        found[to] = gradient(quantized, tuned, batch)
+        gradients[to] = gradient(quantized, tuned, batch)
         if to == "int8":
-            found["int8, dequantized"] = gradient(merge(quantized, base="dequantized"), tuned, batch)
+            gradients["int8, dequantized"] = gradient(merge(quantized, base="dequantized"), tuned, batch)
     pairs = [("int8, dequantized", "fp32"), ("int8", "int8, dequantized"), *((to, "fp32") for to in FORMATS)]
     rows = []
     for name, other in pairs:
-        (loss, g), (true, h) = found[name], found[other]
+        (loss, g), (true, h) = gradients[name], gradients[other]
         off, size = abs(loss / true - 1), float((g - h).norm() / h.norm())
         cosine = float(torch.cosine_similarity(g, h, dim=0))
         rows.append((weights, name, other, f"{loss:.5f}", f"{off:.1e}", f"{size:.1e}", f"{cosine:.6f}"))

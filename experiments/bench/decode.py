@@ -1,6 +1,6 @@
-"""Writing with a GPT-2 of random weights, ours and transformers' `generate`: greedy, batch 1 and 8.
+"""Generation with a GPT-2 of random weights, beside transformers' `generate`: greedy, batch sizes 1 and 8.
 
-A step reads every weight once, so that the limit is bytes over the bandwidth of memory, which is measured beside it by
+A decode step reads every weight once, so its limit is the bytes over the bandwidth of memory, which is measured too, by
 summing a tensor of the same size.
 """
 
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 PROMPT = 32
 """Tokens of the prompt."""
 TARGETS = {("fp32, compiled", 1): ">= 1.6", ("int8, compiled", 1): ">= 2.5", ("fp32, compiled", 8): ">= 1.5"}
-"""By side and rows."""
+"""By side and batch size."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Tokens a second of greedy text, beside transformers."""
+    """Tokens per second of greedy decoding, beside transformers."""
 
     repeats: int = 3
     max_new_tokens: int = 128
@@ -85,7 +85,7 @@ def transformers_generate(model: Any, prompts: torch.Tensor, max_new_tokens: int
 
 
 def bandwidth(size: int) -> float:
-    """Bytes a second of reading a tensor of `size` bytes, the best of seven times."""
+    """Bytes per second of reading a tensor of `size` bytes, the best of seven times."""
     x = torch.ones(size // 4)
     best = float("inf")
     for _ in range(7):

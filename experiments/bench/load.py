@@ -1,7 +1,7 @@
 """GPT-J-6B at its real shape, from random weights in a sharded file of the hub's layout: what loading it into 8 and 4
 bits takes, and one step of LoRA on every matrix of it.
 
-The step is of the 8-bit GPT-J of its day: rank 2 on all linear layers, the embedding and the head, norms and biases too
+The step is that of an early 8-bit GPT-J: rank 2 on all linear layers, the embedding and the head, norms and biases too
 (5,208,160 parameters), 8-bit Adam, 2 rows of 105 tokens, activations in bf16. Each format has a separate process.
 """
 
@@ -83,11 +83,11 @@ def loading(bench: Load) -> None:
         rows, trained = [], 0
         for to, target in TARGETS.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                found = process.submit(measure_load, str(folder), to).result()
-            trained, peak = found.trained, max(found.load_peak, found.step_peak) / 1e9
-            gb = (f"{x / 1e9:.2f}" for x in (found.model_bytes, found.load_peak, found.step_peak))
+                result = process.submit(measure_load, str(folder), to).result()
+            trained, peak = result.trained, max(result.load_peak, result.step_peak) / 1e9
+            gb = (f"{x / 1e9:.2f}" for x in (result.model_bytes, result.load_peak, result.step_peak))
             outcome = f"< {target:.0f} GB ({'met' if peak < target else 'missed'})"
-            rows.append((to, f"{found.load:.0f}", *gb, f"{found.step:.0f}", f"{found.loss:.3f}", outcome))
+            rows.append((to, f"{result.load:.0f}", *gb, f"{result.step:.0f}", f"{result.loss:.3f}", outcome))
             console.print(", ".join(rows[-1]))
     heads = ("base", "load (s)", "model (GB)", "peak, loading", "peak, with the step", "step (s)", "loss", "target")
     note = (

@@ -85,19 +85,19 @@ def train(bench: Train) -> None:
     results: list[Result] = []
     notes = [f"{hardware(cpu)}, fp32; LoRA r8 on c_attn of {shape(cfg)}"]
     if {"equal", "limit"} & set(bench.benchmarks):
-        found, gap = equal(cfg, bench, cpu, torch.float32, limit="limit" in bench.benchmarks)
-        results += found
+        equal_results, gap = equal(cfg, bench, cpu, torch.float32, limit="limit" in bench.benchmarks)
+        results += equal_results
         notes.append(f"losses of the two sides after {bench.repeats + 1} updates differ by {gap:.1e}")
     if "memory" in bench.benchmarks:
         results += memory(cfg, bench)
     if "dolly" in bench.benchmarks:
-        found, note = dolly(cfg, bench, cpu)
-        results += found
+        dolly_results, note = dolly(cfg, bench, cpu)
+        results += dolly_results
         notes.append(note)
     if "cuda" in bench.benchmarks and torch.cuda.is_available():
         gpu, medium = torch.device("cuda"), Config(24, 16, 1024, 1024, bench.vocab, 4096)
-        found, gap = equal(medium, bench, gpu, torch.bfloat16, compiled=True)
-        results += found
+        equal_results, gap = equal(medium, bench, gpu, torch.bfloat16, compiled=True)
+        results += equal_results
         notes.append(f"{hardware(gpu)}, bf16; {shape(medium)}; losses differ by {gap:.1e}")
     report("train", ("ours", "theirs"), results, notes, bench.out)
 
@@ -218,15 +218,15 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
             Example(e.tokens[: bench.max_seq_len], e.prompt_length)
             for e in (encode(row, template, tokenizer) for row in rows)
         )
-        found, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
+        usable, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
     except InputError as err:
         if bench.data != DOLLY:
             raise
-        found, note = made_up(bench, vocab), f"made up, of lengths like Dolly's ({err})"
-    order = torch.randperm(len(found), generator=key(3)).tolist()[: bench.examples]
-    found = [Example(tuple(t % vocab for t in found[i].tokens), found[i].prompt_length) for i in order]
-    mean = statistics.mean(len(e.tokens) for e in found)
-    return found, f"{len(found)} of {note}, {mean:.0f} tokens on average, truncated at {bench.max_seq_len}"
+        usable, note = made_up(bench, vocab), f"made up, of lengths like Dolly's ({err})"
+    order = torch.randperm(len(usable), generator=key(3)).tolist()[: bench.examples]
+    sample = [Example(tuple(t % vocab for t in usable[i].tokens), usable[i].prompt_length) for i in order]
+    mean = statistics.mean(len(e.tokens) for e in sample)
+    return sample, f"{len(sample)} of {note}, {mean:.0f} tokens on average, truncated at {bench.max_seq_len}"
 
 
 def made_up(bench: Train, vocab: int) -> list[Example]:

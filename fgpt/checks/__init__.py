@@ -57,10 +57,10 @@ def run_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-
     logits of an example are in memory at once. A check that does not apply says why, and its `holds` is None.
 
     Args:
-        params: the base.
-        adapters: what is trained; may be empty.
-        batch: examples as training has them.
-        lr: learning rate of the first update.
+        params: The base.
+        adapters: What is trained; may be empty.
+        batch: Examples as training has them.
+        lr: Learning rate of the first update.
 
     Raises:
         InputError: if adapters or batch do not fit the model.

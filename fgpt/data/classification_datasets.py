@@ -72,11 +72,11 @@ def load_labeled_texts(source: str, split: Split = "train", columns: Columns | N
     r"""The labeled texts of a source.
 
     Args:
-        source: a name in `HUB_DATASETS`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet
+        source: A name in `HUB_DATASETS`; a .txt file of `text;label` lines; a .json, .jsonl, .csv, .tsv or .parquet
             file, the text formats also compressed (.csv.gz); or a folder in the layout of Hugging Face datasets. A path
             comes before a name.
-        split: the split to read of a folder or a dataset on the hub.
-        columns: the columns to use; by default the source's own, or text and label.
+        split: The split to read of a folder or a dataset on the hub.
+        columns: The columns to use; by default the source's own, or text and label.
 
     Labels are read by `class_name`, the same for all formats.
 
@@ -160,9 +160,9 @@ def class_name(value: Any, name: str, where: str) -> str:
     Python and pandas write it in a table.
 
     Args:
-        value: what the column holds.
-        name: the column's name, for error messages.
-        where: the row's position, for error messages.
+        value: What the column holds.
+        name: The column's name, for error messages.
+        where: The row's position, for error messages.
 
     Raises:
         InputError: for a value that is not a label.

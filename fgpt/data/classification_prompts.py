@@ -127,9 +127,9 @@ def resolve_labels(
     """The names of the classes, and the training and test rows with these names as their labels.
 
     Args:
-        labels: the labels in their order, as `parse_labels` takes them; if empty, those of `train`, sorted.
-        train: training rows.
-        test: test rows.
+        labels: The labels in their order, as `parse_labels` takes them; if empty, those of `train`, sorted.
+        train: Training rows.
+        test: Test rows.
 
     Raises:
         InputError: as `parse_labels` and `apply_labels` do, and for a label without a training row.
@@ -147,7 +147,13 @@ def resolve_labels(
 def sample_shots(
     rows: Sequence[LabeledText], names: Sequence[str], num_shots: int, rng: torch.Generator
 ) -> list[LabeledText]:
-    """Few-shot examples: `num_shots` of `rows` in random order, the same number of each class up to one.
+    """Few-shot examples in random order, the same number of each class up to one.
+
+    Args:
+        rows: The rows to sample from.
+        names: The names of the classes.
+        num_shots: The number of examples.
+        rng: The key of the sample.
 
     Raises:
         InputError: if a class has too few rows.
@@ -206,12 +212,12 @@ def prompt_frame(
     """The tokens around every text.
 
     Args:
-        wording: the words of the prompt.
-        names: the names of the classes.
-        tokenizer: the model's; its end-of-sequence token also separates two texts, and its prefix, such as a BOS token,
+        wording: The words of the prompt.
+        names: The names of the classes.
+        tokenizer: The model's; its end-of-sequence token also separates two texts, and its prefix, such as a BOS token,
             begins the prompt.
-        append_eos: end with an end-of-sequence token, from which a head predicts the class.
-        shots: few-shot examples, placed before the text with their labels.
+        append_eos: End with an end-of-sequence token, from which a head predicts the class.
+        shots: Few-shot examples, placed before the text with their labels.
     """
 
     def encode(text: str) -> tuple[int, ...]:
@@ -230,7 +236,14 @@ def prompt_frame(
 def encode(
     rows: Sequence[LabeledText], labels: Labels, frame: PromptFrame, tokenizer: Tokenizer, max_seq_len: int
 ) -> EncodedTexts:
-    """Examples of at most `max_seq_len` tokens. A text without a label gets the first class as a placeholder.
+    """Labeled texts as examples, and how many of them were truncated.
+
+    Args:
+        rows: The texts; one without a label gets the first class as a placeholder.
+        labels: The classes.
+        frame: The tokens around each text.
+        tokenizer: The model's.
+        max_seq_len: The maximum number of tokens of an example.
 
     Raises:
         InputError: for an empty text, and as `assemble` does.
@@ -258,9 +271,9 @@ def assemble(texts: Sequence[Sequence[int]], frame: PromptFrame, max_seq_len: in
     is truncated first, and then both equally. The frame is never truncated.
 
     Args:
-        texts: the tokens of one text or two.
-        frame: the tokens around them.
-        max_seq_len: the maximum number of tokens.
+        texts: The tokens of one text or two.
+        frame: The tokens around them.
+        max_seq_len: The maximum number of tokens.
 
     Raises:
         InputError: if the frame leaves no space, or each of two texts alone is longer than the space.

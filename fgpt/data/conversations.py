@@ -76,8 +76,8 @@ def answer_pairs(conversation: Conversation, left_out: Counter[str]) -> list[tup
     """(the messages before it, the answer) for each answer of the assistant that is trained on.
 
     Args:
-        conversation: the conversation.
-        left_out: counts by reason, to which what is not trained on is added in place.
+        conversation: The conversation.
+        left_out: Counts by reason, to which what is not trained on is added in place.
 
     >>> chat = Conversation((Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye.")))
     >>> [(len(context), answer.content) for context, answer in answer_pairs(chat, Counter())]
@@ -126,9 +126,9 @@ def read_conversation(record: Mapping[str, Any], where: str, has_other_format: b
     """The conversation of a record, recognized by its columns; None if it holds none.
 
     Args:
-        record: the columns.
-        where: the record's position in the source, for error messages.
-        has_other_format: the record has the columns of another format too. A conversation, which holds more, is
+        record: The columns.
+        where: The record's position in the source, for error messages.
+        has_other_format: The record has the columns of another format too. A conversation, which holds more, is
             preferred to it only if its column is filled.
 
     Raises:

@@ -73,9 +73,9 @@ def shorten(
     longer text first, and then both equally. Other rows, and rows whose table alone is too long, are not changed.
 
     Args:
-        rows: the rows.
-        max_length: the maximum length, in the unit of `length`.
-        length: the length of a row, usually in tokens.
+        rows: The rows.
+        max_length: The maximum length, in the unit of `length`.
+        length: The length of a row, usually in tokens.
     """
     shortened, count = [], 0
     for row in rows:

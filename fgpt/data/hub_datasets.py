@@ -31,8 +31,8 @@ def hub_records(name: str, dataset: HubDataset) -> Iterator[Record]:
     """The records of a dataset's files, and of no other file that the cache may hold.
 
     Args:
-        name: what the user calls the dataset, for error messages.
-        dataset: its repository and files.
+        name: What the user calls the dataset, for error messages.
+        dataset: Its repository and files.
 
     Raises:
         InputError: as `download` does, at once.

@@ -45,9 +45,9 @@ class HubError(Exception):
     """The hub cannot be reached, refuses, or sends too little.
 
     Args:
-        class_names: the names of the error's class and its bases.
-        status: the HTTP status, if there is one.
-        line: the first line of its message.
+        class_names: The names of the error's class and its bases.
+        status: The HTTP status, if there is one.
+        line: The first line of its message.
     """
 
     def __init__(self, class_names: Sequence[str], status: int | None, line: str):
@@ -101,8 +101,8 @@ def fetch(repo: Repo, optional: Sequence[str] = ()) -> FetchedRepo:
     """Download the files of `repo` that the cache lacks.
 
     Args:
-        repo: the repository and the files needed of it.
-        optional: files that it may have; the cache then records those that do not exist.
+        repo: The repository and the files needed of it.
+        optional: Files that it may have; the cache then records those that do not exist.
 
     Raises:
         HubError: if the hub cannot be reached, refuses, or sends too little.

@@ -66,13 +66,13 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     """The first examples of a source, and what of it was left out.
 
     Args:
-        source: a name in `HUB_DATASETS`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the text
+        source: A name in `HUB_DATASETS`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the text
             formats also compressed (.jsonl.gz); or a folder in the layout of Hugging Face datasets, of which the split
             "train" is read. A path comes before a name. Several joined by + ("dolly+train.json") are concatenated.
-        columns: the columns to use; by default the source's own, or instruction, input and output. If there are several
+        columns: The columns to use; by default the source's own, or instruction, input and output. If there are several
             sources, those on the hub keep their own. Records of FinQA and conversations (see
             `fgpt.data.conversations`) are recognized by their columns. Each answer of a conversation is an example.
-        limit: the maximum number of examples; all by default.
+        limit: The maximum number of examples; all by default.
 
     Raises:
         InputError: if a source does not exist or cannot be read, or a row lacks its text.

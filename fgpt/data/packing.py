@@ -31,9 +31,9 @@ def filter_by_length(
     """The examples that can be trained on, and how many were left out.
 
     Args:
-        examples: the examples.
-        max_seq_len: the maximum number of tokens of an example.
-        drop: leave out examples that are too long or have no answer, instead of raising.
+        examples: The examples.
+        max_seq_len: The maximum number of tokens of an example.
+        drop: Leave out examples that are too long or have no answer, instead of raising.
 
     Raises:
         InputError: for such an example unless `drop` is set, and if no example remains.
@@ -91,8 +91,8 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
     and 0 for padding, or None if no row holds more than one example.
 
     Args:
-        rows: the examples of each row of the batch.
-        pad_to: the sequence length; by default that of the longest row.
+        rows: The examples of each row of the batch.
+        pad_to: The sequence length; by default that of the longest row.
 
     Returns:
         The batch, with tokens, targets and weights of shape [rows, sequence length].
@@ -144,8 +144,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First-fit packing: each item, in the given order, goes into the first bin with space for it. O(n log n).
 
     Args:
-        lengths: the length of each item, in tokens.
-        capacity: the maximum total length of a bin.
+        lengths: The length of each item, in tokens.
+        capacity: The maximum total length of a bin.
 
     Returns:
         The bins as lists of indices into `lengths`; every index is in exactly one bin.
@@ -181,11 +181,11 @@ def epoch_batches(
     The order is a function of the key alone: fold the number of the epoch into it.
 
     Args:
-        examples: the examples.
-        max_seq_len: the maximum number of tokens of a row.
-        micro_batch_size: the maximum number of rows of a micro-batch.
-        rng: the key of the shuffle.
-        packed: put as many examples into a row as fit; otherwise a row is one example, and a micro-batch holds examples
+        examples: The examples.
+        max_seq_len: The maximum number of tokens of a row.
+        micro_batch_size: The maximum number of rows of a micro-batch.
+        rng: The key of the shuffle.
+        packed: Put as many examples into a row as fit; otherwise a row is one example, and a micro-batch holds examples
             of similar length.
 
     Raises:

@@ -25,8 +25,8 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
     r"""The records of a file, read according to its extension.
 
     Args:
-        path: the file; text formats may be compressed (.jsonl.gz).
-        extra_readers: readers of further extensions, or in place of the usual ones.
+        path: The file; text formats may be compressed (.jsonl.gz).
+        extra_readers: Readers of further extensions, or in place of the usual ones.
 
     Raises:
         InputError: if the format is unknown, the file is empty, or it cannot be read.

@@ -18,10 +18,10 @@ def open_source(
     """The records of a source, and the dataset if they come from the hub.
 
     Args:
-        source: the path of a file or folder, or a name in `hub_datasets`. A path comes before a name.
-        hub_datasets: datasets by name.
-        split: the split to read of a folder.
-        extra_readers: readers of file formats beyond those of `read_records`, by extension.
+        source: The path of a file or folder, or a name in `hub_datasets`. A path comes before a name.
+        hub_datasets: Datasets by name.
+        split: The split to read of a folder.
+        extra_readers: Readers of file formats beyond those of `read_records`, by extension.
 
     Raises:
         InputError: if the source does not exist or cannot be read.

@@ -18,8 +18,8 @@ def read_csv(path: Path, **dialect: Any) -> Iterator[tuple[str, dict[str, str]]]
     """The rows of a table, each as (the line that it ends in, its fields by column name). Every field is text.
 
     Args:
-        path: the file.
-        dialect: options of `csv.reader`, such as `delimiter`.
+        path: The file.
+        dialect: Options of `csv.reader`, such as `delimiter`.
 
     Raises:
         InputError: if a row has more or fewer fields than the header, or two columns have the same name.

@@ -49,9 +49,9 @@ def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int =
     counts; a continuation is never shortened. (Its last token is only predicted, so it needs no room.)
 
     Args:
-        params: the model.
-        requests: pairs of token ids (context, continuation).
-        batch_size: requests in one forward pass.
+        params: The model.
+        requests: Pairs of token ids (context, continuation).
+        batch_size: Requests in one forward pass.
 
     Raises:
         InputError: for an empty context, a continuation that is empty or longer than the model's context
@@ -77,6 +77,11 @@ def iter_loglikelihood(
 
     The longest come first, so that a lack of memory shows at once, and a batch has texts of similar length. Requests
     with the same model input, such as one-token choices after one context, share one row.
+
+    Args:
+        params: The model.
+        requests: Pairs of token ids (context, continuation).
+        batch_size: Requests in one forward pass.
 
     Raises:
         InputError: as `loglikelihood` does, for lengths before anything is computed.
@@ -162,6 +167,12 @@ def windows(tokens: Sequence[int], bos_token_id: int, *, width: int, stride: int
     width - stride + 1 or more others. With stride = width each token is in one window, which is cheapest, and the first
     token of a window has a context of one token. Perplexities of different strides or widths are not comparable.
 
+    Args:
+        tokens: The text's token ids.
+        bos_token_id: The token before the text.
+        width: Tokens of a window.
+        stride: New tokens of each window after the first.
+
     Raises:
         InputError: unless 1 <= stride <= width.
 
@@ -181,10 +192,15 @@ def windows(tokens: Sequence[int], bos_token_id: int, *, width: int, stride: int
 
 
 def window_and_stride(cfg: Config, width: int | None = None, stride: int | None = None) -> tuple[int, int]:
-    """Width and stride of the sliding window. By default the width is the model's context, 2,048 at most, and the
-    stride half of the width.
+    """Width and stride of the sliding window, with their defaults.
 
-    Raises InputError for a window wider than the context, and unless 1 <= stride <= width.
+    Args:
+        cfg: The model's config.
+        width: Tokens of a window; None takes the model's context, 2,048 at most.
+        stride: New tokens of each window after the first; None takes half of the width.
+
+    Raises:
+        InputError: for a window wider than the context, and unless 1 <= stride <= width.
     """
     width = min(cfg.n_ctx, 2048) if width is None else width
     stride = max(1, width // 2) if stride is None else stride
@@ -206,11 +222,11 @@ def loglikelihood_rolling(
     """The log-likelihood of a text of any length by a sliding window, each token scored once.
 
     Args:
-        params: the model.
-        tokens: the text's token ids.
-        bos_token_id: the token before the text.
-        width, stride: of the window, in tokens: see `windows`, and `window_and_stride` for the defaults.
-        batch_size: windows in one forward pass.
+        params: The model.
+        tokens: The text's token ids.
+        bos_token_id: The token before the text.
+        width, stride: Of the window, in tokens: see `windows`, and `window_and_stride` for the defaults.
+        batch_size: Windows in one forward pass.
 
     Raises:
         InputError: as `windows`, `window_and_stride` and `loglikelihood` do.

@@ -12,7 +12,15 @@ from fgpt.tree import node
 
 @node
 class OutputDifference:
-    """The largest change of a logit, and the change of the mean loss in nats per weighted token."""
+    """How far two models differ on a batch.
+
+    Args:
+        logit: The largest absolute change of a logit.
+        nll: The change of the mean loss, in nats per weighted token; positive if the second model is worse.
+
+    >>> OutputDifference(logit=torch.tensor(0.5), nll=torch.tensor(-0.1)).logit
+    tensor(0.5000)
+    """
 
     logit: Float[Tensor, ""]
     nll: Float[Tensor, ""]
@@ -22,6 +30,14 @@ class OutputDifference:
 def compare_outputs(before: GPT, after: GPT, batch: Batch) -> OutputDifference:
     """How far the outputs of `after` differ from those of `before` on `batch`, as after merging into a quantized
     base, a change of dtype, or quantization.
+
+    Args:
+        before: A model.
+        after: A model of the same vocabulary.
+        batch: What both are run on, padding included.
+
+    Raises:
+        InputError: if a row is longer than the context.
 
     >>> import fgpt, torch
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)

@@ -124,9 +124,9 @@ def rope(config: Mapping[str, Any], sizes: Mapping[str, int], dim: int) -> dict[
     """The `rope_theta`, `rope_scaling` and `n_ctx` of our config, from the fields of old and new configs.
 
     Args:
-        config: the fields of a `config.json`.
-        sizes: the sizes of the config by our names; of them, `n_ctx` is read.
-        dim: number of rotated components of a head.
+        config: The fields of a `config.json`.
+        sizes: The sizes of the config by our names; of them, `n_ctx` is read.
+        dim: Number of rotated components of a head.
 
     Raises InputError for a scaling that we do not compute.
     """

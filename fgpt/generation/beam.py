@@ -45,13 +45,13 @@ def beam_search(
     still have improved.
 
     Args:
-        params: the model.
-        prompt: token ids, 1 to n_ctx - 1 of them.
-        eos_token_id: the token or tokens that end a text; -1 for none.
-        max_new_tokens: most tokens to add.
-        num_beams: beams, and most hypotheses.
-        length_penalty: above 0 favors longer texts, below 0 shorter ones.
-        sampling: its logits processors act on log-probabilities; the temperature must be 0.
+        params: The model.
+        prompt: Token ids, 1 to n_ctx - 1 of them.
+        eos_token_id: The token or tokens that end a text; -1 for none.
+        max_new_tokens: Most tokens to add.
+        num_beams: Beams, and most hypotheses.
+        length_penalty: Above 0 favors longer texts, below 0 shorter ones.
+        sampling: Its logits processors act on log-probabilities; the temperature must be 0.
 
     Raises:
         InputError: for a prompt that is empty or leaves no room in the context for one new token, fewer than 1 beam, a

@@ -20,13 +20,25 @@ from fgpt.tree import device, tree_map
 
 
 class GenerationOutput(NamedTuple):
-    """The new tokens of one prompt, without the end-of-sequence token, and whether the model produced that token."""
+    """What was generated for one prompt.
+
+    Args:
+        tokens: The new tokens, without the end-of-sequence token.
+        finished: Whether the model produced an end-of-sequence token.
+        logprobs: ln p of each new token, the end-of-sequence token included, under the model itself, before any logits
+            processor; empty unless `logprobs=True`.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params = fgpt.init(config, fgpt.key(0))
+    >>> every_token = range(11)
+    >>> fgpt.generate(params, [[1, 2]], eos_token_id=every_token, max_new_tokens=3)[0]
+    GenerationOutput(tokens=[], finished=True, logprobs=[])
+    """
 
     tokens: list[int]
     finished: bool
     logprobs: list[float]
-    """ln p of each new token, the end-of-sequence token included, under the model itself, before any logits processor;
-    empty unless `logprobs=True`."""
 
 
 class StreamedToken(NamedTuple):
@@ -62,16 +74,16 @@ def generate(
     of the batch change nothing. For several samples of one prompt repeat it; it is prefilled once.
 
     Args:
-        params: the model, adapted or not.
-        prompts: token ids of each prompt, 1 to n_ctx - 1 of them.
-        eos_token_id: the token or tokens that end a text; -1 for none.
-        max_new_tokens: most tokens to add to each prompt.
-        sampling: how the next token is chosen.
-        rng: a key, needed at a temperature above 0.
-        stopping_criterion: ends a text before its end-of-sequence token.
-        logprobs: also return the log-probability of each token.
-        adapters: one set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
-        compile: compile the decoding step, see `static_cache.compiled_decode_step`.
+        params: The model, adapted or not.
+        prompts: Token ids of each prompt, 1 to n_ctx - 1 of them.
+        eos_token_id: The token or tokens that end a text; -1 for none.
+        max_new_tokens: Most tokens to add to each prompt.
+        sampling: How the next token is chosen.
+        rng: A key, needed at a temperature above 0.
+        stopping_criterion: Ends a text before its end-of-sequence token.
+        logprobs: Also return the log-probability of each token.
+        adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
+        compile: Compile the decoding step, see `static_cache.compiled_decode_step`.
 
     Raises:
         InputError: for a prompt that is empty or leaves no room in the context for one new token, a token outside the
@@ -123,7 +135,19 @@ def stream(
     adapters: Sequence[Adapters] | None = None,
     compile: bool = False,
 ) -> Iterator[list[StreamedToken]]:
-    """`generate`, one decoding step at a time: the next token of every unfinished row. The arguments are `generate`'s.
+    """`generate`, one decoding step at a time: the next token of every unfinished row.
+
+    Args:
+        params: The model, adapted or not.
+        prompts: Token ids of each prompt, 1 to n_ctx - 1 of them.
+        eos_token_id: The token or tokens that end a text; -1 for none.
+        max_new_tokens: Most tokens to add to each prompt.
+        sampling: How the next token is chosen.
+        rng: A key, needed at a temperature above 0.
+        stopping_criterion: Ends a text before its end-of-sequence token.
+        logprobs: Also give the log-probability of each token.
+        adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
+        compile: Compile the decoding step, see `static_cache.compiled_decode_step`.
 
     Raises:
         InputError: as `generate` does, before the first step.
@@ -338,8 +362,15 @@ def truncate_at_stop(text: str, strings: Sequence[str]) -> str:
 def stream_text(
     decode: Callable[[list[int]], str], tokens: Iterable[int], strings: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of `tokens`, piece by piece as they come, up to the first of the stop `strings`: never a part of a
-    character or of a stop string.
+    """The text of tokens, piece by piece as they come: never a part of a character or of a stop string.
+
+    Args:
+        decode: From token ids to text, such as a tokenizer's.
+        tokens: The token ids of one text, one by one.
+        strings: Strings at the first of which the text ends.
+
+    >>> list(stream_text(lambda tokens: bytes(tokens).decode(errors="replace"), "café".encode()))
+    ['c', 'a', 'f', 'é']
     """
     past_tokens: list[int] = []
     emitted = 0  # characters

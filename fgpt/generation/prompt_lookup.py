@@ -27,12 +27,12 @@ def prompt_lookup_decode(
     Equal to `generate`, except that the rounding of a wider matmul may break a tie differently.
 
     Args:
-        params: the model.
-        prompt: token ids, 1 to n_ctx - 1 of them.
-        eos_token_id: the token or tokens that end the text; -1 for none.
-        max_new_tokens: most tokens to add.
-        ngram: number of tokens that must have occurred before.
-        num_draft_tokens: most tokens to verify in one pass.
+        params: The model.
+        prompt: Token ids, 1 to n_ctx - 1 of them.
+        eos_token_id: The token or tokens that end the text; -1 for none.
+        max_new_tokens: Most tokens to add.
+        ngram: Number of tokens that must have occurred before.
+        num_draft_tokens: Most tokens to verify in one pass.
 
     Raises:
         InputError: for a prompt that is empty or leaves no room in the context for one new token.

@@ -167,8 +167,8 @@ class SamplingParams:
 
     Args:
         temperature: 0 for greedy decoding, else the divisor of the logits.
-        top_k, top_p, min_p: see the functions of these names; they apply at a temperature above 0.
-        repetition_penalty, no_repeat_ngram: see the functions of these names; they apply at any temperature.
+        top_k, top_p, min_p: See the functions of these names; they apply at a temperature above 0.
+        repetition_penalty, no_repeat_ngram: See the functions of these names; they apply at any temperature.
 
     None is no such processor.
 

@@ -44,9 +44,14 @@ def prefill(
     max_new_tokens: int,
     adapters: Adapters | None = None,
 ) -> tuple[Float[Tensor, "batch vocab"], StaticKVCache]:
-    """Logits of the next token of each row, and the cache of the rows with room for `max_new_tokens` more.
+    """Logits of the next token of each row, and the cache of the rows.
 
-    Segment 0 is padding; None has no padding.
+    Args:
+        params: The model, adapted or not.
+        tokens: The prompts, padded on the left.
+        segments: 1 for text and 0 for padding; None has no padding.
+        max_new_tokens: The tokens that the cache has room for beyond the prompts.
+        adapters: A stack of adapters, one for each row; None for `params` alone.
     """
     if adapters is None:
         h, cache = forward_with_cache(params, tokens, KVCache(), segments)
@@ -74,7 +79,14 @@ def _add_slots(x: Tensor, count: int) -> Tensor:
 def decode_step(
     params: GPT, tokens: Int[Tensor, "batch"], cache: StaticKVCache, adapters: Adapters | None = None
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of what follows `tokens`, the next one of each row, which are added to the cache in place."""
+    """Logits of what follows the next token of each row.
+
+    Args:
+        params: The model, as it was for `prefill`.
+        tokens: The next token of each row.
+        cache: Of `prefill`; keys and values of the tokens are added to it in place.
+        adapters: As for `prefill`.
+    """
     if adapters is None:
         scores = _decode(params, tokens, cache)
     else:

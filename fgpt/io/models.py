@@ -183,9 +183,10 @@ def tokenizer(name: StrPath) -> tokenizer_files.Tokenizer:
     """The tokenizer of a model.
 
     Args:
-        name: a name or path as `load` takes it.
+        name: A name or path as `load` takes it.
 
-    Raises InputError if there is no such model, or its tokenizer does not fit its vocabulary.
+    Raises:
+        InputError: if there is no such model, or its tokenizer does not fit its vocabulary.
 
     >>> import fgpt
     >>> tokenizer = fgpt.tokenizer("nano")
@@ -235,12 +236,13 @@ def load(
 
     Args:
         name: "nano", a hub name such as "gpt2-medium" or "owner/model@revision", a local folder, or a GGUF file.
-        dtype: dtype of all floating tensors, or None.
+        dtype: Dtype of all floating tensors; None takes the config's, or else that of the file.
         quantize: "nf4" or another format of `fgpt.quantize`, or None to keep the weights as they are.
-        double_quant: whether the scales of 4-bit blocks are quantized too.
-        target: regular expression; the layers whose whole path it matches are quantized.
+        double_quant: Whether the scales of 4-bit blocks are quantized too.
+        target: Regular expression; the layers whose whole path it matches are quantized.
 
-    Raises InputError if there is no such model, or it is not a whole model of a known architecture.
+    Raises:
+        InputError: if there is no such model, or it is not a whole model of a known architecture.
 
     >>> import torch, fgpt
     >>> params = fgpt.load("nano")
@@ -335,13 +337,14 @@ def save(
     that of transformers' sequence classification, whose classes `labels` name.
 
     Args:
-        params: the model, without adapters (`merge` them first).
-        folder: written file by file; it is made if it is missing.
-        like: a model whose tokenizer files are copied, a tokenizer of ranks, or None for no tokenizer.
-        labels: names of the classes of a classifier, in order.
+        params: The model, without adapters (`merge` them first).
+        folder: Written file by file; it is made if it is missing.
+        like: A model whose tokenizer files are copied, a tokenizer of ranks, or None for no tokenizer.
+        labels: Names of the classes of a classifier, in order.
 
-    Raises InputError for params that still carry adapters, or are of no family; and for a classifier over quantized
-    weights, or labels that are not one for each class.
+    Raises:
+        InputError: for params that still carry adapters, or are of no family; and for a classifier over quantized
+            weights, or labels that are not one for each class.
 
     >>> import tempfile, fgpt
     >>> with tempfile.TemporaryDirectory() as folder:

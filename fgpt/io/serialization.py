@@ -265,7 +265,12 @@ def save_adapters(adapters: Adapters, path: StrPath) -> None:
 
     For what PEFT knows, `save_peft` writes what other libraries read.
 
-    Raises InputError if the file cannot be written.
+    Args:
+        adapters: Any adapters.
+        path: The file to write, in safetensors' format.
+
+    Raises:
+        InputError: if the file cannot be written.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")
@@ -282,10 +287,11 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
     """The adapters that `save_adapters` has written, on the device of `params`.
 
     Args:
-        path: a file of `save_adapters`.
-        params: the model that the adapters are for.
+        path: A file of `save_adapters`.
+        params: The model that the adapters are for.
 
-    Raises InputError if the file holds something else, or what does not fit `params`.
+    Raises:
+        InputError: if the file holds something else, or what does not fit `params`.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")

@@ -1,6 +1,11 @@
 """Causal attention: softmax(q kᵀ / sqrt(d_head) + mask) v.
 
-Source: Vaswani et al. 2017, section 3.2.1; the fused path is torch's scaled_dot_product_attention.
+    reference     plain torch, softmax in fp32
+    fast path     torch's fused scaled_dot_product_attention
+    transforms    fused under grad, vmap and both in either order; under forward mode, nested derivatives and a backward
+                  that is recorded the reference; compiled under vmap the reference, too
+
+Source: Vaswani et al. 2017, section 3.2.1.
 """
 
 import torch
@@ -22,7 +27,17 @@ def causal(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "query
 def sliding(
     mask: Bool[Tensor, "*batch 1 query key"] | None, window: int, queries: int, keys: int, device: torch.device
 ) -> Bool[Tensor, "*batch 1 query key"] | Bool[Tensor, "1 query key"] | None:
-    """`mask`, or the causal one if it is None, limited to the last `window` keys that a query sees.
+    """A mask, limited to the last keys that a query sees.
+
+    Args:
+        mask: True if a query sees a key; None is causal.
+        window: How many keys a query sees at most, its own included.
+        queries: The number of queries.
+        keys: The number of keys; the last is at the position of the last query.
+        device: Of the result.
+
+    Returns:
+        The mask; None if it is causal and nothing is beyond the window.
 
     Source: Beltagy et al. 2020 (Longformer), section 3.1; Jiang et al. 2023 (Mistral 7B), section 2.
     """
@@ -53,12 +68,17 @@ def attention(
     v: Float[Tensor, "*batch kv key d_head"],
     mask: Bool[Tensor, "*batch 1 query key"] | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
-    """Attention under `mask` (True if a query sees a key); None is causal, aligned at the end.
+    """Attention under a mask.
 
     Fused under grad, vmap and both in either order. The fused kernel has neither a forward-mode rule nor a second
     backward, so jvp, jvp(grad) and grad(grad) take the reference, and so does a backward that is recorded
-    (create_graph=True) or of a gradient that is. If there are fewer heads of k and v than of q, each serves a group of
-    consecutive heads of q.
+    (create_graph=True) or of a gradient that is.
+
+    Args:
+        q: Queries by head.
+        k: Keys by head. If there are fewer heads than of q, each serves a group of consecutive heads of q.
+        v: Values by head, as many as of k.
+        mask: True if a query sees a key; None is causal, aligned at the end.
     """
     if (group := q.shape[-3] // k.shape[-3]) > 1:
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)

@@ -8,6 +8,10 @@ Each block of 256 elements, in memory order, is scaled by its largest magnitude;
     k = torch.bucketize(blocks / absmax, (code[1:] + code[:-1]) / 2)
     x ≈ code[k] * absmax
 
+    fast path     bitsandbytes' operators, and on a CPU a search for the codes of small elements
+    transforms    vmap gives each example blocks of its own; grad and jvp raise InputError, as rounding has no
+                  derivative
+
 One exception: with the unsigned code a positive element never becomes 0. Adam divides by √v, and a v that is rounded to
 0 makes a step of m̂/ε, hundreds of learning rates long if a small gradient is followed by none.
 

@@ -8,6 +8,12 @@ are:
 
 The forward pass computes it while the logits are in cache, and the backward only scales it: two GEMMs for a frozen
 head; recomputing in the backward would take three.
+
+    reference     all logits at once, plain torch
+    fast path     chunks, each with its part of the gradient
+    transforms    chunks under grad, vmap and both in either order, smaller ones under vmap; under forward mode and
+                  nested derivatives the reference; a backward that is recorded computes its gradients by operators that
+                  have derivatives of every order
 """
 
 from typing import Any
@@ -131,6 +137,11 @@ def cross_entropy(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor
     """Negative log-likelihood in nats of class y_i under softmax(Σ_j x_ij W_jᵀ + b), in fp32, or in fp64 if x is.
 
     Chunked under grad, vmap and both in either order; the reference under jvp and nested grads.
+
+    Args:
+        terms: Pairs (x_j, W_j): hidden states [n, in] and matrices [vocab, in].
+        b: The bias of the head.
+        y: The class of each row.
     """
     operands: list[Any] = [b, *(x for pair in terms for x in pair)]
     if needs_higher_order(*operands):

@@ -4,6 +4,9 @@ A torch.Generator has a state that vmap, torch.compile and a recomputed forward 
 none, so the mask is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
 one for rows and one for columns, combined by a finalizer with full avalanche.
 
+It is plain torch, so every transform and the compiler pass; under vmap a mapped seed gives each member a mask of its
+own, and one seed gives all of them the same.
+
 Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finalizer MurmurHash3's.
 """
 

@@ -3,6 +3,11 @@
 torch's CPU kernel sums the gradients of a token's occurrences in the dtype of the table: in bf16 the sum is 3 % off
 over 1,000 occurrences and 32 % over 4,096. A table that is trained is therefore read once for each token that occurs,
 and those rows are repeated in fp32.
+
+    reference     W[tokens]
+    fast path     torch's embedding; of a quantized table, the rows alone are dequantized
+    transforms    every one; where a half-precision table is trained inside a transform, or compiled, the whole table is
+                  cast to fp32 instead of its rows
 """
 
 import torch

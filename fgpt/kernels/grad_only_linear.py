@@ -2,6 +2,10 @@
 recomputed for its gradient. It is linear in x and in W, so its gradient needs no value of its own:
 
     x̄ = ȳ W        W̄ = ȳᵀ x
+
+    reference     x Wᵀ minus its detached value
+    fast path     zeros, and the products of the backward pass
+    transforms    none: `remat` puts the node into a recomputed block under plain autograd alone
 """
 
 from typing import Any

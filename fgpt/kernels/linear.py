@@ -4,6 +4,11 @@
     adapted_linear   y = row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias        x̃ = x after dropout
 
 The kernel is chosen by the operands alone, and no caller knows which one ran.
+
+    reference     plain torch
+    fast paths    `gemv` in compiled decoding, `quantized_linear`, `grad_only_linear`, and for scaled rows outside of
+                  transforms `fused_scaled_linear`; the low-rank term is added in place there
+    transforms    under any of them, and compiled, the same terms out of place: every composition passes
 """
 
 import torch

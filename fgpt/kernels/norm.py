@@ -3,6 +3,9 @@
     layer_norm   y = (x - mean x) / √(var x + eps) ⊙ w + b
     rms_norm     y = x / √(mean x² + eps) ⊙ w
 
+RMSNorm is its definition, in plain torch. LayerNorm's `reference` is the definition, too, and its fast path is torch's
+kernel, under grad, vmap and both in either order.
+
 torch's kernel of LayerNorm is wrong in three places, where something else stands in:
 
     second derivatives   under jvp of jvp, and under jacrev of jacrev and hessian if w is differentiated: several
@@ -44,7 +47,14 @@ def reference(
 def layer_norm(
     x: Float[Tensor, "*batch d"], w: Float[Tensor, " d"], b: Float[Tensor, " d"] | None, eps: float
 ) -> Float[Tensor, "*batch d"]:
-    """(x - mean x) / √(var x + eps) ⊙ w + b, with w and b in the dtype of x; right under every transform."""
+    """(x - mean x) / √(var x + eps) ⊙ w + b; right under every transform.
+
+    Args:
+        x: The input.
+        w: The gain, in the dtype of x.
+        b: The bias, in the dtype of x; None adds none.
+        eps: Added to the variance.
+    """
     definition = partial(reference, eps=eps)
     if needs_higher_order(x, w, b):
         return definition(x, w, b)

@@ -10,6 +10,12 @@ relative error of about 1 % in y. Its derivatives, of every order, are those of 
 through the rounding). On a CPU with bf16 matmuls they are computed in bf16: W's integers are exact in bf16, so only the
 gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they are exact.
 
+    reference     what a matrix means: codes times scales, in fp32
+    fast path     dequantize and multiply, or an int8 matmul
+    transforms    a product is linear in x, so each derivative is another product: grad and jvp of every order pass, and
+                  vmap folds its axis into the rows of x. W has no gradient, and vmap over W raises InputError. Compiled
+                  under vmap or jvp it is a product with the dequantized matrix
+
 Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (8-bit optimizers), section 2; Dettmers et al.
 2022 (LLM.int8()), section 3.1. The operators are bitsandbytes'.
 """
@@ -98,8 +104,12 @@ QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
 
 
 def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
-    """`w` in the given format. `in` must be a multiple of BLOCK, except for int8. `double_quant` quantizes 4-bit scales
-    too.
+    """A matrix in 4 or 8 bits.
+
+    Args:
+        w: The matrix. Its rows must be a multiple of BLOCK long, except for int8.
+        to: The format.
+        double_quant: Quantize the scales of a 4-bit format, too.
     """
     register()
     if to == "int8":

@@ -2,6 +2,9 @@
 
 Whether it will be, no forward can know: plain autograd tells in the backward (create_graph=True), and the weight of a
 loss, which is differentiated without being an operand, is seen in the cotangent.
+
+It wraps the result of a kernel: `attention` and `layer_norm` use it. Without such derivatives its backward passes the
+cotangent on to the kernel's own; vmap applies to both.
 """
 
 from collections.abc import Callable
@@ -50,8 +53,14 @@ class _Recordable(torch.autograd.Function):
 def with_every_derivative(
     definition: Callable[..., Tensor], y: Tensor, *xs: Tensor | None, second: bool = False
 ) -> Tensor:
-    """`y`, which is definition(*xs) by a fused kernel, with that kernel's backward; and with the definition's, if the
-    backward is differentiated again. A kernel with a `second` backward of its own serves torch.func.grad as it is.
+    """The result of a fused kernel with that kernel's backward; and with its definition's, if the backward is
+    differentiated again.
+
+    Args:
+        definition: The reference, a function of the operands.
+        y: definition(*xs), computed by the kernel.
+        xs: The operands.
+        second: The kernel has a second backward of its own, which serves torch.func.grad as it is.
     """
     if is_recordable(*xs) or (not second and is_weightable(*xs)):
         return _Recordable.apply(definition, y, *xs)  # pyright: ignore[reportReturnType]

@@ -8,9 +8,11 @@ whose rule for each transform moves the transform inside,
 
     vmap(remat(f)) = remat(vmap(f))        grad(remat(f)) = (the gradient of f, run below the transform)
 
-so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block.
+so that f and its gradient run on plain tensors, and the graph between them lives no longer than one block. Also called
+activation checkpointing.
 
-Also called activation checkpointing.
+    reference     f itself, which runs under forward mode, nested derivatives and compiled vmap
+    fast path     under plain autograd, grad, vmap and any mixture of these with one grad, and under compiled grad
 
 Source: Chen et al. 2016 (Training Deep Nets with Sublinear Memory Cost), section 4.
 """
@@ -150,8 +152,7 @@ class _Remat(torch.autograd.Function):
 
 
 def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Callable[P, R]:
-    """`fn`, saving only its inputs for the backward, which runs `fn` again; or, under plain autograd, `recompute_fn`:
-    a function with the same gradient, whose results nobody reads.
+    """`fn`, saving only its inputs for the backward, which runs `fn` again.
 
     Arguments and results are pytrees: node trees, tensors of any dtype, None, static config. Only arguments that need
     a gradient get one, so a frozen weight costs none. `fn` must be pure, and must take as an argument whatever tensor
@@ -163,7 +164,16 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
     Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory. A backward
     that is recorded (create_graph=True) keeps what it records.
 
+    Args:
+        fn: A pure function.
+        recompute_fn: A function with the same gradient, whose results nobody reads: what the backward runs in place of
+            `fn` under plain autograd. None is `fn` itself.
+
     Source: Chen et al. 2016, section 4.
+
+    >>> square = remat(lambda x: (x * x).sum())
+    >>> torch.func.grad(square)(torch.tensor([1.0, 2.0]))
+    tensor([2., 4.])
     """
 
     @functools.wraps(fn)

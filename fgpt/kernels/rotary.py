@@ -5,6 +5,8 @@
 so that qᵀk depends only on the distance of the two. Component i of the first half of a head is paired with component i
 of the second half, or, as in GPT-J, each even component with the odd one that follows.
 
+It is the definition, in plain torch, with angles in fp32: every transform and the compiler pass.
+
 Source: Su et al. 2021 (RoFormer), section 3.2.2.
 """
 
@@ -119,7 +121,13 @@ def rope_cos_sin(
 def apply_rope(
     x: Float[Tensor, "*batch head seq d_head"], rope: RopeCosSin, interleaved: bool
 ) -> Float[Tensor, "*batch head seq d_head"]:
-    """x with the first components of each head rotated, in fp32 or fp64, and the rest unchanged."""
+    """x with the first components of each head rotated, in fp32 or fp64, and the rest unchanged.
+
+    Args:
+        x: Queries or keys by head.
+        rope: Of `rope_cos_sin`.
+        interleaved: Rotated pairs are neighbors, as in GPT-J; otherwise one component of each half.
+    """
     cos, sin = rope
     dim = 2 * cos.shape[-1]
     first, rest = at_least_fp32(x[..., :dim]), x[..., dim:]

@@ -3,6 +3,10 @@
     ‖w_i‖²        W Aᵀ
 
 A chunk of rows at a time is dequantized or cast, and used twice while it is in cache.
+
+    reference     both of the whole matrix, which is also the fast path for a tensor of the dtype of A
+    fast path     chunk by chunk
+    transforms    plain torch, but no derivative reaches a quantized W; DoRA takes the norms as constants
 """
 
 import torch

@@ -10,6 +10,10 @@ mostly does too, and neither the product nor the sum:
 
 The two products that make up the gradient of x are added in place as well. It is for a CPU, where one may look whether
 every element of row is far enough from 0; elsewhere `scale_rows` saves the sum.
+
+    reference     row ⊙ y + (1 - row) ⊙ bias, plain torch
+    fast paths    `fused_scaled_linear` with the product, `scale_rows` for any y
+    transforms    under any of them, and compiled, the reference; plain autograd may record the backward (create_graph)
 """
 
 from typing import Any

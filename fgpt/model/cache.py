@@ -23,8 +23,18 @@ class StaticLayerCache:
 
 @node
 class KVCache:
-    """The tokens that `forward_with_cache` has read: keys and values by layer, and the tokens' segments. `KVCache()` is
-    empty.
+    """The keys and values of the tokens that `forward_with_cache` has read. `KVCache()` is empty.
+
+    Args:
+        kv: The keys and values of each layer, both [*batch, head, past, d_head], after rotation by position.
+        segments: The segment of each token; None if no call gave segments.
+
+    >>> import fgpt, torch
+    >>> cfg = fgpt.Config(n_layer=3, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> _, cache = fgpt.forward_with_cache(params, torch.tensor([[1, 2]]), fgpt.KVCache())
+    >>> len(cache.kv), cache.kv[0][0].shape
+    (3, torch.Size([1, 2, 2, 4]))
     """
 
     kv: tuple[LayerKV, ...] = ()

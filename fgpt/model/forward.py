@@ -68,7 +68,17 @@ def attention_layer(
     rope: RopeCosSin | None,
     score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """Attention over `past` and x, its scores times `score_scale`; and the keys and values of both."""
+    """Attention over earlier tokens and x; and the keys and values of both.
+
+    Args:
+        x: Hidden states, after the norm.
+        p: The layer's weights.
+        cfg: The model's config.
+        mask: True where a token attends to a key; None is causal.
+        past: Keys and values of earlier tokens; a `StaticLayerCache` is written in place.
+        rope: The angles of the tokens' positions; None rotates nothing.
+        score_scale: A factor of the scores besides 1 / sqrt(d_head).
+    """
     q, k, v = qkv(x, p, cfg)
     q = q if score_scale == 1.0 else q * score_scale
     if rope is not None:
@@ -115,7 +125,10 @@ def block(
     rope: RopeCosSin | None = None,
     score_scale: float = 1.0,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
-    """One transformer block: x with attention and MLP added to it, and the keys and values of `past` and x."""
+    """One transformer block: x with attention and MLP added to it; and the keys and values of `past` and x.
+
+    The arguments after the weights `p` are those of `attention_layer`.
+    """
     normed = norm(x, p.ln_1, cfg.norm_eps)
     y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale)
     after = x + y
@@ -276,7 +289,12 @@ def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*b
 def apply(
     params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
 ) -> Float[Tensor, "*batch seq vocab"]:
-    """Next-token logits at every position: logits(hidden(tokens)). The arguments are those of `hidden`.
+    """Next-token logits at every position: logits(hidden(tokens)).
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: The document that each token of a packed row belongs to, as in `hidden`.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -293,10 +311,16 @@ def apply(
 def forward_with_cache(
     params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
-    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too. Begin with `KVCache()`.
+    """`hidden` of tokens that follow those in `cache`, and the cache that holds them too.
 
-    Prefill and decode are this one function: a text in any number of chunks equals one pass. Ragged prompts are padded
-    on the left, with segment 0 for padding and 1 for text.
+    Prefill and decode are this one function: a text in any number of chunks equals one pass.
+
+    Args:
+        params: The model, adapted or not.
+        tokens: The ids of the next token, or of several.
+        cache: What the last call returned, or `KVCache()`. It is not changed.
+        segments: As in `hidden`. Prompts of different lengths are padded on the left, with segment 0 for padding and 1
+            for text.
 
     Raises:
         InputError: if a row is longer than the context, or than a dynamic rope allows keys to be cached.

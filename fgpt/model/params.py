@@ -20,28 +20,38 @@ from fgpt.weights import Weight
 
 @node
 class Linear:
+    """x -> x Wᵀ + b, with w [out, in]; a b that is None is not added."""
+
     w: Weight
     b: Float[Tensor, " out"] | None = None
 
 
 @node
 class Norm:
+    """LayerNorm: gain w and bias b."""
+
     w: Float[Tensor, " d_model"]
     b: Float[Tensor, " d_model"] | None = None
 
 
 @node
 class RMSNorm:
+    """RMSNorm: gain w."""
+
     w: Float[Tensor, " d_model"]
 
 
 @node
 class Embedding:
+    """A table, w [rows, d_model], of tokens or of positions."""
+
     w: Weight
 
 
 @node
 class Attention:
+    """Attention: queries, keys, values, the output, and norms of each head of q and k if there are any."""
+
     q: Linear
     k: Linear
     v: Linear
@@ -62,6 +72,8 @@ class FusedAttention:
 
 @node
 class MLP:
+    """down(act(up(x))), or with a gate down(act(gate(x)) ⊙ up(x))."""
+
     up: Linear
     down: Linear
     gate: Linear | None = None
@@ -69,6 +81,8 @@ class MLP:
 
 @node
 class Block:
+    """A transformer block. Without `ln_2` attention and MLP both read `ln_1`."""
+
     ln_1: Norm | RMSNorm
     attn: Attention | FusedAttention
     ln_2: Norm | RMSNorm | None
@@ -77,6 +91,25 @@ class Block:
 
 @node
 class GPT:
+    """A model: its weights are a tree, and its config is part of the tree's structure.
+
+    Args:
+        wte: The token embedding, [vocab, d_model].
+        wpe: The embedding of learned positions, [n_ctx, d_model]; None if q and k are rotated instead.
+        blocks: The transformer blocks, the first to be computed first.
+        ln_f: The norm after the last block.
+        head: The output layer, [vocab, d_model]; None if it is the embedding table.
+        cfg: What the shapes do not say.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> [path for path in leaves(params) if ".mlp." in path]
+    ['blocks.0.mlp.up.w', 'blocks.0.mlp.up.b', 'blocks.0.mlp.down.w', 'blocks.0.mlp.down.b']
+    >>> params.cfg.n_layer
+    1
+    """
+
     wte: Embedding
     wpe: Embedding | None
     blocks: tuple[Block, ...]

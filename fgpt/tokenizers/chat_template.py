@@ -30,8 +30,8 @@ class ChatTemplate:
         access to nothing but these values. Some templates insert the current date.
 
         Args:
-            messages: the conversation.
-            add_generation_prompt: end with the beginning of an answer.
+            messages: The conversation.
+            add_generation_prompt: End with the beginning of an answer.
 
         Raises:
             InputError: if the template does not compile, refuses the messages, or does not end.

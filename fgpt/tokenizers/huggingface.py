@@ -151,11 +151,11 @@ def from_json(
     """The tokenizer of a folder's tokenizer.json.
 
     Args:
-        folder: the model folder.
-        declared: special tokens and settings of its other files.
-        class_name: the class of transformers that reads the folder, without "Fast".
-        vocab_size: rows of the model's embedding.
-        template: its chat template.
+        folder: The model folder.
+        declared: Special tokens and settings of its other files.
+        class_name: The class of transformers that reads the folder, without "Fast".
+        vocab_size: Rows of the model's embedding.
+        template: Its chat template.
 
     Raises:
         InputError: for a malformed or harmful file, and if no token ends a document.
@@ -236,9 +236,9 @@ def from_gguf(fields: Mapping[str, Any], vocab_size: int, name: str) -> HFTokeni
     rebuilt exactly here.
 
     Args:
-        fields: the metadata by key.
-        vocab_size: rows of the model's embedding.
-        name: the file's name, for error messages.
+        fields: The metadata by key.
+        vocab_size: Rows of the model's embedding.
+        name: The file's name, for error messages.
 
     Raises:
         InputError: for another kind of tokenizer, an unknown split, or inconsistent metadata.

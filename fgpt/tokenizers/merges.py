@@ -26,8 +26,8 @@ def read(folder: Path, declared: DeclaredTokens) -> "tokenizers.Tokenizer":
     """The tokenizer of a folder's vocab.json and merges.txt, the same as transformers' GPT2Tokenizer.
 
     Args:
-        folder: the model folder.
-        declared: special tokens and settings of the folder's other files.
+        folder: The model folder.
+        declared: Special tokens and settings of the folder's other files.
 
     Raises:
         InputError: for malformed files.
@@ -49,11 +49,11 @@ def add_bos_eos(tokenizer: Any, names: Mapping[str, str], bos: bool, eos: bool, 
     """Let `tokenizer` add special tokens to every text, in place.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`.
-        names: the special tokens by name.
-        bos: add `bos_token` before every text, if it is named.
-        eos: add `eos_token` after every text, if it is named.
-        where: the file, for error messages.
+        tokenizer: A `tokenizers.Tokenizer`.
+        names: The special tokens by name.
+        bos: Add `bos_token` before every text, if it is named.
+        eos: Add `eos_token` after every text, if it is named.
+        where: The file, for error messages.
     """
     from tokenizers import processors
 
@@ -113,7 +113,7 @@ def merges_from_ranks(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     If more parts remain, the token can arise in other ways: then every split of it into two tokens is a merge.
 
     Args:
-        tokens: the tokens in the order of their ranks.
+        tokens: The tokens in the order of their ranks.
 
     >>> merges_from_ranks([b"a", b"b", b"ab", b"aba"])
     [(b'a', b'b'), (b'ab', b'a')]

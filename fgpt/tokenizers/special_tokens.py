@@ -57,8 +57,8 @@ def read(folder: Path, defaults: Mapping[str, Any]) -> DeclaredTokens:
     """The special tokens that `folder` declares.
 
     Args:
-        folder: the model folder.
-        defaults: the special tokens of the tokenizer's class, which the folder's config may change or remove.
+        folder: The model folder.
+        defaults: The special tokens of the tokenizer's class, which the folder's config may change or remove.
 
     Raises:
         InputError: for a file that is not JSON of the right form.

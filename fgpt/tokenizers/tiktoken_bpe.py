@@ -196,8 +196,8 @@ def write_ranks(ranks: list[bytes], path: Path) -> None:
     """Write a rank file, which `from_ranks` reads.
 
     Args:
-        ranks: the tokens in the order of their ranks.
-        path: the file to write.
+        ranks: The tokens in the order of their ranks.
+        path: The file to write.
     """
     path.write_text(rank_lines(ranks))
 

@@ -103,8 +103,8 @@ class Tokenizer(Protocol):
         A special token in a message is recognized as one, as in transformers.
 
         Args:
-            messages: the conversation.
-            add_generation_prompt: end with the beginning of an answer.
+            messages: The conversation.
+            add_generation_prompt: End with the beginning of an answer.
 
         Raises:
             InputError: if there is no chat template, or it refuses the messages.
@@ -123,8 +123,8 @@ def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
     layout) vocab.json alone. Models with GPT-2's tokenizer need no files.
 
     Args:
-        folder: the model folder.
-        vocab_size: rows of the model's embedding. Tokens beyond them are an error only if a text contains them.
+        folder: The model folder.
+        vocab_size: Rows of the model's embedding. Tokens beyond them are an error only if a text contains them.
 
     Raises:
         InputError: if there is no tokenizer, or its end-of-sequence token has no row.
@@ -165,9 +165,9 @@ def of_gguf(fields: Mapping[str, Any], vocab_size: int, name: str = "the GGUF fi
     """The tokenizer of a GGUF file's metadata; see `huggingface.from_gguf`.
 
     Args:
-        fields: the metadata by key.
-        vocab_size: rows of the model's embedding.
-        name: the file's name, for error messages.
+        fields: The metadata by key.
+        vocab_size: Rows of the model's embedding.
+        name: The file's name, for error messages.
 
     Raises:
         InputError: if the metadata hold no known tokenizer, or its end-of-sequence token has no row.

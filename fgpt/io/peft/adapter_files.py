@@ -92,11 +92,12 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
 
     Args:
         adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them.
-        params: the model that they fit.
-        folder: written with adapter_config.json and adapter_model.safetensors.
-        base: hub name or local path of the model; "owner/model@revision" writes the revision too.
+        params: The model that they fit.
+        folder: Written with adapter_config.json and adapter_model.safetensors.
+        base: Hub name or local path of the model; "owner/model@revision" writes the revision too.
 
-    Raises InputError for adapters that no format of PEFT's holds.
+    Raises:
+        InputError: for adapters that no format of PEFT's holds.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")
@@ -276,10 +277,11 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
     `load_peft(folder, with_classification_head(params, n, key))`.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        params: the model, fused or not, of any dtype, quantized or not.
+        folder: With adapter_config.json and adapter_model.safetensors.
+        params: The model, fused or not, of any dtype, quantized or not.
 
-    Raises InputError for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
+    Raises:
+        InputError: for files that are not PEFT's, hold what we have no adapter for, or do not fit the model.
 
     >>> import tempfile, fgpt
     >>> params = fgpt.load("nano")
