@@ -10,6 +10,7 @@ from fgpt.data.records import Readers, Record, first_line, read_records
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import read_errors
 from fgpt.errors import InputError, short_repr
+from fgpt.extras import require_extra
 
 if TYPE_CHECKING:
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -31,8 +32,10 @@ def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
     snapshot in the Hugging Face cache to the blobs of the same repository.
 
     Raises:
-        InputError: if the folder is not in this layout, has no such split, or names or links files outside it.
+        InputError: if the folder is not in this layout, has no such split, or names or links files outside it; without
+            the package datasets.
     """
+    require_extra("data", "folders of datasets", "datasets")
     import datasets
 
     _check_cards(path)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import OPENERS, file_format, open_text, read_errors, strip_boms
 from fgpt.errors import InputError, one_line
+from fgpt.extras import require_extra
 
 Record: TypeAlias = tuple[str, Any]
 """(its position in the source, for error messages; its columns)."""
@@ -93,6 +94,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
+    require_extra("data", "Parquet files", "pyarrow")
     import pyarrow.parquet  # imported here because importing fgpt must stay fast
 
     try:

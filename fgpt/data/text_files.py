@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.errors import InputError, one_line
+from fgpt.extras import require_extra
 
 
 def _open_zstd(path: Path) -> io.BufferedReader:
+    require_extra("data", "files compressed by zstd", "pyarrow")
     import pyarrow  # imported here because importing fgpt must stay fast
 
     stream: Any = pyarrow.input_stream(path, compression="zstd")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.extras import require_extra
 
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -56,8 +57,10 @@ class Container:
 def read_header(path: Path) -> Container:
     """The header of a GGUF file.
 
-    Raises InputError if the file is missing, is no GGUF, is truncated, or holds what cannot be read.
+    Raises InputError if the file is missing, is no GGUF, is truncated, or holds what cannot be read, and without the
+    package gguf.
     """
+    require_extra("gguf", "GGUF files", "gguf")
     with _open(path) as file:
         size = file.seek(0, 2)
         file.seek(0)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
-from beartype.door import is_bearable
 from jaxtyping import jaxtyped
 from torch import Tensor
 
@@ -176,7 +175,7 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
                 value = _build(form[f.name], f"{below}{f.name}", f"{below}{f.name}.", tensors)
             many = get_origin(f.type) is tuple and isinstance(value, tuple)  # beartype itself looks at one of them
             kind: Any = get_args(f.type)[0] if many else f.type
-            if not all(is_bearable(x, kind) for x in (value if many else [value])):
+            if not all(_fits(x, kind) for x in (value if many else [value])):
                 got = (
                     f"{value.dtype} {list(value.shape)}"
                     if isinstance(value, Tensor)
@@ -195,6 +194,12 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
     return x
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    from beartype.door import is_bearable  # here, because importing it takes longer than the rest of fgpt
+
+    return is_bearable(value, kind)
+
+
 def _static(value: Any, kind: Any) -> Any:
     """A static field from JSON; unchanged if it does not fit, for the check to refuse."""
     if kind is torch.dtype and isinstance(value, str):
@@ -209,7 +214,7 @@ def _static(value: Any, kind: Any) -> Any:
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
         fields["biases"] = _biases(fields.get("biases"))
-        fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
+        fits = fields.keys() == declared.keys() and all(_fits(fields[k], declared[k]) for k in declared)
         return Config(**fields) if fits else value
     return value
 
