@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.cli.evaluation.compare.html import page as html_page
-from fgpt.cli.evaluation.compare.markdown import markdown
+from fgpt.cli.evaluation.compare.markdown import to_markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.training.examples import load_instruction_split, train_heldout_split
@@ -386,6 +386,6 @@ def test_a_comparison_shows_the_whole_prompt(tmp_path: Path):
     (_, row) = load_rows(write(tmp_path / "a.jsonl", {"messages": [SYSTEM, *TALK]}))
     answers = {"base": [Answer("Gute Nacht.", (1,), True)], "tuned": [Answer("Bonne nuit.", (1,), True)]}
     found = Comparison("a", [], [row], answers, {"base": {}, "tuned": {}}, {})
-    for page in (markdown(found), html_page(found)):
+    for page in (to_markdown(found), html_page(found)):
         for text in ("Answer in French.", "Hello.", "Bonjour.", "Good night.", "Bonne nuit."):
             assert text in page

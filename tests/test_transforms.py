@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
-from fgpt._typing import shaped
+from fgpt._typing import check_shapes
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import Example
 from fgpt.kernels import attention as A
@@ -158,7 +158,7 @@ def test_hessian_of_a_very_small_adapter():
 # ------------------------------------------------------------------------------------------------- shapes and compiling
 
 
-@shaped
+@check_shapes
 def product(x: Float[Tensor, "a b"], y: Float[Tensor, "b c"]) -> Float[Tensor, "a c"]:
     return x @ y if x.shape[0] != 3 else y
 
