@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import Largest, close, gpt2_shape, same, shaken, stack, tiny, tokens
+from builders import LargestTensor, close, gpt2_shape, same, stack_trees, tiny, tokens, with_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -209,9 +209,9 @@ def test_an_adapted_product_is_one_tensor(base: str, row: Tensor | None):
     """The update is added, and the scale applied, where the product lies, which is as many as without."""
     x, w = torch.randn(3, 5, IN, generator=fgpt.key(1)), matrix(base, OUT, IN)
     a, b = torch.randn(2, IN).requires_grad_(), torch.randn(OUT, 2).requires_grad_()
-    with Largest() as bare:
+    with LargestTensor() as bare:
         fgpt.linear(x.view(15, IN), w)
-    with Largest() as adapted:
+    with LargestTensor() as adapted:
         fgpt.linear(x, fgpt.Adapted(w, a, b, row))
     assert adapted.shapes.count((15, OUT)) == bare.shapes.count((15, OUT)) > 0
     assert (3, 5, OUT) not in adapted.shapes
@@ -262,14 +262,14 @@ def over(outer: Callable[[Any], fgpt.Adapters], inner: Callable[[Any], fgpt.Adap
     """Two trees, the outer made for the base under the inner."""
 
     def make(p: fgpt.GPT) -> list[Any]:
-        first = shaken(inner(p), seed=1)
-        return [first, shaken(outer(fgpt.adapt(p, first)), seed=2)]
+        first = with_noise(inner(p), seed=1)
+        return [first, with_noise(outer(fgpt.adapt(p, first)), seed=2)]
 
     return make
 
 
 def one(make: Callable[[fgpt.GPT], fgpt.Adapters]) -> Callable[[fgpt.GPT], list[Any]]:
-    return lambda p: [shaken(make(p), seed=1)]
+    return lambda p: [with_noise(make(p), seed=1)]
 
 
 ATTN, MLP = r"blocks\..*\.attn\.\w", r"blocks\..*\.mlp\.\w+"
@@ -336,9 +336,9 @@ def test_merging_onto_the_original_is_adapting_it(method: str):
 def test_merged_is_factored_for_a_head_of_its_own(target: str):
     params = tiny(tie_word_embeddings=False)
     for adapters in (
-        shaken(fgpt.lora(params, fgpt.key(0), 2, target=target)),
-        shaken(fgpt.dora(params, fgpt.key(0), 2, target=target)),
-        shaken(fgpt.ia3(params, "head", "head")),
+        with_noise(fgpt.lora(params, fgpt.key(0), 2, target=target)),
+        with_noise(fgpt.dora(params, fgpt.key(0), 2, target=target)),
+        with_noise(fgpt.ia3(params, "head", "head")),
     ):
         adapted = fgpt.adapt(params, adapters)
         near(fgpt.apply(fgpt.merge(adapted), X), fgpt.apply(adapted, X))
@@ -356,7 +356,7 @@ def test_merged_is_factored_for_stacks_fused_and_not(stacked: int, fused: bool, 
     """Stacked adapters too, and on a tied table, where one adapter moves embedding and head together."""
     params = fgpt.fuse_qkv(tiny()) if fused else tiny()
     trees = [
-        shaken(fgpt.lora(params, fgpt.key(i), 1 + i, target=rf"wte|wpe|{LINEARS}"), seed=seed + i)
+        with_noise(fgpt.lora(params, fgpt.key(i), 1 + i, target=rf"wte|wpe|{LINEARS}"), seed=seed + i)
         for i in range(stacked)
     ]
     adapted = fgpt.adapt(params, *trees)
@@ -368,7 +368,7 @@ def test_merged_is_factored_for_stacks_fused_and_not(stacked: int, fused: bool, 
 
 
 def test_an_adapter_on_a_tied_table_moves_embedding_and_head(gpt: fgpt.GPT):
-    adapted = fgpt.adapt(gpt, shaken(fgpt.lora(gpt, fgpt.key(0), 2, target="wte")))
+    adapted = fgpt.adapt(gpt, with_noise(fgpt.lora(gpt, fgpt.key(0), 2, target="wte")))
     table = fgpt.dense(adapted.wte.w)
     close(fgpt.apply(adapted, X), fgpt.apply(replace_at(gpt, {"wte.w": table}), X), 1e-5)
     close(fgpt.embed(X, adapted.wte.w), table[X], 1e-6)
@@ -379,7 +379,7 @@ def test_an_adapter_on_a_tied_table_moves_embedding_and_head(gpt: fgpt.GPT):
 
 
 def test_the_factored_path_never_merges(gpt: fgpt.GPT, factored: Callable[[], None]):
-    adapters = shaken(fgpt.lora(gpt, fgpt.key(0), 2, target=rf"wte|{LINEARS}"))
+    adapters = with_noise(fgpt.lora(gpt, fgpt.key(0), 2, target=rf"wte|{LINEARS}"))
     adapted = fgpt.adapt(gpt, adapters)
     fgpt.apply(adapted, X)
     grad(loss_of(gpt))(adapters)
@@ -412,14 +412,14 @@ def wide() -> dict[str, Any]:
 def adapter(method: str, w: Any) -> fgpt.Adapters:
     base = {"layer": Linear(w, torch.zeros(WIDE))}
     if method == "ia3":
-        return shaken(fgpt.ia3(base, "layer", "layer"))
-    return shaken((fgpt.dora if method == "dora" else fgpt.lora)(base, fgpt.key(0), 4, target="layer"))
+        return with_noise(fgpt.ia3(base, "layer", "layer"))
+    return with_noise((fgpt.dora if method == "dora" else fgpt.lora)(base, fgpt.key(0), 4, target="layer"))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8", "blockwise8"])
 def test_row_norms_hold_no_second_matrix(wide: dict[str, Any], kind: str):
     lora: Any = adapter("lora", wide[kind])["layer"]
-    with Largest() as largest:
+    with LargestTensor() as largest:
         fgpt.dora({"layer": Linear(wide[kind])}, fgpt.key(0), 4, target="layer")
         row_norms(wide[kind], lora.a, lora.b, lora.scale)
         row_norms(fgpt.Adapted(wide[kind], lora.a, lora.b), lora.a, lora.b, lora.scale)
@@ -436,7 +436,7 @@ def test_a_layer_costs_no_matrix(wide: dict[str, Any], method: str):
         layer = fgpt.adapt(base, adapters)["layer"]
         return fgpt.linear(x, layer.w, layer.b).square().sum()
 
-    with Largest() as largest:
+    with LargestTensor() as largest:
         grad(f)(adapters)
         fgpt.adapt(base, adapters)
     assert WIDE < largest.numel <= 4 * WIDE
@@ -448,7 +448,7 @@ def test_a_stack_of_adapters_on_a_quantized_layer_expands_its_base_alone(wide: d
         adapted = fgpt.adapt(adapted, adapter(method, wide["nf4"]))
     sizes = []
     for w in (wide["nf4"], adapted["layer"].w):
-        with Largest() as largest:
+        with LargestTensor() as largest:
             fgpt.linear(torch.randn(3, WIDE, generator=fgpt.key(1)), w)
         sizes.append(largest.shapes)
     large = [{s for s in shapes if torch.Size(s).numel() >= WIDE * 64} for shapes in sizes]
@@ -502,7 +502,7 @@ def test_doras_gradient_takes_the_norm_as_a_constant(kind: str):
     """The paper's form by hand, in float64: y = x (m / c ⊙ V)ᵀ, c = ‖V‖ held. Not that of the whole quotient."""
     bias = torch.randn(OUT, generator=fgpt.key(3))
     base = {"layer": Linear(matrix(kind, OUT, IN), bias)}
-    adapters: Any = shaken(fgpt.dora(base, fgpt.key(0), 3, 5, target="layer"))
+    adapters: Any = with_noise(fgpt.dora(base, fgpt.key(0), 3, 5, target="layer"))
     x, u = torch.randn(4, IN, generator=fgpt.key(1)), torch.randn(4, OUT, generator=fgpt.key(2))
 
     def ours(adapters: Any) -> Tensor:
@@ -600,7 +600,7 @@ def test_ia3_is_pefts(feedforward: bool):
 
 
 def fresh_with_dropout(p: float = 0.5, params: fgpt.GPT = PLAIN) -> Any:
-    return shaken(fgpt.lora(params, fgpt.key(0), 4, target=LINEARS, dropout=p))
+    return with_noise(fgpt.lora(params, fgpt.key(0), 4, target=LINEARS, dropout=p))
 
 
 def test_dropout_needs_a_key():
@@ -672,12 +672,14 @@ def test_seeds_are_mapped_over():
     close(got, torch.stack([loss(adapters, s) for s in seeds]), 1e-5)
     assert got.unique().numel() == 3
     grads = vmap(grad(loss), in_dims=(None, 0))(adapters, seeds)
-    close(grads, stack([grad(loss)(adapters, s) for s in seeds]), 1e-5)
+    close(grads, stack_trees([grad(loss)(adapters, s) for s in seeds]), 1e-5)
 
 
 def test_an_adapted_head_drops_what_its_loss_drops():
     """`linear` for logits and `products` for the loss: one mask."""
-    adapted = fgpt.adapt(PLAIN, shaken(fgpt.lora(PLAIN, fgpt.key(0), 4, target="wte", dropout=0.5)), rng=fgpt.key(0))
+    adapted = fgpt.adapt(
+        PLAIN, with_noise(fgpt.lora(PLAIN, fgpt.key(0), 4, target="wte", dropout=0.5)), rng=fgpt.key(0)
+    )
     logits = fgpt.apply(adapted, X).flatten(0, 1)
     near(fgpt.loss(adapted, BATCH), F.cross_entropy(logits, Y.flatten()))
 
@@ -707,7 +709,7 @@ def test_each_micro_batch_draws_its_own_mask():
 
 
 def test_a_half_precision_base_keeps_its_dtype_and_the_adapters_theirs(gpt: fgpt.GPT):
-    params, adapters = astype(gpt, torch.bfloat16), shaken(fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS))
+    params, adapters = astype(gpt, torch.bfloat16), with_noise(fgpt.lora(gpt, fgpt.key(0), 2, target=LINEARS))
     assert fgpt.apply(fgpt.adapt(params, adapters), X).dtype == torch.bfloat16
     assert {x.dtype for x in leaves(grad(loss_of(params))(adapters)).values()} == {torch.float32}
     assert same(leaves(fgpt.merge(fgpt.adapt(params, {}))), leaves(params))
@@ -729,7 +731,7 @@ def test_what_is_tuned_over_a_half_precision_base_computes_in_its_dtype(target: 
 
 def test_lora_and_tuned_leaves_are_one_tree(gpt: fgpt.GPT):
     lora, norms = fgpt.lora(gpt, fgpt.key(0), 2), fgpt.trainable_leaves(gpt, r".*ln_.*")
-    both = shaken(lora | norms, seed=3)
+    both = with_noise(lora | norms, seed=3)
     assert fgpt.num_trainable(both) == fgpt.num_trainable(lora) + 2 * 16 * (2 * 2 + 1)
     expected = fgpt.adapt(replace_at(gpt, {p: both[p] for p in norms}), {p: both[p] for p in lora})
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, both), X), fgpt.apply(expected, X))
@@ -738,14 +740,17 @@ def test_lora_and_tuned_leaves_are_one_tree(gpt: fgpt.GPT):
 
 def test_a_lora_lies_on_a_weight_tuned_in_the_same_tree(gpt: fgpt.GPT):
     """Whichever side of the union comes first, neither is silently dropped."""
-    lora, full = shaken(fgpt.lora(gpt, fgpt.key(0), 2)), shaken(fgpt.trainable_leaves(gpt), seed=5)
+    lora, full = with_noise(fgpt.lora(gpt, fgpt.key(0), 2)), with_noise(fgpt.trainable_leaves(gpt), seed=5)
     expected = fgpt.apply(fgpt.adapt(gpt, full, lora), X)
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, lora | full), X), expected)
     assert torch.equal(fgpt.apply(fgpt.adapt(gpt, full | lora), X), expected)
 
 
 def test_an_ia3_scales_a_bias_tuned_in_the_same_tree(gpt: fgpt.GPT):
-    scales, biases = shaken(fgpt.ia3(gpt, LINEARS, LINEARS)), shaken(fgpt.trainable_leaves(gpt, r".*\.b"), seed=5)
+    scales, biases = (
+        with_noise(fgpt.ia3(gpt, LINEARS, LINEARS)),
+        with_noise(fgpt.trainable_leaves(gpt, r".*\.b"), seed=5),
+    )
     expected = fgpt.adapt(gpt, biases, scales)
     assert same(fgpt.adapt(gpt, scales | biases), expected)
     layer, row = expected.blocks[0].mlp.up, scales["blocks.0.mlp.up"].row
@@ -756,7 +761,7 @@ def test_tuning_everything_is_the_model(gpt: fgpt.GPT):
     full = fgpt.trainable_leaves(gpt, ".*")
     assert fgpt.num_trainable(full) == num_elements(gpt)
     assert same(fgpt.adapt(gpt, full), gpt)
-    moved = shaken(full, seed=7)
+    moved = with_noise(full, seed=7)
     assert same(leaves(fgpt.adapt(gpt, moved)), moved)
     assert {x.dtype for x in leaves(fgpt.trainable_leaves(astype(gpt, torch.bfloat16))).values()} == {torch.float32}
 

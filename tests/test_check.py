@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import same, shaken, tokens
+from builders import same, tokens, with_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ CHECKS = [
 def model(family: str = "gpt2", base: str = "fp32", layers: int = 1) -> fgpt.GPT:
     cfg = fgpt.Config(**{"n_layer": layers, "n_head": 2, "d_model": 64, "n_ctx": 24, "vocab_size": 31, "d_mlp": 128}
                       | FAMILIES[family])  # fmt: skip
-    params = shaken(fgpt.init(cfg, fgpt.key(0)), 0.1)
+    params = with_noise(fgpt.init(cfg, fgpt.key(0)), 0.1)
     if base in ("fp32", "bf16"):
         return params if base == "fp32" else astype(params, torch.bfloat16)
     return fgpt.quantize(params, base, target=r"blocks\..*\.(q|k|v|o|up|down)")  # pyright: ignore[reportArgumentType]

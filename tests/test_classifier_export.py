@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import close, same, shaken, tiny, tokens
+from builders import close, same, tiny, tokens, with_noise
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 
@@ -61,7 +61,7 @@ def test_theirs_is_read_and_ours_is_read_by_them(family: str, tmp_path: Path):
 def test_texts_of_several_lengths(tmp_path: Path):
     """Padded by the token that the saved tokenizer names, each is read at its own last token, which ends a document."""
     nano = fgpt.load("nano")
-    params = shaken(fgpt.with_classification_head(nano, 4, fgpt.key(0)), 0.02)
+    params = with_noise(fgpt.with_classification_head(nano, 4, fgpt.key(0)), 0.02)
     fgpt.save(params, tmp_path, like="nano")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()

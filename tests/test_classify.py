@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, same, shared, tiny, tokens
+from builders import ROOT, SharedData, same, tiny, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -273,8 +273,8 @@ def test_labels_as_tokens_are_one_each():
         verbalizers(["joy", "joy"], NANO)
 
 
-def test_gpt2_has_a_token_for_each_label_of_the_runs():
-    gpt2 = from_ranks(shared("gpt2-bpe") / "gpt2.tiktoken")
+def test_gpt2_has_a_token_for_each_label_of_the_runs(shared_data: SharedData):
+    gpt2 = from_ranks(shared_data("gpt2-bpe") / "gpt2.tiktoken")
     assert len(set(verbalizers(find("hate-gptj-ln").labels, gpt2).output_ids)) == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -348,8 +348,10 @@ def test_files_of_labeled_texts(tmp_path: Path):
         ("rte/dev.tsv", "test", Columns("sentence1", "sentence2"), 277, {"entailment", "not_entailment"}),
     ],
 )
-def test_real_files(name: str, split: str, columns: Columns | None, count: int, labels: set[str]):
-    found = load_labeled_texts(str(shared(name)), split, columns)  # pyright: ignore[reportArgumentType]
+def test_real_files(
+    name: str, split: str, columns: Columns | None, count: int, labels: set[str], shared_data: SharedData
+):
+    found = load_labeled_texts(str(shared_data(name)), split, columns)  # pyright: ignore[reportArgumentType]
     assert len(found) == count
     assert {row.label for row in found} == labels
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from builders import ROOT
 from rich.progress import Progress
 
 import fgpt

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import shared
+from builders import SharedData
 
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import to_markdown
@@ -149,15 +149,14 @@ def test_parts_of_a_text():
     ("name", "least"),
     [("alpaca_demo/alpaca_en_demo.json", 100), ("lima/lima.json", 15), ("dolly/dolly_finqa_val.jsonl", 10)],
 )
-def test_good_answers_meet_what_is_found(name: str, least: int):
+def test_good_answers_meet_what_is_found(name: str, least: int, shared_data: SharedData):
     """A false find, or a wrong count, would show as a good answer that misses it."""
-    folder, _, file = name.partition("/")
-    met = [x for row in load_rows(shared(folder) / file) for _, x in check(row, row.output)]
+    met = [x for row in load_rows(shared_data(name)) for _, x in check(row, row.output)]
     assert len(met) >= least
     assert sum(met) >= 0.88 * len(met)
 
 
-def test_few_of_the_instructions_of_other_tasks_demand_anything():
-    told = [json.loads(x) for x in (shared("prompts") / "user_oriented_instructions.jsonl").read_text().splitlines()]
+def test_few_of_the_instructions_of_other_tasks_demand_anything(shared_data: SharedData):
+    told = [json.loads(x) for x in shared_data("prompts/user_oriented_instructions.jsonl").read_text().splitlines()]
     found = [x.phrase for row in told for x in constraints(row["instruction"])]
     assert found == ["in just one sentence"]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import shared
+from builders import SharedData
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,16 +245,16 @@ def test_what_cannot_be_read_is_refused_by_its_row(record: Any, message: str, tm
     ("name", "count"),
     [("chat/messages_demo.jsonl", 500), ("chat/sharegpt_tools_demo.json", 957), ("lima/lima.json", 1082)],
 )
-def test_real_conversations(name: str, count: int):
-    found = load_examples(shared(name))
+def test_real_conversations(name: str, count: int, shared_data: SharedData):
+    found = load_examples(shared_data(name))
     assert len(found.rows) == count  # 746 answers and 211 calls of functions; 1,029 rows and 53 exchanges before them
     assert not found.left_out
     assert all(encode(row, PLAIN, NANO).prompt_length < len(encode(row, PLAIN, NANO).tokens) for row in found.rows[:40])
 
 
 @pytest.mark.parametrize("name", ["preference/dpo_en_demo.json", "preference/kto_en_demo.json"])
-def test_real_preferences_are_refused(name: str):
-    path = shared(name)
+def test_real_preferences_are_refused(name: str, shared_data: SharedData):
+    path = shared_data(name)
     with pytest.raises(InputError, match=r"row 1: a row of preference data"):
         load_rows(path)
 

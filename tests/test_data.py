@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from builders import ROOT, SharedData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,8 +40,6 @@ from fgpt.model import Config, hidden, init
 from fgpt.rng import key
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 TOKENIZER = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 VOCAB = 40
 GPT = init(Config(n_layer=2, n_head=2, d_model=16, n_ctx=64, vocab_size=VOCAB, d_mlp=32), key(0))
@@ -374,10 +373,8 @@ def test_not_text_and_not_there(tmp_path: Path):
         ("davidson/labeled_data.csv", Columns("tweet", output="class"), 24783),
     ],
 )
-def test_real_files(name: str, columns: Columns | None, count: int):
-    if not (SHARED / name).exists():
-        pytest.skip("the shared development data is not beside this checkout")
-    found = load_rows(SHARED / name, columns)
+def test_real_files(name: str, columns: Columns | None, count: int, shared_data: SharedData):
+    found = load_rows(shared_data(name), columns)
     assert len(found) == count
     kept, dropped = filter_by_length([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
     assert len(kept) + dropped.long + dropped.empty == 200

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Largest, hf_gpt2, shaken, tiny, tokens
+from builders import LargestTensor, hf_gpt2, tiny, tokens, with_noise
+from builders.hf_models import hf_model, save_and_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import loaded, theirs
 
 import fgpt
 from fgpt.cli.main import main
@@ -36,8 +36,8 @@ MODELS = ("gpt2", "llama", "neox")
 @cache
 def both(name: str) -> tuple[Any, fgpt.GPT]:
     """A model of transformers', and ours of the same weights; the context is 24."""
-    model = hf_gpt2() if name == "gpt2" else theirs(name)
-    return model, loaded(model)
+    model = hf_gpt2() if name == "gpt2" else hf_model(name)
+    return model, save_and_load(model)
 
 
 def reference(model: Any, context: list[int], continuation: list[int]) -> tuple[list[float], list[bool]]:
@@ -126,7 +126,7 @@ def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_adapted_quantized_and_bf16_models_are_scored():
     params = tiny(d_model=64, d_mlp=64)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 2))
     pairs = [([1, 2], [3, 4, 5]), ([6], [7])]
     tuned = fgpt.adapt(params, adapters)
     (factored, _), (merged, _) = loglikelihood(tuned, pairs), loglikelihood(fgpt.merge(tuned), pairs)
@@ -178,7 +178,7 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
 def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch):
     params = tiny(n_ctx=256, vocab_size=2000)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
-    with Largest() as seen:
+    with LargestTensor() as seen:
         loglikelihood_rolling(params, tokens(2000, 500).tolist(), bos_token_id=0, width=256, stride=128)
     assert seen.numel < 256 * 2000 / 4
 

@@ -1,16 +1,15 @@
 """Every family is transformers' model of it: logits, text, files; and what a bad folder says."""
 
-import copy
 import json
 import weakref
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import close, hf_gpt2, same, shaken, tokens
+from builders import close, hf_gpt2, same, tokens, with_noise
+from builders.hf_models import LLAMA_3, VARIANTS, YARN, hf_model, save_and_load, write_hf_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,100 +24,11 @@ from fgpt.generation import static_cache
 from fgpt.io import models
 from fgpt.tree import leaves, num_elements, tree_map
 
-COMMON = {"vocab_size": 31, "bos_token_id": None, "eos_token_id": None}
-GPTJ = COMMON | {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 24, "rotary_dim": 8}
-NEOX = COMMON | {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "max_position_embeddings": 24,
-}
-LLAMA = NEOX | {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-MISTRAL = LLAMA | {"sliding_window": 5}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptj": ("GPTJ", GPTJ),
-    "gptj, all rotated": ("GPTJ", GPTJ | {"rotary_dim": 16, "n_inner": 24, "layer_norm_epsilon": 1e-2}),
-    "neox": ("GPTNeoX", NEOX),
-    "neox, one after the other": ("GPTNeoX", NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
-    "neox, tied": (
-        "GPTNeoX",
-        NEOX
-        | {
-            "rope_parameters": {"rope_theta": 77.0, "rope_type": "default", "partial_rotary_factor": 0.5},
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama": ("Llama", LLAMA),
-    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
-    "llama, one kv head": ("Llama", LLAMA | {"num_key_value_heads": 1, "head_dim": 6}),
-    "llama, biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
-    "llama 3": ("Llama", LLAMA | {"rope_parameters": LLAMA_3}),
-    "llama, linear": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "qwen2": ("Qwen2", LLAMA),
-    "qwen2, tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True, "hidden_act": "gelu"}),
-    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
-    "mistral": ("Mistral", MISTRAL),
-    "mistral, wider than its context": ("Mistral", MISTRAL | {"sliding_window": 4096, "head_dim": 12}),
-    "qwen2, windows from the second layer on": (
-        "Qwen2",
-        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
-    "qwen3, a window in one layer": (
-        "Qwen3",
-        LLAMA
-        | {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
-    "qwen2, yarn, every field": (
-        "Qwen2",
-        LLAMA
-        | {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 0.5, "truncate": False}},
-    ),
-    "mistral, yarn, two mscale": (
-        "Mistral",
-        MISTRAL | {"head_dim": 16, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 2}},
-    ),
-    "neox, yarn": ("GPTNeoX", NEOX | {"rope_parameters": YARN | {"partial_rotary_factor": 0.5, "rope_theta": 77.0}}),
-}
-
-
-def theirs(name: str, seed: int = 0, **overrides: Any) -> Any:
-    """transformers' model with random weights in every place: biases and norms too, ten times the usual spread."""
-    kind, fields = VARIANTS[name]
-    fields = copy.deepcopy(fields | overrides)  # transformers writes into what it is given
-    config = getattr(transformers, f"{kind}Config")(**fields, attn_implementation="eager")
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for path, p in model.named_parameters():
-            p.copy_(
-                0.2 * torch.randn(p.shape, generator=rng) + ("norm" in path or ".ln_" in path) * path.endswith("weight")
-            )
-    return model
-
-
-def loaded(model: Any, **options: Any) -> fgpt.GPT:
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return fgpt.load(folder, **options)
-
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_transformers(name: str):
-    model, x = theirs(name), tokens(31, 2, 20)
-    params = loaded(model)
+    model, x = hf_model(name), tokens(31, 2, 20)
+    params = save_and_load(model)
     with torch.no_grad():
         expected = model(x).logits
     close(fgpt.apply(params, x), expected, 1e-5)
@@ -132,8 +42,8 @@ def test_logits_are_transformers(name: str):
 def test_padded_and_packed_rows_are_transformers(name: str, data: st.DataObject):
     """A padded row gives its text what it has alone, and a packed one each document what it has alone."""
     lengths = data.draw(st.lists(st.integers(1, 8), min_size=2, max_size=3))
-    model = theirs(name, data.draw(st.integers(0, 99)))
-    params, width = loaded(model), max(lengths)
+    model = hf_model(name, data.draw(st.integers(0, 99)))
+    params, width = save_and_load(model), max(lengths)
     texts = [tokens(31, 1, n, seed=i) for i, n in enumerate(lengths)]
     with torch.no_grad():
         alone = [model(x).logits[0] for x in texts]
@@ -149,8 +59,8 @@ def test_padded_and_packed_rows_are_transformers(name: str, data: st.DataObject)
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_any_chunking_is_one_pass_and_greedy_text_is_transformers(name: str):
-    model = theirs(name)
-    params, x = loaded(model), tokens(31, 2, 13)
+    model = hf_model(name)
+    params, x = save_and_load(model), tokens(31, 2, 13)
     whole, cache, parts = fgpt.hidden(params, x), fgpt.KVCache(), []
     for a, b in ((0, 1), (1, 7), (7, 8), (8, 13)):
         h, cache = fgpt.forward_with_cache(params, x[:, a:b], cache)
@@ -169,7 +79,7 @@ def test_any_chunking_is_one_pass_and_greedy_text_is_transformers(name: str):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path: Path):
     """Bitwise, by name; config and all, so that transformers reads the folder as its own."""
-    model, x = theirs(name).to(dtype), tokens(31, 2, 20)
+    model, x = hf_model(name).to(dtype), tokens(31, 2, 20)
     model.save_pretrained(tmp_path / "theirs")
     params = fgpt.load(str(tmp_path / "theirs"), dtype=None)
     fgpt.save(M.fuse_qkv(params), tmp_path / "ours")
@@ -188,9 +98,9 @@ def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_config_has_one_family_that_gives_it_back(name: str):
-    cfg = loaded(theirs(name)).cfg
+    cfg = save_and_load(hf_model(name)).cfg
     family = families.family_of(cfg)
-    assert type(theirs(name).config).model_type in family.model_types
+    assert type(hf_model(name).config).model_type in family.model_types
     assert family.config_from_hf(family.config_to_hf(cfg)) == cfg
     assert families.family_of(fgpt.Config(2, 2, 8, 9, 10, 32)) is families.GPT2
 
@@ -203,7 +113,7 @@ def test_quantizing_while_loading_is_quantizing_afterwards(name: str, to: Any, t
         if name == "gptj"
         else {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     )
-    theirs(name, **{k: x for k, x in sizes.items() if k != "head_dim" or name != "neox"}).save_pretrained(
+    hf_model(name, **{k: x for k, x in sizes.items() if k != "head_dim" or name != "neox"}).save_pretrained(
         tmp_path, max_shard_size="20KB"
     )
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -221,8 +131,8 @@ def test_quantizing_while_loading_is_quantizing_afterwards(name: str, to: Any, t
 
 def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path):
     """As those since version 0.2 are: it is saved as what it is."""
-    model, x = theirs("mistral", sliding_window=None), tokens(31, 2, 20)
-    params = loaded(model)
+    model, x = hf_model("mistral", sliding_window=None), tokens(31, 2, 20)
+    params = save_and_load(model)
     assert params.cfg.sliding_window is None
     fgpt.save(params, tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
@@ -238,7 +148,7 @@ WINDOWED = [name for name in VARIANTS if "mistral" in name or "window" in name]
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_holds_in_every_kind_of_cache(name: str):
     """Past the window: a cache that grows, and one with room, for ragged rows and for rows of one length."""
-    params, x = loaded(theirs(name)), tokens(31, 3, 20)
+    params, x = save_and_load(hf_model(name)), tokens(31, 3, 20)
     whole = fgpt.apply(params, x)
     for segments, first in ((None, 1), (torch.ones_like(x), 3), (None, 9)):
         begun = None if segments is None else segments[:, :first]
@@ -257,8 +167,8 @@ def test_a_window_holds_in_every_kind_of_cache(name: str):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_under_transforms_is_the_one_without(name: str):
     """The mask is all that changes: gradients, vmap, jvp and remat are those of one pass."""
-    params, x = loaded(theirs(name)), tokens(31, 2, 12)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2))
+    params, x = save_and_load(hf_model(name)), tokens(31, 2, 12)
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 2))
 
     def loss(a: Any, row: torch.Tensor, **options: Any) -> torch.Tensor:
         h = fgpt.hidden(fgpt.adapt(params, a), row, **options)
@@ -280,14 +190,14 @@ DYNAMIC = {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynam
 @pytest.mark.parametrize("length", [3, 8, 9, 17, 24])
 def test_a_dynamic_rope_is_transformers_in_one_pass(name: str, length: int, tmp_path: Path):
     """Of any length; a packed document is what it is alone, and so is a row among longer ones."""
-    model, x = theirs(name, **DYNAMIC), tokens(31, 2, length)
-    params = loaded(model)
+    model, x = hf_model(name, **DYNAMIC), tokens(31, 2, length)
+    params = save_and_load(model)
     with torch.no_grad():
         expected = model(x).logits
     close(fgpt.apply(params, x), expected, 1e-5)
     alone = tokens(31, 1, 5, seed=1)
     with torch.no_grad():
-        model = theirs(name, **DYNAMIC)  # transformers keeps the angles of the longest row that it has seen
+        model = hf_model(name, **DYNAMIC)  # transformers keeps the angles of the longest row that it has seen
         shorter = model(alone).logits
     if length + 5 <= 24:
         segments = torch.tensor([[1] * length + [2] * 5])
@@ -302,7 +212,7 @@ def test_a_dynamic_rope_is_transformers_in_one_pass(name: str, length: int, tmp_
 
 
 def test_a_dynamic_rope_keeps_no_keys_beyond_its_first_context():
-    params = loaded(theirs("llama", **DYNAMIC))
+    params = save_and_load(hf_model("llama", **DYNAMIC))
     x = tokens(31, 1, 12)
     whole, (h, cache) = fgpt.hidden(params, x[:, :8]), fgpt.forward_with_cache(params, x[:, :5], fgpt.KVCache())
     close(torch.cat([h, fgpt.forward_with_cache(params, x[:, 5:8], cache)[0]], 1), whole, 1e-5)
@@ -328,7 +238,7 @@ def test_a_rope_by_any_spelling(rope: str, kind: str, fields: str, tmp_path: Pat
     theta = {"rope_theta": 300.0}
     config = {"rope_parameters": None, fields: {kind: rope, **own, **(theta if fields == "rope_parameters" else {})}}
     config |= theta if fields == "rope_scaling" else {}
-    folder = written(tmp_path / "it", "llama", **config)
+    folder = write_hf_folder(tmp_path / "it", "llama", **config)
     model, x = (
         transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(),
         tokens(31, 2, 20),
@@ -373,7 +283,7 @@ NEW = ("mistral", "qwen3, a window in one layer", "qwen2, yarn, every field", "n
 
 @pytest.mark.parametrize("name", NEW)
 def test_quantized_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
-    params = fgpt.quantize(loaded(theirs(name)), "int8")
+    params = fgpt.quantize(save_and_load(hf_model(name)), "int8")
     fgpt.save(params, tmp_path)
     again = fgpt.load(str(tmp_path))
     assert again.cfg == params.cfg
@@ -392,22 +302,25 @@ def test_activations_are_transformers(name: str):
     close(mine, wanted, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
     close(slope, expected, 1e-9)
-    model, x = theirs("neox", hidden_act=name), tokens(31, 2, 20)
+    model, x = hf_model("neox", hidden_act=name), tokens(31, 2, 20)
     with torch.no_grad():
-        close(fgpt.apply(loaded(model), x), model(x).logits, 1e-5)
+        close(fgpt.apply(save_and_load(model), x), model(x).logits, 1e-5)
     with pytest.raises(fgpt.InputError, match="hidden_act='gelu_10' is not supported"):
         hf_config.activation({"hidden_act": "gelu_10"}, "hidden_act", "gelu")
 
 
 # ------------------------------------------------------------------------------------------------------- head and table
 
+
 TIED = ("gpt2", *(name for name in VARIANTS if name.endswith("tied")))
+
+
 HEADS = {"gpt2": "lm_head.weight", "neox, tied": "embed_out.weight"}
 
 
 def tied(name: str, folder: Path, change: Any, **options: Any) -> str:
     """A folder whose config says tied; its tensors are those that `change` makes of those with a head that is equal."""
-    model = hf_gpt2() if name == "gpt2" else theirs(name)
+    model = hf_gpt2() if name == "gpt2" else hf_model(name)
     model.config.tie_word_embeddings = True
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
@@ -449,7 +362,7 @@ def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: P
         assert torch.equal(again(x).logits, expected)
     quantized = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
     assert same(quantized, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), target="head"))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), target="head"))
     assert not torch.allclose(fgpt.apply(fgpt.adapt(params, adapters), x), expected, atol=1e-2)
     merged = fgpt.merge(fgpt.adapt(params, adapters))
     assert same(merged.wte, params.wte)  # the table is another matrix
@@ -500,14 +413,6 @@ def test_gptjs_numbers():
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
-    """A model's folder, its config changed; None takes a field away."""
-    theirs(name).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: x for k, x in config.items() if x is not None}))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
@@ -550,13 +455,13 @@ def written(folder: Path, name: str = "llama", **changes: Any) -> Path:
 )
 def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], says: str, tmp_path: Path):
     with pytest.raises(fgpt.InputError, match=says) as caught:
-        fgpt.load(str(written(tmp_path, name, **changes)))
+        fgpt.load(str(write_hf_folder(tmp_path, name, **changes)))
     assert str(tmp_path) in str(caught.value)
 
 
 def test_nothing_is_read_before_all_of_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A shape that is wrong in the last shard is told before a number of the first is read."""
-    theirs("llama").save_pretrained(tmp_path, max_shard_size="4KB")
+    hf_model("llama").save_pretrained(tmp_path, max_shard_size="4KB")
     last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
     save_file({name: x[:1].clone() for name, x in load_file(last).items()}, last, {"format": "pt"})
     monkeypatch.setattr(
@@ -586,8 +491,8 @@ EMPTY = torch.empty
     ids=["gone", "elsewhere", "empty", "no map", "cut", "cut early", "twice"],
 )
 def test_spoiled_shards_are_refused(spoil: Any, says: str, tmp_path: Path):
-    tensors = {name: x.clone() for name, x in theirs("llama").state_dict().items()}
-    theirs("llama").config.save_pretrained(tmp_path)
+    tensors = {name: x.clone() for name, x in hf_model("llama").state_dict().items()}
+    hf_model("llama").config.save_pretrained(tmp_path)
     names = sorted(tensors)
     where = {name: f"model-0000{1 + i % 2}.safetensors" for i, name in enumerate(names)}
     for file in set(where.values()):
@@ -631,7 +536,7 @@ class Made(TorchDispatchMode):
 
 
 def test_a_bf16_file_is_loaded_without_an_fp32_copy(tmp_path: Path):
-    theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    hf_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     with Made() as made:
         params = fgpt.load(str(tmp_path), torch.bfloat16)
     assert torch.float32 not in made.most
@@ -643,7 +548,7 @@ def test_a_bf16_file_is_loaded_without_an_fp32_copy(tmp_path: Path):
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What was read is let go of before the next is read, where it is not what is kept."""
-    theirs("gptj").half().save_pretrained(tmp_path)
+    hf_model("gptj").half().save_pretrained(tmp_path)
     alive: list[weakref.ref[torch.Tensor]] = []
     read = models.lazy_tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-from conftest import close, hf_gpt2, same, shaken, tiny, tokens
+from builders import close, hf_gpt2, same, tiny, tokens, with_noise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -209,7 +209,7 @@ def test_paths_of_any_kind(kind: Callable[[str], Any], tmp_path: Path):
 def union(params: fgpt.GPT) -> fgpt.Adapters:
     """Every kind, and a LoRA whose B and a bias whose path would both be called blocks.0.attn.q.b."""
     key = fgpt.key(0)
-    return shaken(
+    return with_noise(
         fgpt.lora(params, key, 3, target=r"blocks\.0\.attn\.q", rs=True, dropout=0.1)
         | fgpt.trainable_leaves(params, r"blocks\.0\.attn\.q\.b|.*ln_.*")
         | fgpt.dora(params, key, 2, target=r"blocks\.1\.attn\..|wte")
@@ -461,7 +461,7 @@ def test_a_head_apart_beside_four_bits(tmp_path: Path):
     """bitsandbytes leaves a tied head plain; one that was trained and merged afterwards is kept."""
     model = theirs(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     path = tmp_path / "quantized" / "model.safetensors"
-    head = model.lm_head.weight.detach().float() + shaken({"head": torch.zeros(31, 64)})["head"]
+    head = model.lm_head.weight.detach().float() + with_noise({"head": torch.zeros(31, 64)})["head"]
     save_file(load_file(path) | {"lm_head.weight": head}, path, {"format": "pt"})
     params = fgpt.load(str(tmp_path / "quantized"))
     assert params.head is not None
@@ -531,7 +531,7 @@ KEPT: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
 def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_path: Path):
     make, file = KEPT[kind]
     base = astype(wide(), dtype)
-    adapters = shaken(make(base), 0.1)
+    adapters = with_noise(make(base), 0.1)
     tuned = fgpt.adapt(base, adapters)
     released = tree_map(lambda x: x.to("meta"), base) if kind == "full" else base  # as training lets go of them
     run_dir.save_tuned(tmp_path, released, adapters, "nano")
@@ -553,6 +553,6 @@ def test_a_whole_model_goes_where_the_base_is(tmp_path: Path):
 
 def test_adapters_over_a_quantized_base(tmp_path: Path):
     base = fgpt.quantize(wide())
-    adapters = shaken(fgpt.lora(base, fgpt.key(0)) | fgpt.trainable_leaves(base, r".*\.b"), 0.1)
+    adapters = with_noise(fgpt.lora(base, fgpt.key(0)) | fgpt.trainable_leaves(base, r".*\.b"), 0.1)
     run_dir.save_tuned(tmp_path, base, adapters, "nano")
     identical(run_dir.load_tuned(tmp_path, base), fgpt.adapt(base, adapters))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import gpt2_shape, shared
+from builders import SharedData, gpt2_shape
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -211,8 +211,8 @@ def test_only_finqa_rows_count():
     assert instruction_scores(given_rows, answers)["FinQA exact match (%)"] == 100
 
 
-def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong():
-    path = shared("dolly") / "dolly_finqa_val.jsonl"
+def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong(shared_data: SharedData):
+    path = shared_data("dolly") / "dolly_finqa_val.jsonl"
     asked = [row for row in load_rows(path) if row.input]  # its Dolly rows have lost theirs
     assert len(asked) == 60
     for row in asked:

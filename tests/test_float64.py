@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shaken, tiny, tokens
+from builders import tiny, tokens, with_noise
 from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_leaves
@@ -111,7 +111,7 @@ def test_finite_differences_agree(name: str, kind: str):
         "ia3": lambda: fgpt.ia3(p),
         "tune": lambda: fgpt.trainable_leaves(p, ".*"),
     }[kind]()
-    at = astype(shaken(fresh, 0.05), torch.float64)
+    at = astype(with_noise(fresh, 0.05), torch.float64)
     assert {x.dtype for x in tree_leaves(fgpt.trainable_leaves(p, ".*"))} == {torch.float64}
 
     def f(a: Any) -> Tensor:

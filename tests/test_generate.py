@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from conftest import close, hf_gpt2, ours, tiny, tokens
+from builders import ROOT, close, hf_gpt2, load_hf_model, tiny, tokens
+from builders.generation import WARM_SAMPLING, adapter_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ NANO = models.tokenizer("nano")
 def both(seed: int) -> tuple[Any, fgpt.GPT]:
     with TemporaryDirectory() as folder:
         model = hf_gpt2(seed)
-        return model, ours(model, Path(folder))
+        return model, load_hf_model(model, Path(folder))
 
 
 def theirs(model: Any, prompt: list[int], most: int, **options: Any) -> Any:
@@ -104,28 +104,31 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-WARM = SamplingParams(temperature=1.2, top_k=20, top_p=0.95)
-
-
 def test_a_row_does_not_see_its_neighbors():
     """Sampled, ragged, some ending early: whatever is beside it, and however wide the padding."""
     params, rng = tiny(), fgpt.key(3)
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
-    together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng)
+    together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=rng)
     others = [tokens(31, n, seed=50 + n).tolist() for n in (11, 1, 2)]
     for i in range(3):
         beside = [prompts[j] if j == i else others[j] for j in range(3)]
         assert (
-            fgpt.generate(params, beside, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng)[i] == together[i]
+            fgpt.generate(params, beside, eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=rng)[i]
+            == together[i]
         )
-    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=rng) == together
-    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM, rng=fgpt.key(4)) != together
+    assert (
+        fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=rng) == together
+    )
+    assert (
+        fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=fgpt.key(4))
+        != together
+    )
     assert (
         len(
             {
                 tuple(x.tokens)
                 for x in fgpt.generate(
-                    params, prompts[:1] * 6, eos_token_id=0, max_new_tokens=12, sampling=WARM, rng=rng
+                    params, prompts[:1] * 6, eos_token_id=0, max_new_tokens=12, sampling=WARM_SAMPLING, rng=rng
                 )
             }
         )
@@ -168,7 +171,9 @@ def test_log_probabilities_are_the_models():
     prompts = [tokens(31, n, seed=n).tolist() for n in (2, 6)]
     for prompt, got in zip(
         prompts,
-        fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, sampling=WARM, rng=fgpt.key(1), logprobs=True),
+        fgpt.generate(
+            params, prompts, eos_token_id=0, max_new_tokens=9, sampling=WARM_SAMPLING, rng=fgpt.key(1), logprobs=True
+        ),
         strict=True,
     ):
         whole = torch.tensor([[*prompt, *got.tokens, *([0] if got.finished else [])]])
@@ -181,26 +186,16 @@ def test_log_probabilities_are_the_models():
 # ----------------------------------------------------------------------------------------------- adapters, row by row
 
 
-def sets(params: fgpt.GPT) -> list[fgpt.Adapters]:
-    """Of several ranks, strengths and targets; the last one is none."""
-    drawn = [
-        fgpt.lora(params, fgpt.key(0), 2, target=r"blocks\..*\.(q|up)"),
-        fgpt.lora(params, fgpt.key(1), 3, 1.0, target=r"blocks\..*\.(q|down)|wte", rs=True),
-    ]
-    moved = [{p: replace(x, b=0.5 * torch.randn_like(x.b)) for p, x in some.items()} for some in drawn]
-    return [*moved, {}]
-
-
 @pytest.mark.parametrize("to", [None, "int8", "nf4"])
 def test_a_row_is_written_by_its_own_adapters(to: Any):
     """In one batch, ragged and sampled, equal to each alone; and to the same with no cache."""
     torch.manual_seed(0)
     params = fgpt.init(fgpt.Config(2, 2, 64, 24, 31, 64), fgpt.key(5))
     params = params if to is None else fgpt.quantize(params, to)
-    by_name = sets(params)
+    by_name = adapter_sets(params)
     which = [1, 0, 2, 1, 0]
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5, 3, 1)]
-    for sampling in (SamplingParams(), WARM):
+    for sampling in (SamplingParams(), WARM_SAMPLING):
         together = fgpt.generate(
             params,
             prompts,
@@ -224,7 +219,7 @@ def test_a_row_is_written_by_its_own_adapters(to: Any):
 
 def test_stacked_adapters_are_differentiable():
     params = tiny()
-    many, which, rows = sets(params), [2, 0, 0, 1], tokens(31, 4, 7)
+    many, which, rows = adapter_sets(params), [2, 0, 0, 1], tokens(31, 4, 7)
 
     def together(sets: list[fgpt.Adapters]) -> torch.Tensor:
         stacked = fgpt.stack_adapters([sets[i] for i in which])
@@ -276,7 +271,7 @@ def test_adapters_that_do_not_stack():
 @pytest.mark.slow
 def test_the_compiled_step():
     """In a process of its own: the whole-package check of these tests is what a compiler cannot trace."""
-    file = Path(__file__).with_name("compiled_decode.py")
+    file = ROOT / "tests" / "scripts" / "compiled_decode.py"
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
     done = subprocess.run([sys.executable, "-m", "pytest", *options, file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -7,24 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from builders.gguf_files import HEADS, MODELS, WIDE, gguf_tensors, in_ggml_order, random_model, write_gguf
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize, quantize
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
     LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,124 +27,6 @@ from fgpt.io.gguf import ARCHITECTURES, open_gguf
 from fgpt.io.gguf_header import read_header
 
 # ------------------------------------------------------------------------------------------- models, and their files
-
-WIDE: dict[str, Any] = {"vocab_size": 48, "max_position_embeddings": 40, "hidden_size": 64, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
-MODELS: dict[str, tuple[str, PreTrainedConfig]] = {
-    "llama": ("llama", LlamaConfig(**WIDE, **HEADS, tie_word_embeddings=True)),
-    "llama, no groups, untied": ("llama", LlamaConfig(**WIDE, **HEADS | {"num_key_value_heads": 4})),
-    "llama, biases, wide heads": (
-        "llama",
-        LlamaConfig(**WIDE, **HEADS, head_dim=32, attention_bias=True, mlp_bias=True),
-    ),
-    "qwen2": ("qwen2", Qwen2Config(**WIDE, **HEADS, tie_word_embeddings=True, rope_theta=1e6)),
-    "qwen3": ("qwen3", Qwen3Config(**WIDE, **HEADS, head_dim=32, rms_norm_eps=1e-6)),
-    "gpt2": ("gpt2", GPT2Config(vocab_size=48, n_positions=40, n_embd=64, n_layer=2, n_head=4)),
-    "gptneox": (
-        "gptneox",
-        GPTNeoXConfig(**WIDE, num_attention_heads=4, intermediate_size=96, rotary_pct=0.5, tie_word_embeddings=False),
-    ),
-}
-
-
-def model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Random weights in every place, norms and biases too."""
-    made = AutoModelForCausalLM.from_config(config).eval()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng))
-    return made
-
-
-def tensors(made: PreTrainedModel) -> dict[str, Tensor]:
-    """What a GGUF file has of a model: its parameters by hub name, a tied head once."""
-    renamed = {"lm_head.weight": "embed_out.weight"} if made.config.model_type == "gpt_neox" else {}
-    return {renamed.get(name, name): p.detach() for name, p in made.named_parameters()}
-
-
-def in_ggml_order(arch: str, name: str, x: Tensor, config: Any) -> Tensor:
-    """The order that llama.cpp's converters give a tensor, written out row by row."""
-    if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        each = x.shape[0] // heads
-        rows = [h * each + half * each // 2 + i for h in range(heads) for i in range(each // 2) for half in (0, 1)]
-        return x[rows]
-    if arch == "gpt2" and x.ndim == 2 and ".h." in name:
-        return x.T
-    if arch == "gptneox" and "query_key_value" in name:
-        each = config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads
-        return x[[(3 * h + part) * each + i for part in range(3) for h in range(heads) for i in range(each)]]
-    return x
-
-
-def stored(x: Tensor, kind: Kind) -> np.ndarray:
-    """As the file has it: vectors stay fp32, as llama.cpp keeps them."""
-    return quantize(x.contiguous().numpy(), kind if x.ndim > 1 else Kind.F32)
-
-
-def write(path: Path, arch: str, made: PreTrainedModel, kind: Kind = Kind.F32, **edit: Any) -> dict[str, np.ndarray]:
-    """A GGUF file of `made`, with the keys that llama.cpp's converter writes; `edit` is for metadata and tensors.
-    Returns what is stored, by name.
-    """
-    config: Any = made.config
-    writer = gguf.GGUFWriter(str(path), arch)
-    values = metadata(arch, config) | edit.get("fields", {})
-    for key, value in values.items():
-        if value is None:
-            continue
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config.num_hidden_layers)
-    found: dict[str, np.ndarray] = {}
-    for hub, x in tensors(made).items():
-        name = names.get_name(hub, try_suffixes=(".weight", ".bias"))
-        assert name, hub
-        found[name] = stored(in_ggml_order(arch, hub, x, config), kind)
-    found |= edit.get("tensors", {})
-    for name in edit.get("without", ()):
-        del found[name]
-    for name, data in found.items():
-        raw = kind if data.dtype == np.uint8 else None
-        writer.add_tensor(name, data, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return found
-
-
-def metadata(arch: str, config: Any) -> dict[str, Any]:
-    found = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "attention.head_count": config.num_attention_heads,
-        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-    }
-    if arch in ("llama", "qwen2", "qwen3"):
-        each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        found |= {
-            "attention.head_count_kv": config.num_key_value_heads,
-            "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-            "rope.dimension_count": each,
-            "attention.key_length": each,
-            "attention.value_length": each,
-            "vocab_size": config.vocab_size,
-        }
-    if arch == "gptneox":
-        found |= {
-            "attention.layer_norm_epsilon": config.layer_norm_eps,
-            "rope.dimension_count": int(0.5 * config.hidden_size // config.num_attention_heads),
-            "use_parallel_residual": config.use_parallel_residual,
-        }
-    if arch == "gpt2":
-        found |= {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
-    # transformers counts the tokens where vocab_size is missing
-    tokens = [f"t{i}" for i in range(config.vocab_size)]
-    return {f"{arch}.{key}": value for key, value in found.items()} | {"tokenizer.ggml.tokens": tokens}
 
 
 KINDS = {
@@ -169,10 +45,10 @@ KINDS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_is_the_one_that_went_in(name: str, kind: Kind, tmp_path: Path):
     arch, config = MODELS[name]
-    made = model(config)
-    held = write(tmp_path / "m.gguf", arch, made, kind)
+    made = random_model(config)
+    held = write_gguf(tmp_path / "m.gguf", arch, made, kind)
     file = open_gguf(tmp_path / "m.gguf")
-    theirs = tensors(made)
+    theirs = gguf_tensors(made)
     assert file.sizes == {name: tuple(x.shape) for name, x in theirs.items()}
     dtype = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
     for hub, x in theirs.items():
@@ -193,7 +69,7 @@ KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 def test_the_config_is_the_hubs(name: str, tmp_path: Path):
     """What the file says, given to transformers as a config.json, is the same config."""
     arch, config = MODELS[name]
-    write(tmp_path / "m.gguf", arch, model(config), Kind.F16)
+    write_gguf(tmp_path / "m.gguf", arch, random_model(config), Kind.F16)
     got = open_gguf(tmp_path / "m.gguf").config
     again = type(config).from_dict(dict(got))
     keys = [*KEYS, "tie_word_embeddings"]
@@ -218,11 +94,11 @@ def test_the_config_is_the_hubs(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0] != "gptneox"])
 def test_transformers_reads_the_same(name: str, tmp_path: Path):
     arch, config = MODELS[name]
-    write(tmp_path / "m.gguf", arch, model(config), Kind.Q8_0, fields={"general.name": "m"})
+    write_gguf(tmp_path / "m.gguf", arch, random_model(config), Kind.Q8_0, fields={"general.name": "m"})
     file = open_gguf(tmp_path / "m.gguf")
     # the config is given, for of what the file says transformers knows no biases, widths of heads or GPT-2's context
     reader = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32)
-    theirs = tensors(reader)
+    theirs = gguf_tensors(reader)
     assert file.sizes.keys() == theirs.keys()
     for hub in theirs:
         torch.testing.assert_close(file.read(hub), theirs[hub], atol=1e-6, rtol=1e-6, msg=hub)
@@ -230,7 +106,7 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path):
 
 def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arch, config = MODELS["llama"]
-    write(tmp_path / "m.gguf", arch, model(config), Kind.Q4_1)
+    write_gguf(tmp_path / "m.gguf", arch, random_model(config), Kind.Q4_1)
     file = open_gguf(tmp_path / "m.gguf")
     whole = {name: file.read(name) for name in file.sizes}
     monkeypatch.setattr("fgpt.io.gguf_header.CHUNK", 100)
@@ -238,6 +114,7 @@ def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest
 
 
 # --------------------------------------------------------------------------------------------------------------- rope
+
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -262,16 +139,18 @@ def test_llama3s_rope_is_recognized(factor: float, tmp_path: Path):
     factors = llama3_factors(config)
     assert factors.max() == pytest.approx(factor)
     assert len({round(x, 3) for x in factors.tolist()}) > 3  # some between
-    write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": factors.numpy()})
+    write_gguf(tmp_path / "m.gguf", "llama", random_model(config), tensors={"rope_freqs.weight": factors.numpy()})
     file = open_gguf(tmp_path / "m.gguf")
     assert file.config["rope_scaling"] == LLAMA3 | {"factor": factor}
     assert "rope_freqs.weight" not in {source.name for source in file.sources.values()}
     corrupt = factors.clone()
     corrupt[20] *= 1.01
-    write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": corrupt.numpy()})
+    write_gguf(tmp_path / "m.gguf", "llama", random_model(config), tensors={"rope_freqs.weight": corrupt.numpy()})
     with pytest.raises(InputError, match=r"rope_freqs\.weight: expected Llama 3's factors.*use the model's hub folder"):
         open_gguf(tmp_path / "m.gguf")
-    write(tmp_path / "m.gguf", "llama", model(config), tensors={"rope_freqs.weight": np.ones(32, np.float32)})
+    write_gguf(
+        tmp_path / "m.gguf", "llama", random_model(config), tensors={"rope_freqs.weight": np.ones(32, np.float32)}
+    )
     assert open_gguf(tmp_path / "m.gguf").config["rope_scaling"] is None
 
 
@@ -296,7 +175,7 @@ def test_llama3s_rope_is_recognized(factor: float, tmp_path: Path):
 def test_rope_scaling(fields: dict[str, Any], expected: Any, tmp_path: Path):
     arch, config = MODELS["qwen2"]
     keys = {f"qwen2.rope.scaling.{key}": value for key, value in fields.items()}
-    write(tmp_path / "m.gguf", arch, model(config), fields=keys)
+    write_gguf(tmp_path / "m.gguf", arch, random_model(config), fields=keys)
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
             open_gguf(tmp_path / "m.gguf")
@@ -306,7 +185,10 @@ def test_rope_scaling(fields: dict[str, Any], expected: Any, tmp_path: Path):
 
 # ------------------------------------------------------------------------------------------------------- corrupt files
 
+
 ONE = np.ones((64, 64), np.float32)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "architecture": (
         "llama",
@@ -349,13 +231,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_one_model_gets_one_line(name: str, tmp_path: Path):
     arch, edit, expected = REFUSED[name]
-    made = model(MODELS[arch][1])
+    made = random_model(MODELS[arch][1])
     if "general.architecture" in edit.get("fields", {}):
-        write(tmp_path / "m.gguf", arch, made)
+        write_gguf(tmp_path / "m.gguf", arch, made)
         data = (tmp_path / "m.gguf").read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1)
         (tmp_path / "m.gguf").write_bytes(data)
     else:
-        write(tmp_path / "m.gguf", arch, made, **edit)
+        write_gguf(tmp_path / "m.gguf", arch, made, **edit)
     with pytest.raises(InputError, match=expected) as caught:
         open_gguf(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)
@@ -374,7 +256,7 @@ def test_names_that_are_not_there(tmp_path: Path):
         (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, 0))
         with pytest.raises(InputError, match=expected):
             open_gguf(tmp_path / "m.gguf")
-    write(tmp_path / "m.gguf", "llama", model(MODELS["llama"][1]))
+    write_gguf(tmp_path / "m.gguf", "llama", random_model(MODELS["llama"][1]))
     with pytest.raises(InputError, match="no tensor named wte; expected a hub name such as model"):
         open_gguf(tmp_path / "m.gguf").read("wte")
 
@@ -388,7 +270,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         num_key_value_heads=1,
         intermediate_size=32,
     )
-    write(path, "llama", model(config), Kind.Q8_0)
+    write_gguf(path, "llama", random_model(config), Kind.Q8_0)
     return path.read_bytes()
 
 
@@ -491,7 +373,7 @@ def test_smollm2_as_transformers_reads_it():
     path = smollm2()
     file = open_gguf(path)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    for hub, x in tensors(theirs).items():
+    for hub, x in gguf_tensors(theirs).items():
         if ".layers." not in hub or ".layers.0." in hub or ".layers.29." in hub:
             torch.testing.assert_close(file.read(hub), x, atol=1e-6, rtol=1e-6, msg=hub)
 

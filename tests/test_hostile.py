@@ -26,15 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from conftest import same, shaken, tiny
+from builders import same, tiny, with_noise
+from builders.gguf_files import HEADS, in_ggml_order, random_model, write_gguf
+from builders.tokenizers import train_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_gguf import HEADS, in_ggml_order
-from test_gguf import model as model_of
-from test_gguf import write as write_gguf
-from test_tokenizers import trained
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig
 
@@ -475,7 +473,7 @@ TREES: dict[str, Callable[[], Any]] = {
 
 
 def union(params: fgpt.GPT) -> fgpt.Adapters:
-    return shaken(
+    return with_noise(
         fgpt.lora(params, fgpt.key(0), 2, target=r".*\.q", rs=True, dropout=0.1)
         | fgpt.dora(params, fgpt.key(0), 2, target=r".*\.v")
         | fgpt.ia3(params, r".*\.k", r".*\.down")
@@ -641,7 +639,7 @@ def check_gguf(arch: str, params: fgpt.GPT, path: Path, config: Any) -> None:
 def test_spoiled_gguf_files(arch: str, tmp_path: Path):
     path = tmp_path / "m.gguf"
     config, kind = GGUFS[arch]
-    write_gguf(path, arch, model_of(config), kind)
+    write_gguf(path, arch, random_model(config), kind)
     data = path.read_bytes()
     start = len(data) - min(t.data_offset for t in gguf.GGUFReader(path).tensors)
     start = len(data) - start
@@ -741,7 +739,7 @@ def with_patterns(params: fgpt.GPT, folder: Path) -> None:
     """Add a LoRA of another rank and alpha to the folder, as PEFT writes it."""
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors, config = load_file(path), json.loads(config_path.read_text())
-    fgpt.save_peft(shaken(fgpt.lora(params, fgpt.key(1), 3, 5, r".*\.up")), params, folder, "base")
+    fgpt.save_peft(with_noise(fgpt.lora(params, fgpt.key(1), 3, 5, r".*\.up")), params, folder, "base")
     save_file(tensors | load_file(path), path, {"format": "pt"})
     more = {name: {r"layers\.0\.mlp\.up_proj": x} for name, x in (("rank_pattern", 3), ("alpha_pattern", 5))}
     targets = [*config["target_modules"], "mlp.up_proj"]
@@ -751,7 +749,7 @@ def with_patterns(params: fgpt.GPT, folder: Path) -> None:
 @pytest.mark.parametrize("kind", MADE)
 def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
     params = tiny(n_layer=1, **LLAMA)
-    fgpt.save_peft(shaken(MADE[kind](params)), params, tmp_path, "base")
+    fgpt.save_peft(with_noise(MADE[kind](params)), params, tmp_path, "base")
     if kind == "lora":
         with_patterns(params, tmp_path)
     path, config_path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
@@ -968,7 +966,7 @@ PANICS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PANICS)
 def test_tokenizer_files_that_panic_or_abort(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface, "_checker", Child("validation_worker.py", 2))
-    whole = json.loads(trained().to_str())
+    whole = json.loads(train_tokenizer().to_str())
     model = whole["model"] | PANICS[name].get("model", {})
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | PANICS[name] | {"model": model}))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -992,7 +990,7 @@ def test_a_panic_while_reading_a_text(tmp_path: Path):
 
 
 def test_spoiled_merges_and_special_tokens(tmp_path: Path):
-    made = trained()
+    made = train_tokenizer()
     made.model.save(str(tmp_path))
     files = {
         "merges.txt": (tmp_path / "merges.txt").read_text(encoding="utf-8"),
@@ -1018,7 +1016,7 @@ def test_spoiled_merges_and_special_tokens(tmp_path: Path):
 
 def test_spoiled_tokenizer_json(tmp_path: Path):
     vocab = 2000
-    made = json.loads(trained().to_str())
+    made = json.loads(train_tokenizer().to_str())
     configs = {
         "tokenizer.json": made,
         "tokenizer_config.json": {
@@ -1110,7 +1108,7 @@ def test_spoiled_vocabularies(name: str, tmp_path: Path):
     "data", [b"\xff\xfe", b"{{ ''.__class__ }}", b"{% for", "{{ '\ud800' }}".encode("utf-8", "surrogatepass"), b"\0"]
 )
 def test_a_template_in_a_file_of_its_own(data: bytes, tmp_path: Path):
-    (tmp_path / "tokenizer.json").write_text(trained().to_str())
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer().to_str())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "chat_template.jinja").write_bytes(data)

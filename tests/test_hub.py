@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import same, tiny
+from builders import same, tiny
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 

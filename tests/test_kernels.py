@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Largest, close, shaken, stack, tiny, tokens
+from builders import LargestTensor, close, stack_trees, tiny, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -106,7 +106,7 @@ def test_cross_entropy_under_vmap_of_grad(axis: tuple[int | None, int | None], m
     g = grad(lambda x, w: C.cross_entropy([(x, w)], None, y).square().mean(), argnums=(0, 1))
     r = grad(lambda x, w: C.reference([(x, w)], None, y).square().mean(), argnums=(0, 1))
     loop = [r(x[i] if axis[0] == 0 else x, w[i] if axis[1] == 0 else w) for i in range(3)]
-    close(vmap(g, in_dims=axis)(x, w), stack(loop), 1e-5)
+    close(vmap(g, in_dims=axis)(x, w), stack_trees(loop), 1e-5)
 
 
 def test_a_second_backward_of_cross_entropy():
@@ -148,7 +148,7 @@ def test_no_chunk_of_logits_is_larger_for_being_mapped(over: str, monkeypatch: p
         "heads": lambda: vmap(grad(one), in_dims=(None, 0))(x[0], w),
         "both": lambda: vmap(vmap(grad(one), in_dims=(0, None)), in_dims=(None, 0))(x, w),
     }
-    with Largest() as largest:
+    with LargestTensor() as largest:
         got = runs[over]()
     logits = [math.prod(shape) for shape in largest.shapes if shape[-1:] == (vocab,) and shape[-2:] != (d, vocab)]
     assert max(logits) <= 30 * vocab
@@ -201,7 +201,7 @@ def test_full_logits_are_never_held(kernel: Any, monkeypatch: pytest.MonkeyPatch
     n, vocab, d = 64, 50, 8
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * vocab * 10)
     (x, w), _, y, _ = case(n, vocab, [d])
-    with Largest() as largest:
+    with LargestTensor() as largest:
         grad(lambda x: kernel([(x, w)], None, y).sum())(x)
     assert largest.numel == (n * vocab if kernel is C.reference else n * d)
 
@@ -210,10 +210,10 @@ def test_a_training_gradient_makes_no_full_logits_and_no_head_gradient(monkeypat
     big = tiny(vocab_size=500, tie_word_embeddings=False)
     batch = fgpt.Batch(tokens(500, 4, 20), tokens(500, 4, 20), torch.ones(4, 20))
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * 500 * 3)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.lora(big, fgpt.key(0), 2))
     assert largest.numel < 500 * 16  # smaller than the table itself, which no step may copy or differentiate
-    with Largest() as largest:
+    with LargestTensor() as largest:
         grad(lambda a: fgpt.loss(fgpt.adapt(big, a), batch))(fgpt.trainable_leaves(big, r"head\.w"))
     assert (500, 16) in largest.shapes
 
@@ -316,9 +316,9 @@ def test_scaled_components(needs: tuple[Any, ...], least: float, rank: int | Non
     close(vmap(lambda x: fn(x, *inputs[1:]))(torch.stack([x, x])), torch.stack([expected, expected]), 1e-14)
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
-    with Largest() as forward:
+    with LargestTensor() as forward:
         out = fn(*inputs)
-    with Largest() as backward:
+    with LargestTensor() as backward:
         out.backward(torch.ones_like(expected))
     assert forward.shapes.count(out.shape) == (1 if least else 2)
     assert backward.shapes.count(out.shape) <= 2  # one of them the ones
@@ -376,8 +376,8 @@ def in_doubles(**shape: Any) -> tuple[fgpt.GPT, Any, Any]:
     """A model, adapters, and a direction."""
     p = astype(tree_map(lambda x: 0.5 * x, tiny(n_layer=1, **shape)), torch.float64)
     fresh = astype(fgpt.lora(p, fgpt.key(0), 2, target=r"blocks\..*"), torch.float64)
-    at = shaken(fresh, 0.1)
-    return p, at, tree_map(torch.sub, shaken(fresh, 0.1, 1), at)
+    at = with_noise(fresh, 0.1)
+    return p, at, tree_map(torch.sub, with_noise(fresh, 0.1, 1), at)
 
 
 def inner(a: Any, b: Any) -> Tensor:

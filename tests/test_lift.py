@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, hf_gpt2, ours, same, shaken, stack, tokens
+from builders import close, hf_gpt2, load_hf_model, same, stack_trees, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def test_fresh_adapters_change_no_bit_and_merge_to_the_params(gpt2: nn.Module, m
     adapted = fgpt.adapt(params, FRESH[method](params, MATRICES))
     assert torch.equal(apply(adapted, X).logits, gpt2(X).logits)
     assert same(fgpt.merge(adapted), params)
-    moved = fgpt.adapt(params, shaken(FRESH[method](params, MATRICES)))
+    moved = fgpt.adapt(params, with_noise(FRESH[method](params, MATRICES)))
     assert torch.equal(apply(fgpt.merge(moved), X).logits, apply(moved, X).logits)
     assert not torch.allclose(apply(moved, X).logits, gpt2(X).logits, atol=1e-2)
 
@@ -128,9 +128,9 @@ NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up
 @pytest.mark.parametrize("method", FRESH)
 def test_adapters_on_gpt2_are_those_on_our_own(gpt2: Any, method: str, tmp_path: Path):
     """The factored reading of our model, and the merged one of theirs; LoRA and DoRA on the tied table too."""
-    own, (params, apply) = fgpt.fuse_qkv(ours(gpt2, tmp_path)), fgpt.from_module(gpt2)
+    own, (params, apply) = fgpt.fuse_qkv(load_hf_model(gpt2, tmp_path)), fgpt.from_module(gpt2)
     tables = "" if method == "ia3" else "|transformer\\.w[tp]e"
-    theirs = shaken(FRESH[method](params, MATRICES + tables) | fgpt.trainable_leaves(params, r".*ln_f\.bias"))
+    theirs = with_noise(FRESH[method](params, MATRICES + tables) | fgpt.trainable_leaves(params, r".*ln_f\.bias"))
 
     def path(name: str) -> str:
         name = name.removeprefix("transformer.").replace("h.", "blocks.").replace("ln_f.bias", "ln_f.b")
@@ -183,16 +183,16 @@ def test_a_model_that_peft_has_wrapped_is_a_module_too(gpt2: nn.Module):
 def test_gpt2_under_the_transforms(gpt2: nn.Module):
     """Per-example gradients, an exact Hessian-vector product, an ensemble."""
     params, apply = fgpt.from_module(gpt2)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=MATRICES))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 2, target=MATRICES))
 
     def loss(a: Any, row: Tensor) -> Tensor:
         return F.cross_entropy(apply(fgpt.adapt(params, a), row[None]).logits[0, :-1], row[1:])
 
     each = vmap(grad(loss), in_dims=(None, 0))(adapters, X)
-    near(each, stack([grad(loss)(adapters, row) for row in X]))
-    several = [shaken(adapters, seed=i) for i in range(3)]
-    near(vmap(loss, in_dims=(0, None))(stack(several), X[0]), torch.stack([loss(a, X[0]) for a in several]))
-    v = shaken(tree_map(torch.zeros_like, adapters), seed=9)
+    near(each, stack_trees([grad(loss)(adapters, row) for row in X]))
+    several = [with_noise(adapters, seed=i) for i in range(3)]
+    near(vmap(loss, in_dims=(0, None))(stack_trees(several), X[0]), torch.stack([loss(a, X[0]) for a in several]))
+    v = with_noise(tree_map(torch.zeros_like, adapters), seed=9)
     _, hv = jvp(lambda a: grad(loss)(a, X[0]), (adapters,), (v,))
     inputs = tree_map(lambda x: x.clone().requires_grad_(), adapters)
     first = torch.autograd.grad(loss(inputs, X[0]), list(leaves(inputs).values()), create_graph=True)
@@ -321,7 +321,7 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
     """
     module, target = some
     params, apply = fgpt.from_module(module)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 2, target=target))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 2, target=target))
     reference, trained = parametrised(module, adapters)
 
     def loss(a: Any) -> Tensor:
@@ -330,7 +330,7 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
     near(loss(adapters), mean(reference).detach())
     first = torch.autograd.grad(mean(reference), trained, create_graph=True)
     near(list(leaves(grad(loss)(adapters)).values()), [g.detach() for g in first])
-    v = shaken(tree_map(torch.zeros_like, adapters), seed=9)
+    v = with_noise(tree_map(torch.zeros_like, adapters), seed=9)
     dot = sum((g * d).sum() for g, d in zip(first, leaves(v).values(), strict=True))
     expected = torch.autograd.grad(dot, trained, materialize_grads=True)  # pyright: ignore
     if isinstance(module, Recurrent):
@@ -345,7 +345,7 @@ def test_derivatives_of_any_module_are_plain_autograds(some: tuple[nn.Module, st
 def test_any_module_is_mapped_over_examples_and_over_adapters(some: tuple[nn.Module, str]):
     module, target = some
     params, apply = fgpt.from_module(module)
-    adapters = shaken(
+    adapters = with_noise(
         fgpt.lora(params, fgpt.key(0), 2, target=target) | fgpt.trainable_leaves(params, r".*(?i:norm).*|.*head.*b")
     )
 
@@ -353,10 +353,10 @@ def test_any_module_is_mapped_over_examples_and_over_adapters(some: tuple[nn.Mod
         return F.cross_entropy(apply(fgpt.adapt(params, a), row[None]), label[None])
 
     each = vmap(grad(loss), in_dims=(None, 0, 0))(adapters, X, LABELS)
-    near(each, stack([grad(loss)(adapters, *pair) for pair in zip(X, LABELS, strict=True)]))
-    several = [shaken(adapters, seed=i) for i in range(3)]
-    got = vmap(grad(loss), in_dims=(0, None, None))(stack(several), X[0], LABELS[0])
-    near(got, stack([grad(loss)(a, X[0], LABELS[0]) for a in several]))
+    near(each, stack_trees([grad(loss)(adapters, *pair) for pair in zip(X, LABELS, strict=True)]))
+    several = [with_noise(adapters, seed=i) for i in range(3)]
+    got = vmap(grad(loss), in_dims=(0, None, None))(stack_trees(several), X[0], LABELS[0])
+    near(got, stack_trees([grad(loss)(a, X[0], LABELS[0]) for a in several]))
 
 
 # ------------------------------------------------------------------------------------------------------ ties and layers
@@ -381,7 +381,7 @@ def test_what_is_tied_stays_one_leaf_at_its_first_name():
     assert list(leaves(params)) == ["table.w", "first.w", "first.b", "other.weight.w", "head.bias"]
     grads = grad(lambda a: apply(fgpt.adapt(params, a), X).square().mean())(fgpt.trainable_leaves(params))
     near(list(grads.values()), list(native_grads(module, lambda m: m(X).square().mean()).values()))
-    moved = shaken(fgpt.lora(params, fgpt.key(0), 2, target="table|first|other.weight"))
+    moved = with_noise(fgpt.lora(params, fgpt.key(0), 2, target="table|first|other.weight"))
     expected = copy.deepcopy(module)
     with torch.no_grad():
         for name in moved:
@@ -481,7 +481,7 @@ def test_lift_is_a_bijection_of_parameters(widths: list[int], kinds: list[str], 
     params, apply = fgpt.from_module(module)
     assert len(leaves(params)) == len(list(module.parameters()))
     assert num_elements(params) == sum(x.numel() for x in module.parameters())
-    moved = shaken(params, seed=seed)
+    moved = with_noise(params, seed=seed)
     other, found = copy.deepcopy(module), leaves(moved)
     with torch.no_grad():
         for name, x in other.named_parameters():
@@ -505,7 +505,7 @@ def test_a_half_precision_module_keeps_its_dtype_and_the_adapters_theirs(method:
     assert logits.dtype == torch.bfloat16
     assert torch.equal(logits, module(X).logits)
     assert torch.equal(apply(fgpt.adapt(params, fgpt.trainable_leaves(params)), X).logits, module(X).logits)
-    grads = leaves(grad(lifted_loss(params, apply))(shaken(adapters) | fgpt.trainable_leaves(params, r".*ln_.*")))
+    grads = leaves(grad(lifted_loss(params, apply))(with_noise(adapters) | fgpt.trainable_leaves(params, r".*ln_.*")))
     assert {g.dtype for g in grads.values()} == {torch.float32}
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads.values())
 
@@ -521,7 +521,7 @@ def test_a_quantized_base_is_the_module_of_its_dequantized_numbers(to: Any):
         other.get_parameter(f"{path}.weight").data = w.T.clone() if ".c_" in path else w.clone()  # pyright: ignore
     near(apply(small, X).logits, other(X).logits.detach(), 1e-6)
     assert not torch.allclose(apply(small, X).logits, module(X).logits, atol=1e-3)
-    adapters = shaken(
+    adapters = with_noise(
         fgpt.dora(small, fgpt.key(0), 4, target=MATRICES) | fgpt.trainable_leaves(small, r".*ln_.*"), 0.05
     )
     near(grad(lifted_loss(small, apply))(adapters), grad(lifted_loss(plain, apply))(adapters))
@@ -566,7 +566,7 @@ def test_the_module_is_itself_again_after_an_error(gpt2: nn.Module):
     params, apply = fgpt.from_module(gpt2)
     before, tensors = snapshot(gpt2), [id(x) for x in gpt2.parameters()]
     with pytest.raises(IndexError):
-        apply(shaken(params), X + 31)
+        apply(with_noise(params), X + 31)
     assert same(snapshot(gpt2), before)
     assert [id(x) for x in gpt2.parameters()] == tensors
 
@@ -688,7 +688,7 @@ def test_a_module_that_recomputes_is_refused(gpt2: Any):
 
 def test_the_whole_call_may_be_recomputed(gpt2: nn.Module):
     params, apply = fgpt.from_module(gpt2)
-    tuned = {path: x.requires_grad_() for path, x in shaken(fgpt.trainable_leaves(params)).items()}
+    tuned = {path: x.requires_grad_() for path, x in with_noise(fgpt.trainable_leaves(params)).items()}
 
     def loss(tuned: Any) -> Tensor:
         return lifted_loss(params, apply)(tuned)
@@ -753,7 +753,7 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
             r"1\.bias has shape \[3\], but 1\.bias of the module has \[4\]",
         ),
         (
-            applied(lambda p: stack([p, p])),
+            applied(lambda p: stack_trees([p, p])),
             r"0\.w has shape \[2, 4, 4\], but 0\.weight of the module has \[4, 4\]",
         ),
         (

@@ -10,14 +10,14 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-from conftest import tokens
+from builders import tokens
+from builders.tokenizers import CHATML, SPECIAL, train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_tokenizers import CHATML, SPECIAL, trained
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fgpt
@@ -36,7 +36,7 @@ def folder(kind: str) -> Path:
     """A tiny random model that transformers has saved, with a tokenizer of 500 tokens; two put a BOS before texts."""
     path = Path(FOLDERS.name) / kind
     path.mkdir()
-    made = trained()
+    made = train_tokenizer()
     if kind == "gpt2":
         made.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     made.save(str(path / "tokenizer.json"))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import ROOT
 
 MAX_GROWTH = 2_000_000
 """Bytes of growth that pass, the allocator's unrest: 2 kB a time."""
@@ -16,8 +17,8 @@ MAX_GROWTH = 2_000_000
 @pytest.mark.parametrize("what", ["steps", "leak", "texts"])
 def test_a_thousand_times(what: str):
     """Steps and texts keep nothing; and the measure sees a training that does."""
-    script = Path(__file__).with_name("memory_growth.py")
-    env = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    script = ROOT / "tests" / "scripts" / "memory_growth.py"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, script, what], stdout=subprocess.PIPE, text=True, env=env, check=True)
     growth = int(done.stdout)
     assert (growth > MAX_GROWTH) == (what == "leak"), f"{growth:,} bytes"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import close, gpt2_shape, hf_gpt2, ours, same, shared, tiny, tokens
+from builders import SharedData, close, gpt2_shape, hf_gpt2, load_hf_model, same, tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -46,7 +46,7 @@ def test_logits_are_transformers(architecture: dict[str, Any], seed: int):
     model = hf_gpt2(seed, **architecture)
     x = tokens(architecture["vocab_size"], 2, 9, seed=seed)
     with TemporaryDirectory() as folder:
-        params = ours(model, Path(folder) / "theirs")
+        params = load_hf_model(model, Path(folder) / "theirs")
         fgpt.save(params, Path(folder) / "ours")
         reloaded = GPT2LMHeadModel.from_pretrained(Path(folder) / "ours").eval()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_padded_rows_are_transformers(lengths: list[int], left: bool, seed: int)
     x = tokens(31, len(lengths), width, seed=seed)
     with TemporaryDirectory() as folder:
         model = hf_gpt2(seed)
-        params = ours(model, Path(folder))
+        params = load_hf_model(model, Path(folder))
     positions = (text.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         expected = model(x, attention_mask=text, position_ids=positions).logits
@@ -81,7 +81,7 @@ def test_packed_rows_are_transformers_document_by_document(lengths: list[int], s
     segments = torch.tensor([[n for n, length in enumerate(lengths, 1) for _ in range(length)]])
     with TemporaryDirectory() as folder:
         model = hf_gpt2(seed)
-        params = ours(model, Path(folder))
+        params = load_hf_model(model, Path(folder))
     with torch.no_grad():
         expected = torch.cat([model(document).logits for document in x.split(lengths, -1)], 1)
     close(fgpt.apply(params, x, segments), expected, 1e-5)
@@ -90,9 +90,9 @@ def test_packed_rows_are_transformers_document_by_document(lengths: list[int], s
 # ----------------------------------------------------------------------------------------------- recorded activations
 
 
-def recorded_activations() -> dict[str, Tensor]:
+def recorded_activations(folder: Path) -> dict[str, Tensor]:
     """Every stage of llm-viz's sorting model, the inner ones of block 0: little-endian fp32 in base64."""
-    stages = json.loads((shared("gpt-nano-sort") / "gpt-nano-sort-t0-partials.json").read_text())
+    stages = json.loads((folder / "gpt-nano-sort-t0-partials.json").read_text())
     return {
         name: torch.frombuffer(bytearray(base64.b64decode(x["data"])), dtype=torch.float32).reshape(x["shape"])
         for name, x in stages.items()
@@ -100,9 +100,9 @@ def recorded_activations() -> dict[str, Tensor]:
     }
 
 
-def test_every_recorded_activation():
-    expected = recorded_activations()
-    params = fgpt.load(str(shared("gpt-nano-sort")))
+def test_every_recorded_activation(shared_data: SharedData):
+    folder = shared_data("gpt-nano-sort")
+    expected, params = recorded_activations(folder), fgpt.load(str(folder))
     cfg, p, x = params.cfg, params.blocks[0], expected["idx"].long()
     got: dict[str, Tensor] = {"idx": x.float()}
     got["tok_emb"] = fgpt.embed(x, params.wte.w)
@@ -137,8 +137,8 @@ def test_every_recorded_activation():
     close(got, expected, 1e-5)
 
 
-def test_the_sorting_model_sorts():
-    params = fgpt.load(str(shared("gpt-nano-sort")))
+def test_the_sorting_model_sorts(shared_data: SharedData):
+    params = fgpt.load(str(shared_data("gpt-nano-sort")))
     prompts = torch.cartesian_prod(*[torch.arange(3)] * 6)[::7]
     generated = fgpt.generate(params, prompts.tolist(), eos_token_id=-1, max_new_tokens=5)
     assert torch.equal(torch.tensor([g.tokens for g in generated]), prompts.sort(-1).values[:, :5])
@@ -207,7 +207,7 @@ def test_the_gradients_of_an_embedding_are_not_summed_in_half_precision(dtype: t
 def test_load_then_save_is_the_identity(dtype: torch.dtype, tied: bool, tmp_path: Path):
     """Bitwise, by name, in whatever dtype the file has."""
     model = hf_gpt2(tie_word_embeddings=tied).to(dtype)
-    params = ours(model, tmp_path / "theirs", dtype=None)
+    params = load_hf_model(model, tmp_path / "theirs", dtype=None)
     fgpt.save(params, tmp_path / "ours")
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert same(old, new)
@@ -259,7 +259,7 @@ def test_greedy_text_is_transformers(lengths: list[int], seed: int):
     """Token by token, row by row; and in a ragged batch each row is what it is alone, to the context's end."""
     with TemporaryDirectory() as folder:
         model = hf_gpt2(seed)
-        params = ours(model, Path(folder))
+        params = load_hf_model(model, Path(folder))
     prompts = [tokens(31, n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
     together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30)
     for prompt, got in zip(prompts, together, strict=True):

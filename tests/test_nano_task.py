@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from builders import ROOT, SharedData
 
 from experiments.nano import make_tasks as make_nano_tasks
 from experiments.nano import tales as nano_tales
@@ -15,9 +16,7 @@ from fgpt.data.prompt_templates import encode, template
 from fgpt.errors import InputError
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
-ROOT = Path(__file__).parents[1]
 NANO = ROOT / "fgpt" / "nano"
-HELD_OUT_STORIES = ROOT.parent / "shared" / "data" / "stories" / "stories-valid.txt"
 
 TALE = (
     "Long ago, there was a fox named Tim. He lived by the river and loved to swim. One day, Tim saw a boat. He jumped "
@@ -173,15 +172,15 @@ def test_held_out_rows_are_held_out(tasks: list[Task], heldout: list[Task]):
     assert not trained & {task.input for task in heldout}
 
 
-def test_no_held_out_story_is_trained_on(tasks: list[Task]):
-    if not HELD_OUT_STORIES.exists():
-        pytest.skip("needs ../shared/data/stories, the stories that the rows were made of")
+def test_no_held_out_story_is_trained_on(tasks: list[Task], shared_data: SharedData):
+    """The stories that the rows were made of are split as nano's own data is."""
+    stories = documents.read(shared_data("stories/stories-valid.txt"))
 
     def bare(text: str) -> str:
         """A text without its opening and its hero, which the maker changes."""
         return re.sub(r"[A-Z]\w*|\b(?:an?|girl|boy)\b", "", text.partition(". ")[2].partition("\n")[0])[:120]
 
-    held = {bare(story) for story in documents.read(HELD_OUT_STORIES)}
+    held = {bare(story) for story in stories}
     assert not [
         task.output
         for task in tasks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from builders import ROOT
 
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -240,7 +240,7 @@ def test_a_pickled_model_is_not_opened(name: str, trap: tuple[bytes, Path], tmp_
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_pickled_adapter_is_not_opened(name: str, trap: tuple[bytes, Path], tmp_path: Path):
-    from conftest import tiny
+    from builders import tiny
 
     from fgpt.io.peft.adapter_files import load_peft
 

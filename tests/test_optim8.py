@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit
-from conftest import close, same, shaken, tiny, tokens
+from builders import close, same, tiny, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -224,7 +224,7 @@ def test_params_keep_their_dtype(dtype: torch.dtype):
 # --------------------------------------------------------------------------------------------------------------- steps
 
 GPT = tiny(n_layer=1)
-ADAPTERS: Any = shaken(fgpt.lora(GPT, fgpt.key(0), 2), seed=1)
+ADAPTERS: Any = with_noise(fgpt.lora(GPT, fgpt.key(0), 2), seed=1)
 BATCH = fgpt.Batch(tokens(31, 6, 7), tokens(31, 6, 7, seed=1), torch.ones(6, 7))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import close, same, shaken, tiny, tokens
+from builders import close, same, tiny, tokens, with_noise
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -164,7 +164,7 @@ def test_a_loss_with_vmap_inside():
     def worst(adapters: Any, params: fgpt.GPT, batch: fgpt.Batch, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         return vmap(lambda row: fgpt.loss(fgpt.adapt(params, adapters), row))(batch).max(), torch.ones(())
 
-    at, optimizer = shaken(FRESH, 0.1), fgpt.adamw(1e-3)
+    at, optimizer = with_noise(FRESH, 0.1), fgpt.adamw(1e-3)
     _, metrics = fgpt.make_step(worst, optimizer)(fgpt.init_state(at, optimizer), GPT, [ROWS], None)
     rows = [tree_map(lambda x, i=i: x[i], ROWS) for i in range(3)]
     losses = [fgpt.loss(fgpt.adapt(GPT, at), row) for row in rows]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny
+from builders import ROOT, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,18 +9,31 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import close, gpt2_shape, hf_gpt2, ours, same, shaken, shared, tiny, tokens
+from builders import SharedData, close, gpt2_shape, hf_gpt2, load_hf_model, same, tiny, with_noise
+from builders.peft_adapters import (
+    ADAPTERS_OF_SOME_PROJECTIONS,
+    ATTN,
+    OUR_ADAPTERS,
+    TOKENS,
+    Y,
+    assert_adapters_identical,
+    assert_logits_agree,
+    dora,
+    lora,
+    peft_gpt2,
+    rs_dora,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import grad
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 import fgpt
-from fgpt.tree import astype, leaves
+from fgpt.tree import leaves
 
-X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
-BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))
+BATCH = fgpt.Batch(TOKENS, Y, torch.ones(2, 9))
+
+
 MODULES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 
 
@@ -31,35 +44,7 @@ def loss_of(params: fgpt.GPT) -> Callable[[fgpt.Adapters], Tensor]:
 def peft_model(**options: Any) -> Any:
     """A PEFT LoRA on every linear layer of a GPT-2, moved away from the identity."""
     targets = {"r": 4, "lora_alpha": 8, "target_modules": list(MODULES), "fan_in_fan_out": True}
-    return trained(peft.LoraConfig(**targets | options))
-
-
-def trained(config: Any) -> Any:
-    """A GPT-2 under PEFT's adapters of `config`, each moved away from the identity."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)  # PEFT draws A from the global generator
-        model = peft.get_peft_model(hf_gpt2(), config)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if re.search("lora_|ia3_|ln_tuning", name):
-                p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    return model.eval()
-
-
-def agrees(params: fgpt.GPT, adapters: fgpt.Adapters, model: Any) -> None:
-    """Asserts that ours and theirs give the same logits over an fp64 base, and that the adapters change them."""
-    base = astype(params, torch.float64)
-    with torch.no_grad():
-        got = fgpt.apply(fgpt.adapt(base, adapters), X)
-        close(got, model.double()(X).logits, 1e-6)
-        assert (got - fgpt.apply(base, X)).abs().max() > 1e-2
-
-
-def identical(a: fgpt.Adapters, b: fgpt.Adapters) -> None:
-    """Asserts the same adapters: paths, kinds, static fields and, bitwise, tensors."""
-    assert same(a, b)
-    assert {p: pytree.tree_structure(x) for p, x in a.items()} == {p: pytree.tree_structure(x) for p, x in b.items()}
+    return peft_gpt2(peft.LoraConfig(**targets | options))
 
 
 # --------------------------------------------------------------------------------------------------------------- PEFT
@@ -67,7 +52,7 @@ def identical(a: fgpt.Adapters, b: fgpt.Adapters) -> None:
 
 def test_logits_and_gradients_are_pefts(tmp_path: Path):
     model = peft_model()
-    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path))
+    params = fgpt.fuse_qkv(load_hf_model(hf_gpt2(), tmp_path))
     theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
     prefix = "base_model.model.transformer.h"
 
@@ -79,8 +64,8 @@ def test_logits_and_gradients_are_pefts(tmp_path: Path):
     for path, at in paths.items():
         a, b = (x.detach() for x in pair(*at))
         adapters[path] = fgpt.LoRA(a, b, 8.0)
-    logits = model(X).logits
-    close(fgpt.functional_call(fgpt.apply, (params, adapters), X), logits.detach(), 1e-5)
+    logits = model(TOKENS).logits
+    close(fgpt.functional_call(fgpt.apply, (params, adapters), TOKENS), logits.detach(), 1e-5)
     F.cross_entropy(logits.flatten(0, 1), Y.flatten()).backward()
     grads: Any = grad(loss_of(params))(adapters)
     for path, at in paths.items():
@@ -91,12 +76,12 @@ def test_logits_and_gradients_are_pefts(tmp_path: Path):
 
 @pytest.mark.parametrize("target", [r".*\.qkv", r"blocks\.1\.attn\.qkv|blocks\.\d+\.(attn\.o|mlp\..*)"])
 def test_our_file_in_peft(target: str, tmp_path: Path):
-    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path / "base"))
-    adapters: Any = shaken(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
+    params = fgpt.fuse_qkv(load_hf_model(hf_gpt2(), tmp_path / "base"))
+    adapters: Any = with_noise(fgpt.lora(params, fgpt.key(0), rank=3, alpha=5, target=target))
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.num_trainable(adapters)
-    agrees(params, adapters, model)
+    assert_logits_agree(params, adapters, model)
     again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     assert same(again, adapters)
     assert {p: x.scale for p, x in again.items()} == pytest.approx({p: x.scale for p, x in adapters.items()})
@@ -114,35 +99,35 @@ def test_our_file_in_peft(target: str, tmp_path: Path):
 def test_pefts_file_with_us(options: dict[str, Any], tmp_path: Path):
     model = peft_model(**options)
     model.save_pretrained(tmp_path / "adapter")
-    params = fgpt.fuse_qkv(ours(hf_gpt2(), tmp_path / "base"))
+    params = fgpt.fuse_qkv(load_hf_model(hf_gpt2(), tmp_path / "base"))
     adapters = fgpt.load_peft(tmp_path / "adapter", params)
     assert fgpt.num_trainable(adapters) == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    agrees(params, adapters, model)
+    assert_logits_agree(params, adapters, model)
 
 
 def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
     """PEFT sees one exact LoRA on c_attn; we get back the adapters that we saved."""
-    params = ours(hf_gpt2(), tmp_path / "base")
-    adapters = shaken(
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
+    adapters = with_noise(
         fgpt.lora(params, fgpt.key(0), 2, 8, r"blocks\.\d+\.attn\.q")
         | fgpt.lora(params, fgpt.key(0), 3, 6, r"blocks\.0\.attn\.v")
         | fgpt.lora(params, fgpt.key(0), 4, 2, r"blocks\.1\.attn\.(k|v)")
     )
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    agrees(params, adapters, model)
+    assert_logits_agree(params, adapters, model)
     again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     assert again.keys() == adapters.keys()
     for path, x in adapters.items():
         assert torch.equal(again[path].a, x.a)
         close(again[path].scale * again[path].b, x.scale * x.b, 1e-7)
-    agrees(params, again, model)
-    agrees(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
+    assert_logits_agree(params, again, model)
+    assert_logits_agree(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 
 
 def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
     params = tiny()
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 4, 8, r"blocks\.\d+\.attn\.(q|v)"))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 4, 8, r"blocks\.\d+\.attn\.(q|v)"))
     fgpt.save_peft(adapters, params, tmp_path, "base")
     again: Any = fgpt.load_peft(tmp_path, params)
     assert same(again, adapters)
@@ -151,8 +136,8 @@ def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
     assert (config["r"], config["lora_alpha"]) == (8, 16)  # r' = 2r and alpha' = 2 alpha
 
 
-def test_a_real_adapter():
-    folder = shared("gpt2-lora-adapter")
+def test_a_real_adapter(shared_data: SharedData):
+    folder = shared_data("gpt2-lora-adapter")
     adapters: Any = fgpt.load_peft(folder, fgpt.fuse_qkv(gpt2_shape(12, 12, 768)))
     stored = load_file(folder / "adapter_model.safetensors")
     assert fgpt.num_trainable(adapters) == 811_008
@@ -169,60 +154,27 @@ def test_a_real_adapter():
 
 # -------------------------------------------------------------------------------------------------- every format, ours
 
-ATTN, ALL = r"blocks\.\d+\.attn\.(q|k|v|qkv)", r"blocks\..*"
 
-
-def lora(params: fgpt.GPT, **options: Any) -> fgpt.Adapters:
-    return fgpt.lora(params, fgpt.key(0), **{"rank": 3, "alpha": 5, "target": ALL} | options)
-
-
-def dora(params: fgpt.GPT, **options: Any) -> fgpt.Adapters:
-    return fgpt.dora(params, fgpt.key(0), **{"rank": 3, "alpha": 5, "target": ALL} | options)
-
-
-def rs_dora(params: fgpt.GPT) -> fgpt.Adapters:
-    adapters: dict[str, Any] = lora(params, rs=True, dropout=0.1, alpha=3)
-    made: dict[str, Any] = dora(params)
-    return {path: fgpt.DoRA(adapters[path], x.m) for path, x in made.items()}
-
-
-OURS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
-    "lora": lora,
-    "rslora": lambda p: lora(p, rs=True),
-    "dropout": lambda p: lora(p, dropout=0.25),
-    "dora": dora,
-    "dora of one block": lambda p: dora(p, target=r"blocks\.1\..*"),
-    "rsdora with dropout": rs_dora,
-    "ia3": fgpt.ia3,
-    "ia3 here and there": lambda p: fgpt.ia3(p, r"blocks\.0\.(attn\.o|mlp\.down)", r"blocks\.1\.(attn\.o|mlp\..*)"),
-    "norms": lambda p: fgpt.trainable_leaves(p, r".*ln_.*"),
-    "gains of some norms": lambda p: fgpt.trainable_leaves(p, r"blocks\.0\.ln_1\.w|blocks\.\d\.ln_2\..|ln_f\.b"),
-}
-SOME = {
-    "rslora of q and v": lambda p: lora(p, rs=True, target=r".*\.(q|v)"),
-    "dora of q and v": lambda p: dora(p, target=r".*\.(q|v)"),
-    "dora of k, unequal": lambda p: dora(p, target=r".*\.0\..*k") | dora(p, rank=2, alpha=7, target=r".*\.0\..*v"),
-    "ia3 of q": lambda p: fgpt.ia3(p, r"blocks\.1\.attn\.q", None),
-}
-
-
-@pytest.mark.parametrize(("kind", "whole"), [(k, w) for k in OURS for w in (False, True)] + [(k, False) for k in SOME])
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [(k, w) for k in OUR_ADAPTERS for w in (False, True)] + [(k, False) for k in ADAPTERS_OF_SOME_PROJECTIONS],
+)
 def test_ours_in_peft_and_back(kind: str, whole: bool, tmp_path: Path):
-    params = ours(hf_gpt2(), tmp_path / "base")
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
     params = fgpt.fuse_qkv(params) if whole else params
-    adapters = shaken((OURS | SOME)[kind](params), 0.1)
+    adapters = with_noise((OUR_ADAPTERS | ADAPTERS_OF_SOME_PROJECTIONS)[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
-    agrees(params, adapters, model)
+    assert_logits_agree(params, adapters, model)
     again: Any = fgpt.load_peft(tmp_path / "adapter", params)
     if "unequal" in kind:  # B takes up the quotient of the scales, and gives it back but for rounding
         close(again, adapters, 1e-7)
         again = {
             path: fgpt.DoRA(fgpt.LoRA(x.lora.a, adapters[path].lora.b, x.lora.alpha), x.m) for path, x in again.items()
         }
-    identical(again, adapters)
+    assert_adapters_identical(again, adapters)
     if not whole:
-        agrees(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
+        assert_logits_agree(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 
 
 def test_peft_reads_our_options(tmp_path: Path):
@@ -238,8 +190,13 @@ def test_peft_reads_our_options(tmp_path: Path):
 
 # ------------------------------------------------------------------------------------------------ every format, theirs
 
+
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": True}
+
+
 IA3: dict[str, Any] = {"fan_in_fan_out": True}
+
+
 THEIRS = {
     "dora": peft.LoraConfig(**LORA, use_dora=True, target_modules=["attn.c_attn", "mlp.c_fc"], lora_dropout=0.2),
     "dora of c_proj": peft.LoraConfig(**LORA, use_dora=True, use_rslora=True, target_modules=["c_proj"]),
@@ -257,16 +214,16 @@ THEIRS = {
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_theirs_with_us(kind: str, tmp_path: Path):
-    model = trained(THEIRS[kind])
+    model = peft_gpt2(THEIRS[kind])
     model.save_pretrained(tmp_path / "adapter")
-    params = ours(hf_gpt2(), tmp_path / "base")
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
     for base in (fgpt.fuse_qkv(params), params):
         if kind == "dora" and base is params:
             with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
                 fgpt.load_peft(tmp_path / "adapter", base)
             continue
         adapters = fgpt.load_peft(tmp_path / "adapter", base)
-        agrees(base, adapters, model)
+        assert_logits_agree(base, adapters, model)
         if base is not params or not kind.startswith("ia3"):
             numbers = sum(p.numel() for n, p in model.named_parameters() if re.search("lora_|ia3_|ln_tuning", n))
             assert fgpt.num_trainable(adapters) == numbers
@@ -299,7 +256,7 @@ def test_what_peft_cannot_hold_is_refused(make: Callable[[fgpt.GPT], fgpt.Adapte
 def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
     """PiSSA takes its first product out of the base: without that, W + sBA is another model."""
     config = peft.LoraConfig(**LORA, target_modules=["c_fc"], init_lora_weights="pissa")
-    trained(config).save_pretrained(tmp_path / "adapter")
+    peft_gpt2(config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(fgpt.InputError, match="init_lora_weights 'pissa' belongs to a base that was changed"):
         fgpt.load_peft(tmp_path / "adapter", tiny())
 
@@ -318,7 +275,7 @@ def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
     ],
 )
 def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str, Any], expected: str, tmp_path: Path):
-    trained(THEIRS[kind]).save_pretrained(tmp_path)
+    peft_gpt2(THEIRS[kind]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(fgpt.InputError, match=expected) as caught:
@@ -328,6 +285,6 @@ def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str,
 
 def test_tuning_of_a_matrix_is_no_norm(tmp_path: Path):
     """attn.c_proj is square, and transposed: read as it is, it would fit, and be another model."""
-    trained(peft.LNTuningConfig(target_modules=["attn.c_proj"])).save_pretrained(tmp_path)
+    peft_gpt2(peft.LNTuningConfig(target_modules=["attn.c_proj"])).save_pretrained(tmp_path)
     with pytest.raises(fgpt.InputError, match=r"attn\.c_proj is no norm"):
         fgpt.load_peft(tmp_path, tiny())

@@ -8,13 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import close, hf_gpt2, shaken, tiny, tokens
+from builders import close, hf_gpt2, tiny, tokens, with_noise
+from builders.hf_models import VARIANTS, hf_model, save_and_load
+from builders.peft_adapters import ADAPTERS_OF_SOME_PROJECTIONS, OUR_ADAPTERS, assert_adapters_identical
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
-from test_families import VARIANTS, loaded, theirs
-from test_peft import OURS, SOME, identical
 
 import fgpt
 from fgpt import families
@@ -85,8 +85,8 @@ THEIRS = {
 @pytest.mark.parametrize("kind", THEIRS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
-    plain = theirs(name)
-    params = loaded(plain)
+    plain = hf_model(name)
+    params = save_and_load(plain)
     model = trained(plain, THEIRS[kind](plain))
     at = kept(model, tmp_path)
     in_one = name.startswith("neox") and "ora" in kind
@@ -104,7 +104,7 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama"])
 def test_a_model_without_its_head(name: str, tmp_path: Path):
     """What PEFT trained on AutoModel has names without the family's prefix."""
-    params, bare = loaded(theirs(name)), theirs(name).base_model
+    params, bare = save_and_load(hf_model(name)), hf_model(name).base_model
     params = fgpt.fuse_qkv(params) if name == "neox" else params
     model = trained(bare, peft.LoraConfig(**LORA, target_modules=modules(bare)))
     names = load_file(kept(model, tmp_path) / "adapter_model.safetensors")
@@ -116,10 +116,10 @@ def test_a_model_without_its_head(name: str, tmp_path: Path):
 
 def test_the_head_of_a_neox_under_its_old_name(tmp_path: Path):
     """transformers before 5.14 has it as embed_out."""
-    model = trained(theirs("neox"), peft.LoraConfig(**LORA, target_modules=["lm_head"]))
+    model = trained(hf_model("neox"), peft.LoraConfig(**LORA, target_modules=["lm_head"]))
     file = kept(model, tmp_path) / "adapter_model.safetensors"
     save_file({n.replace("lm_head", "embed_out"): x for n, x in load_file(file).items()}, file, {"format": "pt"})
-    params = loaded(theirs("neox"))
+    params = save_and_load(hf_model("neox"))
     adapters = fgpt.load_peft(tmp_path, params)
     assert adapters.keys() == {"head"}
     agrees(params, adapters, model)
@@ -130,7 +130,7 @@ def test_the_head_of_a_neox_under_its_old_name(tmp_path: Path):
 
 def in_peft_and_back(name: str, params: fgpt.GPT, adapters: fgpt.Adapters, at: Path) -> fgpt.Adapters:
     fgpt.save_peft(adapters, params, at, "base")
-    model = peft.PeftModel.from_pretrained(theirs(name), at).eval()
+    model = peft.PeftModel.from_pretrained(hf_model(name), at).eval()
     agrees(params, adapters, model)
     count = sum(p.numel() for n, p in model.named_parameters() if re.search(TRAINED, n))
     assert count >= fgpt.num_trainable(adapters)
@@ -139,38 +139,38 @@ def in_peft_and_back(name: str, params: fgpt.GPT, adapters: fgpt.Adapters, at: P
     return again
 
 
-@pytest.mark.parametrize("kind", OURS | SOME)
+@pytest.mark.parametrize("kind", OUR_ADAPTERS | ADAPTERS_OF_SOME_PROJECTIONS)
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama, one kv head", "llama, biases", "qwen2", "qwen3"])
 def test_ours_in_peft_and_back(name: str, kind: str, tmp_path: Path):
-    params = loaded(theirs(name))
-    adapters = shaken((OURS | SOME)[kind](params), 0.1)
+    params = save_and_load(hf_model(name))
+    adapters = with_noise((OUR_ADAPTERS | ADAPTERS_OF_SOME_PROJECTIONS)[kind](params), 0.1)
     again: Any = in_peft_and_back(name, params, adapters, tmp_path)
     if "unequal" in kind:  # B takes up the quotient of the scales, but for rounding
         close(again, adapters, 1e-7)
     else:
-        identical(again, adapters)
+        assert_adapters_identical(again, adapters)
 
 
-@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("kind", OUR_ADAPTERS)
 def test_q_k_and_v_of_a_neox_in_one(kind: str, tmp_path: Path):
     """Their rows alternate by heads there, and here they do not: to the bit."""
-    params = fgpt.fuse_qkv(loaded(theirs("neox")))
-    adapters = shaken(OURS[kind](params), 0.1)
-    identical(in_peft_and_back("neox", params, adapters, tmp_path), adapters)
+    params = fgpt.fuse_qkv(save_and_load(hf_model("neox")))
+    adapters = with_noise(OUR_ADAPTERS[kind](params), 0.1)
+    assert_adapters_identical(in_peft_and_back("neox", params, adapters, tmp_path), adapters)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "tied" not in name])
 def test_the_head(name: str, tmp_path: Path):
-    params = loaded(theirs(name))
-    adapters = shaken(fgpt.dora(params, fgpt.key(0), 3, target="head"), 0.1)
-    identical(in_peft_and_back(name, params, adapters, tmp_path), adapters)
+    params = save_and_load(hf_model(name))
+    adapters = with_noise(fgpt.dora(params, fgpt.key(0), 3, target="head"), 0.1)
+    assert_adapters_identical(in_peft_and_back(name, params, adapters, tmp_path), adapters)
 
 
 def test_norms_of_q_and_k(tmp_path: Path):
-    params = loaded(theirs("qwen3"))
-    adapters = shaken(fgpt.trainable_leaves(params, r".*_norm\.w|ln_f\.w"), 0.1)
+    params = save_and_load(hf_model("qwen3"))
+    adapters = with_noise(fgpt.trainable_leaves(params, r".*_norm\.w|ln_f\.w"), 0.1)
     assert len(adapters) == 5
-    identical(in_peft_and_back("qwen3", params, adapters, tmp_path), adapters)
+    assert_adapters_identical(in_peft_and_back("qwen3", params, adapters, tmp_path), adapters)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["norm", "self_attn.k_norm", "self_attn.q_norm"]
 
@@ -186,7 +186,7 @@ TARGETS = {
 
 @pytest.mark.parametrize(("name", "target"), TARGETS)
 def test_names_that_select_just_the_modules(name: str, target: str):
-    params = loaded(theirs(name))
+    params = save_and_load(hf_model(name))
     packed = pack(fgpt.lora(params, fgpt.key(0), 3, target=target), params, "base")
     assert packed.config["target_modules"] == TARGETS[name, target]
     assert packed.config["fan_in_fan_out"] is False
@@ -197,7 +197,7 @@ def test_names_that_select_just_the_modules(name: str, target: str):
 def test_names_of_any_modules_select_just_them(name: str):
     """By PEFT's own selection among all modules of 12 blocks, and by another that IA3 has for feedforward modules."""
     more = {"gpt2": "n_layer", "gptj": "n_layer"}.get(name, "num_hidden_layers")
-    model = hf_gpt2(n_layer=12, tie_word_embeddings=False) if name == "gpt2" else theirs(name, **{more: 12})
+    model = hf_gpt2(n_layer=12, tie_word_embeddings=False) if name == "gpt2" else hf_model(name, **{more: 12})
     config = model.config.to_dict()
     known = peft_modules.modules_of(families.family_from_config(config).config_from_hf(config))
     everything = [n for n, _ in model.named_modules()]
@@ -227,8 +227,8 @@ def test_transposed_modules_say_so():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_module_for_each_layer_and_norm(name: str):
     """By name, they are transformers' own, and hold all of the model."""
-    model = theirs(name)
-    params = loaded(model)
+    model = hf_model(name)
+    params = save_and_load(model)
     held = {m.name: m for m in peft_modules.modules_of(params.cfg)}
     embeddings = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     assert held.keys() == {*modules(model), *norms(model), *embeddings, "lm_head"}
@@ -243,7 +243,7 @@ def test_a_module_for_each_layer_and_norm(name: str):
 
 @pytest.mark.parametrize("name", ["gptj", "llama", "qwen3"])
 def test_q_k_and_v_fused_of_a_family_that_has_them_apart(name: str, tmp_path: Path):
-    params = loaded(theirs(name))
+    params = save_and_load(hf_model(name))
     whole = fgpt.fuse_qkv(params)
     for adapters in (fgpt.lora(whole, fgpt.key(0)), fgpt.ia3(whole)):
         with pytest.raises(fgpt.InputError, match=r"qkv, as q, k and v are modules of their own: save_adapters"):
@@ -257,7 +257,7 @@ def test_q_k_and_v_fused_of_a_family_that_has_them_apart(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["gptj", "neox", "llama"])
 def test_what_peft_cannot_hold_is_refused(name: str, tmp_path: Path):
-    params = loaded(theirs(name))
+    params = save_and_load(hf_model(name))
     for adapters in (
         fgpt.dora(params, fgpt.key(0), target="wte"),
         fgpt.trainable_leaves(params, r"blocks\.0\.attn\.o\.w"),
@@ -271,12 +271,12 @@ def test_what_peft_cannot_hold_is_refused(name: str, tmp_path: Path):
 
 def test_a_model_of_no_family(tmp_path: Path):
     params = tiny(gated_mlp=True)
-    adapters = shaken(fgpt.lora(params, fgpt.key(0), 3))
+    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 3))
     with pytest.raises(fgpt.InputError, match=r"family .* of none: save_adapters\(adapters, path\) keeps") as caught:
         fgpt.save_peft(adapters, params, tmp_path / "peft", "base")
     assert "\n" not in str(caught.value)
     assert run_dir.save_tuned(tmp_path, params, adapters, "base") == tmp_path / "adapter"
-    identical(fgpt.load_adapters(tmp_path / "adapter" / run_dir.ADAPTERS, params), adapters)
+    assert_adapters_identical(fgpt.load_adapters(tmp_path / "adapter" / run_dir.ADAPTERS, params), adapters)
     plain = tiny()
     fgpt.save_peft(fgpt.lora(plain, fgpt.key(0), 3), plain, tmp_path / "peft", "base")
     with pytest.raises(fgpt.InputError, match="this model is of none"):
@@ -284,7 +284,9 @@ def test_a_model_of_no_family(tmp_path: Path):
 
 
 def test_a_file_of_another_family(tmp_path: Path):
-    made: dict[str, fgpt.GPT] = {name: loaded(theirs(name)) for name in ("gptj", "neox", "llama")} | {"gpt2": tiny()}
+    made: dict[str, fgpt.GPT] = {name: save_and_load(hf_model(name)) for name in ("gptj", "neox", "llama")} | {
+        "gpt2": tiny()
+    }
     for name, params in made.items():
         at = tmp_path / name
         fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, at, "base")
@@ -296,15 +298,15 @@ def test_a_file_of_another_family(tmp_path: Path):
 
 
 def test_a_block_that_is_not_there(tmp_path: Path):
-    more = loaded(theirs("llama", num_hidden_layers=3))
+    more = save_and_load(hf_model("llama", num_hidden_layers=3))
     fgpt.save_peft(fgpt.lora(more, fgpt.key(0), 3), more, tmp_path, "base")
     with pytest.raises(fgpt.InputError, match=r"adapter on model\.layers\.2\.\S+, which is no layer"):
-        fgpt.load_peft(tmp_path, loaded(theirs("llama")))
+        fgpt.load_peft(tmp_path, save_and_load(hf_model("llama")))
 
 
 @pytest.mark.parametrize("rows", [94, 0, 48])
 def test_rows_that_are_no_heads_of_a_neox(rows: int, tmp_path: Path):
-    params = fgpt.fuse_qkv(loaded(theirs("neox")))
+    params = fgpt.fuse_qkv(save_and_load(hf_model("neox")))
     fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, tmp_path, "base")
     file = tmp_path / "adapter_model.safetensors"
     tensors = {n: x[:rows].clone() if "lora_B" in n else x for n, x in load_file(file).items()}

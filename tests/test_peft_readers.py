@@ -13,10 +13,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import close, hf_gpt2, ours, shaken
+from builders import close, hf_gpt2, load_hf_model, with_noise
+from builders.hf_models import hf_model, save_and_load
+from builders.peft_adapters import TOKENS, assert_adapters_identical, assert_logits_agree
 from safetensors.torch import load_file, save_file
-from test_families import loaded, theirs
-from test_peft import X, agrees, identical
 from torch import Tensor
 
 import fgpt
@@ -80,9 +80,9 @@ KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])
 def test_every_reader_has_our_products(name: str, kind: str, tmp_path: Path):
-    model: Any = hf_gpt2() if name == "gpt2" else theirs(name)
-    params = ours(model, tmp_path / "base") if name == "gpt2" else loaded(model)
-    adapters = shaken(KINDS[kind](params), 0.1)
+    model: Any = hf_gpt2() if name == "gpt2" else hf_model(name)
+    params = load_hf_model(model, tmp_path / "base") if name == "gpt2" else save_and_load(model)
+    adapters = with_noise(KINDS[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     wanted = expected(params, adapters)
     for rule in RULES:
@@ -94,19 +94,19 @@ def test_every_reader_has_our_products(name: str, kind: str, tmp_path: Path):
     assert not any(config.get(x) for x in ("rank_pattern", "alpha_pattern", "use_rslora"))
     with torch.no_grad():
         wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-        close(fgpt.functional_call(fgpt.apply, (params, adapters), X), wrapped(X).logits, 1e-5)
+        close(fgpt.functional_call(fgpt.apply, (params, adapters), TOKENS), wrapped(TOKENS).logits, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_back_trains_as_what_was_saved(kind: str, tmp_path: Path):
     """Ranks, alphas and kinds are those that were saved; to the bit, where all had one scale."""
-    params = ours(hf_gpt2(), tmp_path / "base")
-    adapters: Any = shaken(KINDS[kind](params), 0.1)
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
+    adapters: Any = with_noise(KINDS[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path, "base")
     again: Any = fgpt.load_peft(tmp_path, params)
     scales = {x.scale for x in adapters.values()}
     if len(scales) == 1:
-        identical(again, adapters)
+        assert_adapters_identical(again, adapters)
         return
     assert again.keys() == adapters.keys()
     for path, x in adapters.items():
@@ -117,20 +117,20 @@ def test_what_is_read_back_trains_as_what_was_saved(kind: str, tmp_path: Path):
 
 
 def test_a_fused_base_reads_what_was_stacked_and_padded(tmp_path: Path):
-    params = ours(hf_gpt2(), tmp_path / "base")
-    adapters = shaken(KINDS["ranks"](params), 0.1)
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
+    adapters = with_noise(KINDS["ranks"](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     whole = fgpt.fuse_qkv(params)
     again: Any = fgpt.load_peft(tmp_path / "adapter", whole)
     assert {path: len(x.a) for path, x in again.items() if ".0." in path} == {
         "blocks.0.attn.qkv": 9, "blocks.0.attn.o": 5, "blocks.0.mlp.up": 2,
     }  # fmt: skip
-    agrees(whole, again, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval())
+    assert_logits_agree(whole, again, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval())
 
 
 def test_a_file_of_the_version_before_is_read(tmp_path: Path):
     """With rank_pattern, alpha_pattern and use_rslora, and no word of rank-stabilised LoRA in what was stacked."""
-    params = ours(hf_gpt2(), tmp_path / "base")
+    params = load_hf_model(hf_gpt2(), tmp_path / "base")
     a, b = torch.randn(6, 16), torch.zeros(48, 6)
     b[:16, :2], b[32:, 2:] = torch.randn(16, 2), torch.randn(16, 4)
     module = "base_model.model.transformer.h.0.attn.c_attn"
@@ -146,12 +146,12 @@ def test_a_file_of_the_version_before_is_read(tmp_path: Path):
     assert {path: (len(x.a), x.rs) for path, x in adapters.items()} == {
         "blocks.0.attn.q": (2, True), "blocks.0.attn.v": (4, True),
     }  # fmt: skip
-    agrees(params, adapters, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path).eval())
+    assert_logits_agree(params, adapters, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path).eval())
 
 
 def test_what_padding_costs(tmp_path: Path):
     """r 8 on q, k, v and o apart: 24 rows for c_attn, which o has too; of zeros, two thirds of o's."""
-    params = ours(hf_gpt2(n_embd=32), tmp_path / "base")
+    params = load_hf_model(hf_gpt2(n_embd=32), tmp_path / "base")
     adapters = fgpt.lora(params, fgpt.key(0), 8, 16, r".*\.(q|k|v|o)")
     fgpt.save_peft(adapters, params, tmp_path, "base")
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -8,10 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import close, hf_gpt2, shaken, tokens
+from builders import close, hf_gpt2, tokens, with_noise
+from builders.hf_models import hf_model
+from builders.peft_adapters import assert_adapters_identical
 from safetensors.torch import load_file
-from test_families import theirs
-from test_peft import identical
 
 import fgpt
 from fgpt.io.peft.adapter_files import pack
@@ -21,10 +21,10 @@ X = tokens(31, 2, 9)
 BASES: dict[str, Callable[[], Any]] = {
     "gpt2": hf_gpt2,
     "gpt2, apart": lambda: hf_gpt2(tie_word_embeddings=False),
-    "gptj": lambda: theirs("gptj"),
-    "neox, tied": lambda: theirs("neox, tied"),
-    "llama": lambda: theirs("llama"),
-    "llama, tied": lambda: theirs("llama, tied"),
+    "gptj": lambda: hf_model("gptj"),
+    "neox, tied": lambda: hf_model("neox, tied"),
+    "llama": lambda: hf_model("llama"),
+    "llama, tied": lambda: hf_model("llama, tied"),
 }
 EMBEDDING = {"gpt2": "wte", "gptj": "wte", "neox": "embed_in", "llama": "embed_tokens"}
 UP = {"gpt2": "mlp.c_fc", "gptj": "fc_in", "neox": "dense_h_to_4h", "llama": "up_proj"}
@@ -175,14 +175,14 @@ def in_peft_and_back(name: str, make: Callable[[fgpt.GPT], fgpt.Adapters], fused
     base = saved_base(name, at / "base")
     params = fgpt.load(str(at / "base"))
     params = fgpt.fuse_qkv(params) if fused else params
-    adapters = shaken(make(params), 0.1)
+    adapters = with_noise(make(params), 0.1)
     fgpt.save_peft(adapters, params, at / "adapter", "base")
     model = peft.PeftModel.from_pretrained(base, at / "adapter").eval()
     with torch.no_grad():
         got = fgpt.apply(fgpt.adapt(params, adapters), X)
         close(got, model(X).logits, 1e-5)
         assert (got - fgpt.apply(params, X)).abs().max() > 1e-2
-    identical(fgpt.load_peft(at / "adapter", params), adapters)
+    assert_adapters_identical(fgpt.load_peft(at / "adapter", params), adapters)
     return json.loads((at / "adapter" / "adapter_config.json").read_text())
 
 
@@ -211,7 +211,7 @@ def test_a_tied_table_is_on_both_sides(tmp_path: Path):
 
 def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):
     params = fgpt.load(str(saved_base("gpt2", tmp_path / "base").config._name_or_path))
-    head = shaken(fgpt.lora(params.untie(), fgpt.key(0), 2, target="head"))
+    head = with_noise(fgpt.lora(params.untie(), fgpt.key(0), 2, target="head"))
     tuned = fgpt.adapt(params, head)
     assert tuned.head is not None
     assert not tuned.cfg.tie_word_embeddings

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import shared
+from builders import SharedData
 
 import fgpt
 from fgpt.cli import run_dir
@@ -136,14 +136,14 @@ def test_ranks_are_saved_with_a_model(tmp_path: Path):
     assert config["eos_token_id"] == config["bos_token_id"] == NANO.eos
 
 
-def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("gpt2-bpe") / "tiktoken_cache"))
+def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_data: SharedData):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data("gpt2-bpe") / "tiktoken_cache"))
     own = gpt2()
     (tmp_path / RANKS).write_text(own.files()[RANKS])
     again, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
     assert again.encode(text) == own.encode(text)
     assert (again.eos, again.n_vocab) == (50_256, 50_257)
-    lines = [line.split() for line in (shared("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
+    lines = [line.split() for line in (shared_data("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
     assert [base64.b64decode(token) for token, _ in lines[-3:]] == [
         own.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
     ]
@@ -189,10 +189,10 @@ def test_micro_batches_are_rows_one_after_the_other():
 WIKI = " \n = One = \n \n Text = 3 . \n \n = = Part = = \n \n = = = Sub = = = \n \n \n = Two = \n \n More . \n \n"
 
 
-def test_articles_of_wikitext_put_together_are_the_text(tmp_path: Path):
+def test_articles_of_wikitext_put_together_are_the_text(tmp_path: Path, shared_data: SharedData):
     assert documents.articles(WIKI) == [WIKI[: WIKI.index(" \n = Two")], WIKI[WIKI.index(" \n = Two") :]]
     assert documents.articles("plain = text = \n") == ["plain = text = \n"]
-    real = (shared("wikitext-2") / "wiki.valid.raw").read_text()
+    real = (shared_data("wikitext-2") / "wiki.valid.raw").read_text()
     assert "".join(found := documents.articles(real)) == real
     assert len(found) == 60
     (tmp_path / "b.txt").write_text("one<|endoftext|>\n<|endoftext|> two \n")

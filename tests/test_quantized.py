@@ -8,7 +8,7 @@ from unittest import mock
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import Largest, close, same, shaken, stack, tiny, tokens
+from builders import LargestTensor, close, same, stack_trees, tiny, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -297,7 +297,7 @@ def test_derivatives_in_bf16_round_what_they_take_and_give_and_no_weight(monkeyp
 
 
 def test_mapping_over_quantized_weights_is_refused():
-    many = stack([quantize_matrix(normal(5, 64, seed=i), "nf4") for i in range(3)])
+    many = stack_trees([quantize_matrix(normal(5, 64, seed=i), "nf4") for i in range(3)])
     for axes in ((None, 0), (0, 0)):
         with pytest.raises(fgpt.InputError, match="cannot vmap over quantized weights: map over the adapters"):
             vmap(quantized_linear, in_dims=axes)(normal(3, 64), many)
@@ -322,7 +322,7 @@ class Expansions(TorchDispatchMode):
 
 def test_a_product_makes_its_matrix_and_nothing_as_large_beside_it():
     w = quantize_matrix(normal(256, 1024), "nf4")
-    with Largest() as largest:
+    with LargestTensor() as largest:
         quantized_linear(normal(2, 1024), w)
     assert sorted(s for s in largest.shapes if torch.Size(s).numel() > 256 * 1024 // 2) == [(256, 1024)]
 
@@ -376,7 +376,7 @@ def test_embedding_by_a_quantized_table(kind: Any):
     close(fgpt.loss(frozen, BATCH), fgpt.loss(tables, BATCH), 1e-5)
     close(vmap(fgpt.hidden, in_dims=(None, 0))(frozen, X), fgpt.hidden(tables, X), 1e-5)
     assert torch.equal(vmap(lambda r: fgpt.embed(r, frozen.wte.w))(X), fgpt.embed(X, tables.wte.w))
-    lora = shaken(fgpt.lora(frozen, fgpt.key(0), 2, target="wte"))
+    lora = with_noise(fgpt.lora(frozen, fgpt.key(0), 2, target="wte"))
     close(fgpt.hidden(fgpt.adapt(frozen, lora), X), fgpt.hidden(fgpt.adapt(tables, lora), X), 1e-5)
 
 
@@ -384,7 +384,7 @@ def test_embedding_by_a_quantized_table(kind: Any):
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "blockwise8"])
 def test_adapters_over_a_quantized_base_have_the_gradient_over_its_numbers(kind: Any, method: Any):
     frozen = fgpt.quantize(PLAIN, kind)
-    plain, adapters = fgpt.merge(frozen, base="dequantized"), shaken(method(frozen, fgpt.key(0), 2))
+    plain, adapters = fgpt.merge(frozen, base="dequantized"), with_noise(method(frozen, fgpt.key(0), 2))
     got, expected = (grad(lambda a, p=p: fgpt.loss(fgpt.adapt(p, a), BATCH))(adapters) for p in (frozen, plain))
     close(got, expected, 1e-5)
     rows = fgpt.Batch(X, Y, torch.ones(2, 9))
@@ -422,7 +422,7 @@ def test_training_leaves_the_frozen_tree_as_it_is_bitwise(kind: Any, method: Any
 def test_output_difference_is_that_of_logits_and_losses():
     zero = fgpt.compare_outputs(PLAIN, PLAIN, BATCH)
     assert (zero.logit.item(), zero.nll.item()) == (0.0, 0.0)
-    for after in (fgpt.quantize(PLAIN, "nf4"), astype(PLAIN, torch.bfloat16), shaken(PLAIN)):
+    for after in (fgpt.quantize(PLAIN, "nf4"), astype(PLAIN, torch.bfloat16), with_noise(PLAIN)):
         got = fgpt.compare_outputs(PLAIN, after, BATCH)
         a, b = (fgpt.apply(p, X) for p in (PLAIN, after))
         assert got.logit == max(abs(x - y) for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True))
@@ -436,7 +436,7 @@ def test_output_difference_is_that_of_logits_and_losses():
 def test_merging_is_measured_by_output_difference():
     """With the values trained on, merging costs only rounding; with those before quantization, its error."""
     frozen = fgpt.quantize(PLAIN, "nf4")
-    adapted = fgpt.adapt(frozen, shaken(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
+    adapted = fgpt.adapt(frozen, with_noise(fgpt.lora(frozen, fgpt.key(0), 4), 0.02))
     exact = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base="dequantized"), BATCH)
     original = fgpt.compare_outputs(adapted, fgpt.merge(adapted, base=PLAIN), BATCH)
     assert exact.logit < 1e-4
@@ -518,7 +518,7 @@ def test_narrow_matrices_may_be_int8_and_the_rest_tuned():
     mixed = fgpt.quantize(fgpt.quantize(PLAIN, "nf4", target=r".*\.mlp\..*"), "int8", target=r".*\.attn\..*")
     assert {type(x.w) for _, x in walk(mixed) if isinstance(x, Linear)} == {Blockwise4bit, RowwiseInt8}
     partly = fgpt.adapt(replace_at(NF4, {"blocks.0.attn.q.w": PLAIN.blocks[0].attn.q.w}), {})  # pyright: ignore
-    adapters = shaken(fgpt.lora(partly, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q"))
+    adapters = with_noise(fgpt.lora(partly, fgpt.key(0), 2, target=r"blocks\.0\.attn\.q"))
     merged = fgpt.merge(fgpt.adapt(partly, adapters))  # nothing adapted is quantized, so nothing has to be said
     assert isinstance(merged.blocks[0].attn.q.w, Tensor)  # pyright: ignore
     assert isinstance(merged.blocks[1].attn.q.w, Blockwise4bit)  # pyright: ignore

@@ -1,9 +1,9 @@
 """The Python of the README and of docs/ runs from top to bottom."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from builders import ROOT
+
 README = ROOT / "README.md"
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, close, same, shaken, stack, tiny, tokens
+from builders import ROOT, close, same, stack_trees, tiny, tokens, with_noise
+from builders.transforms import ADAPTERS, BASE, DIRECTION, PACKED, ROWS, autograd, dot, loss_with_remat
 from hypothesis import given
 from hypothesis import strategies as st
-from test_transforms import ADAPTERS, DIRECTION, PACKED, ROWS, autograd, dot
-from test_transforms import GPT as BASE
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +20,10 @@ from fgpt.kernels.remat import remat
 from fgpt.tree import leaves, node, static, tree_map
 
 SEGMENTS = fgpt.Batch(PACKED.tokens, PACKED.targets, PACKED.weights, PACKED.segments)  # packed rows, each an example
-ENSEMBLE: Any = stack([shaken(ADAPTERS, seed=i) for i in range(3)])
+
+
+ENSEMBLE: Any = stack_trees([with_noise(ADAPTERS, seed=i) for i in range(3)])
+
 
 Loss = Callable[..., Tensor]
 
@@ -30,11 +32,8 @@ def plain(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
     return fgpt.loss(fgpt.adapt(BASE, adapters), batch)
 
 
-def with_remat(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
-    return fgpt.loss(fgpt.adapt(BASE, adapters), batch, remat=True)
-
-
 # ------------------------------------------------------------------------------------------------------ the transforms
+
 
 EXACT: dict[str, Callable[[Loss], Any]] = {
     "value": lambda f: f(ADAPTERS),
@@ -58,14 +57,14 @@ EXACT: dict[str, Callable[[Loss], Any]] = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", EXACT)
 def test_it_is_the_function_bit_for_bit(name: str):
-    got, expected = EXACT[name](with_remat), EXACT[name](plain)
+    got, expected = EXACT[name](loss_with_remat), EXACT[name](plain)
     assert same({"": got}, {"": expected})
     assert max(x.abs().max() for x in leaves({"": got}).values()) > 1e-2
 
 
 def test_a_second_plain_backward():
     """Recorded, the first backward keeps what it records, and the second is that of the function itself."""
-    grads, inputs = autograd(with_remat, ADAPTERS, create_graph=True)
+    grads, inputs = autograd(loss_with_remat, ADAPTERS, create_graph=True)
     got = torch.autograd.grad(dot(grads, DIRECTION), inputs)
     expected = leaves(jvp(grad(plain), (ADAPTERS,), (DIRECTION,))[1]).values()
     for x, y in zip(got, expected, strict=True):
@@ -79,8 +78,8 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import grad, grad_and_value, vmap
 from fgpt.kernels.remat import remat
-from test_remat import with_remat
-from test_transforms import ADAPTERS, PACKED, close
+from builders import close
+from builders.transforms import ADAPTERS, PACKED, loss_with_remat
 def check(fn, *args):
     products = []
     def count(graph, _):
@@ -95,7 +94,7 @@ assert check(lambda x: grad_and_value(lambda x: remat(f)(x).sum())(x), torch.one
 assert check(lambda x: remat(f)(x), torch.ones(3, 3)) == [1]
 check(lambda x: vmap(grad(lambda x: remat(f)(x).sum()))(x), torch.ones(2, 3, 3))
 v = {path: x for path, x in ADAPTERS.items() if path.endswith("attn.v")}
-check(grad_and_value(with_remat), v, PACKED)
+check(grad_and_value(loss_with_remat), v, PACKED)
 print("compiled")
 """
 
@@ -233,8 +232,14 @@ def test_it_runs_once_forward_and_once_backward():
 
 
 SERIAL = tiny(d_model=64, d_mlp=128)
+
+
 PARALLEL = tiny(d_model=64, d_mlp=128, parallel_residual=True, n_norms=1, gated_mlp=True)
+
+
 LAYERS = r"blocks\..*\.(q|k|v|o|up|gate|down)"
+
+
 TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
     "lora": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=LAYERS),
     "lora, q and v": lambda p: fgpt.lora(p, fgpt.key(0), 4, target=r"blocks\..*\.(q|v)"),
@@ -250,7 +255,7 @@ TUNED: dict[str, Callable[[fgpt.GPT], Any]] = {
 @pytest.mark.parametrize("gpt", [SERIAL, PARALLEL], ids=["serial", "parallel"])
 def test_a_block_for_its_gradient_alone_has_its_gradient(gpt: fgpt.GPT, name: str, base: Any):
     """What a block adds last is not computed again: `o` too, where it is added beside the MLP."""
-    adapters = shaken(TUNED[name](gpt), seed=1)
+    adapters = with_noise(TUNED[name](gpt), seed=1)
     params = gpt if base == "fp32" else fgpt.quantize(gpt, base)
     if base != "fp32":
         adapters = {p: x for p, x in adapters.items() if not p.endswith(".w") or ".ln" in p or "wte" in p}

@@ -23,6 +23,7 @@ import safetensors.torch
 import sklearn.metrics  # noqa: F401
 import torch
 import torch.utils.tensorboard
+from builders import ROOT
 
 import fgpt
 import fgpt.cli.evaluation.compare
@@ -44,7 +45,6 @@ from fgpt.tree import leaves, replace_at
 
 bitsandbytes_ops.register()  # bitsandbytes too is imported here, once
 
-ROOT = Path(__file__).parents[1]
 KILLS = 50
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import ROOT
 
 import fgpt
 from fgpt.cli import run_dir
@@ -20,7 +21,6 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training.build import load_base
 from fgpt.recipes import RECIPES, InstructionRecipe, find
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "6", "--micro-batch-size", "2", "--compare-prompts", "4", "--max-new-tokens", "24"]
 """Enough to train, save and compare in seconds."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import close, same, shaken, tiny, tokens
+from builders import close, same, tiny, tokens, with_noise
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -57,7 +57,7 @@ def unlike() -> list[fgpt.Adapters]:
 @pytest.mark.parametrize("start", ["fresh", "moved"])
 def test_training_a_stack_is_training_each_member(start: str):
     members = unlike()
-    members = members if start == "fresh" else [shaken(x, 0.1) for x in members]
+    members = members if start == "fresh" else [with_noise(x, 0.1) for x in members]
     optimizer = fgpt.adamw(cosine_schedule(1e-2, 5, warmup_steps=2), weight_decay=0.1)
     stacked = trained_together(members, optimizer)
     alone = trained(members, optimizer, [None] * 3)
@@ -94,7 +94,7 @@ def test_members_draw_their_own_dropout():
         close(x, y, 2e-5)
     assert not same(got[0], got[1])
 
-    at = shaken(members[0], 0.1)
+    at = with_noise(members[0], 0.1)
 
     def loss(i: Tensor) -> Tensor:
         return fgpt.loss(fgpt.adapt(GPT, at, rng=fgpt.fold_in(fgpt.key(0), i)), ROWS)
@@ -131,7 +131,7 @@ def test_dropouts_that_differ():
 
 
 def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
-    members = [shaken(x, 0.1) for x in unlike()]
+    members = [with_noise(x, 0.1) for x in unlike()]
     stacked = fgpt.stack_adapters(members)
     assert fgpt.num_trainable(stacked) == sum(x.a.numel() + x.b.numel() for x in stacked.values())  # pyright: ignore
     with pytest.raises(fgpt.InputError, match="is of a stack: save each adapter of unstack_adapters"):
@@ -149,7 +149,7 @@ def test_what_is_no_stack():
 
 
 def test_a_gradient_through_a_stack_reaches_every_member():
-    members = [shaken(x, 0.1) for x in unlike()]
+    members = [with_noise(x, 0.1) for x in unlike()]
 
     def one(a: Any) -> Tensor:
         return fgpt.loss(fgpt.adapt(GPT, a), ROWS)

@@ -11,9 +11,9 @@ from typing import Any
 
 import gguf
 import pytest
-from conftest import shared
+from builders import SharedData
+from builders.tokenizers import CHATML, STRINGS, TALK, gguf_metadata_of, ordinary_text, train_tokenizer, training_corpus
 from hypothesis import example, given, settings
-from test_tokenizers import CHATML, STRINGS, TALK, corpus, fields, ordinary, trained
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
@@ -65,7 +65,7 @@ def byte_level(special: list[str], size: int = 480) -> Library:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(corpus(), trainer)
+    made.train_from_iterator(training_corpus(), trainer)
     return made
 
 
@@ -85,7 +85,7 @@ def sentencepiece() -> Library:
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     made.decoder = decoders.Sequence(parts)
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
-    words = [word for text in corpus() for word in text.split()] + ["yes", "no", "true", "false"] * 60
+    words = [word for text in training_corpus() for word in text.split()] + ["yes", "no", "true", "false"] * 60
     made.train_from_iterator(words, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False))
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
@@ -101,7 +101,7 @@ def unigram() -> Library:
     trainer = trainers.UnigramTrainer(
         vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
-    made.train_from_iterator(corpus(), trainer)
+    made.train_from_iterator(training_corpus(), trainer)
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return made
 
@@ -113,7 +113,7 @@ def wordpiece() -> Library:
     made.decoder = decoders.WordPiece(prefix="##")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     made.train_from_iterator(
-        corpus(), trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+        training_corpus(), trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     )
     made.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -123,7 +123,7 @@ def wordpiece() -> Library:
 
 def whole_first() -> Library:
     """As Llama 3's: a piece that is a token is not merged."""
-    made = trained("llama-bpe")
+    made = train_tokenizer("llama-bpe")
     made.model.ignore_merges = True
     return made
 
@@ -367,9 +367,9 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("pre", GGUFS)
 @pytest.mark.parametrize("flags", [{}, {"bos": True}, {"bos": False, "eos": True}, {"bos": True, "eos": True}])
 def test_what_a_gguf_file_puts_around_a_text(pre: str, flags: dict[str, bool], tmp_path: Path):
-    made = trained(pre)
+    made = train_tokenizer(pre)
     more = {f"add_{key}_token": value for key, value in flags.items()}
-    values = fields(made, pre, **more) | {"general.architecture": GGUFS[pre]}
+    values = gguf_metadata_of(made, pre, **more) | {"general.architecture": GGUFS[pre]}
     ours = of_gguf(read_header(gguf_file(tmp_path / "t.gguf", values)).fields, ROOM)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in ("the cat sat", "", "a <|im_end|> b", "it's 12"):
@@ -403,8 +403,8 @@ def gguf_file(path: Path, values: dict[str, Any]) -> Path:
 # ------------------------------------------------------------------------------------------------ merges out of ranks
 
 
-def test_merges_of_ranks_are_those_of_the_files():
-    bpe = shared("gpt2-bpe")
+def test_merges_of_ranks_are_those_of_the_files(shared_data: SharedData):
+    bpe = shared_data("gpt2-bpe")
     own = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
     made = merges.of_ranks([own.decode_single_token_bytes(rank) for rank in range(50256)])
     theirs = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
@@ -429,7 +429,7 @@ def test_a_token_that_no_merge_of_lower_ranks_makes():
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=ordinary)
+@given(text=ordinary_text)
 @example(text="<|endoftext|> the <|endoftext|>")
 def test_nano_opens_in_transformers(nano_saved: tuple[Tokenizer, Any], text: str):
     ours, theirs = nano_saved
@@ -475,14 +475,14 @@ ENDS = [
 def test_every_end_that_the_configs_name(
     generation: dict[str, Any], config: dict[str, Any], expected: tuple[int, ...], tmp_path: Path
 ):
-    at = library(tmp_path, trained(), eos_token="<|im_end|>")
+    at = library(tmp_path, train_tokenizer(), eos_token="<|im_end|>")
     put(at, generation_config_DOT_json=generation, config_DOT_json={"model_type": "llama"} | config)
     assert of_folder(at, ROOM).eos_token_ids == expected
     assert of_folder(at, ROOM).eos == 2
 
 
 def test_further_ends_of_a_gguf_file():
-    ours = of_gguf(fields(trained("smollm"), "smollm", eot_token_id=7, eom_token_id=9), ROOM)
+    ours = of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm", eot_token_id=7, eom_token_id=9), ROOM)
     assert ours.eos_token_ids == (2, 7, 9)
     assert json.loads(ours.files()["generation_config.json"]) == {"eos_token_id": [2, 7, 9]}
 
@@ -528,7 +528,7 @@ LLAMA = {
 
 def test_what_ends_a_turn(tmp_path: Path):
     """A model tuned on ChatML whose end of text is another token: answers close as the template closes them."""
-    made = trained()
+    made = train_tokenizer()
     at = library(tmp_path, made, template=CHATML, eos_token="<|endoftext|>")
     ours = of_folder(at, ROOM)
     assert (ours.eos, ours.end_of_turn, ours.eos_token_ids) == (0, (2,), (0, 2))
@@ -560,7 +560,7 @@ def test_a_turn_that_ends_by_more_than_one_token(folders: dict[str, Path]):
     ["{{ messages[0].content }}", "{{ messages[1].content }}\n", "{{ raise_exception('no') }}", "{% for %}", "ANSWER"],
 )
 def test_a_template_that_ends_no_turn(template: str, tmp_path: Path):
-    ours = of_folder(library(tmp_path, trained(), template=template, eos_token="<|im_end|>"), ROOM)
+    ours = of_folder(library(tmp_path, train_tokenizer(), template=template, eos_token="<|im_end|>"), ROOM)
     assert (ours.end_of_turn, ours.eos_token_ids) == ((2,), (2,))
 
 

@@ -1,7 +1,6 @@
 """Every tokenizer keeps one protocol: text comes back, special tokens in it stay text, and transformers agrees."""
 
 import json
-import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,10 +9,10 @@ from typing import Any
 
 import gguf
 import pytest
-from conftest import ROOT, shared
+from builders import ROOT, SharedData
+from builders.tokenizers import CHATML, SPECIAL, STRINGS, TALK, gguf_metadata_of, ordinary_text, train_tokenizer
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
@@ -22,83 +21,17 @@ from fgpt.errors import InputError
 from fgpt.io.gguf_header import read_header
 from fgpt.tokenizers import chat_template, tiktoken_bpe, tokenizer_files
 from fgpt.tokenizers.chat_template import ChatTemplate
-from fgpt.tokenizers.huggingface import SPLITS, HFTokenizer
+from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer
 from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 NANO = Path(fgpt.__file__).parent / "nano"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Was kostet das?\n  3 + 4 = {{x}} <b>&amp;</b>"},
-    {"role": "assistant", "content": "7 €"},
-    {"role": "user", "content": "Naïve 👋🏽"},
-]
-STRINGS = [
-    "",
-    " ",
-    "\n",
-    "Hello, world!",
-    "it's we'LL don't I'Ve",
-    "  two  spaces\n\n\ttabs\r\n ",
-    "1234567890 3.14 x2 ²½ ٣٤",
-    "déjà vu, Ærøskøbing, naïve",
-    "日本語のテキスト 한국어 עברית العربية",
-    "👋🏽 👩‍👩‍👧 🇩🇪",
-    "def f(x):\n    return x ** 2  # squared\n",
-    "e\u0301 combining, \u00a0nbsp, \u200bzero width",
-    "a" * 300,
-    "<|endoftext|> <|im_start|>user<|im_end|> <s></s>",
-    "\x00\x01\x7f",
-]
-ordinary = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
-    st.text("ab 1'\n\t.Aé日", max_size=40),
-    st.lists(st.sampled_from([*SPECIAL, " ", "a", "12", "\n"]), max_size=8).map("".join),
-)
-
-
-def corpus() -> list[str]:
-    """Sentences of common and made-up words, in which merges are worth learning."""
-    rng = random.Random(0)
-    text = "the a of and to in he was it's you don't café naïve 日本 7 12 100 == def return 👋 Hello Was"
-    ends = [".\n", "!\n\n", "  "]
-    return [" ".join(rng.choices(text.split(), k=12)) + rng.choice(ends) for _ in range(400)] + STRINGS
-
-
-def trained(pre: str = "gpt-2") -> Library:
-    """A small byte-level BPE that cuts text as the named one does, with a BOS by its post-processor."""
-    made = Library(models.BPE())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cut = {"gpt-2": whole, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), whole])}
-    made.pre_tokenizer = cut.get(pre) or pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLITS[pre] or ""), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        made.normalizer = normalizers.NFC()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(corpus(), trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", made.token_to_id("<|im_start|>"))]
-    )
-    return made
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    made = trained()
+    made = train_tokenizer()
     made.enable_truncation(5)
     made.enable_padding(length=9)
     made.add_tokens([AddedToken("<tool>", special=False)])
@@ -113,23 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
-
-
-def fields(made: Library, pre: str, **more: Any) -> dict[str, Any]:
-    """The metadata of a GGUF file of this tokenizer, by key."""
-    tokens = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
-    merges = json.loads(made.to_str())["model"]["merges"]
-    found = {
-        "model": "gpt2",
-        "pre": pre,
-        "tokens": tokens,
-        "merges": [" ".join(pair) for pair in merges],
-        "token_type": [3 if token in SPECIAL else 1 for token in tokens],
-        "bos_token_id": made.token_to_id("<|im_start|>"),
-        "eos_token_id": made.token_to_id("<|im_end|>"),
-    }
-    found = {f"tokenizer.ggml.{key}": value for key, value in (found | more).items() if value is not None}
-    return {"general.architecture": "llama", "tokenizer.chat_template": CHATML} | found
 
 
 def written(path: Path, values: dict[str, Any]) -> Path:
@@ -151,11 +67,11 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def several(folder: Path) -> dict[str, Tokenizer]:
-    made = trained("smollm")
+    made = train_tokenizer("smollm")
     return {
         "ranks": tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).with_chat_template(ChatTemplate(CHATML, {})),
         "tokenizer.json": of_folder(folder, 600),
-        "GGUF": of_gguf(fields(made, "smollm"), 600),
+        "GGUF": of_gguf(gguf_metadata_of(made, "smollm"), 600),
     }
 
 
@@ -164,7 +80,7 @@ KINDS = ["ranks", "tokenizer.json", "GGUF"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150)
-@given(text=ordinary)
+@given(text=ordinary_text)
 @example(text="<|endoftext|>")
 @example(text="<|im_end|><|im_start|>")
 def test_text_comes_back_and_special_tokens_in_it_stay_text(several: dict[str, Tokenizer], kind: str, text: str):
@@ -209,7 +125,7 @@ def agree(ours: Tokenizer, theirs: Any, text: str) -> None:
 
 
 @settings(max_examples=200)
-@given(text=ordinary)
+@given(text=ordinary_text)
 def test_a_folder_is_transformers(folder: Path, text: str):
     agree(of_folder(folder, 600), AutoTokenizer.from_pretrained(folder), text)
 
@@ -230,8 +146,8 @@ def test_a_folder_is_transformers_on_all_strings(folder: Path):
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
 def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
     architecture = {"gpt-2": "gpt2", "llama-bpe": "llama", "qwen2": "qwen2"}[pre]
-    made = trained(pre)
-    values = fields(made, pre) | {"general.architecture": architecture}
+    made = train_tokenizer(pre)
+    values = gguf_metadata_of(made, pre) | {"general.architecture": architecture}
     path = written(tmp_path / "t.gguf", values)
     ours = of_gguf(read_header(path).fields, 600)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
@@ -247,9 +163,9 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 @settings(max_examples=100)
-@given(text=ordinary)
+@given(text=ordinary_text)
 def test_a_gguf_file_cuts_text_as_its_model_does(pre: str, text: str):
-    made, ours = PRE.setdefault(pre, (lambda t: (t, of_gguf(fields(t, pre), 600)))(trained(pre)))
+    made, ours = PRE.setdefault(pre, (lambda t: (t, of_gguf(gguf_metadata_of(t, pre), 600)))(train_tokenizer(pre)))
     made.encode_special_tokens = True
     assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids
 
@@ -258,7 +174,7 @@ PRE: dict[str, tuple[Library, HFTokenizer]] = {}
 
 
 def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
-    ours = of_gguf(fields(trained("smollm"), "smollm"), 600)
+    ours = of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm"), 600)
     for name, text in ours.files().items():
         (tmp_path / name).write_text(text)
     again, theirs = of_folder(tmp_path, 600), AutoTokenizer.from_pretrained(tmp_path)
@@ -273,6 +189,7 @@ def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------------------ chat templates
+
 
 TEMPLATES = {
     "ChatML": CHATML,
@@ -383,8 +300,8 @@ def _printable(token: bytes) -> str:
     return "".join(char_of[byte] for byte in token)
 
 
-def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    bpe = shared("gpt2-bpe")
+def test_gpt2s_own_ranks_by_either_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_data: SharedData):
+    bpe = shared_data("gpt2-bpe")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(bpe / "tiktoken_cache"))
     vocab = json.loads((bpe / "encoder.json").read_text())
     merges = (bpe / "vocab.bpe").read_text().split("\n")[1:-1]
@@ -427,17 +344,17 @@ BAD = {
 def test_other_metadata_are_refused(name: str):
     more, expected = BAD[name]
     with pytest.raises(InputError, match=expected) as caught:
-        of_gguf(fields(trained("smollm"), **{"pre": "smollm"} | more), 600)
+        of_gguf(gguf_metadata_of(train_tokenizer("smollm"), **{"pre": "smollm"} | more), 600)
     assert "\n" not in str(caught.value)
 
 
 def test_a_gguf_tokenizer_must_fit_its_model():
-    few = of_gguf(fields(trained("smollm"), "smollm"), 499)
-    assert few.encode("a") == of_gguf(fields(trained("smollm"), "smollm"), 500).encode("a")
+    few = of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm"), 499)
+    assert few.encode("a") == of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm"), 500).encode("a")
     with pytest.raises(InputError, match=r"token 499, .*rows for 499 tokens"):
         few.encode(few.decode([499]))
     with pytest.raises(InputError, match="ends a document by token 2, the model has 2 rows"):
-        of_gguf(fields(trained("smollm"), "smollm"), 2)
+        of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm"), 2)
 
 
 def test_importing_fgpt_stays_light():
@@ -460,7 +377,7 @@ def smollm2() -> tuple[HFTokenizer, Any]:
 
 
 @settings(max_examples=300)
-@given(text=ordinary)
+@given(text=ordinary_text)
 @example(text=STRINGS[4])
 @example(text=STRINGS[8])
 @example(text=STRINGS[10])

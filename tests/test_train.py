@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, close, same, shaken, tiny, tokens
+from builders import ROOT, close, same, tiny, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -130,7 +130,7 @@ def test_clipping_is_torchs(most: float):
 # --------------------------------------------------------------------------------------------------------------- steps
 
 GPT = tiny(n_layer=1)
-ADAPTERS: Any = shaken(fgpt.lora(GPT, fgpt.key(0), 2), seed=1)
+ADAPTERS: Any = with_noise(fgpt.lora(GPT, fgpt.key(0), 2), seed=1)
 WEIGHTS = (
     torch.rand(6, 7, generator=fgpt.key(0)) * (torch.arange(7) < torch.tensor([[1], [7], [3], [5], [2], [6]]))
 ).float()

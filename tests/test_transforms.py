@@ -8,39 +8,18 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from conftest import ROOT, close, shaken, stack, tiny, tokens
+from builders import ROOT, close, stack_trees, tokens, with_noise
+from builders.transforms import ADAPTERS, BASE, DIRECTION, PACKED, ROWS, autograd, dot, loss
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 import fgpt
 from fgpt._typing import check_shapes
-from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.kernels import attention as A
 from fgpt.kernels import cross_entropy as C
 from fgpt.tree import tree_map
-
-GPT = tiny(n_layer=2)
-ADAPTERS: Any = shaken(fgpt.lora(GPT, fgpt.key(0), 2, target=r"wte|blocks\.\d+\.(attn\.(q|v)|mlp\.up)"), seed=1)
-DIRECTION: Any = tree_map(lambda x: x - 0.1, shaken(ADAPTERS, seed=2))
-
-
-def example(n: int, seed: int) -> Example:
-    return Example(tuple(tokens(31, n, seed=seed).tolist()), n // 3)
-
-
-PACKED = collate([[example(5, 0), example(7, 1)], [example(9, 2)]])  # segments, padding, and `at`
-ROWS = fgpt.Batch(tokens(31, 3, 8), tokens(31, 3, 8, seed=1), torch.rand(3, 8, generator=fgpt.key(0)))
-
-
-def loss(adapters: Any, batch: fgpt.Batch = PACKED) -> Tensor:
-    return fgpt.loss(fgpt.adapt(GPT, adapters), batch)
-
-
-def dot(a: Any, b: Any) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True)]).sum()
 
 
 def row(tree: Any, i: int) -> Any:
@@ -56,14 +35,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(sys.modules["fgpt.losses"], "cross_entropy", C.reference)  # fgpt.loss is the function
 
     return go
-
-
-def autograd(fn: Callable[[Any], Tensor], at: Any, create_graph: bool = False) -> tuple[Any, list[Tensor]]:
-    """The gradient by torch.autograd, and the leaves it is of."""
-    tree = tree_map(lambda x: x.detach().clone().requires_grad_(), at)
-    inputs = tree_leaves(tree)
-    grads = torch.autograd.grad(fn(tree), inputs, create_graph=create_graph)
-    return tree_unflatten(list(grads), tree_structure(at)), inputs
 
 
 # ---------------------------------------------------------------------------------------------------------- transforms
@@ -91,7 +62,7 @@ def test_kernels_and_references_give_one_gradient(plain: Callable[[], None]):
 
 def test_per_example_gradients():
     got = vmap(grad(loss), in_dims=(None, 0))(ADAPTERS, ROWS)
-    close(got, stack([grad(loss)(ADAPTERS, row(ROWS, i)) for i in range(3)]), 1e-6)
+    close(got, stack_trees([grad(loss)(ADAPTERS, row(ROWS, i)) for i in range(3)]), 1e-6)
     of_sum = grad(lambda a: vmap(loss, in_dims=(None, 0))(a, ROWS).sum())(ADAPTERS)
     close(of_sum, tree_map(lambda x: x.sum(0), got), 1e-5)
 
@@ -100,13 +71,13 @@ def test_per_example_gradients_of_packed_rows():
     """Each example a packed row of its own: segments are mapped, `at` is None."""
     batch = fgpt.Batch(PACKED.tokens, PACKED.targets, PACKED.weights, PACKED.segments)
     got = vmap(grad(loss), in_dims=(None, 0))(ADAPTERS, batch)
-    close(got, stack([grad(loss)(ADAPTERS, row(batch, i)) for i in range(2)]), 1e-6)
+    close(got, stack_trees([grad(loss)(ADAPTERS, row(batch, i)) for i in range(2)]), 1e-6)
 
 
 def test_an_ensemble_of_adapters():
-    trees = [shaken(ADAPTERS, seed=i) for i in range(3)]
-    close(vmap(loss)(stack(trees)), torch.stack([loss(t) for t in trees]), 1e-6)
-    close(vmap(grad(loss))(stack(trees)), stack([grad(loss)(t) for t in trees]), 1e-6)
+    trees = [with_noise(ADAPTERS, seed=i) for i in range(3)]
+    close(vmap(loss)(stack_trees(trees)), torch.stack([loss(t) for t in trees]), 1e-6)
+    close(vmap(grad(loss))(stack_trees(trees)), stack_trees([grad(loss)(t) for t in trees]), 1e-6)
 
 
 def test_directional_derivative():
@@ -120,7 +91,7 @@ def test_directional_derivative():
 
 def test_jvp_of_logits_is_vjp():
     def f(a: Any) -> Tensor:
-        return fgpt.functional_call(fgpt.apply, (GPT, a), PACKED.tokens)
+        return fgpt.functional_call(fgpt.apply, (BASE, a), PACKED.tokens)
 
     out, tangent = jvp(f, (ADAPTERS,), (DIRECTION,))
     u = torch.randn(out.shape, generator=fgpt.key(1)) / out.numel() ** 0.5
@@ -142,7 +113,7 @@ def test_hessian_vector_products(batch: fgpt.Batch, plain: Callable[[], None]):
 
 
 def test_hessian_of_a_very_small_adapter():
-    lora: Any = shaken(fgpt.lora(GPT, fgpt.key(0), 1, target=r"blocks\.1\.attn\.v"))
+    lora: Any = with_noise(fgpt.lora(BASE, fgpt.key(0), 1, target=r"blocks\.1\.attn\.v"))
     flat = torch.cat([lora["blocks.1.attn.v"].a.flatten(), lora["blocks.1.attn.v"].b.flatten()])
 
     def f(x: Tensor) -> Tensor:
@@ -180,9 +151,9 @@ def test_shapes_are_checked_at_every_call_under_every_transform():
         with pytest.raises(jaxtyping.TypeCheckError):
             call()
     with pytest.raises(jaxtyping.TypeCheckError):
-        fgpt.apply(GPT, torch.ones(1, 3))  # pyright: ignore
+        fgpt.apply(BASE, torch.ones(1, 3))  # pyright: ignore
     with pytest.raises(jaxtyping.TypeCheckError):
-        vmap(fgpt.hidden, in_dims=(None, 0, 0))(GPT, tokens(31, 2, 3), tokens(31, 2, 4))
+        vmap(fgpt.hidden, in_dims=(None, 0, 0))(BASE, tokens(31, 2, 3), tokens(31, 2, 4))
 
 
 COMPILED = """
@@ -190,12 +161,13 @@ import sys, torch
 sys.path.insert(0, "tests")
 from torch.func import grad, grad_and_value, vmap
 import fgpt
-from test_transforms import ADAPTERS, GPT, PACKED, ROWS, close, loss
+from builders import close
+from builders.transforms import ADAPTERS, BASE, PACKED, ROWS, loss
 def check(fn, *args):
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     close(compiled(*args), fn(*args), 1e-6)
 check(grad_and_value(loss), ADAPTERS, PACKED)
-check(grad(loss), fgpt.trainable_leaves(GPT), PACKED)
+check(grad(loss), fgpt.trainable_leaves(BASE), PACKED)
 check(loss, ADAPTERS, PACKED)
 check(lambda a, b: vmap(grad(loss), in_dims=(None, 0))(a, b), ADAPTERS, ROWS)
 print("compiled")

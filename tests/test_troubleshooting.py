@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from builders import ROOT
 from filelock import FileLock
 
 import fgpt
 from fgpt.cli.main import main
 from fgpt.io import models
 
-PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
 def listed() -> list[str]:

@@ -1,4 +1,4 @@
-"""Run by test_memory.py in a process of its own, as a user has it: the checks of shapes that the tests add keep memory.
+"""Run by test_memory_growth.py in a process of its own: the checks of shapes that the tests add keep memory.
 
 Prints by how many bytes the process grows over a thousand times, after as many in which allocator and caches rest.
 """

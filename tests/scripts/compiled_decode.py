@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import close, tiny, tokens
-from test_generate import WARM, sets
+from builders import close, tiny, tokens
+from builders.generation import WARM_SAMPLING, adapter_sets
 from torch._dynamo.utils import counters
 from torch.func import vmap
 
@@ -23,20 +23,20 @@ def test_the_same_texts():
     for rows in (1, 3):
         for most in (6, 14):
             expected = fgpt.generate(
-                params, prompts[:rows], eos_token_id=0, max_new_tokens=most, sampling=WARM, rng=fgpt.key(1)
+                params, prompts[:rows], eos_token_id=0, max_new_tokens=most, sampling=WARM_SAMPLING, rng=fgpt.key(1)
             )
             got = fgpt.generate(
                 params,
                 prompts[:rows],
                 eos_token_id=0,
                 max_new_tokens=most,
-                sampling=WARM,
+                sampling=WARM_SAMPLING,
                 rng=fgpt.key(1),
                 compile=True,
             )
             assert got == expected
     assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
-    own = [sets(params)[i] for i in (1, 2, 0)]
+    own = [adapter_sets(params)[i] for i in (1, 2, 0)]
     expected = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own)
     assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own, compile=True) == expected
 
