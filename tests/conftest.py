@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 from builders import ROOT, SharedData, tiny
+from builders.checks import Patch, loaded_module
 from hypothesis import settings
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,3 +48,13 @@ def factored(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         if name.split(".")[0] in ("fgpt", "experiments") and getattr(module, "dense", None) is dense:
             monkeypatch.setattr(module, "dense", refuse)
     return monkeypatch.undo
+
+
+@pytest.fixture
+def patch(monkeypatch: pytest.MonkeyPatch) -> Patch:
+    """`patch(module, name, change)`: what the module calls `name` is `change` of what it was."""
+
+    def put(where: str, name: str, change: Callable[[Any], Any]) -> None:
+        monkeypatch.setattr(loaded_module(where), name, change(getattr(loaded_module(where), name)))
+
+    return put
