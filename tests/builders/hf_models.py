@@ -105,3 +105,7 @@ def write_hf_folder(folder: Path, name: str = "llama", **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: x for k, x in config.items() if x is not None}))
     return folder
+
+
+def write_shard_index(folder: Path, where: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
