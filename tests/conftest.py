@@ -1,13 +1,15 @@
 """What every test has: Hypothesis without deadlines, shared data, a tiny model, a trap for the merged weight."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from builders import ROOT, SharedData, tiny
 from builders.checks import Patch, loaded_module
+from builders.hub import FakeHub
+from huggingface_hub import constants
 from hypothesis import settings
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,3 +60,18 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Patch:
         monkeypatch.setattr(loaded_module(where), name, change(getattr(loaded_module(where), name)))
 
     return put
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub whose cache is empty."""
+    fake = FakeHub()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{fake.server.server_port}")
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield fake
+    fake.stop()
