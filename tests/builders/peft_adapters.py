@@ -78,3 +78,24 @@ ADAPTERS_OF_SOME_PROJECTIONS = {
     "dora of k, unequal": lambda p: dora(p, target=r".*\.0\..*k") | dora(p, rank=2, alpha=7, target=r".*\.0\..*v"),
     "ia3 of q": lambda p: fgpt.ia3(p, r"blocks\.1\.attn\.q", None),
 }
+
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": True}
+
+
+PEFT_IA3: dict[str, Any] = {"fan_in_fan_out": True}
+
+
+PEFT_CONFIGS = {
+    "dora": peft.LoraConfig(**LORA, use_dora=True, target_modules=["attn.c_attn", "mlp.c_fc"], lora_dropout=0.2),
+    "dora of c_proj": peft.LoraConfig(**LORA, use_dora=True, use_rslora=True, target_modules=["c_proj"]),
+    "rslora of c_fc": peft.LoraConfig(
+        **LORA, use_rslora=True, target_modules=["c_fc"], rank_pattern={"h.0.mlp.c_fc": 2}
+    ),
+    "ia3": peft.IA3Config(**PEFT_IA3, target_modules=["attn.c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+    "ia3 by pattern": peft.IA3Config(
+        **PEFT_IA3, target_modules=r".*\.c_(attn|fc)", feedforward_modules=r".*1\.(attn|mlp)\..*"
+    ),
+    "norms": peft.LNTuningConfig(target_modules=["ln_1", "ln_2", "ln_f"]),
+    "a norm": peft.LNTuningConfig(target_modules=["h.1.ln_2"]),
+}
