@@ -1,4 +1,4 @@
-"""PEFT's files of every family: theirs with us, ours in PEFT and back, and what has no place in them."""
+"""PEFT's files of every family: theirs with us, ours in PEFT and back."""
 
 import json
 import re
@@ -8,34 +8,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from builders import close, hf_gpt2, tiny, tokens, with_noise
+from builders import close, tokens, with_noise
 from builders.hf_models import VARIANTS, hf_model, save_and_load
 from builders.peft_adapters import ADAPTERS_OF_SOME_PROJECTIONS, OUR_ADAPTERS, assert_adapters_identical
-from hypothesis import given
-from hypothesis import strategies as st
-from peft.tuners.tuners_utils import check_target_module_exists
+from builders.peft_families import linear_modules, norm_modules
 from safetensors.torch import load_file, save_file
 
 import fgpt
-from fgpt import families
-from fgpt.cli import run_dir
-from fgpt.io.peft import modules as peft_modules
-from fgpt.io.peft.adapter_files import pack
-from fgpt.tree import leaves
 
 X = tokens(31, 2, 9)
 TRAINED = "lora_|ia3_|ln_tuning"
 """What PEFT has trained, among the names of its model's parameters."""
-
-
-def modules(model: Any, pattern: str = ".*") -> list[str]:
-    """The linear layers of theirs whose names match, but for a head that is the embedding table."""
-    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(pattern, n)]
-    return [n for n in found if n != "lm_head" or not model.config.tie_word_embeddings]
-
-
-def norms(model: Any) -> list[str]:
-    return [n for n, m in model.named_modules() if "Norm" in type(m).__name__]
 
 
 def trained(model: Any, config: Any) -> Any:
@@ -64,21 +47,22 @@ def agrees(params: fgpt.GPT, adapters: fgpt.Adapters, model: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- theirs
 
+
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6}
 DOWN = r".*(fc_out|dense_4h_to_h|down_proj)"
 THEIRS = {
-    "lora": lambda m: peft.LoraConfig(**LORA, target_modules=modules(m)),
+    "lora": lambda m: peft.LoraConfig(**LORA, target_modules=linear_modules(m)),
     "rslora, here and there": lambda m: peft.LoraConfig(
         **LORA,
-        target_modules=modules(m, r".*\.1\..*|lm_head"),
+        target_modules=linear_modules(m, r".*\.1\..*|lm_head"),
         use_rslora=True,
-        rank_pattern={re.escape(n): 2 for n in modules(m, r".*\.1\.mlp.*")},
-        alpha_pattern={re.escape(n): 5 for n in modules(m, r".*\.1\.mlp\.(fc_in|dense_h_to_4h|up_proj)")},
+        rank_pattern={re.escape(n): 2 for n in linear_modules(m, r".*\.1\.mlp.*")},
+        alpha_pattern={re.escape(n): 5 for n in linear_modules(m, r".*\.1\.mlp\.(fc_in|dense_h_to_4h|up_proj)")},
     ),
-    "dora": lambda m: peft.LoraConfig(**LORA, target_modules=modules(m), use_dora=True, lora_dropout=0.2),
-    "ia3": lambda m: peft.IA3Config(target_modules=modules(m), feedforward_modules=modules(m, DOWN)),
-    "norms": lambda m: peft.LNTuningConfig(target_modules=norms(m)),
-    "a norm": lambda m: peft.LNTuningConfig(target_modules=norms(m)[1:2]),
+    "dora": lambda m: peft.LoraConfig(**LORA, target_modules=linear_modules(m), use_dora=True, lora_dropout=0.2),
+    "ia3": lambda m: peft.IA3Config(target_modules=linear_modules(m), feedforward_modules=linear_modules(m, DOWN)),
+    "norms": lambda m: peft.LNTuningConfig(target_modules=norm_modules(m)),
+    "a norm": lambda m: peft.LNTuningConfig(target_modules=norm_modules(m)[1:2]),
 }
 
 
@@ -106,7 +90,7 @@ def test_a_model_without_its_head(name: str, tmp_path: Path):
     """What PEFT trained on AutoModel has names without the family's prefix."""
     params, bare = save_and_load(hf_model(name)), hf_model(name).base_model
     params = fgpt.fuse_qkv(params) if name == "neox" else params
-    model = trained(bare, peft.LoraConfig(**LORA, target_modules=modules(bare)))
+    model = trained(bare, peft.LoraConfig(**LORA, target_modules=linear_modules(bare)))
     names = load_file(kept(model, tmp_path) / "adapter_model.safetensors")
     assert all(n.startswith(("base_model.model.h.", "base_model.model.layers.")) for n in names)
     adapters = fgpt.load_peft(tmp_path, params)
@@ -173,143 +157,3 @@ def test_norms_of_q_and_k(tmp_path: Path):
     assert_adapters_identical(in_peft_and_back("qwen3", params, adapters, tmp_path), adapters)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["norm", "self_attn.k_norm", "self_attn.q_norm"]
-
-
-TARGETS = {
-    ("gptj", r".*\.(q|v|up)"): ["attn.q_proj", "attn.v_proj", "mlp.fc_in"],
-    ("neox", r".*\.(q|v|up)"): ["attention.query_key_value", "mlp.dense_h_to_4h"],
-    ("neox", r".*\.1\..*\.o|head"): ["gpt_neox.layers.1.attention.dense", "lm_head"],
-    ("llama", r".*\.(q|v|gate)"): ["mlp.gate_proj", "self_attn.q_proj", "self_attn.v_proj"],
-    ("qwen2", r".*\.0\.mlp\.up|.*\.k"): ["model.layers.0.mlp.up_proj", "self_attn.k_proj"],
-}
-
-
-@pytest.mark.parametrize(("name", "target"), TARGETS)
-def test_names_that_select_just_the_modules(name: str, target: str):
-    params = save_and_load(hf_model(name))
-    packed = pack(fgpt.lora(params, fgpt.key(0), 3, target=target), params, "base")
-    assert packed.config["target_modules"] == TARGETS[name, target]
-    assert packed.config["fan_in_fan_out"] is False
-    assert bool(packed.held) == (name == "neox" and "q" in target)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "neox", "qwen3"])
-def test_names_of_any_modules_select_just_them(name: str):
-    """By PEFT's own selection among all modules of 12 blocks, and by another that IA3 has for feedforward modules."""
-    more = {"gpt2": "n_layer", "gptj": "n_layer"}.get(name, "num_hidden_layers")
-    model = hf_gpt2(n_layer=12, tie_word_embeddings=False) if name == "gpt2" else hf_model(name, **{more: 12})
-    config = model.config.to_dict()
-    known = peft_modules.modules_of(families.family_from_config(config).config_from_hf(config))
-    everything = [n for n, _ in model.named_modules()]
-    layers = sorted({m.path.rpartition(".")[2] for m in known})
-
-    @given(st.sets(st.sampled_from(layers)), st.sets(st.sampled_from(known), max_size=3))
-    def check(whole: set[str], odd: set[peft_modules.Module]):
-        chosen = {m for m in known if m.path.rpartition(".")[2] in whole} ^ odd
-        config = peft.IA3Config(target_modules=peft_modules.targets(chosen, known), feedforward_modules=[])
-        assert {n for n in everything if check_target_module_exists(config, n)} == {m.name for m in chosen}
-        linear = [m for m in known if not m.norm]
-        config.feedforward_modules = peft_modules.targets(chosen.intersection(linear), known)
-        assert {m for m in linear if peft.IA3Model._check_target_module_feedforward(config, m.name)} == {
-            m for m in linear if m in chosen
-        }
-
-    check()
-
-
-def test_transposed_modules_say_so():
-    params = tiny(tie_word_embeddings=False)
-    for target, transposed in ((r"blocks\..*", True), ("head", False), (r"head|.*\.up", True)):
-        packed = pack(fgpt.lora(params, fgpt.key(0), 3, target=target), params, "base")
-        assert packed.config["fan_in_fan_out"] is transposed
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_module_for_each_layer_and_norm(name: str):
-    """By name, they are transformers' own, and hold all of the model."""
-    model = hf_model(name)
-    params = save_and_load(model)
-    held = {m.name: m for m in peft_modules.modules_of(params.cfg)}
-    embeddings = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
-    assert held.keys() == {*modules(model), *norms(model), *embeddings, "lm_head"}
-    assert {n for n, m in held.items() if m.norm} == set(norms(model))
-    assert {n for n, m in held.items() if m.embedding} == embeddings
-    parts = {path for m in held.values() for path in m.parts}
-    assert parts == {p.rpartition(".")[0] for p in leaves(params)} | {"head"}
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize("name", ["gptj", "llama", "qwen3"])
-def test_q_k_and_v_fused_of_a_family_that_has_them_apart(name: str, tmp_path: Path):
-    params = save_and_load(hf_model(name))
-    whole = fgpt.fuse_qkv(params)
-    for adapters in (fgpt.lora(whole, fgpt.key(0)), fgpt.ia3(whole)):
-        with pytest.raises(fgpt.InputError, match=r"qkv, as q, k and v are modules of their own: save_adapters"):
-            fgpt.save_peft(adapters, whole, tmp_path / "adapter", "base")
-        assert not (tmp_path / "adapter").exists()
-    for adapters in (fgpt.lora(params, fgpt.key(0)), fgpt.ia3(params)):
-        fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-        with pytest.raises(fgpt.InputError, match=r"do not fuse\(params\)"):
-            fgpt.load_peft(tmp_path / "adapter", whole)
-
-
-@pytest.mark.parametrize("name", ["gptj", "neox", "llama"])
-def test_what_peft_cannot_hold_is_refused(name: str, tmp_path: Path):
-    params = save_and_load(hf_model(name))
-    for adapters in (
-        fgpt.dora(params, fgpt.key(0), target="wte"),
-        fgpt.trainable_leaves(params, r"blocks\.0\.attn\.o\.w"),
-        fgpt.trainable_leaves(params, r".*\.(q|up)\.b|ln_f.*")
-        if name != "llama"
-        else fgpt.trainable_leaves(params, "head.*"),
-    ):
-        with pytest.raises(fgpt.InputError, match=r"PEFT has no place .*save_adapters\(adapters, path\)"):
-            fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-
-
-def test_a_model_of_no_family(tmp_path: Path):
-    params = tiny(gated_mlp=True)
-    adapters = with_noise(fgpt.lora(params, fgpt.key(0), 3))
-    with pytest.raises(fgpt.InputError, match=r"family .* of none: save_adapters\(adapters, path\) keeps") as caught:
-        fgpt.save_peft(adapters, params, tmp_path / "peft", "base")
-    assert "\n" not in str(caught.value)
-    assert run_dir.save_tuned(tmp_path, params, adapters, "base") == tmp_path / "adapter"
-    assert_adapters_identical(fgpt.load_adapters(tmp_path / "adapter" / run_dir.ADAPTERS, params), adapters)
-    plain = tiny()
-    fgpt.save_peft(fgpt.lora(plain, fgpt.key(0), 3), plain, tmp_path / "peft", "base")
-    with pytest.raises(fgpt.InputError, match="this model is of none"):
-        fgpt.load_peft(tmp_path / "peft", params)
-
-
-def test_a_file_of_another_family(tmp_path: Path):
-    made: dict[str, fgpt.GPT] = {name: save_and_load(hf_model(name)) for name in ("gptj", "neox", "llama")} | {
-        "gpt2": tiny()
-    }
-    for name, params in made.items():
-        at = tmp_path / name
-        fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, at, "base")
-        for other in made.values():
-            if other is not params:
-                with pytest.raises(fgpt.InputError, match=r"adapter on \S+, which is no layer of this model") as caught:
-                    fgpt.load_peft(at, other)
-                assert str(at) in str(caught.value)
-
-
-def test_a_block_that_is_not_there(tmp_path: Path):
-    more = save_and_load(hf_model("llama", num_hidden_layers=3))
-    fgpt.save_peft(fgpt.lora(more, fgpt.key(0), 3), more, tmp_path, "base")
-    with pytest.raises(fgpt.InputError, match=r"adapter on model\.layers\.2\.\S+, which is no layer"):
-        fgpt.load_peft(tmp_path, save_and_load(hf_model("llama")))
-
-
-@pytest.mark.parametrize("rows", [94, 0, 48])
-def test_rows_that_are_no_heads_of_a_neox(rows: int, tmp_path: Path):
-    params = fgpt.fuse_qkv(save_and_load(hf_model("neox")))
-    fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, tmp_path, "base")
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = {n: x[:rows].clone() if "lora_B" in n else x for n, x in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(fgpt.InputError, match=rf"fits a weight of \[{rows}, 32\]"):
-        fgpt.load_peft(tmp_path, params)
