@@ -1,4 +1,4 @@
-"""What PEFT trains beside low-rank matrices, both ways: embeddings, heads, whole modules and biases, as PEFT saves."""
+"""What we train beside low-rank matrices, in PEFT and back."""
 
 import json
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from builders import close, hf_gpt2, tokens, with_noise
-from builders.hf_models import hf_model
+from builders import close, tokens, with_noise
 from builders.peft_adapters import assert_adapters_identical
+from builders.peft_tuned import TUNED_BASES, config, family_of_base, save_base
 from safetensors.torch import load_file
 
 import fgpt
@@ -18,131 +18,8 @@ from fgpt.io.peft.adapter_files import pack
 from fgpt.tree import leaves
 
 X = tokens(31, 2, 9)
-BASES: dict[str, Callable[[], Any]] = {
-    "gpt2": hf_gpt2,
-    "gpt2, apart": lambda: hf_gpt2(tie_word_embeddings=False),
-    "gptj": lambda: hf_model("gptj"),
-    "neox, tied": lambda: hf_model("neox, tied"),
-    "llama": lambda: hf_model("llama"),
-    "llama, tied": lambda: hf_model("llama, tied"),
-}
-EMBEDDING = {"gpt2": "wte", "gptj": "wte", "neox": "embed_in", "llama": "embed_tokens"}
-UP = {"gpt2": "mlp.c_fc", "gptj": "fc_in", "neox": "dense_h_to_4h", "llama": "up_proj"}
-QKV = {"gpt2": "attn.c_attn", "gptj": "q_proj", "neox": "query_key_value", "llama": "q_proj"}
-NORM = {"gpt2": "ln_1", "gptj": "ln_1", "neox": "input_layernorm", "llama": "input_layernorm"}
-BELOW = tuple(f"{name}.base_layer.weight" for name in {*EMBEDDING.values(), "lm_head"})
-
-
-def family(name: str) -> str:
-    return name.partition(",")[0]
-
-
-def saved_base(name: str, at: Path) -> Any:
-    """The model from its own folder, which PEFT then knows as its base."""
-    model = BASES[name]()
-    model.save_pretrained(at)
-    model.config._name_or_path = model.name_or_path = str(at)
-    return model
-
-
-def shake(model: Any, frozen: bool = False) -> Any:
-    """What PEFT trains, moved away from where it begins; with `frozen` the table and the head below as well."""
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad or (frozen and name.endswith(BELOW)):
-                p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    return model.eval()
-
-
-def config(name: str, **options: Any) -> Any:
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | options)
-
-
-KINDS: dict[str, Callable[[str], Any]] = {
-    "head": lambda n: config(n, target_modules=["lm_head"]),
-    "embedding": lambda n: config(n, target_modules=[EMBEDDING[n]]),
-    "embedding and head": lambda n: config(n, target_modules=[EMBEDDING[n], "lm_head", UP[n]], lora_dropout=0.1),
-    "rank-stabilised embedding": lambda n: config(n, target_modules=[EMBEDDING[n]], use_rslora=True),
-    "dora of the head": lambda n: config(n, target_modules=["lm_head"], use_dora=True),
-    "saved head": lambda n: config(n, target_modules=[UP[n]], modules_to_save=["lm_head"]),
-    "saved embedding": lambda n: config(n, target_modules=[UP[n]], modules_to_save=[EMBEDDING[n]]),
-    "saved both": lambda n: config(n, target_modules=[UP[n]], modules_to_save=[EMBEDDING[n], "lm_head"]),
-    "saved embedding, head": lambda n: config(n, target_modules=["lm_head"], modules_to_save=[EMBEDDING[n]]),
-    "saved norms": lambda n: config(n, target_modules=[UP[n]], modules_to_save=[NORM[n]]),
-    "saved mlp": lambda n: config(n, target_modules=[QKV[n]], modules_to_save=["mlp"]),
-    "all biases": lambda n: config(n, target_modules=[UP[n]], bias="all"),
-    "biases below": lambda n: config(n, target_modules=[UP[n], QKV[n]], bias="lora_only"),
-    "biases and norms": lambda n: config(n, target_modules=[QKV[n]], bias="all", modules_to_save=[NORM[n]]),
-    "tied as PEFT ties": lambda n: config(
-        n, target_modules=[UP[n]], modules_to_save=[EMBEDDING[n]], ensure_weight_tying=True
-    ),
-    "ia3 and a head": lambda n: peft.IA3Config(
-        target_modules=[UP[n]], feedforward_modules=[], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
-    ),
-    "norms and a head": lambda n: peft.LNTuningConfig(
-        target_modules=[NORM[n]], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
-    ),
-}
-
-
 MOST = ("gpt2", "llama, tied")
 """The bases that all kinds are tried on."""
-SOME = ("embedding and head", "saved both", "saved embedding, head", "saved norms", "all biases")
-
-
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in BASES for k in KINDS if n in MOST or k in SOME])
-def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
-    base = saved_base(name, tmp_path / "base")
-    model = shake(peft.get_peft_model(base, KINDS[kind](family(name))))
-    model.save_pretrained(tmp_path / "adapter")
-    params = fgpt.load(str(tmp_path / "base"))
-    params = fgpt.fuse_qkv(params) if family(name) in ("gpt2", "neox") else params
-    adapters = fgpt.load_peft(tmp_path / "adapter", params)
-    with torch.no_grad():
-        got = fgpt.apply(fgpt.adapt(params, adapters), X)
-        close(got, model(X).logits, 1e-5)
-        assert (got - fgpt.apply(params, X)).abs().max() > 1e-2
-    again = {**fgpt.load_peft(tmp_path / "adapter", params.untie())}
-    close(fgpt.functional_call(fgpt.apply, (params.untie(), again), X), got, 1e-6)
-    if "saved both" not in kind and "PEFT ties" not in kind:
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert fgpt.num_trainable(again) == count
-
-
-@pytest.mark.parametrize("kind", ["head", "embedding", "embedding and head"])
-@pytest.mark.parametrize("name", BASES)
-def test_a_base_that_is_not_ours_is_kept(name: str, kind: str, tmp_path: Path):
-    """PEFT writes the table and the head below an adapter; where they are not the base's, they count."""
-    base = saved_base(name, tmp_path / "base")
-    model = shake(peft.get_peft_model(base, KINDS[kind](family(name))), frozen=True)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    params = fgpt.load(str(tmp_path / "base"))
-    adapters = fgpt.load_peft(tmp_path / "adapter", params)
-    with torch.no_grad():
-        close(fgpt.apply(fgpt.adapt(params, adapters), X), model(X).logits, 1e-5)
-    fresh = saved_base(name, tmp_path / "base")
-    fgpt.save_peft(adapters, params, tmp_path / "ours", "base")
-    with torch.no_grad():
-        close(peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()(X).logits, model(X).logits, 1e-5)
-
-
-def test_an_embedding_of_no_adapter_is_the_base_s(tmp_path: Path):
-    """What save_embedding_layers=True adds beside adapters elsewhere is no adapter."""
-    base = saved_base("llama", tmp_path / "base")
-    model = shake(peft.get_peft_model(base, config("llama", target_modules=["q_proj"])))
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
-    assert sum("lora" not in name for name in names) == 2
-    params = fgpt.load(str(tmp_path / "base"))
-    for dtype in (torch.float32, torch.bfloat16):
-        some = fgpt.load(str(tmp_path / "base"), dtype)
-        assert {path.rpartition(".")[2] for path in fgpt.load_peft(tmp_path / "adapter", some)} == {"q"}
-    other = fgpt.adapt(params, {"head.w": leaves(params)["head.w"] + 1})
-    assert "head.w" in fgpt.load_peft(tmp_path / "adapter", other)
-
-
-# --------------------------------------------------------------------------------------------------------------- ours
 
 
 def lora(p: fgpt.GPT, target: str = r".*\.(up|o)", **options: Any) -> fgpt.Adapters:
@@ -172,7 +49,7 @@ BIASED: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
 
 def in_peft_and_back(name: str, make: Callable[[fgpt.GPT], fgpt.Adapters], fused: bool, at: Path) -> dict[str, Any]:
     """The config that was written."""
-    base = saved_base(name, at / "base")
+    base = save_base(name, at / "base")
     params = fgpt.load(str(at / "base"))
     params = fgpt.fuse_qkv(params) if fused else params
     adapters = with_noise(make(params), 0.1)
@@ -187,10 +64,10 @@ def in_peft_and_back(name: str, make: Callable[[fgpt.GPT], fgpt.Adapters], fused
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [(n, k) for n in BASES for k in OURS if n in MOST or k in ("embedding", "table", "matrix")]
+    ("name", "kind"), [(n, k) for n in TUNED_BASES for k in OURS if n in MOST or k in ("embedding", "table", "matrix")]
 )
 def test_ours_in_peft_and_back(name: str, kind: str, tmp_path: Path):
-    in_peft_and_back(name, OURS[kind], kind == "matrix" and family(name) == "neox", tmp_path)
+    in_peft_and_back(name, OURS[kind], kind == "matrix" and family_of_base(name) == "neox", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +87,7 @@ def test_a_tied_table_is_on_both_sides(tmp_path: Path):
 
 
 def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):
-    params = fgpt.load(str(saved_base("gpt2", tmp_path / "base").config._name_or_path))
+    params = fgpt.load(str(save_base("gpt2", tmp_path / "base").config._name_or_path))
     head = with_noise(fgpt.lora(params.untie(), fgpt.key(0), 2, target="head"))
     tuned = fgpt.adapt(params, head)
     assert tuned.head is not None
@@ -242,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[fgpt.GPT], fgpt.Adapters], str]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_peft_has_no_place_for_says_why(kind: str, tmp_path: Path):
-    params = fgpt.load(str(saved_base("gpt2", tmp_path / "base").config._name_or_path))
+    params = fgpt.load(str(save_base("gpt2", tmp_path / "base").config._name_or_path))
     make, expected = REFUSED[kind]
     with pytest.raises(fgpt.InputError, match=expected) as caught:
         pack(make(params), params, "base")
@@ -251,7 +128,7 @@ def test_what_peft_has_no_place_for_says_why(kind: str, tmp_path: Path):
 
 def changed_file(tmp_path: Path, **tensors: torch.Tensor) -> fgpt.GPT:
     """A LoRA of a llama as PEFT has written it, with more tensors in it."""
-    base = saved_base("llama", tmp_path / "base")
+    base = save_base("llama", tmp_path / "base")
     peft.get_peft_model(base, config("llama", target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     from safetensors.torch import save_file
 
@@ -285,7 +162,7 @@ def test_tensors_that_fit_nowhere(name: str, x: torch.Tensor, expected: str, tmp
 
 
 def test_an_adapter_s_config_names_no_place(tmp_path: Path):
-    params = fgpt.load(str(saved_base("gpt2", tmp_path / "secret" / "base").config._name_or_path))
+    params = fgpt.load(str(save_base("gpt2", tmp_path / "secret" / "base").config._name_or_path))
     adapters = lora(params)
     names = {
         str(tmp_path / "secret" / "base"): ("base", None),
