@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 from builders import ROOT, SharedData, tiny
@@ -14,6 +15,7 @@ from hypothesis import settings
 from transformers.utils.logging import disable_progress_bar
 
 import fgpt
+from fgpt.kernels import quantized_linear as kernel
 from fgpt.weights import dense
 
 settings.register_profile("fgpt", deadline=None, max_examples=20)
@@ -75,3 +77,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.delenv(name, raising=False)
     yield fake
     fake.stop()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact_derivatives() -> Iterator[None]:
+    """As on a CPU that does not multiply bf16."""
+    with mock.patch.object(kernel, "HAS_BF16_MATMUL", False):
+        yield
