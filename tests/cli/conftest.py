@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from builders.command_line import ODD_NAME, training_options
+from builders.runs import SHORT_TRAINING
 
 import fgpt
 import fgpt.cli.training.build
@@ -33,3 +34,18 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels += ["--steps", "2", "--name", "told[b]", "--out", str(at / "runs")]
     assert main(["train", "emotion-small", *labels]) == 0
     return at
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["train", "lora-nano", *SHORT_TRAINING, "--warmup-steps", "1", "--out", str(out)]) == 0
+    return out / "lora-nano"
+
+
+@pytest.fixture(scope="session")
+def instruction_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"The number is {i}."} for i in range(24)]
+    path.write_text(json.dumps(rows))
+    return path
