@@ -9,6 +9,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Library
 
 from fgpt.tokenizers.huggingface import SPLITS
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -93,3 +94,9 @@ def gguf_metadata_of(made: Library, pre: str, **more: Any) -> dict[str, Any]:
     }
     found = {f"tokenizer.ggml.{key}": value for key, value in (found | more).items() if value is not None}
     return {"general.architecture": "llama", "tokenizer.chat_template": CHATML} | found
+
+
+def assert_same_tokens(ours: Tokenizer, theirs: Any, text: str) -> None:
+    tokens = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert ours.encode(text) == tokens, repr(text)
+    assert ours.decode(tokens) == theirs.decode(tokens, clean_up_tokenization_spaces=False)
