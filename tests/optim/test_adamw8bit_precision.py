@@ -1,11 +1,11 @@
-"""8-bit AdamW: against bitsandbytes' own, against ours in fp32, and what the code allows."""
+"""8-bit AdamW: its error, its purity, its bytes, its training."""
 
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim.adamw import AdamW8bit
 from builders import close, same, tiny, tokens, with_noise
+from builders.adamw8bit import CODED, MIXED_TREE, gradients_of_step
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,116 +19,21 @@ from fgpt.optim import Moment8, adamw, adamw8bit, cosine_schedule
 from fgpt.tree import astype, leaves, num_elements, tree_map
 
 LR, DECAY = 1e-2, 0.1
-SIZES = {"w": (64, 64), "odd": (67, 71), "wide": (3, 2311), "small": (63, 65), "bias": (5000,), "b": (9,)}
-TREE = {name: torch.randn(size, generator=fgpt.key(i)) for i, (name, size) in enumerate(SIZES.items())}
-CODED = ["w", "odd", "wide", "bias"]  # 4,096 numbers or more; all but the first do not fill their last block
-DECAYED = ["w", "odd", "wide", "small"]
-
-
-def gradients(step: int, spread: float = 1.0) -> dict[str, Tensor]:
-    """Normal, of unequal sizes; `spread` > 1 gives each leaf a heavy tail."""
-    rng = fgpt.key(100 + step)
-    normal = {name: torch.randn(x.shape, generator=rng) for name, x in TREE.items()}
-    return {name: 10.0 ** (i - 3) * x.sign() * x.abs() ** spread for i, (name, x) in enumerate(normal.items())}
 
 
 # -------------------------------------------------------------------------------------------------- against the others
-
-
-class Theirs:
-    """bitsandbytes.optim.AdamW8bit on its own copy of TREE."""
-
-    def __init__(self) -> None:
-        self.params = {name: x.clone().requires_grad_() for name, x in TREE.items()}
-        groups: list[Any] = [
-            {"params": [self.params[n] for n in DECAYED], "weight_decay": DECAY},
-            {"params": [x for n, x in self.params.items() if n not in DECAYED], "weight_decay": 0.0},
-        ]
-        self.optimizer = AdamW8bit(groups, lr=LR)
-
-    def step(self, grads: dict[str, Tensor]) -> None:
-        for name, x in self.params.items():
-            x.grad = grads[name].clone()
-        self.optimizer.step()
-
-    def state(self, name: str) -> tuple[Any, Any]:
-        """Its moments of one leaf, as ours."""
-        held = self.optimizer.state[self.params[name]]
-        if held["state1"].dtype != torch.uint8:
-            return held["state1"].clone(), held["state2"].clone()
-        m = Moment8(held["state1"].clone(), held["absmax1"].clone(), True)
-        return m, Moment8(held["state2"].clone(), held["absmax2"].clone(), False)
-
-
-def read(moment: Any) -> Tensor:
-    return dequantize(moment.codes, moment.absmax, moment.signed) if isinstance(moment, Moment8) else moment
-
-
-def test_each_update_is_bitsandbytes():
-    """From their state and their params each time, over 20 updates.
-
-    Ours forms β₁m + (1-β₁)g as torch.optim does (lerp), theirs as a sum of two products: the last bit of m differs,
-    which may put it on the other side of the middle between two codes (here, of 830,743 it did none). Below 1e-4 of a
-    block's largest their CPU operator does not give the nearest code; those are left out of the codes' comparison.
-    """
-    theirs, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
-    state = optimizer.init(TREE)
-    moved = other = 0
-    for step in range(20):
-        before = {name: x.detach().clone() for name, x in theirs.params.items()}
-        theirs.step(gradients(step))
-        params, new = optimizer.update(gradients(step), state, before)
-        close(params, {name: x.detach() for name, x in theirs.params.items()}, 1e-6, 1e-6)
-        for name in TREE:
-            for mine, their in zip((new.mu[name], new.nu[name]), theirs.state(name), strict=True):
-                assert isinstance(mine, Moment8) == isinstance(their, Moment8) == (name in CODED)
-                if isinstance(mine, Moment8):
-                    close(mine.absmax, their.absmax, 0.0, 1e-6)
-                    x, scale = read(mine).flatten(), mine.absmax.repeat_interleave(256)[: mine.codes.numel()]
-                    apart = (mine.codes.int() - their.codes.int()).abs().flatten()[x.abs() > 1.1e-4 * scale]
-                    assert apart.max() <= 1
-                    moved, other = moved + int(apart.sum()), other + apart.numel()
-                else:
-                    close(mine, their, 1e-6 * float(their.abs().max()))
-        mean, square = zip(*(theirs.state(name) for name in TREE), strict=True)
-        state = type(new)(dict(zip(TREE, mean, strict=True)), dict(zip(TREE, square, strict=True)), new.count)
-    assert moved <= 1e-4 * other
-
-
-@pytest.mark.parametrize("nearest", [False, True])
-def test_twenty_updates_are_bitsandbytes(nearest: bool, monkeypatch: pytest.MonkeyPatch):
-    """Left to themselves: equal with their CPU operator in place of the nearest code, whose small values it loses.
-
-    With the nearest code, one weight in 700 is more than a hundredth of a step away: those that met a tiny gradient.
-    """
-    if not nearest:
-        monkeypatch.setattr(
-            "fgpt.kernels.blockwise_8bit._nearest",
-            lambda x, code: torch.ops.bitsandbytes.quantize_blockwise(x, code, 256),
-        )
-    theirs, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
-    params, state = TREE, optimizer.init(TREE)
-    for step in range(20):
-        theirs.step(gradients(step))
-        params, state = optimizer.update(gradients(step), state, params)
-    apart = torch.cat([(params[name] - theirs.params[name].detach()).abs().flatten() for name in TREE])
-    if nearest:
-        assert apart.max() < LR
-        assert (apart > 1e-2 * LR).float().mean() < 2e-3
-    else:
-        close(params, {name: x.detach() for name, x in theirs.params.items()}, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("spread", [1.0, 3.0])
 def test_fifty_updates_are_close_to_fp32(spread: float):
     schedule = cosine_schedule(LR, 50, warmup_steps=5)
     full, coded = (make(schedule, weight_decay=DECAY) for make in (adamw, adamw8bit))
-    a, b, s, t = TREE, TREE, full.init(TREE), coded.init(TREE)
+    a, b, s, t = MIXED_TREE, MIXED_TREE, full.init(MIXED_TREE), coded.init(MIXED_TREE)
     for step in range(50):
-        a, s = full.update(gradients(step, spread), s, a)
-        b, t = coded.update(gradients(step, spread), t, b)
-    for name in TREE:
-        way, apart = (a[name] - TREE[name]).square().mean().sqrt(), (a[name] - b[name]).square().mean().sqrt()
+        a, s = full.update(gradients_of_step(step, spread), s, a)
+        b, t = coded.update(gradients_of_step(step, spread), t, b)
+    for name in MIXED_TREE:
+        way, apart = (a[name] - MIXED_TREE[name]).square().mean().sqrt(), (a[name] - b[name]).square().mean().sqrt()
         assert apart < 0.05 * way
     assert same({n: a[n] for n in ("small", "b")}, {n: b[n] for n in ("small", "b")})
 
@@ -162,7 +67,7 @@ def test_the_error_is_what_the_code_allows(n: int, scale: float, spread: float, 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_values_of_the_code_and_zeros_are_exact(signed: bool):
-    x = gradients(0)["odd"].abs()
+    x = gradients_of_step(0)["odd"].abs()
     held = dequantize(*quantize(x, signed), signed)
     assert torch.equal(dequantize(*quantize(held, signed), signed), held)
     x = torch.zeros(600)
@@ -187,8 +92,8 @@ def test_a_weight_without_a_gradient_stays_and_a_small_one_makes_no_leap():
 
 def test_an_update_is_pure():
     optimizer, rng = adamw8bit(LR, weight_decay=DECAY), torch.get_rng_state()
-    params, state = optimizer.update(gradients(0), optimizer.init(TREE), TREE)
-    inputs = (gradients(1), state, params)
+    params, state = optimizer.update(gradients_of_step(0), optimizer.init(MIXED_TREE), MIXED_TREE)
+    inputs = (gradients_of_step(1), state, params)
     before = tree_map(torch.clone, inputs)
     first, second = optimizer.update(*inputs), optimizer.update(*inputs)
     assert same(before, inputs)
@@ -199,29 +104,30 @@ def test_an_update_is_pure():
     assert mine.isdisjoint(x.untyped_storage().data_ptr() for x in leaves(inputs).values())
 
 
-def held(tree: Any) -> int:
+def state_bytes(tree: Any) -> int:
     return sum(x.numel() * x.element_size() for x in leaves(tree).values())
 
 
 def test_bytes_a_parameter():
     large, small = {"w": torch.zeros(768, 769), "b": torch.zeros(4096)}, {"w": torch.zeros(4095)}
     state = adamw8bit(LR).init(large)
-    assert held((state.mu, state.nu)) <= 2.04 * num_elements(large)
-    assert held(adamw8bit(LR).init(small)) == 8 * 4095 + 8
-    assert held(adamw8bit(LR, min_8bit_size=0).init(small)) < 2.1 * 4095
+    assert state_bytes((state.mu, state.nu)) <= 2.04 * num_elements(large)
+    assert state_bytes(adamw8bit(LR).init(small)) == 8 * 4095 + 8
+    assert state_bytes(adamw8bit(LR, min_8bit_size=0).init(small)) < 2.1 * 4095
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_params_keep_their_dtype(dtype: torch.dtype):
-    tree, grads = astype(TREE, dtype), astype(gradients(3), dtype)
+    tree, grads = astype(MIXED_TREE, dtype), astype(gradients_of_step(3), dtype)
     optimizer = adamw8bit(LR, min_8bit_size=0)
     params, _ = optimizer.update(grads, optimizer.init(tree), tree)
     assert {x.dtype for x in params.values()} == {dtype}
-    expected, _ = adamw(LR).update(gradients(3), adamw(LR).init(TREE), TREE)
+    expected, _ = adamw(LR).update(gradients_of_step(3), adamw(LR).init(MIXED_TREE), MIXED_TREE)
     close(astype(params, torch.float32), expected, 2 * LR if dtype == torch.bfloat16 else 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
+
 
 GPT = tiny(n_layer=1)
 ADAPTERS: Any = with_noise(fgpt.lora(GPT, fgpt.key(0), 2), seed=1)
@@ -249,9 +155,11 @@ def test_a_lora_trains_as_well_under_make_step():
 def test_a_schedule_is_followed():
     """The first update is lr · sign(g): at the warmup's first step, and with lr a tensor."""
     optimizer = adamw8bit(cosine_schedule(1e-2, 10, warmup_steps=4))
-    params, state = optimizer.update(gradients(1), optimizer.init(TREE), TREE)
-    moves = {name: ((TREE[name] - params[name]) / gradients(1)[name].sign()).median() for name in TREE}
-    close(moves, {name: torch.tensor(1e-2 / 4) for name in TREE}, 1e-6)
+    params, state = optimizer.update(gradients_of_step(1), optimizer.init(MIXED_TREE), MIXED_TREE)
+    moves = {
+        name: ((MIXED_TREE[name] - params[name]) / gradients_of_step(1)[name].sign()).median() for name in MIXED_TREE
+    }
+    close(moves, {name: torch.tensor(1e-2 / 4) for name in MIXED_TREE}, 1e-6)
     assert state.count.dtype == torch.int64
 
 
@@ -264,7 +172,10 @@ def test_vmapped_updates_are_each_ones_own():
         new, state = optimizer.update(first, optimizer.init(params), params)
         return optimizer.update(second, state, new)
 
-    many = [tree_map(lambda x, i=i: x * (i + 1.0), (TREE, gradients(1), gradients(2))) for i in range(3)]
+    many = [
+        tree_map(lambda x, i=i: x * (i + 1.0), (MIXED_TREE, gradients_of_step(1), gradients_of_step(2)))
+        for i in range(3)
+    ]
     together = vmap(twice)(*tree_map(lambda *x: torch.stack(x), *many), rates)
     for i, (trees, rate) in enumerate(zip(many, rates, strict=True)):
         alone, mine = twice(*trees, rate), tree_map(lambda x, i=i: x[i], together)
@@ -274,7 +185,7 @@ def test_vmapped_updates_are_each_ones_own():
 
 
 def test_gradients_pass_through_one_update_and_say_so_at_two():
-    tree, first, second = {"w": TREE["w"]}, {"w": gradients(1)["w"]}, {"w": gradients(2)["w"]}
+    tree, first, second = {"w": MIXED_TREE["w"]}, {"w": gradients_of_step(1)["w"]}, {"w": gradients_of_step(2)["w"]}
 
     def after(updates: int, optimizer: fgpt.Optimizer, scale: Tensor) -> Tensor:
         params, state = tree, optimizer.init(tree)
