@@ -79,7 +79,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake.stop()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def exact_derivatives() -> Iterator[None]:
     """As on a CPU that does not multiply bf16."""
     with mock.patch.object(kernel, "HAS_BF16_MATMUL", False):

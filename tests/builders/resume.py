@@ -1,4 +1,9 @@
-"""Trainings in processes of their own, that are killed and go on."""
+"""Trainings in processes of their own, that are killed and go on.
+
+What every training imports is imported here, once, and not in each process that is forked.
+"""
+
+# ruff: noqa: F401
 
 import json
 import os
@@ -9,18 +14,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  imported here, once, and not in every process that is forked
-import rouge_score.rouge_scorer  # noqa: F401
-import sklearn.metrics  # noqa: F401
+import matplotlib.pyplot
+import rouge_score.rouge_scorer
+import sklearn.metrics
 import torch
 import torch.utils.tensorboard
 
+import fgpt.cli.evaluation.compare
+import fgpt.cli.training.classification
+import fgpt.cli.training.instruction_tuning
+import fgpt.cli.training.pretraining
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints
 from fgpt.kernels import bitsandbytes_ops
 
-bitsandbytes_ops.register()  # bitsandbytes too is imported here, once
+bitsandbytes_ops.register()
 
 
 def run_in_fork(args: Sequence[str], spoil: Callable[[], Any] = lambda: None) -> int:

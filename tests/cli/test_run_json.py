@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fgpt.cli import run_dir
+from fgpt.cli.run_json import write_run
 from fgpt.errors import InputError
 from fgpt.recipes import find
 from fgpt.recipes.tuning import Adapter

@@ -24,6 +24,8 @@ from fgpt.kernels.quantized_linear import (
 )
 from fgpt.tree import nbytes
 
+pytestmark = pytest.mark.usefixtures("exact_derivatives")
+
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -21,6 +21,8 @@ from fgpt.kernels.quantized_linear import (
     reference,
 )
 
+pytestmark = pytest.mark.usefixtures("exact_derivatives")
+
 
 def dequantized_product(x: Tensor, w: Any) -> Tensor:
     """The meaning of a product: x Wᵀ, with x in 8 bits if W is int8, differentiated as if it were not."""

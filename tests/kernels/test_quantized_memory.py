@@ -16,6 +16,8 @@ from fgpt.kernels.quantized_linear import (
     quantized_linear,
 )
 
+pytestmark = pytest.mark.usefixtures("exact_derivatives")
+
 
 class Expansions(TorchDispatchMode):
     """Every storage of floats as large as a matrix, and whether anything still holds it."""

@@ -10,6 +10,8 @@ from builders import tiny
 
 import fgpt
 
+pytestmark = pytest.mark.usefixtures("exact_derivatives")
+
 PLAIN = tiny(d_model=64, d_mlp=128)
 
 

@@ -20,6 +20,8 @@ from fgpt.model import Linear
 from fgpt.train_step import make_step
 from fgpt.tree import astype, leaves, nbytes, replace_at, tree_map, walk
 
+pytestmark = pytest.mark.usefixtures("exact_derivatives")
+
 PLAIN = tiny(d_model=64, d_mlp=128)
 X, Y = tokens(31, 2, 9), tokens(31, 2, 9, seed=1)
 BATCH = fgpt.Batch(X, Y, torch.ones(2, 9))

@@ -4,12 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  imported here, once, and not in every process that is forked
 import pytest
-import rouge_score.rouge_scorer  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import torch
-import torch.utils.tensorboard
 
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics

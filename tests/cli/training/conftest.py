@@ -6,18 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  imported here, once, and not in every process that is forked
 import pytest
-import rouge_score.rouge_scorer  # noqa: F401
-import sklearn.metrics  # noqa: F401
 from builders.pretraining import SHORT_PRETRAINING, TINY_SIZE, output_of
 from builders.resume import exit_status, final_files, run_in, run_in_fork
 
 import fgpt
-import fgpt.cli.evaluation.compare
-import fgpt.cli.training.classification
-import fgpt.cli.training.instruction_tuning
-import fgpt.cli.training.pretraining
 from fgpt.cli.main import main
 from fgpt.io import models
 

@@ -8,10 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  imported here, once, and not in every process that is forked
 import pytest
-import rouge_score.rouge_scorer  # noqa: F401
-import sklearn.metrics  # noqa: F401
 from builders import ROOT
 from builders.resume import assert_same_files, exit_status, final_files, resume, run_in_fork, wait_until
 

@@ -5,19 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot  # noqa: F401  imported here, once, and not in every process that is forked
 import pytest
-import rouge_score.rouge_scorer  # noqa: F401
-import sklearn.metrics  # noqa: F401
 import torch
-import torch.utils.tensorboard
 from builders.resume import resume
 
 import fgpt
-import fgpt.cli.evaluation.compare
-import fgpt.cli.training.classification
-import fgpt.cli.training.instruction_tuning
-import fgpt.cli.training.pretraining
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.training.job import content_hash
