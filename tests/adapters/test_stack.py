@@ -126,8 +126,8 @@ def test_dropouts_that_differ():
     with pytest.raises(fgpt.InputError, match=r"at blocks.0.attn.q have dropouts of 0.0 and 0.5: .*one dropout"):
         fgpt.stack_adapters(members)
     prompts = [[1, 2], [3]]
-    written = fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=members)  # writing drops nothing
-    assert written == fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=[{}, {}])
+    generated = fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=members)  # writing drops nothing
+    assert generated == fgpt.generate(GPT, prompts, eos_token_id=0, max_new_tokens=4, adapters=[{}, {}])
 
 
 def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):

@@ -51,7 +51,7 @@ class CommandProcess:
         stderr: int | None = None,
         encoding: str = "utf-8",
     ) -> None:
-        ours = [os.pipe() if given is None else (None, given) for given in (stdout, stderr)]
+        ours = [os.pipe() if stream is None else (None, stream) for stream in (stdout, stderr)]
         self.pid = os.fork()
         if not self.pid:
             self._run(args, prepare, [write for _, write in ours], encoding)
@@ -76,13 +76,13 @@ class CommandProcess:
 
     def hear(self, text: str) -> None:
         """Wait until it has said this on stderr."""
-        said = ""
+        output = ""
         assert self.stderr is not None
         for line in self.stderr:
-            said += line
+            output += line
             if text in line:
                 return
-        raise AssertionError(f"it ended, and never said {text!r}: {said}")
+        raise AssertionError(f"it ended, and never said {text!r}: {output}")
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -16,5 +16,5 @@ def adapter_sets(params: fgpt.GPT) -> list[fgpt.Adapters]:
         fgpt.lora(params, fgpt.key(0), 2, target=r"blocks\..*\.(q|up)"),
         fgpt.lora(params, fgpt.key(1), 3, 1.0, target=r"blocks\..*\.(q|down)|wte", rs=True),
     ]
-    moved = [{p: replace(x, b=0.5 * torch.randn_like(x.b)) for p, x in some.items()} for some in drawn]
+    moved = [{p: replace(x, b=0.5 * torch.randn_like(x.b)) for p, x in adapters.items()} for adapters in drawn]
     return [*moved, {}]

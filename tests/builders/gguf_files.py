@@ -41,18 +41,18 @@ MODELS: dict[str, tuple[str, PreTrainedConfig]] = {
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Random weights in every place, norms and biases too."""
-    made = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=rng))
-    return made
+    return model
 
 
-def gguf_tensors(made: PreTrainedModel) -> dict[str, Tensor]:
+def gguf_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a GGUF file has of a model: its parameters by hub name, a tied head once."""
-    renamed = {"lm_head.weight": "embed_out.weight"} if made.config.model_type == "gpt_neox" else {}
-    return {renamed.get(name, name): p.detach() for name, p in made.named_parameters()}
+    renamed = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
+    return {renamed.get(name, name): p.detach() for name, p in model.named_parameters()}
 
 
 def in_ggml_order(arch: str, name: str, x: Tensor, config: Any) -> Tensor:
@@ -77,12 +77,12 @@ def quantized_array(x: Tensor, kind: Kind) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, arch: str, made: PreTrainedModel, kind: Kind = Kind.F32, **edit: Any
+    path: Path, arch: str, model: PreTrainedModel, kind: Kind = Kind.F32, **edit: Any
 ) -> dict[str, np.ndarray]:
     """A GGUF file of `made`, with the keys that llama.cpp's converter writes; `edit` is for metadata and tensors.
     Returns what is stored, by name.
     """
-    config: Any = made.config
+    config: Any = model.config
     writer = gguf.GGUFWriter(str(path), arch)
     values = gguf_metadata(arch, config) | edit.get("fields", {})
     for key, value in values.items():
@@ -92,7 +92,7 @@ def write_gguf(
         (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config.num_hidden_layers)
     found: dict[str, np.ndarray] = {}
-    for hub, x in gguf_tensors(made).items():
+    for hub, x in gguf_tensors(model).items():
         name = names.get_name(hub, try_suffixes=(".weight", ".bias"))
         assert name, hub
         found[name] = quantized_array(in_ggml_order(arch, hub, x, config), kind)

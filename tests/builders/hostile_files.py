@@ -64,12 +64,12 @@ def outcome_of(kind: str, path: Path, read: Callable[[], Any]) -> Any:
             LOADED[kind] += 1
             return found
         except InputError as err:
-            said = str(err)
-    assert said.strip()
-    assert "\n" not in said
-    assert said.isprintable(), said
-    assert len(said) < 2000
-    assert str(path) in said
+            output = str(err)
+    assert output.strip()
+    assert "\n" not in output
+    assert output.isprintable(), output
+    assert len(output) < 2000
+    assert str(path) in output
     return None
 
 

@@ -24,16 +24,20 @@ def model_folder(kind: str) -> Path:
     """A tiny random model that transformers has saved, with a tokenizer of 500 tokens; two put a BOS before texts."""
     path = Path(FOLDERS.name) / kind
     path.mkdir()
-    made = train_tokenizer()
+    tokenizer = train_tokenizer()
     if kind == "gpt2":
-        made.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    made.save(str(path / "tokenizer.json"))
+        tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save(str(path / "tokenizer.json"))
     begin, end = ("<|endoftext|>",) * 2 if kind == "gpt2" else ("<|im_start|>", "<|im_end|>")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
     config |= {"clean_up_tokenization_spaces": False, "chat_template": CHATML, "additional_special_tokens": SPECIAL}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    sizes: dict[str, Any] = {"vocab_size": made.get_vocab_size()}
-    sizes |= {"bos_token_id": made.token_to_id(begin), "eos_token_id": made.token_to_id(end), "pad_token_id": None}
+    sizes: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size()}
+    sizes |= {
+        "bos_token_id": tokenizer.token_to_id(begin),
+        "eos_token_id": tokenizer.token_to_id(end),
+        "pad_token_id": None,
+    }
     if kind == "llama":
         llama = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
         rest = {"intermediate_size": 40, "max_position_embeddings": CONTEXT}

@@ -55,9 +55,9 @@ ODD: tuple[Any, ...] = (
 class Twice(dict[str, Any]):
     """An object that has its first key again, with another value."""
 
-    def __init__(self, value: dict[str, Any], again: Any):
+    def __init__(self, value: dict[str, Any], second: Any):
         super().__init__(value)
-        self.again = again
+        self.again = second
 
 
 def json_bytes(value: Any) -> str:

@@ -56,8 +56,8 @@ def dora(params: fgpt.GPT, **options: Any) -> fgpt.Adapters:
 
 def rs_dora(params: fgpt.GPT) -> fgpt.Adapters:
     adapters: dict[str, Any] = lora(params, rs=True, dropout=0.1, alpha=3)
-    made: dict[str, Any] = dora(params)
-    return {path: fgpt.DoRA(adapters[path], x.m) for path, x in made.items()}
+    dora_adapters: dict[str, Any] = dora(params)
+    return {path: fgpt.DoRA(adapters[path], x.m) for path, x in dora_adapters.items()}
 
 
 OUR_ADAPTERS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {

@@ -7,7 +7,7 @@ SHORT_TRAINING = ["--steps", "6", "--micro-batch-size", "2", "--compare-prompts"
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("error: ")
-    assert len(said) == 1, said
-    return said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert output[-1].startswith("error: ")
+    assert len(output) == 1, output
+    return output[0]

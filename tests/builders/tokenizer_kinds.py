@@ -36,20 +36,20 @@ def write_tokenizer_folder(folder: Path, **files: Any) -> Path:
 
 
 def byte_level(special: list[str], size: int = 480) -> Library:
-    made = Library(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Library(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(training_corpus(), trainer)
-    return made
+    tokenizer.train_from_iterator(training_corpus(), trainer)
+    return tokenizer
 
 
-def by_merges(folder: Path, made: Library, extra: Mapping[str, int] | None = None, **files: Any) -> Path:
+def by_merges(folder: Path, tokenizer: Library, extra: Mapping[str, int] | None = None, **files: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    made.model.save(str(folder))
+    tokenizer.model.save(str(folder))
     if extra:
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         write_tokenizer_folder(folder, vocab_DOT_json=vocab | dict(extra))
@@ -58,79 +58,88 @@ def by_merges(folder: Path, made: Library, extra: Mapping[str, int] | None = Non
 
 def sentencepiece() -> Library:
     """As tokenizer.json of Llama 2: a space before every text, <s> around, bytes for what has no token."""
-    made = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tokenizer = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(parts)
+    tokenizer.decoder = decoders.Sequence(parts)
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     words = [word for text in training_corpus() for word in text.split()] + ["yes", "no", "true", "false"] * 60
-    made.train_from_iterator(words, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False))
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    return made
+    return tokenizer
 
 
 def unigram() -> Library:
-    made = Library(models.Unigram())
-    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("``", '"')])
-    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    made.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer = Library(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("``", '"')])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
         vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
-    made.train_from_iterator(training_corpus(), trainer)
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return made
+    tokenizer.train_from_iterator(training_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
 
 
 def wordpiece() -> Library:
-    made = Library(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece(prefix="##")
+    tokenizer = Library(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    made.train_from_iterator(
+    tokenizer.train_from_iterator(
         training_corpus(), trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     )
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return made
+    return tokenizer
 
 
 def whole_first() -> Library:
     """As Llama 3's: a piece that is a token is not merged."""
-    made = train_tokenizer("llama-bpe")
-    made.model.ignore_merges = True
-    return made
+    tokenizer = train_tokenizer("llama-bpe")
+    tokenizer.model.ignore_merges = True
+    return tokenizer
 
 
 def flagged() -> Library:
     """Added tokens that take the blanks about them, stand alone, or are looked for after normalizing."""
-    made = byte_level(["<|endoftext|>"])
-    made.normalizer = normalizers.Lowercase()
-    made.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("<s>", rstrip=True)])
-    made.add_tokens([AddedToken("<tool>", normalized=True), AddedToken("<Word>", single_word=True, normalized=False)])
-    return made
+    tokenizer = byte_level(["<|endoftext|>"])
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True), AddedToken("<s>", rstrip=True)])
+    tokenizer.add_tokens(
+        [AddedToken("<tool>", normalized=True), AddedToken("<Word>", single_word=True, normalized=False)]
+    )
+    return tokenizer
 
 
-def shuffled(made: Library) -> tuple[dict[str, int], str]:
+def shuffled(tokenizer: Library) -> tuple[dict[str, int], str]:
     """Its vocabulary with ids in another order than its merges."""
-    vocab = made.get_vocab(with_added_tokens=False)
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
     numbers = list(range(len(vocab)))
     random.Random(1).shuffle(numbers)
-    pairs = json.loads(made.to_str())["model"]["merges"]
+    pairs = json.loads(tokenizer.to_str())["model"]["merges"]
     return {token: numbers[i] for token, i in vocab.items()}, "#version: 0.2\n" + "".join(
         f"{a} {b}\n" for a, b in pairs
     )
 
 
-def fast_tokenizer(folder: Path, made: Library, kind: str = "llama", template: str | None = None, **names: Any) -> Path:
+def fast_tokenizer(
+    folder: Path, tokenizer: Library, kind: str = "llama", template: str | None = None, **names: Any
+) -> Path:
     config = {"tokenizer_class": BPE, "clean_up_tokenization_spaces": False, **names}
     config |= {"chat_template": template} if template else {}
     return write_tokenizer_folder(
-        folder, tokenizer_DOT_json=made.to_str(), tokenizer_config_DOT_json=config, config_DOT_json={"model_type": kind}
+        folder,
+        tokenizer_DOT_json=tokenizer.to_str(),
+        tokenizer_config_DOT_json=config,
+        config_DOT_json={"model_type": kind},
     )
 
 
@@ -158,16 +167,16 @@ def specials_within(at: Path) -> Path:
 
 
 def plain_gpt2(at: Path) -> Path:
-    made = byte_level([])
-    return by_merges(at, made, {"<|endoftext|>": made.get_vocab_size()})
+    tokenizer = byte_level([])
+    return by_merges(at, tokenizer, {"<|endoftext|>": tokenizer.get_vocab_size()})
 
 
 def with_added_tokens(at: Path) -> Path:
-    made = byte_level(["<|endoftext|>"])
-    size = made.get_vocab_size()
+    tokenizer = byte_level(["<|endoftext|>"])
+    size = tokenizer.get_vocab_size()
     return by_merges(
         at,
-        made,
+        tokenizer,
         added_tokens_DOT_json={"<tool>": size + 1, "<|im_start|>": size, "<|im_end|>": size + 2},
         special_tokens_map_DOT_json={
             "eos_token": "<|im_end|>",
@@ -183,15 +192,15 @@ def with_added_tokens(at: Path) -> Path:
 
 
 def added_by_id(at: Path) -> Path:
-    made = byte_level(["<|endoftext|>"])
-    size = made.get_vocab_size()
+    tokenizer = byte_level(["<|endoftext|>"])
+    size = tokenizer.get_vocab_size()
     decoder = {
         str(size): {"content": "<mask>", "lstrip": True, "special": True, "normalized": False},
         "0": {"content": "<|endoftext|>", "special": True, "normalized": False},
         str(size + 1): {"content": "<tool>", "special": False, "normalized": True},
     }
     config = {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": decoder, "add_eos_token": True}
-    return by_merges(at, made, tokenizer_config_DOT_json=config | {"unk_token": None, "mask_token": "<mask>"})
+    return by_merges(at, tokenizer, tokenizer_config_DOT_json=config | {"unk_token": None, "mask_token": "<mask>"})
 
 
 def mapped(at: Path) -> Path:
@@ -203,22 +212,22 @@ def mapped(at: Path) -> Path:
 
 
 def prefixed(at: Path) -> Path:
-    made = byte_level(["<|endoftext|>"])
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return fast_tokenizer(at, made, eos_token="<|endoftext|>", sep_token="<sep>")
+    tokenizer = byte_level(["<|endoftext|>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return fast_tokenizer(at, tokenizer, eos_token="<|endoftext|>", sep_token="<sep>")
 
 
 def specials_last() -> Library:
-    made = byte_level([])
-    made.add_special_tokens(["<s>", "<|endoftext|>"])
-    return made
+    tokenizer = byte_level([])
+    tokenizer.add_special_tokens(["<s>", "<|endoftext|>"])
+    return tokenizer
 
 
 def named_by_class(at: Path) -> Path:
     """GPT2Tokenizer: its config, not its tokenizer.json, says whether a space stands before every text."""
-    made = byte_level(["<|endoftext|>"])
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return fast_tokenizer(at, made, "gpt2", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
+    tokenizer = byte_level(["<|endoftext|>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return fast_tokenizer(at, tokenizer, "gpt2", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
 
 
 LLAMA2_CHAT = (

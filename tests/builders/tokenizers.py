@@ -56,47 +56,47 @@ def training_corpus() -> list[str]:
 
 def train_tokenizer(pre: str = "gpt-2") -> Library:
     """A small byte-level BPE that cuts text as the named one does, with a BOS by its post-processor."""
-    made = Library(models.BPE())
+    tokenizer = Library(models.BPE())
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     cut = {"gpt-2": whole, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), whole])}
-    made.pre_tokenizer = cut.get(pre) or pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = cut.get(pre) or pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLITS[pre] or ""), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
-        made.normalizer = normalizers.NFC()
+        tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(training_corpus(), trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", made.token_to_id("<|im_start|>"))]
+    tokenizer.train_from_iterator(training_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.token_to_id("<|im_start|>"))]
     )
-    return made
+    return tokenizer
 
 
-def gguf_metadata_of(made: Library, pre: str, **more: Any) -> dict[str, Any]:
+def gguf_metadata_of(tokenizer: Library, pre: str, **more: Any) -> dict[str, Any]:
     """The metadata of a GGUF file of this tokenizer, by key."""
-    tokens = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
-    merges = json.loads(made.to_str())["model"]["merges"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
     found = {
         "model": "gpt2",
         "pre": pre,
         "tokens": tokens,
         "merges": [" ".join(pair) for pair in merges],
         "token_type": [3 if token in SPECIAL else 1 for token in tokens],
-        "bos_token_id": made.token_to_id("<|im_start|>"),
-        "eos_token_id": made.token_to_id("<|im_end|>"),
+        "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
     }
     found = {f"tokenizer.ggml.{key}": value for key, value in (found | more).items() if value is not None}
     return {"general.architecture": "llama", "tokenizer.chat_template": CHATML} | found
 
 
-def assert_same_tokens(ours: Tokenizer, theirs: Any, text: str) -> None:
-    tokens = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+def assert_same_tokens(ours: Tokenizer, reference: Any, text: str) -> None:
+    tokens = reference.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert ours.encode(text) == tokens, repr(text)
-    assert ours.decode(tokens) == theirs.decode(tokens, clean_up_tokenization_spaces=False)
+    assert ours.decode(tokens) == reference.decode(tokens, clean_up_tokenization_spaces=False)

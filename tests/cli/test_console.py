@@ -25,10 +25,10 @@ from fgpt.weights import num_parameters
 def test_a_header_counts_parameters_and_not_bytes():
     base = fgpt.load("nano")
     adapters = fgpt.lora(base, fgpt.key(0), rank=8, target=r"blocks\..*\.(q|v)")
-    told = describe_sizes("nano", base, adapters)
-    assert told == "nano (4,339,200 parameters), 32,768 trained (0.8 %)"
+    classifier_run = describe_sizes("nano", base, adapters)
+    assert classifier_run == "nano (4,339,200 parameters), 32,768 trained (0.8 %)"
     for kind in ("nf4", "int8", "blockwise8"):
-        assert describe_sizes("nano", fgpt.quantize(base, kind), adapters) == told
+        assert describe_sizes("nano", fgpt.quantize(base, kind), adapters) == classifier_run
     whole = fgpt.trainable_leaves(base, ".*")
     assert describe_sizes("nano", base, whole).endswith("4,339,200 trained (100.0 %)")
     table = fgpt.lora(base, fgpt.key(0), rank=1, target=r"blocks\.0\.attn\.q")
@@ -40,15 +40,15 @@ def test_a_header_counts_parameters_and_not_bytes():
 
 
 def every_command(at: Path) -> dict[str, list[str]]:
-    it, told = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
+    run, classifier_run = str(at / "runs" / "it[b]"), str(at / "runs" / "told[b]")
     return {
-        "generate": [it, ODD_NAME, "--max-new-tokens", "3"],
-        "compare": [it, "--max-new-tokens", "3", "--num-prompts", "2"],
-        "classify": [told, ODD_NAME, "it is [bold]"],
-        "merge": [it],
-        "eval": [it],
-        "report": [it],
-        "replay": [it, "--step", "2"],
+        "generate": [run, ODD_NAME, "--max-new-tokens", "3"],
+        "compare": [run, "--max-new-tokens", "3", "--num-prompts", "2"],
+        "classify": [classifier_run, ODD_NAME, "it is [bold]"],
+        "merge": [run],
+        "eval": [run],
+        "report": [run],
+        "replay": [run, "--step", "2"],
         "doctor": [*training_options(at), "--name", ODD_NAME.replace("/", "")],
     }
 
@@ -56,8 +56,8 @@ def every_command(at: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", ["generate", "compare", "classify", "merge", "eval", "report", "replay", "doctor"])
 def test_names_in_brackets_are_printed_as_they_are(name: str, project: Path, capsys: pytest.CaptureFixture[str]):
     assert main([name, *every_command(project)[name]]) == 0
-    said = capsys.readouterr()
-    text = "".join((said.out + said.err).split())
+    output = capsys.readouterr()
+    text = "".join((output.out + output.err).split())
     expected = {
         "generate": "",
         "compare": "it[b]:baseagainsttuned",
@@ -67,9 +67,9 @@ def test_names_in_brackets_are_printed_as_they_are(name: str, project: Path, cap
     }
     assert expected.get(name, "it[b]") in text
     if name == "classify":
-        assert ODD_NAME in said.out
-        assert "[pos]" in said.out
-        assert "it is [bold]" in said.out
+        assert ODD_NAME in output.out
+        assert "[pos]" in output.out
+        assert "it is [bold]" in output.out
 
 
 def test_work_in_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -94,8 +94,8 @@ def test_work_without_a_terminal_is_a_line_after_a_while(monkeypatch: Any, capsy
         assert list(shown.progress(range(2), "within")) == [0, 1]
     with shown.show_progress("loading"):
         time.sleep(0.3)
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
+    output = capsys.readouterr().err.splitlines()
+    assert output == ["reading: 1 of 3 in 0 s, eta 0 s", "loading: 0 s so far .."]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -12,11 +12,11 @@ from fgpt.cli import environment
 
 
 def test_the_environment_names_no_one():
-    it = environment.environment()
-    assert it["packages"]["torch"].startswith("2.")
-    assert it["cores"] >= 1
-    assert it["threads"] >= 1
-    text = json.dumps(it)
+    facts = environment.environment()
+    assert facts["packages"]["torch"].startswith("2.")
+    assert facts["cores"] >= 1
+    assert facts["threads"] >= 1
+    text = json.dumps(facts)
     assert os.uname().nodename not in text
     assert str(Path.home()) not in text.replace("//", "/") or str(Path.home()) == "/"
     assert str(Path(environment.__file__).parent) not in text

@@ -22,9 +22,9 @@ def test_help_at_every_level(capsys: pytest.CaptureFixture[str]):
         assert all(f"\n  {name} " in text for name in COMMANDS)
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
-        said = capsys.readouterr()
-        assert "usage: fgpt" in said.out
-        assert said.err == ""
+        output = capsys.readouterr()
+        assert "usage: fgpt" in output.out
+        assert output.err == ""
     for name in ("lora-nano", "emotion-small", "pretrain-nano"):
         for verb in ("train", "doctor"):
             assert main([verb, name, "--help"]) == 0

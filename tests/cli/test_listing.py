@@ -49,8 +49,8 @@ def test_runs_are_listed_newest_first(lora_run: Path, capsys: pytest.CaptureFixt
         (out / name / "run.json").write_text("[]" if name == "broken" else json.dumps(values))
         (out / name / "status.json").write_text(json.dumps({"state": state, "steps": 9}))
         (out / name / "metrics.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-        written = lora_run.joinpath("run.json").stat().st_mtime - age
-        os.utime(out / name / "run.json", (written, written))
+        modified = lora_run.joinpath("run.json").stat().st_mtime - age
+        os.utime(out / name / "run.json", (modified, modified))
     assert main(["runs", "--out", str(out)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     loss = f"{read_metrics(lora_run / 'metrics.jsonl')[-1]['loss']:.3f}"

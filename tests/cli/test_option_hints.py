@@ -80,9 +80,9 @@ def test_advice_can_be_followed(
     args: list[str], advice: str, never: str, finished_commands: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(args) == 2
-    said = capsys.readouterr().err
-    assert advice in said
-    assert never not in said
+    output = capsys.readouterr().err
+    assert advice in output
+    assert never not in output
 
 
 def test_a_run_of_another_kind_is_told_what_it_is_for(tmp_path: Path):

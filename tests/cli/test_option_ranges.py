@@ -123,12 +123,12 @@ def test_a_number_out_of_range_is_one_line_before_anything_is_read(
 ):
     monkeypatch.chdir(tmp_path)
     assert main([*command.split(), *option.split()]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1
     name = option.partition("=")[0].split()[0].removeprefix("--")
-    assert name in said[0].replace("_", "-")
-    assert " is " in said[0]
-    assert "expected" in said[0]
+    assert name in output[0].replace("_", "-")
+    assert " is " in output[0]
+    assert "expected" in output[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,13 +145,13 @@ def test_numbers_of_a_file_and_of_a_resumed_run_are_checked(project: Path, tmp_p
 
 
 def test_ranges_in_words():
-    said = {
+    output = {
         "1 or more": ranges.Range(least=1, most=ranges.LARGEST),
         "a number above 0, at most 1": ranges.Range(above=0, most=1),
         "0 or more, below 1": ranges.Range(least=0, below=1),
         "a finite number": ranges.Range(),
     }
-    assert {allowed.expected(-1): allowed for allowed in said.values()} == said
+    assert {allowed.expected(-1): allowed for allowed in output.values()} == output
     assert ranges.Range(least=1, most=ranges.LARGEST).expected(2**40) == "1 or more, at most 2,147,483,647"
-    assert not any(allowed.holds(x) for allowed in said.values() for x in (math.nan, math.inf, -math.inf))
+    assert not any(allowed.holds(x) for allowed in output.values() for x in (math.nan, math.inf, -math.inf))
     assert ranges.Range(least=0).holds(10**400)  # which no float is

@@ -30,9 +30,9 @@ def test_a_path_as_it_is_shared(path: str | Path, expected: str, tmp_path: Path,
 
 
 def test_a_sentence_without_paths():
-    said = f"cannot write {HOME}/runs/x: no space ({HOME}/a.json), see https://example.org/a/b and a/b or 1/2"
+    sentence = f"cannot write {HOME}/runs/x: no space ({HOME}/a.json), see https://example.org/a/b and a/b or 1/2"
     expected = "cannot write .../x: no space (.../a.json), see https://example.org/a/b and a/b or 1/2"
-    assert paths.without_paths(said) == expected
+    assert paths.without_paths(sentence) == expected
 
 
 def test_a_run_that_names_files_is_read_back_whole(tmp_path: Path):

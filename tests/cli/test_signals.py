@@ -69,19 +69,19 @@ def test_a_second_signal_ends_what_swallows_the_first(
     child.hear(answer)
     assert os.waitpid(child.pid, os.WNOHANG) == (0, 0)
     child.signal(number)
-    status, _, said = child.end()
+    status, _, output = child.end()
     assert status == -number
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 def test_a_hangup_ends_a_training_with_a_checkpoint(project: Path, tmp_path: Path):
     child = CommandProcess(["train", *training_options(project), "--steps", "4000", "--out", str(tmp_path)], slow_steps)
     child.hear("step 1/4000")
     child.signal(signal.SIGHUP)
-    status, _, said = child.end()
+    status, _, output = child.end()
     assert status == 130
-    assert "Traceback" not in said
-    assert "interrupted after" in said
+    assert "Traceback" not in output
+    assert "interrupted after" in output
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     assert list((run / "checkpoints").glob("step-*/manifest.json"))

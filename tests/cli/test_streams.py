@@ -29,8 +29,12 @@ def test_a_reader_that_goes_ends_a_command_quietly(project: Path):
     command = [sys.executable, "-m", "fgpt", "runs"]
     done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
-    run, told = str(project / "runs" / "it[b]"), str(project / "runs" / "told[b]")
-    for args in (["generate", run, "Hi.", "--max-new-tokens", "20"], ["classify", told, "hi"], ["generate", "--help"]):
+    run, classifier_run = str(project / "runs" / "it[b]"), str(project / "runs" / "told[b]")
+    for args in (
+        ["generate", run, "Hi.", "--max-new-tokens", "20"],
+        ["classify", classifier_run, "hi"],
+        ["generate", "--help"],
+    ):
         assert CommandProcess(args, stdout=closed_pipe()).end() == (141, "", ""), args
 
 
@@ -56,8 +60,8 @@ def test_a_training_nobody_listens_to_goes_on(project: Path, tmp_path: Path):
 
 def test_a_full_disk_behind_stdout_is_said(project: Path):
     args = ["generate", str(project / "runs" / "it[b]"), "Hi.", "--max-new-tokens", "3"]
-    status, _, said = CommandProcess(args, stdout=os.open("/dev/full", os.O_WRONLY)).end()
-    assert (status, said) == (2, "error: writing: No space left on device; free space or choose another folder\n")
+    status, _, output = CommandProcess(args, stdout=os.open("/dev/full", os.O_WRONLY)).end()
+    assert (status, output) == (2, "error: writing: No space left on device; free space or choose another folder\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -33,6 +33,6 @@ def test_a_short_training_comes_to_its_rate(project: Path, tmp_path: Path, capsy
     assert "warmup" not in capsys.readouterr().err
     assert main(["train", *args, "--warmup-steps", "20"]) == 0  # asked for: as it is, and said
     assert max(line["lr"] for line in read_metrics(tmp_path / "lora-nano-2" / "metrics.jsonl")) == pytest.approx(9e-4)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "it ends within its --warmup-steps 20: of lr 0.006 it reaches 0.0009" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "it ends within its --warmup-steps 20: of lr 0.006 it reaches 0.0009" in output
     assert warn_if_all_warmup(1.0, 20, 20) == []

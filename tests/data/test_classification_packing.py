@@ -29,7 +29,7 @@ labeled = st.builds(
 
 @given(st.lists(labeled, min_size=1, max_size=12), st.integers(0, 5))
 def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], seed: int):
-    seen: Counter[tuple[int, ...]] = Counter()
+    counts: Counter[tuple[int, ...]] = Counter()
     for rows_ in epoch_batches(examples, 12, 2, fgpt.key(seed)):
         batch = collate(rows_)
         assert batch.weights.sum() == sum(len(row) for row in rows_)
@@ -39,8 +39,8 @@ def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], se
         assert batch.weights.nonzero().tolist() == [list(end) for end in ends]
         for (r, at), x in zip(ends, (x for row in rows_ for x in row), strict=True):
             assert batch.targets[r, at] == x.label
-            seen[(*x.tokens, x.label or 0)] += 1
-    assert seen == Counter((*x.tokens, x.label or 0) for x in examples)
+            counts[(*x.tokens, x.label or 0)] += 1
+    assert counts == Counter((*x.tokens, x.label or 0) for x in examples)
 
 
 @given(st.lists(labeled, min_size=1, max_size=20), st.integers(9, 24))

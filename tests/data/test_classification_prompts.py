@@ -81,9 +81,9 @@ def test_a_category_is_asked_for_after_any_text(text: str, width: int):
     (example,), _ = encode(
         [LabeledText(text * 4, label="fear")], verbalizers(["joy", "fear"], NANO), around, NANO, width
     )
-    said = NANO.decode(list(example.tokens))
-    assert said.startswith("Sort into joy, fear.\nText:\n")
-    assert said.endswith("\nCategory:")
+    output = NANO.decode(list(example.tokens))
+    assert output.startswith("Sort into joy, fear.\nText:\n")
+    assert output.endswith("\nCategory:")
     assert NANO.decode([example.label or 0]) == " fear"
     assert len(example.tokens) <= width
     batch = collate([[example]])

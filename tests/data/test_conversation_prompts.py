@@ -30,7 +30,7 @@ BELOW = "Below is an instruction that describes a task. Write a response that ap
 
 def test_what_a_conversation_looks_like():
     end = "<|endoftext|>"
-    wanted = {
+    expected = {
         "alpaca": f"Answer in French.\n\n{BELOW}### Instruction:\nHello.\n\n### Response:\nBonjour.{end}"
         f"{BELOW}### Instruction:\nGood night.\n\n### Response:\n",
         "plain": f"Answer in French.\n\nInstruction: Hello.\n\nResponse:\nBonjour.{end}"
@@ -38,7 +38,7 @@ def test_what_a_conversation_looks_like():
         "tulu": f"<|system|>\nAnswer in French.\n<|user|>\nHello.\n<|assistant|>\nBonjour.{end}"
         "<|user|>\nGood night.\n<|assistant|>\n",
     }
-    for name, text in wanted.items():
+    for name, text in expected.items():
         example = encode(FRENCH, TEMPLATES[name], NANO)
         assert NANO.decode(list(example.tokens)) == f"{text}Bonne nuit.{end}", name
         assert NANO.decode(list(example.tokens[: example.prompt_length])) == text
@@ -62,17 +62,17 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.sampled_from([ALPACA, PLAIN, TULU]))
 def test_a_turn_s_prompt_is_the_example_before_it_and_the_next_question(talk: list[tuple[str, str]], look: Any):
     """So a model is asked in the words that it was trained on, token by token; and one turn is a plain row."""
-    said: list[Message] = []
+    messages: list[Message] = []
     before: tuple[int, ...] = ()
     for question, answer in talk:
-        said.append(Message("user", question))
-        example = encode(Turn("", "", answer, tuple(said)), look, NANO)
+        messages.append(Message("user", question))
+        example = encode(Turn("", "", answer, tuple(messages)), look, NANO)
         alone = encode(InstructionRow(question, "", answer), look, NANO)
         assert example.tokens == (*before, *alone.tokens)
         assert example.prompt_length == len(before) + alone.prompt_length
-        said.append(Message("assistant", answer))
+        messages.append(Message("assistant", answer))
         before = example.tokens
-    batch = collate([[encode(Turn("", "", talk[-1][1], tuple(said[:-1])), look, NANO)]])
+    batch = collate([[encode(Turn("", "", talk[-1][1], tuple(messages[:-1])), look, NANO)]])
     assert batch.weights.sum() == len(NANO.encode(talk[-1][1])) + 1  # the last answer and its end alone
 
 
@@ -100,7 +100,7 @@ def test_a_chat_template_that_refuses_names_the_row():
 @pytest.mark.parametrize("name", ["alpaca", "plain", "tulu"])
 def test_a_chat_asks_in_the_words_of_training(name: str):
     run = cast(InstructionRecipe, find("lora-nano"))
-    opened = LoadedRun(replace(run, template=name), cast(Any, None), NANO)
-    said = [InstructionRow("Hello.", "", "Bonjour."), InstructionRow("Good night.")]
+    loaded = LoadedRun(replace(run, template=name), cast(Any, None), NANO)
+    messages = [InstructionRow("Hello.", "", "Bonjour."), InstructionRow("Good night.")]
     trained = encode(Turn("", "", "Bonne nuit.", messages_row(*TALK[:3])), TEMPLATES[name], NANO)
-    assert encode_conversation(opened, said) == list(trained.tokens[: trained.prompt_length])
+    assert encode_conversation(loaded, messages) == list(trained.tokens[: trained.prompt_length])

@@ -57,8 +57,8 @@ def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFix
     first, second = load_instruction_split(recipe)
     assert len(first) + len(second) == 18
     assert len(second) == 4
-    said = " ".join(capsys.readouterr().err.split())
-    assert "1 conversations without an answer of the assistant, 9 messages after the last answer" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "1 conversations without an answer of the assistant, 9 messages after the last answer" in output
 
 
 def test_a_comparison_shows_the_whole_prompt(tmp_path: Path):

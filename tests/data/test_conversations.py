@@ -90,15 +90,18 @@ def test_a_question_and_its_answer_are_a_plain_row(record: Any, tmp_path: Path):
 def test_calls_of_tools_and_their_results(tmp_path: Path):
     call = {"name": "add", "arguments": {"a": 2}}
     openai = {"role": "assistant", "content": None, "tool_calls": [{"function": {**call, "arguments": '{"a": 2}'}}]}
-    asked, result, answer = ({"role": "user", "content": "2 + 2?"}, {"role": "tool", "content": "4"}, "Four.")
+    question, result, answer = ({"role": "user", "content": "2 + 2?"}, {"role": "tool", "content": "4"}, "Four.")
     tools = [{"name": "add"}]
-    wanted = [
+    expected = [
         (("system", 'Tools:\n[{"name": "add"}]'), ("user", "2 + 2?")),
         (("assistant", '{"name": "add", "arguments": {"a": 2}}'), ("tool", "4")),
     ]
-    first, second = tuple(Message(*x) for x in cast(Any, wanted[0])), tuple(Message(*x) for x in cast(Any, wanted[1]))
+    first, second = (
+        tuple(Message(*x) for x in cast(Any, expected[0])),
+        tuple(Message(*x) for x in cast(Any, expected[1])),
+    )
     for record in (
-        {"messages": [asked, openai, result, {"role": "assistant", "content": answer}], "tools": tools},
+        {"messages": [question, openai, result, {"role": "assistant", "content": answer}], "tools": tools},
         {
             "conversations": [
                 {"from": "human", "value": "2 + 2?"},

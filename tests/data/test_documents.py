@@ -23,25 +23,25 @@ from fgpt.recipes import PretrainingRecipe
 def test_rows_lose_no_token(lengths: list[int], seq: int):
     """After `seq` epochs the stream ends with a row: each token was to be predicted as often as it came."""
     numbers = itertools.count(1)
-    given = [torch.tensor([next(numbers) for _ in range(n)], dtype=torch.int32) for n in lengths]
+    streams = [torch.tensor([next(numbers) for _ in range(n)], dtype=torch.int32) for n in lengths]
     epoch = sum(lengths) + len(lengths)
-    stream = documents.rows(given, 0, seq, fgpt.key(0))
+    stream = documents.rows(streams, 0, seq, fgpt.key(0))
     rows = [next(stream) for _ in range(epoch)]  # seq epochs of `epoch` tokens, in rows of seq
     assert Counter(t for row in rows for t in row[1:].tolist()) == Counter(
-        {t: seq for x in given for t in x.tolist()} | {0: seq * len(lengths)}
+        {t: seq for x in streams for t in x.tolist()} | {0: seq * len(lengths)}
     )
-    after = {b: a for x in given for a, b in itertools.pairwise([0, *x.tolist()])}
+    after = {b: a for x in streams for a, b in itertools.pairwise([0, *x.tolist()])}
     assert all(after.get(b, a) == a for row in rows for a, b in itertools.pairwise(row.tolist()))
-    again = documents.rows(given, 0, seq, fgpt.key(0))
-    assert all(torch.equal(row, next(again)) for row in rows)
+    repeated = documents.rows(streams, 0, seq, fgpt.key(0))
+    assert all(torch.equal(row, next(repeated)) for row in rows)
 
 
 def test_micro_batches_are_rows_one_after_the_other():
-    given = [torch.arange(1, 200, dtype=torch.int32)]
-    (one,) = next(batches(given, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=6), fgpt.key(1)))
+    streams = [torch.arange(1, 200, dtype=torch.int32)]
+    (one,) = next(batches(streams, 0, PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=6), fgpt.key(1)))
     three = next(
         batches(
-            given,
+            streams,
             0,
             PretrainingRecipe(name="a", max_seq_len=5, micro_batch_size=2, grad_accumulation_steps=3),
             fgpt.key(1),
@@ -73,8 +73,12 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     for name, text in (("train", lines), ("validation", ["only this"])):
         pyarrow.parquet.write_table(pyarrow.table({"text": text}), part / f"{name}-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
-    said = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    chats = pyarrow.table({"dataset": ["x"], "messages": [said]})
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
+    chats = pyarrow.table({"dataset": ["x"], "messages": [messages]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
     monkeypatch.setattr(instruction_datasets, "download", lambda name, hub, option: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
@@ -90,6 +94,6 @@ def test_long_answers_are_cut_and_long_prompts_are_not():
     assert packing.truncate(long, 9) == Example(tuple(range(9)), 6)
     assert packing.truncate(long, 8) == Example(tuple(range(8)), 6)  # two tokens of the answer
     assert packing.truncate(long, 7) == long
-    kept, dropped = packing.filter_by_length([packing.truncate(long, width) for width in (8, 7)], 8, drop=True)
-    assert (len(kept), dropped.long, dropped.empty) == (1, 1, 0)
-    assert packing.collate([kept]).weights.tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]
+    examples, dropped = packing.filter_by_length([packing.truncate(long, width) for width in (8, 7)], 8, drop=True)
+    assert (len(examples), dropped.long, dropped.empty) == (1, 1, 0)
+    assert packing.collate([examples]).weights.tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]

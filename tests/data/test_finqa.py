@@ -108,14 +108,14 @@ def test_the_middle_of_the_text_goes_and_nothing_else(before: int, after: int, w
     assert length(got) <= width
     assert (got.instruction, got.table, got.output) == (row.instruction, row.table, row.output)
     assert f"\n{got.table}\n" in f"\n{got.input}\n"
-    kept = []
+    remaining = []
     for text, whole in ((got.before, row.before), (got.after, row.after)):
         head, gap, tail = text.partition(ELLIPSIS)
         assert whole.startswith(head.strip())
         assert whole.endswith(tail.strip()) or not gap
         assert gap or text == whole
         assert 0 <= len(head.split()) - len(tail.split()) <= 1 or not gap
-        kept.append(len(head.split()) + len(tail.split()))
-    if min(before, after) > min(kept):  # both lose words: then both alike
-        assert abs(kept[0] - kept[1]) <= 1
+        remaining.append(len(head.split()) + len(tail.split()))
+    if min(before, after) > min(remaining):  # both lose words: then both alike
+        assert abs(remaining[0] - remaining[1]) <= 1
     assert width - length(got) <= 1  # no more than it takes; a gap may be a word more than what it stands for

@@ -7,13 +7,13 @@ from fgpt.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("count", "wanted", "held"), [(60, 64, 6), (64, 64, 6), (127, 64, 12), (128, 64, 64), (2, 9, 1)]
+    ("count", "requested", "heldout"), [(60, 64, 6), (64, 64, 6), (127, 64, 12), (128, 64, 64), (2, 9, 1)]
 )
-def test_few_rows_are_shared(count: int, wanted: int, held: int, capsys: pytest.CaptureFixture[str]):
-    assert num_heldout(range(count), wanted, "a.jsonl") == held
+def test_few_rows_are_shared(count: int, requested: int, heldout: int, capsys: pytest.CaptureFixture[str]):
+    assert num_heldout(range(count), requested, "a.jsonl") == heldout
     message = " ".join(capsys.readouterr().err.split())
-    hint = f"--num-heldout {wanted} would be more than half"
-    assert message == ("" if held == wanted else f"held out {held} of {count} rows, a tenth: {hint}")
+    hint = f"--num-heldout {requested} would be more than half"
+    assert message == ("" if heldout == requested else f"held out {heldout} of {count} rows, a tenth: {hint}")
 
 
 def test_one_row_cannot_be_shared():

@@ -40,11 +40,11 @@ def test_columns(tmp_path: Path):
     assert load_rows(file, Columns("q", output="a")) == [InstructionRow("1", "", "2.5")]
     assert load_rows(file, Columns("a", "q", "a")) == [InstructionRow("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
-    asked = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
+    messages = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
     assert next((row.instruction, row.output) for row in load_rows(file)) == ("hello", "good day")
     assert [(row.messages, row.output) for row in load_rows(file) if isinstance(row, Turn)] == [
-        (asked[:1], "good day"),
-        (asked, "later"),
+        (messages[:1], "good day"),
+        (messages, "later"),
     ]
 
 
@@ -158,5 +158,5 @@ def test_not_text_and_not_there(tmp_path: Path):
 def test_real_files(name: str, columns: Columns | None, count: int, shared_data: SharedData):
     found = load_rows(shared_data(name), columns)
     assert len(found) == count
-    kept, dropped = filter_by_length([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
-    assert len(kept) + dropped.long + dropped.empty == 200
+    examples, dropped = filter_by_length([encode(row, ALPACA, TOKENIZER) for row in found[:200]], 512, drop=True)
+    assert len(examples) + dropped.long + dropped.empty == 200

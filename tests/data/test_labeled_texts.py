@@ -112,11 +112,11 @@ def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
         run = find(name)
         assert isinstance(run, ClassificationRecipe)
         assert run.test is None
-        mine = replace(run, train=str(path), columns=Columns(), labels=(), num_heldout=40)
-        train, test = load_classification_split(mine)
+        recipe = replace(run, train=str(path), columns=Columns(), labels=(), num_heldout=40)
+        train, test = load_classification_split(recipe)
         assert (len(train), len(test)) == (360, 40)
         assert {row.text for row in train} | {row.text for row in test} == {f"text {i}" for i in range(400)}
-        given_test = replace(mine, test=str(put(tmp_path / "test.csv", [{"text": "x", "label": 0}])))
+        given_test = replace(recipe, test=str(put(tmp_path / "test.csv", [{"text": "x", "label": 0}])))
         assert [len(part) for part in load_classification_split(given_test)] == [400, 1]
         assert load_test_texts(given_test) == load_classification_split(given_test)[1]
 
@@ -148,8 +148,8 @@ for source, split in (("mine", "test"), ("mine", "train"), ("emotion", "test"), 
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[:3] == ["[('test', '1')]", "[('train', '1')]", "[('oh', 'surprise'), ('hm', 'sadness')]"]
-    assert said[3].startswith("InputError the hub gave no 'emotion' (")
-    assert "give a file instead" in said[3]
+    output = done.stdout.splitlines()
+    assert output[:3] == ["[('test', '1')]", "[('train', '1')]", "[('oh', 'surprise'), ('hm', 'sadness')]"]
+    assert output[3].startswith("InputError the hub gave no 'emotion' (")
+    assert "give a file instead" in output[3]
     assert HUB_DATASETS["rte"].files["test"] == "rte/validation-*.parquet"

@@ -97,11 +97,11 @@ def test_collate_against_its_definition(rows: list[list[Example]], extra: int):
                 assert n <= 0
             assert batch.tokens[r, c] == (row[n].tokens[i] if n >= 0 else 0)
             inside = n >= 0 and i + 1 < len(row[n].tokens)
-            asked = inside and i + 1 >= row[n].prompt_length
-            assert batch.weights[r, c] == float(asked)
+            in_answer = inside and i + 1 >= row[n].prompt_length
+            assert batch.weights[r, c] == float(in_answer)
             if inside:
                 assert batch.targets[r, c] == row[n].tokens[i + 1]
-            if asked:
+            if in_answer:
                 positive.add(r * width + c)
     assert batch.loss_positions.tolist() == sorted(positive)
     assert batch.loss_positions.dtype == torch.int64
@@ -112,9 +112,9 @@ def test_collate_against_its_definition(rows: list[list[Example]], extra: int):
 def test_the_end_of_each_answer_carries_loss_and_no_prompt_does(given_rows: list[InstructionRow]):
     examples = [encode(row, PLAIN, TOKENIZER) for row in given_rows]
     batch = collate([examples])
-    asked = batch.targets[batch.weights > 0].tolist()
-    assert asked == [token for e in examples for token in e.tokens[e.prompt_length :]]
-    assert asked.count(TOKENIZER.eos) == len(examples)
+    targets = batch.targets[batch.weights > 0].tolist()
+    assert targets == [token for e in examples for token in e.tokens[e.prompt_length :]]
+    assert targets.count(TOKENIZER.eos) == len(examples)
 
 
 @settings(max_examples=20, deadline=None)

@@ -31,7 +31,7 @@ class Bench:
         cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, n_ctx=64)
         models.save(fgpt.init(cfg, fgpt.key(0)), at / "base", like="nano")
         self.write([{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(12)])
-        own = [
+        options = [
             "--base",
             str(at / "base"),
             "--data",
@@ -43,7 +43,7 @@ class Bench:
             "--max-seq-len",
             "48",
         ]
-        self.args = ["lora-nano", *own, "--micro-batch-size", "2", "--compare-prompts", "0", "--out", str(at)]
+        self.args = ["lora-nano", *options, "--micro-batch-size", "2", "--compare-prompts", "0", "--out", str(at)]
 
     def write(self, rows: list[dict[str, str]]) -> None:
         self.rows.write_text(json.dumps(rows))
@@ -62,7 +62,7 @@ class Bench:
 
     def labeled(self, text: str, *more: str) -> int:
         (self.at / "texts.txt").write_text(text)
-        own = [
+        options = [
             "--base",
             str(self.at / "base"),
             "--train",
@@ -72,7 +72,7 @@ class Bench:
             "--num-heldout",
             "2",
         ]
-        return main(["train", "hate-smollm2-lora", *own, *more, "--out", str(self.at)])
+        return main(["train", "hate-smollm2-lora", *options, *more, "--out", str(self.at)])
 
 
 def pickled(bench: Bench) -> int:
@@ -119,10 +119,10 @@ def without(name: str) -> Callable[[Bench], int]:
         with pytest.MonkeyPatch.context() as patch:
             from importlib import metadata
 
-            def absent(asked: str) -> metadata.Distribution:
-                if asked == name:
-                    raise metadata.PackageNotFoundError(asked)
-                return found(asked)
+            def absent(package: str) -> metadata.Distribution:
+                if package == name:
+                    raise metadata.PackageNotFoundError(package)
+                return found(package)
 
             found = metadata.distribution
             patch.setattr(metadata, "distribution", absent)

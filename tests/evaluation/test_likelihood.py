@@ -37,9 +37,9 @@ def reference(model: Any, context: list[int], continuation: list[int]) -> tuple[
     """By transformers' model, one pair at a time and without padding."""
     row = [*context, *continuation][:-1][-24:]
     with torch.no_grad():
-        given = model(torch.tensor([row])).logits[0, -len(continuation) :].double().log_softmax(-1)
+        log_probs = model(torch.tensor([row])).logits[0, -len(continuation) :].double().log_softmax(-1)
     chosen = torch.tensor(continuation)
-    return given.gather(-1, chosen[:, None])[:, 0].tolist(), (given.argmax(-1) == chosen).tolist()
+    return log_probs.gather(-1, chosen[:, None])[:, 0].tolist(), (log_probs.argmax(-1) == chosen).tolist()
 
 
 some_tokens = st.integers(0, 30)
@@ -94,11 +94,11 @@ def test_a_score_is_its_pairs_alone_and_transformers(name: str, pairs: list[Any]
 
 def test_what_greedy_decoding_writes_is_greedy():
     params = tiny()
-    (written,) = fgpt.generate(params, [[3, 1, 4]], eos_token_id=-1, max_new_tokens=10)
-    (got,) = loglikelihood(params, [([3, 1, 4], written.tokens)])
+    (generated,) = fgpt.generate(params, [[3, 1, 4]], eos_token_id=-1, max_new_tokens=10)
+    (got,) = loglikelihood(params, [([3, 1, 4], generated.tokens)])
     assert all(got.greedy)
     (other,) = loglikelihood(
-        params, [([3, 1, 4], [*written.tokens[:4], (written.tokens[4] + 1) % 31, *written.tokens[5:]])]
+        params, [([3, 1, 4], [*generated.tokens[:4], (generated.tokens[4] + 1) % 31, *generated.tokens[5:]])]
     )
     assert other.greedy[:5] == [True] * 4 + [False]
 
@@ -172,9 +172,9 @@ def test_a_sliding_window_is_transformers(name: str, length: int, width: int, da
 def test_logits_of_a_long_text_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch):
     params = tiny(n_ctx=256, vocab_size=2000)
     monkeypatch.setattr(likelihood, "CHUNK_BYTES", 4 * 2000 * 16)
-    with LargestTensor() as seen:
+    with LargestTensor() as recorder:
         loglikelihood_rolling(params, tokens(2000, 500).tolist(), bos_token_id=0, width=256, stride=128)
-    assert seen.numel < 256 * 2000 / 4
+    assert recorder.numel < 256 * 2000 / 4
 
 
 def test_room_is_the_context_unless_it_is_very_long():

@@ -65,8 +65,8 @@ def test_no_constant_answer_scores(heldout: list[Task], tasks: list[Task]):
     common = [text for text, _ in Counter(task.output for task in tasks if task.kind != STORY).most_common(20)]
     assert max(points(heldout, [text] * len(heldout)) for text in common) < 3
     for rows in (tasks, heldout):
-        asked = [task.output for task in rows if task.kind != STORY]
-        assert max(Counter(asked).values()) <= 0.08 * len(asked)
+        answers = [task.output for task in rows if task.kind != STORY]
+        assert max(Counter(answers).values()) <= 0.08 * len(answers)
 
 
 def test_size_and_counts(tasks: list[Task], heldout: list[Task]):
@@ -103,11 +103,11 @@ def test_no_held_out_story_is_trained_on(tasks: list[Task], shared_data: SharedD
         """A text without its opening and its hero, which the maker changes."""
         return re.sub(r"[A-Z]\w*|\b(?:an?|girl|boy)\b", "", text.partition(". ")[2].partition("\n")[0])[:120]
 
-    held = {bare(story) for story in stories}
+    heldout_texts = {bare(story) for story in stories}
     assert not [
         task.output
         for task in tasks
-        if task.kind == STORY and len(bare(task.output)) > 60 and bare(task.output) in held
+        if task.kind == STORY and len(bare(task.output)) > 60 and bare(task.output) in heldout_texts
     ]
 
 
@@ -155,10 +155,12 @@ def test_the_maker_is_a_function_of_the_stories(tmp_path: Path, texts: dict[str,
         make_nano_tasks.main(tmp_path / name, (texts["stories"],), texts["held_out"], rows=40, held_out_rows=20)
         files.append([(tmp_path / name / file).read_bytes() for file in ("tasks.jsonl", "heldout.jsonl")])
     assert files[0] == files[1]
-    rows, kept = read_tasks(tmp_path / "one" / "tasks.jsonl"), read_tasks(tmp_path / "one" / "heldout.jsonl")
-    assert (len(rows), len(kept)) == (40, 20)
+    rows, remaining = read_tasks(tmp_path / "one" / "tasks.jsonl"), read_tasks(tmp_path / "one" / "heldout.jsonl")
+    assert (len(rows), len(remaining)) == (40, 20)
     assert points(rows, [task.output for task in rows]) == 100
-    assert not {(task.instruction, task.input) for task in rows} & {(task.instruction, task.input) for task in kept}
+    assert not {(task.instruction, task.input) for task in rows} & {
+        (task.instruction, task.input) for task in remaining
+    }
 
 
 def test_too_few_stories_are_one_line(tmp_path: Path, texts: dict[str, Path]):

@@ -44,9 +44,9 @@ def test_scaled_scores_are_transformers(fields: dict[str, bool], tmp_path: Path)
     steps = [scores, *(static_cache.decode_step(params, x[:, i], room) for i in range(1, 20))]
     close(torch.stack(steps, 1), expected, 1e-5)
     fgpt.save(params, tmp_path / "ours")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     with torch.no_grad():
-        close(again(x).logits, expected, 1e-6)
+        close(reloaded(x).logits, expected, 1e-6)
     assert same(fgpt.load(str(tmp_path / "ours")), params)
 
 
@@ -57,9 +57,9 @@ NEW = ("mistral", "qwen3, a window in one layer", "qwen2, yarn, every field", "n
 def test_quantized_trees_keep_windows_and_ropes(name: str, tmp_path: Path):
     params = fgpt.quantize(save_and_load(hf_model(name)), "int8")
     fgpt.save(params, tmp_path)
-    again = fgpt.load(str(tmp_path))
-    assert again.cfg == params.cfg
-    assert same(again, params)
+    reloaded = fgpt.load(str(tmp_path))
+    assert reloaded.cfg == params.cfg
+    assert same(reloaded, params)
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -70,9 +70,9 @@ def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    mine, wanted = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
-    close(mine, wanted, 1e-9)
-    (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (mine, wanted))
+    got, target = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
+    close(got, target, 1e-9)
+    (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (got, target))
     close(slope, expected, 1e-9)
     model, x = hf_model("neox", hidden_act=name), tokens(31, 2, 20)
     with torch.no_grad():

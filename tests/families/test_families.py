@@ -64,8 +64,8 @@ def test_any_chunking_is_one_pass_and_greedy_text_is_transformers(name: str):
     for prompt, got in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "eos_token_id": 0, "pad_token_id": 0}
-        written = model.generate(ids, do_sample=False, max_new_tokens=10, **options)[0, len(prompt) :].tolist()
-        assert got.tokens == (written[: written.index(0)] if 0 in written else written)
+        generated = model.generate(ids, do_sample=False, max_new_tokens=10, **options)[0, len(prompt) :].tolist()
+        assert got.tokens == (generated[: generated.index(0)] if 0 in generated else generated)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,14 +79,14 @@ def test_load_then_save_is_the_identity(name: str, dtype: torch.dtype, tmp_path:
     old, new = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert same(old, new)
     assert same(fgpt.load(str(tmp_path / "ours"), dtype=None), params)
-    first, again = (
+    first, second = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / side, attn_implementation="eager").eval()
         for side in ("theirs", "ours")
     )
-    assert type(again) is type(model)
-    assert again.dtype == dtype
+    assert type(second) is type(model)
+    assert second.dtype == dtype
     with torch.no_grad():
-        assert torch.equal(again(x).logits, first(x).logits)
+        assert torch.equal(second(x).logits, first(x).logits)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

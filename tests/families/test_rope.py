@@ -32,9 +32,9 @@ def test_a_dynamic_rope_is_transformers_in_one_pass(name: str, length: int, tmp_
         close(packed[:, :length], expected[:1], 1e-5)
         close(packed[:, length:], shorter, 1e-5)
     fgpt.save(params, tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
-        close(again(x).logits, expected, 1e-6)
+        close(reloaded(x).logits, expected, 1e-6)
     assert fgpt.load(str(tmp_path)).cfg == params.cfg
 
 
@@ -60,10 +60,13 @@ def test_a_dynamic_rope_keeps_no_keys_beyond_its_first_context():
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn", "dynamic"])
 def test_a_rope_by_any_spelling(rope: str, kind: str, fields: str, tmp_path: Path):
     """Of files of all years: theta among the fields or beside them, the kind by its old name or the new one."""
-    own = {"factor": 2.0} | {k: x for k, x in (LLAMA_3 if rope == "llama3" else YARN).items() if k[:4] != "rope"}
-    own = {} if rope == "default" else {"factor": 2.0} if rope in ("linear", "dynamic") else own
+    original = {"factor": 2.0} | {k: x for k, x in (LLAMA_3 if rope == "llama3" else YARN).items() if k[:4] != "rope"}
+    original = {} if rope == "default" else {"factor": 2.0} if rope in ("linear", "dynamic") else original
     theta = {"rope_theta": 300.0}
-    config = {"rope_parameters": None, fields: {kind: rope, **own, **(theta if fields == "rope_parameters" else {})}}
+    config = {
+        "rope_parameters": None,
+        fields: {kind: rope, **original, **(theta if fields == "rope_parameters" else {})},
+    }
     config |= theta if fields == "rope_scaling" else {}
     folder = write_hf_folder(tmp_path / "it", "llama", **config)
     model, x = (

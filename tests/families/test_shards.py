@@ -92,13 +92,13 @@ class Made(TorchDispatchMode):
 
 def test_a_bf16_file_is_loaded_without_an_fp32_copy(tmp_path: Path):
     hf_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
-    with Made() as made:
+    with Made() as recorder:
         params = fgpt.load(str(tmp_path), torch.bfloat16)
-    assert torch.float32 not in made.most
-    assert made.most[torch.bfloat16] == max(x.nbytes for x in leaves(params).values())
-    with Made() as made:  # and quantized, with one of the largest matrix at most
+    assert torch.float32 not in recorder.most
+    assert recorder.most[torch.bfloat16] == max(x.nbytes for x in leaves(params).values())
+    with Made() as recorder:  # and quantized, with one of the largest matrix at most
         fgpt.load(str(tmp_path), torch.bfloat16, quantize="int8")
-    assert made.most[torch.float32] <= 4 * params.blocks[0].mlp.up.w.numel()  # pyright: ignore[reportAttributeAccessIssue]
+    assert recorder.most[torch.float32] <= 4 * params.blocks[0].mlp.up.w.numel()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,14 +108,14 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     read = models.lazy_tensors
 
     def watched(path: Path) -> dict[str, mapping.LazyTensor]:
-        def one(held: mapping.LazyTensor) -> mapping.LazyTensor:
+        def one(lazy: mapping.LazyTensor) -> mapping.LazyTensor:
             def reader() -> Any:
                 assert not [x for ref in alive if (x := ref()) is not None]
-                x = held.read()
+                x = lazy.read()
                 alive.append(weakref.ref(x))  # pyright: ignore[reportArgumentType]
                 return x
 
-            return mapping.LazyTensor(held.shape, reader)
+            return mapping.LazyTensor(lazy.shape, reader)
 
         return {name: one(x) for name, x in read(path).items()}
 

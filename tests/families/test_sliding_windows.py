@@ -20,10 +20,10 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path):
     params = save_and_load(model)
     assert params.cfg.sliding_window is None
     fgpt.save(params, tmp_path)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = model(x).logits
-        assert torch.equal(again(x).logits, expected)
+        assert torch.equal(reloaded(x).logits, expected)
     close(fgpt.apply(params, x), expected, 1e-5)
 
 

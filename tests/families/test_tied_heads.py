@@ -58,9 +58,9 @@ def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: P
     fgpt.save(params, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["tie_word_embeddings"] is False
     assert same(fgpt.load(str(tmp_path / "again")), params)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
     with torch.no_grad():
-        assert torch.equal(again(x).logits, expected)
+        assert torch.equal(reloaded(x).logits, expected)
     quantized = fgpt.load(folder, quantize="int8", target=r"head|blocks\..*")
     assert same(quantized, fgpt.quantize(params, "int8", target=r"head|blocks\..*"))
     adapters = with_noise(fgpt.lora(params, fgpt.key(0), target="head"))

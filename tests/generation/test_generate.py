@@ -32,8 +32,8 @@ def theirs(model: Any, prompt: list[int], most: int, **options: Any) -> Any:
 
 
 def text(row: torch.Tensor, start: int) -> tuple[list[int], bool]:
-    written = row[start:].tolist()
-    return (written[: written.index(0)], True) if 0 in written else (written, False)
+    generated = row[start:].tolist()
+    return (generated[: generated.index(0)], True) if 0 in generated else (generated, False)
 
 
 @settings(max_examples=15)

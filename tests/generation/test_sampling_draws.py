@@ -25,9 +25,9 @@ def p_value(counts: Tensor, probs: Tensor) -> float:
     """
     if counts[probs == 0].any():
         return 0.0
-    expected, seen = counts.sum() * probs[probs > 0].double(), counts[probs > 0].double()
+    expected, observed = counts.sum() * probs[probs > 0].double(), counts[probs > 0].double()
     assert expected.min() >= 5  # the rule of thumb for the approximation
-    x = ((seen - expected).square() / expected).sum()
+    x = ((observed - expected).square() / expected).sum()
     degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(degrees, x / 2))
 
@@ -44,8 +44,8 @@ SAMPLINGS = [
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_draws_have_the_filtered_distribution(sampling: S.SamplingParams):
     """At a threshold of 1e-4; counts of the plain softmax's draws, of a slightly warmer one's, are far below it."""
-    n, seen = 20_000, padded_texts([[5, 7, 2, 5]])
-    one = sampling.logits_processor(LOGITS[None], seen)
+    n, observed = 20_000, padded_texts([[5, 7, 2, 5]])
+    one = sampling.logits_processor(LOGITS[None], observed)
     exact = one[0].double().softmax(-1)
     counts = S.sample(one.expand(n, -1), keys_of_rows(n)).bincount(minlength=len(LOGITS))
     assert p_value(counts, exact) > 1e-4

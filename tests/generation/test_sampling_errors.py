@@ -24,10 +24,10 @@ BAD = {
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_bad_value_is_told_in_one_line(name: str, value: float, temperature: float):
     values: dict[str, Any] = {"temperature": temperature, name: value}
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         S.SamplingParams(**values)
-    assert str(told.value).startswith(f"{name} is {value}: expected a ")
-    assert "\n" not in str(told.value)
+    assert str(caught.value).startswith(f"{name} is {value}: expected a ")
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=f"{name} is {value}: expected a "):
         FILTERS[name][0](value)
 
@@ -44,9 +44,9 @@ def test_a_filter_has_no_temperature_zero():
 def test_a_row_with_nothing_to_draw_is_an_error(bad: float, drawn: bool):
     logits = torch.zeros(3, 4)
     logits[1] = bad
-    with pytest.raises(InputError, match=f"row 1 has a largest logit of {bad}: expected a finite number") as told:
+    with pytest.raises(InputError, match=f"row 1 has a largest logit of {bad}: expected a finite number") as caught:
         S.sample(logits, keys_of_rows(3) if drawn else None)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_keys_are_one_a_row():

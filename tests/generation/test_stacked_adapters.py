@@ -74,15 +74,15 @@ def test_any_kind_of_adapters_stacks_with_its_own():
         got = torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(fgpt.stack_adapters(moved), rows)
         for y, a, x in zip(got, moved, rows, strict=True):
             close(y, fgpt.apply(fgpt.adapt(params, a), x), 1e-5)
-        written = fgpt.generate(params, rows.tolist(), eos_token_id=0, max_new_tokens=5, adapters=moved)
-        for y, a, x in zip(written, moved, rows.tolist(), strict=True):
+        generated = fgpt.generate(params, rows.tolist(), eos_token_id=0, max_new_tokens=5, adapters=moved)
+        for y, a, x in zip(generated, moved, rows.tolist(), strict=True):
             assert [y] == fgpt.generate(fgpt.adapt(params, a), [x], eos_token_id=0, max_new_tokens=5)
 
 
 def test_adapters_that_do_not_stack():
     params = tiny()
     dora, ia3, ln = fgpt.dora(params, fgpt.key(0), 2), fgpt.ia3(params), fgpt.trainable_leaves(params, r"ln_f\.w")
-    for some, message in (
+    for sets, message in (
         ([], "no adapters to stack"),
         ([dora, {}], "adapters 1 have nothing at .* where others have a DoRA"),
         ([dora, fgpt.dora(params, fgpt.key(0), 3)], "are of different kinds or settings"),
@@ -91,7 +91,7 @@ def test_adapters_that_do_not_stack():
         ([ln, {"ln_f.w": torch.ones(3)}], "different shapes"),
     ):
         with pytest.raises(fgpt.InputError, match=message):
-            fgpt.stack_adapters(some)
+            fgpt.stack_adapters(sets)
     with pytest.raises(fgpt.InputError, match="2 sets of adapters for 1 prompts: expected one for each"):
         fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, adapters=[ln, ln])
 

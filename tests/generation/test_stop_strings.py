@@ -13,20 +13,20 @@ NANO = models.tokenizer("nano")
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=2))
-def test_pieces_are_whole_characters_and_stop_before_the_stop(written: str, strings: list[str]):
+def test_pieces_are_whole_characters_and_stop_before_the_stop(text: str, strings: list[str]):
     """Cut into single bytes, the worst that a tokenizer can do."""
-    codes = list(written.encode())
+    codes = list(text.encode())
 
     def decode(tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
     got = list(stream_text(decode, codes, strings))
-    assert "".join(got) == truncate_at_stop(written, strings)
+    assert "".join(got) == truncate_at_stop(text, strings)
     assert all(got)
-    if "�" not in written:
+    if "�" not in text:
         assert "�" not in "".join(got)
-    if not strings and written and "�" not in written:
-        assert len(got) == len(written)  # each as soon as it is whole
+    if not strings and text and "�" not in text:
+        assert len(got) == len(text)  # each as soon as it is whole
 
 
 @settings(max_examples=5)

@@ -27,9 +27,9 @@ def as_bitsandbytes(params: fgpt.GPT) -> dict[str, Tensor]:
     """A model's tensors, those of its first block in 4 bits, as bitsandbytes packs them."""
     family, tensors = families.family_of(params.cfg), {}
     paths = {s.name: s.paths[0] for s in family.tensor_mappings(params.cfg)}
-    held = dict(walk(fgpt.quantize(params)))
+    weights = dict(walk(fgpt.quantize(params)))
     for name, x in mapping.to_hf(params, family).items():
-        w: Any = held[paths[name.removeprefix(family.prefix)]]
+        w: Any = weights[paths[name.removeprefix(family.prefix)]]
         if not isinstance(w, Blockwise4bit):
             tensors[name] = x
             continue
@@ -54,17 +54,17 @@ def packed(text: str) -> Tensor:
 def check_bitsandbytes(params: fgpt.GPT, path: Path) -> None:
     """Asserts that the matrices are those that bitsandbytes makes of the file."""
     tensors, family = load_file(path), families.family_of(params.cfg)
-    held = dict(walk(params))
+    weights = dict(walk(params))
     for s in family.tensor_mappings(params.cfg):
         name = family.prefix + s.name
         parts = {k.removeprefix(f"{name}."): x for k, x in tensors.items() if k.startswith(f"{name}.")}
         if parts:
             state = QuantState.from_dict(parts, device=torch.device("cpu"))
             assert_same_reading(
-                {name: fgpt.dense(held[s.paths[0]])}, {name: dequantize_4bit(tensors[name], state).float()}
+                {name: fgpt.dense(weights[s.paths[0]])}, {name: dequantize_4bit(tensors[name], state).float()}
             )
         elif name in tensors:
-            assert_same_reading({name: held[s.paths[0]]}, {name: tensors[name].float()})
+            assert_same_reading({name: weights[s.paths[0]]}, {name: tensors[name].float()})
 
 
 def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
@@ -83,11 +83,11 @@ def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
 
     save_file(tensors, path)
     check_bitsandbytes(fgpt.load(str(tmp_path)), path)
-    data, said = path.read_bytes(), bytes(tensors[state].tolist()).decode()
+    data, state_text = path.read_bytes(), bytes(tensors[state].tolist()).decode()
     header, body = split_safetensors(data)
     for text in DEEP:
         stated(text)
-    each_in_turn(50, mutations(json.loads(said)), stated)
+    each_in_turn(50, mutations(json.loads(state_text)), stated)
     for odd in (torch.tensor(10**12), torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(0), torch.ones(3)):
         for part in (
             state,

@@ -65,25 +65,25 @@ SAME = {
 """Fields of ours, and what the hub calls them: where they are there, they are equal."""
 
 
-def check_config(cfg: Config, said: dict[str, Any]) -> None:
-    for ours, theirs in SAME.items():
-        for name in theirs:
-            if said.get(name) is not None and not (
-                name == "use_parallel_residual" and said["model_type"] != "gpt_neox"
+def check_config(cfg: Config, fields: dict[str, Any]) -> None:
+    for ours, hub_name in SAME.items():
+        for name in hub_name:
+            if fields.get(name) is not None and not (
+                name == "use_parallel_residual" and fields["model_type"] != "gpt_neox"
             ):
-                if name in ("num_key_value_heads", "head_dim") and said["model_type"] != "llama":
+                if name in ("num_key_value_heads", "head_dim") and fields["model_type"] != "llama":
                     continue
                 if ours == "n_ctx" and isinstance(cfg.rope_scaling, DynamicScaling):
                     continue
-                assert getattr(cfg, ours) == said[name], name
-                assert type(getattr(cfg, ours)) in (type(said[name]), float), name
+                assert getattr(cfg, ours) == fields[name], name
+                assert type(getattr(cfg, ours)) in (type(fields[name]), float), name
     assert math.isfinite(cfg.norm_eps)
     assert cfg.norm_eps >= 0
     assert math.isfinite(cfg.rope_theta)
     assert cfg.rope_theta > 0
-    if cfg.rotary_dim and said["model_type"] != "gptj":
-        scaling = said.get("rope_parameters") or said.get("rope_scaling") or {}
-        assert cfg.rope_theta == scaling.get("rope_theta", said.get("rope_theta", said.get("rotary_emb_base", 1e4)))
+    if cfg.rotary_dim and fields["model_type"] != "gptj":
+        scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        assert cfg.rope_theta == scaling.get("rope_theta", fields.get("rope_theta", fields.get("rotary_emb_base", 1e4)))
         if scaling.get("rope_type", scaling.get("type")) == "yarn":
             assert isinstance(cfg.rope_scaling, YarnScaling)
             assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling[:-1])
@@ -91,16 +91,16 @@ def check_config(cfg: Config, said: dict[str, Any]) -> None:
                 rope_cos_sin(torch.arange(9), cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling)
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             assert isinstance(cfg.rope_scaling, DynamicScaling)
-            assert cfg.rope_scaling.context == said["max_position_embeddings"] <= cfg.n_ctx
+            assert cfg.rope_scaling.context == fields["max_position_embeddings"] <= cfg.n_ctx
         if scaling.get("rope_type") == "llama3":
             assert cfg.rope_scaling is not None
             assert cfg.rope_scaling == tuple(scaling[name] for name in hf_config.LLAMA_3)
             assert all(math.isfinite(x) and x > 0 for x in cfg.rope_scaling)
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
-    if said["model_type"] == "llama":
-        assert ("q" in cfg.biases.split()) is bool(said.get("attention_bias"))
-        assert ("gate" in cfg.biases.split()) is bool(said.get("mlp_bias"))
+    if fields["model_type"] == "llama":
+        assert ("q" in cfg.biases.split()) is bool(fields.get("attention_bias"))
+        assert ("gate" in cfg.biases.split()) is bool(fields.get("mlp_bias"))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

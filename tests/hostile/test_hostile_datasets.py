@@ -33,10 +33,10 @@ TALKS: list[dict[str, Any]] = [
 LABELLED: list[dict[str, Any]] = [{"text": "good; really", "label": "pos"}, {"text": "bad", "label": 0}]
 
 
-def rows_said(found: Any, given: list[Any]) -> None:
+def rows_said(found: Any, expected: list[Any]) -> None:
     """Asserts that rows are those that plain records make."""
-    assert len(found) == len(given)
-    for row, record in zip(found, given):
+    assert len(found) == len(expected)
+    for row, record in zip(found, expected):
         if (
             isinstance(record, dict)
             and {"instruction", "output"} <= record.keys()
@@ -47,9 +47,9 @@ def rows_said(found: Any, given: list[Any]) -> None:
             assert row.input == ("" if record.get("input") is None else str(record["input"]))
 
 
-def labels_said(found: Any, given: list[Any]) -> None:
-    assert len(found) == len(given)
-    for row, record in zip(found, given):
+def labels_said(found: Any, expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for row, record in zip(found, expected):
         assert (row.text, row.label) == (str(record["text"]).strip(), str(record["label"]).strip())
 
 

@@ -35,11 +35,11 @@ def check_gguf(arch: str, params: fgpt.GPT, path: Path, config: Any) -> None:
     for hub_name, x in mapping.to_hf(params, family).items():
         name = table.get_name(hub_name, try_suffixes=(".weight", ".bias"))
         ours[name] = in_ggml_order(arch, hub_name, x, config)
-    theirs = {}
+    reference = {}
     for t in reader.tensors:
         shape = [int(n) for n in reversed(t.shape)]
-        theirs[t.name] = torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), np.float32)).view(shape)
-    assert_same_reading(ours, theirs)
+        reference[t.name] = torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), np.float32)).view(shape)
+    assert_same_reading(ours, reference)
     for key, value in (("block_count", params.cfg.n_layer), ("attention.head_count", params.cfg.n_head)):
         assert reader.fields[f"{arch}.{key}"].contents() == value
 

@@ -51,8 +51,8 @@ def adapters_said(folder: Path) -> dict[str, Any]:
             name,
         ).groups()  # pyright: ignore[reportOptionalMemberAccess]
         layer = re.sub(r"layers\.(\d+)\.", r"blocks.\1.", module)
-        for theirs, ours in (HUB | {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}).items():
-            layer = layer.replace(theirs, ours)
+        for hub_name, ours in (HUB | {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}).items():
+            layer = layer.replace(hub_name, ours)
         layer = "ln_f" if layer == "norm" else layer
         found.setdefault(layer, {})[part] = x.float()
         if part == "lora_A":
@@ -179,9 +179,9 @@ def test_adapters_by_two_names(tmp_path: Path):
     save_file(tensors | {name.replace("lora_A", "lora_A.default"): 2 * tensors[name]}, path)
     with pytest.raises(InputError, match="is there by another name too"):
         load_peft(tmp_path, params)
-    again = {x.replace("model.model.", "model."): 2 * y for x, y in tensors.items() if "q_proj" in x}
-    assert not again.keys() & tensors.keys()
-    save_file(tensors | again, path)
+    doubled = {x.replace("model.model.", "model."): 2 * y for x, y in tensors.items() if "q_proj" in x}
+    assert not doubled.keys() & tensors.keys()
+    save_file(tensors | doubled, path)
     with pytest.raises(InputError, match="two adapters are on one layer"):
         load_peft(tmp_path, params)
     save_file(tensors | {name: tensors[name].int()}, path)

@@ -115,8 +115,8 @@ def test_a_panic_while_reading_a_text(tmp_path: Path):
 
 
 def test_spoiled_merges_and_special_tokens(tmp_path: Path):
-    made = train_tokenizer()
-    made.model.save(str(tmp_path))
+    tokenizer = train_tokenizer()
+    tokenizer.model.save(str(tmp_path))
     files = {
         "merges.txt": (tmp_path / "merges.txt").read_text(encoding="utf-8"),
         "added_tokens.json": '{"<tool>": 500, "<x>": 501}',
@@ -141,9 +141,9 @@ def test_spoiled_merges_and_special_tokens(tmp_path: Path):
 
 def test_spoiled_tokenizer_json(tmp_path: Path):
     vocab = 2000
-    made = json.loads(train_tokenizer().to_str())
+    tokenizer = json.loads(train_tokenizer().to_str())
     configs = {
-        "tokenizer.json": made,
+        "tokenizer.json": tokenizer,
         "tokenizer_config.json": {
             "eos_token": "<|im_end|>",
             "bos_token": {"content": "<|im_start|>", "special": True},
@@ -201,9 +201,9 @@ def test_spoiled_vocabularies(name: str, tmp_path: Path):
         if found := outcome_of("tokenizers", tmp_path, lambda: of_folder(tmp_path, vocab)):
             check_tokenizer(found, vocab)
             if name == "vocab.json":
-                said = {k: v for k, v in json.loads(data).items() if k != "<|endoftext|>"}
-                assert found.n_vocab == len(said) + 1
-                assert all(type(rank) is int for rank in said.values())
+                output = {k: v for k, v in json.loads(data).items() if k != "<|endoftext|>"}
+                assert found.n_vocab == len(output) + 1
+                assert all(type(rank) is int for rank in output.values())
 
     check(whole.encode())
     for corrupt in (*truncations(whole.encode(), 12), *bit_flips(whole.encode(), 20)):

@@ -27,13 +27,13 @@ from fgpt.io import serialization
 from fgpt.tree import leaves
 
 
-def alike(form: Any, own: Any) -> bool:
+def alike(form: Any, original: Any) -> bool:
     """Whether a structure is one that we would write, but for fields of None, which may be left out."""
-    if isinstance(form, dict) and isinstance(own, dict):
-        return own.keys() <= form.keys() and all(alike(x, own.get(k)) for k, x in form.items())
-    if isinstance(form, list) and isinstance(own, list | tuple):
-        return len(form) == len(own) and all(alike(x, y) for x, y in zip(form, own))
-    return form == own or (form != form and own != own)
+    if isinstance(form, dict) and isinstance(original, dict):
+        return original.keys() <= form.keys() and all(alike(x, original.get(k)) for k, x in form.items())
+    if isinstance(form, list) and isinstance(original, list | tuple):
+        return len(form) == len(original) and all(alike(x, y) for x, y in zip(form, original))
+    return form == original or (form != form and original != original)
 
 
 def check_tree(tree: Any, path: Path) -> None:

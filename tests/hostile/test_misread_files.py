@@ -41,8 +41,8 @@ def test_what_a_stack_held_is_not_lost(tmp_path: Path):
     params = tiny(n_layer=1)
     path = tmp_path / "adapter_model.safetensors"
     fgpt.save_peft(fgpt.trainable_leaves(params, "ln_f.w"), params, tmp_path, "base")
-    for held, expected in (({}, "expected an object of objects"), ({"x": []}, "names 'x' of transformer.ln_f")):
-        save_file(load_file(path), path, {"fgpt_held": json.dumps({"transformer.ln_f": held})})
+    for content, expected in (({}, "expected an object of objects"), ({"x": []}, "names 'x' of transformer.ln_f")):
+        save_file(load_file(path), path, {"fgpt_held": json.dumps({"transformer.ln_f": content})})
         with pytest.raises(InputError, match=expected):
             load_peft(tmp_path, params)
     fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 2, target=r".*\.q"), params, tmp_path, "base")

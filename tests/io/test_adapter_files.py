@@ -36,8 +36,8 @@ def test_any_union_of_adapters_comes_back_bit_by_bit(tmp_path: Path):
     params = wide_gpt()
     adapters = union(params)
     fgpt.save_adapters(adapters, tmp_path / "a.safetensors")
-    again = fgpt.load_adapters(tmp_path / "a.safetensors", params)
-    assert_trees_identical(again, adapters)
+    reloaded = fgpt.load_adapters(tmp_path / "a.safetensors", params)
+    assert_trees_identical(reloaded, adapters)
     whole = load_file(tmp_path / "a.safetensors")
     whole["blocks.0.attn.q/b"] = torch.zeros(64, 4)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
@@ -76,9 +76,9 @@ def test_what_a_run_keeps_is_what_it_tuned(kind: str, dtype: torch.dtype, tmp_pa
     released = tree_map(lambda x: x.to("meta"), base) if kind == "full" else base  # as training lets go of them
     run_dir.save_tuned(tmp_path, released, adapters, "nano")
     assert (tmp_path / file).is_file()
-    again = run_dir.load_tuned(tmp_path, base)
-    assert pytree.tree_structure(again) == pytree.tree_structure(tuned)
-    close(again, tuned, 1e-6)  # DoRA's row norms may round otherwise where a file puts the tensors
+    reloaded = run_dir.load_tuned(tmp_path, base)
+    assert pytree.tree_structure(reloaded) == pytree.tree_structure(tuned)
+    close(reloaded, tuned, 1e-6)  # DoRA's row norms may round otherwise where a file puts the tensors
     assert not torch.equal(fgpt.apply(base, X), fgpt.apply(tuned, X))
 
 

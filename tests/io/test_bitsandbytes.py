@@ -68,9 +68,9 @@ def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage:
     expected = {name: numbers(model.transformer.h[0].get_submodule(name)) for name in matrices(params)}
     for name, w in matrices(params).items():
         assert torch.equal(w, expected[name]), name
-    held = [x for _, x in walk(params) if isinstance(x, Blockwise4bit)]
-    assert len(held) == (4 if fused else 6)
-    assert all(isinstance(x.absmax, Tensor) != double and x.kind == kind for x in held)
+    quantized = [x for _, x in walk(params) if isinstance(x, Blockwise4bit)]
+    assert len(quantized) == (4 if fused else 6)
+    assert all(isinstance(x.absmax, Tensor) != double and x.kind == kind for x in quantized)
     model.train()  # in eval mode bitsandbytes multiplies in bfloat16 on some CPUs
     with torch.no_grad():
         close(fgpt.apply(params, X), model(X).logits, 1e-5)

@@ -51,11 +51,11 @@ def test_theirs_is_read_and_ours_is_read_by_them(family: str, tmp_path: Path):
 
     fgpt.save(params, tmp_path / "ours", labels=["a", "b", "c"])
     assert same(fgpt.load(tmp_path / "ours"), params)
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
-    assert type(again) is type(model)
-    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert again.config.label2id == {"a": 0, "b": 1, "c": 2}
-    close(again.eval()(row[None]).logits[0].detach(), expected, atol=1e-5)
+    reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
+    assert type(reloaded) is type(model)
+    assert reloaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert reloaded.config.label2id == {"a": 0, "b": 1, "c": 2}
+    close(reloaded.eval()(row[None]).logits[0].detach(), expected, atol=1e-5)
 
 
 def test_texts_of_several_lengths(tmp_path: Path):
@@ -166,7 +166,7 @@ def test_the_adapter_of_a_classifier_is_peft_s(tmp_path: Path):
     assert config["modules_to_save"] == ["score"]
     assert str(tmp_path) not in json.dumps(config)
     (at / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-    theirs = AutoPeftModelForSequenceClassification.from_pretrained(at, num_labels=2).eval()
+    reference = AutoPeftModelForSequenceClassification.from_pretrained(at, num_labels=2).eval()
     trained, ours = load_classifier(run / "emotion-small"), fgpt.tokenizer("nano")
     row = torch.tensor([*ours.encode("I am very happy today"), ours.eos])
-    close(theirs(row[None]).logits[0].detach(), fgpt.apply(trained.params, row)[-1].detach(), atol=1e-4)
+    close(reference(row[None]).logits[0].detach(), fgpt.apply(trained.params, row)[-1].detach(), atol=1e-4)

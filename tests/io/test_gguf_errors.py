@@ -65,13 +65,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_one_model_gets_one_line(name: str, tmp_path: Path):
     arch, edit, expected = REFUSED[name]
-    made = random_model(MODELS[arch][1])
+    model = random_model(MODELS[arch][1])
     if "general.architecture" in edit.get("fields", {}):
-        write_gguf(tmp_path / "m.gguf", arch, made)
+        write_gguf(tmp_path / "m.gguf", arch, model)
         data = (tmp_path / "m.gguf").read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1)
         (tmp_path / "m.gguf").write_bytes(data)
     else:
-        write_gguf(tmp_path / "m.gguf", arch, made, **edit)
+        write_gguf(tmp_path / "m.gguf", arch, model, **edit)
     with pytest.raises(InputError, match=expected) as caught:
         open_gguf(tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)

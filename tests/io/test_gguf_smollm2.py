@@ -48,8 +48,8 @@ def test_smollm2_is_what_its_publisher_says():
 def test_smollm2_as_transformers_reads_it():
     path = smollm2()
     file = open_gguf(path)
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    for hub, x in gguf_tensors(theirs).items():
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    for hub, x in gguf_tensors(reference).items():
         if ".layers." not in hub or ".layers.0." in hub or ".layers.29." in hub:
             torch.testing.assert_close(file.read(hub), x, atol=1e-6, rtol=1e-6, msg=hub)
 

@@ -30,21 +30,21 @@ KINDS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_is_the_one_that_went_in(name: str, kind: Kind, tmp_path: Path):
     arch, config = MODELS[name]
-    made = random_model(config)
-    held = write_gguf(tmp_path / "m.gguf", arch, made, kind)
+    model = random_model(config)
+    stored = write_gguf(tmp_path / "m.gguf", arch, model, kind)
     file = open_gguf(tmp_path / "m.gguf")
-    theirs = gguf_tensors(made)
-    assert file.sizes == {name: tuple(x.shape) for name, x in theirs.items()}
+    reference = gguf_tensors(model)
+    assert file.sizes == {name: tuple(x.shape) for name, x in reference.items()}
     dtype = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
-    for hub, x in theirs.items():
+    for hub, x in reference.items():
         got = file.read(hub)
         assert got.dtype == (dtype if x.ndim > 1 else torch.float32)
         assert got.is_contiguous()
         assert got.untyped_storage().nbytes() == got.nbytes  # its own memory, and no more
         torch.testing.assert_close(got.float(), x, atol=KINDS[kind] if x.ndim > 1 else 0.0, rtol=0.0)
-        own = dequantize(held[file.sources[hub].name], kind if x.ndim > 1 else Kind.F32)
-        again = in_ggml_order(arch, hub, got.float(), config)
-        assert np.array_equal(again.numpy(), own), hub  # bit by bit what the library expands
+        decoded = dequantize(stored[file.sources[hub].name], kind if x.ndim > 1 else Kind.F32)
+        restored = in_ggml_order(arch, hub, got.float(), config)
+        assert np.array_equal(restored.numpy(), decoded), hub  # bit by bit what the library expands
 
 
 KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"]
@@ -56,7 +56,7 @@ def test_the_config_is_the_hubs(name: str, tmp_path: Path):
     arch, config = MODELS[name]
     write_gguf(tmp_path / "m.gguf", arch, random_model(config), Kind.F16)
     got = open_gguf(tmp_path / "m.gguf").config
-    again = type(config).from_dict(dict(got))
+    restored = type(config).from_dict(dict(got))
     keys = [*KEYS, "tie_word_embeddings"]
     if arch in ("llama", "qwen2", "qwen3"):
         keys += ["num_key_value_heads", "intermediate_size", "rms_norm_eps", "hidden_act"]
@@ -68,9 +68,9 @@ def test_the_config_is_the_hubs(name: str, tmp_path: Path):
     if arch == "gpt2":
         keys += ["layer_norm_epsilon", "activation_function"]
     for key in keys:
-        assert getattr(again, key) == getattr(config, key), key
+        assert getattr(restored, key) == getattr(config, key), key
     if arch not in ("gpt2", "gptneox"):
-        assert again.rope_parameters == config.rope_parameters
+        assert restored.rope_parameters == config.rope_parameters
     if arch == "gptneox":
         assert got["rotary_pct"] == 0.5
     assert got["torch_dtype"] == "float16"
@@ -83,10 +83,10 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path):
     file = open_gguf(tmp_path / "m.gguf")
     # the config is given, for of what the file says transformers knows no biases, widths of heads or GPT-2's context
     reader = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32)
-    theirs = gguf_tensors(reader)
-    assert file.sizes.keys() == theirs.keys()
-    for hub in theirs:
-        torch.testing.assert_close(file.read(hub), theirs[hub], atol=1e-6, rtol=1e-6, msg=hub)
+    reference = gguf_tensors(reader)
+    assert file.sizes.keys() == reference.keys()
+    for hub in reference:
+        torch.testing.assert_close(file.read(hub), reference[hub], atol=1e-6, rtol=1e-6, msg=hub)
 
 
 def test_large_tensors_are_expanded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

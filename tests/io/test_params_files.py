@@ -50,9 +50,9 @@ def test_a_quantized_tree_comes_back_bit_by_bit(kind: str, whole: bool, tied: bo
     )
     assert any(isinstance(x, QUANTIZED) for _, x in walk(params))
     fgpt.save(params, tmp_path)
-    again = fgpt.load(str(tmp_path))
-    assert_trees_identical(again, params)
-    assert torch.equal(fgpt.apply(again, X), fgpt.apply(params, X))
+    replaced = fgpt.load(str(tmp_path))
+    assert_trees_identical(replaced, params)
+    assert torch.equal(fgpt.apply(replaced, X), fgpt.apply(params, X))
 
 
 def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path: Path):
@@ -68,12 +68,12 @@ def test_a_folder_that_moved_is_not_made_anew(tmp_path: Path):
     with must_not_move(tmp_path / "run"):
         write(tmp_path / "run" / "a" / "x", "1")
         (tmp_path / "run").rename(tmp_path / "moved")
-        for again in (False, True):  # gone, and another in its place
+        for replaced in (False, True):  # gone, and another in its place
             with pytest.raises(InputError, match="was renamed or deleted"):
                 write(tmp_path / "run" / "a" / "y", "2")
             with pytest.raises(InputError, match="was renamed or deleted"), atomic_dir(tmp_path / "run" / "b"):
                 pass
-            assert not again or not list((tmp_path / "run").iterdir())
+            assert not replaced or not list((tmp_path / "run").iterdir())
             (tmp_path / "run").mkdir(exist_ok=True)
         write(tmp_path / "other", "3")
     write(tmp_path / "run" / "a" / "y", "2")
@@ -144,9 +144,11 @@ def test_a_fresh_process_computes_with_what_it_loads(tmp_path: Path):
     fgpt.save(params, tmp_path)
     code = "import sys, torch, fgpt; print(fgpt.apply(fgpt.load(sys.argv[1]), torch.tensor([[1, 2, 3]])).sum().item())"
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=run_dir.__file__.rsplit("/", 2)[0])
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=run_dir.__file__.rsplit("/", 2)[0]
+    )
     expected = fgpt.apply(params, torch.tensor([[1, 2, 3]])).sum().item()
-    assert float(said.stdout) == pytest.approx(expected, abs=1e-4)
+    assert float(process.stdout) == pytest.approx(expected, abs=1e-4)
 
 
 def test_adapted_params_are_not_saved(tmp_path: Path):

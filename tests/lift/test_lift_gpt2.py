@@ -54,9 +54,9 @@ NAMES = {"attn.c_attn": "attn.qkv", "attn.c_proj": "attn.o", "mlp.c_fc": "mlp.up
 @pytest.mark.parametrize("method", FRESH)
 def test_adapters_on_gpt2_are_those_on_our_own(gpt2: Any, method: str, tmp_path: Path):
     """The factored reading of our model, and the merged one of theirs; LoRA and DoRA on the tied table too."""
-    own, (params, apply) = fgpt.fuse_qkv(load_hf_model(gpt2, tmp_path)), fgpt.from_module(gpt2)
+    ours, (params, apply) = fgpt.fuse_qkv(load_hf_model(gpt2, tmp_path)), fgpt.from_module(gpt2)
     tables = "" if method == "ia3" else "|transformer\\.w[tp]e"
-    theirs = with_noise(FRESH[method](params, MATRICES + tables) | fgpt.trainable_leaves(params, r".*ln_f\.bias"))
+    reference = with_noise(FRESH[method](params, MATRICES + tables) | fgpt.trainable_leaves(params, r".*ln_f\.bias"))
 
     def path(name: str) -> str:
         name = name.removeprefix("transformer.").replace("h.", "blocks.").replace("ln_f.bias", "ln_f.b")
@@ -64,11 +64,11 @@ def test_adapters_on_gpt2_are_those_on_our_own(gpt2: Any, method: str, tmp_path:
             name = name.replace(old, new)
         return name
 
-    mine: Any = {path(name): x for name, x in theirs.items()}
-    assert_near(apply(fgpt.adapt(params, theirs), X).logits, fgpt.apply(fgpt.adapt(own, mine), X))
+    renamed: Any = {path(name): x for name, x in reference.items()}
+    assert_near(apply(fgpt.adapt(params, reference), X).logits, fgpt.apply(fgpt.adapt(ours, renamed), X))
     batch = fgpt.Batch(X[:, :-1], X[:, 1:], torch.ones(3, 8))
-    expected = grad(lambda a: fgpt.loss(fgpt.adapt(own, a), batch))(mine)
-    got = grad(lifted_loss(params, apply))(theirs)
+    expected = grad(lambda a: fgpt.loss(fgpt.adapt(ours, a), batch))(renamed)
+    got = grad(lifted_loss(params, apply))(reference)
     assert_near({path(name): x for name, x in got.items()}, expected)
 
 

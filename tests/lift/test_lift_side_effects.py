@@ -55,8 +55,10 @@ def test_training_leaves_the_module_alone(tmp_path: Path):
     assert all(x.grad is None for x in module.parameters())
     assert [id(x) for x in module.parameters()] == tensors
     fgpt.save_adapters(state.trainable, tmp_path / "a.safetensors")
-    again = fgpt.load_adapters(tmp_path / "a.safetensors", params)
-    assert torch.equal(apply(fgpt.adapt(params, again), X).logits, apply(fgpt.adapt(params, state.trainable), X).logits)
+    reloaded = fgpt.load_adapters(tmp_path / "a.safetensors", params)
+    assert torch.equal(
+        apply(fgpt.adapt(params, reloaded), X).logits, apply(fgpt.adapt(params, state.trainable), X).logits
+    )
 
 
 def test_the_module_is_itself_again_after_an_error(gpt2: nn.Module):

@@ -116,10 +116,10 @@ def test_lift_is_a_bijection_of_parameters(widths: list[int], kinds: list[str], 
     """Other numbers in the tree are the module with those numbers loaded, to the bit: any stack of layers."""
 
     def layer(kind: str, inp: int, out: int) -> nn.Module:
-        made = Conv1D(out, inp) if kind == "conv1d" else nn.Linear(inp, out, bias=kind != "bare")
+        built = Conv1D(out, inp) if kind == "conv1d" else nn.Linear(inp, out, bias=kind != "bare")
         if kind == "deeper":
-            return nn.ModuleDict({"x": made})["x"] if inp == out else nn.Sequential(nn.Tanh(), nn.Sequential(made))
-        return nn.Sequential(made, nn.LayerNorm(out)) if kind == "norm" else made
+            return nn.ModuleDict({"x": built})["x"] if inp == out else nn.Sequential(nn.Tanh(), nn.Sequential(built))
+        return nn.Sequential(built, nn.LayerNorm(out)) if kind == "norm" else built
 
     module = nn.Sequential(*(layer(*x) for x in zip(kinds, widths, widths[1:])))
     params, apply = fgpt.from_module(module)

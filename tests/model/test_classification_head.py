@@ -39,23 +39,23 @@ def test_a_classifier_is_the_same_tree_with_another_head():
 def test_logits_are_those_of_transformers(tmp_path: Path):
     config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=24, vocab_size=31, pad_token_id=0)
     config.num_labels = 5
-    theirs = GPT2ForSequenceClassification(config).eval()
+    reference = GPT2ForSequenceClassification(config).eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in reference.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=rng))
     model = GPT2LMHeadModel(config)
-    model.transformer.load_state_dict(theirs.transformer.state_dict())
+    model.transformer.load_state_dict(reference.transformer.state_dict())
     model.save_pretrained(tmp_path)
     params = fgpt.with_classification_head(fgpt.load(str(tmp_path)), 5, fgpt.key(0))
-    params = fgpt.adapt(params, {"head.w": theirs.score.weight.detach()})
+    params = fgpt.adapt(params, {"head.w": reference.score.weight.detach()})
     lengths = (7, 24, 1)
     texts = [torch.randint(1, 31, (n,), generator=rng).tolist() for n in lengths]
     padded = torch.tensor([text + [0] * (24 - len(text)) for text in texts])
-    wanted = theirs(padded, attention_mask=torch.tensor([[1] * n + [0] * (24 - n) for n in lengths])).logits
+    expected = reference(padded, attention_mask=torch.tensor([[1] * n + [0] * (24 - n) for n in lengths])).logits
     examples = [Example(tuple(text), len(text), 0) for text in texts]
     found = log_probabilities(params, examples, class_labels("abcde"), 24)
-    torch.testing.assert_close(found, wanted.detach().log_softmax(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected.detach().log_softmax(-1), atol=1e-5, rtol=0)
 
 
 def test_gradient_is_that_of_cross_entropy_at_the_last_tokens():
@@ -69,6 +69,6 @@ def test_gradient_is_that_of_cross_entropy_at_the_last_tokens():
         each = [fgpt.apply(fgpt.adapt(params, a), torch.tensor([tokens]))[0, -1] for tokens, _ in texts]
         return torch.nn.functional.cross_entropy(torch.stack(each), torch.tensor([label for _, label in texts]))
 
-    wanted = torch.func.grad(plainly)(trained)
+    expected = torch.func.grad(plainly)(trained)
     for path, x in got.items():
-        torch.testing.assert_close(x, wanted[path], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(x, expected[path], atol=1e-6, rtol=1e-4)

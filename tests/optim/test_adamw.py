@@ -35,38 +35,38 @@ def gradients(step: int) -> dict[str, Tensor]:
     ],
 )
 def test_adamw_is_torchs(betas: tuple[float, float], eps: float, decay: float, pattern: str, decayed: list[str]):
-    theirs = {name: x.clone().requires_grad_() for name, x in TREE.items()}
+    hf = {name: x.clone().requires_grad_() for name, x in TREE.items()}
     groups = [
-        {"params": [x for n, x in theirs.items() if n in decayed], "weight_decay": decay},
-        {"params": [x for n, x in theirs.items() if n not in decayed], "weight_decay": 0.0},
+        {"params": [x for n, x in hf.items() if n in decayed], "weight_decay": decay},
+        {"params": [x for n, x in hf.items() if n not in decayed], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW([g for g in groups if g["params"]], lr=3e-2, betas=betas, eps=eps)
     optimizer = fgpt.adamw(3e-2, betas, eps=eps, weight_decay=decay, decay=pattern)
     params, state = TREE, optimizer.init(TREE)
     for step in range(20):
         grads = gradients(step)
-        for name, x in theirs.items():
+        for name, x in hf.items():
             x.grad = grads[name].clone()
         reference.step()
         params, state = optimizer.update(grads, state, params)
-        close(params, {name: x.detach() for name, x in theirs.items()}, 1e-6)
+        close(params, {name: x.detach() for name, x in hf.items()}, 1e-6)
     assert state.count == 20
     assert (params["w"] - TREE["w"]).abs().max() > 0.1
 
 
 def test_adamw_follows_a_schedule():
     schedule = cosine_schedule(1e-2, 10, warmup_steps=3)
-    theirs = TREE["w"].clone().requires_grad_()
-    reference = torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.1)
+    hf = TREE["w"].clone().requires_grad_()
+    reference = torch.optim.AdamW([hf], lr=1.0, weight_decay=0.1)
     scheduler = LambdaLR(reference, lambda step: schedule(torch.tensor(step)).item())
     optimizer = fgpt.adamw(schedule, weight_decay=0.1)
     params, state = {"w": TREE["w"]}, optimizer.init({"w": TREE["w"]})
     for step in range(10):
-        theirs.grad = gradients(step)["w"]
+        hf.grad = gradients(step)["w"]
         reference.step()
         scheduler.step()
         params, state = optimizer.update({"w": gradients(step)["w"]}, state, params)
-    close(params["w"], theirs.detach(), 1e-6)
+    close(params["w"], hf.detach(), 1e-6)
 
 
 def factors(schedule: Any, steps: int) -> list[float]:
@@ -104,12 +104,15 @@ def test_schedules_are_transformers_after_the_warmup(warmup: int):
 @pytest.mark.parametrize("most", [0.1, 1.0, 1e3])
 def test_clipping_is_torchs(most: float):
     grads = gradients(3)
-    theirs = {name: torch.zeros_like(x).requires_grad_() for name, x in grads.items()}
-    for name, x in theirs.items():
+    reference = {name: torch.zeros_like(x).requires_grad_() for name, x in grads.items()}
+    for name, x in reference.items():
         x.grad = grads[name].clone()
-    norm = torch.nn.utils.clip_grad_norm_(list(theirs.values()), most)
+    norm = torch.nn.utils.clip_grad_norm_(list(reference.values()), most)
     close(global_norm(grads), norm, 1e-6, 1e-6)
     close(
-        clip_by_global_norm(grads, global_norm(grads), most), {name: x.grad for name, x in theirs.items()}, 1e-6, 1e-6
+        clip_by_global_norm(grads, global_norm(grads), most),
+        {name: x.grad for name, x in reference.items()},
+        1e-6,
+        1e-6,
     )
     assert (most < norm) == (not same(clip_by_global_norm(grads, global_norm(grads), most), grads))

@@ -34,11 +34,11 @@ class Theirs:
 
     def state(self, name: str) -> tuple[Any, Any]:
         """Its moments of one leaf, as ours."""
-        held = self.optimizer.state[self.params[name]]
-        if held["state1"].dtype != torch.uint8:
-            return held["state1"].clone(), held["state2"].clone()
-        m = Moment8(held["state1"].clone(), held["absmax1"].clone(), True)
-        return m, Moment8(held["state2"].clone(), held["absmax2"].clone(), False)
+        content = self.optimizer.state[self.params[name]]
+        if content["state1"].dtype != torch.uint8:
+            return content["state1"].clone(), content["state2"].clone()
+        m = Moment8(content["state1"].clone(), content["absmax1"].clone(), True)
+        return m, Moment8(content["state2"].clone(), content["absmax2"].clone(), False)
 
 
 def read(moment: Any) -> Tensor:
@@ -52,26 +52,26 @@ def test_each_update_is_bitsandbytes():
     which may put it on the other side of the middle between two codes (here, of 830,743 it did none). Below 1e-4 of a
     block's largest their CPU operator does not give the nearest code; those are left out of the codes' comparison.
     """
-    theirs, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
+    reference, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
     state = optimizer.init(MIXED_TREE)
     moved = other = 0
     for step in range(20):
-        before = {name: x.detach().clone() for name, x in theirs.params.items()}
-        theirs.step(gradients_of_step(step))
+        before = {name: x.detach().clone() for name, x in reference.params.items()}
+        reference.step(gradients_of_step(step))
         params, new = optimizer.update(gradients_of_step(step), state, before)
-        close(params, {name: x.detach() for name, x in theirs.params.items()}, 1e-6, 1e-6)
+        close(params, {name: x.detach() for name, x in reference.params.items()}, 1e-6, 1e-6)
         for name in MIXED_TREE:
-            for mine, their in zip((new.mu[name], new.nu[name]), theirs.state(name), strict=True):
-                assert isinstance(mine, Moment8) == isinstance(their, Moment8) == (name in CODED)
-                if isinstance(mine, Moment8):
-                    close(mine.absmax, their.absmax, 0.0, 1e-6)
-                    x, scale = read(mine).flatten(), mine.absmax.repeat_interleave(256)[: mine.codes.numel()]
-                    apart = (mine.codes.int() - their.codes.int()).abs().flatten()[x.abs() > 1.1e-4 * scale]
-                    assert apart.max() <= 1
-                    moved, other = moved + int(apart.sum()), other + apart.numel()
+            for ours, their in zip((new.mu[name], new.nu[name]), reference.state(name), strict=True):
+                assert isinstance(ours, Moment8) == isinstance(their, Moment8) == (name in CODED)
+                if isinstance(ours, Moment8):
+                    close(ours.absmax, their.absmax, 0.0, 1e-6)
+                    x, scale = read(ours).flatten(), ours.absmax.repeat_interleave(256)[: ours.codes.numel()]
+                    difference = (ours.codes.int() - their.codes.int()).abs().flatten()[x.abs() > 1.1e-4 * scale]
+                    assert difference.max() <= 1
+                    moved, other = moved + int(difference.sum()), other + difference.numel()
                 else:
-                    close(mine, their, 1e-6 * float(their.abs().max()))
-        mean, square = zip(*(theirs.state(name) for name in MIXED_TREE), strict=True)
+                    close(ours, their, 1e-6 * float(their.abs().max()))
+        mean, square = zip(*(reference.state(name) for name in MIXED_TREE), strict=True)
         state = type(new)(
             dict(zip(MIXED_TREE, mean, strict=True)), dict(zip(MIXED_TREE, square, strict=True)), new.count
         )
@@ -89,14 +89,14 @@ def test_twenty_updates_are_bitsandbytes(nearest: bool, monkeypatch: pytest.Monk
             "fgpt.kernels.blockwise_8bit._nearest",
             lambda x, code: torch.ops.bitsandbytes.quantize_blockwise(x, code, 256),
         )
-    theirs, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
+    reference, optimizer = Theirs(), adamw8bit(LR, weight_decay=DECAY, decay="|".join(DECAYED))
     params, state = MIXED_TREE, optimizer.init(MIXED_TREE)
     for step in range(20):
-        theirs.step(gradients_of_step(step))
+        reference.step(gradients_of_step(step))
         params, state = optimizer.update(gradients_of_step(step), state, params)
-    apart = torch.cat([(params[name] - theirs.params[name].detach()).abs().flatten() for name in MIXED_TREE])
+    difference = torch.cat([(params[name] - reference.params[name].detach()).abs().flatten() for name in MIXED_TREE])
     if nearest:
-        assert apart.max() < LR
-        assert (apart > 1e-2 * LR).float().mean() < 2e-3
+        assert difference.max() < LR
+        assert (difference > 1e-2 * LR).float().mean() < 2e-3
     else:
-        close(params, {name: x.detach() for name, x in theirs.params.items()}, 1e-6, 1e-6)
+        close(params, {name: x.detach() for name, x in reference.params.items()}, 1e-6, 1e-6)

@@ -33,8 +33,11 @@ def test_fifty_updates_are_close_to_fp32(spread: float):
         a, s = full.update(gradients_of_step(step, spread), s, a)
         b, t = coded.update(gradients_of_step(step, spread), t, b)
     for name in MIXED_TREE:
-        way, apart = (a[name] - MIXED_TREE[name]).square().mean().sqrt(), (a[name] - b[name]).square().mean().sqrt()
-        assert apart < 0.05 * way
+        way, difference = (
+            (a[name] - MIXED_TREE[name]).square().mean().sqrt(),
+            (a[name] - b[name]).square().mean().sqrt(),
+        )
+        assert difference < 0.05 * way
     assert same({n: a[n] for n in ("small", "b")}, {n: b[n] for n in ("small", "b")})
 
 
@@ -68,8 +71,8 @@ def test_the_error_is_what_the_code_allows(n: int, scale: float, spread: float, 
 @pytest.mark.parametrize("signed", [True, False])
 def test_values_of_the_code_and_zeros_are_exact(signed: bool):
     x = gradients_of_step(0)["odd"].abs()
-    held = dequantize(*quantize(x, signed), signed)
-    assert torch.equal(dequantize(*quantize(held, signed), signed), held)
+    decoded = dequantize(*quantize(x, signed), signed)
+    assert torch.equal(dequantize(*quantize(decoded, signed), signed), decoded)
     x = torch.zeros(600)
     assert torch.equal(dequantize(*quantize(x, signed), signed), x)
     x[5] = 7.0
@@ -100,8 +103,8 @@ def test_an_update_is_pure():
     assert same(first, second)
     assert not same(first[1], state)
     assert torch.equal(torch.get_rng_state(), rng)
-    mine = {x.untyped_storage().data_ptr() for x in leaves(first).values()}
-    assert mine.isdisjoint(x.untyped_storage().data_ptr() for x in leaves(inputs).values())
+    storages = {x.untyped_storage().data_ptr() for x in leaves(first).values()}
+    assert storages.isdisjoint(x.untyped_storage().data_ptr() for x in leaves(inputs).values())
 
 
 def state_bytes(tree: Any) -> int:
@@ -178,10 +181,10 @@ def test_vmapped_updates_are_each_ones_own():
     ]
     together = vmap(twice)(*tree_map(lambda *x: torch.stack(x), *many), rates)
     for i, (trees, rate) in enumerate(zip(many, rates, strict=True)):
-        alone, mine = twice(*trees, rate), tree_map(lambda x, i=i: x[i], together)
-        close(mine[0], alone[0], 1e-6)
-        assert same({n: mine[1].mu[n] for n in CODED}, {n: alone[1].mu[n] for n in CODED})
-        assert same({n: mine[1].nu[n] for n in CODED}, {n: alone[1].nu[n] for n in CODED})
+        alone, storages = twice(*trees, rate), tree_map(lambda x, i=i: x[i], together)
+        close(storages[0], alone[0], 1e-6)
+        assert same({n: storages[1].mu[n] for n in CODED}, {n: alone[1].mu[n] for n in CODED})
+        assert same({n: storages[1].nu[n] for n in CODED}, {n: alone[1].nu[n] for n in CODED})
 
 
 def test_gradients_pass_through_one_update_and_say_so_at_two():

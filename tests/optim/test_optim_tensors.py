@@ -66,12 +66,12 @@ def test_eps_root_is_in_the_root():
     moved, _ = optimizer.update(GRADS[0], optimizer.init(TREE), TREE)
     close(moved, tree_map(lambda x, g: x - 0.1 * g / ((g * g + 0.05).sqrt() + 0.01), TREE, GRADS[0]), 1e-6)
     assert same(updated(fgpt.adamw(0.1, eps_root=0.0)), updated(fgpt.adamw(0.1)))
-    theirs = TREE["w"].clone().requires_grad_()
-    reference = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
+    hf = TREE["w"].clone().requires_grad_()
+    reference = torch.optim.AdamW([hf], lr=0.1, weight_decay=0.0)
     for grads in GRADS:
-        theirs.grad = grads["w"].clone()
+        hf.grad = grads["w"].clone()
         reference.step()
-    close(updated(fgpt.adamw(torch.tensor(0.1)))["w"], theirs.detach(), 1e-6)
+    close(updated(fgpt.adamw(torch.tensor(0.1)))["w"], hf.detach(), 1e-6)
 
 
 def end_of(numbers: Tensor, batch: fgpt.Batch = ROWS) -> Tensor:

@@ -39,13 +39,18 @@ def forbidden(source: str) -> Iterator[str]:
             for name in node.names:
                 known[name.asname or name.name] = f"{node.module}.{name.name}"
                 yield from _module(node, f"{node.module}.{name.name}")
-    own: set[ast.AST] = set(_arguments(tree))
+    arguments: set[ast.AST] = set(_arguments(tree))
     node: Any
     for node in ast.walk(tree):
         name = _name(node, known)
         if name in CALLS:
             yield f"{node.lineno}: {name}"
-        elif isinstance(node, ast.Name) and node.id in BUILTINS and isinstance(node.ctx, ast.Load) and node not in own:
+        elif (
+            isinstance(node, ast.Name)
+            and node.id in BUILTINS
+            and isinstance(node.ctx, ast.Load)
+            and node not in arguments
+        ):
             yield f"{node.lineno}: {node.id}"
         elif isinstance(node, ast.ClassDef | ast.Call) and _renders(node, known):
             yield f"{node.lineno}: {_renders(node, known)}"

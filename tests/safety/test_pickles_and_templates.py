@@ -57,9 +57,9 @@ def test_a_pickled_adapter_is_not_opened(name: str, trap: tuple[bytes, Path], tm
     (tmp_path / name).write_bytes(data)
     with pytest.raises(
         InputError, match=r"adapter_model\.safetensors: .*expected a safetensors file|not a whole"
-    ) as it:
+    ) as caught:
         load_peft(tmp_path, tiny())
-    assert "\n" not in str(it.value)
+    assert "\n" not in str(caught.value)
     assert not ran.exists()
 
 
@@ -115,16 +115,16 @@ ENDLESS = {
 
 @pytest.mark.parametrize("template", ESCAPES)
 def test_a_template_does_not_leave_its_sandbox(template: str, tmp_path: Path):
-    said = ""
+    text = ""
     try:
-        said = ChatTemplate(template.replace("RAN", str(tmp_path / "ran")), {}).render(TALK)
+        text = ChatTemplate(template.replace("RAN", str(tmp_path / "ran")), {}).render(TALK)
     except InputError as err:
         failed = str(err)
     else:
         failed = "chat template fails"  # what is not there may also be empty text
     assert "chat template fails" in failed
     assert "\n" not in failed
-    assert said.strip() in ("", "{}")
+    assert text.strip() in ("", "{}")
     assert not list(tmp_path.iterdir())
 
 

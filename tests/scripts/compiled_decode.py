@@ -36,9 +36,9 @@ def test_the_same_texts():
             )
             assert got == expected
     assert traced["unique_graphs"] == 2  # one program for each batch, whatever the room's length
-    own = [adapter_sets(params)[i] for i in (1, 2, 0)]
-    expected = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own)
-    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=own, compile=True) == expected
+    original = [adapter_sets(params)[i] for i in (1, 2, 0)]
+    expected = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=original)
+    assert fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=9, adapters=original, compile=True) == expected
 
 
 @torch.no_grad()

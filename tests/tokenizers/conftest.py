@@ -18,11 +18,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    made = train_tokenizer()
-    made.enable_truncation(5)
-    made.enable_padding(length=9)
-    made.add_tokens([AddedToken("<tool>", special=False)])
-    made.save(str(path / "tokenizer.json"))
+    tokenizer = train_tokenizer()
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9)
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    tokenizer.save(str(path / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": {"content": "<|im_start|>", "__type": "AddedToken"},

@@ -35,8 +35,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("answer", [True, False])
 def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, folder: Path):
-    theirs = AutoTokenizer.from_pretrained(folder)
-    expected = theirs.apply_chat_template(
+    reference = AutoTokenizer.from_pretrained(folder)
+    expected = reference.apply_chat_template(
         TALK, chat_template=TEMPLATES[name], add_generation_prompt=answer, tokenize=False
     )
     special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))

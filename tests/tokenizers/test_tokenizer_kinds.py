@@ -13,36 +13,36 @@ from fgpt.tokenizers import tiktoken_bpe
 from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder
 
 
-def battery(ours: Tokenizer, theirs: Any) -> None:
+def battery(ours: Tokenizer, reference: Any) -> None:
     """Every way of reading, on every text."""
     for text in TEXTS:
         sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        split = theirs(sound, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        split = reference(sound, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ours.encode(text) == split, repr(text)
-        bare = theirs(sound, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        bare = reference(sound, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         assert ours.encode_special(text, add_special_tokens=False) == bare, repr(text)
-        whole = theirs(sound, split_special_tokens=False)["input_ids"]
+        whole = reference(sound, split_special_tokens=False)["input_ids"]
         assert ours.encode_special(text) == whole, repr(text)
-        assert ours.decode(whole) == theirs.decode(whole, clean_up_tokenization_spaces=False)
-        assert ours.decode_text(whole) == theirs.decode(
+        assert ours.decode(whole) == reference.decode(whole, clean_up_tokenization_spaces=False)
+        assert ours.decode_text(whole) == reference.decode(
             whole, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    if theirs.chat_template:
+    if reference.chat_template:
         for answer in (True, False):
             talk = TALK[1:]
-            expected = theirs.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
+            expected = reference.apply_chat_template(talk, add_generation_prompt=answer, return_dict=False)
             assert ours.apply_chat_template(talk, answer) == expected
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_kind_is_transformers(name: str, folders: dict[str, Path]):
-    ours, theirs = of_folder(folders[name], TABLE_ROWS), AutoTokenizer.from_pretrained(folders[name])
-    assert ours.eos == theirs.eos_token_id
-    assert ours.n_vocab == len(theirs)
-    battery(ours, theirs)
-    empty = theirs("")["input_ids"]
+    ours, reference = of_folder(folders[name], TABLE_ROWS), AutoTokenizer.from_pretrained(folders[name])
+    assert ours.eos == reference.eos_token_id
+    assert ours.n_vocab == len(reference)
+    battery(ours, reference)
+    empty = reference("")["input_ids"]
     assert ours.prefix_tokens == tuple(
-        empty[: theirs("a")["input_ids"].index(theirs("a", add_special_tokens=False)["input_ids"][0])]
+        empty[: reference("a")["input_ids"].index(reference("a", add_special_tokens=False)["input_ids"][0])]
     )
 
 

@@ -31,14 +31,14 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
     for file, content in files.items():
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert (tmp_path / "tokenizer.json").is_file()
-    again, theirs = of_folder(tmp_path, TABLE_ROWS), AutoTokenizer.from_pretrained(tmp_path)
-    assert (again.eos, again.n_vocab, again.eos_token_ids) == (ours.eos, ours.n_vocab, ours.eos_token_ids)
+    reloaded, reference = of_folder(tmp_path, TABLE_ROWS), AutoTokenizer.from_pretrained(tmp_path)
+    assert (reloaded.eos, reloaded.n_vocab, reloaded.eos_token_ids) == (ours.eos, ours.n_vocab, ours.eos_token_ids)
     for text in TEXTS:
-        assert again.encode(text) == ours.encode(text), repr(text)
+        assert reloaded.encode(text) == ours.encode(text), repr(text)
         assert (
-            again.encode_special(text)
+            reloaded.encode_special(text)
             == ours.encode_special(text)
-            == theirs(text)["input_ids"]
+            == reference(text)["input_ids"]
             == before(text)["input_ids"]
         )
 
@@ -46,13 +46,13 @@ def test_each_kind_is_saved_for_both(name: str, folders: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("pre", GGUFS)
 @pytest.mark.parametrize("flags", [{}, {"bos": True}, {"bos": False, "eos": True}, {"bos": True, "eos": True}])
 def test_what_a_gguf_file_puts_around_a_text(pre: str, flags: dict[str, bool], tmp_path: Path):
-    made = train_tokenizer(pre)
+    trained = train_tokenizer(pre)
     more = {f"add_{key}_token": value for key, value in flags.items()}
-    values = gguf_metadata_of(made, pre, **more) | {"general.architecture": GGUFS[pre]}
+    values = gguf_metadata_of(trained, pre, **more) | {"general.architecture": GGUFS[pre]}
     ours = of_gguf(read_header(gguf_file(tmp_path / "t.gguf", values)).fields, TABLE_ROWS)
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
+    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in ("the cat sat", "", "a <|im_end|> b", "it's 12"):
-        assert ours.encode_special(text) == theirs(text)["input_ids"], repr(text)
+        assert ours.encode_special(text) == reference(text)["input_ids"], repr(text)
     assert ours.prefix_tokens == ((1,) if flags.get("bos") else ())
     for name, text in ours.files().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -82,17 +82,17 @@ def gguf_file(path: Path, values: dict[str, Any]) -> Path:
 
 def test_merges_of_ranks_are_those_of_the_files(shared_data: SharedData):
     bpe = shared_data("gpt2-bpe")
-    own = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
-    made = merges.of_ranks([own.decode_single_token_bytes(rank) for rank in range(50256)])
-    theirs = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
-    assert [(tiktoken_bpe.printable(left), tiktoken_bpe.printable(right)) for left, right in made] == theirs
+    original = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
+    trained = merges.of_ranks([original.decode_single_token_bytes(rank) for rank in range(50256)])
+    reference = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
+    assert [(tiktoken_bpe.printable(left), tiktoken_bpe.printable(right)) for left, right in trained] == reference
 
 
 def test_a_token_that_no_merge_of_lower_ranks_makes():
     """Ranks 256 to 258: "abc" comes before "ab" and "cd". tiktoken joins whatever gives a token, the lowest first."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"abc", b"ab", b"cd", b"abcd"]
     assert merges.of_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
-    made = tiktoken_bpe.TiktokenTokenizer(
+    trained = tiktoken_bpe.TiktokenTokenizer(
         tiktoken_bpe.tiktoken.Encoding(
             "made",
             pat_str=tiktoken_bpe.GPT2_SPLIT,
@@ -100,37 +100,37 @@ def test_a_token_that_no_merge_of_lower_ranks_makes():
             special_tokens={tiktoken_bpe.END: len(tokens)},
         )
     )
-    theirs = Library.from_str(made.files()["tokenizer.json"])
+    reference = Library.from_str(trained.files()["tokenizer.json"])
     for text in ("abc", "xabc", "abcd", "abcdabc", "xxabcabcdcd abc ab", "cdabab"):
-        assert theirs.encode(text).ids == made.encode(text), text
+        assert reference.encode(text).ids == trained.encode(text), text
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=ordinary_text)
 @example(text="<|endoftext|> the <|endoftext|>")
 def test_nano_opens_in_transformers(nano_saved: tuple[Tokenizer, Any], text: str):
-    ours, theirs = nano_saved
-    assert ours.encode(text) == theirs.encode(text, split_special_tokens=True)
-    assert ours.encode_special(text) == theirs.encode(text)
-    assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
+    ours, reference = nano_saved
+    assert ours.encode(text) == reference.encode(text, split_special_tokens=True)
+    assert ours.encode_special(text) == reference.encode(text)
+    assert ours.decode(ours.encode(text)) == reference.decode(ours.encode(text))
 
 
 @pytest.fixture(scope="module")
 def nano_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     at = tmp_path_factory.mktemp("nano")
     fgpt.save(fgpt.load("nano"), at, like="nano")
-    again = fgpt.tokenizer(str(at))
-    assert isinstance(again, tiktoken_bpe.TiktokenTokenizer)
-    theirs = AutoTokenizer.from_pretrained(at)
-    assert (again.eos, again.n_vocab) == (theirs.eos_token_id, len(theirs)) == (4095, 4096)
-    return again, theirs
+    reloaded = fgpt.tokenizer(str(at))
+    assert isinstance(reloaded, tiktoken_bpe.TiktokenTokenizer)
+    reference = AutoTokenizer.from_pretrained(at)
+    assert (reloaded.eos, reloaded.n_vocab) == (reference.eos_token_id, len(reference)) == (4095, 4096)
+    return reloaded, reference
 
 
 def test_a_model_saved_with_ranks_opens_in_transformers(tmp_path: Path):
     nano, params = tiktoken_bpe.from_ranks(io_models.resolve("nano") / tiktoken_bpe.RANKS), fgpt.load("nano")
     fgpt.save(params, tmp_path, like=nano.with_chat_template(ChatTemplate(CHATML, {})))
-    ours, theirs = fgpt.tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.apply_chat_template(TALK) == theirs.apply_chat_template(
+    ours, reference = fgpt.tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.apply_chat_template(TALK) == reference.apply_chat_template(
         TALK, add_generation_prompt=True, return_dict=False
     )
     assert ours.apply_chat_template(TALK) == nano.with_chat_template(ChatTemplate(CHATML, {})).apply_chat_template(TALK)

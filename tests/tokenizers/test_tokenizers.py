@@ -29,11 +29,11 @@ NANO = Path(fgpt.__file__).parent / "nano"
 
 @pytest.fixture(scope="module")
 def several(folder: Path) -> dict[str, Tokenizer]:
-    made = train_tokenizer("smollm")
+    tokenizer = train_tokenizer("smollm")
     return {
         "ranks": tiktoken_bpe.from_ranks(NANO / tiktoken_bpe.RANKS).with_chat_template(ChatTemplate(CHATML, {})),
         "tokenizer.json": of_folder(folder, 600),
-        "GGUF": of_gguf(gguf_metadata_of(made, "smollm"), 600),
+        "GGUF": of_gguf(gguf_metadata_of(tokenizer, "smollm"), 600),
     }
 
 
@@ -87,13 +87,13 @@ def test_a_folder_is_transformers(folder: Path, text: str):
 
 
 def test_a_folder_is_transformers_on_all_strings(folder: Path):
-    ours, theirs = of_folder(folder, 600), AutoTokenizer.from_pretrained(folder)
+    ours, reference = of_folder(folder, 600), AutoTokenizer.from_pretrained(folder)
     for text in STRINGS:
-        assert_same_tokens(ours, theirs, text)
-    assert ours.eos == theirs.eos_token_id
-    assert ours.n_vocab == len(theirs)
-    assert ours.encode("a <tool> b") == theirs.encode("a <tool> b", add_special_tokens=False)
+        assert_same_tokens(ours, reference, text)
+    assert ours.eos == reference.eos_token_id
+    assert ours.n_vocab == len(reference)
+    assert ours.encode("a <tool> b") == reference.encode("a <tool> b", add_special_tokens=False)
     for answer in (True, False):
-        assert ours.apply_chat_template(TALK, answer) == theirs.apply_chat_template(
+        assert ours.apply_chat_template(TALK, answer) == reference.apply_chat_template(
             TALK, add_generation_prompt=answer, return_dict=False
         )

@@ -50,9 +50,9 @@ def test_ragged_micro_batches_are_one_batch(parts: list[list[int]], most: float 
     state, _ = step(state, GPT, [BATCH], None)  # moments that are not zero
     micro = [part(rows, max(int((WEIGHTS[i] > 0).sum()) for i in rows)) for rows in parts]
     one, together = step(state, GPT, [BATCH], None)
-    many, apart = step(state, GPT, micro, None)
+    many, separate = step(state, GPT, micro, None)
     close(many, one, 1e-6)
-    close(apart, together, 1e-6, 1e-6)
+    close(separate, together, 1e-6, 1e-6)
 
 
 def test_metrics_are_the_loss_the_norm_and_the_weight():

@@ -18,13 +18,13 @@ def test_any_step_comes_out_as_it_was(checkpointed_run: Path, capsys: pytest.Cap
     try:
         for step in (1, 4, 11, 12):
             assert main(["replay", str(checkpointed_run), "--step", str(step)]) == 0, capsys.readouterr().err
-            said = capsys.readouterr().err
-            assert f"step {step} of 12" in " ".join(said.split())
-            assert "The number is" in said
+            output = capsys.readouterr().err
+            assert f"step {step} of 12" in " ".join(output.split())
+            assert "The number is" in output
             loss = next(
                 line["loss"] for line in read_metrics(checkpointed_run / "metrics.jsonl") if line["step"] == step
             )
-            assert said.count(repr(loss)) == 2
+            assert output.count(repr(loss)) == 2
     finally:
         torch.set_num_threads(threads)
 

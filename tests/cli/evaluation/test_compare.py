@@ -37,7 +37,7 @@ def test_several_runs(compared_runs: Path):
     assert {p.name for p in out.iterdir()} == {"compare.md", "compare.html", "compare.json"}
     found = comparison_of(out / "compare.json")
     assert list(found["scores"]) == ["base", *RUN_NAMES]
-    assert len({tuple(some) for some in found["scores"].values()}) == 1  # the same scores, in the same order
+    assert len({tuple(names) for names in found["scores"].values()}) == 1  # the same scores, in the same order
     assert found["settings"]["templates"] == dict.fromkeys(["base", *RUN_NAMES], "plain")
     alone = {name: comparison_of(compared_runs / name / "compare.json") for name in RUN_NAMES}
     for name in RUN_NAMES:  # a side is what it is, whatever stands beside it
@@ -77,8 +77,8 @@ def test_answers_are_those_of_the_run_itself(compared_runs: Path):
     for side, params in (("base", base), ("tuned", run_dir.load_tuned(compared_runs / "lora-nano", base))):
         for row in found["answers"]:
             prompt = encode_prompt(InstructionRow(row["instruction"], row["input"]), PLAIN, tokenizer)
-            it = fgpt.generate(params, [prompt], eos_token_id=tokenizer.eos, max_new_tokens=9)[0]
-            assert row[side] == {"text": tokenizer.decode(it.tokens).strip(), "finished": it.finished}
+            generated = fgpt.generate(params, [prompt], eos_token_id=tokenizer.eos, max_new_tokens=9)[0]
+            assert row[side] == {"text": tokenizer.decode(generated.tokens).strip(), "finished": generated.finished}
 
 
 def test_no_comparison_is_written_over(compared_runs: Path, tmp_path: Path):

@@ -12,10 +12,10 @@ from fgpt.cli.main import main
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("error: ")
-    return said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1, output
+    assert output[0].startswith("error: ")
+    return output[0]
 
 
 def test_bad_input_is_one_line(
@@ -54,7 +54,7 @@ def test_bad_input_is_one_line(
         (["compare", lora, "--promts", "x"], "did you mean --prompts"),
         (["compare", lora, "--out", str(tmp_path / "file" / "below")], "is not a writable directory"),
     ]
-    said = {
+    output = {
         "empty.json": "the file is empty",
         "none.json": "it holds no prompts",
         "broken.json": "not JSON",
@@ -68,7 +68,7 @@ def test_bad_input_is_one_line(
         "long.json": "prompt 2 has",
         "prompts.txt": "cannot tell its format",
     }
-    cases += [(["compare", lora, "--prompts", str(tmp_path / name)], message) for name, message in said.items()]
+    cases += [(["compare", lora, "--prompts", str(tmp_path / name)], message) for name, message in output.items()]
     before = sorted(compared_runs.rglob("*")), sorted(tmp_path.rglob("*"))
     for args, message in cases:
         assert main(args) == 2, args
@@ -84,17 +84,17 @@ def test_runs_of_different_bases(compared_runs: Path, tmp_path: Path, capsys: py
         (other / "adapter").mkdir(parents=True)
         (other / "run.json").write_text(json.dumps(comparison_of(lora / "run.json") | {field: value}))
         assert main(["compare", str(lora), str(other)]) == 2
-        said = one_line(capsys)
-        assert value in said
-        assert "an adapter works on its own base only" in said
+        output = one_line(capsys)
+        assert value in output
+        assert "an adapter works on its own base only" in output
     assert not list(compared_runs.glob("compare-*"))[1:]
 
 
 def test_a_run_without_held_out_rows(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    own = ["--data", str(tmp_path / "rows.json"), "--num-heldout", "0", "--steps", "1", "--micro-batch-size", "1"]
-    assert main(["train", "lora-nano", *own, "--out", str(tmp_path)]) == 0
+    options = ["--data", str(tmp_path / "rows.json"), "--num-heldout", "0", "--steps", "1", "--micro-batch-size", "1"]
+    assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "lora-nano")]) == 2
     assert "held out no rows: give prompts with --prompts FILE" in one_line(capsys)

@@ -62,10 +62,10 @@ def test_text_scores_of_a_side():
     """Perplexity under the base is what generation itself has seen, where the base has written the answers."""
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The sun", "Tim said")]
-    made = fgpt.generate(params, prompts, eos_token_id=tokenizer.eos, max_new_tokens=8, logprobs=True)
-    found = [Answer(tokenizer.decode(x.tokens), tuple(x.tokens), x.finished) for x in made]
+    generated = fgpt.generate(params, prompts, eos_token_id=tokenizer.eos, max_new_tokens=8, logprobs=True)
+    found = [Answer(tokenizer.decode(x.tokens), tuple(x.tokens), x.finished) for x in generated]
     scores = of_texts(params, prompts, found, tokenizer.eos)
-    logprobs = [p for x in made for p in x.logprobs]
+    logprobs = [p for x in generated for p in x.logprobs]
     assert scores["perplexity of the answers under the base"] == pytest.approx(
         math.exp(-sum(logprobs) / len(logprobs)), rel=1e-4
     )

@@ -107,20 +107,20 @@ def test_several_demands():
 
 
 def test_the_score_counts_demands_and_not_rows():
-    asked = [
+    request = [
         InstructionRow("Describe it in two sentences. Use the word 'red'."),
         InstructionRow("Say a word."),
         InstructionRow("List two hues."),
     ]
     texts = ["It is red.", "Red.", "red, blue"]
-    assert score(asked, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
-    assert score(asked[1:2], texts[1:2]) == {}
+    assert score(request, texts) == {"constraints met (%)": pytest.approx(100 * 2 / 3), "constraints": 3}
+    assert score(request[1:2], texts[1:2]) == {}
     rows = [InstructionRow("Write at most 9 words."), InstructionRow('Write without using the word "a".')]
     assert score(rows, ["", " "]) == {"constraints met (%)": 0, "constraints": 2}
-    scores = {side: instruction_scores(asked, [Answer(x, (1,), True) for x in some]) for side, some in
+    scores = {side: instruction_scores(request, [Answer(x, (1,), True) for x in subset]) for side, subset in
               (("base", ["", "", ""]), ("tuned", texts))}  # fmt: skip
     answers = {side: [Answer("a", (1,), True)] * 3 for side in scores}
-    found = Comparison("t", [], asked, answers, scores, {})
+    found = Comparison("t", [], request, answers, scores, {})
     assert "| constraints met (%) | 0.00 | 66.67 |" in to_markdown(found)
     assert '<td>0.00</td><td class="best">66.67</td>' in page(found)
     assert "Share of the constraints in the instructions" in page(found)
@@ -157,6 +157,6 @@ def test_good_answers_meet_what_is_found(name: str, least: int, shared_data: Sha
 
 
 def test_few_of_the_instructions_of_other_tasks_demand_anything(shared_data: SharedData):
-    told = [json.loads(x) for x in shared_data("prompts/user_oriented_instructions.jsonl").read_text().splitlines()]
-    found = [x.phrase for row in told for x in constraints(row["instruction"])]
+    rows = [json.loads(x) for x in shared_data("prompts/user_oriented_instructions.jsonl").read_text().splitlines()]
+    found = [x.phrase for row in rows for x in constraints(row["instruction"])]
     assert found == ["in just one sentence"]

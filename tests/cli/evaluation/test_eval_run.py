@@ -25,14 +25,14 @@ def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("feelings") / "train.txt"
-    said = [f"{who} was {how};{'joy' if how in GLAD else 'fear'}" for who in ("Tim", "Sue") for how in GLAD + SAD]
-    path.write_text("\n".join(said))
+    output = [f"{who} was {how};{'joy' if how in GLAD else 'fear'}" for who in ("Tim", "Sue") for how in GLAD + SAD]
+    path.write_text("\n".join(output))
     return path
 
 
 def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
-    said, found = capsys.readouterr().err, json.loads((instructed / "eval-4-generations-limit-3.json").read_text())
+    output, found = capsys.readouterr().err, json.loads((instructed / "eval-4-generations-limit-3.json").read_text())
     compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
     assert (found["answers"].pop("rows"), found["answers"].pop("max new tokens")) == (4, 12)
     assert found["answers"] == {name: compared[name] for name in found["answers"]}
@@ -42,7 +42,7 @@ def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.Capture
         "perplexity of the answers under the base",
     }
     assert found["held out"]["rows"] == 3
-    assert f"{compared['mean answer length (tokens)']:.4f}" in said
+    assert f"{compared['mean answer length (tokens)']:.4f}" in output
 
 
 def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(
         ([str(tmp_path / "odd")], "expected a kind, one of"),
     ):
         assert main(["eval", *args]) == 2, args
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("error: "), said
-        assert says in said
-        assert "\n" not in said
+        output = capsys.readouterr().err.strip()
+        assert output.startswith("error: "), output
+        assert says in output
+        assert "\n" not in output

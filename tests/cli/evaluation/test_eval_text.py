@@ -20,10 +20,10 @@ from fgpt.evaluation.likelihood import (
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("error: ")
-    return said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1, output
+    assert output[0].startswith("error: ")
+    return output[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.txt").write_bytes(text.encode())
     options = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--stride", "48", "--out", str(tmp_path)]
     assert main(["eval", "--base", "nano", *options]) == 0
-    said, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
+    output, found = capsys.readouterr().err, json.loads((tmp_path / "eval.json").read_text())["text"]
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     expected = perplexity(
         loglikelihood_rolling(params, tokenizer.encode(text), bos_token_id=tokenizer.eos, width=64, stride=48).logprobs,
@@ -48,7 +48,7 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (found["tokens"], found["bytes"], found["words"]) == (expected.tokens, len(text.encode()), 270)
     assert found["perplexity per token"] == pytest.approx(expected.per_token, rel=1e-5)
     assert found["word perplexity"] == pytest.approx(expected.per_word, rel=1e-4)
-    assert f"{expected.bits_per_byte:.4f}" in said
+    assert f"{expected.bits_per_byte:.4f}" in output
 
 
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):

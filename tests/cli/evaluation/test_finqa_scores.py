@@ -75,9 +75,9 @@ def test_right_by_hand(answer: str, reference: str, is_right: bool):
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{}", "${:,}", "{}%", "it was {} ."]))
 def test_a_number_is_itself_however_it_is_written(number: Any, look: str):
-    written = look.format(number)
-    assert is_correct(written, str(number))
-    assert not is_correct(written, str(number + 1)) or 1900 <= number <= 2100
+    text = look.format(number)
+    assert is_correct(text, str(number))
+    assert not is_correct(text, str(number + 1)) or 1900 <= number <= 2100
 
 
 def test_only_finqa_rows_count():
@@ -92,9 +92,9 @@ def test_only_finqa_rows_count():
 
 def test_the_references_of_real_rows_are_right_and_their_neighbors_wrong(shared_data: SharedData):
     path = shared_data("dolly") / "dolly_finqa_val.jsonl"
-    asked = [row for row in load_rows(path) if row.input]  # its Dolly rows have lost theirs
-    assert len(asked) == 60
-    for row in asked:
+    rows = [row for row in load_rows(path) if row.input]  # its Dolly rows have lost theirs
+    assert len(rows) == 60
+    for row in rows:
         (number,) = quantities(row.output)
         other = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), row.output)
         assert is_correct(f"The answer is {row.output}.", row.output), row.output

@@ -41,9 +41,9 @@ def test_greedy_flags_are_hfs(kind: str):
     """Of what greedy decoding writes, and of that with another last token."""
     us, them = our_lm(kind), hf_lm(kind)
     prompts = [us.tok_encode(text) for text in CONTEXTS if text and len(us.tok_encode(text)) < CONTEXT - 8]
-    written = [x.tokens for x in fgpt.generate(us.params, prompts, eos_token_id=-1, max_new_tokens=5)]
-    requests = [(("", ""), a, b[:n]) for a, b in zip(prompts, written, strict=True) for n in range(1, 6)]
-    requests += [(("", ""), a, [*b[:2], (b[2] + 1) % 400]) for a, b in zip(prompts, written, strict=True)]
+    generated = [x.tokens for x in fgpt.generate(us.params, prompts, eos_token_id=-1, max_new_tokens=5)]
+    requests = [(("", ""), a, b[:n]) for a, b in zip(prompts, generated, strict=True) for n in range(1, 6)]
+    requests += [(("", ""), a, [*b[:2], (b[2] + 1) % 400]) for a, b in zip(prompts, generated, strict=True)]
     expected, got = (x._loglikelihood_tokens(requests, disable_tqdm=True) for x in (them, us))
     assert [flag for _, flag in got] == [flag for _, flag in expected]
     assert [flag for _, flag in got] == [True] * 5 * len(prompts) + [False] * len(prompts)
@@ -79,9 +79,9 @@ def test_greedy_texts_are_hfs(kind: str, how: dict[str, Any]):
     batch's first text has one or not.
     """
     requests = requests_of("generate_until", [(text, how) for text in CONTEXTS if text])
-    theirs = {**how, "until": [x for x in how["until"] if x]} if isinstance(how.get("until"), list) else how
+    reference = {**how, "until": [x for x in how["until"] if x]} if isinstance(how.get("until"), list) else how
     expected = hf_lm(kind).generate_until(
-        requests_of("generate_until", [(text, theirs) for text in CONTEXTS if text]), disable_tqdm=True
+        requests_of("generate_until", [(text, reference) for text in CONTEXTS if text]), disable_tqdm=True
     )
     assert len(set(expected)) > 3
     for rows in (1, 3):
@@ -119,10 +119,10 @@ def test_what_a_task_asks_for():
 
 def test_chats_are_the_models_own():
     us, text = our_lm("llama"), "Was <b>?"
-    said = us.apply_chat_template([{"role": "user", "content": text}])
-    assert said == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    assert said == hf_lm("llama").apply_chat_template([{"role": "user", "content": text}])
-    assert us.tok_encode(said) == hf_lm("llama").tok_encode(said)
+    output = us.apply_chat_template([{"role": "user", "content": text}])
+    assert output == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert output == hf_lm("llama").apply_chat_template([{"role": "user", "content": text}])
+    assert us.tok_encode(output) == hf_lm("llama").tok_encode(output)
     assert (us.chat_template(True), us.chat_template(False)) == (CHATML, None)
     with pytest.raises(fgpt.InputError, match="no chat template"):
         Model(fgpt.load("nano"), fgpt.tokenizer("nano")).apply_chat_template([])

@@ -28,8 +28,10 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     rows = []
     for i in range(14):
-        said = " ".join(words[int(j)] for j in tokens(len(words), 3 + 4 * i, seed=i))
-        rows.append({"q": said, "choices": choices, "gold": i % 4, "page": f"{said} == {said}\n naïve", "say": "na"})
+        output = " ".join(words[int(j)] for j in tokens(len(words), 3 + 4 * i, seed=i))
+        rows.append(
+            {"q": output, "choices": choices, "gold": i % 4, "page": f"{output} == {output}\n naïve", "say": "na"}
+        )
     (path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path / "rows.json")}}}
     data |= {"test_split": "test"}
@@ -98,9 +100,9 @@ def test_bad_input_is_one_line(local: Path, monkeypatch: pytest.MonkeyPatch, cap
     ):
         capsys.readouterr()
         assert main(args) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert said[-1].startswith("error: ")
-        assert says in said[-1]
+        output = capsys.readouterr().err.strip().splitlines()
+        assert output[-1].startswith("error: ")
+        assert says in output[-1]
 
 
 @pytest.mark.slow

@@ -48,21 +48,23 @@ def test_a_label_is_the_likeliest_next_word(worded: Path, capsys: pytest.Capture
     (worded / "texts").write_text("\n".join(texts))
     capsys.readouterr()
     assert main(["classify", str(worded), "--file", str(worded / "texts")]) == 0
-    told, it = lines(capsys.readouterr().out), load_classifier(worded)
-    encode = it.tokenizer.encode
-    for (label, p, text), asked in zip(told, texts, strict=True):
-        logits = fgpt.apply(it.params, torch.tensor([encode(asked) + encode(" It")]))[0, -1]
+    predictions, classifier = lines(capsys.readouterr().out), load_classifier(worded)
+    encode = classifier.tokenizer.encode
+    for (label, p, text), requested in zip(predictions, texts, strict=True):
+        logits = fgpt.apply(classifier.params, torch.tensor([encode(requested) + encode(" It")]))[0, -1]
         both = logits[[encode(" love")[0], encode(" fear")[0]]].softmax(-1)
-        assert (label, text) == (("love", "fear")[int(both.argmax())], asked)
+        assert (label, text) == (("love", "fear")[int(both.argmax())], requested)
         assert float(p) == pytest.approx(float(both.max()), abs=1e-4)
 
 
 def test_a_table_has_each_label(headed: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["classify", str(headed), "Tim was happy.", "Sue was [lost]."]) == 0
-    heading, *said = [line.split() for line in capsys.readouterr().out.splitlines() if "was" in line or "text" in line]
+    heading, *output = [
+        line.split() for line in capsys.readouterr().out.splitlines() if "was" in line or "text" in line
+    ]
     assert [x for x in heading if x.isalpha()] == ["text", "fear", "joy"]
-    for words, text in zip(said, ("Tim was happy.", "Sue was [lost]."), strict=True):
+    for words, text in zip(output, ("Tim was happy.", "Sue was [lost]."), strict=True):
         assert text in " ".join(words)
         assert sum(float(x) for x in words if x[0].isdigit()) == pytest.approx(1, abs=2e-3)
 
@@ -103,8 +105,8 @@ def test_eval_on_other_rows(headed: Path, tmp_path: Path):
     (tmp_path / "other.csv").write_text("said,what\nAnn was happy.,joy\nAnn was lost.,joy\nAnn was mean.,fear\n")
     columns = ["--columns.text", "said", "--columns.label", "what"]
     assert main(["eval", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
-    held = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
-    right = [a == row.label for a, row in zip(predict(load_classifier(headed), held).argmax, held, strict=True)]
+    heldout = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
+    right = [a == row.label for a, row in zip(predict(load_classifier(headed), heldout).argmax, heldout, strict=True)]
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["test rows"]["accuracy"] == pytest.approx(sum(right) / 3)
     assert "test rows, untuned" not in found
@@ -115,11 +117,11 @@ def test_eval_on_other_labels_has_the_base_beside_it(worded: Path, tmp_path: Pat
     labels = ["--labels", "1=good", "0=bad"]
     assert main(["eval", str(worded), "--test", str(tmp_path / "other.txt"), *labels, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
-    it, total = fgpt.tokenizer("nano"), 0.0
+    classifier, total = fgpt.tokenizer("nano"), 0.0
     base = fgpt.load("nano")
     for text, label in (("Ann was happy.", 0), ("Ann was lost.", 1)):
-        logits = fgpt.apply(base, torch.tensor([it.encode(text) + it.encode(" It")]))[0, -1]
-        total -= float(logits[[it.encode(" good")[0], it.encode(" bad")[0]]].log_softmax(-1)[label])
+        logits = fgpt.apply(base, torch.tensor([classifier.encode(text) + classifier.encode(" It")]))[0, -1]
+        total -= float(logits[[classifier.encode(" good")[0], classifier.encode(" bad")[0]]].log_softmax(-1)[label])
     assert found["test rows, untuned"]["loss (nats per row)"] == pytest.approx(total / 2, rel=1e-4)
     assert found["test rows"]["loss (nats per row)"] != found["test rows, untuned"]["loss (nats per row)"]
 
@@ -147,7 +149,7 @@ def test_bad_input_is_one_line(headed: Path, worded: Path, tmp_path: Path, capsy
         (["eval", "--base", "nano", "--text", "x", "--labels", "x", "y"], "is not a classifier: leave out --test"),
     ):
         assert main(args) == 2, args
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("error: "), said
-        assert says in said
-        assert "\n" not in said
+        output = capsys.readouterr().err.strip()
+        assert output.startswith("error: "), output
+        assert says in output
+        assert "\n" not in output

@@ -36,9 +36,9 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     tuned = fgpt.apply(run_dir.load_tuned(out, load_base(run_dir.read_run(out))), tokens)
     for onto, least, most in (("dequantized", 0.0, 1e-3), ("original", 0.1, 50.0)):
         assert main(["merge", str(out), "--merge-base", onto]) == 0
-        told = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
+        report = json.loads((out / f"merged-{onto}" / "merge.json").read_text())
         merged = fgpt.load(str(out / f"merged-{onto}"))
-        assert least <= told["read back"]["logit"] <= most
+        assert least <= report["read back"]["logit"] <= most
         assert least <= float((fgpt.apply(merged, tokens) - tuned).abs().max()) <= most
-        assert f"{told['read back']['logit']:.3g}" in capsys.readouterr().err
+        assert f"{report['read back']['logit']:.3g}" in capsys.readouterr().err
     assert {p.name for p in out.glob("merged*")} == {"merged-dequantized", "merged-original"}  # each is still there

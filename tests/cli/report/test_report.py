@@ -81,18 +81,18 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [
         ({"state": "interrupted", "steps": 90}, "interrupted"),
         ({"state": "failed", "steps": 90, "why": "the disk is full"}, "failed"),
         ({"state": "running", "steps": 90}, "killed"),
     ],
 )
-def test_a_run_that_ended_early(tmp_path: Path, status: dict[str, Any], said: str):
+def test_a_run_that_ended_early(tmp_path: Path, status: dict[str, Any], message: str):
     at = write_run_dir(tmp_path / "lora-nano", status=status)
     (at / ".lock").touch()
     text = report_of(at)
-    assert f">{said}</span>" in text
+    assert f">{message}</span>" in text
     assert "60 of 90 steps" in text
     assert status.get("why", "") in text
     assert "just train .../lora-nano --resume" in section_of(text, "reproduce")

@@ -35,10 +35,12 @@ class Seen(HTMLParser):
         self.feed(dom)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        held = dict(attrs)
+        attributes = dict(attrs)
         self.tags.add(tag)
-        self.ids += [held["id"]] if "id" in held else []
-        self.fetched += [held[name] or "" for name in ("src", "href", "data", "srcset", "action") if name in held]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.fetched += [
+            attributes[name] or "" for name in ("src", "href", "data", "srcset", "action") if name in attributes
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -46,14 +48,14 @@ class Seen(HTMLParser):
 
 def test_a_browser_shows_every_section_and_runs_nothing(finished_run: Path):
     page = report.run(str(finished_run))
-    opened = chromium(page, "--dump-dom")
-    seen = Seen(opened.stdout)
-    assert [name for name in seen.ids if not re.fullmatch("[mp][0-9a-f]{10}", name)] == SECTIONS  # else of plots
-    assert "CONSOLE" not in opened.stderr
-    assert seen.fetched == [f"#{name}" for name in SECTIONS]
-    assert not seen.tags & {"script", "link", "iframe", "object", "img", "form"}
-    assert seen.text.count(EVIL) == 20  # 10 prompts and as many answers
-    assert "<title>lora-nano</title>" in opened.stdout
+    process = chromium(page, "--dump-dom")
+    parsed = Seen(process.stdout)
+    assert [name for name in parsed.ids if not re.fullmatch("[mp][0-9a-f]{10}", name)] == SECTIONS  # else of plots
+    assert "CONSOLE" not in process.stderr
+    assert parsed.fetched == [f"#{name}" for name in SECTIONS]
+    assert not parsed.tags & {"script", "link", "iframe", "object", "img", "form"}
+    assert parsed.text.count(EVIL) == 20  # 10 prompts and as many answers
+    assert "<title>lora-nano</title>" in process.stdout
     assert "example.invalid" not in (finished_run / "net.json").read_text(errors="replace")
 
 
@@ -61,9 +63,9 @@ def test_a_browser_would_have_told(tmp_path: Path):
     """What the test above looks for is there where a page does those things."""
     page = tmp_path / "page.html"
     page.write_text(f"<title>x</title>{EVIL}<script>console.error('seen')</script>")
-    opened = chromium(page, "--dump-dom")
-    assert "CONSOLE" in opened.stderr
-    assert "<title>it ran</title>" in opened.stdout
+    process = chromium(page, "--dump-dom")
+    assert "CONSOLE" in process.stderr
+    assert "<title>it ran</title>" in process.stdout
     assert "example.invalid" in (tmp_path / "net.json").read_text(errors="replace")
 
 

@@ -21,7 +21,7 @@ def _damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "said"),
+    ("name", "spoil", "message"),
     [
         ("run.json", _cut, "not valid JSON"),
         ("run.json", lambda p: p.write_text("{}"), "expected a run, which has a name"),
@@ -30,12 +30,12 @@ def _damage(path: Path) -> None:
         ("status.json", lambda p: p.write_text("[1]"), "expected a JSON object, got list"),
     ],
 )
-def test_a_damaged_file_is_one_line(finished_run: Path, name: str, spoil: Callable[[Path], Any], said: str):
+def test_a_damaged_file_is_one_line(finished_run: Path, name: str, spoil: Callable[[Path], Any], message: str):
     before = report_of(finished_run)
     spoil(finished_run / name)
     with pytest.raises(InputError) as err:
         report.run(str(finished_run))
-    assert said in str(err.value)
+    assert message in str(err.value)
     assert name in str(err.value)
     assert "\n" not in str(err.value)
     assert (finished_run / "report.html").read_text() == before
@@ -52,18 +52,18 @@ def test_a_damaged_file_is_one_line(finished_run: Path, name: str, spoil: Callab
     ids=lambda at: "/".join(map(str, at)),
 )
 def test_a_comparison_of_wrong_types_is_one_line(at: tuple[str | int, ...], value: Any, finished_run: Path):
-    held = json.loads((finished_run / "compare.json").read_text())
-    inner: Any = held
+    content = json.loads((finished_run / "compare.json").read_text())
+    inner: Any = content
     for part in at[:-1]:
         inner = inner[part]
     inner[at[-1]] = value
-    (finished_run / "compare.json").write_text(json.dumps(held))
+    (finished_run / "compare.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"compare\.json: not a comparison of this version") as err:
         report.run(str(finished_run))
     assert str(err.value).isprintable()
 
 
 def test_an_adapter_of_no_kind_does_not_keep_a_run_from_its_page(finished_run: Path):
-    held = json.loads((finished_run / "run.json").read_text())
-    (finished_run / "run.json").write_text(json.dumps(held | {"adapter": {}}))
+    content = json.loads((finished_run / "run.json").read_text())
+    (finished_run / "run.json").write_text(json.dumps(content | {"adapter": {}}))
     assert "None on" in report_of(finished_run)

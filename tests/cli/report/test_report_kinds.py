@@ -63,8 +63,8 @@ def test_which_of_several_runs_was_taken_is_said(
     (tmp_path / "runs" / "lora-nano" / "adapter").mkdir()
     for take, expected in ((find_any, "lora-nano-2"), (find_finished, "lora-nano")):
         assert take("lora-nano").name == expected
-        (said,) = capsys.readouterr().err.splitlines()
-        assert f"lora-nano: taking runs/{expected}, of 2 runs of that name the newest" in said
+        (output,) = capsys.readouterr().err.splitlines()
+        assert f"lora-nano: taking runs/{expected}, of 2 runs of that name the newest" in output
     find_any("ia3-nano")
     find_any("runs/lora-nano")
     assert capsys.readouterr().err == ""

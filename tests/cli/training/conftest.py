@@ -60,7 +60,7 @@ def training_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
         *often,
     ]
     lora = ["--adapter.rank", "4", "--adapter.dropout", "0.2", "--adapter.target", r"blocks.*\.(q|up)|wte"]
-    asked = ["--data", str(at / "rows.json"), "--num-heldout", "4", "--compare-prompts", "2", "--max-new-tokens", "4"]
+    data = ["--data", str(at / "rows.json"), "--num-heldout", "4", "--compare-prompts", "2", "--max-new-tokens", "4"]
     best = ["--steps", "12", "--eval-every", "5", "--keep-best"]
     texts = ["--train", str(at / "texts.txt"), "--test", "None", "--num-heldout", "9", "--steps", "8"]
     tales = ["--data", str(at / "tales.txt"), "--tokenizer", "nano", "--no-compile", "--peak-tflops", "0.05"]
@@ -74,7 +74,7 @@ def training_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
         "--eval-every",
         "3",
     ]  # minutes: some steps have one, others none
-    instruct = ["lora-nano", *base, "--optimizer", "adamw8bit", *lora, *asked, *best]
+    instruct = ["lora-nano", *base, "--optimizer", "adamw8bit", *lora, *data, *best]
     return {
         "timed": [*instruct, *timed],
         "instruct": instruct,

@@ -182,12 +182,12 @@ def test_nothing_behind_a_link_is_deleted_or_written(tmp_path: Path):
 def test_the_fingerprint_names_what_changed():
     run, tokenizer, cfg = find("lora-nano"), fgpt.tokenizer("nano"), fgpt.Config(1, 1, 8, 16, 11, 16)
     base, rows = fgpt.init(cfg, fgpt.key(0)), [Example((1, 2, 3), 1)]
-    held = [InstructionRow("Say \ud83d.", "", "It is.")]
+    heldout_rows = [InstructionRow("Say \ud83d.", "", "It is.")]
 
     def changed(**other: object) -> list[str]:
-        given: dict = {"recipe": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
-        given |= {"training_rows": rows, "heldout_rows": held, "template": "{instruction}"}
-        before, after = fingerprint(**given), fingerprint(**(given | other))
+        inputs: dict = {"recipe": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
+        inputs |= {"training_rows": rows, "heldout_rows": heldout_rows, "template": "{instruction}"}
+        before, after = fingerprint(**inputs), fingerprint(**(inputs | other))
         return [name for name in after if before.get(name) != after[name]]
 
     from dataclasses import replace

@@ -17,7 +17,7 @@ from fgpt.tree import leaves
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(checkpointed_run: Path):
-    kept = sorted(int(p.name.removeprefix("step-")) for p in (checkpointed_run / "checkpoints").iterdir())
+    steps = sorted(int(p.name.removeprefix("step-")) for p in (checkpointed_run / "checkpoints").iterdir())
     judged = {
         line["step"]: line["heldout_loss"]
         for line in read_metrics(checkpointed_run / "metrics.jsonl")
@@ -25,7 +25,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(checkpointed_run: Path):
     }
     assert judged.keys() == {5, 10}
     best = min(judged, key=lambda step: judged[step])
-    assert kept == sorted({best, 9, 10, 11, 12})
+    assert steps == sorted({best, 9, 10, 11, 12})
     found = checkpoints.best(checkpointed_run)
     assert found is not None
     assert found.name == f"step-{best:06d}"
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     torch.set_num_threads(1)
     assert main(resume(run)) == 0
     torch.set_num_threads(threads)
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.count("using the checkpoint before it") == 1
-    assert "resuming after step 11 of 12" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert output.count("using the checkpoint before it") == 1
+    assert "resuming after step 11 of 12" in output
     assert_same_files(final_files(run.parent), final_files(checkpointed_run.parent))

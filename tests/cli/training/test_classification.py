@@ -33,9 +33,11 @@ NEW = ("a dog", "Tim", "the bird", "Sue", "a fox", "her mom", "the cat", "Ben")
 def feelings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options for a task that a small model can learn: is somebody glad or not?"""
     path = tmp_path_factory.mktemp("feelings")
-    said = [(f"One day, {who} was {how}.", "joy" if how in GLAD else "fear") for who in NEW for how in GLAD + SAD]
-    (path / "test.txt").write_text("\n".join(f"{text};{label}" for text, label in said[:16]))
-    (path / "train.txt").write_text("\n".join(f"{text};{label}" for text, label in said[16:]))
+    labeled_texts = [
+        (f"One day, {who} was {how}.", "joy" if how in GLAD else "fear") for who in NEW for how in GLAD + SAD
+    ]
+    (path / "test.txt").write_text("\n".join(f"{text};{label}" for text, label in labeled_texts[:16]))
+    (path / "train.txt").write_text("\n".join(f"{text};{label}" for text, label in labeled_texts[16:]))
     return ["--base", "nano", "--train", str(path / "train.txt"), "--test", str(path / "test.txt")]
 
 
@@ -71,8 +73,8 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     trained = load_classifier(out)  # from its files alone
     assert isinstance(trained.recipe, ClassificationRecipe)
     test = load_labeled_texts(feelings[-1])
-    told = predict(trained, [LabeledText(row.text) for row in test]).argmax
-    assert sum(a == b.label for a, b in zip(told, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
+    predicted = predict(trained, [LabeledText(row.text) for row in test]).argmax
+    assert sum(a == b.label for a, b in zip(predicted, test, strict=True)) / 16 == found["scores"]["tuned"]["accuracy"]
     with pytest.raises(InputError, match="has a head of its own labels, fear, joy: leave --labels out"):
         predict(trained, test, ["yes", "no"])
     assert main(["generate", str(out), "hi"]) == 2

@@ -75,10 +75,10 @@ def test_bad_input_is_one_line(
     Path("test.txt").write_text(test)
     files = ["--train", "train.txt", "--test", "test.txt"]
     assert main(["train", "emotion-small", "--base", "nano", *files, *options]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("error: ")
-    assert re.search(message, said[0]), said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1, output
+    assert output[0].startswith("error: ")
+    assert re.search(message, output[0]), output[0]
     assert {p.name for p in tmp_path.iterdir()} == {"train.txt", "test.txt"}  # nothing half-made
 
 
@@ -88,9 +88,9 @@ def test_pairs_that_are_too_long_or_half(tmp_path: Path, capsys: pytest.CaptureF
     run = ["train", "rte-small-lora", "--base", "nano", "--labels", "yes", "no", "--test", str(tmp_path / "a.tsv")]
     out = ["--train", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "out"), "--max-seq-len", "40"]
     assert main([*run, *out]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "a.tsv, line 4: both texts are too long, 80 and 80 tokens where there is room for 38 in all" in said
-    assert "\n" not in said
+    output = capsys.readouterr().err.strip()
+    assert "a.tsv, line 4: both texts are too long, 80 and 80 tokens where there is room for 38 in all" in output
+    assert "\n" not in output
     (tmp_path / "a.tsv").write_text("sentence1\tsentence2\tlabel\na\t\tyes\n")
     assert main([*run, *out]) == 2
     assert "line 2: column 'sentence2' is empty" in capsys.readouterr().err

@@ -41,9 +41,9 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     size = (run / "metrics.jsonl").stat().st_size
     state = next((run / "checkpoints").rglob("state.safetensors")).stat().st_size
     assert exit_status(run_in_fork(resume(run), limited(max(state - 1, size + 10)))) == 2
-    said = " ".join(capfd.readouterr().err.split())
-    assert "File too large; free space" in said
-    assert f"resume with: just train {run} --resume" in said
+    output = " ".join(capfd.readouterr().err.split())
+    assert "File too large; free space" in output
+    assert f"resume with: just train {run} --resume" in output
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
     assert exit_status(run_in_fork(resume(run))) == 0
     assert_same_files(final_files(tmp_path), expected)
@@ -68,8 +68,8 @@ def test_a_folder_that_turns_read_only(
         tempfile.mkstemp = refuse
 
     assert exit_status(run_in_fork(["train", *args, "--out", str(tmp_path)], spoil)) == 2
-    said = " ".join(capfd.readouterr().err.split())
-    assert "Read-only file system; free space, then resume with: just train" in said
+    output = " ".join(capfd.readouterr().err.split())
+    assert "Read-only file system; free space, then resume with: just train" in output
     (run,) = run_in(tmp_path)
     assert list((run / "checkpoints").rglob("manifest.json"))
     assert exit_status(run_in_fork(resume(run))) == 0
@@ -100,7 +100,7 @@ def test_no_two_processes_train_in_one_folder(training_args: Any, undisturbed: A
 
 def test_a_reader_never_sees_a_torn_file(training_args: Any, tmp_path: Path):
     """While a training writes as often as it can, another process reads all there is, over and over."""
-    pid, seen = run_in_fork(["train", *training_args["instruct"], "--out", str(tmp_path)]), 0
+    pid, reads = run_in_fork(["train", *training_args["instruct"], "--out", str(tmp_path)]), 0
     while not os.waitpid(pid, os.WNOHANG)[0]:
         for path in (Path(at) / name for run in run_in(tmp_path) for at, _, names in os.walk(run) for name in names):
             if any(part.startswith(".") for part in path.relative_to(tmp_path).parts):
@@ -116,5 +116,5 @@ def test_a_reader_never_sees_a_torn_file(training_args: Any, tmp_path: Path):
                 assert all(json.loads(line)["step"] for line in data.splitlines())
             elif path.suffix == ".safetensors":
                 safetensors.torch.load(data)
-                seen += 1
-    assert seen > 10
+                reads += 1
+    assert reads > 10

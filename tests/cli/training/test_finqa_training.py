@@ -56,14 +56,14 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ]
     base = ["--base", "nano", "--template", "plain", "--max-new-tokens", "6", "--overlong", "error", "--out", str(out)]
     assert main(["train", "dolly-finqa-lora", *base, *data, *size]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "shortened the text of 6 FinQA rows to 192 tokens; their tables are whole" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "shortened the text of 6 FinQA rows to 192 tokens; their tables are whole" in output
     folder = out / "dolly-finqa-lora"
     found = json.loads((folder / "compare.json").read_text())
-    asked = [row["input"] for row in found["answers"] if "|" in row["input"]]
-    assert any(ELLIPSIS in page for page in asked)
-    assert all("net loss | ( 3 ) | ( 2 )\nsee note 4 ." in page for page in asked)
-    assert found["scores"]["base"]["FinQA rows"] == len(asked)
+    inputs = [row["input"] for row in found["answers"] if "|" in row["input"]]
+    assert any(ELLIPSIS in page for page in inputs)
+    assert all("net loss | ( 3 ) | ( 2 )\nsee note 4 ." in page for page in inputs)
+    assert found["scores"]["base"]["FinQA rows"] == len(inputs)
     for name in ("compare.md", "compare.html"):
         assert "FinQA exact match (%)" in (folder / name).read_text()
     assert main(["compare", str(folder), "--prompts", str(finqa), "--num-prompts", "2", "--max-new-tokens", "2"]) == 0

@@ -50,8 +50,8 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         assert main(["generate", str(out), "Write a story about a fox.", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
     quantized = {name for name in METHODS if name.startswith("q") or name == "remat"}
-    for alike in (quantized, METHODS.keys() - quantized):
-        first = [losses[name][0] for name in alike]
+    for names in (quantized, METHODS.keys() - quantized):
+        first = [losses[name][0] for name in names]
         assert max(first) - min(first) < 1e-5
     assert losses["qlora-nano"][0] != losses["lora-nano"][0]
     assert losses["remat"] == pytest.approx(losses["qdora-nano"], abs=1e-5)
@@ -65,8 +65,8 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 def test_pretraining_learns_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     stories = tmp_path / "stories.txt"
-    told = [f"Once there was a fox named {name}. {name} ran home." for name in ("Tim", "Sue")]
-    stories.write_text("\n<|endoftext|>\n".join(told))
+    output = [f"Once there was a fox named {name}. {name} ran home." for name in ("Tim", "Sue")]
+    stories.write_text("\n<|endoftext|>\n".join(output))
     options = [
         "--data",
         str(stories),

@@ -36,13 +36,13 @@ def test_the_schedule_falls_to_its_floor_as_torchs_does():
     run: Any = find("tinytiny-pretrain")
     schedule = cosine_schedule(run.lr, 50, warmup_steps=10, final_lr=run.lr * run.min_lr_ratio)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=6e-4)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=6e-5)
     ours = [float(schedule(torch.tensor(step))) for step in range(60)]
     assert ours[:10] == pytest.approx([6e-5 * (step + 1) for step in range(10)])
     for step in range(41):
-        assert ours[10 + step] == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
+        assert ours[10 + step] == pytest.approx(reference.get_last_lr()[0], rel=1e-6)
         optimizer.step()
-        theirs.step()
+        reference.step()
     assert ours[30] == pytest.approx(3.3e-4)  # half way
     assert ours[50:] == pytest.approx([6e-5] * 10)
 
@@ -169,10 +169,10 @@ def test_bad_input_is_one_line(
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "one.txt").write_text("Once.")
     assert main(["train", "tinytiny-pretrain", *TINY_SIZE, *args]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("error: ")
-    assert message in said[0]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1, output
+    assert output[0].startswith("error: ")
+    assert message in output[0]
     assert not (tmp_path / "runs").exists()
 
 

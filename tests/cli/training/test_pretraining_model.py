@@ -54,9 +54,9 @@ def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrain
     ours = fgpt.load(str(saved))
     assert ours.cfg.biases == ""
     assert json.loads((saved / "config.json").read_text())["bias"] is False
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(saved, dtype=torch.float32).eval()
+    reference = transformers.GPT2LMHeadModel.from_pretrained(saved, dtype=torch.float32).eval()
     tokens = torch.randint(0, 4096, (2, 40), generator=fgpt.key(0))
-    torch.testing.assert_close(theirs(tokens).logits, fgpt.apply(ours, tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference(tokens).logits, fgpt.apply(ours, tokens), atol=1e-5, rtol=0)
 
 
 def test_ranks_are_saved_with_a_model(tmp_path: Path):
@@ -70,12 +70,12 @@ def test_ranks_are_saved_with_a_model(tmp_path: Path):
 
 def test_gpt2s_own_ranks_are_saved_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_data: SharedData):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data("gpt2-bpe") / "tiktoken_cache"))
-    own = gpt2()
-    (tmp_path / RANKS).write_text(own.files()[RANKS])
-    again, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
-    assert again.encode(text) == own.encode(text)
-    assert (again.eos, again.n_vocab) == (50_256, 50_257)
+    tokenizer = gpt2()
+    (tmp_path / RANKS).write_text(tokenizer.files()[RANKS])
+    reloaded, text = from_ranks(tmp_path / RANKS), " = Robert Boulter = \n 26 @.@ 4 <unk> naïve\n\n<|user|>\n"
+    assert reloaded.encode(text) == tokenizer.encode(text)
+    assert (reloaded.eos, reloaded.n_vocab) == (50_256, 50_257)
     lines = [line.split() for line in (shared_data("gpt2-bpe") / "gpt2.tiktoken").read_text().splitlines()]
     assert [base64.b64decode(token) for token, _ in lines[-3:]] == [
-        own.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
+        tokenizer.bpe.decode_single_token_bytes(rank) for rank in range(50_253, 50_256)
     ]

@@ -35,9 +35,9 @@ def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
     wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2))
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "resume with: just train" in " ".join(said.split())
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "resume with: just train" in " ".join(output.split())
     run = tmp_path / "lora-nano"
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
     steps = [line["step"] for line in read_metrics(metrics)]
@@ -59,8 +59,8 @@ def test_a_leaf_that_never_moves_is_an_error(training_args: Any, tmp_path: Path,
     ]
     args = [*args, "--adapter.dropout", "0", "--optimizer", "adamw", "--lr", "1e-9", "--out", str(tmp_path)]
     assert main(["train", *args]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "3 of 3 trained leaves did not change in two steps (blocks.0.ln_1.w, blocks.0.ln_2.w, ln_f.w)" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "3 of 3 trained leaves did not change in two steps (blocks.0.ln_1.w, blocks.0.ln_2.w, ln_f.w)" in output
 
 
 def test_a_line_that_was_cut_off_does_no_harm(checkpointed_run: Path, tmp_path: Path):

@@ -30,23 +30,23 @@ def test_other_inputs_are_refused(
     (run / "status.json").write_text('{"state": "running", "steps": 12}\n')
     before = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     assert main(resume(run)) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "was made from other inputs than there are now; changed: training rows. Restore them" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "was made from other inputs than there are now; changed: training rows. Restore them" in output
     assert before == {p: p.read_bytes() for p in run.rglob("*.safetensors")}
 
 
 def test_the_hash_sees_every_number():
     base = fgpt.init(fgpt.Config(1, 2, 8, 16, 11, 16), fgpt.key(0))
     rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    told = {content_hash(base, rows)}
+    hashes = {content_hash(base, rows)}
     for path in leaves(base):
-        told.add(content_hash(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
-    told |= {
+        hashes.add(content_hash(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
+    hashes |= {
         content_hash(base, rows[::-1]),
         content_hash(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
         content_hash(base, rows[:1]),
     }
-    assert len(told) == len(leaves(base)) + 4
+    assert len(hashes) == len(leaves(base)) + 4
 
 
 def test_options_that_make_another_run_are_refused(

@@ -23,9 +23,9 @@ def unfinished_copy(trained: Path, at: Path) -> Path:
 def test_what_is_not_ours_stays(checkpointed_run: Path, tmp_path: Path, training_args: Any):
     """Names that a user gives, whatever they begin with; our own leavings go."""
     run = unfinished_copy(checkpointed_run, tmp_path / "runs")
-    theirs = [".gitlab-ci.yml", ".env.local", ".run.json.old", ".a.b.c", ".x.abcdefgh.fgpt-partial.txt"]
+    foreign = [".gitlab-ci.yml", ".env.local", ".run.json.old", ".a.b.c", ".x.abcdefgh.fgpt-partial.txt"]
     for at in (run, run / "adapter", run / "checkpoints"):
-        for name in theirs:
+        for name in foreign:
             (at / name).write_text("mine")
         (at / ".run.json.ab12_xyz.fgpt-partial").write_text("ours, half written")
     folder_of_theirs = run / ".cache.d"
@@ -36,7 +36,7 @@ def test_what_is_not_ours_stays(checkpointed_run: Path, tmp_path: Path, training
     (run / ".y.ab12_xyz.fgpt-partial").symlink_to(outside)  # of our form: the link goes, and not what is behind it
     assert exit_status(run_in_fork(resume(run))) == 0
     for at in (run, run / "checkpoints"):
-        assert [name for name in theirs if not (at / name).exists()] == []
+        assert [name for name in foreign if not (at / name).exists()] == []
         assert not (at / ".run.json.ab12_xyz.fgpt-partial").exists()
     assert folder_of_theirs.is_dir()
     assert [p.name for p in outside.iterdir()] == [".x.ab12_xyz.fgpt-partial"]
@@ -54,8 +54,8 @@ def test_nothing_is_written_through_a_link(
     files = [outside] if outside.is_file() else [p for p in outside.rglob("*") if p.is_file()]
     before = {p: p.read_bytes() for p in files}
     assert main(resume(run)) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{name} is a symbolic link, which fgpt does not write through" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"{name} is a symbolic link, which fgpt does not write through" in output
     assert before == {p: p.read_bytes() for p in before}
 
 
@@ -96,8 +96,8 @@ def test_a_name_is_that_of_one_folder(
 ):
     out = tmp_path / "a" / "b" / "runs"
     assert main(["train", *training_args["instruct"], f"--name={name}", "--out", str(out)]) == 2
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    assert "expected the name of one folder" in said
+    (output,) = capsys.readouterr().err.strip().splitlines()
+    assert "expected the name of one folder" in output
     assert list(tmp_path.iterdir()) == []
 
 

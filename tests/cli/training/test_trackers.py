@@ -66,9 +66,9 @@ def test_a_kill_takes_no_step(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def absent(asked: str) -> None:
-        if asked == name:
-            raise metadata.PackageNotFoundError(asked)
+    def absent(package: str) -> None:
+        if package == name:
+            raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr("fgpt.cli.training.trackers.metadata.distribution", absent)
     run = TRACKED_RUN if name == "tensorboard" else replace(TRACKED_RUN, tracker=name)
@@ -95,18 +95,18 @@ def test_a_tracker_that_fails_says_so_once(
         monkeypatch.setattr(RecordWriter, "write", full)
         for line in others:
             track(line)
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == len(calls) == 1
-    assert said[0].startswith("TensorBoard failed: [Errno 28] No space left on device; training continues")
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == len(calls) == 1
+    assert output[0].startswith("TensorBoard failed: [Errno 28] No space left on device; training continues")
 
 
 def test_a_tracker_that_cannot_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "tensorboard").write_text("a file in its place")
     with tracking(TRACKED_RUN, tmp_path, 0) as track:
         track({"step": 1, "loss": 1.0})
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("TensorBoard cannot be used: ")
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1
+    assert output[0].startswith("TensorBoard cannot be used: ")
 
 
 def test_what_goes_wrong_in_the_training_is_not_held_back(tmp_path: Path):

@@ -27,10 +27,10 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
             break
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "interrupted" in output
+    assert "Traceback" not in output
     adapters = fgpt.load_peft(tmp_path / "lora-nano" / "adapter", fgpt.load("nano"))
     assert all(bool(x.b.any()) for x in adapters.values())  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -92,9 +92,9 @@ def test_bad_columns_and_rows(tmp_path: Path, instruction_file: Path, capsys: py
 def test_nan_ends_with_one_line_and_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     args = ["train", "lora-nano", "--lr", "1e30", "--warmup-steps", "0", *SHORT_TRAINING, "--out", str(tmp_path)]
     assert main(args) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: the loss became")
-    assert "lower --lr" in said
+    output = capsys.readouterr().err.strip().splitlines()[-1]
+    assert output.startswith("error: the loss became")
+    assert "lower --lr" in output
     left = {p.name for p in (tmp_path / "lora-nano").iterdir()}
     assert left == {"run.json", "status.json", "environment.json", ".lock", "metrics.jsonl", "tensorboard"}
 

@@ -76,8 +76,8 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, wandb: pytest.MonkeyPat
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
     assert len(files) == 2
     for begin, file in zip((0, 3), files, strict=True):
-        kept, config, history = kept_by_wandb(file)
-        assert kept == name
+        database, config, history = kept_by_wandb(file)
+        assert database == name
         assert json.loads(config["lr"]) == TRACKED_RUN.lr
         assert json.loads(config["adapter"])["rank"] == 16
         assert [(x["step"], x["loss"]) for x in history] == [(i, 2.0 + i) for i in range(begin + 1, begin + 4)]
@@ -110,8 +110,8 @@ def test_trackio_goes_on_with_the_same_run(
                 track(line)
     assert not capsys.readouterr().out
     name = f"lora-nano-{json.loads((folder / 'track.json').read_text())['trackio']}"
-    with sqlite3.connect(tmp_path / "kept" / "fgpt.db") as kept:
-        rows = kept.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    with sqlite3.connect(tmp_path / "kept" / "fgpt.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
     assert [(run, step, json.loads(x)["loss"]) for run, step, x in rows] == [(name, i, 2.0 + i) for i in range(1, 7)]
     assert len(tensorboard_events(folder)["loss"]) == 6
 

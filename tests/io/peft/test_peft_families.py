@@ -118,9 +118,9 @@ def in_peft_and_back(name: str, params: fgpt.GPT, adapters: fgpt.Adapters, at: P
     agrees(params, adapters, model)
     count = sum(p.numel() for n, p in model.named_parameters() if re.search(TRAINED, n))
     assert count >= fgpt.num_trainable(adapters)
-    again = fgpt.load_peft(at, params)
-    agrees(params, again, model)
-    return again
+    reloaded = fgpt.load_peft(at, params)
+    agrees(params, reloaded, model)
+    return reloaded
 
 
 @pytest.mark.parametrize("kind", OUR_ADAPTERS | ADAPTERS_OF_SOME_PROJECTIONS)
@@ -128,11 +128,11 @@ def in_peft_and_back(name: str, params: fgpt.GPT, adapters: fgpt.Adapters, at: P
 def test_ours_in_peft_and_back(name: str, kind: str, tmp_path: Path):
     params = save_and_load(hf_model(name))
     adapters = with_noise((OUR_ADAPTERS | ADAPTERS_OF_SOME_PROJECTIONS)[kind](params), 0.1)
-    again: Any = in_peft_and_back(name, params, adapters, tmp_path)
+    reloaded: Any = in_peft_and_back(name, params, adapters, tmp_path)
     if "unequal" in kind:  # B takes up the quotient of the scales, but for rounding
-        close(again, adapters, 1e-7)
+        close(reloaded, adapters, 1e-7)
     else:
-        assert_adapters_identical(again, adapters)
+        assert_adapters_identical(reloaded, adapters)
 
 
 @pytest.mark.parametrize("kind", OUR_ADAPTERS)

@@ -41,13 +41,13 @@ def test_a_model_of_no_family(tmp_path: Path):
 
 
 def test_a_file_of_another_family(tmp_path: Path):
-    made: dict[str, fgpt.GPT] = {name: save_and_load(hf_model(name)) for name in ("gptj", "neox", "llama")} | {
+    bases: dict[str, fgpt.GPT] = {name: save_and_load(hf_model(name)) for name in ("gptj", "neox", "llama")} | {
         "gpt2": tiny()
     }
-    for name, params in made.items():
+    for name, params in bases.items():
         at = tmp_path / name
         fgpt.save_peft(fgpt.lora(params, fgpt.key(0), 3), params, at, "base")
-        for other in made.values():
+        for other in bases.values():
             if other is not params:
                 with pytest.raises(fgpt.InputError, match=r"adapter on \S+, which is no layer of this model") as caught:
                     fgpt.load_peft(at, other)

@@ -42,11 +42,11 @@ def peft_model(**options: Any) -> Any:
 def test_logits_and_gradients_are_pefts(tmp_path: Path):
     model = peft_model()
     params = fgpt.fuse_qkv(load_hf_model(hf_gpt2(), tmp_path))
-    theirs = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    reference = {n: p for n, p in model.named_parameters() if "lora_" in n}
     prefix = "base_model.model.transformer.h"
 
     def pair(i: int, module: str) -> list[Tensor]:
-        return [theirs[f"{prefix}.{i}.{module}.lora_{side}.default.weight"] for side in "AB"]
+        return [reference[f"{prefix}.{i}.{module}.lora_{side}.default.weight"] for side in "AB"]
 
     paths = {f"blocks.{i}.{path}": (i, module) for i in range(2) for module, path in MODULES.items()}
     adapters: Any = {}
@@ -71,9 +71,9 @@ def test_our_file_in_peft(target: str, tmp_path: Path):
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == fgpt.num_trainable(adapters)
     assert_logits_agree(params, adapters, model)
-    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
-    assert same(again, adapters)
-    assert {p: x.scale for p, x in again.items()} == pytest.approx({p: x.scale for p, x in adapters.items()})
+    reloaded: Any = fgpt.load_peft(tmp_path / "adapter", params)
+    assert same(reloaded, adapters)
+    assert {p: x.scale for p, x in reloaded.items()} == pytest.approx({p: x.scale for p, x in adapters.items()})
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_q_and_v_of_unequal_rank_and_alpha_travel_stacked(tmp_path: Path):
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
     assert_logits_agree(params, adapters, model)
-    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
-    assert again.keys() == adapters.keys()
+    reloaded: Any = fgpt.load_peft(tmp_path / "adapter", params)
+    assert reloaded.keys() == adapters.keys()
     for path, x in adapters.items():
-        assert torch.equal(again[path].a, x.a)
-        close(again[path].scale * again[path].b, x.scale * x.b, 1e-7)
-    assert_logits_agree(params, again, model)
+        assert torch.equal(reloaded[path].a, x.a)
+        close(reloaded[path].scale * reloaded[path].b, x.scale * x.b, 1e-7)
+    assert_logits_agree(params, reloaded, model)
     assert_logits_agree(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 
 
@@ -118,9 +118,9 @@ def test_stacking_is_bitwise_where_ranks_and_alphas_are_equal(tmp_path: Path):
     params = tiny()
     adapters = with_noise(fgpt.lora(params, fgpt.key(0), 4, 8, r"blocks\.\d+\.attn\.(q|v)"))
     fgpt.save_peft(adapters, params, tmp_path, "base")
-    again: Any = fgpt.load_peft(tmp_path, params)
-    assert same(again, adapters)
-    assert [x.alpha for x in again.values()] == [x.alpha for x in adapters.values()]
+    reloaded: Any = fgpt.load_peft(tmp_path, params)
+    assert same(reloaded, adapters)
+    assert [x.alpha for x in reloaded.values()] == [x.alpha for x in adapters.values()]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 16)  # r' = 2r and alpha' = 2 alpha
 

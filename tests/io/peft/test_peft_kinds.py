@@ -33,13 +33,14 @@ def test_ours_in_peft_and_back(kind: str, whole: bool, tmp_path: Path):
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     model = peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval()
     assert_logits_agree(params, adapters, model)
-    again: Any = fgpt.load_peft(tmp_path / "adapter", params)
+    reloaded: Any = fgpt.load_peft(tmp_path / "adapter", params)
     if "unequal" in kind:  # B takes up the quotient of the scales, and gives it back but for rounding
-        close(again, adapters, 1e-7)
-        again = {
-            path: fgpt.DoRA(fgpt.LoRA(x.lora.a, adapters[path].lora.b, x.lora.alpha), x.m) for path, x in again.items()
+        close(reloaded, adapters, 1e-7)
+        reloaded = {
+            path: fgpt.DoRA(fgpt.LoRA(x.lora.a, adapters[path].lora.b, x.lora.alpha), x.m)
+            for path, x in reloaded.items()
         }
-    assert_adapters_identical(again, adapters)
+    assert_adapters_identical(reloaded, adapters)
     if not whole:
         assert_logits_agree(fgpt.fuse_qkv(params), fgpt.load_peft(tmp_path / "adapter", fgpt.fuse_qkv(params)), model)
 

@@ -84,12 +84,12 @@ def test_every_reader_has_our_products(name: str, kind: str, tmp_path: Path):
     params = load_hf_model(model, tmp_path / "base") if name == "gpt2" else save_and_load(model)
     adapters = with_noise(KINDS[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-    wanted = expected(params, adapters)
+    target = expected(params, adapters)
     for rule in RULES:
         got = products(tmp_path / "adapter", rule)
-        assert got.keys() == wanted.keys()
+        assert got.keys() == target.keys()
         for module, x in got.items():
-            torch.testing.assert_close(x, wanted[module], atol=1e-6, rtol=0)
+            torch.testing.assert_close(x, target[module], atol=1e-6, rtol=0)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert not any(config.get(x) for x in ("rank_pattern", "alpha_pattern", "use_rslora"))
     with torch.no_grad():
@@ -103,14 +103,14 @@ def test_what_is_read_back_trains_as_what_was_saved(kind: str, tmp_path: Path):
     params = load_hf_model(hf_gpt2(), tmp_path / "base")
     adapters: Any = with_noise(KINDS[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path, "base")
-    again: Any = fgpt.load_peft(tmp_path, params)
+    reloaded: Any = fgpt.load_peft(tmp_path, params)
     scales = {x.scale for x in adapters.values()}
     if len(scales) == 1:
-        assert_adapters_identical(again, adapters)
+        assert_adapters_identical(reloaded, adapters)
         return
-    assert again.keys() == adapters.keys()
+    assert reloaded.keys() == adapters.keys()
     for path, x in adapters.items():
-        y = again[path]
+        y = reloaded[path]
         assert torch.equal(y.a, x.a)
         assert (y.alpha, y.rs, y.dropout) == (x.alpha, x.rs, x.dropout)
         torch.testing.assert_close(y.b if x.alpha else 0 * y.b, x.b if x.alpha else 0 * x.b, atol=1e-7, rtol=1e-6)
@@ -121,11 +121,11 @@ def test_a_fused_base_reads_what_was_stacked_and_padded(tmp_path: Path):
     adapters = with_noise(KINDS["ranks"](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
     whole = fgpt.fuse_qkv(params)
-    again: Any = fgpt.load_peft(tmp_path / "adapter", whole)
-    assert {path: len(x.a) for path, x in again.items() if ".0." in path} == {
+    reloaded: Any = fgpt.load_peft(tmp_path / "adapter", whole)
+    assert {path: len(x.a) for path, x in reloaded.items() if ".0." in path} == {
         "blocks.0.attn.qkv": 9, "blocks.0.attn.o": 5, "blocks.0.mlp.up": 2,
     }  # fmt: skip
-    assert_logits_agree(whole, again, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval())
+    assert_logits_agree(whole, reloaded, peft.PeftModel.from_pretrained(hf_gpt2(), tmp_path / "adapter").eval())
 
 
 def test_a_file_of_the_version_before_is_read(tmp_path: Path):

@@ -75,12 +75,12 @@ def test_a_module_for_each_layer_and_norm(name: str):
     """By name, they are transformers' own, and hold all of the model."""
     model = hf_model(name)
     params = save_and_load(model)
-    held = {m.name: m for m in peft_modules.modules_of(params.cfg)}
+    modules = {m.name: m for m in peft_modules.modules_of(params.cfg)}
     embeddings = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
-    assert held.keys() == {*linear_modules(model), *norm_modules(model), *embeddings, "lm_head"}
-    assert {n for n, m in held.items() if m.norm} == set(norm_modules(model))
-    assert {n for n, m in held.items() if m.embedding} == embeddings
-    parts = {path for m in held.values() for path in m.parts}
+    assert modules.keys() == {*linear_modules(model), *norm_modules(model), *embeddings, "lm_head"}
+    assert {n for n, m in modules.items() if m.norm} == set(norm_modules(model))
+    assert {n for n, m in modules.items() if m.embedding} == embeddings
+    parts = {path for m in modules.values() for path in m.parts}
     assert parts == {p.rpartition(".")[0] for p in leaves(params)} | {"head"}
 
 

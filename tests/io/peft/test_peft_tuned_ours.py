@@ -80,10 +80,10 @@ def test_biases_in_peft_and_back(name: str, kind: str, tmp_path: Path):
 
 def test_a_tied_table_is_on_both_sides(tmp_path: Path):
     """Our LoRA on it moves the head too: PEFT has one on each, with the same matrices."""
-    written = in_peft_and_back("gpt2", lambda p: lora(p, "wte"), False, tmp_path)
-    assert written["target_modules"] == ["lm_head", "wte"]
-    written = in_peft_and_back("gpt2", lambda p: lora(p) | fgpt.trainable_leaves(p, "wte.w"), False, tmp_path)
-    assert written["modules_to_save"] == ["transformer.wte", "lm_head"]
+    files = in_peft_and_back("gpt2", lambda p: lora(p, "wte"), False, tmp_path)
+    assert files["target_modules"] == ["lm_head", "wte"]
+    files = in_peft_and_back("gpt2", lambda p: lora(p) | fgpt.trainable_leaves(p, "wte.w"), False, tmp_path)
+    assert files["modules_to_save"] == ["transformer.wte", "lm_head"]
 
 
 def test_a_head_that_is_adapted_comes_apart(tmp_path: Path):

@@ -76,11 +76,11 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
         got = fgpt.apply(fgpt.adapt(params, adapters), X)
         close(got, model(X).logits, 1e-5)
         assert (got - fgpt.apply(params, X)).abs().max() > 1e-2
-    again = {**fgpt.load_peft(tmp_path / "adapter", params.untie())}
-    close(fgpt.functional_call(fgpt.apply, (params.untie(), again), X), got, 1e-6)
+    reloaded = {**fgpt.load_peft(tmp_path / "adapter", params.untie())}
+    close(fgpt.functional_call(fgpt.apply, (params.untie(), reloaded), X), got, 1e-6)
     if "saved both" not in kind and "PEFT ties" not in kind:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert fgpt.num_trainable(again) == count
+        assert fgpt.num_trainable(reloaded) == count
 
 
 @pytest.mark.parametrize("kind", ["head", "embedding", "embedding and head"])
@@ -109,7 +109,7 @@ def test_an_embedding_of_no_adapter_is_the_base_s(tmp_path: Path):
     assert sum("lora" not in name for name in names) == 2
     params = fgpt.load(str(tmp_path / "base"))
     for dtype in (torch.float32, torch.bfloat16):
-        some = fgpt.load(str(tmp_path / "base"), dtype)
-        assert {path.rpartition(".")[2] for path in fgpt.load_peft(tmp_path / "adapter", some)} == {"q"}
+        subset = fgpt.load(str(tmp_path / "base"), dtype)
+        assert {path.rpartition(".")[2] for path in fgpt.load_peft(tmp_path / "adapter", subset)} == {"q"}
     other = fgpt.adapt(params, {"head.w": leaves(params)["head.w"] + 1})
     assert "head.w" in fgpt.load_peft(tmp_path / "adapter", other)
