@@ -22,7 +22,7 @@ def objective(adapters: Any, params: fgpt.GPT, batch: fgpt.Batch, seed: Tensor |
     return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
 
 
-def trained(members: list[Any], optimizer: fgpt.Optimizer, seeds: list[Any], steps: int = 5) -> list[fgpt.Adapters]:
+def train_alone(members: list[Any], optimizer: fgpt.Optimizer, seeds: list[Any], steps: int = 5) -> list[fgpt.Adapters]:
     """Each on its own."""
     step, ends = fgpt.make_step(objective, optimizer), []
     for member, seed in zip(members, seeds, strict=True):
@@ -45,7 +45,7 @@ def trained_together(members: list[Any], optimizer: fgpt.Optimizer, seeds: Tenso
     return state.trainable
 
 
-def unlike() -> list[fgpt.Adapters]:
+def different_members() -> list[fgpt.Adapters]:
     """Of other ranks, strengths and targets."""
     return [
         fgpt.lora(GPT, fgpt.key(0), 2, 8, Q),
@@ -56,11 +56,11 @@ def unlike() -> list[fgpt.Adapters]:
 
 @pytest.mark.parametrize("start", ["fresh", "moved"])
 def test_training_a_stack_is_training_each_member(start: str):
-    members = unlike()
+    members = different_members()
     members = members if start == "fresh" else [with_noise(x, 0.1) for x in members]
     optimizer = fgpt.adamw(cosine_schedule(1e-2, 5, warmup_steps=2), weight_decay=0.1)
     stacked = trained_together(members, optimizer)
-    alone = trained(members, optimizer, [None] * 3)
+    alone = train_alone(members, optimizer, [None] * 3)
     for got, expected, first in zip(fgpt.unstack_adapters(stacked), alone, members, strict=True):
         close(got, expected, 2e-5)
         assert max((x - y).abs().max() for x, y in zip(leaves(expected).values(), leaves(first).values())) > 1e-2
@@ -89,7 +89,7 @@ def test_members_draw_their_own_dropout():
     seeds = torch.stack([fgpt.seed_tensor(fgpt.key(i)) for i in range(3)])
     optimizer = fgpt.adamw(1e-2)
     got = fgpt.unstack_adapters(trained_together(members, optimizer, seeds))
-    alone = trained(members, optimizer, list(seeds))
+    alone = train_alone(members, optimizer, list(seeds))
     for x, y in zip(got, alone, strict=True):
         close(x, y, 2e-5)
     assert not same(got[0], got[1])
@@ -131,7 +131,7 @@ def test_dropouts_that_differ():
 
 
 def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
-    members = [with_noise(x, 0.1) for x in unlike()]
+    members = [with_noise(x, 0.1) for x in different_members()]
     stacked = fgpt.stack_adapters(members)
     assert fgpt.num_trainable(stacked) == sum(x.a.numel() + x.b.numel() for x in stacked.values())  # pyright: ignore
     with pytest.raises(fgpt.InputError, match="is of a stack: save each adapter of unstack_adapters"):
@@ -145,11 +145,11 @@ def test_a_member_of_a_stack_is_saved_on_its_own(tmp_path: Path):
 
 def test_what_is_no_stack():
     with pytest.raises(fgpt.InputError, match="expected a stack, all leaves of one leading size"):
-        fgpt.unstack_adapters(unlike()[1])
+        fgpt.unstack_adapters(different_members()[1])
 
 
 def test_a_gradient_through_a_stack_reaches_every_member():
-    members = [with_noise(x, 0.1) for x in unlike()]
+    members = [with_noise(x, 0.1) for x in different_members()]
 
     def one(a: Any) -> Tensor:
         return fgpt.loss(fgpt.adapt(GPT, a), ROWS)

@@ -36,7 +36,7 @@ class HangError(BaseException):
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise HangError
 
@@ -58,7 +58,7 @@ def assert_enough(kind: str, tests: int = 1) -> None:
 def outcome_of(kind: str, path: Path, read: Callable[[], Any]) -> Any:
     """What `read` makes of a corrupt file; None where it says in one line that `path` cannot be read."""
     TRIED[kind] += 1
-    with guarded():
+    with time_limit():
         try:
             found = read()
             LOADED[kind] += 1

@@ -30,7 +30,7 @@ def assert_near(got: Any, expected: Any, rel: float = 1e-5) -> None:
         close({path: x[path].double()}, {path: y[path].double()}, rel * y[path].abs().max().item() + 1e-9)
 
 
-def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+def with_random_params(module: nn.Module, seed: int = 0) -> nn.Module:
     """`module` in eval mode, with noise on every parameter."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():

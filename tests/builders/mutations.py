@@ -129,11 +129,11 @@ def mutations(value: Any, parts: tuple[tuple[Any, ...], ...] = ()) -> st.SearchS
         return with_value_at(value, path, odd)
 
     @st.composite
-    def some(draw: st.DrawFn) -> str:
+    def mutated_json(draw: st.DrawFn) -> str:
         fresh = draw(once(value))
         return json_bytes(draw(once(fresh)) if draw(st.integers(0, 3)) == 0 else fresh)
 
-    return some()
+    return mutated_json()
 
 
 DEEP = ("[" * 100_000, '{"a":' * 100_000, "[" * 5000 + "]" * 5000, "", " ", "null", "{}", "[]", "\ufeff{}", '"\ud83d"')

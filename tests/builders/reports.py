@@ -37,7 +37,7 @@ def write_run_dir(at: Path, run: Any = LORA, steps: int = 60, **files: Any) -> P
     return at
 
 
-def compared(prompts: int = 10) -> dict[str, Any]:
+def comparison_with(prompts: int = 10) -> dict[str, Any]:
     rows = [
         InstructionRow(f"Say {i}. {EVIL}", "to & fro" if i else "", "It is." if i % 2 else "") for i in range(prompts)
     ]

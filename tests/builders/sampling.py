@@ -20,7 +20,7 @@ class SamplingCase(NamedTuple):
     texts: list[list[int]]
 
     @property
-    def seen(self) -> Tensor:
+    def padded_texts(self) -> Tensor:
         return padded_texts(self.texts)
 
 

@@ -108,7 +108,7 @@ def whole_first() -> Library:
     return tokenizer
 
 
-def flagged() -> Library:
+def with_token_flags() -> Library:
     """Added tokens that take the blanks about them, stand alone, or are looked for after normalizing."""
     tokenizer = byte_level(["<|endoftext|>"])
     tokenizer.normalizer = normalizers.Lowercase()
@@ -119,7 +119,7 @@ def flagged() -> Library:
     return tokenizer
 
 
-def shuffled(tokenizer: Library) -> tuple[dict[str, int], str]:
+def shuffle_ids(tokenizer: Library) -> tuple[dict[str, int], str]:
     """Its vocabulary with ids in another order than its merges."""
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     numbers = list(range(len(vocab)))
@@ -156,7 +156,7 @@ def specials_first(at: Path) -> Path:
 
 def specials_within(at: Path) -> Path:
     """A few among ordinary tokens, and ids in another order than the merges."""
-    vocab, pairs = shuffled(byte_level(["<s>", "</s>"]))
+    vocab, pairs = shuffle_ids(byte_level(["<s>", "</s>"]))
     return write_tokenizer_folder(
         at,
         vocab_DOT_json=vocab,
@@ -203,7 +203,7 @@ def added_by_id(at: Path) -> Path:
     return by_merges(at, tokenizer, tokenizer_config_DOT_json=config | {"unk_token": None, "mask_token": "<mask>"})
 
 
-def mapped(at: Path) -> Path:
+def with_special_tokens_map(at: Path) -> Path:
     """Special tokens without names, as older files call them, in special_tokens_map.json alone."""
     folder = fast_tokenizer(at, byte_level(["<|endoftext|>"]))
     size = byte_level(["<|endoftext|>"]).get_vocab_size()
@@ -211,7 +211,7 @@ def mapped(at: Path) -> Path:
     return write_tokenizer_folder(folder, special_tokens_map_DOT_json=names, added_tokens_DOT_json={"<mask>": size})
 
 
-def prefixed(at: Path) -> Path:
+def with_prefix_space(at: Path) -> Path:
     tokenizer = byte_level(["<|endoftext|>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return fast_tokenizer(at, tokenizer, eos_token="<|endoftext|>", sep_token="<sep>")
@@ -245,9 +245,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "byte-level, specials last": lambda at: fast_tokenizer(
         at, specials_last(), eos_token="<|endoftext|>", pad_token="<pad>", extra_special_tokens=["</s>", "<unk>"]
     ),
-    "byte-level, a space before": prefixed,
+    "byte-level, a space before": with_prefix_space,
     "byte-level, GPT2Tokenizer": named_by_class,
-    "byte-level, special_tokens_map.json": mapped,
+    "byte-level, special_tokens_map.json": with_special_tokens_map,
     "Metaspace, <s> around, a chat template": lambda at: fast_tokenizer(
         at, sentencepiece(), template=LLAMA2_CHAT, **TWO
     ),
@@ -255,7 +255,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
         at, unigram(), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     ),
     "WordPiece": lambda at: fast_tokenizer(at, wordpiece(), eos_token="[SEP]", bos_token="[CLS]", unk_token="[UNK]"),
-    "added tokens with flags": lambda at: fast_tokenizer(at, flagged(), eos_token="<|endoftext|>", mask_token="<mask>"),
+    "added tokens with flags": lambda at: fast_tokenizer(
+        at, with_token_flags(), eos_token="<|endoftext|>", mask_token="<mask>"
+    ),
     "Llama 3, whole pieces first": lambda at: fast_tokenizer(
         at, whole_first(), template=CHATML, eos_token="<|im_end|>", bos_token="<|im_start|>"
     ),

@@ -21,13 +21,13 @@ def numeric(hint: Any) -> bool:
     return hint in (int, float) or any(map(numeric, parts))
 
 
-def unchecked(cls: type[Any]) -> list[str]:
+def options_without_range(cls: type[Any]) -> list[str]:
     """Numeric fields without a range, in nested dataclasses too."""
     found: list[str] = []
     for name, hint in ranges.hints(cls).items():
         bare = ranges.get_args(hint)[0] if ranges.is_flat(hint) else hint
         if dataclasses.is_dataclass(bare):
-            found += unchecked(bare)  # pyright: ignore[reportArgumentType]
+            found += options_without_range(bare)  # pyright: ignore[reportArgumentType]
         elif numeric(hint) and not list(ranges.ranges(hint)):
             found.append(f"{cls.__name__}.{name}")
     return found
@@ -35,7 +35,7 @@ def unchecked(cls: type[Any]) -> list[str]:
 
 def test_every_numeric_option_has_a_range():
     assert len(OPTION_CLASSES) >= 13
-    assert [name for cls in OPTION_CLASSES for name in unchecked(cls)] == []
+    assert [name for cls in OPTION_CLASSES for name in options_without_range(cls)] == []
 
 
 def test_every_recipe_is_within_them():

@@ -23,7 +23,7 @@ from fgpt.io.files import read_text
 PACK: dict[str, Any] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-def packed(end: str, content: bytes) -> bytes:
+def compressed_bytes(end: str, content: bytes) -> bytes:
     if end in PACK:
         return PACK[end](content)
     return pyarrow.compress(content, codec="zstd", asbytes=True)
@@ -43,7 +43,7 @@ CONTENTS = {
 def test_marks_and_compression_change_nothing(end: str, pack: str, mark: bytes, tmp_path: Path):
     content = mark + CONTENTS[end].encode()
     path = tmp_path / f"a{end}{pack}"
-    path.write_bytes(packed(pack, content) if pack else content)
+    path.write_bytes(compressed_bytes(pack, content) if pack else content)
     assert load_rows(path) == ROWS
     assert prompt_file.read(str(path)) == ROWS
 
@@ -52,7 +52,7 @@ def test_marks_and_compression_change_nothing(end: str, pack: str, mark: bytes, 
 def test_every_reader_of_texts_takes_marks_and_compression(pack: str, tmp_path: Path):
     def put(name: str, text: str) -> Path:
         content = b"\xef\xbb\xbf" + text.encode()
-        (tmp_path / f"{name}{pack}").write_bytes(packed(pack, content) if pack else content)
+        (tmp_path / f"{name}{pack}").write_bytes(compressed_bytes(pack, content) if pack else content)
         return tmp_path / f"{name}{pack}"
 
     assert read_documents(put("a.txt", "One day.<|endoftext|>Two days.")) == ["One day.", "Two days."]
@@ -80,7 +80,9 @@ def test_files_put_together_keep_their_marks(tmp_path: Path):
 
 @pytest.mark.parametrize("pack", [".gz", ".bz2", ".xz", ".zst"])
 def test_damaged_compression_is_one_line(pack: str, tmp_path: Path):
-    whole = packed(pack, "\n".join(json.dumps({"instruction": str(i), "output": "x"}) for i in range(9_999)).encode())
+    whole = compressed_bytes(
+        pack, "\n".join(json.dumps({"instruction": str(i), "output": "x"}) for i in range(9_999)).encode()
+    )
     middle = len(whole) // 2
     for content in (
         b'{"instruction": "a", "output": "b"}',

@@ -18,7 +18,7 @@ from fgpt.io import models
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
-def listed() -> list[str]:
+def listed_messages() -> list[str]:
     """The messages, as the first column of the list has them."""
     return re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(), flags=re.M)
 
@@ -51,7 +51,7 @@ class Bench:
     def train(self, *more: str) -> int:
         return main(["train", *self.args, *more])
 
-    def begun(self) -> Path:
+    def begin_run(self) -> Path:
         """A run that stopped half way."""
         assert self.train() == 0
         (self.at / "lora-nano" / "status.json").write_text('{"state": "interrupted", "steps": 3}\n')
@@ -60,7 +60,7 @@ class Bench:
     def resume(self, *more: str) -> int:
         return main(["train", "lora-nano", "--resume", "--out", str(self.at), *more])
 
-    def labeled(self, text: str, *more: str) -> int:
+    def train_classifier(self, text: str, *more: str) -> int:
         (self.at / "texts.txt").write_text(text)
         options = [
             "--base",
@@ -75,7 +75,7 @@ class Bench:
         return main(["train", "hate-smollm2-lora", *options, *more, "--out", str(self.at)])
 
 
-def pickled(bench: Bench) -> int:
+def pickled_model(bench: Bench) -> int:
     (bench.at / "base" / "model.safetensors").unlink()
     (bench.at / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     return bench.train()
@@ -137,7 +137,7 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "no recipe named": lambda bench: main(["train", "lora-nan"]),
     "no trained run": lambda bench: main(["generate", "lora-none", "Hello."]),
     "the hub cannot be reached": lambda bench: bench.train("--base", "nobody/nothing-at-all"),
-    "pickled weights may run any code and are not read": pickled,
+    "pickled weights may run any code and are not read": pickled_model,
     "matches no path": lambda bench: bench.train("--adapter.target", "transformer.*c_attn"),
     "tokens, the limit is": long_row,
     "expected one: give it another word": lambda bench: bench.labeled(
@@ -157,7 +157,7 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
 
 
 def test_the_list_is_the_readme_s():
-    assert listed() == list(PROVOKED)
+    assert listed_messages() == list(PROVOKED)
 
 
 @pytest.mark.parametrize("message", PROVOKED)

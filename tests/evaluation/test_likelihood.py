@@ -106,11 +106,11 @@ def test_what_greedy_decoding_writes_is_greedy():
 def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
     rows: list[int] = []
 
-    def counted(params: fgpt.GPT, x: torch.Tensor) -> torch.Tensor:
+    def count_rows(params: fgpt.GPT, x: torch.Tensor) -> torch.Tensor:
         rows.append(len(x))
         return fgpt.hidden(params, x)
 
-    monkeypatch.setattr(likelihood, "hidden", counted)
+    monkeypatch.setattr(likelihood, "hidden", count_rows)
     params = tiny()
     got = loglikelihood(params, [([1, 2, 3], [choice]) for choice in range(31)])
     assert rows == [1]

@@ -107,7 +107,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     alive: list[weakref.ref[torch.Tensor]] = []
     read = models.lazy_tensors
 
-    def watched(path: Path) -> dict[str, mapping.LazyTensor]:
+    def watch(path: Path) -> dict[str, mapping.LazyTensor]:
         def one(lazy: mapping.LazyTensor) -> mapping.LazyTensor:
             def reader() -> Any:
                 assert not [x for ref in alive if (x := ref()) is not None]
@@ -119,6 +119,6 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
         return {name: one(x) for name, x in read(path).items()}
 
-    monkeypatch.setattr(models, "lazy_tensors", watched)
+    monkeypatch.setattr(models, "lazy_tensors", watch)
     fgpt.load(str(tmp_path))
     assert len(alive) > 20

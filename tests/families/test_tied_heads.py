@@ -40,7 +40,7 @@ def tied(name: str, folder: Path, change: Any, **options: Any) -> str:
     return str(folder)
 
 
-def moved(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+def move_away(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
     tensors[head] += 0.1 * torch.randn(tensors[head].shape, generator=torch.Generator().manual_seed(5))
 
 
@@ -48,7 +48,7 @@ def moved(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
 @pytest.mark.parametrize("name", TIED)
 def test_a_head_that_has_come_apart_is_kept(name: str, shards: bool, tmp_path: Path):
     """As transformers keeps it; and a folder that is saved again says that the two are two."""
-    folder, x = tied(name, tmp_path / "apart", moved, shards=shards), tokens(31, 2, 20)
+    folder, x = tied(name, tmp_path / "apart", move_away, shards=shards), tokens(31, 2, 20)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = model(x).logits
@@ -87,10 +87,10 @@ def test_a_head_that_fits_no_table_is_refused(tmp_path: Path):
     def shorter(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
         tensors[head] = tensors[head][:-1].clone()
 
-    def biased(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
+    def with_head_bias(tensors: dict[str, torch.Tensor], table: str, head: str) -> None:
         tensors["lm_head.bias"] = torch.ones(31)
 
     with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.weight: expected shape \[31, 32\], got \[30, 32\]"):
         fgpt.load(tied("llama, tied", tmp_path / "shorter", shorter))
     with pytest.raises(fgpt.InputError, match=r"tensor lm_head\.bias has no place"):
-        fgpt.load(tied("gpt2", tmp_path / "biased", biased))
+        fgpt.load(tied("gpt2", tmp_path / "biased", with_head_bias))

@@ -20,7 +20,7 @@ def both(seed: int) -> tuple[Any, fgpt.GPT]:
         return model, load_hf_model(model, Path(folder))
 
 
-def theirs(model: Any, prompt: list[int], most: int, **options: Any) -> Any:
+def hf_generate(model: Any, prompt: list[int], most: int, **options: Any) -> Any:
     ids = torch.tensor([prompt])
     options = {
         "attention_mask": torch.ones_like(ids),
@@ -52,7 +52,7 @@ def test_penalised_greedy_text_is_transformers(lengths: list[int], penalty: Any,
         prompts, fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=11, sampling=sampling), strict=True
     ):
         options = {"repetition_penalty": penalty or 1.0, "no_repeat_ngram_size": ngram or 0}
-        expected = text(theirs(model, prompt, 11, **options).sequences[0], len(prompt))
+        expected = text(hf_generate(model, prompt, 11, **options).sequences[0], len(prompt))
         assert (got.tokens, got.finished) == expected
 
 
@@ -73,7 +73,7 @@ def test_beams_are_transformers(length: int, beams: int, penalty: float, penalis
     found = beam_search(
         params, prompt, eos_token_id=0, max_new_tokens=10, num_beams=beams, length_penalty=penalty, sampling=sampling
     )
-    expected = theirs(
+    expected = hf_generate(
         model,
         prompt,
         10,

@@ -29,12 +29,12 @@ def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, s
 def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
     params, passes = tiny(n_ctx=200), 0
 
-    def counted(*args: Any) -> Any:
+    def count_and_call(*args: Any) -> Any:
         nonlocal passes
         passes += 1
         return fgpt.forward_with_cache(*args)
 
-    monkeypatch.setattr("fgpt.generation.prompt_lookup.forward_with_cache", counted)
+    monkeypatch.setattr("fgpt.generation.prompt_lookup.forward_with_cache", count_and_call)
     got = prompt_lookup_decode(params, [1, 2], eos_token_id=-1, max_new_tokens=150)
     assert got == fgpt.generate(params, [[1, 2]], eos_token_id=-1, max_new_tokens=150)[0]
     assert passes < 0.6 * len(got.tokens)

@@ -121,14 +121,14 @@ def test_neighbors_do_not_matter(case: SamplingCase, data: st.DataObject):
     logits = torch.cat([case.logits, torch.zeros(len(case.texts), 300)], -1)  # so that no row can run out of tokens
     keys = keys_of_rows(len(case.texts))
 
-    def drawn(order: list[int]) -> list[int]:
+    def draw_rows(order: list[int]) -> list[int]:
         allowed = sampling.logits_processor(logits[order], padded_texts([case.texts[i] for i in order]))
         return S.sample(allowed, [keys[i] for i in order]).tolist()
 
-    together = drawn(list(range(len(keys))))
+    together = draw_rows(list(range(len(keys))))
     order = data.draw(st.permutations(range(len(keys))))
-    assert drawn(order) == [together[i] for i in order]
-    assert [drawn([i])[0] for i in order] == [together[i] for i in order]
+    assert draw_rows(order) == [together[i] for i in order]
+    assert [draw_rows([i])[0] for i in order] == [together[i] for i in order]
 
 
 def test_without_keys_the_likeliest_comes():

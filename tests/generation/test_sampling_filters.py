@@ -17,10 +17,10 @@ from fgpt.generation import sampling as S
 
 def agrees(ours: S.LogitsProcessor, reference: Callable[[Any, Any], Any], case: SamplingCase) -> None:
     """Bitwise, the batch with each of its rows alone; and the inputs are as they were."""
-    logits, texts = case.logits.clone(), case.seen
+    logits, texts = case.logits.clone(), case.padded_texts
     out = ours(logits, texts)
     assert torch.equal(logits, case.logits)
-    assert torch.equal(texts, case.seen)
+    assert torch.equal(texts, case.padded_texts)
     alone = [
         reference(torch.tensor([text], dtype=torch.long), row[None].clone())
         for text, row in zip(case.texts, case.logits, strict=True)

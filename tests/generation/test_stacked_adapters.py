@@ -53,10 +53,10 @@ def test_stacked_adapters_are_differentiable():
         stacked = fgpt.stack_adapters([sets[i] for i in which])
         return torch.func.vmap(lambda a, x: fgpt.apply(fgpt.adapt(params, a), x))(stacked, rows).square().sum()
 
-    def apart(sets: list[fgpt.Adapters]) -> torch.Tensor:
+    def adapt_separately(sets: list[fgpt.Adapters]) -> torch.Tensor:
         return sum(fgpt.apply(fgpt.adapt(params, sets[i]), x).square().sum() for i, x in zip(which, rows))  # pyright: ignore
 
-    got, expected = torch.func.grad(together)(many), torch.func.grad(apart)(many)
+    got, expected = torch.func.grad(together)(many), torch.func.grad(adapt_separately)(many)
     assert leaves(got).keys() == leaves(expected).keys()
     assert len(leaves(got)) > 8
     for path, x in leaves(expected).items():

@@ -38,7 +38,7 @@ def as_bitsandbytes(params: fgpt.GPT) -> dict[str, Tensor]:
         state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": scales_offset(w)}
         tensors |= {name: w.codes.reshape(-1, 1), f"{name}.absmax": scales.codes, f"{name}.quant_map": w.code.clone()}
         tensors |= {f"{name}.nested_absmax": scales.absmax, f"{name}.nested_quant_map": scales.code.clone()}
-        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = packed(json.dumps(state))
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = pack_codes(json.dumps(state))
     return tensors
 
 
@@ -47,7 +47,7 @@ def scales_offset(w: Blockwise4bit) -> float:
     return w.offset.item()
 
 
-def packed(text: str) -> Tensor:
+def pack_codes(text: str) -> Tensor:
     return torch.tensor([*text.encode("utf-8", "surrogatepass")], dtype=torch.uint8)
 
 
@@ -77,8 +77,8 @@ def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
         if found := outcome_of("bitsandbytes", path, lambda: fgpt.load(str(tmp_path))):
             check_bitsandbytes(found, path)
 
-    def stated(text: str) -> None:
-        save_file(tensors | {state: packed(text)}, path)
+    def with_state(text: str) -> None:
+        save_file(tensors | {state: pack_codes(text)}, path)
         check()
 
     save_file(tensors, path)
@@ -86,8 +86,8 @@ def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
     data, state_text = path.read_bytes(), bytes(tensors[state].tolist()).decode()
     header, body = split_safetensors(data)
     for text in DEEP:
-        stated(text)
-    each_in_turn(50, mutations(json.loads(state_text)), stated)
+        with_state(text)
+    each_in_turn(50, mutations(json.loads(state_text)), with_state)
     for odd in (torch.tensor(10**12), torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(0), torch.ones(3)):
         for part in (
             state,
@@ -97,11 +97,11 @@ def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
             save_file(tensors | {part: odd.contiguous()}, path)
             check()
 
-    def restructured(text: str) -> None:
+    def with_structure(text: str) -> None:
         path.write_bytes(join_safetensors(text, body))
         check()
 
-    each_in_turn(20, mutations(header), restructured)
+    each_in_turn(20, mutations(header), with_structure)
     assert_enough("bitsandbytes")
 
 
@@ -116,6 +116,6 @@ def test_codes_that_are_taken_for_scales(tmp_path: Path):
     name = next(name for name in tensors if "quant_state" in name)
     state = json.loads(bytes(tensors[name].tolist()))
     plain = {key: x for key, x in state.items() if "nested" not in key}
-    save_file(tensors | {name: packed(json.dumps(plain))}, tmp_path / "model.safetensors")
+    save_file(tensors | {name: pack_codes(json.dumps(plain))}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"absmax: expected float32, as its state has no nested scales, got uint8"):
         fgpt.load(str(tmp_path))

@@ -53,7 +53,7 @@ def labels_said(found: Any, expected: list[Any]) -> None:
         assert (row.text, row.label) == (str(record["text"]).strip(), str(record["label"]).strip())
 
 
-def written(records: list[dict[str, Any]], end: str) -> bytes:
+def write_rows(records: list[dict[str, Any]], end: str) -> bytes:
     if end in (".csv", ".tsv"):
         out = io.StringIO(newline="")
         dialect: dict[str, Any] = (
@@ -105,7 +105,7 @@ def test_spoiled_datasets(what: str, end: str, tmp_path: Path):
     )
     records: Any = RECORDS if what == "rows" else LABELLED
     path = tmp_path / f"data{end}"
-    data = written(records, end)
+    data = write_rows(records, end)
 
     def check(corrupt: bytes) -> None:
         path.write_bytes(corrupt)

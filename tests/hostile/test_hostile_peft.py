@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from builders import tiny, with_noise
-from builders.hostile_files import LLAMA, assert_enough, assert_same_reading, guarded, outcome_of
+from builders.hostile_files import LLAMA, assert_enough, assert_same_reading, outcome_of, time_limit
 from builders.mutations import (
     DEEP,
     bit_flips,
@@ -120,11 +120,11 @@ def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
         path.write_bytes(corrupt)
         read()
 
-    def configured(text: str) -> None:
+    def with_config(text: str) -> None:
         config_path.write_bytes(text.encode("utf-8", "surrogatepass"))
         read()
 
-    configured(json.dumps(config))
+    with_config(json.dumps(config))
     assert load_peft(tmp_path, params)
     for corrupt in (
         *structural_mutations(data),
@@ -136,8 +136,8 @@ def test_spoiled_peft_adapters(kind: str, tmp_path: Path):
     each_in_turn(20, mutations(header), lambda text: check(join_safetensors(text, body)))
     path.write_bytes(data)
     for text in DEEP:
-        configured(text)
-    each_in_turn(40, mutations(config), configured)
+        with_config(text)
+    each_in_turn(40, mutations(config), with_config)
     assert_enough("peft", len(MADE))
 
 
@@ -162,7 +162,7 @@ def test_adapter_configs_that_were_misread(name: str, tmp_path: Path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     if not expected:
-        with guarded():
+        with time_limit():
             assert load_peft(tmp_path, params)
         return
     with pytest.raises(InputError, match=expected):

@@ -29,7 +29,7 @@ from fgpt.families import mapping
 # ------------------------------------------------------------------------------------------- models in the hub's layout
 
 
-def serialized(params: fgpt.GPT) -> dict[str, Tensor]:
+def serialize(params: fgpt.GPT) -> dict[str, Tensor]:
     """A model's tensors as the hub names them, without a prefix."""
     family = families.family_of(params.cfg)
     return {name.removeprefix(family.prefix): x for name, x in mapping.to_hf(params, family).items()}
@@ -52,7 +52,7 @@ def test_spoiled_models(saved_gpt: Path):
         path.write_bytes(corrupt)
         if params := outcome_of("safetensors", path, lambda: fgpt.load(str(saved_gpt))):
             assert params.cfg == tiny(n_layer=1).cfg
-            assert_same_reading(serialized(params), error_line([path], params))
+            assert_same_reading(serialize(params), error_line([path], params))
 
     corrupt = [
         *length_mutations(data),
@@ -96,7 +96,7 @@ def test_spoiled_shards(tmp_path: Path):
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         if found := outcome_of("shards", tmp_path, lambda: fgpt.load(str(tmp_path))):
             listed = sorted(set(json.loads(text)["weight_map"].values()))
-            assert_same_reading(serialized(found), error_line([tmp_path / name for name in listed], found))
+            assert_same_reading(serialize(found), error_line([tmp_path / name for name in listed], found))
 
     check(json.dumps(index))
     assert same(fgpt.load(str(tmp_path)), params)
@@ -108,5 +108,5 @@ def test_spoiled_shards(tmp_path: Path):
     for corrupt in (*truncations(data, 5), *bit_flips(data, 5, 200)):
         (tmp_path / shards[0]).write_bytes(corrupt)
         if found := outcome_of("shards", tmp_path, lambda: fgpt.load(str(tmp_path))):
-            assert_same_reading(serialized(found), error_line([tmp_path / name for name in shards], found))
+            assert_same_reading(serialize(found), error_line([tmp_path / name for name in shards], found))
     assert_enough("shards")

@@ -27,12 +27,12 @@ from fgpt.io import serialization
 from fgpt.tree import leaves
 
 
-def alike(form: Any, original: Any) -> bool:
+def same_form(form: Any, original: Any) -> bool:
     """Whether a structure is one that we would write, but for fields of None, which may be left out."""
     if isinstance(form, dict) and isinstance(original, dict):
-        return original.keys() <= form.keys() and all(alike(x, original.get(k)) for k, x in form.items())
+        return original.keys() <= form.keys() and all(same_form(x, original.get(k)) for k, x in form.items())
     if isinstance(form, list) and isinstance(original, list | tuple):
-        return len(form) == len(original) and all(alike(x, y) for x, y in zip(form, original))
+        return len(form) == len(original) and all(same_form(x, y) for x, y in zip(form, original))
     return form == original or (form != form and original != original)
 
 
@@ -42,7 +42,7 @@ def check_tree(tree: Any, path: Path) -> None:
     assert_same_reading(leaves(tree), tensors) if isinstance(tree, dict | tuple) or leaves(tree) else None
     with safe_open(path, framework="pt") as file:
         form = json.loads(file.metadata()["structure"])
-    assert alike(form, serialization._structure(tree, "", "", {}))
+    assert same_form(form, serialization._structure(tree, "", "", {}))
 
 
 TREES: dict[str, Callable[[], Any]] = {
@@ -84,7 +84,7 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
         elif found := outcome_of(AGAIN, path, lambda: fgpt.load(str(tmp_path), dtype=None)):
             check_tree(found, path)
 
-    def restructured(text: str) -> bytes:
+    def with_structure(text: str) -> bytes:
         return join_safetensors(json.dumps(header | {"__metadata__": {"format": "fgpt", "structure": text}}), body)
 
     check(data)
@@ -97,7 +97,7 @@ def test_spoiled_trees(kind: str, tmp_path: Path):
     ):
         check(corrupt)
     for text in DEEP:
-        check(restructured(text))
-    each_in_turn(60, mutations(structure), lambda text: check(restructured(text)))
+        check(with_structure(text))
+    each_in_turn(60, mutations(structure), lambda text: check(with_structure(text)))
     each_in_turn(20, mutations(header), lambda text: check(join_safetensors(text, body)))
     assert_enough("trees", len(TREES))

@@ -26,7 +26,7 @@ PLAIN = "transformer.h.0.attn.c_attn.weight"
 STATE = f"{PLAIN}.quant_state.bitsandbytes__nf4"
 
 
-def theirs(path: Path, width: int, **options: Any) -> GPT2LMHeadModel:
+def write_bitsandbytes(path: Path, width: int, **options: Any) -> GPT2LMHeadModel:
     """A GPT-2 that transformers has loaded through bitsandbytes and saved, with no dropout."""
     off: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     hf_gpt2(n_embd=width, n_layer=1, **off).save_pretrained(path / "plain")
@@ -61,7 +61,7 @@ def matrices(p: fgpt.GPT) -> dict[str, Tensor]:
 )
 def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage: str, fused: bool, tmp_path: Path):
     options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double, "bnb_4bit_quant_storage": storage}
-    model = theirs(tmp_path, width, load_in_4bit=True, **options)
+    model = write_bitsandbytes(tmp_path, width, load_in_4bit=True, **options)
     assert load_file(tmp_path / "quantized" / "model.safetensors")[PLAIN].dtype == getattr(torch, storage)
     params = fgpt.load(str(tmp_path / "quantized"))
     assert isinstance(params.blocks[0].attn, FusedAttention) == fused
@@ -81,7 +81,7 @@ def test_four_bits_of_bitsandbytes(width: int, kind: str, double: bool, storage:
 
 
 def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model, registered = theirs(tmp_path, 64, load_in_8bit=True), []
+    model, registered = write_bitsandbytes(tmp_path, 64, load_in_8bit=True), []
     monkeypatch.setattr("fgpt.io.bitsandbytes.register", lambda: registered.append(True))
     params = fgpt.load(str(tmp_path / "quantized"))
     assert registered
@@ -97,7 +97,7 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_head_apart_beside_four_bits(tmp_path: Path):
     """bitsandbytes leaves a tied head plain; one that was trained and merged afterwards is kept."""
-    model = theirs(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = write_bitsandbytes(tmp_path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4")
     path = tmp_path / "quantized" / "model.safetensors"
     head = model.lm_head.weight.detach().float() + with_noise({"head": torch.zeros(31, 64)})["head"]
     save_file(load_file(path) | {"lm_head.weight": head}, path, {"format": "pt"})
@@ -108,15 +108,15 @@ def test_a_head_apart_beside_four_bits(tmp_path: Path):
     assert_trees_identical(fgpt.load(str(tmp_path / "again")), params)
 
 
-def stated(**changes: Any) -> Callable[[Tensor], Tensor]:
+def state_with(**changes: Any) -> Callable[[Tensor], Tensor]:
     """A packed state with other fields."""
     return lambda x: torch.tensor(list(json.dumps(json.loads(bytes(x.tolist())) | changes).encode()), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def nested_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nested")
-    theirs(path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    write_bitsandbytes(path, 64, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return path / "quantized"
 
 
@@ -133,19 +133,19 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (PLAIN, lambda x: x[:-64], r"do not make a 4-bit matrix of \[192, 64\]"),
         (STATE, None, "expected one quant_state.bitsandbytes__nf4 or fp4 beside it, got none"),
         (STATE, lambda x: x[:9], "not the state of a 4-bit matrix"),
-        (STATE, stated(blocksize=128), "expected blocks of 64, bitsandbytes' default, got 128"),
-        (STATE, stated(nested_blocksize=300), "block is 300; expected one of 64"),
-        (STATE, stated(quant_type="nf5"), "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
-        (STATE, stated(shape=[64, 192]), r"c_attn.weight: expected shape \[192, 64\], got \[64, 192\]"),
-        (STATE, stated(dtype="int8"), "not the state of a 4-bit matrix"),
+        (STATE, state_with(blocksize=128), "expected blocks of 64, bitsandbytes' default, got 128"),
+        (STATE, state_with(nested_blocksize=300), "block is 300; expected one of 64"),
+        (STATE, state_with(quant_type="nf5"), "quant_type is 'nf5'; expected 'nf4' or 'fp4'"),
+        (STATE, state_with(shape=[64, 192]), r"c_attn.weight: expected shape \[192, 64\], got \[64, 192\]"),
+        (STATE, state_with(dtype="int8"), "not the state of a 4-bit matrix"),
     ],
 )
-def test_a_spoiled_file_of_bitsandbytes(name: str, change: Any, expected: str, nested: Path, tmp_path: Path):
-    tensors = load_file(nested / "model.safetensors")
+def test_a_spoiled_file_of_bitsandbytes(name: str, change: Any, expected: str, nested_file: Path, tmp_path: Path):
+    tensors = load_file(nested_file / "model.safetensors")
     part = tensors.pop(name)
     tensors |= {} if change is None else {name: change(part).contiguous()}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_bytes((nested / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((nested_file / "config.json").read_bytes())
     with pytest.raises(fgpt.InputError, match=expected) as caught:
         fgpt.load(str(tmp_path))
     assert "\n" not in str(caught.value)

@@ -94,21 +94,21 @@ def _drop_block(tensors: dict[str, Tensor], structure: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved")
     fgpt.save(fgpt.quantize(wide_gpt()), path)
     return path
 
 
-def copied(saved: Path, to: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    (to / "config.json").write_bytes((saved / "config.json").read_bytes())
-    with safe_open(saved / "fgpt.safetensors", framework="pt") as file:
-        return load_file(saved / "fgpt.safetensors"), file.metadata()
+def copy_of(saved_tree: Path, to: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    (to / "config.json").write_bytes((saved_tree / "config.json").read_bytes())
+    with safe_open(saved_tree / "fgpt.safetensors", framework="pt") as file:
+        return load_file(saved_tree / "fgpt.safetensors"), file.metadata()
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_a_spoiled_file_gets_one_typed_line(name: str, saved: Path, tmp_path: Path):
-    tensors, metadata = copied(saved, tmp_path)
+def test_a_spoiled_file_gets_one_typed_line(name: str, saved_tree: Path, tmp_path: Path):
+    tensors, metadata = copy_of(saved_tree, tmp_path)
     structure = json.loads(metadata["structure"])
     edit, expected = SPOILED[name]
     edit(tensors, structure)
@@ -129,22 +129,22 @@ def test_a_spoiled_file_gets_one_typed_line(name: str, saved: Path, tmp_path: Pa
         ({"format": "fgpt", "structure": '{"tuple": [' * 900 + "]}" * 900}, "structure is not valid JSON|has no place"),
     ],
 )
-def test_other_structures_are_refused(metadata: dict[str, str], expected: str, saved: Path, tmp_path: Path):
-    tensors, _ = copied(saved, tmp_path)
+def test_other_structures_are_refused(metadata: dict[str, str], expected: str, saved_tree: Path, tmp_path: Path):
+    tensors, _ = copy_of(saved_tree, tmp_path)
     save_file(tensors, tmp_path / "fgpt.safetensors", metadata)
     with pytest.raises(fgpt.InputError, match=expected):
         fgpt.load(str(tmp_path))
 
 
-def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
+def test_a_file_of_an_older_config_is_read(saved_tree: Path, tmp_path: Path):
     """Fields that Config has since then have their defaults; those that it always had must be there."""
-    tensors, metadata = copied(saved, tmp_path)
+    tensors, metadata = copy_of(saved_tree, tmp_path)
     structure = json.loads(metadata["structure"])
     cfg = structure["GPT"]["cfg"]
     for name in ("sliding_window", "full_layers", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
         del cfg[name]
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
-    assert_trees_identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved)))
+    assert_trees_identical(fgpt.load(str(tmp_path)), fgpt.load(str(saved_tree)))
     del cfg["tie_word_embeddings"]
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
     with pytest.raises(fgpt.InputError, match="cfg: expected Config, got"):
@@ -152,8 +152,8 @@ def test_a_file_of_an_older_config_is_read(saved: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("stretch", [[4.0, 32.0, 1.0], [4.0, "32", 1.0, 6.0, 1.2, True], [2.0, "8"], "yarn"])
-def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path: Path):
-    tensors, metadata = copied(saved, tmp_path)
+def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved_tree: Path, tmp_path: Path):
+    tensors, metadata = copy_of(saved_tree, tmp_path)
     structure = json.loads(metadata["structure"])
     structure["GPT"]["cfg"]["rope_scaling"] = stretch
     save_file(tensors, tmp_path / models.TREE, metadata | {"structure": json.dumps(structure)})
@@ -162,9 +162,9 @@ def test_a_rope_of_other_numbers_is_refused(stretch: Any, saved: Path, tmp_path:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(keep: float, saved: Path, tmp_path: Path):
-    copied(saved, tmp_path)
-    data = (saved / "fgpt.safetensors").read_bytes()
+def test_a_truncated_file_is_refused(keep: float, saved_tree: Path, tmp_path: Path):
+    copy_of(saved_tree, tmp_path)
+    data = (saved_tree / "fgpt.safetensors").read_bytes()
     (tmp_path / "fgpt.safetensors").write_bytes(data[: int(keep * len(data))])
     with pytest.raises(fgpt.InputError, match="not a whole safetensors file"):
         fgpt.load(str(tmp_path))

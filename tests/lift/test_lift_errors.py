@@ -22,11 +22,11 @@ def integers() -> nn.Module:
     return module
 
 
-def dropped(params: Any) -> Any:
+def drop(params: Any) -> Any:
     return fgpt.adapt(params, fgpt.lora(params, fgpt.key(0), 2, target="0", dropout=0.5), rng=fgpt.key(1))
 
 
-def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
+def apply_adapters(change: Callable[[Any], Any]) -> Callable[[], Any]:
     def call() -> Any:
         params, apply = adapter_pair()
         return apply(change(params), torch.ones(2, 4))
@@ -57,19 +57,22 @@ def applied(change: Callable[[Any], Any]) -> Callable[[], Any]:
             lambda: fgpt.adapt(adapter_pair()[0], {"1": fgpt.IA3(torch.ones(4))}),
             "no layer '1' to adapt; the base has 0",
         ),
-        (applied(lambda p: {"0": p["0"]}), r"no '1\.weight' in these params: expected a tree of this Sequential"),
-        (applied(lambda p: p | {"2": p["0"]}), r"'2\.w' is not a parameter of this Sequential"),
-        (applied(lambda p: torch.ones(2)), r"no '0\.w' in these params"),
         (
-            applied(lambda p: replace_at(p, {"1.bias": torch.ones(3)})),
+            apply_adapters(lambda p: {"0": p["0"]}),
+            r"no '1\.weight' in these params: expected a tree of this Sequential",
+        ),
+        (apply_adapters(lambda p: p | {"2": p["0"]}), r"'2\.w' is not a parameter of this Sequential"),
+        (apply_adapters(lambda p: torch.ones(2)), r"no '0\.w' in these params"),
+        (
+            apply_adapters(lambda p: replace_at(p, {"1.bias": torch.ones(3)})),
             r"1\.bias has shape \[3\], but 1\.bias of the module has \[4\]",
         ),
         (
-            applied(lambda p: stack_trees([p, p])),
+            apply_adapters(lambda p: stack_trees([p, p])),
             r"0\.w has shape \[2, 4, 4\], but 0\.weight of the module has \[4, 4\]",
         ),
         (
-            applied(lambda p: fgpt.adapt(dropped(p), {"0": fgpt.IA3(torch.ones(4))})),
+            apply_adapters(lambda p: fgpt.adapt(drop(p), {"0": fgpt.IA3(torch.ones(4))})),
             r"the adapter on 0\.w has dropout, which cannot be merged: adapt without rng",
         ),
     ],

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from builders import stack_trees, with_noise
-from builders.lifted_modules import LABELS, Convolutions, X, assert_near, mean_loss, native_grads, path_of, randomized
+from builders.lifted_modules import (
+    LABELS,
+    Convolutions,
+    X,
+    assert_near,
+    mean_loss,
+    native_grads,
+    path_of,
+    with_random_params,
+)
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -66,7 +75,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def lifted_module(request: pytest.FixtureRequest) -> tuple[nn.Module, str]:
     make, target = MODULES[request.param]
     torch.manual_seed(0)
-    return randomized(make()), target
+    return with_random_params(make()), target
 
 
 @pytest.fixture
@@ -87,7 +96,7 @@ class Low(nn.Module):
         return w + self.scale * self.b @ self.a
 
 
-def parametrised(module: nn.Module, adapters: fgpt.Adapters) -> tuple[nn.Module, list[nn.Parameter]]:
+def with_parametrized_weights(module: nn.Module, adapters: fgpt.Adapters) -> tuple[nn.Module, list[nn.Parameter]]:
     """A copy of `module` under the same LoRA, and its trained parameters in the order of `leaves`."""
     module, trained = copy.deepcopy(module), []
     for path, x in adapters.items():
@@ -121,7 +130,7 @@ def test_derivatives_of_any_module_are_plain_autograds(lifted_module: tuple[nn.M
     module, target = lifted_module
     params, apply = fgpt.from_module(module)
     adapters = with_noise(fgpt.lora(params, fgpt.key(0), 2, target=target))
-    reference, trained = parametrised(module, adapters)
+    reference, trained = with_parametrized_weights(module, adapters)
 
     def loss(a: Any) -> Tensor:
         return mean_loss(lambda x: apply(fgpt.adapt(params, a), x))

@@ -16,7 +16,7 @@ from builders.lifted_modules import (
     assert_near,
     mean_loss,
     native_grads,
-    randomized,
+    with_random_params,
 )
 from torch import Tensor, nn
 from torch.func import grad, vmap
@@ -72,7 +72,7 @@ def test_the_module_is_itself_again_after_an_error(gpt2: nn.Module):
 
 def test_a_module_under_two_names_is_itself_again():
     """Where torch's `tie_weights` leaves it with the tensors of the call."""
-    module = randomized(TiedModule())
+    module = with_random_params(TiedModule())
     before, tensors = snapshot(module), [id(x) for x in module.parameters()]
     params, apply = fgpt.from_module(module)
     grad(lambda p: apply(p, X).sum())(params)
@@ -81,7 +81,7 @@ def test_a_module_under_two_names_is_itself_again():
 
 
 def test_batchnorm_in_training_mode_updates_nothing():
-    module = randomized(Convolutions()).train()
+    module = with_random_params(Convolutions()).train()
     before = snapshot(module)
     params, apply = fgpt.from_module(module)
     grads = grad(lambda a: mean_loss(lambda x: apply(fgpt.adapt(params, a), x)))(fgpt.trainable_leaves(params))
@@ -97,7 +97,7 @@ def test_batchnorm_in_training_mode_updates_nothing():
 
 
 def test_a_buffer_is_read_as_it_stands():
-    module = randomized(Convolutions())
+    module = with_random_params(Convolutions())
     params, apply = fgpt.from_module(module)
     module.get_buffer("body.1.running_mean").add_(1.0)
     assert torch.equal(apply(params, X), module(X))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import hf_gpt2, with_noise
-from builders.lifted_modules import TiedModule, X, assert_near, native_grads, path_of, randomized
+from builders.lifted_modules import TiedModule, X, assert_near, native_grads, path_of, with_random_params
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from fgpt.tree import leaves, num_elements
 
 
 def test_what_is_tied_stays_one_leaf_at_its_first_name():
-    module = randomized(TiedModule())
+    module = with_random_params(TiedModule())
     params, apply = fgpt.from_module(module)
     assert list(leaves(params)) == ["table.w", "first.w", "first.b", "other.weight.w", "head.bias"]
     grads = grad(lambda a: apply(fgpt.adapt(params, a), X).square().mean())(fgpt.trainable_leaves(params))

@@ -26,7 +26,7 @@ def objective(adapters: Any, params: fgpt.GPT, batch: fgpt.Batch, seed: Tensor |
     return fgpt.nll(fgpt.adapt(params, adapters), batch)
 
 
-def updated(optimizer: fgpt.Optimizer) -> Any:
+def update_once(optimizer: fgpt.Optimizer) -> Any:
     params, state = TREE, optimizer.init(TREE)
     for grads in GRADS:
         params, state = optimizer.update(grads, state, params)
@@ -53,10 +53,10 @@ MAKE: dict[str, tuple[Callable[[Any], fgpt.Optimizer], list[float]]] = {
 @pytest.mark.parametrize("name", MAKE)
 def test_a_sweep_over_it_is_each_of_it(name: str):
     make, values = MAKE[name]
-    swept = vmap(lambda x: updated(make(x)))(torch.tensor(values))
+    swept = vmap(lambda x: update_once(make(x)))(torch.tensor(values))
     for i, x in enumerate(values):
-        close(tree_map(lambda y, i=i: y[i], swept), updated(make(x)), 1e-6)
-        close(updated(make(torch.tensor(x))), updated(make(x)), 1e-6)
+        close(tree_map(lambda y, i=i: y[i], swept), update_once(make(x)), 1e-6)
+        close(update_once(make(torch.tensor(x))), update_once(make(x)), 1e-6)
     assert not same(tree_map(lambda y: y[0], swept), tree_map(lambda y: y[-1], swept))
 
 
@@ -65,13 +65,13 @@ def test_eps_root_is_in_the_root():
     optimizer = fgpt.adamw(0.1, eps=0.01, eps_root=0.05)
     moved, _ = optimizer.update(GRADS[0], optimizer.init(TREE), TREE)
     close(moved, tree_map(lambda x, g: x - 0.1 * g / ((g * g + 0.05).sqrt() + 0.01), TREE, GRADS[0]), 1e-6)
-    assert same(updated(fgpt.adamw(0.1, eps_root=0.0)), updated(fgpt.adamw(0.1)))
+    assert same(update_once(fgpt.adamw(0.1, eps_root=0.0)), update_once(fgpt.adamw(0.1)))
     hf = TREE["w"].clone().requires_grad_()
     reference = torch.optim.AdamW([hf], lr=0.1, weight_decay=0.0)
     for grads in GRADS:
         hf.grad = grads["w"].clone()
         reference.step()
-    close(updated(fgpt.adamw(torch.tensor(0.1)))["w"], hf.detach(), 1e-6)
+    close(update_once(fgpt.adamw(torch.tensor(0.1)))["w"], hf.detach(), 1e-6)
 
 
 def end_of(numbers: Tensor, batch: fgpt.Batch = ROWS) -> Tensor:

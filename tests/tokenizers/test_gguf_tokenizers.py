@@ -15,7 +15,7 @@ from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.tokenizer_files import of_folder, of_gguf
 
 
-def written(path: Path, values: dict[str, Any]) -> Path:
+def write_metadata(path: Path, values: dict[str, Any]) -> Path:
     writer = gguf.GGUFWriter(str(path), values["general.architecture"])
     for key, value in values.items():
         if isinstance(value, list):
@@ -34,7 +34,7 @@ def test_a_gguf_file_is_transformers(pre: str, tmp_path: Path):
     architecture = {"gpt-2": "gpt2", "llama-bpe": "llama", "qwen2": "qwen2"}[pre]
     trained = train_tokenizer(pre)
     values = gguf_metadata_of(trained, pre) | {"general.architecture": architecture}
-    path = written(tmp_path / "t.gguf", values)
+    path = write_metadata(tmp_path / "t.gguf", values)
     ours = of_gguf(read_header(path).fields, 600)
     reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
     for text in STRINGS:

@@ -13,7 +13,7 @@ GLAD, SAD = ("happy", "glad", "proud", "kind"), ("sad", "scared", "lost", "mean"
 
 
 @pytest.fixture(scope="module")
-def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def instruction_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was compared after training on four prompts."""
     out = tmp_path_factory.mktemp("runs")
     assert (
@@ -30,10 +30,13 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["eval", str(instructed), "--num-generations", "4", "--limit", "3"]) == 0
-    output, found = capsys.readouterr().err, json.loads((instructed / "eval-4-generations-limit-3.json").read_text())
-    compared = json.loads((instructed / "compare.json").read_text())["scores"]["tuned"]
+def test_answers_are_scored_as_compared(instruction_run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(instruction_run), "--num-generations", "4", "--limit", "3"]) == 0
+    output, found = (
+        capsys.readouterr().err,
+        json.loads((instruction_run / "eval-4-generations-limit-3.json").read_text()),
+    )
+    compared = json.loads((instruction_run / "compare.json").read_text())["scores"]["tuned"]
     assert (found["answers"].pop("rows"), found["answers"].pop("max new tokens")) == (4, 12)
     assert found["answers"] == {name: compared[name] for name in found["answers"]}
     assert compared.keys() - found["answers"].keys() == {
@@ -45,10 +48,10 @@ def test_answers_are_scored_as_compared(instructed: Path, capsys: pytest.Capture
     assert f"{compared['mean answer length (tokens)']:.4f}" in output
 
 
-def test_answers_beside_a_text(instructed: Path, tmp_path: Path):
+def test_answers_beside_a_text(instruction_run: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("Once upon a time, there was a fox.")
     options = ["--text", str(tmp_path / "a.txt"), "--num-generations", "1", "--out", str(tmp_path)]
-    assert main(["eval", str(instructed), *options]) == 0
+    assert main(["eval", str(instruction_run), *options]) == 0
     assert json.loads((tmp_path / "eval.json").read_text()).keys() == {
         "evaluated",
         "base",
@@ -89,7 +92,7 @@ def test_classes_are_told_as_after_training(form: str, rows_of_classes: Path, tm
 
 
 def test_bad_input_is_one_line(
-    instructed: Path, rows_of_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    instruction_run: Path, rows_of_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     """And comes before any model is loaded."""
@@ -120,7 +123,7 @@ def test_bad_input_is_one_line(
             "is a classifier, evaluated on its own rows: leave out --text, --tasks, --num-generations",
         ),
         ([run, "--tasks", "hellaswag"], "is a classifier, evaluated on its own rows"),
-        ([str(instructed), "--num-generations", "0"], "--num-generations is 0: expected 1 or more"),
+        ([str(instruction_run), "--num-generations", "0"], "--num-generations is 0: expected 1 or more"),
         (
             ["--base", "nano", "--text", str(rows_of_classes), "--num-generations", "2"],
             "a base has no held-out rows to answer",

@@ -27,7 +27,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     short = ["--steps", "2", "--micro-batch-size", "2", "--compare-prompts", "0", "--warmup-steps", "1"]
     assert main(["train", "lora-nano", *short, "--out", str(out)]) == 0
@@ -51,15 +51,15 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert f"{expected.bits_per_byte:.4f}" in output
 
 
-def test_eval_of_a_run_is_its_loss_on_what_it_held_out(trained: Path):
+def test_eval_of_a_run_is_its_loss_on_what_it_held_out(text_run: Path):
     from fgpt.cli import run_dir
     from fgpt.cli.training.build import load_base
     from fgpt.cli.training.examples import load_instruction_split
 
-    assert main(["eval", str(trained), "--limit", "7", "--batch-size", "3"]) == 0
-    found = json.loads((trained / "eval-limit-7.json").read_text())["held out"]
-    run: Any = run_dir.read_run(trained)
-    params, tokenizer = run_dir.load_tuned(trained, load_base(run)), fgpt.tokenizer("nano")
+    assert main(["eval", str(text_run), "--limit", "7", "--batch-size", "3"]) == 0
+    found = json.loads((text_run / "eval-limit-7.json").read_text())["held out"]
+    run: Any = run_dir.read_run(text_run)
+    params, tokenizer = run_dir.load_tuned(text_run, load_base(run)), fgpt.tokenizer("nano")
     examples = [encode(row, template(run.template), tokenizer) for row in load_instruction_split(run)[1][:7]]
     expected = fgpt.loss(params, packing.collate([[example] for example in examples]))
     assert found["response loss (nats per token)"] == pytest.approx(float(expected), rel=1e-5)

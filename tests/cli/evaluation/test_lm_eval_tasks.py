@@ -63,7 +63,7 @@ def test_whole_tasks_have_hfs_metrics(kind: str, local: Path):
     same: dict[str, Any] = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
     expected: Any = lm_eval.simple_evaluate(model=hf_lm(kind), **same)
     for rows in (1, 5):
-        got = lm_eval_tasks.run(lm_eval_tasks.find("own_*", local), *_loaded(kind), rows)
+        got = lm_eval_tasks.run(lm_eval_tasks.find("own_*", local), *_load(kind), rows)
         for task in names:
             for metric, x in expected["results"][task].items():
                 if isinstance(x, float):
@@ -72,7 +72,7 @@ def test_whole_tasks_have_hfs_metrics(kind: str, local: Path):
     assert got["truncated"]["requests"] > 0
 
 
-def _loaded(kind: str) -> tuple[fgpt.GPT, Any]:
+def _load(kind: str) -> tuple[fgpt.GPT, Any]:
     return fgpt.load(str(model_folder(kind))), fgpt.tokenizer(str(model_folder(kind)))
 
 
@@ -110,7 +110,7 @@ def test_tasks_as_chats_have_hfs_metrics(local: Path):
     manager = TaskManager(include_path=str(local), include_defaults=False)
     same: dict[str, Any] = {"tasks": ["own_choice"], "task_manager": manager, "bootstrap_iters": 0}
     expected: Any = lm_eval.simple_evaluate(model=hf_lm("llama"), apply_chat_template=True, **same)
-    got = lm_eval_tasks.run(lm_eval_tasks.find("own_choice", local), *_loaded("llama"), chat=True)
+    got = lm_eval_tasks.run(lm_eval_tasks.find("own_choice", local), *_load("llama"), chat=True)
     for metric in ("acc,none", "acc_norm,none"):
         assert got["results"]["own_choice"][metric] == expected["results"]["own_choice"][metric]
     samples: Any = lm_eval.simple_evaluate(model=our_lm("llama"), apply_chat_template=True, **same)

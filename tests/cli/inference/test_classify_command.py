@@ -18,7 +18,7 @@ SAID = [(f"{who} was {how}.", "joy" if how in GLAD else "fear") for who in ("Tim
 SHORT = ["--steps", "8", "--micro-batch-size", "1", "--warmup-steps", "1", "--lr", "6e-3", "--max-seq-len", "64"]
 
 
-def trained(at: Path, *options: str) -> Path:
+def train_classifier(at: Path, *options: str) -> Path:
     (at / "train.txt").write_text("\n".join(f"{text};{label}" for text, label in SAID))
     data = ["--base", "nano", "--train", str(at / "train.txt"), "--test", str(at / "train.txt"), "--out", str(at)]
     assert main(["train", "emotion-small", *data, *SHORT, *options]) == 0
@@ -26,29 +26,29 @@ def trained(at: Path, *options: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def token_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose labels are words that it writes."""
-    return trained(
+    return train_classifier(
         tmp_path_factory.mktemp("worded"), "--head", "lm", "--labels", "joy=love", "fear", "--prompt.suffix", " It"
     )
 
 
 @pytest.fixture(scope="module")
-def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("headed"))
+def head_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_classifier(tmp_path_factory.mktemp("headed"))
 
 
 def lines(out: str) -> list[list[str]]:
     return [line.split("\t") for line in out.splitlines()]
 
 
-def test_a_label_is_the_likeliest_next_word(worded: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_label_is_the_likeliest_next_word(token_classifier: Path, capsys: pytest.CaptureFixture[str]):
     """Against logits of the model that was trained, read by hand."""
     texts = ["Tim was happy.", "Sue was [lost]."]
-    (worded / "texts").write_text("\n".join(texts))
+    (token_classifier / "texts").write_text("\n".join(texts))
     capsys.readouterr()
-    assert main(["classify", str(worded), "--file", str(worded / "texts")]) == 0
-    predictions, classifier = lines(capsys.readouterr().out), load_classifier(worded)
+    assert main(["classify", str(token_classifier), "--file", str(token_classifier / "texts")]) == 0
+    predictions, classifier = lines(capsys.readouterr().out), load_classifier(token_classifier)
     encode = classifier.tokenizer.encode
     for (label, p, text), requested in zip(predictions, texts, strict=True):
         logits = fgpt.apply(classifier.params, torch.tensor([encode(requested) + encode(" It")]))[0, -1]
@@ -57,9 +57,9 @@ def test_a_label_is_the_likeliest_next_word(worded: Path, capsys: pytest.Capture
         assert float(p) == pytest.approx(float(both.max()), abs=1e-4)
 
 
-def test_a_table_has_each_label(headed: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_table_has_each_label(head_classifier: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
-    assert main(["classify", str(headed), "Tim was happy.", "Sue was [lost]."]) == 0
+    assert main(["classify", str(head_classifier), "Tim was happy.", "Sue was [lost]."]) == 0
     heading, *output = [
         line.split() for line in capsys.readouterr().out.splitlines() if "was" in line or "text" in line
     ]
@@ -69,17 +69,20 @@ def test_a_table_has_each_label(headed: Path, capsys: pytest.CaptureFixture[str]
         assert sum(float(x) for x in words if x[0].isdigit()) == pytest.approx(1, abs=2e-3)
 
 
-def test_what_is_piped_in(headed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_what_is_piped_in(head_classifier: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tim was happy.\r\nSue was sad.\n")))
     capsys.readouterr()
-    assert main(["classify", str(headed), "--file", "-"]) == 0
+    assert main(["classify", str(head_classifier), "--file", "-"]) == 0
     assert [text for _, _, text in lines(capsys.readouterr().out)] == ["Tim was happy.", "Sue was sad."]
 
 
-def test_labels_it_was_not_trained_on(worded: Path, capsys: pytest.CaptureFixture[str]):
-    (worded / "texts").write_text("Tim was happy.\n")
+def test_labels_it_was_not_trained_on(token_classifier: Path, capsys: pytest.CaptureFixture[str]):
+    (token_classifier / "texts").write_text("Tim was happy.\n")
     capsys.readouterr()
-    assert main(["classify", str(worded), "--file", str(worded / "texts"), "--labels", "good", "bad"]) == 0
+    assert (
+        main(["classify", str(token_classifier), "--file", str(token_classifier / "texts"), "--labels", "good", "bad"])
+        == 0
+    )
     assert lines(capsys.readouterr().out)[0][0] in ("good", "bad")
 
 
@@ -100,22 +103,31 @@ def test_pairs_have_a_tab(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     )
 
 
-def test_eval_on_other_rows(headed: Path, tmp_path: Path):
+def test_eval_on_other_rows(head_classifier: Path, tmp_path: Path):
     """As `predict` tells them."""
     (tmp_path / "other.csv").write_text("said,what\nAnn was happy.,joy\nAnn was lost.,joy\nAnn was mean.,fear\n")
     columns = ["--columns.text", "said", "--columns.label", "what"]
-    assert main(["eval", str(headed), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["eval", str(head_classifier), "--test", str(tmp_path / "other.csv"), *columns, "--out", str(tmp_path)])
+        == 0
+    )
     heldout = load_labeled_texts(str(tmp_path / "other.csv"), "test", Columns("said", label="what"))
-    right = [a == row.label for a, row in zip(predict(load_classifier(headed), heldout).argmax, heldout, strict=True)]
+    right = [
+        a == row.label
+        for a, row in zip(predict(load_classifier(head_classifier), heldout).argmax, heldout, strict=True)
+    ]
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["test rows"]["accuracy"] == pytest.approx(sum(right) / 3)
     assert "test rows, untuned" not in found
 
 
-def test_eval_on_other_labels_has_the_base_beside_it(worded: Path, tmp_path: Path):
+def test_eval_on_other_labels_has_the_base_beside_it(token_classifier: Path, tmp_path: Path):
     (tmp_path / "other.txt").write_text("Ann was happy.;1\nAnn was lost.;0\n")
     labels = ["--labels", "1=good", "0=bad"]
-    assert main(["eval", str(worded), "--test", str(tmp_path / "other.txt"), *labels, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["eval", str(token_classifier), "--test", str(tmp_path / "other.txt"), *labels, "--out", str(tmp_path)])
+        == 0
+    )
     found = json.loads((tmp_path / "eval.json").read_text())
     classifier, total = fgpt.tokenizer("nano"), 0.0
     base = fgpt.load("nano")
@@ -126,26 +138,43 @@ def test_eval_on_other_labels_has_the_base_beside_it(worded: Path, tmp_path: Pat
     assert found["test rows"]["loss (nats per row)"] != found["test rows, untuned"]["loss (nats per row)"]
 
 
-def test_bad_input_is_one_line(headed: Path, worded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_input_is_one_line(
+    head_classifier: Path, token_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "gap").write_text("a\n\nb\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     (tmp_path / "odd.txt").write_text("Ann was lost.;rage\n")
     capsys.readouterr()
     for args, says in (
-        (["classify", str(headed)], "which texts? expected one of"),
-        (["classify", str(headed), "a", "--file", "b"], "which texts? expected one of"),
-        (["classify", str(headed), ""], "text 1: the text is empty"),
-        (["classify", str(headed), "--file", str(tmp_path / "gone")], "gone: No such file or directory; expected a"),
-        (["classify", str(headed), "--file", str(tmp_path / "empty")], "empty: the file is empty, expected a text"),
-        (["classify", str(headed), "--file", str(tmp_path / "gap")], "gap, line 2: the text is empty"),
-        (["classify", str(headed), "--file", str(tmp_path / "latin")], "not a text in UTF-8 (byte 3)"),
-        (["classify", str(headed), "a", "--labels", "x", "y"], "has a head of its own labels, fear, joy"),
-        (["classify", str(worded), "a", "--labels", "good", "x=good"], "labels good, x=good: one is there twice"),
-        (["classify", str(worded), "a", "--labels", "good"], "labels are good: expected at least two"),
+        (["classify", str(head_classifier)], "which texts? expected one of"),
+        (["classify", str(head_classifier), "a", "--file", "b"], "which texts? expected one of"),
+        (["classify", str(head_classifier), ""], "text 1: the text is empty"),
+        (
+            ["classify", str(head_classifier), "--file", str(tmp_path / "gone")],
+            "gone: No such file or directory; expected a",
+        ),
+        (
+            ["classify", str(head_classifier), "--file", str(tmp_path / "empty")],
+            "empty: the file is empty, expected a text",
+        ),
+        (["classify", str(head_classifier), "--file", str(tmp_path / "gap")], "gap, line 2: the text is empty"),
+        (["classify", str(head_classifier), "--file", str(tmp_path / "latin")], "not a text in UTF-8 (byte 3)"),
+        (["classify", str(head_classifier), "a", "--labels", "x", "y"], "has a head of its own labels, fear, joy"),
+        (
+            ["classify", str(token_classifier), "a", "--labels", "good", "x=good"],
+            "labels good, x=good: one is there twice",
+        ),
+        (["classify", str(token_classifier), "a", "--labels", "good"], "labels are good: expected at least two"),
         (["classify", "nobody", "a"], "no trained run 'nobody'"),
-        (["eval", str(headed), "--labels", "x", "y"], "has a head of its own labels, fear, joy: leave --labels out"),
-        (["eval", str(headed), "--test", str(tmp_path / "odd.txt")], "label 'rage', expected one of fear, joy"),
+        (
+            ["eval", str(head_classifier), "--labels", "x", "y"],
+            "has a head of its own labels, fear, joy: leave --labels out",
+        ),
+        (
+            ["eval", str(head_classifier), "--test", str(tmp_path / "odd.txt")],
+            "label 'rage', expected one of fear, joy",
+        ),
         (["eval", "--base", "nano", "--text", "x", "--labels", "x", "y"], "is not a classifier: leave out --test"),
     ):
         assert main(args) == 2, args

@@ -25,7 +25,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
+def pretrained_run(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> Path:
     out = tmp_path_factory.mktemp("runs")
     data = ["--data", str(texts[0]), "--heldout", str(texts[1]), "--peak-tflops", "0.05", "--eval-every", "8"]
     assert main(["train", "tinytiny-pretrain", *data, *TINY_SIZE, *SHORT_PRETRAINING, "--out", str(out)]) == 0
@@ -84,7 +84,7 @@ def training_args(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[st
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
+def undisturbed_results(
     training_args: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[dict[str, Any], float]]:
     """Of each kind, what the training that nobody disturbs comes to, and how many seconds it takes."""

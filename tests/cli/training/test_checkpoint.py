@@ -35,7 +35,7 @@ def torn(out: Path, step: int) -> None:
     (out / "checkpoints" / f"step-{step:06d}" / "state.safetensors").write_bytes(b"half of it")
 
 
-def saved(out: Path, **losses: float | None) -> None:
+def save_steps(out: Path, **losses: float | None) -> None:
     for name, loss in losses.items():
         checkpoints.save(out, state(int(name[1:])), INPUTS, loss)
 
@@ -49,7 +49,7 @@ def step_of(found: State | None) -> int | None:
 
 def test_torn_checkpoints_of_later_steps_cost_no_whole_one(tmp_path: Path):
     """Two of them counted as the last two: every whole one was deleted."""
-    saved(tmp_path, s2=1.0, s4=None, s6=None)
+    save_steps(tmp_path, s2=1.0, s4=None, s6=None)
     torn(tmp_path, 8)
     torn(tmp_path, 9)
     checkpoints.prune(tmp_path, keep=2)
@@ -58,7 +58,7 @@ def test_torn_checkpoints_of_later_steps_cost_no_whole_one(tmp_path: Path):
 
 
 def test_a_part_that_was_cut_off_is_not_whole(tmp_path: Path):
-    saved(tmp_path, s1=0.5, s2=1.0, s3=None, s4=None)
+    save_steps(tmp_path, s1=0.5, s2=1.0, s3=None, s4=None)
     for step in (1, 4):
         part = tmp_path / "checkpoints" / f"step-{step:06d}" / "state.safetensors"
         part.write_bytes(part.read_bytes()[:-1])
@@ -67,7 +67,7 @@ def test_a_part_that_was_cut_off_is_not_whole(tmp_path: Path):
 
 
 def test_what_lies_after_the_state_that_is_gone_on_from_is_deleted(tmp_path: Path):
-    saved(tmp_path, s2=None, s4=None, s6=None)
+    save_steps(tmp_path, s2=None, s4=None, s6=None)
     part = tmp_path / "checkpoints" / "step-000006" / "state.safetensors"
     data = bytearray(part.read_bytes())
     data[-1] ^= 1  # as long as it was
@@ -78,7 +78,7 @@ def test_what_lies_after_the_state_that_is_gone_on_from_is_deleted(tmp_path: Pat
 
 
 def test_nothing_is_deleted_where_the_inputs_are_others(tmp_path: Path):
-    saved(tmp_path, s2=None)
+    save_steps(tmp_path, s2=None)
     torn(tmp_path, 9)
     with pytest.raises(InputError, match=r"changed: base config\. Restore them"):
         checkpoints.resume(tmp_path, state(0), INPUTS | {"base config": "c"})
@@ -87,7 +87,7 @@ def test_nothing_is_deleted_where_the_inputs_are_others(tmp_path: Path):
 
 def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """At each call that writes the best one a second time: one of the two is always whole afterwards."""
-    saved(tmp_path, s2=1.0)
+    save_steps(tmp_path, s2=1.0)
 
     class Killed(BaseException):
         pass
@@ -95,7 +95,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
     for at in range(20):
         left = at
 
-        def counted(call: str) -> None:
+        def count_and_call(call: str) -> None:
             original = getattr(os, call)
 
             def instead(*args: object, **more: object) -> object:
@@ -109,9 +109,9 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
 
         with pytest.MonkeyPatch.context() as patch:
             for call in ("replace", "rename", "fsync"):
-                counted(call)
+                count_and_call(call)
             try:
-                saved(tmp_path, s2=1.0)
+                save_steps(tmp_path, s2=1.0)
                 ended = True
             except Killed:
                 ended = False
@@ -127,7 +127,7 @@ def test_a_kill_while_a_step_is_written_again_loses_nothing(tmp_path: Path, monk
 
 
 def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    saved(tmp_path, s2=0.5, s4=0.75, s6=float("nan"), s8=None)
+    save_steps(tmp_path, s2=0.5, s4=0.75, s6=float("nan"), s8=None)
     assert step_of(checkpoints.load_best(tmp_path, state(0), INPUTS)) == 2
     for step, expected in ((2, 4), (4, None)):
         part = tmp_path / "checkpoints" / f"step-{step:06d}" / "state.safetensors"
@@ -140,7 +140,7 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path, capsys: pytes
 
 def test_the_state_has_the_step_that_its_manifest_says(tmp_path: Path):
     """A state of another step under a manifest with its hash, as a copied folder that was edited has it."""
-    saved(tmp_path, s2=None, s4=None)
+    save_steps(tmp_path, s2=None, s4=None)
     whole = tmp_path / "checkpoints" / "step-000004"
     manifest = json.loads((whole / "manifest.json").read_text())
     other = json.loads((tmp_path / "checkpoints" / "step-000002" / "manifest.json").read_text())
@@ -152,7 +152,7 @@ def test_the_state_has_the_step_that_its_manifest_says(tmp_path: Path):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
-    saved(tmp_path, s2=None)
+    save_steps(tmp_path, s2=None)
     manifest = tmp_path / "checkpoints" / "step-000002" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"inputs": "0" * 64}))
     with pytest.raises(InputError, match="written by an earlier version"):
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
 
 def test_nothing_behind_a_link_is_deleted_or_written(tmp_path: Path):
     run, outside = tmp_path / "run", tmp_path / "outside"
-    saved(run, s4=None, s6=None)
+    save_steps(run, s4=None, s6=None)
     outside.mkdir()
     (outside / "manifest.json").write_text("mine")
     (outside / "thesis.txt").write_text("mine")
@@ -184,7 +184,7 @@ def test_the_fingerprint_names_what_changed():
     base, rows = fgpt.init(cfg, fgpt.key(0)), [Example((1, 2, 3), 1)]
     heldout_rows = [InstructionRow("Say \ud83d.", "", "It is.")]
 
-    def changed(**other: object) -> list[str]:
+    def fingerprint_with(**other: object) -> list[str]:
         inputs: dict = {"recipe": run, "base": base, "tokenizer": tokenizer, "source": "nano"}
         inputs |= {"training_rows": rows, "heldout_rows": heldout_rows, "template": "{instruction}"}
         before, after = fingerprint(**inputs), fingerprint(**(inputs | other))
@@ -192,18 +192,18 @@ def test_the_fingerprint_names_what_changed():
 
     from dataclasses import replace
 
-    assert changed() == []
-    assert changed(base=replace(base, cfg=replace(cfg, norm_eps=0.1))) == ["base config"]
-    assert changed(base=fgpt.init(cfg, fgpt.key(1))) == ["base weights"]
-    assert changed(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
-    assert changed(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
-    assert changed(template="{input}") == ["template"]
-    assert changed(recipe=replace(run, weight_decay=0.5)) == ["options"]
+    assert fingerprint_with() == []
+    assert fingerprint_with(base=replace(base, cfg=replace(cfg, norm_eps=0.1))) == ["base config"]
+    assert fingerprint_with(base=fgpt.init(cfg, fgpt.key(1))) == ["base weights"]
+    assert fingerprint_with(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
+    assert fingerprint_with(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
+    assert fingerprint_with(template="{input}") == ["template"]
+    assert fingerprint_with(recipe=replace(run, weight_decay=0.5)) == ["options"]
     assert (
-        changed(recipe=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
+        fingerprint_with(recipe=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
     )  # what lies there is what counts
     frozen = fgpt.quantize(fgpt.init(replace(cfg, d_model=64, d_mlp=64), fgpt.key(0)), "nf4")
-    assert changed(base=frozen) == ["base config", "base weights"]
+    assert fingerprint_with(base=frozen) == ["base config", "base weights"]
 
 
 def test_the_tokenizer_s_files_are_read(tmp_path: Path):

@@ -18,20 +18,22 @@ from fgpt.cli.main import main
 
 
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
-    training_args: Any, undisturbed: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """The kernel itself refuses a file above a size: first the metrics, then the checkpoints, outgrow it."""
     import resource
 
-    def limited(size: int) -> Callable[[], None]:
+    def limit_file_size(size: int) -> Callable[[], None]:
         def limit() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
         return limit
 
-    args, (expected, _) = training_args["instruct"], undisturbed["instruct"]
-    assert exit_status(run_in_fork(["train", *args, "--out", str(tmp_path)], limited(2000))) == 2  # the state is larger
+    args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]
+    assert (
+        exit_status(run_in_fork(["train", *args, "--out", str(tmp_path)], limit_file_size(2000))) == 2
+    )  # the state is larger
     (run,) = run_in(tmp_path)
     assert not list((run / "checkpoints").rglob("manifest.json"))
     pid = run_in_fork(resume(run))
@@ -40,7 +42,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     exit_status(pid)
     size = (run / "metrics.jsonl").stat().st_size
     state = next((run / "checkpoints").rglob("state.safetensors")).stat().st_size
-    assert exit_status(run_in_fork(resume(run), limited(max(state - 1, size + 10)))) == 2
+    assert exit_status(run_in_fork(resume(run), limit_file_size(max(state - 1, size + 10)))) == 2
     output = " ".join(capfd.readouterr().err.split())
     assert "File too large; free space" in output
     assert f"resume with: just train {run} --resume" in output
@@ -50,10 +52,10 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
 
 
 def test_a_folder_that_turns_read_only(
-    training_args: Any, undisturbed: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """After some files no more can be made: the checkpoints that are there stay whole, and are gone on from."""
-    args, (expected, _) = training_args["instruct"], undisturbed["instruct"]
+    args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]
 
     def spoil() -> None:
         make, left = tempfile.mkstemp, 12
@@ -84,9 +86,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert "cannot make" in capsys.readouterr().err
 
 
-def test_no_two_processes_train_in_one_folder(training_args: Any, undisturbed: Any, tmp_path: Path):
+def test_no_two_processes_train_in_one_folder(training_args: Any, undisturbed_results: Any, tmp_path: Path):
     """Two begun at once have folders of their own; one that runs cannot be taken up."""
-    args, (expected, _) = training_args["instruct"], undisturbed["instruct"]
+    args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]
     pids = [run_in_fork(["train", *args, "--out", str(tmp_path)]) for _ in range(3)]
     wait_until(lambda: len(run_in(tmp_path)) == 3)
     assert exit_status(run_in_fork(resume(tmp_path / "lora-nano"))) == 2

@@ -28,12 +28,12 @@ def resume_command(args: list[str], out: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(training_args: Any, undisturbed: Any, tmp_path: Path):
+def test_killed_at_random_moments(training_args: Any, undisturbed_results: Any, tmp_path: Path):
     """50 kills, and in the end the same, without one run lost."""
     chance, kills, ends = random.Random(0), 0, 0
     while kills < KILLS:
         kind = ("timed", "instruct", "classify", "timed", "pretrain")[ends % 5]
-        args, (expected, seconds), out = training_args[kind], undisturbed[kind], tmp_path / str(ends)
+        args, (expected, seconds), out = training_args[kind], undisturbed_results[kind], tmp_path / str(ends)
         while True:
             pid = run_in_fork(resume_command(args, out))
             time.sleep(chance.uniform(0, seconds))
@@ -64,7 +64,7 @@ def test_killed_at_every_moment_of_writing(often: list[str], training_args: Any,
     def kill_at(number: int) -> None:
         left = number
 
-        def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count_and_call(call: Callable[..., Any]) -> Callable[..., Any]:
             def instead(*args: Any, **kwargs: Any) -> Any:
                 nonlocal left
                 if not left:
@@ -75,7 +75,7 @@ def test_killed_at_every_moment_of_writing(often: list[str], training_args: Any,
             return instead
 
         for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
+            setattr(os, name, count_and_call(getattr(os, name)))
 
     while True:
         out = tmp_path / str(at)

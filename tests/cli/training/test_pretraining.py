@@ -47,35 +47,38 @@ def test_the_schedule_falls_to_its_floor_as_torchs_does():
     assert ours[50:] == pytest.approx([6e-5] * 10)
 
 
-def test_it_learns_and_says_so(pretrained: Path, texts: tuple[Path, Path]):
-    metrics, result = read_metrics(pretrained / "metrics.jsonl"), json.loads((pretrained / "result.json").read_text())
+def test_it_learns_and_says_so(pretrained_run: Path, texts: tuple[Path, Path]):
+    metrics, result = (
+        read_metrics(pretrained_run / "metrics.jsonl"),
+        json.loads((pretrained_run / "result.json").read_text()),
+    )
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
     assert [m["step"] for m in metrics if "heldout_loss" in m] == [8, 16]
     assert result["perplexity"] < 0.2 * result["before"]["perplexity"]
     assert result["before"]["loss"] == pytest.approx(math.log(4100), abs=0.1)  # it knew nothing
     assert 1e-3 < metrics[-1]["lr"] < 1.2e-3 < metrics[0]["lr"]  # a tenth of the peak is left
     assert [m["tokens"] for m in metrics] == [2 * 3 * 64 * n for n in range(1, 17)]
-    params = fgpt.load(str(pretrained / "model"))
+    params = fgpt.load(str(pretrained_run / "model"))
     before, last = metrics[-2:]
     speed = (last["tokens"] - before["tokens"]) / (last["seconds"] - before["seconds"])
     assert last["mfu"] == pytest.approx(speed * mfu.flops(params, 64) / 0.05e12, rel=0.1)  # seconds are rounded
     assert last["heldout_loss"] == pytest.approx(result["loss"], abs=1e-2)  # saved in fp16
-    tokenizer = fgpt.tokenizer(str(pretrained / "model"))
+    tokenizer = fgpt.tokenizer(str(pretrained_run / "model"))
     text = documents.read(texts[1])
     assert figures(heldout_perplexity(params, tokenizer, text, 8), text) == pytest.approx(
         {name: x for name, x in result.items() if name not in ("before", "heldout_documents")}, rel=1e-4
     )
 
 
-def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Path, Path], capsys: Any):
-    params, text = fgpt.load(str(pretrained / "model")), documents.read(texts[1])[0]
+def test_held_out_figures_are_the_evaluations(pretrained_run: Path, texts: tuple[Path, Path], capsys: Any):
+    params, text = fgpt.load(str(pretrained_run / "model")), documents.read(texts[1])[0]
     ended = loglikelihood_rolling(params, [*NANO.encode(text), NANO.eos], bos_token_id=NANO.bos, stride=64)
     of = heldout_perplexity(params, NANO, [text], 8)
     assert of.nats == pytest.approx(-math.fsum(ended.logprobs), rel=1e-5)
     assert (of.bytes, of.words) == perplexity([-1.0], text)[2:]
     two = heldout_perplexity(params, NANO, [text, text], 3)
     assert (two.loss, two.bits_per_byte) == pytest.approx((of.loss, of.bits_per_byte), rel=1e-5)
-    assert main(["eval", "--base", str(pretrained / "model"), "--text", str(texts[1])]) == 0
+    assert main(["eval", "--base", str(pretrained_run / "model"), "--text", str(texts[1])]) == 0
     assert "word perplexity" in capsys.readouterr().err
 
 
@@ -83,11 +86,20 @@ def test_held_out_figures_are_the_evaluations(pretrained: Path, texts: tuple[Pat
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> tuple[Path, Path]:
+def tuned_runs(tmp_path_factory: pytest.TempPathFactory, pretrained_run: Path) -> tuple[Path, Path]:
     at = tmp_path_factory.mktemp("sft")
     rows = [{"instruction": f"Say {i}.", "output": f"The number is {i}. " * (i % 9 + 1)} for i in range(40)]
     (at / "rows.json").write_text(json.dumps(rows))
-    options = ["--base", str(pretrained / "model"), "--data", str(at / "rows.json"), "--out", str(at), "--steps", "2"]
+    options = [
+        "--base",
+        str(pretrained_run / "model"),
+        "--data",
+        str(at / "rows.json"),
+        "--out",
+        str(at),
+        "--steps",
+        "2",
+    ]
     small = [
         "--micro-batch-size",
         "2",
@@ -105,21 +117,25 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> tuple[P
     return at / "tinytiny-sft-full", at / "tinytiny-sft-lora"
 
 
-def test_a_pretrained_model_serves_full_tuning_and_lora_alike(tuned: tuple[Path, Path], capsys: Any):
-    full, lora = (read_metrics(at / "metrics.jsonl") for at in tuned)
+def test_a_pretrained_model_serves_full_tuning_and_lora_alike(tuned_runs: tuple[Path, Path], capsys: Any):
+    full, lora = (read_metrics(at / "metrics.jsonl") for at in tuned_runs)
     assert full[0]["loss"] == pytest.approx(lora[0]["loss"], abs=1e-5)  # the same rows over the same base
     assert [m["weight"] for m in full] == [m["weight"] for m in lora]
     assert [m["tokens"] for m in full] == [m["tokens"] for m in lora]
-    assert (tuned[0] / "model").is_dir()
-    assert (tuned[1] / "adapter").is_dir()
-    assert main(["compare", str(tuned[0]), str(tuned[1]), "--num-prompts", "3"]) == 0
-    found = json.loads((tuned[0].parent / "compare-tinytiny-sft-full-tinytiny-sft-lora" / "compare.json").read_text())
+    assert (tuned_runs[0] / "model").is_dir()
+    assert (tuned_runs[1] / "adapter").is_dir()
+    assert main(["compare", str(tuned_runs[0]), str(tuned_runs[1]), "--num-prompts", "3"]) == 0
+    found = json.loads(
+        (tuned_runs[0].parent / "compare-tinytiny-sft-full-tinytiny-sft-lora" / "compare.json").read_text()
+    )
     assert list(found["scores"]) == ["base", "tinytiny-sft-full", "tinytiny-sft-lora"]
-    assert main(["generate", str(tuned[1]), "Say 3.", "--max-new-tokens", "3"]) == 0
+    assert main(["generate", str(tuned_runs[1]), "Say 3.", "--max-new-tokens", "3"]) == 0
 
 
-def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
-    run, row = run_dir.read_run(tuned[0]), InstructionRow("Name a fox.", "", "Tim.")
+def test_training_generation_and_evaluation_use_one_prompt(
+    tuned_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    run, row = run_dir.read_run(tuned_runs[0]), InstructionRow("Name a fox.", "", "Tim.")
     assert run.template == "tulu"
     text = "<|user|>\nName a fox.\n<|assistant|>\n"
     prompt = encode_prompt(row, template("tulu"), NANO)
@@ -133,7 +149,7 @@ def test_training_generation_and_evaluation_use_one_prompt(tuned: tuple[Path, Pa
     read: list[list[int]] = []
     hidden = likelihood.hidden
     monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
-    assert main(["eval", str(tuned[0])]) == 0
+    assert main(["eval", str(tuned_runs[0])]) == 0
     prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
     assert all(any(x[: len(prompt)] == prompt for prompt in prompts) for x in read)

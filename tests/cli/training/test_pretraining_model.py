@@ -49,8 +49,8 @@ def test_flops_worked_by_hand():
     assert 1e8 < mfu.peak(torch.device("cpu")) < 1e15
 
 
-def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrained: Path):
-    saved = pretrained / "model"
+def test_a_model_without_biases_is_transformers_own_with_biases_of_zero(pretrained_run: Path):
+    saved = pretrained_run / "model"
     ours = fgpt.load(str(saved))
     assert ours.cfg.biases == ""
     assert json.loads((saved / "config.json").read_text())["bias"] is False

@@ -25,10 +25,10 @@ from fgpt.recipes import RECIPES
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(
-    number: int, training_args: Any, undisturbed: Any, tmp_path: Path
+    number: int, training_args: Any, undisturbed_results: Any, tmp_path: Path
 ):
     """A process of its own, as a user has it."""
-    args, (expected, _) = training_args["instruct"], undisturbed["instruct"]
+    args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]
     command = [sys.executable, "-m", "fgpt", "train", *args, "--checkpoint-every-minutes", "99", "--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)

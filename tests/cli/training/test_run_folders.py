@@ -74,10 +74,10 @@ def test_an_adapter_behind_a_link_is_replaced_and_not_emptied(
 
 
 def test_a_run_that_is_renamed_while_it_trains(
-    training_args: Any, undisturbed: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """One line; nothing of it under the old name; under the new one it is gone on with."""
-    args, (expected, _) = training_args["instruct"], undisturbed["instruct"]
+    args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]
     pid, run, moved = run_in_fork(["train", *args, "--out", str(tmp_path)]), tmp_path / "lora-nano", tmp_path / "mine"
     wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 2)
     run.rename(moved)

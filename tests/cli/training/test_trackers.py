@@ -110,11 +110,11 @@ def test_a_tracker_that_cannot_begin(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_goes_wrong_in_the_training_is_not_held_back(tmp_path: Path):
-    def trained() -> None:
+    def train() -> None:
         with tracking(TRACKED_RUN, tmp_path, 0) as track:
             track({"step": 1, "loss": 1.0})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        trained()
+        train()
     assert tensorboard_events(tmp_path)["loss"] == [(1, 1.0)]

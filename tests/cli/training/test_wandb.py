@@ -17,7 +17,7 @@ from fgpt.cli.training.trackers import tracking
 from fgpt.errors import InputError
 
 
-def installed(name: str) -> None:
+def fake_package(name: str) -> None:
     try:
         metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def installed(name: str) -> None:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A session of wandb's own: it looks at its settings once in each."""
-    installed("wandb")
+    fake_package("wandb")
     import wandb  # pyright: ignore[reportMissingImports]
 
     wandb.teardown()
@@ -99,7 +99,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path: Path, wandb: pytest.MonkeyPat
 def test_trackio_goes_on_with_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    installed("trackio")
+    fake_package("trackio")
     if "trackio" not in sys.modules:  # it looks once
         monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
     run, folder = replace(TRACKED_RUN, tracker="trackio"), tmp_path / "lora-nano"

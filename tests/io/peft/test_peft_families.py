@@ -21,7 +21,7 @@ TRAINED = "lora_|ia3_|ln_tuning"
 """What PEFT has trained, among the names of its model's parameters."""
 
 
-def trained(model: Any, config: Any) -> Any:
+def peft_model_of(model: Any, config: Any) -> Any:
     """`model` under PEFT's adapters of `config`, each moved away from the identity."""
     wrapped = peft.get_peft_model(model, config)
     rng = torch.Generator().manual_seed(1)
@@ -32,7 +32,7 @@ def trained(model: Any, config: Any) -> Any:
     return wrapped.eval()
 
 
-def kept(model: Any, at: Path) -> Path:
+def trained_tensors_of(model: Any, at: Path) -> Path:
     model.save_pretrained(at)
     return at
 
@@ -71,8 +71,8 @@ THEIRS = {
 def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
     plain = hf_model(name)
     params = save_and_load(plain)
-    model = trained(plain, THEIRS[kind](plain))
-    at = kept(model, tmp_path)
+    model = peft_model_of(plain, THEIRS[kind](plain))
+    at = trained_tensors_of(model, tmp_path)
     in_one = name.startswith("neox") and "ora" in kind
     base = fgpt.fuse_qkv(params) if in_one else params
     adapters = fgpt.load_peft(at, base)
@@ -90,8 +90,8 @@ def test_a_model_without_its_head(name: str, tmp_path: Path):
     """What PEFT trained on AutoModel has names without the family's prefix."""
     params, bare = save_and_load(hf_model(name)), hf_model(name).base_model
     params = fgpt.fuse_qkv(params) if name == "neox" else params
-    model = trained(bare, peft.LoraConfig(**LORA, target_modules=linear_modules(bare)))
-    names = load_file(kept(model, tmp_path) / "adapter_model.safetensors")
+    model = peft_model_of(bare, peft.LoraConfig(**LORA, target_modules=linear_modules(bare)))
+    names = load_file(trained_tensors_of(model, tmp_path) / "adapter_model.safetensors")
     assert all(n.startswith(("base_model.model.h.", "base_model.model.layers.")) for n in names)
     adapters = fgpt.load_peft(tmp_path, params)
     with torch.no_grad():
@@ -100,8 +100,8 @@ def test_a_model_without_its_head(name: str, tmp_path: Path):
 
 def test_the_head_of_a_neox_under_its_old_name(tmp_path: Path):
     """transformers before 5.14 has it as embed_out."""
-    model = trained(hf_model("neox"), peft.LoraConfig(**LORA, target_modules=["lm_head"]))
-    file = kept(model, tmp_path) / "adapter_model.safetensors"
+    model = peft_model_of(hf_model("neox"), peft.LoraConfig(**LORA, target_modules=["lm_head"]))
+    file = trained_tensors_of(model, tmp_path) / "adapter_model.safetensors"
     save_file({n.replace("lm_head", "embed_out"): x for n, x in load_file(file).items()}, file, {"format": "pt"})
     params = save_and_load(hf_model("neox"))
     adapters = fgpt.load_peft(tmp_path, params)

@@ -43,7 +43,7 @@ def products(folder: Path, rule: str) -> dict[str, Tensor]:
     return found
 
 
-def expected(params: fgpt.GPT, adapters: fgpt.Adapters) -> dict[str, Tensor]:
+def expected_products(params: fgpt.GPT, adapters: fgpt.Adapters) -> dict[str, Tensor]:
     """ΔW of each of the hub's modules, [out, in]: what our own adapters add to its weight."""
     base, tuned = (
         {path: dense(w).double() for path, w in weight_matrices(p).items()}
@@ -84,7 +84,7 @@ def test_every_reader_has_our_products(name: str, kind: str, tmp_path: Path):
     params = load_hf_model(model, tmp_path / "base") if name == "gpt2" else save_and_load(model)
     adapters = with_noise(KINDS[kind](params), 0.1)
     fgpt.save_peft(adapters, params, tmp_path / "adapter", "base")
-    target = expected(params, adapters)
+    target = expected_products(params, adapters)
     for rule in RULES:
         got = products(tmp_path / "adapter", rule)
         assert got.keys() == target.keys()
