@@ -1,12 +1,10 @@
 """Each row by its own adapters; adapters that do not stack."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from builders import ROOT, close, tiny, tokens
+from builders import close, tiny, tokens
 from builders.generation import WARM_SAMPLING, adapter_sets
 
 import fgpt
@@ -94,13 +92,3 @@ def test_adapters_that_do_not_stack():
             fgpt.stack_adapters(sets)
     with pytest.raises(fgpt.InputError, match="2 sets of adapters for 1 prompts: expected one for each"):
         fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, adapters=[ln, ln])
-
-
-@pytest.mark.slow
-def test_the_compiled_step():
-    """In a process of its own: the whole-package check of these tests is what a compiler cannot trace."""
-    file = ROOT / "tests" / "scripts" / "compiled_decode.py"
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options, file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "7 passed" in done.stdout

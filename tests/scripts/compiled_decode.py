@@ -1,4 +1,4 @@
-"""What `test_generate.py` runs in a process of its own: the compiled step beside the eager one."""
+"""What `test_compiled_step.py` runs in a process of its own: the compiled step beside the eager one."""
 
 from typing import Any
 
