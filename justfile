@@ -98,7 +98,7 @@ doctor *args: setup
 bench *args: setup-dev
     @"{{ python }}" -m experiments.bench "$@"
 
-# All tests, two processes of one thread each; one file: `just test tests/test_model.py`
+# All tests, two processes of one thread each; one file: `just test tests/model/test_forward.py`
 [no-exit-message]
 test *args: setup-dev
     @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal "$@"

@@ -69,7 +69,7 @@ tokens = torch.tensor([tokenizer.encode("Once upon a time there was a fox.")])
 batch = fgpt.Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, tokens.shape[1] - 1))
 gradient = torch.func.grad(lambda a: fgpt.loss(fgpt.adapt(nano, a), batch))(adapters)
 assert any(leaf.b.abs().sum() > 0 for leaf in gradient.values())
-assert fgpt.generate(nano, tokens.tolist(), eos_token_id=tokenizer.eos, max_new_tokens=3)[0].tokens
+assert fgpt.generate(nano, tokens.tolist(), eos_token_id=tokenizer.eos_token_id, max_new_tokens=3)[0].tokens
 fgpt.save_adapters(adapters, folder / "a.safetensors")
 assert fgpt.load_adapters(folder / "a.safetensors", nano).keys() == adapters.keys()
 fgpt.save_peft(adapters, nano, folder / "peft", base="nano")

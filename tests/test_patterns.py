@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny
+from builders import ROOT, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,8 +89,8 @@ def test_patterns_of_an_adapter_may_look_around(tmp_path: Path):
     path.write_text(
         json.dumps(config | {"alpha_pattern": {r"(?!transformer\.h\.0).*c_attn": 3 * config["lora_alpha"]}})
     )
-    again = fgpt.load_peft(tmp_path, params)
-    x, y = (again[f"blocks.{i}.attn.q"] for i in range(2))
+    reloaded = fgpt.load_peft(tmp_path, params)
+    x, y = (reloaded[f"blocks.{i}.attn.q"] for i in range(2))
     assert isinstance(x, fgpt.LoRA)
     assert isinstance(y, fgpt.LoRA)
     first = adapters["blocks.1.attn.q"]
@@ -127,9 +127,9 @@ def test_a_selector_that_is_typed_ends_with_one_line(
     start = time.monotonic()
     assert main(["train", "emotion-small", *run[0], option, SLOW]) == 2
     assert time.monotonic() - start < 10
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert re.search("takes longer than 1 s to match|matches no path", said[0])
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1
+    assert re.search("takes longer than 1 s to match|matches no path", output[0])
 
 
 def test_regex_is_declared():

@@ -87,7 +87,7 @@ def test_leaves_and_updates_go_by_path():
         "blocks.1.first": 2,
         "blocks.1.second.w": 3,
     }
-    again = replace_at(tree, {"blocks.1.second.w": torch.tensor(9)})
-    assert plain(again)[1] == [1, 2, 9]
+    updated = replace_at(tree, {"blocks.1.second.w": torch.tensor(9)})
+    assert plain(updated)[1] == [1, 2, 9]
     assert plain(tree)[1] == [1, 2, 3]
-    assert again["blocks"][0] is tree["blocks"][0]
+    assert updated["blocks"][0] is tree["blocks"][0]

@@ -1,0 +1,112 @@
+"""A comparison that cannot be made is one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from builders.compare import RUN_NAMES, comparison_of
+
+from fgpt.cli import run_dir
+from fgpt.cli.evaluation.compare import contenders as compare_sides
+from fgpt.cli.main import main
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 1, output
+    assert output[0].startswith("error: ")
+    return output[0]
+
+
+def test_bad_input_is_one_line(
+    compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """And comes before any model is loaded; nothing is left half-made."""
+    monkeypatch.setattr(compare_sides, "load_params", None)
+    lora, ia3 = (str(compared_runs / name) for name in RUN_NAMES)
+    files = {
+        "empty.json": "",
+        "none.json": "[]",
+        "broken.json": '["a", ',
+        "object.json": '{"instruction": "a"}',
+        "broken.jsonl": '"a"\n{"instruction": \n',
+        "number.json": "[7]",
+        "blank.json": '["a", " "]',
+        "column.json": '[{"prompt": "a"}]',
+        "null.json": '[{"instruction": null}]',
+        "list.json": '[{"instruction": "a", "input": ["b"]}]',
+        "long.json": json.dumps(["a fox", "ran " * 2000]),
+        "prompts.txt": "a",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "file").write_text("")
+    cases = [
+        (["compare"], "expected one or more runs"),
+        (["compare", lora, "nothing"], "no trained run 'nothing'"),
+        (["compare", lora, ia3, lora + "/"], "lora-nano is given 2 times"),
+        (["compare", lora, "--prompts", "missing.json"], "no prompt file 'missing.json'"),
+        (["compare", lora, "--prompts", str(tmp_path)], "no prompt file"),
+        (["compare", lora, "--prompts", "generl"], "one of general"),
+        (["compare", lora, "--num-prompts", "0"], "--num-prompts is 0"),
+        (["compare", lora, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["compare", lora, "--temperature", "-1"], "temperature"),
+        (["compare", lora, "--promts", "x"], "did you mean --prompts"),
+        (["compare", lora, "--out", str(tmp_path / "file" / "below")], "is not a writable directory"),
+    ]
+    output = {
+        "empty.json": "the file is empty",
+        "none.json": "it holds no prompts",
+        "broken.json": "not JSON",
+        "object.json": "expected a list",
+        "broken.jsonl": "line 2: not JSON",
+        "number.json": "row 1: expected a text, or an object with an instruction, got int",
+        "blank.json": "row 2: the prompt is empty",
+        "column.json": "got columns 'prompt'",
+        "null.json": "should hold text, got null",
+        "list.json": "column 'input' should hold text, got list",
+        "long.json": "prompt 2 has",
+        "prompts.txt": "cannot tell its format",
+    }
+    cases += [(["compare", lora, "--prompts", str(tmp_path / name)], message) for name, message in output.items()]
+    before = sorted(compared_runs.rglob("*")), sorted(tmp_path.rglob("*"))
+    for args, message in cases:
+        assert main(args) == 2, args
+        assert message in one_line(capsys), args
+    assert (sorted(compared_runs.rglob("*")), sorted(tmp_path.rglob("*"))) == before
+
+
+def test_runs_of_different_bases(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lora = compared_runs / "lora-nano"
+    changes = {"quantize": "nf4", "dtype": "bfloat16", "base": "gpt2"}
+    for field, value in changes.items():
+        other = tmp_path / field
+        (other / "adapter").mkdir(parents=True)
+        (other / "run.json").write_text(json.dumps(comparison_of(lora / "run.json") | {field: value}))
+        assert main(["compare", str(lora), str(other)]) == 2
+        output = one_line(capsys)
+        assert value in output
+        assert "an adapter works on its own base only" in output
+    assert not list(compared_runs.glob("compare-*"))[1:]
+
+
+def test_a_run_without_held_out_rows(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--data", str(tmp_path / "rows.json"), "--num-heldout", "0", "--steps", "1", "--micro-batch-size", "1"]
+    assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "lora-nano")]) == 2
+    assert "held out no rows: give prompts with --prompts FILE" in one_line(capsys)
+
+
+def test_rows_that_another_run_may_have_seen(compared_runs: Path):
+    run = run_dir.read_run(compared_runs / "lora-nano")
+    from dataclasses import replace
+
+    first = replace(run, data="rows.json", seed=0, num_heldout=8)
+    assert not compare_sides.may_have_seen(first, first)
+    assert compare_sides.may_have_seen(replace(first, seed=1), first)
+    assert compare_sides.may_have_seen(replace(first, num_heldout=4), first)
+    assert not compare_sides.may_have_seen(replace(first, num_heldout=16), first)  # it held those out as well
+    assert not compare_sides.may_have_seen(replace(run, seed=1), run)  # the embedded data has its own
