@@ -2,7 +2,8 @@
 
 import pytest
 
-from fgpt.cli.evaluation.metrics.nano import STORY, Task, requirements_met, score
+from fgpt.cli.evaluation.metrics.nano import requirements_met, score
+from fgpt.cli.training.nano_rows import STORY, Task
 from fgpt.errors import InputError
 
 TALE = (

@@ -193,7 +193,7 @@ def test_bad_input_is_one_line(
         (["classify", "nobody", "a"], "no trained run 'nobody'"),
         (
             ["eval", "run", str(head_classifier), "--labels", "x", "y"],
-            "has a head of its own labels, fear, joy: leave --labels out",
+            "has a head of its own labels, fear, joy: leave",
         ),
         (
             ["eval", "run", str(head_classifier), "--test", str(tmp_path / "odd.txt")],
