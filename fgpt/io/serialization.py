@@ -193,7 +193,7 @@ def _rope_scaling(values: Any) -> Any:
     for cls in (YarnScaling, DynamicScaling):
         kinds = list(get_type_hints(cls).values())
         if isinstance(values, tuple) and len(values) == len(kinds):
-            return cls(*values) if all(map(is_bearable, values, kinds)) else "no scaling"
+            return cls(*values) if all(map(_fits, values, kinds)) else "no scaling"
     return values
 
 
