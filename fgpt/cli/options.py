@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -106,7 +107,16 @@ def _error_of(output: str) -> str:
     """The error that tyro prints: in a box if it can, with a title, the message, and explanations after a rule."""
     lines = [line.strip("│╭╮╰╯─|+- ") for line in output.splitlines()]
     message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
+    if value := WRONG_VALUE.fullmatch(message):
+        kind = {"int": "an integer", "float": "a number"}[value["kind"].lower()]
+        return f"{value['option']} is {value['value']!r}: expected {kind}"
     return message.rstrip(".") or "unusable options"
+
+
+WRONG_VALUE = re.compile(
+    r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b.*?'(?P<value>.*)'\]?\.?", re.IGNORECASE
+)
+"""How tyro says that a value is no number."""
 
 
 # ------------------------------------------------------------------------------------------------------ help in groups

@@ -24,7 +24,7 @@ METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name !
 }
 
 
-def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_method_trains_saves_and_answers(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]):
     """They differ in what they train: the first loss, before any step, is the base's, and from then on they part."""
     losses = {}
     for name, args in METHODS.items():
@@ -37,6 +37,10 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
             "1",
             "--compare-prompts",
             "0",
+            "--data",
+            str(data),
+            "--num-heldout",
+            "4",
             "--out",
             str(tmp_path / name),
         ]
@@ -46,7 +50,7 @@ def test_every_method_trains_saves_and_answers(tmp_path: Path, capsys: pytest.Ca
         run = run_dir.read_run(out)
         base = load_base(run)
         tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-        assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(load_base(run), tokens))
+        assert not torch.equal(fgpt.apply(run_dir.load_tuned(out, base), tokens), fgpt.apply(base, tokens))
         assert main(["generate", str(out), "Write a story about a fox.", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
     quantized = {name for name in METHODS if name.startswith("q") or name == "remat"}
