@@ -167,7 +167,7 @@ def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "qlora-nano"
     capsys.readouterr()
     assert main(["merge", str(out)]) == 2
-    assert "was trained over nf4: say --merge-base dequantized" in one_line(capsys)
+    assert "was trained over nf4: give --merge-base dequantized" in one_line(capsys)
     assert not list(out.glob("merged*"))
     tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
     tuned = fgpt.apply(run_dir.load_tuned(out, load_base(run_dir.read_run(out))), tokens)
