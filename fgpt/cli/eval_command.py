@@ -46,7 +46,7 @@ class EvalRun(RunEvaluationOptions):
     def __call__(self) -> None:
         folder = _find_run(self.run)
         recipe = run_dir.read_run(folder)
-        settings = {"trained": results.training_id(folder)} | _changed(self, EvalRun(run=self.run))
+        settings = {"trained": results.training_id(folder)} | changed_options(self, EvalRun(run=self.run))
         metrics = task_type(recipe).evaluate(recipe, folder, self)
         base = recipe.to_json()["base"]
         about = {"evaluated": shareable(folder), "base": shareable(base), results.SETTINGS: settings}
@@ -83,7 +83,7 @@ class EvalText(ModelOptions):
         text = read_text(self.text)
         cfg, tokenizer = models.load_config_and_tokenizer(model.base)
         window, stride = window_and_stride(cfg, self.window, self.stride)
-        settings = {"text": shareable(self.text)} | _changed(self, EvalText(text=self.text))
+        settings = {"text": shareable(self.text)} | changed_options(self, EvalText(text=self.text))
         settings |= {"text_sha256": content_hash(text)}
         metrics = text_metrics(load(model), tokenizer, text, window=window, stride=stride, batch_size=self.batch_size)
         found = {"text": {"file": shareable(self.text)} | metrics}
@@ -109,7 +109,7 @@ class EvalTasks(ModelOptions):
         model = find_model(self)
         _, tokenizer = models.load_config_and_tokenizer(model.base)
         tasks = lm_eval_tasks.find(self.tasks, self.include_path)
-        settings = {"tasks": self.tasks} | _changed(self, EvalTasks(tasks=self.tasks))
+        settings = {"tasks": self.tasks} | changed_options(self, EvalTasks(tasks=self.tasks))
         scores = lm_eval_tasks.run(
             tasks, load(model), tokenizer, self.batch_size, self.limit, self.num_fewshot, self.chat
         )
@@ -218,7 +218,7 @@ def _about(model: EvaluatedModel, settings: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _changed(options: Any, defaults: Any) -> dict[str, Any]:
+def changed_options(options: Any, defaults: Any) -> dict[str, Any]:
     """The options that are not at their defaults, but for those that change no result or say what is evaluated."""
     excluded = {"run", "base", "batch_size", "out"}
     before, changed = asdict(defaults), {}

@@ -11,7 +11,7 @@ import pytest
 
 from fgpt.__main__ import PACKAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 HIDE = """
