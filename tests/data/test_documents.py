@@ -13,7 +13,7 @@ from builders import SharedData
 import fgpt
 from fgpt.cli.training import documents
 from fgpt.cli.training.pretraining import batches
-from fgpt.data import instruction_datasets, packing
+from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import Example, Turn
 from fgpt.recipes import PretrainingRecipe
@@ -80,7 +80,7 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     ]
     chats = pyarrow.table({"dataset": ["x"], "messages": [messages]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
-    monkeypatch.setattr(instruction_datasets, "download", lambda name, hub, option: tmp_path)
+    monkeypatch.setattr(hub_datasets, "download", lambda name, dataset: tmp_path)
     assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
     (row,) = instruction_datasets.load_rows("tulu")

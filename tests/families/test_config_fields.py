@@ -15,6 +15,7 @@ from fgpt import families
 from fgpt import model as M
 from fgpt.families import hf_config
 from fgpt.generation import static_cache
+from fgpt.model import forward
 from fgpt.tree import num_elements
 
 # ------------------------------------------------------------------------------------------- windows, ropes and scores
@@ -70,7 +71,7 @@ def test_activations_are_transformers(name: str):
     """The function, its slope, and a model of it; gelu_10 and the like are other functions, and are refused."""
     x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
     function: Any = ACT2FN[name]
-    got, target = M.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
+    got, target = forward.ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), function(x)
     close(got, target, 1e-9)
     (slope,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (got, target))
     close(slope, expected, 1e-9)

@@ -39,7 +39,7 @@ def test_a_template_is_rendered_as_transformers_does(name: str, answer: bool, fo
     expected = reference.apply_chat_template(
         TALK, chat_template=TEMPLATES[name], add_generation_prompt=answer, tokenize=False
     )
-    special = chat_template.special(json.loads((folder / "tokenizer_config.json").read_text()))
+    special = chat_template.named_tokens(json.loads((folder / "tokenizer_config.json").read_text()))
     assert special == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert ChatTemplate(TEMPLATES[name], special).render(TALK, answer) == expected
 

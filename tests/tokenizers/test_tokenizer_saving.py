@@ -83,7 +83,7 @@ def gguf_file(path: Path, values: dict[str, Any]) -> Path:
 def test_merges_of_ranks_are_those_of_the_files(shared_data: SharedData):
     bpe = shared_data("gpt2-bpe")
     original = tiktoken_bpe.from_ranks(bpe / "gpt2.tiktoken").bpe
-    trained = merges.of_ranks([original.decode_single_token_bytes(rank) for rank in range(50256)])
+    trained = merges.merges_from_ranks([original.decode_single_token_bytes(rank) for rank in range(50256)])
     reference = [tuple(line.split(" ")) for line in (bpe / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
     assert [(tiktoken_bpe.printable(left), tiktoken_bpe.printable(right)) for left, right in trained] == reference
 
@@ -91,7 +91,7 @@ def test_merges_of_ranks_are_those_of_the_files(shared_data: SharedData):
 def test_a_token_that_no_merge_of_lower_ranks_makes():
     """Ranks 256 to 258: "abc" comes before "ab" and "cd". tiktoken joins whatever gives a token, the lowest first."""
     tokens = [bytes([byte]) for byte in range(256)] + [b"abc", b"ab", b"cd", b"abcd"]
-    assert merges.of_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
+    assert merges.merges_from_ranks(tokens)[:2] == [(b"ab", b"c"), (b"a", b"b")]
     trained = tiktoken_bpe.TiktokenTokenizer(
         tiktoken_bpe.tiktoken.Encoding(
             "made",
