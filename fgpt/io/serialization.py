@@ -208,10 +208,10 @@ def _static(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
+        stored: dict[str, Any] = value
         fields: dict[str, Any] = {}
-        for name, x in value.items():
-            new_name = RENAMED_CONFIG_FIELDS[name] if name in RENAMED_CONFIG_FIELDS else name
-            fields[new_name] = tuple(x) if isinstance(x, list) else x
+        for name, x in stored.items():
+            fields[RENAMED_CONFIG_FIELDS.get(name, name)] = tuple(x) if isinstance(x, list) else x
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
         fields["biases"] = _biases(fields.get("biases"))

@@ -99,8 +99,8 @@ def check_config(cfg: Config, fields: dict[str, Any]) -> None:
         if cfg.rope_scaling is None:
             assert scaling.get("rope_type", scaling.get("type", "default")) == "default"
     if fields["model_type"] == "llama":
-        assert ("q" in cfg.biases.split()) is bool(fields.get("attention_bias"))
-        assert ("gate" in cfg.biases.split()) is bool(fields.get("mlp_bias"))
+        assert ("q" in cfg.biases) is bool(fields.get("attention_bias"))
+        assert ("gate" in cfg.biases) is bool(fields.get("mlp_bias"))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -24,7 +24,9 @@ METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name !
 }
 
 
-def test_every_method_trains_saves_and_answers(tmp_path: Path, instruction_file: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_method_trains_saves_and_answers(
+    tmp_path: Path, instruction_file: Path, capsys: pytest.CaptureFixture[str]
+):
     """They differ in what they train: the first loss, before any step, is the base's, and from then on they part."""
     losses = {}
     for name, args in METHODS.items():
