@@ -152,7 +152,7 @@ def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
             return {k: _build(v, f"{below}{k}", f"{below}{k}/", tensors) for k, v in items.items()}
         case {"tuple": list(items), **rest} if not rest:
             return tuple(_build(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(items))
-        case dict() if len(form) == 1 and isinstance(fields := form[key := next(iter(form))], dict):
+        case dict() if len(form) == 1 and isinstance(fields := form[key := str(next(iter(form)))], dict):
             cls = NODES.get(RENAMED_NODES.get(key, key))
             if cls is not None:
                 return _node(cls, fields, name, below, tensors)
@@ -204,9 +204,9 @@ def _static(value: Any, kind: Any) -> Any:
     if kind is Config and isinstance(value, dict):
         declared: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
         fields: dict[str, Any] = {}
-        for name, x in value.items():
-            new_name = RENAMED_CONFIG_FIELDS[name] if name in RENAMED_CONFIG_FIELDS else name
-            fields[new_name] = tuple(x) if isinstance(x, list) else x
+        items: dict[str, Any] = value
+        for name, x in items.items():
+            fields[RENAMED_CONFIG_FIELDS.get(name, name)] = tuple(x) if isinstance(x, list) else x
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
         fields["biases"] = _biases(fields.get("biases"))
