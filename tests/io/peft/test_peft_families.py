@@ -78,7 +78,7 @@ def test_theirs_with_us(name: str, kind: str, tmp_path: Path):
     adapters = fgpt.load_peft(at, base)
     agrees(base, adapters, model)
     if in_one:
-        with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+        with pytest.raises(fgpt.InputError, match=r"fuse_qkv\(params\) first"):
             fgpt.load_peft(at, params)
     elif not name.startswith("neox"):
         count = sum(p.numel() for n, p in model.named_parameters() if re.search(TRAINED, n))

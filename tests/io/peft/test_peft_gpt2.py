@@ -137,5 +137,5 @@ def test_a_real_adapter(shared_data: SharedData):
             a, b = (stored[f"base_model.model.transformer.h.{i}.{name}.lora_{side}.weight"] for side in "AB")
             assert same(lora, fgpt.LoRA(a, b, 16.0))
             assert lora.scale == 2.0
-    with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+    with pytest.raises(fgpt.InputError, match=r"fuse_qkv\(params\) first"):
         fgpt.load_peft(folder, gpt2_shape(12, 12, 768))

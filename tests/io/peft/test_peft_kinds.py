@@ -66,7 +66,7 @@ def test_theirs_with_us(kind: str, tmp_path: Path):
     params = load_hf_model(hf_gpt2(), tmp_path / "base")
     for base in (fgpt.fuse_qkv(params), params):
         if kind == "dora" and base is params:
-            with pytest.raises(fgpt.InputError, match=r"fuse\(params\) first"):
+            with pytest.raises(fgpt.InputError, match=r"fuse_qkv\(params\) first"):
                 fgpt.load_peft(tmp_path / "adapter", base)
             continue
         adapters = fgpt.load_peft(tmp_path / "adapter", base)
