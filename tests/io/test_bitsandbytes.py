@@ -128,7 +128,7 @@ def nested_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{PLAIN}.nested_quant_map", None, "nested_quant_map is missing"),
         (f"{PLAIN}.absmax", lambda x: x[:-1], "want 192 scales, got 191"),
         (f"{PLAIN}.absmax", lambda x: x.float(), "absmax: expected uint8 and a map of 256 values, got float32"),
-        (f"{PLAIN}.nested_absmax", lambda x: torch.cat([x, x]), "want 1 scales, got 2"),
+        (f"{PLAIN}.nested_absmax", lambda x: torch.cat([x, x]), "need 1 scales, got 2"),
         (f"{PLAIN}.quant_map", lambda x: x.flip(0), "not the values of nf4"),
         (PLAIN, lambda x: x[:-64], r"do not make a 4-bit matrix of \[192, 64\]"),
         (STATE, None, "expected one quant_state.bitsandbytes__nf4 or fp4 beside it, got none"),

@@ -50,7 +50,7 @@ SPOILED: dict[str, tuple[Edit, str]] = {
         rf"{Q}\.w\.codes: expected UInt8.*got torch.uint8 \[2048\]",
     ),
     "code": (with_edit(f"{Q}.w.code", lambda x: x[:8]), rf"{Q}\.w\.code: expected"),
-    "blocks": (with_edit(f"{Q}.w.absmax.codes", lambda x: x[:9]), r"want \d+ scales"),
+    "blocks": (with_edit(f"{Q}.w.absmax.codes", lambda x: x[:9]), r"need \d+ scales"),
     "scales": (
         with_edit(f"{Q}.w.absmax.absmax", lambda x: x.half()),
         "scales and code of a quantized weight are float32",
