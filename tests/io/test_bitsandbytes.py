@@ -126,7 +126,7 @@ def nested_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (PLAIN, None, "c_attn.weight is missing, but .* of it are there"),
         (f"{PLAIN}.absmax", None, "c_attn.weight.absmax is missing"),
         (f"{PLAIN}.nested_quant_map", None, "nested_quant_map is missing"),
-        (f"{PLAIN}.absmax", lambda x: x[:-1], "want 192 scales, got 191"),
+        (f"{PLAIN}.absmax", lambda x: x[:-1], "need 192 scales, got 191"),
         (f"{PLAIN}.absmax", lambda x: x.float(), "absmax: expected uint8 and a map of 256 values, got float32"),
         (f"{PLAIN}.nested_absmax", lambda x: torch.cat([x, x]), "need 1 scales, got 2"),
         (f"{PLAIN}.quant_map", lambda x: x.flip(0), "not the values of nf4"),
