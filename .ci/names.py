@@ -19,6 +19,7 @@ BANNED = frozenset(
         "alike",
         "apart",
         "asked",
+        "found",
         "given",
         "going",
         "held",
@@ -44,7 +45,6 @@ BANNED = frozenset(
 PARTICIPLES = BANNED | frozenset(
     [
         "fitted",
-        "found",
         "fused",
         "joined",
         "listed",

@@ -213,8 +213,8 @@ def common_words(stories: Sequence[str]) -> set[str]:
 
 def candidates(stories: Sequence[str]) -> list[tuple[int, Tale]]:
     """Recast tales with the hashes that choose for them, in the order of those."""
-    found = [(draw(text, "story"), tales.parse(text)) for text in dict.fromkeys(stories)]
-    cast = [(i, recast(tale, i)) for i, tale in found if tale is not None]
+    parsed = [(draw(text, "story"), tales.parse(text)) for text in dict.fromkeys(stories)]
+    cast = [(i, recast(tale, i)) for i, tale in parsed if tale is not None]
     return sorted(((i, tale) for i, tale in cast if tale is not None), key=lambda pair: pair[0])
 
 

@@ -83,16 +83,16 @@ _TALE = re.compile(
 def parse(story: str) -> Tale | None:
     """The tale of a story that opens with one named hero of a kind we know; None for any other story."""
     text = "\n".join(" ".join(line.split()) for line in story.splitlines() if line.strip())
-    found = _TALE.fullmatch(text)
-    if found is None or not text.isascii() or found["kind"] not in {*PEOPLE, *ANIMALS, *SEA}:
+    match = _TALE.fullmatch(text)
+    if match is None or not text.isascii() or match["kind"] not in {*PEOPLE, *ANIMALS, *SEA}:
         return None
-    adjectives = found["adjectives"].strip()
+    adjectives = match["adjectives"].strip()
     if _NOT_ADJECTIVES & set(adjectives.replace(",", "").split()) or re.search(r"\bM(rs?|iss)\b", text):
         return None
     head = (
-        found["head"].replace("time there", "time, there").replace("lived", "was").replace("Once, there", "Once there")
+        match["head"].replace("time there", "time, there").replace("lived", "was").replace("Once, there", "Once there")
     )
-    return Tale(head, found["article"], adjectives, found["kind"], found["name"], found["rest"])
+    return Tale(head, match["article"], adjectives, match["kind"], match["name"], match["rest"])
 
 
 def names_for(tale: Tale) -> list[str]:
@@ -131,7 +131,7 @@ def heads_for(tale: Tale) -> list[str]:
 
 def ends(text: str) -> list[int]:
     """Where the sentences of a text end: a mark outside quotes, before a capital, a quote or nothing."""
-    marks = (found.end() for found in re.finditer(r"[.!?]+\"?(?=\s+[A-Z\"]|\s*$)", text))
+    marks = (mark.end() for mark in re.finditer(r"[.!?]+\"?(?=\s+[A-Z\"]|\s*$)", text))
     return [end for end in marks if text.count('"', 0, end) % 2 == 0]
 
 
@@ -210,15 +210,15 @@ def fact(question: str, tale: Tale, passage: str, sentence: str) -> Fact | None:
     """
     pattern = FACTS[question]
     verbs = pattern[: pattern.index(")") + 1]
-    found = re.search(rf"(?:^|, |\band )(?:{tale.name}|[Hh]e|[Ss]he|[Ii]t) {pattern}", sentence)
-    if found is None or len(found[2].split()) > 9 or {"it", "them"} & set(found[2].split()):
+    match = re.search(rf"(?:^|, |\band )(?:{tale.name}|[Hh]e|[Ss]he|[Ii]t) {pattern}", sentence)
+    if match is None or len(match[2].split()) > 9 or {"it", "them"} & set(match[2].split()):
         return None
     others = _FEELINGS if question == "feel" else f"{verbs} to" if question == "like" else verbs
     if len(re.findall(rf"\b(?:{others})\b", passage)) > 1:
         return None
-    if question == "find" and not _thing(found[2], tale.rest):
+    if question == "find" and not _thing(match[2], tale.rest):
         return None
-    return Fact(found[1], found[2])
+    return Fact(match[1], match[2])
 
 
 def _thing(phrase: str, rest: str) -> bool:
@@ -230,5 +230,5 @@ def _thing(phrase: str, rest: str) -> bool:
 
 def nouns(text: str) -> list[str]:
     """Words that end a clause after an article or a possessive: things, with few exceptions."""
-    found = re.findall(r"\b(?:the|her|his|an?) (?:big |little |red |old |new )?([a-z]{3,})(?=[.,!])", text)
-    return [word for word in found if word not in NO_THINGS]
+    words = re.findall(r"\b(?:the|her|his|an?) (?:big |little |red |old |new )?([a-z]{3,})(?=[.,!])", text)
+    return [word for word in words if word not in NO_THINGS]

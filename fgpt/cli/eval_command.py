@@ -86,8 +86,8 @@ class EvalText(ModelOptions):
         settings = {"text": shareable(self.text)} | changed_options(self, EvalText(text=self.text))
         settings |= {"text_sha256": content_hash(text)}
         metrics = text_metrics(load(model), tokenizer, text, window=window, stride=stride, batch_size=self.batch_size)
-        found = {"text": {"file": shareable(self.text)} | metrics}
-        _write(_about(model, settings) | found, model.folder, self.out)
+        evaluation = _about(model, settings) | {"text": {"file": shareable(self.text)} | metrics}
+        _write(evaluation, model.folder, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +232,15 @@ def absolute_base(base: str) -> str:
     return str(Path(base).resolve()) if base not in models.EMBEDDED and Path(base).exists() else base
 
 
-def _write(found: Mapping[str, Any], folder: Path | None, out: Path | None) -> None:
+def _write(evaluation: Mapping[str, Any], folder: Path | None, out: Path | None) -> None:
     """Write eval.json, by another name for other settings: into `out`, else into the run directory."""
     place = out or folder
     if place is None:
         return
-    settings = found[results.SETTINGS]
+    settings = evaluation[results.SETTINGS]
     full = "-".join([NAME, *name_parts(settings)])
     stem = results.free_name(place, [full] if out is None else [NAME, full], settings, [".json"])
-    write_json(place / f"{stem}.json", found)
+    write_json(place / f"{stem}.json", evaluation)
     console.print(f"written: {place / stem}.json", markup=False, soft_wrap=True)
 
 

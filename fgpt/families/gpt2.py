@@ -48,11 +48,11 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
     Raises InputError if a field is missing or asks for an architecture that GPT-2 proper does not have.
     """
-    found = common(config)
+    fields = common(config)
     flag(config, "reorder_and_upcast_attn", False)  # a way to compute the same: here scores are in fp32 anyway
     biases = Config.biases if flag(config, "bias", True) else frozenset()
     return Config(
-        **found,
+        **fields,
         tie_word_embeddings=flag(config, "tie_word_embeddings", True),
         biases=biases,
         scale_attn_weights=flag(config, "scale_attn_weights", True),
@@ -76,10 +76,10 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
-    found = one_to_one({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
+    mappings = one_to_one({"wte.w": "wte.weight", "wpe.w": "wpe.weight"})
     for i in range(cfg.n_layer):
         ours, hub = f"blocks.{i}", f"h.{i}"
-        found += layer_mappings({f"{ours}.{norm}": f"{hub}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
+        mappings += layer_mappings({f"{ours}.{norm}": f"{hub}.{norm}" for norm in ("ln_1", "ln_2")}, bare)
         for modules, name in (
             (("attn.q", "attn.k", "attn.v"), "attn.c_attn"),
             (("attn.o",), "attn.c_proj"),
@@ -87,9 +87,9 @@ def tensor_mappings(cfg: Config) -> list[TensorMapping]:
             (("mlp.down",), "mlp.c_proj"),
         ):
             weights, biases = (tuple(f"{ours}.{x}.{leaf}" for x in modules) for leaf in ("w", "b"))
-            found.append(TensorMapping(f"{hub}.{name}.weight", weights, transposed=True))
-            found += [TensorMapping(f"{hub}.{name}.bias", biases)] if biases[0] in bare else []
-    return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
+            mappings.append(TensorMapping(f"{hub}.{name}.weight", weights, transposed=True))
+            mappings += [TensorMapping(f"{hub}.{name}.bias", biases)] if biases[0] in bare else []
+    return mappings + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 GPT2 = Family(

@@ -27,10 +27,10 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
     Raises InputError if a field is missing, or has a value that is not supported.
     """
-    found = gpt2.common(config, SIZES)
+    fields = gpt2.common(config, SIZES)
     require_values(config, {"tie_word_embeddings": False})
     return Config(
-        **found,
+        **fields,
         tie_word_embeddings=False,
         parallel_residual=True,
         n_norms=1,
@@ -47,10 +47,10 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
-    found = one_to_one({"wte.w": "wte.weight"})
+    mappings = one_to_one({"wte.w": "wte.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
-    return found + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
+        mappings += layer_mappings({f"blocks.{i}.{ours}": f"h.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
+    return mappings + layer_mappings({"ln_f": "ln_f"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 GPTJ = Family(

@@ -35,18 +35,18 @@ def optional_size(config: Mapping[str, Any], name: str, default: int) -> int:
 
 def number(config: Mapping[str, Any], name: str, default: float) -> float:
     """A field that is no size. Raises InputError for anything but a number from 0 to 1e15."""
-    found = config.get(name, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1e15:  # NaN is not
-        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {short_repr(found)}")
-    return float(found)
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e15:  # NaN is not
+        raise InputError(f"config.json: expected a number from 0 to 1e15 for {name}, got {short_repr(value)}")
+    return float(value)
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
     """A field that is true or false. Raises InputError for anything else: "false", for one, is true to Python."""
-    found = config.get(name, default)
-    if not isinstance(found, bool):
-        raise InputError(f"config.json: expected true or false for {name}, got {short_repr(found)}")
-    return found
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"config.json: expected true or false for {name}, got {short_repr(value)}")
+    return value
 
 
 LLAMA_SIZES = {
@@ -65,10 +65,10 @@ def sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]
     than MAX_LAYERS layers.
     """
     require_positive_ints(config, names)
-    found = {ours: config[hub] for hub, ours in names.items()}
-    if found["n_layer"] > MAX_LAYERS:
-        raise InputError(f"config.json: expected at most {MAX_LAYERS} layers, got {found['n_layer']}")
-    return found
+    fields = {ours: config[hub] for hub, ours in names.items()}
+    if fields["n_layer"] > MAX_LAYERS:
+        raise InputError(f"config.json: expected at most {MAX_LAYERS} layers, got {fields['n_layer']}")
+    return fields
 
 
 def sizes_to_hf(cfg: Config, names: Mapping[str, str]) -> dict[str, int]:
@@ -101,11 +101,11 @@ ACTIVATIONS = {
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> Any:
     """Our name of the activation that a config has. Raises InputError for has a value that is not supported."""
-    found = config.get(name, default)
-    if not isinstance(found, str) or found not in ACTIVATIONS:
+    value = config.get(name, default)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise InputError(f"config.json: {name}={short_repr(found)} is not supported, expected one of {known}")
-    return ACTIVATIONS[found]
+        raise InputError(f"config.json: {name}={short_repr(value)} is not supported, expected one of {known}")
+    return ACTIVATIONS[value]
 
 
 def activation_to_hf(cfg: Config) -> str:
@@ -196,16 +196,16 @@ def _optional_positive(fields: Mapping[str, Any], name: str) -> float | None:
 
 def rope_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config's rope_parameters or rope_scaling. Raises InputError if they are no object."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise InputError(f"config.json: rope_scaling={short_repr(found)} is not supported, expected its fields")
-    return found
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise InputError(f"config.json: rope_scaling={short_repr(scaling)} is not supported, expected its fields")
+    return scaling
 
 
 def _positive(config: Mapping[str, Any], name: str, default: float = 0.0) -> float:
-    if not (found := number(config, name, default)):
+    if not (value := number(config, name, default)):
         raise InputError(f"config.json: expected a number above 0 for {name}, got {short_repr(config.get(name))}")
-    return found
+    return value
 
 
 def rope_to_hf(cfg: Config) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
     Raises InputError if a field is missing, or has a value that is not supported.
     """
-    found = sizes(config, LLAMA_SIZES)
+    shape = sizes(config, LLAMA_SIZES)
     kind, heads = config.get("model_type", "llama"), config["num_attention_heads"]
     biases: set[str] = set()
     if kind == "qwen2":
@@ -66,7 +66,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
         raise InputError(f"config.json: {heads} heads of {d_head} are too many: expected {MAX_SIZE} components at most")
     fewer = kind == "mistral" and "num_key_value_heads" not in config
     kv = optional_size(config, "num_key_value_heads", 8 if fewer else heads)
-    fields: dict[str, Any] = found | rope(config, found, d_head) | window(config, kind, found["n_layer"])
+    fields: dict[str, Any] = shape | rope(config, shape, d_head) | window(config, kind, shape["n_layer"])
     return Config(
         **fields,
         norm_eps=number(config, "rms_norm_eps", 1e-6),
@@ -89,29 +89,29 @@ def window(config: Mapping[str, Any], kind: str, n_layer: int) -> dict[str, Any]
     Raises InputError if the fields do not fit one another.
     """
     slides = {"llama": False, "mistral": True}.get(kind) or flag(config, "use_sliding_window", False)
-    found = config.get("sliding_window", 4096) if slides else None
-    if found is not None:
-        require_positive_ints({"sliding_window": found}, ["sliding_window"])
+    size = config.get("sliding_window", 4096) if slides else None
+    if size is not None:
+        require_positive_ints({"sliding_window": size}, ["sliding_window"])
     first = config.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
     if type(first) is not int or first < 0:
         raise InputError(f"config.json: expected an integer for max_window_layers, got {short_repr(first)}")
     types = config.get("layer_types") or None
     if types is None:
-        types = [SLIDING if found and i >= first else FULL for i in range(n_layer)]
+        types = [SLIDING if size and i >= first else FULL for i in range(n_layer)]
     if not isinstance(types, list) or any(x not in (FULL, SLIDING) for x in types) or len(types) != n_layer:
         raise InputError(
             f"config.json: layer_types other than {FULL!r} and {SLIDING!r}, one for each of {n_layer} layers, are not "
             f"supported; got {short_repr(types)}"
         )
-    if SLIDING in types and not found:
+    if SLIDING in types and not size:
         raise InputError(
             f"config.json: layer_types other than {FULL!r} need a sliding_window, and use_sliding_window true"
         )
-    if kind == "mistral" and found and FULL in types:
+    if kind == "mistral" and size and FULL in types:
         raise InputError(f"config.json: layer_types of {FULL!r} are not supported in a Mistral that has a window")
     if SLIDING not in types:
         return {}
-    return {"sliding_window": found, "full_layers": tuple(i for i, x in enumerate(types) if x == FULL)}
+    return {"sliding_window": size, "full_layers": tuple(i for i, x in enumerate(types) if x == FULL)}
 
 
 def window_to_hf(cfg: Config, kind: str) -> dict[str, Any]:
@@ -154,10 +154,10 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
-    found = one_to_one({"wte.w": "embed_tokens.weight"})
+    mappings = one_to_one({"wte.w": "embed_tokens.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
-    return found + layer_mappings({"ln_f": "norm"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
+        mappings += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
+    return mappings + layer_mappings({"ln_f": "norm"} | ({} if cfg.tie_word_embeddings else {"head": "lm_head"}), bare)
 
 
 LLAMA = Family(

@@ -36,7 +36,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
 
     Raises InputError if a field is missing, or has a value that is not supported.
     """
-    found = sizes(config, LLAMA_SIZES)
+    shape = sizes(config, LLAMA_SIZES)
     require_values(config, {"attention_bias": True})
     d_head = config["hidden_size"] // config["num_attention_heads"]
     scaling = rope_fields(config)
@@ -49,7 +49,7 @@ def config_from_hf(config: Mapping[str, Any]) -> Config:
             f"config.json: expected a fraction of each head for rotary_pct, above 0 up to 1, got {fraction}"
         )
     rotary = int(d_head * fraction)
-    fields: dict[str, Any] = found | rope(config, found, rotary)
+    fields: dict[str, Any] = shape | rope(config, shape, rotary)
     return Config(
         **fields,
         norm_eps=number(config, "layer_norm_eps", 1e-5),
@@ -80,13 +80,13 @@ def config_to_hf(cfg: Config) -> dict[str, Any]:
 def tensor_mappings(cfg: Config) -> list[TensorMapping]:
     """The tensors of Hugging Face's model, and our leaves in each."""
     bare = leaf_paths(cfg)
-    found = one_to_one({"wte.w": "embed_in.weight"})
+    mappings = one_to_one({"wte.w": "embed_in.weight"})
     for i in range(cfg.n_layer):
-        found += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
+        mappings += layer_mappings({f"blocks.{i}.{ours}": f"layers.{i}.{hub}" for ours, hub in LAYERS.items()}, bare)
         for leaf, ending in (("w", "weight"), ("b", "bias")):
             parts = tuple(f"blocks.{i}.attn.{x}.{leaf}" for x in "qkv")
-            found.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
-    return found + layer_mappings(
+            mappings.append(TensorMapping(f"layers.{i}.attention.query_key_value.{ending}", parts, heads=cfg.n_head))
+    return mappings + layer_mappings(
         {"ln_f": "final_layer_norm"} | ({} if cfg.tie_word_embeddings else {"head": "embed_out"}), bare
     )
 

@@ -139,8 +139,8 @@ def must_not_move(folder: Path) -> Iterator[None]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _check_not_moved(path: Path) -> None:

@@ -130,24 +130,24 @@ class _Metadata:
         return self.file.fields.get(f"{self.arch}.{key}")
 
     def positive_int(self, key: str, default: int | None = None) -> int:
-        found = self.get(key)
-        found = default if found is None else found
-        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 1 << 31:
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise self.error(key, "a positive integer")
-        return found
+        return value
 
     def positive_float(self, key: str, default: float | None = None) -> float:
-        found = self.get(key)
-        found = default if found is None else found
-        if not isinstance(found, int | float) or not 0 < found < 1e30:
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self.error(key, "a positive number")
-        return float(str(np.float32(found)))  # 1e-05, as its author wrote it, and not 9.999999747378752e-06
+        return float(str(np.float32(value)))  # 1e-05, as its author wrote it, and not 9.999999747378752e-06
 
     def flag(self, key: str, default: bool) -> bool:
-        found = self.get(key)
-        if not isinstance(found, bool | None):
+        value = self.get(key)
+        if not isinstance(value, bool | None):
             raise self.error(key, "true or false")
-        return default if found is None else found
+        return default if value is None else value
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.entries

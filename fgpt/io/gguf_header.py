@@ -65,13 +65,13 @@ def read_header(path: Path) -> Container:
         size = file.seek(0, 2)
         file.seek(0)
         header = _Header(path, file, size)
-        fields, found = header.parse()
+        fields, infos = header.parse()
         if isinstance(fields.get("split.count"), int) and fields["split.count"] > 1:
             raise InputError(
                 f"{path}: is one of {fields['split.count']} parts; merge them with llama-gguf-split --merge"
             )
         start = _align(file.tell(), header.alignment(fields))
-    entries = {name: _entry(path, name, kind, shape, start + at) for name, (kind, shape, at) in found.items()}
+    entries = {name: _entry(path, name, kind, shape, start + at) for name, (kind, shape, at) in infos.items()}
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.offset < end or entry.offset % header.alignment(fields):
@@ -135,21 +135,21 @@ class _Header:
         for _ in range(keys):
             key = self.name(fields)
             fields[key] = self.value(key, self.scalar("<I"))
-        found: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        infos: dict[str, tuple[int, tuple[int, ...], int]] = {}
         for _ in range(tensors):
-            name = self.name(found)
+            name = self.name(infos)
             axes = self.scalar("<I")
             if not 1 <= axes <= 4:
                 raise self.error(f"tensor {name} has {axes} axes, expected 1 to 4")
             shape = struct.unpack(f"<{axes}Q", self.take(8 * axes))[::-1]  # the file puts the fastest axis first
-            found[name] = (self.scalar("<I"), shape, self.scalar("<Q"))
-        return fields, found
+            infos[name] = (self.scalar("<I"), shape, self.scalar("<Q"))
+        return fields, infos
 
     def alignment(self, fields: dict[str, Any]) -> int:
-        found = fields.get("general.alignment", 32)
-        if not isinstance(found, int) or not 0 < found <= 1 << 20 or found & (found - 1):
-            raise self.error(f"general.alignment is {found!r}, expected a power of two")
-        return found
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {alignment!r}, expected a power of two")
+        return alignment
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.file.tell():

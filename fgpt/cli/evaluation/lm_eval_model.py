@@ -105,15 +105,15 @@ class Model(TemplateLM):
         Raises InputError for a continuation that is empty, or longer than the model's context.
         """
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
-        found: dict[int, tuple[float, bool]] = {}
+        results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
             for batch in iter_loglikelihood(self.params, pairs, batch_size=self.batch_size):
                 for i, likelihood in batch:
                     self.truncated = self.truncated.add(likelihood.truncated)
-                    found[i] = likelihood.total, all(likelihood.greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+                    results[i] = likelihood.total, all(likelihood.greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
                 bar.update(len(batch))
-        return [found[i] for i in range(len(pairs))]
+        return [results[i] for i in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts, by lm-eval's disjoint windows of the model's context."""
@@ -153,7 +153,7 @@ class Model(TemplateLM):
                     "that leaves no token for a prompt; lower the task's max_gen_toks"
                 )
             groups.setdefault(how, []).append(i)
-        found: dict[int, str] = {}
+        text_of: dict[int, str] = {}
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
             for how, chosen in groups.items():
                 prompts = {i: self._prompt(requests[i].args[0], how.max_new_tokens) for i in chosen}
@@ -161,10 +161,10 @@ class Model(TemplateLM):
                 for batch in batched(longest_first, self.batch_size):
                     texts = self._generate([prompts[i] for i in batch], how, batch)
                     for i, text in zip(batch, texts, strict=True):
-                        found[i] = text
+                        text_of[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update(len(batch))
-        return [found[i] for i in range(len(requests))]
+        return [text_of[i] for i in range(len(requests))]
 
     def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
         tokens = self.tok_encode(context) or [self.prefix_token_id]
@@ -196,16 +196,16 @@ class Model(TemplateLM):
         return self.text.name if isinstance(self.text, HFTokenizer) else type(self.text).__name__
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        found = getattr(self.text, "chat_template", None)
-        return found.template if chat_template and found else None
+        model_template = getattr(self.text, "chat_template", None)
+        return model_template.template if chat_template and model_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages in the model's own template. Raises InputError if it has none, or the task begins the answer."""
-        found = getattr(self.text, "chat_template", None)
-        if found is None or not add_generation_prompt:
-            what = "the model has no chat template" if found is None else "a task begins the answer (its gen_prefix)"
+        template = getattr(self.text, "chat_template", None)
+        if template is None or not add_generation_prompt:
+            what = "the model has no chat template" if template is None else "a task begins the answer (its gen_prefix)"
             raise InputError(f"{what}, which --chat does not support: evaluate it without")
-        return found.render(chat_history)
+        return template.render(chat_history)
 
 
 def _args(request: Instance) -> Any:

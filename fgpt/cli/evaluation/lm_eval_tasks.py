@@ -70,7 +70,7 @@ def run(
 
     model, evaluate = Model(params, tokenizer, batch_size), cast(Any, lm_eval.simple_evaluate)  # it is loaded lazily
     try:
-        found = evaluate(
+        output = evaluate(
             model=model,
             tasks=[*tasks.names],
             task_manager=tasks.manager,
@@ -82,13 +82,13 @@ def run(
     except (ConnectionError, FileNotFoundError) as err:
         names = ", ".join(tasks.names)
         raise InputError(f"the data of {names}: {one_line(err)}; connect once, or take a local task") from None
-    show(found["results"])
+    show(output["results"])
     if model.truncated.requests:
         console.print(
             f"{model.truncated.requests:,} prompts did not fit the context of {model.max_length} tokens and lost "
             f"{model.truncated.tokens:,} tokens at the beginning"
         )
-    scores = {key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found}
+    scores = {key: output[key] for key in ("results", "versions", "n-shot", "n-samples") if key in output}
     settings = {"limit": limit, "chat": chat, "lm_eval": version("lm-eval")}
     return scores | settings | {"truncated": model.truncated._asdict()}
 

@@ -302,15 +302,15 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         parts = _read_parts(metadata.get(PARTS_KEY, "{}"))
         known = by_name(modules_of(params.cfg, num_classes(params) is not None))
         _check_head(tensors, params)
-        found, plain = _modules(tensors, kind, known)
-        if lost := [name for name in [*found, *parts] if name not in known]:
+        modules, plain = _modules(tensors, kind, known)
+        if lost := [name for name in [*modules, *parts] if name not in known]:
             raise InputError(f"adapter on {printable(lost[0])}, which is no layer of this model")
-        if len({known[name] for name in found}) < len(found):
+        if len({known[name] for name in modules}) < len(modules):
             raise InputError("two adapters are on one layer, which has two names: expected one of them")
         low = (
-            _read_norms(found, known, parts)
+            _read_norms(modules, known, parts)
             if kind == "LN_TUNING"
-            else _read_adapters(kind, found, known, config, parts, params)
+            else _read_adapters(kind, modules, known, config, parts, params)
         )
         tuned, copied = read_tuned(plain, known, config, parts, params)
         adapters = one_table(low | fused_as(tuned, params), copied, params)

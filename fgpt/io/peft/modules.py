@@ -49,15 +49,15 @@ def modules_of(cfg: Config, classes: bool = False) -> list[Module]:
     except InputError:
         says = "PEFT's files name layers as a family of the hub's does, and this model is of none"
         raise InputError(f"{says}: save_adapters(adapters, path) keeps its adapters") from None
-    nodes, found = dict(walk(abstract_params(cfg))), []
+    nodes, modules = dict(walk(abstract_params(cfg))), []
     for s in family.tensor_mappings(cfg):
         parts = tuple(path.removesuffix(".w") for path in s.paths)
         if is_head(s.name) or not isinstance(node := nodes[parts[0]], Linear | Embedding | Norm | RMSNorm):
             continue  # a bias, which goes with its weight, or the head, which every model has
         name, norm = family.prefix + s.name.removesuffix(".weight"), isinstance(node, Norm | RMSNorm)
         path = parts[0] if len(parts) == 1 else f"{parts[0][:-1]}qkv"
-        found.append(Module(name, path, parts, norm, isinstance(node, Embedding), s.transposed, s.heads))
-    return [*found, Module(SCORE if classes else HEAD, "head", ("head",), False, False, False, 0)]
+        modules.append(Module(name, path, parts, norm, isinstance(node, Embedding), s.transposed, s.heads))
+    return [*modules, Module(SCORE if classes else HEAD, "head", ("head",), False, False, False, 0)]
 
 
 def by_name(known: Iterable[Module]) -> dict[str, Module]:
@@ -67,9 +67,9 @@ def by_name(known: Iterable[Module]) -> dict[str, Module]:
 
 def targets(chosen: Iterable[Module], known: Iterable[Module]) -> list[str]:
     """The shortest names that select just `chosen`: that of a layer if all modules that it selects are among them."""
-    names, found = {m.name for m in chosen}, set()
+    names, selectors = {m.name for m in chosen}, set()
     rest = [f".{m.name}" for m in known if m.name not in names]
     for name in names:
         layer = re.sub(r"^(\w+\.)?(\w+\.\d+\.)?", "", name)
-        found.add(name if any(x.endswith(f".{layer}") for x in rest) else layer)
-    return sorted(found)
+        selectors.add(name if any(x.endswith(f".{layer}") for x in rest) else layer)
+    return sorted(selectors)

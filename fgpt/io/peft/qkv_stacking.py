@@ -148,10 +148,10 @@ def interleave_heads(x: S, module: Module, back: bool = False) -> S:
 
 def dropout_of(loras: Iterable[LoRA]) -> float:
     """The dropout that all of `loras` have. Raises InputError if they have several."""
-    found = {x.dropout for x in loras}
-    if len(found) > 1:
+    rates = {x.dropout for x in loras}
+    if len(rates) > 1:
         raise InputError("LoRAs of unequal dropout: PEFT has one for all; save_adapters(adapters, path) keeps them")
-    return found.pop()
+    return rates.pop()
 
 
 def _near(x: float, y: float) -> bool:

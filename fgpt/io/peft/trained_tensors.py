@@ -105,9 +105,9 @@ def _bias_option(
     tuned: Mapping[str, Tensor], known: Iterable[Module], base: Mapping[str, Tensor], adapted: Collection[Module]
 ) -> tuple[str, set[str]]:
     """PEFT's `bias`, and the leaves that it covers."""
-    found = {m: {p for p in m.tensor_mapping("bias").paths if p in base} for m in known}
-    every = {p for paths in found.values() for p in paths}
-    below = {p for m, paths in found.items() if m in adapted for p in paths}
+    biases = {m: {p for p in m.tensor_mapping("bias").paths if p in base} for m in known}
+    every = {p for paths in biases.values() for p in paths}
+    below = {p for m, paths in biases.items() if m in adapted for p in paths}
     for option, paths in (("all", every), ("lora_only", below)):
         if paths and paths <= tuned.keys():
             return option, paths
@@ -132,7 +132,7 @@ def read_tuned(
     base = unfuse_qkv(leaves(params), params.cfg)
     sizes = unfuse_qkv(leaves(abstract_params(params.cfg)), params.cfg) | base
     sizes.setdefault("head.w", sizes["wte.w"])
-    found: dict[str, Tensor] = {}
+    leaves_by_path: dict[str, Tensor] = {}
     copied = False
     for name, x in plain.items():
         match = KEY.fullmatch(name)
@@ -154,10 +154,10 @@ def read_tuned(
             base_leaf = base.get(path)
             if LEAVES[ending] not in tuned_leaves or (not trained and base_leaf is not None and _same(y, base_leaf)):
                 continue
-            if path in found and not torch.equal(found[path], y):
+            if path in leaves_by_path and not torch.equal(leaves_by_path[path], y):
                 raise InputError(f"tensor {name} is there by another name too, with other values: expected one of them")
-            found[path] = y
-    return found, copied
+            leaves_by_path[path] = y
+    return leaves_by_path, copied
 
 
 def _is_trained(m: Module, where: str | None, ending: str, config: Mapping[str, Any]) -> bool:
@@ -189,12 +189,12 @@ def _same(x: Tensor, base_leaf: Tensor) -> bool:
 
 def fused_as(tuned: Mapping[str, Tensor], params: GPT) -> dict[str, Tensor]:
     """`tuned` with q, k and v fused if `params` has them fused, and all three are there."""
-    found, base = dict(tuned), leaves(params)
+    fused, base = dict(tuned), leaves(params)
     for path in [path for path in tuned if path not in base and ".attn.q." in path]:
         three = [path.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if (whole := path.replace(".attn.q.", ".attn.qkv.")) in base and all(p in found for p in three):
-            found[whole] = torch.cat([found.pop(p) for p in three])
-    return found
+        if (whole := path.replace(".attn.q.", ".attn.qkv.")) in base and all(p in fused for p in three):
+            fused[whole] = torch.cat([fused.pop(p) for p in three])
+    return fused
 
 
 def one_table(adapters: Adapters, copied: bool, params: GPT) -> Adapters:

@@ -30,18 +30,18 @@ def sentences(text: str) -> int:
     """The number of sentences: they end at a punctuation mark before a capital or a digit, and at the end of a line."""
     count = 0
     for line in text.splitlines():
-        bare = ABBREVIATION.sub(lambda found: found[0][:-1], MARK.sub("", line)).strip()
+        bare = ABBREVIATION.sub(lambda match: match[0][:-1], MARK.sub("", line)).strip()
         count += len([part for part in END.split(bare) if any(x.isalnum() for x in part)])
     return count
 
 
 def num_marked_items(text: str) -> int:
     """The number of lines marked as items: the numbered ones, or else those with the least indented bullets."""
-    found = [match for line in text.splitlines() if (match := MARK.match(line))]
-    if numbered := [match for match in found if match["number"]]:
+    marks = [match for line in text.splitlines() if (match := MARK.match(line))]
+    if numbered := [match for match in marks if match["number"]]:
         return len(numbered)
-    least = min((len(match["indent"]) for match in found), default=0)
-    return sum(len(match["indent"]) == least for match in found)
+    least = min((len(match["indent"]) for match in marks), default=0)
+    return sum(len(match["indent"]) == least for match in marks)
 
 
 def items(text: str) -> set[int]:
@@ -53,8 +53,10 @@ def items(text: str) -> set[int]:
     if len(INLINE.findall(text)) > 1:
         return {len(INLINE.findall(text))}
     nonblank = [line for line in text.splitlines() if line.strip()]
-    found = {len(nonblank), paragraphs(text), sentences(text)}
+    counts = {len(nonblank), paragraphs(text), sentences(text)}
     if len(nonblank) > 1:
-        return found | {len(nonblank) - nonblank[0].rstrip().endswith(":")}  # a line that announces the list is no item
+        return counts | {
+            len(nonblank) - nonblank[0].rstrip().endswith(":")
+        }  # a line that announces the list is no item
     parts = [part for part in re.split(r"[,;]\s*(?:(?:and|or)\s+)?", text.rpartition(":")[2]) if part.strip()]
-    return found | {len(parts), len(parts) + bool(parts and re.search(r"\s(?:and|or|&)\s", parts[-1]))}
+    return counts | {len(parts), len(parts) + bool(parts and re.search(r"\s(?:and|or|&)\s", parts[-1]))}

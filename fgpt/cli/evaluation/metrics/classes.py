@@ -39,14 +39,14 @@ def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Scores
     return scores(truth, [majority_class] * len(truth), classes)
 
 
-def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: str) -> None:
+def plot_confusion(scores: Scores, names: Sequence[str], picture: Path, title: str) -> None:
     """Draw the confusion matrix: counts, colored by their share of the true class."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    counts, n, names = found["confusion"], len(names), [escape_mathtext(name) for name in names]
+    counts, n, names = scores["confusion"], len(names), [escape_mathtext(name) for name in names]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     size = 2.2 + 0.85 * n
     figure, axes = plt.subplots(figsize=(size + 0.6, size), constrained_layout=True)
@@ -61,7 +61,7 @@ def plot_confusion(found: Scores, names: Sequence[str], picture: Path, title: st
     axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
     axes.set(xlabel="predicted label", ylabel="true label")
     axes.set_title(
-        f"{escape_mathtext(title)}\naccuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}", fontsize=11
+        f"{escape_mathtext(title)}\naccuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}", fontsize=11
     )
     axes.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.set_yticks([i + 0.5 for i in range(n - 1)], minor=True)

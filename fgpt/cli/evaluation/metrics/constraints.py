@@ -25,13 +25,13 @@ def constraints(instruction: str) -> list[Constraint]:
     """The constraints of an instruction, at most one of each kind. If there are several on sentences, paragraphs, lines
     and items, none of these counts, as it is unclear which part of the answer each is for.
     """
-    found: dict[str, Constraint] = {}
+    by_kind: dict[str, Constraint] = {}
     for sentence in _sentences(instruction):
         bare = QUOTES.sub(lambda quote: "_" * len(quote[0]), sentence)  # a number in a quotation is not a constraint
         for constraint in (*counts(bare), *texts(sentence)):
-            found.setdefault(constraint.kind, constraint)
-    several = len(found.keys() & PARTS) > 1
-    return [x for kind, x in found.items() if not (several and kind in PARTS)]
+            by_kind.setdefault(constraint.kind, constraint)
+    several = len(by_kind.keys() & PARTS) > 1
+    return [x for kind, x in by_kind.items() if not (several and kind in PARTS)]
 
 
 def check(row: InstructionRow, text: str) -> list[tuple[Constraint, bool]]:

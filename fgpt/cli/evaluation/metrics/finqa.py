@@ -40,7 +40,7 @@ def quantities(text: str) -> list[Quantity]:
     """The numbers of a text, in order, except those with more than `DIGITS` digits. A number in parentheses is
     negative, as reports write it.
     """
-    found = []
+    numbers = []
     for match in NUMBER.finditer(text.replace("\u2212", "-")):
         digits, sign = match["digits"].replace(",", ""), match["negative"] or ""
         if len(digits) > DIGITS:
@@ -48,8 +48,8 @@ def quantities(text: str) -> list[Quantity]:
         negative = ("-" in sign and not _joins(text, match)) or ("(" in sign and match["close"] is not None)
         percent = (match["percent"] or match["late"]) is not None
         scale = None if match["scale"] is None else SCALES[match["scale"].lower()]
-        found.append(Quantity(-Decimal(digits) if negative else Decimal(digits), percent, scale))
-    return found
+        numbers.append(Quantity(-Decimal(digits) if negative else Decimal(digits), percent, scale))
+    return numbers
 
 
 def is_correct(answer: str, reference: str) -> bool:
@@ -64,10 +64,10 @@ def is_correct(answer: str, reference: str) -> bool:
     if reference_words in (["yes"], ["no"]):
         ends = line_words[:1] + line_words[-1:]
         return [word for word in ends if word in ("yes", "no")][:1] == reference_words
-    expected, found = quantities(reference), quantities(line)
+    expected, answered = quantities(reference), quantities(line)
     if not expected:
         return bool(reference_words) and line_words == reference_words
-    chosen = [x for x in found if not _is_year(x)] or found
+    chosen = [x for x in answered if not _is_year(x)] or answered
     return bool(chosen) and _same(chosen[-1], expected[-1])
 
 
