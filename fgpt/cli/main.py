@@ -3,6 +3,7 @@
 Errors that a user can fix are one line on stderr and exit code 2.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, args: Sequence[str]) -> None:
     if command in ("-h", "--help"):
         _print_help()
+    elif command == "--version":
+        answers.print(f"fgpt {importlib.metadata.version('fgpt')}", highlight=False)
     elif command not in COMMANDS:
         raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
     else:

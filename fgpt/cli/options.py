@@ -110,6 +110,8 @@ def _error_of(output: str) -> str:
     if value := WRONG_VALUE.fullmatch(message):
         kind = {"int": "an integer", "float": "a number"}[value["kind"].lower()]
         return f"{value['option']} is {value['value']!r}: expected {kind}"
+    if missing := MISSING_ARGUMENT.findall(message):
+        return "expected " + " and ".join(f"{name} ({description})" for name, description in missing)
     return message.rstrip(".") or "unusable options"
 
 
@@ -117,6 +119,8 @@ WRONG_VALUE = re.compile(
     r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b.*?'(?P<value>.*)'\]?\.?", re.IGNORECASE
 )
 """How tyro says that a value is no number."""
+MISSING_ARGUMENT = re.compile(r"([A-Z]+) ((?:(?! \(required\)).)*?)\.? \(required\)")
+"""How tyro says that arguments are missing: their names and help."""
 
 
 # ------------------------------------------------------------------------------------------------------ help in groups

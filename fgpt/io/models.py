@@ -77,6 +77,8 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
         return Path(name)
     if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
+    if name.endswith(".gguf"):
+        raise InputError(f"{name}: no such file")
     return _of_hub(name, other, tokenizer)
 
 

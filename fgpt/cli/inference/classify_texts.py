@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.table import Table
@@ -20,9 +21,9 @@ from fgpt.io.files import read_text
 class ClassifyOptions:
     """The probability of each label for one text or many, by a trained classifier."""
 
-    run: tyro.conf.Positional[str]
-    """A run's name, or its folder."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The name of a run, or its folder."""
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT ..")] = ()
     """The texts; of a pair both, with a tab between them."""
     file: Path | None = None
     """Instead of them, a file with one text per line, or - for standard input: prints label, probability, text."""
