@@ -134,9 +134,10 @@ def _check_comparison(scores: Any, entries: Any) -> None:
     sides = list(scores.values()) if isinstance(scores, dict) else []
     if not sides or not all(isinstance(side, dict) and side.keys() == sides[0].keys() for side in sides):
         raise TypeError("expected the same scores for each side")
-    for score in (score for side in sides for score in side.values()):
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise TypeError(f"a score is {short_repr(score)}: expected a number")
+    for side in sides:
+        for score in side.values():
+            if isinstance(score, bool) or not isinstance(score, int | float):
+                raise TypeError(f"a score is {short_repr(score)}: expected a number")
     if not isinstance(entries, list):
         raise TypeError(f"its answers are {short_repr(entries)}: expected a list")
     texts = [entry[name] for entry in entries for name in ("instruction", "input", "reference")]

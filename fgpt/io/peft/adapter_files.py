@@ -124,7 +124,7 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
     known = modules_of(params.cfg, classes)
     tuned = {path: x for path, x in adapters.items() if isinstance(x, Tensor)}
     parts = _by_module({path: x for path, x in adapters.items() if path not in tuned}, known)
-    kinds = {next(c for c in (LoRA, DoRA, IA3) if isinstance(x, c)) for m in parts.values() for x in m.values()}
+    kinds = {type(x) for path, x in adapters.items() if path not in tuned}
     if len(kinds) > 1 or not adapters:
         names = ", ".join(sorted(c.__name__ for c in kinds)) or "nothing"
         raise InputError(f"no format of PEFT's holds {names} in one: save_adapters(adapters, path) does")

@@ -72,8 +72,8 @@ def pack_tuned(
     saved: list[str] = []
     for m in known:
         paths = {ending: m.tensor_mapping(ending).paths for ending in LEAVES}
-        has = [e for e in LEAVES if any(p in base or p in tuned_leaves for p in paths[e])]
-        chosen = [e for e in LEAVES if any(p in tuned_leaves for p in paths[e])]
+        chosen = [ending for ending in LEAVES if not tuned_leaves.keys().isdisjoint(paths[ending])]
+        has = [ending for ending in LEAVES if ending in chosen or not base.keys().isdisjoint(paths[ending])]
         by_option = ["bias"] if "bias" in chosen and covered.issuperset(paths["bias"]) else []
         below = ".base_layer" if m in adapted else ""
         if below and "bias" in chosen and not by_option:
@@ -82,19 +82,23 @@ def pack_tuned(
             )
         if not below and chosen != by_option:
             saved.append(m.name)
-            tuned_leaves |= {
-                p: base[p].float() for e in has if e not in chosen and (m.norm or e == "bias") for p in paths[e]
-            }
+            for ending in has:
+                if ending not in chosen and (m.norm or ending == "bias"):
+                    tuned_leaves |= {path: base[path].float() for path in paths[ending]}
             if chosen != has:
-                parts[m.name] = {LEAVES[e]: [] for e in chosen}
-        for e in has if m.name in saved else chosen:
-            if missing := [p for p in paths[e] if p not in tuned_leaves]:
-                part = next(p for e in chosen for p in paths[e] if p in tuned_leaves)
+                parts[m.name] = {LEAVES[ending]: [] for ending in chosen}
+        for ending in has if m.name in saved else chosen:
+            if missing := [path for path in paths[ending] if path not in tuned_leaves]:
+                part = next(path for path in paths[chosen[0]] if path in tuned_leaves)
                 raise InputError(_no_place_message(part, f"a part of {m.name}, without {missing[0]}"))
-            tensors[f"{m.name}{below}.{e}"] = join_heads([tuned_leaves[p] for p in paths[e]], m.tensor_mapping(e))
-    return TunedTensors(
-        tensors, ({"bias": bias} if biased else {}) | ({"modules_to_save": saved} if saved else {}), parts
-    )
+            whole = join_heads([tuned_leaves[path] for path in paths[ending]], m.tensor_mapping(ending))
+            tensors[f"{m.name}{below}.{ending}"] = whole
+    config: dict[str, Any] = {}
+    if biased:
+        config["bias"] = bias
+    if saved:
+        config["modules_to_save"] = saved
+    return TunedTensors(tensors, config, parts)
 
 
 def _no_place_message(path: str, what: str) -> str:
@@ -105,9 +109,13 @@ def _bias_option(
     tuned: Mapping[str, Tensor], known: Iterable[Module], base: Mapping[str, Tensor], adapted: Collection[Module]
 ) -> tuple[str, set[str]]:
     """PEFT's `bias`, and the leaves that it covers."""
-    biases = {m: {p for p in m.tensor_mapping("bias").paths if p in base} for m in known}
-    every = {p for paths in biases.values() for p in paths}
-    below = {p for m, paths in biases.items() if m in adapted for p in paths}
+    every: set[str] = set()
+    below: set[str] = set()
+    for m in known:
+        paths = base.keys() & m.tensor_mapping("bias").paths
+        every |= paths
+        if m in adapted:
+            below |= paths
     for option, paths in (("all", every), ("lora_only", below)):
         if paths and paths <= tuned.keys():
             return option, paths

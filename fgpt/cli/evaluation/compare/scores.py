@@ -29,10 +29,15 @@ def reference_examples(
     every run, so that all sides are measured on the same answers.
     """
     width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
-    answered = [row for row in rows if row.output.strip()]
-    encoded = [[encode(row, template(side.run.template), tokenizer) for row in answered] for side in sides]
-    fits = [i for i in range(len(answered)) if all(len(examples[i].tokens) <= width for examples in encoded)]
-    return [[examples[i] for i in fits] for examples in encoded]
+    by_side: list[list[Example]] = [[] for _ in sides]
+    for row in rows:
+        if not row.output.strip():
+            continue
+        examples = [encode(row, template(side.run.template), tokenizer) for side in sides]
+        if max(len(example.tokens) for example in examples) <= width:
+            for side_examples, example in zip(by_side, examples, strict=True):
+                side_examples.append(example)
+    return by_side
 
 
 def task_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
