@@ -33,6 +33,7 @@ from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.model.config import BIASES
 from fgpt.tree import device, leaves, tree_map, walk
 
 PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
@@ -159,6 +160,8 @@ def _build(form: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: dict[str, Tensor]) -> Any:
+    from beartype.door import is_bearable  # here, because importing it takes longer than the rest of fgpt
+
     at = name or cls.__name__
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if surplus := form.keys() - fields.keys():
@@ -175,7 +178,7 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
                 value = _build(form[f.name], f"{below}{f.name}", f"{below}{f.name}.", tensors)
             many = get_origin(f.type) is tuple and isinstance(value, tuple)  # beartype itself looks at one of them
             kind: Any = get_args(f.type)[0] if many else f.type
-            if not all(_fits(x, kind) for x in (value if many else [value])):
+            if not all(is_bearable(x, kind) for x in (value if many else [value])):
                 got = (
                     f"{value.dtype} {list(value.shape)}"
                     if isinstance(value, Tensor)
@@ -194,14 +197,10 @@ def _node(cls: type, form: Mapping[str, Any], name: str, below: str, tensors: di
     return x
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    from beartype.door import is_bearable  # here, because importing it takes longer than the rest of fgpt
-
-    return is_bearable(value, kind)
-
-
 def _static(value: Any, kind: Any) -> Any:
     """A static field from JSON; unchanged if it does not fit, for the check to refuse."""
+    from beartype.door import is_bearable
+
     if kind is torch.dtype and isinstance(value, str):
         return getattr(torch, value, value)
     if kind is float and type(value) is int and abs(value) < 1 << 53:
@@ -215,7 +214,7 @@ def _static(value: Any, kind: Any) -> Any:
         fields = {name: getattr(Config, name) for name in OPTIONAL_CONFIG_FIELDS} | fields
         fields["rope_scaling"] = _rope_scaling(fields.get("rope_scaling"))
         fields["biases"] = _biases(fields.get("biases"))
-        fits = fields.keys() == declared.keys() and all(_fits(fields[k], declared[k]) for k in declared)
+        fits = fields.keys() == declared.keys() and all(is_bearable(fields[k], declared[k]) for k in declared)
         return Config(**fields) if fits else value
     return value
 
@@ -223,17 +222,18 @@ def _static(value: Any, kind: Any) -> Any:
 def _biases(value: Any) -> Any:
     """The layers with a bias, of a list or, in older files, of one string; unchanged if it does not fit."""
     names = value.split() if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        return value
-    return frozenset(names)
+    fits = isinstance(names, list | tuple) and all(isinstance(name, str) and name in BIASES for name in names)
+    return frozenset(names) if fits and len({*names}) == len(names) else value
 
 
 def _rope_scaling(values: Any) -> Any:
     """The RoPE scaling of a list of its fields; unchanged if it does not fit."""
+    from beartype.door import is_bearable
+
     for cls in (YarnScaling, DynamicScaling):
         kinds = list(get_type_hints(cls).values())
         if isinstance(values, tuple) and len(values) == len(kinds):
-            return cls(*values) if all(map(_fits, values, kinds)) else "no scaling"
+            return cls(*values) if all(map(is_bearable, values, kinds)) else "no scaling"
     return values
 
 

@@ -33,7 +33,9 @@ OTHERS = {
     "--logdir": "TensorBoard",
     "--project": "trackio",
     "--load_in_4bit": "transformers",
+    "--learning_rate": "transformers",
     "--c": "a CSS property",
+    "--version": "of fgpt itself, no option of a command",
     "--no": "before the name of a flag",
     "--text": "a former option, in a hint of what to type now",
 }

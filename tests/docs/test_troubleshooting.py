@@ -87,13 +87,13 @@ def long_row(bench: Bench) -> int:
 
 
 def other_rows(bench: Bench) -> int:
-    bench.begun()
+    bench.begin_run()
     bench.write([{"instruction": f"Say {i}.", "output": f"It is not {i}."} for i in range(12)])
     return bench.resume()
 
 
 def in_use(bench: Bench) -> int:
-    with FileLock(bench.begun() / ".lock"):
+    with FileLock(bench.begin_run() / ".lock"):
         return bench.resume()
 
 
@@ -110,7 +110,7 @@ def full(bench: Bench) -> int:
 
 
 def other_options(bench: Bench) -> int:
-    bench.begun()
+    bench.begin_run()
     return bench.resume("--lr", "1")
 
 
@@ -140,10 +140,12 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     "pickled weights may run any code and are not read": pickled_model,
     "matches no path": lambda bench: bench.train("--adapter.target", "transformer.*c_attn"),
     "tokens, the limit is": long_row,
-    "expected one: give it another word": lambda bench: bench.labeled(
+    "expected one: give it another word": lambda bench: bench.train_classifier(
         TEXTS, "--labels", "hate=hatefulness", "offensive", "neutral"
     ),
-    "has no training row": lambda bench: bench.labeled(TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"),
+    "has no training row": lambda bench: bench.train_classifier(
+        TEXTS, "--labels", "hate", "offensive", "neutral", "sarcastic"
+    ),
     "cannot be used": lambda bench: bench.train("--device", "cuda:77"),
     "the loss became": lambda bench: bench.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
     "did not change in two steps": lambda bench: bench.train("--lr", "1e-30"),

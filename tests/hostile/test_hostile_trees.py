@@ -33,6 +33,8 @@ def same_form(form: Any, original: Any) -> bool:
         return original.keys() <= form.keys() and all(same_form(x, original.get(k)) for k, x in form.items())
     if isinstance(form, list) and isinstance(original, list | tuple):
         return len(form) == len(original) and all(same_form(x, y) for x, y in zip(form, original))
+    if isinstance(form, str) and isinstance(original, list):  # the layers with a bias, as older files have them
+        return sorted(form.split()) == original
     return form == original or (form != form and original != original)
 
 

@@ -36,9 +36,9 @@ def test_eager(name: str, kind: str, on: str):
 COMPILED = """
 import json, sys
 sys.path.insert(0, "tests")
-from builders.matrix_families import wrong_cells
+from builders.matrix_families import wrong_cells_of_family
 cells = ("gptj", "nf4"), ("llama", "fp32")
-print(json.dumps({name: wrong_cells(name, "LoRA", on, ["compile(grad)"]) for name, on in cells}))
+print(json.dumps({name: wrong_cells_of_family(name, "LoRA", on, ["compile(grad)"]) for name, on in cells}))
 """
 
 

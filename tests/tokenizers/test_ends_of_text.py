@@ -35,7 +35,7 @@ def test_every_end_that_the_configs_name(
 ):
     at = fast_tokenizer(tmp_path, train_tokenizer(), eos_token="<|im_end|>")
     write_tokenizer_folder(at, generation_config_DOT_json=generation, config_DOT_json={"model_type": "llama"} | config)
-    assert of_folder(at, TABLE_ROWS).eos_token_id_token_ids == expected
+    assert of_folder(at, TABLE_ROWS).eos_token_ids == expected
     assert of_folder(at, TABLE_ROWS).eos_token_id == 2
 
 
