@@ -98,6 +98,11 @@ doctor *args: setup
 bench *args: setup-dev
     @"{{ python }}" -m experiments.bench "$@"
 
+# What a GPU does with fgpt, in one call: `just gpu --minutes 8`; `--tiny` tries the sections on a CPU
+[no-exit-message]
+gpu *args: setup-dev
+    @"{{ python }}" -m experiments.bench.gpu "$@"
+
 # All tests, two processes of one thread each; one file: `just test tests/model/test_forward.py`
 [no-exit-message]
 test *args: setup-dev

@@ -1,0 +1,159 @@
+"""LoRA steps at GPT-2 medium's shape: dtypes, batch sizes, activation checkpointing, compiled blocks and a CUDA graph.
+Each comes with the times of its parts, its memory and its rate.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fgpt
+from experiments.bench.gpu.measure import (
+    DEVICE,
+    FUSED_TARGET,
+    LORA_TARGET,
+    gpt2_medium,
+    median_seconds,
+    on,
+    packed_batch,
+    relative_error,
+    synchronize,
+)
+from experiments.bench.gpu.report import Report
+from fgpt.kernels import cross_entropy
+from fgpt.losses import Batch, nll
+from fgpt.model import forward
+from fgpt.optim import cosine_schedule
+from fgpt.train_step import value_and_grad_once
+from fgpt.tree import astype
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make a step."""
+
+    name: str
+    base: fgpt.GPT
+    batches: Sequence[Batch]
+    target: str = LORA_TARGET
+    remat: bool = False
+    compile_blocks: bool = False
+    seconds_needed: float = 0
+    """Of the time limit; with less it is left out."""
+
+
+def lora_steps(report: Report, tiny: bool) -> None:
+    cfg, base = gpt2_medium(tiny)
+    short = on(astype(base, torch.bfloat16))
+
+    def batch(rows: int, documents: int = 8) -> Batch:
+        return on(packed_batch(rows, cfg.n_ctx, cfg.vocab_size, documents))
+
+    measure(report, Variant("fp32, 2 rows, twice", on(base), [batch(2), batch(2)], seconds_needed=200))
+    measure(report, Variant("bf16, 2 rows, twice", short, [batch(2), batch(2)]))
+    measure(report, Variant("bf16, 8 rows", short, [batch(8)]))
+    measure(report, Variant("bf16, 8 rows of one document", short, [batch(8, 1)]))
+    if DEVICE.type == "cuda" and report.seconds_left > 150:
+        profile_gradient(report, short, batch(8))
+    with mock.patch.object(cross_entropy, "CHUNK_BYTES", 2 << 30):
+        measure(report, Variant("bf16, 8 rows, logits at once", short, [batch(8)]))
+        measure(report, Variant("the same, q, k, v fused", fgpt.fuse_qkv(short), [batch(8)], FUSED_TARGET))
+        measure(report, Variant("the same, remat", short, [batch(8)], remat=True, seconds_needed=120))
+        compiled = Variant("the same, blocks compiled", short, [batch(8)], compile_blocks=True, seconds_needed=120)
+        measure(report, compiled)
+        if DEVICE.type == "cuda" and report.seconds_left > 60:
+            cuda_graph(report, short, batch(8))
+
+
+def loss(adapters: Any, params: Any, batch: Batch, seed: Tensor | None, remat: bool = False) -> tuple[Tensor, Tensor]:
+    return nll(fgpt.adapt(params, adapters, rng=seed), batch, remat)
+
+
+def lora_flops(cfg: fgpt.Config, tokens: int, loss_positions: int) -> float:
+    """What a LoRA step must multiply: each frozen matrix twice, forward and for the gradient of its input, and the head
+    where there is a loss. The adapters' own, and attention, are left out.
+    """
+    matrices = cfg.n_layer * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_mlp)
+    return 4 * tokens * matrices + 4 * loss_positions * cfg.d_model * cfg.vocab_size
+
+
+def measure(report: Report, variant: Variant) -> None:
+    """A step, and its gradient, forward pass and update alone."""
+    if report.seconds_left < variant.seconds_needed:
+        report.add("LoRA step", variant.name, "left out: no time")
+        return
+    adapters = fgpt.lora(variant.base, fgpt.key(1), 8, 16, variant.target)
+    optimizer = fgpt.adamw(cosine_schedule(3e-4, 1000, warmup_steps=20))
+    step = fgpt.make_step(partial(loss, remat=variant.remat), optimizer)
+    state = fgpt.init_state(adapters, optimizer)
+    arguments = adapters, variant.base, variant.batches[0], None
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with compiled_blocks() if variant.compile_blocks else contextlib.nullcontext():
+        start = time.perf_counter()
+        step(state, variant.base, variant.batches, None)
+        synchronize()
+        first = time.perf_counter() - start
+        seconds = median_seconds(lambda: step(state, variant.base, variant.batches, None), 5)
+        gradient, _ = value_and_grad_once(partial(loss, remat=variant.remat), *arguments)
+        parts: dict[str, Callable[[], object]] = {
+            "gradient": lambda: value_and_grad_once(partial(loss, remat=variant.remat), *arguments),
+            "forward": lambda: torch.no_grad()(loss)(*arguments),
+            "update": lambda: optimizer.update(gradient, state.opt_state, adapters),
+        }
+        part_times = {name: round(1e3 * median_seconds(call, 5, 1), 1) for name, call in parts.items()}
+    tokens = sum(batch.tokens.numel() for batch in variant.batches)
+    positions = sum(int((batch.weights != 0).sum()) for batch in variant.batches)
+    rate = lora_flops(variant.base.cfg, tokens, positions) / seconds / 1e12
+    values: dict[str, Any] = {"ms": round(1e3 * seconds, 1), "tokens/s": round(tokens / seconds)}
+    values |= {"TFLOP/s": round(rate, 2), "first call (s)": round(first, 1), "parts (ms)": part_times}
+    if DEVICE.type == "cuda":
+        values["peak (GB)"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    report.add("LoRA step", variant.name, values)
+
+
+@contextlib.contextmanager
+def compiled_blocks() -> Iterator[None]:
+    """Every block runs one compiled program."""
+    with mock.patch.object(forward, "block", torch.compile(forward.block, dynamic=False)):
+        yield
+
+
+def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
+    """The kernels of one gradient: their number, their time, and the 25 that take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
+    value_and_grad_once(loss, adapters, base, batch, None)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        value_and_grad_once(loss, adapters, base, batch, None)
+        synchronize()
+    kernels = [event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    milliseconds = sum(event.device_time_total for event in kernels) / 1e3
+    report.add("LoRA step", "kernels of a gradient, and their time (ms)", (len(kernels), round(milliseconds, 1)))
+    averages = profiler.key_averages()
+    print(averages.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70), flush=True)
+
+
+def cuda_graph(report: Report, base: fgpt.GPT, batch: Batch) -> None:
+    """The gradient as one CUDA graph, against the same launched kernel by kernel: what launches cost."""
+    adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            value_and_grad_once(loss, adapters, base, batch, None)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = value_and_grad_once(loss, adapters, base, batch, None)
+    seconds = median_seconds(graph.replay)
+    expected, _ = value_and_grad_once(loss, adapters, base, batch, None)
+    values = {"ms": round(1e3 * seconds, 1), "relative error": f"{relative_error(captured, expected):.1e}"}
+    report.add("LoRA step", "the gradient as a CUDA graph", values)
