@@ -24,10 +24,11 @@ def environment(report: Report, tiny: bool) -> None:
         q = torch.randn(8, 16, 1024, 64, device=DEVICE, dtype=dtype)
         mask = torch.ones(8, 1, 1024, 1024, dtype=torch.bool, device=DEVICE).tril()
         last = q[:, :, -1:]
+        choose = torch.ops.aten._fused_sdp_choice
         choices = {
-            "causal": torch._fused_sdp_choice(q, q, q, None, 0.0, True),
-            "packed, a mask": torch._fused_sdp_choice(q, q, q, mask, 0.0, False),
-            "one query": torch._fused_sdp_choice(last, q, q, None, 0.0, False),
+            "causal": choose(q, q, q, None, 0.0, True),
+            "packed, a mask": choose(q, q, q, mask, 0.0, False),
+            "one query": choose(last, q, q, None, 0.0, False),
         }
         for what, choice in choices.items():
             add(f"attention, {str(dtype).removeprefix('torch.')}, {what}", KERNELS.get(int(choice), int(choice)))

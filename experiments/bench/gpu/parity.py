@@ -134,7 +134,7 @@ def embedding_gradients(report: Report, base: fgpt.GPT) -> None:
     for count in (2048, 4096):
         tokens = torch.zeros(count, dtype=torch.long, device=DEVICE)
         cotangent = torch.randn(count, base.cfg.d_model, device=DEVICE, dtype=torch.bfloat16)
-        table = on(base.wte.w).requires_grad_()
+        table = on(fgpt.dense(base.wte.w)).requires_grad_()
         (gradient,) = torch.autograd.grad(fgpt.embed(tokens, table), table, cotangent)
         error = relative_error(gradient[0], cotangent.double().sum(0))
         report.add("parity", f"gradient of a token in {count} places, bf16 table, relative error", f"{error:.1e}")
