@@ -127,7 +127,6 @@ def compiled_blocks() -> Iterator[None]:
 
 def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
     """The kernels of one gradient: their number, their time, and the 25 that take longest."""
-    from torch.autograd.profiler_util import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
@@ -135,7 +134,7 @@ def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         value_and_grad_once(loss, adapters, base, batch, None)
         synchronize()
-    kernels = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
     milliseconds = sum(event.device_time_total for event in kernels) / 1e3
     report.add("LoRA step", "kernels of a gradient, and their time (ms)", (len(kernels), round(milliseconds, 1)))
     averages = profiler.key_averages()
