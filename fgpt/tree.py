@@ -46,7 +46,6 @@ def node(cls: type[T]) -> type[T]:
     specs = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     statics = tuple(f.name for f in specs if f.metadata.get("static"))
     dynamics = tuple(f.name for f in specs if not f.metadata.get("static"))
-    absent = dict.fromkeys(dynamics)
 
     def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
         fields = vars(x)
@@ -61,7 +60,12 @@ def node(cls: type[T]) -> type[T]:
         # Without __init__, whose types a checker would check: torch.func puts axes and stacked tensors into trees too.
         present, static_values = context
         x = object.__new__(cls)
-        vars(x).update(absent, **dict(zip(present, values)), **dict(zip(statics, static_values)))
+        for name in dynamics:  # field by field: torch 2.11 compiles no update of vars(x)
+            object.__setattr__(x, name, None)
+        for name, value in zip(present, values):
+            object.__setattr__(x, name, value)
+        for name, value in zip(statics, static_values):
+            object.__setattr__(x, name, value)
         return x
 
     _FIELDS[cls] = dynamics, statics

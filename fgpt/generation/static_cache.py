@@ -92,7 +92,7 @@ def decode_step(
     else:
 
         def decode_row(
-            row_adapters: Adapters, token: Tensor, kv: tuple[LayerKV, ...], visible: Tensor, position: Tensor
+            row_adapters: Adapters, token: Tensor, kv: "tuple[LayerKV, ...]", visible: Tensor, position: Tensor
         ) -> Tensor:
             row_cache = StaticKVCache(kv, visible, position, cache.write_index)
             return _decode(adapt(params, row_adapters), token, row_cache)

@@ -38,5 +38,5 @@ def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""] | None, p: floa
     """x with each element zeroed with probability p, and divided by 1 - p otherwise; without a seed, x itself."""
     if seed is None:
         return x
-    keep = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], p).view(x.shape)
+    keep = dropout_mask(seed.to(x.device), x[..., 0].numel(), x.shape[-1], p).view(x.shape)
     return x * (keep / (1 - p)).to(x.dtype)
