@@ -67,10 +67,15 @@ def _check_names(cls: type[Any], args: Sequence[str], command: str) -> None:
         option = arg.partition("=")[0]
         if not option.startswith("--") or option == "--" or option.replace("_", "-") in known:
             continue
-        hint = similar_option(option) or ""
-        if hint.split(" ")[0] not in known:
-            hint = next(iter(difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.4)), "")
-        question = f"did you mean {hint}? " if hint else ""
+        hint = similar_option(option)
+        if hint is None:
+            hint = next(iter(difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.7)), None)
+        if hint is None:
+            question = ""
+        elif hint.split(" ")[0] in known:
+            question = f"did you mean {hint}? "
+        else:
+            question = f"in fgpt it is {hint}, which {command} does not have; "
         raise InputError(f"no option {option}; {question}{command} --help lists them")
 
 
@@ -100,7 +105,7 @@ def _tyro(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{_error_of(output.getvalue())}; {command} --help lists them") from None
+        raise InputError(f"{_error_of(output.getvalue())}; see {command} --help") from None
 
 
 def _error_of(output: str) -> str:

@@ -171,7 +171,7 @@ def find_finished(name: str, out: Path = Path("runs")) -> Path:
     runs = _candidates(name, out)
     finished = [folder for folder in runs if (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()]
     if not finished:
-        how = _how_to_finish(runs[-1]) if runs else f"there is none; {_how_to_start(name, out)}"
+        how = _how_to_finish(runs[-1]) if runs else f"none has that name; {_how_to_start(name, out)}"
         raise InputError(f"no trained run {name!r} under {out}/: {how}")
     return _announce_choice(name, out, finished[-1], " that has finished")
 

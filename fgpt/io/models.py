@@ -152,7 +152,7 @@ def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         what = f"the local cache holds only a part of the model {name!r}, without {', '.join(lacking[:3])}{more},"
     return InputError(
-        f"{what} and the hub cannot be reached ({err.reason})\nconnect once to fetch it, {other}, or train "
+        f"{what} and the hub cannot be reached ({err.reason}); connect once to fetch it, {other}, or train "
         "the recipe `lora-nano`, which needs no hub"
     )
 

@@ -1,6 +1,7 @@
 """Recipes: what can be trained. Each is a function that returns a frozen dataclass and documents its results."""
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -56,13 +57,14 @@ def find(name: str) -> AnyRecipe:
 
 
 def describe(kind: str) -> list[tuple[str, str]]:
-    """The name of each recipe of a kind, and the first line of its docstring.
+    """The name of each recipe of a kind, and the first sentence of its docstring.
 
     >>> describe("pretraining")[0][0]
     'pretrain-nano'
     """
     makers = [(name, make) for name, make in RECIPES.items() if make().kind == kind]
-    return [(name, (make.__doc__ or "").strip().splitlines()[0]) for name, make in makers]
+    paragraphs = [(name, (make.__doc__ or "").strip().partition("\n\n")[0]) for name, make in makers]
+    return [(name, " ".join(re.split(r"(?<=\.)\s", text)[0].split())) for name, text in paragraphs]
 
 
 def nearest(run: TrainingRecipe) -> str:

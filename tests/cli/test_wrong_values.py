@@ -16,5 +16,5 @@ from fgpt.cli.main import main
 )
 def test_a_value_that_is_no_number(option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]):
     assert main(["train", "lora-nano", option, value]) == 2
-    line = f"error: {option} is {value!r}: expected {expected}; fgpt train lora-nano --help lists them\n"
+    line = f"error: {option} is {value!r}: expected {expected}; see fgpt train lora-nano --help\n"
     assert capsys.readouterr().err == line

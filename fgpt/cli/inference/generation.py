@@ -53,6 +53,13 @@ def answer(name: str, instruction: str, context: str, options: GenerationOptions
 
 
 def _beam_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOptions) -> list[str]:
+    if options.sampling.temperature:
+        raise InputError("--num-beams searches for the likeliest text, and samples none: leave --temperature out")
+    if options.num_return_sequences > options.num_beams:
+        raise InputError(
+            f"--num-return-sequences is {options.num_return_sequences}: expected at most --num-beams "
+            f"{options.num_beams}"
+        )
     beams = beam_search(
         run.params,
         prompt,
@@ -60,7 +67,7 @@ def _beam_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOption
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
-        sampling=replace(options.sampling, temperature=0.0),
+        sampling=options.sampling,
     )
     return [run.tokenizer.decode(beam.tokens) for beam in beams[: options.num_return_sequences]]
 

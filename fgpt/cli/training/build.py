@@ -120,8 +120,10 @@ def assemble_job(
 
     Raises InputError if a held-out loss or the best state is requested and there are no held-out rows.
     """
-    if (recipe.eval_every or recipe.keep_best) and (heldout_loss is None or not recipe.eval_every):
-        raise InputError("a held-out loss needs held-out rows, and the best state needs a loss every --eval-every N")
+    if recipe.keep_best and not recipe.eval_every:
+        raise InputError("--keep-best keeps the state of least held-out loss: give --eval-every N as well")
+    if recipe.eval_every and heldout_loss is None:
+        raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
     steps = num_steps(examples, recipe, max_seq_len)
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
     schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
