@@ -75,3 +75,10 @@ def test_beam_search_ignores_no_option(
 ):
     assert main(["generate", str(lora_run), "Hi", "--num-beams", "2", "--max-new-tokens", "2", *options]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_row_longer_than_the_context_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--steps", "1", "--max-seq-len", "4096", "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(["train", "lora-nano", *options]) == 0
+    expected = "rows have 512 tokens, the context of the model; --max-seq-len is 4096"
+    assert expected in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,14 @@ from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.inference.classifiers import label_choices, prompt_frame_of, with_head
-from fgpt.cli.training.build import assemble_job, build_adapters, describe_sizes, load_base, warn_if_all_warmup
+from fgpt.cli.training.build import (
+    assemble_job,
+    build_adapters,
+    describe_sizes,
+    load_base,
+    row_length,
+    warn_if_all_warmup,
+)
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
@@ -76,7 +83,7 @@ class ClassificationTask:
         if recipe.eval_every:
             train, heldout = train_heldout_split(train, min(recipe.num_heldout, len(train) // 2), recipe.seed)
         labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
-        max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)
+        max_seq_len = row_length(recipe, cfg)
         with show_progress("tokenizing"):
             examples, truncated = encode(train, labels, frame, tokenizer, max_seq_len)
             test_examples, test_truncated = encode(test, labels, frame, tokenizer, max_seq_len)

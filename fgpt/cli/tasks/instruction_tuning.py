@@ -18,7 +18,14 @@ from fgpt.cli.evaluation.instruction_tuning import answer_metrics, heldout_metri
 from fgpt.cli.evaluation.metrics.text import nats
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
-from fgpt.cli.training.build import assemble_job, build_adapters, describe_sizes, load_base, warn_if_all_warmup
+from fgpt.cli.training.build import (
+    assemble_job,
+    build_adapters,
+    describe_sizes,
+    load_base,
+    row_length,
+    warn_if_all_warmup,
+)
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
@@ -48,7 +55,7 @@ class InstructionTask:
         run_dir.resolve_device(recipe.device)
         rows, heldout = load_instruction_split(recipe)
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
-        max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)
+        max_seq_len = row_length(recipe, cfg)
         examples = _encode_rows(recipe, rows, prompt_template, tokenizer, max_seq_len)
         heldout_examples = []
         for row in heldout:

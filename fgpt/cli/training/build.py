@@ -13,7 +13,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
-from fgpt.cli.console import show_progress
+from fgpt.cli.console import console, show_progress
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example
@@ -21,7 +21,7 @@ from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll
-from fgpt.model import GPT, fuse_qkv
+from fgpt.model import GPT, Config, fuse_qkv
 from fgpt.optim import adamw, adamw8bit, cosine_schedule
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe
@@ -98,6 +98,13 @@ def num_steps(examples: list[Example], recipe: FineTuningRecipe, max_seq_len: in
     rng = fold_in(key(recipe.seed), "epoch 0")
     per_epoch = len(packing.epoch_batches(examples, max_seq_len, recipe.micro_batch_size, rng))
     return max(1, round(recipe.epochs * per_epoch / recipe.grad_accumulation_steps))
+
+
+def row_length(recipe: FineTuningRecipe, cfg: Config) -> int:
+    """Tokens in a row: the recipe's, or the context of the model if that is shorter, which is then printed."""
+    if recipe.max_seq_len > cfg.n_ctx:
+        console.print(f"rows have {cfg.n_ctx} tokens, the context of the model; --max-seq-len is {recipe.max_seq_len}")
+    return min(recipe.max_seq_len, cfg.n_ctx)
 
 
 def assemble_job(
