@@ -67,7 +67,7 @@ def _cpu() -> str | None:
 
 
 def _memory() -> float | None:
-    """The memory of the machine in GB."""
+    """The memory of the machine in GB. psutil would be one more package for this number."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, OSError, ValueError):

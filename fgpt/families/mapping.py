@@ -172,11 +172,19 @@ def _check_shapes(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family
         raise InputError(f"tensor {missing[0]} is missing ({len(missing)} in all): not a whole model of this config")
     if surplus := tensors.keys() - table.keys():
         raise InputError(f"tensor {min(surplus)} has no place in a model of this config ({len(surplus)} in all)")
-    empty = leaves(abstract_params(cfg))
-    sizes = {name: tuple(join_heads([empty[p] for p in s.paths], s).shape) for name, s in table.items()}
+    sizes = tensor_shapes(cfg, family)
     for name, size in sizes.items():
         _check_shape(name, size, tensors[name].shape)
     return sizes
+
+
+def tensor_shapes(cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a family under a config, by Hugging Face's name without the family's prefix."""
+    empty = leaves(abstract_params(cfg))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for s in family.tensor_mappings(cfg):
+        shapes[s.name] = tuple(join_heads([empty[path] for path in s.paths], s).shape)
+    return shapes
 
 
 def _check_shape(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:

@@ -6,6 +6,7 @@ has no counterpart there, is refused: a model that is almost read answers almost
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fgpt import families
 from fgpt.errors import InputError
+from fgpt.families import mapping
 from fgpt.io.gguf_header import FLOAT_TYPES, Container, Entry, read_header, read_tensor
+from fgpt.model import Config as ModelConfig
 
 Config = dict[str, Any]
 
@@ -77,12 +81,49 @@ def open_gguf(path: Path) -> GGUF:
     name = file.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"{path}: general.architecture is {name!r}; expected one of {', '.join(ARCHITECTURES)}")
-    config, sources = ARCHITECTURES[name](_Metadata(file, name))
+    config = ARCHITECTURES[name](_Metadata(file, name))
+    try:
+        sources = _sources(config, name)
+    except InputError as err:
+        raise InputError(f"{path}: {err}") from None
     _check(file, sources, name)
     for key in ("bos", "eos"):
         if isinstance(token := file.fields.get(f"tokenizer.ggml.{key}_token_id"), int):
             config[f"{key}_token_id"] = token
     return GGUF(path, file.fields, config | {"torch_dtype": _dtype(file)}, sources, file.entries)
+
+
+def _sources(config: Config, arch: str) -> dict[str, Source]:
+    """Each tensor by its hub name: names in the file by gguf's own table, shapes by the family's.
+
+    Raises InputError for a config that is none of the family.
+    """
+    import gguf  # here: it is an extra, and opening the file has asked for it
+
+    family = families.family_from_config(config)
+    cfg = family.config_from_hf(config)
+    known = {name: value for value, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[arch], cfg.n_layer)
+    sources: dict[str, Source] = {}
+    for name, shape in mapping.tensor_shapes(cfg, family).items():
+        hub = name if mapping.is_head(name) else family.prefix + name
+        file_name = names.get_name(hub, (".weight", ".bias"))
+        assert file_name is not None
+        sources[hub] = Source(file_name, shape, _restore(hub, arch, cfg))
+    return sources
+
+
+def _restore(hub: str, arch: str, cfg: ModelConfig) -> Callable[[Tensor], Tensor] | None:
+    """What gives a tensor of the file the hub's order; None if it has it."""
+    if arch == "llama" and ".q_proj." in hub:
+        return partial(_unpermute_rope, heads=cfg.n_head)
+    if arch == "llama" and ".k_proj." in hub:
+        return partial(_unpermute_rope, heads=cfg.kv_heads)
+    if arch == "gptneox" and ".query_key_value." in hub:
+        return partial(_interleave_qkv, heads=cfg.n_head)
+    if arch == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", hub):  # Hugging Face's are [in, out]
+        return _transpose
+    return None
 
 
 def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
@@ -183,7 +224,7 @@ class _Metadata:
 # --------------------------------------------------------------------------------------- Llama and the Qwens after it
 
 
-def _llama(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _llama(meta: _Metadata) -> Config:
     """Llama, and what shares its architecture: SmolLM2, TinyLlama, Llama 3, Mistral without its window."""
     config = _llama_config(meta)
     config |= {
@@ -196,20 +237,17 @@ def _llama(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
         if config["rope_scaling"]:
             raise InputError(f"{meta.file.path}: expected tensor {ROPE} or {meta.arch}.rope.scaling.type, got both")
         config["rope_scaling"] = _llama3_rope(meta.file, config)
-    bias = config["attention_bias"]
-    return config, _llama_sources(config, True, bias, bias, mlp_bias=config["mlp_bias"])
+    return config
 
 
-def _qwen2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _qwen2(meta: _Metadata) -> Config:
     config = _llama_config(meta) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    return config | {"use_sliding_window": False}, _llama_sources(config, False, qkv_bias=True)
+    return config | {"use_sliding_window": False}
 
 
-def _qwen3(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _qwen3(meta: _Metadata) -> Config:
     config = _llama_config(meta) | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    bias = meta.has("blk.0.attn_q.bias")
-    config |= {"use_sliding_window": False, "attention_bias": bias}
-    return config, _llama_sources(config, False, bias, bias, qk_norm=True)
+    return config | {"use_sliding_window": False, "attention_bias": meta.has("blk.0.attn_q.bias")}
 
 
 def _llama_config(meta: _Metadata) -> Config:
@@ -298,38 +336,6 @@ def _llama3_rope(file: Container, config: Config) -> dict[str, Any] | None:
     return {"rope_type": "llama3", "factor": factor} | turns
 
 
-def _llama_sources(
-    config: Config, permuted: bool, qkv_bias: bool, o_bias: bool = False, qk_norm: bool = False, mlp_bias: bool = False
-) -> dict[str, Source]:
-    width, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    each, inner, vocab = config["head_dim"], config["intermediate_size"], config["vocab_size"]
-    sources = {"model.embed_tokens.weight": Source("token_embd.weight", (vocab, width))}
-    for i in range(config["num_hidden_layers"]):
-        hub, block = f"model.layers.{i}", f"blk.{i}"
-        for part, name, out, wide, bias, of in (
-            ("self_attn.q_proj", "attn_q", heads * each, width, qkv_bias, heads),
-            ("self_attn.k_proj", "attn_k", kv_heads * each, width, qkv_bias, kv_heads),
-            ("self_attn.v_proj", "attn_v", kv_heads * each, width, qkv_bias, 0),
-            ("self_attn.o_proj", "attn_output", width, heads * each, o_bias, 0),
-            ("mlp.gate_proj", "ffn_gate", inner, width, mlp_bias, 0),
-            ("mlp.up_proj", "ffn_up", inner, width, mlp_bias, 0),
-            ("mlp.down_proj", "ffn_down", width, inner, mlp_bias, 0),
-        ):
-            restore = partial(_unpermute_rope, heads=of) if permuted and of else None
-            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
-            if bias:
-                sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
-        if qk_norm:
-            sources[f"{hub}.self_attn.q_norm.weight"] = Source(f"{block}.attn_q_norm.weight", (each,))
-            sources[f"{hub}.self_attn.k_norm.weight"] = Source(f"{block}.attn_k_norm.weight", (each,))
-        sources[f"{hub}.input_layernorm.weight"] = Source(f"{block}.attn_norm.weight", (width,))
-        sources[f"{hub}.post_attention_layernorm.weight"] = Source(f"{block}.ffn_norm.weight", (width,))
-    sources["model.norm.weight"] = Source("output_norm.weight", (width,))
-    if not config["tie_word_embeddings"]:
-        sources["lm_head.weight"] = Source("output.weight", (vocab, width))
-    return sources
-
-
 def _unpermute_rope(x: Tensor, heads: int) -> Tensor:
     """Rows of each head in Hugging Face's order for RoPE (pairs i, i + d/2), from llama.cpp's (pairs 2i, 2i + 1)."""
     pairs = x.shape[0] // heads // 2
@@ -339,7 +345,7 @@ def _unpermute_rope(x: Tensor, heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ GPT-2, GPT-NeoX
 
 
-def _gpt2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _gpt2(meta: _Metadata) -> Config:
     width, layers, vocab = meta.positive_int("embedding_length"), meta.n_layer(), meta.vocab_size()
     inner, context = meta.positive_int("feed_forward_length", 4 * width), meta.positive_int("context_length")
     config: Config = {
@@ -359,28 +365,10 @@ def _gpt2(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
         raise meta.error("attention.head_count", f"a divisor of the width {width}")
     meta.positive_int("attention.head_count_kv", config["n_head"])
     meta.refuse_unread(**{"attention.head_count_kv": config["n_head"]})
-    sources = {
-        "transformer.wte.weight": Source("token_embd.weight", (vocab, width)),
-        "transformer.wpe.weight": Source("position_embd.weight", (context, width)),
-        **_norm("transformer.ln_f", "output_norm", width),
-    }
-    for i in range(layers):
-        hub, block = f"transformer.h.{i}", f"blk.{i}"
-        sources |= _norm(f"{hub}.ln_1", f"{block}.attn_norm", width) | _norm(f"{hub}.ln_2", f"{block}.ffn_norm", width)
-        for part, name, out, wide in (
-            ("attn.c_attn", "attn_qkv", 3 * width, width),
-            ("attn.c_proj", "attn_output", width, width),
-            ("mlp.c_fc", "ffn_up", inner, width),
-            ("mlp.c_proj", "ffn_down", width, inner),
-        ):  # Hugging Face's are [in, out]
-            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (wide, out), _transpose)
-            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,))
-    if not config["tie_word_embeddings"]:
-        sources["lm_head.weight"] = Source("output.weight", (vocab, width))
-    return config, sources
+    return config
 
 
-def _gptneox(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
+def _gptneox(meta: _Metadata) -> Config:
     """GPT-NeoX and Pythia. The activation is not in the file; it is the architecture's, GELU by the error function."""
     width, layers, vocab = meta.positive_int("embedding_length"), meta.n_layer(), meta.vocab_size()
     heads, inner = meta.positive_int("attention.head_count"), meta.positive_int("feed_forward_length")
@@ -409,27 +397,7 @@ def _gptneox(meta: _Metadata) -> tuple[Config, dict[str, Source]]:
     }
     config["rope_theta"] = config["rotary_emb_base"]
     meta.refuse_unread(**{"attention.head_count_kv": heads, "rope.scaling.type": "none"})
-    sources = {"gpt_neox.embed_in.weight": Source("token_embd.weight", (vocab, width))}
-    for i in range(layers):
-        hub, block = f"gpt_neox.layers.{i}", f"blk.{i}"
-        sources |= _norm(f"{hub}.input_layernorm", f"{block}.attn_norm", width)
-        sources |= _norm(f"{hub}.post_attention_layernorm", f"{block}.ffn_norm", width)
-        for part, name, out, wide, restore in (
-            ("attention.query_key_value", "attn_qkv", 3 * width, width, partial(_interleave_qkv, heads=heads)),
-            ("attention.dense", "attn_output", width, width, None),
-            ("mlp.dense_h_to_4h", "ffn_up", inner, width, None),
-            ("mlp.dense_4h_to_h", "ffn_down", width, inner, None),
-        ):
-            sources[f"{hub}.{part}.weight"] = Source(f"{block}.{name}.weight", (out, wide), restore)
-            sources[f"{hub}.{part}.bias"] = Source(f"{block}.{name}.bias", (out,), restore)
-    sources |= _norm("gpt_neox.final_layer_norm", "output_norm", width)
-    if not config["tie_word_embeddings"]:
-        sources["embed_out.weight"] = Source("output.weight", (vocab, width))
-    return config, sources
-
-
-def _norm(hub: str, name: str, width: int) -> dict[str, Source]:
-    return {f"{hub}.{part}": Source(f"{name}.{part}", (width,)) for part in ("weight", "bias")}
+    return config
 
 
 def _transpose(x: Tensor) -> Tensor:
@@ -441,7 +409,7 @@ def _interleave_qkv(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
-ARCHITECTURES: dict[str, Callable[[_Metadata], tuple[Config, dict[str, Source]]]] = {
+ARCHITECTURES: dict[str, Callable[[_Metadata], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
