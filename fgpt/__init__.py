@@ -28,7 +28,19 @@ from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.lift import from_module
 from fgpt.losses import Batch, loss, nll
-from fgpt.model import GPT, Config, KVCache, apply, forward_with_cache, fuse_qkv, hidden, init, lm_head, logits
+from fgpt.model import (
+    GPT,
+    Config,
+    KVCache,
+    apply,
+    forward_with_cache,
+    fuse_qkv,
+    hidden,
+    hidden_at,
+    init,
+    lm_head,
+    logits,
+)
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key, seed_tensor
@@ -70,6 +82,7 @@ __all__ = [
     "fuse_qkv",
     "generate",
     "hidden",
+    "hidden_at",
     "ia3",
     "init",
     "init_state",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fgpt._typing import check_shapes
 from fgpt.kernels.cross_entropy import cross_entropy
-from fgpt.model import GPT, hidden, lm_head
+from fgpt.model import GPT, hidden, hidden_at, lm_head
 from fgpt.tree import node
 from fgpt.weights import Adapted, Weight, dense, lora_down
 
@@ -20,8 +20,9 @@ class Batch:
         weights: The weight of each position in the loss; 0 leaves it out.
         segments: The document that each position belongs to, 0 for padding. None if each row is one document, padded on
             the right at most: the causal mask alone then keeps padding out.
-        loss_positions: The flat positions with a weight, so that logits are computed only there. None computes them at
-            all positions, which suits vmap over examples and training on whole texts.
+        loss_positions: The flat positions with a weight, each once: logits, and all of the last block but its keys and
+            values, are computed only there. None computes them at all positions, which suits vmap over examples and
+            training on whole texts.
 
     >>> import fgpt, torch
     >>> text = torch.tensor([[1, 2, 3, 4]])
@@ -56,10 +57,12 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     >>> weight
     tensor(3.)
     """
-    h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
-    y, weights = batch.targets.flatten(), batch.weights.flatten()
-    if batch.loss_positions is not None:
-        h, y, weights = h[batch.loss_positions], y[batch.loss_positions], weights[batch.loss_positions]
+    y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
+    if positions is None:
+        h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
+    else:
+        h = hidden_at(params, batch.tokens, positions, batch.segments, remat)
+        y, weights = y.index_select(0, positions), weights.index_select(0, positions)
     token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
     weights = weights.to(token_nll.dtype)
     return (weights * token_nll).sum(), weights.sum()

@@ -19,7 +19,7 @@ from torch import Tensor
 from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import CHUNK_BYTES
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.model import GPT, Config, hidden, logits
+from fgpt.model import GPT, Config, hidden_at, logits
 from fgpt.tree import device
 
 Request: TypeAlias = tuple[Sequence[int], Sequence[int]]
@@ -116,9 +116,8 @@ def _score_batch(
     """The log-likelihoods of the requests of a batch of (model input, indices of requests), longest input first."""
     at, width = device(params), len(batch[0][0])
     padded = [[*tokens] + [0] * (width - len(tokens)) for tokens, _ in batch]
-    h = hidden(params, torch.tensor(padded, device=at)).flatten(0, -2)
     indices: list[int] = []
-    positions: list[int] = []  # in h, flat
+    positions: list[int] = []  # flat
     targets: list[int] = []
     for row, (tokens, request_indices) in enumerate(batch):
         end = row * width + len(tokens)
@@ -127,7 +126,8 @@ def _score_batch(
             indices.append(i)
             positions += range(end - len(continuation), end)
             targets += continuation
-    logprobs, greedy = _token_logprobs(params, h[torch.tensor(positions, device=at)], torch.tensor(targets, device=at))
+    h = hidden_at(params, torch.tensor(padded, device=at), torch.tensor(positions, device=at))
+    logprobs, greedy = _token_logprobs(params, h, torch.tensor(targets, device=at))
     results: list[tuple[int, LogLikelihood]] = []
     start = 0
     for i in indices:

@@ -9,6 +9,10 @@ are:
 The forward pass computes it while the logits are in cache, and the backward only scales it: two GEMMs for a frozen
 head; recomputing in the backward would take three.
 
+Outside transforms the logits of every chunk are written into one buffer whose rows are aligned: GPT-2's 50,257 logits
+are no multiple of a cache line, and a matrix product whose result has such rows takes 1.3 times as long on a CPU, and
+leaves the fast kernels on a GPU.
+
     reference     all logits at once, plain torch
     fast path     chunks, each with its part of the gradient
     transforms    chunks under grad, vmap and both in either order, smaller ones under vmap; under forward mode and
@@ -16,6 +20,7 @@ head; recomputing in the backward would take three.
                   have derivatives of every order
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,13 +29,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt._typing import check_shapes
-from fgpt.kernels.functorch_state import is_differentiated, is_recorded_by_autograd, needs_higher_order, num_vmapped
+from fgpt.kernels.functorch_state import (
+    in_transform_or_compile,
+    is_differentiated,
+    is_recorded_by_autograd,
+    needs_higher_order,
+    num_vmapped,
+)
 from fgpt.kernels.precision import at_least_fp32
 
 CHUNK_BYTES = 64 << 20
-"""Bytes of fp32 logits alive at once, all examples of a vmap together: 333 rows of GPT-2's vocabulary, enough for full
-GEMM speed.
+"""Bytes of fp32 logits alive at once on a CPU, all examples of a vmap together: 333 rows of GPT-2's vocabulary, enough
+for full GEMM speed.
 """
+DEVICE_SHARE = 64
+"""On a GPU a chunk may have one part in 64 of its memory, 1.3 GB of 80: a small product leaves most of it idle. It is a
+share of the memory that there is, not of what is free, so that a step is a function of its arguments.
+"""
+ALIGNMENT = 64
+"""Each row of logits begins at a multiple of 64 elements."""
 
 Terms = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
 
@@ -40,19 +57,43 @@ def reference(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor, " 
     return F.cross_entropy(_logits(terms, b), y, reduction="none")
 
 
-def _logits(terms: Terms, b: Tensor | None, rows: slice = slice(None)) -> Tensor:
+def _logits(terms: Terms, b: Tensor | None, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+    """The logits of these rows, in at least fp32. With `out`, a buffer in the dtype of x, they are computed there."""
     (x, w), *others = terms
-    logits = F.linear(x[rows], w, b)
-    for x, w in others:
-        logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
+    if out is None:
+        logits = F.linear(x[rows], w, b)
+        for x, w in others:
+            logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
+    else:
+        x = x[rows]
+        logits = torch.mm(x, w.T, out=out[: len(x)]) if b is None else torch.addmm(b, x, w.T, out=out[: len(x)])
+        for x, w in others:
+            logits.addmm_(x[rows].to(logits.dtype), w.to(logits.dtype).T)
     return at_least_fp32(logits)
 
 
+def _chunk_bytes(device: torch.device) -> int:
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // DEVICE_SHARE)
+    return CHUNK_BYTES
+
+
 def _chunks(terms: Terms, b: Tensor | None) -> list[slice]:
+    """Slices of the rows, all of about one size: the last few rows by themselves would be a slow product."""
     n, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
     copies = num_vmapped(b, *(x for pair in terms for x in pair))
-    rows = max(1, CHUNK_BYTES // (4 * vocab * copies))
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] or [slice(0, 0)]
+    most = max(1, _chunk_bytes(terms[0][0].device) // (4 * vocab * copies))
+    rows = math.ceil(n / math.ceil(n / most)) if n else 0
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] if n else [slice(0, 0)]
+
+
+def _aligned_buffer(terms: Terms, chunks: list[slice]) -> Tensor | None:
+    """Room for the logits of a chunk, each row aligned. None under transforms, where nothing is written in place."""
+    (x, w), vocab = terms[0], terms[0][1].shape[0]
+    if in_transform_or_compile() or x.dtype != w.dtype:
+        return None
+    rows = max(chunk.stop - chunk.start for chunk in chunks)
+    return x.new_empty(rows, -(-vocab // ALIGNMENT) * ALIGNMENT)[:, :vocab]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -65,13 +106,17 @@ class _CrossEntropy(torch.autograd.Function):
         terms = list(zip(xw[::2], xw[1::2], strict=True))
         nll: list[Tensor] = []
         dxs: list[list[Tensor]] = [[] for _ in terms]
-        for rows in _chunks(terms, b):
-            logits, target = _logits(terms, b, rows), y[rows]
+        chunks = _chunks(terms, b)
+        buffer = _aligned_buffer(terms, chunks)
+        for rows in chunks:
+            logits, target = _logits(terms, b, rows, buffer), y[rows]
             top, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, target[:, None])
             p = logits.sub_(top).exp_()  # softmax times its sum z, in place: logsumexp would hold a second chunk
             z = p.sum(-1, keepdim=True)
             nll.append((top + z.log() - chosen).squeeze(-1))
             if differentiate:
+                if buffer is not None and p.dtype != buffer.dtype:
+                    p = buffer[: len(p)].copy_(p)  # rounded to half precision for the product, and aligned again
                 for dx, (x, w) in zip(dxs, terms, strict=True):
                     dx.append((p.to(w.dtype) @ w / z - F.embedding(target, w)).to(x.dtype))
         return torch.cat(nll), *(torch.cat(dx) for dx in dxs if dx)
@@ -107,8 +152,10 @@ def _head_gradients(
     """db = Σ_i g_i (p_i - e_y) and dW_j = Σ_i g_i (p_i - e_y) x_ijᵀ: a trained head computes its logits once more."""
     db = torch.zeros_like(b) if b is not None and need_b else None
     dws = {j: torch.zeros_like(w) for j, (_, w) in enumerate(terms) if needs_w[j]}
-    for rows in _chunks(terms, b):
-        gp = _logits(terms, b, rows).softmax(-1) * g[rows]
+    chunks = _chunks(terms, b)
+    buffer = _aligned_buffer(terms, chunks)
+    for rows in chunks:
+        gp = _logits(terms, b, rows, buffer).softmax(-1) * g[rows]
         for j, dw in dws.items():
             x = terms[j][0]
             dws[j] = dw + gp.to(x.dtype).T @ x[rows]

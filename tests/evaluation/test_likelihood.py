@@ -110,7 +110,7 @@ def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
         rows.append(len(x))
         return fgpt.hidden(params, x)
 
-    monkeypatch.setattr(likelihood, "hidden", count_rows)
+    monkeypatch.setattr(likelihood, "hidden_at", count_rows)
     params = tiny()
     got = loglikelihood(params, [([1, 2, 3], [choice]) for choice in range(31)])
     assert rows == [1]
@@ -212,7 +212,7 @@ def test_perplexities_count_tokens_bytes_and_words_of_the_text():
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_anything_is(pair: Any, says: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(likelihood, "hidden", None)
+    monkeypatch.setattr(likelihood, "hidden_at", None)
     with pytest.raises(fgpt.InputError, match=says):
         loglikelihood(tiny(), [([1], [2]), pair])
 

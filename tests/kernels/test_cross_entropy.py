@@ -73,3 +73,23 @@ def test_a_second_backward_of_cross_entropy():
 
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@given(st.integers(1, 9), st.booleans(), st.integers(1, 2), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_plain_autograd_equals_torch_func(n: int, biased: bool, products: int, dtype: torch.dtype):
+    """Outside transforms logits are written into one buffer, chunk after chunk; under torch.func.vjp they are not."""
+    xw, b, y, u = random_case(n, 67, [5, 2][:products], n)
+    operands = [x.to(dtype) for x in (b, *xw)]
+
+    def f(b: Tensor, *xw: Tensor) -> Tensor:
+        return C.cross_entropy(terms_of(list(xw)), b if biased else None, y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(C, "CHUNK_BYTES", 4 * 67 * 4)
+        out, pull = vmap(lambda u: vjp(f, *operands)[0])(u[None])[0], vmap(lambda u: vjp(f, *operands)[1](u))
+        leaves = [x.clone().requires_grad_() for x in operands]
+        plain = f(*leaves)
+        got = torch.autograd.grad(plain, leaves, u, materialize_grads=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    close(plain, out, tolerance)
+    close(got, tuple(g[0] for g in pull(u[None])), tolerance)

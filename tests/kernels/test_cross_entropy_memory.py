@@ -84,7 +84,7 @@ def test_a_frozen_head_costs_two_products_and_a_trained_one_four(monkeypatch: py
 
 @pytest.mark.parametrize("kernel", [C.cross_entropy, C.reference])
 def test_full_logits_are_never_held(kernel: Any, monkeypatch: pytest.MonkeyPatch):
-    n, vocab, d = 64, 50, 8
+    n, vocab, d = 128, 50, 8
     monkeypatch.setattr(C, "CHUNK_BYTES", 4 * vocab * 10)
     (x, w), _, y, _ = random_case(n, vocab, [d])
     with LargestTensor() as largest:

@@ -28,7 +28,7 @@ from fgpt.data.classification_prompts import (
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.model import GPT, KVCache, forward_with_cache, hidden, logits
+from fgpt.model import GPT, KVCache, forward_with_cache, hidden_at, logits
 from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -77,7 +77,7 @@ def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: i
             rows.append([Example(texts[i], len(texts[i]), 0) for i in indices])
         batch = tree_map(lambda x: x.to(target), packing.collate(rows))
         assert batch.loss_positions is not None  # the last position of each text, in their order
-        h = hidden(params, batch.tokens, batch.segments).flatten(0, -2)[batch.loss_positions]
+        h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments)
         yield [i for indices in batch_bins for i in indices], h
 
 
