@@ -67,7 +67,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
     assert common_prefix_length([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
     params, read = fgpt.with_classification_head(tiny(), 3, fgpt.key(1)), []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for name in ("hidden", "forward_with_cache"):
+        for name in ("hidden_at", "forward_with_cache"):
             real = getattr(fgpt, name)
             patch.setattr(
                 f"fgpt.cli.inference.classifiers.{name}",

@@ -106,9 +106,9 @@ def test_what_greedy_decoding_writes_is_greedy():
 def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
     rows: list[int] = []
 
-    def count_rows(params: fgpt.GPT, x: torch.Tensor) -> torch.Tensor:
+    def count_rows(params: fgpt.GPT, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rows.append(len(x))
-        return fgpt.hidden(params, x)
+        return fgpt.hidden_at(params, x, positions)
 
     monkeypatch.setattr(likelihood, "hidden_at", count_rows)
     params = tiny()

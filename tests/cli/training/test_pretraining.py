@@ -149,8 +149,12 @@ def test_training_generation_and_evaluation_use_one_prompt(
     params = fgpt.load(run.base)
     assert encode_conversation(LoadedRun(run, params, NANO), [InstructionRow("Name a fox.")]) == list(prompt)
     read: list[list[int]] = []
-    hidden = likelihood.hidden
-    monkeypatch.setattr(likelihood, "hidden", lambda p, x: (read.extend(x.tolist()), hidden(p, x))[1])
+
+    def record(p: fgpt.GPT, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        read.extend(x.tolist())
+        return fgpt.hidden_at(p, x, positions)
+
+    monkeypatch.setattr(likelihood, "hidden_at", record)
     assert main(["eval", "run", str(tuned_runs[0])]) == 0
     prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
