@@ -10,6 +10,7 @@ col alone. The base of an adapted weight is any weight, so adapters stack with n
 everywhere. Which kernel computes a reading is the business of `fgpt.kernels`.
 """
 
+from collections.abc import Sequence
 from typing import TypeAlias, Union
 
 import torch
@@ -111,6 +112,41 @@ def linear(
     if w.a is not None and w.b is not None:
         y = add_low_rank(y, lora_down(x, w), w.b)
     return y if w.row is None else scale_rows(y, w.row, bias)
+
+
+def linear_group(
+    x: Float[Tensor, "*batch in"], layers: Sequence[tuple[Weight, Float[Tensor, " _out"] | None]]
+) -> list[Float[Tensor, "*batch _out"]]:
+    """`linear` for several layers (w, bias) of one input, such as q, k and v: the products of x with their A's are one.
+
+        [low₁ low₂ ..] = x [s₁A₁; s₂A₂; ..]ᵀ        y_i = x W_iᵀ + low_i B_iᵀ + bias_i
+
+    >>> import fgpt
+    >>> w = fgpt.Adapted(torch.eye(2), a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
+    >>> linear_group(torch.tensor([[2.0, 4.0]]), [(w, None), (torch.eye(2), None)])
+    [tensor([[5., 7.]]), tensor([[2., 4.]])]
+    """
+    scaled_as = {i: w.scale * w.a.to(x.dtype) for i, (w, _) in enumerate(layers) if _is_plain_low_rank(w)}
+    if len(scaled_as) < 2:
+        return [linear(x, w, bias) for w, bias in layers]
+    joined = F.linear(x, torch.cat(list(scaled_as.values())))
+    lows = dict(zip(scaled_as, joined.split([len(a) for a in scaled_as.values()], -1), strict=True))
+    outputs: list[Tensor] = []
+    for i, (w, bias) in enumerate(layers):
+        if i not in lows:
+            outputs.append(linear(x, w, bias))
+            continue
+        outputs.append(
+            adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
+        )
+    return outputs
+
+
+def _is_plain_low_rank(w: Weight) -> bool:
+    """Whether `w` is W + s·B·A over a base weight, without dropout: its A reads x as it is."""
+    if not isinstance(w, Adapted) or isinstance(w.base, Adapted | GradOnly):
+        return False
+    return w.a is not None and w.b is not None and w.row is None and w.col is None and w.seed is None
 
 
 def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:

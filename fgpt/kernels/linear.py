@@ -68,9 +68,10 @@ def adapted_linear(
     scale: float,
     seed: Int[Tensor, ""] | None,
     p: float,
+    low: Float[Tensor, "*batch rank"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """row ⊙ (x Wᵀ + bias + s x̃ Aᵀ Bᵀ) + (1 - row) ⊙ bias; without A and B, or without `row`, what is left of it.
-    `seed` drops each element of x̃ with probability p.
+    `seed` drops each element of x̃ with probability p. `low` is s x̃ Aᵀ, if it is known.
 
     Outside transforms nothing of the width of y is allocated twice: the low-rank term is added in place, and a `row`
     whose elements are all far from zero is fused with it.
@@ -83,7 +84,7 @@ def adapted_linear(
     else:
         y = base_linear(rows, w, bias)
         if a is not None and b is not None:
-            low = scale * F.linear(dropout(x, seed, p), a.to(x.dtype))
+            low = scale * F.linear(dropout(x, seed, p), a.to(x.dtype)) if low is None else low
             # In place: nobody else reads y yet, and it is no view, as `rows` is flat.
             add = torch.addmm if in_transform_or_compile() else Tensor.addmm_
             y = add(y, low.reshape(-1, low.shape[-1]), b.to(y.dtype).T)

@@ -34,7 +34,7 @@ from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import replace_at
-from fgpt.weights import Adapted, Weight, embed, linear
+from fgpt.weights import Adapted, Weight, embed, linear, linear_group
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
@@ -59,9 +59,12 @@ def qkv(
         n, kv = cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
         flat = linear(x, p.qkv.w, p.qkv.b).split((n, kv, kv), -1)
     else:
-        q = linear(x if positions is None else select_positions(x, positions), p.q.w, p.q.b)
-        q = q if positions is None else _place_at(q, positions, x.shape[:-1])
-        flat = q, linear(x, p.k.w, p.k.b), linear(x, p.v.w, p.v.b)
+        k_and_v = (p.k.w, p.k.b), (p.v.w, p.v.b)
+        if positions is None:
+            flat = linear_group(x, [(p.q.w, p.q.b), *k_and_v])
+        else:
+            q = linear(select_positions(x, positions), p.q.w, p.q.b)
+            flat = _place_at(q, positions, x.shape[:-1]), *linear_group(x, k_and_v)
     q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
     q = q if p.q_norm is None else norm(q, p.q_norm, cfg.norm_eps)
     return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.norm_eps), v
@@ -135,8 +138,11 @@ def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor
     Source: Shazeer 2020 (GLU Variants), equation 6.
     """
     activation = ACTIVATIONS[cfg.activation]
-    up = linear(x, p.up.w, p.up.b)
-    inner = activation(up) if p.gate is None else activation(linear(x, p.gate.w, p.gate.b)) * up
+    if p.gate is None:
+        inner = activation(linear(x, p.up.w, p.up.b))
+    else:
+        up, gate = linear_group(x, [(p.up.w, p.up.b), (p.gate.w, p.gate.b)])
+        inner = activation(gate) * up
     return linear(inner, p.down.w, p.down.b)
 
 
