@@ -16,6 +16,7 @@ from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.families import GPT2
 from fgpt.families.mapping import to_hf
+from fgpt.kernels.cross_entropy import ALIGNMENT
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv, fused_qkv, init
 from fgpt.optim import adamw
@@ -184,9 +185,10 @@ def peft_batch(examples: Sequence[Example], device: torch.device, pad_to: int | 
 def products(base: GPT, batch: Batch) -> Callable[[], None]:
     """The matrix products of our step and nothing else, on operands of the same shapes, written into one buffer.
 
-    Forward: every linear, the adapter's two, attention's two, the head at positions with a loss. Backward: the gradient
-    of each frozen product's input (the first block's qkv needs none), of the adapter's four, of attention's four.
-    Attention is counted as causal: half of the square.
+    Forward: every linear, the adapter's two, attention's two, the head at positions with a loss; of the last block o
+    and the MLP there alone. Backward: the gradient of each frozen product's input (the first block's qkv needs none),
+    of the adapter's four, of attention's four. Attention is counted as causal: half of the square. Rows of logits are
+    aligned, as ours are.
     """
     cfg, (rows, seq) = base.cfg, batch.tokens.shape
     w = dense(base.wte.w)
@@ -203,19 +205,23 @@ def products(base: GPT, batch: Batch) -> Callable[[], None]:
         for linear in (fused_qkv(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
             frozen = dense(linear.w)
             out, inp = frozen.shape
-            pairs += [(operand(n, inp), frozen.T)]
-            pairs += [(operand(n, out), frozen)] if i or out != 3 * d else []
+            positions = m if i == cfg.n_layer - 1 and linear is not fused_qkv(p.attn) else n
+            pairs += [(operand(positions, inp), frozen.T)]
+            pairs += [(operand(positions, out), frozen)] if i or out != 3 * d else []
         a, b, x, low, dy = operand(RANK, d), operand(3 * d, RANK), operand(n, d), operand(n, RANK), operand(n, 3 * d)
         pairs += [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x)] + ([(low, a)] if i else [])
         bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head
         q, k, s = operand(bh, half, dh), operand(bh, seq, dh), operand(bh, half, seq)
         pairs += [(q, k.mT), (s, k), (q, k.mT), (s.mT, q), (s, k), (s.mT, q)]
-    pairs += [(operand(m, d), w.T), (operand(m, cfg.vocab_size), w)]
     scratch = torch.empty(max(x.shape[:-1].numel() * y.shape[-1] for x, y in pairs), dtype=w.dtype, device=w.device)
+    logits = torch.randn(m, -(-cfg.vocab_size // ALIGNMENT) * ALIGNMENT, dtype=w.dtype, device=w.device)
+    logits = logits[:, : cfg.vocab_size]
 
     def run() -> None:
         for x, y in pairs:
             size = (*x.shape[:-1], y.shape[-1])
             torch.matmul(x, y, out=scratch[: torch.Size(size).numel()].view(size))
+        torch.mm(operand(m, d), w.T, out=logits)
+        torch.mm(logits, w, out=scratch[: m * d].view(m, d))
 
     return run

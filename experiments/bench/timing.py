@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Result:
     target: str = ""
     """What the ratio should be: ">= 1.3" or "<= 0.8"; empty if there is no target."""
     spread: tuple[float, float] | None = None
-    """Lower and upper quartile of the ratios of the rounds."""
+    """Lower and upper quartile of the ratios of the rounds; of several processes the lowest and highest ratio."""
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -104,6 +104,33 @@ def time_interleaved(
             if round_index < len(sides[name]):
                 seconds[name].append(time_call(sides[name][round_index]))
     return seconds
+
+
+def in_fresh_processes(count: int, measure: Callable[..., list[Result]], *args: Any) -> list[Result]:
+    """`measure(*args)` in `count` processes, one after the other: of each result the medians, and its ratio's range.
+
+    Rounds within a process share what was dealt to it, above all where its memory lies: their quartiles say nothing of
+    the next run, and one lucky process makes a headline that does not repeat.
+    """
+    runs: list[list[Result]] = []
+    for number in range(1, count + 1):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            runs.append(process.submit(_measure, measure, args).result())
+        ratios = ", ".join(f"{result.ratio:.2f}" for result in runs[-1])
+        console.print(f"process {number} of {count}: {ratios}", soft_wrap=True)
+    combined: list[Result] = []
+    for results in zip(*runs, strict=True):
+        value, other, ratio = (
+            statistics.median(getattr(x, name) for x in results) for name in ("value", "other", "ratio")
+        )
+        spread = (min(x.ratio for x in results), max(x.ratio for x in results))
+        combined.append(replace(results[0], value=value, other=other, ratio=ratio, spread=spread))
+    return combined
+
+
+def _measure(measure: Callable[..., list[Result]], args: tuple[Any, ...]) -> list[Result]:
+    keep_freed_memory()  # as a training does
+    return measure(*args)
 
 
 _side: Callable[[], object]
@@ -205,7 +232,7 @@ def report(
     """Print the results of two `sides` as a table, then tables of (heads, rows) that have no two sides; and write them
     to out/NAME.json and out/NAME.md.
     """
-    heads = ("measurement", "unit", *sides, f"{sides[0]} / {sides[1]}", "quartiles", "target")
+    heads = ("measurement", "unit", *sides, f"{sides[0]} / {sides[1]}", "spread", "target")
     sheets = [(heads, [result.cells for result in results])] if results else []
     text = "\n\n".join([*(markdown(*sheet) for sheet in (*sheets, *more)), "\n".join(notes)])
     console.print(text, markup=False, soft_wrap=True)
