@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import is_undisturbed
+from fgpt.kernels.leaf_lists import foreach
 from fgpt.kernels.precision import wide
 
 Number: TypeAlias = int | float | Tensor
@@ -49,11 +50,12 @@ def adam_update(
     """The new (θ, m, v) of each leaf: θ in its own dtype, m and v at least in fp32."""
     dtype = wide(thetas[0].dtype)
     wide_thetas, grads, ms, vs = (_cast(xs, dtype) for xs in (thetas, grads, ms, vs))
-    scalars = [_on(wide_thetas[0], x) for x in numbers[:3]]
-    numbers = AdamNumbers(*scalars, *numbers[3:])
+    eta, bias1, bias2 = (_on(wide_thetas[0], x) for x in numbers[:3])
+    numbers = AdamNumbers(eta, bias1, bias2, *numbers[3:])  # pyright: ignore[reportArgumentType]
     plain = not any(isinstance(x, Tensor) for x in numbers[3:])
     if plain and is_undisturbed(*_tensors(numbers), *wide_thetas, *grads, *ms, *vs):
-        new, ms, vs = _foreach(wide_thetas, *(_like(wide_thetas, xs) for xs in (grads, ms, vs)), numbers)
+        grads, ms, vs = (_like(wide_thetas, xs) for xs in (grads, ms, vs))
+        new, ms, vs = _foreach(wide_thetas, grads, ms, vs, numbers)
     else:
         results = [reference(*xs, numbers) for xs in zip(wide_thetas, grads, ms, vs, strict=True)]
         new, ms, vs = ([result[i] for result in results] for i in range(3))
@@ -85,20 +87,20 @@ def _foreach(
     """The same for all leaves at once. What is written in place was made here."""
     eta, bias1, bias2, *plain = numbers
     beta1, beta2, eps, eps_root, weight_decay = (float(x) for x in plain)
-    ms = torch._foreach_lerp(ms, grads, 1 - beta1)
-    vs = torch._foreach_mul(vs, beta2)
-    torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
-    roots = torch._foreach_div(vs, bias2)
+    ms = foreach._foreach_lerp(ms, grads, 1 - beta1)
+    vs = foreach._foreach_mul(vs, beta2)
+    foreach._foreach_addcmul_(vs, grads, grads, 1 - beta2)
+    roots = foreach._foreach_div(vs, bias2)
     if eps_root:
-        torch._foreach_add_(roots, eps_root)
-    torch._foreach_sqrt_(roots)
-    torch._foreach_add_(roots, eps)
-    steps = torch._foreach_div(ms, bias1)
-    torch._foreach_div_(steps, roots)
+        foreach._foreach_add_(roots, eps_root)
+    foreach._foreach_sqrt_(roots)
+    foreach._foreach_add_(roots, eps)
+    steps = foreach._foreach_div(ms, bias1)
+    foreach._foreach_div_(steps, roots)
     if weight_decay:
-        torch._foreach_add_(steps, thetas, alpha=weight_decay)
-    torch._foreach_mul_(steps, eta)
-    return torch._foreach_sub(thetas, steps), ms, vs
+        foreach._foreach_add_(steps, thetas, alpha=weight_decay)
+    foreach._foreach_mul_(steps, eta)
+    return foreach._foreach_sub(thetas, steps), ms, vs
 
 
 def _cast(xs: Leaves, dtype: torch.dtype) -> Leaves:

@@ -9,6 +9,7 @@ transforms    vmap has no rule for torch._foreach_*, so under transforms, deriva
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from fgpt.kernels.functorch_state import is_undisturbed
 from fgpt.kernels.precision import at_least_fp32, wide
+
+foreach: Any = torch
+"""Where torch._foreach_* are: torch's stubs do not export them."""
 
 GROUP_BYTES = 1 << 24
 """Of the leaves that are computed together: what the temporaries of a group add to the peak of memory."""
@@ -37,7 +41,7 @@ def groups(xs: Sequence[Tensor], kinds: Sequence[Hashable]) -> Iterator[list[int
 def add(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Sequence[Tensor]:
     """x_i + y_i."""
     if is_undisturbed(*xs, *ys):
-        return torch._foreach_add(xs, ys)
+        return foreach._foreach_add(xs, ys)
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 
@@ -48,7 +52,7 @@ def divide(xs: Sequence[Tensor], by: Float[Tensor, ""]) -> Sequence[Tensor]:
     result = list(xs)
     for dtype in dict.fromkeys(x.dtype for x in xs):
         indices = [i for i, x in enumerate(xs) if x.dtype == dtype]
-        quotients = torch._foreach_div([xs[i] for i in indices], _as_divisor(by, dtype))
+        quotients = foreach._foreach_div([xs[i] for i in indices], _as_divisor(by, dtype))
         for i, x in zip(indices, quotients, strict=True):
             result[i] = x
     return result

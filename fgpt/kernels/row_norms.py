@@ -17,8 +17,8 @@ from torch import Tensor
 from fgpt.kernels.quantized_linear import Quantized, dequantize, slice_rows
 
 CHUNK, CHUNK_OFF_CPU = 1 << 18, 1 << 24
-"""Elements of the matrix expanded at once: 1 MB of fp32, which stays in a CPU's cache; 64 MB elsewhere, where each chunk
-costs four launches.
+"""Elements of the matrix expanded at once: 1 MB of fp32, which stays in a CPU's cache; 64 MB elsewhere, where every
+chunk costs four launches.
 """
 
 

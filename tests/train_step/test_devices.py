@@ -1,6 +1,6 @@
 """No tensor is made on another device than the operands': everything runs on the meta device, where a CPU tensor that
-meets the others raises, and so does whatever reads a value. Torch takes a number in a CPU tensor beside any device's, so
-in a step `OneDevice` watches: a CUDA graph would freeze it.
+meets the others raises, and so does whatever reads a value. A number in a CPU tensor may meet them, but a CUDA graph
+would freeze it: a step is watched by `OneDevice`.
 """
 
 from collections.abc import Callable, Iterator
@@ -106,9 +106,9 @@ def test_the_key_of_a_captured_step_is_a_tensor_on_the_device(monkeypatch: pytes
 
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
-    with pytest.raises(fgpt.InputError, match="a seed tensor on the device.*got a Generator"):
+    with pytest.raises(fgpt.InputError, match=r"a seed tensor on the device.*got a Generator"):
         step("adamw", fgpt.key(0))
-    with pytest.raises(fgpt.InputError, match="a seed tensor on the device.*got a seed on cpu"):
+    with pytest.raises(fgpt.InputError, match=r"a seed tensor on the device.*got a seed on cpu"):
         step("adamw", fgpt.seed_tensor(fgpt.key(0)))
     assert is_on_meta(step("adamw", meta(fgpt.seed_tensor(fgpt.key(0)))))
     with pytest.raises(fgpt.InputError, match="quantization to 8 bits in the capture of a CUDA graph"):
