@@ -22,9 +22,9 @@ from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantized_linear import QUANTIZED
-from fgpt.layers import adaptable_layers
+from fgpt.layers import adaptable_layers, is_adaptable
 from fgpt.rng import fold_in_seed, seed_tensor
-from fgpt.tree import children, leaves, num_elements, replace_at, select, walk
+from fgpt.tree import children, get_at, leaves, num_elements, replace_at, select, walk
 from fgpt.weights import Adapted, Weight, dense, shape
 
 T = TypeVar("T")
@@ -57,14 +57,15 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
     key_seed = None if rng is None else seed_tensor(rng)
     for number, tree in enumerate(adapters):
         params = _replace_leaves(_with_own_head(params, tree), tree)
-        layers, adapted = adaptable_layers(params), {}
+        adapted: dict[str, Any] = {}
         for path, x in tree.items():
             if isinstance(x, Tensor):
                 continue
-            if path not in layers:
-                raise InputError(f"no layer '{path}' to adapt; {_hint(path, layers)}")
+            layer = get_at(params, path)
+            if not is_adaptable(layer):
+                raise InputError(f"no layer '{path}' to adapt; {_hint(path, adaptable_layers(params))}")
             seed = None if key_seed is None else fold_in_seed(key_seed, f"{number}/{path}")
-            adapted[path] = x.adapt_layer(layers[path], path, seed)
+            adapted[path] = x.adapt_layer(layer, path, seed)
         params = replace_at(params, adapted)
     return params
 
@@ -74,14 +75,16 @@ def _replace_leaves(params: T, tree: Mapping[str, Any]) -> T:
     tensors = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
     if not tensors:
         return params
-    base = leaves(params)
+    new: dict[str, Tensor] = {}
     for path, x in tensors.items():
-        if path not in base:
-            raise InputError(f"no leaf '{path}' to replace; {_hint(path, base)}")
-        if x.shape != base[path].shape:
-            got, expected = list(x.shape), list(base[path].shape)
+        old = get_at(params, path)
+        if not isinstance(old, Tensor):
+            raise InputError(f"no leaf '{path}' to replace; {_hint(path, leaves(params))}")
+        if x.shape != old.shape:
+            got, expected = list(x.shape), list(old.shape)
             raise InputError(f"tensor at {path} has shape {got}, but the base has {expected}")
-    return replace_at(params, {path: x.to(base[path].dtype) for path, x in tensors.items()})
+        new[path] = x.to(old.dtype)
+    return replace_at(params, new)
 
 
 def _with_own_head(params: T, tree: Mapping[str, Any]) -> T:

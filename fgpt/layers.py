@@ -11,7 +11,12 @@ from fgpt.weights import Adapted, Weight
 
 def adaptable_layers(params: Any) -> dict[str, Any]:
     """The layers of `params` by path."""
-    return {path: x for path, x in walk(params) if not isinstance(x, Tensor | Adapted) and _has_weight_matrix(x)}
+    return {path: x for path, x in walk(params) if is_adaptable(x)}
+
+
+def is_adaptable(x: Any) -> bool:
+    """Whether `x`, a part of a params tree, is a layer."""
+    return not isinstance(x, Tensor | Adapted) and _has_weight_matrix(x)
 
 
 def weight_matrices(params: Any) -> dict[str, Weight]:

@@ -8,17 +8,16 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
+from fgpt.kernels.adam import AdamNumbers, Number, adam_update
 from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
-from fgpt.kernels.precision import at_least_fp32
+from fgpt.kernels.leaf_lists import groups, square_norm
 from fgpt.patterns import matching
-from fgpt.tree import leaves, node, static, tree_leaves, tree_map, tree_map_multi, unflatten_like
+from fgpt.tree import device, leaves, node, static, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Learning rate at a step, counted from 0."""
-Number: TypeAlias = int | float | Tensor
-"""A number, or a scalar tensor, which a sweep maps over and a metagradient differentiates."""
 
 
 class Optimizer(NamedTuple):
@@ -195,13 +194,15 @@ def adamw8bit(
     """AdamW with its moments stored as 8-bit codes: 2.03 bytes for each parameter instead of 8.
 
     The moments of a leaf with at least `min_8bit_size` elements are decoded, updated in fp32 as in `adamw`, and encoded
-    again, one leaf at a time; those of a smaller leaf stay in fp32.
+    again, some 16 MB of leaves at a time; those of a smaller leaf stay in fp32.
 
     bitsandbytes' fused update is not used. It writes into its arguments, so that each would have to be copied first; it
     needs the learning rate and the step as Python numbers, and has no vmap; and on CUDA it silently skips gradients
     that are not finite, and decays θ after the step instead of before.
 
     Moments are rounded, so that no gradient passes from one update to the next. It does pass through one update.
+
+    A CUDA graph cannot capture its update, as bitsandbytes' quantization takes no stream: InputError.
 
     Args:
         lr: η, a number or a schedule.
@@ -247,53 +248,50 @@ def _adam(
     matching(decay, [])
     schedule = lr if callable(lr) else constant_schedule(lr)
     has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
-    has_eps_root = isinstance(eps_root, Tensor) or eps_root != 0
 
     def init(params: Tree) -> AdamState:
         def zeros(signed: bool) -> Tree:
             return tree_map(lambda x: encode_moment(torch.zeros_like(x), signed), params)
 
-        return AdamState(zeros(True), zeros(False), torch.zeros((), dtype=torch.int64))
+        return AdamState(zeros(True), zeros(False), torch.zeros((), dtype=torch.int64, device=device(params)))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        eta, t = schedule(state.count), state.count + 1
+        thetas, gs, ms, vs = _leaves_of(params, grads, state.mu, state.nu)
+        count = state.count.to(thetas[0].device)
+        t = count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
-
-        def update_leaf(
-            theta: Tensor, g: Tensor, m: Tensor | Moment8, v: Tensor | Moment8, decays: bool
-        ) -> tuple[Any, Any, Any]:
-            m, v = _decode_moment(m), _decode_moment(v)
-            g = g.to(m.dtype)
-            m, v = _first_moment(m, g, betas[0]), _second_moment(v, g, betas[1])
-            square = v / bias2 + eps_root if has_eps_root else v / bias2
-            step = (m / bias1) / (square.sqrt() + eps)
-            step = step + weight_decay * theta if decays else step
-            return (theta - eta * step).to(theta.dtype), encode_moment(m, True), encode_moment(v, False)
-
-        decay_mask = _decay_mask(params, decay if has_decay else None)
-        params, mu, nu = tree_map_multi(update_leaf, 3, params, grads, state.mu, state.nu, decay_mask)
-        return params, AdamState(mu, nu, t)
+        numbers = AdamNumbers(schedule(count), bias1, bias2, *betas, eps, eps_root, weight_decay)
+        decays = _decay_mask(params, decay) if has_decay else [False] * len(thetas)
+        new_thetas, new_ms, new_vs = list(thetas), list(ms), list(vs)
+        for indices in groups(thetas, [(x.dtype, decays[i]) for i, x in enumerate(thetas)]):
+            lists = [[_decode_moment(xs[i]) for i in indices] for xs in (thetas, gs, ms, vs)]
+            chosen = numbers if decays[indices[0]] else numbers._replace(weight_decay=0.0)
+            for i, theta, m, v in zip(indices, *adam_update(*lists, numbers=chosen), strict=True):
+                new_thetas[i] = theta
+                new_ms[i] = encode_moment(_to_dtype_of(ms[i], m), True)
+                new_vs[i] = encode_moment(_to_dtype_of(vs[i], v), False)
+        mu, nu = unflatten_like(params, new_ms), unflatten_like(params, new_vs)
+        return unflatten_like(params, new_thetas), AdamState(mu, nu, t)
 
     return Optimizer(init, update)
 
 
-def _decay_mask(params: Tree, pattern: str | None) -> Tree:
-    """A tree of bools: whether a leaf has two dimensions or more and its whole path matches `pattern`."""
-    if pattern is None:
-        return tree_map(lambda x: False, params)
+def _leaves_of(params: Tree, *others: Tree) -> list[list[Any]]:
+    """The leaves of `params`, and what each of `others` has in their place: a tensor, or a moment's codes."""
+    rows: list[tuple[Any, ...]] = []
+    tree_map(lambda *xs: rows.append(xs), params, *others)
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _decay_mask(params: Tree, pattern: str) -> list[bool]:
+    """For each leaf whether it has two dimensions or more and its whole path matches `pattern`."""
     by_path = leaves(params)
     decayed = set(matching(pattern, [path for path, x in by_path.items() if x.ndim > 1]))
-    return unflatten_like(params, [path in decayed for path in by_path])
+    return [path in decayed for path in by_path]
 
 
-def _first_moment(m: Tensor, g: Tensor, beta: Number) -> Tensor:
-    return torch.lerp(m, g, (1 - beta).to(m.dtype) if isinstance(beta, Tensor) else 1 - beta)
-
-
-def _second_moment(v: Tensor, g: Tensor, beta: Number) -> Tensor:
-    if isinstance(beta, Tensor):
-        return (v * beta + (1 - beta) * g * g).to(v.dtype)
-    return torch.addcmul(v * beta, g, g, value=1 - beta)
+def _to_dtype_of(moment: Tensor | Moment8, x: Tensor) -> Tensor:
+    return x.to(moment.dtype) if isinstance(moment, Tensor) and moment.dtype != x.dtype else x
 
 
 def _decode_moment(moment: Tensor | Moment8) -> Tensor:
@@ -308,10 +306,13 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    return torch.stack([at_least_fp32(x).square().sum() for x in tree_leaves(tree)]).sum().sqrt()
+    return square_norm(tree_leaves(tree)).sqrt()
 
 
-def clip_by_global_norm(grads: Tree, norm: Float[Tensor, ""], max_norm: float) -> Tree:
-    """`grads`, whose global norm is `norm`, scaled down to a global norm of at most `max_norm`."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return tree_map(lambda g: g * scale, grads)
+def clip_factor(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
+    """What scales gradients of the global norm `norm` down to at most `max_norm`; 1 if they are within.
+
+    >>> clip_factor(torch.tensor(4.0), 1.0)
+    tensor(0.2500)
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -42,8 +42,9 @@ def fold_in(
     False
     """
     if isinstance(rng, Tensor) or isinstance(name, Tensor):
+        where = rng.device if isinstance(rng, Tensor) or not isinstance(name, Tensor) else name.device
         name = hash_name(name) if isinstance(name, str) else name
-        return _mix(_mix(seed_tensor(rng)) + name) & 0x7FFFFFFF
+        return _mix(_mix(seed_tensor(rng, where)) + name) & 0x7FFFFFFF
     digest = hashlib.blake2b(f"{rng.initial_seed()}/{name}".encode(), digest_size=8).digest()
     return torch.Generator(rng.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -56,15 +57,20 @@ def _mix(x: Int[Tensor, ""]) -> Int[Tensor, ""]:
     return x ^ (x >> 16)
 
 
-def seed_tensor(rng: torch.Generator | Int[Tensor, ""]) -> Int[Tensor, ""]:
+def seed_tensor(rng: torch.Generator | Int[Tensor, ""], device: torch.device | None = None) -> Int[Tensor, ""]:
     """The key as 31 bits in a tensor, which can be mapped over and changes without recompilation. A seed stays itself.
+
+    Args:
+        rng: A key or its seed.
+        device: Where the seed goes. None leaves a seed where it is, and puts that of a key on the CPU.
 
     >>> seed_tensor(key(0)).dtype
     torch.int64
     """
     if isinstance(rng, Tensor):
-        return rng
-    return torch.tensor(fold_in(rng, "seed").initial_seed() & 0x7FFFFFFF)
+        return rng if device is None else rng.to(device)
+    seed = fold_in(rng, "seed").initial_seed() & 0x7FFFFFFF
+    return torch.full((), seed, dtype=torch.int64, device=device)  # a kernel writes it there: nothing is copied
 
 
 def fold_in_seed(seed: Int[Tensor, ""], name: str) -> Int[Tensor, ""]:

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from fgpt.errors import InputError
+from fgpt.kernels import leaf_lists
+from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.losses import Batch
-from fgpt.optim import Optimizer, clip_by_global_norm, global_norm
+from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
-from fgpt.tree import node, tree_leaves, tree_map, unflatten_like
+from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
@@ -77,7 +79,8 @@ def init_state(trainable: Tree, optimizer: Optimizer) -> State:
     >>> init_state({"w": torch.zeros(2)}, fgpt.adamw(0.1)).step
     tensor(0)
     """
-    return State(trainable, optimizer.init(trainable), torch.zeros((), dtype=torch.int64))
+    step = torch.zeros((), dtype=torch.int64, device=device(trainable))
+    return State(trainable, optimizer.init(trainable), step)
 
 
 def value_and_grad_once(
@@ -136,6 +139,21 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tree_leaves(args))
 
 
+def _seed_on(where: torch.device, rng: Key, i: int) -> Int[Tensor, ""]:
+    """The seed of micro-batch i, on the device of what is trained.
+
+    Raises InputError in the capture of a CUDA graph, if the seed would be a constant there: each replay would draw one
+    and the same dropout.
+    """
+    if is_capturing() and not (isinstance(rng, Tensor) and rng.device == where):
+        raise InputError(
+            "the key of a step that a CUDA graph captures: expected a seed tensor on the device, which may change "
+            "between replays, such as fold_in(seed_tensor(key, device), state.step); got "
+            f"{'a seed on ' + str(rng.device) if isinstance(rng, Tensor) else 'a Generator'}"
+        )
+    return seed_tensor(fold_in(rng, i), where)
+
+
 def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0, compile: bool = False) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
 
@@ -187,15 +205,16 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
         return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
-        seeds = [None if rng is None else seed_tensor(fold_in(rng, i)) for i in range(len(batches))]
+        where = device(state.trainable)
+        seeds = [None if rng is None else _seed_on(where, rng, i) for i in range(len(batches))]
         grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
         for batch, seed in zip(batches[1:], seeds[1:], strict=True):
             more, (v, w) = gradient(state.trainable, frozen, batch, seed)
-            grads, value, weight = tree_map(torch.add, grads, more), value + v, weight + w
-        grads = tree_map(lambda g: g / weight, grads)
-        norm = global_norm(grads)
-        if max_norm is not None:
-            grads = clip_by_global_norm(grads, norm, max_norm)
+            total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
+            grads, value, weight = unflatten_like(grads, total), value + v, weight + w
+        norm = global_norm(grads) / weight
+        divisor = weight if max_norm is None else weight / clip_factor(norm, max_norm)
+        grads = unflatten_like(grads, leaf_lists.divide(tree_leaves(grads), divisor))
         trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return State(trainable, opt_state, state.step + 1), Metrics(value / weight, norm, weight)
 

@@ -106,6 +106,22 @@ def walk(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(child, f"{child_path}{separator}")
 
 
+def get_at(tree: Any, path: str) -> Any:
+    """The subtree at `path`; None if there is none. It descends to it, where `walk` visits the whole tree.
+
+    >>> get_at({"layers": [torch.ones(1)]}, "layers.0")
+    tensor([1.])
+    """
+    head, _, rest = path.partition(_separator(tree))
+    if type(tree) in _FIELDS:
+        child = vars(tree)[head] if head in _FIELDS[type(tree)][0] else None
+    elif isinstance(tree, tuple | list):
+        child = tree[int(head)] if head.isdecimal() and int(head) < len(tree) else None
+    else:
+        child = dict(children(tree)).get(head)
+    return get_at(child, rest) if rest and child is not None else child
+
+
 def _separator(tree: Any) -> str:
     """Between the name of a child of `tree` and the names below it."""
     return "/" if isinstance(tree, Mapping) and any("." in str(key) for key in tree) else "."

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code
+from fgpt.kernels.cuda_graphs import is_capturing
 
 BLOCK = 256
 SMALL = 1e-4
@@ -36,7 +37,15 @@ SMALL = 1e-4
 def quantize(
     x: Float[Tensor, "*shape"], signed: bool = True
 ) -> tuple[UInt8[Tensor, "*shape"], Float32[Tensor, " blocks"]]:
-    """The codes of `x` and the largest magnitude of each block; `signed=False` has finer codes for x >= 0."""
+    """The codes of `x` and the largest magnitude of each block; `signed=False` has finer codes for x >= 0.
+
+    Raises InputError in the capture of a CUDA graph: bitsandbytes' kernel takes no stream, so a graph would miss it.
+    """
+    if is_capturing():
+        raise InputError(
+            "quantization to 8 bits in the capture of a CUDA graph, which would leave it out: capture a step of "
+            "fgpt.adamw, or run adamw8bit outside of graphs"
+        )
     return _Quantize.apply(x.float(), dynamic_code(signed, x.device))  # pyright: ignore[reportReturnType]
 
 

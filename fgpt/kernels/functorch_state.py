@@ -70,6 +70,11 @@ def in_transform_or_compile() -> bool:
     return torch.compiler.is_compiling() or in_transform()
 
 
+def is_undisturbed(*operands: Tensor) -> bool:
+    """Whether plain torch computes a call and nothing more: no transform, no compiler, and no derivative."""
+    return not in_transform_or_compile() and not any(x.requires_grad for x in operands)
+
+
 def dual_outside_torch_func() -> bool:
     """Whether forward AD is on without torch.func.jvp: dual numbers made by hand, and linearize."""
     return not torch.compiler.is_compiling() and _dual() and functorch.TransformType.Jvp not in _kinds()

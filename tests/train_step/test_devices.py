@@ -1,5 +1,6 @@
 """No tensor is made on another device than the operands': everything runs on the meta device, where a CPU tensor that
-meets the others raises, and so does whatever reads a value.
+meets the others raises, and so does whatever reads a value. A number in a CPU tensor may meet them, but a CUDA graph
+would freeze it: a step is watched by `OneDevice`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import pytest
 import torch
 from builders import tiny
 from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
 from fgpt.generation import static_cache
@@ -54,6 +57,17 @@ def batch(segments: bool = True) -> Batch:
     return Batch(tokens, tokens.roll(1), weights, documents, weights.flatten().nonzero().flatten())
 
 
+class OneDevice(TorchDispatchMode):
+    """Raises if a tensor on the CPU meets one on another device or is copied there, and if a value is read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if len({x.device for x in tensors}) > 1 or func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError(f"{func}: {[(x.device.type, list(x.shape)) for x in tensors]}")
+        return out
+
+
 def is_on_meta(tree: Any) -> bool:
     return all(x.device.type == "meta" for x in leaves({"": tree}).values())
 
@@ -61,6 +75,44 @@ def is_on_meta(tree: Any) -> bool:
 def test_a_tensor_on_another_device_is_noticed():
     with pytest.raises((RuntimeError, NotImplementedError)):
         fgpt.dense(fgpt.Adapted(torch.ones(2, 2, device="meta"), torch.ones(1, 2), torch.ones(2, 1)))
+
+
+def test_a_number_on_another_device_is_noticed():
+    leaf, cpu = torch.ones(2, device="meta"), torch.ones(())
+    for mixed in (lambda: leaf * cpu, lambda: cpu.to("meta"), lambda: leaf.copy_(cpu), lambda: cpu.item()):
+        with OneDevice(), pytest.raises(AssertionError):
+            mixed()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_no_value(name: str):
+    """With values there: what the meta device would refuse."""
+    params = params_of("fp32")
+    optimizer = OPTIMIZERS[name](cosine_schedule(1e-3, 10))
+    step = fgpt.make_step(lambda a, p, b, seed: nll(fgpt.adapt(p, a, rng=seed), b), optimizer)
+    state = fgpt.init_state(ADAPTERS["LoRA with dropout"](params), optimizer)
+    with OneDevice():
+        step(state, params, [batch(), batch()], fgpt.seed_tensor(fgpt.key(3)))
+
+
+def test_the_key_of_a_captured_step_is_a_tensor_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    """A graph would repeat a Generator's mask, and 8-bit moments would be left out of it."""
+    params = params_of("fp32")
+    state = {name: fgpt.init_state(meta(ADAPTERS["LoRA"](params)), make(1e-3)) for name, make in OPTIMIZERS.items()}
+
+    def step(name: str, rng: Any) -> Any:
+        make = fgpt.make_step(lambda a, p, b, seed: nll(fgpt.adapt(p, a, rng=seed), b), OPTIMIZERS[name](1e-3))
+        return make(state[name], meta(params), [meta(batch())], rng)
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with pytest.raises(fgpt.InputError, match=r"a seed tensor on the device.*got a Generator"):
+        step("adamw", fgpt.key(0))
+    with pytest.raises(fgpt.InputError, match=r"a seed tensor on the device.*got a seed on cpu"):
+        step("adamw", fgpt.seed_tensor(fgpt.key(0)))
+    assert is_on_meta(step("adamw", meta(fgpt.seed_tensor(fgpt.key(0)))))
+    with pytest.raises(fgpt.InputError, match="quantization to 8 bits in the capture of a CUDA graph"):
+        step("adamw8bit", None)
 
 
 def cases() -> Iterator[tuple[str, str, bool, str]]:
@@ -81,10 +133,13 @@ def test_steps(base: str, kind: str, remat: bool, optimizer_name: str):
     optimizer = OPTIMIZERS[optimizer_name](cosine_schedule(1e-3, 10, warmup_steps=2), weight_decay=0.01)
     step = fgpt.make_step(lambda a, p, b, seed: nll(fgpt.adapt(p, a, rng=seed), b, remat), optimizer)
     state = fgpt.init_state(meta(ADAPTERS[kind](params)), optimizer)
-    for _ in range(2):
-        state, _ = step(state, meta(params), [meta(batch()), meta(batch())], fgpt.key(3))
-    assert is_on_meta(state.trainable)
-    assert is_on_meta([state.opt_state.mu, state.opt_state.nu])
+    frozen, micro_batches, seed = meta(params), [meta(batch()), meta(batch())], meta(fgpt.seed_tensor(fgpt.key(3)))
+    assert is_on_meta(state)
+    with OneDevice():
+        for rng in (fgpt.key(3), fgpt.fold_in(seed, state.step), fgpt.fold_in(fgpt.key(3), state.step)):
+            state, metrics = step(state, frozen, micro_batches, rng)
+    assert is_on_meta(state)
+    assert is_on_meta(metrics)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

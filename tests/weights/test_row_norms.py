@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 import fgpt
+from fgpt.kernels import row_norms as base_rows
 from fgpt.model import Linear
 from fgpt.tree import leaves, tree_map
 from fgpt.weights import row_norms
@@ -100,3 +101,20 @@ def test_doras_gradient_takes_the_norm_as_a_constant(kind: str):
     second = leaves(jvp(grad(ours), (adapters,), (along,))[1]).values()
     for g, e in zip(second, jvp(grad(with_constant_norm, argnums=(0, 1, 2)), at, ones)[1], strict=True):
         assert_near(g, e)
+
+
+def test_off_the_cpu_a_matrix_is_one_chunk(monkeypatch: pytest.MonkeyPatch):
+    """There each chunk costs launches; on a CPU it is one of 256 rows."""
+    shapes: list[tuple[int, ...]] = []
+    reference = base_rows.reference
+
+    def record(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        shapes.append(tuple(w.shape))
+        return reference(w, a)
+
+    monkeypatch.setattr(base_rows, "reference", record)
+    for device, chunks in (("meta", [(512, 1024)]), ("cpu", [(256, 1024)] * 2)):
+        shapes.clear()
+        w, a = torch.ones(512, 1024, dtype=torch.bfloat16, device=device), torch.ones(8, 1024, device=device)
+        base_rows.row_sq_and_cross(w, a)
+        assert shapes == chunks

@@ -27,11 +27,12 @@ from experiments.bench.gpu.measure import (
 )
 from experiments.bench.gpu.report import Report
 from fgpt.kernels import cross_entropy
+from fgpt.kernels.dropout import dropout_mask
 from fgpt.losses import Batch, nll
 from fgpt.model import forward
 from fgpt.optim import cosine_schedule
 from fgpt.train_step import value_and_grad_once
-from fgpt.tree import astype
+from fgpt.tree import astype, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def lora_steps(report: Report, tiny: bool) -> None:
         measure(report, compiled)
         if DEVICE.type == "cuda" and report.seconds_left > 60:
             cuda_graph(report, short, batch(8))
+    step_replays(report, short, batch(2))
 
 
 def loss(adapters: Any, params: Any, batch: Batch, seed: Tensor | None, remat: bool = False) -> tuple[Tensor, Tensor]:
@@ -141,19 +143,67 @@ def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
     print(averages.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=70), flush=True)
 
 
-def cuda_graph(report: Report, base: fgpt.GPT, batch: Batch) -> None:
-    """The gradient as one CUDA graph, against the same launched kernel by kernel: what launches cost."""
-    adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
+def capture(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A function that computes `call()` again, from what its tensors hold then, and the result that it writes into. On
+    CUDA it is a graph; on a CPU the same is done by a call and a copy.
+    """
+    if DEVICE.type != "cuda":
+        result = call()
+        return lambda: assign(result, call()), result
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            value_and_grad_once(loss, adapters, base, batch, None)
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, _ = value_and_grad_once(loss, adapters, base, batch, None)
-    seconds = median_seconds(graph.replay)
+        result = call()
+    return graph.replay, result
+
+
+def assign(to: Any, new: Any) -> None:
+    """Copy the leaves of a tree into those of another."""
+    for x, y in zip(tree_leaves(to), tree_leaves(new), strict=True):
+        x.copy_(y)
+
+
+def cuda_graph(report: Report, base: fgpt.GPT, batch: Batch) -> None:
+    """The gradient as one CUDA graph, against the same launched kernel by kernel: what launches cost."""
+    adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
+    replay, (gradient, _) = capture(lambda: value_and_grad_once(loss, adapters, base, batch, None))
+    seconds = median_seconds(replay)
     expected, _ = value_and_grad_once(loss, adapters, base, batch, None)
-    values = {"ms": round(1e3 * seconds, 1), "relative error": f"{relative_error(captured, expected):.1e}"}
+    values = {"ms": round(1e3 * seconds, 1), "relative error": f"{relative_error(gradient, expected):.1e}"}
     report.add("LoRA step", "the gradient as a CUDA graph", values)
+
+
+def step_replays(report: Report, base: fgpt.GPT, batch: Batch) -> None:
+    """Whole steps as a CUDA graph, optimizer included: its rate and its dropout must differ from replay to replay, and
+    what it trains must be what steps launched kernel by kernel train.
+    """
+    schedule = cosine_schedule(1e-3, 10, warmup_steps=5)
+    optimizer, seed = fgpt.adamw(schedule), fgpt.seed_tensor(fgpt.key(3), DEVICE)
+    step = fgpt.make_step(loss, optimizer)
+    adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET, dropout=0.1)
+
+    def advance(state: fgpt.State) -> tuple[fgpt.State, Tensor, Tensor]:
+        key = fgpt.fold_in(seed, state.step)
+        return step(state, base, [batch], key)[0], schedule(state.step), dropout_mask(key, 64, 64, 0.5)
+
+    expected = fgpt.init_state(adapters, optimizer)
+    current = tree_map(torch.clone, expected)
+    replay, (after, rate, mask) = capture(lambda: advance(current))
+    rates: list[float] = []
+    masks: list[Tensor] = []
+    for _ in range(3):
+        replay()
+        rates.append(float(rate))
+        masks.append(mask.clone())
+        assign(current, after)
+        expected, *_ = advance(expected)
+    differ = len(set(rates)) == 3 and not any(masks[0].equal(other) for other in masks[1:])
+    values: dict[str, Any] = {"rates and masks differ": differ, "steps": int(current.step)}
+    values["relative error of the adapters"] = f"{relative_error(current.trainable, expected.trainable):.1e}"
+    values["ms"] = round(1e3 * median_seconds(replay, 5), 1)
+    report.add("LoRA step", "3 replays of a captured step", values)
