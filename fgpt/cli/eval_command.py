@@ -21,7 +21,7 @@ from fgpt.cli.options import parse
 from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.build import load_base
-from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.hashes import content_hash
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import window_and_stride
 from fgpt.io import models
