@@ -24,6 +24,9 @@ def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, ta
         double_quant: Quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
         target: A regular expression; layers whose whole path matches it are quantized.
 
+    It runs on the device of `params`. Codes made on a GPU are those made on a CPU but for elements that lie, to rounding,
+    halfway between two codes.
+
     Raises:
         InputError: if `target` matches nothing, or a weight that is adapted, quantized already, or has rows that do
             not divide into blocks.

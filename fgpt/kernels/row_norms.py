@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.quantized_linear import Quantized, dequantize, slice_rows
 
 CHUNK = 1 << 18
-"""Elements of the matrix expanded at once: 1 MB of fp32."""
+"""Elements of the matrix expanded at once on a CPU: 1 MB of fp32."""
 
 
 def reference(
@@ -34,7 +35,7 @@ def row_sq_and_cross(
     if isinstance(w, Tensor) and w.dtype == a.dtype:
         return reference(w, a)
     out, inp = w.shape
-    step = max(1, CHUNK // inp)
+    step = max(1, chunk_size(a.device, CHUNK) // inp)
     chunks = [reference(_rows(w, slice(i, i + step), a.dtype), a) for i in range(0, out, step)]
     return torch.cat([squares for squares, _ in chunks]), torch.cat([cross for _, cross in chunks])
 
