@@ -226,7 +226,8 @@ def sample(logits: Logits, keys: Sequence[torch.Generator] | None) -> Int[Tensor
 
         token = the first with  p_1 + .. + p_token > u (p_1 + .. + p_vocab),   u = uniform(key)
 
-    A function of the row's logits and key alone, the same on every device. A key is never advanced, so each step needs
+    A function of the row's logits and key alone, and the draw is the same on every device; devices sum softmax in other
+    orders, so that a draw within rounding of the border of two tokens may fall on either. A key is never advanced, so each step needs
     a new one: `fold_in(key, step)`. A token at -inf is never chosen. Sums are in fp64 and u has 53 bits: no token's
     probability is off by more than the rounding of an fp32 softmax.
 

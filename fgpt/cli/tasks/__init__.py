@@ -14,6 +14,7 @@ from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
+from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.data.prompt_templates import Example
 from fgpt.model import GPT
 from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
@@ -110,6 +111,7 @@ def build_task(recipe: AnyRecipe) -> Task:
 
     Raises InputError for bad input.
     """
+    use_determinism(recipe)
     return task_type(recipe).build(recipe)
 
 
