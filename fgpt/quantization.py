@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 
 def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, target: str = r"blocks\..*") -> T:
-    r"""`params` with the weights of some layers quantized to 4 or 8 bits.
+    r"""`params` with the weights of some layers quantized to 4 or 8 bits, on the device that they are on. Two devices
+    give the same codes, but for elements that lie to rounding halfway between two.
 
     Args:
         params: A plain params tree; adapt it after quantization.
@@ -23,9 +24,6 @@ def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, ta
             int8 matmul: on a CPU with 8-bit dot products the fastest of all.
         double_quant: Quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
         target: A regular expression; layers whose whole path matches it are quantized.
-
-    It runs on the device of `params`. Codes made on a GPU are those made on a CPU but for elements that lie, to rounding,
-    halfway between two codes.
 
     Raises:
         InputError: if `target` matches nothing, or a weight that is adapted, quantized already, or has rows that do

@@ -45,8 +45,8 @@ IN_BF16 = (torch.float32, torch.bfloat16)
 """The dtypes whose int8 derivatives are then computed in bf16: other dtypes have more digits."""
 
 CHUNK = 1 << 16
-"""Elements quantized to 4 bits at once on a CPU: bitsandbytes' operator there needs 25 bytes for each, and is several times
-faster if they fit a cache."""
+"""Elements quantized to 4 bits at once on a CPU: bitsandbytes' operator there needs 25 bytes for each, and is several
+times faster if they fit a cache."""
 
 Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
 

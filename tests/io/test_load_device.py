@@ -1,5 +1,5 @@
-"""`load(.., device=)`: each tensor is moved as soon as it is read, and quantized where it then is. The meta device stands
-for a GPU: it has shapes and bytes, and an operation that mixes it with a CPU tensor raises.
+"""`load(.., device=)`: each tensor is moved as soon as it is read, and quantized where it then is. The meta device
+stands for a GPU: it has shapes and bytes, and an operation that mixes it with a CPU tensor raises.
 """
 
 from dataclasses import replace

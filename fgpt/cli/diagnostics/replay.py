@@ -43,7 +43,9 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     console.print(table)
     tolerance = rounding(job.recipe, resolve_device(job.recipe.device))
     if tolerance:
-        console.print(f"compared up to rounding, {tolerance:g} of each value: a GPU adds in any order without --deterministic")
+        console.print(
+            f"compared up to rounding, {tolerance:g} of each value: a GPU adds in any order without --deterministic"
+        )
     if names := differing(logged, replayed, tolerance):
         raise InputError(
             f"step {step} differs from the log ({', '.join(names)}): are the machine, the number of threads and "

@@ -133,8 +133,8 @@ def run_recipe(recipe: AnyRecipe, resumed: Path | None = None) -> Path:
 def run_task(task: Task, resumed: Path | None = None) -> Path:
     """`run_recipe` for a task that is already built.
 
-    Raises KeyboardInterrupt after saving what was trained so far, if the training was interrupted; and InputError before
-    anything is saved, if what was trained is not finite.
+    Raises KeyboardInterrupt after saving what was trained so far, if the training was interrupted; and InputError
+    before anything is saved, if what was trained is not finite.
     """
     recipe, job = task.recipe, task.job
     with run_dir.open_run_dir(recipe, job.steps, resumed) as out:

@@ -196,9 +196,7 @@ class PretrainingTask:
             fingerprint=fingerprint(recipe, params, tokenizer, source, training_rows=tokens, heldout_rows=heldout),
             initial_state=InitialState(init_state(params, optimizer)),
             tokenizer=tokenizer,
-            heldout_loss=lambda p: heldout_perplexity(
-                cast(p, dtype), tokenizer, heldout, recipe.micro_batch_size
-            ).loss,
+            heldout_loss=lambda p: heldout_perplexity(cast(p, dtype), tokenizer, heldout, recipe.micro_batch_size).loss,
             mfu=lambda tokens_per_second: tokens_per_second * flops_per_token / peak_flops,
         )
         return cls(recipe, job, heldout, packaged or recipe.tokenizer)

@@ -28,7 +28,6 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import leaves, matches, replace_at
 
-
 QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
 """What is quantized after q, k and v are fused, and what while it is read."""
 

@@ -1,8 +1,8 @@
 """Hashes of what a training reads: trees, rows, texts and files.
 
 A training compares the hashes of its inputs with those of its checkpoints at each start, and a base may have 16 GB.
-xxh3 reads 21 GB/s where SHA-256 reads 1.2 (one core of an AMD EPYC): it notices every change, but is no protection against somebody
-who forges an equal hash. Names in files that say sha256 keep SHA-256.
+xxh3 reads 21 GB/s where SHA-256 reads 1.2 (one core of an AMD EPYC): it notices every change, but is no protection
+against somebody who forges an equal hash. What files call sha256 stays SHA-256.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
 
 
 def _feed_examples(digest: Any, examples: Sequence[Example]) -> None:
-    """Feed all lengths and fields, then all tokens at once: a tensor for each example would take a second for 20,000."""
+    """Feed all lengths and fields, then all tokens at once: a tensor for each of 20,000 examples takes 0.8 s."""
     fields = [f"{len(x.tokens)} {x.prompt_length} {x.label} {x.weight}" for x in examples]
     _feed_text(digest, "\n".join(fields))
     tokens = itertools.chain.from_iterable(x.tokens for x in examples)

@@ -7,8 +7,8 @@ table. Each multiplies and adds once forward and twice backward. The other term 
 with v over full rows of `seq`, as the source counts it, though the causal mask makes half of that unnecessary.
 Recomputation, clipping and averaging do not count.
 
-The peak is either given or measured: the fastest of several large products in the training's dtype on this machine, with torch's threads,
-since other processes may run beside them.
+The peak is either given or measured: the fastest of several large products in the training's dtype on this machine,
+with torch's threads, since other processes may run beside them.
 
 Source: Chowdhery et al. 2022 (PaLM), appendix B.
 """

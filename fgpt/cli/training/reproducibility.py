@@ -18,8 +18,8 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 A step differs by some roundings, and AdamW passes them on: it divides each gradient by its own size, so that rounding
 decides where a parameter goes whose gradient is near zero. Noise of 1e-6 in every gradient of lora-nano changed the
-gradient norm by 2e-6 of it within 60 steps in float32, noise of 1e-3 by 3e-3 within 12 in bfloat16; what is compared may
-be hundreds of steps after the checkpoint that it is computed from. Other rows change a loss by a tenth.
+gradient norm by 2e-6 of it within 60 steps in float32, noise of 1e-3 by 3e-3 within 12 in bfloat16; what is compared
+may be hundreds of steps after the checkpoint that it is computed from. Other rows change a loss by a tenth.
 """
 CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """cuBLAS adds in a fixed order with one of these alone, and reads it when CUDA starts."""

@@ -72,9 +72,7 @@ def test_a_replay_on_a_cpu_is_compared_bit_by_bit(
 
 
 @pytest.mark.parametrize(("tolerance", "told"), [(0.0, True), (1e-3, False)])
-def test_a_step_that_is_taken_again(
-    tolerance: float, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_step_that_is_taken_again(tolerance: float, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line: dict[str, Any] = {"step": 2, "loss": 2.0, "grad_norm": 0.5}
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(line) + "\n")

@@ -141,7 +141,7 @@ def test_the_hub_away_says_so_at_once(tmp_path: Path):
         assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the state that is left
+# ----------------------------------------------------------------------------------------------- the state that is left
 
 
 @pytest.mark.parametrize(
