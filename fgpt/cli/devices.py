@@ -26,9 +26,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _avoid_plans() -> None:
-    """Turn cuDNN's attention off, for this process: it builds a plan for each new shape, which takes far longer than the
-    attention. Decoding has one more key with each token, and batches of evaluation and packed rows have any width. Flash
-    and memory-efficient attention take every shape as it is.
+    """Turn cuDNN's attention off, for this process: it builds a plan for each new shape, which takes far longer than
+    the attention. Decoding has one more key with each token, and batches of evaluation and packed rows have any width.
+    Flash and memory-efficient attention take every shape as it is.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
