@@ -5,7 +5,17 @@ import sys
 from fgpt.errors import InputError
 from fgpt.extras import require_extra
 
-PACKAGES = ("docstring_parser", "filelock", "matplotlib", "rich", "rouge_score", "sklearn", "tensorboard", "tyro")
+PACKAGES = (
+    "docstring_parser",
+    "filelock",
+    "matplotlib",
+    "rich",
+    "rouge_score",
+    "sklearn",
+    "tensorboard",
+    "tyro",
+    "xxhash",
+)
 """What `fgpt.cli` imports and `import fgpt` does not."""
 
 

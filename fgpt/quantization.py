@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 
 def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, target: str = r"blocks\..*") -> T:
-    r"""`params` with the weights of some layers quantized to 4 or 8 bits.
+    r"""`params` with the weights of some layers quantized to 4 or 8 bits, on the device that they are on. Two devices
+    give the same codes, but for elements that lie to rounding halfway between two.
 
     Args:
         params: A plain params tree; adapt it after quantization.

@@ -10,7 +10,7 @@ merge               merged weights give the same logits
 accumulation        micro-batches add up to their union
 gradient flow       every trained leaf has a gradient
 first step          and moves in the first update
-determinism         the same step gives the same bits
+determinism         the same step gives the same bits, or on a GPU the same up to rounding
 save and load       files give back the same bits
 frozen base         nothing is changed in place
 """

@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from fgpt.cli import results, run_dir
 from fgpt.cli.console import answers, console, show_progress
+from fgpt.cli.devices import resolve_device
 from fgpt.cli.evaluation import lm_eval_tasks
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.text import text_metrics
@@ -21,7 +22,7 @@ from fgpt.cli.options import parse
 from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.build import load_base
-from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.hashes import content_hash
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import window_and_stride
 from fgpt.io import models
@@ -29,7 +30,6 @@ from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 from fgpt.recipes import InstructionRecipe
-from fgpt.tree import tree_map
 
 NAME = Path(run_dir.EVAL).stem
 
@@ -197,9 +197,9 @@ def load(model: EvaluatedModel) -> GPT:
     """A run's model as it was trained, or a base in fp32, on the available device."""
     if model.recipe is not None and model.folder is not None:
         return run_dir.load_tuned(model.folder, load_base(model.recipe))
-    device = run_dir.resolve_device("auto")
+    device = resolve_device("auto")
     with show_progress(f"loading {model.base}"):
-        return tree_map(lambda x: x.to(device), models.load(model.base))
+        return models.load(model.base, device=device)
 
 
 # -------------------------------------------------------------------------------------------------------- the results

@@ -53,7 +53,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
     with atomic_dir(out / folder_name) as partial:
         models.save(merged_params, partial, like=recipe.base, labels=task.class_names(recipe))
-        stored = tree_map(lambda x: x.to(target), models.load(str(partial), None))
+        stored = models.load(str(partial), None, device=target)
         for source, params in (("in memory", merged_params), ("read back", stored)):
             difference = compare_outputs(trained, params, batch)
             logit, nll = float(difference.logit), float(difference.nll)

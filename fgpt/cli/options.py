@@ -27,7 +27,7 @@ GROUPS = {
         "betas seed"
     ),
     "model": "adapter tune_also quantize n_layer n_head d_model vocab biases",
-    "speed": "device dtype remat compile peak_tflops",
+    "speed": "device dtype deterministic remat compile peak_tflops",
     "run": (
         "name out eval_every keep_best checkpoint_every_minutes keep_checkpoints tracker compare_prompts max_new_tokens"
     ),

@@ -14,7 +14,7 @@ from typing import Any
 
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.run_dir import METRICS
-from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.hashes import content_hash
 from fgpt.errors import InputError
 from fgpt.io.files import read_json
 

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from filelock import FileLock, Timeout
 
 from fgpt.adapter_types import Adapters
@@ -41,7 +40,7 @@ from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
 from fgpt.recipes import RECIPES, AnyRecipe, InstructionRecipe, TrainingRecipe
-from fgpt.tree import device, leaves, tree_map
+from fgpt.tree import device, leaves
 from fgpt.weights import dtype
 
 R = TypeVar("R", bound=TrainingRecipe)
@@ -286,23 +285,10 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path
 def load_tuned(folder: Path, base: GPT) -> GPT:
     """The tuned model of a run, on the device and in the dtype of `base`, the base that it was trained on."""
     if (folder / MODEL).is_dir():
-        tuned, target = load(str(folder / MODEL), dtype(base.wte.w)), device(base)
-        return tree_map(lambda x: x.to(target), tuned)
+        return load(str(folder / MODEL), dtype(base.wte.w), device=device(base))
     if (folder / ADAPTER / ADAPTERS).is_file():
         return adapt(base, load_adapters(folder / ADAPTER / ADAPTERS, base))
     return adapt(base, load_peft(folder / ADAPTER, base))
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" takes CUDA if there is one. Raises InputError if it cannot be used."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        raise InputError(
-            f"device {name!r} cannot be used ({str(err).splitlines()[0]}); leave --device out, or give cpu"
-        ) from None
-    return device
 
 
 def is_training(folder: Path) -> bool:

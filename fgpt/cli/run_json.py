@@ -23,6 +23,8 @@ from fgpt.recipes import KINDS, AnyRecipe, TrainingRecipe
 RUN = "run.json"
 VERSION = 1
 """Of the format: raised if an older fgpt would misread what a newer one writes."""
+DTYPE_BEFORE = "float32"
+"""Of a pretraining that records none: there was no other. What the default is now may be another on this machine."""
 HEADER = ("kind", "version")
 """The entries that are no fields of the recipe."""
 
@@ -77,7 +79,7 @@ def read_run(folder: Path) -> AnyRecipe:
         raise InputError(f"{path}: expected a recipe, got {short_repr(values)}")
     values = upgrade(values)
     recipe = recipe_class(path, values)
-    fields = with_full_paths(folder, recipe_fields(values))
+    fields = {"dtype": DTYPE_BEFORE} | with_full_paths(folder, recipe_fields(values))
     try:
         run = _from_json(recipe, fields)
         ranges.check(run)

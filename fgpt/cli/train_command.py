@@ -92,6 +92,8 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         folder = run_dir.find_unfinished(name, _out_option(options))
     started = run_dir.read_run(folder)
     run = parse(type(started), options, started, command)
+    if run.dtype == "auto":
+        run = dataclasses.replace(run, dtype=started.dtype)
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
         if before != now and field.name not in MUTABLE_OPTIONS:

@@ -226,9 +226,10 @@ def sample(logits: Logits, keys: Sequence[torch.Generator] | None) -> Int[Tensor
 
         token = the first with  p_1 + .. + p_token > u (p_1 + .. + p_vocab),   u = uniform(key)
 
-    A function of the row's logits and key alone, the same on every device. A key is never advanced, so each step needs
-    a new one: `fold_in(key, step)`. A token at -inf is never chosen. Sums are in fp64 and u has 53 bits: no token's
-    probability is off by more than the rounding of an fp32 softmax.
+    A function of the row's logits and key alone. u is the same on every device, and so is the token, to rounding: each
+    device adds up the softmax in its own order, so that a u at the border of two tokens may fall on either. A key is
+    never advanced, so each step needs a new one: `fold_in(key, step)`. A token at -inf is never chosen. Sums are in
+    fp64 and u has 53 bits: no token's probability is off by more than the rounding of an fp32 softmax.
 
     Raises InputError for a row without a token that may come next, for NaN, and unless there is one key for each row.
 

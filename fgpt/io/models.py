@@ -1,8 +1,9 @@
 """Models in Hugging Face's layout, a folder with `config.json` and `model.safetensors` or its shards: local, cached, or
 on the hub; and models in one GGUF file.
 
-A tensor is read, cast or quantized, and put in its place before the next is read: loading a model takes the memory that
-its weights take, and that of its largest tensor.
+A tensor is read, moved to its device, cast or quantized there, and put in its place before the next is read: loading a
+model takes the memory that its weights take, and that of its largest tensor, on the device; and on the host the largest
+tensor's alone.
 
 A model whose weights are quantized has no place in that layout. We write it as a tree, `fgpt.safetensors`, a name that
 other libraries do not look for: they say that there are no weights, instead of filling `model.safetensors` up with
@@ -40,7 +41,7 @@ from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON, TiktokenTokenizer
-from fgpt.tree import astype, replace_at, select, walk
+from fgpt.tree import astype, replace_at, select, tree_map, walk
 from fgpt.weights import dtype as weight_dtype
 
 CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
@@ -227,11 +228,12 @@ def load(
     quantize: Format | None = None,
     double_quant: bool = True,
     target: str = r"blocks\..*",
+    device: torch.device | str = "cpu",
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
     keeps what the file has. Quantized weights keep their codes and scales, and stand for elements of `dtype`.
 
-    `quantize` quantizes as `fgpt.quantize` does, to the bit, but each matrix as soon as it is read.
+    `quantize` quantizes as `fgpt.quantize` does, to the bit on the same device, but each matrix as soon as it is read.
 
     A model that transformers has saved with bitsandbytes' 4 or 8 bits keeps them; its q, k and v are one if a block
     of scales lies across two of them (see `families.mapping.from_hf`).
@@ -242,6 +244,7 @@ def load(
         quantize: "nf4" or another format of `fgpt.quantize`, or None to keep the weights as they are.
         double_quant: Whether the scales of 4-bit blocks are quantized too.
         target: Regular expression; the layers whose whole path it matches are quantized.
+        device: Where the params are; each tensor is moved there as soon as it is read, then cast or quantized.
 
     Raises:
         InputError: if there is no such model, or it is not a whole model of a known architecture.
@@ -250,13 +253,16 @@ def load(
     >>> params = fgpt.load("nano")
     >>> fgpt.apply(params, torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, params.cfg.vocab_size)
     True
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+    >>> fgpt.load("nano", torch.bfloat16, quantize="nf4", device=device).wte.w.dtype
+    torch.bfloat16
     """
     source = _open(resolve(name))
     cfg, dtype = _config(source), dtype or _dtype_of_config(source.config)
     if (source.path / TREE).exists():
         if quantize:
             raise InputError(f"{source.path / TREE} is quantized already: load it as it is")
-        params = _read_tree(source.path, cfg)
+        params = tree_map(lambda x: x.to(device), _read_tree(source.path, cfg))
         return params if dtype is None else _cast(params, dtype)
     family, (file, tensors) = families.family_from_config(source.config), _tensors(source)
     score = tensors.pop(mapping.SCORE, None)
@@ -267,14 +273,17 @@ def load(
     except InputError as err:
         raise InputError(f"{file}: {err}") from None
 
+    def move(tensor: mapping.LazyTensor) -> mapping.LazyTensor:
+        return dataclasses.replace(tensor, read=lambda: tree_map(lambda x: x.to(device), tensor.read()))
+
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
         layer = leaf.removesuffix(".w")
         return quantized(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
 
     try:
-        params = mapping.from_hf(parameters, cfg, family, place)
-        params = params if score is None else classifiers.with_head(params, score.read(), place)
+        params = mapping.from_hf({name: move(x) for name, x in parameters.items()}, cfg, family, place)
+        params = params if score is None else classifiers.with_head(params, move(score).read(), place)
     except InputError as err:
         raise InputError(f"{file}: {err}") from None
     return params if dtype is None else _cast(params, dtype)

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
+from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.tree import node, static
 
@@ -44,8 +45,8 @@ IN_BF16 = (torch.float32, torch.bfloat16)
 """The dtypes whose int8 derivatives are then computed in bf16: other dtypes have more digits."""
 
 CHUNK = 1 << 16
-"""Elements quantized to 4 bits at once: bitsandbytes' operator on a CPU needs 25 bytes for each, and is several times
-faster if they fit a cache."""
+"""Elements quantized to 4 bits at once on a CPU: bitsandbytes' operator there needs 25 bytes for each, and is several
+times faster if they fit a cache."""
 
 Format: TypeAlias = Literal["nf4", "fp4", "int8", "blockwise8"]
 
@@ -120,7 +121,7 @@ def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool =
     from bitsandbytes.functional import get_4bit_type
 
     code: Any = get_4bit_type(to, device=w.device)
-    step = max(1, CHUNK // w.shape[1])
+    step = max(1, chunk_size(w.device, CHUNK) // w.shape[1])
     chunks: list[Any] = []
     for rows in w.split(step):
         chunks.append(torch.ops.bitsandbytes.quantize_4bit(rows.float().contiguous(), BLOCK, to, torch.uint8))

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.quantized_linear import Quantized, dequantize, slice_rows
 
-CHUNK, CHUNK_OFF_CPU = 1 << 18, 1 << 24
-"""Elements of the matrix expanded at once: 1 MB of fp32, which stays in a CPU's cache; 64 MB elsewhere, where every
-chunk costs four launches.
-"""
+CHUNK = 1 << 18
+"""Elements of the matrix expanded at once on a CPU: 1 MB of fp32."""
 
 
 def reference(
@@ -36,7 +35,7 @@ def row_sq_and_cross(
     if isinstance(w, Tensor) and w.dtype == a.dtype:
         return reference(w, a)
     out, inp = w.shape
-    step = max(1, (CHUNK if a.device.type == "cpu" else CHUNK_OFF_CPU) // inp)
+    step = max(1, chunk_size(a.device, CHUNK) // inp)
     if step >= out:
         return reference(_rows(w, slice(None), a.dtype), a)
     chunks = [reference(_rows(w, slice(i, i + step), a.dtype), a) for i in range(0, out, step)]

@@ -157,7 +157,7 @@ def hate_gptj_all() -> ClassificationRecipe:
 def _smollm2(run: ClassificationRecipe) -> ClassificationRecipe:
     """A GPT-J recipe on a base that needs no quantization."""
     name = run.name.replace("gptj", "smollm2")
-    return replace(run, name=name, base="smollm2", quantize=None, remat=False, dtype="float32")
+    return replace(run, name=name, base="smollm2", quantize=None, remat=False, dtype="auto")
 
 
 def hate_smollm2_lora() -> ClassificationRecipe:

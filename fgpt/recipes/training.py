@@ -30,6 +30,12 @@ class TrainingRecipe:
     """Log the metrics there too; a TensorBoard log is always written."""
     device: str = "auto"
     """auto takes cuda if there is one, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the activations and of a frozen base; what is trained and the optimizer's state are float32. auto takes
+    bfloat16 on a GPU that multiplies it, else float32, and the run records which it took. float32 is never TF32."""
+    deterministic: bool = False
+    """Give equal bits for equal steps on a GPU too, where sums are otherwise added in any order; it costs speed. On a
+    CPU it changes nothing: equal steps give equal bits there."""
     seed: Seed = 0
     """Of initialization, the order of examples and dropout."""
     out: Path = Path("runs")

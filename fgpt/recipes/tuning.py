@@ -85,8 +85,6 @@ class FineTuningRecipe(TrainingRecipe):
     """Sequences in a micro-batch."""
     grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an optimizer step."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen base and the activations; adapters and optimizer state are float32."""
 
     @property
     def peak_lr(self) -> float:

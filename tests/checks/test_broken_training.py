@@ -9,7 +9,7 @@ import torch
 from builders.checks import METHODS, PACKED, Patch, doctor_batch, doctor_model, failed_checks, faulty_checks
 
 import fgpt
-from fgpt.tree import astype
+from fgpt.tree import astype, tree_map
 from fgpt.weights import Adapted
 
 
@@ -90,6 +90,30 @@ def test_a_step_that_draws_from_somewhere_else(patch: Patch):
 
     patch("fgpt.checks.context", "nll", drifting)
     assert faulty_checks() == {"determinism"}
+
+
+@pytest.mark.parametrize(("noise", "faults"), [(2e-7, set()), (1e-3, {"determinism"}), (float("nan"), {"determinism"})])
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_where_sums_have_no_order_a_step_is_compared_up_to_rounding(
+    patch: Patch, base: str, noise: float, faults: set[str]
+):
+    """As on a GPU: the second gradient differs from the first by rounding, or by more."""
+    count = itertools.count()
+
+    def drifting(make_step: Any) -> Any:
+        def make_noisy(loss: Any, optimizer: Any, **options: Any) -> Any:
+            def update(grads: Any, state: Any, params: Any) -> Any:
+                i = next(count) if optimizer.update.__module__ == "fgpt.optim" else 0
+                noisy = tree_map(lambda x: x + i * noise * x.norm() * torch.ones_like(x), grads)
+                return optimizer.update(noisy if i else grads, state, params)
+
+            return make_step(loss, fgpt.Optimizer(optimizer.init, update), **options)
+
+        return make_noisy
+
+    patch("fgpt.checks.context", "make_step", drifting)
+    patch("fgpt.checks.training", "bitwise_reproducible", lambda reproducible: lambda device: False)
+    assert faulty_checks(base=base) == faults
 
 
 def test_a_file_that_rounds(patch: Patch):

@@ -148,6 +148,7 @@ PROVOKED: dict[str, Callable[[Bench], int]] = {
     ),
     "cannot be used": lambda bench: bench.train("--device", "cuda:77"),
     "the loss became": lambda bench: bench.train("--lr", "1e30", "--warmup-steps", "1", "--steps", "40"),
+    "are not finite: nothing is saved": lambda bench: bench.train("--lr", "1e40", "--steps", "1"),
     "did not change in two steps": lambda bench: bench.train("--lr", "1e-30"),
     "nothing to resume": lambda bench: bench.resume(),
     "was started with": other_options,

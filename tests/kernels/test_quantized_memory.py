@@ -67,3 +67,22 @@ def test_no_expanded_matrix_waits_for_the_backward(kind: Any, adapted: bool):
         assert len(expansions.storages) > max(in_forward, 0 if kind == "int8" else 1)  # expanded anew, and let go
         assert expansions.num_alive() == 0
     assert x.grad is not None
+
+
+def test_a_gpu_takes_a_matrix_whole():
+    """The meta device stands for one: a kernel for each piece would take longer to start than to run."""
+    calls: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    w = normal_matrix(2048, 1024)
+    counts = []
+    for x in (w, w.to("meta")):
+        calls.clear()
+        with Calls():
+            quantize_matrix(x, "nf4")
+        counts.append(calls.count("quantize_4bit"))
+    assert counts == [32, 1]

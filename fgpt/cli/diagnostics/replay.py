@@ -6,9 +6,11 @@ from rich.table import Table
 
 from fgpt.cli import run_dir, tasks
 from fgpt.cli.console import console, show_progress
+from fgpt.cli.devices import resolve_device
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.reproducibility import differing, rounding
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -22,7 +24,8 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     """Compute step `step` of a run again, from the last checkpoint before it or from the start. Its rows are shown, and
     its loss and gradient norm beside those in the log.
 
-    Raises InputError if there is no such run or step, and if the step differs from the log.
+    Raises InputError if there is no such run or step, and if the step differs from the log: in a bit, or where a device
+    gives no equal bits, by more than rounding.
     """
     folder = run_dir.find_any(name, out)
     job = tasks.build_job(run_dir.read_run(folder))
@@ -38,9 +41,14 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     for name, value in replayed.items():
         table.add_row(name.replace("_", " "), repr(value), repr(logged[name]) if name in logged else "not reached")
     console.print(table)
-    if differing := [name for name, value in replayed.items() if logged.get(name, value) != value]:
+    tolerance = rounding(job.recipe, resolve_device(job.recipe.device))
+    if tolerance:
+        console.print(
+            f"compared up to rounding, {tolerance:g} of each value: a GPU adds in any order without --deterministic"
+        )
+    if names := differing(logged, replayed, tolerance):
         raise InputError(
-            f"step {step} differs from the log ({', '.join(differing)}): are the machine, the number of threads and "
+            f"step {step} differs from the log ({', '.join(names)}): are the machine, the number of threads and "
             f"the versions those that {folder / run_dir.ENVIRONMENT} names?"
         )
 

@@ -11,8 +11,10 @@ from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.tasks.classification import ClassificationTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.tasks.pretraining import PretrainingTask
+from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
+from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.data.prompt_templates import Example
 from fgpt.model import GPT
 from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
@@ -109,6 +111,7 @@ def build_task(recipe: AnyRecipe) -> Task:
 
     Raises InputError for bad input.
     """
+    use_determinism(recipe)
     return task_type(recipe).build(recipe)
 
 
@@ -130,12 +133,14 @@ def run_recipe(recipe: AnyRecipe, resumed: Path | None = None) -> Path:
 def run_task(task: Task, resumed: Path | None = None) -> Path:
     """`run_recipe` for a task that is already built.
 
-    Raises KeyboardInterrupt after saving what was trained so far, if the training was interrupted.
+    Raises KeyboardInterrupt after saving what was trained so far, if the training was interrupted; and InputError
+    before anything is saved, if what was trained is not finite.
     """
     recipe, job = task.recipe, task.job
     with run_dir.open_run_dir(recipe, job.steps, resumed) as out:
         before = task.score_initial()
         result = train_loop(job, out)
+        check_final_state(job, result.state)
         saved = task.save(result.state.trainable, out)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task_type(recipe).loss_unit)
         print_saved(result, saved)

@@ -11,6 +11,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, trainable_leaves
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, show_progress
+from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation.classification import classification_metrics, load_test_set, score, with_other_data
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.evaluation.options import RunEvaluationOptions
@@ -71,7 +72,7 @@ class ClassificationTask:
     @classmethod
     def build(cls, recipe: ClassificationRecipe) -> "ClassificationTask":
         """Raises InputError for bad input."""
-        run_dir.resolve_device(recipe.device)
+        recipe = resolve_precision(recipe)
         if recipe.num_fewshot and recipe.head == "classifier":
             raise InputError(
                 f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head lm, or leave it out"
@@ -118,6 +119,7 @@ class ClassificationTask:
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
+            describe_precision(recipe),
             f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {job.steps} steps",
             f"{len(test):,} test rows",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),

@@ -9,6 +9,7 @@ from typing import ClassVar
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress
+from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
 from fgpt.cli.evaluation.compare.prompts import held_out
@@ -52,7 +53,7 @@ class InstructionTask:
     def build(cls, recipe: InstructionRecipe) -> "InstructionTask":
         """Raises InputError for bad input."""
         prompt_template = template(recipe.template)
-        run_dir.resolve_device(recipe.device)
+        recipe = resolve_precision(recipe)
         rows, heldout = load_instruction_split(recipe)
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
         max_seq_len = row_length(recipe, cfg)
@@ -79,6 +80,7 @@ class InstructionTask:
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
+            describe_precision(recipe),
             f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )

@@ -14,6 +14,7 @@ import torch
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console, progress, show_progress
+from fgpt.cli.devices import describe_precision, resolve_device, resolve_dtype, resolve_precision
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training import documents, mfu
@@ -101,6 +102,11 @@ def batches(
         yield [micro_batch() for _ in range(recipe.grad_accumulation_steps)]
 
 
+def cast(params: GPT, dtype: torch.dtype) -> GPT:
+    """The params that a forward pass computes with: what is trained stays in fp32, and its gradients arrive in fp32."""
+    return params if dtype == torch.float32 else tree_map(lambda x: x.to(dtype), params)
+
+
 def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Perplexity:
     """The perplexity of documents: each by itself, its end-of-text token included, in windows that do not overlap, so
     that each token is read once. `fgpt eval text FILE --base FOLDER` overlaps them, which costs twice as much and
@@ -146,7 +152,9 @@ class PretrainingTask:
     @classmethod
     def build(cls, recipe: PretrainingRecipe) -> "PretrainingTask":
         """Raises InputError for bad input."""
-        device = run_dir.resolve_device(recipe.device)
+        recipe = resolve_precision(recipe)
+        device = resolve_device(recipe.device)
+        dtype = resolve_dtype(recipe.dtype, device)
         packaged = gpt2() if recipe.tokenizer == "gpt2" else None
         tokenizer = packaged or models.tokenizer(recipe.tokenizer)
         cfg = config_of(recipe, tokenizer.n_vocab)
@@ -156,7 +164,7 @@ class PretrainingTask:
         tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
         rng = key(recipe.seed)
         params = tree_map(lambda x: x.to(device), init(cfg, fold_in(rng, "init")))
-        peak_flops = recipe.peak_tflops * 1e12 if recipe.peak_tflops else mfu.peak(device)
+        peak_flops = recipe.peak_tflops * 1e12 if recipe.peak_tflops else mfu.peak(device, dtype)
         flops_per_token = mfu.flops(params, recipe.max_seq_len)
         warmup_steps = recipe.num_warmup_steps()
         tokens_per_step = recipe.grad_accumulation_steps * recipe.micro_batch_size * recipe.max_seq_len
@@ -164,6 +172,7 @@ class PretrainingTask:
         announce(
             recipe.name,
             f"{num_elements(params):,} parameters, all trained",
+            describe_precision(recipe),
             f"{len(texts):,} documents of {sum(map(len, tokens)):,} tokens",
             f"{recipe.steps} steps of {tokens_per_step:,} tokens",
             f"{flops_per_token:,} FLOPs per token, peak {peak_flops / 1e12:.3g} TFLOP/s ({peak_source})",
@@ -176,7 +185,9 @@ class PretrainingTask:
         source = "" if packaged else recipe.tokenizer
         job = TrainingJob(
             recipe=recipe,
-            step=make_step(lambda trained, _, batch, __: nll(trained, batch), optimizer, compile=recipe.compile),
+            step=make_step(
+                lambda trained, _, batch, __: nll(cast(trained, dtype), batch), optimizer, compile=recipe.compile
+            ),
             frozen=None,
             batches=lambda begin: batches(tokens, tokenizer.eos_token_id, recipe, fold_in(rng, "order"), begin),
             steps=recipe.steps,
@@ -185,7 +196,7 @@ class PretrainingTask:
             fingerprint=fingerprint(recipe, params, tokenizer, source, training_rows=tokens, heldout_rows=heldout),
             initial_state=InitialState(init_state(params, optimizer)),
             tokenizer=tokenizer,
-            heldout_loss=lambda p: heldout_perplexity(p, tokenizer, heldout, recipe.micro_batch_size).loss,
+            heldout_loss=lambda p: heldout_perplexity(cast(p, dtype), tokenizer, heldout, recipe.micro_batch_size).loss,
             mfu=lambda tokens_per_second: tokens_per_second * flops_per_token / peak_flops,
         )
         return cls(recipe, job, heldout, packaged or recipe.tokenizer)

@@ -4,16 +4,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from fgpt.adapter_dora import dora
 from fgpt.adapter_ia3 import ia3
 from fgpt.adapter_lora import lora
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
-from fgpt.cli import run_dir
 from fgpt.cli.console import console, show_progress
+from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example
@@ -28,7 +26,10 @@ from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
-from fgpt.tree import leaves, matches, replace_at, tree_map
+from fgpt.tree import leaves, matches, replace_at
+
+QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
+"""What is quantized after q, k and v are fused, and what while it is read."""
 
 
 def load_base(recipe: FineTuningRecipe) -> GPT:
@@ -37,16 +38,17 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
 
     Raises InputError if there is no such base or device, or the base is a classifier.
     """
-    device, dtype = run_dir.resolve_device(recipe.device), getattr(torch, recipe.dtype)
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, device)
     with show_progress(f"loading {recipe.base}"):
         if adapts_fused_qkv(recipe):
-            params = fuse_qkv(models.load(recipe.base, dtype))
-            params = params if recipe.quantize is None else quantize(params, recipe.quantize)
+            params = fuse_qkv(models.load(recipe.base, dtype, recipe.quantize, target=ALL_BUT_QKV, device=device))
+            params = params if recipe.quantize is None else quantize(params, recipe.quantize, target=QKV)
         else:
-            params = models.load(recipe.base, dtype, recipe.quantize)
+            params = models.load(recipe.base, dtype, recipe.quantize, device=device)
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
-        return tree_map(lambda x: x.to(device), params)
+        return params
 
 
 def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:

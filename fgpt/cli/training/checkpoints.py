@@ -207,6 +207,11 @@ def _load(folder: Path, manifest: dict[str, Any], like: State, inputs: Inputs) -
         raise InputError(
             f"{folder} was written by an earlier version, which did not record all of its inputs: begin a new run"
         )
+    if any(re.fullmatch("[0-9a-f]{64}", str(x)) for x in made_from.values()):
+        raise InputError(
+            f"{folder} was written by an earlier version, which hashed its inputs by SHA-256: resume it with that "
+            "version, or begin a new run"
+        )
     changed = [name for name in dict.fromkeys([*inputs, *made_from]) if made_from.get(name) != inputs.get(name)]
     if changed:
         raise InputError(

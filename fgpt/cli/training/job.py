@@ -1,17 +1,14 @@
 """A training job: all that a training needs. The state after any step follows from it and the state before."""
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fgpt.cli import paths
-from fgpt.data.prompt_templates import Example
+from fgpt.cli.training.hashes import fast_hash
 from fgpt.io import gguf, models
 from fgpt.io.serialization import config_to_json
 from fgpt.losses import Batch
@@ -22,7 +19,7 @@ from fgpt.rng import fold_in
 from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Metrics, State, Step
-from fgpt.tree import device, tree_map, walk
+from fgpt.tree import device, tree_map
 
 MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
 """Options that a resumed run may change, since they change nothing of what is trained."""
@@ -87,16 +84,16 @@ def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source:
 
     Args:
         source: the model whose tokenizer it is; empty for one that comes with the package.
-        others: names (underscores become spaces) and values, as `content_hash` takes them.
+        others: names (underscores become spaces) and values, as `fast_hash` takes them.
     """
     special = f"{tokenizer.n_vocab} {tokenizer.eos_token_id} {tokenizer.bos_token_id}"
     hashes = {
-        "options": content_hash(training_options(recipe)),
-        "base config": content_hash(json.dumps(config_to_json(base.cfg))),
-        "base weights": content_hash(base),
-        "tokenizer": content_hash(special, *tokenizer_contents(source)),
+        "options": fast_hash(training_options(recipe)),
+        "base config": fast_hash(json.dumps(config_to_json(base.cfg))),
+        "base weights": fast_hash(base),
+        "tokenizer": fast_hash(special, *tokenizer_contents(source)),
     }
-    return hashes | {name.replace("_", " "): content_hash(value) for name, value in others.items()}
+    return hashes | {name.replace("_", " "): fast_hash(value) for name, value in others.items()}
 
 
 def training_options(recipe: TrainingRecipe) -> str:
@@ -125,51 +122,3 @@ def tokenizer_contents(source: str) -> list[str | bytes]:
         if (path / name).is_file():
             contents += [name, (path / name).read_bytes()]
     return contents
-
-
-def content_hash(*values: Any) -> str:
-    """The SHA-256 of trees, of sequences (of examples, tensors or rows), and of texts: bit by bit, in this order."""
-    digest = hashlib.sha256()
-    for value in values:
-        if isinstance(value, str | bytes):
-            _feed_text(digest, value)
-        elif isinstance(value, Sequence):
-            _feed_rows(digest, value)
-        else:
-            _feed_tree(digest, value)
-    return digest.hexdigest()
-
-
-def _feed_tree(digest: Any, tree: Any) -> None:
-    """Feed the leaves, and the static fields of the nodes."""
-    for path, x in walk(tree):
-        if isinstance(x, Tensor):
-            _feed_text(digest, f"{path} {x.dtype} {list(x.shape)}")
-            _feed_tensor(digest, x)
-        elif dataclasses.is_dataclass(x):
-            static = [f"{f.name} {getattr(x, f.name)!r}" for f in dataclasses.fields(x) if f.metadata.get("static")]
-            _feed_text(digest, f"{path} {type(x).__name__} {' '.join(static)}")
-
-
-def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
-    _feed_text(digest, f"{len(rows)} rows")
-    for row in rows:
-        if isinstance(row, Example):
-            _feed_text(digest, f"{row.prompt_length} {row.label} {row.weight}")
-            _feed_tensor(digest, torch.tensor(row.tokens))
-        elif isinstance(row, Tensor):
-            _feed_tensor(digest, row)
-        else:
-            _feed_text(digest, row if isinstance(row, str) else repr(row))
-
-
-def _feed_text(digest: Any, text: str | bytes) -> None:
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-    digest.update(f" {len(data)}:".encode())
-    digest.update(data)
-
-
-def _feed_tensor(digest: Any, x: Tensor) -> None:
-    digest.update(f" {x.numel()}:".encode())
-    flat: Any = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    digest.update(flat)

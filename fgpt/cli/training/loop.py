@@ -16,6 +16,7 @@ from fgpt.cli.training import checkpoints
 from fgpt.cli.training.checkpoints import Checkpointer
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.reproducibility import rounding
 from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
 from fgpt.errors import InputError
@@ -44,7 +45,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     state = _resume_or_start(job, out)
     keep_freed_memory()
     begin, target = int(state.step), device(state.trainable)
-    log, guard = MetricsLog(out / METRICS, begin), FrozenLeafGuard(job, state)
+    log, guard = MetricsLog(out / METRICS, begin, rounding(job.recipe, target)), FrozenLeafGuard(job, state)
     checkpointer = Checkpointer(out, job.recipe, job.fingerprint)
     with (
         _disk_errors(out),

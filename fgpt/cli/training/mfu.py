@@ -7,8 +7,8 @@ table. Each multiplies and adds once forward and twice backward. The other term 
 with v over full rows of `seq`, as the source counts it, though the causal mask makes half of that unnecessary.
 Recomputation, clipping and averaging do not count.
 
-The peak is either given or measured: the fastest of several large fp32 products on this machine, with torch's threads,
-since other processes may run beside them.
+The peak is either given or measured: the fastest of several large products in the training's dtype on this machine,
+with torch's threads, since other processes may run beside them.
 
 Source: Chowdhery et al. 2022 (PaLM), appendix B.
 """
@@ -34,10 +34,10 @@ def flops(params: GPT, seq: int) -> int:
     return 6 * n + 12 * cfg.n_layer * cfg.n_head * cfg.head_size * seq
 
 
-def peak(device: torch.device) -> float:
-    """FLOPs per second of an fp32 matrix product, measured for half a second."""
+def peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOPs per second of a matrix product in `dtype`, measured for half a second."""
     size = MATRIX_SIZE.get(device.type, MATRIX_SIZE["cpu"])
-    a = torch.ones(size, size, device=device)
+    a = torch.randn(size, size, device=device, dtype=dtype)  # of ones, a GPU draws less power and is faster
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from fgpt.cli.console import console, exclusive_progress, training_columns
 from fgpt.cli.metrics_log import Line, read_metrics, truncate_partial_line
+from fgpt.cli.training.reproducibility import differing
 from fgpt.losses import Batch
 from fgpt.train_step import Metrics
 
@@ -32,12 +33,12 @@ class MetricsLog:
     """metrics.jsonl of a training that begins after step `begin`; open it with `with`.
 
     Tokens and seconds are totals, which go on from those of step `begin`. Seconds are those of training alone: time
-    spent in `pause` does not count.
+    spent in `pause` does not count. A step that is taken again may differ by `tolerance` of its loss and gradient norm.
     """
 
-    def __init__(self, path: Path, begin: int) -> None:
+    def __init__(self, path: Path, begin: int, tolerance: float = 0.0) -> None:
         truncate_partial_line(path)
-        self._path = path
+        self._path, self._tolerance = path, tolerance
         self._earlier = {line["step"]: line for line in read_metrics(path)}
         last = {}
         for step, line in self._earlier.items():
@@ -94,8 +95,12 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         earlier = self._earlier.get(line["step"])
-        if earlier and any(earlier.get(name, line[name]) != line[name] for name in ("loss", "grad_norm")):
-            console.print(f"step {line['step']} differs from its first computation: another machine or other versions?")
+        computed = {name: line[name] for name in ("loss", "grad_norm")}
+        if earlier and differing(earlier, computed, self._tolerance):
+            beyond = f" by more than rounding, {self._tolerance:g}" if self._tolerance else ""
+            console.print(
+                f"step {line['step']} differs from its first computation{beyond}: another machine or other versions?"
+            )
             self._earlier = {}
 
     def sync(self) -> None:

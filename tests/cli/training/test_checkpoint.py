@@ -157,6 +157,9 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path: Path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"inputs": "0" * 64}))
     with pytest.raises(InputError, match="written by an earlier version"):
         checkpoints.load_latest(tmp_path, state(0), INPUTS)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"inputs": dict.fromkeys(INPUTS, "0" * 64)}))
+    with pytest.raises(InputError, match="hashed its inputs by SHA-256: resume it with that version"):
+        checkpoints.load_latest(tmp_path, state(0), INPUTS)
 
 
 # -------------------------------------------------------------------------------------------------------------- links

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from builders.resume import resume
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
-from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.hashes import content_hash, fast_hash
+from fgpt.data.prompt_templates import Example
 from fgpt.io.files import write_json
 from fgpt.tree import leaves, replace_at
 
@@ -35,18 +38,36 @@ def test_other_inputs_are_refused(
     assert before == {p: p.read_bytes() for p in run.rglob("*.safetensors")}
 
 
-def test_the_hash_sees_every_number():
+@pytest.mark.parametrize("hash_of", [content_hash, fast_hash])
+def test_the_hash_sees_every_number(hash_of: Callable[..., str]):
     base = fgpt.init(fgpt.Config(1, 2, 8, 16, 11, 16), fgpt.key(0))
     rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    hashes = {content_hash(base, rows)}
+    hashes = {hash_of(base, rows)}
     for path in leaves(base):
-        hashes.add(content_hash(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
+        hashes.add(hash_of(replace_at(base, {path: torch.nextafter(leaves(base)[path], torch.tensor(9.0))}), rows))
     hashes |= {
-        content_hash(base, rows[::-1]),
-        content_hash(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
-        content_hash(base, rows[:1]),
+        hash_of(base, rows[::-1]),
+        hash_of(base, [torch.tensor([1, 2]), torch.tensor([3, 4])]),
+        hash_of(base, rows[:1]),
     }
     assert len(hashes) == len(leaves(base)) + 4
+
+
+@pytest.mark.parametrize("hash_of", [content_hash, fast_hash])
+def test_the_hash_sees_every_part_of_an_example(hash_of: Callable[..., str]):
+    first, second = Example((1, 2, 3), 1), Example((4, 5), 1, label=2)
+    others = [
+        [first],
+        [second, first],
+        [replace(first, tokens=(1, 2)), replace(second, tokens=(3, 4, 5))],
+        [replace(first, tokens=(1, 2, 4)), second],
+        [replace(first, prompt_length=2), second],
+        [first, replace(second, label=3)],
+        [first, replace(second, weight=0.5)],
+        [],
+    ]
+    assert len({hash_of(rows) for rows in [[first, second], *others]}) == len(others) + 1
+    assert hash_of([first, second]) == hash_of([Example((1, 2, 3), 1), Example((4, 5), 1, 2)])
 
 
 def test_options_that_make_another_run_are_refused(

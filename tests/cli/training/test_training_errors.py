@@ -139,3 +139,29 @@ def test_the_hub_away_says_so_at_once(tmp_path: Path):
         assert thing in lines[0]
         assert "lora-nano" in lines[-1]
         assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------- the state that is left
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"), [("1e38", "after step 1, the loss is"), ("1e40", "are not finite: nothing is saved")]
+)
+def test_a_state_that_is_not_finite_is_not_saved(
+    lr: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The last update comes after the last loss of the log."""
+    args = ["lora-nano", "--steps", "1", "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(["train", *args, "--lr", lr]) == 2
+    output = " ".join(capsys.readouterr().err.split())
+    assert message in output
+    assert not (tmp_path / "lora-nano" / "adapter").exists()
+    assert json.loads((tmp_path / "lora-nano" / "status.json").read_text())["state"] == "failed"
+    assert main(["train", "lora-nano", "--resume", "--out", str(tmp_path)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_state_that_is_worse_than_a_guess_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    args = ["lora-nano", "--steps", "1", "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(["train", *args, "--lr", "1e9"]) == 0
+    assert "above the 8.32 of a uniform guess: the training diverged" in " ".join(capsys.readouterr().err.split())

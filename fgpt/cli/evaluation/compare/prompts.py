@@ -12,7 +12,7 @@ from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
 from fgpt.cli.results import training_id
-from fgpt.cli.training.job import content_hash
+from fgpt.cli.training.hashes import content_hash
 from fgpt.data import finqa
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError

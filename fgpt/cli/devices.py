@@ -1,0 +1,61 @@
+"""Where a command computes, and in what: the device and the dtype that "auto" means on this machine."""
+
+import dataclasses
+from typing import TypeVar
+
+import torch
+
+from fgpt.errors import InputError
+from fgpt.recipes import TrainingRecipe
+
+R = TypeVar("R", bound=TrainingRecipe)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" takes CUDA if there is one. Raises InputError if it cannot be used."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise InputError(
+            f"device {name!r} cannot be used ({str(err).splitlines()[0]}); leave --device out, or give cpu"
+        ) from None
+    if device.type == "cuda":
+        _avoid_plans()
+    return device
+
+
+def _avoid_plans() -> None:
+    """Turn cuDNN's attention off, for this process: it builds a plan for each new shape, which takes far longer than
+    the attention. Decoding has one more key with each token, and batches of evaluation and packed rows have any width.
+    Flash and memory-efficient attention take every shape as it is.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" takes bfloat16 on a GPU that multiplies it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" and _has_bf16(device) else torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def resolve_precision(recipe: R) -> R:
+    """The recipe with the dtype that "auto" means here: what run.json records, so that the run is resumed, replayed and
+    used elsewhere in the dtype that it was trained in.
+
+    Raises InputError if its device cannot be used.
+    """
+    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
+    return dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
+
+
+def describe_precision(recipe: TrainingRecipe) -> str:
+    """Such as "bfloat16 on cuda"."""
+    device = resolve_device(recipe.device)
+    return f"{str(resolve_dtype(recipe.dtype, device)).removeprefix('torch.')} on {device}"
