@@ -48,10 +48,7 @@ def base_linear(
     """x Wᵀ + bias."""
     if isinstance(w, Tensor):
         return dense_linear(x, w, bias)
-    if isinstance(w, GradOnly):
-        y = grad_only_linear(x, w.base)
-    else:
-        y = quantized_linear(x, w)
+    y = grad_only_linear(x, w.base) if isinstance(w, GradOnly) else quantized_linear(x, w)
     return y if bias is None else y + bias
 
 

@@ -11,7 +11,7 @@ through the rounding). On a CPU with bf16 matmuls they are computed in bf16: W's
 gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they are exact.
 
     reference     what a matrix means: codes times scales, in fp32
-    fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows are multiplied with 4-bit codes directly
+    fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows by a kernel that reads 4-bit codes
     transforms    a product is linear in x, so each derivative is another product: grad and jvp of every order pass, and
                   vmap folds its axis into the rows of x. W has no gradient, and vmap over W raises InputError. Compiled
                   under vmap or jvp it is a product with the dequantized matrix

@@ -68,6 +68,7 @@ def test_when_rows_are_few():
         return torch.tensor(gemv.use_gemv(x, torch.ones(6, 4)))
 
     few = torch.compile(uses_gemv)
+    mapped = torch.compile(lambda x: vmap(lambda y: y + gemv.use_gemv(y, torch.ones(6, 4)))(x))
     with torch.no_grad():
         assert [bool(few(torch.ones(n, 4))) for n in (1, 2, 8, 9)] == [True, True, True, False]
         assert few(torch.ones(2, 4, 4))
