@@ -74,9 +74,7 @@ def test_when_rows_are_few():
         assert few(torch.ones(2, 4, 4))
         assert not few(torch.ones(3, 3, 4))
         assert not uses_gemv(torch.ones(1, 4))
-        assert not torch.compile(lambda x: vmap(lambda y: y + gemv.use_gemv(y, torch.ones(6, 4)))(x))(
-            torch.zeros(3, 1, 4)
-        ).any()
+        assert not mapped(torch.zeros(3, 1, 4)).any()
     assert not few(torch.ones(1, 4))
 
 
