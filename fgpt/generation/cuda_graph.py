@@ -67,10 +67,10 @@ class GraphedStep:
                 return self._step(params, self._tokens, cache, adapters)
         fixed = self._tokens.copy_(tokens)
         if self._replay is None:
-            self._replay = self._recorded(lambda: self._step(params, fixed, cache, adapters), tokens.device)
+            self._replay = self._try_recording(lambda: self._step(params, fixed, cache, adapters), tokens.device)
         return self._replay()
 
-    def _recorded(self, run: Callable[[], Tensor], at: torch.device) -> Callable[[], Tensor]:
+    def _try_recording(self, run: Callable[[], Tensor], at: torch.device) -> Callable[[], Tensor]:
         try:
             with torch.cuda.device(at) if at.type == "cuda" else contextlib.nullcontext():
                 return self._record(run)

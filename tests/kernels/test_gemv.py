@@ -8,6 +8,7 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt.kernels import gemv
+from fgpt.kernels.quantized_linear import quantize_matrix
 
 needs_onednn = pytest.mark.skipif(not gemv.HAS_ONEDNN, reason="this CPU has no oneDNN product")
 
@@ -92,5 +93,5 @@ def test_a_layer_uses_it(monkeypatch: pytest.MonkeyPatch):
     x, w = normal(2, 64), normal(8, 64, seed=1)
     fgpt.linear(x, w)
     fgpt.linear(x, fgpt.Adapted(w, normal(2, 64, seed=2), normal(8, 2, seed=3)))
-    fgpt.linear(x, fgpt.quantize({"w": fgpt.model.Linear(w)}, "nf4", target="w")["w"].w)
+    fgpt.linear(x, quantize_matrix(w, "nf4"))
     assert calls == [(8, 64)] * 3

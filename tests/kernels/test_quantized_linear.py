@@ -48,7 +48,8 @@ def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_4bit_kernel_gets_what_it_expects(to: Any, double_quant: bool, monkeypatch: pytest.MonkeyPatch):
     """On a CPU its operator dequantizes: arguments are right, and so are derivatives of a product that uses it."""
-    w, x = quantize_matrix(normal_matrix(40, 1024), to, double_quant), normal_matrix(2, 3, 1024, seed=1)
+    w: Any = quantize_matrix(normal_matrix(40, 1024), to, double_quant)
+    x = normal_matrix(2, 3, 1024, seed=1)
     expected = dequantized_product(x, w)
     close(kernel.multiply_4bit(x, w), expected, 1e-4)
     assert not kernel._has_4bit_kernel(x, w)
