@@ -3,7 +3,8 @@
 A decode step reads every weight for one row or a few, so that it is limited by memory bandwidth. torch's product is
 MKL's in fp32, which reads W with one core for one row, and far below the bandwidth for several. Two ways come nearer:
 
-    eager       oneDNN's product, on the weights as they are: on two cores 2 to 3 times MKL's speed for 1 to 64 rows
+    eager       oneDNN's product, on the weights as they are: on two idle cores 1.5 to 3 times MKL's speed for 1 to 8
+                rows; on one core it is as fast for one row, and 1.1 to 2 times as fast for several
     compiled    a sum, which a compiler turns into one loop over W's rows with x in cache
 
     reference     x @ w.T + bias
