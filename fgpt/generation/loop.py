@@ -12,6 +12,7 @@ from fgpt.adapter_stacking import stack_adapters, without_dropout
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.generation import static_cache
+from fgpt.generation.cuda_graph import GraphedStep
 from fgpt.generation.sampling import GREEDY, SamplingParams, sample
 from fgpt.generation.static_cache import StaticKVCache
 from fgpt.model import GPT
@@ -83,7 +84,7 @@ def generate(
         stopping_criterion: Ends a text before its end-of-sequence token.
         logprobs: Also return the log-probability of each token.
         adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
-        compile: Compile the decoding step, see `static_cache.compiled_decode_step`.
+        compile: Compile the decoding step, see `static_cache.compiled_decode_step`. On CUDA it is a graph in any case.
 
     Raises:
         InputError: for a prompt that is empty or leaves no room in the context for one new token, a token outside the
@@ -147,7 +148,7 @@ def stream(
         stopping_criterion: Ends a text before its end-of-sequence token.
         logprobs: Also give the log-probability of each token.
         adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
-        compile: Compile the decoding step, see `static_cache.compiled_decode_step`.
+        compile: Compile the decoding step, see `static_cache.compiled_decode_step`. On CUDA it is a graph in any case.
 
     Raises:
         InputError: as `generate` does, before the first step.
@@ -162,7 +163,7 @@ def stream(
     _check_arguments(params, prompts, max_new_tokens, sampling, rng, adapters)
     eos = eos_token_ids(eos_token_id, params.cfg.vocab_size)
     keys = None if sampling.temperature == 0 or rng is None else [fold_in(rng, i) for i in range(len(prompts))]
-    decode_step = static_cache.compiled_decode_step() if compile else static_cache.decode_step
+    decode_step, fixed_batch = _decode_step(device(params), compile)
     process_logits, n_ctx = sampling.logits_processor, params.cfg.cached_context
     texts = [list(prompt) for prompt in prompts]
     rows = list(range(len(prompts)))  # the unfinished ones
@@ -194,11 +195,18 @@ def stream(
                 return
             if len(unfinished) < len(step):
                 index = torch.tensor(unfinished, device=tokens.device)
-                # A compiled step needs the batch size that it was compiled for: finished rows then stay in the cache.
-                state, tokens = _select_unfinished(state, index, shrink_cache=not compile), tokens[index]
+                state, tokens = _select_unfinished(state, index, shrink_cache=not fixed_batch), tokens[index]
             if remaining:
                 state = _advance(params, state, tokens, decode_step)
         rows = state.rows
+
+
+def _decode_step(at: torch.device, compile: bool) -> tuple[Callable[..., Tensor], bool]:
+    """The decode step for a device, and whether it needs the batch size of its first call, as a compiled and a recorded
+    step do: finished rows then stay in the cache.
+    """
+    step = static_cache.compiled_decode_step() if compile else static_cache.decode_step
+    return (GraphedStep(step), True) if at.type == "cuda" else (step, compile)
 
 
 def _check_arguments(

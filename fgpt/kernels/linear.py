@@ -6,7 +6,7 @@
 The kernel is chosen by the operands alone, and no caller knows which one ran.
 
     reference     plain torch
-    fast paths    `gemv` in compiled decoding, `quantized_linear`, `grad_only_linear`, and for scaled rows outside of
+    fast paths    `gemv` for a few rows, `quantized_linear`, `grad_only_linear`, and for scaled rows outside of
                   transforms `fused_scaled_linear`; the low-rank term is added in place there
     transforms    under any of them, and compiled, the same terms out of place: every composition passes
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.gemv import gemv, use_gemv
+from fgpt.kernels.gemv import dense_linear
 from fgpt.kernels.grad_only_linear import GradOnly, grad_only_linear
 from fgpt.kernels.quantized_linear import Quantized, quantized_linear
 from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
@@ -46,14 +46,9 @@ def base_linear(
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias."""
-    if isinstance(w, Tensor) and not use_gemv(x):
-        return F.linear(x, w, bias)
     if isinstance(w, Tensor):
-        y = gemv(x, w)
-    elif isinstance(w, GradOnly):
-        y = grad_only_linear(x, w.base)
-    else:
-        y = quantized_linear(x, w)
+        return dense_linear(x, w, bias)
+    y = grad_only_linear(x, w.base) if isinstance(w, GradOnly) else quantized_linear(x, w)
     return y if bias is None else y + bias
 
 

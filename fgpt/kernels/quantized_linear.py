@@ -11,7 +11,7 @@ through the rounding). On a CPU with bf16 matmuls they are computed in bf16: W's
 gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they are exact.
 
     reference     what a matrix means: codes times scales, in fp32
-    fast path     dequantize and multiply, or an int8 matmul
+    fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows by a kernel that reads 4-bit codes
     transforms    a product is linear in x, so each derivative is another product: grad and jvp of every order pass, and
                   vmap folds its axis into the rows of x. W has no gradient, and vmap over W raises InputError. Compiled
                   under vmap or jvp it is a product with the dequantized matrix
@@ -33,6 +33,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
 from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.functorch_state import needs_higher_order
+from fgpt.kernels.gemv import MAX_ROWS, dense_linear
 from fgpt.tree import node, static
 
 BLOCK = 64
@@ -207,6 +208,28 @@ def _round(x: Float[Tensor, "*batch in"]) -> tuple[SInt8[Tensor, "*batch in"], F
 # ----------------------------------------------------------------------------------------------------------- products
 
 
+def _has_4bit_kernel(x: Tensor, w: Quantized) -> bool:
+    """Whether bitsandbytes multiplies with the codes themselves, and so few rows that dequantizing costs more than the
+    product. Its kernel is CUDA's: on a CPU the operator dequantizes, as `dequantize` does.
+    """
+    return (
+        isinstance(w, Blockwise4bit)
+        and x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.shape[:-1].numel() <= MAX_ROWS
+        and hasattr(torch.ops.bitsandbytes, "gemm_4bit")  # 0.50 and later
+    )
+
+
+def multiply_4bit(x: Float[Tensor, "*batch in"], w: Blockwise4bit) -> Float[Tensor, "*batch out"]:
+    """x Wᵀ from the codes, by bitsandbytes' operator."""
+    scales, nested = w.absmax, (None, None, None)
+    if isinstance(scales, Blockwise8bit):
+        scales, nested = scales.absmax, (scales.codes, scales.code, w.offset)
+    codes = w.codes.view(-1, 1)
+    return torch.ops.bitsandbytes.gemm_4bit(x, codes, list(w.shape), scales, BLOCK, w.kind, None, *nested)
+
+
 class _Product(torch.autograd.Function):
     """x Wᵀ, or x W if `transposed`; an int8 matmul if `int8` and W is of that format. It is linear in x, so every
     derivative of it is another product.
@@ -223,8 +246,11 @@ class _Product(torch.autograd.Function):
             codes, row = w.codes.bfloat16(), w.absmax / 127
             y = (x * row).bfloat16() @ codes if transposed else F.linear(x.bfloat16(), codes) * row
             return y.to(x.dtype)
+        if _has_4bit_kernel(x, w) and not transposed:
+            assert isinstance(w, Blockwise4bit)
+            return multiply_4bit(x, w)
         dense = dequantize(w, x.dtype)
-        return x @ dense if transposed else F.linear(x, dense)
+        return x @ dense if transposed else dense_linear(x, dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -44,6 +44,24 @@ def test_a_product_is_one_with_the_expanded_matrix(w: Any, size: tuple[int, ...]
         close(y.float(), dequantized_product(x.to(dtype), w).float(), 0.1, 0.02)
 
 
+@pytest.mark.parametrize("to", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_the_4bit_kernel_gets_what_it_expects(to: Any, double_quant: bool, monkeypatch: pytest.MonkeyPatch):
+    """On a CPU its operator dequantizes: arguments are right, and so are derivatives of a product that uses it."""
+    w: Any = quantize_matrix(normal_matrix(40, 1024), to, double_quant)
+    x = normal_matrix(2, 3, 1024, seed=1)
+    expected = dequantized_product(x, w)
+    close(kernel.multiply_4bit(x, w), expected, 1e-4)
+    assert not kernel._has_4bit_kernel(x, w)
+    used: list[int] = []
+    monkeypatch.setattr(kernel, "_has_4bit_kernel", lambda x, w: not used.append(len(x)))
+    close(quantized_linear(x, w), expected, 1e-4)
+    assert used
+    g = normal_matrix(2, 3, 40, seed=2)
+    close(vjp(lambda x: quantized_linear(x, w), x)[1](g)[0], g @ reference(w), 1e-4)
+    close(vmap(lambda x: quantized_linear(x, w))(x), expected, 1e-4)
+
+
 def test_rounding_is_half_a_step_and_differentiates_as_nothing():
     x = normal_matrix(4, 64) * torch.tensor([[1.0], [1e-3], [1e3], [0.0]])
     step = x.abs().amax(-1, keepdim=True) / 127

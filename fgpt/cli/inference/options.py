@@ -26,8 +26,8 @@ class GenerationOptions:
     """Strings that end a text; they are not part of it."""
     seed: Seed = 0
     compile: bool = False
-    """Compile the decode step, which takes half a minute the first time: generation on a CPU is then at least twice as
-    fast. Needs a C++ compiler."""
+    """Compile the decode step, which takes half a minute the first time: each token is then faster. Needs a C++
+    compiler."""
 
 
 DEFAULT_SAMPLING = GenerationOptions()
