@@ -22,6 +22,8 @@ class Batch:
             the right at most: the causal mask alone then keeps padding out.
         loss_positions: The flat positions with a weight, so that logits are computed only there. None computes them at
             all positions, which suits vmap over examples and training on whole texts.
+        cu_seqlens: Where each document of a row begins and the last one ends, padding being a document: segments for
+            attention without a mask. Rows with fewer documents repeat their length. None: as `segments` say.
 
     >>> import fgpt, torch
     >>> text = torch.tensor([[1, 2, 3, 4]])
@@ -34,6 +36,7 @@ class Batch:
     weights: Float[Tensor, "*batch seq"]
     segments: Int[Tensor, "*batch seq"] | None = None
     loss_positions: Int[Tensor, " n"] | None = None
+    cu_seqlens: Int[Tensor, "*batch documents"] | None = None
 
 
 @check_shapes
@@ -56,7 +59,7 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     >>> weight
     tensor(3.)
     """
-    h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
+    h = hidden(params, batch.tokens, batch.segments, remat, batch.cu_seqlens).flatten(0, -2)
     y, weights = batch.targets.flatten(), batch.weights.flatten()
     if batch.loss_positions is not None:
         h, y, weights = h[batch.loss_positions], y[batch.loss_positions], weights[batch.loss_positions]
