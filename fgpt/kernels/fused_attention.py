@@ -202,11 +202,11 @@ def _flash_backward(
 
 def _kernel(q: Tensor, visible: Visible) -> tuple[Any, Any]:
     """Forward and backward for these operands."""
-    if q.device.type == "cpu":
-        return (_cpu_documents, _cpu_documents_backward) if is_documents(visible) else (_cpu, _cpu_backward)
-    if is_documents(visible) or (visible is None and has_flash(q.device, q.dtype, q.shape[-1])):
+    if has_flash(q.device, q.dtype, q.shape[-1]) and (visible is None or is_documents(visible)):
         return _flash, _flash_backward
-    return _efficient, _efficient_backward
+    if q.device.type != "cpu":
+        return _efficient, _efficient_backward
+    return (_cpu_documents, _cpu_documents_backward) if is_documents(visible) else (_cpu, _cpu_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
