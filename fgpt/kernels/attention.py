@@ -56,13 +56,14 @@ def reference(
     q: Float[Tensor, "*batch head query d_head"],
     k: Float[Tensor, "*batch kv key d_head"],
     v: Float[Tensor, "*batch kv key d_head"],
-    mask: Bool[Tensor, "*batch 1 query key"] | None = None,
+    mask: Bool[Tensor, "*batch 1 query key"] | Documents | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
     """The definition, softmax in fp32. Differentiable to any order, in both modes."""
     k, v = _repeat_heads(q, k, v)
-    visible = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
+    mask = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
+    mask = mask.mask(q.shape[-2]) if isinstance(mask, Documents) else mask
     scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +74,7 @@ def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """The definition for a mask or for cu_seqlens."""
-    mask = Documents(visible).mask(q.shape[-2]) if is_documents(visible) else visible
-    return reference(q, k, v, mask)
+    return reference(q, k, v, Documents(visible) if is_documents(visible) else visible)
 
 
 @check_shapes

@@ -246,11 +246,14 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if g is None:  # the definition has stood in: see `with_every_derivative`
+            return None, None, None, None
         pull_back = _pull_back if torch.compiler.is_compiling() else _FusedBackward.apply
         return *pull_back(g, *ctx.saved_tensors), None  # pyright: ignore[reportGeneralTypeIssues]
 
