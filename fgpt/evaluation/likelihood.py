@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -115,8 +116,10 @@ def _score_batch(
 ) -> list[tuple[int, LogLikelihood]]:
     """The log-likelihoods of the requests of a batch of (model input, indices of requests), longest input first."""
     at, width = device(params), len(batch[0][0])
-    padded = [[*tokens] + [0] * (width - len(tokens)) for tokens, _ in batch]
-    h = hidden(params, torch.tensor(padded, device=at)).flatten(0, -2)
+    padded = np.zeros((len(batch), width), np.int64)
+    for row, (tokens, _) in enumerate(batch):
+        padded[row, : len(tokens)] = tokens
+    h = hidden(params, torch.from_numpy(padded).to(at)).flatten(0, -2)
     indices: list[int] = []
     positions: list[int] = []  # in h, flat
     targets: list[int] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.kernels.documents import Documents
 from fgpt.kernels.functorch_state import in_vmap, needs_higher_order
-from fgpt.kernels.fused_attention import fused_attention, has_flash, is_documents, takes_mask, takes_documents
+from fgpt.kernels.fused_attention import fused_attention, has_flash, is_documents, takes_documents, takes_mask
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 
@@ -101,10 +101,10 @@ def attention(
     unsupported = isinstance(mask, Documents) and not takes_documents(q.device, q.dtype, q.shape[-1])
     if needs_higher_order(q, k, v) or unsupported:
         return _reference(q, k, v, visible)
-    return with_every_derivative(_reference, _fused(q, k, v, visible), q, k, v, visible)
+    return with_every_derivative(_reference, _attend(q, k, v, visible), q, k, v, visible)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """By torch's kernels, which want one batch axis."""
     shape, kind = q.shape, (q.device, q.dtype, q.shape[-1])
     q, k, v = (_with_one_batch_axis(x, 3) for x in (q, k, v))

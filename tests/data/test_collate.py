@@ -23,9 +23,7 @@ def reference(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
             end = len(example.tokens) + (example.label is not None)
             row_tokens += example.tokens
             row_targets += [*example.tokens[1:], example.label or 0]
-            row_weights += [
-                example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))
-            ]
+            row_weights += [example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))]
             row_segments += [segment] * len(example.tokens)
         padding = [0] * (seq_len - len(row_tokens))
         tokens.append(row_tokens + padding)

@@ -1,9 +1,10 @@
-"""What only a GPU has: FlashAttention over packed documents and fewer heads of keys, and the efficient kernel. A stand-in
-computes by definition what the raw operators are given, and the meta device shows which of them run.
+"""What only a GPU has: FlashAttention over packed documents and fewer heads of keys, and the efficient kernel. A
+stand-in computes by definition what the raw operators are given, and the meta device shows which of them run.
 """
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ class FlashByDefinition:
         bounds = cu_seqlens.tolist()
         assert bounds[0] == 0
         assert bounds[-1] == len(q)
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             assert 0 <= end - start <= max_q
             yield slice(start, end)
 
@@ -72,7 +73,7 @@ class FlashByDefinition:
     def _flash_attention_backward(
         self, g: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsumexp: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        cu_q, cu_k, max_q, max_k, p, causal, seed, offset = rest
+        cu_q, _, max_q, max_k, p, causal, seed, offset = rest
         assert logsumexp.is_contiguous()
         assert (p, max_q, seed.shape, offset.shape) == (0.0, max_k, (2,), ())
         self.calls.append("backward")
@@ -155,7 +156,7 @@ def test_a_model_over_documents(flash: FlashByDefinition, monkeypatch: pytest.Mo
     close(got, grad(lambda a: fgpt.loss(fgpt.adapt(params, a), masked))(trained), 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------- as a GPU would see it
+# ------------------------------------------------------------------------------------------------ as a GPU chooses them
 
 
 @pytest.fixture
