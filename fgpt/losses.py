@@ -23,6 +23,8 @@ class Batch:
         loss_positions: The flat positions with a weight, each once: logits, and all of the last block but its keys and
             values, are computed only there. None computes them at all positions, which suits vmap over examples and
             training on whole texts.
+        cu_seqlens: Where each document of a row begins and the last one ends, padding being a document: segments for
+            attention without a mask. Rows with fewer documents repeat their length. None: as `segments` say.
 
     >>> import fgpt, torch
     >>> text = torch.tensor([[1, 2, 3, 4]])
@@ -35,6 +37,7 @@ class Batch:
     weights: Float[Tensor, "*batch seq"]
     segments: Int[Tensor, "*batch seq"] | None = None
     loss_positions: Int[Tensor, " n"] | None = None
+    cu_seqlens: Int[Tensor, "*batch documents"] | None = None
 
 
 @check_shapes
@@ -59,9 +62,9 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     """
     y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
     if positions is None:
-        h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
+        h = hidden(params, batch.tokens, batch.segments, remat, batch.cu_seqlens).flatten(0, -2)
     else:
-        h = hidden_at(params, batch.tokens, positions, batch.segments, remat)
+        h = hidden_at(params, batch.tokens, positions, batch.segments, remat, batch.cu_seqlens)
         y, weights = y.index_select(0, positions), weights.index_select(0, positions)
     token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
     weights = weights.to(token_nll.dtype)

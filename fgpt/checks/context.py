@@ -154,7 +154,9 @@ def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Cont
     batch = tree_map(lambda x: x.to(target), batch)
     tokens, targets, weights = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if batch.segments is None else batch.segments.reshape(tokens.shape)
-    return Context(params, perturb(adapters), Batch(tokens, targets, weights, segments, batch.loss_positions), lr)
+    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.reshape(len(tokens), -1)
+    batch = Batch(tokens, targets, weights, segments, batch.loss_positions, cu_seqlens)
+    return Context(params, perturb(adapters), batch, lr)
 
 
 def perturb(adapters: Adapters) -> Adapters:

@@ -1,10 +1,14 @@
 """From examples to batches: each example once, and no document attends to another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
@@ -88,7 +92,7 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
 
     A position has its example's weight (1 by default) if the next token belongs to the same example's answer or its
     end-of-sequence token, and at the last token of an example with a label; else 0. Segments are 1, 2, .. by example
-    and 0 for padding, or None if no row holds more than one example.
+    and 0 for padding, and `cu_seqlens` are their bounds; both are None if no row holds more than one example.
 
     Args:
         rows: The examples of each row of the batch.
@@ -109,35 +113,53 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
     for number, length in enumerate(lengths, 1):
         if length > seq_len:
             raise InputError(f"row {number} of the batch has {length} tokens, the limit is {seq_len}: shorten it")
-    tokens, targets, weights, segments = [], [], [], []
-    for row, length in zip(rows, lengths, strict=True):
-        row_tokens, row_targets, row_weights, row_segments = [], [], [], []
-        for segment, example in enumerate(row, 1):
-            row_tokens += example.tokens
-            # An example's last token predicts its label, or nothing: its target is then a placeholder of weight 0,
-            # never the next example's first token.
-            row_targets += [*example.tokens[1:], example.label or 0]
-            row_weights += _weights(example)
-            row_segments += [segment] * len(example.tokens)
-        padding = [0] * (seq_len - length)
-        tokens.append(row_tokens + padding)
-        targets.append(row_targets + padding)
-        weights.append(row_weights + padding)
-        segments.append(row_segments + padding)
-    weights = torch.tensor(weights, dtype=torch.float32)
+    examples = [example for row in rows for example in row]
+    starts = [number * seq_len + start for number, row in enumerate(rows) for start in _bounds(row)[:-1]]
+    ids = [number for row in rows for number in range(1, len(row) + 1)]
+    counts = torch.tensor([len(example.tokens) for example in examples], dtype=torch.int64)
+
+    def each_token(values: Iterable[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        """The value of its example, at each token."""
+        return torch.tensor(list(values), dtype=dtype).repeat_interleave(counts)
+
+    def place(values: Tensor) -> Tensor:
+        """At the tokens, and 0 elsewhere."""
+        return values.new_zeros(len(rows) * seq_len).index_put((positions,), values).view(len(rows), seq_len)
+
+    tokens = torch.from_numpy(np.fromiter(chain.from_iterable(x.tokens for x in examples), np.int64, sum(lengths)))
+    offsets = torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # in the example
+    positions = each_token(starts) + offsets
+    # An example's last token predicts its label, or nothing: its target is then a placeholder of weight 0, never the
+    # next example's first token.
+    is_last = offsets + 1 == counts.repeat_interleave(counts)
+    targets = torch.where(is_last, each_token(example.label or 0 for example in examples), tokens.roll(-1))
+    is_answer = offsets + 1 >= each_token(example.prompt_length for example in examples)
+    is_answer &= ~is_last | each_token((x.label is not None for x in examples), torch.bool)
+    weights = place(each_token((example.weight for example in examples), torch.float32) * is_answer)
+    is_packed = any(len(row) > 1 for row in rows)
     return Batch(
-        torch.tensor(tokens, dtype=torch.int64),
-        torch.tensor(targets, dtype=torch.int64),
+        place(tokens),
+        place(targets),
         weights,
-        torch.tensor(segments, dtype=torch.int64) if any(len(row) > 1 for row in rows) else None,
+        place(each_token(ids)) if is_packed else None,
         weights.flatten().nonzero().flatten(),
+        _cu_seqlens(rows, seq_len) if is_packed else None,
     )
 
 
-def _weights(example: Example) -> list[float]:
-    """The loss weight of each position, which predicts the next token."""
-    end = len(example.tokens) + (example.label is not None)
-    return [example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))]
+def _bounds(row: Sequence[Example]) -> list[int]:
+    """Where each example of a row begins, and the last one ends."""
+    return list(accumulate((len(example.tokens) for example in row), initial=0))
+
+
+def _cu_seqlens(rows: Sequence[Sequence[Example]], seq_len: int) -> Int[Tensor, "rows documents"]:
+    """`Batch.cu_seqlens`. Its length is the same for most batches: room for documents of 32 tokens, or for a power of 2
+    of them, as compiled programs are made for one shape.
+    """
+    needed = max(len(row) for row in rows) + 1  # one is padding
+    room = max(seq_len // 32, 1 << (needed - 1).bit_length())
+    bounds = [[*ends, *[seq_len] * (room + 1 - len(ends))] for ends in map(_bounds, rows)]
+    return torch.tensor(bounds, dtype=torch.int32)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -115,7 +116,9 @@ def _score_batch(
 ) -> list[tuple[int, LogLikelihood]]:
     """The log-likelihoods of the requests of a batch of (model input, indices of requests), longest input first."""
     at, width = device(params), len(batch[0][0])
-    padded = [[*tokens] + [0] * (width - len(tokens)) for tokens, _ in batch]
+    padded = np.zeros((len(batch), width), np.int64)
+    for row, (tokens, _) in enumerate(batch):
+        padded[row, : len(tokens)] = tokens
     indices: list[int] = []
     positions: list[int] = []  # flat
     targets: list[int] = []
@@ -126,7 +129,7 @@ def _score_batch(
             indices.append(i)
             positions += range(end - len(continuation), end)
             targets += continuation
-    h = hidden_at(params, torch.tensor(padded, device=at), torch.tensor(positions, device=at))
+    h = hidden_at(params, torch.from_numpy(padded).to(at), torch.tensor(positions, device=at))
     logprobs, greedy = _token_logprobs(params, h, torch.tensor(targets, device=at))
     results: list[tuple[int, LogLikelihood]] = []
     start = 0

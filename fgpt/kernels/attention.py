@@ -1,7 +1,8 @@
 """Causal attention: softmax(q kᵀ / sqrt(d_head) + mask) v.
 
     reference     plain torch, softmax in fp32
-    fast path     torch's fused scaled_dot_product_attention
+    fast path     torch's fused kernels: `scaled_dot_product_attention`, and `fused_attention` under vmap and for
+                  packed documents
     transforms    fused under grad, vmap and both in either order; under forward mode, nested derivatives and a backward
                   that is recorded the reference; compiled under vmap the reference, too
 
@@ -14,7 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fgpt._typing import check_shapes
-from fgpt.kernels.functorch_state import needs_higher_order
+from fgpt.kernels.documents import Documents
+from fgpt.kernels.functorch_state import in_vmap, needs_higher_order
+from fgpt.kernels.fused_attention import fused_attention, has_flash, is_documents, takes_documents, takes_mask
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.recordable import with_every_derivative
 
@@ -51,14 +54,27 @@ def sliding(
 
 def reference(
     q: Float[Tensor, "*batch head query d_head"],
-    k: Float[Tensor, "*batch head key d_head"],
-    v: Float[Tensor, "*batch head key d_head"],
-    mask: Bool[Tensor, "*batch 1 query key"] | None = None,
+    k: Float[Tensor, "*batch kv key d_head"],
+    v: Float[Tensor, "*batch kv key d_head"],
+    mask: Bool[Tensor, "*batch 1 query key"] | Documents | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
     """The definition, softmax in fp32. Differentiable to any order, in both modes."""
-    visible = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
+    k, v = _repeat_heads(q, k, v)
+    mask = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
+    mask = mask.mask(q.shape[-2]) if isinstance(mask, Documents) else mask
     scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as q."""
+    group = q.shape[-3] // k.shape[-3]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, -3), v.repeat_interleave(group, -3))
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """The definition for a mask or for cu_seqlens."""
+    return reference(q, k, v, Documents(visible) if is_documents(visible) else visible)
 
 
 @check_shapes
@@ -66,7 +82,7 @@ def attention(
     q: Float[Tensor, "*batch head query d_head"],
     k: Float[Tensor, "*batch kv key d_head"],
     v: Float[Tensor, "*batch kv key d_head"],
-    mask: Bool[Tensor, "*batch 1 query key"] | None = None,
+    mask: Bool[Tensor, "*batch 1 query key"] | Documents | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
     """Attention under a mask.
 
@@ -78,15 +94,38 @@ def attention(
         q: Queries by head.
         k: Keys by head. If there are fewer heads than of q, each serves a group of consecutive heads of q.
         v: Values by head, as many as of k.
-        mask: True if a query sees a key; None is causal, aligned at the end.
+        mask: True if a query sees a key; or the documents that lie side by side in a row; None is causal, aligned at
+            the end.
     """
-    if (group := q.shape[-3] // k.shape[-3]) > 1:
-        k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-    if needs_higher_order(q, k, v):
-        return reference(q, k, v, mask)
-    queries, keys = q.shape[-2], k.shape[-2]
+    visible = mask.cu_seqlens if isinstance(mask, Documents) else mask
+    unsupported = isinstance(mask, Documents) and not takes_documents(q.device, q.dtype, q.shape[-1])
+    if needs_higher_order(q, k, v) or unsupported:
+        return _reference(q, k, v, visible)
+    return with_every_derivative(_reference, _attend(q, k, v, visible), q, k, v, visible)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """By torch's kernels, which want one batch axis."""
+    shape, kind = q.shape, (q.device, q.dtype, q.shape[-1])
+    q, k, v = (_with_one_batch_axis(x, 3) for x in (q, k, v))
+    rows, _, queries, _ = q.shape
+    keys = k.shape[-2]
+    if is_documents(visible):
+        k, v = (k, v) if has_flash(*kind) else _repeat_heads(q, k, v)
+        return fused_attention(q, k, v, _with_one_batch_axis(visible, 1)).view(shape)
+    mask = None if visible is None else _with_one_batch_axis(visible, 3)
     if mask is None and 1 < queries < keys:
-        mask = causal(queries, keys, q.device)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1)
-    unfused = q.ndim < 4  # torch fuses no attention with fewer axes
-    return with_every_derivative(reference, y, q, k, v, mask, second=unfused)
+        mask = causal(queries, keys, q.device)[None, None]
+    if mask is not None or not has_flash(*kind):
+        k, v = _repeat_heads(q, k, v)
+    if in_vmap() and takes_mask(*kind):
+        y = fused_attention(q, k, v, None if mask is None else mask.expand(rows, 1, queries, keys))
+    else:
+        is_causal, fewer_keys = mask is None and queries > 1, k.shape[1] < q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=fewer_keys)
+    return y.view(shape)
+
+
+def _with_one_batch_axis(x: Tensor, others: int) -> Tensor:
+    """`x`, whose last `others` axes are no batch axes."""
+    return x[None] if x.ndim == others else x.flatten(0, -others - 1)

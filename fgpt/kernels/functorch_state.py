@@ -65,6 +65,11 @@ def in_transform() -> bool:
     return _inside()
 
 
+def in_vmap() -> bool:
+    """True under vmap, except while compiling."""
+    return not torch.compiler.is_compiling() and functorch.TransformType.Vmap in _kinds()
+
+
 def in_transform_or_compile() -> bool:
     """True under any transform, and while compiling."""
     return torch.compiler.is_compiling() or in_transform()

@@ -25,7 +25,9 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
+from fgpt.kernels.documents import Documents
 from fgpt.kernels.functorch_state import dual_outside_torch_func
+from fgpt.kernels.fused_attention import takes_documents
 from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialize
@@ -34,7 +36,7 @@ from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import replace_at
-from fgpt.weights import Adapted, Weight, embed, linear, linear_group
+from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
 
 def norm(x: Float[Tensor, "*batch d_model"], p: Norm | RMSNorm, eps: float) -> Float[Tensor, "*batch d_model"]:
@@ -87,7 +89,7 @@ def attention_layer(
     x: Float[Tensor, "*batch seq d_model"],
     p: Attention | FusedAttention,
     cfg: Config,
-    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    mask: Bool[Tensor, "*batch 1 seq key"] | Documents | None,
     past: LayerKV | StaticLayerCache | None,
     rope: RopeCosSin | None,
     score_scale: float = 1.0,
@@ -99,7 +101,7 @@ def attention_layer(
         x: Hidden states, after the norm.
         p: The layer's weights.
         cfg: The model's config.
-        mask: True where a token attends to a key; None is causal.
+        mask: True where a token attends to a key; or the documents of packed rows; None is causal.
         past: Keys and values of earlier tokens; a `StaticLayerCache` is written in place.
         rope: The angles of the tokens' positions; None rotates nothing.
         score_scale: A factor of the scores besides 1 / sqrt(d_head).
@@ -150,7 +152,7 @@ def block(
     x: Float[Tensor, "*batch seq d_model"],
     p: Block,
     cfg: Config,
-    mask: Bool[Tensor, "*batch 1 seq key"] | None = None,
+    mask: Bool[Tensor, "*batch 1 seq key"] | Documents | None = None,
     past: LayerKV | StaticLayerCache | None = None,
     rope: RopeCosSin | None = None,
     score_scale: float = 1.0,
@@ -193,7 +195,7 @@ def transformer_layers(
     params: GPT,
     tokens: Int[Tensor, "*batch seq"],
     positions: Int[Tensor, "*#batch seq"],
-    mask: Bool[Tensor, "*batch 1 seq key"] | None,
+    mask: Bool[Tensor, "*batch 1 seq key"] | Documents | None,
     past: Sequence[LayerKV | StaticLayerCache | None],
     *,
     length: int | Int[Tensor, "*batch seq"] = 0,
@@ -206,7 +208,7 @@ def transformer_layers(
         params: The model.
         tokens: Token ids.
         positions: The position of each token in its document.
-        mask: True where a token attends to a key; None is causal.
+        mask: True where a token attends to a key; or the documents of packed rows; None is causal.
         past: Keys and values of earlier tokens, one for each layer.
         length: The length of each token's document: only a dynamic rope depends on it.
         block_fn: `block`, or a function with the same values that saves less for the backward pass.
@@ -226,21 +228,30 @@ def transformer_layers(
     new_kv: list[LayerKV] = []
     for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
         layer_mask = mask if i in cfg.full_layers else windowed
-        positions = output_positions if i == len(params.blocks) - 1 else None
-        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), positions)
+        selected = output_positions if i == len(params.blocks) - 1 else None
+        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), selected)
         new_kv.append(kv)
     return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
 
 
 def _window_mask(
-    tokens: Tensor, mask: Tensor | None, past: Sequence[LayerKV | StaticLayerCache | None], window: int
-) -> Bool[Tensor, "*batch 1 seq key"] | None:
+    tokens: Tensor, mask: Tensor | Documents | None, past: Sequence[LayerKV | StaticLayerCache | None], window: int
+) -> Bool[Tensor, "*batch 1 seq key"] | Documents | None:
     """`mask` within a sliding window."""
+    if isinstance(mask, Documents):
+        return mask  # rows are within the window: see `_takes_documents`
     queries = tokens.shape[-1]
     num_past = past[0][0].shape[-2] if isinstance(past[0], tuple) else 0
     keys = num_past + queries if mask is None else mask.shape[-1]
     windowed = sliding(mask, window, queries, keys, tokens.device)
     return windowed if windowed is None else windowed.expand(*tokens.shape[:-1], 1, queries, keys)
+
+
+def _takes_documents(params: GPT, tokens: Tensor) -> bool:
+    """Whether attention needs no mask for the documents of these rows."""
+    cfg = params.cfg
+    in_window = cfg.sliding_window is None or tokens.shape[-1] <= cfg.sliding_window
+    return in_window and takes_documents(tokens.device, dtype(params.wte.w), cfg.head_size)
 
 
 def _forward(
@@ -249,6 +260,7 @@ def _forward(
     segments: Tensor | None,
     cache: KVCache,
     block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    cu_seqlens: Tensor | None = None,
     output_positions: Tensor | None = None,
 ) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
@@ -257,7 +269,12 @@ def _forward(
             f"{past + seq} tokens in a row, but the model's context is {params.cfg.n_ctx}: shorten the row"
         )
     length: int | Tensor = past + seq
-    if segments is None and cache.segments is None:
+    if cu_seqlens is not None:
+        documents, all_segments = Documents(cu_seqlens), None
+        positions = documents.positions(seq)
+        length = documents.lengths(seq) if isinstance(params.cfg.rope_scaling, DynamicScaling) else 0
+        mask = documents if _takes_documents(params, tokens) else documents.mask(seq)
+    elif segments is None and cache.segments is None:
         positions, mask, all_segments = torch.arange(past, past + seq, device=tokens.device), None, None
     else:
         new = torch.ones_like(tokens) if segments is None else segments
@@ -287,6 +304,7 @@ def hidden(
     tokens: Int[Tensor, "*batch seq"],
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
+    cu_seqlens: Int[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch seq d_model"]:
     """The last hidden states, after ln_f: the input of a head or a loss.
 
@@ -297,6 +315,8 @@ def hidden(
             positions count from 0. Padding is one more document, commonly 0. None makes each row one document.
         remat: Rematerialization, or activation checkpointing: save only each block's input for the backward pass,
             which runs the block again. The same gradient in less memory and more time.
+        cu_seqlens: Where each document of a packed row begins and the last one ends, see `Batch`: the meaning of
+            `segments`, which it replaces, if no document is interrupted by another. Attention then needs no mask.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -306,7 +326,7 @@ def hidden(
     >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """
-    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block)[0]
+    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block, cu_seqlens)[0]
 
 
 @check_shapes
@@ -316,6 +336,7 @@ def hidden_at(
     positions: Int[Tensor, " n"],
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
+    cu_seqlens: Int[Tensor, "*batch bounds"] | None = None,
 ) -> Float[Tensor, "n d_model"]:
     """`hidden` at some positions alone: hidden(params, tokens).flatten(0, -2)[positions], for less.
 
@@ -328,6 +349,7 @@ def hidden_at(
         positions: Distinct indices into the tokens of all rows, one row after the other.
         segments: As in `hidden`.
         remat: As in `hidden`.
+        cu_seqlens: As in `hidden`.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -338,7 +360,7 @@ def hidden_at(
     torch.Size([1, 8])
     """
     block_fn = rematerialized_block if remat else block
-    return _forward(params, tokens, segments, KVCache(), block_fn, output_positions=positions)[0]
+    return _forward(params, tokens, segments, KVCache(), block_fn, cu_seqlens, positions)[0]
 
 
 def lm_head(params: GPT) -> Linear:

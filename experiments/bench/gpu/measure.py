@@ -75,4 +75,6 @@ def packed_batch(rows: int, seq: int, vocab_size: int, documents: int = 8) -> Ba
     place = torch.arange(seq) * documents
     weights = (place % seq >= seq / 2).float().expand(rows, seq).contiguous()
     segments = (place // seq + 1).expand(rows, seq).contiguous() if documents > 1 else None
-    return Batch(tokens, targets, weights, segments, weights.flatten().nonzero().flatten())
+    bounds = torch.arange(documents + 1, dtype=torch.int32) * seq // documents
+    cu_seqlens = bounds.expand(rows, documents + 1).contiguous() if documents > 1 else None
+    return Batch(tokens, targets, weights, segments, weights.flatten().nonzero().flatten(), cu_seqlens)

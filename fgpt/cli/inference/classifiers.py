@@ -77,7 +77,7 @@ def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: i
             rows.append([Example(texts[i], len(texts[i]), 0) for i in indices])
         batch = tree_map(lambda x: x.to(target), packing.collate(rows))
         assert batch.loss_positions is not None  # the last position of each text, in their order
-        h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments)
+        h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments, cu_seqlens=batch.cu_seqlens)
         yield [i for indices in batch_bins for i in indices], h
 
 
