@@ -1,5 +1,6 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -139,8 +140,8 @@ def assemble_job(
     if recipe.micro_batch_size == "auto":
 
         def probe(num_rows: int) -> None:
-            rows = packing.collate(order.first_epoch[0][:num_rows], max_seq_len)
-            step(state, frozen, [place(rows, target)], rng)
+            rows = list(itertools.islice(itertools.cycle(order.first_epoch[0]), num_rows))
+            step(state, frozen, [place(packing.collate(rows, max_seq_len), target)], rng)
 
         recipe = with_largest_micro_batch(recipe, target, probe)
     micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps

@@ -1,5 +1,6 @@
 """`--micro-batch-size auto`: the largest micro-batch that fits into a GPU's memory, at the same update."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -36,7 +37,8 @@ def with_largest_micro_batch(recipe: R, device: torch.device, probe: Callable[[i
         raise InputError(
             f"micro_batch_size auto measures the memory of a GPU, and the device is {device}: give a number"
         )
-    probe(1)  # what a first call allocates for good is not of the rows
+    with contextlib.suppress(torch.OutOfMemoryError):
+        probe(1)  # what a first call allocates for good is not of the rows
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
     def peak(rows: int) -> int:
@@ -63,29 +65,32 @@ def with_largest_micro_batch(recipe: R, device: torch.device, probe: Callable[[i
 def largest_fit(rows: int, peak: Callable[[int], int], budget: int) -> tuple[int, int]:
     """The largest divisor of `rows` whose step takes at most `budget` bytes, and the bytes of one more row.
 
-    The peaks of one row and of two are measured, those of more extrapolated, and the choice is tried once; where memory
-    is not enough after all, the next divisor of half the rows or less is tried.
+    The peaks of one row and of two are measured, those of more extrapolated, and the choice is tried once; if memory is
+    not enough after all, the next divisor of half the rows or less is tried.
 
     Raises InputError if not even one row fits.
     """
     try:
         one = peak(1)
+    except torch.OutOfMemoryError:
+        raise InputError(
+            "not even one row fits into the memory of the GPU: lower --max-seq-len, or give --remat or --quantize nf4"
+        ) from None
+    try:
         per_row = max(1, peak(2) - one) if rows > 1 else one
     except torch.OutOfMemoryError:
-        one = per_row = budget  # then two do not fit
-    expected = [n for n in _divisors(rows) if one + (n - 1) * per_row <= budget]
-    limit = max(expected, default=1)
+        return 1, one
+    limit = rows
     for n in reversed(_divisors(rows)):
-        if n > limit:
+        if n > limit or one + (n - 1) * per_row > budget:
             continue
         try:
-            if n == 1 or peak(n) <= budget:
-                peak(n)
+            if n <= 2 or peak(n) <= budget:  # one and two have been tried
                 return n, per_row
         except torch.OutOfMemoryError:
             pass
         limit = n // 2
-    raise InputError("not even one row fits into the memory of the GPU: lower --max-seq-len, or give --remat")
+    return 1, per_row
 
 
 def _divisors(n: int) -> Sequence[int]:
