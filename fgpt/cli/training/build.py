@@ -14,6 +14,7 @@ from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
 from fgpt.cli.console import console, show_progress
+from fgpt.cli.training import mfu
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
@@ -31,6 +32,7 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
 from fgpt.tree import device, leaves, matches, replace_at, tree_map
+from fgpt.weights import dtype
 
 
 def load_base(recipe: FineTuningRecipe) -> GPT:
@@ -159,7 +161,16 @@ def assemble_job(
         initial_state=InitialState(state),
         tokenizer=tokenizer,
         heldout_loss=None if heldout_loss is None else lambda tuned: heldout_loss(adapt(frozen, tuned)),
+        mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
+
+
+def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
+    """Model FLOPs utilization at a number of tokens per second, in the dtype of `base`."""
+    with_loss = sum(len(x.tokens) + (x.label is not None) - x.prompt_length for x in examples)
+    loss_share = with_loss / sum(len(example.tokens) for example in examples)
+    flops, peak = mfu.tuning_flops(base, adapters, loss_share), mfu.peak(device(base), dtype(base.wte.w))
+    return lambda tokens_per_second: tokens_per_second * flops / peak
 
 
 def describe_sizes(name: str, base: GPT, adapters: Adapters) -> str:
