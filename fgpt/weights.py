@@ -126,25 +126,26 @@ def linear_group(
     >>> linear_group(torch.tensor([[2.0, 4.0]]), [(w, None), (torch.eye(2), None)])
     [tensor([[5., 7.]]), tensor([[2., 4.]])]
     """
-    scaled_as = {i: w.scale * w.a.to(x.dtype) for i, (w, _) in enumerate(layers) if _is_plain_low_rank(w)}
-    if len(scaled_as) < 2:
+    low_ranks = {i: w for i, (w, _) in enumerate(layers) if isinstance(w, Adapted) and _is_plain_low_rank(w)}
+    if len(low_ranks) < 2:
         return [linear(x, w, bias) for w, bias in layers]
-    joined = F.linear(x, torch.cat(list(scaled_as.values())))
-    lows = dict(zip(scaled_as, joined.split([len(a) for a in scaled_as.values()], -1), strict=True))
+    scaled_as = [w.scale * w.a.to(x.dtype) for w in low_ranks.values() if w.a is not None]
+    parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)
+    lows = dict(zip(low_ranks, parts, strict=True))
     outputs: list[Tensor] = []
     for i, (w, bias) in enumerate(layers):
-        if i not in lows:
+        if not isinstance(w, Adapted) or i not in lows:
             outputs.append(linear(x, w, bias))
             continue
-        outputs.append(
-            adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
-        )
+        assert not isinstance(w.base, Adapted | GradOnly)
+        y = adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
+        outputs.append(y)
     return outputs
 
 
-def _is_plain_low_rank(w: Weight) -> bool:
+def _is_plain_low_rank(w: Adapted) -> bool:
     """Whether `w` is W + s·B·A over a base weight, without dropout: its A reads x as it is."""
-    if not isinstance(w, Adapted) or isinstance(w.base, Adapted | GradOnly):
+    if isinstance(w.base, Adapted | GradOnly):
         return False
     return w.a is not None and w.b is not None and w.row is None and w.col is None and w.seed is None
 

@@ -23,7 +23,7 @@ def explain(err: Exception) -> str | None:
     if _is_out_of_memory(err):
         return (
             f"not enough memory ({one_line(err) or 'allocation failed'}): use a smaller model or shorter texts; in "
-            "training lower --micro-batch-size or --max-seq-len, or quantize the base with --quantize nf4"
+            "training lower --max-seq-len or --micro-batch-size, or quantize the base with --quantize nf4"
         )
     return None
 

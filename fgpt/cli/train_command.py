@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpt import recipes
-from fgpt.cli.console import answers
+from fgpt.cli.console import answers, console
 from fgpt.cli.listing import print_recipes
 from fgpt.cli.options import parse
 from fgpt.errors import InputError
@@ -65,7 +65,25 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
             f"{folder.name}"
         )
     recipe = recipes.find(name)
-    return parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
+    return _with_update_of(recipe, parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name])))
+
+
+def _with_update_of(recipe: recipes.AnyRecipe, run: recipes.AnyRecipe) -> recipes.AnyRecipe:
+    """`run` with the update of `recipe`, whose own micro-batch size `auto` has replaced."""
+    if not isinstance(run, recipes.FineTuningRecipe) or not isinstance(recipe, recipes.FineTuningRecipe):
+        return run
+    if run.micro_batch_size != "auto" or recipe.micro_batch_size == "auto":
+        return run
+    from fgpt.cli.devices import resolve_device
+
+    if resolve_device(run.device).type == "cpu":
+        console.print(
+            f"micro-batches of {recipe.micro_batch_size} rows (--micro-batch-size auto), the recipe's own number: "
+            "larger ones gain nothing on a CPU"
+        )
+        return dataclasses.replace(run, micro_batch_size=recipe.micro_batch_size)
+    rows = recipe.micro_batch_size * run.grad_accumulation_steps
+    return dataclasses.replace(run, grad_accumulation_steps=rows)
 
 
 def _run_dir_of(name: str) -> Path | None:
@@ -94,6 +112,8 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     run = parse(type(started), options, started, command)
     if run.dtype == "auto":
         run = dataclasses.replace(run, dtype=started.dtype)
+    if run.micro_batch_size == "auto":
+        run = dataclasses.replace(run, micro_batch_size=started.micro_batch_size)  # what auto has chosen at the start
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
         if before != now and field.name not in MUTABLE_OPTIONS:

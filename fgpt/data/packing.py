@@ -214,6 +214,13 @@ def epoch_batches(
         InputError: as `filter_by_length` does.
     """
     filter_by_length(examples, max_seq_len)  # and not in `pack`, whose row numbers would be those of the shuffle
+    return lay_out_epoch(examples, max_seq_len, micro_batch_size, rng, packed)
+
+
+def lay_out_epoch(
+    examples: Sequence[Example], max_seq_len: int, micro_batch_size: int, rng: torch.Generator, packed: bool = True
+) -> list[list[list[Example]]]:
+    """`epoch_batches` of examples that `filter_by_length` has let pass."""
     shuffled = [examples[i] for i in _permutation(len(examples), fold_in(rng, "examples"))]
     if packed:
         bins = pack([len(example.tokens) for example in shuffled], max_seq_len)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import vmap
 
+from fgpt._typing import check_shapes
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
 from fgpt.model import GPT, KVCache, LayerKV, StaticLayerCache, forward_with_cache, logits, transformer_layers
@@ -76,6 +77,7 @@ def _add_slots(x: Tensor, count: int) -> Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:-2], count, x.shape[-1])], -2)
 
 
+@check_shapes
 def decode_step(
     params: GPT, tokens: Int[Tensor, "batch"], cache: StaticKVCache, adapters: Adapters | None = None
 ) -> Float[Tensor, "batch vocab"]:

@@ -43,7 +43,7 @@ class ClassificationRecipe(FineTuningRecipe):
     max_seq_len: Length = 128
     """Tokens in a sequence. Texts are packed into sequences; each attends to itself alone. A longer text is truncated
     in the middle."""
-    micro_batch_size: BatchSize = 4
+    micro_batch_size: BatchSize | Literal["auto"] = 4
 
     def suggest_use(self, folder: Path) -> str:
         return f"it classifies: fgpt classify {shlex.quote(str(folder))} TEXT"

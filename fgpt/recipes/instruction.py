@@ -26,7 +26,7 @@ class InstructionRecipe(FineTuningRecipe):
     template: str = "alpaca"
     """The prompt template: alpaca, plain, chat (the tokenizer's own) or tulu."""
     max_seq_len: Length = 512
-    micro_batch_size: BatchSize = 8
+    micro_batch_size: BatchSize | Literal["auto"] = 8
     overlong: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than max_seq_len: error refuses to start, drop leaves them out, cut truncates
     their answers."""

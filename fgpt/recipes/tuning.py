@@ -81,10 +81,16 @@ class FineTuningRecipe(TrainingRecipe):
     """Optimizer steps, in place of epochs."""
     max_seq_len: Length
     """Tokens in a sequence. Examples are packed into sequences; each attends to itself alone."""
-    micro_batch_size: BatchSize
-    """Sequences in a micro-batch."""
+    micro_batch_size: BatchSize | Literal["auto"]
+    """Sequences in a micro-batch. auto takes the most that fit into a GPU's memory, and as many micro-batches as leave
+    the optimizer step its sequences; on a CPU, where larger ones gain nothing, the recipe's own number."""
     grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an optimizer step."""
+
+    @property
+    def rows_per_update(self) -> int:
+        """Sequences in an optimizer step. While micro_batch_size is auto, grad_accumulation_steps is their number."""
+        return self.grad_accumulation_steps * (1 if self.micro_batch_size == "auto" else self.micro_batch_size)
 
     @property
     def peak_lr(self) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 from rich.table import Table
 
@@ -126,7 +126,9 @@ class ClassificationTask:
         )
         train_labels, test_labels = ([names.index(row.label) for row in rows] for rows in (train, test))
         baseline = majority(train_labels, test_labels, len(names))
-        return cls(recipe, job, labels, max_seq_len, baseline, test_examples, fewshot_examples)
+        return cls(
+            cast(ClassificationRecipe, job.recipe), job, labels, max_seq_len, baseline, test_examples, fewshot_examples
+        )
 
     @staticmethod
     def load_base(recipe: ClassificationRecipe) -> GPT:

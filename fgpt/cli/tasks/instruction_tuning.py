@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
@@ -84,7 +84,7 @@ class InstructionTask:
             f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
-        return cls(recipe, job, heldout)
+        return cls(cast(InstructionRecipe, job.recipe), job, heldout)
 
     @staticmethod
     def load_base(recipe: InstructionRecipe) -> GPT:

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from fgpt.adapter_dora import dora
 from fgpt.adapter_ia3 import ia3
 from fgpt.adapter_lora import lora
@@ -12,7 +14,10 @@ from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
-from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
+from fgpt.cli.training import mfu
+from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
+from fgpt.cli.training.micro_batch import with_largest_micro_batch
+from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
 from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
@@ -26,7 +31,8 @@ from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import init_state, make_step
-from fgpt.tree import leaves, matches, replace_at
+from fgpt.tree import device, leaves, matches, replace_at
+from fgpt.weights import dtype
 
 QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
 """What is quantized after q, k and v are fused, and what while it is read."""
@@ -74,32 +80,26 @@ def drop_replaced_leaves(params: GPT, adapters: Adapters) -> GPT:
     return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
 
 
-def batches(
-    examples: list[Example], recipe: FineTuningRecipe, max_seq_len: int, begin: int = 0
-) -> Iterator[list[Batch]]:
-    """The micro-batches of one update after the other, from update `begin` on, epoch after epoch in a fresh order,
-    without end.
+def batches(order: RowOrder, micro_batch_size: int, pad_to: int | None = None, begin: int = 0) -> Iterator[list[Batch]]:
+    """The micro-batches of one update after the other, from update `begin` on, without end.
+
+    Args:
+        order: The rows of each update.
+        micro_batch_size: The maximum number of rows of a micro-batch.
+        pad_to: The length of every row; None pads each micro-batch to its longest one.
+        begin: The first update, counted from 0.
     """
-    micro_batches: list[Batch] = []
-    skip = begin * recipe.grad_accumulation_steps
-    for epoch in itertools.count():
-        rng = fold_in(key(recipe.seed), f"epoch {epoch}")
-        groups = packing.epoch_batches(examples, max_seq_len, recipe.micro_batch_size, rng)
-        for rows in groups[skip:]:
-            micro_batches.append(packing.collate(rows))
-            if len(micro_batches) == recipe.grad_accumulation_steps:
-                yield micro_batches
-                micro_batches = []
-        skip = max(0, skip - len(groups))
+    for rows in order.updates(begin):
+        parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+        yield [packing.collate(part, pad_to) for part in parts]
 
 
-def num_steps(examples: list[Example], recipe: FineTuningRecipe, max_seq_len: int) -> int:
-    """Updates in the recipe's epochs, or its `steps` if it names them."""
-    if recipe.steps:
-        return recipe.steps
-    rng = fold_in(key(recipe.seed), "epoch 0")
-    per_epoch = len(packing.epoch_batches(examples, max_seq_len, recipe.micro_batch_size, rng))
-    return max(1, round(recipe.epochs * per_epoch / recipe.grad_accumulation_steps))
+def row_width(recipe: FineTuningRecipe, device: torch.device, max_seq_len: int) -> int | None:
+    """The width that all rows are padded to: on CUDA each new width costs a kernel's plan, in a compiled program a
+    compilation, and packed rows are nearly full (at one width 3 to 4 % of the positions are padding, at ragged ones 2
+    to 3 %). None on a CPU without a compiler, where a width costs nothing.
+    """
+    return max_seq_len if device.type == "cuda" or getattr(recipe, "compile", False) else None
 
 
 def row_length(recipe: FineTuningRecipe, cfg: Config) -> int:
@@ -133,28 +133,48 @@ def assemble_job(
         raise InputError("--keep-best keeps the state of least held-out loss: give --eval-every N as well")
     if recipe.eval_every and heldout_loss is None:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
-    steps = num_steps(examples, recipe, max_seq_len)
-    hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
+    order, target = RowOrder(examples, recipe, max_seq_len), device(adapters)
+    steps = order.num_steps()
     schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=recipe.weight_decay)
     step = make_step(
         lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat), optimizer
     )
-    frozen = drop_replaced_leaves(base, adapters)
+    frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
+    rng = fold_in(key(recipe.seed), "steps")
+    if recipe.micro_batch_size == "auto":
+
+        def probe(num_rows: int) -> None:
+            rows = list(itertools.islice(itertools.cycle(order.first_epoch[0]), num_rows))
+            step(state, frozen, [place(packing.collate(rows, max_seq_len), target)], rng)
+
+        recipe = with_largest_micro_batch(recipe, target, probe)
+    micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
+    hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
+    width = row_width(recipe, target, max_seq_len)
     return TrainingJob(
         recipe=recipe,
         step=step,
         frozen=frozen,
-        batches=lambda begin: batches(examples, recipe, max_seq_len, begin),
+        batches=lambda begin: batches(order, micro_batch_size, width, begin),
         steps=steps,
         schedule=schedule,
-        rng=fold_in(key(recipe.seed), "steps"),
+        rng=rng,
         fingerprint=hashes,
-        initial_state=InitialState(init_state(adapters, optimizer)),
+        initial_state=InitialState(state),
         tokenizer=tokenizer,
         heldout_loss=None if heldout_loss is None else lambda tuned: heldout_loss(adapt(frozen, tuned)),
+        mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
+
+
+def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
+    """Model FLOPs utilization at a number of tokens per second, in the dtype of `base`."""
+    with_loss = sum(len(x.tokens) + (x.label is not None) - x.prompt_length for x in examples)
+    loss_share = with_loss / sum(len(example.tokens) for example in examples)
+    flops, peak = mfu.tuning_flops(base, adapters, loss_share), mfu.peak(device(base), dtype(base.wte.w))
+    return lambda tokens_per_second: tokens_per_second * flops / peak
 
 
 def describe_sizes(name: str, base: GPT, adapters: Adapters) -> str:

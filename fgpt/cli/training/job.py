@@ -71,11 +71,26 @@ class TrainingJob:
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 
-    def train_step(self, state: State, micro_batches: Sequence[Batch]) -> tuple[State, Metrics]:
-        """The step after `state`, with the key of its number, on the device that the state is on."""
+    def train_step(
+        self, state: State, micro_batches: Sequence[Batch], step: int | None = None
+    ) -> tuple[State, Metrics]:
+        """The step after `state`, with the key of its number, on the device that the state is on.
+
+        Args:
+            state: The state before it.
+            micro_batches: What it reads, on the CPU or that device.
+            step: The number of steps so far. None reads the state's own, which waits for the device.
+        """
         target = device(state.trainable)
-        placed = [tree_map(lambda x: x.to(target), batch) for batch in micro_batches]
-        return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step)))
+        placed = [place(batch, target) for batch in micro_batches]
+        return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step) if step is None else step))
+
+
+def place(batch: Batch, target: torch.device) -> Batch:
+    """The batch on a device. To CUDA it is copied from pinned memory: nobody waits for the copy."""
+    if target.type != "cuda":
+        return tree_map(lambda x: x.to(target), batch)
+    return tree_map(lambda x: (x.pin_memory() if x.is_cpu else x).to(target, non_blocking=True), batch)
 
 
 def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source: str, **others: Any) -> dict[str, str]:

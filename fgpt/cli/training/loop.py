@@ -1,27 +1,34 @@
 """The training loop: steps, metrics and checkpoints, and an interruption that leaves something usable."""
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fgpt.cli.console import console
 from fgpt.cli.errors import DISK_FULL
+from fgpt.cli.metrics_log import Line
 from fgpt.cli.run_dir import METRICS, resume_command
 from fgpt.cli.signals import on_first_signal
 from fgpt.cli.training import checkpoints
+from fgpt.cli.training.background import in_background
 from fgpt.cli.training.checkpoints import Checkpointer
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.pending import PendingMetrics
 from fgpt.cli.training.reproducibility import rounding
 from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
 from fgpt.errors import InputError
-from fgpt.train_step import Metrics, State
+from fgpt.train_step import State
 from fgpt.tree import device, leaves
+
+AHEAD_DEVICES = frozenset({"cuda"})
+"""Where the next step is launched before the metrics of the last one are read. A CPU has computed them by then."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,16 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     A JSON line per step goes to the metrics file. A checkpoint is written every N minutes, at the end, and at each best
     held-out loss. Ctrl-C, SIGTERM and SIGHUP end the training after the current step, with a checkpoint.
 
+    On a GPU a step's metrics are read while it computes the next step, and a thread prepares the batches. A step that
+    is followed by a checkpoint or a held-out loss is read before the next one begins: no state is saved whose loss is
+    not known to be finite, and none is kept for long.
+
     Raises InputError if the loss is no longer finite, a trained leaf does not change, or the disk is full.
     """
     state = _resume_or_start(job, out)
     keep_freed_memory()
     begin, target = int(state.step), device(state.trainable)
+    is_ahead = target.type in AHEAD_DEVICES
     log, guard = MetricsLog(out / METRICS, begin, rounding(job.recipe, target)), FrozenLeafGuard(job, state)
     checkpointer = Checkpointer(out, job.recipe, job.fingerprint)
     with (
@@ -53,22 +65,36 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
         log,
         graceful_interrupt() as interrupt_requested,
         progress_line(begin, job.steps) as show,
+        (in_background if is_ahead else contextlib.nullcontext)(job.batches(begin)) as batches,
     ):
-        for step, micro_batches in zip(range(begin + 1, job.steps + 1), job.batches(begin)):
-            lr, previous = float(job.schedule(state.step)), state
-            state, metrics = job.train_step(previous, micro_batches)
-            _check_finite(metrics, step, lr)
-            guard.check(previous, state, lr)
+
+        def write(line: Line) -> None:
+            log.write(line)
+            track(line)
+            show(line)
+
+        unread: PendingMetrics | None = None
+        for step, micro_batches in zip(range(begin + 1, job.steps + 1), batches):
+            lr, previous = float(job.schedule(torch.tensor(step - 1))), state
+            state, metrics = job.train_step(previous, micro_batches, step - 1)
+            tokens = sum(batch.tokens.numel() for batch in micro_batches)
+            pending = PendingMetrics(step, metrics, lr=lr, tokens=tokens)
+            if unread is not None:
+                write(log.measure(unread, device=target, mfu=job.mfu))
+                unread = None
+            is_last = interrupt_requested() or step == job.steps
+            if is_ahead and not (step <= 2 or _heldout_is_due(job, step) or checkpointer.is_due(None, is_last)):
+                unread = pending
+                continue
+            line = log.measure(pending, device=target, mfu=job.mfu)
+            guard.check(previous, state, step, lr)
             del previous  # its memory is free for the next step
-            line = log.measure(step, metrics, lr=lr, micro_batches=micro_batches, device=target, mfu=job.mfu)
             with log.pause():
-                heldout_loss = _heldout_loss(job, state)
+                heldout_loss = _heldout_loss(job, state, step)
                 if heldout_loss is not None:
                     line["heldout_loss"] = heldout_loss
-                log.write(line)
-                track(line)
-                show(line)
-                is_last = interrupt_requested() or step == job.steps
+                write(line)
+                is_last = is_last or interrupt_requested()
                 if checkpointer.is_due(heldout_loss, is_last):
                     log.sync()  # the metrics up to a checkpoint are on disk before it
                     checkpointer.save(state, heldout_loss)
@@ -91,15 +117,6 @@ def _resume_or_start(job: TrainingJob, out: Path) -> State:
     return state
 
 
-def _check_finite(metrics: Metrics, step: int, lr: float) -> None:
-    loss, norm = float(metrics.loss), float(metrics.grad_norm)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(
-            f"the loss became {loss} (gradient norm {norm}) at step {step} with lr {lr:.2g}: expected finite "
-            "numbers; lower --lr or raise --warmup-steps"
-        )
-
-
 class FrozenLeafGuard:
     """Finds trained leaves that do not change in the first two steps: nothing would be trained, in silence.
 
@@ -110,13 +127,14 @@ class FrozenLeafGuard:
         self._job = job
         self._unchanged = set(leaves(state.trainable))
 
-    def check(self, previous: State, state: State, lr: float) -> None:
+    def check(self, previous: State, state: State, step: int, lr: float) -> None:
         """Raises InputError after step 2 if a leaf is as it was at the start."""
-        step = int(state.step)
         if not self._unchanged or step > 2:
             return
         before, after = leaves(previous.trainable), leaves(state.trainable)
-        self._unchanged = {path for path in self._unchanged if before[path].equal(after[path])}
+        paths = sorted(self._unchanged)
+        unchanged = torch.stack([(before[path] == after[path]).all() for path in paths]).tolist()  # waits once
+        self._unchanged = {path for path, same in zip(paths, unchanged, strict=True) if same}
         if self._unchanged and step == 2:
             some_paths = ", ".join(sorted(self._unchanged)[:4])
             leave_out = ", or leave them out by --adapter.target" if self._job.frozen is not None else ""
@@ -126,10 +144,14 @@ class FrozenLeafGuard:
             )
 
 
-def _heldout_loss(job: TrainingJob, state: State) -> float | None:
+def _heldout_is_due(job: TrainingJob, step: int) -> bool:
+    every = job.recipe.eval_every
+    return job.heldout_loss is not None and bool(every) and step % every == 0
+
+
+def _heldout_loss(job: TrainingJob, state: State, step: int) -> float | None:
     """The held-out loss if it is due after this step."""
-    every, step = job.recipe.eval_every, int(state.step)
-    if job.heldout_loss is None or not every or step % every:
+    if job.heldout_loss is None or not _heldout_is_due(job, step):
         return None
     loss = job.heldout_loss(state.trainable)
     console.print(f"step {step}  held-out loss {loss:.4f}")

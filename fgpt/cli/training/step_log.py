@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -16,9 +16,8 @@ from rich.progress import Progress
 
 from fgpt.cli.console import console, exclusive_progress, training_columns
 from fgpt.cli.metrics_log import Line, read_metrics, truncate_partial_line
+from fgpt.cli.training.pending import PendingMetrics
 from fgpt.cli.training.reproducibility import differing
-from fgpt.losses import Batch
-from fgpt.train_step import Metrics
 
 
 def peak_memory(device: torch.device) -> float:
@@ -57,30 +56,27 @@ class MetricsLog:
 
     def measure(
         self,
-        step: int,
-        metrics: Metrics,
+        pending: PendingMetrics,
         *,
-        lr: float,
-        micro_batches: Sequence[Batch],
         device: torch.device,
         mfu: Callable[[float], float] | None = None,
     ) -> Line:
-        """The line of a step that has just ended. `mfu` is the model FLOPs utilization at N tokens per second."""
+        """The line of the first step that has no line yet, when the device has computed it. `mfu` is the model FLOPs
+        utilization at N tokens per second.
+
+        Raises InputError if its loss is not finite.
+        """
+        line = pending.read()
         now = time.perf_counter()
-        tokens, seconds = sum(batch.tokens.numel() for batch in micro_batches), now - self._resumed_at
-        self._tokens, self.seconds, self._resumed_at = self._tokens + tokens, self.seconds + seconds, now
-        line: Line = {
-            "step": step,
-            "loss": float(metrics.loss),
-            "grad_norm": float(metrics.grad_norm),
-            "lr": lr,
-            "weight": float(metrics.weight),
+        seconds = now - self._resumed_at
+        self._tokens, self.seconds, self._resumed_at = self._tokens + pending.tokens, self.seconds + seconds, now
+        line |= {
             "tokens": self._tokens,
             "seconds": round(self.seconds, 3),
             "memory_gb": round(peak_memory(device), 3),
         }
         if mfu is not None:
-            line["mfu"] = round(mfu(tokens / seconds), 4)
+            line["mfu"] = round(mfu(pending.tokens / seconds), 4)
         return line
 
     @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""Which rows an update reads, in micro-batches of any size, from any update on, at any width."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fgpt
+from fgpt.cli.training.build import batches
+from fgpt.cli.training.row_order import RowOrder
+from fgpt.data import packing
+from fgpt.data.prompt_templates import Example
+from fgpt.losses import nll
+from fgpt.recipes import FineTuningRecipe, find
+
+EXAMPLES = [Example(tuple(1 + (7 * i + j) % 30 for j in range(3 + i % 6)), prompt_length=1) for i in range(37)]
+WIDTH = 12
+
+
+def recipe(micro_batch_size: int, grad_accumulation_steps: int, seed: int = 0) -> FineTuningRecipe:
+    found = find("lora-nano")
+    assert isinstance(found, FineTuningRecipe)
+    sizes = {"micro_batch_size": micro_batch_size, "grad_accumulation_steps": grad_accumulation_steps}
+    return replace(found, seed=seed, steps=None, epochs=1.0, **sizes)
+
+
+@given(st.sampled_from([(1, 6), (2, 3), (3, 2), (6, 1)]), st.integers(0, 40), st.integers(0, 99))
+def test_an_update_reads_the_same_rows_in_micro_batches_of_any_size(sizes: tuple[int, int], begin: int, seed: int):
+    order, other = (RowOrder(EXAMPLES, recipe(*x, seed), WIDTH) for x in ((6, 1), sizes))
+    expected = list(itertools.islice(order.updates(), begin, begin + 4))
+    assert list(itertools.islice(other.updates(begin), 4)) == expected
+    assert order.num_steps() == other.num_steps() == len(order.first_epoch)
+
+
+def test_an_epoch_reads_each_example_once():
+    updates = RowOrder(EXAMPLES, recipe(2, 2), WIDTH).first_epoch
+    read = [example for rows in updates for row in rows for example in row]
+    assert sorted(example.tokens for example in read) == sorted(example.tokens for example in EXAMPLES)
+    assert all(1 <= len(rows) <= 4 for rows in updates)
+    assert sum(len(rows) < 4 for rows in updates) <= 1
+
+
+def test_the_gradient_of_an_update_is_the_same_up_to_rounding():
+    params, order = tiny(), RowOrder(EXAMPLES, recipe(6, 1), WIDTH)
+
+    def total(micro_batch_size: int, pad_to: int | None) -> list[float]:
+        micro_batches = next(batches(order, micro_batch_size, pad_to))
+        assert pad_to is None or {batch.tokens.shape[1] for batch in micro_batches} == {pad_to}
+        return torch.tensor([[float(x) for x in nll(params, batch)] for batch in micro_batches]).sum(0).tolist()
+
+    expected = total(6, None)
+    for micro_batch_size in (1, 4, 6):
+        for pad_to in (None, WIDTH):
+            assert total(micro_batch_size, pad_to) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_epoch_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
+    calls, lay_out = [], packing.lay_out_epoch
+
+    def count(*args: object) -> object:
+        calls.append(args)
+        return lay_out(*args)  # pyright: ignore
+
+    monkeypatch.setattr(packing, "lay_out_epoch", count)
+    order = RowOrder(EXAMPLES, recipe(2, 2), WIDTH)
+    steps = order.num_steps()
+    assert len(list(itertools.islice(order.updates(), steps))) == steps
+    assert len(calls) == 1
+
+
+def test_examples_that_cannot_be_trained_on_are_errors():
+    with pytest.raises(fgpt.InputError, match="row 37 has 8 tokens, the limit is 5"):
+        RowOrder([Example((1, 2, 3), 1)] * 36 + [Example(tuple(range(8)), 1)], recipe(2, 2), 5)
