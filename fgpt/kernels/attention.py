@@ -4,7 +4,8 @@
     fast path     torch's fused kernels: `scaled_dot_product_attention`, and `fused_attention` under vmap and for
                   packed documents
     transforms    fused under grad, vmap and both in either order; under forward mode, nested derivatives and a backward
-                  that is recorded the reference; compiled under vmap the reference, too
+                  that is recorded the reference; compiled under vmap the reference, too. If cotangents alone are
+                  mapped, as in jacrev, torch runs its backward once for each
 
 Source: Vaswani et al. 2017, section 3.2.1.
 """

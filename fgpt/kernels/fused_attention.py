@@ -49,9 +49,7 @@ _compute_capability._dynamo_marked_constant = True  # pyright: ignore[reportFunc
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, d_head: int) -> bool:
-    """Whether the CUDA kernels of FlashAttention-2 apply, which take fewer heads of keys than of queries, and
-    cu_seqlens.
-    """
+    """Whether CUDA's FlashAttention-2 applies, which takes cu_seqlens, and fewer heads of keys than of queries."""
     if device.type != "cuda" or dtype not in HALF or d_head % 8 or d_head > 256:
         return False
     return _compute_capability(device) >= (8, 0)
@@ -145,10 +143,8 @@ def _efficient_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, y: Tensor, logsumexp: Tensor, *philox: Tensor
 ) -> tuple[Tensor, ...]:
     bias, is_causal = _aligned_bias(q, k, mask), mask is None and q.shape[-2] > 1
-    needs = [True, True, True, False]
-    return aten._scaled_dot_product_efficient_attention_backward(
-        g, q, k, v, bias, y, logsumexp, *philox, 0.0, needs, is_causal
-    )[:3]
+    backward, needs = aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
+    return backward(g, q, k, v, bias, y, logsumexp, *philox, 0.0, needs, is_causal)[:3]
 
 
 def _aligned_bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -222,8 +218,7 @@ def _fold(info: Any, in_dims: Sequence[int | None], operands: Sequence[Tensor | 
     folded: list[Tensor | None] = []
     for x, axis in zip(operands, in_dims, strict=True):
         if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-            x = x.flatten(0, 1)
+            x = (x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
         folded.append(x)
     return folded
 

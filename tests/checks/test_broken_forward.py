@@ -51,7 +51,8 @@ def test_padding_that_counts_in_the_mean(patch: Patch):
 def test_packing_documents_that_see_one_another(patch: Patch):
     def join(forward: Any) -> Any:
         def wrong(params: Any, tokens: Any, segments: Any, *rest: Any) -> Any:
-            return forward(params, tokens, None if segments is None else segments.clamp(max=1), *rest)
+            joined = None if segments is None else segments.clamp(max=1)
+            return forward(params, tokens, joined, *rest[:2])  # and without the bounds that follow
 
         return wrong
 

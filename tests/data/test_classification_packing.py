@@ -71,7 +71,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
             real = getattr(fgpt, name)
             patch.setattr(
                 f"fgpt.cli.inference.classifiers.{name}",
-                lambda p, x, *rest, real=real: read.append(x.numel()) or real(p, x, *rest),
+                lambda p, x, *rest, real=real, **options: read.append(x.numel()) or real(p, x, *rest, **options),
             )
         found = log_probabilities(params, examples, class_labels("abc"), 24)
         alone = torch.stack([fgpt.apply(params, torch.tensor([x.tokens]))[0, -1].log_softmax(-1) for x in examples])
