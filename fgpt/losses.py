@@ -37,13 +37,14 @@ class Batch:
 
 
 @check_shapes
-def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def nll(params: GPT, batch: Batch, remat: bool = False, compile: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly.
 
     Args:
         params: The model, adapted or not.
         batch: Tokens, targets and the weight of each target.
         remat: Activation checkpointing, see `hidden`.
+        compile: Compile the transformer block, see `hidden`.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -56,7 +57,7 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     >>> weight
     tensor(3.)
     """
-    h = hidden(params, batch.tokens, batch.segments, remat).flatten(0, -2)
+    h = hidden(params, batch.tokens, batch.segments, remat, compile).flatten(0, -2)
     y, weights = batch.targets.flatten(), batch.weights.flatten()
     if batch.loss_positions is not None:
         h, y, weights = h[batch.loss_positions], y[batch.loss_positions], weights[batch.loss_positions]

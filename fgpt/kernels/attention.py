@@ -57,8 +57,10 @@ def reference(
 ) -> Float[Tensor, "*batch head query d_head"]:
     """The definition, softmax in fp32. Differentiable to any order, in both modes."""
     visible = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
-    scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+    # einsum, as torch 2.11 compiles no vmap of a matrix product whose sizes vary
+    scores = at_least_fp32(torch.einsum("...qd,...kd->...qk", q, k)) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
+    return torch.einsum("...qk,...kd->...qd", weights, v)
 
 
 @check_shapes
@@ -87,6 +89,9 @@ def attention(
     queries, keys = q.shape[-2], k.shape[-2]
     if mask is None and 1 < queries < keys:
         mask = causal(queries, keys, q.device)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries > 1)
+    is_causal = mask is None
+    if queries == 1:  # a branch, as a compiler's answer for a width that varies would be no bool
+        is_causal = False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     unfused = q.ndim < 4  # torch fuses no attention with fewer axes
     return with_every_derivative(reference, y, q, k, v, mask, second=unfused)

@@ -30,6 +30,7 @@ from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialize
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
+from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
@@ -154,6 +155,17 @@ def _grad_only(w: Weight) -> Weight:
 
 rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
 """`block` that saves only its inputs for the backward pass, which computes the rest again."""
+compiled_block = compile_block(block, "the transformer block")
+compiled_rematerialized_block = rematerialize(
+    compiled_block, recompute_fn=compile_block(_block_for_gradient, "the recomputed transformer block")
+)
+
+
+def block_variant(remat: bool, compile: bool) -> Callable[..., tuple[Tensor, LayerKV | None]]:
+    """`block`, rematerialized or compiled or both. A compiled one returns no keys and values."""
+    if compile:
+        return compiled_rematerialized_block if remat else compiled_block
+    return rematerialized_block if remat else block
 
 
 def transformer_layers(
@@ -164,7 +176,7 @@ def transformer_layers(
     past: Sequence[LayerKV | StaticLayerCache | None],
     *,
     length: int | Int[Tensor, "*batch seq"] = 0,
-    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], tuple[LayerKV, ...]]:
     """Embedding, blocks and ln_f for tokens at the given positions.
 
@@ -178,7 +190,7 @@ def transformer_layers(
         block_fn: `block`, or a function with the same values that saves less for the backward pass.
 
     Returns:
-        The hidden states, and the keys and values of each layer, those of `past` included.
+        The hidden states, and the keys and values of each layer, those of `past` included, if `block_fn` returns them.
     """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
@@ -191,7 +203,8 @@ def transformer_layers(
     for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
         layer_mask = mask if i in cfg.full_layers else windowed
         x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i))
-        new_kv.append(kv)
+        if kv is not None:
+            new_kv.append(kv)
     return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
 
 
@@ -211,7 +224,7 @@ def _forward(
     tokens: Tensor,
     segments: Tensor | None,
     cache: KVCache,
-    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
 ) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
     if past + seq > params.cfg.n_ctx:
@@ -240,6 +253,7 @@ def hidden(
     tokens: Int[Tensor, "*batch seq"],
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
+    compile: bool = False,
 ) -> Float[Tensor, "*batch seq d_model"]:
     """The last hidden states, after ln_f: the input of a head or a loss.
 
@@ -250,6 +264,9 @@ def hidden(
             positions count from 0. Padding is one more document, commonly 0. None makes each row one document.
         remat: Rematerialization, or activation checkpointing: save only each block's input for the backward pass,
             which runs the block again. The same gradient in less memory and more time.
+        compile: Compile the block (needs a C++ compiler): one program serves all layers, every batch size and every
+            width, and is kept on disk for later processes. Equal up to rounding. Under transforms of torch.func, and
+            where torch cannot compile it, which a warning says, the block runs as it is.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -259,7 +276,7 @@ def hidden(
     >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """
-    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block)[0]
+    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile))[0]
 
 
 def lm_head(params: GPT) -> Linear:

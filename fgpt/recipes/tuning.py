@@ -67,6 +67,9 @@ class FineTuningRecipe(TrainingRecipe):
     remat: bool = False
     """Activation (gradient) checkpointing: recompute each block in the backward pass. A step takes a quarter more time,
     and its peak memory above the model falls to some 0.6."""
+    compile: bool = False
+    """Compile the transformer block: one program for all layers, batch sizes and widths, kept on disk. Needs a C++
+    compiler."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

@@ -137,7 +137,10 @@ def assemble_job(
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=recipe.weight_decay)
     step = make_step(
-        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat), optimizer
+        lambda tuned, frozen, batch, seed: nll(
+            adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat, compile=recipe.compile
+        ),
+        optimizer,
     )
     frozen = drop_replaced_leaves(base, adapters)
     return TrainingJob(

@@ -1,0 +1,131 @@
+"""A pure function as one compiled program.
+
+    reference     the function itself
+    fast path     its program by torch.compile, without derivatives and under plain autograd
+    transforms    under any of them, and where a compiler traces it already, the function itself; a backward that is
+                  recorded is the function's
+
+torch.compile leaves what it cannot compile uncompiled, in silence: it takes an operation that it does not know out of
+the program, and after the eighth program of a function it compiles no more. Here a function is one program or none, and
+if it is none, a warning says why.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fgpt.errors import CompileWarning, one_line
+from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.recordable import with_every_derivative
+from fgpt.tree import tree_leaves, unflatten_like
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SIZE_HINT = 64
+"""What a compiler takes for the size of an axis that varies: not the size of the first tensor, so that no program
+depends on what was computed first."""
+MAX_CHARS = 200
+"""Characters shown of a compiler's error."""
+
+
+def mark_varying(x: Tensor, *axes: int) -> Tensor:
+    """`x`, with axes whose sizes a compiled program takes as they come. One element is a case of its own, with another
+    program.
+    """
+    for axis in axes:
+        if x.shape[axis] > 1:
+            torch._dynamo.mark_dynamic(x, axis, hint_override=SIZE_HINT)
+    return x
+
+
+def compile_or_warn(
+    fn: Callable[P, R], name: str, *, fallback: Callable[P, R] | None = None, dynamic: bool | None = None
+) -> Callable[P, R]:
+    """`fn` as one program, which is compiled by the first call, and again for other structures, dtypes or static values
+    of the arguments.
+
+    If it cannot be compiled, a `CompileWarning` says why, once, and `fallback` runs: from then on, or for these
+    arguments alone if torch's limit of programs is reached.
+
+    Args:
+        fn: A function of trees of tensors, static values and None.
+        name: What the warning calls it.
+        fallback: A function with the same results; None is `fn`.
+        dynamic: What torch.compile takes: False compiles again for every size.
+    """
+    eager = fallback or fn
+    failures: list[Exception] = []
+
+    @functools.cache
+    def program() -> Callable[P, R]:
+        return torch.compile(fn, fullgraph=True, dynamic=dynamic)  # at the first call, as it imports the compiler
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if failures and not _is_limit(failures[0]):
+            return eager(*args, **kwargs)
+        try:
+            return program()(*args, **kwargs)
+        except _compiler_errors() as err:
+            if not failures:
+                failures.append(err.with_traceback(None))
+                warnings.warn(f"{name} runs uncompiled: {_reason(err)}", CompileWarning, stacklevel=2)
+        return eager(*args, **kwargs)
+
+    return call
+
+
+def compile_whole(fn: Callable[P, Tensor], name: str) -> Callable[P, Tensor]:
+    """A function that returns one tensor, compiled wherever plain autograd or nobody differentiates it.
+
+    Args:
+        fn: A pure function of trees of tensors, static values and None.
+        name: What a warning calls it, if it cannot be compiled.
+
+    >>> double = compile_whole(lambda x: 2 * x, "doubling")
+    >>> torch.func.grad(double)(torch.tensor(1.0))  # under a transform, the function itself
+    tensor(2.)
+    """
+    program = compile_or_warn(fn, name)
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if in_transform_or_compile():
+            return fn(*args, **kwargs)
+        y = program(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return y
+        leaves = tree_leaves([args, kwargs])
+
+        def definition(*tensors: Tensor | None) -> Tensor:
+            rest = iter(tensors)
+            new = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+            other_args, other_kwargs = unflatten_like([args, kwargs], new)
+            return fn(*other_args, **other_kwargs)
+
+        return with_every_derivative(definition, y, *[x for x in leaves if isinstance(x, Tensor)])
+
+    return call
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo import exc
+
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+def _is_limit(err: Exception) -> bool:
+    return type(err).__name__ == "FailOnRecompileLimitHit"
+
+
+def _reason(err: Exception) -> str:
+    """An error of the compiler in one line: torch's own, without its advice."""
+    if _is_limit(err):
+        limit = torch._dynamo.config.recompile_limit
+        return f"{limit} programs of it, for other shapes or structures, are torch's limit (recompile_limit)"
+    return one_line(str(err).partition("\n\n")[0])[:MAX_CHARS]
