@@ -37,7 +37,9 @@ class Batch:
 
 
 @check_shapes
-def nll(params: GPT, batch: Batch, remat: bool = False, compile: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def nll(
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly.
 
     Args:

@@ -9,7 +9,6 @@ with each row's A and B.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +17,7 @@ from torch.func import vmap
 
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
+from fgpt.kernels.compilation import compile_or_warn
 from fgpt.model import GPT, KVCache, LayerKV, StaticLayerCache, forward_with_cache, logits, transformer_layers
 from fgpt.tree import node, tree_map
 

@@ -12,15 +12,19 @@ if it is none, a warning says why.
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fgpt.errors import CompileWarning, one_line
-from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.recordable import with_every_derivative
+from fgpt.kernels.functorch_state import (
+    in_transform,
+    in_transform_or_compile,
+    is_differentiated,
+    is_recorded_by_autograd,
+)
 from fgpt.tree import tree_leaves, unflatten_like
 
 P = ParamSpec("P")
@@ -80,12 +84,52 @@ def compile_or_warn(
     return call
 
 
-def compile_whole(fn: Callable[P, Tensor], name: str) -> Callable[P, Tensor]:
+class _Compiled(torch.autograd.Function):
+    """(program, definition, x_1, x_2, ...) -> program(x_1, x_2, ...). The graph that the program records is its own, so
+    that its backward does not run where the definition's stands in. Without a setup_context: no transform ever meets it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, program: Callable[..., Tensor], definition: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(xs, ctx.needs_input_grad[2:], strict=True)]
+            y = program(*inputs)
+        ctx.definition, ctx.graph = definition, (y, inputs)
+        ctx.save_for_backward(*xs)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs, graph = ctx.needs_input_grad[2:], ctx.graph
+        ctx.graph = None  # its memory is free once it is used
+        if graph is None or in_transform() or is_recorded_by_autograd(*ctx.saved_tensors):
+            grads = iter(_definition_gradient(ctx.definition, ctx.saved_tensors, needs, g))
+        else:
+            y, inputs = graph
+            needed = [x for x, need in zip(inputs, needs, strict=True) if need]
+            grads = iter(torch.autograd.grad(y, needed, g, materialize_grads=True))
+        return None, None, *(next(grads) if need else None for need in needs)
+
+
+def _definition_gradient(
+    definition: Callable[..., Tensor], xs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> tuple[Tensor, ...]:
+    def of_needed(*needed: Tensor) -> Tensor:
+        rest = iter(needed)
+        return definition(*(next(rest) if need else x for x, need in zip(xs, needs, strict=True)))
+
+    return torch.func.vjp(of_needed, *[x for x, need in zip(xs, needs, strict=True) if need])[1](g)
+
+
+def compile_whole(
+    fn: Callable[P, Tensor], name: str, mark: Callable[P, Any] = lambda *args, **kwargs: None
+) -> Callable[P, Tensor]:
     """A function that returns one tensor, compiled wherever plain autograd or nobody differentiates it.
 
     Args:
         fn: A pure function of trees of tensors, static values and None.
         name: What a warning calls it, if it cannot be compiled.
+        mark: Calls `mark_varying` for tensors of the arguments.
 
     >>> double = compile_whole(lambda x: 2 * x, "doubling")
     >>> torch.func.grad(double)(torch.tensor(1.0))  # under a transform, the function itself
@@ -97,18 +141,24 @@ def compile_whole(fn: Callable[P, Tensor], name: str) -> Callable[P, Tensor]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         if in_transform_or_compile():
             return fn(*args, **kwargs)
-        y = program(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return y
         leaves = tree_leaves([args, kwargs])
 
-        def definition(*tensors: Tensor | None) -> Tensor:
+        def with_tensors(run: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
             rest = iter(tensors)
             new = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
             other_args, other_kwargs = unflatten_like([args, kwargs], new)
-            return fn(*other_args, **other_kwargs)
+            return run(*other_args, **other_kwargs)
 
-        return with_every_derivative(definition, y, *[x for x in leaves if isinstance(x, Tensor)])
+        def run_program(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            mark(*args, **kwargs)
+            return program(*args, **kwargs)
+
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not (torch.is_grad_enabled() and is_differentiated(*tensors)):
+            return with_tensors(run_program, [x.detach() for x in tensors])
+        return _Compiled.apply(  # pyright: ignore[reportReturnType]
+            lambda *xs: with_tensors(run_program, xs), lambda *xs: with_tensors(fn, xs), *tensors
+        )
 
     return call
 

@@ -3,7 +3,7 @@
 A torch.Generator has a state that vmap, torch.compile and a recomputed forward would each have to carry; a hash has
 none, so the mask is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
 one for rows and one for columns, combined by a finalizer with full avalanche. Compiled for a CPU it becomes C++, which
-assumes that no signed sum wraps, and then gives other masks: there it is in 64 bits, wrapped to 32 after each operation.
+assumes that no signed sum wraps, and then gives other masks: there it is in 64 bits, wrapped after each one.
 
 It is plain torch, so every transform and the compiler pass; under vmap a mapped seed gives each member a mask of its
 own, and one seed gives all of them the same.

@@ -1,9 +1,8 @@
-"""A transformer block as one compiled program, which all blocks of one structure share, at every batch size and width."""
+"""A transformer block as one compiled program, which all blocks of one structure share, at every size of a batch."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fgpt.kernels.compilation import compile_whole, mark_varying
@@ -21,18 +20,19 @@ def compile_block(block: Callable[..., tuple[Tensor, Any]], name: str) -> Callab
     def output(x: Tensor, p: Any, cfg: Any, mask: Tensor | None, rope: RopeCosSin | None, *more: Any) -> Tensor:
         return block(x, p, cfg, mask, None, rope, *more)[0]
 
-    program = compile_whole(output, name)
+    def mark(x: Tensor, p: Any, cfg: Any, mask: Tensor | None, rope: RopeCosSin | None, *more: Any) -> None:
+        mark_varying(x, *range(x.ndim - 1))
+        for y in rope or ():
+            mark_varying(y, *range(y.ndim - 1))
+        for y in (mask, *more):
+            if isinstance(y, Tensor):
+                mark_varying(y, *range(y.ndim))
+
+    program = compile_whole(output, name, mark)
 
     def call(
         x: Tensor, p: Any, cfg: Any, mask: Tensor | None, past: None, rope: RopeCosSin | None, *more: Any
     ) -> tuple[Tensor, None]:
-        x = x.view_as(x) if torch.is_grad_enabled() else x.detach()  # whether it is differentiated then, is no case
-        mark_varying(x, *range(x.ndim - 1))
-        mask = None if mask is None else mark_varying(mask.view_as(mask), *range(mask.ndim))
-        if rope is not None:
-            cos, sin = (mark_varying(y.view_as(y), *range(y.ndim - 1)) for y in rope)
-            rope = cos, sin
-        rest = [mark_varying(y.view_as(y), *range(y.ndim)) if isinstance(y, Tensor) else y for y in more]
-        return program(x, p, cfg, mask, rope, *rest), None
+        return program(x, p, cfg, mask, rope, *more), None
 
     return call
