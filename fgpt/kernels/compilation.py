@@ -85,8 +85,8 @@ def compile_or_warn(
 
 
 class _Compiled(torch.autograd.Function):
-    """(program, definition, x_1, x_2, ...) -> program(x_1, x_2, ...). The graph that the program records is its own, so
-    that its backward does not run where the definition's stands in. Without a setup_context: no transform ever meets it.
+    """(program, definition, x_1, x_2, ...) -> program(x_1, x_2, ...). What the program records is its own graph, whose
+    backward does not run where the definition's stands in. Without a setup_context: no transform ever meets it.
     """
 
     @staticmethod

@@ -195,7 +195,7 @@ def test_the_checks_are_of_compiled_blocks():
     results = fgpt.run_checks(base, fgpt.lora(base, fgpt.key(1), 4, target=QV), batch(2, 20), compile=True)
     assert [x.check for x in results if x.holds is False] == []
     assert {x.check: x.error for x in results}["compilation"] < 1e-5
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 4  # micro-batches of one row are a case of their own
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be compiled

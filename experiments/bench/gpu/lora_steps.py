@@ -137,8 +137,8 @@ def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
 
 
 def graphs(report: Report, base: fgpt.GPT, batch: Batch, compile: bool) -> None:
-    """The gradient, and the whole step, each captured as one CUDA graph and replayed: what launches cost. Elsewhere both
-    are called alone, which tries the code. The step is captured at a constant rate.
+    """The gradient, and the whole step, each captured as one CUDA graph and replayed: what launches cost. Without CUDA
+    they are called alone, which tries the code. The step is captured at a constant rate.
     """
     adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
     optimizer = fgpt.adamw(3e-4)
