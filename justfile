@@ -108,6 +108,30 @@ gpu *args: setup-dev
 test *args: setup-dev
     @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal "$@"
 
+# What depends on torch's transforms and its compiler, under torch 2.11, the oldest that fgpt runs on
+[no-exit-message]
+test-oldest *args:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    python=.venv-oldest/bin/python
+    if [ ! .venv-oldest/ready -nt pyproject.toml ] || [ ! .venv-oldest/ready -nt constraints.txt ]; then
+        [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv-oldest
+        echo "setting up .venv-oldest (torch 2.11, some 5 GB) .."
+        # torch 2.11 wants an older setuptools; everything else is as in .venv
+        sed -e 's/^torch==.*/torch==2.11.0/' -e '/^setuptools==/d' constraints.txt > .venv-oldest/constraints.txt
+        options=(--quiet --constraint .venv-oldest/constraints.txt)
+        "$python" -m pip install "${options[@]}" --upgrade pip > .venv-oldest/log 2>&1 &&
+            "$python" -m pip install "${options[@]}" --build-constraint constraints.txt \
+                --editable . hypothesis pytest pytest-xdist transformers peft >> .venv-oldest/log 2>&1 || {
+            echo "NOT TESTED under torch 2.11, which cannot be installed here: see .venv-oldest/log" >&2
+            exit 75
+        }
+        touch .venv-oldest/ready
+    fi
+    OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal tests/matrix/test_matrix.py tests/kernels \
+        tests/train_step tests/optim/test_optim_tensors.py tests/model/test_transforms.py \
+        tests/model/test_compiled_blocks.py tests/lift/test_lift_transforms.py tests/generation/test_compiled_step.py "$@"
+
 # Lint, format, types, layers, names
 check: setup-dev
     "{{ python }}" -m ruff check .

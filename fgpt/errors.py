@@ -28,6 +28,10 @@ class InputError(ValueError):
         self.field = field
 
 
+class CompileWarning(UserWarning):
+    """What was to be compiled runs uncompiled: as right, and slower. The message is one line that says why."""
+
+
 def short_repr(value: Any) -> str:
     """`repr(value)`, shortened if it is long."""
     try:

@@ -41,13 +41,16 @@ class Batch:
 
 
 @check_shapes
-def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def nll(
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly.
 
     Args:
         params: The model, adapted or not.
         batch: Tokens, targets and the weight of each target.
         remat: Activation checkpointing, see `hidden`.
+        compile: Compile the transformer block, see `hidden`.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -62,9 +65,9 @@ def nll(params: GPT, batch: Batch, remat: bool = False) -> tuple[Float[Tensor, "
     """
     y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
     if positions is None:
-        h = hidden(params, batch.tokens, batch.segments, remat, batch.cu_seqlens).flatten(0, -2)
+        h = hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
     else:
-        h = hidden_at(params, batch.tokens, positions, batch.segments, remat, batch.cu_seqlens)
+        h = hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
         y, weights = y.index_select(0, positions), weights.index_select(0, positions)
     token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
     weights = weights.to(token_nll.dtype)

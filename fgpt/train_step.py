@@ -12,6 +12,7 @@ from torch.func import grad_and_value
 
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
+from fgpt.kernels.compilation import compile_or_warn
 from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.losses import Batch
@@ -169,8 +170,10 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
         loss: `loss(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)`, two scalar tensors.
         optimizer: Such as `adamw(lr)`.
         max_norm: Clip the gradient to this global norm; None does not clip.
-        compile: Compile the gradient (needs a C++ compiler). Under vmap and derivatives of the step it has no effect,
-            and a warning says so.
+        compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
+            compiles it again: where shapes vary, let `loss` compile the blocks instead, by `nll(.., compile=True)`.
+            Under vmap and derivatives of the step it has no effect, and a warning says so, as it does if torch cannot
+            compile the loss.
 
     Raises:
         InputError: from the step, if `loss` returns anything else.
@@ -192,7 +195,9 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
     """
     loss = _check_result(loss)
     transformable: Any = grad_and_value(loss, has_aux=True)
-    once: Any = torch.compile(transformable, dynamic=False) if compile else partial(value_and_grad_once, loss)
+    once: Any = partial(value_and_grad_once, loss)
+    if compile:
+        once = compile_or_warn(transformable, "the gradient", fallback=once, dynamic=False)
 
     def gradient(*args: Any) -> Any:
         in_transform, requires_grad = in_transform_or_compile(), _requires_grad(args)

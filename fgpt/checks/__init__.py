@@ -11,6 +11,7 @@ accumulation        micro-batches add up to their union
 gradient flow       every trained leaf has a gradient
 first step          and moves in the first update
 determinism         the same step gives the same bits, or on a GPU the same up to rounding
+compilation         compiled blocks give the gradient of the blocks, if training compiles them
 save and load       files give back the same bits
 frozen base         nothing is changed in place
 """
@@ -44,12 +45,15 @@ TRAINING_CHECKS: dict[str, Check] = {
     "determinism": training.determinism,
     "save and load": persistence.save_and_load,
 }
+COMPILED_CHECKS: dict[str, Check] = {"compilation": training.compilation}
 
 NUM_CHECKS = 2 + len(FORWARD_CHECKS) + len(TRAINING_CHECKS)
-"""With the finite loss and the frozen base."""
+"""With the finite loss and the frozen base, without those of compiled blocks."""
 
 
-def run_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4) -> tuple[CheckResult, ...]:
+def run_checks(
+    params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4, compile: bool = False
+) -> tuple[CheckResult, ...]:
     r"""The result of every check for `adapters` over `params` on `batch`.
 
     The adapters are perturbed first, because a fresh adapter is the identity and hides faults. Dropout is off, except
@@ -61,6 +65,7 @@ def run_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-
         adapters: What is trained; may be empty.
         batch: Examples as training has them.
         lr: Learning rate of the first update.
+        compile: Check the gradients of compiled blocks, as `nll(.., compile=True)` trains.
 
     Raises:
         InputError: if adapters or batch do not fit the model.
@@ -73,22 +78,25 @@ def run_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-
     >>> [result.check for result in results if result.holds is False]
     []
     """
-    return tuple(iter_checks(params, adapters, batch, lr=lr))
+    return tuple(iter_checks(params, adapters, batch, lr=lr, compile=compile))
 
 
-def iter_checks(params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4) -> Iterator[CheckResult]:
+def iter_checks(
+    params: GPT, adapters: Adapters, batch: Batch, *, lr: float = 3e-4, compile: bool = False
+) -> Iterator[CheckResult]:
     """`run_checks`, one result at a time."""
     trees = {"base": params, "adapters": adapters, "batch": batch}
     # Not one no_grad around everything: it would stay in force for the caller between two results.
     with torch.no_grad():
         before = persistence.digest(trees)
-        context = context_of(params, adapters, batch, lr)
+        context = context_of(params, adapters, batch, lr, compile)
         finite_loss = forward.finite_loss(context)
     yield finite_loss
-    for name, check in (FORWARD_CHECKS | TRAINING_CHECKS).items():
+    of_training = TRAINING_CHECKS | (COMPILED_CHECKS if compile else {})
+    for name, check in (FORWARD_CHECKS | of_training).items():
         if not finite_loss.holds:
             yield not_applicable(name, "there is no finite loss")
-        elif name in TRAINING_CHECKS and not adapters:
+        elif name in of_training and not adapters:
             yield not_applicable(name, "no adapters")
         else:
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,10 +52,10 @@ class CheckResult:
 
 
 def objective(
-    adapters: Adapters, params: GPT, batch: Batch, seed: Int[Tensor, ""] | None
+    adapters: Adapters, params: GPT, batch: Batch, seed: Int[Tensor, ""] | None, compile: bool = False
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss of training: sums, as `make_step` takes them."""
-    return nll(adapt(params, adapters, rng=seed), batch)
+    return nll(adapt(params, adapters, rng=seed), batch, compile=compile)
 
 
 def not_applicable(check: str, reason: str) -> CheckResult:
@@ -73,6 +73,8 @@ class Context:
     batch: Batch
     """[example seq]"""
     lr: float
+    compile: bool = False
+    """Whether training compiles its blocks: then the gradients of the checks are those of the compiled blocks."""
 
     @cached_property
     def model(self) -> GPT:
@@ -98,14 +100,14 @@ class Context:
     def step(self) -> State:
         """The state after one update of AdamW, with dropout and clipping as in training."""
         optimizer = adamw(self.lr)
-        step = make_step(objective, optimizer)
+        step = make_step(partial(objective, compile=self.compile), optimizer)
         state, _ = step(init_state(self.adapters, optimizer), self.params, [self.batch], key(0))
         return state
 
     def gradient(self, batches: Sequence[Batch]) -> Adapters:
         """The gradient that a step computes from these micro-batches, without dropout or clipping."""
         gradient_only = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state))
-        step = make_step(objective, gradient_only, max_norm=None)
+        step = make_step(partial(objective, compile=self.compile), gradient_only, max_norm=None)
         state, _ = step(init_state(self.adapters, gradient_only), self.params, batches, None)
         return state.trainable
 
@@ -148,15 +150,15 @@ class Context:
         return max_or_nan(max_rel_diff(logits(self.model, a), logits(self.model, b)) for a, b in pairs)
 
 
-def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float) -> Context:
+def context_of(params: GPT, adapters: Adapters, batch: Batch, lr: float, compile: bool = False) -> Context:
     """The context of the checks, with the batch on the device of `params` and one axis of examples."""
     target = device(params)
     batch = tree_map(lambda x: x.to(target), batch)
     tokens, targets, weights = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.targets, batch.weights))
     segments = None if batch.segments is None else batch.segments.reshape(tokens.shape)
     cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.reshape(len(tokens), -1)
-    batch = Batch(tokens, targets, weights, segments, batch.loss_positions, cu_seqlens)
-    return Context(params, perturb(adapters), batch, lr)
+    examples = Batch(tokens, targets, weights, segments, batch.loss_positions, cu_seqlens)
+    return Context(params, perturb(adapters), examples, lr, compile)
 
 
 def perturb(adapters: Adapters) -> Adapters:

@@ -84,6 +84,14 @@ def repeated_gradient(context: Context) -> CheckResult:
     return CheckResult("determinism", compared, float(error), context.tolerance)
 
 
+def compilation(context: Context) -> CheckResult:
+    """The gradient of compiled blocks is that of the blocks, up to rounding."""
+    got, expected = (replace(context, compile=compile).gradient([context.batch]) for compile in (True, False))
+    error = global_norm(tree_map(torch.sub, got, expected)) / global_norm(expected)
+    compared = "gradient of compiled blocks with that of the blocks, relative to its norm"
+    return CheckResult("compilation", compared, float(error), context.tolerance)
+
+
 def summarize(paths: list[str], problem: str) -> str:
     """The first of `paths`, the number of the others, and what is wrong with them."""
     if not paths:

@@ -3,19 +3,22 @@
 Errors that a user can fix are one line on stderr and exit code 2.
 """
 
+import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from fgpt.cli import streams
 from fgpt.cli.commands import COMMANDS, run_command, summaries
-from fgpt.cli.console import answers
+from fgpt.cli.console import answers, console
 from fgpt.cli.errors import explain
 from fgpt.cli.signals import interrupt, on_first_signal
-from fgpt.errors import InputError
+from fgpt.errors import CompileWarning, InputError
 
 INTERRUPTED, CLOSED = 128 + 2, 128 + 13
 """Exit codes as a shell reports a process that Ctrl-C, or a closed pipe, has ended."""
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for bad input, 130 if interrupted, 141 if stdout is a pipe that nobody reads any more.
     """
     command, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    with streams.robust_streams(), on_first_signal(interrupt):
+    with streams.robust_streams(), on_first_signal(interrupt), one_line_warnings():
         try:
             _run(command, args)
             if sys.stdout is not None:
@@ -45,6 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
             return 2
     return 0
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print our warnings as one line, in place of the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CompileWarning)
+        show_any = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, CompileWarning):
+                console.print(f"warning: {message}", soft_wrap=True)
+            else:
+                show_any(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def _run(command: str, args: Sequence[str]) -> None:

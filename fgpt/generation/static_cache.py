@@ -9,7 +9,6 @@ with each row's A and B.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +18,7 @@ from torch.func import vmap
 from fgpt._typing import check_shapes
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
+from fgpt.kernels.compilation import compile_or_warn
 from fgpt.model import GPT, KVCache, LayerKV, StaticLayerCache, forward_with_cache, logits, transformer_layers
 from fgpt.tree import node, tree_map
 
@@ -121,9 +121,9 @@ def select_rows(cache: StaticKVCache, rows: Int[Tensor, " selected"]) -> StaticK
 @functools.cache
 def compiled_decode_step() -> Callable[..., Tensor]:
     """`decode_step`, compiled. The first call for a batch size and a model takes half a minute; later calls, in later
-    processes too, use the compiled code from the cache. Needs a C++ compiler.
+    processes too, use the compiled code from the cache. Needs a C++ compiler; without one, a `CompileWarning` says so.
     """
-    compiled: Any = torch.compile(decode_step)
+    compiled = compile_or_warn(decode_step, "the decoding step")
 
     def run(params: GPT, tokens: Tensor, cache: StaticKVCache, adapters: Adapters | None = None) -> Tensor:
         for x in (cache.visible, *(x for kv in cache.kv for x in kv)):  # one compilation for every number of slots

@@ -63,8 +63,10 @@ def reference(
     k, v = _repeat_heads(q, k, v)
     mask = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
     mask = mask.mask(q.shape[-2]) if isinstance(mask, Documents) else mask
-    scores = at_least_fp32(q @ k.mT) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+    # einsum, as torch 2.11 compiles no vmap of a matrix product whose sizes vary
+    scores = at_least_fp32(torch.einsum("...qd,...kd->...qk", q, k)) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+    return torch.einsum("...qk,...kd->...qd", weights, v)
 
 
 def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     if in_vmap() and takes_mask(*kind):
         y = fused_attention(q, k, v, None if mask is None else mask.expand(rows, 1, queries, keys))
     else:
-        is_causal, fewer_keys = mask is None and queries > 1, k.shape[1] < q.shape[1]
+        is_causal, fewer_keys = mask is None, k.shape[1] < q.shape[1]
+        if queries == 1:  # a branch, as a compiler's answer for a width that varies would be no bool
+            is_causal = False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=fewer_keys)
     return y.view(shape)
 

@@ -2,7 +2,8 @@
 
 A torch.Generator has a state that vmap, torch.compile and a recomputed forward would each have to carry; a hash has
 none, so the mask is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
-one for rows and one for columns, combined by a finalizer with full avalanche.
+one for rows and one for columns, combined by a finalizer with full avalanche. Compiled for a CPU it becomes C++, which
+assumes that no signed sum wraps, and then gives other masks: there it is in 64 bits, wrapped after each one.
 
 It is plain torch, so every transform and the compiler pass; under vmap a mapped seed gives each member a mask of its
 own, and one seed gives all of them the same.
@@ -17,20 +18,27 @@ from torch import Tensor
 _A, _B, _GOLDEN = -2048144789, -1028477387, -1640531527  # 0x85ebca6b, 0xc2b2ae35, 0x9e3779b9 as signed 32 bits
 
 
+def _wrap(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
+    """The sum or product of 32 bits, as 32 bits with a sign."""
+    return h if h.dtype == torch.int32 else (h + 2**31 & 0xFFFFFFFF) - 2**31
+
+
 def _finalize(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
-    h = (h ^ (h >> 16 & 0xFFFF)) * _A
-    h = (h ^ (h >> 13 & 0x7FFFF)) * _B
+    h = _wrap((h ^ (h >> 16 & 0xFFFF)) * _A)
+    h = _wrap((h ^ (h >> 13 & 0x7FFFF)) * _B)
     return h ^ (h >> 16 & 0xFFFF)
 
 
 def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
     """True with probability 1 - p, independently for each element, decided by `seed`."""
+    becomes_cpp = torch.compiler.is_compiling() and seed.device.type == "cpu"
+    dtype = torch.int64 if becomes_cpp else torch.int32
 
     def hashes(n: int, salt: int) -> Tensor:
-        counter = torch.arange(1, n + 1, dtype=torch.int32, device=seed.device)
-        return _finalize(counter * _GOLDEN + _finalize((seed ^ salt).to(torch.int32)))
+        counter = torch.arange(1, n + 1, dtype=dtype, device=seed.device)
+        return _finalize(_wrap(counter * _GOLDEN + _finalize(_wrap((seed ^ salt).to(dtype)))))
 
-    joined = _finalize(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :])
+    joined = _finalize(_wrap(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :]))
     return joined >= round(p * 2**32) - 2**31
 
 

@@ -241,7 +241,9 @@ class _Product(torch.autograd.Function):
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()
             y = y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # a view may not be changed in place
-            return y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
+            y = y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
+            # Compiled by torch 2.11, a result of integers would have no gradient: this one is of x too, plus 0
+            return y + (x - x.detach())[..., :1] if torch.compiler.is_compiling() else y
         if isinstance(w, RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu":
             codes, row = w.codes.bfloat16(), w.absmax / 127
             y = (x * row).bfloat16() @ codes if transposed else F.linear(x.bfloat16(), codes) * row

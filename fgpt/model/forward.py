@@ -32,6 +32,7 @@ from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialize
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
+from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
@@ -189,6 +190,17 @@ def _grad_only(w: Weight) -> Weight:
 
 rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
 """`block` that saves only its inputs for the backward pass, which computes the rest again."""
+compiled_block = compile_block(block, "the transformer block")
+compiled_rematerialized_block = rematerialize(
+    compiled_block, recompute_fn=compile_block(_block_for_gradient, "the recomputed transformer block")
+)
+
+
+def block_variant(remat: bool, compile: bool) -> Callable[..., tuple[Tensor, LayerKV | None]]:
+    """`block`, rematerialized or compiled or both. A compiled one returns no keys and values."""
+    if compile:
+        return compiled_rematerialized_block if remat else compiled_block
+    return rematerialized_block if remat else block
 
 
 def transformer_layers(
@@ -199,7 +211,7 @@ def transformer_layers(
     past: Sequence[LayerKV | StaticLayerCache | None],
     *,
     length: int | Int[Tensor, "*batch seq"] = 0,
-    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
     output_positions: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], tuple[LayerKV, ...]]:
     """Embedding, blocks and ln_f for tokens at the given positions.
@@ -216,7 +228,7 @@ def transformer_layers(
             alone need queries and the MLP. None returns all.
 
     Returns:
-        The hidden states, and the keys and values of each layer, those of `past` included.
+        The hidden states, and the keys and values of each layer, those of `past` included, if `block_fn` returns them.
     """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
@@ -230,7 +242,8 @@ def transformer_layers(
         layer_mask = mask if i in cfg.full_layers else windowed
         selected = output_positions if i == len(params.blocks) - 1 else None
         x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), selected)
-        new_kv.append(kv)
+        if kv is not None:
+            new_kv.append(kv)
     return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
 
 
@@ -259,7 +272,7 @@ def _forward(
     tokens: Tensor,
     segments: Tensor | None,
     cache: KVCache,
-    block_fn: Callable[..., tuple[Tensor, LayerKV]] = block,
+    block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
     cu_seqlens: Tensor | None = None,
     output_positions: Tensor | None = None,
 ) -> tuple[Tensor, KVCache]:
@@ -304,6 +317,7 @@ def hidden(
     tokens: Int[Tensor, "*batch seq"],
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
+    compile: bool = False,
     cu_seqlens: Int[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch seq d_model"]:
     """The last hidden states, after ln_f: the input of a head or a loss.
@@ -315,6 +329,9 @@ def hidden(
             positions count from 0. Padding is one more document, commonly 0. None makes each row one document.
         remat: Rematerialization, or activation checkpointing: save only each block's input for the backward pass,
             which runs the block again. The same gradient in less memory and more time.
+        compile: Compile the block (needs a C++ compiler): one program serves all layers, every batch size and every
+            width, and is kept on disk for later processes. Equal up to rounding. Under transforms of torch.func, and
+            where torch cannot compile it, which a warning says, the block runs as it is.
         cu_seqlens: Where each document of a packed row begins and the last one ends, see `Batch`: the meaning of
             `segments`, which it replaces, if no document is interrupted by another. Attention then needs no mask.
 
@@ -326,7 +343,7 @@ def hidden(
     >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """
-    return _forward(params, tokens, segments, KVCache(), rematerialized_block if remat else block, cu_seqlens)[0]
+    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens)[0]
 
 
 @check_shapes
@@ -336,6 +353,7 @@ def hidden_at(
     positions: Int[Tensor, " n"],
     segments: Int[Tensor, "*batch seq"] | None = None,
     remat: bool = False,
+    compile: bool = False,
     cu_seqlens: Int[Tensor, "*batch bounds"] | None = None,
 ) -> Float[Tensor, "n d_model"]:
     """`hidden` at some positions alone: hidden(params, tokens).flatten(0, -2)[positions], for less.
@@ -349,6 +367,7 @@ def hidden_at(
         positions: Distinct indices into the tokens of all rows, one row after the other.
         segments: As in `hidden`.
         remat: As in `hidden`.
+        compile: As in `hidden`.
         cu_seqlens: As in `hidden`.
 
     Raises:
@@ -359,8 +378,8 @@ def hidden_at(
     >>> fgpt.hidden_at(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]]), torch.tensor([2])).shape
     torch.Size([1, 8])
     """
-    block_fn = rematerialized_block if remat else block
-    return _forward(params, tokens, segments, KVCache(), block_fn, cu_seqlens, positions)[0]
+    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, positions)[0]
+    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile))[0]
 
 
 def lm_head(params: GPT) -> Linear:

@@ -28,6 +28,7 @@ GROUPS = {option.rpartition(".")[0] for option in OPTIONS if "." in option}
 """--adapter, --columns: what the names of several options begin with."""
 OTHERS = {
     "--no-deps": "pip",
+    "--system-site-packages": "venv",
     "--merge": "llama.cpp",
     "--porcelain": "git",
     "--logdir": "TensorBoard",

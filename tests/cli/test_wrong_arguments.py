@@ -38,7 +38,7 @@ def test_a_gguf_file_that_is_not_there():
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--torch_compile", "in fgpt it is --compile, which fgpt train lora-nano does not have"),
+        ("--min_lr", "in fgpt it is --min-lr-ratio, which fgpt train lora-nano does not have"),
         ("--lr_scheduler_type", "no option --lr_scheduler_type; fgpt train lora-nano --help"),
     ],
 )

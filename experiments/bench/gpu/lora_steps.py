@@ -1,10 +1,9 @@
-"""LoRA steps at GPT-2 medium's shape: dtypes, batch sizes, activation checkpointing, compiled blocks and a CUDA graph.
+"""LoRA steps at GPT-2 medium's shape: dtypes, batch sizes, activation checkpointing, compiled blocks and CUDA graphs.
 Each comes with the times of its parts, its memory and its rate.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +28,6 @@ from experiments.bench.gpu.report import Report
 from fgpt.kernels import cross_entropy
 from fgpt.kernels.dropout import dropout_mask
 from fgpt.losses import Batch, nll
-from fgpt.model import forward
 from fgpt.optim import cosine_schedule
 from fgpt.train_step import value_and_grad_once
 from fgpt.tree import astype, tree_leaves, tree_map
@@ -44,7 +42,7 @@ class Variant:
     batches: Sequence[Batch]
     target: str = LORA_TARGET
     remat: bool = False
-    compile_blocks: bool = False
+    compile: bool = False
     seconds_needed: float = 0
     """Of the time limit; with less it is left out."""
 
@@ -66,15 +64,19 @@ def lora_steps(report: Report, tiny: bool) -> None:
         measure(report, Variant("bf16, 8 rows, logits at once", short, [batch(8)]))
         measure(report, Variant("the same, q, k, v fused", fgpt.fuse_qkv(short), [batch(8)], FUSED_TARGET))
         measure(report, Variant("the same, remat", short, [batch(8)], remat=True, seconds_needed=120))
-        compiled = Variant("the same, blocks compiled", short, [batch(8)], compile_blocks=True, seconds_needed=120)
+        measure(report, Variant("the same, blocks compiled", short, [batch(8)], compile=True, seconds_needed=120))
+        compiled = Variant("blocks compiled, remat", short, [batch(8)], remat=True, compile=True, seconds_needed=150)
         measure(report, compiled)
-        if DEVICE.type == "cuda" and report.seconds_left > 60:
-            cuda_graph(report, short, batch(8))
+        for compile in (False, True):
+            if report.seconds_left > 60:
+                graphs(report, short, batch(8), compile)
     step_replays(report, short, batch(2))
 
 
-def loss(adapters: Any, params: Any, batch: Batch, seed: Tensor | None, remat: bool = False) -> tuple[Tensor, Tensor]:
-    return nll(fgpt.adapt(params, adapters, rng=seed), batch, remat)
+def loss(
+    adapters: Any, params: Any, batch: Batch, seed: Tensor | None, remat: bool = False, compile: bool = False
+) -> tuple[Tensor, Tensor]:
+    return nll(fgpt.adapt(params, adapters, rng=seed), batch, remat, compile)
 
 
 def lora_flops(cfg: fgpt.Config, tokens: int, loss_positions: int) -> float:
@@ -92,24 +94,24 @@ def measure(report: Report, variant: Variant) -> None:
         return
     adapters = fgpt.lora(variant.base, fgpt.key(1), 8, 16, variant.target)
     optimizer = fgpt.adamw(cosine_schedule(3e-4, 1000, warmup_steps=20))
-    step = fgpt.make_step(partial(loss, remat=variant.remat), optimizer)
+    variant_loss = partial(loss, remat=variant.remat, compile=variant.compile)
+    step = fgpt.make_step(variant_loss, optimizer)
     state = fgpt.init_state(adapters, optimizer)
     arguments = adapters, variant.base, variant.batches[0], None
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with compiled_blocks() if variant.compile_blocks else contextlib.nullcontext():
-        start = time.perf_counter()
-        step(state, variant.base, variant.batches, None)
-        synchronize()
-        first = time.perf_counter() - start
-        seconds = median_seconds(lambda: step(state, variant.base, variant.batches, None), 5)
-        gradient, _ = value_and_grad_once(partial(loss, remat=variant.remat), *arguments)
-        parts: dict[str, Callable[[], object]] = {
-            "gradient": lambda: value_and_grad_once(partial(loss, remat=variant.remat), *arguments),
-            "forward": lambda: torch.no_grad()(loss)(*arguments),
-            "update": lambda: optimizer.update(gradient, state.opt_state, adapters),
-        }
-        part_times = {name: round(1e3 * median_seconds(call, 5, 1), 1) for name, call in parts.items()}
+    start = time.perf_counter()
+    step(state, variant.base, variant.batches, None)
+    synchronize()
+    first = time.perf_counter() - start
+    seconds = median_seconds(lambda: step(state, variant.base, variant.batches, None), 5)
+    gradient, _ = value_and_grad_once(variant_loss, *arguments)
+    parts: dict[str, Callable[[], object]] = {
+        "gradient": lambda: value_and_grad_once(variant_loss, *arguments),
+        "forward": lambda: torch.no_grad()(variant_loss)(*arguments),
+        "update": lambda: optimizer.update(gradient, state.opt_state, adapters),
+    }
+    part_times = {name: round(1e3 * median_seconds(call, 5, 1), 1) for name, call in parts.items()}
     tokens = sum(batch.tokens.numel() for batch in variant.batches)
     positions = sum(int((batch.weights != 0).sum()) for batch in variant.batches)
     rate = lora_flops(variant.base.cfg, tokens, positions) / seconds / 1e12
@@ -118,13 +120,6 @@ def measure(report: Report, variant: Variant) -> None:
     if DEVICE.type == "cuda":
         values["peak (GB)"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     report.add("LoRA step", variant.name, values)
-
-
-@contextlib.contextmanager
-def compiled_blocks() -> Iterator[None]:
-    """Every block runs one compiled program."""
-    with mock.patch.object(forward, "block", torch.compile(forward.block, dynamic=False)):
-        yield
 
 
 def profile_gradient(report: Report, base: fgpt.GPT, batch: Batch) -> None:
@@ -168,14 +163,33 @@ def assign(to: Any, new: Any) -> None:
         x.copy_(y)
 
 
-def cuda_graph(report: Report, base: fgpt.GPT, batch: Batch) -> None:
-    """The gradient as one CUDA graph, against the same launched kernel by kernel: what launches cost."""
+def graphs(report: Report, base: fgpt.GPT, batch: Batch, compile: bool) -> None:
+    """The gradient, and the whole step, each captured as one CUDA graph and replayed: what launches cost. Without CUDA
+    they are called alone, which tries the code. The step is captured at a constant rate.
+    """
     adapters = fgpt.lora(base, fgpt.key(1), 8, 16, LORA_TARGET)
-    replay, (gradient, _) = capture(lambda: value_and_grad_once(loss, adapters, base, batch, None))
-    seconds = median_seconds(replay)
-    expected, _ = value_and_grad_once(loss, adapters, base, batch, None)
-    values = {"ms": round(1e3 * seconds, 1), "relative error": f"{relative_error(gradient, expected):.1e}"}
-    report.add("LoRA step", "the gradient as a CUDA graph", values)
+    optimizer = fgpt.adamw(3e-4)
+    graph_loss = partial(loss, compile=compile)
+    step, state = fgpt.make_step(graph_loss, optimizer), fgpt.init_state(adapters, optimizer)
+    calls: dict[str, Callable[[], Any]] = {
+        "gradient": lambda: value_and_grad_once(graph_loss, adapters, base, batch, None)[0],
+        "step": lambda: step(state, base, [batch], None)[0].trainable,
+    }
+    for name, call in calls.items():
+        what = f"the {name} as a CUDA graph{', blocks compiled' if compile else ''}"
+        try:
+            report.add("LoRA step", what, graph_times(call))
+        except Exception as err:  # the other one is measured
+            report.add("LoRA step", what, f"not captured: {type(err).__name__}: {str(err).splitlines()[0][:120]}")
+
+
+def graph_times(call: Callable[[], Any]) -> dict[str, Any]:
+    """Of a call, launched kernel by kernel and replayed as a graph, and how far the two results differ."""
+    values: dict[str, Any] = {"launched (ms)": round(1e3 * median_seconds(call), 1)}
+    replay, captured = capture(call)
+    values["replayed (ms)"] = round(1e3 * median_seconds(replay), 1)
+    values["relative error"] = f"{relative_error(captured, call()):.1e}"
+    return values
 
 
 def step_replays(report: Report, base: fgpt.GPT, batch: Batch) -> None:

@@ -14,7 +14,7 @@ from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.model import GPT
-from fgpt.recipes import AnyRecipe
+from fgpt.recipes import AnyRecipe, FineTuningRecipe, PretrainingRecipe
 from fgpt.tree import device, leaves, nbytes, replace_at
 
 NUM_ROWS = 4
@@ -30,8 +30,11 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     base, adapters, batch = first_step_inputs(job)
     batch = slice_batch(batch, slice(NUM_ROWS))
     console.print(describe_machine(base, batch))
-    checks = iter_checks(base, adapters, batch, lr=peak_lr(job))
-    results = tuple(progress(checks, "running checks", NUM_CHECKS))
+    compiles_blocks = isinstance(recipe, FineTuningRecipe) and recipe.compile
+    if isinstance(recipe, PretrainingRecipe) and recipe.compile:
+        console.print("the checks compute gradients uncompiled; --no-compile trains with the same programs")
+    checks = iter_checks(base, adapters, batch, lr=peak_lr(job), compile=compiles_blocks)
+    results = tuple(progress(checks, "running checks", NUM_CHECKS + compiles_blocks))
     console.print(table(recipe.name, results))
     if broken := [result.check for result in results if result.holds is False]:
         raise InputError(

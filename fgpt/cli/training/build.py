@@ -99,7 +99,7 @@ def row_width(recipe: FineTuningRecipe, device: torch.device, max_seq_len: int) 
     compilation, and packed rows are nearly full (at one width 3 to 4 % of the positions are padding, at ragged ones 2
     to 3 %). None on a CPU without a compiler, where a width costs nothing.
     """
-    return max_seq_len if device.type == "cuda" or getattr(recipe, "compile", False) else None
+    return max_seq_len if device.type == "cuda" or recipe.compile else None
 
 
 def row_length(recipe: FineTuningRecipe, cfg: Config) -> int:
@@ -139,7 +139,10 @@ def assemble_job(
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=recipe.weight_decay)
     step = make_step(
-        lambda tuned, frozen, batch, seed: nll(adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat), optimizer
+        lambda tuned, frozen, batch, seed: nll(
+            adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat, compile=recipe.compile
+        ),
+        optimizer,
     )
     frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
     rng = fold_in(key(recipe.seed), "steps")
