@@ -57,7 +57,7 @@ class PretrainingRecipe(TrainingRecipe):
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of the device, for the model FLOPs utilization (MFU); None measures it."""
     compile: bool = True
-    """Compile the training step: 0.95 of its time on a CPU, after 20 s of compiling. Needs a C++ compiler."""
+    """Compile the training step: 0.95 of its time on a CPU, after 34 s of CPU time. Needs a C++ compiler."""
 
     def suggest_use(self, folder: Path) -> str:
         model = shlex.quote(str(folder / "model"))

@@ -69,7 +69,7 @@ class FineTuningRecipe(TrainingRecipe):
     and its peak memory above the model falls to some 0.6."""
     compile: bool = False
     """Compile the transformer block: one program for all layers, batch sizes and widths. Needs a C++ compiler and, the
-    first time, 5 to 20 s of two cores; on a CPU a step then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
+    first time, 13 to 39 s of CPU time; on a CPU a gradient then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

@@ -1,4 +1,4 @@
-"""Training with compiled blocks: what is not compiled is reported, and a step is the same in every process."""
+"""Training with compiled blocks: what is not compiled is one line, and a step is the same in every process."""
 
 import os
 import subprocess
