@@ -188,7 +188,12 @@ def _grad_only(w: Weight) -> Weight:
     return w if isinstance(w, GradOnly) else GradOnly(w)
 
 
-rematerialized_block = rematerialize(block, recompute_fn=_block_for_gradient)
+def _without_kv(fn: Callable[..., tuple[Tensor, LayerKV]]) -> Callable[..., tuple[Tensor, None]]:
+    """A block whose keys and values nobody keeps: those of all layers would be alive until the last one has run."""
+    return lambda *args, **options: (fn(*args, **options)[0], None)
+
+
+rematerialized_block = rematerialize(_without_kv(block), recompute_fn=_without_kv(_block_for_gradient))
 """`block` that saves only its inputs for the backward pass, which computes the rest again."""
 compiled_block = compile_block(block, "the transformer block")
 compiled_rematerialized_block = rematerialize(
@@ -197,7 +202,7 @@ compiled_rematerialized_block = rematerialize(
 
 
 def block_variant(remat: bool, compile: bool) -> Callable[..., tuple[Tensor, LayerKV | None]]:
-    """`block`, rematerialized or compiled or both. A compiled one returns no keys and values."""
+    """`block`, rematerialized or compiled or both, which return no keys and values."""
     if compile:
         return compiled_rematerialized_block if remat else compiled_block
     return rematerialized_block if remat else block
