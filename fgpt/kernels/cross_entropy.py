@@ -36,6 +36,8 @@ from fgpt.kernels.functorch_state import (
     needs_higher_order,
     num_vmapped,
 )
+from fgpt.kernels.gemv import dense_linear
+from fgpt.kernels.onednn_linear import input_grad, use_onednn
 from fgpt.kernels.precision import at_least_fp32
 
 CHUNK_BYTES = 64 << 20
@@ -61,7 +63,7 @@ def _logits(terms: Terms, b: Tensor | None, rows: slice = slice(None), out: Tens
     """The logits of these rows, in at least fp32. With `out`, a buffer in the dtype of x, they are computed there."""
     (x, w), *others = terms
     if out is None:
-        logits = F.linear(x[rows], w, b)
+        logits = dense_linear(x[rows], w, b)
         for x, w in others:
             logits = torch.addmm(logits, x[rows].to(logits.dtype), w.to(logits.dtype).T)
     else:
@@ -88,9 +90,11 @@ def _chunks(terms: Terms, b: Tensor | None) -> list[slice]:
 
 
 def _aligned_buffer(terms: Terms, chunks: list[slice]) -> Tensor | None:
-    """Room for the logits of a chunk, each row aligned. None under transforms, where nothing is written in place."""
+    """Room for the logits of a chunk, each row aligned. None under transforms, where nothing is written in place, and
+    for oneDNN, which does not need it.
+    """
     (x, w), vocab = terms[0], terms[0][1].shape[0]
-    if in_transform_or_compile() or x.dtype != w.dtype:
+    if in_transform_or_compile() or x.dtype != w.dtype or use_onednn(x, w):
         return None
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     return x.new_empty(rows, -(-vocab // ALIGNMENT) * ALIGNMENT)[:, :vocab]
@@ -118,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
                 if buffer is not None and p.dtype != buffer.dtype:
                     p = buffer[: len(p)].copy_(p)  # rounded to half precision for the product, and aligned again
                 for dx, (x, w) in zip(dxs, terms, strict=True):
-                    dx.append((p.to(w.dtype) @ w / z - F.embedding(target, w)).to(x.dtype))
+                    dx.append((input_grad(p.to(w.dtype), w) / z - F.embedding(target, w)).to(x.dtype))
         return torch.cat(nll), *(torch.cat(dx) for dx in dxs if dx)
 
     @staticmethod

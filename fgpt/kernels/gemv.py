@@ -10,6 +10,8 @@ MKL's in fp32, which reads W with one core for one row, and far below the bandwi
     reference     x @ w.T + bias
     fast path     `dense_linear`: the two above, where `use_gemv` says so
     transforms    torch's product: `use_gemv` is False under every transform, and wherever gradients are recorded
+
+For more rows, and for training, `onednn_linear` may be the faster product: `dense_linear` chooses among all of them.
 """
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.kernels import onednn_linear as onednn
 from fgpt.kernels.functorch_state import in_transform
 from fgpt.kernels.precision import wide
 
@@ -24,9 +27,6 @@ MAX_ROWS_COMPILED = 8
 """For each row of x, a row of W is read again from cache: with more rows, a library's blocking is faster."""
 MAX_ROWS = 64
 """Beyond it a product is limited by arithmetic."""
-MIN_ELEMENTS = 1 << 18
-"""oneDNN's call takes 15 us longer than MKL's, which a smaller matrix does not pay for."""
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def use_gemv(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> bool:
@@ -38,14 +38,17 @@ def use_gemv(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> bool:
     rows = x.shape[:-1].numel()
     if torch.compiler.is_compiling():
         return rows <= MAX_ROWS_COMPILED
-    return HAS_ONEDNN and rows <= MAX_ROWS and w.numel() >= MIN_ELEMENTS and x.dtype == w.dtype == torch.float32
+    is_large = w.numel() >= onednn.MIN_ELEMENTS
+    return onednn.HAS_ONEDNN and rows <= MAX_ROWS and is_large and x.dtype == w.dtype == torch.float32
 
 
 def dense_linear(
     x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
-    """x Wᵀ + bias by the faster product."""
-    return gemv(x, w, bias) if use_gemv(x, w) else F.linear(x, w, bias)
+    """x Wᵀ + bias by the fastest product."""
+    if use_gemv(x, w):
+        return gemv(x, w, bias)
+    return onednn.onednn_linear(x, w, bias) if onednn.use_onednn(x, w) else F.linear(x, w, bias)
 
 
 def reference(
@@ -60,7 +63,7 @@ def gemv(
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias, where `use_gemv` holds."""
     if not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
+        return onednn.onednn_product(x, w, bias)
     return sums(x, w) if bias is None else sums(x, w) + bias
 
 

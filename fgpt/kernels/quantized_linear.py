@@ -34,6 +34,7 @@ from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
 from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.gemv import MAX_ROWS, dense_linear
+from fgpt.kernels.onednn_linear import input_grad
 from fgpt.tree import node, static
 
 BLOCK = 64
@@ -252,7 +253,7 @@ class _Product(torch.autograd.Function):
             assert isinstance(w, Blockwise4bit)
             return multiply_4bit(x, w)
         dense = dequantize(w, x.dtype)
-        return x @ dense if transposed else dense_linear(x, dense)
+        return input_grad(x, dense) if transposed else dense_linear(x, dense)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -299,7 +300,7 @@ def linear_input_grad(
     g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
 ) -> Float[Tensor, "*batch in"]:
     """g W: the gradient of x Wᵀ in x."""
-    return g @ w if isinstance(w, Tensor) else _multiply(g, w, True, False)
+    return input_grad(g, w) if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 
 def fake_quantize(x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:

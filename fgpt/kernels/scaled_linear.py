@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.gemv import dense_linear
 from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
 
 MIN_SCALE = 0.125
@@ -102,7 +103,7 @@ class _FusedScaledLinear(torch.autograd.Function):
         b: Tensor | None,
     ) -> Tensor:
         if isinstance(w, Tensor):
-            y = F.linear(x, w, bias)
+            y = dense_linear(x, w, bias)
         else:
             y = quantized_linear(x, w)
             y = y if bias is None else y + bias

@@ -52,7 +52,8 @@ def test_packing_documents_that_see_one_another(patch: Patch):
     def join(forward: Any) -> Any:
         def wrong(params: Any, tokens: Any, segments: Any, *rest: Any) -> Any:
             joined = None if segments is None else segments.clamp(max=1)
-            return forward(params, tokens, joined, *rest[:2])  # and without the bounds that follow
+            positions = {"output_positions": rest[3]} if len(rest) > 3 else {}
+            return forward(params, tokens, joined, *rest[:2], **positions)  # and without the bounds that follow
 
         return wrong
 

@@ -82,8 +82,8 @@ def test_a_step_that_draws_from_somewhere_else(patch: Patch):
     count = itertools.count()
 
     def drifting(nll: Any) -> Any:
-        def wrong(params: Any, batch: Any) -> Any:
-            total, weight = nll(params, batch)
+        def wrong(params: Any, batch: Any, **options: Any) -> Any:
+            total, weight = nll(params, batch, **options)
             return total * (1 + 2e-7 * next(count)), weight
 
         return wrong
@@ -141,11 +141,11 @@ def test_a_base_that_is_written_to(patch: Patch):
     done: list[bool] = []
 
     def careless(nll: Any) -> Any:
-        def wrong(params: Any, batch: Any) -> Any:
+        def wrong(params: Any, batch: Any, **options: Any) -> Any:
             if not done:  # which a softmax takes off again, so that no other law can tell
                 params.blocks[0].attn.k.b.add_(1.0)
                 done.append(True)
-            return nll(params, batch)
+            return nll(params, batch, **options)
 
         return wrong
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import fgpt
-from fgpt.kernels import gemv
+from fgpt.kernels import gemv, onednn_linear
 from fgpt.kernels.quantized_linear import quantize_matrix
 
-needs_onednn = pytest.mark.skipif(not gemv.HAS_ONEDNN, reason="this CPU has no oneDNN product")
+needs_onednn = pytest.mark.skipif(not onednn_linear.HAS_ONEDNN, reason="this CPU has no oneDNN product")
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -19,7 +19,7 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemv, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(onednn_linear, "MIN_ELEMENTS", 0)
 
 
 @needs_onednn

@@ -155,7 +155,7 @@ def test_the_same_key_for_every_side(compared_runs: Path, tmp_path: Path):
 def test_the_base_is_loaded_once(compared_runs: Path, monkeypatch: pytest.MonkeyPatch):
     loads = []
     load: Callable[..., object] = models.load
-    monkeypatch.setattr(models, "load", lambda *args: (loads.append(args), load(*args))[1])
+    monkeypatch.setattr(models, "load", lambda *args, **options: (loads.append(args), load(*args, **options))[1])
     sides = compare_sides.find([str(compared_runs / name) for name in RUN_NAMES])
     params = compare_sides.load_params(sides)
     assert len(loads) == 1

@@ -1,0 +1,104 @@
+"""oneDNN's product in place of MKL's: the same values and gradients, and where it is used."""
+
+from typing import Any
+
+import pytest
+import torch
+from builders import close, tiny, tokens
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+import fgpt
+from fgpt.kernels import onednn_linear as onednn
+from fgpt.kernels.gemv import dense_linear
+from fgpt.train_step import value_and_grad_once
+
+pytestmark = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="this CPU has no oneDNN product")
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """As on an AMD CPU, for matrices of any size. The shapes of the matrices that oneDNN multiplied."""
+    monkeypatch.setattr(onednn, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(onednn, "_is_amd", lambda: True)
+    shapes: list[tuple[int, ...]] = []
+    product = onednn.onednn_product
+
+    def record(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(w.shape))
+        return product(x, w, bias)
+
+    monkeypatch.setattr(onednn, "onednn_product", record)
+    return shapes
+
+
+def operands(*batch: int) -> list[Tensor]:
+    sizes = [(*batch, 12), (20, 12), (20,)]
+    return [torch.randn(size, generator=fgpt.key(i)).requires_grad_() for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("batch", [(70,), (3, 30), (0,)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_values_and_gradients(everywhere: list[Any], batch: tuple[int, ...], biased: bool):
+    x, w, b = operands(*batch)
+    y = dense_linear(x, w, b if biased else None)
+    expected = torch.nn.functional.linear(x.double(), w.double(), b.double() if biased else None)
+    close(y.double(), expected, 1e-5)
+    u = torch.randn(y.shape, generator=fgpt.key(9))
+    trained = (x, w, b) if biased else (x, w)
+    got = torch.autograd.grad(y, trained, u)
+    exact = torch.autograd.grad(expected, trained, u.double())
+    close(got, exact, 1e-5)
+    assert everywhere == [(20, 12), (12, 20)]  # y = x Wᵀ, and the gradient of x, whose matrix is Wᵀ
+
+
+def test_a_recorded_backward_is_differentiable(everywhere: list[Any]):
+    x, w, b = operands(5)
+
+    def penalty(linear: Any) -> tuple[Tensor, ...]:
+        (g,) = torch.autograd.grad(linear(x, w, b).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, w, b))
+
+    close(penalty(dense_linear), penalty(torch.nn.functional.linear), 1e-5)
+
+
+def test_where_it_is_used(everywhere: list[Any]):
+    w = torch.ones(6, 4)
+    uses: list[bool] = []
+
+    def record(x: Tensor) -> Tensor:
+        uses.append(onednn.use_onednn(x, w))
+        return x.sum()
+
+    record(torch.ones(3, 4))
+    with torch.no_grad():
+        record(torch.ones(3, 4))
+    assert uses == [True, True]
+    uses.clear()
+    record(torch.ones(3, 4, dtype=torch.bfloat16))
+    vmap(record)(torch.ones(2, 3, 4))
+    grad(record)(torch.ones(3, 4))
+    jvp(record, (torch.ones(3, 4),), (torch.ones(3, 4),))
+    assert uses == [False] * 4
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["saved", "remat"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "head", "int8", "nf4"])
+def test_a_training_step(everywhere: list[Any], kind: str, remat: bool):
+    """The gradient of a step by oneDNN is that of torch.func.grad, whose products are torch's."""
+    params, text = tiny(d_model=64, d_mlp=128, tie_word_embeddings=False), tokens(31, 2, 9)
+    batch = fgpt.Batch(text, text.roll(1, 1), torch.ones(2, 9))
+    target = r"blocks\..*\.(q|v|up)"
+    adapters: Any = fgpt.dora(params, fgpt.key(0), 2, target=target) if kind == "dora" else None
+    adapters = adapters or fgpt.lora(params, fgpt.key(0), 2, target="head" if kind == "head" else target)
+    if kind in ("int8", "nf4"):
+        params = fgpt.quantize(params, kind)
+
+    def loss(a: Any) -> tuple[Tensor, Tensor]:
+        return fgpt.nll(fgpt.adapt(params, a), batch, remat=remat)
+
+    got, _ = value_and_grad_once(loss, adapters)
+    assert everywhere
+    everywhere.clear()
+    expected = grad(lambda a: loss(a)[0])(adapters)
+    close(got, expected, 1e-4 if kind in ("int8", "nf4") else 1e-5)
