@@ -88,7 +88,8 @@ def value_and_grad_once(
     fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
 ) -> tuple[Tree, tuple[Tensor, Tensor]]:
     """grad_and_value(fn, has_aux=True)(tree, *args), if nobody differentiates the result: equal to the bit, and up to
-    rounding if rows are scaled (DoRA, IA3), which plain autograd does in another order.
+    rounding if rows are scaled (DoRA, IA3), which plain autograd does in another order, or if large fp32 matrices are
+    multiplied on an AMD CPU.
 
     torch.func.grad keeps the graph of its own backward for a second one: 1.06 GB against 0.73 GB above the model in a
     LoRA step of GPT-2 small on 1,024 tokens. Plain autograd frees each activation once it is used.

@@ -159,8 +159,9 @@ def remat(fn: Callable[P, R], recompute_fn: Callable[P, R] | None = None) -> Cal
     is differentiated or mapped over: a tensor that it closes over gets no gradient.
 
     Rematerialized under plain autograd, grad, vmap and any mixture of these with one grad, with the values and
-    gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, or norms are trained in bf16); and under
-    torch.compile(grad), where `fn` is run again as inside two nested grads and its kernels may take their slower paths.
+    gradients of `fn` to the bit (to rounding where DoRA or IA3 scale rows, where norms are trained in bf16, and under
+    grad for large fp32 products on AMD CPUs); and under torch.compile(grad), where `fn` is run again as inside two
+    nested grads and its kernels may take their slower paths.
     Under jvp, jvp(grad), grad(grad) and torch.compile(vmap(...)) it is `fn` itself: right, at full memory. A backward
     that is recorded (create_graph=True) keeps what it records.
 
