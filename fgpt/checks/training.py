@@ -86,7 +86,7 @@ def repeated_gradient(context: Context) -> CheckResult:
 
 def compilation(context: Context) -> CheckResult:
     """The gradient of compiled blocks is that of the blocks, up to rounding."""
-    got, expected = (replace(context, compile=compile).gradient([context.batch]) for compile in (True, False))
+    got, expected = (replace(context, compile=x).gradient([context.batch]) for x in (True, False))
     error = global_norm(tree_map(torch.sub, got, expected)) / global_norm(expected)
     compared = "gradient of compiled blocks with that of the blocks, relative to its norm"
     return CheckResult("compilation", compared, float(error), context.tolerance)

@@ -37,8 +37,8 @@ def decoding(report: Report, tiny: bool) -> None:
         bases[format] = fgpt.quantize(on(short), format, target=r"blocks\..*")
     for name, params in bases.items():
         for rows in (1, 8):
-            compile = name == "bf16" and report.seconds_left > SECONDS_OF_COMPILING
-            for how, step in steps(compile).items():
+            compiled = name == "bf16" and report.seconds_left > SECONDS_OF_COMPILING
+            for how, step in steps(compiled).items():
                 seconds = seconds_a_step(params, step, rows, 4 if tiny else 64)
                 share = round(nbytes(params) / seconds / bandwidth, 3)
                 rate = round(rows / seconds)

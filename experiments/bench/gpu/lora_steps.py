@@ -67,9 +67,9 @@ def lora_steps(report: Report, tiny: bool) -> None:
         measure(report, Variant("the same, blocks compiled", short, [batch(8)], compile=True, seconds_needed=120))
         compiled = Variant("blocks compiled, remat", short, [batch(8)], remat=True, compile=True, seconds_needed=150)
         measure(report, compiled)
-        for compile in (False, True):
+        for compiled in (False, True):
             if report.seconds_left > 60:
-                graphs(report, short, batch(8), compile)
+                graphs(report, short, batch(8), compiled)
     step_replays(report, short, batch(2))
 
 
