@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,8 @@ from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.families import GPT2
 from fgpt.families.mapping import to_hf
-from fgpt.kernels.cross_entropy import ALIGNMENT
+from fgpt.kernels.gemv import dense_linear
+from fgpt.kernels.onednn_linear import input_grad
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv, fused_qkv, init
 from fgpt.optim import adamw
@@ -183,45 +185,42 @@ def peft_batch(examples: Sequence[Example], device: torch.device, pad_to: int | 
 
 
 def products(base: GPT, batch: Batch) -> Callable[[], None]:
-    """The matrix products of our step and nothing else, on operands of the same shapes, written into one buffer.
+    """The matrix products of our step and nothing else, by the same kernels, on operands of the same shapes.
 
     Forward: every linear, the adapter's two, attention's two, the head at positions with a loss; of the last block o
     and the MLP there alone. Backward: the gradient of each frozen product's input (the first block's qkv needs none),
-    of the adapter's four, of attention's four. Attention is counted as causal: half of the square. Rows of logits are
-    aligned, as ours are.
+    of the adapter's four, of attention's four. Attention is counted as causal: half of the square.
     """
     cfg, (rows, seq) = base.cfg, batch.tokens.shape
-    w = dense(base.wte.w)
+    table = dense(base.wte.w)
     n, m, d = rows * seq, int((batch.weights != 0).sum()), cfg.d_model
     operands: dict[tuple[int, ...], Tensor] = {}
 
     def operand(*size: int) -> Tensor:
         if size not in operands:
-            operands[size] = torch.randn(size, dtype=w.dtype, device=w.device)
+            operands[size] = torch.randn(size, dtype=table.dtype, device=table.device)
         return operands[size]
 
-    pairs: list[tuple[Tensor, Tensor]] = []
+    calls: list[Callable[[], Tensor]] = []
     for i, p in enumerate(base.blocks):
         for linear in (fused_qkv(p.attn), p.attn.o, p.mlp.up, p.mlp.down):
-            frozen = dense(linear.w)
+            frozen, is_qkv = dense(linear.w), linear is fused_qkv(p.attn)
             out, inp = frozen.shape
-            positions = m if i == cfg.n_layer - 1 and linear is not fused_qkv(p.attn) else n
-            pairs += [(operand(positions, inp), frozen.T)]
-            pairs += [(operand(positions, out), frozen)] if i or out != 3 * d else []
+            positions = m if i == cfg.n_layer - 1 and not is_qkv else n
+            calls.append(partial(dense_linear, operand(positions, inp), frozen))
+            if i or not is_qkv:
+                calls.append(partial(input_grad, operand(positions, out), frozen))
         a, b, x, low, dy = operand(RANK, d), operand(3 * d, RANK), operand(n, d), operand(n, RANK), operand(n, 3 * d)
-        pairs += [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x)] + ([(low, a)] if i else [])
         bh, half, dh = rows * cfg.n_head, seq // 2, d // cfg.n_head
         q, k, s = operand(bh, half, dh), operand(bh, seq, dh), operand(bh, half, seq)
+        pairs = [(x, a.T), (low, b.T), (dy, b), (dy.T, low), (low.T, x), *([(low, a)] if i else [])]
         pairs += [(q, k.mT), (s, k), (q, k.mT), (s.mT, q), (s, k), (s.mT, q)]
-    scratch = torch.empty(max(x.shape[:-1].numel() * y.shape[-1] for x, y in pairs), dtype=w.dtype, device=w.device)
-    logits = torch.randn(m, -(-cfg.vocab_size // ALIGNMENT) * ALIGNMENT, dtype=w.dtype, device=w.device)
-    logits = logits[:, : cfg.vocab_size]
+        calls += [partial(torch.matmul, *pair) for pair in pairs]
+    calls += [partial(dense_linear, operand(m, d), table), partial(input_grad, operand(m, cfg.vocab_size), table)]
 
+    @torch.no_grad()
     def run() -> None:
-        for x, y in pairs:
-            size = (*x.shape[:-1], y.shape[-1])
-            torch.matmul(x, y, out=scratch[: torch.Size(size).numel()].view(size))
-        torch.mm(operand(m, d), w.T, out=logits)
-        torch.mm(logits, w, out=scratch[: m * d].view(m, d))
+        for call in calls:
+            call()
 
     return run
