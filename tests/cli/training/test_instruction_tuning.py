@@ -47,12 +47,12 @@ def test_the_adapter_is_peft_s(lora_run: Path):
 
     from fgpt.io import models
 
-    base = transformers.GPT2LMHeadModel.from_pretrained(models.EMBEDDED["nano"], dtype=torch.float32)
-    reference = peft.PeftModel.from_pretrained(base, lora_run / "adapter").eval()
-    tokens = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0))
-    ours = fgpt.apply(run_dir.load_tuned(lora_run, fgpt.load("nano")), tokens)
-    torch.testing.assert_close(reference(tokens).logits, ours, atol=1e-5, rtol=0)
-    assert not torch.equal(ours, fgpt.apply(fgpt.load("nano"), tokens))
+    base = transformers.GPT2LMHeadModel.from_pretrained(models.EMBEDDED["nano"], dtype=torch.float64)
+    reference = peft.PeftModel.from_pretrained(base, lora_run / "adapter").double().eval()
+    tokens, nano = torch.randint(0, 4096, (2, 30), generator=fgpt.key(0)), fgpt.load("nano", torch.float64)
+    ours = fgpt.apply(run_dir.load_tuned(lora_run, nano), tokens)
+    torch.testing.assert_close(reference(tokens).logits, ours, atol=1e-9, rtol=0)
+    assert not torch.equal(ours, fgpt.apply(nano, tokens))
 
 
 def test_generate_and_compare_again(lora_run: Path, capsys: pytest.CaptureFixture[str]):
