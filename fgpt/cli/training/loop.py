@@ -61,9 +61,9 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     checkpointer = Checkpointer(out, job.recipe, job.fingerprint)
     with (
         _disk_errors(out),
+        graceful_interrupt() as interrupt_requested,
         tracking(job.recipe, out, begin) as track,
         log,
-        graceful_interrupt() as interrupt_requested,
         progress_line(begin, job.steps) as show,
         (in_background if is_ahead else contextlib.nullcontext)(job.batches(begin)) as batches,
     ):
