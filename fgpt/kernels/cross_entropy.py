@@ -11,7 +11,7 @@ head; recomputing in the backward would take three.
 
 Outside transforms the logits of every chunk are written into one buffer whose rows are aligned: GPT-2's 50,257 logits
 are no multiple of a cache line, and a matrix product whose result has such rows takes 1.3 times as long on a CPU, and
-leaves the fast kernels on a GPU.
+may leave the fast kernels on a GPU.
 
     reference     all logits at once, plain torch
     fast path     chunks, each with its part of the gradient
