@@ -260,23 +260,6 @@ def _same_structure(tree: Any, other: Any) -> bool:
     return same_absent and [x[name] for name in statics] == [y[name] for name in statics]
 
 
-def tree_map_multi(fn: Callable[..., tuple[Any, ...]], count: int, tree: T, *rest: Any) -> tuple[T, ...]:
-    """`tree_map` of a function that returns several results, in one walk: a tuple of trees.
-
-    Args:
-        fn: From a leaf of each tree to a tuple of `count` leaves.
-        count: The number of results.
-        tree: The tree whose structure the results have.
-        rest: Trees of the same structure.
-
-    >>> tree_map_multi(lambda x: (x, -x), 2, {"w": torch.ones(1)})
-    ({'w': tensor([1.])}, {'w': tensor([-1.])})
-    """
-    results: list[tuple[Any, ...]] = []
-    tree_map(lambda *xs: results.append(fn(*xs)), tree, *rest)
-    return tuple(unflatten_like(tree, [result[i] for result in results]) for i in range(count))
-
-
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of `tree`, in pytree order."""
     result: list[Any] = []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.tree import leaves, node, replace_at, static, tree_leaves, tree_map, tree_map_multi, unflatten_like
+from fgpt.tree import leaves, node, replace_at, static, tree_leaves, tree_map, unflatten_like
 
 
 @node
@@ -46,9 +46,6 @@ def test_maps_are_those_of_pytree(tree: Any):
     assert plain(tree_map(lambda x: 2 * x, tree)) == plain(pytree.tree_map(lambda x: 2 * x, tree))
     both = pytree.tree_map(lambda x, y: x - 3 * y, tree, other)
     assert plain(tree_map(lambda x, y: x - 3 * y, tree, other)) == plain(both)
-    sums, products = tree_map_multi(lambda x, y: (x + y, x * y), 2, tree, other)
-    assert plain(sums) == plain(pytree.tree_map(lambda x, y: x + y, tree, other))
-    assert plain(products) == plain(pytree.tree_map(lambda x, y: x * y, tree, other))
     assert all(x is y for x, y in zip(tree_leaves(tree), pytree.tree_leaves(tree), strict=True))
     assert plain(unflatten_like(tree, tree_leaves(other))) == plain(other)
 
