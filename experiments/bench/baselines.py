@@ -12,8 +12,8 @@ from torch import Tensor
 from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
+from fgpt.data.examples import Example
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.families import GPT2
 from fgpt.families.mapping import to_hf
@@ -44,7 +44,7 @@ def base_of(cfg: Config, device: torch.device, dtype: torch.dtype) -> GPT:
 def equal_rows(rows: int, seq: int, vocab: int) -> list[Example]:
     """`rows` of `seq` random tokens, of which half are prompt."""
     tokens = torch.randint(vocab, (rows, seq), generator=key(2)).tolist()
-    return [Example(tuple(row), seq // 2) for row in tokens]
+    return [Example.completion(tuple(row), seq // 2) for row in tokens]
 
 
 def adapters_of(base: GPT) -> Adapters:

@@ -45,7 +45,8 @@ from experiments.bench.timing import (
     time_interleaved,
 )
 from fgpt.data import instruction_datasets, packing
-from fgpt.data.prompt_templates import ALPACA, Example, Template, encode
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import ALPACA, Template, encode
 from fgpt.errors import InputError
 from fgpt.model import Config
 from fgpt.rng import fold_in, key
@@ -244,7 +245,7 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
         rows = instruction_datasets.load_rows(bench.data, bench.columns)
         template = AS_IS if bench.columns.instruction == "prompt" else ALPACA
         cut = (
-            Example(e.tokens[: bench.max_seq_len], e.prompt_length)
+            Example.completion(e.tokens[: bench.max_seq_len], e.prompt_length)
             for e in (encode(row, template, tokenizer) for row in rows)
         )
         usable, note = [e for e in cut if e.prompt_length < len(e.tokens) - 1], f"{bench.data.name}"
@@ -253,7 +254,7 @@ def instruction_rows(bench: Train, vocab: int) -> tuple[list[Example], str]:
             raise
         usable, note = made_up(bench, vocab), f"made up, of lengths like Dolly's ({err})"
     order = torch.randperm(len(usable), generator=key(3)).tolist()[: bench.examples]
-    sample = [Example(tuple(t % vocab for t in usable[i].tokens), usable[i].prompt_length) for i in order]
+    sample = [Example.completion(tuple(t % vocab for t in usable[i].tokens), usable[i].prompt_length) for i in order]
     mean = statistics.mean(len(e.tokens) for e in sample)
     return sample, f"{len(sample)} of {note}, {mean:.0f} tokens on average, truncated at {bench.max_seq_len}"
 
@@ -267,5 +268,5 @@ def made_up(bench: Train, vocab: int) -> list[Example]:
         prompt = min(33 + round(math.exp(2.5 + 2.4 * z_prompt)), bench.max_seq_len - 2)
         length = min(prompt + 2 + round(math.exp(3.75 + 1.13 * z_answer)), bench.max_seq_len)
         tokens = torch.randint(vocab, (length,), generator=fold_in(key(4), i)).tolist()
-        examples.append(Example(tuple(tokens), prompt))
+        examples.append(Example.completion(tuple(tokens), prompt))
     return examples

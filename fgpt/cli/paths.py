@@ -21,9 +21,6 @@ ABOUT = "full paths on this machine, for resuming and using the run here; do not
 FIELDS = ("base", "data", "source", "train", "test", "heldout", "tokenizer", "out")
 """The fields of recipes that may be paths."""
 
-JOINED_FIELD = "data"
-"""The field that takes several paths with a + between them."""
-
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")
 """An absolute path within a sentence."""
 
@@ -51,15 +48,13 @@ def without_paths(text: str) -> str:
 
 def shareable_fields(run: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a recipe, as plain JSON, with shareable paths."""
-    return {name: _field(name, x) if name in FIELDS else x for name, x in run.items()}
+    return {name: _field(x) if name in FIELDS else x for name, x in run.items()}
 
 
-def _field(name: str, value: Any) -> Any:
+def _field(value: Any) -> Any:
     if isinstance(value, list):
         return [shareable(x) for x in value]
-    if not isinstance(value, str):
-        return value
-    return "+".join(map(shareable, value.split("+"))) if name == JOINED_FIELD else shareable(value)
+    return shareable(value) if isinstance(value, str) else value
 
 
 def write_full_paths(folder: Path, run: Mapping[str, Any]) -> None:
@@ -82,13 +77,13 @@ def with_full_paths(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     full = content.get("paths") if isinstance(content, dict) else None
     if not isinstance(full, dict):
         raise InputError(f"{folder / LOCAL}: expected the full paths of a run; delete it to use run.json alone")
-    return {name: full[name] if name in full and _fits(name, full[name], x) else x for name, x in run.items()}
+    return {name: full[name] if name in full and _fits(full[name], x) else x for name, x in run.items()}
 
 
-def _fits(name: str, full: Any, short: Any) -> bool:
+def _fits(full: Any, short: Any) -> bool:
     """Whether `short` is `full` shortened, in any working directory."""
     if isinstance(full, str) and isinstance(short, str):
-        both = [x.split("+") if name == JOINED_FIELD else [x] for x in (full, short)]
+        both = [[full], [short]]
     elif isinstance(full, list) and isinstance(short, list):
         both = [full, short]
     else:

@@ -18,7 +18,7 @@ from fgpt import ranges
 from fgpt.cli.paths import shareable_fields, with_full_paths, write_full_paths
 from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json, write_json
-from fgpt.recipes import KINDS, AnyRecipe, TrainingRecipe
+from fgpt.recipes import KINDS, AnyRecipe, InstructionRecipe, TrainingRecipe
 
 RUN = "run.json"
 VERSION = 1
@@ -80,6 +80,8 @@ def read_run(folder: Path) -> AnyRecipe:
     values = upgrade(values)
     recipe = recipe_class(path, values)
     fields = {"dtype": DTYPE_BEFORE} | with_full_paths(folder, recipe_fields(values))
+    if recipe is InstructionRecipe and isinstance(data := fields.get("data"), str):
+        fields["data"] = data.split("+")  # how several sources were written before they were a list
     try:
         run = _from_json(recipe, fields)
         ranges.check(run)

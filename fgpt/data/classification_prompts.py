@@ -3,7 +3,7 @@
     instruction, prefix, text, [separator, second text,] suffix, [eos]      -> label
 
 The label is what the last token predicts: a class of a classification head, or the one token of the class's name. It is
-not part of the example's tokens, which are `Example(tokens, len(tokens), label)`, so packing, `collate` and `nll` treat
+not part of the example's tokens, which are `Example.labeled(tokens, label)`, so packing, `collate` and `nll` treat
 these examples as any others.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fgpt.data.examples import Example
 from fgpt.data.packing import truncate_middle
-from fgpt.data.prompt_templates import Example
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
 from fgpt.tokenizers.continuation import continuation_tokens
@@ -259,7 +259,7 @@ def encode(
         except InputError as err:
             raise InputError(f"{where}{err}", err.field) from None
         label = labels.output_ids[labels.names.index(row.label) if row.label else 0]
-        examples.append(Example(tokens, len(tokens), label))
+        examples.append(Example.labeled(tokens, label))
         num_truncated += not complete
     return EncodedTexts(examples, num_truncated)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +69,10 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     Args:
         source: A name in `HUB_DATASETS`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the text
             formats also compressed (.jsonl.gz); or a folder in the layout of Hugging Face datasets, of which the split
-            "train" is read. A path comes before a name. Several joined by + ("dolly+train.json") are concatenated.
-        columns: The columns to use; by default the source's own, or instruction, input and output. If there are several
-            sources, those on the hub keep their own. Records of FinQA and conversations (see
-            `fgpt.data.conversations`) are recognized by their columns. Each answer of a conversation is an example.
+            "train" is read. A path comes before a name.
+        columns: The columns to use; by default the source's own, or instruction, input and output. Records of FinQA
+            and conversations (see `fgpt.data.conversations`) are recognized by their columns. Each answer of a
+            conversation is an example.
         limit: The maximum number of examples; all by default.
 
     Raises:
@@ -85,8 +86,6 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
-    if "+" in str(source) and not Path(source).exists():
-        return _concatenate(str(source).split("+"), columns, limit)
     records, dataset = open_source(str(source), HUB_DATASETS)
     columns = columns or (dataset.columns if dataset else Columns())
     rows, left_out = list[InstructionRow](), Counter[str]()
@@ -102,14 +101,17 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     return Examples(rows[:limit], +left_out)
 
 
-def _concatenate(sources: list[str], columns: Columns | None, limit: int | None) -> Examples:
+def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
+    """The examples of several sources, one after the other. If there are several, those on the hub keep their own
+    columns. Raises InputError as `load_examples` does.
+    """
     rows, left_out = list[InstructionRow](), Counter[str]()
-    for source in (part.strip() for part in sources):
+    for source in sources:
         is_on_hub = source in HUB_DATASETS and not Path(source).exists()
-        examples = load_examples(source, None if is_on_hub else columns)
+        examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
         rows += examples.rows
         left_out += examples.left_out
-    return Examples(rows[:limit], left_out)
+    return Examples(rows, left_out)
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:

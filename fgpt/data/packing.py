@@ -1,8 +1,8 @@
 """From examples to batches: each example once, and no document attends to another."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example, example_lengths
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.rng import fold_in
@@ -53,7 +53,9 @@ def filter_by_length(
                     f"row {number} has {length} tokens, the limit is {max_seq_len}: shorten it, raise the limit, or "
                     "drop long rows"
                 )
-        elif example.label is None and length - example.prompt_length < 2:  # an end-of-sequence token alone
+        elif (
+            example.label is None and sum(end - start for start, end, _ in example.spans) < 2
+        ):  # an end-of-sequence token alone
             empty += 1
             if not drop:
                 raise InputError(f"row {number} has no response: give it one, or drop empty rows")
@@ -77,22 +79,12 @@ def truncate_middle(items: Sequence[T], count: int, ellipsis: Sequence[T]) -> li
     return [*items[: count - tail], *ellipsis, *items[len(items) - tail :]]
 
 
-def truncate(example: Example, max_seq_len: int) -> Example:
-    """An example of at most `max_seq_len` tokens. A long one keeps its prompt and the beginning of its answer, without
-    the end-of-sequence token. If the prompt alone leaves no space for an answer, the example is returned as it is, for
-    `filter_by_length` to reject.
-    """
-    if len(example.tokens) <= max_seq_len or example.prompt_length > max_seq_len - 2:
-        return example
-    return replace(example, tokens=example.tokens[:max_seq_len])
-
-
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
     """A batch of rows, each the concatenation of its examples, padded on the right with token 0.
 
-    A position has its example's weight (1 by default) if the next token belongs to the same example's answer or its
-    end-of-sequence token, and at the last token of an example with a label; else 0. Segments are 1, 2, .. by example
-    and 0 for padding, and `cu_seqlens` are their bounds; both are None if no row holds more than one example.
+    A position has the weight of the span that the example's next token is in, else 0. So has the last token of an
+    example with a label; of any other, it predicts nothing. Segments are 1, 2, .. by example and 0 for padding, and
+    `cu_seqlens` are their bounds; both are None if no row holds more than one example.
 
     Args:
         rows: The examples of each row of the batch.
@@ -104,7 +96,7 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
     Raises:
         InputError: if a row is longer than `pad_to`.
 
-    >>> batch = collate([[Example((5, 6, 7), prompt_length=1)], [Example((8, 9), prompt_length=1)]])
+    >>> batch = collate([[Example.completion((5, 6, 7), 1)], [Example.completion((8, 9), 1)]])
     >>> batch.tokens.tolist(), batch.weights.tolist()
     ([[5, 6, 7], [8, 9, 0]], [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     """
@@ -114,37 +106,46 @@ def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Bat
         if length > seq_len:
             raise InputError(f"row {number} of the batch has {length} tokens, the limit is {seq_len}: shorten it")
     examples = [example for row in rows for example in row]
-    starts = [number * seq_len + start for number, row in enumerate(rows) for start in _bounds(row)[:-1]]
-    ids = [number for row in rows for number in range(1, len(row) + 1)]
-    counts = torch.tensor([len(example.tokens) for example in examples], dtype=torch.int64)
-
-    def each_token(values: Iterable[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        """The value of its example, at each token."""
-        return torch.tensor(list(values), dtype=dtype).repeat_interleave(counts)
-
-    def place(values: Tensor) -> Tensor:
-        """At the tokens, and 0 elsewhere."""
-        return values.new_zeros(len(rows) * seq_len).index_put((positions,), values).view(len(rows), seq_len)
-
-    tokens = torch.from_numpy(np.fromiter(chain.from_iterable(x.tokens for x in examples), np.int64, sum(lengths)))
-    offsets = torch.arange(len(tokens)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # in the example
-    positions = each_token(starts) + offsets
-    # An example's last token predicts its label, or nothing: its target is then a placeholder of weight 0, never the
-    # next example's first token.
-    is_last = offsets + 1 == counts.repeat_interleave(counts)
-    targets = torch.where(is_last, each_token(example.label or 0 for example in examples), tokens.roll(-1))
-    is_answer = offsets + 1 >= each_token(example.prompt_length for example in examples)
-    is_answer &= ~is_last | each_token((x.label is not None for x in examples), torch.bool)
-    weights = place(each_token((example.weight for example in examples), torch.float32) * is_answer)
+    starts = np.array([number * seq_len + start for number, row in enumerate(rows) for start in _bounds(row)[:-1]])
+    counts = example_lengths(examples)
+    positions = _ranges(starts, counts)
+    flat_tokens = np.concatenate([np.asarray(example.tokens, dtype=np.int64) for example in examples])
+    tokens = np.zeros(len(rows) * seq_len, np.int64)
+    tokens[positions] = flat_tokens
+    # The target of an example's last token is its label, or a placeholder of weight 0: never the next example's token.
+    targets = np.zeros_like(tokens)
+    targets[positions] = np.roll(flat_tokens, -1)
+    targets[starts + counts - 1] = [example.label or 0 for example in examples]
+    # No position predicts the first token of an example.
+    spans: list[tuple[int, int, float]] = []
+    for start, example in zip(starts, examples, strict=True):
+        for begin, end, weight in example.spans:
+            spans.append((start + max(1, begin) - 1, max(1, end) - max(1, begin), weight))
+    weights = np.zeros(len(tokens), np.float32)
+    if spans:
+        begins, span_lengths, span_weights = map(np.array, zip(*spans, strict=True))
+        weights[_ranges(begins, span_lengths)] = np.repeat(span_weights, span_lengths)
     is_packed = any(len(row) > 1 for row in rows)
+    segments = np.zeros_like(tokens)
+    segments[positions] = np.repeat([number for row in rows for number in range(1, len(row) + 1)], counts)
+
+    def in_rows(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).view(len(rows), seq_len)
+
     return Batch(
-        place(tokens),
-        place(targets),
-        weights,
-        place(each_token(ids)) if is_packed else None,
-        weights.flatten().nonzero().flatten(),
+        in_rows(tokens),
+        in_rows(targets),
+        in_rows(weights),
+        in_rows(segments) if is_packed else None,
+        torch.from_numpy(weights.nonzero()[0]),
         _cu_seqlens(rows, seq_len) if is_packed else None,
     )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The integers start, start + 1, .. of each range, one range after the other."""
+    ends = lengths.cumsum()
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _bounds(row: Sequence[Example]) -> list[int]:
@@ -214,26 +215,46 @@ def epoch_batches(
         InputError: as `filter_by_length` does.
     """
     filter_by_length(examples, max_seq_len)  # and not in `pack`, whose row numbers would be those of the shuffle
-    return lay_out_epoch(examples, max_seq_len, micro_batch_size, rng, packed)
+    shuffled = permutation(len(examples), fold_in(rng, "examples"))
+    batches = lay_out_rows(shuffled, example_lengths(examples), max_seq_len, micro_batch_size, rng=rng, packed=packed)
+    return [[[examples[i] for i in row] for row in batch] for batch in batches]
 
 
-def lay_out_epoch(
-    examples: Sequence[Example], max_seq_len: int, micro_batch_size: int, rng: torch.Generator, packed: bool = True
-) -> list[list[list[Example]]]:
-    """`epoch_batches` of examples that `filter_by_length` has let pass."""
-    shuffled = [examples[i] for i in _permutation(len(examples), fold_in(rng, "examples"))]
+def lay_out_rows(
+    order: Sequence[int],
+    lengths: np.ndarray,
+    max_seq_len: int,
+    micro_batch_size: int,
+    *,
+    rng: torch.Generator,
+    packed: bool = True,
+) -> list[list[list[int]]]:
+    """The micro-batches of an epoch, each a list of rows, which are lists of indices of examples.
+
+    Args:
+        order: The indices of the epoch's examples, shuffled; one may occur several times.
+        lengths: The number of tokens of every example.
+        max_seq_len: The maximum number of tokens of a row; no example is longer.
+        micro_batch_size: The maximum number of rows of a micro-batch.
+        rng: The key of the order of the micro-batches.
+        packed: As for `epoch_batches`.
+
+    >>> lay_out_rows([2, 0, 1], np.array([3, 1, 2]), 4, 1, rng=torch.Generator().manual_seed(0))
+    [[[2, 1]], [[0]]]
+    """
+    in_order = lengths[order].tolist()
     if packed:
-        bins = pack([len(example.tokens) for example in shuffled], max_seq_len)
-        rows = [[shuffled[i] for i in indices] for indices in bins]
+        rows = [[order[i] for i in indices] for indices in pack(in_order, max_seq_len)]
     else:
         rows = []
         window = SORT_WINDOW * micro_batch_size
-        for start in range(0, len(shuffled), window):
-            by_length = sorted(shuffled[start : start + window], key=lambda example: len(example.tokens))
-            rows += [[example] for example in by_length]
+        for start in range(0, len(order), window):
+            by_length = sorted(range(start, min(start + window, len(order))), key=in_order.__getitem__)
+            rows += [[order[i]] for i in by_length]
     batches = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-    return [batches[i] for i in _permutation(len(batches), fold_in(rng, "batches"))]
+    return [batches[i] for i in permutation(len(batches), fold_in(rng, "batches"))]
 
 
-def _permutation(n: int, rng: torch.Generator) -> list[int]:
+def permutation(n: int, rng: torch.Generator) -> list[int]:
+    """A random order of 0, 1, .., n - 1."""
     return torch.randperm(n, generator=rng).tolist()

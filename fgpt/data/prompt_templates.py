@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fgpt.data.conversations import Message
+from fgpt.data.examples import Example
+from fgpt.data.pieces import Piece, encode_pieces
 from fgpt.errors import InputError
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
@@ -123,22 +125,10 @@ CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
 TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU)}
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row as tokens: prompt, answer, end of sequence. The first `prompt_length` tokens carry no loss."""
+def prompt_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+    """The prompt, the same in training and in generation.
 
-    tokens: tuple[int, ...]
-    prompt_length: int
-    label: int | None = None
-    """What the last token predicts, if that is not a token of the row: its class, or the one token of its class."""
-    weight: float = 1.0
-    """The weight of each token of the answer in the loss."""
-
-
-def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens of the prompt, the same in training and in generation.
-
-    They begin with a BOS token if the tokenizer puts one before every text. Each earlier answer of a conversation ends
+    It begins with a BOS token if the tokenizer puts one before every text. Each earlier answer of a conversation ends
     with the end-of-sequence token, as in training. A chat template writes both itself. Special tokens in the row's text
     are encoded as plain text, except by a chat template.
 
@@ -146,19 +136,23 @@ def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer)
         InputError: for a chat with a model that has no chat template, or whose template refuses the messages.
     """
     if template.chat:
-        return tuple(_encode_chat(row, template, tokenizer))
-    turns = template.turns(row.messages) if isinstance(row, Turn) else [(template.prompt(row), None)]
-    tokens = [*tokenizer.prefix_tokens]
-    for prompt, answer in turns:
-        tokens += tokenizer.encode(prompt)
-        tokens += [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos_token_id]
-    return tuple(tokens)
+        return [Piece(_render_chat(row, template, tokenizer), has_special=True)]
+    pieces = [_special(tokenizer.prefix_tokens, tokenizer)] if tokenizer.prefix_tokens else []
+    for prompt, answer in template.turns(row.messages) if isinstance(row, Turn) else [(template.prompt(row), None)]:
+        pieces.append(Piece(prompt))
+        if answer is not None:
+            pieces += [Piece(answer), _special((tokenizer.eos_token_id,), tokenizer)]
+    return pieces
 
 
-def _encode_chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[int]:
+def _special(tokens: tuple[int, ...], tokenizer: Tokenizer, weight: float = 0.0) -> Piece:
+    return Piece(tokenizer.decode(tokens), weight, tokens=tokens)
+
+
+def _render_chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> str:
     messages = row.messages if isinstance(row, Turn) else (Message("user", template.prompt(row)),)
     try:
-        return tokenizer.apply_chat_template(
+        return tokenizer.render_chat_template(
             [{"role": message.role, "content": message.content} for message in messages]
         )
     except InputError as err:
@@ -167,17 +161,30 @@ def _encode_chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) 
         raise
 
 
-def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Example:
+def pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
     """Prompt, answer and end of sequence, which carries loss: <|endoftext|>, or in a chat what ends a turn there.
 
     Prompt and answer are tokenized separately: no merge crosses the boundary, so the prompt's tokens are those of
     generation. A blank answer counts as none, which `packing.filter_by_length` reports.
     """
-    prompt = encode_prompt(row, template, tokenizer)
-    answer = tokenizer.encode(row.output) if row.output.strip() else []
-    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos_token_id,)
     weight = row.weight if isinstance(row, Turn) else 1.0
-    return Example((*prompt, *answer, *(end if answer else end[-1:])), len(prompt), weight=weight)
+    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos_token_id,)
+    prompt = prompt_pieces(row, template, tokenizer)
+    if not row.output.strip():
+        return [*prompt, _special(end[-1:], tokenizer, weight)]
+    return [*prompt, Piece(row.output, weight), _special(end, tokenizer, weight)]
+
+
+def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of `prompt_pieces`. Raises InputError as it does."""
+    (example,) = encode_pieces([prompt_pieces(row, template, tokenizer)], tokenizer)
+    return tuple(example.tokens)
+
+
+def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Example:
+    """The example of `pieces`. Raises InputError as it does."""
+    (example,) = encode_pieces([pieces(row, template, tokenizer)], tokenizer)
+    return example
 
 
 def template(name: str) -> Template:

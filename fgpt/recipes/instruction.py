@@ -17,10 +17,9 @@ class InstructionRecipe(FineTuningRecipe):
 
     kind: ClassVar[str] = "instruction"
 
-    data: str
-    """nano (embedded), a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu), a local json, jsonl, csv,
-    tsv or parquet file, a folder, or several of these with a + between them. In conversations each answer is an
-    example."""
+    data: tuple[str, ...]
+    """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu), a
+    local json, jsonl, csv, tsv or parquet file, a folder. In conversations each answer is an example."""
     columns: Columns = field(default_factory=Columns)
     """The columns of instruction, input and output."""
     template: str = "alpaca"
@@ -52,7 +51,7 @@ def lora_nano() -> InstructionRecipe:
     return InstructionRecipe(
         name="lora-nano",
         base="nano",
-        data="nano",
+        data=("nano",),
         template="plain",
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
         lr=6e-3,
@@ -132,7 +131,7 @@ def lora_smollm2() -> InstructionRecipe:
     return InstructionRecipe(
         name="lora-smollm2",
         base="smollm2",
-        data="nano",
+        data=("nano",),
         template="chat",
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|gate|up|down)"),
         micro_batch_size=2,
@@ -152,7 +151,7 @@ def lora_gptj() -> InstructionRecipe:
     return InstructionRecipe(
         name="lora-gptj",
         base="EleutherAI/gpt-j-6b",
-        data="alpaca",
+        data=("alpaca",),
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)"),
         quantize="blockwise8",
         remat=True,
@@ -180,7 +179,7 @@ def lora_small() -> InstructionRecipe:
     fgpt train lora-small. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
-        name="lora-small", base="gpt2", data="alpaca", max_seq_len=1024, micro_batch_size=4, overlong="drop"
+        name="lora-small", base="gpt2", data=("alpaca",), max_seq_len=1024, micro_batch_size=4, overlong="drop"
     )
 
 
@@ -192,7 +191,7 @@ def lora_medium() -> InstructionRecipe:
     return InstructionRecipe(
         name="lora-medium",
         base="gpt2-medium",
-        data="alpaca",
+        data=("alpaca",),
         max_seq_len=1024,
         micro_batch_size=2,
         grad_accumulation_steps=2,
@@ -211,7 +210,7 @@ def lora_large() -> InstructionRecipe:
     return InstructionRecipe(
         name="lora-large",
         base="gpt2-large",
-        data="alpaca",
+        data=("alpaca",),
         adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)|wte"),
         lr=3e-4,
         max_seq_len=1024,
@@ -227,7 +226,7 @@ def lora_lima() -> InstructionRecipe:
     fgpt train lora-lima. 1,572,864 trained parameters. Not measured yet: it needs the Hub, and how many epochs are best
     is not known.
     """
-    return replace(lora_medium(), name="lora-lima", data="lima", epochs=5, max_new_tokens=256)
+    return replace(lora_medium(), name="lora-lima", data=("lima",), epochs=5, max_new_tokens=256)
 
 
 def dolly_small_lora() -> InstructionRecipe:
@@ -235,7 +234,7 @@ def dolly_small_lora() -> InstructionRecipe:
 
     fgpt train dolly-small-lora. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
-    return replace(lora_small(), name="dolly-small-lora", data="dolly")
+    return replace(lora_small(), name="dolly-small-lora", data=("dolly",))
 
 
 def dolly_finqa_lora() -> InstructionRecipe:
@@ -243,10 +242,10 @@ def dolly_finqa_lora() -> InstructionRecipe:
 
     fgpt train dolly-finqa-lora. 589,824 trained parameters. Where a report is longer than the context, the text around
     its table gives way, and the answer never: its origin cut 58 of 60 answers away. 32 held-out prompts are compared,
-    both sides decoded alike. Not measured yet: it needs the Hub. Local files: --data dolly.jsonl+train.json, with
+    both sides decoded alike. Not measured yet: it needs the Hub. Local files: --data dolly.jsonl train.json, with
     --columns.input context --columns.output response for Dolly's own names; a FinQA file needs none.
     """
-    return replace(dolly_small_lora(), name="dolly-finqa-lora", data="dolly+finqa", compare_prompts=32)
+    return replace(dolly_small_lora(), name="dolly-finqa-lora", data=("dolly", "finqa"), compare_prompts=32)
 
 
 def dora_medium() -> InstructionRecipe:
@@ -275,7 +274,7 @@ def full_small() -> InstructionRecipe:
     return InstructionRecipe(
         name="full-small",
         base="gpt2",
-        data="alpaca",
+        data=("alpaca",),
         adapter=adapter,
         lr=2e-5,
         weight_decay=0.01,
@@ -296,7 +295,7 @@ def tinytiny_sft_full() -> InstructionRecipe:
     return InstructionRecipe(
         name="tinytiny-sft-full",
         base="runs/tinytiny-pretrain/model",
-        data="lima",
+        data=("lima",),
         template="tulu",
         adapter=Adapter("full"),
         lr=1e-3,

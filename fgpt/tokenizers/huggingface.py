@@ -117,10 +117,13 @@ class HFTokenizer:
         error = f"{self.name}: the tokenizer fails on {len(known):,} tokens"
         return call(error, lambda: self.tokenizer.decode(known, skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def render_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         if self.chat_template is None:
             raise no_chat_template(self.name)
-        text = self.chat_template.render(messages, add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt)
+
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        text = self.render_chat_template(messages, add_generation_prompt)
         return self.encode_special(text, add_special_tokens=False)
 
     def files(self) -> dict[str, str]:

@@ -78,10 +78,13 @@ class TiktokenTokenizer:
         size = self.n_vocab
         return self.bpe.decode([token for token in tokens if 0 <= token < size])
 
-    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def render_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         if self.chat_template is None:
             raise no_chat_template(self.bpe.name)
-        return self.encode_special(self.chat_template.render(messages, add_generation_prompt))
+        return self.chat_template.render(messages, add_generation_prompt)
+
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        return self.encode_special(self.render_chat_template(messages, add_generation_prompt))
 
     def files(self) -> dict[str, str]:
         ranks = [self.bpe.decode_single_token_bytes(rank) for rank in range(self.eos_token_id)]

@@ -97,10 +97,8 @@ class Tokenizer(Protocol):
         """The text of `tokens`, with special tokens written out. Ids that are not a token have no text."""
         ...
 
-    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """The tokens of `messages` in the model's chat template, special tokens included.
-
-        A special token in a message is recognized as one, as in transformers.
+    def render_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """`messages` as text in the model's chat template, special tokens written out.
 
         Args:
             messages: The conversation.
@@ -108,6 +106,14 @@ class Tokenizer(Protocol):
 
         Raises:
             InputError: if there is no chat template, or it refuses the messages.
+        """
+        ...
+
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of `render_chat_template`. A special token in a message is recognized as one, as in transformers.
+
+        Raises:
+            InputError: as `render_chat_template` does.
         """
         ...
 

@@ -9,8 +9,8 @@ import torch
 
 import fgpt
 from builders import tokens, with_noise
+from fgpt.data.examples import Example
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.tree import astype
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def doctor_batch(*rows: tuple[int, ...], label: int | None = None) -> fgpt.Batch
 
     def document(length: int) -> Example:
         text = tuple(tokens(30, length, seed=next(number)).tolist())
-        return Example(text, length // 2 if label is None else length, label)
+        return Example.completion(text, length // 2) if label is None else Example.labeled(text, label)
 
     return collate([[document(length) for length in row] for row in rows])
 

@@ -13,7 +13,7 @@ from fgpt.data.prompt_templates import InstructionRow
 from fgpt.io.files import write_json
 
 EVIL = "<script>document.title = 'it ran'</script><img src='http://example.invalid/x.png'>"
-LORA: Any = replace(recipes.find("lora-nano"), lr=1e-3, data="rows 1.json")
+LORA: Any = replace(recipes.find("lora-nano"), lr=1e-3, data=("rows 1.json",))
 
 
 def write_lines(at: Path, steps: int, loss: float = 3.0) -> None:

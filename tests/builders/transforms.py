@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
 from builders import tiny, tokens, with_noise
+from fgpt.data.examples import Example
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.tree import tree_map
 
 BASE = tiny(n_layer=2)
@@ -19,7 +19,7 @@ DIRECTION: Any = tree_map(lambda x: x - 0.1, with_noise(ADAPTERS, seed=2))
 
 
 def example(n: int, seed: int) -> Example:
-    return Example(tuple(tokens(31, n, seed=seed).tolist()), n // 3)
+    return Example.completion(tuple(tokens(31, n, seed=seed).tolist()), n // 3)
 
 
 PACKED = collate([[example(5, 0), example(7, 1)], [example(9, 2)]])  # segments, padding, and `at`

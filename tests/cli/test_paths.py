@@ -37,14 +37,22 @@ def test_a_sentence_without_paths():
 
 def test_a_run_that_names_files_is_read_back_whole(tmp_path: Path):
     run = find("lora-nano")
-    values = run.to_json() | {"base": f"{HOME}/model", "data": f"{HOME}/a.json+b.json+{HOME}/c.json", "out": "/x/runs"}
+    values = run.to_json() | {
+        "base": f"{HOME}/model",
+        "data": [f"{HOME}/a.json", "b.json", f"{HOME}/c.json"],
+        "out": "/x/runs",
+    }
     paths.write_full_paths(tmp_path, values)
     short = paths.shareable_fields(values)
-    assert (short["base"], short["data"], short["out"]) == (".../model", ".../a.json+b.json+.../c.json", ".../runs")
+    assert (short["base"], short["data"], short["out"]) == (
+        ".../model",
+        [".../a.json", "b.json", ".../c.json"],
+        ".../runs",
+    )
     assert "alice" not in json.dumps(short)
     assert paths.with_full_paths(tmp_path, short) == values | {"out": ".../runs"}
-    edited = short | {"data": "other.json"}  # what was edited since stands
-    assert paths.with_full_paths(tmp_path, edited)["data"] == "other.json"
+    edited = short | {"data": ["other.json"]}  # what was edited since stands
+    assert paths.with_full_paths(tmp_path, edited)["data"] == ["other.json"]
     assert os.stat(tmp_path / "local.json").st_mode & 0o077 == 0
     (tmp_path / "local.json").write_text("[]")
     with pytest.raises(run_dir.InputError, match="expected the full paths"):

@@ -8,8 +8,8 @@ from builders import close
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fgpt.data.examples import Example, Span
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.kernels.documents import Documents
 from fgpt.losses import Batch
 
@@ -20,10 +20,10 @@ def reference(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
     for row in rows:
         row_tokens, row_targets, row_weights, row_segments = [], [], [], []
         for segment, example in enumerate(row, 1):
-            end = len(example.tokens) + (example.label is not None)
+            weight_of = {i: weight for start, end, weight in example.spans for i in range(start, end)}
             row_tokens += example.tokens
             row_targets += [*example.tokens[1:], example.label or 0]
-            row_weights += [example.weight * (example.prompt_length <= i + 1 < end) for i in range(len(example.tokens))]
+            row_weights += [weight_of.get(i + 1, 0.0) for i in range(len(example.tokens))]
             row_segments += [segment] * len(example.tokens)
         padding = [0] * (seq_len - len(row_tokens))
         tokens.append(row_tokens + padding)
@@ -45,8 +45,11 @@ def reference(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
 def examples(draw: Callable[..., Any]) -> Example:
     tokens = draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
     label = draw(st.none() | st.integers(0, 9))
-    weight = draw(st.sampled_from([1.0, 0.0, 0.25, 1e-3]))
-    return Example(tuple(tokens), draw(st.integers(0, len(tokens))), label, weight)
+    if label is not None:
+        return Example.labeled(tuple(tokens), label)
+    bounds = sorted(draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
+    weights = st.sampled_from([1.0, 0.0, 0.25, 1e-3])
+    return Example(tuple(tokens), tuple(Span(a, b, draw(weights)) for a, b in zip(bounds[::2], bounds[1::2])))
 
 
 packed_rows = st.lists(st.lists(examples(), min_size=1, max_size=6), min_size=1, max_size=4)
@@ -80,7 +83,7 @@ def test_bounds_are_those_of_the_segments(rows: list[list[Example]], extra: int)
 
 
 def test_bounds_have_one_shape():
-    short, long = Example((1, 2, 3), 1), Example(tuple(range(60)), 1)
+    short, long = Example.completion((1, 2, 3), 1), Example.completion(tuple(range(60)), 1)
     shapes = [collate([row], 256).cu_seqlens for row in ([short, long], [long] * 4, [short] * 7)]
     assert [x is not None and tuple(x.shape) for x in shapes] == [(1, 9)] * 3
     many = collate([[short] * 8], 256).cu_seqlens

@@ -15,8 +15,9 @@ from fgpt.cli.evaluation.compare.html import page as html_page
 from fgpt.cli.evaluation.compare.markdown import to_markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.training.examples import load_instruction_split, train_heldout_split
+from fgpt.data.examples import truncate
 from fgpt.data.instruction_datasets import load_rows
-from fgpt.data.packing import collate, truncate
+from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import PLAIN, Turn, encode
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe, find
@@ -32,7 +33,7 @@ def test_a_loss_weight_reaches_the_loss(tmp_path: Path):
     batch = collate([[example]])
     assert batch.weights.sum() == 0.25 * (len(NANO.encode("Yes.")) + 1)
     assert set(batch.weights.flatten().tolist()) == {0.0, 0.25}
-    assert truncate(example, example.prompt_length + 2).weight == 0.25
+    assert truncate(example, example.prompt_length + 2).spans[0].weight == 0.25
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=20), st.integers(0, 9), st.integers(0, 3))
@@ -53,7 +54,7 @@ def test_one_conversation_cannot_be_held_out():
 
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
-    recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=str(path), num_heldout=4)
+    recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),), num_heldout=4)
     first, second = load_instruction_split(recipe)
     assert len(first) + len(second) == 18
     assert len(second) == 4

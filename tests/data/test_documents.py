@@ -15,7 +15,8 @@ from fgpt.cli.tasks.pretraining import batches
 from fgpt.cli.training import documents
 from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
-from fgpt.data.prompt_templates import Example, Turn
+from fgpt.data.examples import Example, truncate
+from fgpt.data.prompt_templates import Turn
 from fgpt.recipes import PretrainingRecipe
 
 
@@ -89,11 +90,11 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
 
 
 def test_long_answers_are_cut_and_long_prompts_are_not():
-    long = Example(tuple(range(20)), 6)
-    assert packing.truncate(long, 20) == long
-    assert packing.truncate(long, 9) == Example(tuple(range(9)), 6)
-    assert packing.truncate(long, 8) == Example(tuple(range(8)), 6)  # two tokens of the answer
-    assert packing.truncate(long, 7) == long
-    examples, dropped = packing.filter_by_length([packing.truncate(long, width) for width in (8, 7)], 8, drop=True)
+    long = Example.completion(tuple(range(20)), 6)
+    assert truncate(long, 20) == long
+    assert truncate(long, 9) == Example.completion(tuple(range(9)), 6)
+    assert truncate(long, 8) == Example.completion(tuple(range(8)), 6)  # two tokens of the answer
+    assert truncate(long, 7) == long
+    examples, dropped = packing.filter_by_length([truncate(long, width) for width in (8, 7)], 8, drop=True)
     assert (len(examples), dropped.long, dropped.empty) == (1, 1, 0)
     assert packing.collate([examples]).weights.tolist() == [[0, 0, 0, 0, 0, 1, 1, 0]]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
+from fgpt.data.examples import Example
 from fgpt.data.packing import DropCounts, collate, epoch_batches, filter_by_length, pack
-from fgpt.data.prompt_templates import PLAIN, Example, InstructionRow, encode
+from fgpt.data.prompt_templates import PLAIN, InstructionRow, encode
 from fgpt.errors import InputError
 from fgpt.losses import nll
 from fgpt.model import Config, hidden, init
@@ -30,7 +31,7 @@ row_texts = st.builds(InstructionRow, texts, texts, texts.filter(str.strip))
 def documents(draw: st.DrawFn) -> Example:
     length = draw(st.integers(2, 20))
     tokens = draw(st.lists(st.integers(1, VOCAB - 1), min_size=length, max_size=length))
-    return Example(tuple(tokens), draw(st.integers(0, length - 2)))
+    return Example.completion(tuple(tokens), draw(st.integers(0, length - 2)))
 
 
 @given(st.lists(st.integers(0, 12), max_size=60))
@@ -71,7 +72,7 @@ def test_an_epoch_loses_and_repeats_nothing(examples: list[Example], rows: int, 
 
 def test_keys_shuffle_and_unpacked_batches_pad_little():
     lengths = torch.randint(2, 200, (4096,), generator=key(1)).tolist()
-    examples = [Example(tuple(range(n)), 0) for n in lengths]
+    examples = [Example.completion(tuple(range(n)), 0) for n in lengths]
     batches = epoch_batches(examples, 200, 8, key(0), packed=False)
     assert batches != epoch_batches(examples, 200, 8, key(1), packed=False)
     padded = sum(len(batch) * max(len(row[0].tokens) for row in batch) for batch in batches)
@@ -135,7 +136,11 @@ def test_packing_and_padding_change_no_loss(examples: list[Example], extra: int)
 
 
 def test_no_document_sees_another():
-    a, b, other = Example((1, 2, 3, 4), 1), Example((5, 6, 7), 1), Example((9, 8, 9, 8), 1)
+    a, b, other = (
+        Example.completion((1, 2, 3, 4), 1),
+        Example.completion((5, 6, 7), 1),
+        Example.completion((9, 8, 9, 8), 1),
+    )
     one, two = collate([[a, b]]), collate([[other, b]])
     assert one.segments is not None
     left, right = (hidden(GPT, batch.tokens, batch.segments)[0, 4:] for batch in (one, two))
@@ -144,7 +149,11 @@ def test_no_document_sees_another():
 
 
 def test_fit_refuses_or_counts():
-    good, long, empty = Example((1, 2, 3), 1), Example(tuple(range(9)), 1), Example((1, 2), 1)
+    good, long, empty = (
+        Example.completion((1, 2, 3), 1),
+        Example.completion(tuple(range(9)), 1),
+        Example.completion((1, 2), 1),
+    )
     assert filter_by_length([good], 8) == ([good], DropCounts(0, 0))
     assert filter_by_length([long, good, empty, long], 8, drop=True) == ([good], DropCounts(2, 1))
     with pytest.raises(InputError, match=r"^row 2 has 9 tokens, the limit is 8: shorten it, raise the limit, or drop"):

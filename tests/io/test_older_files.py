@@ -118,7 +118,7 @@ OLDER_RUNS: dict[str, tuple[dict[str, Any], AnyRecipe]] = {
         InstructionRecipe(
             **FIELDS,
             base="nano",
-            data="alpaca",
+            data=("alpaca",),
             overlong="drop",
             num_heldout=7,
             compare_prompts=6,

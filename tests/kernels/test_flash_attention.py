@@ -15,8 +15,8 @@ from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
+from fgpt.data.examples import Example
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.kernels import attention as A
 from fgpt.kernels import fused_attention
 from fgpt.kernels.documents import Documents
@@ -138,7 +138,9 @@ def test_documents_and_rows(flash: FlashByDefinition, kv: int, causal: bool):
 
 def packed_batch() -> fgpt.Batch:
     lengths = [[5, 7, 3], [9, 2], [17]]
-    batch = collate([[Example(tuple(tokens(31, n, seed=n).tolist()), 1) for n in row] for row in lengths], 20)
+    batch = collate(
+        [[Example.completion(tuple(tokens(31, n, seed=n).tolist()), 1) for n in row] for row in lengths], 20
+    )
     assert batch.cu_seqlens is not None
     return batch
 

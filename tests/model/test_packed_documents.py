@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import fgpt
+from fgpt.data.examples import Example
 from fgpt.data.packing import collate
-from fgpt.data.prompt_templates import Example
 from fgpt.kernels.rotary import DynamicScaling
 from fgpt.tree import astype, tree_leaves, tree_map
 
@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def packed(seq: int | None = 20) -> fgpt.Batch:
     """By bounds alone: whoever reads segments fails. Without padding in one row."""
     lengths = [[5, 7, 3], [9, 2], [18, 2]]
-    rows = [[Example(tuple(tokens(31, n, seed=n).tolist()), 1) for n in row] for row in lengths]
+    rows = [[Example.completion(tuple(tokens(31, n, seed=n).tolist()), 1) for n in row] for row in lengths]
     return replace(collate(rows, seq), loss_positions=None, segments=None)
 
 

@@ -24,7 +24,7 @@ from fgpt.cli.training.job import InitialState, TrainingJob, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.losses import nll
 from fgpt.optim import adamw, constant_schedule
 from fgpt.recipes import FineTuningRecipe, find
@@ -53,7 +53,7 @@ def row_order(cfg: fgpt.Config, rows: int) -> RowOrder:
     tokens = torch.randint(cfg.vocab_size, (max(lengths),), generator=fgpt.key(1)).tolist()
     recipe = find("lora-medium")
     assert isinstance(recipe, FineTuningRecipe)
-    examples = [Example(tuple(tokens[:length]), length // 2) for length in lengths]
+    examples = [Example.completion(tuple(tokens[:length]), length // 2) for length in lengths]
     return RowOrder(examples, replace(recipe, micro_batch_size=rows, grad_accumulation_steps=1), cfg.n_ctx)
 
 

@@ -10,7 +10,7 @@ from fgpt.cli.inference.classifiers import label_choices, log_probabilities, pro
 from fgpt.cli.training.examples import load_test_texts
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.classification_prompts import Labels, apply_labels, encode, parse_labels
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import ClassificationRecipe

@@ -15,7 +15,7 @@ from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.reproducibility import use_determinism
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.model import GPT
 from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
 

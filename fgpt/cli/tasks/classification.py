@@ -28,7 +28,7 @@ from fgpt.cli.training.build import (
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.io.files import write_json

@@ -31,7 +31,8 @@ from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.prompt_templates import Example, InstructionRow, Template, encode, template
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
@@ -76,7 +77,7 @@ class InstructionTask:
             heldout_rows=heldout,
             template=repr(prompt_template),
         )
-        response_tokens = sum(len(example.tokens) - example.prompt_length for example in examples)
+        response_tokens = sum(example.num_loss_tokens for example in examples)
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
@@ -153,7 +154,7 @@ def _encode_rows(
     examples = [encode(row, prompt_template, tokenizer) for row in progress(rows, "tokenizing")]
     if recipe.overlong == "cut":
         full_length = examples
-        examples = [packing.truncate(example, max_seq_len) for example in full_length]
+        examples = [truncate(example, max_seq_len) for example in full_length]
         if truncated := sum(a is not b for a, b in zip(full_length, examples, strict=True)):
             console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
     examples, dropped = packing.filter_by_length(examples, max_seq_len, recipe.overlong != "error")

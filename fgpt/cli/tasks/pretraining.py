@@ -20,7 +20,7 @@ from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.build import warn_if_all_warmup
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
 from fgpt.generation.loop import generate

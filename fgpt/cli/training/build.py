@@ -19,7 +19,7 @@ from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
@@ -149,7 +149,7 @@ def assemble_job(
     if recipe.micro_batch_size == "auto":
 
         def probe(num_rows: int) -> None:
-            rows = list(itertools.islice(itertools.cycle(order.first_epoch[0]), num_rows))
+            rows = list(itertools.islice(itertools.cycle(order.read(order.first_epoch[0])), num_rows))
             step(state, frozen, [place(packing.collate(rows, max_seq_len), target)], rng)
 
         recipe = with_largest_micro_batch(recipe, target, probe)
@@ -174,7 +174,7 @@ def assemble_job(
 
 def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
     """Model FLOPs utilization at a number of tokens per second, in the dtype of `base`."""
-    with_loss = sum(len(x.tokens) + (x.label is not None) - x.prompt_length for x in examples)
+    with_loss = sum(example.num_loss_tokens for example in examples)
     loss_share = with_loss / sum(len(example.tokens) for example in examples)
     flops, peak = mfu.tuning_flops(base, adapters, loss_share), mfu.peak(device(base), dtype(base.wte.w))
     return lambda tokens_per_second: tokens_per_second * flops / peak

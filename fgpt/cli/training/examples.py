@@ -28,14 +28,14 @@ def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionR
 
     Raises InputError if holding out would leave nothing to train on.
     """
-    if recipe.data == "nano":
+    if recipe.data == ("nano",):
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
     columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
-    loaded = instruction_datasets.load_examples(recipe.data, columns)
+    loaded = instruction_datasets.load_all(recipe.data, columns)
     if reasons := conversations.summary(loaded.left_out):
         console.print(f"left out of conversations: {reasons}", markup=False)
     rows = _shorten_finqa(recipe, loaded.rows)
-    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, recipe.data), recipe.seed)
+    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed)
 
 
 def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:

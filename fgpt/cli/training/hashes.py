@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.tree import walk
 
 XXH3 = "xxh3:"
@@ -70,7 +70,7 @@ def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
 
 def _feed_examples(digest: Any, examples: Sequence[Example]) -> None:
     """Feed all lengths and fields, then all tokens at once: a tensor for each of 20,000 examples takes 0.8 s."""
-    fields = [f"{len(x.tokens)} {x.prompt_length} {x.label} {x.weight}" for x in examples]
+    fields = [f"{len(x.tokens)} {x.label} {x.spans}" for x in examples]
     _feed_text(digest, "\n".join(fields))
     tokens = itertools.chain.from_iterable(x.tokens for x in examples)
     digest.update(np.fromiter(tokens, np.int64, sum(len(x.tokens) for x in examples)))

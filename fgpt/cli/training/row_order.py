@@ -1,16 +1,18 @@
 """Which rows each update of a fine-tuning reads."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example, example_lengths
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 
+RowIndices = list[list[int]]
+"""Rows of examples that are packed together, by their indices."""
 Rows = list[list[Example]]
-"""Rows of examples that are packed together."""
+"""The same rows, read."""
 
 
 class RowOrder:
@@ -22,20 +24,25 @@ class RowOrder:
     Raises InputError for examples that cannot be trained on.
     """
 
-    def __init__(self, examples: list[Example], recipe: FineTuningRecipe, max_seq_len: int) -> None:
+    def __init__(self, examples: Sequence[Example], recipe: FineTuningRecipe, max_seq_len: int) -> None:
         packing.filter_by_length(examples, max_seq_len)
         self._examples, self._recipe, self._max_seq_len = examples, recipe, max_seq_len
+        self._lengths = example_lengths(examples)
 
     @cached_property
-    def first_epoch(self) -> list[Rows]:
+    def first_epoch(self) -> list[RowIndices]:
         """Its updates: counted for the number of steps, and then trained on."""
         return self._lay_out(0)
+
+    def read(self, update: RowIndices) -> Rows:
+        """The examples of an update's rows."""
+        return [[self._examples[i] for i in row] for row in update]
 
     def updates(self, begin: int = 0) -> Iterator[Rows]:
         """The rows of each update, from update `begin` on; the last one of an epoch has those that are left."""
         for epoch in itertools.count():
             updates = self.first_epoch if epoch == 0 else self._lay_out(epoch)
-            yield from updates[begin:]
+            yield from map(self.read, updates[begin:])
             begin = max(0, begin - len(updates))
 
     def num_steps(self) -> int:
@@ -44,6 +51,7 @@ class RowOrder:
             return self._recipe.steps
         return max(1, round(self._recipe.epochs * len(self.first_epoch)))
 
-    def _lay_out(self, epoch: int) -> list[Rows]:
+    def _lay_out(self, epoch: int) -> list[RowIndices]:
         rng = fold_in(key(self._recipe.seed), f"epoch {epoch}")
-        return packing.lay_out_epoch(self._examples, self._max_seq_len, self._recipe.rows_per_update, rng)
+        order = packing.permutation(len(self._examples), fold_in(rng, "examples"))
+        return packing.lay_out_rows(order, self._lengths, self._max_seq_len, self._recipe.rows_per_update, rng=rng)

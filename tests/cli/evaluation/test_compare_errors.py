@@ -104,7 +104,7 @@ def test_rows_that_another_run_may_have_seen(compared_runs: Path):
     run = run_dir.read_run(compared_runs / "lora-nano")
     from dataclasses import replace
 
-    first = replace(run, data="rows.json", seed=0, num_heldout=8)
+    first = replace(run, data=("rows.json",), seed=0, num_heldout=8)
     assert not compare_sides.may_have_seen(first, first)
     assert compare_sides.may_have_seen(replace(first, seed=1), first)
     assert compare_sides.may_have_seen(replace(first, num_heldout=4), first)

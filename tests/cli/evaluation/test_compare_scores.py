@@ -10,7 +10,8 @@ from fgpt.cli.evaluation.compare.results import Answer, best
 from fgpt.cli.evaluation.compare.scores import rouge_scores
 from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
 from fgpt.cli.evaluation.metrics import text as text_scores
-from fgpt.data.prompt_templates import Example, InstructionRow
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
 
@@ -47,7 +48,7 @@ def test_mean_and_perplexity():
 def test_nats_count_every_answer_token_alike():
     """Against plain log-softmax over each text alone."""
     params = fgpt.init(fgpt.Config(1, 1, 8, 16, 11, 16), fgpt.key(0))
-    examples = [Example((1, 2, 3, 4), 2), Example((5, 6, 7, 8, 9, 10), 1)]
+    examples = [Example.completion((1, 2, 3, 4), 2), Example.completion((5, 6, 7, 8, 9, 10), 1)]
     each = []
     for e in examples:
         logp = fgpt.apply(params, torch.tensor([e.tokens]))[0].log_softmax(-1)
@@ -55,7 +56,7 @@ def test_nats_count_every_answer_token_alike():
     assert len(each) == 7
     assert text_scores.nats(params, examples) == pytest.approx(sum(each) / 7, rel=1e-5)
     with pytest.raises(InputError, match="no answer token"):
-        text_scores.nats(params, [Example((1, 2), 2)])
+        text_scores.nats(params, [Example.completion((1, 2), 2)])
 
 
 def test_text_scores_of_a_side():

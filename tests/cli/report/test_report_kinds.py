@@ -76,7 +76,7 @@ def test_which_of_several_runs_was_taken_is_said(
 def test_a_page_names_no_place(tmp_path: Path):
     """Even of a run that an earlier version recorded, and of a failure that quotes a path."""
     why = f"cannot write {tmp_path}/lora-nano/x: No space left on device"
-    run = replace(LORA, data="/home/alice/rows.json", base="/home/alice/model", out=tmp_path)
+    run = replace(LORA, data=("/home/alice/rows.json",), base="/home/alice/model", out=tmp_path)
     at = write_run_dir(tmp_path / "lora-nano", run, status={"state": "failed", "steps": 60, "why": why})
     text = report_of(at)
     assert "alice" not in text

@@ -10,7 +10,8 @@ import torch
 import fgpt
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import fingerprint
-from fgpt.data.prompt_templates import Example, InstructionRow
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io.files import remove_leftovers
 from fgpt.recipes import find
@@ -184,7 +185,7 @@ def test_nothing_behind_a_link_is_deleted_or_written(tmp_path: Path):
 
 def test_the_fingerprint_names_what_changed():
     run, tokenizer, cfg = find("lora-nano"), fgpt.tokenizer("nano"), fgpt.Config(1, 1, 8, 16, 11, 16)
-    base, rows = fgpt.init(cfg, fgpt.key(0)), [Example((1, 2, 3), 1)]
+    base, rows = fgpt.init(cfg, fgpt.key(0)), [Example.completion((1, 2, 3), 1)]
     heldout_rows = [InstructionRow("Say \ud83d.", "", "It is.")]
 
     def fingerprint_with(**other: object) -> list[str]:
@@ -199,11 +200,11 @@ def test_the_fingerprint_names_what_changed():
     assert fingerprint_with(base=replace(base, cfg=replace(cfg, norm_eps=0.1))) == ["base config"]
     assert fingerprint_with(base=fgpt.init(cfg, fgpt.key(1))) == ["base weights"]
     assert fingerprint_with(heldout_rows=[InstructionRow("Say it.", "", "It was.")]) == ["heldout rows"]
-    assert fingerprint_with(training_rows=[Example((1, 2, 4), 1)]) == ["training rows"]
+    assert fingerprint_with(training_rows=[Example.completion((1, 2, 4), 1)]) == ["training rows"]
     assert fingerprint_with(template="{input}") == ["template"]
     assert fingerprint_with(recipe=replace(run, weight_decay=0.5)) == ["options"]
     assert (
-        fingerprint_with(recipe=replace(run, keep_checkpoints=9, data="elsewhere.json", name="x")) == []
+        fingerprint_with(recipe=replace(run, keep_checkpoints=9, data=("elsewhere.json",), name="x")) == []
     )  # what lies there is what counts
     frozen = fgpt.quantize(fgpt.init(replace(cfg, d_model=64, d_mlp=64), fgpt.key(0)), "nf4")
     assert fingerprint_with(base=frozen) == ["base config", "base weights"]

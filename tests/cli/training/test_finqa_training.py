@@ -39,7 +39,7 @@ def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     long = FINQA_RECORD | {"pre_text": ["the fox ran home ."] * 99}
     finqa.write_text(json.dumps([long] * 6 + [FINQA_RECORD] * 2))
-    data = ["--data", f"{dolly}+{finqa}", "--columns.input", "context", "--columns.output", "response"]
+    data = ["--data", str(dolly), str(finqa), "--columns.input", "context", "--columns.output", "response"]
     size = [
         "--max-seq-len",
         "192",

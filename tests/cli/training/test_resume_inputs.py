@@ -15,7 +15,7 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.training.hashes import content_hash, fast_hash
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example, Span
 from fgpt.io.files import write_json
 from fgpt.tree import leaves, replace_at
 
@@ -26,10 +26,10 @@ def test_other_inputs_are_refused(
     """A row or a number of the base that has changed would make another training of it."""
     run = shutil.copytree(checkpointed_run, tmp_path / checkpointed_run.name)
     values = json.loads((run / "run.json").read_text())
-    rows = json.loads(Path(run_dir.instruction_run(run).data).read_text())
+    rows = json.loads(Path(run_dir.instruction_run(run).data[0]).read_text())
     rows[0]["output"] += " And more."
     write_json(tmp_path / "rows.json", rows)
-    write_json(run / "run.json", values | {"data": str(tmp_path / "rows.json")})
+    write_json(run / "run.json", values | {"data": [str(tmp_path / "rows.json")]})
     (run / "status.json").write_text('{"state": "running", "steps": 12}\n')
     before = {p: p.read_bytes() for p in run.rglob("*.safetensors")}
     assert main(resume(run)) == 2
@@ -55,19 +55,19 @@ def test_the_hash_sees_every_number(hash_of: Callable[..., str]):
 
 @pytest.mark.parametrize("hash_of", [content_hash, fast_hash])
 def test_the_hash_sees_every_part_of_an_example(hash_of: Callable[..., str]):
-    first, second = Example((1, 2, 3), 1), Example((4, 5), 1, label=2)
+    first, second = Example.completion((1, 2, 3), 1), Example.labeled((4, 5), 2)
     others = [
         [first],
         [second, first],
         [replace(first, tokens=(1, 2)), replace(second, tokens=(3, 4, 5))],
         [replace(first, tokens=(1, 2, 4)), second],
-        [replace(first, prompt_length=2), second],
+        [replace(first, spans=(Span(2, 3),)), second],
         [first, replace(second, label=3)],
-        [first, replace(second, weight=0.5)],
+        [first, replace(second, spans=(Span(2, 3, 0.5),))],
         [],
     ]
     assert len({hash_of(rows) for rows in [[first, second], *others]}) == len(others) + 1
-    assert hash_of([first, second]) == hash_of([Example((1, 2, 3), 1), Example((4, 5), 1, 2)])
+    assert hash_of([first, second]) == hash_of([Example.completion((1, 2, 3), 1), Example.labeled((4, 5), 2)])
 
 
 def test_options_that_make_another_run_are_refused(

@@ -13,11 +13,13 @@ import fgpt
 from fgpt.cli.training.build import batches
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.losses import nll
 from fgpt.recipes import FineTuningRecipe, find
 
-EXAMPLES = [Example(tuple(1 + (7 * i + j) % 30 for j in range(3 + i % 6)), prompt_length=1) for i in range(37)]
+EXAMPLES = [
+    Example.completion(tuple(1 + (7 * i + j) % 30 for j in range(3 + i % 6)), prompt_length=1) for i in range(37)
+]
 WIDTH = 12
 
 
@@ -37,7 +39,8 @@ def test_an_update_reads_the_same_rows_in_micro_batches_of_any_size(sizes: tuple
 
 
 def test_an_epoch_reads_each_example_once():
-    updates = RowOrder(EXAMPLES, recipe(2, 2), WIDTH).first_epoch
+    order = RowOrder(EXAMPLES, recipe(2, 2), WIDTH)
+    updates = [order.read(update) for update in order.first_epoch]
     read = [example for rows in updates for row in rows for example in row]
     assert sorted(example.tokens for example in read) == sorted(example.tokens for example in EXAMPLES)
     assert all(1 <= len(rows) <= 4 for rows in updates)
@@ -59,13 +62,13 @@ def test_the_gradient_of_an_update_is_the_same_up_to_rounding():
 
 
 def test_the_first_epoch_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
-    calls, lay_out = [], packing.lay_out_epoch
+    calls, lay_out = [], packing.lay_out_rows
 
-    def count(*args: object) -> object:
+    def count(*args: object, **options: object) -> object:
         calls.append(args)
-        return lay_out(*args)  # pyright: ignore
+        return lay_out(*args, **options)  # pyright: ignore
 
-    monkeypatch.setattr(packing, "lay_out_epoch", count)
+    monkeypatch.setattr(packing, "lay_out_rows", count)
     order = RowOrder(EXAMPLES, recipe(2, 2), WIDTH)
     steps = order.num_steps()
     assert len(list(itertools.islice(order.updates(), steps))) == steps
@@ -74,4 +77,4 @@ def test_the_first_epoch_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_examples_that_cannot_be_trained_on_are_errors():
     with pytest.raises(fgpt.InputError, match="row 37 has 8 tokens, the limit is 5"):
-        RowOrder([Example((1, 2, 3), 1)] * 36 + [Example(tuple(range(8)), 1)], recipe(2, 2), 5)
+        RowOrder([Example.completion((1, 2, 3), 1)] * 36 + [Example.completion(tuple(range(8)), 1)], recipe(2, 2), 5)

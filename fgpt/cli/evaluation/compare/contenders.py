@@ -88,7 +88,7 @@ def load_params(sides: Sequence[Contender]) -> dict[str, GPT]:
 
 def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:
     """Whether `run` may have been trained on rows that `first` held out: the same data with another split."""
-    same = run.data == first.data and run.data != "nano"  # the embedded data has a fixed split
+    same = run.data == first.data and run.data != ("nano",)  # the embedded data has a fixed split
     return same and (run.seed != first.seed or run.num_heldout < first.num_heldout)
 
 

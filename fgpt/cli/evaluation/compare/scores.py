@@ -10,7 +10,8 @@ from fgpt.cli.evaluation.metrics.nano import score
 from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated_ngrams, rouge_l
 from fgpt.cli.training.nano_rows import PARTS, Task
 from fgpt.data import packing
-from fgpt.data.prompt_templates import Example, InstructionRow, encode, template
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import InstructionRow, encode, template
 from fgpt.model import GPT, Config
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -82,7 +83,7 @@ def text_scores(
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         eos = [eos_token_id] if answer.finished else []
-        examples.append(Example((*prompt, *answer.tokens, *eos), len(prompt)))
+        examples.append(Example.completion((*prompt, *answer.tokens, *eos), len(prompt)))
     return shape_scores(answers) | {"perplexity of the answers under the base": perplexity(nats(base, examples))}
 
 

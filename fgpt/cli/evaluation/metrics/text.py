@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from fgpt.cli.evaluation.metrics.nano import words
-from fgpt.data.prompt_templates import Example
+from fgpt.data.examples import Example
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Request, loglikelihood
 from fgpt.model import GPT
@@ -58,9 +58,15 @@ def nats(params: GPT, examples: Sequence[Example]) -> float:
 
 
 def requests(examples: Sequence[Example]) -> list[Request]:
-    """Each prompt and its answer, if the answer has a token. The first token of an example is never predicted."""
-    starts = [max(1, x.prompt_length) for x in examples]
-    return [(x.tokens[:n], x.tokens[n:]) for x, n in zip(examples, starts, strict=True) if len(x.tokens) > n]
+    """Each answer after all that precedes it, if the answer has a token. The first token of an example is never
+    predicted.
+    """
+    pairs: list[Request] = []
+    for example in examples:
+        for start, end, _ in example.spans:
+            if end > (begin := max(1, start)):
+                pairs.append((example.tokens[:begin], example.tokens[begin:end]))
+    return pairs
 
 
 def perplexity(loss: float) -> float:

@@ -1,0 +1,82 @@
+"""An example: tokens, and the spans of them that are trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` (excluded) of an example. Each is predicted, with this weight in the loss."""
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text as tokens, such as a prompt with its answer, or a conversation.
+
+    >>> Example((5, 6, 7, 8), (Span(1, 2), Span(3, 4))).num_loss_tokens
+    2
+    """
+
+    tokens: Sequence[int]
+    spans: tuple[Span, ...]
+    """What is trained on, in order and without overlap; everything else is context. The first token of a text is never
+    predicted. A label is token `len(tokens)`."""
+    label: int | None = None
+    """What the last token predicts, if that is not a token of the text: its class, or the one token of its class."""
+
+    @classmethod
+    def completion(cls, tokens: Sequence[int], prompt_length: int, weight: float = 1.0) -> "Example":
+        """A prompt and its answer.
+
+        Args:
+            tokens: Those of the prompt, the answer and the end of sequence.
+            prompt_length: Tokens of the prompt, which carry no loss.
+            weight: The weight of each token of the answer in the loss.
+
+        >>> Example.completion((5, 6, 7), prompt_length=1).spans
+        (Span(start=1, end=3, weight=1.0),)
+        """
+        spans = (Span(prompt_length, len(tokens), weight),) if prompt_length < len(tokens) else ()
+        return cls(tokens, spans)
+
+    @classmethod
+    def labeled(cls, tokens: Sequence[int], label: int) -> "Example":
+        """A text whose last token predicts its class, or the token of its class.
+
+        >>> Example.labeled((5, 6), label=0).spans
+        (Span(start=2, end=3, weight=1.0),)
+        """
+        return cls(tokens, (Span(len(tokens), len(tokens) + 1),), label)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first that is trained on."""
+        return self.spans[0].start if self.spans else len(self.tokens)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that are predicted with a weight, a label included."""
+        return sum(max(1, end) - max(1, start) for start, end, _ in self.spans)
+
+
+def truncate(example: Example, max_seq_len: int) -> Example:
+    """An example of at most `max_seq_len` tokens. A long one keeps its beginning, without the end-of-sequence token and
+    later answers. If there is no space for two tokens of the first answer, the example is returned
+    as it is, for `filter_by_length` to reject.
+    """
+    if len(example.tokens) <= max_seq_len or example.prompt_length > max_seq_len - 2:
+        return example
+    spans = [span._replace(end=min(span.end, max_seq_len)) for span in example.spans if span.start < max_seq_len]
+    return replace(example, tokens=example.tokens[:max_seq_len], spans=tuple(spans))
+
+
+def example_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """The number of tokens of each example, int64. Examples on disk know theirs without being read (`lengths`)."""
+    lengths = getattr(examples, "lengths", None)
+    return np.fromiter((len(x.tokens) for x in examples), np.int64, len(examples)) if lengths is None else lengths
