@@ -3,6 +3,7 @@
 W' = m · V / ‖V‖ by row        V = W + s·B·A
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,8 @@ from fgpt.adapter_lora import LoRA, lora, scaled_b
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.layers import weight_matrices
-from fgpt.tree import node, tree_map
-from fgpt.weights import row_norms, shape
+from fgpt.tree import get_at, node, tree_map
+from fgpt.weights import Weight, row_norms, shape
 
 
 @node
@@ -25,6 +26,7 @@ class DoRA:
     Args:
         lora: The update of the direction.
         m: The magnitude of each row, that is of each output. `dora` sets it to ‖W‖ by row.
+        norms: ‖V‖ by row, if it is known already (see `with_norms`); never trained or saved. None computes it.
 
     Source: Liu et al. 2024 (DoRA), sections 4.1 and 4.3.
 
@@ -39,6 +41,7 @@ class DoRA:
 
     lora: LoRA
     m: Float[Tensor, " out"]
+    norms: Float[Tensor, " out"] | None = None
 
     def adapt_layer(self, layer: Any, path: str, seed: Int[Tensor, ""] | None) -> Any:
         """W' = row ⊙ V: LoRA's layer, and row = m / ‖V‖. `seed` draws the dropout; None is none."""
@@ -46,10 +49,33 @@ class DoRA:
         rows, _ = shape(layer.w)
         if self.m.shape[0] != rows:
             raise InputError(f"DoRA at {path} has {self.m.shape[0]} magnitudes, but the base has {rows} rows")
-        b, scale = scaled_b(self.lora)
-        w = tree_map(torch.detach, layer.w)  # the norms are a constant to every derivative
-        norms = row_norms(w, self.lora.a.detach(), b.detach(), scale)
+        norms = self.direction_norms(layer.w) if self.norms is None else self.norms
         return replace(adapted, w=replace(adapted.w, row=self.m / norms.clamp(min=1e-30)))
+
+    def direction_norms(self, w: Weight) -> Float[Tensor, " out"]:
+        """‖W + s·B·A‖ by row, a constant to every derivative."""
+        b, scale = scaled_b(self.lora)
+        return row_norms(tree_map(torch.detach, w), self.lora.a.detach(), b.detach(), scale)
+
+
+def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out"]]:
+    """‖V‖ by row of each DoRA in `adapters` over `params`, by its path.
+
+    They change only with the update: a step of several micro-batches computes them once, by
+    `make_step(.., prepare=..)`, and gives them to each by `with_norms`.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
+    >>> dora_norms(base, {"layer": fgpt.DoRA(update, m=torch.tensor([3.0, 5.0]))})
+    {'layer': tensor([1., 1.])}
+    """
+    return {path: x.direction_norms(get_at(params, path).w) for path, x in adapters.items() if isinstance(x, DoRA)}
+
+
+def with_norms(adapters: Adapters, norms: Mapping[str, Float[Tensor, " out"]]) -> Adapters:
+    """`adapters` in which each DoRA with a path in `norms` has them."""
+    return {path: replace(x, norms=norms[path]) if path in norms else x for path, x in adapters.items()}
 
 
 def dora(

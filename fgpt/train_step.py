@@ -156,7 +156,14 @@ def _seed_on(where: torch.device, rng: Key, i: int) -> Int[Tensor, ""]:
     return seed_tensor(fold_in(rng, i), where)
 
 
-def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0, compile: bool = False) -> Step:
+def make_step(
+    loss: Loss,
+    optimizer: Optimizer,
+    *,
+    max_norm: float | None = 1.0,
+    prepare: Callable[[Tree, Tree], Tree] | None = None,
+    compile: bool = False,
+) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
 
     The gradients of the sums are added and divided once by the total weight, so that k micro-batches of different
@@ -171,6 +178,8 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
         loss: `loss(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)`, two scalar tensors.
         optimizer: Such as `adamw(lr)`.
         max_norm: Clip the gradient to this global norm; None does not clip.
+        prepare: `prepare(trainable, frozen)` is computed once a step, without derivatives, and the loss gets it in
+            place of `frozen`. None gives it `frozen` itself.
         compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
             compiles it again: where shapes vary, let `loss` compile the blocks instead, by `nll(.., compile=True)`.
             Under vmap and derivatives of the step it has no effect, and a warning says so, as it does if torch cannot
@@ -212,6 +221,8 @@ def make_step(loss: Loss, optimizer: Optimizer, *, max_norm: float | None = 1.0,
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
         where = device(state.trainable)
+        if prepare is not None:
+            frozen = prepare(tree_map(torch.detach, state.trainable), frozen)
         seeds = [None if rng is None else _seed_on(where, rng, i) for i in range(len(batches))]
         grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
         for batch, seed in zip(batches[1:], seeds[1:], strict=True):

@@ -8,9 +8,10 @@ from builders import close, same, tiny, tokens, with_noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 
 import fgpt
+from fgpt.adapter_dora import dora_norms, with_norms
 from fgpt.optim import global_norm
 from fgpt.tree import astype, leaves, tree_map
 from fgpt.weights import Adapted
@@ -53,6 +54,34 @@ def test_ragged_micro_batches_are_one_batch(parts: list[list[int]], most: float 
     many, separate = step(state, GPT, micro, None)
     close(many, one, 1e-6)
     close(separate, together, 1e-6, 1e-6)
+
+
+def test_norms_of_a_dora_computed_once_a_step():
+    """The same step, to the bit, as with norms for each micro-batch; solo and mapped over members. Under vmap the norms
+    are computed only once, too.
+    """
+    calls: list[int] = []
+
+    def prepare(adapters: Any, params: Any) -> Any:
+        calls.append(1)
+        return params, dora_norms(params, adapters)
+
+    def with_constants(adapters: Any, constants: Any, batch: fgpt.Batch, seed: Any) -> tuple[Tensor, Tensor]:
+        params, norms = constants
+        return fgpt.nll(fgpt.adapt(params, with_norms(adapters, norms)), batch)
+
+    plain = fgpt.make_step(objective, OPTIMIZER)
+    once = fgpt.make_step(with_constants, OPTIMIZER, prepare=prepare)
+    members = [with_noise(fgpt.dora(GPT, fgpt.key(i), 2), seed=i) for i in range(2)]
+    micro = [part([0, 1], 7), part([2], 3), part([3, 4, 5], 7)]
+    solo = [(step(fgpt.init_state(members[0], OPTIMIZER), GPT, micro, None)) for step in (plain, once)]
+    assert same(*solo)
+    assert len(calls) == 1
+    states = [fgpt.init_state(x, OPTIMIZER) for x in members]
+    stacked = tree_map(lambda *xs: torch.stack(xs), *states)
+    mapped, _ = vmap(once, in_dims=(0, None, None, None))(stacked, GPT, micro, None)
+    close(tree_map(lambda x: x[0], mapped).trainable, solo[0][0].trainable, 1e-5)
+    close(tree_map(lambda x: x[1], mapped).trainable, plain(states[1], GPT, micro, None)[0].trainable, 1e-5)
 
 
 def test_metrics_are_the_loss_the_norm_and_the_weight():

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fgpt.adapter_dora import dora
+from fgpt.adapter_dora import dora, dora_norms, with_norms
 from fgpt.adapter_ia3 import ia3
 from fgpt.adapter_lora import lora
 from fgpt.adapter_types import Adapters
@@ -25,12 +26,12 @@ from fgpt.io import models
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv
-from fgpt.optim import adamw, adamw8bit, cosine_schedule
+from fgpt.optim import Optimizer, adamw, adamw8bit, cosine_schedule
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import init_state, make_step
+from fgpt.train_step import Step, init_state, make_step
 from fgpt.tree import device, leaves, matches, replace_at
 from fgpt.weights import dtype
 
@@ -138,12 +139,7 @@ def assemble_job(
     schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
     optimizer = adam(schedule, weight_decay=recipe.weight_decay)
-    step = make_step(
-        lambda tuned, frozen, batch, seed: nll(
-            adapt(frozen, tuned, rng=seed), batch, remat=recipe.remat, compile=recipe.compile
-        ),
-        optimizer,
-    )
+    step = _make_step(recipe, optimizer)
     frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
     rng = fold_in(key(recipe.seed), "steps")
     if recipe.micro_batch_size == "auto":
@@ -170,6 +166,19 @@ def assemble_job(
         heldout_loss=None if heldout_loss is None else lambda tuned: heldout_loss(adapt(frozen, tuned)),
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
+
+
+def _make_step(recipe: FineTuningRecipe, optimizer: Optimizer) -> Step:
+    """The step of a tuning. Its norms are computed once for all micro-batches, if it is a DoRA's."""
+
+    def loss(
+        tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], batch: Batch, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        frozen, norms = constants
+        params = adapt(frozen, with_norms(tuned, norms), rng=seed)
+        return nll(params, batch, remat=recipe.remat, compile=recipe.compile)
+
+    return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
 
 
 def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
