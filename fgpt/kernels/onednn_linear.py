@@ -21,6 +21,10 @@ from fgpt.kernels.functorch_state import in_transform_or_compile
 
 MIN_ELEMENTS = 1 << 18
 """oneDNN's call takes 15 us longer than MKL's, which a smaller matrix does not pay for."""
+ROW_UNITS = (32, 128)
+"""A number of rows up to 512, or above, is filled up to a multiple of these. oneDNN compiles a kernel for each number
+and keeps 1,024 of them, some 0.5 MB each: a training whose batches all had other numbers came to hold 1.1 GB of them.
+"""
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 reference = F.linear
@@ -53,13 +57,28 @@ def onednn_product(
     return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
 
 
+def unit_rows_product(
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*batch out"]:
+    """`onednn_product` by one of few kernels: with rows of zeros up to a multiple of `ROW_UNITS`, which are left out of
+    the result.
+    """
+    rows = x[..., 0].numel()
+    unit = ROW_UNITS[rows > 512]
+    if not rows % unit:
+        return onednn_product(x, w, bias)
+    flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, unit - rows % unit))
+    y = onednn_product(flat, w, bias)
+    return y.resize_(*x.shape[:-1], len(w))  # no view, into which a LoRA's update could not be added in place
+
+
 class _OneDNNLinear(torch.autograd.Function):
     """Without a setup_context: no transform ever meets it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)  # x only for a W that is trained
-        return onednn_product(x, w, bias)
+        return unit_rows_product(x, w, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,4 +99,4 @@ def input_grad(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"]) -> Fl
     """g W, the gradient of x Wᵀ in x: by the faster product, unless it is recorded."""
     if torch.is_grad_enabled() or not use_onednn(g, w.T):
         return g @ w
-    return onednn_product(g, w.T)
+    return unit_rows_product(g, w.T)

@@ -52,6 +52,25 @@ def test_values_and_gradients(everywhere: list[Any], batch: tuple[int, ...], bia
     assert everywhere == [(20, 12), (12, 20)]  # y = x Wᵀ, and the gradient of x, whose matrix is Wᵀ
 
 
+def test_few_numbers_of_rows(everywhere: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """Each would be a kernel that oneDNN keeps."""
+    rows: set[int] = set()
+    product = onednn.onednn_product
+
+    def record(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.add(x[..., 0].numel())
+        return product(x, w, bias)
+
+    monkeypatch.setattr(onednn, "onednn_product", record)
+    for n in range(17, 1500, 11):
+        x, w, _ = operands(n)
+        y = dense_linear(x, w, None)
+        close(y, torch.nn.functional.linear(x, w), 1e-5)
+        assert not y._is_view()
+        y.sum().backward()
+    assert rows <= {*range(32, 513, 32), *range(640, 1537, 128)}
+
+
 def test_a_recorded_backward_is_differentiable(everywhere: list[Any]):
     def penalty(linear: Any, *xwb: Tensor) -> tuple[Tensor, ...]:
         (g,) = torch.autograd.grad(linear(*xwb).sin().sum(), xwb[0], create_graph=True)

@@ -81,24 +81,33 @@ def drop_replaced_leaves(params: GPT, adapters: Adapters) -> GPT:
     return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
 
 
-def batches(order: RowOrder, micro_batch_size: int, pad_to: int | None = None, begin: int = 0) -> Iterator[list[Batch]]:
+WIDTH_UNIT = 64
+"""Tokens. A CPU's products keep a kernel for each width that they meet."""
+
+
+def batches(order: RowOrder, micro_batch_size: int, width: int | None = None, begin: int = 0) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other, from update `begin` on, without end.
 
     Args:
         order: The rows of each update.
         micro_batch_size: The maximum number of rows of a micro-batch.
-        pad_to: The length of every row; None pads each micro-batch to its longest one.
+        width: The length of every row; None fills each micro-batch up to a multiple of `WIDTH_UNIT`.
         begin: The first update, counted from 0.
     """
     for rows in order.updates(begin):
         parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-        yield [packing.collate(part, pad_to) for part in parts]
+        yield [packing.collate(part, width or _whole_units(part, order.max_seq_len)) for part in parts]
+
+
+def _whole_units(rows: list[list[Example]], max_seq_len: int) -> int:
+    longest = max(sum(len(example.tokens) for example in row) for row in rows)
+    return min(max_seq_len, -(-longest // WIDTH_UNIT) * WIDTH_UNIT)
 
 
 def row_width(recipe: FineTuningRecipe, device: torch.device, max_seq_len: int) -> int | None:
     """The width that all rows are padded to: on CUDA each new width costs a kernel's plan, in a compiled program a
     compilation, and packed rows are nearly full (at one width 3 to 4 % of the positions are padding, at ragged ones 2
-    to 3 %). None on a CPU without a compiler, where a width costs nothing.
+    to 3 %). None on a CPU without a compiler, where a width costs little.
     """
     return max_seq_len if device.type == "cuda" or recipe.compile else None
 
@@ -151,12 +160,11 @@ def assemble_job(
         recipe = with_largest_micro_batch(recipe, target, probe)
     micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
-    width = row_width(recipe, target, max_seq_len)
     return TrainingJob(
         recipe=recipe,
         step=step,
         frozen=frozen,
-        batches=lambda begin: batches(order, micro_batch_size, width, begin),
+        batches=lambda begin: batches(order, micro_batch_size, row_width(recipe, target, max_seq_len), begin),
         steps=steps,
         schedule=schedule,
         rng=rng,

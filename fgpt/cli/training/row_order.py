@@ -26,7 +26,7 @@ class RowOrder:
 
     def __init__(self, examples: Sequence[Example], recipe: FineTuningRecipe, max_seq_len: int) -> None:
         packing.filter_by_length(examples, max_seq_len)
-        self._examples, self._recipe, self._max_seq_len = examples, recipe, max_seq_len
+        self._examples, self._recipe, self.max_seq_len = examples, recipe, max_seq_len
         self._lengths = example_lengths(examples)
 
     @cached_property
@@ -54,4 +54,4 @@ class RowOrder:
     def _lay_out(self, epoch: int) -> list[RowIndices]:
         rng = fold_in(key(self._recipe.seed), f"epoch {epoch}")
         order = packing.permutation(len(self._examples), fold_in(rng, "examples"))
-        return packing.lay_out_rows(order, self._lengths, self._max_seq_len, self._recipe.rows_per_update, rng=rng)
+        return packing.lay_out_rows(order, self._lengths, self.max_seq_len, self._recipe.rows_per_update, rng=rng)
