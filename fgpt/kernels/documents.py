@@ -36,8 +36,8 @@ class Documents:
         bounds, seq = self.cu_seqlens, tokens.shape[-1]
         if bounds.shape[:-1] != tokens.shape[:-1] or bounds.shape[-1] < 2 or bounds.device != tokens.device:
             raise InputError(
-                f"cu_seqlens of tokens of shape {list(tokens.shape)} on {tokens.device}: expected two bounds or more for "
-                f"each row, on that device; got shape {list(bounds.shape)} on {bounds.device}"
+                f"cu_seqlens of tokens of shape {list(tokens.shape)} on {tokens.device}: expected two bounds or more "
+                f"for each row, on that device; got shape {list(bounds.shape)} on {bounds.device}"
             )
         if torch.compiler.is_compiling() or bounds.device.type != "cpu" or is_mapped(bounds):
             return
