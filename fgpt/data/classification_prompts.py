@@ -3,8 +3,8 @@
     instruction, prefix, text, [separator, second text,] suffix, [eos]      -> label
 
 The label is what the last token predicts: a class of a classification head, or the one token of the class's name. It is
-not part of the example's tokens, which are `Example.labeled(tokens, label)`, so packing, `collate` and `nll` treat
-these examples as any others.
+not part of the example's tokens, which are `Example.classification(tokens, label)`, so packing, `collate` and `nll`
+treat these examples as any others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -259,7 +259,7 @@ def encode(
         except InputError as err:
             raise InputError(f"{where}{err}", err.field) from None
         label = labels.output_ids[labels.names.index(row.label) if row.label else 0]
-        examples.append(Example.labeled(tokens, label))
+        examples.append(Example.classification(tokens, label))
         num_truncated += not complete
     return EncodedTexts(examples, num_truncated)
 

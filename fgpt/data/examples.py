@@ -46,10 +46,10 @@ class Example:
         return cls(tokens, spans)
 
     @classmethod
-    def labeled(cls, tokens: Sequence[int], label: int) -> "Example":
+    def classification(cls, tokens: Sequence[int], label: int) -> "Example":
         """A text whose last token predicts its class, or the token of its class.
 
-        >>> Example.labeled((5, 6), label=0).spans
+        >>> Example.classification((5, 6), label=0).spans
         (Span(start=2, end=3, weight=1.0),)
         """
         return cls(tokens, (Span(len(tokens), len(tokens) + 1),), label)

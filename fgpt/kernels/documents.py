@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from fgpt.errors import InputError
+from fgpt.kernels.functorch_state import is_mapped
 from fgpt.tree import node
 
 
@@ -26,6 +28,24 @@ class Documents:
     """
 
     cu_seqlens: Int[Tensor, "*batch n"]
+
+    def check(self, tokens: Int[Tensor, "*batch seq"]) -> None:
+        """Raises InputError if the bounds are not those of `tokens`. On a CPU their values are looked at too, which on
+        a GPU would wait for it; and not those that vmap maps, at which attention looks.
+        """
+        bounds, seq = self.cu_seqlens, tokens.shape[-1]
+        if bounds.shape[:-1] != tokens.shape[:-1] or bounds.shape[-1] < 2 or bounds.device != tokens.device:
+            raise InputError(
+                f"cu_seqlens of tokens of shape {list(tokens.shape)} on {tokens.device}: expected two bounds or more "
+                f"for each row, on that device; got shape {list(bounds.shape)} on {bounds.device}"
+            )
+        if torch.compiler.is_compiling() or bounds.device.type != "cpu" or is_mapped(bounds):
+            return
+        wrong = (bounds[..., 0] != 0) | (bounds[..., -1] != seq) | (bounds.diff(dim=-1) < 0).any(-1)
+        if wrong.any():
+            raise InputError(
+                f"cu_seqlens of a row of {seq} tokens ascend from 0 to {seq}: got {bounds[wrong][0].tolist()}"
+            )
 
     def _document(self, seq: int) -> Int[Tensor, "*batch seq"]:
         """The number of each token's document: so many end at the token or before."""

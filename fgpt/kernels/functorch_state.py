@@ -146,6 +146,11 @@ def cotangents_are_differentiated(*cotangents: Tensor | None) -> bool:
     return bool(_kinds()) and 0 in _tracking(cotangents)
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether vmap maps over `x`."""
+    return not torch.compiler.is_compiling() and any(functorch.is_batchedtensor(y) for y in _levels(x))
+
+
 def num_vmapped(*operands: Tensor | None) -> int:
     """The number of examples that vmap computes at once for these operands: the product over all nested vmaps."""
     if torch.compiler.is_compiling():

@@ -38,8 +38,8 @@ def use_gemv(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> bool:
     rows = x.shape[:-1].numel()
     if torch.compiler.is_compiling():
         return rows <= MAX_ROWS_COMPILED
-    is_large = w.numel() >= onednn.MIN_ELEMENTS
-    return onednn.HAS_ONEDNN and rows <= MAX_ROWS and is_large and x.dtype == w.dtype == torch.float32
+    is_fast = w.numel() >= onednn.MIN_ELEMENTS and onednn.has_onednn_order(w)
+    return onednn.HAS_ONEDNN and rows <= MAX_ROWS and is_fast and x.dtype == w.dtype == torch.float32
 
 
 def dense_linear(

@@ -30,6 +30,11 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu
 reference = F.linear
 
 
+def has_onednn_order(w: Float[Tensor, "out in"]) -> bool:
+    """Whether oneDNN multiplies `w` as it lies in memory. Of any other strides its product takes 100 times as long."""
+    return w.is_contiguous() or w.T.is_contiguous()
+
+
 @functools.cache
 def _is_amd() -> bool:
     try:
@@ -45,6 +50,7 @@ def use_onednn(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> boo
         and w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and w.numel() >= MIN_ELEMENTS
+        and has_onednn_order(w)
         and _is_amd()
         and not in_transform_or_compile()
     )
@@ -54,6 +60,7 @@ def onednn_product(
     x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias, of any strides. Nothing is recorded for a gradient."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if its elements were side by side
     return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
 
 

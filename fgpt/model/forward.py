@@ -289,6 +289,7 @@ def _forward(
     length: int | Tensor = past + seq
     if cu_seqlens is not None:
         documents, all_segments = Documents(cu_seqlens), None
+        documents.check(tokens)
         positions = documents.positions(seq)
         length = documents.lengths(seq) if isinstance(params.cfg.rope_scaling, DynamicScaling) else 0
         mask = documents if _takes_documents(params, tokens) else documents.mask(seq)
@@ -384,7 +385,6 @@ def hidden_at(
     torch.Size([1, 8])
     """
     return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, positions)[0]
-    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile))[0]
 
 
 def lm_head(params: GPT) -> Linear:

@@ -50,7 +50,7 @@ def doctor_batch(*rows: tuple[int, ...], label: int | None = None) -> fgpt.Batch
 
     def document(length: int) -> Example:
         text = tuple(tokens(30, length, seed=next(number)).tolist())
-        return Example.completion(text, length // 2) if label is None else Example.labeled(text, label)
+        return Example.completion(text, length // 2) if label is None else Example.classification(text, label)
 
     return collate([[document(length) for length in row] for row in rows])
 

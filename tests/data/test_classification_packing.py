@@ -21,7 +21,7 @@ from fgpt.data.examples import Example
 from fgpt.data.packing import collate, epoch_batches
 
 labeled = st.builds(
-    lambda tokens, label: Example.labeled(tuple(tokens), label),
+    lambda tokens, label: Example.classification(tuple(tokens), label),
     st.lists(st.integers(0, 30), min_size=1, max_size=9),
     st.integers(0, 2),
 )
@@ -63,7 +63,7 @@ def test_what_all_begin_with_is_read_once(common: int, rows: int, seed: int):
     """As shots are: the scores are those of each alone, and fewer tokens are read where it pays."""
     head = tokens(31, common, seed=seed).tolist()
     tails = [tokens(31, 1 + (seed + i) % 5, seed=seed + i + 1).tolist() for i in range(rows)]
-    examples = [Example.labeled((*head, *tail), 0) for tail in tails]
+    examples = [Example.classification((*head, *tail), 0) for tail in tails]
     assert common_prefix_length([x.tokens for x in examples]) >= min(common, min(len(x.tokens) for x in examples) - 1)
     params, read = fgpt.with_classification_head(tiny(), 3, fgpt.key(1)), []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

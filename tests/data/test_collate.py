@@ -46,7 +46,7 @@ def examples(draw: Callable[..., Any]) -> Example:
     tokens = draw(st.lists(st.integers(0, 300), min_size=1, max_size=12))
     label = draw(st.none() | st.integers(0, 9))
     if label is not None:
-        return Example.labeled(tuple(tokens), label)
+        return Example.classification(tuple(tokens), label)
     bounds = sorted(draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
     weights = st.sampled_from([1.0, 0.0, 0.25, 1e-3])
     return Example(tuple(tokens), tuple(Span(a, b, draw(weights)) for a, b in zip(bounds[::2], bounds[1::2])))

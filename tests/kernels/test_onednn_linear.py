@@ -71,6 +71,28 @@ def test_few_numbers_of_rows(everywhere: list[Any], monkeypatch: pytest.MonkeyPa
     assert rows <= {*range(32, 513, 32), *range(640, 1537, 128)}
 
 
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_a_bias_of_any_strides(everywhere: list[Any], grad_enabled: bool):
+    """oneDNN reads a bias as if its elements were side by side, beyond its memory too."""
+    x, w, _ = operands(70)
+    biases = [torch.randn(40)[::2], torch.randn(20, 3)[:, 1], torch.randn(1).expand(20)]
+    with torch.set_grad_enabled(grad_enabled):
+        for bias in biases:
+            expected = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+            close(dense_linear(x, w, bias).double(), expected, 1e-5)
+    assert len(everywhere) == len(biases)
+
+
+def test_a_matrix_in_another_order_is_left_to_torch(everywhere: list[Any]):
+    """For which oneDNN has a loop alone: seconds for a matrix of GPT-2."""
+    x = torch.randn(70, 12)
+    for w in (torch.randn(20, 24)[:, ::2], torch.randn(40, 12)[::2], torch.randn(1, 12).expand(20, 12)):
+        for grad_enabled in (False, True):
+            with torch.set_grad_enabled(grad_enabled):
+                close(dense_linear(x, w), x @ w.T, 1e-5)
+    assert not everywhere
+
+
 def test_a_recorded_backward_is_differentiable(everywhere: list[Any]):
     def penalty(linear: Any, *xwb: Tensor) -> tuple[Tensor, ...]:
         (g,) = torch.autograd.grad(linear(*xwb).sin().sum(), xwb[0], create_graph=True)

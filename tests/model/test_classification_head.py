@@ -53,7 +53,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     texts = [torch.randint(1, 31, (n,), generator=rng).tolist() for n in lengths]
     padded = torch.tensor([text + [0] * (24 - len(text)) for text in texts])
     expected = reference(padded, attention_mask=torch.tensor([[1] * n + [0] * (24 - n) for n in lengths])).logits
-    examples = [Example.labeled(tuple(text), 0) for text in texts]
+    examples = [Example.classification(tuple(text), 0) for text in texts]
     found = log_probabilities(params, examples, class_labels("abcde"), 24)
     torch.testing.assert_close(found, expected.detach().log_softmax(-1), atol=1e-5, rtol=0)
 
@@ -61,7 +61,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
 def test_gradient_is_that_of_cross_entropy_at_the_last_tokens():
     params = fgpt.with_classification_head(tiny(), 3, fgpt.key(0))
     texts = [((1, 2, 3), 0), ((4, 5), 2), ((6, 7, 8, 9), 1)]
-    batch = collate([[Example.labeled(tokens, label) for tokens, label in texts]])
+    batch = collate([[Example.classification(tokens, label) for tokens, label in texts]])
     trained = fgpt.trainable_leaves(params, r"head\..*") | fgpt.trainable_leaves(params, r".*ln_.*")
     got = torch.func.grad(lambda a: fgpt.loss(fgpt.adapt(params, a), batch))(trained)
 

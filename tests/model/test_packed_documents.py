@@ -13,6 +13,7 @@ from torch.func import grad, jvp, vmap
 import fgpt
 from fgpt.data.examples import Example
 from fgpt.data.packing import collate
+from fgpt.kernels.documents import Documents
 from fgpt.kernels.rotary import DynamicScaling
 from fgpt.tree import astype, tree_leaves, tree_map
 
@@ -100,3 +101,35 @@ def test_bounds_that_are_not_those_of_the_row_are_refused():
     for bounds in ([0, 2, 5], [1, 6], [0, 4, 3, 6], [0, 7]):
         with pytest.raises(fgpt.InputError, match=r"^cu_seqlens of a row of 6 tokens ascend from 0 to 6: got \["):
             fgpt.hidden(params, x, cu_seqlens=torch.tensor([bounds], dtype=torch.int32))
+
+
+WRONG_BOUNDS: dict[str, Any] = {
+    "not from 0": [[1, 8], [0, 8]],
+    "short": [[0, 3, 5], [0, 8, 8]],
+    "long": [[0, 5, 9], [0, 8, 8]],
+    "descending": [[0, 5, 3, 8], [0, 8, 8, 8]],
+    "none": [[], []],
+}
+
+
+@pytest.mark.parametrize("bounds", WRONG_BOUNDS.values(), ids=WRONG_BOUNDS)
+@pytest.mark.parametrize("name", ["gpt2", "a short window"])  # by bounds, and by a mask
+def test_bounds_of_other_rows_are_refused(name: str, bounds: Any):
+    """A mask takes any numbers."""
+    params, adapters = model(name)
+    text, cu_seqlens = tokens(31, 2, 8), torch.tensor(bounds, dtype=torch.int32)
+    batch = fgpt.Batch(text, text, torch.ones(2, 8), cu_seqlens=cu_seqlens)
+
+    def loss(a: Any) -> Tensor:
+        return fgpt.nll(fgpt.adapt(params, a), batch)[0]
+
+    for run in (lambda: loss(adapters), lambda: grad(loss)(adapters), lambda: jvp(loss, (adapters,), (adapters,))):
+        with pytest.raises(fgpt.InputError, match="cu_seqlens"):
+            run()
+
+
+@pytest.mark.parametrize("bounds", [[[0, 3, 8]], [0, 3, 8]], ids=["of one row", "without rows"])
+def test_bounds_of_fewer_rows_are_refused(bounds: Any):
+    """Attention would leave the other rows unwritten. Whoever checks no types in `Batch` sees this message."""
+    with pytest.raises(fgpt.InputError, match="two bounds or more for each row"):
+        Documents(torch.tensor(bounds)).check(tokens(31, 2, 8))

@@ -74,7 +74,7 @@ def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: i
         batch_bins = bins[start : start + BATCH_SIZE]
         rows = []
         for indices in batch_bins:
-            rows.append([Example.labeled(texts[i], 0) for i in indices])
+            rows.append([Example.classification(texts[i], 0) for i in indices])
         batch = tree_map(lambda x: x.to(target), packing.collate(rows))
         assert batch.loss_positions is not None  # the last position of each text, in their order
         h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments, cu_seqlens=batch.cu_seqlens)

@@ -55,7 +55,7 @@ def test_the_hash_sees_every_number(hash_of: Callable[..., str]):
 
 @pytest.mark.parametrize("hash_of", [content_hash, fast_hash])
 def test_the_hash_sees_every_part_of_an_example(hash_of: Callable[..., str]):
-    first, second = Example.completion((1, 2, 3), 1), Example.labeled((4, 5), 2)
+    first, second = Example.completion((1, 2, 3), 1), Example.classification((4, 5), 2)
     others = [
         [first],
         [second, first],
@@ -67,7 +67,7 @@ def test_the_hash_sees_every_part_of_an_example(hash_of: Callable[..., str]):
         [],
     ]
     assert len({hash_of(rows) for rows in [[first, second], *others]}) == len(others) + 1
-    assert hash_of([first, second]) == hash_of([Example.completion((1, 2, 3), 1), Example.labeled((4, 5), 2)])
+    assert hash_of([first, second]) == hash_of([Example.completion((1, 2, 3), 1), Example.classification((4, 5), 2)])
 
 
 def test_options_that_make_another_run_are_refused(
