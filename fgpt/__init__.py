@@ -13,6 +13,7 @@ from fgpt.adapter_dora import DoRA, dora
 from fgpt.adapter_ia3 import IA3, ia3
 from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
+from fgpt.adapter_trainable_tokens import TrainableTokens, trainable_tokens
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
@@ -66,6 +67,7 @@ __all__ = [
     "OutputDifference",
     "SamplingParams",
     "State",
+    "TrainableTokens",
     "adamw",
     "adamw8bit",
     "adapt",
@@ -110,6 +112,7 @@ __all__ = [
     "stream",
     "tokenizer",
     "trainable_leaves",
+    "trainable_tokens",
     "unstack_adapters",
     "with_classification_head",
 ]
