@@ -46,6 +46,7 @@ from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.train_step import Metrics, State, init_state, make_step
+from fgpt.vocabulary import AddedTokens, add_tokens
 from fgpt.weights import Adapted, dense, embed, linear
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "IA3",
     "AdamState",
     "Adapted",
+    "AddedTokens",
     "Adapters",
     "Batch",
     "CheckResult",
@@ -71,6 +73,7 @@ __all__ = [
     "adamw",
     "adamw8bit",
     "adapt",
+    "add_tokens",
     "apply",
     "beam_search",
     "compare_outputs",

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,18 @@ class HFTokenizer:
             eos_token_ids = list(dict.fromkeys((self.eos_token_id, *self.extra_eos_ids)))
             files[GENERATION_CONFIG] = json.dumps({"eos_token_id": eos_token_ids}, indent=2) + "\n"
         return files
+
+    def with_tokens(self, tokens: Sequence[str]) -> "HFTokenizer":
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer: Any = Tokenizer.from_str(self.tokenizer.to_str())
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        added = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in known]
+        call(f"{self.name}: the tokenizer takes no new tokens", lambda: tokenizer.add_special_tokens(added))
+        tokenizer.encode_special_tokens = True
+        n_vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        vocab_size = self.vocab_size if n_vocab == self.n_vocab else max(n_vocab, self.vocab_size)
+        return replace(self, tokenizer=tokenizer, n_vocab=n_vocab, vocab_size=vocab_size)
 
     @functools.cached_property
     def _special_tokenizer(self) -> "tokenizers.Tokenizer":

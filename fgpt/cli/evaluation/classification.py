@@ -30,7 +30,7 @@ def load_test_set(recipe: ClassificationRecipe, limit: int | None) -> TestSet:
     """The first `limit` rows of those scored after training; None takes all. Raises InputError as reading them for
     training does.
     """
-    cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+    cfg, tokenizer, _ = load_tokenizer(recipe)
     names, rows = apply_labels(parse_labels(recipe.labels), load_test_texts(recipe))
     labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
     max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)

@@ -142,7 +142,7 @@ def load_classifier(folder: Path) -> LoadedClassifier:
     """The trained classifier in a run directory. Raises InputError for any other directory."""
     recipe = read_recipe(folder)
     base = with_head(recipe, load_base(recipe), recipe.labels)
-    return LoadedClassifier(recipe, run_dir.load_tuned(folder, base), models.tokenizer(recipe.base))
+    return LoadedClassifier(recipe, run_dir.load_tuned(folder, base), load_tokenizer(recipe).tokenizer)
 
 
 def resolve_inference_labels(recipe: ClassificationRecipe, labels: Sequence[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def load_run(name: str) -> LoadedRun:
     """Raises InputError for an unknown run."""
     folder = run_dir.find_finished(name)
     recipe = run_dir.instruction_run(folder)
-    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), models.tokenizer(recipe.base))
+    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), load_tokenizer(recipe).tokenizer)
 
 
 def answer(name: str, instruction: str, context: str, options: GenerationOptions) -> None:

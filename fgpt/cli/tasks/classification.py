@@ -77,7 +77,7 @@ class ClassificationTask:
             raise InputError(
                 f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head lm, or leave it out"
             )
-        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        cfg, tokenizer, _ = load_tokenizer(recipe)
         names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
         recipe = replace(recipe, labels=recipe.labels or names)
         heldout = []

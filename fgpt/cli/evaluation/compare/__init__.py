@@ -116,7 +116,7 @@ def compare_contenders(
     max_new_tokens = first.max_new_tokens if decoding.max_new_tokens is None else decoding.max_new_tokens
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
-    cfg, tokenizer = models.load_config_and_tokenizer(first.base)
+    cfg, tokenizer, _ = load_tokenizer(first)
     encoded = {side.name: contenders.encode_prompts(side, rows, tokenizer) for side in sides}
     prompts.check(encoded, cfg.n_ctx)
     references = reference_examples(cfg, tokenizer, sides, rows)
