@@ -53,10 +53,14 @@ def add_tokens(params: GPT, tokenizer: Tokenizer, tokens: Sequence[str]) -> Adde
     return AddedTokens(with_rows(params, 1 + max(ids)), larger, ids)
 
 
-def extend_tokenizer(tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[Tokenizer, tuple[int, ...]]:
-    """`tokenizer` with new special tokens, and their ids. Raises InputError as `add_tokens` does."""
+def extend_tokenizer(
+    tokenizer: Tokenizer, tokens: Sequence[str], *, in_text: bool = False
+) -> tuple[Tokenizer, tuple[int, ...]]:
+    """`tokenizer` with new special tokens, recognized in ordinary text too if `in_text`, and their ids. Raises
+    InputError as `add_tokens` does.
+    """
     _check_tokens(tokens)
-    larger = tokenizer.with_tokens(tokens)
+    larger = tokenizer.with_tokens(tokens, in_text=in_text)
     ids: list[int] = []
     for token in tokens:
         encoded = larger.encode_special(token, add_special_tokens=False)
@@ -74,9 +78,7 @@ def _check_tokens(tokens: Sequence[str]) -> None:
         raise InputError(f"new tokens: expected a list of one token or more, got {short_repr(tokens)}")
     for i, token in enumerate(tokens):
         if not isinstance(token, str) or not token.strip():
-            raise InputError(
-                f"new token {short_repr(token)} is empty or white space: expected a text such as <|user|>"
-            )
+            raise InputError(f"new token {short_repr(token)} is empty or white space: expected a text such as <|user|>")
         if not token.isprintable():
             raise InputError(f"new token {short_repr(token)} has characters that do not print: expected printable ones")
         if token in tokens[:i]:

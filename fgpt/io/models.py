@@ -339,9 +339,7 @@ def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     return astype(replace_at(params, quantized_leaves), dtype)
 
 
-def save(
-    params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, labels: Sequence[str] = ()
-) -> None:
+def save(params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, labels: Sequence[str] = ()) -> None:
     """Write `params` in Hugging Face's layout, with the tokenizer `like`, or the tokenizer files of the model `like`.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
@@ -383,9 +381,7 @@ def save(
         write(folder / name, content)
 
 
-def _tokenizer(
-    like: StrPath | Tokenizer | None, vocab: int
-) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(like: StrPath | Tokenizer | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """

@@ -40,6 +40,8 @@ class TiktokenTokenizer:
     chat_template: ChatTemplate | None = None
     extra_eos_ids: tuple[int, ...] = ()
     """Further tokens that end a generated text, from the model's config."""
+    tokens_in_text: frozenset[str] = frozenset()
+    """Special tokens that are recognized in ordinary text too."""
 
     @property
     def n_vocab(self) -> int:
@@ -66,7 +68,10 @@ class TiktokenTokenizer:
         return ()
 
     def encode(self, text: str) -> list[int]:
-        return _encode_in_parts(self.bpe.encode_ordinary, text)
+        if not self.tokens_in_text:
+            return _encode_in_parts(self.bpe.encode_ordinary, text)
+        known = set(self.tokens_in_text)
+        return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special=known, disallowed_special=()), text)
 
     def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
@@ -108,12 +113,13 @@ class TiktokenTokenizer:
             TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
         }
 
-    def with_tokens(self, tokens: Sequence[str]) -> "TiktokenTokenizer":
+    def with_tokens(self, tokens: Sequence[str], *, in_text: bool = False) -> "TiktokenTokenizer":
         ids = dict(self.special_ids)
         for token in tokens:
             if token not in ids:
                 ids[token] = self._rank_of(token, 1 + max(self.n_vocab - 1, *ids.values()))
-        return self.with_special_ids(ids)
+        larger = self.with_special_ids(ids)
+        return replace(larger, tokens_in_text=self.tokens_in_text | frozenset(tokens)) if in_text else larger
 
     def _rank_of(self, token: str, default: int) -> int:
         """Its rank, if the token is one of the ranks already."""

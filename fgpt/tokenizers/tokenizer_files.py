@@ -121,9 +121,13 @@ class Tokenizer(Protocol):
         """The content of the files, by name, from which fgpt and transformers load this tokenizer."""
         ...
 
-    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+    def with_tokens(self, tokens: Sequence[str], *, in_text: bool = False) -> "Tokenizer":
         """The same tokenizer with further special tokens, whose ids follow the last one; a token that it has keeps its
         id, and is special from now on. `fgpt.add_tokens` gives them rows in a model as well.
+
+        Args:
+            tokens: Each as it stands in a text.
+            in_text: `encode` recognizes them too, as transformers does any added token; `files` do not say so.
         """
         ...
 

@@ -29,12 +29,12 @@ from fgpt.cli.training.build import (
 )
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
 from fgpt.errors import InputError
-from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -126,7 +126,8 @@ class InstructionTask:
         """The comparison after training scores the base, too."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        return save_tuned(out, self.recipe, self.job, trainable)
+        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
+        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """Answers of base and tuned model to held-out prompts, if the recipe compares any."""

@@ -8,6 +8,7 @@ import torch
 
 from fgpt.cli.console import console
 from fgpt.cli.training.nano_rows import read_tasks
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template

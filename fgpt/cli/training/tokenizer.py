@@ -22,4 +22,4 @@ def load_tokenizer(recipe: FineTuningRecipe) -> RecipeTokenizer:
     cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
     if not recipe.new_tokens:
         return RecipeTokenizer(cfg, tokenizer, ())
-    return RecipeTokenizer(cfg, *extend_tokenizer(tokenizer, recipe.new_tokens))
+    return RecipeTokenizer(cfg, *extend_tokenizer(tokenizer, recipe.new_tokens, in_text=True))

@@ -96,7 +96,8 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
     LoRAs of several ranks are all padded to the largest.
 
     Args:
-        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them; trainable tokens alone or beside LoRAs.
+        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them; trainable tokens, alone or beside
+            LoRAs.
         params: The model that they fit.
         folder: Written with adapter_config.json and adapter_model.safetensors.
         base: Hub name or local path of the model; "owner/model@revision" writes the revision too.

@@ -68,7 +68,11 @@ def pack_tokens(
     if tied:  # as PEFT writes it
         tensors[f"{modules['head'].name}.trainable_tokens_delta"] = tokens["wte"].rows
     chosen = targets([modules[path] for path in tokens], known)
-    return tensors, {"peft_type": ALONE, "token_indices": list(next(iter(tokens.values())).ids), "target_modules": chosen}
+    return tensors, {
+        "peft_type": ALONE,
+        "token_indices": list(next(iter(tokens.values())).ids),
+        "target_modules": chosen,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -100,7 +104,9 @@ def read_tokens(
         ids = {"head": ids["wte"]} | ids
     for path, x in rows.items():
         if path not in ids or len(ids[path]) != len(x):
-            raise InputError(f"{len(x)} rows of trainable tokens on {path}; adapter_config.json has {_count(ids, path)}")
+            raise InputError(
+                f"{len(x)} rows of trainable tokens on {path}; adapter_config.json has {_count(ids, path)}"
+            )
         if tied and path == "head" and ids[path] == ids.get("wte"):  # PEFT's are one parameter
             if "wte" not in rows or not torch.equal(x, rows["wte"]):
                 raise InputError("rows of the head and of the embedding differ, and the model ties them")
@@ -112,13 +118,7 @@ def read_tokens(
     return tokens, rest
 
 
-def _count(ids: Mapping[str, tuple[int, ...]], path: str) -> str:
-    return f"{len(ids[path])} ids" if path in ids else "none"
-
-
-def _ids(
-    config: Mapping[str, Any], rows: Iterable[str], known: Mapping[str, Module]
-) -> dict[str, tuple[int, ...]]:
+def _ids(config: Mapping[str, Any], rows: Iterable[str], known: Mapping[str, Module]) -> dict[str, tuple[int, ...]]:
     """The ids by path, as the config names them."""
     if config.get("peft_type") == ALONE:
         return dict.fromkeys(rows, _id_list("token_indices", config.get("token_indices")))

@@ -131,7 +131,10 @@ def test_new_tokens_of_theirs(name: str, tmp_path: Path):
 NO_PLACE: dict[str, tuple[Any, str]] = {
     "ia3": (lambda p: fgpt.ia3(p) | fgpt.trainable_tokens(p, IDS), "holds IA3, TrainableTokens in one"),
     "norms": (lambda p: fgpt.trainable_leaves(p, "ln_f.*") | fgpt.trainable_tokens(p, IDS), "Tensor, TrainableTokens"),
-    "positions": (lambda p: fgpt.trainable_tokens(p, IDS, "blocks.0.mlp.up"), "no place for trainable tokens on blocks"),
+    "positions": (
+        lambda p: fgpt.trainable_tokens(p, IDS, "blocks.0.mlp.up"),
+        "no place for trainable tokens on",
+    ),
     "tied twice": (
         lambda p: fgpt.trainable_tokens(p, IDS) | {"head": fgpt.trainable_tokens(p, IDS)["wte"]},
         "PEFT ties rows of the head",
@@ -167,7 +170,11 @@ WRONG: dict[str, tuple[dict[str, Any], Any, str]] = {
     "twice": ({"trainable_token_indices": [1, 2, 1]}, None, "token 1 is given twice"),
     "beyond": ({"trainable_token_indices": [1, 2, 31]}, None, "token 31 has no row at wte"),
     "name": ({"trainable_token_indices": {"h": [1]}}, None, "names 'h', which is no embedding or head"),
-    "no rows": ({}, lambda t: {k: x for k, x in t.items() if "delta" not in k}, "no rows of the trainable tokens on wte"),
+    "no rows": (
+        {},
+        lambda t: {k: x for k, x in t.items() if "delta" not in k},
+        "no rows of the trainable tokens on",
+    ),
     "a vector": ({}, lambda t: {k: x[0] if "delta" in k else x for k, x in t.items()}, "expected rows of a floating"),
 }
 

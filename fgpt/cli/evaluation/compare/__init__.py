@@ -27,11 +27,11 @@ from fgpt.cli.evaluation.compare.scores import (
 )
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
 from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
 from fgpt.generation.sampling import GREEDY, SamplingParams
-from fgpt.io import models
 from fgpt.io.files import write, write_json
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe

@@ -13,10 +13,10 @@ from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
 from fgpt.cli.results import training_id
 from fgpt.cli.training.hashes import content_hash
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import finqa
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
-from fgpt.io import models
 
 PENALTIES = ("repetition_penalty", "no_repeat_ngram")
 """The logits processors that apply to greedy decoding, too."""
