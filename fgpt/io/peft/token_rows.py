@@ -104,9 +104,8 @@ def read_tokens(
         ids = {"head": ids["wte"]} | ids
     for path, x in rows.items():
         if path not in ids or len(ids[path]) != len(x):
-            raise InputError(
-                f"{len(x)} rows of trainable tokens on {path}; adapter_config.json has {_count(ids, path)}"
-            )
+            count = f"{len(ids[path])} ids" if path in ids else "none"
+            raise InputError(f"{len(x)} rows of trainable tokens on {path}; adapter_config.json has {count}")
         if tied and path == "head" and ids[path] == ids.get("wte"):  # PEFT's are one parameter
             if "wte" not in rows or not torch.equal(x, rows["wte"]):
                 raise InputError("rows of the head and of the embedding differ, and the model ties them")
