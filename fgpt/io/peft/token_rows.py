@@ -111,8 +111,8 @@ def read_tokens(
                 raise InputError("rows of the head and of the embedding differ, and the model ties them")
             continue
         tokens[path] = TrainableTokens(x.contiguous(), ids[path])
-    written = {*tokens, *(["head"] if tied and "wte" in tokens and ids.get("head") == ids["wte"] else [])}
-    if missing := [path for path in ids if path not in written]:
+    expected = {*tokens, *(["head"] if tied and "wte" in tokens and ids.get("head") == ids["wte"] else [])}
+    if missing := [path for path in ids if path not in expected]:
         raise InputError(f"no rows of the trainable tokens on {missing[0]}, which adapter_config.json names")
     return tokens, rest
 
