@@ -54,7 +54,7 @@ def test_a_run_with_new_tokens_is_used_with_them(rows: Path, tmp_path: Path, cap
     torch.testing.assert_close(fgpt.apply(fgpt.adapt(base, adapters), tokens), logits, atol=1e-3, rtol=0)
     assert AutoTokenizer.from_pretrained(out / "merged")("a<|assistant|>")["input_ids"][-1] == 4097
     assert main(["compare", str(out), "--num-prompts", "2", "--max-new-tokens", "3"]) == 0
-    assert main(["eval", "run", str(out), "--num-generations", "0"]) == 0
+    assert main(["eval", "run", str(out)]) == 0
     (tmp_path / "text.txt").write_text("<|user|> some text <|assistant|> and more of it.")
     assert main(["eval", "text", str(tmp_path / "text.txt"), "--run", str(out)]) == 0
     assert capsys.readouterr().out.strip()
