@@ -13,6 +13,7 @@ from fgpt.adapter_dora import DoRA, dora
 from fgpt.adapter_ia3 import IA3, ia3
 from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
+from fgpt.adapter_trainable_tokens import TrainableTokens, trainable_tokens
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
@@ -45,6 +46,7 @@ from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.train_step import Metrics, State, init_state, make_step
+from fgpt.vocabulary import AddedTokens, add_tokens
 from fgpt.weights import Adapted, dense, embed, linear
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "AdamState",
     "Adapted",
     "Adapters",
+    "AddedTokens",
     "Batch",
     "CheckResult",
     "Config",
@@ -66,9 +69,11 @@ __all__ = [
     "OutputDifference",
     "SamplingParams",
     "State",
+    "TrainableTokens",
     "adamw",
     "adamw8bit",
     "adapt",
+    "add_tokens",
     "apply",
     "beam_search",
     "compare_outputs",
@@ -110,6 +115,7 @@ __all__ = [
     "stream",
     "tokenizer",
     "trainable_leaves",
+    "trainable_tokens",
     "unstack_adapters",
     "with_classification_head",
 ]

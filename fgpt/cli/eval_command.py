@@ -23,13 +23,15 @@ from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.build import load_base
 from fgpt.cli.training.hashes import content_hash
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import window_and_stride
 from fgpt.io import models
 from fgpt.io.files import read_text, write_json
-from fgpt.model import GPT
+from fgpt.model import GPT, Config
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
 from fgpt.recipes import InstructionRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 NAME = Path(run_dir.EVAL).stem
 
@@ -81,7 +83,7 @@ class EvalText(ModelOptions):
     def __call__(self) -> None:
         model = find_model(self)
         text = read_text(self.text)
-        cfg, tokenizer = models.load_config_and_tokenizer(model.base)
+        cfg, tokenizer = _config_and_tokenizer(model)
         window, stride = window_and_stride(cfg, self.window, self.stride)
         settings = {"text": shareable(self.text)} | changed_options(self, EvalText(text=self.text))
         settings |= {"text_sha256": content_hash(text)}
@@ -107,7 +109,7 @@ class EvalTasks(ModelOptions):
 
     def __call__(self) -> None:
         model = find_model(self)
-        _, tokenizer = models.load_config_and_tokenizer(model.base)
+        _, tokenizer = _config_and_tokenizer(model)
         tasks = lm_eval_tasks.find(self.tasks, self.include_path)
         settings = {"tasks": self.tasks} | changed_options(self, EvalTasks(tasks=self.tasks))
         scores = lm_eval_tasks.run(
@@ -191,6 +193,13 @@ def _find_run(name: str) -> Path:
     except InputError as err:
         hint = f"fgpt eval text FILE --base {shlex.quote(name)}"
         raise InputError(f"{err}; or for a model as it is: {hint}") from None
+
+
+def _config_and_tokenizer(model: EvaluatedModel) -> tuple[Config, Tokenizer]:
+    if model.recipe is None:
+        return models.load_config_and_tokenizer(model.base)
+    cfg, tokenizer, _ = load_tokenizer(model.recipe)
+    return cfg, tokenizer
 
 
 def load(model: EvaluatedModel) -> GPT:

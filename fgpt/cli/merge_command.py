@@ -10,6 +10,7 @@ from fgpt.adapters import merge as merge_adapters
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
 from fgpt.cli.tasks import task_type
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import compare_outputs
@@ -52,7 +53,8 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     summary: dict[str, Any] = {"onto": merge_base, "held-out rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
     with atomic_dir(out / folder_name) as partial:
-        models.save(merged_params, partial, like=recipe.base, labels=task.class_names(recipe))
+        like = load_tokenizer(recipe).tokenizer if recipe.new_tokens else recipe.base
+        models.save(merged_params, partial, like=like, labels=task.class_names(recipe))
         stored = models.load(str(partial), None, device=target)
         for source, params in (("in memory", merged_params), ("read back", stored)):
             difference = compare_outputs(trained, params, batch)

@@ -26,7 +26,7 @@ GROUPS = {
         "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
         "betas seed"
     ),
-    "model": "adapter tune_also quantize n_layer n_head d_model vocab biases",
+    "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile peak_tflops",
     "run": (
         "name out eval_every keep_best checkpoint_every_minutes keep_checkpoints tracker compare_prompts max_new_tokens"

@@ -34,12 +34,13 @@ from fgpt.cli.environment import environment
 from fgpt.cli.paths import without_paths
 from fgpt.cli.run_json import RUN, read_run, write_run
 from fgpt.errors import InputError, short_repr
-from fgpt.io.files import atomic_dir, must_not_move, read_json, remove_leftovers, write_json
+from fgpt.io.files import atomic_dir, must_not_move, read_json, remove_leftovers, write, write_json
 from fgpt.io.models import load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
 from fgpt.recipes import RECIPES, AnyRecipe, InstructionRecipe, TrainingRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, leaves
 from fgpt.weights import dtype
 
@@ -259,15 +260,16 @@ def instruction_run(folder: Path) -> InstructionRecipe:
     return read_run_as(folder, InstructionRecipe, "an instruction-tuned run")
 
 
-def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path:
+def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str, tokenizer: Tokenizer | None = None) -> Path:
     """Save what was trained, and return where: the whole model if every parameter was trained, else the adapters.
 
-    A classifier is always saved as adapters: `merge` exports it in Hugging Face's layout.
+    A classifier is always saved as adapters: `merge` exports it in Hugging Face's layout. A `tokenizer` other than the
+    base's is saved beside.
     """
     whole = adapters.keys() == leaves(params).keys()
     if whole and num_classes(params) is None:
         with atomic_dir(folder / MODEL) as partial:
-            save(merge(adapt(params, adapters)), partial, like=base)
+            save(merge(adapt(params, adapters)), partial, like=tokenizer or base)
         return folder / MODEL
     try:
         pack(adapters, params, base)
@@ -279,6 +281,8 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str) -> Path
             save_peft(adapters, params, partial, base)
         else:
             save_adapters(adapters, partial / ADAPTERS)
+        for name, content in ({} if tokenizer is None else tokenizer.files()).items():
+            write(partial / name, content)
     return folder / ADAPTER
 
 

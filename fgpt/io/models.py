@@ -40,7 +40,8 @@ from fgpt.layers import weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files
-from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON, TiktokenTokenizer
+from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import astype, replace_at, select, tree_map, walk
 from fgpt.weights import dtype as weight_dtype
 
@@ -338,10 +339,8 @@ def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     return astype(replace_at(params, quantized_leaves), dtype)
 
 
-def save(
-    params: GPT, folder: StrPath, like: StrPath | TiktokenTokenizer | None = None, labels: Sequence[str] = ()
-) -> None:
-    """Write `params` in Hugging Face's layout, with the tokenizer files of model `like`, or of the ranks that it is.
+def save(params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, labels: Sequence[str] = ()) -> None:
+    """Write `params` in Hugging Face's layout, with the tokenizer `like`, or the tokenizer files of the model `like`.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
     quantized weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
@@ -350,7 +349,7 @@ def save(
     Args:
         params: The model, without adapters (`merge` them first).
         folder: Written file by file; it is made if it is missing.
-        like: A model whose tokenizer files are copied, a tokenizer of ranks, or None for no tokenizer.
+        like: A model whose tokenizer files are copied, a tokenizer, or None for no tokenizer.
         labels: Names of the classes of a classifier, in order.
 
     Raises:
@@ -382,16 +381,15 @@ def save(
         write(folder / name, content)
 
 
-def _tokenizer(
-    like: StrPath | TiktokenTokenizer | None, vocab: int
-) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
+def _tokenizer(like: StrPath | Tokenizer | None, vocab: int) -> tuple[dict[str, Any], Mapping[str, bytes | str]]:
     """What a model's config says of its tokenizer, and the files that the tokenizer is read from: a tokenizer.json is
     among them, which transformers reads.
     """
-    if isinstance(like, TiktokenTokenizer):
-        return {"bos_token_id": like.bos_token_id, "eos_token_id": like.eos_token_id}, like.files()
     if not like:
         return {}, {}
+    if isinstance(like, Tokenizer):
+        eos = list(dict.fromkeys((like.eos_token_id, *getattr(like, "extra_eos_ids", ()))))
+        return {"bos_token_id": like.bos_token_id, "eos_token_id": eos if len(eos) > 1 else eos[0]}, like.files()
     source = _open(resolve(like, tokenizer=True))
     ends = {key: x for key, x in source.config.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if source.file:

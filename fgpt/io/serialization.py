@@ -25,6 +25,7 @@ from fgpt._typing import StrPath
 from fgpt.adapter_dora import DoRA
 from fgpt.adapter_ia3 import IA3
 from fgpt.adapter_lora import LoRA
+from fgpt.adapter_trainable_tokens import TrainableTokens
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
 from fgpt.errors import InputError
@@ -37,7 +38,7 @@ from fgpt.model.config import BIASES
 from fgpt.tree import device, leaves, tree_map, walk
 
 PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
-NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3)}
+NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3, TrainableTokens)}
 
 FORMAT, STRUCTURE = "fgpt", "structure"
 """What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
@@ -203,6 +204,8 @@ def _static(value: Any, kind: Any) -> Any:
 
     if kind is torch.dtype and isinstance(value, str):
         return getattr(torch, value, value)
+    if kind == tuple[int, ...] and isinstance(value, list):
+        return tuple(value)
     if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if kind is Config and isinstance(value, dict):
@@ -309,7 +312,8 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
     """
     path = Path(path)
     adapters = read_tree(path)
-    if not isinstance(adapters, dict) or not all(isinstance(x, Tensor | LoRA | DoRA | IA3) for x in adapters.values()):
+    kinds = Tensor | LoRA | DoRA | IA3 | TrainableTokens
+    if not isinstance(adapters, dict) or not all(isinstance(x, kinds) for x in adapters.values()):
         raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")
     return check_fits(adapters, params, path)
 

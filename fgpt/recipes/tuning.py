@@ -62,6 +62,10 @@ class FineTuningRecipe(TrainingRecipe):
     base: str
     """nano (embedded), smollm2 (a package), a local folder or GGUF file, or a name on the Hugging Face Hub."""
     adapter: Adapter = field(default_factory=Adapter)
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the base's tokenizer, such as "<|user|>" "<|assistant|>", wherever they stand in a text.
+    Their rows of the embedding, and of a head of its own, are trained besides the adapter; a token that exists is not
+    added, and its row trained."""
     quantize: Literal["nf4", "fp4", "int8", "blockwise8"] | None = None
     """Quantize the base's linear layers to 4 or 8 bits."""
     remat: bool = False

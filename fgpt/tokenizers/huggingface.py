@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class HFTokenizer:
     special_tokens: Mapping[str, str]
     """The special tokens by name: {"bos_token": "<s>", ..}."""
     chat_template: ChatTemplate | None = None
+    tokens_in_text: frozenset[int] = frozenset()
+    """Special tokens that are recognized in ordinary text too: in `tokenizer` they are added tokens, not special."""
 
     def encode(self, text: str) -> list[int]:
         return self._encode(self.tokenizer, text, False)
@@ -87,7 +89,7 @@ class HFTokenizer:
         except InputError:  # the template's fault is reported when it is used for a chat
             return (self.eos_token_id,)
         added = self.tokenizer.get_added_tokens_decoder()
-        special = {number for number, token in added.items() if token.special}
+        special = {number for number, token in added.items() if token.special} | self.tokens_in_text
         first = next((i for i, token in enumerate(tokens) if token in special), None)
         return (self.eos_token_id,) if first is None else tuple(tokens[: first + 1])
 
@@ -107,7 +109,7 @@ class HFTokenizer:
         return tokens
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        return self._decode(tokens, True)
+        return self._decode([token for token in tokens if token not in self.tokens_in_text], True)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._decode(tokens, False)
@@ -132,13 +134,38 @@ class HFTokenizer:
         if self.chat_template:
             config["chat_template"] = self.chat_template.template
         files = {
-            TOKENIZER_JSON: self.tokenizer.to_str(),
+            TOKENIZER_JSON: self._to_str(),
             TOKENIZER_CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         if self.extra_eos_ids:
             eos_token_ids = list(dict.fromkeys((self.eos_token_id, *self.extra_eos_ids)))
             files[GENERATION_CONFIG] = json.dumps({"eos_token_id": eos_token_ids}, indent=2) + "\n"
         return files
+
+    def _to_str(self) -> str:
+        """The JSON of the tokenizer, in which every special token is one."""
+        content = json.loads(self.tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in self.tokens_in_text
+        return json.dumps(content, ensure_ascii=False)
+
+    def with_tokens(self, tokens: Sequence[str], *, in_text: bool = False) -> "HFTokenizer":
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer: Any = Tokenizer.from_str(self.tokenizer.to_str())
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        added = [AddedToken(x, special=not in_text, normalized=False) for x in tokens if in_text or x not in known]
+        call(f"{self.name}: the tokenizer takes no new tokens", lambda: tokenizer.add_tokens(added))
+        if in_text:
+            larger = replace(self, tokens_in_text=self.tokens_in_text.union(map(tokenizer.token_to_id, tokens)))
+            return larger._with(tokenizer)
+        return self._with(tokenizer)
+
+    def _with(self, tokenizer: Any) -> "HFTokenizer":
+        tokenizer.encode_special_tokens = True
+        n_vocab = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        vocab_size = self.vocab_size if n_vocab == self.n_vocab else max(n_vocab, self.vocab_size)
+        return replace(self, tokenizer=tokenizer, n_vocab=n_vocab, vocab_size=vocab_size)
 
     @functools.cached_property
     def _special_tokenizer(self) -> "tokenizers.Tokenizer":

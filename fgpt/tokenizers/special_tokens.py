@@ -39,7 +39,7 @@ class DeclaredTokens:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The content of tokenizer_config.json, with the names of special_tokens_map.json added."""
     added: tuple[Mapping[str, Any], ...] = ()
-    """Added tokens in the order of their ids: content and options."""
+    """Added tokens in the order of their ids: content and options, and the id if the folder has it."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generated text."""
 
@@ -96,7 +96,7 @@ def _added_by_id(path: Path, decoder: Any) -> tuple[Mapping[str, Any], ...]:
     for key, token in decoder.items():
         if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise InputError(f"{path}: {expected}, got {short_repr({key: token})}")
-    return tuple(decoder[key] for key in sorted(decoder, key=int))
+    return tuple(decoder[key] | {"id": int(key)} for key in sorted(decoder, key=int))
 
 
 def _added_by_token(path: Path, ids: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

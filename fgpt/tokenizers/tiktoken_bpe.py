@@ -4,7 +4,7 @@ import base64
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ LONG_WHITESPACE = re.compile(rf"\s{{{MIN_LONG_RUN},}}+")
 
 @dataclass(frozen=True)
 class TiktokenTokenizer:
-    """A `Tokenizer` of ranks; its only special token is <|endoftext|>, the token after the last rank."""
+    """A `Tokenizer` of ranks; its special tokens are <|endoftext|>, the token after the last rank, and added ones."""
 
     bpe: tiktoken.Encoding
     chat_template: ChatTemplate | None = None
     extra_eos_ids: tuple[int, ...] = ()
     """Further tokens that end a generated text, from the model's config."""
+    tokens_in_text: frozenset[str] = frozenset()
+    """Special tokens that are recognized in ordinary text too."""
 
     @property
     def n_vocab(self) -> int:
@@ -66,13 +68,23 @@ class TiktokenTokenizer:
         return ()
 
     def encode(self, text: str) -> list[int]:
-        return _encode_in_parts(self.bpe.encode_ordinary, text)
+        if not self.tokens_in_text:
+            return _encode_in_parts(self.bpe.encode_ordinary, text)
+        known = set(self.tokens_in_text)
+        return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special=known, disallowed_special=()), text)
 
     def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        return self.decode([token for token in tokens if token != self.eos_token_id])
+        special = set(self.special_ids.values())
+        return self.decode([token for token in tokens if token not in special])
+
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        ids = {token: self.bpe.encode_single_token(token) for token in self.bpe.special_tokens_set}
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
 
     def decode(self, tokens: Sequence[int]) -> str:
         size = self.n_vocab
@@ -92,11 +104,36 @@ class TiktokenTokenizer:
         config |= {"bos_token": END, "eos_token": END, "unk_token": END}
         if self.chat_template:
             config["chat_template"] = self.chat_template.template
+        if self.special_ids.keys() != {END}:
+            tokens = {str(number): {"content": token, "special": True} for token, number in self.special_ids.items()}
+            config["added_tokens_decoder"] = tokens
         return {
             RANKS: rank_lines(ranks),
-            TOKENIZER_JSON: _tokenizer_json(ranks),
+            TOKENIZER_JSON: _tokenizer_json(ranks, self.special_ids),
             TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
         }
+
+    def with_tokens(self, tokens: Sequence[str], *, in_text: bool = False) -> "TiktokenTokenizer":
+        ids = dict(self.special_ids)
+        for token in tokens:
+            if token not in ids:
+                ids[token] = self._rank_of(token, 1 + max(self.n_vocab - 1, *ids.values()))
+        larger = self.with_special_ids(ids)
+        return replace(larger, tokens_in_text=self.tokens_in_text | frozenset(tokens)) if in_text else larger
+
+    def _rank_of(self, token: str, default: int) -> int:
+        """Its rank, if the token is one of the ranks already."""
+        try:
+            return self.bpe.encode_single_token(token)
+        except KeyError:
+            return default
+
+    def with_special_ids(self, ids: Mapping[str, int]) -> "TiktokenTokenizer":
+        """The same ranks with these special tokens, <|endoftext|> among them."""
+        ranks = {self.bpe.decode_single_token_bytes(rank): rank for rank in range(self.eos_token_id)}
+        pattern = self.bpe._pat_str  # pyright: ignore[reportPrivateUsage]
+        bpe = tiktoken.Encoding(self.bpe.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(ids))
+        return replace(self, bpe=bpe)
 
     def with_chat_template(
         self, chat_template: ChatTemplate | None, extra_eos_ids: Sequence[int] = ()
@@ -128,17 +165,17 @@ def _encode_part(encode: Callable[[str], list[int]], text: str) -> list[int]:
     return call(f"tiktoken fails on a text of {len(text):,} characters: shorten it", lambda: encode(text))
 
 
-def _tokenizer_json(ranks: list[bytes]) -> str:
+def _tokenizer_json(ranks: list[bytes], special_ids: Mapping[str, int]) -> str:
     """The same tokenizer for the tokenizers library. A piece of text that is a token is that token, as in tiktoken."""
     names = [printable(token) for token in ranks]
     pairs = [[printable(left), printable(right)] for left, right in merges.merges_from_ranks(ranks)]
-    end_token = {"id": len(ranks), "content": END, "special": True}
-    end_token |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": number, "content": token} | flags for token, number in special_ids.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
     model |= {"vocab": {name: rank for rank, name in enumerate(names)}, "merges": pairs}
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end_token], "normalizer": None}
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
     content |= {"pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model}
     return json.dumps(content, ensure_ascii=False) + "\n"
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, short_repr
 from fgpt.tokenizers import chat_template, huggingface, special_tokens
 from fgpt.tokenizers.chat_template import Messages
 from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.merges import MERGES_TXT, VOCAB_JSON
-from fgpt.tokenizers.special_tokens import read_json
+from fgpt.tokenizers.special_tokens import DeclaredTokens, read_json
 from fgpt.tokenizers.tiktoken_bpe import END, RANKS, TOKENIZER_JSON, TiktokenTokenizer, from_ranks, from_vocab, gpt2
 
 FILES = (
@@ -121,6 +121,16 @@ class Tokenizer(Protocol):
         """The content of the files, by name, from which fgpt and transformers load this tokenizer."""
         ...
 
+    def with_tokens(self, tokens: Sequence[str], *, in_text: bool = False) -> "Tokenizer":
+        """The same tokenizer with further special tokens, whose ids follow the last one; a token that it has keeps its
+        id, and is special from now on. `fgpt.add_tokens` gives them rows in a model as well.
+
+        Args:
+            tokens: Each as it stands in a text.
+            in_text: `encode` recognizes them too, as transformers does any added token; `files` do not say so.
+        """
+        ...
+
 
 def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model folder.
@@ -141,7 +151,7 @@ def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
     template = chat_template.of_folder(folder, declared.config)
     model_type = model.get("model_type", "gpt2")
     if RANKS in present:
-        tokenizer = from_ranks(folder / RANKS)
+        tokenizer = _with_declared(from_ranks(folder / RANKS), declared, folder)
     elif TOKENIZER_JSON in present:
         return huggingface.from_json(folder, declared, class_name, vocab_size, template)
     elif {VOCAB_JSON, MERGES_TXT} <= present and class_name == "GPT2Tokenizer":
@@ -154,6 +164,25 @@ def of_folder(folder: Path, vocab_size: int) -> Tokenizer:
         tokenizer = gpt2()
     _check_fits(tokenizer, vocab_size, str(folder))
     return tokenizer.with_chat_template(template, [x for x in declared.eos_token_ids if x < vocab_size])
+
+
+def _with_declared(tokenizer: TiktokenTokenizer, declared: DeclaredTokens, folder: Path) -> TiktokenTokenizer:
+    """`tokenizer` with the added tokens of the folder's config.
+
+    Raises InputError if the id of one is that of another token.
+    """
+    ids = {token["content"]: token["id"] for token in declared.added if "id" in token}
+    if ids.keys() <= {END}:
+        return tokenizer
+    ids = {END: tokenizer.eos_token_id} | ids
+    for token, number in ids.items():
+        of_text = tokenizer.bpe.decode_single_token_bytes(number) if number < tokenizer.n_vocab else token.encode()
+        if of_text != token.encode() or len(set(ids.values())) < len(ids):
+            raise InputError(
+                f"{folder / chat_template.TOKENIZER_CONFIG}: added token {short_repr(token)} has id {number}, which is "
+                f"that of another token of {RANKS}: expected ids from {tokenizer.n_vocab} on, each once"
+            )
+    return tokenizer.with_special_ids(ids)
 
 
 def _class_name(folder: Path) -> str:

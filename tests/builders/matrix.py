@@ -42,6 +42,9 @@ KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "LoRA and LayerNorm": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.trainable_leaves(p, r".*ln_.*"),
     "LoRA on q, v, tied wte": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, r"wte|blocks\.\d+\.attn\.(q|v)"),
     "LoRA with dropout": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS, dropout=0.25),
+    "LoRA, tokens of tied wte": lambda p: (
+        fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.trainable_tokens(p, (3, 30, 7))
+    ),
 }
 BF16_TOO = "int8, derivatives in bf16"
 
@@ -237,6 +240,8 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
             """row, W, s·B·A and col."""
             w, x = adapters.get(f"{path}.w", weights[path]), adapters.get(path)
             row, ba, col = torch.ones(w.shape[0]), torch.zeros_like(w), torch.ones(w.shape[1])
+            if isinstance(x, fgpt.TrainableTokens):
+                w = w.index_copy(0, torch.tensor(x.ids), x.rows)
             if isinstance(x, fgpt.IA3):
                 return row if x.row is None else x.row, w, ba, col if x.col is None else x.col
             if isinstance(x, fgpt.LoRA | fgpt.DoRA):

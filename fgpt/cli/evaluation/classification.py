@@ -8,10 +8,10 @@ from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
 from fgpt.cli.inference.classifiers import label_choices, log_probabilities, prompt_frame_of, resolve_inference_labels
 from fgpt.cli.training.examples import load_test_texts
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.classification_prompts import Labels, apply_labels, encode, parse_labels
 from fgpt.data.examples import Example
-from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import ClassificationRecipe
 
@@ -30,7 +30,7 @@ def load_test_set(recipe: ClassificationRecipe, limit: int | None) -> TestSet:
     """The first `limit` rows of those scored after training; None takes all. Raises InputError as reading them for
     training does.
     """
-    cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+    cfg, tokenizer, _ = load_tokenizer(recipe)
     names, rows = apply_labels(parse_labels(recipe.labels), load_test_texts(recipe))
     labels, frame = label_choices(recipe, names, tokenizer), prompt_frame_of(recipe, names, tokenizer)
     max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)

@@ -13,6 +13,7 @@ from fgpt.classification_head import with_classification_head
 from fgpt.cli import run_dir
 from fgpt.cli.console import show_progress
 from fgpt.cli.training.build import load_base
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_prompts import (
     LabeledText,
@@ -27,7 +28,6 @@ from fgpt.data.classification_prompts import (
 )
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
-from fgpt.io import models
 from fgpt.model import GPT, KVCache, forward_with_cache, hidden_at, logits
 from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.rng import fold_in, key
@@ -142,7 +142,7 @@ def load_classifier(folder: Path) -> LoadedClassifier:
     """The trained classifier in a run directory. Raises InputError for any other directory."""
     recipe = read_recipe(folder)
     base = with_head(recipe, load_base(recipe), recipe.labels)
-    return LoadedClassifier(recipe, run_dir.load_tuned(folder, base), models.tokenizer(recipe.base))
+    return LoadedClassifier(recipe, run_dir.load_tuned(folder, base), load_tokenizer(recipe).tokenizer)
 
 
 def resolve_inference_labels(recipe: ClassificationRecipe, labels: Sequence[str]) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from fgpt.cli import run_dir
 from fgpt.cli.inference.options import GenerationOptions
 from fgpt.cli.training.build import load_base
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.conversations import Message
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import generate, stop_on_strings, stream, stream_text, truncate_at_stop
-from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.rng import fold_in, key
@@ -32,7 +32,7 @@ def load_run(name: str) -> LoadedRun:
     """Raises InputError for an unknown run."""
     folder = run_dir.find_finished(name)
     recipe = run_dir.instruction_run(folder)
-    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), models.tokenizer(recipe.base))
+    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), load_tokenizer(recipe).tokenizer)
 
 
 def answer(name: str, instruction: str, context: str, options: GenerationOptions) -> None:

@@ -27,10 +27,10 @@ from fgpt.cli.training.build import (
 )
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
-from fgpt.io import models
 from fgpt.io.files import write_json
 from fgpt.model import GPT
 from fgpt.recipes.classification import ClassificationRecipe
@@ -77,7 +77,7 @@ class ClassificationTask:
             raise InputError(
                 f"--num-fewshot {recipe.num_fewshot} needs labels as next tokens: give --head lm, or leave it out"
             )
-        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        cfg, tokenizer, _ = load_tokenizer(recipe)
         names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
         recipe = replace(recipe, labels=recipe.labels or names)
         heldout = []
@@ -172,7 +172,8 @@ class ClassificationTask:
         return table
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base)
+        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
+        run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
         return out
 
     def score(self, trainable: Adapters, out: Path) -> ScoreTable:

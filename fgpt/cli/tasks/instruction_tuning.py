@@ -29,12 +29,12 @@ from fgpt.cli.training.build import (
 )
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
 from fgpt.errors import InputError
-from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -56,7 +56,7 @@ class InstructionTask:
         prompt_template = template(recipe.template)
         recipe = resolve_precision(recipe)
         rows, heldout = load_instruction_split(recipe)
-        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        cfg, tokenizer, _ = load_tokenizer(recipe)
         max_seq_len = row_length(recipe, cfg)
         examples = _encode_rows(recipe, rows, prompt_template, tokenizer, max_seq_len)
         heldout_examples = []
@@ -97,14 +97,14 @@ class InstructionTask:
 
     @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
-        cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+        cfg, tokenizer, _ = load_tokenizer(recipe)
         return fitting(cfg, tokenizer, recipe, load_instruction_split(recipe)[1][:limit])
 
     @staticmethod
     def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()):
             raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
-        tokenizer, heldout = models.tokenizer(recipe.base), load_instruction_split(recipe)[1]
+        tokenizer, heldout = load_tokenizer(recipe).tokenizer, load_instruction_split(recipe)[1]
         if not heldout:
             run = shlex.quote(str(folder))
             raise InputError(f"{recipe.name} held out no rows: give a text, fgpt eval text FILE --run {run}")
@@ -126,7 +126,8 @@ class InstructionTask:
         """The comparison after training scores the base, too."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base)
+        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
+        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """Answers of base and tuned model to held-out prompts, if the recipe compares any."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from fgpt.adapter_dora import dora, dora_norms, with_norms
 from fgpt.adapter_ia3 import ia3
 from fgpt.adapter_lora import lora
+from fgpt.adapter_trainable_tokens import trainable_tokens
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
@@ -19,6 +20,7 @@ from fgpt.cli.training import mfu
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
@@ -33,6 +35,7 @@ from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Step, init_state, make_step
 from fgpt.tree import device, leaves, matches, replace_at
+from fgpt.vocabulary import with_rows
 from fgpt.weights import dtype
 
 QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
@@ -41,7 +44,7 @@ QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
 
 def load_base(recipe: FineTuningRecipe) -> GPT:
     """The base in its dtype, quantized while it is read, on the recipe's device; q, k and v fused if the recipe adapts
-    them as one.
+    them as one; with rows for the recipe's new tokens.
 
     Raises InputError if there is no such base or device, or the base is a classifier.
     """
@@ -55,7 +58,8 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
             params = models.load(recipe.base, dtype, recipe.quantize, device=device)
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
-        return params
+        new_ids = load_tokenizer(recipe).new_ids
+        return with_rows(params, 1 + max(new_ids)) if new_ids else params
 
 
 def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:
@@ -65,7 +69,24 @@ def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:
 
 
 def build_adapters(recipe: FineTuningRecipe, params: GPT) -> Adapters:
-    """Raises InputError if the target matches nothing that this kind of adapter can adapt."""
+    """The recipe's adapters, and the rows of its new tokens where they are not trained already.
+
+    Raises InputError if the target matches nothing that this kind of adapter can adapt, or the embedding has an adapter
+    and new tokens.
+    """
+    adapters = _of_kind(recipe, params)
+    if not recipe.new_tokens:
+        return adapters
+    tables = ["wte"] if params.head is None or num_classes(params) is not None else ["wte", "head"]
+    if both := [path for path in tables if path in adapters]:
+        raise InputError(
+            f"--adapter.target adapts {both[0]}, and --new-tokens trains rows of it: leave {both[0]} out of the target"
+        )
+    frozen = [path for path in tables if f"{path}.w" not in adapters]
+    return adapters | (trainable_tokens(params, load_tokenizer(recipe).new_ids, "|".join(frozen)) if frozen else {})
+
+
+def _of_kind(recipe: FineTuningRecipe, params: GPT) -> Adapters:
     adapter, rng = recipe.adapter, fold_in(key(recipe.seed), "lora")
     if adapter.kind == "lora":
         return lora(params, rng, adapter.rank, adapter.alpha, adapter.target_pattern, dropout=adapter.dropout)

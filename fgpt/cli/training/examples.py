@@ -8,6 +8,7 @@ import torch
 
 from fgpt.cli.console import console
 from fgpt.cli.training.nano_rows import read_tasks
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template
@@ -42,7 +43,7 @@ def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> lis
     """The rows, FinQA's pages without as much of their text as does not fit."""
     if not any(isinstance(row, finqa.FinQA) for row in rows):
         return rows
-    cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
+    cfg, tokenizer, _ = load_tokenizer(recipe)
     max_seq_len, prompt_template = min(recipe.max_seq_len, cfg.n_ctx), template(recipe.template)
 
     def length(row: InstructionRow) -> int:

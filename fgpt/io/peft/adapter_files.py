@@ -6,6 +6,8 @@ LORA        LoRA, or DoRA            lora_A [rank, in], lora_B [out, rank], lora
 IA3         IA3                      ia3_l: [out, 1] scales outputs, [1, in] the inputs of a feedforward module
 LN_TUNING   tensors of norms         weight and, but for an RMSNorm, bias: the whole norm
 
+TRAINABLE_TOKENS   trainable tokens      rows of the embedding or the head, beside a LoRA too (`token_rows`)
+
 A folder is of one type, and beside it may hold whole modules and biases (`trained_tensors`). Every module of a LoRA has
 one rank and one scale, lora_alpha / r, so that readers that know no more of the config read the same (`qkv_stacking`).
 The task of a classifier is SEQ_CLS, and its head `score` is a module. What PEFT cannot hold, `save_adapters` keeps.
@@ -25,6 +27,7 @@ from fgpt._typing import StrPath
 from fgpt.adapter_dora import DoRA
 from fgpt.adapter_ia3 import IA3
 from fgpt.adapter_lora import LoRA
+from fgpt.adapter_trainable_tokens import TrainableTokens
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
 from fgpt.classification_head import num_classes
@@ -44,6 +47,7 @@ from fgpt.io.peft.qkv_stacking import (
     trim_rank,
     unstack_qkv,
 )
+from fgpt.io.peft.token_rows import ALONE, pack_tokens, read_tokens, split_tokens
 from fgpt.io.peft.trained_tensors import KEY, both_sides, fused_as, one_table, pack_tuned, read_tuned
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.io.serialization import check_fits
@@ -62,13 +66,14 @@ KEYS = {
     r"(\.default)?(\.weight)?",
     "IA3": r"(?P<module>.+)\.(?P<part>ia3_l)(\.default)?",
     "LN_TUNING": r"(?P<module>.+)\.ln_tuning_layers(\.default)?\.(?P<part>weight|bias)",
+    ALONE: r"(?P<module>(?P<part>(?!)))",  # `read_tokens` takes what there is
 }
 
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights after which the adapter belongs to a base that was changed at the start."""
 UNSUPPORTED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
+    *("target_parameters", "use_bdlora", "use_qalora"),
 )
 """Options that change the forward pass in ways that we have no adapter for."""
 
@@ -91,7 +96,8 @@ def save_peft(adapters: Adapters, params: GPT, folder: StrPath, base: str) -> No
     LoRAs of several ranks are all padded to the largest.
 
     Args:
-        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them.
+        adapters: LoRAs, DoRAs or IA3s of one kind, and tuned leaves beside them; trainable tokens, alone or beside
+            LoRAs.
         params: The model that they fit.
         folder: Written with adapter_config.json and adapter_model.safetensors.
         base: Hub name or local path of the model; "owner/model@revision" writes the revision too.
@@ -119,20 +125,26 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
     Raises InputError for adapters that do not fit `params`, or that no format of PEFT's holds.
     """
     adapt(params, adapters)  # a path or shape that does not fit is better met now than at loading
+    tokens, adapters = split_tokens(adapters)
     adapters = both_sides(adapters, params)
     classes = num_classes(params) is not None
     known = modules_of(params.cfg, classes)
     tuned = {path: x for path, x in adapters.items() if isinstance(x, Tensor)}
     parts = _by_module({path: x for path, x in adapters.items() if path not in tuned}, known)
     kinds = {type(x) for path, x in adapters.items() if path not in tuned}
-    if len(kinds) > 1 or not adapters:
-        names = ", ".join(sorted(c.__name__ for c in kinds)) or "nothing"
+    beside_tokens = kinds <= {LoRA, DoRA} and bool(kinds) == bool(adapters)
+    if len(kinds) > 1 or not (adapters or tokens) or (tokens and not beside_tokens):
+        others = kinds | ({TrainableTokens} if tokens else set()) | ({Tensor} if tokens and tuned else set())
+        names = ", ".join(sorted(c.__name__ for c in others)) or "nothing"
         raise InputError(f"no format of PEFT's holds {names} in one: save_adapters(adapters, path) does")
     if classes and any(m.name == SCORE for m in parts):
         raise InputError(
             "PEFT keeps the head of a classifier whole, without an adapter: save_adapters(adapters, path) keeps this"
         )
-    if not kinds:
+    rows, config_of_rows = pack_tokens(tokens, adapters.keys(), known, params)
+    if not adapters:
+        tensors, config, partial = {}, {}, {}
+    elif not kinds:
         tensors, config, partial = _pack_norms(tuned, known, params)
     else:
         make = _pack_ia3 if kinds == {IA3} else _pack_lora
@@ -140,7 +152,8 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
         beside = pack_tuned(tuned, known, params, parts.keys(), biased=kinds != {IA3})
         tensors, config, partial = tensors | beside.tensors, config | beside.config, partial | beside.parts
     common = {"task_type": "SEQ_CLS" if classes else "CAUSAL_LM", "inference_mode": True} | _named_base(base)
-    return Packed({PREFIX + name: x for name, x in tensors.items()}, common | config, partial)
+    tensors = {PREFIX + name: x for name, x in (tensors | rows).items()}
+    return Packed(tensors, common | config | config_of_rows, partial)
 
 
 def _named_base(base: str) -> dict[str, Any]:
@@ -264,7 +277,8 @@ def _pack_norms(tuned: Mapping[str, Tensor], known: Iterable[Module], params: GP
 
 
 def load_peft(folder: StrPath, params: GPT) -> Adapters:
-    """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, and tuned leaves.
+    """The adapters in `folder`, for the model `params` and on its device: LoRA, DoRA, IA3, trainable tokens, and tuned
+    leaves.
 
     A LoRA or DoRA on a module that is q, k and v in one, GPT-2's c_attn or GPT-NeoX's query_key_value, needs a fused
     base: `load_peft(folder, fuse_qkv(params))`; one that we stacked is unstacked on a base that is not fused, and IA3
@@ -302,7 +316,10 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         parts = _read_parts(metadata.get(PARTS_KEY, "{}"))
         known = by_name(modules_of(params.cfg, num_classes(params) is not None))
         _check_head(tensors, params)
+        tokens, tensors = read_tokens(tensors, config, known, params)
         modules, plain = _modules(tensors, kind, known)
+        if not modules and not tokens:
+            raise InputError(f"{WEIGHTS} holds no adapter")
         if lost := [name for name in [*modules, *parts] if name not in known]:
             raise InputError(f"adapter on {printable(lost[0])}, which is no layer of this model")
         if len({known[name] for name in modules}) < len(modules):
@@ -314,6 +331,9 @@ def load_peft(folder: StrPath, params: GPT) -> Adapters:
         )
         tuned, copied = read_tuned(plain, known, config, parts, params)
         adapters = one_table(low | fused_as(tuned, params), copied, params)
+        if twice := adapters.keys() & tokens.keys():
+            raise InputError(f"{min(twice)} has an adapter and trainable tokens; expected one of them")
+        adapters |= tokens
     except InputError as err:
         raise InputError(f"{folder}: {err}") from None
     return check_fits(adapters, params, folder)
@@ -363,8 +383,6 @@ def _modules(
         if match["part"] in parts:
             raise InputError(f"tensor {name} is there by another name too: expected one of them")
         parts[match["part"]] = x.float()
-    if not modules:
-        raise InputError(f"{WEIGHTS} holds no adapter")
     return modules, plain
 
 

@@ -31,7 +31,7 @@ from fgpt.tree import leaves
 from fgpt.weights import dense
 
 KEY = re.compile(
-    r"(?P<module>.+?)(\.(?P<where>base_layer|modules_to_save|original_module)(\.default)?)?\.(?P<ending>weight|bias)"
+    r"(?P<module>.+?)(\.token_adapter)?(\.(?P<where>base_layer|modules_to_save|original_module)(\.default)?)?\.(?P<ending>weight|bias)"
 )
 
 

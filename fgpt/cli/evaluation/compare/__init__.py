@@ -27,11 +27,11 @@ from fgpt.cli.evaluation.compare.scores import (
 )
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
 from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 from fgpt.generation.loop import generate
 from fgpt.generation.sampling import GREEDY, SamplingParams
-from fgpt.io import models
 from fgpt.io.files import write, write_json
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -116,7 +116,7 @@ def compare_contenders(
     max_new_tokens = first.max_new_tokens if decoding.max_new_tokens is None else decoding.max_new_tokens
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected 1 or more")
-    cfg, tokenizer = models.load_config_and_tokenizer(first.base)
+    cfg, tokenizer, _ = load_tokenizer(first)
     encoded = {side.name: contenders.encode_prompts(side, rows, tokenizer) for side in sides}
     prompts.check(encoded, cfg.n_ctx)
     references = reference_examples(cfg, tokenizer, sides, rows)

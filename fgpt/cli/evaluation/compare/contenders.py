@@ -95,8 +95,9 @@ def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:
 def _base_of(run: InstructionRecipe) -> tuple[object, ...]:
     """What a run's adapter belongs to."""
     is_path = run.base not in models.EMBEDDED and Path(run.base).exists()
-    return Path(run.base).resolve() if is_path else run.base, run.dtype, run.quantize
+    return Path(run.base).resolve() if is_path else run.base, run.dtype, run.quantize, run.new_tokens
 
 
 def _describe_base(run: InstructionRecipe) -> str:
-    return f"{run.base} in {run.dtype}" + (f" and {run.quantize}" if run.quantize else "")
+    quantized = f" and {run.quantize}" if run.quantize else ""
+    return f"{run.base} in {run.dtype}{quantized}" + (f" with {' '.join(run.new_tokens)}" if run.new_tokens else "")

@@ -13,10 +13,10 @@ from fgpt.cli.inference.options import ComparisonDecoding
 from fgpt.cli.paths import shareable
 from fgpt.cli.results import training_id
 from fgpt.cli.training.hashes import content_hash
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import finqa
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
-from fgpt.io import models
 
 PENALTIES = ("repetition_penalty", "no_repeat_ngram")
 """The logits processors that apply to greedy decoding, too."""
@@ -40,7 +40,7 @@ def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], coun
     first = sides[0].run
     if not heldout:
         raise InputError(f"{first.name} held out no rows: give prompts with --prompts FILE, or --prompts general")
-    cfg, tokenizer = models.load_config_and_tokenizer(first.base)
+    cfg, tokenizer, _ = load_tokenizer(first)
     encoded = [contenders.encode_prompts(side, heldout, tokenizer) for side in sides]
     rows = [row for i, row in enumerate(heldout) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
     if not rows:
@@ -55,7 +55,7 @@ def from_file(sides: Sequence[Contender], source: str, count: int | None) -> Com
     """
     rows = prompt_file.read(source)[:count]
     if any(isinstance(row, finqa.FinQA) for row in rows):
-        cfg, tokenizer = models.load_config_and_tokenizer(sides[0].run.base)
+        cfg, tokenizer, _ = load_tokenizer(sides[0].run)
         width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
 
         def length(row: InstructionRow) -> int:
