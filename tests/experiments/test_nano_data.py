@@ -10,7 +10,7 @@ from builders import ROOT, SharedData
 from experiments.nano import make_tasks as make_nano_tasks
 from experiments.nano import tales as nano_tales
 from fgpt.cli.evaluation.metrics.nano import Score, score
-from fgpt.cli.training import documents
+from fgpt.data import documents
 from fgpt.cli.training.nano_rows import STORY, Task, read_tasks
 from fgpt.data import instruction_datasets
 from fgpt.data.prompt_templates import encode, template
