@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from fgpt.data.conversations import COLUMNS
 from fgpt.data.finqa import is_finqa
 from fgpt.data.records import column_names
-from fgpt.errors import InputError, printable
+from fgpt.errors import MAX_CHARS, InputError, printable
 
 Kind: TypeAlias = Literal["finqa", "preference", "conversation", "prompt", "instruction", "text"]
 
@@ -38,6 +38,12 @@ NAMES: Mapping[Kind, str] = {
     "instruction": "instructions",
     "text": "raw text",
 }
+
+
+FIELDS = (
+    "`columns.instruction`, `columns.input` and `columns.output`, or in `columns.prompt` and `columns.completion`, "
+    "`columns.messages` or `columns.text`"
+)
 
 
 @dataclass(frozen=True)
@@ -199,14 +205,15 @@ def _first_missing(record: Mapping[str, Any], columns: Columns) -> str:
     return next((name for name in names if name not in record), columns.output)
 
 
-def missing_column(name: str, record: Mapping[Any, Any], where: str) -> InputError:
-    """The error for a column that is not there, with those that are and the nearest one."""
-    near = difflib.get_close_matches(name.lower(), {str(x).lower(): x for x in record if len(str(x)) < 80}, n=1)
-    nearest = next((repr(str(x)) for x in record if near and str(x).lower() == near[0]), "")
+def missing_column(name: str, record: Mapping[Any, Any], where: str, fields: str = FIELDS) -> InputError:
+    """The error for a column that is not there, with those that are and the nearest one. `fields` are the options that
+    name columns.
+    """
+    names = {str(own).lower(): str(own) for own in record if len(str(own)) < MAX_CHARS}
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f" (the nearest is {names[near[0]]!r})" if near else ""
     return InputError(
-        f"{where}: no column {name!r}; there are {column_names(record)}: name the columns to use in "
-        "`columns.instruction`, `columns.input` and `columns.output`, or in `columns.prompt` and `columns.completion`, "
-        f"`columns.messages` or `columns.text`{f' (the nearest is {nearest})' if nearest else ''}",
+        f"{where}: no column {name!r}; there are {column_names(record)}: name the columns to use in {fields}{hint}",
         field="columns",
     )
 
