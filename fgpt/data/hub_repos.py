@@ -93,12 +93,14 @@ def _download(repo: Repo, listing: _Listing, files: Sequence[str]) -> Path:
 
 
 def _write_skeleton(skeleton: Path, listing: _Listing, name: str) -> None:
-    """Empty files with the names of a repository's, and its cards."""
+    """Empty files with the names of a repository's, apart from its programs, and its cards."""
     skeleton.mkdir()
     for file in listing.files:
         parts = PurePosixPath(file).parts
         if PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
             raise InputError(f"the hub's {name} names a file {short_repr(file)}: expected paths within it")
+        if file.endswith(".py"):  # beside a program `datasets` looks for no data
+            continue
         path = skeleton / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if file in CARDS and (listing.folder / file).is_file():
@@ -111,7 +113,7 @@ def _explain(name: str, listing: _Listing, skeleton: Path, err: InputError) -> I
     """The error of a skeleton, as one of the repository."""
     message = str(err).replace(str(skeleton), name)
     script = f"{PurePosixPath(name).name}.py"
-    if script in listing.files and "config" not in message.partition(":")[2][:30]:
+    if script in listing.files and "data files" in message:
         return InputError(
             f"{name}: its data come from a program, {script}, and no program of a dataset is run: try "
             f"{name}@refs/convert/parquet, or give a file instead"
