@@ -56,7 +56,9 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except pyarrow.ArrowException as err:
-        raise InputError(f"{path}: not a{'n' if kind[0] == 'A' else ''} {kind} file ({first_line(err)}): write it again") from None
+        raise InputError(
+            f"{path}: not a{'n' if kind[0] == 'A' else ''} {kind} file ({first_line(err)}): write it again"
+        ) from None
 
 
 def first_line(err: Exception) -> str:

@@ -107,7 +107,9 @@ def _saved_json(path: Path, name: str) -> list[str]:
             entries = json.loads(path.read_bytes())[name]
         names = [entry if isinstance(entry, str) else entry["filename"] for entry in entries]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise InputError(f"{path}: expected {name!r} as the library datasets writes it: save the folder again") from None
+        raise InputError(
+            f"{path}: expected {name!r} as the library datasets writes it: save the folder again"
+        ) from None
     if any(not isinstance(each, str) or ".." in Path(each).parts or Path(each).is_absolute() for each in names):
         raise InputError(f"{path}: it names data outside the folder: expected files in the folder")
     return names

@@ -85,7 +85,7 @@ class Columns:
             raise InputError(f"{names} are of different formats: name the columns of one", field="columns")
         if not chosen or chosen == ["instruction"]:
             return {}
-        return {usual: own or usual for usual, own in formats[chosen[0]].items()}
+        return {usual: name or usual for usual, name in formats[chosen[0]].items()}
 
 
 class Shape(NamedTuple):
@@ -209,7 +209,7 @@ def missing_column(name: str, record: Mapping[Any, Any], where: str, fields: str
     """The error for a column that is not there, with those that are and the nearest one. `fields` are the options that
     name columns.
     """
-    names = {str(own).lower(): str(own) for own in record if len(str(own)) < MAX_CHARS}
+    names = {str(each).lower(): str(each) for each in record if len(str(each)) < MAX_CHARS}
     near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f" (the nearest is {names[near[0]]!r})" if near else ""
     return InputError(

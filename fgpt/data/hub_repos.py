@@ -80,13 +80,13 @@ def _download(repo: Repo, listing: _Listing, files: Sequence[str]) -> Path:
     """The folder of a snapshot that holds `files`."""
     if all((listing.folder / file).exists() for file in files):
         return listing.folder
-    wanted = repo._replace(patterns=[glob.escape(file) for file in files], revision=listing.folder.name)
+    part = repo._replace(patterns=[glob.escape(file) for file in files], revision=listing.folder.name)
     try:
-        folder = hub_files.fetch(wanted).folder
+        folder = hub_files.fetch(part).folder
     except HubError as err:
         present = sum((listing.folder / file).exists() for file in files)
-        part = f" beyond the part in the local cache, {present} of {len(files)} files" if present else ""
-        raise hub_error(repo, repo.name, err, part) from None
+        cached = f" beyond the part in the local cache, {present} of {len(files)} files" if present else ""
+        raise hub_error(repo, repo.name, err, cached) from None
     if missing := [file for file in files if not (folder / file).exists()]:
         raise InputError(f"the hub's {repo.name} lacks {missing[0]}: give a file instead")
     return folder

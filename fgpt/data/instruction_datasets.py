@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from fgpt.data.formats import ASIDE, Columns, Format, Kind, Shape, check_same, m
 from fgpt.data.hub_datasets import HubDataset, hub_records
 from fgpt.data.prompt_templates import InstructionRow, TextRow, Turn
 from fgpt.data.records import column_text, is_missing
-from fgpt.data.sources import open_source
 from fgpt.data.source_syntax import Source, parse_source
+from fgpt.data.sources import open_source
 from fgpt.errors import InputError
 
 
@@ -22,7 +22,7 @@ from fgpt.errors import InputError
 class InstructionDataset(HubDataset):
     """A dataset of instructions or conversations on the hub."""
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
 
 
 HUB_DATASETS = {
@@ -56,14 +56,14 @@ class Examples(NamedTuple):
     """The format of each source, in one line: its name, its columns and its rows."""
 
 
-def load_rows(source: str | Path | Source, columns: Columns | None = None, limit: int | None = None) -> list[InstructionRow]:
+def load_rows(
+    source: str | Path | Source, columns: Columns | None = None, limit: int | None = None
+) -> list[InstructionRow]:
     """The rows of `load_examples`, without the counts of what was left out."""
     return load_examples(source, columns, limit).rows
 
 
-def load_examples(
-    source: str | Path | Source, columns: Columns | None = None, limit: int | None = None
-) -> Examples:
+def load_examples(source: str | Path | Source, columns: Columns | None = None, limit: int | None = None) -> Examples:
     """The first examples of a source, and what of it was left out.
 
     Args:
@@ -172,12 +172,11 @@ class RowReader:
         if shape.kinds == ("finqa",):
             return [finqa.read_finqa(record, where)]
         if self.standard_names:
-            named = {usual: record[own] for usual, own in self.standard_names.items()}
+            named = {usual: record[name] for usual, name in self.standard_names.items()}
             record = {name: record[name] for name in ASIDE if name in record} | named
         if shape.kinds == ("text",):
             return _text_rows(record["text"], where, left_out)
         return _conversation_rows(record, shape.kinds, self.columns, where, left_out)
-
 
     def _shape_of(self, record: dict[str, Any]) -> Shape:
         """The shape of a record, which is mostly that of the one before it."""

@@ -1,10 +1,10 @@
 """Preference data: pairs of a better and a worse answer (DPO, ORPO), and answers judged good or bad (KTO).
 
-    {"prompt": .., "chosen": .., "rejected": ..}                      texts, or lists of messages
-    {"messages" or "conversations": .., "chosen": .., "rejected": ..}
-    {"chosen": [..], "rejected": [..]}                                whole conversations with the same beginning
-    {"prompt": .., "completion": .., "label": true}                   KTO's; texts, or lists of messages
-    {"messages" or "conversations": .., "label": true}                the answer is the last message
+{"prompt": .., "chosen": .., "rejected": ..}                      texts, or lists of messages
+{"messages" or "conversations": .., "chosen": .., "rejected": ..}
+{"chosen": [..], "rejected": [..]}                                whole conversations with the same beginning
+{"prompt": .., "completion": .., "label": true}                   KTO's; texts, or lists of messages
+{"messages" or "conversations": .., "label": true}                the answer is the last message
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -126,8 +126,8 @@ def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: st
             prompt = prompt[:-1]
         if not prompt:
             raise missing_column(columns.prompt, record, where, FIELDS)
-    own = prompt[1:] if prompt and prompt[0].role == "system" else prompt  # without what another column says
-    for start in (prompt, own):
+    after_system = prompt[1:] if prompt and prompt[0].role == "system" else prompt  # without what another column says
+    for start in (prompt, after_system):
         if start and all(side[: len(start)] == start for side in sides):
             sides = [side[len(start) :] for side in sides]
             break
@@ -193,9 +193,7 @@ def _aside(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ASIDE if name in record}
 
 
-def _messages(
-    value: Any, name: str, role: Role, where: str, aside: Mapping[str, Any] | None = None
-) -> Messages:
+def _messages(value: Any, name: str, role: Role, where: str, aside: Mapping[str, Any] | None = None) -> Messages:
     """The messages of a column that holds a text of `role`, a message, or a list of messages."""
     value = [value] if isinstance(value, Mapping) else value
     is_text = not isinstance(value, list) and not (isinstance(value, str) and name in COLUMNS)
@@ -216,6 +214,9 @@ def _check_answer(answer: Messages, name: str, where: str) -> None:
     if not answer or all(message.role != "assistant" for message in answer):
         raise InputError(f"{where}: {name} holds no answer of the assistant: fix the row, or remove it")
     if answer[0].role != "assistant":
-        raise InputError(f"{where}: {name} begins with a message of the {answer[0].role}: expected the same prompt on both sides, or an answer")
+        raise InputError(
+            f"{where}: {name} begins with a message of the {answer[0].role}: expected an answer, or the prompt of the "
+            "row before it"
+        )
     if not any(message.content.strip() for message in answer if message.role == "assistant"):
         raise InputError(f"{where}: {name} is empty: expected an answer; fix the row, or remove it")

@@ -1,6 +1,6 @@
 """How a source of data is written: PATH_OR_NAME[:CONFIG][@REVISION][[SPLIT]][:WEIGHT].
 
-    mine.jsonl   data/*.parquet   folder   alpaca   owner/name   owner/name:config@v1[train[:1000]]:0.7
+mine.jsonl   data/*.parquet   folder   alpaca   owner/name   owner/name:config@v1[train[:1000]]:0.7
 """
 
 import math

@@ -123,8 +123,8 @@ def _local_files(source: Source, extra: Readers) -> list[Path]:
         return [path] if path.is_file() else []
     if not glob.has_magic(source.name):
         return []
-    found = sorted(Path(name) for name in glob.glob(source.name, recursive=True))
-    if files := [each for each in found if each.is_file()]:
+    paths = sorted(Path(name) for name in glob.glob(source.name, recursive=True))
+    if files := [each for each in paths if each.is_file()]:
         return files
     raise InputError(f"{source.name}: no file matches{_nearest_file(path)}; expected files for the pattern")
 

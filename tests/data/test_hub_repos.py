@@ -1,9 +1,8 @@
-"""Any dataset on the hub by its name: configs, splits, revisions; what is downloaded, and what the cache suffices for."""
+"""Any dataset on the hub by its name: what is downloaded, what the cache suffices for, and what is refused."""
 
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -154,7 +153,10 @@ def test_a_hub_that_is_away(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.M
 
 def test_repositories_that_cannot_be_read(fake: FakeHub):
     cases: dict[str, tuple[dict[str, bytes], str]] = {
-        "me/a": ({"a.py": b"", "README.md": b"---\n---\n"}, r"me/a: its data come from a program, a\.py, and no program"),
+        "me/a": (
+            {"a.py": b"", "README.md": b"---\n---\n"},
+            r"me/a: its data come from a program, a\.py, and no program",
+        ),
         "me/b": ({"model.bin": b""}, r"me/b: expected a folder in the layout of a dataset"),
         "me/c": ({"../x.jsonl": b"{}"}, r"the hub's me/c names a file '\.\./x\.jsonl': expected paths within it"),
         "me/d": (

@@ -38,7 +38,9 @@ def test_arrow_files_and_streams(kind: str, tmp_path: Path, monkeypatch: pytest.
     content = (tmp_path / "a.arrow").read_bytes()
     for bad in (b"ARROW1 no", b"\1\2\3\4\5\6\7\x08", content[: len(content) // 2]):
         (tmp_path / "a.arrow").write_bytes(bad)
-        with pytest.raises(InputError, match=r"a\.arrow: (not an Arrow file \(|it holds no rows|cannot be read)") as caught:
+        with pytest.raises(
+            InputError, match=r"a\.arrow: (not an Arrow file \(|it holds no rows|cannot be read)"
+        ) as caught:
             load_rows(tmp_path / "a.arrow")
         assert "\n" not in str(caught.value)
 
@@ -114,7 +116,9 @@ def test_configs_of_a_folder(tmp_path: Path):
     files = "".join(f"- config_name: {name}\n  data_files: {name}/*.json\n" for name in ("a", "b"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     assert load_rows(f"{folder}:b")[0] == InstructionRow("b", "", "x")
-    with pytest.raises(InputError, match=r"mine: several configs, and none is named; there are a, b: write NAME:CONFIG"):
+    with pytest.raises(
+        InputError, match=r"mine: several configs, and none is named; there are a, b: write NAME:CONFIG"
+    ):
         load_rows(folder)
     with pytest.raises(InputError, match=r"mine: no config 'c'; there are a, b"):
         load_rows(f"{folder}:c")

@@ -17,8 +17,8 @@ from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.tasks.pretraining import figures, heldout_perplexity
 from fgpt.cli.training import mfu
-from fgpt.data.documents import read as read_documents
 from fgpt.cli.training.examples import load_instruction_split
+from fgpt.data.documents import read as read_documents
 from fgpt.data.prompt_templates import InstructionRow, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
 from fgpt.evaluation.likelihood import loglikelihood_rolling, perplexity
