@@ -67,12 +67,11 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
     """The first examples of a source, and what of it was left out.
 
     Args:
-        source: A name in `HUB_DATASETS`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the text
-            formats also compressed (.jsonl.gz); or a folder in the layout of Hugging Face datasets, of which the split
-            "train" is read. A path comes before a name.
-        columns: The columns to use; by default the source's own, or instruction, input and output. Records of FinQA
-            and conversations (see `fgpt.data.conversations`) are recognized by their columns. Each answer of a
-            conversation is an example.
+        source: A file, a pattern of files, a folder, a name in `HUB_DATASETS` or owner/name of any dataset on the hub,
+            with a configuration, revision and split; see `fgpt.data.source_syntax`. The split "train" is read by
+            default. A path comes before a name.
+        columns: The columns to use; by default the source's own, or the usual ones. The format is recognized by them
+            (see `fgpt.data.formats`). Each answer of a conversation is an example.
         limit: The maximum number of examples; all by default.
 
     Raises:

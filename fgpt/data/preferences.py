@@ -215,8 +215,8 @@ def _check_answer(answer: Messages, name: str, where: str) -> None:
         raise InputError(f"{where}: {name} holds no answer of the assistant: fix the row, or remove it")
     if answer[0].role != "assistant":
         raise InputError(
-            f"{where}: {name} begins with a message of the {answer[0].role}: expected an answer, or the prompt of the "
-            "row before it"
+            f"{where}: {name} begins with a message of the {answer[0].role}: expected an answer, or "
+            "the row's own prompt before it"
         )
     if not any(message.content.strip() for message in answer if message.role == "assistant"):
         raise InputError(f"{where}: {name} is empty: expected an answer; fix the row, or remove it")
