@@ -1,7 +1,8 @@
 """The format of a source: named once by its columns, the same for all its rows; columns by other names."""
 
-import pickle
+import copy
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def test_a_file_of_two_formats_is_refused_at_its_first_other_row(names: list[str
             assert "\n" not in str(caught.value)
             return
         assert reader(ROWS[name], f"row {i}", left_out)
-        reader = pickle.loads(pickle.dumps(reader))  # as a worker process gets it
+        assert ForkingPickler.dumps(reader)  # a worker process can have it
+        reader = copy.deepcopy(reader)
 
 
 def test_rows_of_one_format_may_lack_and_add_columns(tmp_path: Path):

@@ -1,6 +1,6 @@
 """Arrow files, text files, patterns of paths, saved datasets and slices: the rows that were written."""
 
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from builders.conversations import write_json_rows
 from builders.datasets import JSON_ROWS, ROWS
 
 from fgpt.data import arrow_files
+from fgpt.data.dataset_folders import read_folder
 from fgpt.data.instruction_datasets import HUB_DATASETS, load_rows
 from fgpt.data.prompt_templates import InstructionRow, TextRow
 from fgpt.data.sources import locate, open_source
@@ -125,10 +126,13 @@ def test_configs_of_a_folder(tmp_path: Path):
 
 
 def test_where_the_files_of_a_source_are(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    folder = write_json_rows(tmp_path / "mine" / "train.json", *JSON_ROWS).parent
     (tmp_path / "a.jsonl").write_text("")
     path = write_json_rows(tmp_path / "b.jsonl", *JSON_ROWS)
     located, dataset = locate(f"{tmp_path}/*.jsonl[1:]", HUB_DATASETS)
     assert located.files == [tmp_path / "a.jsonl", path]
     assert dataset is None
-    assert pickle.loads(pickle.dumps(locate(str(path), HUB_DATASETS)[0])) == locate(str(path), HUB_DATASETS)[0]
-    assert load_rows(path) == ROWS
+    assert ForkingPickler.dumps(located)  # a worker process can have it
+    assert ForkingPickler.dumps(read_folder(folder))
+    assert load_rows(path) == load_rows(folder) == ROWS
