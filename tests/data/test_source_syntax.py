@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fgpt.data.source_syntax import Source, parse_source
@@ -23,6 +23,7 @@ SOURCES = st.builds(
 
 
 @given(SOURCES)
+@example(Source("owner/name", "0.5"))
 def test_a_source_is_read_as_it_is_written(source: Source):
     assert parse_source(str(source)) == source
 
