@@ -20,8 +20,8 @@ import tyro
 from experiments.nano import tales
 from experiments.nano.tales import Tale
 from fgpt.cli.evaluation.metrics.nano import requirements_met
-from fgpt.cli.training import documents
 from fgpt.cli.training.nano_rows import STORY, Task
+from fgpt.data import documents
 from fgpt.errors import InputError
 from fgpt.io.files import write
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from fgpt.cli.training import documents
+from fgpt.data import documents
 from fgpt.tokenizers.tiktoken_bpe import BYTE_OF_CHAR, GPT2_SPLIT, write_ranks
 
 

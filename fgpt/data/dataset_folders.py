@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fgpt.data.records import Readers, Record, first_line, read_records
+from fgpt.data.arrow_files import first_line
+from fgpt.data.records import Readers, read_json, read_json_or_lines
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import read_errors
 from fgpt.errors import InputError, short_repr
@@ -22,61 +24,110 @@ CSV_OPTIONS = ("sep", "delimiter", "features", "keep_default_na", "na_filter", "
 """Options of a folder's CSV files that are obeyed (`sep`, `delimiter`), or have no effect on a table read as text."""
 
 
-def folder_records(path: Path, split: str = "train") -> Iterator[Record]:
-    """The records of one split of a folder. A folder with a single split gives that one for "train".
+class Folder(NamedTuple):
+    """The data files of a folder."""
+
+    splits: dict[str, list[Path]]
+    """The files of each split, in their order."""
+    readers: Readers
+    """How to read them, where that is not what their extensions say."""
+
+
+def read_folder(path: Path, config: str | None = None) -> Folder:
+    """Which files hold the data of a folder, as the library `datasets` resolves them: by the `configs` in its card,
+    else by their names. A folder that `save_to_disk` has written is recognized, too.
 
     CSV and TSV files are read as `read_records` reads them, so that text stays text: `datasets` would use pandas, which
-    guesses types. Other formats are read by `datasets`.
+    guesses types. A .json file may hold a list, or an object per line.
 
-    Nothing is downloaded, and no file outside the folder is read. Links are followed within the folder, and from a
-    snapshot in the Hugging Face cache to the blobs of the same repository.
+    No code is run and nothing is downloaded. No file outside the folder is read. Links are followed within the folder,
+    and from a snapshot in the Hugging Face cache to the blobs of the same repository.
+
+    Args:
+        path: The folder.
+        config: A configuration in the folder's card; by default its only or its default one.
 
     Raises:
-        InputError: if the folder is not in this layout, has no such split, or names or links files outside it; without
-            the package datasets.
+        InputError: if the folder is not in this layout, has no such configuration, or names or links files outside it;
+            without the package datasets.
     """
     require_extra("data", "folders of datasets", "datasets")
+    _check_cards(path)
+    saved = _saved_splits(path)
+    splits, readers = (saved, {}) if saved else _resolve(path, config)
+    _check_links(path, [str(file) for files in splits.values() for file in files])
+    return Folder(splits, readers)
+
+
+def _resolve(path: Path, config: str | None) -> tuple[dict[str, list[Path]], Readers]:
     import datasets
 
-    _check_cards(path)
     try:
-        config: Any = datasets.load_dataset_builder(str(path)).config
-        _check_links(path, [file for files in config.data_files.values() for file in files])
-        if _is_csv(config):
-            files = {str(name): [Path(file) for file in files] for name, files in config.data_files.items()}
-            yield from _table_records(_choose_split(path, files, split), _csv_readers(path, config))
-            return
-        splits: Any = datasets.load_dataset(str(path))
-    except InputError:
-        raise
+        chosen: Any = datasets.load_dataset_builder(str(path), name=config).config
     except Exception as err:  # `datasets` raises a dozen unrelated types for a folder that it cannot read
+        if names := _config_names(path, config):
+            actual = f"no config {config!r}" if config else "several configs, and none is named"
+            raise InputError(f"{path}: {actual}; there are {', '.join(names)}: write NAME:CONFIG") from None
         raise InputError(f"{path}: expected a folder in the layout of a dataset: {first_line(err)}") from None
-    chosen = _choose_split(path, splits, split)
-    yield from ((f"row {number}", record) for number, record in enumerate(chosen, 1))
+    splits = {str(name): [Path(file) for file in files] for name, files in (chosen.data_files or {}).items()}
+    if not any(splits.values()):
+        raise InputError(f"{path}: expected a folder in the layout of a dataset: it holds no data files")
+    return splits, _readers(path, chosen)
 
 
-def _choose_split(path: Path, splits: Any, split: str) -> Any:
-    names = list(splits)
-    if split in names:
-        return splits[split]
-    if len(names) == 1 and split == "train":
-        return splits[names[0]]
-    raise InputError(f"{path}: no split {split!r}; there are {', '.join(names)}: give the file of one split instead")
+def _config_names(path: Path, config: str | None) -> list[str]:
+    """The folder's configurations, if there is a choice of which `config` is none."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(str(path))
+    except Exception:  # the folder cannot be read at all
+        return []
+    return names if (config is None and len(names) > 1) or (config is not None and config not in names) else []
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""What `save_to_disk` writes beside the Arrow files of a dataset, and beside the folders of several splits."""
 
 
-def _is_csv(config: Any) -> bool:
+def _saved_splits(path: Path) -> dict[str, list[Path]]:
+    """The Arrow files of a folder that `save_to_disk` has written; empty for any other folder."""
+    if (path / SAVED_SPLITS).is_file():
+        names = _saved_json(path / SAVED_SPLITS, "splits")
+        return {name: _saved_splits(path / name).get("train", []) for name in names}
+    if not (path / SAVED).is_file() or not (path / "dataset_info.json").is_file():
+        return {}
+    return {"train": [path / name for name in _saved_json(path / SAVED, "_data_files")]}
+
+
+def _saved_json(path: Path, name: str) -> list[str]:
+    """A list of file names, which are texts or objects with a `filename`."""
+    try:
+        with read_errors(path):
+            entries = json.loads(path.read_bytes())[name]
+        names = [entry if isinstance(entry, str) else entry["filename"] for entry in entries]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise InputError(
+            f"{path}: expected {name!r} as the library datasets writes it: save the folder again"
+        ) from None
+    if any(not isinstance(each, str) or ".." in Path(each).parts or Path(each).is_absolute() for each in names):
+        raise InputError(f"{path}: it names data outside the folder: expected files in the folder")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------- a card's words
+
+
+def _readers(path: Path, config: Any) -> Readers:
+    """The readers of a folder's files, with the separator or the field that its card sets."""
     from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
 
-    return isinstance(config, CsvConfig)
-
-
-def _table_records(files: Sequence[Path], readers: Readers) -> Iterator[Record]:
-    for file in files:
-        for where, record in read_records(file, readers):
-            yield f"{file.name}, {where}", record
+    if isinstance(config, CsvConfig):
+        return _csv_readers(path, config)
+    if isinstance(config, JsonConfig) and config.field is not None:
+        return {".json": functools.partial(read_json, field=config.field)}
+    return {".json": read_json_or_lines}
 
 
 def _csv_readers(path: Path, config: "CsvConfig") -> Readers:

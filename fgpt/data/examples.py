@@ -76,6 +76,24 @@ def truncate(example: Example, max_seq_len: int) -> Example:
     return replace(example, tokens=example.tokens[:max_seq_len], spans=tuple(spans))
 
 
+def split_text(example: Example, max_seq_len: int) -> list[Example]:
+    """Raw text as consecutive examples of at most `max_seq_len` tokens; any other example as it is.
+
+    An example is raw text if it has no prompt: its first token would be predicted, too, if there were one before it.
+    Each part begins with the last token of the part before it, so that every token but the first is predicted once.
+
+    >>> [part.tokens for part in split_text(Example((5, 6, 7, 8, 9), (Span(0, 5),)), 3)]
+    [(5, 6, 7), (7, 8, 9)]
+    """
+    length = len(example.tokens)
+    is_text = len(example.spans) == 1 and example.spans[0][:2] == (0, length)
+    if length <= max_seq_len or not is_text or max_seq_len < 2:
+        return [example]
+    starts = range(0, length - 1, max_seq_len - 1)
+    parts = [example.tokens[start : start + max_seq_len] for start in starts]
+    return [Example(part, (Span(0, len(part), example.spans[0].weight),)) for part in parts]
+
+
 def example_lengths(examples: Sequence[Example]) -> np.ndarray:
     """The number of tokens of each example, int64. Examples on disk know theirs without being read (`lengths`)."""
     lengths = getattr(examples, "lengths", None)

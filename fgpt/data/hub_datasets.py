@@ -28,7 +28,12 @@ class HubDataset:
 
 
 def hub_records(name: str, dataset: HubDataset) -> Iterator[Record]:
-    """The records of a dataset's files, and of no other file that the cache may hold.
+    """The records of `hub_paths`. Raises InputError as it does."""
+    return itertools.chain.from_iterable(read_records(path) for path in hub_paths(name, dataset))
+
+
+def hub_paths(name: str, dataset: HubDataset) -> list[Path]:
+    """The paths of a dataset's files, and of no other file that the cache may hold.
 
     Args:
         name: What the user calls the dataset, for error messages.
@@ -37,8 +42,7 @@ def hub_records(name: str, dataset: HubDataset) -> Iterator[Record]:
     Raises:
         InputError: as `download` does, at once.
     """
-    paths = sorted(download(name, dataset).glob(dataset.files))
-    return itertools.chain.from_iterable(read_records(path) for path in paths)
+    return sorted(download(name, dataset).glob(dataset.files))
 
 
 def download(name: str, dataset: HubDataset) -> Path:
@@ -56,23 +60,43 @@ def download(name: str, dataset: HubDataset) -> Path:
     try:
         folder = hub_files.fetch(repo).folder
     except HubError as err:
-        if err.status in (401, 403):
-            raise InputError(
-                f"the hub refuses {dataset.repo} (HTTP {err.status}): accept its terms at "
-                f"https://huggingface.co/datasets/{dataset.repo} and run `hf auth login`, or give a file instead"
-            ) from None
         total = len(files) + len(missing)
         part = f" beyond the part in the local cache, {len(files)} of {total} files" if missing else ""
-        raise InputError(
-            f"the hub gave no {name!r}{part} ({err.class_names[0]}: {err.line}): connect and try again, give a file "
-            "instead, or train the recipe `lora-nano`, which needs no hub"
-        ) from None
+        raise hub_error(repo, name, err, part) from None
     files = _matching_files(folder, dataset.files)
     if not files:
         raise InputError(f"the hub's {dataset.repo} has no files that match {dataset.files}: give a file instead")
     if missing := missing_parts(files, dataset.files):
         raise InputError(f"the hub's {dataset.repo} lacks some of its parts, such as {missing[0]}: give a file instead")
     return folder
+
+
+def hub_error(repo: Repo, name: str, err: HubError, part: str = "") -> InputError:
+    """What the hub answers, as one line that says what to do.
+
+    Args:
+        repo: The repository.
+        name: What the user calls it.
+        err: The hub's answer.
+        part: What the cache has of it, in words.
+    """
+    kinds = set(err.class_names)
+    if "RepositoryNotFoundError" in kinds and "GatedRepoError" not in kinds:
+        return InputError(
+            f"the hub has no dataset {repo.name}, or it is private (HTTP {err.status}): check the name at "
+            f"https://huggingface.co/datasets/{repo.name}; for a private one run `hf auth login`"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return InputError(f"the hub's {repo.name} has no revision {repo.revision!r}: expected a branch, tag or commit")
+    if err.status in (401, 403):
+        return InputError(
+            f"the hub refuses {repo.name} (HTTP {err.status}): accept its terms at "
+            f"https://huggingface.co/datasets/{repo.name} and run `hf auth login`, or give a file instead"
+        )
+    return InputError(
+        f"the hub gave no {name!r}{part} ({err.class_names[0]}: {err.line}): connect and try again, give a file "
+        "instead, or train the recipe `lora-nano`, which needs no hub"
+    )
 
 
 def _matching_files(folder: Path, pattern: str) -> list[str]:

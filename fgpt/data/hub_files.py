@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fgpt.errors import one_line
 
@@ -81,6 +81,20 @@ def find_cached(repo: Repo) -> CachedRepo:
         folder = getattr(err, "snapshot_path", None)
         return CachedRepo(folder and Path(folder), partial=True)
     return CachedRepo(Path(folder))
+
+
+def cached_names(repo: Repo) -> list[str] | None:
+    """The names of all files of `repo`, by the cache's record of what the hub listed; None if it has none."""
+    import huggingface_hub
+
+    list_tree: Any = getattr(huggingface_hub, "get_cached_repo_tree", None)  # of 2.0 and later
+    if list_tree is None:
+        return None
+    try:
+        entries = list_tree(repo.name, repo_type=repo.repo_type, revision=repo.revision)
+    except Exception:  # whatever is wrong with the record, the hub is asked instead
+        return None
+    return [str(getattr(entry, "path", entry)) for entry in entries]
 
 
 def is_known(repo: Repo, file: str) -> bool:

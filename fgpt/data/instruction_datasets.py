@@ -3,33 +3,26 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fgpt.data import conversations, finqa
 from fgpt.data.conversations import Conversation
+from fgpt.data.formats import ASIDE, Columns, Format, Kind, Shape, check_same, missing_column, recognize, shape_of
 from fgpt.data.hub_datasets import HubDataset, hub_records
-from fgpt.data.prompt_templates import InstructionRow, Turn
-from fgpt.data.records import column_names, column_text, is_missing
+from fgpt.data.prompt_templates import InstructionRow, TextRow, Turn
+from fgpt.data.records import column_text, is_missing
+from fgpt.data.source_syntax import Source, parse_source
 from fgpt.data.sources import open_source
 from fgpt.errors import InputError
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of the columns. `input=None` takes the column "input" if there is one; a name given must exist."""
-
-    instruction: str = "instruction"
-    input: str | None = None
-    output: str = "output"
 
 
 @dataclass(frozen=True)
 class InstructionDataset(HubDataset):
     """A dataset of instructions or conversations on the hub."""
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
 
 
 HUB_DATASETS = {
@@ -50,29 +43,35 @@ HUB_TEXTS = {
 """Plain text in the column "text": a row of TinyStories is a document, one of WikiText a line."""
 
 
+EMPTY_TEXTS = "empty texts"
+
+
 class Examples(NamedTuple):
     """The examples of a source."""
 
     rows: list[InstructionRow]
     left_out: Counter[str]
-    """What of its conversations is not trained on: the number of cases by reason."""
+    """What of its rows is not trained on: the number of cases by reason."""
+    formats: tuple[str, ...] = ()
+    """The format of each source, in one line: its name, its columns and its rows."""
 
 
-def load_rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[InstructionRow]:
+def load_rows(
+    source: str | Path | Source, columns: Columns | None = None, limit: int | None = None
+) -> list[InstructionRow]:
     """The rows of `load_examples`, without the counts of what was left out."""
     return load_examples(source, columns, limit).rows
 
 
-def load_examples(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> Examples:
+def load_examples(source: str | Path | Source, columns: Columns | None = None, limit: int | None = None) -> Examples:
     """The first examples of a source, and what of it was left out.
 
     Args:
-        source: A name in `HUB_DATASETS`; a .json (list of objects), .jsonl, .csv, .tsv or .parquet file, the text
-            formats also compressed (.jsonl.gz); or a folder in the layout of Hugging Face datasets, of which the split
-            "train" is read. A path comes before a name.
-        columns: The columns to use; by default the source's own, or instruction, input and output. Records of FinQA
-            and conversations (see `fgpt.data.conversations`) are recognized by their columns. Each answer of a
-            conversation is an example.
+        source: A file, a pattern of files, a folder, a name in `HUB_DATASETS` or owner/name of any dataset on the hub,
+            with a configuration, revision and split; see `fgpt.data.source_syntax`. The split "train" is read by
+            default. A path comes before a name.
+        columns: The columns to use; by default the source's own, or the usual ones. The format is recognized by them
+            (see `fgpt.data.formats`). Each answer of a conversation is an example.
         limit: The maximum number of examples; all by default.
 
     Raises:
@@ -86,11 +85,12 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
-    records, dataset = open_source(str(source), HUB_DATASETS)
-    columns = columns or (dataset.columns if dataset else Columns())
-    rows, left_out = list[InstructionRow](), Counter[str]()
+    records, dataset = open_source(source if isinstance(source, Source) else str(source), HUB_DATASETS)
+    reader = RowReader(columns or (dataset.columns if dataset else Columns()), f"{source}, ")
+    rows, left_out, num_records = list[InstructionRow](), Counter[str](), 0
     for where, record in records:
-        rows += _rows(record, columns, f"{source}, {where}", left_out)
+        rows += reader(record, where, left_out)
+        num_records += 1
         if limit is not None and len(rows) >= limit:
             break
     if not rows:
@@ -98,20 +98,21 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
         raise InputError(
             f"{source}: it holds no rows, expected at least one" + (f"; there are {reason}" if reason else "")
         )
-    return Examples(rows[:limit], +left_out)
+    return Examples(rows[:limit], +left_out, (f"{source}: {reader.describe(num_records)}",))
 
 
 def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
     """The examples of several sources, one after the other. If there are several, those on the hub keep their own
     columns. Raises InputError as `load_examples` does.
     """
-    rows, left_out = list[InstructionRow](), Counter[str]()
-    for source in sources:
-        is_on_hub = source in HUB_DATASETS and not Path(source).exists()
+    rows, left_out, formats = list[InstructionRow](), Counter[str](), tuple[str, ...]()
+    for source in map(parse_source, sources):
+        is_on_hub = source.name in HUB_DATASETS and not Path(source.name).exists()
         examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
         rows += examples.rows
         left_out += examples.left_out
-    return Examples(rows, left_out)
+        formats += examples.formats
+    return Examples(rows, left_out, formats)
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:
@@ -126,18 +127,79 @@ def load_texts(source: str, limit: int | None = None) -> list[str]:
     ]
 
 
-def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> list[InstructionRow]:
-    """The rows of a record: one, or one for each answer of its conversation."""
-    if isinstance(record, list):  # messages without a column name
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
-    if finqa.is_finqa(record):
-        return [finqa.read_finqa(record, where)]
-    has_columns = columns.instruction in record and columns.output in record
-    if not (has_columns and columns != Columns()):  # columns that the user names come before a conversation
-        is_filled = not all(is_missing(record.get(name)) for name in (columns.instruction, columns.output))
-        conversation = conversations.read_conversation(record, where, has_columns and is_filled)
+class RowReader:
+    """Reads records into rows: one, or those of a conversation. The format is decided by the first record.
+
+    It can be pickled; in another process it goes on with the format that it has.
+    """
+
+    def __init__(self, columns: Columns, prefix: str = "") -> None:
+        """Rows with these columns; `prefix` is what errors say before the position of a record."""
+        self.columns, self.prefix = columns, prefix
+        self.format: Format | None = None
+        self.standard_names = columns.standard_names()
+        self._names: tuple[str, ...] | None = None
+        self._shape = Shape(())
+
+    def describe(self, num_records: int) -> str:
+        """The format in a few words, with the number of records."""
+        return self.format.describe(num_records) if self.format else "no rows"
+
+    def __call__(self, record: Any, where: str, left_out: Counter[str]) -> list[InstructionRow]:
+        """The rows of a record.
+
+        Args:
+            record: The columns.
+            where: The record's position in the source.
+            left_out: Counts by reason, to which what is not trained on is added in place.
+
+        Raises:
+            InputError: if the record cannot be read, or has another format than the first.
+        """
+        where = self.prefix + where
+        if isinstance(record, list):  # messages without a column name
+            record = {"messages": record}
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: expected an object of columns, got {type(record).__name__}")
+        shape = self._shape_of(record)
+        if self.format is None:
+            self.format = recognize(record, self.columns, where)
+        elif shape.kinds != self.format.kinds or self.format.dialect:
+            check_same(record, self.format, self.columns, where)
+        if shape.is_plain:
+            return [_instruction_row(record, self.columns, where)]
+        if shape.kinds == ("finqa",):
+            return [finqa.read_finqa(record, where)]
+        if self.standard_names:
+            named = {usual: record[name] for usual, name in self.standard_names.items()}
+            record = {name: record[name] for name in ASIDE if name in record} | named
+        if shape.kinds == ("text",):
+            return _text_rows(record["text"], where, left_out)
+        return _conversation_rows(record, shape.kinds, self.columns, where, left_out)
+
+    def _shape_of(self, record: dict[str, Any]) -> Shape:
+        """The shape of a record, which is mostly that of the one before it."""
+        names = tuple(record)
+        if names != self._names:
+            self._names, self._shape = names, shape_of(names, self.columns)
+        return self._shape
+
+
+def _text_rows(value: Any, where: str, left_out: Counter[str]) -> list[InstructionRow]:
+    text = "" if is_missing(value) else column_text(value, "text", where)
+    left_out[EMPTY_TEXTS] += not text.strip()
+    return [TextRow(output=text)] if text.strip() else []
+
+
+def _conversation_rows(
+    record: dict[str, Any], kinds: tuple[Kind, ...], columns: Columns, where: str, left_out: Counter[str]
+) -> list[InstructionRow]:
+    """The rows of a conversation, or of an instruction, which may have a system prompt and earlier exchanges."""
+    has_instruction = "instruction" in kinds
+    if kinds != ("instruction",):
+        names = (columns.instruction, columns.output)
+        is_filled = has_instruction and not all(is_missing(record.get(name)) for name in names)
+        conversation = conversations.read_conversation(record, where, is_filled)
         if conversation is not None:
             return _turns(conversation, left_out)
     row = _instruction_row(record, columns, where)
@@ -147,16 +209,11 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
 
 
 def _instruction_row(record: dict[Any, Any], columns: Columns, where: str) -> InstructionRow:
-    required = [columns.instruction, columns.output] + ([] if columns.input is None else [columns.input])
-    for name in required:
-        if name not in record:
-            raise InputError(
-                f"{where}: no column {name!r}; there are {column_names(record)}: name the columns to use in "
-                "`columns.instruction`, `columns.input` and `columns.output`",
-                field="columns",
-            )
+    for name in (columns.instruction, columns.output, columns.input):
+        if name is not None and name not in record:
+            raise missing_column(name, record, where)
     input_name = columns.input or "input"
-    input_value = record.get(input_name)
+    input_value = record.get(input_name, "")
     return InstructionRow(
         column_text(record[columns.instruction], columns.instruction, where),
         "" if is_missing(input_value) else column_text(input_value, input_name, where),

@@ -21,6 +21,13 @@ class InstructionRow:
 
 
 @dataclass(frozen=True)
+class TextRow(InstructionRow):
+    """Raw text, in `output`: there is no prompt, and every token is trained on, whatever the template."""
+
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
 class Turn(InstructionRow):
     """An answer in a conversation. The prompt is built from `messages` alone; `instruction`, the message before the
     answer, and `input`, the conversation before that, are for people to read. `output` is the answer.
@@ -135,6 +142,8 @@ def prompt_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer)
     Raises:
         InputError: for a chat with a model that has no chat template, or whose template refuses the messages.
     """
+    if isinstance(row, TextRow):
+        return [_special(tokenizer.prefix_tokens, tokenizer, 1.0)] if tokenizer.prefix_tokens else []
     if template.chat:
         return [Piece(_render_chat(row, template, tokenizer), has_special=True)]
     pieces = [_special(tokenizer.prefix_tokens, tokenizer)] if tokenizer.prefix_tokens else []
@@ -168,7 +177,7 @@ def pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> lis
     generation. A blank answer counts as none, which `packing.filter_by_length` reports.
     """
     weight = row.weight if isinstance(row, Turn) else 1.0
-    end = tokenizer.end_of_turn if template.chat else (tokenizer.eos_token_id,)
+    end = tokenizer.end_of_turn if template.chat and not isinstance(row, TextRow) else (tokenizer.eos_token_id,)
     prompt = prompt_pieces(row, template, tokenizer)
     if not row.output.strip():
         return [*prompt, _special(end[-1:], tokenizer, weight)]

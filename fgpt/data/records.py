@@ -1,4 +1,4 @@
-"""Records of data files (JSON, JSON lines, CSV, TSV, Parquet), and the values of their columns."""
+"""Records of data files (JSON, JSON lines, CSV, TSV, Parquet, Arrow, text), and the values of their columns."""
 
 import itertools
 import json
@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fgpt.data.arrow_files import read_arrow, read_parquet
+from fgpt.data.documents import text_records
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import OPENERS, file_format, open_text, read_errors, strip_boms
-from fgpt.errors import InputError, one_line
-from fgpt.extras import require_extra
+from fgpt.errors import InputError
 
 Record: TypeAlias = tuple[str, Any]
 """(its position in the source, for error messages; its columns)."""
@@ -38,16 +39,9 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
     >>> list(read_records(path))
     [('line 2', {'text': 'NA', 'label': '007'})]
     """
-    readers = {
-        ".json": _read_json,
-        ".jsonl": _read_jsonl,
-        ".csv": read_csv,
-        ".tsv": read_tsv,
-        ".parquet": _read_parquet,
-    }
-    readers |= dict(extra_readers or {})
+    readers = {**_READERS, **(extra_readers or {})}
     extension = file_format(path)
-    if extension not in readers or (extension == ".parquet" and path.suffix.lower() in OPENERS):
+    if extension not in readers or (extension in (".parquet", ".arrow") and path.suffix.lower() in OPENERS):
         raise InputError(
             f"{path}: cannot tell its format; expected a name that ends in {', '.join(readers)}, or for a "
             f"compressed text file in one of these and {', '.join(OPENERS)}"
@@ -58,19 +52,34 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
         yield from readers[extension](path)
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def read_json(path: Path, field: str | None = None) -> Iterator[Record]:
+    """The objects of a JSON list, or of the list in `field` of the one object. Raises InputError for anything else."""
     try:
         with open_text(path) as file:
             records = _parse_json(file.read(), str(path))
     except json.JSONDecodeError as err:
         hint = "if it holds one object per line, name it .jsonl" if err.msg == "Extra data" else "fix that line"
         raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
+    if field is not None:
+        records = records.get(field) if isinstance(records, dict) else records
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
     yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
+def read_json_or_lines(path: Path) -> Iterator[Record]:
+    """The objects of a JSON list, or one per line, as datasets on the hub name both .json."""
+    with open_text(path) as lines:
+        first = next((line for line in strip_boms(lines) if line.strip()), "")
+    try:
+        has_lines = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        has_lines = False
+    yield from read_jsonl(path) if has_lines else read_json(path)
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """The objects of a file with one per line. Raises InputError for anything else."""
     with open_text(path) as lines:
         for number, line in enumerate(strip_boms(lines), 1):
             if not line.strip():
@@ -93,21 +102,17 @@ def _parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: cannot be read: {err}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
-    require_extra("data", "Parquet files", "pyarrow")
-    import pyarrow.parquet  # imported here because importing fgpt must stay fast
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
-    except pyarrow.ArrowException as err:
-        raise InputError(f"{path}: not a Parquet file ({first_line(err)}): write it again") from None
-
-
-def first_line(err: Exception) -> str:
-    """The first line of another library's error, or the name of its class."""
-    return one_line((str(err).splitlines() or [type(err).__name__])[0])
+_READERS: Readers = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".txt": text_records,
+}
+EXTENSIONS = tuple(_READERS)
+"""The endings of files that can be read, apart from a compression's."""
 
 
 # ------------------------------------------------------------------------------------------------------------- columns

@@ -18,10 +18,11 @@ class InstructionRecipe(FineTuningRecipe):
     kind: ClassVar[str] = "instruction"
 
     data: tuple[str, ...]
-    """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu), a
-    local json, jsonl, csv, tsv or parquet file, a folder. In conversations each answer is an example."""
+    """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu, any
+    owner/name:config@revision[split]), a local json, jsonl, csv, tsv, txt, parquet or arrow file, a pattern of files, a
+    folder. In conversations each answer is an example."""
     columns: Columns = field(default_factory=Columns)
-    """The columns of instruction, input and output."""
+    """The names of the columns, where they are not the usual ones."""
     template: str = "alpaca"
     """The prompt template: alpaca, plain, chat (the tokenizer's own) or tulu."""
     max_seq_len: Length = 512

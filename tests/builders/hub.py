@@ -22,24 +22,28 @@ PARAMS = tiny(vocab_size=4096, n_layer=1)
 
 class FakeHub:
     """A hub on this machine. `files` are those of its one repository, whatever it is called; `asked` lists the paths of
-    all requests; `slow` says of a request how it is answered: None at once, or else (bytes at a time, seconds between).
+    all requests; `slow` says of a request how it is answered: None at once, or else (bytes at a time, seconds between);
+    `refuse` says of a path whether it is refused: None if not, or else (HTTP status, the hub's error code).
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.slow: Callable[[str, str], tuple[int, float] | None] = lambda method, path: None
+        self.refuse: Callable[[str], tuple[int, str] | None] = lambda path: None
         self.done = threading.Event()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self):
                 fake.asked.append(self.path)
-                body = fake.body(self.path)
+                refused = fake.refuse(self.path)
+                body = None if refused else fake.body(self.path)
+                status, code = refused or ((404, "EntryNotFound") if body is None else (200, ""))
                 content = body or b""
-                head = f"HTTP/1.1 {404 if body is None else 200} x\r\nContent-Length: {len(content)}\r\n"
+                head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(content)}\r\n"
                 head += f'ETag: "{hashlib.sha1(content).hexdigest()}"\r\nX-Repo-Commit: {COMMIT}\r\n'
-                head += "Connection: close\r\n" + ("X-Error-Code: EntryNotFound\r\n" if body is None else "") + "\r\n"
+                head += "Connection: close\r\n" + (f"X-Error-Code: {code}\r\n" if code else "") + "\r\n"
                 whole = head.encode() + (content if self.command == "GET" else b"")
                 pace = fake.slow(self.command, self.path)
                 self.close_connection = True

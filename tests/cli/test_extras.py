@@ -60,7 +60,7 @@ def test_the_library_needs_no_extra(tmp_path: Path):
 from pathlib import Path
 import torch
 import fgpt
-from fgpt.data.dataset_folders import folder_records
+from fgpt.data.dataset_folders import read_folder
 from fgpt.data.records import read_records
 
 nano, tokenizer, folder = fgpt.load("nano"), fgpt.tokenizer("nano"), Path(sys.argv[1])
@@ -78,7 +78,7 @@ for read in (
     lambda: fgpt.load(str(folder / "model.gguf")),
     lambda: list(read_records(folder / "rows.parquet")),
     lambda: list(read_records(folder / "rows.jsonl.zst")),
-    lambda: list(folder_records(folder)),
+    lambda: read_folder(folder),
 ):
     try:
         print("no error:", read())

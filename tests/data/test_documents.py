@@ -15,6 +15,7 @@ from fgpt.cli.tasks.pretraining import batches
 from fgpt.cli.training import documents
 from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
+from fgpt.data.documents import articles, read
 from fgpt.data.examples import Example, truncate
 from fgpt.data.prompt_templates import Turn
 from fgpt.recipes import PretrainingRecipe
@@ -58,13 +59,13 @@ WIKI = " \n = One = \n \n Text = 3 . \n \n = = Part = = \n \n = = = Sub = = = \n
 
 
 def test_articles_of_wikitext_put_together_are_the_text(tmp_path: Path, shared_data: SharedData):
-    assert documents.articles(WIKI) == [WIKI[: WIKI.index(" \n = Two")], WIKI[WIKI.index(" \n = Two") :]]
-    assert documents.articles("plain = text = \n") == ["plain = text = \n"]
+    assert articles(WIKI) == [WIKI[: WIKI.index(" \n = Two")], WIKI[WIKI.index(" \n = Two") :]]
+    assert articles("plain = text = \n") == ["plain = text = \n"]
     real = (shared_data("wikitext-2") / "wiki.valid.raw").read_text()
-    assert "".join(found := documents.articles(real)) == real
+    assert "".join(found := articles(real)) == real
     assert len(found) == 60
     (tmp_path / "b.txt").write_text("one<|endoftext|>\n<|endoftext|> two \n")
-    assert documents.read(tmp_path / "b.txt") == ["one", "two"]
+    assert read(tmp_path / "b.txt") == ["one", "two"]
 
 
 def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,7 +83,7 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     chats = pyarrow.table({"dataset": ["x"], "messages": [messages]})
     pyarrow.parquet.write_table(chats, tmp_path / "data" / "train-00000.parquet")
     monkeypatch.setattr(hub_datasets, "download", lambda name, dataset: tmp_path)
-    assert documents.from_hub("wikitext-103") == documents.articles(WIKI)
+    assert documents.from_hub("wikitext-103") == articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
     (row,) = instruction_datasets.load_rows("tulu")
     assert isinstance(row, Turn)

@@ -112,10 +112,10 @@ PR, TL = Columns("p", output="r"), Columns("text", output="label")
         ),
         ("a.parquet", "PAR1 no, not really PAR1", Columns(), r"a\.parquet: not a Parquet file \("),
         (
-            "a.txt",
+            "a.md",
             "hello",
             Columns(),
-            r"a\.txt: cannot tell its format; expected .* \.jsonl, ",
+            r"a\.md: cannot tell its format; expected .* \.jsonl, ",
         ),
     ],
 )

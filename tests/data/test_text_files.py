@@ -13,8 +13,8 @@ import pytest
 from builders.datasets import JSON_ROWS, ROWS
 
 from fgpt.cli.evaluation.compare import prompt_file
-from fgpt.cli.training.documents import read as read_documents
 from fgpt.data import classification_datasets
+from fgpt.data.documents import read as read_documents
 from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError

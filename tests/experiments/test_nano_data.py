@@ -10,9 +10,8 @@ from builders import ROOT, SharedData
 from experiments.nano import make_tasks as make_nano_tasks
 from experiments.nano import tales as nano_tales
 from fgpt.cli.evaluation.metrics.nano import Score, score
-from fgpt.cli.training import documents
 from fgpt.cli.training.nano_rows import STORY, Task, read_tasks
-from fgpt.data import instruction_datasets
+from fgpt.data import documents, instruction_datasets
 from fgpt.data.prompt_templates import encode, template
 from fgpt.errors import InputError
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks

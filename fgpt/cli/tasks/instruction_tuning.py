@@ -32,8 +32,8 @@ from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.examples import Example
-from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
+from fgpt.data.examples import Example, split_text, truncate
+from fgpt.data.prompt_templates import InstructionRow, Template, TextRow, encode, template
 from fgpt.errors import InputError
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -61,9 +61,9 @@ class InstructionTask:
         examples = _encode_rows(recipe, rows, prompt_template, tokenizer, max_seq_len)
         heldout_examples = []
         for row in heldout:
-            example = encode(row, prompt_template, tokenizer)
-            if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
-                heldout_examples.append(example)
+            for example in split_text(encode(row, prompt_template, tokenizer), max_seq_len):
+                if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
+                    heldout_examples.append(example)
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         job = assemble_job(
@@ -131,9 +131,10 @@ class InstructionTask:
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """Answers of base and tuned model to held-out prompts, if the recipe compares any."""
-        if not self.recipe.compare_prompts or not self.heldout:
+        prompts = [row for row in self.heldout if not isinstance(row, TextRow)]
+        if not self.recipe.compare_prompts or not prompts:
             return None
-        return compare.compare_after_training(self.recipe, out, self.heldout)
+        return compare.compare_after_training(self.recipe, out, prompts)
 
     def report(self, before: None, after: Comparison | None, out: Path) -> None:
         """Write compare.md, compare.html and compare.json, and print the scores with a few answers."""
@@ -153,6 +154,10 @@ def _encode_rows(
     Raises InputError for a longer row if the recipe's `overlong` is "error".
     """
     examples = [encode(row, prompt_template, tokenizer) for row in progress(rows, "tokenizing")]
+    texts = examples
+    examples = [part for example in texts for part in split_text(example, max_seq_len)]
+    if parts := len(examples) - len(texts):
+        console.print(f"split texts longer than {max_seq_len} tokens: {parts:,} more examples")
     if recipe.overlong == "cut":
         full_length = examples
         examples = [truncate(example, max_seq_len) for example in full_length]

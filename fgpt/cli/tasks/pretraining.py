@@ -20,6 +20,7 @@ from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.build import warn_if_all_warmup
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
+from fgpt.data.documents import read as read_documents
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
@@ -70,8 +71,8 @@ def load_documents(recipe: PretrainingRecipe) -> tuple[list[str], list[str]]:
 
     Raises InputError if a file holds no text, or only one document, or the hub cannot be reached.
     """
-    heldout = None if recipe.heldout is None else documents.read(recipe.heldout)
-    texts = [text for path in recipe.data for text in documents.read(path)] or documents.from_hub(recipe.source)
+    heldout = None if recipe.heldout is None else read_documents(recipe.heldout)
+    texts = [text for path in recipe.data for text in read_documents(path)] or documents.from_hub(recipe.source)
     if heldout is not None:
         return texts, heldout
     if not recipe.data and recipe.source == "wikitext-103":

@@ -1,9 +1,7 @@
 """The documents of pretraining, and the rows of tokens that they fill."""
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -11,45 +9,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fgpt.data import instruction_datasets
-from fgpt.data.text_files import open_text, read_errors
-from fgpt.errors import InputError
+from fgpt.data.documents import articles
 from fgpt.rng import fold_in
-from fgpt.tokenizers.tiktoken_bpe import END
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
-TITLE = re.compile(r"^ \n(?= = [^=\n]+ = \n \n)", re.MULTILINE)
-"""The beginning of a WikiText article: its title is between blank lines, with one = where a section has more."""
 HUB_LIMITS = {"tinystories": 100_000}
 """The number of documents read from the hub, if not all: 20 M tokens, more than pretrain-nano reads."""
 
 
 Document: TypeAlias = Int[Tensor, " _"]
 """The tokens of a document, int32."""
-
-
-def read(path: Path) -> list[str]:
-    """The documents of a text file, decompressed if its name ends in .gz, .bz2, .xz or .zst: separated by
-    <|endoftext|>, else the articles of WikiText, else the file as one document.
-
-    Raises InputError if the file cannot be read, is not UTF-8, or holds no text.
-    """
-    try:
-        with read_errors(path), open_text(path) as file:
-            text = file.read()
-    except InputError as err:
-        raise InputError(f"{path}: expected a text in UTF-8, its documents separated by {END}: {err}") from None
-    parts = [part.strip() for part in text.split(END)] if END in text else articles(text)
-    texts = [part for part in parts if part.strip()]
-    if not texts:
-        raise InputError(f"{path}: holds no text")
-    return texts
-
-
-def articles(text: str) -> list[str]:
-    """WikiText's articles, whose concatenation is `text`; any other text is one article."""
-    starts = [match.start() for match in TITLE.finditer(text)]
-    edges = [0, *(start for start in starts if start > 0), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def from_hub(source: str) -> list[str]:

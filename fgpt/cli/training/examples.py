@@ -33,6 +33,8 @@ def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionR
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
     columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
     loaded = instruction_datasets.load_all(recipe.data, columns)
+    for line in loaded.formats:
+        console.print(line, markup=False)
     if reasons := conversations.summary(loaded.left_out):
         console.print(f"left out of conversations: {reasons}", markup=False)
     rows = _shorten_finqa(recipe, loaded.rows)

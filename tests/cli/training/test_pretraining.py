@@ -16,8 +16,9 @@ from fgpt.cli.inference.generation import LoadedRun, encode_conversation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.tasks.pretraining import figures, heldout_perplexity
-from fgpt.cli.training import documents, mfu
+from fgpt.cli.training import mfu
 from fgpt.cli.training.examples import load_instruction_split
+from fgpt.data.documents import read as read_documents
 from fgpt.data.prompt_templates import InstructionRow, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
 from fgpt.evaluation.likelihood import loglikelihood_rolling, perplexity
@@ -64,14 +65,14 @@ def test_it_learns_and_says_so(pretrained_run: Path, texts: tuple[Path, Path]):
     assert last["mfu"] == pytest.approx(speed * mfu.flops(params, 64) / 0.05e12, rel=0.1)  # seconds are rounded
     assert last["heldout_loss"] == pytest.approx(result["loss"], abs=1e-2)  # saved in fp16
     tokenizer = fgpt.tokenizer(str(pretrained_run / "model"))
-    text = documents.read(texts[1])
+    text = read_documents(texts[1])
     assert figures(heldout_perplexity(params, tokenizer, text, 8), text) == pytest.approx(
         {name: x for name, x in result.items() if name not in ("before", "heldout_documents")}, rel=1e-4
     )
 
 
 def test_held_out_figures_are_the_evaluations(pretrained_run: Path, texts: tuple[Path, Path], capsys: Any):
-    params, text = fgpt.load(str(pretrained_run / "model")), documents.read(texts[1])[0]
+    params, text = fgpt.load(str(pretrained_run / "model")), read_documents(texts[1])[0]
     ended = loglikelihood_rolling(
         params, [*NANO.encode(text), NANO.eos_token_id], bos_token_id=NANO.bos_token_id, stride=64
     )
