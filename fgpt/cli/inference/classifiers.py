@@ -67,7 +67,7 @@ HiddenStates: TypeAlias = Iterator[tuple[list[int], Float[Tensor, "texts d_model
 """Indices of texts, and the hidden state at the last position of each."""
 
 
-def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: int) -> HiddenStates:
+def _hidden_packed(params: GPT, texts: Sequence[Sequence[int]], max_seq_len: int) -> HiddenStates:
     target, lengths = device(params), [len(text) for text in texts]  # longest first, which packs well
     bins = packing.pack(lengths, max(max_seq_len, lengths[0]))
     for start in range(0, len(bins), BATCH_SIZE):
@@ -81,7 +81,7 @@ def _hidden_packed(params: GPT, texts: Sequence[tuple[int, ...]], max_seq_len: i
         yield [i for indices in batch_bins for i in indices], h
 
 
-def _hidden_after_prefix(params: GPT, texts: Sequence[tuple[int, ...]], prefix_length: int) -> HiddenStates:
+def _hidden_after_prefix(params: GPT, texts: Sequence[Sequence[int]], prefix_length: int) -> HiddenStates:
     target = device(params)
     prefix = torch.tensor([texts[0][:prefix_length]], device=target)
     _, prefix_cache = forward_with_cache(params, prefix, KVCache())
