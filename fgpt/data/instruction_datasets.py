@@ -56,6 +56,8 @@ class Examples(NamedTuple):
     rows: list[InstructionRow]
     left_out: Counter[str]
     """What of its conversations is not trained on: the number of cases by reason."""
+    sizes: tuple[int, ...] = ()
+    """The number of rows of each source, if there may be several."""
 
 
 def load_rows(source: str | Path, columns: Columns | None = None, limit: int | None = None) -> list[InstructionRow]:
@@ -105,13 +107,14 @@ def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples
     """The examples of several sources, one after the other. If there are several, those on the hub keep their own
     columns. Raises InputError as `load_examples` does.
     """
-    rows, left_out = list[InstructionRow](), Counter[str]()
+    rows, left_out, sizes = list[InstructionRow](), Counter[str](), list[int]()
     for source in sources:
         is_on_hub = source in HUB_DATASETS and not Path(source).exists()
         examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
         rows += examples.rows
         left_out += examples.left_out
-    return Examples(rows, left_out)
+        sizes.append(len(examples.rows))
+    return Examples(rows, left_out, tuple(sizes))
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:
