@@ -43,8 +43,8 @@ def eval_losses(lines: Sequence[Line]) -> dict[str, str]:
     {'heldout_loss': 'held-out', 'eval_news_loss': 'news'}
     """
     metrics = dict.fromkeys(name for line in lines for name in line)
-    found = {HELDOUT_LOSS: loss_label(HELDOUT_LOSS)} if HELDOUT_LOSS in metrics else {}
-    return found | {metric: loss_label(metric) for metric in metrics if EVAL_LOSS.fullmatch(metric)}
+    heldout = {HELDOUT_LOSS: loss_label(HELDOUT_LOSS)} if HELDOUT_LOSS in metrics else {}
+    return heldout | {metric: loss_label(metric) for metric in metrics if EVAL_LOSS.fullmatch(metric)}
 
 
 def loss_label(metric: str) -> str:

@@ -29,8 +29,7 @@ def parse_eval_data(eval_data: Sequence[str]) -> dict[str, str]:
             name, source = Path(re.sub(r"\[.*\]$", "", text)).name.partition(".")[0], text
         if not NAME.fullmatch(name) or not source:
             raise InputError(
-                f"--eval-data {text}: {short_repr(name)} is no name of an evaluation set, expected letters, digits, _, "
-                "- and .; give NAME=FILE"
+                f"--eval-data {short_repr(text)}: expected FILE or NAME=FILE, with a name of letters, digits, _, -, ."
             )
         if name in sources:
             raise InputError(

@@ -112,9 +112,9 @@ def test_weights_are_read_from_the_sources(tmp_path: Path):
     ("sets", "message"),
     [
         (["a.json", "x/a.jsonl"], "two sets named a, a.json and x/a.jsonl: give each another name, NAME=FILE"),
-        (["a b.json"], "'a b' is no name of an evaluation set"),
-        (["=a.json"], "'' is no name of an evaluation set"),
-        (["news="], "'news' is no name of an evaluation set"),
+        (["a b.json"], "'a b.json': expected FILE or NAME=FILE, with a name of letters"),
+        (["=a.json"], "'=a.json': expected FILE or NAME=FILE"),
+        (["news="], "'news=': expected FILE or NAME=FILE"),
     ],
 )
 def test_unusable_sets_are_errors(sets: list[str], message: str):
