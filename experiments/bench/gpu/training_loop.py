@@ -90,7 +90,7 @@ def choice(base: fgpt.GPT, cfg: fgpt.Config) -> dict[str, Any]:
     assert isinstance(recipe, FineTuningRecipe)
 
     def step(rows: int) -> None:
-        batch = place(packing.collate(order.first_epoch[0][:rows], cfg.n_ctx), DEVICE)
+        batch = place(packing.collate(order.read(order.first_epoch[0][:rows]), cfg.n_ctx), DEVICE)
         training.step(state, base, [batch], None)
 
     auto = replace(recipe, micro_batch_size="auto", grad_accumulation_steps=128)
