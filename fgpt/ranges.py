@@ -25,9 +25,13 @@ class Range:
     above: int | float | None = None
     most: int | float | None = None
     below: int | float | None = None
+    fraction_or_integer: bool = False
+    """Whether numbers from 1 on must be integers."""
 
     def holds(self, x: int | float) -> bool:
         if isinstance(x, float) and not math.isfinite(x):
+            return False
+        if self.fraction_or_integer and isinstance(x, float) and x >= 1:
             return False
         high_enough = (self.least is None or x >= self.least) and (self.above is None or x > self.above)
         low_enough = (self.most is None or x <= self.most) and (self.below is None or x < self.below)
@@ -44,6 +48,8 @@ class Range:
             words.append(f"at most {self.most:,}")
         if self.below is not None:
             words.append(f"below {self.below:,}")
+        if self.fraction_or_integer:
+            words.append("an integer, or a fraction below 1")
         return ", ".join(words) or "a finite number"
 
 
@@ -54,6 +60,8 @@ NonNegativeInt: TypeAlias = Annotated[int, Range(least=0, most=LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Range(above=0)]
 NonNegativeFloat: TypeAlias = Annotated[float, Range(least=0)]
 Fraction: TypeAlias = Annotated[float, Range(least=0, below=1)]
+CountOrFraction: TypeAlias = Annotated[int | float, Range(least=0, most=LARGEST, fraction_or_integer=True)]
+"""A number of examples, or if it is below 1 a fraction of them."""
 Seed: TypeAlias = Annotated[int, Range(least=-(2**63), most=2**64 - 1)]
 """The range of `torch.Generator.manual_seed`."""
 

@@ -1,8 +1,10 @@
 """metrics.jsonl: a line of JSON for each step, appended and never overwritten."""
 
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,42 @@ from fgpt.errors import InputError, printable, short_repr
 Line = dict[str, Any]
 
 
+HELDOUT_LOSS = "heldout_loss"
+"""The loss of the rows that were held out of the training data."""
+EVAL_LOSS = re.compile(r"eval_(?P<name>.+)_loss")
+"""The loss of an evaluation set, named as transformers does."""
+
 FINITE = ("loss", "grad_norm", "tokens", "seconds")
 """Metrics that must be finite; every line has a loss."""
 
 LONGEST_LINE = 1 << 16
 """Bytes."""
+
+
+def eval_loss(name: str) -> str:
+    """What metrics call the loss of an evaluation set.
+
+    >>> eval_loss("news")
+    'eval_news_loss'
+    """
+    return f"eval_{name}_loss"
+
+
+def eval_losses(lines: Sequence[Line]) -> dict[str, str]:
+    """The losses of evaluations in the lines, held-out rows first: the name of each metric, and what it is of.
+
+    >>> eval_losses([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0, "eval_news_loss": 3.0, "heldout_loss": 4.0}])
+    {'heldout_loss': 'held-out', 'eval_news_loss': 'news'}
+    """
+    metrics = dict.fromkeys(name for line in lines for name in line)
+    heldout = {HELDOUT_LOSS: loss_label(HELDOUT_LOSS)} if HELDOUT_LOSS in metrics else {}
+    return heldout | {metric: loss_label(metric) for metric in metrics if EVAL_LOSS.fullmatch(metric)}
+
+
+def loss_label(metric: str) -> str:
+    """What the loss of an evaluation is of: held-out, or the name of its set."""
+    match = EVAL_LOSS.fullmatch(metric)
+    return match["name"] if match else "held-out"
 
 
 def read_metrics(metrics_file: Path) -> list[Line]:
@@ -94,6 +127,10 @@ def ema(values: Sequence[float], decay: float = 0.95) -> list[float]:
     return averages
 
 
+EVAL_COLORS = ("#b4611a", "#2e8a57", "#8a4fb0", "#b03a56")
+"""Of the curves of evaluations: the held-out rows', then those of the evaluation sets."""
+
+
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
     """Plot the loss over steps, raw and smoothed, to a PNG file. `unit` is what the loss is averaged over."""
     import matplotlib
@@ -108,6 +145,9 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
     axes.plot(steps, ema(losses), color="#1f5fa8", linewidth=2, label="smoothed")
+    for (metric, label), color in zip(eval_losses(rows).items(), itertools.cycle(EVAL_COLORS)):
+        points = [(row["step"], row[metric]) for row in rows if metric in row]
+        axes.plot(*zip(*points), color=color, marker="o", markersize=4, label=escape_mathtext(label))
     axes.set(title=escape_mathtext(title), xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

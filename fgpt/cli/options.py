@@ -19,8 +19,8 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data train test source max_seq_len template head labels overlong num_heldout heldout num_fewshot "
-        "tokenizer"
+        "base data mixture eval_data train test source max_seq_len template head labels overlong num_heldout heldout "
+        "num_fewshot tokenizer"
     ),
     "training": (
         "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
@@ -29,7 +29,8 @@ GROUPS = {
     "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile peak_tflops",
     "run": (
-        "name out eval_every keep_best checkpoint_every_minutes keep_checkpoints tracker compare_prompts max_new_tokens"
+        "name out eval_every keep_best early_stopping_patience checkpoint_every_minutes keep_checkpoints tracker "
+        "compare_prompts max_new_tokens"
     ),
     "text": "columns prompt",
 }

@@ -18,7 +18,7 @@ from fgpt.io.files import read_json, write_json
 LOCAL = "local.json"
 ABOUT = "full paths on this machine, for resuming and using the run here; do not share this file"
 
-FIELDS = ("base", "data", "source", "train", "test", "heldout", "tokenizer", "out")
+FIELDS = ("base", "data", "eval_data", "source", "train", "test", "heldout", "tokenizer", "out")
 """The fields of recipes that may be paths."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")
@@ -32,6 +32,9 @@ def shareable(path: str | Path) -> str:
     ('.../rows.json', 'gpt2-medium')
     """
     text = str(path)
+    name, equals, rest = text.partition("=")  # NAME=PATH
+    if equals and rest.startswith(("/", "~")) and "/" not in name:
+        return f"{name}={shareable(rest)}"
     if not text.startswith(("/", "~")):
         return text
     here, full = Path.cwd(), Path(os.path.normpath(text))
@@ -92,4 +95,9 @@ def _fits(full: Any, short: Any) -> bool:
 
 
 def _ends_as(full: Any, short: Any) -> bool:
-    return full == short or os.path.normpath(str(full)).endswith("/" + str(short).removeprefix(".../"))
+    if full == short:
+        return True
+    name, equals, rest = str(short).partition("=")  # NAME=PATH
+    if equals and str(full).startswith(f"{name}="):
+        full, short = str(full).removeprefix(f"{name}="), rest
+    return os.path.normpath(str(full)).endswith("/" + str(short).removeprefix(".../"))

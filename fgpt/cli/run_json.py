@@ -134,7 +134,7 @@ def _from_json(type_: Any, value: Any, name: str = "") -> Any:
         value = tuple(_from_json(get_args(type_)[0], x, name) for x in value)
     elif Path in (type_, *get_args(type_)) and isinstance(value, str):
         value = Path(value)
-    elif float in (type_, *get_args(type_)) and type(value) is int:
+    elif float in (type_, *get_args(type_)) and int not in get_args(type_) and type(value) is int:
         value = float(value)
     hint: Any = type_
     if not is_bearable(value, hint):

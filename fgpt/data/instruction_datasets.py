@@ -54,6 +54,8 @@ class Examples(NamedTuple):
     """What of its rows is not trained on: the number of cases by reason."""
     formats: tuple[str, ...] = ()
     """The format of each source, in one line: its name, its columns and its rows."""
+    sizes: tuple[int, ...] = ()
+    """The number of rows of each source, if there may be several."""
 
 
 def load_rows(
@@ -106,13 +108,15 @@ def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples
     columns. Raises InputError as `load_examples` does.
     """
     rows, left_out, formats = list[InstructionRow](), Counter[str](), tuple[str, ...]()
+    sizes: list[int] = []
     for source in map(parse_source, sources):
         is_on_hub = source.name in HUB_DATASETS and not Path(source.name).exists()
         examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
         rows += examples.rows
         left_out += examples.left_out
         formats += examples.formats
-    return Examples(rows, left_out, formats)
+        sizes.append(len(examples.rows))
+    return Examples(rows, left_out, formats, tuple(sizes))
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fgpt.data.instruction_datasets import Columns
-from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
+from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeInt, PositiveInt
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
@@ -20,7 +20,11 @@ class InstructionRecipe(FineTuningRecipe):
     data: tuple[str, ...]
     """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu, any
     owner/name:config@revision[split]), a local json, jsonl, csv, tsv, txt, parquet or arrow file, a pattern of files, a
-    folder. In conversations each answer is an example."""
+    folder. In conversations each answer is an example. With weights, a:0.7 b:0.3, they are mixed in these ratios."""
+    mixture: Literal["examples", "tokens"] = "examples"
+    """Whether the weights of several sources (--data a:0.7 b:0.3) count examples or tokens."""
+    eval_data: tuple[str, ...] = ()
+    """Evaluation sets, each a source or NAME=SOURCE: with eval_every each has a loss of its own."""
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
     template: str = "alpaca"
@@ -30,9 +34,9 @@ class InstructionRecipe(FineTuningRecipe):
     overlong: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than max_seq_len: error refuses to start, drop leaves them out, cut truncates
     their answers."""
-    num_heldout: NonNegativeInt = 64
-    """Examples to hold out of training, for the comparison; a tenth if these would be more than half. The embedded data
-    has its own."""
+    num_heldout: CountOrFraction = 64
+    """Examples to hold out of training, for the comparison; below 1 the fraction of them, such as 0.05. A tenth if
+    these would be more than half. The embedded data has its own."""
     compare_prompts: NonNegativeInt = 8
     """Held-out prompts that base and tuned model answer after training; 0 for none."""
     max_new_tokens: PositiveInt = 128

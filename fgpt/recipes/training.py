@@ -19,9 +19,12 @@ class TrainingRecipe:
     name: str
     """Of the run directory; -2, -3, .. is added if it exists."""
     eval_every: PositiveInt | None = None
-    """Steps from one held-out loss to the next; the best state is checkpointed too. None computes none."""
+    """Steps from one evaluation (held-out loss) to the next; the best state is checkpointed too. None computes none."""
     keep_best: bool = False
     """Leave the state of the lowest held-out loss as the result, not the last one; needs eval_every."""
+    early_stopping_patience: PositiveInt | None = None
+    """End the training after so many evaluations without a lower held-out loss; needs eval_every. None trains to the
+    end."""
     checkpoint_every_minutes: NonNegativeFloat = 2.0
     """Minutes of training from one checkpoint to the next, for --resume; 0 writes one after each step."""
     keep_checkpoints: PositiveInt = 2

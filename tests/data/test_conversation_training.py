@@ -55,7 +55,7 @@ def test_one_conversation_cannot_be_held_out():
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
     recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),), num_heldout=4)
-    first, second = load_instruction_split(recipe)
+    first, second, _ = load_instruction_split(recipe)
     assert len(first) + len(second) == 18
     assert len(second) == 4
     output = " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""An instruction-tuned run on its held-out rows: the loss of their answers, and the scores of generated answers."""
+"""An instruction-tuned run on rows that it was not trained on: the loss of their answers, and the scores of its own."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,14 @@ from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
-def heldout_metrics(
-    params: GPT, tokenizer: Tokenizer, recipe: InstructionRecipe, *, rows: Sequence[InstructionRow], batch_size: int
+def response_metrics(
+    params: GPT,
+    tokenizer: Tokenizer,
+    recipe: InstructionRecipe,
+    *,
+    rows: Sequence[InstructionRow],
+    batch_size: int,
+    title: str,
 ) -> Metrics:
     """Loss and perplexity of the reference answers, EOS included, of the rows that fit the recipe's max_seq_len."""
     examples = [encode(row, template(recipe.template), tokenizer) for row in rows]
@@ -25,7 +31,7 @@ def heldout_metrics(
     loss = -math.fsum(logprobs) / len(logprobs)
     counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": len(logprobs)}
     values = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
-    return print_metrics("held-out rows", counts, values)
+    return print_metrics(title, counts, values)
 
 
 def answer_metrics(

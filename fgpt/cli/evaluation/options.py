@@ -13,7 +13,7 @@ class RunEvaluationOptions:
     num_generations: PositiveInt | None = None
     """For an instruction-tuned run: also answer N held-out prompts, and score the answers as fgpt compare does."""
     limit: PositiveInt | None = None
-    """Only the first N held-out rows."""
+    """Only the first N held-out rows, and of each evaluation set."""
     test: str | None = None
     """For a classifier: other rows than its own, from a source as fgpt train's --test takes."""
     columns: Columns = field(default_factory=Columns)

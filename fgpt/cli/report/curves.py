@@ -1,14 +1,13 @@
 """The course of a training, from its metrics: plots, and the numbers that sum it up."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 
-from fgpt.cli.metrics_log import Line, ema
+from fgpt.cli.metrics_log import HELDOUT_LOSS, Line, ema, eval_losses
 from fgpt.cli.report.formatting import duration, number
-from fgpt.cli.report.plots import Plot, Point, Series
-
-HELDOUT = "heldout_loss"
+from fgpt.cli.report.plots import EVAL_COLORS, Plot, Point, Series
 
 LOG_SCALE_RATIO = 30
 """Gradient norms whose largest is more than this times the smallest are drawn on a logarithmic axis."""
@@ -19,7 +18,10 @@ def curves(lines: Sequence[Line], unit: str) -> list[Plot]:
     norms = values(lines, "grad_norm")
     positive = [norm for _, norm in norms if norm > 0]
     log = bool(positive) and max(positive) > LOG_SCALE_RATIO * min(positive)
-    loss = [*_raw_and_smooth(values(lines, "loss")), Series("held out", values(lines, HELDOUT), "heldout")]
+    loss = _raw_and_smooth(values(lines, "loss"))
+    for (metric, label), color in zip(eval_losses(lines).items(), itertools.cycle(EVAL_COLORS)):
+        name = "held out" if metric == HELDOUT_LOSS else label
+        loss.append(Series(name, values(lines, metric), color))
     plots = [
         Plot("loss", [series for series in loss if series.points], f"nats per {unit}", wide=True),
         Plot("learning rate", [Series("learning rate", values(lines, "lr"), "smooth")], from_zero=True),
@@ -39,11 +41,12 @@ def key_numbers(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
         numbers.append(
             ("loss", f"{smooth(loss)[-1][1]:.3f}", f"smoothed, at the end; {first_loss:.3f} at step {first_step:g}")
         )
-    if heldout := values(lines, HELDOUT):
-        step, best = min(heldout, key=lambda point: point[1])
-        numbers.append(
-            ("held-out loss", f"{heldout[-1][1]:.3f}", f"the last; the best is {best:.3f}, at step {step:g}")
-        )
+    for metric, label in eval_losses(lines).items():
+        if points := values(lines, metric):
+            step, best = min(points, key=lambda point: point[1])
+            numbers.append(
+                (f"{label} loss", f"{points[-1][1]:.3f}", f"the last; the best is {best:.3f}, at step {step:g}")
+            )
     if speeds := tokens_per_second(lines):
         median = statistics.median(speed for _, speed in speeds)
         numbers.append(("tokens per second", number(round(median)), "median over steps"))

@@ -15,8 +15,20 @@ from fgpt.cli.report.formatting import number
 
 Point = tuple[float, float]
 
-COLORS = {"raw": "#a5c5e3", "smooth": "#1f6fb8", "heldout": "#b4611a", "soft": "#5a6877", "line": "#dce2e9"}
+COLORS = {
+    "raw": "#a5c5e3",
+    "smooth": "#1f6fb8",
+    "heldout": "#b4611a",
+    "eval1": "#2e8a57",
+    "eval2": "#8a4fb0",
+    "eval3": "#b03a56",
+    "soft": "#5a6877",
+    "line": "#dce2e9",
+}
 """The page's color variables, each with the color that stands for it while matplotlib draws."""
+
+EVAL_COLORS = ("heldout", "eval1", "eval2", "eval3")
+"""Of the curves of evaluations, in turn; their points are marked."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -64,7 +76,7 @@ class Plot:
         figure = Figure(figsize=(13.9 if self.wide else 7.5, 4.2), layout="constrained")
         axes = figure.subplots()
         for series in self.series:
-            marker = "o" if series.color == "heldout" or len(series.points) == 1 else ""
+            marker = "o" if series.color in EVAL_COLORS or len(series.points) == 1 else ""
             width = 1.0 if series.color == "raw" else 2.0
             axes.plot(*zip(*series.points), color=COLORS[series.color], linewidth=width, marker=marker, clip_on=False)
         if self.log:

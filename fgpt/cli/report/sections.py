@@ -66,8 +66,11 @@ def ending(data: RunData) -> Ending:
     status = data.status or {}
     reason = status.get("why")
     reason = without_paths(reason) if isinstance(reason, str) else "the reason is not recorded"
+    finished = "The training finished"
+    if data.lines and isinstance(steps := status.get("steps"), int) and data.lines[-1]["step"] < steps:
+        finished += f" early, after step {data.lines[-1]['step']:g} of {steps:,}: its held-out loss no longer fell"
     endings = {
-        "finished": Ending("finished", "c3", f"The training finished; {last}."),
+        "finished": Ending("finished", "c3", f"{finished}; {last}."),
         "interrupted": Ending("interrupted", "warn", f"The training was interrupted; {last}."),
         "failed": Ending("failed", "warn", f"The training failed: {reason}; {last}."),
         "running": Ending("running", "c1", f"The training is running; {last}."),

@@ -11,6 +11,7 @@ from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.tasks.classification import ClassificationTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.tasks.pretraining import PretrainingTask
+from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
@@ -111,6 +112,7 @@ def build_task(recipe: AnyRecipe) -> Task:
 
     Raises InputError for bad input.
     """
+    check_evaluation_options(recipe)
     use_determinism(recipe)
     return task_type(recipe).build(recipe)
 

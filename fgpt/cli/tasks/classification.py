@@ -17,6 +17,7 @@ from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.inference.classifiers import label_choices, prompt_frame_of, with_head
+from fgpt.cli.metrics_log import HELDOUT_LOSS
 from fgpt.cli.training.build import (
     assemble_job,
     build_adapters,
@@ -108,9 +109,9 @@ class ClassificationTask:
             examples=examples,
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
-            heldout_loss=(lambda params: score(params, heldout_examples, labels, max_seq_len)[1])
+            eval_losses={HELDOUT_LOSS: lambda params: score(params, heldout_examples, labels, max_seq_len)[1]}
             if heldout_examples
-            else None,
+            else {},
             test_rows=test_examples,
             rows_with_shots=fewshot_examples,
             heldout_rows=heldout_examples,

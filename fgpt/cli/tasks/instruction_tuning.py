@@ -1,8 +1,10 @@
 """Instruction tuning, from its recipe to a comparison of base and tuned model."""
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -15,7 +17,7 @@ from fgpt.cli.evaluation.compare import contenders
 from fgpt.cli.evaluation.compare.prompts import held_out
 from fgpt.cli.evaluation.compare.results import Comparison
 from fgpt.cli.evaluation.compare.scores import fitting
-from fgpt.cli.evaluation.instruction_tuning import answer_metrics, heldout_metrics
+from fgpt.cli.evaluation.instruction_tuning import answer_metrics, response_metrics
 from fgpt.cli.evaluation.metrics.text import nats
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
@@ -27,8 +29,10 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.eval_sets import encode_eval_sets
+from fgpt.cli.training.examples import load_eval_sets, load_instruction_split
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
@@ -55,15 +59,17 @@ class InstructionTask:
         """Raises InputError for bad input."""
         prompt_template = template(recipe.template)
         recipe = resolve_precision(recipe)
-        rows, heldout = load_instruction_split(recipe)
+        rows, heldout, sizes = load_instruction_split(recipe)
+        eval_sets = load_eval_sets(recipe)
         cfg, tokenizer, _ = load_tokenizer(recipe)
         max_seq_len = row_length(recipe, cfg)
-        examples = _encode_rows(recipe, rows, prompt_template, tokenizer, max_seq_len)
-        heldout_examples = []
-        for row in heldout:
-            for example in split_text(encode(row, prompt_template, tokenizer), max_seq_len):
-                if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
-                    heldout_examples.append(example)
+        by_source = []
+        for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+            by_source.append(_encode_rows(recipe, rows[start:end], prompt_template, tokenizer, max_seq_len))
+        examples, mixture = list(itertools.chain.from_iterable(by_source)), mix_sources(recipe, by_source)
+        eval_examples = encode_eval_sets(
+            heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
+        )
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         job = assemble_job(
@@ -73,9 +79,11 @@ class InstructionTask:
             examples=examples,
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
-            heldout_loss=(lambda params: nats(params, heldout_examples)) if heldout_examples else None,
+            mixture=mixture,
+            eval_losses={metric: partial(nats, examples=rows) for metric, rows in eval_examples.items()},
             heldout_rows=heldout,
             template=repr(prompt_template),
+            **{f"evaluation set {name}": rows for name, rows in eval_sets.items()},
         )
         response_tokens = sum(example.num_loss_tokens for example in examples)
         announce(
@@ -105,15 +113,21 @@ class InstructionTask:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()):
             raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
         tokenizer, heldout = load_tokenizer(recipe).tokenizer, load_instruction_split(recipe)[1]
-        if not heldout:
+        eval_sets = load_eval_sets(recipe)
+        if not heldout and not eval_sets:
             run = shlex.quote(str(folder))
             raise InputError(f"{recipe.name} held out no rows: give a text, fgpt eval text FILE --run {run}")
         answered: Sequence[InstructionRow] = ()
         if options.num_generations:
             answered = held_out(contenders.from_runs([recipe], [folder]), heldout, options.num_generations).rows
         params = run_dir.load_tuned(folder, load_base(recipe))
-        rows, batch_size = heldout[: options.limit], options.batch_size
-        results = {"held out": heldout_metrics(params, tokenizer, recipe, rows=rows, batch_size=batch_size)}
+        results: dict[str, Metrics] = {}
+        named_rows = {"held out": ("held-out rows", heldout)} if heldout else {}
+        named_rows |= {f"evaluation set {name}": (f"rows of {name}", rows) for name, rows in eval_sets.items()}
+        for name, (title, rows) in named_rows.items():
+            results[name] = response_metrics(
+                params, tokenizer, recipe, rows=rows[: options.limit], batch_size=options.batch_size, title=title
+            )
         if answered:
             results["answers"] = answer_metrics(params, tokenizer, recipe, answered)
         return results

@@ -17,6 +17,7 @@ from fgpt.cli.console import announce, console, progress, show_progress
 from fgpt.cli.devices import describe_precision, resolve_device, resolve_dtype, resolve_precision
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
+from fgpt.cli.metrics_log import HELDOUT_LOSS
 from fgpt.cli.training import documents, mfu
 from fgpt.cli.training.build import warn_if_all_warmup
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
@@ -159,8 +160,6 @@ class PretrainingTask:
         packaged = gpt2() if recipe.tokenizer == "gpt2" else None
         tokenizer = packaged or models.tokenizer(recipe.tokenizer)
         cfg = config_of(recipe, tokenizer.n_vocab)
-        if recipe.keep_best and not recipe.eval_every:
-            raise InputError("the best state is that of the least held-out loss: give --eval-every N")
         texts, heldout = load_documents(recipe)
         tokens = documents.encode(progress(texts, "tokenizing"), tokenizer)
         rng = key(recipe.seed)
@@ -184,6 +183,10 @@ class PretrainingTask:
         )
         optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
         source = "" if packaged else recipe.tokenizer
+
+        def heldout_loss(p: GPT) -> float:
+            return heldout_perplexity(cast(p, dtype), tokenizer, heldout, recipe.micro_batch_size).loss
+
         job = TrainingJob(
             recipe=recipe,
             step=make_step(
@@ -197,7 +200,7 @@ class PretrainingTask:
             fingerprint=fingerprint(recipe, params, tokenizer, source, training_rows=tokens, heldout_rows=heldout),
             initial_state=InitialState(init_state(params, optimizer)),
             tokenizer=tokenizer,
-            heldout_loss=lambda p: heldout_perplexity(cast(p, dtype), tokenizer, heldout, recipe.micro_batch_size).loss,
+            eval_losses={HELDOUT_LOSS: heldout_loss},
             mfu=lambda tokens_per_second: tokens_per_second * flops_per_token / peak_flops,
         )
         return cls(recipe, job, heldout, packaged or recipe.tokenizer)

@@ -1,7 +1,7 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fgpt.cli.training.row_order import RowOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.examples import Example
+from fgpt.data.mixtures import Mixture
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
@@ -148,23 +149,23 @@ def assemble_job(
     examples: list[Example],
     max_seq_len: int,
     tokenizer: Tokenizer,
-    heldout_loss: Callable[[GPT], float] | None = None,
+    mixture: Mixture | None = None,
+    eval_losses: Mapping[str, Callable[[GPT], float]] | None = None,
     **others: Any,
 ) -> TrainingJob:
     """The training of `adapters` over `base` on `examples`.
 
     Args:
         max_seq_len: tokens in a row, into which examples are packed.
-        heldout_loss: loss of tuned params on held-out rows.
+        mixture: what an epoch draws of the examples; None takes each once.
+        eval_losses: losses of tuned params on held-out rows and on evaluation sets, by the names of their metrics.
         others: what the training reads besides, for its fingerprint.
 
-    Raises InputError if a held-out loss or the best state is requested and there are no held-out rows.
+    Raises InputError if evaluations are requested and there are no rows for them.
     """
-    if recipe.keep_best and not recipe.eval_every:
-        raise InputError("--keep-best keeps the state of least held-out loss: give --eval-every N as well")
-    if recipe.eval_every and heldout_loss is None:
+    if recipe.eval_every and not eval_losses:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
-    order, target = RowOrder(examples, recipe, max_seq_len), device(adapters)
+    order, target = RowOrder(examples, recipe, max_seq_len, mixture), device(adapters)
     steps = order.num_steps()
     schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
@@ -180,7 +181,13 @@ def assemble_job(
 
         recipe = with_largest_micro_batch(recipe, target, probe)
     micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
+    if mixture is not None and mixture.counts != mixture.sizes:
+        others |= {"mixture": str(mixture)}
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
+
+    def of_tuned(loss: Callable[[GPT], float]) -> Callable[[Adapters], float]:
+        return lambda tuned: loss(adapt(frozen, tuned))
+
     return TrainingJob(
         recipe=recipe,
         step=step,
@@ -192,7 +199,7 @@ def assemble_job(
         fingerprint=hashes,
         initial_state=InitialState(state),
         tokenizer=tokenizer,
-        heldout_loss=None if heldout_loss is None else lambda tuned: heldout_loss(adapt(frozen, tuned)),
+        eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
 

@@ -1,17 +1,22 @@
 """The rows that a fine-tuning recipe trains on, and the rows held out of them."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from fgpt.cli.console import console
+from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
+from fgpt.data.mixtures import check_weights
 from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template
+from fgpt.data.source_syntax import parse_source
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.recipes import ClassificationRecipe, InstructionRecipe
@@ -22,7 +27,17 @@ T = TypeVar("T")
 NANO_TASKS, NANO_HELDOUT = models.EMBEDDED["nano"] / "tasks.jsonl", models.EMBEDDED["nano"] / "heldout.jsonl"
 
 
-def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionRow], list[InstructionRow]]:
+class InstructionSplit(NamedTuple):
+    """The rows of an instruction tuning."""
+
+    rows: list[InstructionRow]
+    """To train on, source by source."""
+    heldout: list[InstructionRow]
+    sizes: tuple[int, ...]
+    """How many of `rows` each source has."""
+
+
+def load_instruction_split(recipe: InstructionRecipe) -> InstructionSplit:
     """Rows to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's seed.
     What is left out of conversations is counted and printed, as is the number of FinQA pages that were shortened to
     `max_seq_len`.
@@ -30,15 +45,48 @@ def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionR
     Raises InputError if holding out would leave nothing to train on.
     """
     if recipe.data == ("nano",):
-        return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
+        rows: list[InstructionRow] = list(read_tasks(NANO_TASKS))
+        return InstructionSplit(rows, list(read_tasks(NANO_HELDOUT)), (len(rows),))
+    rows, sizes = _load_rows(recipe, [name for name, _ in source_weights(recipe.data)])
+    count = num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data))
+    heldout = heldout_indices(rows, count, recipe.seed)
+    train_sizes = []
+    for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+        train_sizes.append(sum(i not in heldout for i in range(start, end)))
+    return InstructionSplit(*_split(rows, heldout), tuple(train_sizes))
+
+
+def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]:
+    """The rows of each evaluation set, by its name. Raises InputError as `parse_eval_data` does, and for a source that
+    cannot be read.
+    """
+    sources = parse_eval_data(recipe.eval_data)
+    return {name: _load_rows(recipe, [source])[0] for name, source in sources.items()}
+
+
+def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
+    """Each source of `--data` and its weight in the mixture, None if it has none.
+
+    Raises InputError as `check_weights` does.
+
+    >>> source_weights(["alpaca:0.7", "mine.jsonl:0.3"])
+    [('alpaca', 0.7), ('mine.jsonl', 0.3)]
+    """
+    parsed = [parse_source(text) for text in sources]
+    weights = [(str(replace(source, weight=None)), source.weight) for source in parsed]
+    check_weights(weights)
+    return weights
+
+
+def _load_rows(recipe: InstructionRecipe, sources: Sequence[str]) -> tuple[list[InstructionRow], tuple[int, ...]]:
+    """The rows of sources, and the number of those of each."""
     columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
-    loaded = instruction_datasets.load_all(recipe.data, columns)
+    loaded = instruction_datasets.load_all(sources, columns)
     for line in loaded.formats:
         console.print(line, markup=False)
     if reasons := conversations.summary(loaded.left_out):
         console.print(f"left out of conversations: {reasons}", markup=False)
-    rows = _shorten_finqa(recipe, loaded.rows)
-    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed)
+    return _shorten_finqa(recipe, loaded.rows), loaded.sizes
 
 
 def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:
@@ -91,13 +139,15 @@ def _classification_columns(recipe: ClassificationRecipe) -> classification_data
     return None if recipe.columns == classification_datasets.Columns() else recipe.columns
 
 
-def num_heldout(rows: Sequence[object], requested: int, source: str) -> int:
-    """How many rows to hold out: `requested`, or a tenth of the rows if that would be more than half of them.
+def num_heldout(rows: Sequence[object], requested: float, source: str) -> int:
+    """How many rows to hold out: `requested`, below 1 that fraction of the rows; a tenth of the rows if that would be
+    more than half of them.
 
     Raises InputError if there is only one row.
     """
-    if 2 * requested <= len(rows):
-        return requested
+    count = max(1, round(requested * len(rows))) if 0 < requested < 1 else round(requested)
+    if 2 * count <= len(rows):
+        return count
     if len(rows) < 2:
         raise InputError(f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some")
     count = max(1, len(rows) // 10)
@@ -109,10 +159,21 @@ def num_heldout(rows: Sequence[object], requested: int, source: str) -> int:
 
 
 def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
-    """All rows except `heldout` of them, and those: the last of a shuffle by the seed, each part in the rows' order.
+    """All rows except `heldout` of them, and those: each part in the rows' order. Raises InputError as
+    `heldout_indices` does.
+    """
+    return _split(rows, heldout_indices(rows, heldout, seed))
 
-    A conversation is not divided: its turns are all in the first part or all in the second. So the second part may be a
-    few rows longer than `heldout`, or shorter if that would leave none in the first.
+
+def _split(rows: Sequence[T], heldout: set[int]) -> tuple[list[T], list[T]]:
+    return [row for i, row in enumerate(rows) if i not in heldout], [rows[i] for i in sorted(heldout)]
+
+
+def heldout_indices(rows: Sequence[object], heldout: int, seed: int) -> set[int]:
+    """The indices of `heldout` of the rows, the last of a shuffle by the seed.
+
+    A conversation is not divided: its turns are all held out, or none is. So there may be a few more than `heldout`, or
+    fewer if that would leave none to train on.
 
     Raises InputError if rows are to be held out of a single conversation.
     """
@@ -129,5 +190,4 @@ def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[lis
         if len(second) >= heldout:
             break
         second.update(indices[group])
-    first = [row for i, row in enumerate(rows) if i not in second]
-    return first, [rows[i] for i in sorted(second)]
+    return second

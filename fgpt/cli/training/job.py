@@ -1,8 +1,8 @@
 """A training job: all that a training needs. The state after any step follows from it and the state before."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,8 +66,10 @@ class TrainingJob:
     """The hashes of all that the training reads: a checkpoint must have been made from the same."""
     initial_state: InitialState
     tokenizer: Tokenizer
-    heldout_loss: Callable[[Any], float] | None = None
-    """Loss of the trained leaves on held-out rows."""
+    eval_losses: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+    """The loss of the trained leaves on held-out rows and on each evaluation set, by the name of its metric. The best
+    state and early stopping follow the first.
+    """
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 

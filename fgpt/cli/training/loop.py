@@ -11,12 +11,13 @@ import torch
 
 from fgpt.cli.console import console
 from fgpt.cli.errors import DISK_FULL
-from fgpt.cli.metrics_log import Line
+from fgpt.cli.metrics_log import HELDOUT_LOSS, Line, loss_label
 from fgpt.cli.run_dir import METRICS, resume_command
 from fgpt.cli.signals import on_first_signal
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.background import in_background
 from fgpt.cli.training.checkpoints import Checkpointer
+from fgpt.cli.training.early_stopping import is_exhausted
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.pending import PendingMetrics
@@ -45,7 +46,8 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     """Train from the last checkpoint in the run directory `out`, if there is one, else from the initial state.
 
     A JSON line per step goes to the metrics file. A checkpoint is written every N minutes, at the end, and at each best
-    held-out loss. Ctrl-C, SIGTERM and SIGHUP end the training after the current step, with a checkpoint.
+    held-out loss. Ctrl-C, SIGTERM and SIGHUP end the training after the current step, with a checkpoint; so does early
+    stopping, which is an end and no interruption.
 
     On a GPU a step's metrics are read while it computes the next step, and a thread prepares the batches. A step that
     is followed by a checkpoint or a held-out loss is read before the next one begins: no state is saved whose loss is
@@ -58,6 +60,9 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     begin, target = int(state.step), device(state.trainable)
     is_ahead = target.type in AHEAD_DEVICES
     log, guard = MetricsLog(out / METRICS, begin, rounding(job.recipe, target)), FrozenLeafGuard(job, state)
+    metric, patience = next(iter(job.eval_losses), ""), job.recipe.early_stopping_patience
+    _print_followed_loss(job, metric)
+    followed_losses = log.earlier_values(metric, begin)
     checkpointer = Checkpointer(out, job.recipe, job.fingerprint)
     with (
         _disk_errors(out),
@@ -74,7 +79,8 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             show(line)
 
         unread: PendingMetrics | None = None
-        for step, micro_batches in zip(range(begin + 1, job.steps + 1), batches):
+        last_step = begin if is_exhausted(patience, followed_losses) else job.steps
+        for step, micro_batches in zip(range(begin + 1, last_step + 1), batches):
             lr, previous = float(job.schedule(torch.tensor(step - 1))), state
             state, metrics = job.train_step(previous, micro_batches, step - 1)
             tokens = sum(batch.tokens.numel() for batch in micro_batches)
@@ -83,25 +89,31 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 write(log.measure(unread, device=target, mfu=job.mfu))
                 unread = None
             is_last = interrupt_requested() or step == job.steps
-            if is_ahead and not (step <= 2 or _heldout_is_due(job, step) or checkpointer.is_due(None, is_last)):
+            if is_ahead and not (step <= 2 or _evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)):
                 unread = pending
                 continue
             line = log.measure(pending, device=target, mfu=job.mfu)
             guard.check(previous, state, step, lr)
             del previous  # its memory is free for the next step
             with log.pause():
-                heldout_loss = _heldout_loss(job, state, step)
-                if heldout_loss is not None:
-                    line["heldout_loss"] = heldout_loss
-                write(line)
-                is_last = is_last or interrupt_requested()
-                if checkpointer.is_due(heldout_loss, is_last):
+                losses = _evaluate(job, state, step)
+                write(line | losses)
+                followed_loss = losses.get(metric)
+                followed_losses += [] if followed_loss is None else [followed_loss]
+                is_last = is_last or interrupt_requested() or is_exhausted(patience, followed_losses)
+                if checkpointer.is_due(followed_loss, is_last):
                     log.sync()  # the metrics up to a checkpoint are on disk before it
-                    checkpointer.save(state, heldout_loss)
+                    checkpointer.save(state, followed_loss)
             if is_last:
                 break
     checkpointer.prune()  # for a training that was killed while it pruned after its last step
-    interrupted = int(state.step) < job.steps
+    stopped_early = int(state.step) < job.steps and is_exhausted(patience, followed_losses)
+    if stopped_early:
+        console.print(
+            f"stopped early, after step {int(state.step)} of {job.steps}: in {patience} evaluations the "
+            f"{loss_label(metric)} loss has not fallen below {min(followed_losses):.4f}"
+        )
+    interrupted = int(state.step) < job.steps and not stopped_early
     if job.recipe.keep_best and not interrupted:
         state = _best_state(job, state, out)
     return TrainResult(state, interrupted, log.seconds)
@@ -144,18 +156,26 @@ class FrozenLeafGuard:
             )
 
 
-def _heldout_is_due(job: TrainingJob, step: int) -> bool:
+def _print_followed_loss(job: TrainingJob, metric: str) -> None:
+    """Say which of several losses decides, if one does. The held-out loss alone needs no word."""
+    follows = job.recipe.keep_best or job.recipe.early_stopping_patience is not None
+    if follows and list(job.eval_losses) != [HELDOUT_LOSS]:
+        console.print(f"the best state and early stopping follow the {loss_label(metric)} loss", markup=False)
+
+
+def _evaluation_is_due(job: TrainingJob, step: int) -> bool:
     every = job.recipe.eval_every
-    return job.heldout_loss is not None and bool(every) and step % every == 0
+    return bool(job.eval_losses) and bool(every) and step % every == 0
 
 
-def _heldout_loss(job: TrainingJob, state: State, step: int) -> float | None:
-    """The held-out loss if it is due after this step."""
-    if job.heldout_loss is None or not _heldout_is_due(job, step):
-        return None
-    loss = job.heldout_loss(state.trainable)
-    console.print(f"step {step}  held-out loss {loss:.4f}")
-    return loss
+def _evaluate(job: TrainingJob, state: State, step: int) -> dict[str, float]:
+    """The losses of an evaluation by their metrics; none if no evaluation is due after this step."""
+    if not _evaluation_is_due(job, step):
+        return {}
+    losses = {metric: loss(state.trainable) for metric, loss in job.eval_losses.items()}
+    figures = ", ".join(f"{loss_label(metric)} loss {loss:.4f}" for metric, loss in losses.items())
+    console.print(f"step {step}  {figures}", markup=False)
+    return losses
 
 
 def _best_state(job: TrainingJob, last: State, out: Path) -> State:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
+from fgpt.data.mixtures import Mixture
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 
@@ -18,14 +19,22 @@ Rows = list[list[Example]]
 class RowOrder:
     """The rows of one update after the other: epoch after epoch in a fresh order, without end.
 
-    They are a function of the seed and of the number of rows in an update, `micro_batch_size` times
-    `grad_accumulation_steps`: smaller micro-batches of the same update change its gradient by rounding alone.
+    An epoch reads the examples that the mixture draws, by default each one once. The rows are a function of the seed
+    and of the number of rows in an update, `micro_batch_size` times `grad_accumulation_steps`: smaller micro-batches of
+    the same update change its gradient by rounding alone.
 
     Raises InputError for examples that cannot be trained on.
     """
 
-    def __init__(self, examples: Sequence[Example], recipe: FineTuningRecipe, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        recipe: FineTuningRecipe,
+        max_seq_len: int,
+        mixture: Mixture | None = None,
+    ) -> None:
         packing.filter_by_length(examples, max_seq_len)
+        self._mixture = mixture or Mixture((len(examples),), (len(examples),))
         self._examples, self._recipe, self.max_seq_len = examples, recipe, max_seq_len
         self._lengths = example_lengths(examples)
 
@@ -52,6 +61,7 @@ class RowOrder:
         return max(1, round(self._recipe.epochs * len(self.first_epoch)))
 
     def _lay_out(self, epoch: int) -> list[RowIndices]:
-        rng = fold_in(key(self._recipe.seed), f"epoch {epoch}")
-        order = packing.permutation(len(self._examples), fold_in(rng, "examples"))
+        seed = key(self._recipe.seed)
+        rng, drawn = fold_in(seed, f"epoch {epoch}"), self._mixture.draw(fold_in(seed, "mixture"), epoch)
+        order = drawn[packing.permutation(len(drawn), fold_in(rng, "examples"))].tolist()
         return packing.lay_out_rows(order, self._lengths, self.max_seq_len, self._recipe.rows_per_update, rng=rng)

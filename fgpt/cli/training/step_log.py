@@ -99,6 +99,11 @@ class MetricsLog:
             )
             self._earlier = {}
 
+    def earlier_values(self, metric: str, last_step: int) -> list[float]:
+        """The values of a metric that earlier processes wrote, up to a step."""
+        lines = [line for step, line in sorted(self._earlier.items()) if step <= last_step]
+        return [line[metric] for line in lines if metric in line]
+
     def sync(self) -> None:
         """Make sure that all lines are on disk."""
         os.fsync(self._file.fileno())

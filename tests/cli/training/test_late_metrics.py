@@ -1,34 +1,27 @@
 """Steps that are launched before the metrics of the last one are read, as on a GPU: the same run."""
 
-import itertools
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders.resume import assert_same_files, exit_status, final_files, run_in, run_in_fork
+from builders.tiny_training import STEPS, tiny_job
 
 import fgpt
-from fgpt.adapters import adapt
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints, loop
-from fgpt.cli.training.job import InitialState, TrainingJob
+from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import train_loop
 from fgpt.cli.training.pending import PendingMetrics
 from fgpt.errors import InputError
-from fgpt.losses import Batch, nll
-from fgpt.optim import adamw, constant_schedule
-from fgpt.recipes import find
-from fgpt.train_step import init_state, make_step
 
-STEPS, TIMED = 8, ("seconds", "memory_gb")
+TIMED = ("seconds", "memory_gb")
 
 
 @pytest.fixture
@@ -36,38 +29,18 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "AHEAD_DEVICES", {"cpu"})
 
 
-def tiny_job(nan_at: int | None = None, **options: Any) -> TrainingJob:
-    """A training of a few numbers, whose weights are not finite in the batch of update `nan_at`."""
-    base = fgpt.init(fgpt.Config(1, 2, 16, 40, 31, 32), fgpt.key(0))
-    optimizer = adamw(1e-3)
+def heldout_loss(adapters: Any) -> float:
+    return float(sum(x.b.square().sum() for x in adapters.values()))
 
-    def batches(begin: int) -> Iterator[list[Batch]]:
-        for number in itertools.count(begin):
-            x = torch.randint(31, (2, 9), generator=fgpt.rng.fold_in(fgpt.key(1), number))
-            weights = torch.full((2, 8), float("nan") if number + 1 == nan_at else 1.0)
-            yield [Batch(x[:, :-1], x[:, 1:], weights)]
 
-    every = options.pop("heldout", False)
-    return TrainingJob(
-        recipe=replace(find("lora-nano"), **{"checkpoint_every_minutes": 99.0} | options),
-        step=make_step(lambda a, frozen, batch, seed: nll(adapt(frozen, a), batch), optimizer),
-        frozen=base,
-        batches=batches,
-        steps=STEPS,
-        schedule=constant_schedule(1e-3),
-        rng=fgpt.key(3),
-        fingerprint={},
-        initial_state=InitialState(init_state(fgpt.lora(base, fgpt.key(2), 2), optimizer)),
-        tokenizer=fgpt.tokenizer("nano"),
-        heldout_loss=(lambda a: float(sum(x.b.square().sum() for x in a.values()))) if every else None,
-    )
+HELDOUT = {"eval_losses": {"heldout_loss": heldout_loss}, "eval_every": 3}
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(out / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("options", [{}, {"heldout": True, "eval_every": 3}, {"checkpoint_every_minutes": 0.0}])
+@pytest.mark.parametrize("options", [{}, HELDOUT, {"checkpoint_every_minutes": 0.0}])
 def test_the_same_lines_and_state(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     results = {}
     for name, devices in (("plain", set[str]()), ("ahead", {"cpu"})):

@@ -14,6 +14,7 @@ from fgpt.cli.training.build import batches
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
 from fgpt.data.examples import Example
+from fgpt.data.mixtures import Mixture
 from fgpt.losses import nll
 from fgpt.recipes import FineTuningRecipe, find
 
@@ -21,6 +22,7 @@ EXAMPLES = [
     Example.completion(tuple(1 + (7 * i + j) % 30 for j in range(3 + i % 6)), prompt_length=1) for i in range(37)
 ]
 WIDTH = 12
+RECORDED = [[[31, 17], [6, 3, 24], [2, 27], [23, 1]], [[5, 12], [29, 13], [33, 20], [26, 7, 36]]]
 
 
 def recipe(micro_batch_size: int, grad_accumulation_steps: int, seed: int = 0) -> FineTuningRecipe:
@@ -45,6 +47,37 @@ def test_an_epoch_reads_each_example_once():
     assert sorted(example.tokens for example in read) == sorted(example.tokens for example in EXAMPLES)
     assert all(1 <= len(rows) <= 4 for rows in updates)
     assert sum(len(rows) < 4 for rows in updates) <= 1
+
+
+MIXTURE = Mixture((30, 7), (20, 17))
+
+
+@given(st.integers(0, 40), st.integers(0, 99))
+def test_the_epochs_of_a_mixture_follow_from_the_seed_from_any_update_on(begin: int, seed: int):
+    order, other = (RowOrder(EXAMPLES, recipe(2, 2, seed), WIDTH, MIXTURE) for _ in range(2))
+    expected = list(itertools.islice(order.updates(), begin, begin + 4))
+    assert list(itertools.islice(other.updates(begin), 4)) == expected
+
+
+def test_an_epoch_reads_what_its_mixture_draws():
+    order = RowOrder(EXAMPLES, recipe(2, 2), WIDTH, MIXTURE)
+    read = [i for update in order.first_epoch for row in update for i in row]
+    assert len(read) == 37
+    assert sum(i < 30 for i in read) == 20
+    assert len({i for i in read if i < 30}) == 20
+    assert {i for i in read if i >= 30} == {*range(30, 37)}
+
+
+def test_sources_without_weights_are_read_as_one():
+    orders = [RowOrder(EXAMPLES, recipe(2, 2), WIDTH, mixture) for mixture in (None, Mixture((30, 7), (30, 7)))]
+    first, second = (list(itertools.islice(order.updates(), 40)) for order in orders)
+    assert first == second
+
+
+def test_the_rows_of_an_update_are_those_that_were_recorded():
+    """A run of an earlier version is resumed with the rows that it would have read."""
+    order = RowOrder(EXAMPLES, recipe(2, 2, seed=5), WIDTH)
+    assert order.first_epoch[:2] == RECORDED
 
 
 def test_the_gradient_of_an_update_is_the_same_up_to_rounding():

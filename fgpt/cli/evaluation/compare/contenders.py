@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fgpt.cli import run_dir
 from fgpt.cli.training.build import adapts_fused_qkv, load_base
+from fgpt.cli.training.examples import source_weights
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -88,8 +89,13 @@ def load_params(sides: Sequence[Contender]) -> dict[str, GPT]:
 
 def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:
     """Whether `run` may have been trained on rows that `first` held out: the same data with another split."""
-    same = run.data == first.data and run.data != ("nano",)  # the embedded data has a fixed split
-    return same and (run.seed != first.seed or run.num_heldout < first.num_heldout)
+    same = _source_names(run) == _source_names(first) and run.data != ("nano",)  # which has a fixed split
+    incomparable = (0 < run.num_heldout < 1) != (0 < first.num_heldout < 1)  # a fraction and a number
+    return same and (run.seed != first.seed or incomparable or run.num_heldout < first.num_heldout)
+
+
+def _source_names(run: InstructionRecipe) -> list[str]:
+    return [name for name, _ in source_weights(run.data)]
 
 
 def _base_of(run: InstructionRecipe) -> tuple[object, ...]:
