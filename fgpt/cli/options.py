@@ -19,8 +19,8 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data train test source max_seq_len template head labels overlong num_heldout heldout num_fewshot "
-        "tokenizer"
+        "base data train test source max_seq_len template assistant_turns head labels overlong num_heldout heldout "
+        "num_fewshot tokenizer"
     ),
     "training": (
         "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "

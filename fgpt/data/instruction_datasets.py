@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fgpt.data import conversations, finqa
 from fgpt.data.conversations import Conversation
 from fgpt.data.hub_datasets import HubDataset, hub_records
-from fgpt.data.prompt_templates import InstructionRow, Turn
+from fgpt.data.rows import InstructionRow, conversation_row
 from fgpt.data.records import column_names, column_text, is_missing
 from fgpt.data.sources import open_source
 from fgpt.errors import InputError
@@ -71,8 +71,8 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
             formats also compressed (.jsonl.gz); or a folder in the layout of Hugging Face datasets, of which the split
             "train" is read. A path comes before a name.
         columns: The columns to use; by default the source's own, or instruction, input and output. Records of FinQA
-            and conversations (see `fgpt.data.conversations`) are recognized by their columns. Each answer of a
-            conversation is an example.
+            and conversations (see `fgpt.data.conversations`) are recognized by their columns. A conversation
+            is one example.
         limit: The maximum number of examples; all by default.
 
     Raises:
@@ -127,7 +127,7 @@ def load_texts(source: str, limit: int | None = None) -> list[str]:
 
 
 def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> list[InstructionRow]:
-    """The rows of a record: one, or one for each answer of its conversation."""
+    """The rows of a record: one, or none of a conversation without an answer to train on."""
     if isinstance(record, list):  # messages without a column name
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -139,11 +139,11 @@ def _rows(record: Any, columns: Columns, where: str, left_out: Counter[str]) -> 
         is_filled = not all(is_missing(record.get(name)) for name in (columns.instruction, columns.output))
         conversation = conversations.read_conversation(record, where, has_columns and is_filled)
         if conversation is not None:
-            return _turns(conversation, left_out)
+            return _conversation_rows(conversation, left_out)
     row = _instruction_row(record, columns, where)
     prompt = f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction
     conversation = conversations.read_history(record, prompt, row.output, where)
-    return [row] if conversation is None else _turns(conversation, left_out)
+    return [row] if conversation is None else _conversation_rows(conversation, left_out)
 
 
 def _instruction_row(record: dict[Any, Any], columns: Columns, where: str) -> InstructionRow:
@@ -164,17 +164,11 @@ def _instruction_row(record: dict[Any, Any], columns: Columns, where: str) -> In
     )
 
 
-def _turns(conversation: Conversation, left_out: Counter[str]) -> list[InstructionRow]:
-    """The answers of a conversation as rows; a single question and answer is a plain row."""
-    pairs = conversations.answer_pairs(conversation, left_out)
-    if len(pairs) == 1:
-        (context, answer), *_ = pairs
-        if len(context) == 1 and context[0].role == "user" and answer.weight == 1:
-            return [InstructionRow(context[0].content, "", answer.content)]
-    rows: list[InstructionRow] = []
-    for context, answer in pairs:
-        *earlier, last = context
-        question = last.content if last.role == "user" else conversations.as_text([last])
-        history = conversations.as_text(earlier)
-        rows.append(Turn(question, history, answer.content, context, answer.weight, conversation.where))
-    return rows
+def _conversation_rows(conversation: Conversation, left_out: Counter[str]) -> list[InstructionRow]:
+    """The row of a conversation, none if nothing of it is trained on; a single question and answer is a plain row."""
+    messages = conversations.training_messages(conversation, left_out)
+    if not messages:
+        return []
+    if len(messages) == 2 and messages[0].role == "user" and messages[1].weight == 1:
+        return [InstructionRow(messages[0].content, "", messages[1].content)]
+    return [conversation_row(messages, conversation.where)]

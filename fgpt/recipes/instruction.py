@@ -19,11 +19,14 @@ class InstructionRecipe(FineTuningRecipe):
 
     data: tuple[str, ...]
     """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu), a
-    local json, jsonl, csv, tsv or parquet file, a folder. In conversations each answer is an example."""
+    local json, jsonl, csv, tsv or parquet file, a folder. A conversation is one example."""
     columns: Columns = field(default_factory=Columns)
     """The columns of instruction, input and output."""
-    template: str = "alpaca"
-    """The prompt template: alpaca, plain, chat (the tokenizer's own) or tulu."""
+    template: str = "auto"
+    """The prompt template: alpaca, plain, tulu, chat (the base's own), or none for prompts that hold theirs. auto takes
+    chat if the base has a chat template, else alpaca, and the run records which it took."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """The answers of a conversation to train on. Those of loss weight 0 are context in any case."""
     max_seq_len: Length = 512
     micro_batch_size: BatchSize | Literal["auto"] = 8
     overlong: Literal["error", "drop", "cut"] = "error"

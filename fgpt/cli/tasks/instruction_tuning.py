@@ -1,5 +1,6 @@
 """Instruction tuning, from its recipe to a comparison of base and tuned model."""
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress
+from fgpt.cli.console import announce, console, show_progress
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
@@ -19,6 +20,7 @@ from fgpt.cli.evaluation.instruction_tuning import answer_metrics, heldout_metri
 from fgpt.cli.evaluation.metrics.text import nats
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
+from fgpt.cli.training import preview
 from fgpt.cli.training.build import (
     assemble_job,
     build_adapters,
@@ -27,17 +29,23 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
+from fgpt.cli.training.conversation_rows import resolve_template
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example
-from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
+from fgpt.data.pieces import encode_pieces
+from fgpt.data.prompt_templates import Template, batch_pieces, encode, template
+from fgpt.data.rows import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
+
+ROWS_PER_BATCH = 256
+"""Rows that are tokenized at once: few enough to show how far it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +61,8 @@ class InstructionTask:
     @classmethod
     def build(cls, recipe: InstructionRecipe) -> "InstructionTask":
         """Raises InputError for bad input."""
+        recipe = resolve_template(resolve_precision(recipe))
         prompt_template = template(recipe.template)
-        recipe = resolve_precision(recipe)
         rows, heldout = load_instruction_split(recipe)
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
         max_seq_len = row_length(recipe, cfg)
@@ -64,6 +72,7 @@ class InstructionTask:
             example = encode(row, prompt_template, tokenizer)
             if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
                 heldout_examples.append(example)
+        preview.print_first(examples[0], tokenizer, recipe.template)
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         job = assemble_job(
@@ -147,11 +156,25 @@ def _encode_rows(
     tokenizer: Tokenizer,
     max_seq_len: int,
 ) -> list[Example]:
-    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed.
+    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed, and how
+    many conversations are an example for each answer.
 
     Raises InputError for a longer row if the recipe's `overlong` is "error".
     """
-    examples = [encode(row, prompt_template, tokenizer) for row in progress(rows, "tokenizing")]
+    examples: list[Example] = []
+    num_divided = 0
+    with show_progress("tokenizing", len(rows)) as advance:
+        for start in range(0, len(rows), ROWS_PER_BATCH):
+            batch = rows[start : start + ROWS_PER_BATCH]
+            of_rows = batch_pieces(batch, prompt_template, tokenizer)
+            num_divided += sum(len(of_row) > 1 for of_row in of_rows)
+            examples += encode_pieces(list(itertools.chain(*of_rows)), tokenizer)
+            advance(len(batch))
+    if num_divided:
+        console.print(
+            f"the chat template rewrites earlier turns, or does not end them: {num_divided:,} conversations are an "
+            "example for each answer"
+        )
     if recipe.overlong == "cut":
         full_length = examples
         examples = [truncate(example, max_seq_len) for example in full_length]

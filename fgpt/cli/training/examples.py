@@ -1,16 +1,17 @@
 """The rows that a fine-tuning recipe trains on, and the rows held out of them."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 
 from fgpt.cli.console import console
+from fgpt.cli.training.conversation_rows import loss_rows, report_templates
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
-from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template
+from fgpt.data.prompt_templates import encode, template
+from fgpt.data.rows import InstructionRow, turns_of
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.recipes import ClassificationRecipe, InstructionRecipe
@@ -23,8 +24,8 @@ NANO_TASKS, NANO_HELDOUT = models.EMBEDDED["nano"] / "tasks.jsonl", models.EMBED
 
 def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionRow], list[InstructionRow]]:
     """Rows to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's seed.
-    What is left out of conversations is counted and printed, as is the number of FinQA pages that were shortened to
-    `max_seq_len`.
+    A conversation is one row to train on; held out, it is a row for each of its answers. What is left out of
+    conversations is counted and printed, as is the number of FinQA pages that were shortened to `max_seq_len`.
 
     Raises InputError if holding out would leave nothing to train on.
     """
@@ -34,8 +35,11 @@ def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionR
     loaded = instruction_datasets.load_all(recipe.data, columns)
     if reasons := conversations.summary(loaded.left_out):
         console.print(f"left out of conversations: {reasons}", markup=False)
-    rows = _shorten_finqa(recipe, loaded.rows)
-    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed)
+    rows = _shorten_finqa(recipe, loss_rows(recipe, loaded.rows))
+    report_templates(recipe, rows)
+    count = num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data))
+    train, heldout = train_heldout_split(rows, count, recipe.seed)
+    return train, turns_of(heldout)
 
 
 def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:
@@ -106,25 +110,9 @@ def num_heldout(rows: Sequence[object], requested: int, source: str) -> int:
 
 
 def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
-    """All rows except `heldout` of them, and those: the last of a shuffle by the seed, each part in the rows' order.
-
-    A conversation is not divided: its turns are all in the first part or all in the second. So the second part may be a
-    few rows longer than `heldout`, or shorter if that would leave none in the first.
-
-    Raises InputError if rows are to be held out of a single conversation.
+    """All rows except `heldout` of them, and those: the last of a shuffle by the seed, each part in the rows' order. At
+    least one row is in the first part.
     """
-    groups: dict[object, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[row.conversation if isinstance(row, Turn) else i].append(i)
-    order = torch.randperm(len(groups), generator=fold_in(key(seed), "heldout")).tolist()
-    if heldout and len(groups) < 2:
-        raise InputError(
-            f"all {len(rows)} rows are of one conversation: expected 2 or more, one of them to be held out"
-        )
-    indices, second = list(groups.values()), set[int]()
-    for group in reversed(order[1:]):
-        if len(second) >= heldout:
-            break
-        second.update(indices[group])
-    first = [row for i, row in enumerate(rows) if i not in second]
-    return first, [rows[i] for i in sorted(second)]
+    order = torch.randperm(len(rows), generator=fold_in(key(seed), "heldout")).tolist()
+    second = set(order[max(1, len(order) - heldout) :])
+    return [row for i, row in enumerate(rows) if i not in second], [rows[i] for i in sorted(second)]
