@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from fgpt.data import conversations, finqa
 from fgpt.data.conversations import Conversation
 from fgpt.data.hub_datasets import HubDataset, hub_records
-from fgpt.data.rows import InstructionRow, conversation_row
 from fgpt.data.records import column_names, column_text, is_missing
+from fgpt.data.rows import InstructionRow, conversation_row
 from fgpt.data.sources import open_source
 from fgpt.errors import InputError
 
@@ -102,16 +102,21 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
 
 
 def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
-    """The examples of several sources, one after the other. If there are several, those on the hub keep their own
-    columns. Raises InputError as `load_examples` does.
-    """
+    """The examples of several sources, one after the other. Raises InputError as `load_each` does."""
     rows, left_out = list[InstructionRow](), Counter[str]()
-    for source in sources:
-        is_on_hub = source in HUB_DATASETS and not Path(source).exists()
-        examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
+    for examples in load_each(sources, columns):
         rows += examples.rows
         left_out += examples.left_out
     return Examples(rows, left_out)
+
+
+def load_each(sources: Sequence[str], columns: Columns | None = None) -> Iterator[Examples]:
+    """The examples of each of several sources. If there are several, those on the hub keep their own columns. Raises
+    InputError as `load_examples` does.
+    """
+    for source in sources:
+        is_on_hub = source in HUB_DATASETS and not Path(source).exists()
+        yield load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:

@@ -163,8 +163,8 @@ def batch_pieces(rows: Sequence[InstructionRow], template: Template, tokenizer: 
     model's chat template rewrites.
 
     Prompts and answers are tokenized separately: no merge crosses the boundary, so the prompt's tokens are those of
-    generation. Each answer is followed by the end of sequence, which carries loss: <|endoftext|>, or in a chat what ends
-    a turn there. A blank answer counts as none, which `packing.filter_by_length` reports.
+    generation. Each answer is followed by the end of sequence, which carries loss: <|endoftext|>, or in a chat what
+    ends a turn there. A blank answer counts as none, which `packing.filter_by_length` reports.
 
     Raises:
         InputError: as `prompt_pieces` does.

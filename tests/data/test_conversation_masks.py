@@ -132,7 +132,9 @@ def with_template(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def written(content: str, name: str) -> str:
     """An answer as the template writes it."""
-    return {"Llama 3": content.strip(), "Llama 2": f" {content.strip()} ", "lstrip": content.lstrip()}.get(name, content)
+    return {"Llama 3": content.strip(), "Llama 2": f" {content.strip()} ", "lstrip": content.lstrip()}.get(
+        name, content
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
@@ -183,7 +185,8 @@ QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}"
     "{{ m.content.split('</think>')[-1].lstrip() }}"
-    "{% elif m.role == 'assistant' and loop.last and '</think>' not in m.content %}<think>\n\n</think>\n\n{{ m.content }}"
+    "{% elif m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+    "<think>\n\n</think>\n\n{{ m.content }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -27,8 +27,8 @@ SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "ob
 def examples_of(path: Path) -> list[tuple[tuple[Message, ...], str]]:
     """(what precedes an answer, the answer) for each turn of the one row that a file's one conversation gives."""
     found = []
-    (row,) = load_rows(path)
-    for row in turns_of([row]):
+    (conversation,) = load_rows(path)
+    for row in turns_of([conversation]):
         before = row.messages if isinstance(row, Turn) else (Message("user", row.instruction),)
         found.append((before, row.output))
     return found

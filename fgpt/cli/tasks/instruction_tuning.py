@@ -1,6 +1,5 @@
 """Instruction tuning, from its recipe to a comparison of base and tuned model."""
 
-import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, show_progress
+from fgpt.cli.console import announce, console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
@@ -29,23 +28,19 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.conversation_rows import resolve_template
+from fgpt.cli.training.conversation_rows import encode_rows, resolve_template
 from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example
-from fgpt.data.pieces import encode_pieces
-from fgpt.data.prompt_templates import Template, batch_pieces, encode, template
+from fgpt.data.prompt_templates import Template, encode, template
 from fgpt.data.rows import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-
-ROWS_PER_BATCH = 256
-"""Rows that are tokenized at once: few enough to show how far it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,15 +156,7 @@ def _encode_rows(
 
     Raises InputError for a longer row if the recipe's `overlong` is "error".
     """
-    examples: list[Example] = []
-    num_divided = 0
-    with show_progress("tokenizing", len(rows)) as advance:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            batch = rows[start : start + ROWS_PER_BATCH]
-            of_rows = batch_pieces(batch, prompt_template, tokenizer)
-            num_divided += sum(len(of_row) > 1 for of_row in of_rows)
-            examples += encode_pieces(list(itertools.chain(*of_rows)), tokenizer)
-            advance(len(batch))
+    examples, num_divided = encode_rows(rows, prompt_template, tokenizer)
     if num_divided:
         console.print(
             f"the chat template rewrites earlier turns, or does not end them: {num_divided:,} conversations are an "

@@ -1,14 +1,21 @@
-"""Which answers a recipe trains on, and in which template: what is decided before rows are tokenized."""
+"""From rows to examples: in which template, and on which answers of a conversation the loss is."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fgpt.cli.console import console
+from fgpt.cli.console import console, show_progress
+from fgpt.data.examples import Example
+from fgpt.data.pieces import encode_pieces
+from fgpt.data.prompt_templates import Template, batch_pieces
 from fgpt.data.rows import ConversationRow, InstructionRow
 from fgpt.io import models
 from fgpt.recipes import InstructionRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 
+ROWS_PER_BATCH = 256
+"""Rows that are tokenized at once: few enough to show how far it is."""
 MARKERS = (
     *("### Instruction:", "### Response:", "<|im_start|>", "<|im_end|>", "[INST]", "<|user|>", "<|assistant|>"),
     *("<|start_header_id|>", "<start_of_turn>", "\n\nAssistant:"),
@@ -59,6 +66,26 @@ def report_templates(recipe: InstructionRecipe, rows: Sequence[InstructionRow]) 
             f"{recipe.template} is put around it: --template none leaves them as they are",
             soft_wrap=True,
         )
+
+
+def encode_rows(
+    rows: Sequence[InstructionRow], prompt_template: Template, tokenizer: Tokenizer
+) -> tuple[list[Example], int]:
+    """The examples of rows, of any length, and how many conversations are an example for each answer, since the chat
+    template rewrites their earlier turns.
+
+    Raises InputError as `prompt_templates.batch_pieces` does.
+    """
+    examples: list[Example] = []
+    num_divided = 0
+    with show_progress("tokenizing", len(rows)) as advance:
+        for start in range(0, len(rows), ROWS_PER_BATCH):
+            batch = rows[start : start + ROWS_PER_BATCH]
+            of_rows = batch_pieces(batch, prompt_template, tokenizer)
+            num_divided += sum(len(of_row) > 1 for of_row in of_rows)
+            examples += encode_pieces(list(itertools.chain(*of_rows)), tokenizer)
+            advance(len(batch))
+    return examples, num_divided
 
 
 def _first_prompt(row: InstructionRow) -> str:

@@ -1,5 +1,6 @@
 """The rows that a fine-tuning recipe trains on, and the rows held out of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,15 +32,26 @@ def load_instruction_split(recipe: InstructionRecipe) -> tuple[list[InstructionR
     """
     if recipe.data == ("nano",):
         return list(read_tasks(NANO_TASKS)), list(read_tasks(NANO_HELDOUT))
-    columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
-    loaded = instruction_datasets.load_all(recipe.data, columns)
-    if reasons := conversations.summary(loaded.left_out):
-        console.print(f"left out of conversations: {reasons}", markup=False)
-    rows = _shorten_finqa(recipe, loss_rows(recipe, loaded.rows))
+    rows = [row for _, rows in load_source_rows(recipe) for row in rows]
+    rows = loss_rows(recipe, rows)
     report_templates(recipe, rows)
     count = num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data))
     train, heldout = train_heldout_split(rows, count, recipe.seed)
     return train, turns_of(heldout)
+
+
+def load_source_rows(recipe: InstructionRecipe) -> list[tuple[str, list[InstructionRow]]]:
+    """The name and the rows of each source. What is left out or shortened is printed.
+
+    Raises InputError as `instruction_datasets.load_each` does.
+    """
+    if recipe.data == ("nano",):
+        return [("nano", list(read_tasks(NANO_TASKS)))]
+    columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
+    loaded = list(instruction_datasets.load_each(recipe.data, columns))
+    if reasons := conversations.summary(sum((each.left_out for each in loaded), Counter[str]())):
+        console.print(f"left out of conversations: {reasons}", markup=False)
+    return [(source, _shorten_finqa(recipe, each.rows)) for source, each in zip(recipe.data, loaded, strict=True)]
 
 
 def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:

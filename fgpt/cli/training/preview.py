@@ -1,10 +1,10 @@
 """Examples as people can check them: the text of their tokens, with what is trained on in color.
 
-    first example, template plain, 61 tokens, loss on 12 (marked):
-    Instruction: Add 2 and 3.
+first example, template plain, 61 tokens, loss on 12 (marked):
+Instruction: Add 2 and 3.
 
-    Response:
-    «5<|endoftext|>»
+Response:
+«5<|endoftext|>»
 """
 
 from collections.abc import Iterator, Sequence
