@@ -47,9 +47,9 @@ def _preview(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if wants_recipe("data preview", name):
         return
-    own, others = _split(options)
-    count = parse(PreviewOptions, own, None, f"fgpt data preview {name}").examples
-    recipe = recipe_with_options(name, others, f"fgpt data preview {name}")
+    preview_options, recipe_options = _split(options)
+    count = parse(PreviewOptions, preview_options, None, f"fgpt data preview {name}").examples
+    recipe = recipe_with_options(name, recipe_options, f"fgpt data preview {name}")
     if not isinstance(recipe, InstructionRecipe):
         raise InputError(f"{name} is a recipe of {recipe.kind}: expected one of instruction tuning, such as lora-nano")
     show(recipe, count)
@@ -57,17 +57,17 @@ def _preview(args: Sequence[str]) -> None:
 
 def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:
     """The preview's own options, and those of the recipe."""
-    own: list[str] = []
-    others: list[str] = []
+    preview_options: list[str] = []
+    recipe_options: list[str] = []
     rest = iter(options)
     for option in rest:
         if option == "--examples":
-            own += [option, *[value for value in [next(rest, None)] if value is not None]]
+            preview_options += [option, *[value for value in [next(rest, None)] if value is not None]]
         elif option.startswith("--examples="):
-            own.append(option)
+            preview_options.append(option)
         else:
-            others.append(option)
-    return own, others
+            recipe_options.append(option)
+    return preview_options, recipe_options
 
 
 class Counts(NamedTuple):

@@ -114,8 +114,8 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         run = dataclasses.replace(run, dtype=started.dtype)
     if run.micro_batch_size == "auto":
         run = dataclasses.replace(run, micro_batch_size=started.micro_batch_size)  # what auto has chosen at the start
-    if isinstance(run, recipes.InstructionRecipe) and run.template == "auto":
-        run = dataclasses.replace(run, template=started.template)
+    if isinstance(run, recipes.InstructionRecipe) and isinstance(started, recipes.InstructionRecipe):
+        run = run if run.template != "auto" else dataclasses.replace(run, template=started.template)
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
         if before != now and field.name not in MUTABLE_OPTIONS:

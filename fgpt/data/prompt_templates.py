@@ -173,19 +173,19 @@ def batch_pieces(rows: Sequence[InstructionRow], template: Template, tokenizer: 
         return [[_row_pieces(row, template, tokenizer)] for row in rows]
     answered = [row for row in rows if row.output.strip()]
     examples = iter(chat_pieces([_conversation(row, template) for row in answered], tokenizer))
-    return [next(examples) if row.output.strip() else [_unanswered(row, template, tokenizer)] for row in rows]
+    return [next(examples) if row.output.strip() else [_prompt_and_end(row, template, tokenizer)] for row in rows]
 
 
 def _row_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
     if isinstance(row, ConversationRow):
         return _text_pieces(row, template, tokenizer)
     if not row.output.strip():
-        return _unanswered(row, template, tokenizer)
+        return _prompt_and_end(row, template, tokenizer)
     weight = row.weight if isinstance(row, Turn) else 1.0
     return [*prompt_pieces(row, template, tokenizer), *_answer(row.output, weight, tokenizer)]
 
 
-def _unanswered(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+def _prompt_and_end(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
     end = tokenizer.end_of_turn if template.chat else (tokenizer.eos_token_id,)
     weight = row.weight if isinstance(row, Turn) else 1.0
     return [*prompt_pieces(row, template, tokenizer), _special(end[-1:], tokenizer, weight)]

