@@ -94,8 +94,7 @@ doctor *args: setup
     @"{{ python }}" -m fgpt doctor "$@"
 
 # The examples that a recipe makes of your data, and what is trained on: `just data preview lora-small --data FILE`
-[group("train")]
-[positional-arguments]
+[no-cd, no-exit-message]
 data *args: setup
     @"{{ python }}" -m fgpt data "$@"
 
