@@ -67,7 +67,6 @@ class InstructionTask:
             example = encode(row, prompt_template, tokenizer)
             if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
                 heldout_examples.append(example)
-        preview.print_first(examples[0], tokenizer, recipe.template)
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         job = assemble_job(
@@ -89,6 +88,7 @@ class InstructionTask:
             f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        preview.print_first(examples[0], tokenizer, recipe.template)
         return cls(cast(InstructionRecipe, job.recipe), job, heldout)
 
     @staticmethod
