@@ -93,6 +93,11 @@ replay *args: setup
 doctor *args: setup
     @"{{ python }}" -m fgpt doctor "$@"
 
+# The examples that a recipe makes of your data, and what is trained on: `just data preview lora-small --data FILE`
+[no-cd, no-exit-message]
+data *args: setup
+    @"{{ python }}" -m fgpt data "$@"
+
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`
 [no-exit-message]
 bench *args: setup-dev

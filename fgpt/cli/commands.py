@@ -119,6 +119,13 @@ def evaluate(args: Sequence[str]) -> None:
     run(args)
 
 
+def data(args: Sequence[str]) -> None:
+    """Show the examples that a recipe makes of your data, and what of them is trained on."""
+    from fgpt.cli.data_command import run
+
+    run(args)
+
+
 @dataclass(frozen=True)
 class Report:
     """Show a run on one page: curves, options, samples, comparison, environment."""
@@ -158,6 +165,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": Report,
     "replay": Replay,
     "doctor": doctor,
+    "data": data,
 }
 """Dataclasses of options, and functions of the arguments."""
 

@@ -19,7 +19,8 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data mixture eval_data train test source max_seq_len template head labels overlong num_heldout heldout "
+        "base data mixture eval_data train test source max_seq_len template assistant_turns head labels overlong "
+        "num_heldout heldout "
         "num_fewshot tokenizer"
     ),
     "training": (

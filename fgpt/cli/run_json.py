@@ -25,6 +25,8 @@ VERSION = 1
 """Of the format: raised if an older fgpt would misread what a newer one writes."""
 DTYPE_BEFORE = "float32"
 """Of a pretraining that records none: there was no other. What the default is now may be another on this machine."""
+TEMPLATE_BEFORE = "alpaca"
+"""Of an instruction tuning that records none: its default was not the base's own."""
 HEADER = ("kind", "version")
 """The entries that are no fields of the recipe."""
 
@@ -80,6 +82,8 @@ def read_run(folder: Path) -> AnyRecipe:
     values = upgrade(values)
     recipe = recipe_class(path, values)
     fields = {"dtype": DTYPE_BEFORE} | with_full_paths(folder, recipe_fields(values))
+    if recipe is InstructionRecipe:
+        fields = {"template": TEMPLATE_BEFORE} | fields
     if recipe is InstructionRecipe and isinstance(data := fields.get("data"), str):
         fields["data"] = data.split("+")  # how several sources were written before they were a list
     try:

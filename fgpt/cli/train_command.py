@@ -18,7 +18,7 @@ HELP = ("-h", "--help")
 def train(args: Sequence[str]) -> None:
     """Train a recipe, or resume a run: fgpt train lora-nano --lr 1e-3."""
     name, *options = args or [""]
-    if _wants_recipe("train", name):
+    if wants_recipe("train", name):
         return
     if "--resume" in options:
         run, folder = resume(name, [option for option in options if option != "--resume"])
@@ -34,14 +34,14 @@ def train(args: Sequence[str]) -> None:
 def doctor(args: Sequence[str]) -> None:
     """Check a recipe on your model, data and machine before training it."""
     name, *options = args or [""]
-    if _wants_recipe("doctor", name):
+    if wants_recipe("doctor", name):
         return
     from fgpt.cli.diagnostics.doctor import run
 
     run(recipe_with_options(name, options, f"fgpt doctor {name}"))
 
 
-def _wants_recipe(command: str, name: str) -> bool:
+def wants_recipe(command: str, name: str) -> bool:
     """Whether help was asked for, which is then printed. Raises InputError if no recipe is named."""
     if name in HELP:
         answers.print(f"usage: fgpt {command} RECIPE [options]\n")
@@ -114,6 +114,8 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         run = dataclasses.replace(run, dtype=started.dtype)
     if run.micro_batch_size == "auto":
         run = dataclasses.replace(run, micro_batch_size=started.micro_batch_size)  # what auto has chosen at the start
+    if isinstance(run, recipes.InstructionRecipe) and isinstance(started, recipes.InstructionRecipe):
+        run = run if run.template != "auto" else dataclasses.replace(run, template=started.template)
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
         if before != now and field.name not in MUTABLE_OPTIONS:

@@ -6,7 +6,7 @@
     {"prompt": .., "completion": ..}                               texts, or lists of messages
     {"instruction": .., "output": .., "history": [[.., ..], ..]}   Alpaca's, with earlier exchanges
 
-Each answer of the assistant is one training example, with all messages before it as its prompt: see `answer_pairs`.
+A conversation is one training example, with loss on the answers of the assistant: see `training_messages`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from fgpt.errors import InputError, short_repr
@@ -72,19 +72,21 @@ REASONING = "reasoning texts of messages, which are not read"
 IGNORED = "loss weights of messages that are not the assistant's, which are ignored"
 
 
-def answer_pairs(conversation: Conversation, left_out: Counter[str]) -> list[tuple[tuple[Message, ...], Message]]:
-    """(the messages before it, the answer) for each answer of the assistant that is trained on.
+def training_messages(conversation: Conversation, left_out: Counter[str]) -> tuple[Message, ...]:
+    """The messages up to the last answer that is trained on; none if there is no such answer. An answer that is context
+    only has weight 0.
 
     Args:
         conversation: The conversation.
         left_out: Counts by reason, to which what is not trained on is added in place.
 
     >>> chat = Conversation((Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye.")))
-    >>> [(len(context), answer.content) for context, answer in answer_pairs(chat, Counter())]
-    [(1, 'Hello.')]
+    >>> [message.content for message in training_messages(chat, Counter())]
+    ['Hi.', 'Hello.']
     """
-    context: list[Message] = []
-    pairs: list[tuple[tuple[Message, ...], Message]] = []
+    messages: list[Message] = []
+    length = 0  # up to the last answer that is trained on
+    has_question = False
     has_answer = any(message.role == "assistant" for message in conversation.messages)
     left_out[WITHOUT_ANSWER] += not has_answer
     for message in conversation.messages:
@@ -95,18 +97,20 @@ def answer_pairs(conversation: Conversation, left_out: Counter[str]) -> list[tup
             continue
         if not is_answer:
             left_out[IGNORED] += message.has_weight and message.weight > 0
-        elif not any(earlier.role in ("user", "tool") for earlier in context):
+            has_question = has_question or message.role in ("user", "tool")
+        elif not has_question:
             left_out[UNPROMPTED] += 1
+            message = replace(message, weight=0.0)
         elif message.weight == 0:
             left_out[UNWEIGHTED] += 1
-        else:
-            pairs.append((tuple(context), message))
-        context.append(message)
+        messages.append(message)
+        if is_answer and message.weight > 0:
+            length = len(messages)
     trailing = 0
-    while has_answer and trailing < len(context) and context[-1 - trailing].role != "assistant":
+    while has_answer and trailing < len(messages) and messages[-1 - trailing].role != "assistant":
         trailing += 1
     left_out[UNANSWERED] += trailing
-    return pairs
+    return tuple(messages[:length])
 
 
 def summary(left_out: Mapping[str, int]) -> str:

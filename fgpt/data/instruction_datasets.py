@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from fgpt.data import conversations, finqa
 from fgpt.data.conversations import Conversation
 from fgpt.data.formats import ASIDE, Columns, Format, Kind, Shape, check_same, missing_column, recognize, shape_of
 from fgpt.data.hub_datasets import HubDataset, hub_records
-from fgpt.data.prompt_templates import InstructionRow, TextRow, Turn
 from fgpt.data.records import column_text, is_missing
+from fgpt.data.rows import InstructionRow, TextRow, conversation_row
 from fgpt.data.source_syntax import Source, parse_source
 from fgpt.data.sources import open_source
 from fgpt.errors import InputError
@@ -73,7 +73,7 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
             with a configuration, revision and split; see `fgpt.data.source_syntax`. The split "train" is read by
             default. A path comes before a name.
         columns: The columns to use; by default the source's own, or the usual ones. The format is recognized by them
-            (see `fgpt.data.formats`). Each answer of a conversation is an example.
+            (see `fgpt.data.formats`). A conversation is one example.
         limit: The maximum number of examples; all by default.
 
     Raises:
@@ -104,19 +104,24 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
 
 
 def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
-    """The examples of several sources, one after the other. If there are several, those on the hub keep their own
-    columns. Raises InputError as `load_examples` does.
-    """
+    """The examples of several sources, one after the other. Raises InputError as `load_each` does."""
     rows, left_out, formats = list[InstructionRow](), Counter[str](), tuple[str, ...]()
     sizes: list[int] = []
-    for source in map(parse_source, sources):
-        is_on_hub = source.name in HUB_DATASETS and not Path(source.name).exists()
-        examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
+    for examples in load_each(sources, columns):
         rows += examples.rows
         left_out += examples.left_out
         formats += examples.formats
         sizes.append(len(examples.rows))
     return Examples(rows, left_out, formats, tuple(sizes))
+
+
+def load_each(sources: Sequence[str], columns: Columns | None = None) -> Iterator[Examples]:
+    """The examples of each of several sources. If there are several, those on the hub keep their own columns. Raises
+    InputError as `load_examples` does.
+    """
+    for source in map(parse_source, sources):
+        is_on_hub = source.name in HUB_DATASETS and not Path(source.name).exists()
+        yield load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:
@@ -132,7 +137,7 @@ def load_texts(source: str, limit: int | None = None) -> list[str]:
 
 
 class RowReader:
-    """Reads records into rows: one, or those of a conversation. The format is decided by the first record.
+    """Reads records into rows. The format is decided by the first record.
 
     It can be pickled; in another process it goes on with the format that it has.
     """
@@ -205,11 +210,11 @@ def _conversation_rows(
         is_filled = has_instruction and not all(is_missing(record.get(name)) for name in names)
         conversation = conversations.read_conversation(record, where, is_filled)
         if conversation is not None:
-            return _turns(conversation, left_out)
+            return _rows_of_conversation(conversation, left_out)
     row = _instruction_row(record, columns, where)
     prompt = f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction
     conversation = conversations.read_history(record, prompt, row.output, where)
-    return [row] if conversation is None else _turns(conversation, left_out)
+    return [row] if conversation is None else _rows_of_conversation(conversation, left_out)
 
 
 def _instruction_row(record: dict[Any, Any], columns: Columns, where: str) -> InstructionRow:
@@ -225,17 +230,11 @@ def _instruction_row(record: dict[Any, Any], columns: Columns, where: str) -> In
     )
 
 
-def _turns(conversation: Conversation, left_out: Counter[str]) -> list[InstructionRow]:
-    """The answers of a conversation as rows; a single question and answer is a plain row."""
-    pairs = conversations.answer_pairs(conversation, left_out)
-    if len(pairs) == 1:
-        (context, answer), *_ = pairs
-        if len(context) == 1 and context[0].role == "user" and answer.weight == 1:
-            return [InstructionRow(context[0].content, "", answer.content)]
-    rows: list[InstructionRow] = []
-    for context, answer in pairs:
-        *earlier, last = context
-        question = last.content if last.role == "user" else conversations.as_text([last])
-        history = conversations.as_text(earlier)
-        rows.append(Turn(question, history, answer.content, context, answer.weight, conversation.where))
-    return rows
+def _rows_of_conversation(conversation: Conversation, left_out: Counter[str]) -> list[InstructionRow]:
+    """The row of a conversation, none if nothing of it is trained on; a single question and answer is a plain row."""
+    messages = conversations.training_messages(conversation, left_out)
+    if not messages:
+        return []
+    if len(messages) == 2 and messages[0].role == "user" and messages[1].weight == 1:
+        return [InstructionRow(messages[0].content, "", messages[1].content)]
+    return [conversation_row(messages, conversation.where)]

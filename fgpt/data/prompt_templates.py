@@ -1,46 +1,16 @@
 """From a row of text to tokens: training and generation use the same template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from fgpt.data.conversations import Message
+from fgpt.data.chat_pieces import chat_pieces, chat_prompt
+from fgpt.data.conversations import Conversation, Message
 from fgpt.data.examples import Example
 from fgpt.data.pieces import Piece, encode_pieces
+from fgpt.data.rows import ConversationRow, InstructionRow, TextRow, Turn
 from fgpt.errors import InputError
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-
-
-@dataclass(frozen=True)
-class InstructionRow:
-    """An instruction, the input to apply it to (may be empty), and its answer (empty if it is to be generated)."""
-
-    instruction: str
-    input: str = ""
-    output: str = ""
-
-
-@dataclass(frozen=True)
-class TextRow(InstructionRow):
-    """Raw text, in `output`: there is no prompt, and every token is trained on, whatever the template."""
-
-    instruction: str = ""
-
-
-@dataclass(frozen=True)
-class Turn(InstructionRow):
-    """An answer in a conversation. The prompt is built from `messages` alone; `instruction`, the message before the
-    answer, and `input`, the conversation before that, are for people to read. `output` is the answer.
-
-    A row of a single instruction is the turn whose only message is the user's.
-    """
-
-    messages: tuple[Message, ...] = ()
-    """All messages before the answer."""
-    weight: float = 1.0
-    """The weight of each token of the answer in the loss."""
-    conversation: str = ""
-    """Position of the conversation in its source, the same for all its turns."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +99,14 @@ TULU = Template(
 # For models that are trained to chat.
 CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
 
-TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU)}
+# For texts that hold their template already.
+NONE = Template("none", "{instruction}\n\n{input}", "{instruction}", system="{content}", tool="{content}")
+
+TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU, NONE)}
 
 
 def prompt_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
-    """The prompt, the same in training and in generation.
+    """The prompt, the same in training and in generation; of a conversation that of its last answer.
 
     It begins with a BOS token if the tokenizer puts one before every text. Each earlier answer of a conversation ends
     with the end-of-sequence token, as in training. A chat template writes both itself. Special tokens in the row's text
@@ -144,44 +117,108 @@ def prompt_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer)
     """
     if isinstance(row, TextRow):
         return [_special(tokenizer.prefix_tokens, tokenizer, 1.0)] if tokenizer.prefix_tokens else []
+    if isinstance(row, ConversationRow):
+        row = row.turns()[-1]
     if template.chat:
-        return [Piece(_render_chat(row, template, tokenizer), has_special=True)]
-    pieces = [_special(tokenizer.prefix_tokens, tokenizer)] if tokenizer.prefix_tokens else []
-    for prompt, answer in template.turns(row.messages) if isinstance(row, Turn) else [(template.prompt(row), None)]:
-        pieces.append(Piece(prompt))
-        if answer is not None:
-            pieces += [Piece(answer), _special((tokenizer.eos_token_id,), tokenizer)]
-    return pieces
+        return [_chat_prompt(row, template, tokenizer)]
+    return _text_pieces(row, template, tokenizer)
 
 
-def _special(tokens: tuple[int, ...], tokenizer: Tokenizer, weight: float = 0.0) -> Piece:
-    return Piece(tokenizer.decode(tokens), weight, tokens=tokens)
-
-
-def _render_chat(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> str:
-    messages = row.messages if isinstance(row, Turn) else (Message("user", template.prompt(row)),)
+def _chat_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Piece:
     try:
-        return tokenizer.render_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages]
-        )
+        return chat_prompt(row.messages if isinstance(row, Turn) else _question(row, template), tokenizer)
     except InputError as err:
         if isinstance(row, Turn) and row.conversation:
             raise InputError(f"{row.conversation}: {err}") from None
         raise
 
 
-def pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
-    """Prompt, answer and end of sequence, which carries loss: <|endoftext|>, or in a chat what ends a turn there.
+def _question(row: InstructionRow, template: Template) -> tuple[Message, ...]:
+    return (Message("user", template.prompt(row)),)
 
-    Prompt and answer are tokenized separately: no merge crosses the boundary, so the prompt's tokens are those of
-    generation. A blank answer counts as none, which `packing.filter_by_length` reports.
+
+def _text_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+    """A prompt in a template of text, or a conversation up to and with its last answer. Answers carry their loss weight
+    in a conversation, and none in a prompt.
     """
-    weight = row.weight if isinstance(row, Turn) else 1.0
-    end = tokenizer.end_of_turn if template.chat and not isinstance(row, TextRow) else (tokenizer.eos_token_id,)
-    prompt = prompt_pieces(row, template, tokenizer)
+    pieces = [_special(tokenizer.prefix_tokens, tokenizer)] if tokenizer.prefix_tokens else []
+    if not isinstance(row, Turn | ConversationRow):
+        return [*pieces, Piece(template.prompt(row))]
+    turns = template.turns(row.messages)
+    answers = [message for message in row.messages if message.role == "assistant"]
+    for (prompt, _), answer in zip(turns, answers, strict=False):
+        weight = answer.weight if isinstance(row, ConversationRow) else 0.0
+        pieces += [Piece(prompt), *_answer(answer.content, weight, tokenizer)]
+    return pieces if isinstance(row, ConversationRow) else [*pieces, Piece(turns[-1][0])]
+
+
+def _answer(text: str, weight: float, tokenizer: Tokenizer) -> list[Piece]:
+    return [Piece(text, weight), _special((tokenizer.eos_token_id,), tokenizer, weight)]
+
+
+def _special(tokens: tuple[int, ...], tokenizer: Tokenizer, weight: float = 0.0) -> Piece:
+    return Piece(tokenizer.decode(tokens), weight, tokens=tokens)
+
+
+def batch_pieces(rows: Sequence[InstructionRow], template: Template, tokenizer: Tokenizer) -> list[list[list[Piece]]]:
+    """For each row the pieces of its examples: one, or one for each answer of a conversation whose earlier turns the
+    model's chat template rewrites.
+
+    Prompts and answers are tokenized separately: no merge crosses the boundary, so the prompt's tokens are those of
+    generation. Each answer is followed by the end of sequence, which carries loss: <|endoftext|>, or in a chat what
+    ends a turn there. A blank answer counts as none, which `packing.filter_by_length` reports.
+
+    Raises:
+        InputError: as `prompt_pieces` does.
+    """
+    if not template.chat:
+        return [[_row_pieces(row, template, tokenizer)] for row in rows]
+    is_chat = [bool(row.output.strip()) and not isinstance(row, TextRow) for row in rows]
+    conversations = [_conversation(row, template) for row, chat in zip(rows, is_chat, strict=True) if chat]
+    examples = iter(chat_pieces(conversations, tokenizer) if conversations else [])
+    return [
+        next(examples) if chat else [_row_pieces(row, template, tokenizer)]
+        for row, chat in zip(rows, is_chat, strict=True)
+    ]
+
+
+def _row_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+    if isinstance(row, ConversationRow):
+        return _text_pieces(row, template, tokenizer)
     if not row.output.strip():
-        return [*prompt, _special(end[-1:], tokenizer, weight)]
-    return [*prompt, Piece(row.output, weight), _special(end, tokenizer, weight)]
+        return _prompt_and_end(row, template, tokenizer)
+    weight = row.weight if isinstance(row, Turn) else 1.0
+    return [*prompt_pieces(row, template, tokenizer), *_answer(row.output, weight, tokenizer)]
+
+
+def _prompt_and_end(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+    is_chat = template.chat and not isinstance(row, TextRow)
+    end = tokenizer.end_of_turn if is_chat else (tokenizer.eos_token_id,)
+    weight = row.weight if isinstance(row, Turn) else 1.0
+    return [*prompt_pieces(row, template, tokenizer), _special(end[-1:], tokenizer, weight)]
+
+
+def _conversation(row: InstructionRow, template: Template) -> Conversation:
+    """A row as a conversation that ends with its answer."""
+    if isinstance(row, ConversationRow):
+        return Conversation(row.messages, row.conversation)
+    if not isinstance(row, Turn):
+        return Conversation((*_question(row, template), Message("assistant", row.output)))
+    context = [replace(each, weight=0.0) if each.role == "assistant" else each for each in row.messages]
+    return Conversation((*context, Message("assistant", row.output, row.weight)), row.conversation)
+
+
+def pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
+    """The pieces of a row that is one example.
+
+    Raises:
+        InputError: as `prompt_pieces` does, and for a conversation whose earlier turns the chat template rewrites.
+    """
+    (examples,) = batch_pieces([row], template, tokenizer)
+    if len(examples) > 1:
+        where = row.conversation if isinstance(row, ConversationRow) else ""
+        raise InputError(f"{where}: the chat template rewrites earlier turns: expected one turn of the conversation")
+    return examples[0]
 
 
 def encode_prompt(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -20,15 +20,18 @@ class InstructionRecipe(FineTuningRecipe):
     data: tuple[str, ...]
     """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu, any
     owner/name:config@revision[split]), a local json, jsonl, csv, tsv, txt, parquet or arrow file, a pattern of files, a
-    folder. In conversations each answer is an example. With weights, a:0.7 b:0.3, they are mixed in these ratios."""
+    folder. A conversation is one example. With weights, a:0.7 b:0.3, they are mixed in these ratios."""
     mixture: Literal["examples", "tokens"] = "examples"
     """Whether the weights of several sources (--data a:0.7 b:0.3) count examples or tokens."""
     eval_data: tuple[str, ...] = ()
     """Evaluation sets, each a source or NAME=SOURCE: with eval_every each has a loss of its own."""
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
-    template: str = "alpaca"
-    """The prompt template: alpaca, plain, chat (the tokenizer's own) or tulu."""
+    template: str = "auto"
+    """The prompt template: alpaca, plain, tulu, chat (the base's own), or none for prompts that hold theirs. auto takes
+    chat if the base has a chat template, else alpaca, and the run records which it took."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """The answers of a conversation to train on. Those of loss weight 0 are context in any case."""
     max_seq_len: Length = 512
     micro_batch_size: BatchSize | Literal["auto"] = 8
     overlong: Literal["error", "drop", "cut"] = "error"

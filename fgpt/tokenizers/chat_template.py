@@ -1,9 +1,10 @@
 """A model's chat template: from messages to the single text that the model was trained to read."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fgpt.errors import InputError, one_line
 from fgpt.tokenizers.child_process import Child
@@ -11,9 +12,22 @@ from fgpt.tokenizers.child_process import Child
 Messages = Sequence[Mapping[str, str]]
 """The messages of a conversation, each with a role ("system", "user", "assistant") and its content."""
 
+Rendering: TypeAlias = tuple[int, bool]
+"""How many messages of a conversation are rendered, and whether the beginning of an answer follows."""
+
 SECONDS = 10
-"""Time limit for rendering a text: thousands of times what the templates of models take."""
+"""Time limit for rendering a conversation: thousands of times what the templates of models take."""
+BATCH = 128
+"""Conversations in one request to the process that renders them."""
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+class RenderingError(InputError):
+    """A template that fails. `number` is the position of the conversation among those that were to be rendered."""
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -40,14 +54,60 @@ class ChatTemplate:
         >>> template.render([{"role": "user", "content": "Hi."}])
         '<user>Hi.'
         """
-        values = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
-        values |= {"add_generation_prompt": add_generation_prompt, **self.special_tokens}
-        response = _renderer.ask({"template": self.template, "values": values})
+        ((text,),) = self.render_all([(messages, [(len(messages), add_generation_prompt)])])
+        return text
+
+    def render_all(self, conversations: Sequence[tuple[Messages, Sequence[Rendering]]]) -> list[list[str]]:
+        """The texts of several conversations, each rendered once or several times, in few requests to the process.
+
+        Args:
+            conversations: The messages of each, and its renderings.
+
+        Returns:
+            The texts of each conversation.
+
+        Raises:
+            RenderingError: as `render` does, for the first conversation that fails.
+
+        >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", {})
+        >>> talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
+        >>> template.render_all([(talk, [(1, True), (2, False)])])
+        [['<user>Hi.', '<user>Hi.<assistant>Yes?']]
+        """
+        texts: list[list[str]] = []
+        for start in range(0, len(conversations), BATCH):
+            batch = conversations[start : start + BATCH]
+            try:
+                texts += self._render_batch(batch)
+            except RenderingError as err:
+                if len(batch) == 1:
+                    raise RenderingError(str(err), start) from None
+                for number, conversation in enumerate(batch, start):  # the limits are those of one conversation
+                    try:
+                        texts += self._render_batch([conversation])
+                    except RenderingError as alone:
+                        raise RenderingError(str(alone), number) from None
+        return texts
+
+    def _render_batch(self, conversations: Sequence[tuple[Messages, Sequence[Rendering]]]) -> list[list[str]]:
+        values = {"tools": None, "documents": None, **self.special_tokens}
+        plain = [([dict(message) for message in messages], renderings) for messages, renderings in conversations]
+        response = _renderer.ask({"template": self.template, "values": values, "conversations": plain})
         if response is None:
-            raise InputError("the model's chat template takes too long, or too much memory: expected one that ends")
-        if "text" not in response:
-            raise InputError(f"the model's chat template fails on these messages: {one_line(response['error'])}")
-        return response["text"]
+            raise RenderingError("the model's chat template takes too long, or too much memory: expected one that ends")
+        if "texts" not in response:
+            raise RenderingError(f"the model's chat template fails on these messages: {one_line(response['error'])}")
+        return response["texts"]
+
+    @functools.cached_property
+    def is_verbatim(self) -> bool:
+        """Whether an answer without blanks around it is written as it is, directly after the text that asks for it."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}]
+        try:
+            ((before, whole),) = self.render_all([(messages, [(1, True), (2, False)])])
+        except RenderingError:
+            return False
+        return whole.startswith(before + "ANSWER")
 
     def answer_suffix(self) -> str:
         """What the template writes after the content of the assistant's message, such as <|im_end|> and a newline.

@@ -50,12 +50,26 @@ def compile_template(template: str) -> Any:
     return environment.from_string(template)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
-    """{"text": ..}, or {"error": ..} if the template fails."""
-    try:
-        text = compile_template(request["template"]).render(**request["values"])
-    except Exception as err:  # a template may raise anything
-        return {"error": f"{type(err).__name__}: {str(err)[:300]}"}
-    if len(text) > MAX_CHARACTERS:
-        return {"error": f"its text is longer than {MAX_CHARACTERS:,} characters"}
-    return {"text": text}
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """{"texts": ..}, a list for each conversation, or {"error": ..} if the template fails for one of them.
+
+    A request has the template, its values, and conversations: each is its messages, and a list of renderings as pairs
+    of how many of the messages are rendered and whether the beginning of an answer follows.
+    """
+    texts: list[list[str]] = []
+    left = MAX_CHARACTERS
+    for messages, renderings in request["conversations"]:
+        texts.append([])
+        for count, add_generation_prompt in renderings:
+            try:
+                template = compile_template(request["template"])
+                text = template.render(
+                    **request["values"], messages=messages[:count], add_generation_prompt=add_generation_prompt
+                )
+            except Exception as err:  # a template may raise anything
+                return {"error": f"{type(err).__name__}: {str(err)[:300]}"}
+            left -= len(text)
+            if left < 0:
+                return {"error": f"its text is longer than {MAX_CHARACTERS:,} characters"}
+            texts[-1].append(text)
+    return {"texts": texts}

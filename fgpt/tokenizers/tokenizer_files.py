@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fgpt.errors import InputError, short_repr
 from fgpt.tokenizers import chat_template, huggingface, special_tokens
-from fgpt.tokenizers.chat_template import Messages
+from fgpt.tokenizers.chat_template import ChatTemplate, Messages
 from fgpt.tokenizers.huggingface import HFTokenizer
 from fgpt.tokenizers.merges import MERGES_TXT, VOCAB_JSON
 from fgpt.tokenizers.special_tokens import DeclaredTokens, read_json
@@ -75,6 +75,11 @@ class Tokenizer(Protocol):
         """The token from which the first token of a text is predicted: BOS, else `eos_token_id`, which ended the text
         before.
         """
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's chat template; None for a base model."""
         ...
 
     def encode(self, text: str) -> list[int]:

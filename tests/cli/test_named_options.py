@@ -10,6 +10,7 @@ import fgpt
 from fgpt import ranges
 from fgpt.cli import eval_command
 from fgpt.cli.commands import COMMANDS
+from fgpt.cli.data_command import PreviewOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
 from fgpt.recipes import KINDS, RECIPES
@@ -21,6 +22,7 @@ CLASSES: list[type[Any]] = [
     *(command for command in COMMANDS.values() if isinstance(command, type)),
     *eval_command.COMMANDS.values(),
     ClassifyOptions,
+    PreviewOptions,
 ]
 """Every class whose fields are options of some command."""
 OPTIONS = {"--help", "--resume"}.union(*(option_names(cls) for cls in CLASSES))

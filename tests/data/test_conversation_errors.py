@@ -19,7 +19,9 @@ from fgpt.data.conversations import (
     WITHOUT_ANSWER,
 )
 from fgpt.data.instruction_datasets import load_examples, load_rows
-from fgpt.data.prompt_templates import PLAIN, encode
+from fgpt.data.pieces import encode_pieces
+from fgpt.data.prompt_templates import PLAIN, batch_pieces, encode
+from fgpt.data.rows import turns_of
 from fgpt.errors import InputError
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
@@ -46,7 +48,8 @@ NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
 def test_what_is_left_out_is_counted(talk: Any, answers: int, left_out: dict[str, int], tmp_path: Path):
     path = write_json_rows(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": talk})
     found = load_examples(path)
-    assert len(found.rows) == 2 + answers
+    assert len(found.rows) == 1 + (answers > 0)
+    assert len(turns_of(found.rows)) == 2 + answers
     assert found.left_out == left_out
 
 
@@ -84,13 +87,20 @@ def test_what_cannot_be_read_is_refused_by_its_row(record: Any, message: str, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("chat/messages_demo.jsonl", 500), ("chat/sharegpt_tools_demo.json", 957), ("lima/lima.json", 1082)],
+    ("name", "conversations", "answers"),
+    [
+        ("chat/messages_demo.jsonl", 500, 500),
+        ("chat/sharegpt_tools_demo.json", 300, 957),  # 746 answers and 211 calls of functions
+        ("lima/lima.json", 1029, 1082),
+    ],
 )
-def test_real_conversations(name: str, count: int, shared_data: SharedData):
+def test_real_conversations(name: str, conversations: int, answers: int, shared_data: SharedData):
     found = load_examples(shared_data(name))
-    assert len(found.rows) == count  # 746 answers and 211 calls of functions; 1,029 rows and 53 exchanges before them
+    assert len(found.rows) == conversations
+    assert len(turns_of(found.rows)) == answers
     assert not found.left_out
+    encoded = encode_pieces([pieces for (pieces,) in batch_pieces(found.rows, PLAIN, NANO)], NANO)
+    assert sum(len(example.spans) for example in encoded) == answers
     assert all(encode(row, PLAIN, NANO).prompt_length < len(encode(row, PLAIN, NANO).tokens) for row in found.rows[:40])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from builders.conversations import ASSISTANT, SYSTEM, TALK, USER, write_json_rows
+from builders.conversations import ASSISTANT, SYSTEM, TALK, USER, messages_row, write_json_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from fgpt.data.examples import truncate
 from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import PLAIN, Turn, encode
+from fgpt.data.rows import ConversationRow, conversation_row, turns_of
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe, find
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
@@ -36,34 +37,43 @@ def test_a_loss_weight_reaches_the_loss(tmp_path: Path):
     assert truncate(example, example.prompt_length + 2).spans[0].weight == 0.25
 
 
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=20), st.integers(0, 9), st.integers(0, 3))
-def test_no_conversation_is_on_both_sides(lengths: list[int], heldout: int, seed: int):
-    talks = [Turn(str(i), conversation=f"line {n}") for n, length in enumerate(lengths) for i in range(length)]
+@given(st.integers(2, 20), st.integers(0, 9), st.integers(0, 3))
+def test_a_conversation_is_on_one_side(count: int, heldout: int, seed: int):
+    talks = [conversation_row(messages_row(*TALK), f"line {n}") for n in range(count)]
     first, second = train_heldout_split(talks, heldout, seed)
     assert first
     assert not {row.conversation for row in first} & {row.conversation for row in second}
     assert Counter(first) + Counter(second) == Counter(talks)
-    assert len(second) >= min(heldout, sum(lengths) - max(lengths))
-    assert len(second) < heldout + max(lengths)
+    assert len(second) == min(heldout, count - 1)
 
 
-def test_one_conversation_cannot_be_held_out():
-    with pytest.raises(InputError, match="all 3 rows are of one conversation"):
-        train_heldout_split([Turn(str(i), conversation="line 1") for i in range(3)], 1, 0)
+def test_rows_of_single_answers_are_held_out_as_ever():
+    """The rows of a seed, which recorded figures are of."""
+    assert train_heldout_split(range(9), 3, 0)[1] == [1, 6, 8]
+    assert train_heldout_split(range(9), 3, 1)[1] == [0, 5, 8]
+
+
+def test_one_conversation_cannot_be_held_out(tmp_path: Path):
+    path = write_json_rows(tmp_path / "a.jsonl", {"messages": TALK})
+    recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),))
+    with pytest.raises(InputError, match=r"a\.jsonl has 1 rows: expected 2 or more, one of them to be held out"):
+        load_instruction_split(recipe)
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
     recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),), num_heldout=4)
     first, second, _ = load_instruction_split(recipe)
-    assert len(first) + len(second) == 18
-    assert len(second) == 4
+    assert len(first) == 5
+    assert all(isinstance(row, ConversationRow) for row in first)
+    assert len(second) == 8  # a turn for each of the two answers of four conversations
+    assert all(isinstance(row, Turn) for row in second)
     output = " ".join(capsys.readouterr().err.split())
     assert "1 conversations without an answer of the assistant, 9 messages after the last answer" in output
 
 
 def test_a_comparison_shows_the_whole_prompt(tmp_path: Path):
-    (_, row) = load_rows(write_json_rows(tmp_path / "a.jsonl", {"messages": [SYSTEM, *TALK]}))
+    (_, row) = turns_of(load_rows(write_json_rows(tmp_path / "a.jsonl", {"messages": [SYSTEM, *TALK]})))
     answers = {"base": [Answer("Gute Nacht.", (1,), True)], "tuned": [Answer("Bonne nuit.", (1,), True)]}
     found = Comparison("a", [], [row], answers, {"base": {}, "tuned": {}}, {})
     for page in (to_markdown(found), html_page(found)):

@@ -1,4 +1,4 @@
-"""Conversations: each answer is one example of all that precedes it, in every format."""
+"""Conversations: one example each, in every format, with a turn for each answer."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ from fgpt.data.conversations import (
 )
 from fgpt.data.instruction_datasets import Columns, load_examples, load_rows
 from fgpt.data.prompt_templates import PLAIN, InstructionRow, Turn, encode_prompt
+from fgpt.data.rows import turns_of
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
 NANO = from_ranks(Path(fgpt.__file__).parent / "nano" / RANKS)
@@ -24,9 +25,10 @@ SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "ob
 
 
 def examples_of(path: Path) -> list[tuple[tuple[Message, ...], str]]:
-    """(what precedes an answer, the answer), whatever kind of row holds it."""
+    """(what precedes an answer, the answer) for each turn of the one row that a file's one conversation gives."""
     found = []
-    for row in load_rows(path):
+    (conversation,) = load_rows(path)
+    for row in turns_of([conversation]):
         before = row.messages if isinstance(row, Turn) else (Message("user", row.instruction),)
         found.append((before, row.output))
     return found
@@ -55,7 +57,7 @@ def sharegpt(talk: list[dict[str, str]]) -> list[dict[str, str]]:
         [SYSTEM, *TALK],
     ],
 )
-def test_every_format_gives_an_example_for_each_answer(record: Any, tmp_path: Path):
+def test_every_format_gives_one_conversation_with_a_turn_for_each_answer(record: Any, tmp_path: Path):
     assert examples_of(write_json_rows(tmp_path / "a.jsonl", record)) == [
         (messages_row(SYSTEM, TALK[0]), "Bonjour."),
         (messages_row(SYSTEM, *TALK[:3]), "Bonne nuit."),
@@ -140,5 +142,6 @@ def test_two_messages_of_a_user_both_stay(tmp_path: Path):
 def test_an_assistant_that_opens_is_context(tmp_path: Path):
     greeting = {"role": "assistant", "content": "How can I help?"}
     path = write_json_rows(tmp_path / "a.jsonl", {"messages": [greeting, *TALK[:2]]})
-    assert examples_of(path) == [(messages_row(greeting, TALK[0]), "Bonjour.")]
+    context = (Message("assistant", "How can I help?", 0.0), *messages_row(TALK[0]))
+    assert examples_of(path) == [(context, "Bonjour.")]
     assert load_examples(path).left_out == {UNPROMPTED: 1}

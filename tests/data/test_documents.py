@@ -17,7 +17,7 @@ from fgpt.data import hub_datasets, instruction_datasets, packing
 from fgpt.data.conversations import Message
 from fgpt.data.documents import articles, read
 from fgpt.data.examples import Example, truncate
-from fgpt.data.prompt_templates import Turn
+from fgpt.data.rows import ConversationRow
 from fgpt.recipes import PretrainingRecipe
 
 
@@ -86,8 +86,8 @@ def test_wikitext_and_tulu_as_the_hub_has_them(tmp_path: Path, monkeypatch: pyte
     assert documents.from_hub("wikitext-103") == articles(WIKI)
     assert documents.from_hub("wikitext-103-valid") == ["only this"]
     (row,) = instruction_datasets.load_rows("tulu")
-    assert isinstance(row, Turn)
-    assert (row.messages, row.output) == ((Message("system", "s"), Message("user", "u")), "a")
+    assert isinstance(row, ConversationRow)
+    assert row.messages == (Message("system", "s"), Message("user", "u"), Message("assistant", "a"))
 
 
 def test_long_answers_are_cut_and_long_prompts_are_not():

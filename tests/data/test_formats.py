@@ -172,5 +172,5 @@ def test_parts_of_a_long_text_predict_each_token_once(length: int, max_seq_len: 
 
 
 def test_other_examples_are_not_split():
-    for example in (Example.completion(tuple(range(20)), 3), Example.labeled(tuple(range(20)), 1)):
+    for example in (Example.completion(tuple(range(20)), 3), Example.classification(tuple(range(20)), 1)):
         assert split_text(example, 5) == [example]

@@ -14,6 +14,7 @@ from fgpt.data.conversations import Message
 from fgpt.data.instruction_datasets import Columns, load_rows
 from fgpt.data.packing import filter_by_length
 from fgpt.data.prompt_templates import ALPACA, InstructionRow, Turn, encode
+from fgpt.data.rows import turns_of
 from fgpt.errors import InputError
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
 
@@ -41,8 +42,9 @@ def test_columns(tmp_path: Path):
     assert load_rows(file, Columns("a", "q", "a")) == [InstructionRow("2.5", "1", "2.5")]
     file.write_text('{"conversations": ["hello", "good day", "more", "later"], "source": "x"}')
     messages = (Message("user", "hello"), Message("assistant", "good day"), Message("user", "more"))
-    assert next((row.instruction, row.output) for row in load_rows(file)) == ("hello", "good day")
-    assert [(row.messages, row.output) for row in load_rows(file) if isinstance(row, Turn)] == [
+    (conversation,) = load_rows(file)
+    assert (conversation.instruction, conversation.output) == ("more", "later")
+    assert [(row.messages, row.output) for row in turns_of([conversation]) if isinstance(row, Turn)] == [
         (messages[:1], "good day"),
         (messages, "later"),
     ]
@@ -149,7 +151,7 @@ def test_not_text_and_not_there(tmp_path: Path):
     [
         ("dolly/dolly_hhrlhf_train_small.jsonl", Columns("prompt", output="response"), 1000),
         ("dolly/dolly_finqa_val.jsonl", None, 796),
-        ("lima/lima.json", None, 1082),  # 1,029 rows, 29 of them with 53 exchanges before
+        ("lima/lima.json", None, 1029),
         ("alpaca_demo/alpaca_en_demo.json", None, 999),
         ("davidson/train.csv", TL, 1000),
         ("davidson/labeled_data.csv", Columns("tweet", output="class"), 24783),

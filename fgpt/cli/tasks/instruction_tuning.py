@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress
+from fgpt.cli.console import announce, console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
@@ -21,6 +21,7 @@ from fgpt.cli.evaluation.instruction_tuning import answer_metrics, response_metr
 from fgpt.cli.evaluation.metrics.text import nats
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
+from fgpt.cli.training import preview
 from fgpt.cli.training.build import (
     assemble_job,
     build_adapters,
@@ -29,6 +30,7 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
+from fgpt.cli.training.conversation_rows import encode_rows, resolve_template
 from fgpt.cli.training.eval_sets import encode_eval_sets
 from fgpt.cli.training.examples import load_eval_sets, load_instruction_split
 from fgpt.cli.training.job import TrainingJob
@@ -37,7 +39,8 @@ from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example, split_text, truncate
-from fgpt.data.prompt_templates import InstructionRow, Template, TextRow, encode, template
+from fgpt.data.prompt_templates import Template, template
+from fgpt.data.rows import InstructionRow, TextRow
 from fgpt.errors import InputError
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
@@ -57,8 +60,8 @@ class InstructionTask:
     @classmethod
     def build(cls, recipe: InstructionRecipe) -> "InstructionTask":
         """Raises InputError for bad input."""
+        recipe = resolve_template(resolve_precision(recipe))
         prompt_template = template(recipe.template)
-        recipe = resolve_precision(recipe)
         rows, heldout, sizes = load_instruction_split(recipe)
         eval_sets = load_eval_sets(recipe)
         cfg, tokenizer, _ = load_tokenizer(recipe)
@@ -93,6 +96,7 @@ class InstructionTask:
             f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        preview.print_first(examples[0], tokenizer, recipe.template)
         return cls(cast(InstructionRecipe, job.recipe), job, heldout)
 
     @staticmethod
@@ -163,12 +167,17 @@ def _encode_rows(
     tokenizer: Tokenizer,
     max_seq_len: int,
 ) -> list[Example]:
-    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed.
+    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed, and how
+    many conversations are an example for each answer.
 
     Raises InputError for a longer row if the recipe's `overlong` is "error".
     """
-    examples = [encode(row, prompt_template, tokenizer) for row in progress(rows, "tokenizing")]
-    texts = examples
+    texts, num_divided = encode_rows(rows, prompt_template, tokenizer)
+    if num_divided:
+        console.print(
+            f"the chat template rewrites earlier turns, or does not end them: {num_divided:,} conversations are an "
+            "example for each answer"
+        )
     examples = [part for example in texts for part in split_text(example, max_seq_len)]
     if parts := len(examples) - len(texts):
         console.print(f"split texts longer than {max_seq_len} tokens: {parts:,} more examples")

@@ -1,7 +1,7 @@
 """The rows that a fine-tuning recipe trains on, and the rows held out of them."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
@@ -9,13 +9,15 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from fgpt.cli.console import console
+from fgpt.cli.training.conversation_rows import loss_rows, report_templates
 from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.mixtures import check_weights
-from fgpt.data.prompt_templates import InstructionRow, Turn, encode, template
+from fgpt.data.prompt_templates import encode, template
+from fgpt.data.rows import InstructionRow, turns_of
 from fgpt.data.source_syntax import parse_source
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -39,29 +41,32 @@ class InstructionSplit(NamedTuple):
 
 def load_instruction_split(recipe: InstructionRecipe) -> InstructionSplit:
     """Rows to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's seed.
-    What is left out of conversations is counted and printed, as is the number of FinQA pages that were shortened to
-    `max_seq_len`.
+    A conversation is one row to train on; held out, it is a row for each of its answers. What is left out of
+    conversations is counted and printed, as is the number of FinQA pages that were shortened to `max_seq_len`.
 
     Raises InputError if holding out would leave nothing to train on.
     """
     if recipe.data == ("nano",):
         rows: list[InstructionRow] = list(read_tasks(NANO_TASKS))
         return InstructionSplit(rows, list(read_tasks(NANO_HELDOUT)), (len(rows),))
-    rows, sizes = _load_rows(recipe, [name for name, _ in source_weights(recipe.data)])
+    by_source = [rows for _, rows in load_source_rows(recipe)]
+    rows = loss_rows(recipe, list(itertools.chain.from_iterable(by_source)))
+    report_templates(recipe, rows)
     count = num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data))
-    heldout = heldout_indices(rows, count, recipe.seed)
-    train_sizes = []
-    for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
-        train_sizes.append(sum(i not in heldout for i in range(start, end)))
-    return InstructionSplit(*_split(rows, heldout), tuple(train_sizes))
+    heldout = heldout_indices(len(rows), count, recipe.seed)
+    sizes: list[int] = []
+    for start, end in itertools.pairwise(itertools.accumulate(map(len, by_source), initial=0)):
+        sizes.append(sum(i not in heldout for i in range(start, end)))
+    train, second = _split(rows, heldout)
+    return InstructionSplit(train, turns_of(second), tuple(sizes))
 
 
 def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]:
-    """The rows of each evaluation set, by its name. Raises InputError as `parse_eval_data` does, and for a source that
-    cannot be read.
+    """The rows of each evaluation set, by its name, a row for each answer of a conversation. Raises InputError as
+    `parse_eval_data` does, and for a source that cannot be read.
     """
     sources = parse_eval_data(recipe.eval_data)
-    return {name: _load_rows(recipe, [source])[0] for name, source in sources.items()}
+    return {name: turns_of(_load_rows(recipe, [source])[0]) for name, source in sources.items()}
 
 
 def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -78,15 +83,27 @@ def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
     return weights
 
 
-def _load_rows(recipe: InstructionRecipe, sources: Sequence[str]) -> tuple[list[InstructionRow], tuple[int, ...]]:
-    """The rows of sources, and the number of those of each."""
+def load_source_rows(recipe: InstructionRecipe) -> list[tuple[str, list[InstructionRow]]]:
+    """The name and the rows of each source. What is left out or shortened is printed.
+
+    Raises InputError as `instruction_datasets.load_each` does.
+    """
+    if recipe.data == ("nano",):
+        return [("nano", list(read_tasks(NANO_TASKS)))]
+    names = [name for name, _ in source_weights(recipe.data)]
+    return list(zip(names, _load_rows(recipe, names), strict=True))
+
+
+def _load_rows(recipe: InstructionRecipe, sources: Sequence[str]) -> list[list[InstructionRow]]:
+    """The rows of each source."""
     columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
-    loaded = instruction_datasets.load_all(sources, columns)
-    for line in loaded.formats:
-        console.print(line, markup=False)
-    if reasons := conversations.summary(loaded.left_out):
-        console.print(f"left out of conversations: {reasons}", markup=False)
-    return _shorten_finqa(recipe, loaded.rows), loaded.sizes
+    loaded = list(instruction_datasets.load_each(sources, columns))
+    for each in loaded:
+        for line in each.formats:
+            console.print(line, markup=False)
+    if reasons := conversations.summary(sum((each.left_out for each in loaded), Counter[str]())):
+        console.print(f"left out: {reasons}", markup=False)
+    return [_shorten_finqa(recipe, each.rows) for each in loaded]
 
 
 def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:
@@ -159,35 +176,15 @@ def num_heldout(rows: Sequence[object], requested: float, source: str) -> int:
 
 
 def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
-    """All rows except `heldout` of them, and those: each part in the rows' order. Raises InputError as
-    `heldout_indices` does.
-    """
-    return _split(rows, heldout_indices(rows, heldout, seed))
+    """All rows except `heldout` of them, and those: each part in the rows' order."""
+    return _split(rows, heldout_indices(len(rows), heldout, seed))
 
 
 def _split(rows: Sequence[T], heldout: set[int]) -> tuple[list[T], list[T]]:
     return [row for i, row in enumerate(rows) if i not in heldout], [rows[i] for i in sorted(heldout)]
 
 
-def heldout_indices(rows: Sequence[object], heldout: int, seed: int) -> set[int]:
-    """The indices of `heldout` of the rows, the last of a shuffle by the seed.
-
-    A conversation is not divided: its turns are all held out, or none is. So there may be a few more than `heldout`, or
-    fewer if that would leave none to train on.
-
-    Raises InputError if rows are to be held out of a single conversation.
-    """
-    groups: dict[object, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[row.conversation if isinstance(row, Turn) else i].append(i)
-    order = torch.randperm(len(groups), generator=fold_in(key(seed), "heldout")).tolist()
-    if heldout and len(groups) < 2:
-        raise InputError(
-            f"all {len(rows)} rows are of one conversation: expected 2 or more, one of them to be held out"
-        )
-    indices, second = list(groups.values()), set[int]()
-    for group in reversed(order[1:]):
-        if len(second) >= heldout:
-            break
-        second.update(indices[group])
-    return second
+def heldout_indices(num_rows: int, heldout: int, seed: int) -> set[int]:
+    """The indices of the rows to hold out: the last `heldout` of a shuffle by the seed. At least one row is left."""
+    order = torch.randperm(num_rows, generator=fold_in(key(seed), "heldout")).tolist()
+    return set(order[max(1, num_rows - heldout) :])
