@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,19 +86,35 @@ def load_examples(source: str | Path, columns: Columns | None = None, limit: int
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
+    left_out = Counter[str]()
+    rows = list(itertools.islice(stream_rows(source, columns, left_out), limit))
+    return Examples(rows, +left_out)
+
+
+def stream_rows(source: str | Path, columns: Columns | None, left_out: Counter[str]) -> Iterator[InstructionRow]:
+    """The rows of `load_examples`, one after the other; what is left out is added to `left_out` in place.
+
+    Raises:
+        InputError: as `load_examples` does.
+    """
     records, dataset = open_source(str(source), HUB_DATASETS)
     columns = columns or (dataset.columns if dataset else Columns())
-    rows, left_out = list[InstructionRow](), Counter[str]()
+    is_empty = True
     for where, record in records:
-        rows += _rows(record, columns, f"{source}, {where}", left_out)
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows:
+        for row in _rows(record, columns, f"{source}, {where}", left_out):
+            is_empty = False
+            yield row
+    if is_empty:
         reason = conversations.summary(left_out)
         raise InputError(
             f"{source}: it holds no rows, expected at least one" + (f"; there are {reason}" if reason else "")
         )
-    return Examples(rows[:limit], +left_out)
+
+
+def columns_of(source: str, sources: Sequence[str], columns: Columns | None) -> Columns | None:
+    """The columns to use of one of several sources: those on the hub then keep their own."""
+    is_on_hub = source in HUB_DATASETS and not Path(source).exists()
+    return None if is_on_hub and len(sources) > 1 else columns
 
 
 def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
@@ -107,8 +123,7 @@ def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples
     """
     rows, left_out = list[InstructionRow](), Counter[str]()
     for source in sources:
-        is_on_hub = source in HUB_DATASETS and not Path(source).exists()
-        examples = load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
+        examples = load_examples(source, columns_of(source, sources, columns))
         rows += examples.rows
         left_out += examples.left_out
     return Examples(rows, left_out)

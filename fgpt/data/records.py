@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fgpt.data.json_lists import NotAListError, list_items
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import OPENERS, file_format, open_text, read_errors, strip_boms
 from fgpt.errors import InputError, one_line
@@ -59,6 +60,15 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
 
 
 def _read_json(path: Path) -> Iterator[Record]:
+    number = 0
+    try:
+        with open_text(path) as file:
+            for number, record in enumerate(list_items(file), 1):
+                yield f"row {number}", record
+        return
+    except NotAListError:
+        pass
+    # The whole text says what is wrong with it.
     try:
         with open_text(path) as file:
             records = _parse_json(file.read(), str(path))
@@ -67,7 +77,7 @@ def _read_json(path: Path) -> Iterator[Record]:
         raise InputError(f"{path}, line {err.lineno}: not JSON ({err.msg}, column {err.colno}): {hint}") from None
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
-    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+    yield from ((f"row {i}", record) for i, record in enumerate(records[number:], number + 1))
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:

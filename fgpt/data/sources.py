@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fgpt.data.dataset_folders import folder_records
-from fgpt.data.hub_datasets import HubDataset, hub_records
+from fgpt.data.hub_datasets import HubDataset, download, hub_records
 from fgpt.data.records import Readers, Record, read_records
 from fgpt.errors import InputError
 
@@ -37,3 +37,20 @@ def open_source(
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"{source}: no such file; expected a path or one of {names}")
     raise InputError(f"unknown source {source!r}: expected one of {names}, or the path of a file or folder")
+
+
+def source_files(source: str, hub_datasets: Mapping[str, HubDataset]) -> list[Path] | None:
+    """The files that the records of a source depend on, in an order of their own; None if that cannot be told.
+
+    Raises:
+        InputError: if the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir() and source:
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    if source in hub_datasets:
+        dataset = hub_datasets[source]
+        return sorted(download(source, dataset).glob(dataset.files))
+    return None
