@@ -31,7 +31,13 @@ class DropCounts:
 def filter_by_length(
     examples: Sequence[Example], max_seq_len: int, drop: bool = False
 ) -> tuple[Sequence[Example], DropCounts]:
-    """The examples that can be trained on, and how many were left out.
+    """The examples at `usable_indices`, and how many were left out. Raises InputError as it does."""
+    indices, dropped = usable_indices(examples, max_seq_len, drop)
+    return take(examples, indices), dropped
+
+
+def usable_indices(examples: Sequence[Example], max_seq_len: int, drop: bool = False) -> tuple[np.ndarray, DropCounts]:
+    """The indices of the examples that can be trained on, and how many were left out.
 
     Args:
         examples: The examples.
@@ -59,7 +65,7 @@ def filter_by_length(
             f"no row with a response that fits: {len(examples)} rows came, {dropped.long} above the limit of "
             f"{max_seq_len} tokens and {dropped.empty} without a response; raise the limit or fix the rows"
         )
-    return take(examples, np.flatnonzero(~unusable)), dropped
+    return np.flatnonzero(~unusable), dropped
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:

@@ -14,7 +14,7 @@ import fgpt
 from fgpt.cli.evaluation.compare.html import page as html_page
 from fgpt.cli.evaluation.compare.markdown import to_markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
-from fgpt.cli.training.examples import load_instruction_split, train_heldout_split
+from fgpt.cli.training.examples import load_instruction_data, train_heldout_split
 from fgpt.data.examples import truncate
 from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.packing import collate
@@ -55,9 +55,9 @@ def test_one_conversation_cannot_be_held_out():
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
     recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),), num_heldout=4)
-    first, second = load_instruction_split(recipe)
-    assert len(first) + len(second) == 18
-    assert len(second) == 4
+    data = load_instruction_data(recipe)
+    assert len(data.examples) == 14
+    assert len(data.heldout) == 4
     output = " ".join(capsys.readouterr().err.split())
     assert "1 conversations without an answer of the assistant, 9 messages after the last answer" in output
 

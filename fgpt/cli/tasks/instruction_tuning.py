@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress
+from fgpt.cli.console import announce
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
@@ -27,17 +27,16 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.examples import load_heldout_rows, load_instruction_data
 from fgpt.cli.training.job import TrainingJob
-from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.examples import Example
-from fgpt.data.prompt_templates import InstructionRow, Template, encode, template
+from fgpt.data.examples import Example, count_loss_tokens
+from fgpt.data.pieces import encode_pieces
+from fgpt.data.prompt_templates import InstructionRow, pieces, template
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
-from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +54,12 @@ class InstructionTask:
         """Raises InputError for bad input."""
         prompt_template = template(recipe.template)
         recipe = resolve_precision(recipe)
-        rows, heldout = load_instruction_split(recipe)
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
         max_seq_len = row_length(recipe, cfg)
-        examples = _encode_rows(recipe, rows, prompt_template, tokenizer, max_seq_len)
+        data = load_instruction_data(recipe)
+        examples, heldout = data.examples, data.heldout
         heldout_examples = []
-        for row in heldout:
-            example = encode(row, prompt_template, tokenizer)
+        for example in encode_pieces([pieces(row, prompt_template, tokenizer) for row in heldout], tokenizer):
             if example.prompt_length + 1 < len(example.tokens) <= max_seq_len:
                 heldout_examples.append(example)
         base = load_base(recipe)
@@ -77,12 +75,11 @@ class InstructionTask:
             heldout_rows=heldout,
             template=repr(prompt_template),
         )
-        response_tokens = sum(example.num_loss_tokens for example in examples)
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
             describe_precision(recipe),
-            f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
+            f"{len(examples):,} examples, {count_loss_tokens(examples):,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         return cls(cast(InstructionRecipe, job.recipe), job, heldout)
@@ -98,13 +95,13 @@ class InstructionTask:
     @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
         cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
-        return fitting(cfg, tokenizer, recipe, load_instruction_split(recipe)[1][:limit])
+        return fitting(cfg, tokenizer, recipe, load_heldout_rows(recipe)[:limit])
 
     @staticmethod
     def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()):
             raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
-        tokenizer, heldout = models.tokenizer(recipe.base), load_instruction_split(recipe)[1]
+        tokenizer, heldout = models.tokenizer(recipe.base), load_heldout_rows(recipe)
         if not heldout:
             run = shlex.quote(str(folder))
             raise InputError(f"{recipe.name} held out no rows: give a text, fgpt eval text FILE --run {run}")
@@ -138,28 +135,3 @@ class InstructionTask:
         """Write compare.md, compare.html and compare.json, and print the scores with a few answers."""
         if after is not None:
             compare.save(after, out, compare.NAME)
-
-
-def _encode_rows(
-    recipe: InstructionRecipe,
-    rows: list[InstructionRow],
-    prompt_template: Template,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-) -> list[Example]:
-    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed.
-
-    Raises InputError for a longer row if the recipe's `overlong` is "error".
-    """
-    examples = [encode(row, prompt_template, tokenizer) for row in progress(rows, "tokenizing")]
-    if recipe.overlong == "cut":
-        full_length = examples
-        examples = [truncate(example, max_seq_len) for example in full_length]
-        if truncated := sum(a is not b for a, b in zip(full_length, examples, strict=True)):
-            console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
-    examples, dropped = packing.filter_by_length(examples, max_seq_len, recipe.overlong != "error")
-    if dropped.long or dropped.empty:
-        console.print(
-            f"left out {dropped.long} rows longer than {max_seq_len} tokens and {dropped.empty} without a response"
-        )
-    return examples

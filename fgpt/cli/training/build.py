@@ -1,7 +1,7 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.data import packing
-from fgpt.data.examples import Example
+from fgpt.data.examples import Example, count_loss_tokens, example_lengths
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
@@ -114,7 +114,7 @@ def assemble_job(
     base: GPT,
     *,
     adapters: Adapters,
-    examples: list[Example],
+    examples: Sequence[Example],
     max_seq_len: int,
     tokenizer: Tokenizer,
     heldout_loss: Callable[[GPT], float] | None = None,
@@ -172,10 +172,9 @@ def assemble_job(
     )
 
 
-def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
+def _utilization(base: GPT, adapters: Adapters, examples: Sequence[Example]) -> Callable[[float], float]:
     """Model FLOPs utilization at a number of tokens per second, in the dtype of `base`."""
-    with_loss = sum(example.num_loss_tokens for example in examples)
-    loss_share = with_loss / sum(len(example.tokens) for example in examples)
+    loss_share = count_loss_tokens(examples) / int(example_lengths(examples).sum())
     flops, peak = mfu.tuning_flops(base, adapters, loss_share), mfu.peak(device(base), dtype(base.wte.w))
     return lambda tokens_per_second: tokens_per_second * flops / peak
 

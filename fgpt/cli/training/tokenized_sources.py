@@ -4,6 +4,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.training.token_cache import (
@@ -14,6 +17,7 @@ from fgpt.cli.training.token_cache import (
     read_cached,
     write_cached,
 )
+from fgpt.data.example_store import StoredRows
 from fgpt.data.instruction_datasets import HUB_DATASETS, Columns, stream_rows
 from fgpt.data.prompt_templates import InstructionRow, Turn
 from fgpt.data.sources import source_files
@@ -77,6 +81,35 @@ def tokenized_source(
     return made
 
 
+class RowSource(NamedTuple):
+    """The rows of a source, their groups, and what of its conversations is not trained on."""
+
+    rows: Sequence[InstructionRow]
+    groups: np.ndarray
+    left_out: Counter[str]
+
+
+def stored_rows(
+    source: str, columns: Columns | None, encoding: Encoding, tokenizer: Sequence[str | bytes]
+) -> RowSource:
+    """The rows of a source, from the cache if they are there. Else they are read and not tokenized, and pages of FinQA
+    are complete.
+
+    Args: as for `cache_key`.
+
+    Raises:
+        InputError: as `stream_rows` does.
+    """
+    place = cache_place(source, columns, encoding, tokenizer)
+    if place is not None and (cached := read_cached(*place, encoding.max_seq_len)) is not None:
+        rows = StoredRows(cached.rows)
+        return RowSource(rows, rows.groups, cached.left_out)
+    work = _Work(source, columns, encoding, 0)
+    chunks = list(work.chunks())
+    groups = np.array([group for chunk in chunks for group in chunk.groups], np.int64)
+    return RowSource([row for chunk in chunks for row in chunk.rows], groups, work.left_out)
+
+
 def _count(source: TokenizedSource) -> tuple[int, int]:
     """Rows and tokens."""
     tokens = sum(len(batch["tokens"].values) for batch in source.examples)
@@ -98,7 +131,7 @@ class _Work:
         begin = time.perf_counter()
         try:
             with show_progress(f"tokenizing {self.source}"):
-                for result in tokenize_in_order(self._chunks(), self.encoding, self.num_processes):
+                for result in tokenize_in_order(self.chunks(), self.encoding, self.num_processes):
                     self.num_bytes += result.num_bytes
                     yield result
         except Exception as err:
@@ -116,7 +149,8 @@ class _Work:
         made.left_out = self.left_out
         return made
 
-    def _chunks(self) -> Iterator[RowChunk]:
+    def chunks(self) -> Iterator[RowChunk]:
+        """The rows, read."""
         rows: list[InstructionRow] = []
         groups: list[int] = []
         first, conversation, group = 0, "", -1
