@@ -106,15 +106,15 @@ class StoredExamples(LazyExamples):
         """The examples of `example_batch`es, one after the other."""
         empty = np.empty(0, np.int64)
 
-        def joined(values: list[np.ndarray]) -> np.ndarray:
+        def join_arrays(values: list[np.ndarray]) -> np.ndarray:
             return np.concatenate([empty, *values])
 
         tokens, starts, ends, weights = (
             [batch[name] for batch in batches] for name in ("tokens", "starts", "ends", "weights")
         )
         parts = tuple(values(column) for column in tokens)
-        lengths = joined([np.diff(column.offsets.to_numpy()) for column in tokens])
-        num_spans = joined([np.diff(column.offsets.to_numpy()) for column in starts])
+        lengths = join_arrays([np.diff(column.offsets.to_numpy()) for column in tokens])
+        num_spans = join_arrays([np.diff(column.offsets.to_numpy()) for column in starts])
         return cls(
             parts,
             bounds([len(part) for part in parts]),
@@ -122,9 +122,9 @@ class StoredExamples(LazyExamples):
             lengths,
             bounds(num_spans)[:-1],
             num_spans,
-            np.stack([joined([values(column) for column in columns]) for columns in (starts, ends)], axis=1),
-            joined([values(column) for column in weights]).astype(np.float64),
-            joined([batch["row"].to_numpy() for batch in batches]),
+            np.stack([join_arrays([values(column) for column in columns]) for columns in (starts, ends)], axis=1),
+            join_arrays([values(column) for column in weights]).astype(np.float64),
+            join_arrays([batch["row"].to_numpy() for batch in batches]),
         )
 
     def __len__(self) -> int:
@@ -192,8 +192,8 @@ class StoredExamples(LazyExamples):
         owners = np.repeat(np.arange(len(self)), counts)
         spans, limits = self.spans[numbers], self.lengths[owners]
         is_kept = spans[:, 0] < limits
-        kept = np.minimum(spans[is_kept], limits[is_kept, None])
-        return np.bincount(owners[is_kept], minlength=len(self)), kept, self.weights[numbers][is_kept]
+        clipped = np.minimum(spans[is_kept], limits[is_kept, None])
+        return np.bincount(owners[is_kept], minlength=len(self)), clipped, self.weights[numbers][is_kept]
 
     def _token_runs(self, start: int, end: int) -> list[np.ndarray]:
         """Tokens `start` to `end` of all, in as many pieces as they lie in parts."""

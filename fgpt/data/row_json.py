@@ -14,7 +14,7 @@ from fgpt.data.conversations import Message
 from fgpt.data.finqa import FinQA
 from fgpt.data.prompt_templates import InstructionRow, Turn
 
-CLASSES = {kind.__name__: kind for kind in (InstructionRow, Turn, FinQA, Message)}
+CLASSES: dict[str, type[Any]] = {kind.__name__: kind for kind in (InstructionRow, Turn, FinQA, Message)}
 """The classes of rows, and of what is in their fields. A sequence in a field is a tuple."""
 
 
@@ -35,5 +35,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _build(fields: dict[str, Any]) -> Any:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
     return CLASSES[values.pop("class")](**values)

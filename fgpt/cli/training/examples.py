@@ -66,18 +66,18 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
         batch = example_batch(encode_pieces(texts, tokenizer), range(len(tasks)))
         stored, heldout, starts = StoredExamples.from_batches([batch]), [*read_tasks(NANO_HELDOUT)], np.array([0])
     else:
-        found = _tokenized_sources(recipe, encoding)
-        _print_left_out(sum((source.left_out for source in found), Counter[str]()))
-        _print_shortened(sum(source.num_shortened for source in found), encoding.max_seq_len)
-        stored = StoredExamples.from_batches([batch for source in found for batch in source.examples])
-        rows = [StoredRows(source.rows) for source in found]
+        tokenized = _tokenized_sources(recipe, encoding)
+        _print_left_out(sum((source.left_out for source in tokenized), Counter[str]()))
+        _print_shortened(sum(source.num_shortened for source in tokenized), encoding.max_seq_len)
+        stored = StoredExamples.from_batches([batch for source in tokenized for batch in source.examples])
+        rows = [StoredRows(source.rows) for source in tokenized]
         first_rows = bounds([len(source) for source in rows])
-        starts = bounds([sum(batch.num_rows for batch in source.examples) for source in found])[:-1]
+        starts = bounds([sum(batch.num_rows for batch in source.examples) for source in tokenized])[:-1]
         numbers = stored.rows + np.repeat(first_rows[:-1], np.diff([*starts, len(stored)]))
         is_heldout = _heldout_rows(recipe, _groups(recipe, [source.groups for source in rows]))
         heldout = _rows_at(rows, first_rows, np.flatnonzero(is_heldout))
-        kept = np.flatnonzero(~is_heldout[numbers])
-        stored, starts = stored.take(kept), np.searchsorted(kept, starts)
+        training = np.flatnonzero(~is_heldout[numbers])
+        stored, starts = stored.take(training), np.searchsorted(training, starts)
     examples, usable = _fit(recipe, stored, encoding.max_seq_len)
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
     ranges = zip(recipe.data, edges[:-1], edges[1:], strict=True)
@@ -93,26 +93,26 @@ def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
     cfg, tokenizer = models.load_config_and_tokenizer(recipe.base)
     encoding = Encoding(template(recipe.template), tokenizer, min(recipe.max_seq_len, cfg.n_ctx))
     contents = tokenizer_contents(recipe.base)
-    found, left_out = [], Counter[str]()
+    sources, left_out = [], Counter[str]()
     for name in recipe.data:
         source = stored_rows(name, _columns(recipe, name), encoding, contents)
         left_out += source.left_out
-        found.append(source)
+        sources.append(source)
     _print_left_out(left_out)
-    rows = [source.rows for source in found]
+    rows = [source.rows for source in sources]
     first_rows = bounds([len(source) for source in rows])
-    is_heldout = _heldout_rows(recipe, _groups(recipe, [source.groups for source in found]))
+    is_heldout = _heldout_rows(recipe, _groups(recipe, [source.groups for source in sources]))
     chosen, _ = shorten_pages(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)), encoding)
     return chosen
 
 
 def _tokenized_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[TokenizedSource]:
     """Those of the recipe, in order; one that is named twice is read once."""
-    contents, found = tokenizer_contents(recipe.base), dict[str, TokenizedSource]()
+    contents, by_name = tokenizer_contents(recipe.base), dict[str, TokenizedSource]()
     for name in recipe.data:
-        if name not in found:
-            found[name] = tokenized_source(name, _columns(recipe, name), encoding, contents)
-    return [found[name] for name in recipe.data]
+        if name not in by_name:
+            by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, contents)
+    return [by_name[name] for name in recipe.data]
 
 
 def _columns(recipe: InstructionRecipe, source: str) -> instruction_datasets.Columns | None:
@@ -149,8 +149,8 @@ def _fit(recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int) 
 
 
 def _groups(recipe: InstructionRecipe, of_sources: Sequence[np.ndarray]) -> np.ndarray:
-    """The number of the group of each row of all sources; a row of group -1 is a group by itself. The groups of a source
-    that is named twice are the same both times.
+    """The number of the group of each row of all sources; a row of group -1 is a group by itself. A source that is
+    named twice has the same groups both times.
     """
     first_groups = dict[str, int]()
     total, groups = 0, [np.empty(0, np.int64)]

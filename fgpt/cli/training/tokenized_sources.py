@@ -68,17 +68,17 @@ def tokenized_source(
                 rows, tokens = _count(cached)
                 console.print(f"{source}: {rows:,} rows, {tokens:,} tokens from the cache", soft_wrap=True)
                 return cached
-            made = write_cached(folder, key, work.results(), work.left_out, encoding.max_seq_len)
+            tokenized = write_cached(folder, key, work.results(), work.left_out, encoding.max_seq_len)
     except (InputError, OSError) as err:
         if err is work.failure:
             raise
         console.print(f"tokens are not cached, but kept in memory: {err}", soft_wrap=True)
         work = _Work(source, columns, encoding, work.num_processes)
-        made = work.in_memory()
-    rows, tokens = _count(made)
+        tokenized = work.in_memory()
+    rows, tokens = _count(tokenized)
     speed = f"{work.num_bytes / 1e6 / work.seconds:.1f} MB of text per second"
     console.print(f"{source}: tokenized {rows:,} rows, {tokens:,} tokens, {speed}", soft_wrap=True)
-    return made
+    return tokenized
 
 
 class RowSource(NamedTuple):
@@ -141,13 +141,13 @@ class _Work:
         self.seconds = time.perf_counter() - begin
 
     def in_memory(self) -> TokenizedSource:
-        made = TokenizedSource()
+        source = TokenizedSource()
         for result in self.results():
-            made.examples.append(result.examples)
-            made.rows.append(result.rows)
-            made.num_shortened += result.num_shortened
-        made.left_out = self.left_out
-        return made
+            source.examples.append(result.examples)
+            source.rows.append(result.rows)
+            source.num_shortened += result.num_shortened
+        source.left_out = self.left_out
+        return source
 
     def chunks(self) -> Iterator[RowChunk]:
         """The rows, read."""

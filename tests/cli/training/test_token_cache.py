@@ -37,7 +37,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def recipe_of(*paths: Path, **changes: object) -> InstructionRecipe:
     recipe = cast(InstructionRecipe, find("lora-nano"))
-    return replace(recipe, data=tuple(map(str, paths)), num_heldout=3, **{"overlong": "drop"} | changes)
+    return replace(recipe, data=tuple(map(str, paths)), **{"num_heldout": 3, "overlong": "drop"} | changes)
 
 
 def write_rows(path: Path, count: int = 40) -> Path:
@@ -77,11 +77,8 @@ def test_a_training_is_the_same_with_and_without_a_cache(tmp_path: Path, cached:
     found = []
     for name, size in [("uncached", 1 << 40), ("cold", 0), ("warm", 0)]:
         monkeypatch.setattr(tokenized_sources, "MIN_BYTES", size)
-        options = [
-            "--data",
-            str(path),
-            *["--num-heldout", "3", "--steps", "3", "--compare-prompts", "0", "--eval-every", "1"],
-        ]
+        options = ["--data", str(path), "--num-heldout", "3", "--steps", "3", "--compare-prompts", "0"]
+        options += ["--eval-every", "1"]
         assert main(["train", "lora-nano", *options, "--name", "run", "--out", str(tmp_path / name)]) == 0
         found.append(final_files(tmp_path / name))
     assert_same_files(found[1], found[0])
