@@ -83,8 +83,11 @@ class LazyExamples(Sequence[Example]):
 
     lengths: np.ndarray
     """Tokens of each, int64."""
-    with_answer: np.ndarray
-    """Whether more is trained on than an end-of-sequence token, bool."""
+
+    @property
+    @abstractmethod
+    def with_answer(self) -> np.ndarray:
+        """Whether more is trained on than an end-of-sequence token, bool."""
 
     @property
     @abstractmethod

@@ -57,6 +57,7 @@ def list_items(file: io.TextIOBase) -> Iterator[Any]:
                 raise NotAListError
             at += 1
             next_character()
+        item: Any = None
         while True:
             try:
                 item, end = decoder.raw_decode(text, at)

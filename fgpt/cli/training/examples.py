@@ -64,7 +64,8 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
         tasks = read_tasks(NANO_TASKS)
         texts = [pieces(row, encoding.template, tokenizer) for row in tasks]
         batch = example_batch(encode_pieces(texts, tokenizer), range(len(tasks)))
-        stored, heldout, starts = StoredExamples.from_batches([batch]), [*read_tasks(NANO_HELDOUT)], np.array([0])
+        stored, starts = StoredExamples.from_batches([batch]), np.array([0])
+        heldout: list[InstructionRow] = [*read_tasks(NANO_HELDOUT)]
     else:
         tokenized = _tokenized_sources(recipe, encoding)
         _print_left_out(sum((source.left_out for source in tokenized), Counter[str]()))

@@ -101,8 +101,8 @@ def read_cached(folder: Path, key: str, max_seq_len: int) -> TokenizedSource | N
             return None
         if summary["key"] != key or any(_identity(data / name) != summary["files"][name] for name in (EXAMPLES, ROWS)):
             raise ValueError("its files are not those that were written")
-        tables = [_map(data / name) for name in (EXAMPLES, ROWS)]
-        return TokenizedSource(*tables, Counter(dict(summary["left_out"])), int(summary["num_shortened"]))
+        left_out, num_shortened = Counter(dict(summary["left_out"])), int(summary["num_shortened"])
+        return TokenizedSource(_map(data / EXAMPLES), _map(data / ROWS), left_out, num_shortened)
     except (InputError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
         console.print(f"the cached tokens in {data} are damaged ({err}): tokenizing again", soft_wrap=True)
         return None
