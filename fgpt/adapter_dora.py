@@ -75,7 +75,10 @@ def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out
 
 def with_norms(adapters: Adapters, norms: Mapping[str, Float[Tensor, " out"]]) -> Adapters:
     """`adapters` in which each DoRA with a path in `norms` has them."""
-    return {path: replace(x, norms=norms[path]) if path in norms else x for path, x in adapters.items()}
+    known = {
+        path: replace(x, norms=norms[path]) for path, x in adapters.items() if isinstance(x, DoRA) and path in norms
+    }
+    return adapters | known
 
 
 def dora(

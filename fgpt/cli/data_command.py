@@ -10,13 +10,11 @@ from fgpt.cli.console import answers, console
 from fgpt.cli.options import parse
 from fgpt.cli.train_command import HELP, recipe_with_options, wants_recipe
 from fgpt.cli.training import preview
-from fgpt.cli.training.build import row_length
-from fgpt.cli.training.conversation_rows import encode_rows, loss_rows, report_templates, resolve_template
-from fgpt.cli.training.examples import load_source_rows
-from fgpt.cli.training.tokenizer import load_tokenizer
+from fgpt.cli.training.examples import encoding_of, load_sources
+from fgpt.cli.training.row_reports import resolve_template
+from fgpt.cli.training.token_cache import TokenizedSource
 from fgpt.data import packing
-from fgpt.data.examples import Example, truncate
-from fgpt.data.prompt_templates import template
+from fgpt.data.example_store import StoredExamples
 from fgpt.errors import InputError
 from fgpt.ranges import PositiveInt
 from fgpt.recipes import InstructionRecipe
@@ -75,7 +73,7 @@ class Counts(NamedTuple):
 
     source: str
     rows: int
-    examples: list[Example]
+    examples: StoredExamples
     """Those that are trained on."""
     truncated: int
     long: int
@@ -88,32 +86,24 @@ def show(recipe: InstructionRecipe, count: int) -> None:
     Raises InputError for bad data.
     """
     recipe = resolve_template(recipe)
-    cfg, tokenizer, _ = load_tokenizer(recipe)
-    max_seq_len = row_length(recipe, cfg)
-    counts: list[Counts] = []
-    for source, rows in load_source_rows(recipe):
-        rows = loss_rows(recipe, rows)
-        report_templates(recipe, rows)
-        encoded, num_divided = encode_rows(rows, template(recipe.template), tokenizer)
-        if num_divided:
-            console.print(f"{source}: {num_divided:,} conversations are an example for each answer")
-        counts.append(_count(recipe, source, len(rows), encoded, max_seq_len))
-    examples = [example for of_source in counts for example in of_source.examples]
+    encoding = encoding_of(recipe)
+    counts = [_count(recipe, name, source, encoding.max_seq_len) for name, source in load_sources(recipe, encoding)]
+    examples = [example for of_source in counts for example in of_source.examples[:count]]
     for number, example in enumerate(examples[:count], 1):
-        preview.print_example(f"example {number}, template {recipe.template}", example, tokenizer)
+        preview.print_example(f"example {number}, template {recipe.template}", example, encoding.tokenizer)
         console.print()
-    console.print(_table(counts, max_seq_len))
+    console.print(_table(counts, encoding.max_seq_len))
     if any(of_source.long for of_source in counts) and recipe.overlong == "error":
         console.print("training refuses to start with rows that are too long: --overlong drop, --overlong cut, or more")
 
 
-def _count(
-    recipe: InstructionRecipe, source: str, num_rows: int, encoded: Sequence[Example], max_seq_len: int
-) -> Counts:
-    examples = [truncate(x, max_seq_len) for x in encoded] if recipe.overlong == "cut" else list(encoded)
-    truncated = sum(len(a.tokens) != len(b.tokens) for a, b in zip(examples, encoded, strict=True))
-    usable, dropped = packing.filter_by_length(examples, max_seq_len, drop=True)
-    return Counts(source, num_rows, usable, truncated, dropped.long, dropped.empty)
+def _count(recipe: InstructionRecipe, name: str, source: TokenizedSource, max_seq_len: int) -> Counts:
+    examples, truncated = StoredExamples.from_batches(source.examples), 0
+    if recipe.overlong == "cut":
+        examples, truncated = examples.truncate(max_seq_len)
+    usable, dropped = packing.usable_indices(examples, max_seq_len, drop=True)
+    num_rows = sum(batch.num_rows for batch in source.rows)
+    return Counts(name, num_rows, examples.take(usable), truncated, dropped.long, dropped.empty)
 
 
 def _table(counts: Sequence[Counts], max_seq_len: int) -> Table:
@@ -124,8 +114,7 @@ def _table(counts: Sequence[Counts], max_seq_len: int) -> Table:
         column.justify = "right"
     for of_source in counts:
         source, num_rows, examples, truncated, long, empty = of_source
-        tokens = sum(len(example.tokens) for example in examples)
-        loss_tokens = sum(example.num_loss_tokens for example in examples)
-        numbers = (num_rows, len(examples), tokens, loss_tokens, truncated, long, empty)
+        tokens = int(examples.lengths.sum())
+        numbers = (num_rows, len(examples), tokens, examples.num_loss_tokens, truncated, long, empty)
         table.add_row(source, *(f"{number:,}" for number in numbers))
     return table

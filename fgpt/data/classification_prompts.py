@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fgpt.data.examples import Example
-from fgpt.data.packing import truncate_middle
+from fgpt.data.truncation import truncate_middle
 from fgpt.errors import InputError
 from fgpt.rng import fold_in
 from fgpt.tokenizers.continuation import continuation_tokens

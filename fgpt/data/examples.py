@@ -1,6 +1,8 @@
 """An example: tokens, and the spans of them that are trained on."""
 
-from collections.abc import Sequence
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -94,7 +96,71 @@ def split_text(example: Example, max_seq_len: int) -> list[Example]:
     return [Example(part, (Span(0, len(part), example.spans[0].weight),)) for part in parts]
 
 
+class LazyExamples(Sequence[Example]):
+    """Examples that are read when they are asked for. What is known of all of them is not read example by example."""
+
+    lengths: np.ndarray
+    """Tokens of each, int64."""
+
+    @property
+    @abstractmethod
+    def with_answer(self) -> np.ndarray:
+        """Whether more is trained on than an end-of-sequence token, bool."""
+
+    @property
+    @abstractmethod
+    def num_loss_tokens(self) -> int:
+        """The sum of their `Example.num_loss_tokens`."""
+
+    @abstractmethod
+    def take(self, indices: np.ndarray) -> "LazyExamples":
+        """Those at `indices`."""
+
+    @abstractmethod
+    def arrays(self) -> Iterator[np.ndarray]:
+        """As `example_arrays`."""
+
+
 def example_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """The number of tokens of each example, int64. Examples on disk know theirs without being read (`lengths`)."""
-    lengths = getattr(examples, "lengths", None)
-    return np.fromiter((len(x.tokens) for x in examples), np.int64, len(examples)) if lengths is None else lengths
+    """The number of tokens of each example, int64."""
+    if isinstance(examples, LazyExamples):
+        return examples.lengths
+    return np.fromiter((len(x.tokens) for x in examples), np.int64, len(examples))
+
+
+def with_answer(examples: Sequence[Example]) -> np.ndarray:
+    """Whether each example has a label, or more to train on than an end-of-sequence token, bool."""
+    if isinstance(examples, LazyExamples):
+        return examples.with_answer
+    has_answer = (x.label is not None or sum(end - start for start, end, _ in x.spans) > 1 for x in examples)
+    return np.fromiter(has_answer, bool, len(examples))
+
+
+def count_loss_tokens(examples: Sequence[Example]) -> int:
+    """The sum of their `Example.num_loss_tokens`."""
+    if isinstance(examples, LazyExamples):
+        return examples.num_loss_tokens
+    return sum(example.num_loss_tokens for example in examples)
+
+
+def take(examples: Sequence[Example], indices: np.ndarray) -> Sequence[Example]:
+    """The examples at `indices`."""
+    if isinstance(examples, LazyExamples):
+        return examples.take(indices)
+    return [examples[i] for i in indices.tolist()]
+
+
+def example_arrays(examples: Sequence[Example]) -> Iterator[np.ndarray]:
+    """All that the examples hold: lengths, labels, spans and at last the tokens, which may come in parts. The bytes are
+    the same for equal examples, in memory or on disk.
+    """
+    if isinstance(examples, LazyExamples):
+        yield from examples.arrays()
+        return
+    spans = [span for example in examples for span in example.spans]
+    yield example_lengths(examples)
+    yield np.array([-1 if x.label is None else x.label for x in examples], np.int64)
+    yield np.array([len(x.spans) for x in examples], np.int64)
+    yield np.array([(start, end) for start, end, _ in spans], np.int64)
+    yield np.array([weight for *_, weight in spans], np.float64)
+    yield np.fromiter(itertools.chain.from_iterable(x.tokens for x in examples), np.int32)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
-from fgpt.data.packing import truncate_middle
 from fgpt.data.prompt_templates import InstructionRow
+from fgpt.data.truncation import truncate_middle
 from fgpt.errors import InputError
 
 ELLIPSIS = "..."

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from fgpt.data.formats import ASIDE, Columns, Format, Kind, Shape, check_same, m
 from fgpt.data.hub_datasets import HubDataset, hub_records
 from fgpt.data.records import column_text, is_missing
 from fgpt.data.rows import InstructionRow, TextRow, conversation_row
-from fgpt.data.source_syntax import Source, parse_source
+from fgpt.data.source_syntax import Source, exists, parse_source
 from fgpt.data.sources import open_source
 from fgpt.errors import InputError
 
@@ -52,10 +52,8 @@ class Examples(NamedTuple):
     rows: list[InstructionRow]
     left_out: Counter[str]
     """What of its rows is not trained on: the number of cases by reason."""
-    formats: tuple[str, ...] = ()
-    """The format of each source, in one line: its name, its columns and its rows."""
-    sizes: tuple[int, ...] = ()
-    """The number of rows of each source, if there may be several."""
+    format: str = ""
+    """The format in one line: the source, its columns and its rows."""
 
 
 def load_rows(
@@ -87,41 +85,48 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
-    records, dataset = open_source(source if isinstance(source, Source) else str(source), HUB_DATASETS)
-    reader = RowReader(columns or (dataset.columns if dataset else Columns()), f"{source}, ")
-    rows, left_out, num_records = list[InstructionRow](), Counter[str](), 0
-    for where, record in records:
-        rows += reader(record, where, left_out)
-        num_records += 1
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows:
-        reason = conversations.summary(left_out)
-        raise InputError(
-            f"{source}: it holds no rows, expected at least one" + (f"; there are {reason}" if reason else "")
-        )
-    return Examples(rows[:limit], +left_out, (f"{source}: {reader.describe(num_records)}",))
+    stream = RowStream(source, columns)
+    rows = list(itertools.islice(stream, limit))
+    return Examples(rows, +stream.left_out, stream.format)
 
 
-def load_all(sources: Sequence[str], columns: Columns | None = None) -> Examples:
-    """The examples of several sources, one after the other. Raises InputError as `load_each` does."""
-    rows, left_out, formats = list[InstructionRow](), Counter[str](), tuple[str, ...]()
-    sizes: list[int] = []
-    for examples in load_each(sources, columns):
-        rows += examples.rows
-        left_out += examples.left_out
-        formats += examples.formats
-        sizes.append(len(examples.rows))
-    return Examples(rows, left_out, formats, tuple(sizes))
+class RowStream:
+    """The rows of a source, read one after the other as they are asked for, and what was found of it so far.
 
-
-def load_each(sources: Sequence[str], columns: Columns | None = None) -> Iterator[Examples]:
-    """The examples of each of several sources. If there are several, those on the hub keep their own columns. Raises
-    InputError as `load_examples` does.
+    It is of one use. Args and errors are those of `load_examples`.
     """
-    for source in map(parse_source, sources):
-        is_on_hub = source.name in HUB_DATASETS and not Path(source.name).exists()
-        yield load_examples(source, None if is_on_hub and len(sources) > 1 else columns)
+
+    def __init__(self, source: str | Path | Source, columns: Columns | None = None) -> None:
+        records, dataset = open_source(source if isinstance(source, Source) else str(source), HUB_DATASETS)
+        self._source, self._records, self._num_records = source, records, 0
+        self._reader = RowReader(columns or (dataset.columns if dataset else Columns()), f"{source}, ")
+        self.left_out = Counter[str]()
+        """What of its rows is not trained on, by reason."""
+
+    @property
+    def format(self) -> str:
+        """The source's format in one line: its name, its columns and the records that were read."""
+        return f"{self._source}: {self._reader.describe(self._num_records)}"
+
+    def __iter__(self) -> Iterator[InstructionRow]:
+        is_empty = True
+        for where, record in self._records:
+            self._num_records += 1
+            for row in self._reader(record, where, self.left_out):
+                is_empty = False
+                yield row
+        if is_empty:
+            reason = conversations.summary(self.left_out)
+            raise InputError(
+                f"{self._source}: it holds no rows, expected at least one" + (f"; there are {reason}" if reason else "")
+            )
+
+
+def columns_of(source: str, num_sources: int, columns: Columns | None) -> Columns | None:
+    """The columns to use of one of several sources: those on the hub then keep their own."""
+    name = parse_source(source).name
+    is_on_hub = name in HUB_DATASETS and not exists(name)
+    return None if is_on_hub and num_sources > 1 else columns
 
 
 def load_texts(source: str, limit: int | None = None) -> list[str]:

@@ -1,21 +1,20 @@
 """From examples to batches: each example once, and no document attends to another."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import accumulate
-from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fgpt.data.examples import Example, example_lengths
+from fgpt.data.examples import Example, example_lengths, take, with_answer
 from fgpt.errors import InputError
 from fgpt.losses import Batch
 from fgpt.rng import fold_in
-
-T = TypeVar("T")
 
 SORT_WINDOW = 32
 """Micro-batches whose examples `epoch_batches` sorts by length together: little padding, and still a shuffle."""
@@ -31,8 +30,14 @@ class DropCounts:
 
 def filter_by_length(
     examples: Sequence[Example], max_seq_len: int, drop: bool = False
-) -> tuple[list[Example], DropCounts]:
-    """The examples that can be trained on, and how many were left out.
+) -> tuple[Sequence[Example], DropCounts]:
+    """The examples at `usable_indices`, and how many were left out. Raises InputError as it does."""
+    indices, dropped = usable_indices(examples, max_seq_len, drop)
+    return take(examples, indices), dropped
+
+
+def usable_indices(examples: Sequence[Example], max_seq_len: int, drop: bool = False) -> tuple[np.ndarray, DropCounts]:
+    """The indices of the examples that can be trained on, and how many were left out.
 
     Args:
         examples: The examples.
@@ -42,41 +47,25 @@ def filter_by_length(
     Raises:
         InputError: for such an example unless `drop` is set, and if no example remains.
     """
-    usable: list[Example] = []
-    long = empty = 0
-    for number, example in enumerate(examples, 1):
-        length = len(example.tokens)
-        if length > max_seq_len:
-            long += 1
-            if not drop:
-                raise InputError(
-                    f"row {number} has {length} tokens, the limit is {max_seq_len}: shorten it, raise the limit, or "
-                    "drop long rows"
-                )
-        elif (
-            example.label is None and sum(end - start for start, end, _ in example.spans) < 2
-        ):  # an end-of-sequence token alone
-            empty += 1
-            if not drop:
-                raise InputError(f"row {number} has no response: give it one, or drop empty rows")
-        else:
-            usable.append(example)
-    if not usable:
+    lengths = example_lengths(examples)
+    is_long = lengths > max_seq_len
+    is_empty = ~is_long & ~with_answer(examples)
+    unusable = is_long | is_empty
+    if not drop and unusable.any():
+        first = int(unusable.argmax())
+        if is_empty[first]:
+            raise InputError(f"row {first + 1} has no response: give it one, or drop empty rows")
         raise InputError(
-            f"no row with a response that fits: {len(examples)} rows came, {long} above the limit of {max_seq_len} "
-            f"tokens and {empty} without a response; raise the limit or fix the rows"
+            f"row {first + 1} has {lengths[first]} tokens, the limit is {max_seq_len}: shorten it, raise the limit, or "
+            "drop long rows"
         )
-    return usable, DropCounts(long, empty)
-
-
-def truncate_middle(items: Sequence[T], count: int, ellipsis: Sequence[T]) -> list[T]:
-    """`count` of the items, half from the beginning and half from the end, with `ellipsis` in place of the middle.
-
-    >>> "".join(truncate_middle("abcdefgh", 5, ".."))
-    'abc..gh'
-    """
-    tail = count // 2
-    return [*items[: count - tail], *ellipsis, *items[len(items) - tail :]]
+    dropped = DropCounts(int(is_long.sum()), int(is_empty.sum()))
+    if unusable.all():
+        raise InputError(
+            f"no row with a response that fits: {len(examples)} rows came, {dropped.long} above the limit of "
+            f"{max_seq_len} tokens and {dropped.empty} without a response; raise the limit or fix the rows"
+        )
+    return np.flatnonzero(~unusable), dropped
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:
@@ -164,7 +153,7 @@ def _cu_seqlens(rows: Sequence[Sequence[Example]], seq_len: int) -> Int[Tensor, 
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit packing: each item, in the given order, goes into the first bin with space for it. O(n log n).
+    """First-fit packing: each item, in the given order, goes into the first bin with space for it. O(n sqrt(capacity)).
 
     Args:
         lengths: The length of each item, in tokens.
@@ -179,21 +168,39 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     >>> pack([3, 4, 2, 1], capacity=5)
     [[0, 2], [1, 3]]
     """
-    num_leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    space = [capacity] * (2 * num_leaves)  # a tree with root 1: a leaf is a bin, a parent has its children's maximum
-    bins: list[list[int]] = [[] for _ in range(num_leaves)]
+    # Of the bins with one and the same space only the first can be the next one to fill. The least of these firsts over
+    # all spaces from `length` on is found in two steps: in the rest of the group of `length`, and among whole groups.
+    if lengths and max(lengths) > capacity:
+        index, length = next((i, x) for i, x in enumerate(lengths) if x > capacity)
+        raise InputError(f"row {index + 1} has {length} tokens, the limit is {capacity}: shorten it")
+    width = math.isqrt(capacity + 1)
+    num_groups, none = capacity // width + 1, len(lengths)
+    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # heaps of bins
+    first, first_of_group = [none] * (num_groups * width), [none] * num_groups
+    bins: list[list[int]] = []
+    space: list[int] = []
     for index, length in enumerate(lengths):
-        if length > capacity:
-            raise InputError(f"row {index + 1} has {length} tokens, the limit is {capacity}: shorten it")
-        node = 1
-        while node < num_leaves:
-            node = 2 * node if space[2 * node] >= length else 2 * node + 1
-        bins[node - num_leaves].append(index)
-        space[node] -= length
-        while node > 1:
-            node //= 2
-            space[node] = max(space[2 * node], space[2 * node + 1])
-    return [indices for indices in bins if indices]
+        group = length // width
+        number = min(first[length : (group + 1) * width] + first_of_group[group + 1 :])
+        if number == none:
+            number, left = len(bins), capacity - length
+            bins.append([index])
+            space.append(left)
+        else:
+            bins[number].append(index)
+            before = space[number]
+            same = with_space[before]
+            heappop(same)
+            first[before] = same[0] if same else none
+            group = before // width
+            if first_of_group[group] == number:
+                first_of_group[group] = min(first[group * width : (group + 1) * width])
+            space[number] = left = before - length
+        heappush(with_space[left], number)
+        if number < first[left]:
+            first[left] = number
+            first_of_group[left // width] = min(number, first_of_group[left // width])
+    return bins
 
 
 def epoch_batches(

@@ -1,6 +1,6 @@
 """Pieces: an example as text, in parts that carry loss and parts that do not. The tokens are made from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fgpt.data.examples import Example, Span
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
 
 def encode_pieces(examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Example]:
-    """The example of each list of pieces.
+    """The example of each list of pieces. All texts are tokenized in one batch, equal ones once.
 
     >>> from fgpt.io.models import tokenizer
     >>> nano = tokenizer("nano")
@@ -28,15 +28,25 @@ def encode_pieces(examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> 
     >>> nano.decode(example.tokens), len(example.spans)
     ('HiYes<|endoftext|>', 1)
     """
-    return [_encode(pieces, tokenizer) for pieces in examples]
+    tokens_of: dict[tuple[str, bool], Sequence[int]] = {}
+    for has_special in (False, True):
+        texts = dict.fromkeys(
+            piece.text
+            for pieces in examples
+            for piece in pieces
+            if piece.tokens is None and piece.has_special == has_special
+        )
+        batch = tokenizer.encode_batch(list(texts), has_special=has_special) if texts else []
+        tokens_of.update(((text, has_special), tokens) for text, tokens in zip(texts, batch, strict=True))
+    return [_example(pieces, tokens_of) for pieces in examples]
 
 
-def _encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Example:
+def _example(pieces: Sequence[Piece], tokens_of: Mapping[tuple[str, bool], Sequence[int]]) -> Example:
     tokens: list[int] = []
     spans: list[Span] = []
     for piece in pieces:
         start = len(tokens)
-        tokens += piece_tokens(piece, tokenizer)
+        tokens += tokens_of[piece.text, piece.has_special] if piece.tokens is None else piece.tokens
         if piece.weight == 0 or start == len(tokens):
             continue
         if spans and spans[-1].end == start and spans[-1].weight == piece.weight:

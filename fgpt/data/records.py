@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from fgpt.data.arrow_files import read_arrow, read_parquet
 from fgpt.data.documents import text_records
+from fgpt.data.json_lists import NotAListError, list_items
 from fgpt.data.tables import read_csv, read_tsv
 from fgpt.data.text_files import OPENERS, file_format, open_text, read_errors, strip_boms
 from fgpt.errors import InputError
@@ -54,6 +55,16 @@ def read_records(path: Path, extra_readers: Readers | None = None) -> Iterator[R
 
 def read_json(path: Path, field: str | None = None) -> Iterator[Record]:
     """The objects of a JSON list, or of the list in `field` of the one object. Raises InputError for anything else."""
+    number = 0
+    try:
+        with open_text(path) as file:
+            for number, record in enumerate(list_items(file) if field is None else [], 1):
+                yield f"row {number}", record
+        if field is None:
+            return
+    except NotAListError:
+        pass
+    # The whole text says what is wrong with it, or holds the field.
     try:
         with open_text(path) as file:
             records = _parse_json(file.read(), str(path))
@@ -64,7 +75,7 @@ def read_json(path: Path, field: str | None = None) -> Iterator[Record]:
         records = records.get(field) if isinstance(records, dict) else records
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, got {type(records).__name__}: wrap the rows in [ ]")
-    yield from ((f"row {number}", record) for number, record in enumerate(records, 1))
+    yield from ((f"row {i}", record) for i, record in enumerate(records[number:], number + 1))
 
 
 def read_json_or_lines(path: Path) -> Iterator[Record]:

@@ -86,3 +86,15 @@ def turns_of(rows: Iterable[InstructionRow]) -> list[InstructionRow]:
     for row in rows:
         turns += row.turns() if isinstance(row, ConversationRow) else [row]
     return turns
+
+
+def last_turns(rows: Iterable[InstructionRow]) -> tuple[list[InstructionRow], int]:
+    """The rows, of each conversation with its last answer alone trained on, and how many answers became context."""
+    last: list[InstructionRow] = []
+    count = 0
+    for row in rows:
+        if isinstance(row, ConversationRow):
+            count += len(row.turns()) - 1
+            row = row.last_turn()
+        last.append(row)
+    return last, count

@@ -108,6 +108,18 @@ class HFTokenizer:
             )
         return tokens
 
+    def encode_batch(self, texts: Sequence[str], *, has_special: bool = False) -> list[list[int]]:
+        tokenizer = self._special_tokenizer if has_special else self.tokenizer
+        valid = [_replace_surrogates(text) for text in texts]
+        try:
+            encodings = call(self.name, lambda: tokenizer.encode_batch_fast(valid, add_special_tokens=False))
+            tokens = [encoding.ids for encoding in encodings]
+            if self.n_vocab <= self.vocab_size or max(map(max, filter(None, tokens)), default=0) < self.vocab_size:
+                return tokens
+        except InputError:
+            pass
+        return [self._encode(tokenizer, text, False) for text in texts]  # its error says which text
+
     def decode_text(self, tokens: Sequence[int]) -> str:
         return self._decode([token for token in tokens if token not in self.tokens_in_text], True)
 

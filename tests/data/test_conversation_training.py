@@ -14,12 +14,12 @@ import fgpt
 from fgpt.cli.evaluation.compare.html import page as html_page
 from fgpt.cli.evaluation.compare.markdown import to_markdown
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
-from fgpt.cli.training.examples import load_instruction_split, train_heldout_split
+from fgpt.cli.training.examples import load_instruction_data, train_heldout_split
 from fgpt.data.examples import truncate
 from fgpt.data.instruction_datasets import load_rows
 from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import PLAIN, Turn, encode
-from fgpt.data.rows import ConversationRow, conversation_row, turns_of
+from fgpt.data.rows import conversation_row, turns_of
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe, find
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
@@ -57,17 +57,16 @@ def test_one_conversation_cannot_be_held_out(tmp_path: Path):
     path = write_json_rows(tmp_path / "a.jsonl", {"messages": TALK})
     recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),))
     with pytest.raises(InputError, match=r"a\.jsonl has 1 rows: expected 2 or more, one of them to be held out"):
-        load_instruction_split(recipe)
+        load_instruction_data(recipe)
 
 
 def test_a_run_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": [*TALK, USER]}] * 9, {"messages": [USER]})
     recipe = replace(cast(InstructionRecipe, find("lora-nano")), data=(str(path),), num_heldout=4)
-    first, second, _ = load_instruction_split(recipe)
-    assert len(first) == 5
-    assert all(isinstance(row, ConversationRow) for row in first)
-    assert len(second) == 8  # a turn for each of the two answers of four conversations
-    assert all(isinstance(row, Turn) for row in second)
+    data = load_instruction_data(recipe)
+    assert [len(example.spans) for example in data.examples] == [2] * 5
+    assert len(data.heldout) == 8  # a turn for each of the two answers of four conversations
+    assert all(isinstance(row, Turn) for row in data.heldout)
     output = " ".join(capsys.readouterr().err.split())
     assert "1 conversations without an answer of the assistant, 9 messages after the last answer" in output
 

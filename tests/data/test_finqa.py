@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fgpt.cli.evaluation.compare.prompt_file import read as read_prompts
 from fgpt.data.finqa import ELLIPSIS, FinQA, read_finqa, shorten
-from fgpt.data.instruction_datasets import Columns, load_all, load_rows
+from fgpt.data.instruction_datasets import Columns, load_rows
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
 
@@ -77,12 +77,12 @@ def test_several_sources_are_one(tmp_path: Path):
     odd.write_text(json.dumps({"instruction": "d", "output": "e"}))
     names = Columns("instruction", "context", "response")
     one = read_finqa(FINQA_RECORD, "")
-    assert load_all([str(dolly), str(finqa)], names).rows == [InstructionRow("a", "b", "c"), one, one]
+    assert [*load_rows(dolly, names), *load_rows(finqa, names)] == [InstructionRow("a", "b", "c"), one, one]
     assert load_rows(odd) == [InstructionRow("d", "", "e")]
     with pytest.raises(InputError, match=r"^unknown source 'dollly': expected one of alpaca, dolly"):
-        load_all([str(finqa), "dollly"])
+        load_rows("dollly")
     with pytest.raises(InputError, match=r"gone\.json: no such file"):
-        load_all([str(finqa), "gone.json"])
+        load_rows("gone.json")
 
 
 # ---------------------------------------------------------------------------------------------------------- shortening

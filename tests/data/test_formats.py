@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fgpt
 from fgpt.data.examples import Example, Span, split_text
-from fgpt.data.instruction_datasets import Columns, RowReader, load_all, load_examples, load_rows
+from fgpt.data.instruction_datasets import Columns, RowReader, load_examples, load_rows
 from fgpt.data.prompt_templates import ALPACA, CHAT, InstructionRow, TextRow, encode
 from fgpt.errors import InputError
 from fgpt.tokenizers.tiktoken_bpe import RANKS, from_ranks
@@ -41,16 +41,14 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 )  # fmt: skip
 def test_the_format_is_named_in_one_line(record: Any, line: str, tmp_path: Path):
     path = write_json_rows(tmp_path / "a.jsonl", record)
-    (said,) = load_examples(path).formats
+    said = load_examples(path).format
     assert said.startswith(f"{path}: {line}")
     assert "\n" not in said
 
 
 def test_the_formats_of_real_files(shared_data: SharedData):
     path = shared_data("chat/sharegpt_tools_demo.json")
-    assert load_all([str(path)]).formats == (
-        f"{path}: ShareGPT conversations (columns conversations, tools), 300 rows",
-    )
+    assert load_examples(path).format == f"{path}: ShareGPT conversations (columns conversations, tools), 300 rows"
 
 
 ROWS: dict[str, Any] = {

@@ -61,7 +61,7 @@ PR, TL = Columns("p", output="r"), Columns("text", output="label")
         ("a.json", '{"a": 1}', Columns(), r"a\.json: expected a list of objects, got dict: wrap the rows in \[ \]$"),
         (
             "a.json",
-            '[{"a": 1},\n {"a" 2}]',
+            '[{"instruction": "a", "output": "b"},\n {"a" 2}]',
             Columns(),
             r"line 2: not JSON \(Expecting ':' delimiter, column 7\)",
         ),

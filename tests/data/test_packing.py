@@ -34,14 +34,16 @@ def documents(draw: st.DrawFn) -> Example:
     return Example.completion(tuple(tokens), draw(st.integers(0, length - 2)))
 
 
-@given(st.lists(st.integers(0, 12), max_size=60))
-def test_pack_is_first_fit(lengths: list[int]):
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 70))
+def test_pack_is_first_fit(data: st.DataObject, capacity: int):
+    lengths = data.draw(st.lists(st.integers(0, capacity), max_size=100))
     bins: list[list[int]] = []
     for i, length in enumerate(lengths):
-        room = (b for b in bins if sum(lengths[j] for j in b) + length <= 12)
+        room = (b for b in bins if sum(lengths[j] for j in b) + length <= capacity)
         home = next(room, None)
         bins.append([i]) if home is None else home.append(i)
-    assert pack(lengths, 12) == bins
+    assert pack(lengths, capacity) == bins
 
 
 def test_pack_is_fast_and_tight():

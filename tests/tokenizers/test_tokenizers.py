@@ -1,5 +1,6 @@
 """Every tokenizer keeps one protocol: text comes back, special tokens in it stay text."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from builders.tokenizers import (
     train_tokenizer,
 )
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import fgpt
+from fgpt.errors import InputError
 from fgpt.tokenizers import tiktoken_bpe
 from fgpt.tokenizers.chat_template import ChatTemplate
 from fgpt.tokenizers.tokenizer_files import Tokenizer, of_folder, of_gguf
@@ -53,6 +56,23 @@ def test_text_comes_back_and_special_tokens_in_it_stay_text(several: dict[str, T
     assert tokenizer.eos_token_id not in tokens
     assert all(0 <= token < tokenizer.n_vocab for token in tokens)
     assert tokenizer.decode([*tokens, tokenizer.eos_token_id]) == text + tokenizer.decode([tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(texts=st.lists(st.text(max_size=30) | st.sampled_from(["<|endoftext|>", "<|im_end|>\n", "", "\ud83d x", "the"])))
+@example(texts=["a", " " * 20_000 + "b", "\udc00"])
+def test_a_batch_is_each_text_by_itself(several: dict[str, Tokenizer], kind: str, texts: list[str]):
+    tokenizer = several[kind]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    special = [tokenizer.encode_special(text, add_special_tokens=False) for text in texts]
+    assert tokenizer.encode_batch(texts, has_special=True) == special
+
+
+def test_a_batch_refuses_tokens_without_a_row(folder: Path):
+    tokenizer = of_folder(folder, 600)
+    smaller = replace(tokenizer, vocab_size=min(tokenizer.encode("the cat")))
+    with pytest.raises(InputError, match="vocabulary does not fit the model"):
+        smaller.encode_batch(["", "the cat"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

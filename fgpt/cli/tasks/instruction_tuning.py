@@ -1,6 +1,5 @@
 """Instruction tuning, from its recipe to a comparison of base and tuned model."""
 
-import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import ClassVar, cast
 
 from fgpt.adapter_types import Adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console
+from fgpt.cli.console import announce
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare import contenders
@@ -30,21 +29,19 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.conversation_rows import encode_rows, resolve_template
 from fgpt.cli.training.eval_sets import encode_eval_sets
-from fgpt.cli.training.examples import load_eval_sets, load_instruction_split
+from fgpt.cli.training.examples import load_eval_sets, load_heldout_rows, load_instruction_data
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
+from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
-from fgpt.data import packing
 from fgpt.data.classification_datasets import Columns
-from fgpt.data.examples import Example, split_text, truncate
-from fgpt.data.prompt_templates import Template, template
+from fgpt.data.examples import Example, count_loss_tokens
+from fgpt.data.prompt_templates import template
 from fgpt.data.rows import InstructionRow, TextRow
 from fgpt.errors import InputError
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
-from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +59,11 @@ class InstructionTask:
         """Raises InputError for bad input."""
         recipe = resolve_template(resolve_precision(recipe))
         prompt_template = template(recipe.template)
-        rows, heldout, sizes = load_instruction_split(recipe)
-        eval_sets = load_eval_sets(recipe)
         cfg, tokenizer, _ = load_tokenizer(recipe)
         max_seq_len = row_length(recipe, cfg)
-        by_source = []
-        for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
-            by_source.append(_encode_rows(recipe, rows[start:end], prompt_template, tokenizer, max_seq_len))
-        examples, mixture = list(itertools.chain.from_iterable(by_source)), mix_sources(recipe, by_source)
+        data = load_instruction_data(recipe)
+        examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
+        eval_sets = load_eval_sets(recipe)
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )
@@ -88,12 +82,11 @@ class InstructionTask:
             template=repr(prompt_template),
             **{f"evaluation set {name}": rows for name, rows in eval_sets.items()},
         )
-        response_tokens = sum(example.num_loss_tokens for example in examples)
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
             describe_precision(recipe),
-            f"{len(examples):,} examples, {response_tokens:,} response tokens, {job.steps} steps",
+            f"{len(examples):,} examples, {count_loss_tokens(examples):,} response tokens, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         preview.print_first(examples[0], tokenizer, recipe.template)
@@ -110,13 +103,13 @@ class InstructionTask:
     @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        return fitting(cfg, tokenizer, recipe, load_instruction_split(recipe)[1][:limit])
+        return fitting(cfg, tokenizer, recipe, load_heldout_rows(recipe)[:limit])
 
     @staticmethod
     def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()):
             raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
-        tokenizer, heldout = load_tokenizer(recipe).tokenizer, load_instruction_split(recipe)[1]
+        tokenizer, heldout = load_tokenizer(recipe).tokenizer, load_heldout_rows(recipe)
         eval_sets = load_eval_sets(recipe)
         if not heldout and not eval_sets:
             run = shlex.quote(str(folder))
@@ -158,37 +151,3 @@ class InstructionTask:
         """Write compare.md, compare.html and compare.json, and print the scores with a few answers."""
         if after is not None:
             compare.save(after, out, compare.NAME)
-
-
-def _encode_rows(
-    recipe: InstructionRecipe,
-    rows: list[InstructionRow],
-    prompt_template: Template,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-) -> list[Example]:
-    """Examples to train on, of at most `max_seq_len` tokens. How many were truncated or left out is printed, and how
-    many conversations are an example for each answer.
-
-    Raises InputError for a longer row if the recipe's `overlong` is "error".
-    """
-    texts, num_divided = encode_rows(rows, prompt_template, tokenizer)
-    if num_divided:
-        console.print(
-            f"the chat template rewrites earlier turns, or does not end them: {num_divided:,} conversations are an "
-            "example for each answer"
-        )
-    examples = [part for example in texts for part in split_text(example, max_seq_len)]
-    if parts := len(examples) - len(texts):
-        console.print(f"split texts longer than {max_seq_len} tokens: {parts:,} more examples")
-    if recipe.overlong == "cut":
-        full_length = examples
-        examples = [truncate(example, max_seq_len) for example in full_length]
-        if truncated := sum(a is not b for a, b in zip(full_length, examples, strict=True)):
-            console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
-    examples, dropped = packing.filter_by_length(examples, max_seq_len, recipe.overlong != "error")
-    if dropped.long or dropped.empty:
-        console.print(
-            f"left out {dropped.long} rows longer than {max_seq_len} tokens and {dropped.empty} without a response"
-        )
-    return examples

@@ -1,7 +1,7 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
-from fgpt.data.examples import Example
+from fgpt.data.examples import Example, count_loss_tokens, example_lengths
 from fgpt.data.mixtures import Mixture
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -146,7 +146,7 @@ def assemble_job(
     base: GPT,
     *,
     adapters: Adapters,
-    examples: list[Example],
+    examples: Sequence[Example],
     max_seq_len: int,
     tokenizer: Tokenizer,
     mixture: Mixture | None = None,
@@ -217,10 +217,9 @@ def _make_step(recipe: FineTuningRecipe, optimizer: Optimizer) -> Step:
     return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
 
 
-def _utilization(base: GPT, adapters: Adapters, examples: list[Example]) -> Callable[[float], float]:
+def _utilization(base: GPT, adapters: Adapters, examples: Sequence[Example]) -> Callable[[float], float]:
     """Model FLOPs utilization at a number of tokens per second, in the dtype of `base`."""
-    with_loss = sum(example.num_loss_tokens for example in examples)
-    loss_share = with_loss / sum(len(example.tokens) for example in examples)
+    loss_share = count_loss_tokens(examples) / int(example_lengths(examples).sum())
     flops, peak = mfu.tuning_flops(base, adapters, loss_share), mfu.peak(device(base), dtype(base.wte.w))
     return lambda tokens_per_second: tokens_per_second * flops / peak
 

@@ -1,24 +1,30 @@
-"""The rows that a fine-tuning recipe trains on, and the rows held out of them."""
+"""The examples that a fine-tuning recipe trains on, and the rows held out of them."""
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from fgpt.cli.console import console
-from fgpt.cli.training.conversation_rows import loss_rows, report_templates
 from fgpt.cli.training.eval_sets import parse_eval_data
+from fgpt.cli.training.job import tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
+from fgpt.cli.training.row_reports import report_counts, report_left_out
+from fgpt.cli.training.token_cache import TokenizedSource
+from fgpt.cli.training.tokenized_sources import stored_rows, tokenized_source
 from fgpt.cli.training.tokenizer import load_tokenizer
-from fgpt.data import classification_datasets, conversations, finqa, instruction_datasets
+from fgpt.data import classification_datasets, instruction_datasets, packing
 from fgpt.data.classification_prompts import LabeledText
+from fgpt.data.example_store import StoredExamples, StoredRows, bounds
+from fgpt.data.examples import Example
 from fgpt.data.mixtures import check_weights
-from fgpt.data.prompt_templates import encode, template
-from fgpt.data.rows import InstructionRow, turns_of
+from fgpt.data.prompt_templates import template
+from fgpt.data.rows import InstructionRow, last_turns, turns_of
 from fgpt.data.source_syntax import parse_source
+from fgpt.data.tokenization import Encoding, RowChunk, shorten_pages, tokenize
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.recipes import ClassificationRecipe, InstructionRecipe
@@ -26,47 +32,111 @@ from fgpt.rng import fold_in, key
 
 T = TypeVar("T")
 
+NANO = ("nano",)
 NANO_TASKS, NANO_HELDOUT = models.EMBEDDED["nano"] / "tasks.jsonl", models.EMBEDDED["nano"] / "heldout.jsonl"
 
 
-class InstructionSplit(NamedTuple):
-    """The rows of an instruction tuning."""
+class SourceRange(NamedTuple):
+    """Where the examples of a source are among all that are trained on: from `start` to `stop`, excluded."""
 
-    rows: list[InstructionRow]
-    """To train on, source by source."""
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class InstructionData:
+    """What a recipe trains on, and what it holds out."""
+
+    examples: Sequence[Example]
+    """They have answers and fit a row."""
     heldout: list[InstructionRow]
-    sizes: tuple[int, ...]
-    """How many of `rows` each source has."""
+    """A row for each answer of a conversation."""
+    sources: tuple[SourceRange, ...]
+    """In the order of the recipe's `data`."""
+
+    @property
+    def by_source(self) -> list[Sequence[Example]]:
+        """The examples of each source."""
+        return [self.examples[start:stop] for _, start, stop in self.sources]
 
 
-def load_instruction_split(recipe: InstructionRecipe) -> InstructionSplit:
-    """Rows to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's seed.
-    A conversation is one row to train on; held out, it is a row for each of its answers. What is left out of
-    conversations is counted and printed, as is the number of FinQA pages that were shortened to `max_seq_len`.
+def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
+    """Examples to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's
+    seed. The format of each source is printed, and what was left out, shortened, truncated or split.
 
-    Raises InputError if holding out would leave nothing to train on.
+    Raises InputError if a source cannot be read, if holding out would leave nothing to train on, and for a longer row
+    if the recipe's `overlong` is "error".
     """
-    if recipe.data == ("nano",):
-        rows: list[InstructionRow] = list(read_tasks(NANO_TASKS))
-        return InstructionSplit(rows, list(read_tasks(NANO_HELDOUT)), (len(rows),))
-    by_source = [rows for _, rows in load_source_rows(recipe)]
-    rows = loss_rows(recipe, list(itertools.chain.from_iterable(by_source)))
-    report_templates(recipe, rows)
-    count = num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data))
-    heldout = heldout_indices(len(rows), count, recipe.seed)
-    sizes: list[int] = []
-    for start, end in itertools.pairwise(itertools.accumulate(map(len, by_source), initial=0)):
-        sizes.append(sum(i not in heldout for i in range(start, end)))
-    train, second = _split(rows, heldout)
-    return InstructionSplit(train, turns_of(second), tuple(sizes))
+    encoding = encoding_of(recipe)
+    sources = load_sources(recipe, encoding)
+    stored = StoredExamples.from_batches([batch for _, source in sources for batch in source.examples])
+    starts = bounds([sum(batch.num_rows for batch in source.examples) for _, source in sources])[:-1]
+    if recipe.data == NANO:
+        heldout: list[InstructionRow] = [*read_tasks(NANO_HELDOUT)]
+    else:
+        rows = [StoredRows(source.rows) for _, source in sources]
+        first_rows = bounds([len(source) for source in rows])
+        numbers = stored.rows + np.repeat(first_rows[:-1], np.diff([*starts, len(stored)]))
+        is_heldout = _heldout_rows(recipe, int(first_rows[-1]))
+        heldout = turns_of(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)))
+        training = np.flatnonzero(~is_heldout[numbers])
+        stored, starts = stored.take(training), np.searchsorted(training, starts)
+    examples, usable = _fit(recipe, stored, encoding.max_seq_len)
+    edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
+    ranges = zip([name for name, _ in sources], edges[:-1], edges[1:], strict=True)
+    return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
+
+
+def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
+    """The rows of `load_instruction_data` that are held out. Others are neither tokenized nor kept: tokens that are not
+    cached are not made.
+    """
+    if recipe.data == NANO:
+        return [*read_tasks(NANO_HELDOUT)]
+    encoding = encoding_of(recipe)
+    rows = _read_rows(recipe, [name for name, _ in source_weights(recipe.data)], encoding)
+    first_rows = bounds([len(source) for source in rows])
+    is_heldout = _heldout_rows(recipe, int(first_rows[-1]))
+    return _prepared(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)), encoding)
 
 
 def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]:
     """The rows of each evaluation set, by its name, a row for each answer of a conversation. Raises InputError as
     `parse_eval_data` does, and for a source that cannot be read.
     """
+    if not recipe.eval_data:
+        return {}
+    encoding = encoding_of(recipe)
     sources = parse_eval_data(recipe.eval_data)
-    return {name: turns_of(_load_rows(recipe, [source])[0]) for name, source in sources.items()}
+    return {name: _prepared(_read_rows(recipe, [source], encoding)[0], encoding) for name, source in sources.items()}
+
+
+def encoding_of(recipe: InstructionRecipe) -> Encoding:
+    """How the recipe's rows become tokens. Raises InputError for an unknown template."""
+    cfg, tokenizer, _ = load_tokenizer(recipe)
+    max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)
+    return Encoding(template(recipe.template), tokenizer, max_seq_len, recipe.assistant_turns == "last")
+
+
+def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[str, TokenizedSource]]:
+    """The name and the tokens of each source of the recipe, in order; one that is named twice is read once. What is to
+    be said of them is printed.
+    """
+    if recipe.data == NANO:
+        made = tokenize(RowChunk(0, [*read_tasks(NANO_TASKS)]), encoding)
+        return [("nano", TokenizedSource([made.examples], [made.rows]))]
+    names = [name for name, _ in source_weights(recipe.data)]
+    by_name = dict[str, TokenizedSource]()
+    for name in names:
+        if name not in by_name:
+            by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, _contents(recipe))
+            console.print(by_name[name].format, markup=False, soft_wrap=True)
+    report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
+    counts = sum((source.counts for source in by_name.values()), Counter[str]())
+    num_rows = sum(batch.num_rows for source in by_name.values() for batch in source.rows)
+    report_counts(recipe, counts, num_rows, encoding.max_seq_len)
+    return [(name, by_name[name]) for name in names]
 
 
 def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -83,44 +153,68 @@ def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
     return weights
 
 
-def load_source_rows(recipe: InstructionRecipe) -> list[tuple[str, list[InstructionRow]]]:
-    """The name and the rows of each source. What is left out or shortened is printed.
+def _read_rows(recipe: InstructionRecipe, sources: Sequence[str], encoding: Encoding) -> list[Sequence[InstructionRow]]:
+    """The rows of each source. Their formats are printed, and what is left out."""
+    rows: list[Sequence[InstructionRow]] = []
+    left_out = Counter[str]()
+    for name in sources:
+        source = stored_rows(name, _columns(recipe, name), encoding, _contents(recipe))
+        console.print(source.format, markup=False, soft_wrap=True)
+        left_out += source.left_out
+        rows.append(source.rows)
+    report_left_out(left_out)
+    return rows
 
-    Raises InputError as `instruction_datasets.load_each` does.
-    """
-    if recipe.data == ("nano",):
-        return [("nano", list(read_tasks(NANO_TASKS)))]
-    names = [name for name, _ in source_weights(recipe.data)]
-    return list(zip(names, _load_rows(recipe, names), strict=True))
+
+def _prepared(rows: Sequence[InstructionRow], encoding: Encoding) -> list[InstructionRow]:
+    """Rows to be answered, as `tokenize` prepares those to train on."""
+    chosen = last_turns(rows)[0] if encoding.last_turns else rows
+    return turns_of(shorten_pages(chosen, encoding)[0])
 
 
-def _load_rows(recipe: InstructionRecipe, sources: Sequence[str]) -> list[list[InstructionRow]]:
-    """The rows of each source."""
+def _columns(recipe: InstructionRecipe, source: str) -> instruction_datasets.Columns | None:
     columns = None if recipe.columns == instruction_datasets.Columns() else recipe.columns
-    loaded = list(instruction_datasets.load_each(sources, columns))
-    for each in loaded:
-        for line in each.formats:
-            console.print(line, markup=False)
-    if reasons := conversations.summary(sum((each.left_out for each in loaded), Counter[str]())):
-        console.print(f"left out: {reasons}", markup=False)
-    return [_shorten_finqa(recipe, each.rows) for each in loaded]
+    return instruction_datasets.columns_of(source, len(recipe.data), columns)
 
 
-def _shorten_finqa(recipe: InstructionRecipe, rows: list[InstructionRow]) -> list[InstructionRow]:
-    """The rows, FinQA's pages without as much of their text as does not fit."""
-    if not any(isinstance(row, finqa.FinQA) for row in rows):
-        return rows
-    cfg, tokenizer, _ = load_tokenizer(recipe)
-    max_seq_len, prompt_template = min(recipe.max_seq_len, cfg.n_ctx), template(recipe.template)
+def _contents(recipe: InstructionRecipe) -> list[str | bytes]:
+    return [*tokenizer_contents(recipe.base), *recipe.new_tokens]
 
-    def length(row: InstructionRow) -> int:
-        example = encode(row, prompt_template, tokenizer)
-        return max(len(example.tokens), example.prompt_length + finqa.ANSWER_TOKENS)
 
-    shortened_rows, count = finqa.shorten(rows, max_seq_len, length)
-    if count:
-        console.print(f"shortened the text of {count:,} FinQA rows to {max_seq_len} tokens; their tables are complete")
-    return shortened_rows
+def _fit(recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int) -> tuple[Sequence[Example], np.ndarray]:
+    """Those that can be trained on, of at most `max_seq_len` tokens, and their indices. How many were truncated or left
+    out is printed.
+
+    Raises InputError for a longer row if the recipe's `overlong` is "error".
+    """
+    if recipe.overlong == "cut":
+        examples, truncated = examples.truncate(max_seq_len)
+        if truncated:
+            console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
+    usable, dropped = packing.usable_indices(examples, max_seq_len, recipe.overlong != "error")
+    if dropped.long or dropped.empty:
+        console.print(
+            f"left out {dropped.long} rows longer than {max_seq_len} tokens and {dropped.empty} without a response"
+        )
+    return examples.take(usable), usable
+
+
+def _heldout_rows(recipe: InstructionRecipe, num_rows: int) -> np.ndarray:
+    count = num_heldout(range(num_rows), recipe.num_heldout, ", ".join(recipe.data))
+    is_heldout = np.zeros(num_rows, bool)
+    is_heldout[sorted(heldout_indices(num_rows, count, recipe.seed))] = True
+    return is_heldout
+
+
+def _rows_at(
+    sources: Sequence[Sequence[InstructionRow]], first_rows: np.ndarray, numbers: np.ndarray
+) -> list[InstructionRow]:
+    """The rows of those numbers, which count through all sources."""
+    rows: list[InstructionRow] = []
+    for number in numbers.tolist():
+        source = int(np.searchsorted(first_rows, number, "right")) - 1
+        rows.append(sources[source][number - int(first_rows[source])])
+    return rows
 
 
 def load_classification_split(recipe: ClassificationRecipe) -> tuple[list[LabeledText], list[LabeledText]]:
@@ -177,11 +271,8 @@ def num_heldout(rows: Sequence[object], requested: float, source: str) -> int:
 
 def train_heldout_split(rows: Sequence[T], heldout: int, seed: int) -> tuple[list[T], list[T]]:
     """All rows except `heldout` of them, and those: each part in the rows' order."""
-    return _split(rows, heldout_indices(len(rows), heldout, seed))
-
-
-def _split(rows: Sequence[T], heldout: set[int]) -> tuple[list[T], list[T]]:
-    return [row for i, row in enumerate(rows) if i not in heldout], [rows[i] for i in sorted(heldout)]
+    second = heldout_indices(len(rows), heldout, seed)
+    return [row for i, row in enumerate(rows) if i not in second], [rows[i] for i in sorted(second)]
 
 
 def heldout_indices(num_rows: int, heldout: int, seed: int) -> set[int]:

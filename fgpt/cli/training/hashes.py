@@ -7,7 +7,6 @@ against somebody who forges an equal hash. What files call sha256 stays SHA-256.
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fgpt.data.examples import Example
+from fgpt.data.examples import Example, LazyExamples, example_arrays
 from fgpt.tree import walk
 
 XXH3 = "xxh3:"
@@ -58,7 +57,7 @@ def _feed_tree(digest: Any, tree: Any) -> None:
 
 def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
     _feed_text(digest, f"{len(rows)} rows")
-    if rows and all(isinstance(row, Example) for row in rows):
+    if isinstance(rows, LazyExamples) or (rows and all(isinstance(row, Example) for row in rows)):
         _feed_examples(digest, rows)
         return
     for row in rows:
@@ -69,11 +68,9 @@ def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:
 
 
 def _feed_examples(digest: Any, examples: Sequence[Example]) -> None:
-    """Feed all lengths and fields, then all tokens at once: a tensor for each of 20,000 examples takes 0.8 s."""
-    fields = [f"{len(x.tokens)} {x.label} {x.spans}" for x in examples]
-    _feed_text(digest, "\n".join(fields))
-    tokens = itertools.chain.from_iterable(x.tokens for x in examples)
-    digest.update(np.fromiter(tokens, np.int64, sum(len(x.tokens) for x in examples)))
+    """Feed the arrays of all examples: a tensor for each of 20,000 examples takes 0.8 s."""
+    for array in example_arrays(examples):
+        digest.update(np.ascontiguousarray(array))
 
 
 def _feed_text(digest: Any, text: str | bytes) -> None:

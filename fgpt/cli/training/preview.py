@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fgpt.cli.console import console
 from fgpt.data.examples import Example
-from fgpt.data.packing import truncate_middle
+from fgpt.data.truncation import truncate_middle
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 LOSS = "bold green"

@@ -56,13 +56,13 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(text_run: Path):
     from fgpt.cli import run_dir
     from fgpt.cli.training.build import load_base
-    from fgpt.cli.training.examples import load_instruction_split
+    from fgpt.cli.training.examples import load_heldout_rows
 
     assert main(["eval", "run", str(text_run), "--limit", "7", "--batch-size", "3"]) == 0
     found = json.loads((text_run / "eval-limit-7.json").read_text())["held out"]
     run: Any = run_dir.read_run(text_run)
     params, tokenizer = run_dir.load_tuned(text_run, load_base(run)), fgpt.tokenizer("nano")
-    examples = [encode(row, template(run.template), tokenizer) for row in load_instruction_split(run)[1][:7]]
+    examples = [encode(row, template(run.template), tokenizer) for row in load_heldout_rows(run)[:7]]
     expected = fgpt.loss(params, packing.collate([[example] for example in examples]))
     assert found["response loss (nats per token)"] == pytest.approx(float(expected), rel=1e-5)
     assert found["response perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)

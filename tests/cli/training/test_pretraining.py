@@ -17,7 +17,7 @@ from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.tasks.pretraining import figures, heldout_perplexity
 from fgpt.cli.training import mfu
-from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.examples import load_heldout_rows
 from fgpt.data.documents import read as read_documents
 from fgpt.data.prompt_templates import InstructionRow, encode, encode_prompt, template
 from fgpt.evaluation import likelihood
@@ -157,7 +157,7 @@ def test_training_generation_and_evaluation_use_one_prompt(
 
     monkeypatch.setattr(likelihood, "hidden_at", record)
     assert main(["eval", "run", str(tuned_runs[0])]) == 0
-    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_instruction_split(run)[1]]
+    prompts = [list(encode_prompt(each, template("tulu"), NANO)) for each in load_heldout_rows(run)]
     assert 4 <= len(read) <= len(prompts) == 8  # rows longer than the context are left out
     assert all(any(x[: len(prompt)] == prompt for prompt in prompts) for x in read)
 

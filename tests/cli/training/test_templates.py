@@ -12,10 +12,10 @@ from builders.conversations import ASSISTANT, TALK, USER, write_json_rows
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
-from fgpt.cli.training.conversation_rows import resolve_template
-from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.examples import load_instruction_data
+from fgpt.cli.training.row_reports import resolve_template
 from fgpt.data.prompt_templates import template
-from fgpt.data.rows import ConversationRow, InstructionRow
+from fgpt.data.rows import InstructionRow
 from fgpt.io import models
 from fgpt.recipes import RECIPES, InstructionRecipe, find
 
@@ -92,27 +92,26 @@ def test_prompts_that_hold_a_template_are_noticed(marker: str, tmp_path: Path, c
     rows = [{"instruction": f"{marker if i else ''}Say {i}.", "output": "Yes."} for i in range(9)]
     path = write_json_rows(tmp_path / "a.jsonl", *rows)
     recipe = recipe_of("lora-nano", data=(str(path),), num_heldout=2)
-    load_instruction_split(recipe)
+    load_instruction_data(recipe)
     said = " ".join(capsys.readouterr().err.split())
     assert f"8 of 9 prompts hold a template already ({marker.strip().removesuffix('user')!r})" in said.replace(
         "user\\n", ""
     )
     assert "--template plain is put around it: --template none leaves them as they are" in said
-    load_instruction_split(replace(recipe, template="none"))
+    load_instruction_data(replace(recipe, template="none"))
     assert "already" not in capsys.readouterr().err
     few = write_json_rows(tmp_path / "b.jsonl", *[{**row, "instruction": "Hi."} for row in rows[:5]], *rows[6:])
-    load_instruction_split(replace(recipe, data=(str(few),)))
+    load_instruction_data(replace(recipe, data=(str(few),)))
     assert "already" not in capsys.readouterr().err
 
 
 def test_the_last_answer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_json_rows(tmp_path / "a.jsonl", *[{"messages": TALK}] * 9, {"messages": [USER, ASSISTANT]})
     recipe = recipe_of("lora-nano", data=(str(path),), num_heldout=4, assistant_turns="last")
-    first, second, _ = load_instruction_split(recipe)
+    data = load_instruction_data(recipe)
     said = " ".join(capsys.readouterr().err.split())
     assert "9 answers before the last of their conversation are context only (--assistant-turns last)" in said
-    assert len(first) == 6
-    assert len(second) == 4  # one turn of each
-    assert all(len(row.turns()) == 1 for row in first if isinstance(row, ConversationRow))
-    load_instruction_split(replace(recipe, assistant_turns="all"))
+    assert [len(example.spans) for example in data.examples] == [1] * 6
+    assert len(data.heldout) == 4  # one turn of each
+    load_instruction_data(replace(recipe, assistant_turns="all"))
     assert "context only" not in capsys.readouterr().err

@@ -26,7 +26,7 @@ from fgpt.cli.evaluation.compare.scores import (
     text_scores,
 )
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
-from fgpt.cli.training.examples import load_instruction_split
+from fgpt.cli.training.examples import load_heldout_rows
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.errors import InputError
@@ -77,7 +77,7 @@ def compare_runs(
     _check_writable(out)
     if prompt_source is None:
         count = num_prompts or first.compare_prompts or InstructionRecipe.compare_prompts
-        chosen = held_out(sides, load_instruction_split(first)[1], count)
+        chosen = held_out(sides, load_heldout_rows(first), count)
     else:
         chosen = prompts.from_file(sides, prompt_source, num_prompts)
     comparison = compare_contenders(sides, chosen, decoding)

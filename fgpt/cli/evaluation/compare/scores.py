@@ -20,7 +20,7 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> list[Example]:
     """The rows that fit the run's max_seq_len, in its template."""
     encoded = [encode(row, template(run.template), tokenizer) for row in rows]
-    return packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0]
+    return list(packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0])
 
 
 def reference_examples(
