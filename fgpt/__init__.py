@@ -42,6 +42,8 @@ from fgpt.model import (
     logits,
 )
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
+from fgpt.optim_muon import muon
+from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.train_step import Metrics, State, init_state, make_step
@@ -97,6 +99,7 @@ __all__ = [
     "loss",
     "make_step",
     "merge",
+    "muon",
     "nll",
     "num_trainable",
     "prompt_lookup_decode",
@@ -105,6 +108,7 @@ __all__ = [
     "save",
     "save_adapters",
     "save_peft",
+    "schedule_free_adamw",
     "seed_tensor",
     "stack_adapters",
     "stream",
