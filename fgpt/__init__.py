@@ -28,6 +28,7 @@ from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.lift import from_module
 from fgpt.losses import Batch, loss, nll
+from fgpt.lr_range import LRRange, lr_range
 from fgpt.model import (
     GPT,
     Config,
@@ -62,6 +63,7 @@ __all__ = [
     "GenerationOutput",
     "InputError",
     "KVCache",
+    "LRRange",
     "LoRA",
     "Metrics",
     "Optimizer",
@@ -97,6 +99,7 @@ __all__ = [
     "logits",
     "lora",
     "loss",
+    "lr_range",
     "make_step",
     "merge",
     "muon",

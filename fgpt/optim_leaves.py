@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from fgpt.errors import InputError, short_repr
-from fgpt.patterns import matching
+from fgpt.patterns import check_patterns, first_matches, matching
 from fgpt.tree import leaves, tree_map
 
 Tree: TypeAlias = Any
@@ -24,27 +24,6 @@ def decay_mask(params: Tree, pattern: str) -> list[bool]:
     by_path = leaves(params)
     decayed = set(matching(pattern, [path for path, x in by_path.items() if x.ndim > 1]))
     return [path in decayed for path in by_path]
-
-
-def first_matches(paths: list[str], patterns: Mapping[str, Any], what: str = "selector") -> dict[str, str]:
-    """The first of `patterns` that matches each path in full; paths that none matches are left out.
-
-    >>> first_matches(["q/a", "q/b"], {".*/b": 16.0})
-    {'q/b': '.*/b'}
-    """
-    first: dict[str, str] = {}
-    for pattern in patterns:
-        for path in matching(pattern, paths, what):
-            first.setdefault(path, pattern)
-    return first
-
-
-def check_patterns(paths: list[str], patterns: Mapping[str, Any], what: str) -> None:
-    """Raises InputError for a pattern that matches no path: it would change nothing, in silence."""
-    for pattern in patterns:
-        if not matching(pattern, paths, what):
-            some = ", ".join(paths[:4])
-            raise InputError(f"{what} {short_repr(pattern)} matches none of {some}{' ..' if len(paths) > 4 else ''}")
 
 
 def lr_patterns(params: Tree, multipliers: Mapping[str, Any]) -> list[str | None]:

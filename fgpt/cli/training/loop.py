@@ -153,7 +153,7 @@ def _heldout_loss(job: TrainingJob, state: State, step: int) -> float | None:
     """The held-out loss if it is due after this step."""
     if job.heldout_loss is None or not _heldout_is_due(job, step):
         return None
-    loss = job.heldout_loss(state.trainable)
+    loss = job.heldout_loss(job.evaluation_params(state))
     console.print(f"step {step}  held-out loss {loss:.4f}")
     return loss
 
