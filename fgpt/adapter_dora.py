@@ -94,9 +94,7 @@ def dora(
     """
     weights = weight_matrices(params)
     adapters: Adapters = {}
-    loras = lora(
-        params, rng, rank, alpha, target, rs, dropout, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
-    )
+    loras = lora(params, rng, rank, alpha, target, rs, dropout, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
     for path, x in loras.items():
         assert isinstance(x, LoRA)
         adapters[path] = DoRA(x, row_norms(weights[path], x.a, x.b, x.scale))

@@ -63,9 +63,7 @@ class ByHand:
     ],
 )
 def test_it_is_its_authors(betas: Any, eps: float, decay: float, warmup: int, decayed: list[str]):
-    by_hand = {
-        name: ByHand(x, 0.03, betas, eps, decay if name in decayed else 0.0, warmup) for name, x in TREE.items()
-    }
+    by_hand = {name: ByHand(x, 0.03, betas, eps, decay if name in decayed else 0.0, warmup) for name, x in TREE.items()}
     optimizer = fgpt.schedule_free_adamw(constant_schedule(0.03, warmup), betas, eps=eps, weight_decay=decay)
     params, state = TREE, optimizer.init(TREE)
     assert same(optimizer.evaluation_params(state, params), TREE)
@@ -109,7 +107,9 @@ def numbers(**changes: Any) -> ScheduleFreeNumbers:
 
 def lists(dtype: torch.dtype = torch.float32) -> list[Sequence[Tensor]]:
     shapes = [(3, 5), (17,), (8, 64), ()]
-    columns = [[torch.randn(s, generator=fgpt.key(10 * i + j)).to(dtype) for j, s in enumerate(shapes)] for i in range(4)]
+    columns = [
+        [torch.randn(s, generator=fgpt.key(10 * i + j)).to(dtype) for j, s in enumerate(shapes)] for i in range(4)
+    ]
     return [*columns[:3], [x.square() for x in columns[3]]]
 
 
@@ -165,9 +165,7 @@ def test_a_sweep_over_its_numbers():
 
     def end(numbers: Tensor) -> Any:
         lr, beta1, decay, root = numbers
-        optimizer = fgpt.schedule_free_adamw(
-            constant_schedule(lr, 3), (beta1, 0.99), weight_decay=decay, eps_root=root
-        )
+        optimizer = fgpt.schedule_free_adamw(constant_schedule(lr, 3), (beta1, 0.99), weight_decay=decay, eps_root=root)
         params, state = TREE, optimizer.init(TREE)
         for grads in steps:
             params, state = optimizer.update(grads, state, params)
