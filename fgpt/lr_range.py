@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from fgpt.errors import InputError
 from fgpt.losses import Batch
-from fgpt.rng import fold_in, seed_tensor
+from fgpt.rng import fold_in
 from fgpt.train_step import Key, State, Step
 from fgpt.tree import device, tree_map
 
@@ -42,7 +42,8 @@ def lr_range(
     rng: Key | None = None,
     smoothing: float = 0.9,
 ) -> LRRange:
-    """Train from one state with each rate, on the same batches and with the same dropout, and compare the losses.
+    """Train from one state with each rate, on the same batches and with the same dropout, and compare the losses. Those
+    of a rate are those of a training of its own.
 
     The members are mapped over: the frozen base is in memory once and multiplied with all members' rows at once.
 
@@ -72,15 +73,14 @@ def lr_range(
     """
     if lrs.ndim != 1 or len(lrs) < 2 or not bool((lrs.diff() > 0).all()) or not float(lrs[0]) > 0:
         raise InputError(f"the rates of a range test are {lrs.tolist()}: expected two or more above 0, in rising order")
-    where = device(state.trainable)
     states = tree_map(lambda x: x.expand(len(lrs), *x.shape), state)
-    rates = lrs.to(where)
+    rates = lrs.to(device(state.trainable))
     columns: list[Tensor] = []
     for i, micro_batches in enumerate(batches):
-        seed = None if rng is None else seed_tensor(fold_in(rng, i), where)
+        key = None if rng is None else fold_in(rng, i)
 
-        def member(lr: Tensor, one: State, micro_batches: Any = micro_batches, seed: Any = seed) -> Any:
-            return step_for(lr)(one, frozen, micro_batches, seed)
+        def member(lr: Tensor, one: State, micro_batches: Any = micro_batches, key: Any = key) -> Any:
+            return step_for(lr)(one, frozen, micro_batches, key)
 
         states, metrics = vmap(member)(rates, states)
         columns.append(metrics.loss.detach().cpu().double())

@@ -23,8 +23,8 @@ GROUPS = {
         "tokenizer"
     ),
     "training": (
-        "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
-        "betas seed"
+        "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "
+        "weight_decay optimizer betas seed"
     ),
     "model": "adapter tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile peak_tflops",

@@ -5,7 +5,8 @@
     reference     leaf by leaf, out of place
     fast path     torch._foreach_*: one kernel for many leaves. It writes into temporaries of its own, never into an
                   argument
-    transforms    under vmap, derivatives and compilation the reference runs, and so it does for numbers that are tensors
+    transforms    under vmap, derivatives and compilation the reference runs, which is plain torch; and so it does for
+                  numbers that are tensors
 
 All of it is computed at least in fp32. Without η's warmup and with c = 1/t, x = z + (y - z) / β₁ is the mean of all z.
 
@@ -15,7 +16,6 @@ Source: Defazio et al. 2024, "The Road Less Scheduled", algorithm 1.
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -130,7 +130,7 @@ def test_bad_patterns(options: Any, says: str):
 
 @pytest.mark.parametrize("text", ["q", "=3", "q=", "q=x", "q=0", "q=-1", "q=nan", "q=inf"])
 def test_a_malformed_option(text: str):
-    with pytest.raises(fgpt.InputError, match="expected REGEX=NUMBER, a number above 0, such as .*q=16"):
+    with pytest.raises(fgpt.InputError, match=r"expected REGEX=NUMBER, a number above 0, such as \.\*q=16"):
         parse_patterns([text], "--adapter.rank-pattern", ".*q=16")
     assert parse_patterns([r"(?=.*q).*=2.5"], "--x", "y") == {r"(?=.*q).*": 2.5}
 

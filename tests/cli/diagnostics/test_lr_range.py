@@ -11,13 +11,14 @@ from builders.command_line import training_options
 import fgpt
 from fgpt.cli.main import main
 from fgpt.lr_range import moving_average, suggest_lr
+from fgpt.tree import astype
 
-BASE = tiny(n_layer=1)
+BASE = astype(tiny(n_layer=1), torch.float64)
 BATCHES = [
     [fgpt.Batch(tokens(31, 2, 8, seed=i), tokens(31, 2, 8, seed=i + 1), torch.ones(2, 8)) for i in (j, j + 9)]
     for j in range(4)
 ]
-ADAPTERS = fgpt.lora(BASE, fgpt.key(0), 2, dropout=0.2)
+ADAPTERS = astype(fgpt.lora(BASE, fgpt.key(0), 2, dropout=0.2), torch.float64)
 
 
 def loss(adapters: Any, params: Any, batch: fgpt.Batch, seed: Any) -> Any:
@@ -26,7 +27,7 @@ def loss(adapters: Any, params: Any, batch: fgpt.Batch, seed: Any) -> Any:
 
 @pytest.mark.parametrize("make", [fgpt.adamw, fgpt.muon, fgpt.schedule_free_adamw])
 def test_each_rate_is_a_training_of_its_own(make: Any):
-    lrs = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64)
+    lrs = torch.tensor([1e-4, 1e-2, 1e-1], dtype=torch.float64)
     start = fgpt.init_state(ADAPTERS, make(0.0))
     result = fgpt.lr_range(lambda lr: fgpt.make_step(loss, make(lr)), start, BASE, BATCHES, lrs=lrs, rng=fgpt.key(5))
     assert result.losses.shape == (3, 4)
@@ -35,13 +36,12 @@ def test_each_rate_is_a_training_of_its_own(make: Any):
         for i, batches in enumerate(BATCHES):
             state, metrics = step(state, BASE, batches, fgpt.fold_in(fgpt.key(5), i))
             losses.append(float(metrics.loss))
-        assert got.tolist() == pytest.approx(losses, rel=2e-4)
+        assert got.tolist() == pytest.approx(losses, rel=1e-6)
 
 
 def test_the_average_by_hand():
-    assert moving_average(torch.tensor([[2.0, 4.0, 8.0]]), 0.5).tolist() == [
-        pytest.approx([2.0, (1 + 4) / 1.5 / 2 + 5 / 3 / 2, (2 / 8 + 4 / 4 + 8 / 2) / 0.875])
-    ]
+    got = moving_average(torch.tensor([[2.0, 4.0, 8.0]]), 0.5)
+    assert got[0].tolist() == pytest.approx([2.0, (1 / 2 + 2) / 0.75, (1 / 4 + 1 + 4) / 0.875])
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,9 @@ def test_a_rate_near_a_divergent_one_is_lowered():
 
 @pytest.mark.parametrize("lrs", [[1e-3], [1e-2, 1e-3], [0.0, 1e-3]])
 def test_bad_rates(lrs: list[float]):
+    start = fgpt.init_state(ADAPTERS, fgpt.adamw(0.0))
     with pytest.raises(fgpt.InputError, match="expected two or more above 0, in rising order"):
-        fgpt.lr_range(lambda lr: fgpt.make_step(loss, fgpt.adamw(lr)), fgpt.init_state(ADAPTERS, fgpt.adamw(0.0)), BASE, BATCHES, lrs=torch.tensor(lrs))  # fmt: skip
+        fgpt.lr_range(lambda lr: fgpt.make_step(loss, fgpt.adamw(lr)), start, BASE, BATCHES, lrs=torch.tensor(lrs))
 
 
 def test_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -76,7 +77,8 @@ def test_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     options = [*training_options(project), "--num-lrs", "4", "--num-steps=3", "--picture", str(picture)]
     assert main(["lr-range", *options, "--min-lr", "1e-4", "--optimizer", "muon"]) == 0
     output = " ".join(capsys.readouterr().err.split())
-    assert "0.0001" in output and "0.1" in output and "--lr" in output
+    assert "0.0001" in output
+    assert "4 learning rates" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     for bad, says in (
         (["--min-lr", "1"], "--min-lr 1 is not below --max-lr 0.1"),
@@ -84,10 +86,7 @@ def test_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--num-steps"], "--num-steps"),
         (["--nonsense", "1"], "no option --nonsense"),
     ):
-        assert (
-            main(["lr-range", *options[:-6], *bad] if bad[0] != "--num-steps" else ["lr-range", *options[:-6], *bad])
-            == 2
-        )
+        assert main(["lr-range", *training_options(project), *bad]) == 2
         assert says in capsys.readouterr().err
     assert main(["lr-range"]) == 2
     assert "fgpt lr-range RECIPE" in capsys.readouterr().err
