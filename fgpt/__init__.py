@@ -28,7 +28,6 @@ from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.lift import from_module
 from fgpt.losses import Batch, loss, nll
-from fgpt.lr_range import LRRange, lr_range
 from fgpt.model import (
     GPT,
     Config,
@@ -46,6 +45,7 @@ from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
+from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.train_step import Metrics, State, init_state, make_step
 from fgpt.weights import Adapted, dense, embed, linear

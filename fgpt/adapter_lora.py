@@ -134,6 +134,6 @@ def lora(
         where, bound = device({path: weights[path]}), inp**-0.5
         a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-bound, bound, generator=fold_in(rng, path))
         b = torch.zeros(out, rank, dtype=torch.float32)
-        strength = default_alpha(rank) if (given := alphas[path]) is None else given
+        strength = default_alpha(rank) if (value := alphas[path]) is None else value
         adapters[path] = LoRA(a.to(where), b.to(where), float(strength), rs, dropout)
     return adapters

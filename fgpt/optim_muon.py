@@ -101,9 +101,9 @@ def muon(
     def init(params: Tree) -> MuonState:
         check_multipliers(lr_multipliers, params)
         zeros = {path: torch.zeros_like(x) for path, x in leaves(params).items()}
-        mine, others = _split(zeros, is_matrix(params))
+        muon_leaves, others = _split(zeros, is_matrix(params))
         count = torch.zeros((), dtype=torch.int64, device=device(params))
-        return MuonState(mine, AdamState(others, dict(others), count))
+        return MuonState(muon_leaves, AdamState(others, dict(others), count))
 
     def update(grads: Tree, state: MuonState, params: Tree) -> tuple[Tree, MuonState]:
         mask = is_matrix(params)
@@ -131,11 +131,11 @@ def muon(
 
 def _split(by_path: Mapping[str, Tensor], mask: list[bool]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The leaves that are matrices, and the others."""
-    mine: dict[str, Tensor] = {}
+    muon_leaves: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for (path, x), chosen in zip(by_path.items(), mask, strict=True):
-        (mine if chosen else others)[path] = x
-    return mine, others
+        (muon_leaves if chosen else others)[path] = x
+    return muon_leaves, others
 
 
 def _lerp(x: Tensor, y: Tensor, weight: Number) -> Tensor:

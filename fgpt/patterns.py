@@ -71,8 +71,10 @@ def check_patterns(paths: Sequence[str], patterns: Mapping[str, Any], what: str)
     """Raises InputError for a pattern that matches no path: it would change nothing, in silence."""
     for pattern in patterns:
         if not matching(pattern, paths, what):
-            some = ", ".join(paths[:4])
-            raise InputError(f"{what} {short_repr(pattern)} matches none of {some}{' ..' if len(paths) > 4 else ''}")
+            examples = ", ".join(paths[:4])
+            raise InputError(
+                f"{what} {short_repr(pattern)} matches none of {examples}{' ..' if len(paths) > 4 else ''}"
+            )
 
 
 def by_pattern(paths: Sequence[str], patterns: Mapping[str, Any], default: Any, what: str) -> dict[str, Any]:

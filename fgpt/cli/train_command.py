@@ -49,16 +49,16 @@ def lr_range(args: Sequence[str]) -> None:
     from fgpt.cli.diagnostics.lr_range import RangeOptions, run
 
     command = f"fgpt lr-range {name}"
-    own, others = split_options(options, option_names(RangeOptions))
+    range_args, others = split_options(options, option_names(RangeOptions))
     if set(HELP) & set(others):
-        own, others = ["--help"], []
-    range_options = parse(RangeOptions, own, None, command)
+        range_args, others = ["--help"], []
+    range_options = parse(RangeOptions, range_args, None, command)
     run(recipe_with_options(name, others, command), range_options)
 
 
 def split_options(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of `args` that `names` has, with their one value each, and all others."""
-    own: list[str] = []
+    matched: list[str] = []
     others: list[str] = []
     rest = list(args)
     while rest:
@@ -66,10 +66,10 @@ def split_options(args: Sequence[str], names: Sequence[str]) -> tuple[list[str],
         if arg.partition("=")[0].replace("_", "-") not in names:
             others.append(arg)
             continue
-        own.append(arg)
+        matched.append(arg)
         if "=" not in arg and rest:
-            own.append(rest.pop(0))
-    return own, others
+            matched.append(rest.pop(0))
+    return matched, others
 
 
 def _wants_recipe(command: str, name: str) -> bool:

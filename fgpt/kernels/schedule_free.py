@@ -45,7 +45,7 @@ def schedule_free_update(
     ys: Leaves, grads: Leaves, zs: Leaves, vs: Leaves, *, numbers: ScheduleFreeNumbers
 ) -> tuple[Leaves, Leaves, Leaves]:
     """The new (y, z, v) of each leaf: y in its own dtype, z and v at least in fp32."""
-    own, dtype = ys[0].dtype, wide(ys[0].dtype)
+    stored, dtype = ys[0].dtype, wide(ys[0].dtype)
     ys, grads, zs, vs = ([x if x.dtype == dtype else x.to(dtype) for x in xs] for xs in (ys, grads, zs, vs))
     eta, average = (x.to(ys[0].device, dtype) for x in numbers[:2])
     numbers = ScheduleFreeNumbers(eta, average, *numbers[2:])
@@ -55,7 +55,7 @@ def schedule_free_update(
     else:
         results = [reference(*xs, numbers) for xs in zip(ys, grads, zs, vs, strict=True)]
         new, zs, vs = ([result[i] for result in results] for i in range(3))
-    return [x if x.dtype == own else x.to(own) for x in new], zs, vs
+    return [x if x.dtype == stored else x.to(stored) for x in new], zs, vs
 
 
 def reference(
@@ -65,8 +65,8 @@ def reference(
     eta, average, beta1, beta2, eps, eps_root, weight_decay = numbers
     v = (v * beta2 + (1 - beta2) * g * g).to(v.dtype)
     step = g / ((v + eps_root).sqrt() + eps) + weight_decay * y
-    kept = 1 - beta1 * (1 - average)
-    return (y + average * (z - y) - eta * kept * step).to(y.dtype), (z - eta * step).to(z.dtype), v
+    share = 1 - beta1 * (1 - average)
+    return (y + average * (z - y) - eta * share * step).to(y.dtype), (z - eta * step).to(z.dtype), v
 
 
 def _foreach(

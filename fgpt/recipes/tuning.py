@@ -79,8 +79,8 @@ class Adapter:
 
     def check(self) -> None:
         """Raises InputError for a malformed pattern, and for options that this kind of adapter does not have."""
-        given = {"--adapter.rs": self.rs, "--adapter.rank-pattern": self.ranks, "--adapter.alpha-pattern": self.alphas}
-        used = [option for option, value in given.items() if value]
+        values = {"--adapter.rs": self.rs, "--adapter.rank-pattern": self.ranks, "--adapter.alpha-pattern": self.alphas}
+        used = [option for option, value in values.items() if value]
         if used and self.kind not in ("lora", "dora"):
             raise InputError(f"{used[0]} is of --adapter.kind lora and dora: {self.kind} has none, leave it out")
 

@@ -1,6 +1,7 @@
 """`fgpt lr-range`: a learning-rate range test of a recipe, as a table, a suggestion and a picture."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from fgpt.cli.figures import escape_mathtext, save_png
 from fgpt.cli.training.job import place
 from fgpt.errors import InputError
 from fgpt.losses import Batch
-from fgpt.lr_range import LRRange, has_diverged, lr_range
 from fgpt.optim import constant_schedule
+from fgpt.range_test import LRRange, has_diverged, lr_range
 from fgpt.ranges import PositiveFloat, Range
 from fgpt.recipes import AnyRecipe, FineTuningRecipe
 from fgpt.recipes.tuning import default_warmup
@@ -56,11 +57,8 @@ def run(recipe: AnyRecipe, options: RangeOptions) -> LRRange:
     assert job.step_for is not None
     step_for, state = job.step_for, job.initial_state.take()
     target, warmup_steps = device(state.trainable), default_warmup(options.num_steps, options.num_steps)
-    lrs = torch.logspace(
-        *torch.tensor([options.min_lr, options.max_lr], dtype=torch.float64).log10().tolist(),
-        options.num_lrs,
-        dtype=torch.float64,
-    )
+    lowest, highest = math.log10(options.min_lr), math.log10(options.max_lr)
+    lrs = torch.logspace(lowest, highest, options.num_lrs, dtype=torch.float64)
     begin, what = time.monotonic(), f"{options.num_steps} steps with each of {options.num_lrs} learning rates"
     with show_progress(what, options.num_steps) as advance:
 

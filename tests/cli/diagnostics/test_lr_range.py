@@ -10,7 +10,7 @@ from builders.command_line import training_options
 
 import fgpt
 from fgpt.cli.main import main
-from fgpt.lr_range import moving_average, suggest_lr
+from fgpt.range_test import moving_average, suggest_lr
 from fgpt.tree import astype
 
 BASE = astype(tiny(n_layer=1), torch.float64)
