@@ -88,6 +88,11 @@ report *args: setup
 replay *args: setup
     @"{{ python }}" -m fgpt replay "$@"
 
+# Compare learning rates of a recipe in one short training, and suggest one: `just lr-range lora-nano`
+[no-cd, no-exit-message]
+lr-range *args: setup
+    @"{{ python }}" -m fgpt lr-range "$@"
+
 # Check a recipe on your model, data and machine: `just doctor lora-small --base FOLDER --data FILE`
 [no-cd, no-exit-message]
 doctor *args: setup

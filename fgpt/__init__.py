@@ -43,7 +43,10 @@ from fgpt.model import (
     logits,
 )
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
+from fgpt.optim_muon import muon
+from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
+from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.train_step import Metrics, State, init_state, make_step
 from fgpt.vocabulary import AddedTokens, add_tokens
@@ -63,6 +66,7 @@ __all__ = [
     "GenerationOutput",
     "InputError",
     "KVCache",
+    "LRRange",
     "LoRA",
     "Metrics",
     "Optimizer",
@@ -100,8 +104,10 @@ __all__ = [
     "logits",
     "lora",
     "loss",
+    "lr_range",
     "make_step",
     "merge",
+    "muon",
     "nll",
     "num_trainable",
     "prompt_lookup_decode",
@@ -110,6 +116,7 @@ __all__ = [
     "save",
     "save_adapters",
     "save_peft",
+    "schedule_free_adamw",
     "seed_tensor",
     "stack_adapters",
     "stream",

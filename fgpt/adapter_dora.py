@@ -5,12 +5,14 @@ W' = m · V / ‖V‖ by row        V = W + s·B·A
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.adapter_defaults import RANK, TARGET
 from fgpt.adapter_lora import LoRA, lora, scaled_b
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
@@ -84,10 +86,14 @@ def with_norms(adapters: Adapters, norms: Mapping[str, Float[Tensor, " out"]]) -
 def dora(
     params: Any,
     rng: torch.Generator,
-    rank: int = 8,
+    rank: int = RANK,
     alpha: int | float | None = None,
-    target: str = r"blocks\..*\.(q|k|v|qkv)",
+    target: str = TARGET,
+    rs: bool = False,
     dropout: float = 0.0,
+    *,
+    rank_pattern: Mapping[str, int] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, int | float] = MappingProxyType({}),
 ) -> Adapters:
     """A fresh DoRA on every layer whose path matches `target`: a fresh LoRA, and m = ‖W‖ by row, so that it begins as
     the identity, to the bit.
@@ -96,9 +102,12 @@ def dora(
         params: The base, quantized or not.
         rng: A key: each A is drawn from fold_in(rng, path).
         rank: Rows of A and columns of B.
-        alpha: The strength: s = alpha / rank. None means s = 2.
-        target: A regular expression that matches a layer's path in full.
+        alpha: The strength: s = alpha / rank, or alpha / √rank if `rs`. None is twice a layer's rank.
+        target: A regular expression that matches a layer's path in full; by default every matrix of the blocks.
+        rs: Rank-stabilized scaling.
         dropout: Probability of dropping an element of A's input in training.
+        rank_pattern: Other ranks, as in `lora`.
+        alpha_pattern: Other strengths, as in `lora`.
 
     Raises:
         InputError: as `lora` does.
@@ -113,7 +122,8 @@ def dora(
     """
     weights = weight_matrices(params)
     adapters: Adapters = {}
-    for path, x in lora(params, rng, rank, alpha, target, dropout=dropout).items():
+    loras = lora(params, rng, rank, alpha, target, rs, dropout, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    for path, x in loras.items():
         assert isinstance(x, LoRA)
         adapters[path] = DoRA(x, row_norms(weights[path], x.a, x.b, x.scale))
     return adapters

@@ -3,16 +3,20 @@
 W' = W + s·B·A
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.adapter_defaults import RANK, TARGET, default_alpha
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.layers import weight_matrices
+from fgpt.patterns import by_pattern
 from fgpt.rng import fold_in
 from fgpt.tree import device, node, select, static
 from fgpt.weights import Adapted, Weight, shape
@@ -78,11 +82,14 @@ def _check_fits(x: LoRA, w: Weight, path: str) -> None:
 def lora(
     params: Any,
     rng: torch.Generator,
-    rank: int = 8,
+    rank: int = RANK,
     alpha: int | float | None = None,
-    target: str = r"blocks\..*\.(q|k|v|qkv)",
+    target: str = TARGET,
     rs: bool = False,
     dropout: float = 0.0,
+    *,
+    rank_pattern: Mapping[str, int] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, int | float] = MappingProxyType({}),
 ) -> Adapters:
     r"""A fresh LoRA on every layer whose path matches `target`, in fp32. B = 0, so it begins as the identity; A is
     uniform in ±1/√in (Kaiming, as in the paper's code).
@@ -91,16 +98,18 @@ def lora(
         params: The base, quantized or not.
         rng: A key: each A is drawn from fold_in(rng, path).
         rank: Rows of A and columns of B.
-        alpha: The strength: s = alpha / rank, or alpha / √rank if `rs`. None means s = 2.
-        target: A regular expression that matches a layer's path in full.
+        alpha: The strength: s = alpha / rank, or alpha / √rank if `rs`. None is twice a layer's rank.
+        target: A regular expression that matches a layer's path in full; by default every matrix of the blocks.
         rs: Rank-stabilized scaling.
         dropout: Probability of dropping an element of A's input in training.
+        rank_pattern: Other ranks, by regular expressions for whole paths of layers; the first that matches counts.
+        alpha_pattern: Other strengths, likewise.
 
     Raises:
-        InputError: if `target` matches nothing, `rank` exceeds the smaller side of a layer, or `dropout` is not in
-            [0, 1).
+        InputError: if `target` or a pattern matches nothing, a rank exceeds the smaller side of a layer, or `dropout`
+            is not in [0, 1).
 
-    Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2.
+    Source: Hu et al. 2021 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), theorem 3.2; PEFT, for the patterns.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -111,9 +120,13 @@ def lora(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout}: expected a probability from 0 to less than 1")
     weights = weight_matrices(params)
+    paths = select(weights, target)
+    ranks = by_pattern(paths, rank_pattern, rank, "rank_pattern")
+    alphas = by_pattern(paths, alpha_pattern, alpha, "alpha_pattern")
     adapters: Adapters = {}
-    for path in select(weights, target):
+    for path in paths:
         out, inp = shape(weights[path])
+        rank = ranks[path]
         if not 1 <= rank <= min(out, inp):
             raise InputError(
                 f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
@@ -121,6 +134,6 @@ def lora(
         where, bound = device({path: weights[path]}), inp**-0.5
         a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-bound, bound, generator=fold_in(rng, path))
         b = torch.zeros(out, rank, dtype=torch.float32)
-        strength = 2 * (rank**0.5 if rs else rank) if alpha is None else alpha
+        strength = default_alpha(rank) if (value := alphas[path]) is None else value
         adapters[path] = LoRA(a.to(where), b.to(where), float(strength), rs, dropout)
     return adapters

@@ -205,7 +205,8 @@ def num_trainable(adapters: Adapters) -> int:
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
-    >>> fgpt.num_trainable(fgpt.lora(fgpt.init(cfg, fgpt.key(0)), fgpt.key(1), rank=2))  # q, k, v: 2 * (8 + 8) each
+    >>> adapters = fgpt.lora(fgpt.init(cfg, fgpt.key(0)), fgpt.key(1), rank=2, target=".*(q|k|v)")
+    >>> fgpt.num_trainable(adapters)  # 2 * (8 + 8) each
     96
     """
     constants = [x.scaling for _, x in walk(adapters) if isinstance(x, LoRA)]

@@ -1,7 +1,8 @@
 """Optimizers as (init, update) pairs of pure functions over trees, and schedules as functions of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,8 +13,9 @@ from fgpt.kernels.adam import AdamNumbers, Number, adam_update
 from fgpt.kernels.bitsandbytes_ops import dynamic_code
 from fgpt.kernels.blockwise_8bit import dequantize, quantize
 from fgpt.kernels.leaf_lists import groups, square_norm
+from fgpt.optim_leaves import check_multipliers, decay_mask, leaves_of, lr_patterns
 from fgpt.patterns import matching
-from fgpt.tree import device, leaves, node, static, tree_leaves, tree_map, unflatten_like
+from fgpt.tree import device, node, static, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
 Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
@@ -21,12 +23,14 @@ Schedule: TypeAlias = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions, as in optax. Nothing is changed in place.
+    """Pure functions, as in optax. Nothing is changed in place.
 
     Args:
         init: `state = init(params)`.
         update: `params, state = update(grads, state, params)`: the new params themselves, where optax returns the
             change.
+        evaluation_params: `evaluation_params(state, params)`: what is evaluated and saved. By default the params
+            themselves; `schedule_free_adamw` takes its gradients at one point and evaluates another.
 
     >>> def update(grads, state, params):
     ...     return {"w": params["w"] - 0.1 * grads["w"]}, state
@@ -39,6 +43,7 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+    evaluation_params: Callable[[Tree, Tree], Tree] = lambda state, params: params
 
 
 # --------------------------------------------------------------------------------------------------------- schedules
@@ -117,6 +122,9 @@ def _at_least_1(x: Number) -> Number:
 
 # -------------------------------------------------------------------------------------------------------- optimizers
 
+NO_MULTIPLIERS: Mapping[str, Number] = MappingProxyType({})
+"""Every leaf has the learning rate itself."""
+
 
 @node
 class Moment8:
@@ -153,6 +161,7 @@ def adamw(
     weight_decay: Number = 0.0,
     decay: str = ".*",
     eps_root: Number = 0.0,
+    lr_multipliers: Mapping[str, Number] = NO_MULTIPLIERS,
 ) -> Optimizer:
     """AdamW: m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; θ ← θ - η (m̂ / (√(v̂ + ε₀) + ε) + λθ).
 
@@ -164,13 +173,16 @@ def adamw(
         decay: A regular expression; only leaves whose whole path matches it decay.
         eps_root: ε₀, which is 0 in the paper. Above 0, as in optax, the step has a derivative at v = 0, that is at
             every leaf that has had no gradient yet.
+        lr_multipliers: Factors of the learning rate, by regular expressions for whole paths of leaves. The first one
+            that matches a leaf counts, and its decay is multiplied, too, as in torch's parameter groups. LoRA+ is
+            `{".*/b": 16.0}`: a higher rate for each B.
 
     Each number may be a scalar tensor, to be mapped over or differentiated.
 
     Raises:
-        InputError: if `decay` is not a regular expression.
+        InputError: if `decay` is not a regular expression, or a pattern of `lr_multipliers` is none or matches no leaf.
 
-    Source: Loshchilov & Hutter 2019, algorithm 2.
+    Source: Loshchilov & Hutter 2019, algorithm 2; Hayou et al. 2024 (LoRA+), section 4, for multipliers.
 
     >>> optimizer = adamw(0.1)
     >>> params = {"w": torch.ones(2)}
@@ -178,7 +190,7 @@ def adamw(
     >>> params["w"]
     tensor([0.9000, 0.9000])
     """
-    return _adam(lr, betas, eps, eps_root, weight_decay, decay, encode_moment=lambda x, signed: x)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, lr_multipliers, encode_moment=lambda x, signed: x)
 
 
 def adamw8bit(
@@ -190,6 +202,7 @@ def adamw8bit(
     decay: str = ".*",
     min_8bit_size: int = 4096,
     eps_root: Number = 0.0,
+    lr_multipliers: Mapping[str, Number] = NO_MULTIPLIERS,
 ) -> Optimizer:
     """AdamW with its moments stored as 8-bit codes: 2.03 bytes for each parameter instead of 8.
 
@@ -212,9 +225,10 @@ def adamw8bit(
         decay: A regular expression; only leaves whose whole path matches it decay.
         min_8bit_size: Elements of the smallest leaf whose moments are encoded.
         eps_root: ε₀, as in `adamw`.
+        lr_multipliers: As in `adamw`.
 
     Raises:
-        InputError: if `decay` is not a regular expression.
+        InputError: as `adamw` does.
 
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.
 
@@ -229,7 +243,7 @@ def adamw8bit(
     def encode_moment(x: Tensor, signed: bool) -> Tensor | Moment8:
         return Moment8(*quantize(x, signed), signed) if x.numel() >= min_8bit_size else x
 
-    return _adam(lr, betas, eps, eps_root, weight_decay, decay, encode_moment)
+    return _adam(lr, betas, eps, eps_root, weight_decay, decay, lr_multipliers, encode_moment)
 
 
 def _adam(
@@ -239,33 +253,40 @@ def _adam(
     eps_root: Number,
     weight_decay: Number,
     decay: str,
+    lr_multipliers: Mapping[str, Number],
     encode_moment: Callable[[Tensor, bool], Tensor | Moment8],
 ) -> Optimizer:
     """AdamW, with each moment stored as `encode_moment(moment, signed)` between updates.
 
-    Raises InputError as `matching` does, if `decay` is not a regular expression.
+    Raises InputError as `adamw` does.
     """
     matching(decay, [])
+    check_multipliers(lr_multipliers)
     schedule = lr if callable(lr) else constant_schedule(lr)
     has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
 
     def init(params: Tree) -> AdamState:
+        check_multipliers(lr_multipliers, params)
+
         def zeros(signed: bool) -> Tree:
             return tree_map(lambda x: encode_moment(torch.zeros_like(x), signed), params)
 
         return AdamState(zeros(True), zeros(False), torch.zeros((), dtype=torch.int64, device=device(params)))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        thetas, gs, ms, vs = _leaves_of(params, grads, state.mu, state.nu)
-        count = state.count.to(thetas[0].device)
+        thetas, gs, ms, vs = leaves_of(params, grads, state.mu, state.nu)
+        count = state.count.to(thetas[0].device) if thetas else state.count
         t = count + 1
         bias1, bias2 = (1 - beta ** t.double() for beta in betas)  # in fp32 1 - 0.999 is off by 1e-5
         numbers = AdamNumbers(schedule(count), bias1, bias2, *betas, eps, eps_root, weight_decay)
-        decays = _decay_mask(params, decay) if has_decay else [False] * len(thetas)
+        decays = decay_mask(params, decay) if has_decay else [False] * len(thetas)
+        patterns = lr_patterns(params, lr_multipliers)
         new_thetas, new_ms, new_vs = list(thetas), list(ms), list(vs)
-        for indices in groups(thetas, [(x.dtype, decays[i]) for i, x in enumerate(thetas)]):
+        for indices in groups(thetas, [(x.dtype, decays[i], patterns[i]) for i, x in enumerate(thetas)]):
             lists = [[_decode_moment(xs[i]) for i in indices] for xs in (thetas, gs, ms, vs)]
             chosen = numbers if decays[indices[0]] else numbers._replace(weight_decay=0.0)
+            if (pattern := patterns[indices[0]]) is not None:
+                chosen = chosen._replace(eta=chosen.eta * lr_multipliers[pattern])
             for i, theta, m, v in zip(indices, *adam_update(*lists, numbers=chosen), strict=True):
                 new_thetas[i] = theta
                 new_ms[i] = encode_moment(_to_dtype_of(ms[i], m), True)
@@ -274,20 +295,6 @@ def _adam(
         return unflatten_like(params, new_thetas), AdamState(mu, nu, t)
 
     return Optimizer(init, update)
-
-
-def _leaves_of(params: Tree, *others: Tree) -> list[list[Any]]:
-    """The leaves of `params`, and what each of `others` has in their place: a tensor, or a moment's codes."""
-    rows: list[tuple[Any, ...]] = []
-    tree_map(lambda *xs: rows.append(xs), params, *others)
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
-def _decay_mask(params: Tree, pattern: str) -> list[bool]:
-    """For each leaf whether it has two dimensions or more and its whole path matches `pattern`."""
-    by_path = leaves(params)
-    decayed = set(matching(pattern, [path for path, x in by_path.items() if x.ndim > 1]))
-    return [path in decayed for path in by_path]
 
 
 def _to_dtype_of(moment: Tensor | Moment8, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ has one, and reads the same language. What it expands before it matches, `a{9}` 
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fgpt.errors import InputError, one_line, short_repr
 
@@ -51,6 +52,49 @@ def matching(pattern: str, names: Iterable[str], what: str = "selector", end: fl
     except (regex.error, RecursionError, OverflowError, MemoryError) as err:
         raise InputError(f"{what} {short_repr(pattern)} is not a regular expression: {one_line(err)}") from None
     return matched
+
+
+def first_matches(paths: Sequence[str], patterns: Mapping[str, Any], what: str = "selector") -> dict[str, str]:
+    """The first of `patterns` that matches each path in full; paths that none matches are left out.
+
+    >>> first_matches(["q/a", "q/b"], {".*/b": 16.0})
+    {'q/b': '.*/b'}
+    """
+    first: dict[str, str] = {}
+    for pattern in patterns:
+        for path in matching(pattern, paths, what):
+            first.setdefault(path, pattern)
+    return first
+
+
+def check_patterns(paths: Sequence[str], patterns: Mapping[str, Any], what: str) -> None:
+    """Raises InputError for a pattern that matches no path: it would change nothing, in silence."""
+    for pattern in patterns:
+        if not matching(pattern, paths, what):
+            examples = ", ".join(paths[:4])
+            raise InputError(
+                f"{what} {short_repr(pattern)} matches none of {examples}{' ..' if len(paths) > 4 else ''}"
+            )
+
+
+def by_pattern(paths: Sequence[str], patterns: Mapping[str, Any], default: Any, what: str) -> dict[str, Any]:
+    """For each path the value of the first of `patterns` that matches it in full, else `default`.
+
+    Args:
+        paths: Such as those of the layers that are adapted.
+        patterns: Values by regular expressions.
+        default: The value of a path that none matches.
+        what: What the error calls the mapping.
+
+    Raises:
+        InputError: for a pattern that matches no path, and as `matching` does.
+
+    >>> by_pattern(["q", "k"], {"q": 16}, 8, "rank_pattern")
+    {'q': 16, 'k': 8}
+    """
+    check_patterns(paths, patterns, what)
+    first = first_matches(paths, patterns, what)
+    return {path: patterns[first[path]] if path in first else default for path in paths}
 
 
 def _check_size(pattern: str, what: str) -> None:

@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
 from fgpt.cli.listing import print_recipes, print_runs
 from fgpt.cli.options import parse
-from fgpt.cli.train_command import doctor, train
+from fgpt.cli.train_command import doctor, lr_range, train
 from fgpt.ranges import PositiveInt
 
 Run = Annotated[Positional[str], arg(metavar="RUN", help="The name of a run, or its folder.")]
@@ -166,6 +166,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "replay": Replay,
     "doctor": doctor,
     "data": data,
+    "lr-range": lr_range,
 }
 """Dataclasses of options, and functions of the arguments."""
 

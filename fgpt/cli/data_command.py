@@ -7,8 +7,8 @@ from typing import NamedTuple
 from rich.table import Table
 
 from fgpt.cli.console import answers, console
-from fgpt.cli.options import parse
-from fgpt.cli.train_command import HELP, recipe_with_options, wants_recipe
+from fgpt.cli.options import option_names, parse
+from fgpt.cli.train_command import HELP, recipe_with_options, split_options, wants_recipe
 from fgpt.cli.training import preview
 from fgpt.cli.training.examples import encoding_of, load_sources
 from fgpt.cli.training.row_reports import resolve_template
@@ -45,27 +45,12 @@ def _preview(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if wants_recipe("data preview", name):
         return
-    preview_options, recipe_options = _split(options)
+    preview_options, recipe_options = split_options(options, option_names(PreviewOptions))
     count = parse(PreviewOptions, preview_options, None, f"fgpt data preview {name}").examples
     recipe = recipe_with_options(name, recipe_options, f"fgpt data preview {name}")
     if not isinstance(recipe, InstructionRecipe):
         raise InputError(f"{name} is a recipe of {recipe.kind}: expected one of instruction tuning, such as lora-nano")
     show(recipe, count)
-
-
-def _split(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The preview's own options, and those of the recipe."""
-    preview_options: list[str] = []
-    recipe_options: list[str] = []
-    rest = iter(options)
-    for option in rest:
-        if option == "--examples":
-            preview_options += [option, *[value for value in [next(rest, None)] if value is not None]]
-        elif option.startswith("--examples="):
-            preview_options.append(option)
-        else:
-            recipe_options.append(option)
-    return preview_options, recipe_options
 
 
 class Counts(NamedTuple):

@@ -24,8 +24,8 @@ GROUPS = {
         "num_fewshot tokenizer"
     ),
     "training": (
-        "lr epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio weight_decay optimizer "
-        "betas seed"
+        "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "
+        "weight_decay optimizer betas seed"
     ),
     "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile peak_tflops",
@@ -57,6 +57,9 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
     else:
         options = _tyro(cls, args, default, command, description)
     ranges.check(options, "--")
+    if isinstance(options, FineTuningRecipe):
+        options.adapter.check()
+        _ = options.multipliers
     if isinstance(options, FineTuningRecipe) and (hint := target_hint(options.adapter.target or "")):
         raise InputError(f"--adapter.target {options.adapter.target} matches no path: {hint}")
     return options

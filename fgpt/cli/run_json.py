@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from beartype.door import is_bearable
 
 from fgpt import ranges
+from fgpt.adapter_defaults import ATTENTION
 from fgpt.cli.paths import shareable_fields, with_full_paths, write_full_paths
 from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json, write_json
@@ -86,12 +87,24 @@ def read_run(folder: Path) -> AnyRecipe:
         fields = {"template": TEMPLATE_BEFORE} | fields
     if recipe is InstructionRecipe and isinstance(data := fields.get("data"), str):
         fields["data"] = data.split("+")  # how several sources were written before they were a list
+    if isinstance(adapter := fields.get("adapter"), dict) and "rs" not in adapter:
+        fields |= _former_defaults(fields, adapter)
     try:
         run = _from_json(recipe, fields)
         ranges.check(run)
     except InputError as err:
         raise InputError(f"{path}: {err}; correct it, or train it again") from None
     return run
+
+
+def _former_defaults(fields: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter and lr of a run from before adapters had `rs`, with what a field that is None meant then."""
+    adapter = {"alpha": 16.0} | dict(adapter)
+    if adapter.get("kind", "lora") not in ("lora", "dora"):
+        return {"adapter": adapter}
+    if adapter.get("target") is None:
+        adapter["target"] = ATTENTION
+    return {"adapter": adapter, "lr": 3e-4 if fields.get("lr") is None else fields["lr"]}
 
 
 def recipe_fields(values: Mapping[str, Any]) -> dict[str, Any]:

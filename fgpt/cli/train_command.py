@@ -1,4 +1,4 @@
-"""`fgpt train` and `fgpt doctor`: a recipe and its options, or a run to resume."""
+"""`fgpt train`, `fgpt doctor` and `fgpt lr-range`: a recipe and its options, or a run to resume."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,7 @@ from pathlib import Path
 from fgpt import recipes
 from fgpt.cli.console import answers, console
 from fgpt.cli.listing import print_recipes
-from fgpt.cli.options import parse
+from fgpt.cli.options import option_names, parse
 from fgpt.errors import InputError
 
 HELP = ("-h", "--help")
@@ -39,6 +39,37 @@ def doctor(args: Sequence[str]) -> None:
     from fgpt.cli.diagnostics.doctor import run
 
     run(recipe_with_options(name, options, f"fgpt doctor {name}"))
+
+
+def lr_range(args: Sequence[str]) -> None:
+    """Compare learning rates of a recipe in one short training of all of them, and suggest one."""
+    name, *options = args or [""]
+    if wants_recipe("lr-range", name):
+        return
+    from fgpt.cli.diagnostics.lr_range import RangeOptions, run
+
+    command = f"fgpt lr-range {name}"
+    range_args, others = split_options(options, option_names(RangeOptions))
+    if set(HELP) & set(others):
+        range_args, others = ["--help"], []
+    range_options = parse(RangeOptions, range_args, None, command)
+    run(recipe_with_options(name, others, command), range_options)
+
+
+def split_options(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of `args` that `names` has, with their one value each, and all others."""
+    matched: list[str] = []
+    others: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if arg.partition("=")[0].replace("_", "-") not in names:
+            others.append(arg)
+            continue
+        matched.append(arg)
+        if "=" not in arg and rest:
+            matched.append(rest.pop(0))
+    return matched, others
 
 
 def wants_recipe(command: str, name: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fgpt.adapter_defaults import ATTENTION
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.classification_prompts import PromptWording
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
@@ -55,7 +56,8 @@ def emotion_small() -> ClassificationRecipe:
     fgpt train emotion-small. 594,432 trained parameters: 589,824 of the LoRA, 4,608 of the head. Not measured yet: it
     needs the Hub.
     """
-    return ClassificationRecipe(name="emotion-small", base="gpt2", train="emotion", lr=1e-3)
+    adapter = Adapter(rank=8, alpha=16, target=ATTENTION)
+    return ClassificationRecipe(name="emotion-small", base="gpt2", train="emotion", adapter=adapter, lr=1e-3)
 
 
 def emotion_smollm2() -> ClassificationRecipe:
@@ -80,6 +82,8 @@ def rte_small_lora() -> ClassificationRecipe:
         train="rte",
         columns=Columns("sentence1", "sentence2"),
         labels=("entailment", "not_entailment"),
+        adapter=Adapter(rank=8, alpha=16, target=ATTENTION),
+        lr=3e-4,
         epochs=5,
         max_seq_len=320,
     )
@@ -123,7 +127,7 @@ def hate_gptj_lora() -> ClassificationRecipe:
         labels=("hate", "offensive", "neutral"),
         head="lm",
         prompt=PromptWording("Sort the text into one of these categories: {labels}.\n\n", "Text:\n", "\nCategory:"),
-        adapter=Adapter(rank=2, alpha=4),
+        adapter=Adapter(rank=2, alpha=4, target=ATTENTION),
         tune_also=NORMS_AND_BIASES,
         quantize="blockwise8",
         remat=True,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from fgpt.adapter_defaults import ATTENTION
 from fgpt.data.instruction_datasets import Columns
 from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeInt, PositiveInt
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
@@ -141,7 +142,8 @@ def lora_smollm2() -> InstructionRecipe:
         base="smollm2",
         data=("nano",),
         template="chat",
-        adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|gate|up|down)"),
+        adapter=Adapter(rank=8, alpha=16, target=r"blocks\..*\.(q|k|v|o|gate|up|down)"),
+        lr=3e-4,
         micro_batch_size=2,
         steps=30,
         warmup_steps=3,
@@ -160,7 +162,7 @@ def lora_gptj() -> InstructionRecipe:
         name="lora-gptj",
         base="EleutherAI/gpt-j-6b",
         data=("alpaca",),
-        adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)"),
+        adapter=Adapter(rank=8, alpha=16, target=r"blocks\..*\.(q|k|v|o|up|down)"),
         quantize="blockwise8",
         remat=True,
         lr=1e-4,
@@ -187,7 +189,14 @@ def lora_small() -> InstructionRecipe:
     fgpt train lora-small. 589,824 trained parameters. Not measured yet: it needs the Hub.
     """
     return InstructionRecipe(
-        name="lora-small", base="gpt2", data=("alpaca",), max_seq_len=1024, micro_batch_size=4, overlong="drop"
+        name="lora-small",
+        base="gpt2",
+        data=("alpaca",),
+        adapter=Adapter(rank=8, alpha=16, target=ATTENTION),
+        lr=3e-4,
+        max_seq_len=1024,
+        micro_batch_size=4,
+        overlong="drop",
     )
 
 
@@ -200,6 +209,8 @@ def lora_medium() -> InstructionRecipe:
         name="lora-medium",
         base="gpt2-medium",
         data=("alpaca",),
+        adapter=Adapter(rank=8, alpha=16, target=ATTENTION),
+        lr=3e-4,
         max_seq_len=1024,
         micro_batch_size=2,
         grad_accumulation_steps=2,
@@ -219,7 +230,7 @@ def lora_large() -> InstructionRecipe:
         name="lora-large",
         base="gpt2-large",
         data=("alpaca",),
-        adapter=Adapter(target=r"blocks\..*\.(q|k|v|o|up|down)|wte"),
+        adapter=Adapter(rank=8, alpha=16, target=r"blocks\..*\.(q|k|v|o|up|down)|wte"),
         lr=3e-4,
         max_seq_len=1024,
         micro_batch_size=2,
@@ -261,7 +272,7 @@ def dora_medium() -> InstructionRecipe:
 
     fgpt train dora-medium. 3,244,032 trained parameters. Not measured yet: it needs the Hub.
     """
-    return replace(lora_medium(), name="dora-medium", adapter=Adapter("dora", rank=16, alpha=32))
+    return replace(lora_medium(), name="dora-medium", adapter=Adapter("dora", rank=16, alpha=32, target=ATTENTION))
 
 
 def qdora_medium() -> InstructionRecipe:

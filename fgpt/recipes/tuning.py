@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
+from fgpt.adapter_defaults import RANK, TARGET
+from fgpt.errors import InputError
 from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from fgpt.recipes.pattern_options import parse_patterns
 from fgpt.recipes.training import TrainingRecipe
 
 Epochs: TypeAlias = Annotated[float, Range(above=0, most=1e6)]
@@ -24,8 +27,8 @@ class AdapterDefaults:
 
 
 ADAPTER_DEFAULTS: dict[Kind, AdapterDefaults] = {
-    "lora": AdapterDefaults(r"blocks\..*\.(q|k|v|o)", 3e-4),
-    "dora": AdapterDefaults(r"blocks\..*\.(q|k|v|o)", 3e-4),
+    "lora": AdapterDefaults(TARGET, 5e-4),  # ten times full tuning's: Schulman et al. 2025, "LoRA Without Regret"
+    "dora": AdapterDefaults(TARGET, 5e-4),
     "ia3": AdapterDefaults(r"blocks\..*\.(k|v)", 3e-2),
     "ln": AdapterDefaults(r".*ln_.*", 2e-2),
     "bias": AdapterDefaults(r".*\.b", 2e-2),
@@ -40,10 +43,17 @@ class Adapter:
     kind: Kind = "lora"
     """lora: a low-rank update of each target layer. dora: that with magnitude and direction apart. ia3: a scale for
     keys, values and the input of each MLP's second layer. ln, bias, full: norms, biases, all parameters."""
-    rank: PositiveInt = 8
+    rank: PositiveInt = RANK
     """Of lora and dora."""
-    alpha: PositiveFloat = 16.0
-    """The update is scaled by alpha / rank."""
+    alpha: PositiveFloat | None = None
+    """The update is scaled by alpha / rank. None takes twice the rank."""
+    rs: bool = False
+    """rsLoRA, of lora and dora: scale by alpha / sqrt(rank)."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks for some layers, each as REGEX=RANK, such as blocks\\..*\\.(up|down)=16; the first that matches a
+    layer's whole path counts. Of lora and dora."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas for some layers, each as REGEX=ALPHA."""
     dropout: Fraction = 0.0
     """On the input of each lora or dora while training."""
     target: str | None = None
@@ -53,6 +63,26 @@ class Adapter:
     @property
     def target_pattern(self) -> str:
         return ADAPTER_DEFAULTS[self.kind].target if self.target is None else self.target
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """`rank_pattern` as a mapping. Raises InputError if it is malformed."""
+        values = parse_patterns(self.rank_pattern, "--adapter.rank-pattern", "'.*\\.(up|down)=16'")
+        if broken := [value for value in values.values() if value != int(value)]:
+            raise InputError(f"--adapter.rank-pattern: a rank is {broken[0]:g}: expected an integer of 1 or more")
+        return {pattern: int(value) for pattern, value in values.items()}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """`alpha_pattern` as a mapping. Raises InputError if it is malformed."""
+        return parse_patterns(self.alpha_pattern, "--adapter.alpha-pattern", "'.*\\.(up|down)=32'")
+
+    def check(self) -> None:
+        """Raises InputError for a malformed pattern, and for options that this kind of adapter does not have."""
+        values = {"--adapter.rs": self.rs, "--adapter.rank-pattern": self.ranks, "--adapter.alpha-pattern": self.alphas}
+        used = [option for option, value in values.items() if value]
+        if used and self.kind not in ("lora", "dora"):
+            raise InputError(f"{used[0]} is of --adapter.kind lora and dora: {self.kind} has none, leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +106,16 @@ class FineTuningRecipe(TrainingRecipe):
     first time, 13 to 39 s of CPU time; on a CPU a gradient then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps its moments in 8 bits."""
+    lr_multipliers: tuple[str, ...] = ()
+    """Factors of lr for some of what is trained, each as REGEX=FACTOR for whole paths; the first that matches counts.
+    LoRA+ is '.*/b=16': each B learns 16 times as fast as its A."""
+    optimizer: Literal["adamw", "adamw8bit", "muon", "schedule_free_adamw"] = "adamw"
+    """adamw8bit keeps its moments in 8 bits. muon orthogonalizes the update of each matrix, at AdamW's rates.
+    schedule_free_adamw averages its iterates in place of the decay of lr."""
     warmup_steps: NonNegativeInt | None = None
     """Steps of linear warmup; None takes 20, or a tenth of the training if that is less."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of AdamW."""
+    """Of every optimizer: lr times this share of each matrix is subtracted in each step."""
     epochs: Epochs = 1.0
     """Passes over the examples."""
     steps: PositiveInt | None = None
@@ -93,6 +127,11 @@ class FineTuningRecipe(TrainingRecipe):
     the optimizer step its sequences; on a CPU, where larger ones gain nothing, the recipe's own number."""
     grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an optimizer step."""
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """`lr_multipliers` as a mapping. Raises InputError if it is malformed."""
+        return parse_patterns(self.lr_multipliers, "--lr-multipliers", "'.*/b=16'")
 
     @property
     def rows_per_update(self) -> int:

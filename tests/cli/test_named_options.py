@@ -11,6 +11,7 @@ from fgpt import ranges
 from fgpt.cli import eval_command
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.data_command import PreviewOptions
+from fgpt.cli.diagnostics.lr_range import RangeOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
 from fgpt.recipes import KINDS, RECIPES
@@ -23,6 +24,7 @@ CLASSES: list[type[Any]] = [
     *eval_command.COMMANDS.values(),
     ClassifyOptions,
     PreviewOptions,
+    RangeOptions,
 ]
 """Every class whose fields are options of some command."""
 OPTIONS = {"--help", "--resume"}.union(*(option_names(cls) for cls in CLASSES))
@@ -131,7 +133,7 @@ def test_every_command_that_is_named_exists():
             commands += 1
             is_recipe = not re.fullmatch(r"[a-z]+(-[a-z0-9]+)+", following) or following in RECIPES
             is_evaluated = following in (*eval_command.COMMANDS, "", "?", "--help")
-            if not (is_recipe if name in ("train", "doctor") else name != "eval" or is_evaluated):
+            if not (is_recipe if name in ("train", "doctor", "lr-range") else name != "eval" or is_evaluated):
                 unknown.append(f"{sentence.where}: {program} {name} {following}")
     assert unknown == []
     assert commands > 50

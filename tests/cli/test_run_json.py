@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fgpt.adapter_defaults import ATTENTION
 from fgpt.cli import run_dir
 from fgpt.errors import InputError
 from fgpt.recipes import find
@@ -39,7 +40,9 @@ def test_run_json_of_other_versions(name: str, tmp_path: Path):
         with pytest.raises(InputError, match=rf"run\.json: {message}"):
             read(**changes)
     if name != "pretrain-nano":
-        assert read(adapter={"rank": 4}).adapter == Adapter(rank=4)
+        former = read(adapter={"rank": 4}, lr=None)  # from before `rs`, with what absent values meant then
+        assert (former.adapter, former.lr) == (Adapter(rank=4, alpha=16.0, target=ATTENTION), 3e-4)
+        assert read(adapter={"rank": 4, "rs": False}).adapter == Adapter(rank=4)
         with pytest.raises(InputError, match=r"unknown field 'adapter\.r'"):
             read(adapter={"r": 4})
 

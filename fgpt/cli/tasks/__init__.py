@@ -143,13 +143,14 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         before = task.score_initial()
         result = train_loop(job, out)
         check_final_state(job, result.state)
-        saved = task.save(result.state.trainable, out)
+        trained = job.evaluation_params(result.state)
+        saved = task.save(trained, out)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task_type(recipe).loss_unit)
         print_saved(result, saved)
         if result.interrupted:
             console.print(f"what was trained so far is usable: {recipe.suggest_use(out)}; {resume_hint(out)}")
             raise KeyboardInterrupt
-        task.report(before, task.score(result.state.trainable, out), out)
+        task.report(before, task.score(trained, out), out)
     return out
 
 

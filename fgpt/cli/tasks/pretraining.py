@@ -31,12 +31,12 @@ from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, abstract_params, init
-from fgpt.optim import adamw, cosine_schedule
+from fgpt.optim import Schedule, adamw, cosine_schedule
 from fgpt.recipes import PretrainingRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tiktoken_bpe import TiktokenTokenizer, gpt2
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import init_state, make_step
+from fgpt.train_step import Step, init_state, make_step
 from fgpt.tree import astype, num_elements, tree_map
 
 NUM_HELDOUT, HELDOUT_DIVISOR = 500, 20
@@ -181,7 +181,13 @@ class PretrainingTask:
         schedule = cosine_schedule(
             recipe.lr, recipe.steps, warmup_steps=warmup_steps, final_lr=recipe.lr * recipe.min_lr_ratio
         )
-        optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
+
+        def step_for(schedule: Schedule) -> Step:
+            optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
+            return make_step(
+                lambda trained, _, batch, __: nll(cast(trained, dtype), batch), optimizer, compile=recipe.compile
+            )
+
         source = "" if packaged else recipe.tokenizer
 
         def heldout_loss(p: GPT) -> float:
@@ -189,16 +195,15 @@ class PretrainingTask:
 
         job = TrainingJob(
             recipe=recipe,
-            step=make_step(
-                lambda trained, _, batch, __: nll(cast(trained, dtype), batch), optimizer, compile=recipe.compile
-            ),
+            step=step_for(schedule),
+            step_for=step_for,
             frozen=None,
             batches=lambda begin: batches(tokens, tokenizer.eos_token_id, recipe, fold_in(rng, "order"), begin),
             steps=recipe.steps,
             schedule=schedule,
             rng=rng,
             fingerprint=fingerprint(recipe, params, tokenizer, source, training_rows=tokens, heldout_rows=heldout),
-            initial_state=InitialState(init_state(params, optimizer)),
+            initial_state=InitialState(init_state(params, adamw(schedule))),
             tokenizer=tokenizer,
             eval_losses={HELDOUT_LOSS: heldout_loss},
             mfu=lambda tokens_per_second: tokens_per_second * flops_per_token / peak_flops,

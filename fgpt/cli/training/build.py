@@ -19,6 +19,7 @@ from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.training import mfu
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
+from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
@@ -29,7 +30,7 @@ from fgpt.io import models
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, fuse_qkv
-from fgpt.optim import Optimizer, adamw, adamw8bit, cosine_schedule
+from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
@@ -89,10 +90,19 @@ def build_adapters(recipe: FineTuningRecipe, params: GPT) -> Adapters:
 
 def _of_kind(recipe: FineTuningRecipe, params: GPT) -> Adapters:
     adapter, rng = recipe.adapter, fold_in(key(recipe.seed), "lora")
-    if adapter.kind == "lora":
-        return lora(params, rng, adapter.rank, adapter.alpha, adapter.target_pattern, dropout=adapter.dropout)
-    if adapter.kind == "dora":
-        return dora(params, rng, adapter.rank, adapter.alpha, adapter.target_pattern, dropout=adapter.dropout)
+    if adapter.kind in ("lora", "dora"):
+        make = lora if adapter.kind == "lora" else dora
+        return make(
+            params,
+            rng,
+            adapter.rank,
+            adapter.alpha,
+            adapter.target_pattern,
+            adapter.rs,
+            adapter.dropout,
+            rank_pattern=adapter.ranks,
+            alpha_pattern=adapter.alphas,
+        )
     if adapter.kind == "ia3":
         return ia3(params) if adapter.target is None else ia3(params, adapter.target, None)
     return trainable_leaves(params, adapter.target_pattern)
@@ -167,9 +177,8 @@ def assemble_job(
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
     order, target = RowOrder(examples, recipe, max_seq_len, mixture), device(adapters)
     steps = order.num_steps()
-    schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
-    adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
-    optimizer = adam(schedule, weight_decay=recipe.weight_decay)
+    schedule = make_schedule(recipe, steps)
+    optimizer = make_optimizer(recipe, schedule)
     step = _make_step(recipe, optimizer)
     frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
     rng = fold_in(key(recipe.seed), "steps")
@@ -200,6 +209,8 @@ def assemble_job(
         initial_state=InitialState(state),
         tokenizer=tokenizer,
         eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
+        step_for=lambda schedule: _make_step(recipe, make_optimizer(recipe, schedule)),
+        evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
 

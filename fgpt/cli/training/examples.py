@@ -124,7 +124,8 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
     be said of them is printed.
     """
     if recipe.data == NANO:
-        made = tokenize(RowChunk(0, [*read_tasks(NANO_TASKS)]), encoding)
+        rows = [InstructionRow(task.instruction, task.input, task.output) for task in read_tasks(NANO_TASKS)]
+        made = tokenize(RowChunk(0, rows), encoding)
         return [("nano", TokenizedSource([made.examples], [made.rows]))]
     names = [name for name, _ in source_weights(recipe.data)]
     by_name = dict[str, TokenizedSource]()

@@ -18,7 +18,7 @@ def check_final_state(job: TrainingJob, state: State) -> None:
     """
     step = int(state.step)
     remedy = "nothing is saved; begin a new run with a lower --lr, or a longer --warmup-steps"
-    broken = [path for path, x in leaves(state.trainable).items() if not x.isfinite().all()]
+    broken = [path for path, x in leaves(job.evaluation_params(state)).items() if not x.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
         raise InputError(f"after step {step}, {', '.join(broken[:4])}{more} are not finite: {remedy}")

@@ -48,6 +48,11 @@ class InitialState:
         return state
 
 
+def trained_params(state: State) -> Any:
+    """What a step updates, which most optimizers evaluate and save."""
+    return state.trainable
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """What `train_loop` and `replay` need."""
@@ -70,6 +75,10 @@ class TrainingJob:
     """The loss of the trained leaves on held-out rows and on each evaluation set, by the name of its metric. The best
     state and early stopping follow the first.
     """
+    step_for: Callable[[Schedule], Step] | None = None
+    """The same step with another schedule: the state before the first step is the same."""
+    evaluation_params: Callable[[State], Any] = trained_params
+    """What is evaluated and saved of a state: not what is trained, if the optimizer averages."""
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 

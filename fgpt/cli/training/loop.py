@@ -172,7 +172,8 @@ def _evaluate(job: TrainingJob, state: State, step: int) -> dict[str, float]:
     """The losses of an evaluation by their metrics; none if no evaluation is due after this step."""
     if not _evaluation_is_due(job, step):
         return {}
-    losses = {metric: loss(state.trainable) for metric, loss in job.eval_losses.items()}
+    params = job.evaluation_params(state)
+    losses = {metric: loss(params) for metric, loss in job.eval_losses.items()}
     figures = ", ".join(f"{loss_label(metric)} loss {loss:.4f}" for metric, loss in losses.items())
     console.print(f"step {step}  {figures}", markup=False)
     return losses

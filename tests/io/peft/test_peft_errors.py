@@ -66,7 +66,7 @@ def test_an_adapter_of_a_changed_base_is_refused(tmp_path: Path):
         ("dora", {"alpha_pattern": {"(": 2}}, "not a regular expression"),
         ("dora", {"alpha_pattern": [2]}, "expected an object for alpha_pattern"),
         ("dora", {"peft_type": "IA3"}, "lora_A.weight is none of peft_type 'IA3'"),
-        ("ia3", {"peft_type": "VERA"}, "expected peft_type 'LORA', 'IA3', 'LN_TUNING', got 'VERA'"),
+        ("ia3", {"peft_type": "VERA"}, "expected peft_type 'LORA', 'IA3', 'LN_TUNING', 'TRAINABLE_TOKENS', got 'VERA'"),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(kind: str, change: dict[str, Any], expected: str, tmp_path: Path):

@@ -1,0 +1,29 @@
+"""The optimizer and the schedule of a recipe that fine-tunes."""
+
+from collections.abc import Callable
+
+from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule
+from fgpt.optim_muon import muon
+from fgpt.optim_schedule_free import schedule_free_adamw
+from fgpt.recipes import FineTuningRecipe
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "muon": muon,
+    "schedule_free_adamw": schedule_free_adamw,
+}
+
+
+def make_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
+    """A linear warmup and a cosine decay to 0; of schedule-free AdamW the warmup alone."""
+    warmup_steps = recipe.num_warmup_steps(steps)
+    if recipe.optimizer == "schedule_free_adamw":
+        return constant_schedule(recipe.peak_lr, warmup_steps)
+    return cosine_schedule(recipe.peak_lr, steps, warmup_steps=warmup_steps)
+
+
+def make_optimizer(recipe: FineTuningRecipe, schedule: Schedule) -> Optimizer:
+    """The recipe's optimizer at any schedule. Raises InputError as the optimizer does."""
+    make = OPTIMIZERS[recipe.optimizer]
+    return make(schedule, weight_decay=recipe.weight_decay, lr_multipliers=recipe.multipliers)
