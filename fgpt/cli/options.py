@@ -117,7 +117,8 @@ def _error_of(output: str) -> str:
         return f"{value['option']} is {value['value']!r}: expected {' or '.join(kinds)}"
     if choice := WRONG_CHOICE.fullmatch(message):
         words = re.findall("'(.*?)'", choice["choices"])
-        words = [*sorted({*words} - {"None"}), "None"] if "None" in words else words  # tyro's order is then that of a set
+        if "None" in words:  # tyro's order is then that of a set
+            words = [*sorted({*words} - {"None"}), "None"]
         similar = difflib.get_close_matches(choice["value"], words, n=1)
         question = f" (did you mean {similar[0]}?)" if similar else ""
         return f"{choice['option']} is {choice['value']!r}: expected one of {', '.join(words)}{question}"
@@ -127,7 +128,8 @@ def _error_of(output: str) -> str:
 
 
 WRONG_VALUE = re.compile(
-    r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b(\|{(?P<word>\w+)})?.*?'(?P<value>.*)'\]?\.?", re.IGNORECASE
+    r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b(\|{(?P<word>\w+)})?.*?'(?P<value>.*)'\]?\.?",
+    re.IGNORECASE,
 )
 """How tyro says that a value is no number, nor the word that the option also takes."""
 WRONG_CHOICE = re.compile(

@@ -1,6 +1,7 @@
 """What `test_compiled_blocks.py` runs in a process of its own: compiled blocks beside the blocks."""
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -243,13 +244,15 @@ def test_an_unknown_operation_is_reported_once():
 
 
 @pytest.mark.usefixtures("traced")
-def test_torchs_limit_of_programs_is_reported_once():
-    program = compile_whole(lambda x: 2 * x, "doubling")
+def test_torchs_limit_of_programs_is_reported_once(monkeypatch: pytest.MonkeyPatch):
+    program, logged = compile_whole(lambda x: 2 * x, "doubling"), []
+    monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "callHandlers", logged.append)
     with torch._dynamo.config.patch(recompile_limit=2):
         results = [caught(lambda n=n: program(torch.ones((1,) * n))) for n in (1, 2, 3, 4, 1)]
     assert [y.sum().item() for y, _ in results] == [2] * 5
     assert [len(messages) for _, messages in results] == [0, 0, 1, 0, 0]
     assert "2 programs of it" in results[2][1][0]
+    assert [x.getMessage() for x in logged if x.levelno >= logging.WARNING] == []  # torch says it at every call
     assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
     assert program(torch.ones(1, 1, 1)).sum() == 2  # compiled again
