@@ -17,7 +17,7 @@ from fgpt.adapter_lora import LoRA, lora, scaled_b
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.layers import weight_matrices
-from fgpt.tree import get_at, node, tree_map
+from fgpt.tree import node, tree_map
 from fgpt.weights import Weight, row_norms, shape
 
 
@@ -58,21 +58,6 @@ class DoRA:
         """‖W + s·B·A‖ by row, a constant to every derivative."""
         b, scale = scaled_b(self.lora)
         return row_norms(tree_map(torch.detach, w), self.lora.a.detach(), b.detach(), scale)
-
-
-def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out"]]:
-    """‖V‖ by row of each DoRA in `adapters` over `params`, by its path.
-
-    They change only with the update: a step of several micro-batches computes them once, by
-    `make_step(.., prepare=..)`, and gives them to each by `with_norms`.
-
-    >>> import fgpt
-    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
-    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
-    >>> dora_norms(base, {"layer": fgpt.DoRA(update, m=torch.tensor([3.0, 5.0]))})
-    {'layer': tensor([1., 1.])}
-    """
-    return {path: x.direction_norms(get_at(params, path).w) for path, x in adapters.items() if isinstance(x, DoRA)}
 
 
 def with_norms(adapters: Adapters, norms: Mapping[str, Float[Tensor, " out"]]) -> Adapters:

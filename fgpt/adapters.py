@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from fgpt.adapter_dora import DoRA
 from fgpt.adapter_lora import LoRA
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
@@ -94,6 +95,25 @@ def _with_own_head(params: T, tree: Mapping[str, Any]) -> T:
         return params
     table = {path: x for path, x in tree.items() if path == "wte.w"}
     return adapt(params, table).untie()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out"]]:
+    """‖V‖ by row of each DoRA in `adapters` over `params`, by its path; of weights that `adapters` replace, as `adapt`
+    replaces them.
+
+    They change only with the update: a step of several micro-batches computes them once, by
+    `make_step(.., prepare=..)`, and gives them to each by `with_norms`.
+
+    >>> import fgpt
+    >>> base = {"layer": fgpt.model.Linear(torch.eye(2))}
+    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
+    >>> dora_norms(base, {"layer": fgpt.DoRA(update, m=torch.tensor([3.0, 5.0]))})
+    {'layer': tensor([1., 1.])}
+    """
+    doras = {path: x for path, x in adapters.items() if isinstance(x, DoRA)}
+    replaced = {path: x for path, x in adapters.items() if path.removesuffix(".w") in doras and isinstance(x, Tensor)}
+    params = _replace_leaves(_with_own_head(params, adapters), replaced)
+    return {path: x.direction_norms(get_at(params, path).w) for path, x in doras.items()}
 
 
 def _hint(path: str, paths: Mapping[str, Any]) -> str:

@@ -75,16 +75,19 @@ def nll(
 
 
 def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:
-    """`linear` as terms of a sum, the base first: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ. A weight that is
-    quantized, or scaled by row, is merged: it is no such sum.
+    """`linear` as terms of a sum, the base first: pairs (x_j, W_j) with x dense(w)ᵀ = Σ_j x_j W_jᵀ. A quantized weight
+    is dequantized, and the factors of rows are multiplied into each W_j: an update may have dropout of its own input.
     """
     if isinstance(w, Tensor):
         return [(x, w)]
-    if not isinstance(w, Adapted) or w.row is not None:
+    if not isinstance(w, Adapted):
         return [(x, dense(w).to(x.dtype))]
     x = x if w.col is None else x * w.col.to(x.dtype)
     terms = linear_terms(x, w.base)
-    return terms if w.a is None or w.b is None else [*terms, (lora_down(x, w), w.b.to(x.dtype))]
+    if w.a is not None and w.b is not None:
+        terms = [*terms, (lora_down(x, w), w.b)]
+    row = w.row
+    return [(y, (m if row is None else row[:, None] * m).to(x.dtype)) for y, m in terms]
 
 
 def loss(params: GPT, batch: Batch, remat: bool = False) -> Float[Tensor, ""]:

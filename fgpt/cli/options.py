@@ -118,17 +118,30 @@ def _error_of(output: str) -> str:
     lines = [line.strip("│╭╮╰╯─|+- ") for line in output.splitlines()]
     message = " ".join(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:])))
     if value := WRONG_VALUE.fullmatch(message):
-        kind = {"int": "an integer", "float": "a number"}[value["kind"].lower()]
-        return f"{value['option']} is {value['value']!r}: expected {kind}"
+        kinds = [{"int": "an integer", "float": "a number"}[value["kind"].lower()], *filter(None, [value["word"]])]
+        return f"{value['option']} is {value['value']!r}: expected {' or '.join(kinds)}"
+    if choice := WRONG_CHOICE.fullmatch(message):
+        words = re.findall("'(.*?)'", choice["choices"])
+        if "None" in words:  # tyro's order is then that of a set
+            words = [*sorted({*words} - {"None"}), "None"]
+        similar = difflib.get_close_matches(choice["value"], words, n=1)
+        question = f" (did you mean {similar[0]}?)" if similar else ""
+        return f"{choice['option']} is {choice['value']!r}: expected one of {', '.join(words)}{question}"
     if missing := MISSING_ARGUMENT.findall(message):
         return "expected " + " and ".join(f"{name} ({description})" for name, description in missing)
     return message.rstrip(".") or "unusable options"
 
 
 WRONG_VALUE = re.compile(
-    r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b.*?'(?P<value>.*)'\]?\.?", re.IGNORECASE
+    r"Error parsing (?P<option>--\S+): .*\b(?P<kind>int|float)\b(\|{(?P<word>\w+)})?.*?'(?P<value>.*)'\]?\.?",
+    re.IGNORECASE,
 )
-"""How tyro says that a value is no number."""
+"""How tyro says that a value is no number, nor the word that the option also takes."""
+WRONG_CHOICE = re.compile(
+    r"invalid choice '(?P<value>.*)' for argument '(?P<option>--\S+)'\. Expected one of \((?P<choices>.*)\)\.?",
+    re.IGNORECASE,
+)
+"""How tyro says that a value is none of an option's."""
 MISSING_ARGUMENT = re.compile(r"([A-Z]+) ((?:(?! \(required\)).)*?)\.? \(required\)")
 """How tyro says that arguments are missing: their names and help."""
 

@@ -124,9 +124,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     if in_vmap() and takes_mask(*kind):
         y = fused_attention(q, k, v, None if mask is None else mask.expand(rows, 1, queries, keys))
     else:
-        is_causal, fewer_keys = mask is None, k.shape[1] < q.shape[1]
-        if queries == 1:  # a branch, as a compiler's answer for a width that varies would be no bool
+        is_causal, fewer_keys = mask is None, False
+        if queries == 1:  # branches, as a compiler's answer for a size that varies would be no bool
             is_causal = False
+        if k.shape[1] < q.shape[1]:
+            fewer_keys = True
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=fewer_keys)
     return y.view(shape)
 

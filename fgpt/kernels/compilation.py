@@ -10,9 +10,11 @@ the program, and after the eighth program of a function it compiles no more. Her
 if it is none, a warning says why.
 """
 
+import contextlib
 import functools
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -74,7 +76,8 @@ def compile_or_warn(
         if failures and not _is_limit(failures[0]):
             return eager(*args, **kwargs)
         try:
-            return program()(*args, **kwargs)
+            with _without_limit_log():
+                return program()(*args, **kwargs)
         except _compiler_errors() as err:
             if not failures:
                 failures.append(err.with_traceback(None))
@@ -167,6 +170,21 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo import exc
 
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+@contextlib.contextmanager
+def _without_limit_log() -> Iterator[None]:
+    """Without torch's own lines about its limit of programs, which come again with every call that has none."""
+    log = logging.getLogger("torch._dynamo.convert_frame")
+    log.addFilter(_is_not_of_limit)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_not_of_limit)
+
+
+def _is_not_of_limit(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("torch._dynamo hit config.")
 
 
 def _is_limit(err: Exception) -> bool:

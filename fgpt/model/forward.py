@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -68,7 +67,7 @@ def qkv(
         else:
             q = linear(select_positions(x, positions), p.q.w, p.q.b)
             flat = _place_at(q, positions, x.shape[:-1]), *linear_group(x, k_and_v)
-    q, k, v = (rearrange(y, "... s (h d) -> ... h s d", d=cfg.head_size) for y in flat)
+    q, k, v = (y.unflatten(-1, (-1, cfg.head_size)).transpose(-3, -2) for y in flat)
     q = q if p.q_norm is None else norm(q, p.q_norm, cfg.norm_eps)
     return q, k if p.k_norm is None else norm(k, p.k_norm, cfg.norm_eps), v
 
@@ -117,7 +116,7 @@ def attention_layer(
         k, v = past.k, past.v
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
-    y = rearrange(attention(q, k, v, mask), "... h s d -> ... s (h d)")
+    y = attention(q, k, v, mask).transpose(-3, -2).flatten(-2)
     y = y if positions is None else select_positions(y, positions)
     return linear(y, p.o.w, p.o.b), (k, v)
 

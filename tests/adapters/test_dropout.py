@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from builders import close, same, stack_trees, tokens, with_noise
 from builders.adapters import BATCH, LINEARS, PLAIN, assert_near, step_loss
@@ -93,11 +94,10 @@ def test_seeds_are_mapped_over():
     close(grads, stack_trees([grad(loss)(adapters, s) for s in seeds]), 1e-5)
 
 
-def test_an_adapted_head_drops_what_its_loss_drops():
-    """`linear` for logits and `products` for the loss: one mask."""
-    adapted = fgpt.adapt(
-        PLAIN, with_noise(fgpt.lora(PLAIN, fgpt.key(0), 4, target="wte", dropout=0.5)), rng=fgpt.key(0)
-    )
+@pytest.mark.parametrize("make", [fgpt.lora, fgpt.dora])
+def test_an_adapted_head_drops_what_its_loss_drops(make: Any):
+    """`linear` for logits and `linear_terms` for the loss: one mask, also where rows are scaled."""
+    adapted = fgpt.adapt(PLAIN, with_noise(make(PLAIN, fgpt.key(0), 4, target="wte", dropout=0.5)), rng=fgpt.key(0))
     logits = fgpt.apply(adapted, X).flatten(0, 1)
     assert_near(fgpt.loss(adapted, BATCH), F.cross_entropy(logits, Y.flatten()))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fgpt
-from fgpt.adapter_dora import dora_norms, with_norms
+from fgpt.adapter_dora import with_norms
+from fgpt.adapters import dora_norms
 from fgpt.optim import global_norm
 from fgpt.tree import astype, leaves, tree_map
 from fgpt.weights import Adapted
@@ -82,6 +83,18 @@ def test_norms_of_a_dora_computed_once_a_step():
     mapped, _ = vmap(once, in_dims=(0, None, None, None))(stacked, GPT, micro, None)
     close(tree_map(lambda x: x[0], mapped).trainable, solo[0][0].trainable, 1e-5)
     close(tree_map(lambda x: x[1], mapped).trainable, plain(states[1], GPT, micro, None)[0].trainable, 1e-5)
+
+
+def test_norms_of_a_dora_are_those_of_what_it_lies_on():
+    """A weight that the same tree replaces, and the head that it makes of a tied model's table."""
+    q, o = "blocks.0.attn.q", "blocks.0.attn.o"
+    leaf: Any = {f"{q}.w": 3 * GPT.blocks[0].attn.q.w, "wte.w": 2 * GPT.wte.w}
+    head = {"head": fgpt.dora(GPT, fgpt.key(1), 2, target="wte")["wte"]}
+    doras = with_noise(fgpt.dora(GPT, fgpt.key(0), 2, target=f"{q}|{o}") | head)
+    norms = dora_norms(GPT, leaf | doras)
+    assert list(norms) == [q, o, "head"]
+    got = fgpt.adapt(GPT, with_norms(leaf | doras, norms))
+    assert same(got, fgpt.adapt(GPT, leaf | doras))
 
 
 def test_metrics_are_the_loss_the_norm_and_the_weight():

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgpt.adapter_dora import dora, dora_norms, with_norms
+from fgpt.adapter_dora import dora, with_norms
 from fgpt.adapter_ia3 import ia3
 from fgpt.adapter_lora import lora
 from fgpt.adapter_trainable_tokens import trainable_tokens
 from fgpt.adapter_types import Adapters
-from fgpt.adapters import adapt, num_trainable, trainable_leaves
+from fgpt.adapters import adapt, dora_norms, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
