@@ -53,6 +53,7 @@ class Metrics:
         loss: The mean loss before the update, in nats per weighted token.
         grad_norm: The Euclidean norm of the gradient, before clipping.
         weight: The total weight of the tokens; their number, if each weighs 1.
+        others: Further figures of a step by name, such as rewards.
 
     >>> metrics = Metrics(loss=torch.tensor(2.0), grad_norm=torch.tensor(0.5), weight=torch.tensor(128.0))
     >>> metrics.loss.exp()  # the perplexity
@@ -62,6 +63,7 @@ class Metrics:
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     weight: Float[Tensor, ""]
+    others: dict[str, Float[Tensor, ""]] | None = None
 
 
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
