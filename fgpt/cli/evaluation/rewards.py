@@ -20,15 +20,16 @@ UNFINISHED = 0.8
 
 def nano_reward(task: Task, answer: str, finished: bool) -> float:
     """The share of a row's demands that an answer meets, as `metrics.nano.score` counts them; a demand that is met in
-    part counts in part, up to `PARTIAL`: by the words that an answer shares with the right one (F1), by the first words
-    of an opening and the last ones of an ending.
+    part counts in part, up to `PARTIAL`: by the words that an answer shares with the right one (F1) and the first of
+    them, by the first words of an opening and the last ones of an ending.
     """
     met = requirements_met(task, answer, finished)
     if all(met.values()):
         return 1.0
     answer_words = words(answer)
     if task.kind != STORY:
-        nearness = _f1(answer_words, words(task.requires["answer"]))
+        expected = words(task.requires["answer"])
+        nearness = (_f1(answer_words, expected) + _common_start(answer_words, expected)) / 2
         return PARTIAL * nearness * (1.0 if finished else UNFINISHED)
     if not is_story(answer, task.instruction):
         return 0.0
