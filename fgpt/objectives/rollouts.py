@@ -1,8 +1,8 @@
 """Rollouts: a group of sampled answers to each prompt, their rewards, and the batches that `grpo` learns from.
 
-    groups  = sample_groups(params, prompts, rng=key, num_generations=8, ..)       a function of params and key
-    rewards = group_rewards(reward, rows, groups, decode)                          a number for each text
-    batches = rollout_batches(prompts, groups, group_advantages(rewards), ..)      rows of prompt and answer
+groups  = sample_groups(params, prompts, rng=key, num_generations=8, ..)       a function of params and key
+rewards = group_rewards(reward, rows, groups, decode)                          a number for each text
+batches = rollout_batches(prompts, groups, group_advantages(rewards), ..)      rows of prompt and answer
 """
 
 import math

@@ -26,6 +26,9 @@ class GRPORecipe(InstructionRecipe):
     """New tokens of an answer that is trained on, at most."""
     beta: NonNegativeFloat = 0.0
     """Weight of the divergence from the base in the loss."""
+    scale_rewards: bool = True
+    """Divide rewards by the standard deviation of their group. Without it, groups whose rewards hardly differ hardly
+    count."""
     micro_batch_size: BatchSize = 32
     """Answers in a micro-batch."""
     overlong: Literal["error", "drop"] = "error"
@@ -50,11 +53,12 @@ def grpo_nano() -> GRPORecipe:
         data=("nano",),
         template="plain",
         reward="nano",
+        scale_rewards=False,
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
-        lr=2e-3,
-        steps=400,
+        lr=3e-3,
+        steps=300,
         num_generations=8,
-        max_completion_length=80,
+        max_completion_length=64,
         micro_batch_size=32,
         grad_accumulation_steps=4,
         compare_prompts=120,

@@ -14,14 +14,12 @@ from fgpt.objectives.rollouts import RewardFunction
 
 PARTIAL = 0.5
 """Most that a demand counts that is not met."""
-UNFINISHED = 0.8
-"""What the nearness of an answer counts that does not end."""
 
 
 def nano_reward(task: Task, answer: str, finished: bool) -> float:
     """The share of a row's demands that an answer meets, as `metrics.nano.score` counts them; a demand that is met in
-    part counts in part, up to `PARTIAL`: by the words that an answer shares with the right one (F1) and the first of
-    them, by the first words of an opening and the last ones of an ending.
+    part counts in part, up to `PARTIAL`: by the words that an answer shares with the right one (F1), the first of
+    them and its length if it is finished, by the first words of an opening and the last ones of an ending.
     """
     met = requirements_met(task, answer, finished)
     if all(met.values()):
@@ -29,8 +27,11 @@ def nano_reward(task: Task, answer: str, finished: bool) -> float:
     answer_words = words(answer)
     if task.kind != STORY:
         expected = words(task.requires["answer"])
-        nearness = (_f1(answer_words, expected) + _common_start(answer_words, expected)) / 2
-        return PARTIAL * nearness * (1.0 if finished else UNFINISHED)
+        lengths = len(answer_words), len(expected)
+        nearness = (
+            _f1(answer_words, expected) + _common_start(answer_words, expected) + min(lengths) / max(lengths) * finished
+        )
+        return PARTIAL * nearness / 3
     if not is_story(answer, task.instruction):
         return 0.0
     degrees = {part: float(is_met) for part, is_met in met.items()}
@@ -42,15 +43,15 @@ def nano_reward(task: Task, answer: str, finished: bool) -> float:
     return sum(degrees.values()) / len(degrees)
 
 
-def _f1(found: Sequence[str], expected: Sequence[str]) -> float:
-    common = (Counter(found) & Counter(expected)).total()
-    return 2 * common / (len(found) + len(expected))
+def _f1(answer: Sequence[str], expected: Sequence[str]) -> float:
+    common = (Counter(answer) & Counter(expected)).total()
+    return 2 * common / (len(answer) + len(expected))
 
 
-def _common_start(found: Sequence[str], expected: Sequence[str]) -> float:
+def _common_start(answer: Sequence[str], expected: Sequence[str]) -> float:
     """The share of the expected words that a text begins with."""
     count = 0
-    for word, other in zip(expected, found, strict=False):
+    for word, other in zip(expected, answer, strict=False):
         if word != other:
             break
         count += 1
@@ -83,5 +84,7 @@ def reward_function(name: str, rows: Sequence[Any]) -> RewardFunction:
     reward = REWARDS[name]
     for i, row in enumerate(rows, 1):
         if not reward.judges(row):
-            raise InputError(f"--reward {name} cannot judge row {i} ({row.instruction[:60]!r}): it is for {reward.rows}")
+            raise InputError(
+                f"--reward {name} cannot judge row {i} ({row.instruction[:60]!r}): it is for {reward.rows}"
+            )
     return reward.function

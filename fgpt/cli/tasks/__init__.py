@@ -18,7 +18,14 @@ from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.data.examples import Example
 from fgpt.model import GPT
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, GRPORecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
+from fgpt.recipes import (
+    AnyRecipe,
+    ClassificationRecipe,
+    GRPORecipe,
+    InstructionRecipe,
+    PretrainingRecipe,
+    TrainingRecipe,
+)
 
 
 @runtime_checkable

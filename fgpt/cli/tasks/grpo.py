@@ -76,12 +76,12 @@ def _encode_prompts(
     Raises InputError for a longer prompt if the recipe's `overlong` is "error", and if no row is left.
     """
     limit = max_seq_len - recipe.max_completion_length
-    kept: list[InstructionRow] = []
+    fitting_rows: list[InstructionRow] = []
     prompts: list[tuple[int, ...]] = []
     for i, row in enumerate(progress(list(rows), "tokenizing"), 1):
         prompt = encode_prompt(row, template(recipe.template), tokenizer)
         if len(prompt) <= limit:
-            kept.append(row)
+            fitting_rows.append(row)
             prompts.append(prompt)
         elif recipe.overlong == "error":
             raise InputError(
@@ -93,9 +93,9 @@ def _encode_prompts(
             f"no prompt is left: all {len(rows)} are longer than {limit} tokens, what --max-completion-length "
             f"{recipe.max_completion_length} leaves of {max_seq_len}"
         )
-    if len(kept) < len(rows):
-        console.print(f"left out {len(rows) - len(kept)} rows whose prompts are longer than {limit} tokens")
-    return kept, prompts
+    if len(fitting_rows) < len(rows):
+        console.print(f"left out {len(rows) - len(fitting_rows)} rows whose prompts are longer than {limit} tokens")
+    return fitting_rows, prompts
 
 
 def _encode_heldout(
@@ -117,9 +117,7 @@ def _missing_reward(
     tokenizer: Tokenizer,
 ) -> float:
     """1 - the mean reward of greedy answers to held-out prompts."""
-    outputs = generate(
-        params, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens
-    )
+    outputs = generate(params, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens)
     texts = [tokenizer.decode(output.tokens) for output in outputs]
     rewards = [reward(row, text, output.finished) for row, text, output in zip(rows, texts, outputs, strict=True)]
     return 1 - sum(rewards) / len(rewards)

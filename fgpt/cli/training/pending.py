@@ -30,7 +30,7 @@ class PendingMetrics:
             self._copied.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> Line:
-        """Step, loss, gradient norm, learning rate, weight and the step's other figures, when the device has computed them.
+        """Step, loss, gradient norm, learning rate, weight and other figures, when the device has computed them.
 
         Raises InputError if the loss or the norm is not finite.
         """

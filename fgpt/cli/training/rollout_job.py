@@ -31,6 +31,9 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Key, Metrics, State, Step, Tree, init_state, make_step
 from fgpt.tree import device, node, tree_map
 
+BETAS = (0.9, 0.95)
+"""Of Adam. Gradients grow as a policy learns to be rewarded: its second moments forget within twenty steps."""
+
 
 @node
 class PromptBatch(Batch):
@@ -99,7 +102,7 @@ def assemble_rollout_job(
     steps = recipe.steps or max(1, round(recipe.epochs * math.ceil(len(prompts) / recipe.prompts_per_update)))
     schedule = cosine_schedule(recipe.peak_lr, steps, warmup_steps=recipe.num_warmup_steps(steps))
     adam = adamw8bit if recipe.optimizer == "adamw8bit" else adamw
-    optimizer = adam(schedule, weight_decay=recipe.weight_decay)
+    optimizer = adam(schedule, BETAS, weight_decay=recipe.weight_decay)
 
     def loss(
         tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], rollouts: RolloutBatch, seed: Tensor | None
@@ -137,7 +140,9 @@ def rollout_step(
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
         (batch,) = batches
-        assert isinstance(batch, PromptBatch) and batch.rows is not None and isinstance(rng, torch.Generator)
+        assert isinstance(batch, PromptBatch)
+        assert batch.rows is not None
+        assert isinstance(rng, torch.Generator)
         prompts = prompts_of(batch)
         batch_rows = [rows[i] for i in batch.rows.tolist()]
         with torch.no_grad():
@@ -151,7 +156,7 @@ def rollout_step(
                 max_new_tokens=recipe.max_completion_length,
             )
             rewards = group_rewards(reward, batch_rows, groups, tokenizer.decode)
-            advantages = group_advantages(rewards)
+            advantages = group_advantages(rewards, scale=recipe.scale_rewards)
             kl = reference_kl(policy, frozen, prompts, groups, eos)
         used = range(len(groups)) if recipe.beta else informative(advantages)
         rollouts = rollout_batches(

@@ -84,7 +84,11 @@ def test_prompts_are_a_function_of_the_update():
     updates = [next(whole)[0] for _ in range(7)]
     assert [len(x.tokens) for x in updates] == [16, 16, 8, 16, 16, 8, 16]
     for begin, expected in enumerate(updates):
-        assert all(map(torch.equal, leaves(next(prompt_batches(prompts, recipe, begin))[0]).values(), leaves(expected).values()))
+        assert all(
+            map(
+                torch.equal, leaves(next(prompt_batches(prompts, recipe, begin))[0]).values(), leaves(expected).values()
+            )
+        )
     rows = torch.cat([x.rows for x in updates[:3]])  # pyright: ignore
     assert sorted(rows.tolist()) == list(range(40))
     assert rows.tolist() != torch.cat([x.rows for x in updates[3:6]]).tolist()  # pyright: ignore
@@ -110,11 +114,10 @@ STORY_TEXT = (
 
 def test_a_question_s_reward_by_hand():
     assert nano_reward(question("Leo."), "leo", True) == 1.0
-    assert nano_reward(question("To the zoo."), "To the zoo.", False) == pytest.approx(0.4)  # all words, no end
-    assert nano_reward(question("To the zoo."), "To the big zoo.", True) == pytest.approx(
-        0.5 * (6 / 7 + 2 / 3) / 2
-    )
-    assert nano_reward(question("Leo."), "No.", True) == 0.0
+    assert nano_reward(question("To the zoo."), "To the zoo.", False) == pytest.approx(1 / 3)  # all words, no end
+    near = (6 / 7 + 2 / 3 + 3 / 4) / 3  # F1, two of three words at the start, three words for four
+    assert nano_reward(question("To the zoo."), "To the big zoo.", True) == pytest.approx(0.5 * near)
+    assert nano_reward(question("Leo."), "No.", True) == pytest.approx(0.5 / 3)  # of the right length
     assert nano_reward(question("Leo."), "", True) == 0.0
 
 
@@ -134,7 +137,7 @@ def test_gsm8k_s_reward():
     assert gsm8k_reward(InstructionRow("How many?", "", "#### 72"), "It makes 72.", True) == 1.0
 
 
-# ------------------------------------------------------------------------------------------------------- what it refuses
+# --------------------------------------------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(
@@ -156,5 +159,7 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
 
 
 def test_rows_that_nothing_can_judge(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "grpo-nano", "--data", str(instruction_file), "--num-heldout", "4", "--out", str(tmp_path)]) == 2
+    assert (
+        main(["train", "grpo-nano", "--data", str(instruction_file), "--num-heldout", "4", "--out", str(tmp_path)]) == 2
+    )
     assert "--reward nano cannot judge row 1" in one_line(capsys)
