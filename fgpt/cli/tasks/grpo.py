@@ -6,6 +6,7 @@ from typing import cast
 
 from fgpt.cli.console import announce, console, progress
 from fgpt.cli.devices import describe_precision, resolve_precision
+from fgpt.cli.evaluation.compare import BATCH_SIZE
 from fgpt.cli.evaluation.rewards import reward_function
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.training.build import (
@@ -19,7 +20,7 @@ from fgpt.cli.training.examples import load_instruction_split
 from fgpt.cli.training.rollout_job import assemble_rollout_job
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
-from fgpt.generation.loop import generate
+from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.io import models
 from fgpt.model import GPT
 from fgpt.objectives.rollouts import RewardFunction
@@ -117,7 +118,10 @@ def _missing_reward(
     tokenizer: Tokenizer,
 ) -> float:
     """1 - the mean reward of greedy answers to held-out prompts."""
-    outputs = generate(params, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens)
+    outputs: list[GenerationOutput] = []
+    for begin in range(0, len(prompts), BATCH_SIZE):
+        part = prompts[begin : begin + BATCH_SIZE]
+        outputs += generate(params, part, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens)
     texts = [tokenizer.decode(output.tokens) for output in outputs]
     rewards = [reward(row, text, output.finished) for row, text, output in zip(rows, texts, outputs, strict=True)]
     return 1 - sum(rewards) / len(rewards)
