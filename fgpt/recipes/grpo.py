@@ -45,7 +45,8 @@ def grpo_nano() -> GRPORecipe:
     """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
     for.
 
-    fgpt train grpo-nano. Not measured yet.
+    fgpt train grpo-nano. Not measured to its end yet. Without beta the policy soon recites names and animals in place
+    of stories (24.3 points after 18 steps at lr 2e-3, 18.8 after 38); beta 0.05 holds it at the base.
     """
     return GRPORecipe(
         name="grpo-nano",
@@ -55,7 +56,8 @@ def grpo_nano() -> GRPORecipe:
         reward="nano",
         scale_rewards=False,
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
-        lr=3e-3,
+        lr=2e-3,
+        beta=0.005,
         steps=300,
         num_generations=8,
         max_completion_length=64,
