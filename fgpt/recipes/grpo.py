@@ -45,8 +45,9 @@ def grpo_nano() -> GRPORecipe:
     """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
     for.
 
-    fgpt train grpo-nano. Not measured to its end yet. Without beta the policy soon recites names and animals in place
-    of stories (24.3 points after 18 steps at lr 2e-3, 18.8 after 38); beta 0.05 holds it at the base.
+    fgpt train grpo-nano. Not measured to its end yet. After 15 steps of a schedule of 200, in 159 s on one busy core of
+    an AMD EPYC: 12.9 points before, 18.9 after. With lr 3e-3 and no beta the policy recited names and animals after 33
+    steps (0 points); beta 0.05 held it at the base.
     """
     return GRPORecipe(
         name="grpo-nano",
