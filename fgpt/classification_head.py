@@ -20,11 +20,11 @@ def with_classification_head(params: GPT, num_classes: int, rng: torch.Generator
 
     Args:
         params: The model.
-        num_classes: Rows of the head, 2 or more.
+        num_classes: Rows of the head; 1 for a reward model.
         rng: The key of its initialization.
 
     Raises:
-        InputError: for fewer than two classes.
+        InputError: for no classes.
 
     Source: Radford et al. 2018 (GPT), section 3.2; transformers' GPT2ForSequenceClassification.
 
@@ -34,8 +34,8 @@ def with_classification_head(params: GPT, num_classes: int, rng: torch.Generator
     >>> fgpt.apply(params, torch.tensor([1, 2, 3])).shape
     torch.Size([3, 3])
     """
-    if num_classes < 2:
-        raise InputError(f"num_classes is {num_classes}: expected 2 or more")
+    if num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}: expected 1 or more")
     w = torch.empty(num_classes, params.cfg.d_model, dtype=torch.float32)
     w = w.normal_(0, 0.02, generator=fold_in(rng, "head"))
     w = w.to(device(params), dtype(params.wte.w))

@@ -63,15 +63,29 @@ def nll(
     >>> weight
     tensor(3.)
     """
+    losses, weights = token_nll(params, batch, remat, compile)
+    return (weights * losses).sum(), weights.sum()
+
+
+def token_nll(
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """The nll of each target in nats, and its weight: of the batch's `loss_positions`, or of all positions, flat.
+
+    Args:
+        params: The model, adapted or not.
+        batch: Tokens, targets and the weight of each target.
+        remat: Activation checkpointing, see `hidden`.
+        compile: Compile the transformer block, see `hidden`.
+    """
     y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
     if positions is None:
         h = hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
     else:
         h = hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
         y, weights = y.index_select(0, positions), weights.index_select(0, positions)
-    token_nll = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
-    weights = weights.to(token_nll.dtype)
-    return (weights * token_nll).sum(), weights.sum()
+    losses = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
+    return losses, weights.to(losses.dtype)
 
 
 def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:

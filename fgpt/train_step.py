@@ -15,14 +15,13 @@ from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
 from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.losses import Batch
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
-Loss: TypeAlias = Callable[[Tree, Tree, Batch, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
-"""(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)."""
+Loss: TypeAlias = Callable[[Tree, Tree, Any, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+"""(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight). A batch is a `Batch`, or the objective's own tree."""
 
 
 @node
@@ -53,6 +52,7 @@ class Metrics:
         loss: The mean loss before the update, in nats per weighted token.
         grad_norm: The Euclidean norm of the gradient, before clipping.
         weight: The total weight of the tokens; their number, if each weighs 1.
+        others: Further figures of a step by name, such as rewards.
 
     >>> metrics = Metrics(loss=torch.tensor(2.0), grad_norm=torch.tensor(0.5), weight=torch.tensor(128.0))
     >>> metrics.loss.exp()  # the perplexity
@@ -62,11 +62,12 @@ class Metrics:
     loss: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]
     weight: Float[Tensor, ""]
+    others: dict[str, Float[Tensor, ""]] | None = None
 
 
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 """A key or its seed."""
-Step: TypeAlias = Callable[[State, Tree, Sequence[Batch], Key | None], tuple[State, Metrics]]
+Step: TypeAlias = Callable[[State, Tree, Sequence[Any], Key | None], tuple[State, Metrics]]
 
 
 def init_state(trainable: Tree, optimizer: Optimizer) -> State:
@@ -219,7 +220,7 @@ def make_step(
             )
         return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
 
-    def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
+    def step(state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | None = None) -> tuple[State, Metrics]:
         where = device(state.trainable)
         if prepare is not None:
             frozen = prepare(tree_map(torch.detach, state.trainable), frozen)

@@ -132,23 +132,28 @@ EVAL_COLORS = ("#b4611a", "#2e8a57", "#8a4fb0", "#b03a56")
 
 
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
-    """Plot the loss over steps, raw and smoothed, to a PNG file. `unit` is what the loss is averaged over."""
+    """Plot the loss over steps, or the reward where there is one, raw and smoothed, to a PNG file. `unit` is what the
+    loss is averaged over.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
     rows = read_metrics(metrics_file)
-    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     if not rows:
         return
+    metric = "reward" if all("reward" in r for r in rows) else "loss"
+    steps, values = [r["step"] for r in rows], [r[metric] for r in rows]
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    axes.plot(steps, losses, color="#b9c6d6", linewidth=1, label="each step")
-    axes.plot(steps, ema(losses), color="#1f5fa8", linewidth=2, label="smoothed")
-    for (metric, label), color in zip(eval_losses(rows).items(), itertools.cycle(EVAL_COLORS)):
-        points = [(row["step"], row[metric]) for row in rows if metric in row]
+    axes.plot(steps, values, color="#b9c6d6", linewidth=1, label="each step")
+    axes.plot(steps, ema(values), color="#1f5fa8", linewidth=2, label="smoothed")
+    evaluations = {} if metric == "reward" else eval_losses(rows)
+    for (name, label), color in zip(evaluations.items(), itertools.cycle(EVAL_COLORS)):
+        points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), color=color, marker="o", markersize=4, label=escape_mathtext(label))
-    axes.set(title=escape_mathtext(title), xlabel="step", ylabel=f"loss (nats per {unit})")
+    y_label = "mean reward" if metric == "reward" else f"loss (nats per {unit})"
+    axes.set(title=escape_mathtext(title), xlabel="step", ylabel=y_label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     save_png(figure, picture, 120)

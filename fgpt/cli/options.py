@@ -25,7 +25,7 @@ GROUPS = {
     ),
     "training": (
         "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "
-        "weight_decay optimizer betas seed"
+        "weight_decay optimizer betas seed reward num_generations max_completion_length beta scale_rewards"
     ),
     "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile peak_tflops",

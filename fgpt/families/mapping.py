@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fgpt.errors import InputError
@@ -205,15 +206,15 @@ def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
             raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantized: quantize a plain one")
         return equal_parts(x, len(s.paths)) or [x]
     if s.heads:
-        parts = x.unflatten(0, (s.heads, len(s.paths), -1)).unbind(1)
-        return [part.flatten(0, 1) for part in parts]
+        pattern = "(heads part size) ... -> part (heads size) ..."
+        return list(rearrange(x, pattern, heads=s.heads, part=len(s.paths)))
     return list((x.T if s.transposed and x.ndim == 2 else x).split([size[0] for size in sizes]))
 
 
 def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
     """The tensor of the leaves `parts`, as the hub has it."""
     if s.heads:
-        return torch.stack([x.unflatten(0, (s.heads, -1)) for x in parts], 1).flatten(0, 2)
+        return rearrange(parts, "part (heads size) ... -> (heads part size) ...", heads=s.heads)
     x = parts[0] if len(parts) == 1 else torch.cat(parts)
     return x.T if s.transposed else x
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from fgpt.errors import InputError
-from fgpt.recipes import classification, instruction, pretraining
+from fgpt.recipes import classification, grpo, instruction, pretraining
 from fgpt.recipes.classification import ClassificationRecipe
+from fgpt.recipes.grpo import GRPORecipe
 from fgpt.recipes.instruction import InstructionRecipe
 from fgpt.recipes.pretraining import PretrainingRecipe
 from fgpt.recipes.training import TrainingRecipe
@@ -21,6 +22,7 @@ __all__ = [
     "AnyRecipe",
     "ClassificationRecipe",
     "FineTuningRecipe",
+    "GRPORecipe",
     "InstructionRecipe",
     "PretrainingRecipe",
     "TrainingRecipe",
@@ -28,16 +30,16 @@ __all__ = [
     "find",
 ]
 
-AnyRecipe: TypeAlias = InstructionRecipe | PretrainingRecipe | ClassificationRecipe
+AnyRecipe: TypeAlias = InstructionRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
 
 KINDS: dict[str, type[AnyRecipe]] = {
-    recipe.kind: recipe for recipe in (InstructionRecipe, ClassificationRecipe, PretrainingRecipe)
+    recipe.kind: recipe for recipe in (InstructionRecipe, GRPORecipe, ClassificationRecipe, PretrainingRecipe)
 }
 """The classes of recipes by the name that run.json has for them."""
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     make.__name__.replace("_", "-"): make
-    for make in (*instruction.RECIPES, *pretraining.RECIPES, *classification.RECIPES)
+    for make in (*instruction.RECIPES, *grpo.RECIPES, *pretraining.RECIPES, *classification.RECIPES)
 }
 
 

@@ -32,8 +32,8 @@ def test_a_classifier_is_the_same_tree_with_another_head():
     large = fgpt.with_classification_head(tiny(d_model=256, n_head=4), 100, fgpt.key(0)).head
     assert large is not None
     assert float(large.w.std()) == pytest.approx(0.02, rel=0.05)  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(InputError, match="num_classes is 1: expected 2 or more"):
-        fgpt.with_classification_head(base, 1, fgpt.key(0))
+    with pytest.raises(InputError, match="num_classes is 0: expected 1 or more"):
+        fgpt.with_classification_head(base, 0, fgpt.key(0))
 
 
 def test_logits_are_those_of_transformers(tmp_path: Path):

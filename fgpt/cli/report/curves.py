@@ -24,6 +24,9 @@ def curves(lines: Sequence[Line], unit: str) -> list[Plot]:
         loss.append(Series(name, values(lines, metric), color))
     plots = [
         Plot("loss", [series for series in loss if series.points], f"nats per {unit}", wide=True),
+        Plot("reward", _raw_and_smooth(values(lines, "reward")), "mean of all answers"),
+        Plot("KL to the reference", _raw_and_smooth(values(lines, "kl")), "nats per token"),
+        Plot("answer length", _raw_and_smooth(values(lines, "mean_completion_length")), "tokens", from_zero=True),
         Plot("learning rate", [Series("learning rate", values(lines, "lr"), "smooth")], from_zero=True),
         Plot("gradient norm", _raw_and_smooth(norms), "log scale" if log else "", log=log),
         Plot("tokens per second", _raw_and_smooth(tokens_per_second(lines)), from_zero=True),

@@ -9,6 +9,7 @@ from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.tasks.classification import ClassificationTask
+from fgpt.cli.tasks.grpo import GRPOTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.training.early_stopping import check_evaluation_options
@@ -18,7 +19,14 @@ from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.data.examples import Example
 from fgpt.model import GPT
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, InstructionRecipe, PretrainingRecipe, TrainingRecipe
+from fgpt.recipes import (
+    AnyRecipe,
+    ClassificationRecipe,
+    GRPORecipe,
+    InstructionRecipe,
+    PretrainingRecipe,
+    TrainingRecipe,
+)
 
 
 @runtime_checkable
@@ -97,6 +105,7 @@ class TaskType(Protocol):
 
 TASKS: dict[type[TrainingRecipe], TaskType] = {
     InstructionRecipe: InstructionTask,
+    GRPORecipe: GRPOTask,
     ClassificationRecipe: ClassificationTask,
     PretrainingRecipe: PretrainingTask,
 }

@@ -98,7 +98,7 @@ def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
     rows = _read_rows(recipe, [name for name, _ in source_weights(recipe.data)], encoding)
     first_rows = bounds([len(source) for source in rows])
     is_heldout = _heldout_rows(recipe, int(first_rows[-1]))
-    return _prepared(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)), encoding)
+    return _rows_to_answer(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)), encoding)
 
 
 def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]:
@@ -109,7 +109,27 @@ def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]
         return {}
     encoding = encoding_of(recipe)
     sources = parse_eval_data(recipe.eval_data)
-    return {name: _prepared(_read_rows(recipe, [source], encoding)[0], encoding) for name, source in sources.items()}
+    return {
+        name: _rows_to_answer(_read_rows(recipe, [source], encoding)[0], encoding) for name, source in sources.items()
+    }
+
+
+def load_rows_to_answer(recipe: InstructionRecipe) -> tuple[list[InstructionRow], list[InstructionRow]]:
+    """Rows whose prompts are trained on, without their answers, and rows held out. A conversation is a row for each of
+    its answers.
+
+    Raises InputError as `load_instruction_data` does, and for sources with weights.
+    """
+    if recipe.data == NANO:
+        return [*read_tasks(NANO_TASKS)], [*read_tasks(NANO_HELDOUT)]
+    if any(weight is not None for _, weight in source_weights(recipe.data)):
+        raise InputError("--data has weights, and prompts are not mixed by weights: leave them out")
+    encoding = encoding_of(recipe)
+    rows = [row for source in _read_rows(recipe, recipe.data, encoding) for row in source]
+    first, second = train_heldout_split(
+        rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed
+    )
+    return _rows_to_answer(first, encoding), _rows_to_answer(second, encoding)
 
 
 def encoding_of(recipe: InstructionRecipe) -> Encoding:
@@ -125,8 +145,8 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
     """
     if recipe.data == NANO:
         rows = [InstructionRow(task.instruction, task.input, task.output) for task in read_tasks(NANO_TASKS)]
-        made = tokenize(RowChunk(0, rows), encoding)
-        return [("nano", TokenizedSource([made.examples], [made.rows]))]
+        tokens = tokenize(RowChunk(0, rows), encoding)
+        return [("nano", TokenizedSource([tokens.examples], [tokens.rows]))]
     names = [name for name, _ in source_weights(recipe.data)]
     by_name = dict[str, TokenizedSource]()
     for name in names:
@@ -167,7 +187,7 @@ def _read_rows(recipe: InstructionRecipe, sources: Sequence[str], encoding: Enco
     return rows
 
 
-def _prepared(rows: Sequence[InstructionRow], encoding: Encoding) -> list[InstructionRow]:
+def _rows_to_answer(rows: Sequence[InstructionRow], encoding: Encoding) -> list[InstructionRow]:
     """Rows to be answered, as `tokenize` prepares those to train on."""
     chosen = last_turns(rows)[0] if encoding.last_turns else rows
     return turns_of(shorten_pages(chosen, encoding)[0])

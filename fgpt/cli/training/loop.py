@@ -20,7 +20,7 @@ from fgpt.cli.training.checkpoints import Checkpointer
 from fgpt.cli.training.early_stopping import is_exhausted
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
-from fgpt.cli.training.pending import PendingMetrics
+from fgpt.cli.training.pending import SAMPLED_TOKENS, PendingMetrics
 from fgpt.cli.training.reproducibility import rounding
 from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
@@ -84,6 +84,8 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             lr, previous = float(job.schedule(torch.tensor(step - 1))), state
             state, metrics = job.train_step(previous, micro_batches, step - 1)
             tokens = sum(batch.tokens.numel() for batch in micro_batches)
+            if metrics.others and SAMPLED_TOKENS in metrics.others:
+                tokens += int(metrics.others[SAMPLED_TOKENS])
             pending = PendingMetrics(step, metrics, lr=lr, tokens=tokens)
             if unread is not None:
                 write(log.measure(unread, device=target, mfu=job.mfu))
@@ -93,7 +95,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 unread = pending
                 continue
             line = log.measure(pending, device=target, mfu=job.mfu)
-            guard.check(previous, state, step, lr)
+            guard.check(previous, state, line)
             del previous  # its memory is free for the next step
             with log.pause():
                 losses = _evaluate(job, state, step)
@@ -132,22 +134,28 @@ def _resume_or_start(job: TrainingJob, out: Path) -> State:
 class FrozenLeafGuard:
     """Finds trained leaves that do not change in the first two steps: nothing would be trained, in silence.
 
-    A LoRA's A changes from the second step on, since its B begins at 0; every other leaf has changed by then.
+    A LoRA's A changes from the second step on, since its B begins at 0; every other leaf has changed by then. Steps
+    whose rewards are all equal do not count: they have no gradient.
     """
 
     def __init__(self, job: TrainingJob, state: State) -> None:
         self._job = job
         self._unchanged = set(leaves(state.trainable))
+        self._last_step = 2
 
-    def check(self, previous: State, state: State, step: int, lr: float) -> None:
-        """Raises InputError after step 2 if a leaf is as it was at the start."""
-        if not self._unchanged or step > 2:
+    def check(self, previous: State, state: State, line: Line) -> None:
+        """Raises InputError after step 2 if a leaf is as it was at the start. `line` is the step's line of the log."""
+        step, lr = line["step"], line["lr"]
+        if not self._unchanged or step > self._last_step:
+            return
+        if line.get("frac_reward_zero_std") == 1:
+            self._last_step = step + 2
             return
         before, after = leaves(previous.trainable), leaves(state.trainable)
         paths = sorted(self._unchanged)
         unchanged = torch.stack([(before[path] == after[path]).all() for path in paths]).tolist()  # waits once
         self._unchanged = {path for path, same in zip(paths, unchanged, strict=True) if same}
-        if self._unchanged and step == 2:
+        if self._unchanged and step == self._last_step:
             some_paths = ", ".join(sorted(self._unchanged)[:4])
             leave_out = ", or leave them out by --adapter.target" if self._job.frozen is not None else ""
             raise InputError(

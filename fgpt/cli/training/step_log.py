@@ -131,4 +131,5 @@ def progress_line(begin: int, steps: int) -> Iterator[Callable[[Line], None]]:
 def _figures(line: Line) -> str:
     speed = f"{line['tokens'] / max(line['seconds'], 1e-3):,.0f} tok/s"
     mfu = f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
-    return f"loss {line['loss']:.3f}  {speed}{mfu}  {line['memory_gb']:.2f} GB"
+    reward = f"reward {line['reward']:.3f}  KL {line['kl']:.3f}  " if "reward" in line else ""
+    return f"{reward}loss {line['loss']:.3f}  {speed}{mfu}  {line['memory_gb']:.2f} GB"

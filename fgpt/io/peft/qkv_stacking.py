@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,8 +141,9 @@ def interleave_heads(x: S, module: Module, back: bool = False) -> S:
     sizes = (len(module.parts), module.heads or 1)[:: -1 if back else 1]
 
     def reorder(rows: Tensor) -> Tensor:
-        each, rest = divmod(len(rows), sizes[0] * sizes[1])  # if some are left, `adapt` says that they do not fit
-        return rows if rest else rows.unflatten(0, (*sizes, each)).transpose(0, 1).flatten(0, 2)
+        if len(rows) % (sizes[0] * sizes[1]):  # `adapt` says that they do not fit
+            return rows
+        return rearrange(rows, "(a b each) ... -> (b a each) ...", a=sizes[0], b=sizes[1])
 
     return replace_at(x, {name: reorder(y) for name, y in leaves(x).items() if name in ("row", "b", "lora.b", "m")})
 

@@ -1,0 +1,74 @@
+"""Distillation: the student's next-token distribution approaches a teacher's."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fgpt._typing import check_shapes
+from fgpt.errors import InputError
+from fgpt.kernels.precision import at_least_fp32
+from fgpt.losses import Batch
+from fgpt.model import GPT, hidden, hidden_at, logits
+
+
+@check_shapes
+def kl_divergences(
+    teacher: Float[Tensor, "n vocab"], student: Float[Tensor, "n vocab"], *, temperature: float = 1.0
+) -> Float[Tensor, " n"]:
+    """T² KL(softmax(teacher / T) ‖ softmax(student / T)) of each row, in nats; the factor keeps gradients of one size.
+
+    Args:
+        teacher: Logits, a constant.
+        student: Logits.
+        temperature: T. A higher one gives unlikely tokens more weight.
+
+    Raises:
+        InputError: for a temperature that is not positive.
+
+    Source: Hinton et al. 2015, section 2.
+
+    >>> kl_divergences(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
+    tensor([0.])
+    """
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature}: expected a positive number")
+    p = (at_least_fp32(teacher.detach()) / temperature).log_softmax(-1)
+    q = (at_least_fp32(student) / temperature).log_softmax(-1)
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+@check_shapes
+def distillation(
+    params: GPT, batch: Batch, teacher: GPT, *, temperature: float = 1.0, remat: bool = False, compile: bool = False
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(Σ weight · divergence, Σ weight), see `kl_divergences`. Logits are computed where the batch has a weight.
+
+    Args:
+        params: The student.
+        batch: Tokens and their weights; the targets are not read.
+        teacher: A model of the same vocabulary. It gets no gradient.
+        temperature: T.
+        remat: Activation checkpointing of the student.
+        compile: Compile the student's transformer block.
+
+    Raises:
+        InputError: for models of different vocabularies.
+    """
+    if params.cfg.vocab_size != teacher.cfg.vocab_size:
+        raise InputError(
+            f"the student has {params.cfg.vocab_size} tokens, the teacher {teacher.cfg.vocab_size}: expected one "
+            "vocabulary"
+        )
+
+    def logits_of(model: GPT, remat: bool = False, compile: bool = False) -> Tensor:
+        tokens, segments, bounds, positions = batch.tokens, batch.segments, batch.cu_seqlens, batch.loss_positions
+        if positions is None:
+            return logits(model, hidden(model, tokens, segments, remat, compile, bounds)).flatten(0, -2)
+        return logits(model, hidden_at(model, tokens, positions, segments, remat, compile, bounds))
+
+    with torch.no_grad():
+        target = logits_of(teacher)
+    weights = batch.weights.flatten()
+    weights = weights if batch.loss_positions is None else weights.index_select(0, batch.loss_positions)
+    losses = kl_divergences(target, logits_of(params, remat, compile), temperature=temperature)
+    return (weights * losses).sum(), weights.sum()

@@ -1,0 +1,72 @@
+"""Recipes that learn from rewards of a model's own answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from fgpt.ranges import BatchSize, NonNegativeFloat, PositiveInt, Range
+from fgpt.recipes.instruction import InstructionRecipe
+from fgpt.recipes.tuning import Adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORecipe(InstructionRecipe):
+    """Group relative policy optimization: sampled answers to each prompt, weighted by their rewards. No answer of the
+    data is shown.
+    """
+
+    kind: ClassVar[str] = "grpo"
+
+    reward: Literal["nano", "gsm8k"]
+    """nano: how far an answer does what the embedded instructions ask. gsm8k: 1 if its last number is the last number
+    of the row's output, else 0."""
+    num_generations: Annotated[int, Range(least=2, most=2**16)] = 8
+    """Answers to each prompt."""
+    max_completion_length: PositiveInt = 128
+    """New tokens of an answer that is trained on, at most."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the divergence from the base in the loss."""
+    scale_rewards: bool = True
+    """Divide rewards by the standard deviation of their group. Without it, groups whose rewards hardly differ hardly
+    count."""
+    micro_batch_size: BatchSize = 32
+    """Answers in a micro-batch."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with prompts that leave no room for max_completion_length tokens within max_seq_len: error refuses to
+    start, drop leaves them out."""
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts in an optimizer step; num_generations divides its answers."""
+        return self.rows_per_update // self.num_generations
+
+
+def grpo_nano() -> GRPORecipe:
+    """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
+    for.
+
+    fgpt train grpo-nano. Not measured to its end yet. After 15 steps of a schedule of 200, in 159 s on one busy core of
+    an AMD EPYC: 12.9 points before, 18.9 after. With lr 3e-3 and no beta the policy recited names and animals after 33
+    steps (0 points); beta 0.05 held it at the base.
+    """
+    return GRPORecipe(
+        name="grpo-nano",
+        base="nano",
+        data=("nano",),
+        template="plain",
+        reward="nano",
+        scale_rewards=False,
+        adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
+        lr=2e-3,
+        beta=0.005,
+        steps=300,
+        num_generations=8,
+        max_completion_length=64,
+        micro_batch_size=32,
+        grad_accumulation_steps=4,
+        compare_prompts=120,
+        max_new_tokens=160,
+    )
+
+
+RECIPES: tuple[Callable[[], GRPORecipe], ...] = (grpo_nano,)

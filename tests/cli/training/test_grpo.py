@@ -1,0 +1,165 @@
+"""GRPO from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.runs import one_line
+
+from fgpt.cli import run_dir
+from fgpt.cli.evaluation.rewards import gsm8k_reward, nano_reward
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training.nano_rows import STORY, Task
+from fgpt.cli.training.rollout_job import collate_prompts, prompt_batches, prompts_of
+from fgpt.data.prompt_templates import InstructionRow
+from fgpt.recipes import GRPORecipe, find
+from fgpt.tree import leaves
+
+SHORT = ["--steps", "4", "--micro-batch-size", "8", "--grad-accumulation-steps", "2", "--max-completion-length", "40"]
+SHORT += ["--lr", "1e-3", "--beta", "0.1", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def grpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("grpo")
+    often = ["--checkpoint-every-minutes", "0", "--keep-checkpoints", "9"]
+    assert main(["train", "grpo-nano", *SHORT, *often, "--out", str(out)]) == 0
+    return out / "grpo-nano"
+
+
+def test_a_run_leaves_its_figures(grpo_run: Path):
+    lines = read_metrics(grpo_run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy is the base, up to rounding
+    for line in lines:
+        assert line["kl"] >= 0
+        assert 0 <= line["frac_reward_zero_std"] <= 1
+        assert 0 < line["mean_completion_length"] <= 40
+        assert line["sampled_tokens"] == 16 * line["mean_completion_length"]
+        assert 0 <= line["reward"] <= 1
+    assert "heldout_loss" in lines[1]
+    assert {"adapter", "compare.json", "loss.png", "checkpoints"} <= {path.name for path in grpo_run.iterdir()}
+    run = run_dir.read_run(grpo_run)
+    assert isinstance(run, GRPORecipe)
+    assert run.prompts_per_update == 2
+    assert main(["generate", str(grpo_run), "Write a story about a fox.", "--max-new-tokens", "3"]) == 0
+    assert main(["report", str(grpo_run)]) == 0
+
+
+def test_it_resumes_exactly(grpo_run: Path, tmp_path: Path):
+    """After step 2 it samples the answers of step 3 that the undisturbed training sampled."""
+    resumed = tmp_path / "grpo-nano"
+    shutil.copytree(grpo_run, resumed)
+    for step in (3, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:2]))
+    status = json.loads((resumed / "status.json").read_text())
+    (resumed / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    assert main(["train", str(resumed), "--resume", "--out", str(tmp_path)]) == 0
+    timed = ("seconds", "memory_gb")
+    for ours, theirs in zip(*(read_metrics(at / "metrics.jsonl") for at in (resumed, grpo_run)), strict=True):
+        assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
+    last = [path / "checkpoints" / "step-000004" / "state.safetensors" for path in (resumed, grpo_run)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_any_step_is_replayed(grpo_run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["replay", str(grpo_run), "--step", "3"]) == 0
+    output = capsys.readouterr().err
+    assert "Instruction:" in output
+
+
+# -------------------------------------------------------------------------------------------------------- its prompts
+
+
+def test_prompts_are_a_function_of_the_update():
+    recipe: Any = find("grpo-nano")
+    prompts = [[i] * (1 + i % 5) for i in range(1, 41)]  # 16 in an update, the third has 8 that are left
+    whole = prompt_batches(prompts, recipe)
+    updates = [next(whole)[0] for _ in range(7)]
+    assert [len(x.tokens) for x in updates] == [16, 16, 8, 16, 16, 8, 16]
+    for begin, expected in enumerate(updates):
+        assert all(
+            map(
+                torch.equal, leaves(next(prompt_batches(prompts, recipe, begin))[0]).values(), leaves(expected).values()
+            )
+        )
+    rows = torch.cat([x.rows for x in updates[:3]])  # pyright: ignore
+    assert sorted(rows.tolist()) == list(range(40))
+    assert rows.tolist() != torch.cat([x.rows for x in updates[3:6]]).tolist()  # pyright: ignore
+
+
+def test_prompts_come_back_from_their_batch():
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    assert prompts_of(collate_prompts(prompts, [2, 0, 1])) == [[5, 6], [1, 2, 3], [4]]
+
+
+# --------------------------------------------------------------------------------------------------------- its reward
+
+
+def question(answer: str) -> Task:
+    return Task("Who is it?", "It is Leo.", "", "who", {"answer": answer})
+
+
+STORY_TEXT = (
+    "Long ago, there was a fox named Tim. He liked to run in the big green park with his friend, a small bird. One day "
+    "they found a shiny red ball under some old trees and played until night came."
+)
+
+
+def test_a_question_s_reward_by_hand():
+    assert nano_reward(question("Leo."), "leo", True) == 1.0
+    assert nano_reward(question("To the zoo."), "To the zoo.", False) == pytest.approx(1 / 3)  # all words, no end
+    near = (6 / 7 + 2 / 3 + 3 / 4) / 3  # F1, two of three words at the start, three words for four
+    assert nano_reward(question("To the zoo."), "To the big zoo.", True) == pytest.approx(0.5 * near)
+    assert nano_reward(question("Leo."), "No.", True) == pytest.approx(0.5 / 3)  # of the right length
+    assert nano_reward(question("Leo."), "", True) == 0.0
+
+
+def test_a_story_s_reward_by_hand():
+    requires = {"kind": "fox", "name": "Tom", "opening": "Long ago", "ending": "The end."}
+    story = Task("Write a story about a fox named Tom.", "", "", STORY, requires)
+    assert nano_reward(story, STORY_TEXT, True) == pytest.approx(3 / 5)  # fox, opening, finished
+    assert nano_reward(story, STORY_TEXT, False) == pytest.approx(2 / 5)
+    assert nano_reward(story, "A" + STORY_TEXT[4:] + " The end.", True) == pytest.approx(3 / 5)
+    assert nano_reward(story, STORY_TEXT.replace("ago", "before") + " At the end.", True) == pytest.approx(
+        (1 + 0 + 0.25 + 1 + 1) / 5
+    )
+    assert nano_reward(story, "Long ago there was a fox named Tom. The end.", True) == 0.0  # too short
+
+
+def test_gsm8k_s_reward():
+    assert gsm8k_reward(InstructionRow("How many?", "", "#### 72"), "It makes 72.", True) == 1.0
+
+
+# --------------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-generations", "1"], "expected 2 or more"),
+        (["--num-generations", "3"], "128 answers in a step: expected a multiple of --num-generations 3"),
+        (["--reward", "gsm8k"], "cannot judge row 1"),
+        (["--max-completion-length", "500"], "lower it, or give --overlong drop"),
+        (["--max-completion-length", "511", "--overlong", "drop"], "no prompt is left"),
+        (["--max-completion-length", "0"], "expected 1 or more"),
+        (["--beta", "-1"], "expected 0 or more"),
+        (["--keep-best"], "--eval-every N"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "grpo-nano", *options, "--out", str(tmp_path)]) == 2
+    assert message in one_line(capsys)
+
+
+def test_rows_that_nothing_can_judge(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert (
+        main(["train", "grpo-nano", "--data", str(instruction_file), "--num-heldout", "4", "--out", str(tmp_path)]) == 2
+    )
+    assert "error: --reward nano cannot judge row 1" in capsys.readouterr().err.strip().splitlines()[-1]
