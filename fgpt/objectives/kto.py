@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimization: answers that are good or bad, each by itself."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgpt._typing import check_shapes
@@ -30,6 +30,11 @@ class JudgedBatch:
     reference: Float[Tensor, " rows"] | None = None
     mismatched: Batch | None = None
     mismatched_reference: Float[Tensor, " others"] | None = None
+
+    @property
+    def tokens(self) -> Int[Tensor, "*rows seq"]:
+        """Those of all answers."""
+        return self.batch.tokens
 
 
 def with_reference(params: GPT, judged: JudgedBatch) -> JudgedBatch:

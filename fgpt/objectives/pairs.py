@@ -1,7 +1,7 @@
 """Pairs of answers to one prompt, of which the first is preferred."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
@@ -22,6 +22,11 @@ class PairBatch:
 
     batch: Batch
     reference: Float[Tensor, " rows"] | None = None
+
+    @property
+    def tokens(self) -> Int[Tensor, "*rows seq"]:
+        """Those of all rows."""
+        return self.batch.tokens
 
 
 def with_reference(params: GPT, pairs: PairBatch) -> PairBatch:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from fgpt.errors import InputError
-from fgpt.recipes import classification, grpo, instruction, pretraining
+from fgpt.recipes import classification, grpo, instruction, preference, pretraining
 from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.recipes.grpo import GRPORecipe
 from fgpt.recipes.instruction import InstructionRecipe
+from fgpt.recipes.preference import PreferenceRecipe
 from fgpt.recipes.pretraining import PretrainingRecipe
 from fgpt.recipes.training import TrainingRecipe
 from fgpt.recipes.tuning import ADAPTER_DEFAULTS, Adapter, FineTuningRecipe
@@ -24,22 +25,30 @@ __all__ = [
     "FineTuningRecipe",
     "GRPORecipe",
     "InstructionRecipe",
+    "PreferenceRecipe",
     "PretrainingRecipe",
     "TrainingRecipe",
     "describe",
     "find",
 ]
 
-AnyRecipe: TypeAlias = InstructionRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
+AnyRecipe: TypeAlias = InstructionRecipe | PreferenceRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
 
 KINDS: dict[str, type[AnyRecipe]] = {
-    recipe.kind: recipe for recipe in (InstructionRecipe, GRPORecipe, ClassificationRecipe, PretrainingRecipe)
+    recipe.kind: recipe
+    for recipe in (InstructionRecipe, PreferenceRecipe, GRPORecipe, ClassificationRecipe, PretrainingRecipe)
 }
 """The classes of recipes by the name that run.json has for them."""
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     make.__name__.replace("_", "-"): make
-    for make in (*instruction.RECIPES, *grpo.RECIPES, *pretraining.RECIPES, *classification.RECIPES)
+    for make in (
+        *instruction.RECIPES,
+        *preference.RECIPES,
+        *grpo.RECIPES,
+        *pretraining.RECIPES,
+        *classification.RECIPES,
+    )
 }
 
 

@@ -11,6 +11,7 @@ from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.tasks.classification import ClassificationTask
 from fgpt.cli.tasks.grpo import GRPOTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
+from fgpt.cli.tasks.preference_tuning import PreferenceTask
 from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
@@ -24,6 +25,7 @@ from fgpt.recipes import (
     ClassificationRecipe,
     GRPORecipe,
     InstructionRecipe,
+    PreferenceRecipe,
     PretrainingRecipe,
     TrainingRecipe,
 )
@@ -106,6 +108,7 @@ class TaskType(Protocol):
 TASKS: dict[type[TrainingRecipe], TaskType] = {
     InstructionRecipe: InstructionTask,
     GRPORecipe: GRPOTask,
+    PreferenceRecipe: PreferenceTask,
     ClassificationRecipe: ClassificationTask,
     PretrainingRecipe: PretrainingTask,
 }

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,7 +11,6 @@ from fgpt.cli import paths
 from fgpt.cli.training.hashes import fast_hash
 from fgpt.io import gguf, models
 from fgpt.io.serialization import config_to_json
-from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.optim import Schedule
 from fgpt.recipes import TrainingRecipe
@@ -20,6 +19,8 @@ from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Metrics, State, Step
 from fgpt.tree import device, tree_map
+
+B = TypeVar("B")
 
 MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
 """Options that a resumed run may change, since they change nothing of what is trained."""
@@ -61,8 +62,9 @@ class TrainingJob:
     step: Step
     frozen: Any
     """The frozen base; None if every parameter is trained."""
-    batches: Callable[[int], Iterator[list[Batch]]]
-    """The micro-batches of one update after the other, without end, from that update on; counted from 0."""
+    batches: Callable[[int], Iterator[list[Any]]]
+    """The micro-batches, `Batch`es or other trees with `tokens` that the loss takes, of one update after
+    the other, without end, from that update on; counted from 0."""
     steps: int
     schedule: Schedule
     rng: torch.Generator
@@ -82,9 +84,7 @@ class TrainingJob:
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 
-    def train_step(
-        self, state: State, micro_batches: Sequence[Batch], step: int | None = None
-    ) -> tuple[State, Metrics]:
+    def train_step(self, state: State, micro_batches: Sequence[Any], step: int | None = None) -> tuple[State, Metrics]:
         """The step after `state`, with the key of its number, on the device that the state is on.
 
         Args:
@@ -97,7 +97,7 @@ class TrainingJob:
         return self.step(state, self.frozen, placed, fold_in(self.rng, int(state.step) if step is None else step))
 
 
-def place(batch: Batch, target: torch.device) -> Batch:
+def place(batch: B, target: torch.device) -> B:
     """The batch on a device. To CUDA it is copied from pinned memory: nobody waits for the copy."""
     if target.type != "cuda":
         return tree_map(lambda x: x.to(target), batch)

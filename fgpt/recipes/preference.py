@@ -1,0 +1,78 @@
+"""Recipes that tune a model on preferences: pairs of answers, or answers judged good or bad."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias
+
+from fgpt.ranges import Fraction, NonNegativeFloat, PositiveFloat
+from fgpt.recipes.instruction import InstructionRecipe, lora_nano
+
+Objective: TypeAlias = Literal["dpo", "orpo", "simpo", "kto"]
+
+BETAS: dict[Objective, float] = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
+"""The defaults of beta: TRL's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe(InstructionRecipe):
+    """Preference tuning on pairs of a chosen and a rejected answer, or on answers judged good or bad. The reference
+    policy is the base without the adapter.
+    """
+
+    kind: ClassVar[str] = "preference"
+
+    objective: Objective = "dpo"
+    """dpo, orpo, simpo: of pairs. kto: of judged answers. orpo and simpo have no reference policy."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """The loss of dpo."""
+    beta: PositiveFloat | None = None
+    """How closely the policy is held to the reference (dpo, kto), the weight of the odds ratio (orpo), or the scale of
+    the rewards (simpo). None takes 0.1, for simpo 2."""
+    label_smoothing: Fraction = 0.0
+    """The share of pairs whose order is wrong, below 0.5; for dpo with sigmoid or robust."""
+    compare_data: Literal["heldout", "nano"] = "heldout"
+    """The prompts that base and tuned model answer after training: held-out ones, or the embedded held-out
+    instructions, whose answers get points."""
+    gamma: NonNegativeFloat = 1.0
+    """The margin between the rewards, of simpo."""
+    desirable_weight: PositiveFloat = 1.0
+    """Of good answers, in kto."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Of bad answers, in kto."""
+
+    @property
+    def resolved_beta(self) -> float:
+        return BETAS[self.objective] if self.beta is None else self.beta
+
+
+def dpo_nano() -> PreferenceRecipe:
+    """DPO on the embedded base after lora-nano, on pairs of its own answers.
+
+    fgpt train lora-nano, fgpt merge lora-nano, python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl, then
+    fgpt train dpo-nano.
+    """
+    sft = lora_nano()
+    return PreferenceRecipe(
+        name="dpo-nano",
+        base="runs/lora-nano/merged",
+        data=("pairs.jsonl",),
+        template=sft.template,
+        adapter=sft.adapter,
+        lr=1e-3,
+        micro_batch_size=4,
+        compare_prompts=sft.compare_prompts,
+        max_new_tokens=sft.max_new_tokens,
+        overlong="drop",
+        compare_data="nano",
+    )
+
+
+def kto_nano() -> PreferenceRecipe:
+    """KTO on the embedded base after lora-nano, on its own answers judged by their instructions' demands.
+
+    As dpo-nano, with make_pairs --judged judged.jsonl.
+    """
+    return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto")
+
+
+RECIPES: tuple[Callable[[], PreferenceRecipe], ...] = (dpo_nano, kto_nano)

@@ -1,0 +1,155 @@
+"""Preference tuning from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import close
+
+import fgpt
+from fgpt.cli import run_dir
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.tasks.preference_tuning import encode_rows, load_split
+from fgpt.cli.training.preference_batches import PreferenceOrder, batch_of, batches, reference_logprobs
+from fgpt.data.prompt_templates import template
+from fgpt.objectives.pairs import PairBatch
+from fgpt.recipes import PreferenceRecipe, find
+from fgpt.tree import leaves
+
+SHORT = ["--base", "nano", "--steps", "4", "--micro-batch-size", "2", "--grad-accumulation-steps", "2"]
+SHORT += ["--num-heldout", "3", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
+SHORT += ["--compare-data", "heldout"]
+
+
+def pair(i: int) -> dict[str, str]:
+    return {"prompt": f"Say {i}.", "chosen": f"It is {i}." + " Yes." * (i % 3), "rejected": f"No{' no' * (i % 4)}."}
+
+
+def judged(i: int) -> dict[str, Any]:
+    return {"prompt": f"Say {i}.", "completion": f"It is {i}.", "label": i % 3 > 0}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", [pair(i) for i in range(20)])
+
+
+@pytest.fixture(scope="module")
+def dpo_run(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dpo")
+    often = ["--checkpoint-every-minutes", "0", "--keep-checkpoints", "9"]
+    assert main(["train", "dpo-nano", "--data", str(pairs_file), *SHORT, *often, "--out", str(out)]) == 0
+    return out / "dpo-nano"
+
+
+def test_a_run_leaves_its_figures(dpo_run: Path):
+    lines = read_metrics(dpo_run / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # the policy is its reference
+    assert lines[0]["weight"] == 4
+    assert "heldout_loss" in lines[1]
+    figures = json.loads((dpo_run / "result.json").read_text())
+    assert figures["heldout_rows"] == 3
+    assert 0 <= figures["accuracy"] <= 1
+    assert figures["kl"] >= 0
+    assert isinstance(run_dir.read_run(dpo_run), PreferenceRecipe)
+    assert main(["generate", str(dpo_run), "Say 3.", "--max-new-tokens", "3"]) == 0
+    assert main(["eval", "run", str(dpo_run)]) == 0
+    assert main(["report", str(dpo_run)]) == 0
+
+
+def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
+    resumed = tmp_path / "dpo-nano"
+    shutil.copytree(dpo_run, resumed)
+    for step in (3, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:2]))
+    status = json.loads((resumed / "status.json").read_text())
+    (resumed / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    assert main(["train", str(resumed), "--resume", "--out", str(tmp_path)]) == 0
+    last = [path / "checkpoints" / "step-000004" / "state.safetensors" for path in (resumed, dpo_run)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["orpo", "simpo"])
+def test_objectives_without_a_reference(objective: str, pairs_file: Path, tmp_path: Path):
+    options = ["--objective", objective, "--data", str(pairs_file), *SHORT, "--compare-prompts", "0"]
+    assert main(["train", "dpo-nano", *options, "--out", str(tmp_path)]) == 0
+    losses = [line["loss"] for line in read_metrics(tmp_path / "dpo-nano" / "metrics.jsonl")]
+    assert len(losses) == 4
+
+
+def test_kto(tmp_path: Path):
+    path = write(tmp_path / "judged.jsonl", [judged(i) for i in range(20)])
+    assert (
+        main(["train", "kto-nano", "--data", str(path), *SHORT, "--compare-prompts", "0", "--out", str(tmp_path)]) == 0
+    )
+    lines = read_metrics(tmp_path / "kto-nano" / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
+def recipe_of(path: Path, **changes: Any) -> PreferenceRecipe:
+    from dataclasses import replace
+
+    recipe: Any = find("dpo-nano")
+    return replace(recipe, base="nano", data=(str(path),), num_heldout=3, **changes)
+
+
+def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Path):
+    recipe = recipe_of(pairs_file, micro_batch_size=3)
+    train, _ = load_split(recipe)
+    params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
+    examples = encode_rows(recipe, train, template("plain"), tokenizer, 512)
+    reference, order = reference_logprobs(params, examples), PreferenceOrder(examples, recipe)
+    per_epoch = -(-len(train) // 3)
+    updates = [update for update, _ in zip(order.updates(), range(per_epoch))]
+    assert sorted(i for update in updates for i in update) == list(range(len(train)))
+    found = batches(order, examples, reference, 2, begin=1)
+    first, second = next(found)
+    assert isinstance(first, PairBatch)
+    assert leaves(first).keys() == leaves(second).keys()
+    for i in updates[1]:
+        alone = batch_of(examples, reference, [i])
+        assert isinstance(alone, PairBatch)
+        with torch.no_grad():
+            from fgpt.objectives.logprobs import sequence_logprobs
+
+            close(sequence_logprobs(params, alone.batch).sums, alone.reference, 1e-3, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective", "orpo", "--label-smoothing", "0.1"], "--loss-type and --label-smoothing belong to dpo"),
+        (["--label-smoothing", "0.6"], "expected a share below 0.5"),
+        (["--desirable-weight", "2"], "belong to kto"),
+        (["--eval-data", "x.jsonl", "--eval-every", "1"], "--eval-data is of instruction tuning"),
+        (["--max-seq-len", "8", "--overlong", "error"], "raise --max-seq-len, or give --overlong drop"),
+        (["--max-seq-len", "4"], "no row fits 4 tokens"),
+        (["--objective", "kto"], "no column 'label'"),
+    ],
+)
+def test_bad_options(
+    options: list[str], message: str, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    args = ["train", "dpo-nano", "--base", "nano", "--data", str(pairs_file), *options, "--out", str(tmp_path)]
+    assert main(args) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "dpo-nano").exists()
+
+
+def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    same = write(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    good = write(tmp_path / "good.jsonl", [{**judged(i), "label": True} for i in range(5)])
+    for recipe, path, message in [("dpo-nano", same, "are the same answer"), ("kto-nano", good, "labels are true")]:
+        assert main(["train", recipe, "--base", "nano", "--data", str(path), "--out", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
