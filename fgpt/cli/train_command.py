@@ -96,7 +96,22 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
             f"{folder.name}"
         )
     recipe = recipes.find(name)
-    return _with_update_of(recipe, parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name])))
+    run = parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
+    return _with_target_of_kind(recipe, _with_update_of(recipe, run))
+
+
+LOW_RANK = ("lora", "dora")
+
+
+def _with_target_of_kind(recipe: recipes.AnyRecipe, run: recipes.AnyRecipe) -> recipes.AnyRecipe:
+    """`run` with the default target of its kind of adapter, if `recipe` has a kind with other targets."""
+    if not isinstance(run, recipes.FineTuningRecipe) or not isinstance(recipe, recipes.FineTuningRecipe):
+        return run
+    before, now = recipe.adapter, run.adapter
+    is_same = before.kind == now.kind or {before.kind, now.kind} <= set(LOW_RANK)
+    if is_same or now.target != before.target:
+        return run
+    return dataclasses.replace(run, adapter=dataclasses.replace(now, target=None))
 
 
 def _with_update_of(recipe: recipes.AnyRecipe, run: recipes.AnyRecipe) -> recipes.AnyRecipe:

@@ -119,6 +119,7 @@ OLDER_RUNS: dict[str, tuple[dict[str, Any], AnyRecipe]] = {
             **FIELDS,
             base="nano",
             data=("alpaca",),
+            template="alpaca",
             overlong="drop",
             num_heldout=7,
             compare_prompts=6,

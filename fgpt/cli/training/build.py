@@ -60,8 +60,7 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
             params = models.load(recipe.base, dtype, recipe.quantize, device=device)
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
-        new_ids = load_tokenizer(recipe).new_ids
-        return with_rows(params, 1 + max(new_ids)) if new_ids else params
+        return with_rows(params, 1 + max(load_tokenizer(recipe).new_ids)) if recipe.new_tokens else params
 
 
 def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:

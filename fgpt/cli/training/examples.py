@@ -175,12 +175,11 @@ def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
 
 
 def _read_rows(recipe: InstructionRecipe, sources: Sequence[str], encoding: Encoding) -> list[Sequence[InstructionRow]]:
-    """The rows of each source. Their formats are printed, and what is left out."""
+    """The rows of each source. What is left out is printed."""
     rows: list[Sequence[InstructionRow]] = []
     left_out = Counter[str]()
     for name in sources:
         source = stored_rows(name, _columns(recipe, name), encoding, _contents(recipe))
-        console.print(source.format, markup=False, soft_wrap=True)
         left_out += source.left_out
         rows.append(source.rows)
     report_left_out(left_out)

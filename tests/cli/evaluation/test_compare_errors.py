@@ -36,7 +36,7 @@ def test_bad_input_is_one_line(
         "null.json": '[{"instruction": null}]',
         "list.json": '[{"instruction": "a", "input": ["b"]}]',
         "long.json": json.dumps(["a fox", "ran " * 2000]),
-        "prompts.txt": "a",
+        "prompts.md": "a",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -66,7 +66,7 @@ def test_bad_input_is_one_line(
         "null.json": "should hold text, got null",
         "list.json": "column 'input' should hold text, got list",
         "long.json": "prompt 2 has",
-        "prompts.txt": "cannot tell its format",
+        "prompts.md": "cannot tell its format",
     }
     cases += [(["compare", lora, "--prompts", str(tmp_path / name)], message) for name, message in output.items()]
     before = sorted(compared_runs.rglob("*")), sorted(tmp_path.rglob("*"))

@@ -15,7 +15,8 @@ def read(source: str) -> list[InstructionRow]:
     """The prompts of a file, in its order, or of one that comes with the package ("general").
 
     The file is a .json list or a .jsonl file of texts, or of objects with an instruction and optionally an input and an
-    output, or of FinQA's objects; or a .csv, .tsv or .parquet file of such columns. Text files may be compressed
+    output, or of FinQA's objects; a .csv, .tsv or .parquet file of such columns; or a .txt file of texts separated by
+    <|endoftext|>. Text files may be compressed
     (.jsonl.gz). A file of that name takes precedence over the package's own.
 
     Raises InputError for a file that does not exist or cannot be read, one without prompts, or an empty prompt.
@@ -32,6 +33,8 @@ def read(source: str) -> list[InstructionRow]:
 
 
 def _row(record: Any, where: str) -> InstructionRow:
+    if isinstance(record, dict) and record.keys() == {"text"}:  # a document of a text file
+        record = record["text"]
     if isinstance(record, str):
         record = {"instruction": record}
     if finqa.is_finqa(record):
