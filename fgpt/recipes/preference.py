@@ -70,7 +70,7 @@ def dpo_nano() -> PreferenceRecipe:
 def kto_nano() -> PreferenceRecipe:
     """KTO on the embedded base after lora-nano, on its own answers judged by their instructions' demands.
 
-    As dpo-nano, with make_pairs --judged judged.jsonl.
+    As dpo-nano, but the script writes judged.jsonl, with its option for judged answers.
     """
     return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto")
 

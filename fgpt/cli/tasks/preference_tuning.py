@@ -209,7 +209,7 @@ class PreferenceTask:
 def check_options(recipe: PreferenceRecipe) -> None:
     """Raises InputError for options that the objective does not have."""
     if recipe.objective != "dpo" and (recipe.loss_type != "sigmoid" or recipe.label_smoothing):
-        raise InputError(f"--loss-type and --label-smoothing belong to dpo: leave them out with {recipe.objective}")
+        raise InputError(f"--objective {recipe.objective} has no --label-smoothing or --loss-type: leave it out")
     if recipe.label_smoothing and (recipe.loss_type not in ("sigmoid", "robust") or recipe.label_smoothing >= 0.5):
         raise InputError(
             f"--label-smoothing {recipe.label_smoothing:g}: expected a share below 0.5, and the loss type sigmoid or "

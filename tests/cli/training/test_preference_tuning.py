@@ -80,9 +80,18 @@ def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
-@pytest.mark.parametrize("objective", ["orpo", "simpo"])
-def test_objectives_without_a_reference(objective: str, pairs_file: Path, tmp_path: Path):
-    options = ["--objective", objective, "--data", str(pairs_file), *SHORT, "--compare-prompts", "0"]
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["--objective", "orpo", "--beta", "0.2"],
+        ["--objective", "simpo", "--gamma", "0.5"],
+        ["--loss-type", "ipo"],
+        ["--loss-type", "robust", "--label-smoothing", "0.1"],
+    ],
+    ids=["orpo", "simpo", "ipo", "robust"],
+)
+def test_other_objectives(objective: list[str], pairs_file: Path, tmp_path: Path):
+    options = [*objective, "--data", str(pairs_file), *SHORT, "--compare-prompts", "0"]
     assert main(["train", "dpo-nano", *options, "--out", str(tmp_path)]) == 0
     losses = [line["loss"] for line in read_metrics(tmp_path / "dpo-nano" / "metrics.jsonl")]
     assert len(losses) == 4
@@ -129,7 +138,10 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--objective", "orpo", "--label-smoothing", "0.1"], "--loss-type and --label-smoothing belong to dpo"),
+        (
+            ["--objective", "orpo", "--label-smoothing", "0.1"],
+            "orpo has no --label-smoothing",
+        ),
         (["--label-smoothing", "0.6"], "expected a share below 0.5"),
         (["--desirable-weight", "2"], "belong to kto"),
         (["--eval-data", "x.jsonl", "--eval-every", "1"], "--eval-data is of instruction tuning"),
