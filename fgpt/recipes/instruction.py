@@ -303,6 +303,71 @@ def full_small() -> InstructionRecipe:
     )
 
 
+def chat_smollm2() -> InstructionRecipe:
+    """LoRA (r 8, alpha 16, every linear layer) on SmolLM2-135M-Instruct and short conversations from the Hub, in the
+    base's own chat template; loss on every answer of a conversation.
+
+    fgpt train chat-smollm2, or on local conversations: --data chat.jsonl. 2,442,240 trained parameters.
+    """
+    return replace(
+        lora_smollm2(),
+        name="chat-smollm2",
+        data=("HuggingFaceTB/everyday-conversations-llama3.1-2k[train_sft]",),
+        steps=None,
+        warmup_steps=None,
+        max_seq_len=1024,
+        micro_batch_size=2,
+        overlong="cut",
+        num_heldout=30,
+        eval_every=20,
+        compare_prompts=4,
+    )
+
+
+def chat_medium() -> InstructionRecipe:
+    """LoRA (r 8, alpha 16, q k v o) on gpt2-medium and conversations written by people, from the Hub, in turns of
+    <|user|> and <|assistant|>; loss on every answer.
+
+    fgpt train chat-medium. 1,572,864 trained parameters. Not measured yet: it needs the Hub.
+    """
+    return replace(
+        lora_medium(), name="chat-medium", data=("HuggingFaceH4/no_robots",), template="tulu", overlong="cut"
+    )
+
+
+def cpt_nano() -> InstructionRecipe:
+    """Continued pretraining of the embedded base on raw text: LoRA (r 16, alpha 32, every linear layer), loss on every
+    token.
+
+    fgpt train cpt-nano takes 2,000 of TinyStories from the Hub; local text: --data FILE.txt --eval-data other=FILE.txt
+    --num-heldout 0 for a file that is one document. 294,912 trained parameters.
+    """
+    return replace(
+        lora_nano(),
+        name="cpt-nano",
+        data=("roneneldan/TinyStories[train[:2000]]",),
+        lr=3e-3,
+        epochs=1,
+        eval_every=50,
+        compare_prompts=0,
+    )
+
+
+def cpt_small() -> InstructionRecipe:
+    """Continued pretraining of gpt2 on raw text, all its parameters, as nanoGPT finetunes; loss on every token.
+
+    fgpt train cpt-small takes 20,000 of TinyStories from the Hub; local text as for cpt-nano. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the Hub.
+    """
+    return replace(
+        full_small(),
+        name="cpt-small",
+        data=("roneneldan/TinyStories[train[:20000]]",),
+        template="none",
+        eval_every=100,
+        compare_prompts=0,
+    )
+
+
 def tinytiny_sft_full() -> InstructionRecipe:
     """Full tuning of tinytiny on LIMA from the Hub, in turns of <|user|> and <|assistant|>; answers are cut to fit.
 
@@ -365,6 +430,10 @@ RECIPES: tuple[Callable[[], InstructionRecipe], ...] = (
     full_small,
     lora_gptj,
     qlora_gptj,
+    chat_smollm2,
+    chat_medium,
+    cpt_nano,
+    cpt_small,
     tinytiny_sft_full,
     tinytiny_sft_lora,
 )
