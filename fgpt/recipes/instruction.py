@@ -356,7 +356,8 @@ def cpt_nano() -> InstructionRecipe:
 def cpt_small() -> InstructionRecipe:
     """Continued pretraining of gpt2 on raw text, all its parameters, as nanoGPT finetunes; loss on every token.
 
-    fgpt train cpt-small takes 20,000 of TinyStories from the Hub; local text as for cpt-nano. 124,439,808 trained parameters; saves a whole model. Not measured yet: it needs the Hub.
+    fgpt train cpt-small takes 20,000 of TinyStories from the Hub; local text as for cpt-nano. 124,439,808 trained
+    parameters; saves a whole model. Not measured yet: it needs the Hub.
     """
     return replace(
         full_small(),
