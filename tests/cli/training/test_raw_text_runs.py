@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+import fgpt
+from fgpt.cli.inference import generation
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 
@@ -49,6 +51,21 @@ def test_a_run_that_held_out_nothing_can_be_merged(
         " ".join(capsys.readouterr().err.split())
     )
     assert main([*args, "--num-heldout", "0"]) == 0
+    assert "with --template none it continues a text" in " ".join(capsys.readouterr().err.split())
     assert main(["merge", str(tmp_path / "runs" / "lora-nano")]) == 0
     report = json.loads((tmp_path / "runs" / "lora-nano" / "merged" / "merge.json").read_text())
     assert report["rows"] > 1
+
+
+def test_a_run_on_texts_without_a_template_continues_a_text(
+    training_args: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "one.txt").write_text("Once there was a fox. " * 60)
+    options = ["--data", str(tmp_path / "one.txt"), "--num-heldout", "0", "--template", "none", "--steps", "2"]
+    options += ["--eval-every", "None", "--no-keep-best", "--out", str(tmp_path / "runs")]
+    assert main(["train", *training_args["instruct"], *options]) == 0
+    prompts: list[list[int]] = []
+    monkeypatch.setattr(generation, "stream", lambda params, given, **options: prompts.extend(map(list, given)) or [])
+    run = str(tmp_path / "runs" / "lora-nano")
+    assert main(["generate", run, "Once there"]) == 0
+    assert prompts == [fgpt.tokenizer("nano").encode("Once there")]
