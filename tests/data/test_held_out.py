@@ -36,3 +36,18 @@ def test_a_long_row_is_named_by_its_place_in_its_source(tmp_path: Path):
     recipe = replace(lora_nano(), data=(str(tmp_path / "a.json"), str(tmp_path / "b.json")), num_heldout=5)
     with pytest.raises(InputError, match=r"b\.json, row 38 has \d+ tokens, the limit is 512"):
         load_instruction_data(recipe)
+
+
+def test_a_source_that_is_given_twice_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A row that is held out of the one is trained on from the other."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": f"Say {i}.", "output": "Yes."} for i in range(40)]))
+    recipe = replace(lora_nano(), data=(str(path), str(path)), num_heldout=5)
+    for changed, noticed in (
+        (recipe, True),
+        (replace(recipe, num_heldout=0), False),
+        (replace(recipe, data=(str(path),)), False),
+    ):
+        load_instruction_data(changed)
+        output = " ".join(capsys.readouterr().err.split())
+        assert ("a.json is given 2 times: rows that are held out once are trained on otherwise" in output) == noticed

@@ -161,6 +161,14 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
         if name not in by_name:
             by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, _contents(recipe))
             console.print(by_name[name].format, markup=False, soft_wrap=True)
+    for name, count in Counter(names).items():
+        if count > 1 and recipe.num_heldout:
+            console.print(
+                f"warning: {name} is given {count} times: rows that are held out once are trained on otherwise, and "
+                "the held-out loss is too low; repeat a source by a weight",
+                markup=False,
+                soft_wrap=True,
+            )
     report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
     counts = sum((source.counts for source in by_name.values()), Counter[str]())
     num_rows = sum(batch.num_rows for source in by_name.values() for batch in source.rows)
