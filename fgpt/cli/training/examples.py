@@ -87,8 +87,8 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
         source = int(np.searchsorted(starts, index, "right")) - 1
         name, number = sources[source][0], int(stored.rows[index])
         row = StoredRows(sources[source][1].rows)[number]
-        is_conversation = isinstance(row, ConversationRow | Turn) and row.conversation
-        return row.conversation if is_conversation else f"{name}, row {number + 1}"
+        where = row.conversation if isinstance(row, ConversationRow | Turn) else ""
+        return where or f"{name}, row {number + 1}"
 
     examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]

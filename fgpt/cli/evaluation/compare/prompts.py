@@ -42,11 +42,11 @@ def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], coun
     if not heldout:
         raise InputError(f"{first.name} held out no rows: give prompts with --prompts FILE, or --prompts general")
     cfg, tokenizer, _ = load_tokenizer(first)
-    asked = [row for row in heldout if not isinstance(row, TextRow)]
-    if not asked:
+    with_prompt = [row for row in heldout if not isinstance(row, TextRow)]
+    if not with_prompt:
         raise InputError(f"{first.name} held out raw text, and no prompts: give --prompts FILE, or --prompts general")
-    encoded = [contenders.encode_prompts(side, asked, tokenizer) for side in sides]
-    rows = [row for i, row in enumerate(asked) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
+    encoded = [contenders.encode_prompts(side, with_prompt, tokenizer) for side in sides]
+    rows = [row for i, row in enumerate(with_prompt) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
     if not rows:
         raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.n_ctx} tokens: give --prompts")
     return ComparisonPrompts(rows[:count], f"held-out prompts of {first.name}", heldout=True)
