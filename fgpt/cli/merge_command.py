@@ -50,7 +50,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     examples = task.load_heldout_examples(recipe, NUM_EXAMPLES)
     batch = tree_map(lambda x: x.to(target), packing.collate([[example] for example in examples]))
     folder_name = MERGED if recipe.quantize is None else f"{MERGED}-{merge_base}"
-    summary: dict[str, Any] = {"onto": merge_base, "held-out rows": len(examples)}
+    summary: dict[str, Any] = {"onto": merge_base, "rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
     with atomic_dir(out / folder_name) as partial:
         like = load_tokenizer(recipe).tokenizer if recipe.new_tokens else recipe.base

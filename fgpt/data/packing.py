@@ -1,7 +1,7 @@
 """From examples to batches: each example once, and no document attends to another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
@@ -36,36 +36,46 @@ def filter_by_length(
     return take(examples, indices), dropped
 
 
-def usable_indices(examples: Sequence[Example], max_seq_len: int, drop: bool = False) -> tuple[np.ndarray, DropCounts]:
+def unusable(examples: Sequence[Example], max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each example, whether it is longer than the limit, and whether it is not and has no answer."""
+    is_long = example_lengths(examples) > max_seq_len
+    return is_long, ~is_long & ~with_answer(examples)
+
+
+def usable_indices(
+    examples: Sequence[Example],
+    max_seq_len: int,
+    drop: bool = False,
+    place: Callable[[int], str] = lambda index: f"row {index + 1}",
+) -> tuple[np.ndarray, DropCounts]:
     """The indices of the examples that can be trained on, and how many were left out.
 
     Args:
         examples: The examples.
         max_seq_len: The maximum number of tokens of an example.
         drop: Leave out examples that are too long or have no answer, instead of raising.
+        place: What an error calls the example of an index.
 
     Raises:
         InputError: for such an example unless `drop` is set, and if no example remains.
     """
-    lengths = example_lengths(examples)
-    is_long = lengths > max_seq_len
-    is_empty = ~is_long & ~with_answer(examples)
-    unusable = is_long | is_empty
-    if not drop and unusable.any():
-        first = int(unusable.argmax())
+    is_long, is_empty = unusable(examples, max_seq_len)
+    is_unusable = is_long | is_empty
+    if not drop and is_unusable.any():
+        first = int(is_unusable.argmax())
         if is_empty[first]:
-            raise InputError(f"row {first + 1} has no response: give it one, or drop empty rows")
+            raise InputError(f"{place(first)} has no response: give it one, or drop empty rows")
         raise InputError(
-            f"row {first + 1} has {lengths[first]} tokens, the limit is {max_seq_len}: shorten it, raise the limit, or "
-            "drop long rows"
+            f"{place(first)} has {example_lengths(examples)[first]} tokens, the limit is {max_seq_len}: shorten it, "
+            "raise the limit, or drop long rows"
         )
     dropped = DropCounts(int(is_long.sum()), int(is_empty.sum()))
-    if unusable.all():
+    if is_unusable.all():
         raise InputError(
             f"no row with a response that fits: {len(examples)} rows came, {dropped.long} above the limit of "
             f"{max_seq_len} tokens and {dropped.empty} without a response; raise the limit or fix the rows"
         )
-    return np.flatnonzero(~unusable), dropped
+    return np.flatnonzero(~is_unusable), dropped
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_to: int | None = None) -> Batch:

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from fgpt.data.chat_pieces import chat_pieces, chat_prompt
 from fgpt.data.conversations import Conversation, Message
-from fgpt.data.examples import Example
+from fgpt.data.examples import Example, split_text
 from fgpt.data.pieces import Piece, encode_pieces
 from fgpt.data.rows import ConversationRow, InstructionRow, TextRow, Turn
 from fgpt.errors import InputError
@@ -231,6 +231,16 @@ def encode(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> Exa
     """The example of `pieces`. Raises InputError as it does."""
     (example,) = encode_pieces([pieces(row, template, tokenizer)], tokenizer)
     return example
+
+
+def encode_to_score(
+    rows: Sequence[InstructionRow], template: Template, tokenizer: Tokenizer, max_seq_len: int
+) -> list[Example]:
+    """The examples whose loss is measured: one for each row, of a raw text as many as in training.
+
+    Raises InputError as `encode` does.
+    """
+    return [part for row in rows for part in split_text(encode(row, template, tokenizer), max_seq_len)]
 
 
 def template(name: str) -> Template:

@@ -23,6 +23,7 @@ SHORTENED = "pages shortened"
 CONTEXT = "answers before the last"
 DIVIDED = "conversations divided"
 PARTS = "parts of texts"
+TEXTS = "raw texts"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def tokenize(chunk: RowChunk, encoding: Encoding) -> Tokenized:
     whole = encode_pieces(list(itertools.chain.from_iterable(texts)), encoding.tokenizer)
     row_of = [number for number, of_row in enumerate(texts, chunk.first) for _ in of_row]
     parts = [split_text(example, encoding.max_seq_len) for example in whole]
+    counts[TEXTS] = sum(isinstance(row, TextRow) for row in rows)
     counts[PARTS] = sum(map(len, parts)) - len(whole)
     return Tokenized(
         example_batch(

@@ -345,6 +345,7 @@ def cpt_nano() -> InstructionRecipe:
     return replace(
         lora_nano(),
         name="cpt-nano",
+        template="none",
         data=("roneneldan/TinyStories[train[:2000]]",),
         lr=3e-3,
         epochs=1,

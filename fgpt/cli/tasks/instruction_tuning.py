@@ -67,6 +67,7 @@ class InstructionTask:
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )
+        unmeasured = bool(eval_sets) and not recipe.eval_every
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         job = assemble_job(
@@ -87,6 +88,7 @@ class InstructionTask:
             describe_sizes(recipe.base, base, adapters),
             describe_precision(recipe),
             f"{len(examples):,} examples, {count_loss_tokens(examples):,} response tokens, {job.steps} steps",
+            *(["evaluation sets without --eval-every: fgpt eval run alone measures them"] if unmeasured else []),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         preview.print_first(examples[0], tokenizer, recipe.template)
@@ -103,7 +105,10 @@ class InstructionTask:
     @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        return fitting(cfg, tokenizer, recipe, load_heldout_rows(recipe)[:limit])
+        heldout = load_heldout_rows(recipe)[:limit]
+        if not heldout:
+            return [*load_instruction_data(recipe).examples[:limit]]
+        return fitting(cfg, tokenizer, recipe, heldout)[:limit]
 
     @staticmethod
     def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fgpt.cli.console import console
 from fgpt.cli.metrics_log import HELDOUT_LOSS, eval_loss
-from fgpt.data.examples import Example, split_text
-from fgpt.data.prompt_templates import InstructionRow, Template, encode
+from fgpt.data import packing
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import InstructionRow, Template, encode_to_score
 from fgpt.data.source_syntax import parse_source
 from fgpt.errors import InputError, short_repr
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -18,7 +19,8 @@ NAME = re.compile(r"[\w.-]+")
 def parse_eval_data(eval_data: Sequence[str]) -> dict[str, str]:
     """The source of each evaluation set, by its name: what is before `=`, or else the file's name without its ending.
 
-    Raises InputError for a name that occurs twice, and for one that is not of letters, digits, `_`, `.` and `-`.
+    Raises InputError for a name that occurs twice, for one that is not of letters, digits, `_`, `.` and `-`, and for a
+    weight.
 
     >>> parse_eval_data(["news=a/b.jsonl", "chat.json[:100]"])
     {'news': 'a/b.jsonl', 'chat': 'chat.json[:100]'}
@@ -32,6 +34,8 @@ def parse_eval_data(eval_data: Sequence[str]) -> dict[str, str]:
             raise InputError(
                 f"--eval-data {short_repr(text)}: expected FILE or NAME=FILE, with a name of letters, digits, _, -, ."
             )
+        if parse_source(source).weight is not None:
+            raise InputError(f"--eval-data {short_repr(text)}: a set is evaluated whole: leave out the weight")
         if name in sources:
             raise InputError(
                 f"--eval-data has two sets named {name}, {sources[name]} and {source}: give each another name, "
@@ -72,13 +76,13 @@ def fitting_examples(
     """The examples whose loss is computed: those of at most `max_seq_len` tokens that have a response. How many were
     left out is printed.
     """
-    examples = [part for row in rows for part in split_text(encode(row, template, tokenizer), max_seq_len)]
-    long = sum(len(example.tokens) > max_seq_len for example in examples)
-    fitting = [example for example in examples if len(example.tokens) <= max_seq_len and example.num_loss_tokens > 1]
+    examples = encode_to_score(rows, template, tokenizer, max_seq_len)
+    is_long, is_empty = packing.unusable(examples, max_seq_len)
+    fitting = [example for example, unusable in zip(examples, is_long | is_empty, strict=True) if not unusable]
     if len(fitting) < len(examples):
         console.print(
-            f"{name}: of {len(examples):,} rows {long:,} are longer than {max_seq_len} tokens and "
-            f"{len(examples) - long - len(fitting):,} have no response: its loss leaves them out",
+            f"{name}: of {len(examples):,} rows {is_long.sum():,} are longer than {max_seq_len} tokens and "
+            f"{is_empty.sum():,} have no response: its loss leaves them out",
             markup=False,
         )
     return fitting

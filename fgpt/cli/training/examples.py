@@ -1,7 +1,7 @@
 """The examples that a fine-tuning recipe trains on, and the rows held out of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ from fgpt.data.example_store import StoredExamples, StoredRows, bounds
 from fgpt.data.examples import Example
 from fgpt.data.mixtures import check_weights
 from fgpt.data.prompt_templates import template
-from fgpt.data.rows import InstructionRow, last_turns, turns_of
+from fgpt.data.rows import ConversationRow, InstructionRow, Turn, last_turns, turns_of
 from fgpt.data.source_syntax import parse_source
 from fgpt.data.tokenization import Encoding, RowChunk, shorten_pages, tokenize
 from fgpt.errors import InputError
@@ -82,7 +82,15 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
         heldout = turns_of(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)))
         training = np.flatnonzero(~is_heldout[numbers])
         stored, starts = stored.take(training), np.searchsorted(training, starts)
-    examples, usable = _fit(recipe, stored, encoding.max_seq_len)
+
+    def place(index: int) -> str:
+        source = int(np.searchsorted(starts, index, "right")) - 1
+        name, number = sources[source][0], int(stored.rows[index])
+        row = StoredRows(sources[source][1].rows)[number]
+        where = row.conversation if isinstance(row, ConversationRow | Turn) else ""
+        return where or f"{name}, row {number + 1}"
+
+    examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
     ranges = zip([name for name, _ in sources], edges[:-1], edges[1:], strict=True)
     return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
@@ -153,6 +161,14 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
         if name not in by_name:
             by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, _contents(recipe))
             console.print(by_name[name].format, markup=False, soft_wrap=True)
+    for name, count in Counter(names).items():
+        if count > 1 and recipe.num_heldout:
+            console.print(
+                f"warning: {name} is given {count} times: rows that are held out once are trained on otherwise, and "
+                "the held-out loss is too low; repeat a source by a weight",
+                markup=False,
+                soft_wrap=True,
+            )
     report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
     counts = sum((source.counts for source in by_name.values()), Counter[str]())
     num_rows = sum(batch.num_rows for source in by_name.values() for batch in source.rows)
@@ -201,7 +217,9 @@ def _contents(recipe: InstructionRecipe) -> list[str | bytes]:
     return [*tokenizer_contents(recipe.base), *recipe.new_tokens]
 
 
-def _fit(recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int) -> tuple[Sequence[Example], np.ndarray]:
+def _fit(
+    recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int, place: Callable[[int], str]
+) -> tuple[Sequence[Example], np.ndarray]:
     """Those that can be trained on, of at most `max_seq_len` tokens, and their indices. How many were truncated or left
     out is printed.
 
@@ -211,7 +229,7 @@ def _fit(recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int) 
         examples, truncated = examples.truncate(max_seq_len)
         if truncated:
             console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
-    usable, dropped = packing.usable_indices(examples, max_seq_len, recipe.overlong != "error")
+    usable, dropped = packing.usable_indices(examples, max_seq_len, recipe.overlong != "error", place)
     if dropped.long or dropped.empty:
         console.print(
             f"left out {dropped.long} rows longer than {max_seq_len} tokens and {dropped.empty} without a response"
@@ -280,7 +298,10 @@ def num_heldout(rows: Sequence[object], requested: float, source: str) -> int:
     if 2 * count <= len(rows):
         return count
     if len(rows) < 2:
-        raise InputError(f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some")
+        raise InputError(
+            f"{source} has {len(rows)} rows: expected 2 or more, one of them to be held out; add some, or "
+            "hold out none with --num-heldout 0"
+        )
     count = max(1, len(rows) // 10)
     console.print(
         f"held out {count:,} of {len(rows):,} rows, a tenth: --num-heldout {requested} would be more than half",

@@ -7,7 +7,7 @@ from fgpt.cli.console import console
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import conversations
 from fgpt.data.template_markers import MARKERS
-from fgpt.data.tokenization import CONTEXT, DIVIDED, PARTS, SHORTENED
+from fgpt.data.tokenization import CONTEXT, DIVIDED, PARTS, SHORTENED, TEXTS
 from fgpt.recipes import InstructionRecipe
 
 
@@ -50,6 +50,12 @@ def report_counts(recipe: InstructionRecipe, counts: Counter[str], num_rows: int
         )
     if count := counts[PARTS]:
         console.print(f"split texts longer than {max_seq_len} tokens: {count:,} more examples")
+    if recipe.template != "none" and counts[TEXTS] == num_rows:
+        console.print(
+            f"no template is put around raw text, but around prompts of fgpt generate ({recipe.template}): with "
+            "--template none it continues a text",
+            soft_wrap=True,
+        )
     marker = max(MARKERS, key=lambda marker: counts[marker])
     if recipe.template != "none" and 2 * counts[marker] > num_rows:
         console.print(

@@ -97,7 +97,7 @@ def test_a_run_without_held_out_rows(compared_runs: Path, tmp_path: Path, capsys
     assert main(["train", "lora-nano", *options, "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "lora-nano")]) == 2
-    assert "held out no rows: give prompts with --prompts FILE" in one_line(capsys)
+    assert "held out no rows: give prompts with --prompts FILE" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_rows_that_another_run_may_have_seen(compared_runs: Path):

@@ -131,3 +131,14 @@ def test_a_name_before_the_file(tmp_path: Path):
 def test_a_fraction_is_below_one(value: str, capsys: Any):
     assert main(["train", "lora-nano", "--num-heldout", value]) == 2
     assert "--num-heldout is" in capsys.readouterr().err
+
+
+def test_a_set_has_no_weight_and_is_not_forgotten(
+    files: Path, training_args: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(InputError, match=r"a set is evaluated whole: leave out the weight"):
+        parse_eval_data([f"news={files / 'news.json'}:0.5"])
+    options = ["--eval-data", str(files / "news.json"), "--eval-every", "None", "--no-keep-best", "--steps", "1"]
+    args = ["train", *training_args["instruct"], *options, "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(args) == 0
+    assert "evaluation sets without --eval-every" in " ".join(capsys.readouterr().err.split())

@@ -17,7 +17,8 @@ from fgpt.recipes import RECIPES
 # ---------------------------------------------------------------------------------------------------- what it leaves
 
 
-METHODS = {name: [name] for name in RECIPES if name.endswith("-nano") and name != "pretrain-nano"} | {
+NANO = [name for name, make in RECIPES.items() if getattr(make(), "data", None) == ("nano",) and make().base == "nano"]  # pyright: ignore
+METHODS = {name: [name] for name in NANO if name != "grpo-nano"} | {
     "bias": ["lora-nano", "--adapter.kind", "bias", "--adapter.target", r".*\.b", "--lr", "1e-2"],
     "dropout": ["lora-nano", "--adapter.dropout", "0.2"],
     "remat": ["qdora-nano", "--remat"],

@@ -32,10 +32,9 @@ def test_a_run_saves_what_its_optimizer_evaluates(optimizer: str, project: Path,
     state, losses = job.initial_state.take(), []
     batches = job.batches(0)
     states = []
-    assert job.heldout_loss is not None
     for step in range(job.steps):
         state, _ = job.train_step(state, next(batches), step)
-        losses.append(job.heldout_loss(job.evaluation_params(state)))
+        losses.append(job.eval_losses["heldout_loss"](job.evaluation_params(state)))
         states.append(state)
     best = states[min(range(job.steps), key=losses.__getitem__)]
     assert same(saved, job.evaluation_params(best))

@@ -74,6 +74,14 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []  # nothing half-made
 
 
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, after a line for the format of each source."""
+    *lines, error = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ")
+    assert len(lines) == 1, lines
+    return error
+
+
 def test_bad_columns_and_rows(tmp_path: Path, instruction_file: Path, capsys: pytest.CaptureFixture[str]):
     out = ["--out", str(tmp_path / "runs")]
     assert main(["train", "lora-nano", "--data", str(instruction_file), "--columns.output", "answer", *out]) == 2
@@ -81,11 +89,11 @@ def test_bad_columns_and_rows(tmp_path: Path, instruction_file: Path, capsys: py
     single = tmp_path / "single.json"
     single.write_text(json.dumps([{"instruction": "Say one.", "output": "one"}]))
     assert main(["train", "lora-nano", "--data", str(single), *out]) == 2
-    assert "single.json has 1 rows: expected 2 or more, one of them to be held out" in one_line(capsys)
+    assert "single.json has 1 rows: expected 2 or more, one of them to be held out" in last_line(capsys)
     silent = tmp_path / "silent.json"
     silent.write_text(json.dumps([{"instruction": "Say nothing.", "output": ""}] * 9))
     assert main(["train", "lora-nano", "--data", str(silent), "--num-heldout", "2", *out]) == 2
-    assert "row 1 has no response" in one_line(capsys)
+    assert "silent.json, row 1 has no response" in last_line(capsys)
     assert not (tmp_path / "runs").exists()
 
 
@@ -127,10 +135,13 @@ def test_a_full_disk(tmp_path: Path):
 
 def test_the_hub_away_says_so_at_once(tmp_path: Path):
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    for options, thing in (([], "alpaca"), (["--data", str(tmp_path / "rows.json")], "gpt2-medium")):
+    for recipe, data, thing in (
+        ("lora-nano", "alpaca", "alpaca"),
+        ("lora-medium", str(tmp_path / "rows.json"), "gpt2-medium"),
+    ):
         rows = [{"instruction": "a", "output": "b"}] * 80
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        command = [sys.executable, "-m", "fgpt", "train", "lora-medium", *options]
+        command = [sys.executable, "-m", "fgpt", "train", recipe, "--data", data]
         command += ["--out", str(tmp_path / "out")]
         done = subprocess.run(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
         assert done.returncode == 2

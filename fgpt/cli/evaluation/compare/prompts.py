@@ -15,7 +15,7 @@ from fgpt.cli.results import training_id
 from fgpt.cli.training.hashes import content_hash
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import finqa
-from fgpt.data.prompt_templates import InstructionRow
+from fgpt.data.rows import InstructionRow, TextRow
 from fgpt.errors import InputError
 
 PENALTIES = ("repetition_penalty", "no_repeat_ngram")
@@ -33,7 +33,8 @@ class ComparisonPrompts:
 
 
 def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], count: int) -> ComparisonPrompts:
-    """The first `count` rows that the first run held out and whose prompts leave tokens for an answer.
+    """The first `count` rows that the first run held out and whose prompts leave tokens for an answer. Raw texts
+    have none.
 
     Raises InputError if there are none.
     """
@@ -41,8 +42,11 @@ def held_out(sides: Sequence[Contender], heldout: Sequence[InstructionRow], coun
     if not heldout:
         raise InputError(f"{first.name} held out no rows: give prompts with --prompts FILE, or --prompts general")
     cfg, tokenizer, _ = load_tokenizer(first)
-    encoded = [contenders.encode_prompts(side, heldout, tokenizer) for side in sides]
-    rows = [row for i, row in enumerate(heldout) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
+    with_prompt = [row for row in heldout if not isinstance(row, TextRow)]
+    if not with_prompt:
+        raise InputError(f"{first.name} held out raw text, and no prompts: give --prompts FILE, or --prompts general")
+    encoded = [contenders.encode_prompts(side, with_prompt, tokenizer) for side in sides]
+    rows = [row for i, row in enumerate(with_prompt) if all(len(of_side[i]) < cfg.n_ctx for of_side in encoded)]
     if not rows:
         raise InputError(f"no held-out prompt of {first.name} fits the context of {cfg.n_ctx} tokens: give --prompts")
     return ComparisonPrompts(rows[:count], f"held-out prompts of {first.name}", heldout=True)

@@ -11,7 +11,7 @@ from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, r
 from fgpt.cli.training.nano_rows import PARTS, Task
 from fgpt.data import packing
 from fgpt.data.examples import Example
-from fgpt.data.prompt_templates import InstructionRow, encode, template
+from fgpt.data.prompt_templates import InstructionRow, encode, encode_to_score, template
 from fgpt.model import GPT, Config
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -19,8 +19,9 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Sequence[InstructionRow]) -> list[Example]:
     """The rows that fit the run's max_seq_len, in its template."""
-    encoded = [encode(row, template(run.template), tokenizer) for row in rows]
-    return list(packing.filter_by_length(encoded, min(run.max_seq_len, cfg.n_ctx), drop=True)[0])
+    width = min(run.max_seq_len, cfg.n_ctx)
+    encoded = encode_to_score(rows, template(run.template), tokenizer, width)
+    return list(packing.filter_by_length(encoded, width, drop=True)[0])
 
 
 def reference_examples(
