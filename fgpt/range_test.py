@@ -24,6 +24,10 @@ class LRRange(NamedTuple):
         losses: The loss of each before each of its updates, in nats per weighted token.
         smoothed: Their exponential moving averages, with its bias corrected.
         suggestion: The rate that `suggest_lr` takes; None if no rate lowers the loss.
+
+    >>> import torch
+    >>> LRRange(torch.tensor([1e-3]), torch.zeros(1, 4), torch.zeros(1, 4), None).losses.shape
+    torch.Size([1, 4])
     """
 
     lrs: Float[Tensor, " rates"]

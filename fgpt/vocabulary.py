@@ -16,7 +16,12 @@ from fgpt.weights import Weight, shape
 
 
 class AddedTokens(NamedTuple):
-    """A model and its tokenizer with new tokens, and the ids of these."""
+    """A model and its tokenizer with new tokens, and the ids of these.
+
+    >>> import fgpt
+    >>> fgpt.add_tokens(fgpt.load("nano"), fgpt.tokenizer("nano"), ["<|user|>"]).ids
+    (4096,)
+    """
 
     params: GPT
     tokenizer: Tokenizer
