@@ -213,6 +213,9 @@ def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
 
 def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
     """The tensor of the leaves `parts`, as the hub has it."""
+    if parts[0].is_meta:  # its shape: torch's `cat` of such tensors imports the compiler, which takes a second
+        x = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+        return x.T if s.transposed and not s.heads else x
     if s.heads:
         return rearrange(parts, "part (heads size) ... -> (heads part size) ...", heads=s.heads)
     x = parts[0] if len(parts) == 1 else torch.cat(parts)
