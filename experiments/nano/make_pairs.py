@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     tasks = read_tasks(NANO_TASKS)[: options.limit]
     answers = sample(load_run(options.run), tasks, options.samples, options.temperature, options.seed)
-    lines = list(judged(tasks, answers) if options.judged else pairs(tasks, answers))
+    lines = list(judge(tasks, answers) if options.judged else pairs(tasks, answers))
     write(options.out, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(lines)} lines from {len(tasks)} instructions with {options.samples} answers each: {options.out}")
 
@@ -73,7 +73,7 @@ def pairs(tasks: list[Task], answers: list[list[Answer]]) -> Iterator[dict[str, 
             yield {"prompt": prompt(task), "chosen": finished[best].text, "rejected": finished[worst].text}
 
 
-def judged(tasks: list[Task], answers: list[list[Answer]]) -> Iterator[dict[str, str | bool]]:
+def judge(tasks: list[Task], answers: list[list[Answer]]) -> Iterator[dict[str, str | bool]]:
     for task, group in zip(tasks, answers, strict=True):
         for answer in group:
             share = points(task, answer)

@@ -117,7 +117,8 @@ class PreferenceTask:
         has_reference = recipe.objective in ("dpo", "kto")
         make_reference = reference_logprobs if has_reference else lambda _, rows: no_reference(rows)
         reference = make_reference(base, examples)
-        held = HeldOutRows([chosen_row(x) for x in heldout], heldout_examples, make_reference(base, heldout_examples))
+        heldout_reference = make_reference(base, heldout_examples)
+        heldout_rows = HeldOutRows([chosen_row(x) for x in heldout], heldout_examples, heldout_reference)
         order = PreferenceOrder(examples, recipe)
         steps = order.num_steps()
         schedule = make_schedule(recipe, steps)
@@ -141,7 +142,7 @@ class PreferenceTask:
             fingerprint=fingerprint(recipe, base, tokenizer, recipe.base, training_rows=rows, labels=labels),
             initial_state=InitialState(init_state(adapters, optimizer)),
             tokenizer=tokenizer,
-            eval_losses={HELDOUT_LOSS: lambda tuned: heldout_loss(recipe, adapt(frozen, tuned), held)},
+            eval_losses={HELDOUT_LOSS: lambda tuned: heldout_loss(recipe, adapt(frozen, tuned), heldout_rows)},
             evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         )
         announce(
@@ -151,7 +152,7 @@ class PreferenceTask:
             describe_rows(recipe, examples, steps),
             *warn_if_all_warmup(recipe.peak_lr, steps, recipe.num_warmup_steps(steps)),
         )
-        return cls(recipe, job, held)
+        return cls(recipe, job, heldout_rows)
 
     @staticmethod
     def load_base(recipe: PreferenceRecipe) -> GPT:
@@ -174,8 +175,8 @@ class PreferenceTask:
         rows = load_split(recipe)[1][: options.limit]
         examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg))
         base = load_base(recipe)
-        held = HeldOutRows([], examples, reference_logprobs(base, examples))
-        figures = pair_figures(recipe, run_dir.load_tuned(folder, base), base, held)
+        heldout_rows = HeldOutRows([], examples, reference_logprobs(base, examples))
+        figures = pair_figures(recipe, run_dir.load_tuned(folder, base), base, heldout_rows)
         print_figures(figures)
         return {"held-out pairs": figures}
 
@@ -310,23 +311,23 @@ def comparison_rows(recipe: PreferenceRecipe, heldout: list[InstructionRow]) -> 
 
 
 @torch.no_grad()
-def heldout_loss(recipe: PreferenceRecipe, params: GPT, held: HeldOutRows) -> float:
+def heldout_loss(recipe: PreferenceRecipe, params: GPT, heldout_rows: HeldOutRows) -> float:
     """The mean loss of the held-out rows."""
     total, count = 0.0, 0.0
-    for batch in _heldout_batches(params, held):
+    for batch in _heldout_batches(params, heldout_rows):
         loss, number = objective(recipe, params, batch)
         total, count = total + float(loss), count + float(number)
     return total / count
 
 
 @torch.no_grad()
-def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, held: HeldOutRows) -> dict[str, float]:
+def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, heldout_rows: HeldOutRows) -> dict[str, float]:
     """Of held-out rows: the share in which the implicit reward of the chosen answer is higher, the mean margin of the
     rewards, and KL(policy ‖ base) per token of the answers.
     """
     margins: list[Tensor] = []
     divergence = tokens = 0.0
-    for batch in _heldout_batches(params, held):
+    for batch in _heldout_batches(params, heldout_rows):
         answers = batch.batch
         total, weight = distillation(base, answers, teacher=params)
         divergence, tokens = divergence + float(total), tokens + float(weight)
@@ -341,11 +342,11 @@ def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, held: HeldOut
     return {name: x for name, x in figures.items() if math.isfinite(x)}
 
 
-def _heldout_batches(params: GPT, held: HeldOutRows) -> list[PairBatch | JudgedBatch]:
-    indices = range(len(held.examples))
+def _heldout_batches(params: GPT, heldout_rows: HeldOutRows) -> list[PairBatch | JudgedBatch]:
+    indices = range(len(heldout_rows.examples))
     parts = [indices[i : i + EVALUATION_ROWS] for i in range(0, len(indices), EVALUATION_ROWS)]
-    made = [batch_of(held.examples, held.reference, part) for part in parts]
-    return [tree_map(lambda x: x.to(device(params)), batch) for batch in made]
+    batches_of_rows = [batch_of(heldout_rows.examples, heldout_rows.reference, part) for part in parts]
+    return [tree_map(lambda x: x.to(device(params)), batch) for batch in batches_of_rows]
 
 
 def print_figures(figures: dict[str, float]) -> None:
