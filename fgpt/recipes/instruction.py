@@ -340,9 +340,9 @@ def cpt_nano() -> InstructionRecipe:
     token.
 
     fgpt train cpt-nano takes 2,000 of TinyStories from the Hub; local text: --data FILE.txt --eval-data other=FILE.txt
-    --num-heldout 0 for a file that is one document. 294,912 trained parameters. On nine tenths of tiny Shakespeare (410,000
-    tokens) the loss falls from 7.26 in the first step to 4.49 on the last tenth: 201 steps in 431 s on one busy core of
-    an AMD EPYC, 0.83 GB.
+    --num-heldout 0 for a file that is one document. 294,912 trained parameters. On nine tenths of tiny Shakespeare
+    (410,000 tokens) the loss falls from 7.26 in the first step to 4.49 on the last tenth: 201 steps in 431 s on one
+    busy core of an AMD EPYC, 0.83 GB.
     """
     return replace(
         lora_nano(),
