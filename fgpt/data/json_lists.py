@@ -63,7 +63,7 @@ def list_items(file: io.TextIOBase) -> Iterator[Any]:
                 item, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError):
                 end = None
-            if end is not None and end < len(text):  # a number at the end may go on
+            if end is not None and end < len(text) and text[end] not in ".eE":  # a number at the end may go on
                 break
             chunk *= 2
             if not more():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fgpt.cli.training.hashes import fast_hash
@@ -93,6 +93,8 @@ values = st.recursive(
 
 
 @given(st.lists(values, max_size=6), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())
+@example([0.0], 2, None, False)
+@example([1.5e300, -2e-9], 1, None, False)
 def test_the_items_of_a_list(items: list[object], chunk: int, indent: int | None, ascii_only: bool):
     text = json.dumps(items, indent=indent, ensure_ascii=ascii_only)
     with pytest.MonkeyPatch.context() as patch:
