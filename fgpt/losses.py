@@ -1,6 +1,6 @@
 """Batches, and the loss of a model on one."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fgpt._typing import check_shapes
@@ -78,14 +78,30 @@ def token_nll(
         remat: Activation checkpointing, see `hidden`.
         compile: Compile the transformer block, see `hidden`.
     """
-    y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
+    h = loss_hidden(params, batch, remat, compile)
+    losses = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, at_loss(batch.targets, batch))
+    return losses, at_loss(batch.weights, batch).to(losses.dtype)
+
+
+def loss_hidden(params: GPT, batch: Batch, remat: bool = False, compile: bool = False) -> Float[Tensor, "n d_model"]:
+    """The hidden states from which a loss is computed: at the batch's `loss_positions`, or at all positions, flat.
+
+    Args:
+        params: The model, adapted or not.
+        batch: Tokens, and where the loss is.
+        remat: Activation checkpointing, see `hidden`.
+        compile: Compile the transformer block, see `hidden`.
+    """
+    positions = batch.loss_positions
     if positions is None:
-        h = hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
-    else:
-        h = hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
-        y, weights = y.index_select(0, positions), weights.index_select(0, positions)
-    losses = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, y)
-    return losses, weights.to(losses.dtype)
+        return hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
+    return hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
+
+
+def at_loss(values: Shaped[Tensor, "*batch seq"], batch: Batch) -> Shaped[Tensor, " n"]:
+    """Targets or weights of a batch where `loss_hidden` has states."""
+    flat = values.flatten()
+    return flat if batch.loss_positions is None else flat.index_select(0, batch.loss_positions)
 
 
 def linear_terms(x: Float[Tensor, "*batch in"], w: Weight) -> list[tuple[Tensor, Tensor]]:

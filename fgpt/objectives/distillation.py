@@ -7,8 +7,8 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.losses import Batch
-from fgpt.model import GPT, hidden, hidden_at, logits
+from fgpt.losses import Batch, at_loss, loss_hidden
+from fgpt.model import GPT, logits
 
 
 @check_shapes
@@ -59,16 +59,8 @@ def distillation(
             f"the student has {params.cfg.vocab_size} tokens, the teacher {teacher.cfg.vocab_size}: expected one "
             "vocabulary"
         )
-
-    def logits_of(model: GPT, remat: bool = False, compile: bool = False) -> Tensor:
-        tokens, segments, bounds, positions = batch.tokens, batch.segments, batch.cu_seqlens, batch.loss_positions
-        if positions is None:
-            return logits(model, hidden(model, tokens, segments, remat, compile, bounds)).flatten(0, -2)
-        return logits(model, hidden_at(model, tokens, positions, segments, remat, compile, bounds))
-
     with torch.no_grad():
-        target = logits_of(teacher)
-    weights = batch.weights.flatten()
-    weights = weights if batch.loss_positions is None else weights.index_select(0, batch.loss_positions)
-    losses = kl_divergences(target, logits_of(params, remat, compile), temperature=temperature)
+        target = logits(teacher, loss_hidden(teacher, batch))
+    student = logits(params, loss_hidden(params, batch, remat, compile))
+    losses, weights = kl_divergences(target, student, temperature=temperature), at_loss(batch.weights, batch)
     return (weights * losses).sum(), weights.sum()

@@ -7,8 +7,8 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.losses import Batch
-from fgpt.model import GPT, hidden, hidden_at, logits
+from fgpt.losses import Batch, at_loss, loss_hidden
+from fgpt.model import GPT, logits
 
 
 @check_shapes
@@ -31,13 +31,8 @@ def smoothed_nll(
     """
     if not 0 <= label_smoothing <= 1:
         raise InputError(f"label_smoothing is {label_smoothing}: expected 0 to 1")
-    y, weights, positions = batch.targets.flatten(), batch.weights.flatten(), batch.loss_positions
-    if positions is None:
-        h = hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
-    else:
-        h = hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
-        y, weights = y.index_select(0, positions), weights.index_select(0, positions)
-    logp = at_least_fp32(logits(params, h)).log_softmax(-1)
+    y, weights = at_loss(batch.targets, batch), at_loss(batch.weights, batch)
+    logp = at_least_fp32(logits(params, loss_hidden(params, batch, remat, compile))).log_softmax(-1)
     right = logp.gather(-1, y[:, None]).squeeze(-1)
     losses = -(1 - label_smoothing) * right - label_smoothing * logp.mean(-1)
     return (weights * losses).sum(), torch.sum(weights)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
-from fgpt.losses import Batch
-from fgpt.model import GPT, hidden, hidden_at, lm_head
+from fgpt.losses import Batch, loss_hidden
+from fgpt.model import GPT, lm_head
 from fgpt.objectives.pairs import PairBatch
 from fgpt.weights import linear, shape
 
@@ -28,11 +28,8 @@ def rewards(params: GPT, batch: Batch, remat: bool = False, compile: bool = Fals
     head = lm_head(params)
     if (rows := shape(head.w)[0]) != 1:
         raise InputError(f"the head has {rows} rows: expected one: with_classification_head(params, 1, rng)")
-    if batch.loss_positions is not None:
-        h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments, remat, compile, batch.cu_seqlens)
-        return linear(h, head.w, head.b).squeeze(-1)
-    h = hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens)
-    return (linear(h, head.w, head.b).squeeze(-1) * batch.weights).sum(-1)
+    values = linear(loss_hidden(params, batch, remat, compile), head.w, head.b).squeeze(-1)
+    return values if batch.loss_positions is not None else (values.view(batch.weights.shape) * batch.weights).sum(-1)
 
 
 @check_shapes
