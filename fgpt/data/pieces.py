@@ -54,12 +54,3 @@ def _example(pieces: Sequence[Piece], tokens_of: Mapping[tuple[str, bool], Seque
         else:
             spans.append(Span(start, len(tokens), piece.weight))
     return Example(tuple(tokens), tuple(spans))
-
-
-def piece_tokens(piece: Piece, tokenizer: Tokenizer) -> Sequence[int]:
-    """The tokens of a piece."""
-    if piece.tokens is not None:
-        return piece.tokens
-    if piece.has_special:
-        return tokenizer.encode_special(piece.text, add_special_tokens=False)
-    return tokenizer.encode(piece.text)

@@ -11,7 +11,6 @@ from torch import Tensor
 from fgpt.cli.console import show_progress
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
-from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.objectives.kto import JudgedBatch
 from fgpt.objectives.logprobs import sequence_logprobs
@@ -107,19 +106,15 @@ def batch_of(examples: PreferenceExamples, reference: Reference, indices: Sequen
     rejected = [[examples.rejected[i]] for i in indices]
     if examples.labels is None:
         sums = torch.cat([reference.chosen[list(indices)], reference.rejected[list(indices)]])
-        return PairBatch(_collate(chosen + rejected), sums)
+        return PairBatch(packing.collate(chosen + rejected), sums)
     labels = torch.tensor([examples.labels[i] for i in indices])
     return JudgedBatch(
-        _collate(chosen),
+        packing.collate(chosen),
         labels,
         reference.chosen[list(indices)],
-        _collate(rejected),
+        packing.collate(rejected),
         reference.rejected[list(indices)],
     )
-
-
-def _collate(rows: list[list[Example]]) -> Batch:
-    return packing.collate(rows)
 
 
 def batches(
