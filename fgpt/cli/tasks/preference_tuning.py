@@ -35,11 +35,11 @@ from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
-    PreferenceOrder,
     Reference,
     batch_of,
     batches,
     no_reference,
+    preference_order,
     reference_logprobs,
 )
 from fgpt.cli.training.row_reports import resolve_template
@@ -119,7 +119,7 @@ class PreferenceTask:
         reference = make_reference(base, examples)
         heldout_reference = make_reference(base, heldout_examples)
         heldout_rows = HeldOutRows([chosen_row(x) for x in heldout], heldout_examples, heldout_reference)
-        order = PreferenceOrder(examples, recipe)
+        order = preference_order(examples, recipe)
         steps = order.num_steps()
         schedule = make_schedule(recipe, steps)
         optimizer = make_optimizer(recipe, schedule)

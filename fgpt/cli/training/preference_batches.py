@@ -1,6 +1,5 @@
 """Batches of preference tuning: pairs, or judged answers, with the log-probabilities of the reference policy."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fgpt.cli.console import show_progress
+from fgpt.cli.training.row_order import UpdateOrder
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
 from fgpt.model import GPT
@@ -16,7 +16,6 @@ from fgpt.objectives.kto import JudgedBatch
 from fgpt.objectives.logprobs import sequence_logprobs
 from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes.preference import PreferenceRecipe
-from fgpt.rng import fold_in, key
 from fgpt.tree import device, tree_map
 
 REFERENCE_ROWS = 16
@@ -69,35 +68,10 @@ def _logprobs(base: GPT, examples: Sequence[Example]) -> Tensor:
     return sums
 
 
-class PreferenceOrder:
-    """The rows of each update: epoch after epoch in a fresh order, those of similar length together; a function of the
-    seed.
-    """
-
-    def __init__(self, examples: PreferenceExamples, recipe: PreferenceRecipe) -> None:
-        self._recipe = recipe
-        self._lengths = np.maximum(example_lengths(examples.chosen), example_lengths(examples.rejected))
-        self._max_length = int(self._lengths.max())
-
-    def _lay_out(self, epoch: int) -> list[list[int]]:
-        rng = fold_in(key(self._recipe.seed), f"epoch {epoch}")
-        order = packing.permutation(len(self._lengths), fold_in(rng, "examples"))
-        per_update = self._recipe.rows_per_update
-        updates = packing.lay_out_rows(order, self._lengths, self._max_length, per_update, rng=rng, packed=False)
-        return [[i for row in rows for i in row] for rows in updates]
-
-    def updates(self, begin: int = 0) -> Iterator[list[int]]:
-        """The rows of each update, from update `begin` on."""
-        per_epoch = len(self._lay_out(0))
-        for epoch in itertools.count(begin // per_epoch):
-            yield from self._lay_out(epoch)[begin % per_epoch :]
-            begin = 0
-
-    def num_steps(self) -> int:
-        """Updates in the recipe's epochs, or its `steps` if it names them."""
-        if self._recipe.steps:
-            return self._recipe.steps
-        return max(1, round(self._recipe.epochs * len(self._lay_out(0))))
+def preference_order(examples: PreferenceExamples, recipe: PreferenceRecipe) -> UpdateOrder:
+    """The order of pairs, or of judged answers: each is a row of its own, with those of similar length in an update."""
+    lengths = np.maximum(example_lengths(examples.chosen), example_lengths(examples.rejected))
+    return UpdateOrder(lengths, recipe, int(lengths.max()), packed=False)
 
 
 def batch_of(examples: PreferenceExamples, reference: Reference, indices: Sequence[int]) -> PairBatch | JudgedBatch:
@@ -118,13 +92,14 @@ def batch_of(examples: PreferenceExamples, reference: Reference, indices: Sequen
 
 
 def batches(
-    order: PreferenceOrder,
+    order: UpdateOrder,
     examples: PreferenceExamples,
     reference: Reference,
     micro_batch_size: int,
     begin: int = 0,
 ) -> Iterator[list[PairBatch | JudgedBatch]]:
     """The micro-batches of one update after the other, from update `begin` on, without end."""
-    for indices in order.updates(begin):
+    for rows in order.indices(begin):
+        indices = [i for row in rows for i in row]
         parts = [indices[i : i + micro_batch_size] for i in range(0, len(indices), micro_batch_size)]
         yield [batch_of(examples, reference, part) for part in parts]

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
+
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
 from fgpt.data.mixtures import Mixture
@@ -16,42 +18,36 @@ Rows = list[list[Example]]
 """The same rows, read."""
 
 
-class RowOrder:
-    """The rows of one update after the other: epoch after epoch in a fresh order, without end.
+class UpdateOrder:
+    """The rows of one update after the other, by their indices: epoch after epoch in a fresh order, without end.
 
     An epoch reads the examples that the mixture draws, by default each one once. The rows are a function of the seed
     and of the number of rows in an update, `micro_batch_size` times `grad_accumulation_steps`: smaller micro-batches of
     the same update change its gradient by rounding alone.
-
-    Raises InputError for examples that cannot be trained on.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        lengths: np.ndarray,
         recipe: FineTuningRecipe,
         max_seq_len: int,
         mixture: Mixture | None = None,
+        *,
+        packed: bool = True,
     ) -> None:
-        packing.filter_by_length(examples, max_seq_len)
-        self._mixture = mixture or Mixture((len(examples),), (len(examples),))
-        self._examples, self._recipe, self.max_seq_len = examples, recipe, max_seq_len
-        self._lengths = example_lengths(examples)
+        self._lengths, self._recipe, self.max_seq_len, self._packed = lengths, recipe, max_seq_len, packed
+        self._mixture = mixture or Mixture((len(lengths),), (len(lengths),))
 
     @cached_property
     def first_epoch(self) -> list[RowIndices]:
         """Its updates: counted for the number of steps, and then trained on."""
         return self._lay_out(0)
 
-    def read(self, update: RowIndices) -> Rows:
-        """The examples of an update's rows."""
-        return [[self._examples[i] for i in row] for row in update]
-
-    def updates(self, begin: int = 0) -> Iterator[Rows]:
+    def indices(self, begin: int = 0) -> Iterator[RowIndices]:
         """The rows of each update, from update `begin` on; the last one of an epoch has those that are left."""
         for epoch in itertools.count():
             updates = self.first_epoch if epoch == 0 else self._lay_out(epoch)
-            yield from map(self.read, updates[begin:])
+            yield from updates[begin:]
             begin = max(0, begin - len(updates))
 
     def num_steps(self) -> int:
@@ -64,4 +60,31 @@ class RowOrder:
         seed = key(self._recipe.seed)
         rng, drawn = fold_in(seed, f"epoch {epoch}"), self._mixture.draw(fold_in(seed, "mixture"), epoch)
         order = drawn[packing.permutation(len(drawn), fold_in(rng, "examples"))].tolist()
-        return packing.lay_out_rows(order, self._lengths, self.max_seq_len, self._recipe.rows_per_update, rng=rng)
+        size = self._recipe.rows_per_update
+        return packing.lay_out_rows(order, self._lengths, self.max_seq_len, size, rng=rng, packed=self._packed)
+
+
+class RowOrder(UpdateOrder):
+    """The order of examples that are packed into rows, which it reads.
+
+    Raises InputError for examples that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        recipe: FineTuningRecipe,
+        max_seq_len: int,
+        mixture: Mixture | None = None,
+    ) -> None:
+        packing.filter_by_length(examples, max_seq_len)
+        super().__init__(example_lengths(examples), recipe, max_seq_len, mixture)
+        self._examples = examples
+
+    def read(self, update: RowIndices) -> Rows:
+        """The examples of an update's rows."""
+        return [[self._examples[i] for i in row] for row in update]
+
+    def updates(self, begin: int = 0) -> Iterator[Rows]:
+        """The rows of each update, read, from update `begin` on."""
+        return map(self.read, self.indices(begin))

@@ -14,7 +14,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.tasks.preference_tuning import encode_rows, load_split
-from fgpt.cli.training.preference_batches import PreferenceOrder, batch_of, batches, reference_logprobs
+from fgpt.cli.training.preference_batches import batch_of, batches, preference_order, reference_logprobs
 from fgpt.data.prompt_templates import template
 from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes import PreferenceRecipe, find
@@ -118,9 +118,9 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
     train, _ = load_split(recipe)
     params, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     examples = encode_rows(recipe, train, template("plain"), tokenizer, 512)
-    reference, order = reference_logprobs(params, examples), PreferenceOrder(examples, recipe)
+    reference, order = reference_logprobs(params, examples), preference_order(examples, recipe)
     per_epoch = -(-len(train) // 3)
-    updates = [update for update, _ in zip(order.updates(), range(per_epoch))]
+    updates = [[i for row in rows for i in row] for rows, _ in zip(order.indices(), range(per_epoch))]
     assert sorted(i for update in updates for i in update) == list(range(len(train)))
     found = batches(order, examples, reference, 2, begin=1)
     first, second = next(found)
