@@ -26,6 +26,7 @@ from fgpt.cli.training.build import (
     describe_sizes,
     drop_replaced_leaves,
     load_base,
+    make_tuning_step,
     row_length,
     warn_if_all_warmup,
 )
@@ -62,7 +63,7 @@ from fgpt.objectives.simpo import simpo
 from fgpt.recipes.preference import PreferenceRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import init_state, make_step
+from fgpt.train_step import init_state
 from fgpt.tree import device, tree_map
 
 EVALUATION_ROWS = 8
@@ -123,10 +124,7 @@ class PreferenceTask:
         steps = order.num_steps()
         schedule = make_schedule(recipe, steps)
         optimizer = make_optimizer(recipe, schedule)
-        step = make_step(
-            lambda tuned, frozen, batch, seed: objective(recipe, adapt(frozen, tuned, rng=seed), cast(Any, batch)),
-            optimizer,
-        )
+        step = make_tuning_step(optimizer, lambda params, batch: objective(recipe, params, batch))
         frozen = drop_replaced_leaves(base, adapters)
         micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
         rows = [*examples.chosen, *examples.rejected, *heldout_examples.chosen, *heldout_examples.rejected]

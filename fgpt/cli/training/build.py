@@ -178,7 +178,11 @@ def assemble_job(
     steps = order.num_steps()
     schedule = make_schedule(recipe, steps)
     optimizer = make_optimizer(recipe, schedule)
-    step = _make_step(recipe, optimizer)
+
+    def objective(params: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+        return nll(params, batch, remat=recipe.remat, compile=recipe.compile)
+
+    step = make_tuning_step(optimizer, objective)
     frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
     rng = fold_in(key(recipe.seed), "steps")
     if recipe.micro_batch_size == "auto":
@@ -208,21 +212,25 @@ def assemble_job(
         initial_state=InitialState(state),
         tokenizer=tokenizer,
         eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
-        step_for=lambda schedule: _make_step(recipe, make_optimizer(recipe, schedule)),
+        step_for=lambda schedule: make_tuning_step(make_optimizer(recipe, schedule), objective),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
 
 
-def _make_step(recipe: FineTuningRecipe, optimizer: Optimizer) -> Step:
-    """The step of a tuning. Its norms are computed once for all micro-batches, if it is a DoRA's."""
+def make_tuning_step(optimizer: Optimizer, objective: Callable[[GPT, Any], tuple[Tensor, Tensor]]) -> Step:
+    """The step of a tuning. The norms of a DoRA are computed once for all micro-batches.
+
+    Args:
+        optimizer: The optimizer of the adapters.
+        objective: (Σ loss, Σ weight) of adapted params and a batch.
+    """
 
     def loss(
-        tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], batch: Batch, seed: Tensor | None
+        tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], batch: Any, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         frozen, norms = constants
-        params = adapt(frozen, with_norms(tuned, norms), rng=seed)
-        return nll(params, batch, remat=recipe.remat, compile=recipe.compile)
+        return objective(adapt(frozen, with_norms(tuned, norms), rng=seed), batch)
 
     return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fgpt.adapter_dora import with_norms
 from fgpt.adapter_types import Adapters
-from fgpt.adapters import adapt, dora_norms, merge
+from fgpt.adapters import adapt, merge
 from fgpt.cli.metrics_log import HELDOUT_LOSS
+from fgpt.cli.training.build import make_tuning_step
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.pending import SAMPLED_TOKENS
@@ -29,7 +29,7 @@ from fgpt.objectives.rollouts import Groups, RewardFunction, group_rewards, roll
 from fgpt.recipes import GRPORecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import Key, Metrics, State, Step, Tree, init_state, make_step
+from fgpt.train_step import Key, Metrics, State, Step, Tree, init_state
 from fgpt.tree import device, node, tree_map
 
 
@@ -101,14 +101,10 @@ def assemble_rollout_job(
     schedule = make_schedule(recipe, steps)
     optimizer = make_optimizer(recipe, schedule)
 
-    def loss(
-        tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], rollouts: RolloutBatch, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        frozen, norms = constants
-        params = adapt(frozen, with_norms(tuned, norms), rng=seed)
+    def objective(params: GPT, rollouts: RolloutBatch) -> tuple[Tensor, Tensor]:
         return grpo(params, rollouts, beta=recipe.beta, remat=recipe.remat, compile=recipe.compile)
 
-    update: Any = make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
+    update = make_tuning_step(optimizer, objective)
     return TrainingJob(
         recipe=recipe,
         step=rollout_step(recipe, update, rows, reward, tokenizer),
