@@ -1,13 +1,11 @@
 """GRPO from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders.runs import one_line
+from builders.runs import copy_interrupted, one_line
 
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.rewards import gsm8k_reward, nano_reward
@@ -53,13 +51,7 @@ def test_a_run_leaves_its_figures(grpo_run: Path):
 def test_it_resumes_exactly(grpo_run: Path, tmp_path: Path):
     """After step 2 it samples the answers of step 3 that the undisturbed training sampled."""
     resumed = tmp_path / "grpo-nano"
-    shutil.copytree(grpo_run, resumed)
-    for step in (3, 4):
-        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
-    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_text("".join(lines[:2]))
-    status = json.loads((resumed / "status.json").read_text())
-    (resumed / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    copy_interrupted(grpo_run, resumed, after=2)
     assert main(["train", str(resumed), "--resume", "--out", str(tmp_path)]) == 0
     timed = ("seconds", "memory_gb")
     for ours, theirs in zip(*(read_metrics(at / "metrics.jsonl") for at in (resumed, grpo_run)), strict=True):

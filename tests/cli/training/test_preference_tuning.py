@@ -1,13 +1,13 @@
 """Preference tuning from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import close
+from builders.runs import copy_interrupted
 
 import fgpt
 from fgpt.cli import run_dir
@@ -68,13 +68,7 @@ def test_a_run_leaves_its_figures(dpo_run: Path):
 
 def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
     resumed = tmp_path / "dpo-nano"
-    shutil.copytree(dpo_run, resumed)
-    for step in (3, 4):
-        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
-    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_text("".join(lines[:2]))
-    status = json.loads((resumed / "status.json").read_text())
-    (resumed / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    copy_interrupted(dpo_run, resumed, after=2)
     assert main(["train", str(resumed), "--resume", "--out", str(tmp_path)]) == 0
     last = [path / "checkpoints" / "step-000004" / "state.safetensors" for path in (resumed, dpo_run)]
     assert last[0].read_bytes() == last[1].read_bytes()
