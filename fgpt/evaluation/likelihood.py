@@ -77,7 +77,8 @@ def iter_loglikelihood(
     """`loglikelihood`, one batch at a time: the indices of requests and their log-likelihoods.
 
     The longest come first, so that a lack of memory shows at once, and a batch has texts of similar length. Requests
-    with the same model input, such as one-token choices after one context, share one row.
+    of which one's model input begins another's share one row: one-token choices after one context, and the turns of one
+    conversation.
 
     Args:
         params: The model.
@@ -89,16 +90,33 @@ def iter_loglikelihood(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: expected 1 or more")
-    by_input = _requests_by_input(requests, params.cfg.n_ctx)
-    inputs = sorted(by_input, key=len, reverse=True)
-    for start in range(0, len(inputs), batch_size):
-        batch = inputs[start : start + batch_size]
-        yield _score_batch(params, requests, [(tokens, by_input[tokens]) for tokens in batch])
+    rows = _share_rows(_requests_by_input(requests, params.cfg.n_ctx))
+    rows.sort(key=lambda row: len(row[0]), reverse=True)
+    for start in range(0, len(rows), batch_size):
+        yield _score_batch(params, requests, rows[start : start + batch_size])
 
 
-def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[tuple[int, ...], list[int]]:
-    """The indices of requests by model input: context and continuation without its last token, cut to n_ctx."""
-    by_input: dict[tuple[int, ...], list[int]] = {}
+Input: TypeAlias = tuple[int, ...]
+"""The tokens that a model reads for a request: context and continuation without its last token, cut to n_ctx."""
+Row: TypeAlias = tuple[Input, list[tuple[int, int]]]
+"""The tokens of a row of a batch, and the requests that it serves: index, and length of the input."""
+
+
+def _share_rows(by_input: dict[Input, list[int]]) -> list[Row]:
+    """The rows that serve all inputs: one that another begins with has no row of its own. In lexicographic order an
+    input is followed by those that begin with it.
+    """
+    rows: list[Row] = []
+    for tokens in sorted(by_input, reverse=True):
+        if not rows or rows[-1][0][: len(tokens)] != tokens:
+            rows.append((tokens, []))
+        rows[-1][1].extend((i, len(tokens)) for i in by_input[tokens])
+    return rows
+
+
+def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[Input, list[int]]:
+    """The indices of requests by model input."""
+    by_input: dict[Input, list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= n_ctx:
             raise InputError(
@@ -111,10 +129,8 @@ def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[tuple[in
     return by_input
 
 
-def _score_batch(
-    params: GPT, requests: Sequence[Request], batch: Sequence[tuple[tuple[int, ...], list[int]]]
-) -> list[tuple[int, LogLikelihood]]:
-    """The log-likelihoods of the requests of a batch of (model input, indices of requests), longest input first."""
+def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Row]) -> list[tuple[int, LogLikelihood]]:
+    """The log-likelihoods of the requests of a batch, whose first row is the longest."""
     at, width = device(params), len(batch[0][0])
     padded = np.zeros((len(batch), width), np.int64)
     for row, (tokens, _) in enumerate(batch):
@@ -122,10 +138,9 @@ def _score_batch(
     indices: list[int] = []
     positions: list[int] = []  # flat
     targets: list[int] = []
-    for row, (tokens, request_indices) in enumerate(batch):
-        end = row * width + len(tokens)
-        for i in request_indices:
-            continuation = requests[i][1]
+    for row, (_, served) in enumerate(batch):
+        for i, length in served:
+            end, continuation = row * width + length, requests[i][1]
             indices.append(i)
             positions += range(end - len(continuation), end)
             targets += continuation

@@ -103,14 +103,32 @@ def test_what_greedy_decoding_writes_is_greedy():
     assert other.greedy[:5] == [True] * 4 + [False]
 
 
-def test_choices_of_one_token_are_read_once(monkeypatch: pytest.MonkeyPatch):
-    rows: list[int] = []
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each forward pass, as it happens."""
+    counts: list[int] = []
 
     def count_rows(params: fgpt.GPT, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        rows.append(len(x))
+        counts.append(len(x))
         return fgpt.hidden_at(params, x, positions)
 
     monkeypatch.setattr(likelihood, "hidden_at", count_rows)
+    return counts
+
+
+def test_turns_of_a_conversation_are_read_once_and_score_as_by_themselves(rows: list[int]):
+    params = tiny()
+    text, other = tokens(31, 2, 20).tolist()
+    turns = [(text[:3], text[3:6]), (other[:4], other[4:]), (text[:9], text[9:15]), (text[:15], text[15:])]
+    together = loglikelihood(params, turns)
+    assert rows == [2]
+    for pair, got in zip(turns, together, strict=True):
+        [alone] = loglikelihood(params, [pair])
+        assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+        assert (got.greedy, got.truncated) == (alone.greedy, alone.truncated)
+
+
+def test_choices_of_one_token_are_read_once(rows: list[int]):
     params = tiny()
     got = loglikelihood(params, [([1, 2, 3], [choice]) for choice in range(31)])
     assert rows == [1]

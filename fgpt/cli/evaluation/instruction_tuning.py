@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fgpt.cli.evaluation.compare import contenders, generate_answers
 from fgpt.cli.evaluation.compare.scores import instruction_scores, rouge_scores, shape_scores
-from fgpt.cli.evaluation.metrics.text import requests
+from fgpt.cli.evaluation.metrics.text import requests, response_losses
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
 from fgpt.cli.evaluation.text import loglikelihoods
 from fgpt.data import packing
@@ -30,10 +30,12 @@ def response_metrics(
     width = min(recipe.max_seq_len, params.cfg.n_ctx)
     examples = encode_to_score(rows, template(recipe.template), tokenizer, width)
     fitting, dropped = packing.filter_by_length(examples, width, drop=True)
-    logprobs = [x for answer in loglikelihoods(params, requests(fitting), batch_size) for x in answer.logprobs]
-    loss = -math.fsum(logprobs) / len(logprobs)
-    counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": len(logprobs)}
-    values = {"response loss (nats per token)": loss, "response perplexity": math.exp(min(loss, 700))}
+    likelihoods = loglikelihoods(params, requests(fitting), batch_size)
+    losses = response_losses(fitting, likelihoods)
+    loss, *_ = losses.values()
+    num_tokens = sum(len(likelihood.logprobs) for likelihood in likelihoods)
+    counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
+    values = losses | {"response perplexity": math.exp(min(loss, 700))}
     return print_metrics(title, counts, values)
 
 

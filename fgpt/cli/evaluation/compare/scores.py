@@ -7,11 +7,21 @@ from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
 from fgpt.cli.evaluation.metrics.nano import score
-from fgpt.cli.evaluation.metrics.text import distinct, mean, nats, perplexity, repeated_ngrams, rouge_l
+from fgpt.cli.evaluation.metrics.text import (
+    distinct,
+    mean,
+    nats,
+    perplexity,
+    repeated_ngrams,
+    requests,
+    response_losses,
+    rouge_l,
+)
 from fgpt.cli.training.nano_rows import PARTS, Task
 from fgpt.data import packing
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import InstructionRow, encode, encode_to_score, template
+from fgpt.evaluation.likelihood import loglikelihood
 from fgpt.model import GPT, Config
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -65,8 +75,10 @@ def reference_scores(params: GPT, examples: Sequence[Example], prefix: str) -> d
     """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
     if not examples:
         return {}
-    loss = nats(params, examples)
-    return {f"{prefix}response loss (nats per token)": loss, f"{prefix}response perplexity": perplexity(loss)}
+    losses = response_losses(examples, loglikelihood(params, requests(examples)))
+    loss, *_ = losses.values()
+    scores = losses | {"response perplexity": perplexity(loss)}
+    return {prefix + name: value for name, value in scores.items()}
 
 
 def rouge_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:

@@ -4,12 +4,13 @@ Words are those of `nano.words`: lower case, without punctuation. Shares are in 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from fgpt.cli.evaluation.metrics.nano import words
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import Request, loglikelihood
+from fgpt.evaluation.likelihood import LogLikelihood, Request, loglikelihood
 from fgpt.model import GPT
 
 
@@ -51,22 +52,49 @@ def nats(params: GPT, examples: Sequence[Example]) -> float:
 
     Raises InputError if no example has an answer token.
     """
-    logprobs = [x for likelihood in loglikelihood(params, requests(examples)) for x in likelihood.logprobs]
+    return _mean_nats(loglikelihood(params, requests(examples)))
+
+
+def _mean_nats(likelihoods: Sequence[LogLikelihood]) -> float:
+    logprobs = [x for likelihood in likelihoods for x in likelihood.logprobs]
     if not logprobs:
         raise InputError("no answer token: expected examples that are longer than their prompts")
     return -math.fsum(logprobs) / len(logprobs)
+
+
+def response_losses(examples: Sequence[Example], likelihoods: Sequence[LogLikelihood]) -> dict[str, float]:
+    """The loss of the examples' answers by name: of all, and in conversations of the first, the second .. by itself.
+
+    Args:
+        examples: Prompts with answers, or conversations.
+        likelihoods: Of their `requests`.
+
+    Raises InputError if no example has an answer token.
+    """
+    by_turn: dict[str, list[LogLikelihood]] = defaultdict(list)
+    turns = [turn for example in examples for turn, _ in enumerate(_requests_of(example), 1)]
+    for turn, likelihood in zip(turns, likelihoods, strict=True):
+        by_turn[str(turn) if turn < LATER else f"{LATER} and later"].append(likelihood)
+    losses = {"response loss (nats per token)": _mean_nats(likelihoods)}
+    if len(by_turn) > 1:
+        losses |= {f"loss of response {turn}": _mean_nats(by_turn[turn]) for turn in sorted(by_turn)}
+    return losses
+
+
+LATER = 5
+"""From this answer of a conversation on, losses are not told apart."""
 
 
 def requests(examples: Sequence[Example]) -> list[Request]:
     """Each answer after all that precedes it, if the answer has a token. The first token of an example is never
     predicted.
     """
-    pairs: list[Request] = []
-    for example in examples:
-        for start, end, _ in example.spans:
-            if end > (begin := max(1, start)):
-                pairs.append((example.tokens[:begin], example.tokens[begin:end]))
-    return pairs
+    return [request for example in examples for request in _requests_of(example)]
+
+
+def _requests_of(example: Example) -> list[Request]:
+    spans = [(max(1, start), end) for start, end, _ in example.spans]
+    return [(example.tokens[:start], example.tokens[start:end]) for start, end in spans if start < end]
 
 
 def perplexity(loss: float) -> float:
