@@ -88,6 +88,16 @@ def turns_of(rows: Iterable[InstructionRow]) -> list[InstructionRow]:
     return turns
 
 
+def turn_number(row: InstructionRow) -> int:
+    """The number of the answer in its conversation, from 1.
+
+    >>> chat = (Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye."))
+    >>> turn_number(Turn("Bye.", messages=chat))
+    2
+    """
+    return 1 + sum(message.role == "assistant" for message in row.messages) if isinstance(row, Turn) else 1
+
+
 def last_turns(rows: Iterable[InstructionRow]) -> tuple[list[InstructionRow], int]:
     """The rows, of each conversation with its last answer alone trained on, and how many answers became context."""
     last: list[InstructionRow] = []

@@ -9,7 +9,9 @@ from fgpt.cli.evaluation.metrics.text import requests, response_losses
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
 from fgpt.cli.evaluation.text import loglikelihoods
 from fgpt.data import packing
-from fgpt.data.prompt_templates import InstructionRow, encode_to_score, template
+from fgpt.data.examples import Example
+from fgpt.data.prompt_templates import encode_to_score, template
+from fgpt.data.rows import InstructionRow, turn_number
 from fgpt.model import GPT
 from fgpt.recipes import InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -28,13 +30,18 @@ def response_metrics(
     A raw text counts as many rows as it is split into for training.
     """
     width = min(recipe.max_seq_len, params.cfg.n_ctx)
-    examples = encode_to_score(rows, template(recipe.template), tokenizer, width)
-    fitting, dropped = packing.filter_by_length(examples, width, drop=True)
-    likelihoods = loglikelihoods(params, requests(fitting), batch_size)
-    losses = response_losses(fitting, likelihoods)
+    examples: list[Example] = []
+    turns: list[int] = []
+    for row in rows:
+        parts = encode_to_score([row], template(recipe.template), tokenizer, width)
+        examples += parts
+        turns += len(parts) * [turn_number(row)]
+    kept, dropped = packing.usable_indices(examples, width, drop=True)
+    likelihoods = loglikelihoods(params, requests([examples[i] for i in kept]), batch_size)
+    losses = response_losses(likelihoods, [turns[i] for i in kept])
     loss, *_ = losses.values()
     num_tokens = sum(len(likelihood.logprobs) for likelihood in likelihoods)
-    counts = {"rows": len(fitting), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
+    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
     values = losses | {"response perplexity": math.exp(min(loss, 700))}
     return print_metrics(title, counts, values)
 

@@ -1,43 +1,54 @@
 """The loss of a conversation's answers, turn by turn, is that of each answer by itself."""
 
-import math
+import json
+from pathlib import Path
 
 import pytest
-from builders import tiny, tokens
 
-from fgpt.cli.evaluation.metrics.text import nats, requests, response_losses
-from fgpt.data.examples import Example, Span
-from fgpt.evaluation.likelihood import loglikelihood
-
-TEXTS = tokens(31, 3, 24).tolist()
-
-
-def loss_of(context: list[int], answer: list[int]) -> tuple[float, int]:
-    [likelihood] = loglikelihood(tiny(), [(context, answer)])
-    return -likelihood.total, len(answer)
+from fgpt.cli.evaluation.metrics.text import response_losses
+from fgpt.cli.main import main
+from fgpt.data.conversations import Message
+from fgpt.data.rows import conversation_row, turn_number, turns_of
+from fgpt.evaluation.likelihood import LogLikelihood
 
 
-def test_each_turn_has_its_own_loss():
-    examples = [
-        Example(TEXTS[0], (Span(2, 5), Span(9, 13))),
-        Example(TEXTS[1], (Span(0, 4, weight=0.5), Span(4, 4), Span(8, 24))),
+def likelihood(*nats: float) -> LogLikelihood:
+    return LogLikelihood([-x for x in nats], [True] * len(nats))
+
+
+def test_a_table_worked_by_hand():
+    answers = [likelihood(1, 3), likelihood(5), likelihood(2, 2, 2), likelihood(7)]
+    assert response_losses(answers, [1, 2, 1, 2]) == {
+        "response loss (nats per token)": pytest.approx(22 / 7),
+        "loss of response 1": pytest.approx(2),
+        "loss of response 2": pytest.approx(6),
+    }
+    assert response_losses(answers, [1, 1, 1, 1]).keys() == {"response loss (nats per token)"}
+    late = response_losses(answers, [4, 5, 6, 1])
+    assert late["loss of response 5 and later"] == pytest.approx(11 / 4)
+    assert list(late)[1:] == ["loss of response 1", "loss of response 4", "loss of response 5 and later"]
+
+
+def test_turns_are_numbered_by_the_answers_before_them():
+    chat = [Message("user", "Hi."), Message("assistant", "Yes?"), Message("user", "Sing."), Message("assistant", "La.")]
+    assert [turn_number(turn) for turn in turns_of([conversation_row(chat)])] == [1, 2]
+
+
+def test_evaluation_and_comparison_show_each_turn(tmp_path: Path):
+    answers = ("A red ball.", "Tim has it.", "It is late.")
+    messages = [
+        message
+        for answer in answers
+        for message in ({"role": "user", "content": "And now?"}, {"role": "assistant", "content": answer})
     ]
-    first = [loss_of(TEXTS[0][:2], TEXTS[0][2:5]), loss_of(TEXTS[1][:1], TEXTS[1][1:4])]
-    second = [loss_of(TEXTS[0][:9], TEXTS[0][9:13]), loss_of(TEXTS[1][:8], TEXTS[1][8:24])]
-    got = response_losses(examples, loglikelihood(tiny(), requests(examples)))
-    for name, answers in {
-        "response loss (nats per token)": first + second,
-        "loss of response 1": first,
-        "loss of response 2": second,
-    }.items():
-        assert got.pop(name) == pytest.approx(math.fsum(x for x, _ in answers) / sum(n for _, n in answers), rel=1e-5)
-    assert not got
-
-
-def test_late_turns_are_one_and_single_answers_have_no_turns():
-    turns = Example(TEXTS[0], tuple(Span(i, i + 1) for i in range(1, 22, 3)))
-    names = list(response_losses([turns], loglikelihood(tiny(), requests([turns]))))[1:]
-    assert names == [f"loss of response {turn}" for turn in ("1", "2", "3", "4", "5 and later")]
-    single = Example(TEXTS[0], (Span(2, 5),))
-    losses = response_losses([single], loglikelihood(tiny(), requests([single])))
-    assert losses == {"response loss (nats per token)": pytest.approx(nats(tiny(), [single]))}
+    (tmp_path / "chat.jsonl").write_text(12 * (json.dumps({"messages": messages}) + "\n"))
+    train = ["train", "lora-nano", "--data", str(tmp_path / "chat.jsonl"), "--steps", "1", "--num-heldout", "2"]
+    assert main([*train, "--compare-prompts", "6", "--max-new-tokens", "2", "--out", str(tmp_path)]) == 0
+    assert main(["eval", "run", str(tmp_path / "lora-nano")]) == 0
+    names = ["loss of response 1", "loss of response 2", "loss of response 3"]
+    evaluation = json.loads((tmp_path / "lora-nano" / "eval.json").read_text())["held out"]
+    tuned = json.loads((tmp_path / "lora-nano" / "compare.json").read_text())["scores"]["tuned"]
+    assert [evaluation[name] for name in names] == [
+        pytest.approx(tuned[f"held-out {name}"], abs=1e-5) for name in names
+    ]
+    assert len({evaluation[name] for name in names}) == 3

@@ -20,7 +20,7 @@ from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import (
     instruction_scores,
-    reference_examples,
+    reference_answers,
     reference_scores,
     rouge_scores,
     text_scores,
@@ -119,7 +119,7 @@ def compare_contenders(
     cfg, tokenizer, _ = load_tokenizer(first)
     encoded = {side.name: contenders.encode_prompts(side, rows, tokenizer) for side in sides}
     prompts.check(encoded, cfg.n_ctx)
-    references = reference_examples(cfg, tokenizer, sides, rows)
+    references = reference_answers(cfg, tokenizer, sides, rows)
     params = contenders.load_params(sides)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].instruction + rows[i].input))
     answers: dict[str, list[Answer]] = {}
@@ -129,10 +129,10 @@ def compare_contenders(
             model, tokenizer, encoded[name], order, max_new_tokens, decoding.sampling, decoding.seed
         )
     scores = {}
-    for side, examples in progress([*zip(sides, references, strict=True)], "scoring the answers of each side"):
+    for side, examples in progress([*zip(sides, references.by_side, strict=True)], "scoring the answers of each side"):
         scores[side.name] = (
             instruction_scores(rows, answers[side.name])
-            | reference_scores(params[side.name], examples, "held-out " if chosen.heldout else "")
+            | reference_scores(params[side.name], examples, references.turns, "held-out " if chosen.heldout else "")
             | rouge_scores(rows, answers[side.name])
             | text_scores(params[BASE], encoded[side.name], answers[side.name], tokenizer.eos_token_id)
         )

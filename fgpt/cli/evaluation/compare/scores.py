@@ -1,6 +1,7 @@
 """The scores of a comparison: what the rows ask for, how likely their reference answers are, and text statistics."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fgpt.cli.evaluation.compare.contenders import Contender
 from fgpt.cli.evaluation.compare.results import Answer
@@ -20,7 +21,8 @@ from fgpt.cli.evaluation.metrics.text import (
 from fgpt.cli.training.nano_rows import PARTS, Task
 from fgpt.data import packing
 from fgpt.data.examples import Example
-from fgpt.data.prompt_templates import InstructionRow, encode, encode_to_score, template
+from fgpt.data.prompt_templates import encode, encode_to_score, template
+from fgpt.data.rows import InstructionRow, turn_number
 from fgpt.evaluation.likelihood import loglikelihood
 from fgpt.model import GPT, Config
 from fgpt.recipes import InstructionRecipe
@@ -34,22 +36,33 @@ def fitting(cfg: Config, tokenizer: Tokenizer, run: InstructionRecipe, rows: Seq
     return list(packing.filter_by_length(encoded, width, drop=True)[0])
 
 
-def reference_examples(
+@dataclass(frozen=True)
+class ReferenceAnswers:
+    """The reference answers of rows as tokens, after their prompts."""
+
+    by_side: list[list[Example]]
+    """In the template of each side."""
+    turns: list[int]
+    """The number of each answer in its conversation."""
+
+
+def reference_answers(
     cfg: Config, tokenizer: Tokenizer, sides: Sequence[Contender], rows: Sequence[InstructionRow]
-) -> list[list[Example]]:
-    """For each side the rows that have a reference answer, in its template: only those that fit the max_seq_len of
-    every run, so that all sides are measured on the same answers.
+) -> ReferenceAnswers:
+    """Those of the rows that have a reference answer and fit the max_seq_len of every run, so that all sides are
+    measured on the same answers.
     """
     width = min(cfg.n_ctx, *(side.run.max_seq_len for side in sides))
-    by_side: list[list[Example]] = [[] for _ in sides]
+    references = ReferenceAnswers([[] for _ in sides], [])
     for row in rows:
         if not row.output.strip():
             continue
         examples = [encode(row, template(side.run.template), tokenizer) for side in sides]
         if max(len(example.tokens) for example in examples) <= width:
-            for side_examples, example in zip(by_side, examples, strict=True):
+            references.turns.append(turn_number(row))
+            for side_examples, example in zip(references.by_side, examples, strict=True):
                 side_examples.append(example)
-    return by_side
+    return references
 
 
 def task_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
@@ -71,11 +84,13 @@ def instruction_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]
     return task_scores(rows, answers) | finqa_score.score(rows, texts) | constraints.score(rows, texts)
 
 
-def reference_scores(params: GPT, examples: Sequence[Example], prefix: str) -> dict[str, float]:
+def reference_scores(
+    params: GPT, examples: Sequence[Example], turns: Sequence[int], prefix: str = ""
+) -> dict[str, float]:
     """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
     if not examples:
         return {}
-    losses = response_losses(examples, loglikelihood(params, requests(examples)))
+    losses = response_losses(loglikelihood(params, requests(examples)), turns)
     loss, *_ = losses.values()
     scores = losses | {"response perplexity": perplexity(loss)}
     return {prefix + name: value for name, value in scores.items()}

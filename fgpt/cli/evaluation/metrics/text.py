@@ -62,22 +62,23 @@ def _mean_nats(likelihoods: Sequence[LogLikelihood]) -> float:
     return -math.fsum(logprobs) / len(logprobs)
 
 
-def response_losses(examples: Sequence[Example], likelihoods: Sequence[LogLikelihood]) -> dict[str, float]:
-    """The loss of the examples' answers by name: of all, and in conversations of the first, the second .. by itself.
+def response_losses(likelihoods: Sequence[LogLikelihood], turns: Sequence[int]) -> dict[str, float]:
+    """The loss of answers by name: of all, and in conversations of the first answers, the second ones .. by themselves.
 
     Args:
-        examples: Prompts with answers, or conversations.
-        likelihoods: Of their `requests`.
+        likelihoods: Of each answer.
+        turns: The number of each answer in its conversation, from 1.
 
-    Raises InputError if no example has an answer token.
+    Raises InputError if no answer has a token.
     """
-    by_turn: dict[str, list[LogLikelihood]] = defaultdict(list)
-    turns = [turn for example in examples for turn, _ in enumerate(_requests_of(example), 1)]
-    for turn, likelihood in zip(turns, likelihoods, strict=True):
-        by_turn[str(turn) if turn < LATER else f"{LATER} and later"].append(likelihood)
     losses = {"response loss (nats per token)": _mean_nats(likelihoods)}
+    by_turn: dict[int, list[LogLikelihood]] = defaultdict(list)
+    for turn, likelihood in zip(turns, likelihoods, strict=True):
+        by_turn[min(turn, LATER)].append(likelihood)
     if len(by_turn) > 1:
-        losses |= {f"loss of response {turn}": _mean_nats(by_turn[turn]) for turn in sorted(by_turn)}
+        for turn in sorted(by_turn):
+            name = f"loss of response {turn}" + (" and later" if turn == LATER else "")
+            losses[name] = _mean_nats(by_turn[turn])
     return losses
 
 
@@ -89,12 +90,12 @@ def requests(examples: Sequence[Example]) -> list[Request]:
     """Each answer after all that precedes it, if the answer has a token. The first token of an example is never
     predicted.
     """
-    return [request for example in examples for request in _requests_of(example)]
-
-
-def _requests_of(example: Example) -> list[Request]:
-    spans = [(max(1, start), end) for start, end, _ in example.spans]
-    return [(example.tokens[:start], example.tokens[start:end]) for start, end in spans if start < end]
+    pairs: list[Request] = []
+    for example in examples:
+        for start, end, _ in example.spans:
+            if end > (begin := max(1, start)):
+                pairs.append((example.tokens[:begin], example.tokens[begin:end]))
+    return pairs
 
 
 def perplexity(loss: float) -> float:
