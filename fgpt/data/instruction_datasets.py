@@ -14,7 +14,7 @@ from fgpt.data.hub_datasets import HubDataset, hub_records
 from fgpt.data.records import column_text, is_missing
 from fgpt.data.rows import InstructionRow, TextRow, conversation_row
 from fgpt.data.source_syntax import Source, exists, parse_source
-from fgpt.data.sources import open_source
+from fgpt.data.sources import open_source, open_stream
 from fgpt.errors import InputError
 
 
@@ -93,11 +93,13 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
 class RowStream:
     """The rows of a source, read one after the other as they are asked for, and what was found of it so far.
 
-    It is of one use. Args and errors are those of `load_examples`.
+    It is of one use. Args and errors are those of `load_examples`; with `streaming` a dataset on the hub is read over
+    the network as its rows are asked for.
     """
 
-    def __init__(self, source: str | Path | Source, columns: Columns | None = None) -> None:
-        records, dataset = open_source(source if isinstance(source, Source) else str(source), HUB_DATASETS)
+    def __init__(self, source: str | Path | Source, columns: Columns | None = None, *, streaming: bool = False) -> None:
+        read = open_stream if streaming else open_source
+        records, dataset = read(source if isinstance(source, Source) else str(source), HUB_DATASETS)
         self._source, self._records, self._num_records = source, records, 0
         self._reader = RowReader(columns or (dataset.columns if dataset else Columns()), f"{source}, ")
         self.left_out = Counter[str]()

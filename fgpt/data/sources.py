@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from fgpt.data.dataset_folders import Folder, read_folder
 from fgpt.data.hub_datasets import HubDataset, hub_paths
 from fgpt.data.hub_repos import download_splits
+from fgpt.data.hub_streams import stream_records
 from fgpt.data.records import EXTENSIONS, Readers, Record, read_records
 from fgpt.data.source_syntax import Source, exists, parse_source
 from fgpt.data.splits import SplitPart, parse_split
@@ -75,6 +76,21 @@ def open_source(
     """
     located, dataset = locate(source, hub_datasets, split=split, extra_readers=extra_readers)
     return located.records(), dataset
+
+
+def open_stream(
+    source: str | Source, hub_datasets: Mapping[str, D], *, split: str = "train"
+) -> tuple[Iterator[Record], D | None]:
+    """As `open_source`, but a dataset on the hub is read over the network as its records are asked for."""
+    source = parse_source(source) if isinstance(source, str) else source
+    if exists(source.name) or glob.has_magic(source.name):
+        return open_source(source, hub_datasets, split=split)
+    known = hub_datasets.get(source.name)
+    if known is None and (not REPO.fullmatch(source.name) or _is_file_name(source.name, {})):
+        raise _unknown(source, hub_datasets, {})
+    parts = parse_split(source.split) if source.split else (SplitPart(),)
+    repo, files = (known.repo, known.files) if known else (source.name, None)
+    return stream_records(source, parts, repo=repo, split=split, files=files), known
 
 
 def locate(

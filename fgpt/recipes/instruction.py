@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fgpt.adapter_defaults import ATTENTION
 from fgpt.data.instruction_datasets import Columns
-from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeInt, PositiveInt
+from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeInt, PositiveInt, Range
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
@@ -26,6 +26,11 @@ class InstructionRecipe(FineTuningRecipe):
     """Whether the weights of several sources (--data a:0.7 b:0.3) count examples or tokens."""
     eval_data: tuple[str, ...] = ()
     """Evaluation sets, each a source or NAME=SOURCE: with eval_every each has a loss of its own."""
+    streaming: bool = False
+    """Read data as training needs it, for what is too large to download or to tokenize first: order is shuffled within
+    shuffle_buffer_size rows, and steps gives the end."""
+    shuffle_buffer_size: Annotated[int, Range(least=1, most=2**24)] = 10_000
+    """Rows that are shuffled and packed together when data is streamed."""
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
     template: str = "auto"

@@ -72,15 +72,29 @@ class FakeHub:
         self.thread.start()
 
     def body(self, path: str) -> bytes | None:
-        path = path.partition("?")[0]
+        path, _, query = path.partition("?")
         if "/tree/" in path:
-            rows = [{"type": "file", "path": n, "size": len(b), "oid": "b" * 40} for n, b in self.files.items()]
-            return json.dumps(rows).encode()
+            folder = path.partition("/tree/")[2].partition("/")[2]
+            return json.dumps(self.tree(folder, is_deep="recursive=false" not in query.lower())).encode()
         if path.startswith("/api/"):
             return json.dumps(
                 {"id": "me/it", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}
             ).encode()
         return self.files.get(path.partition("/resolve/")[2].partition("/")[2])
+
+    def tree(self, folder: str, *, is_deep: bool) -> list[dict[str, Any]]:
+        """The entries of a folder, and below it if deep."""
+        prefix = folder + "/" if folder else ""
+        rows: dict[str, dict[str, Any]] = {}
+        for name, content in self.files.items():
+            if not name.startswith(prefix):
+                continue
+            child = prefix + name.removeprefix(prefix).partition("/")[0]
+            if is_deep or child == name:
+                rows[name] = {"type": "file", "path": name, "size": len(content), "oid": "b" * 40}
+            else:
+                rows[child] = {"type": "directory", "path": child, "size": 0, "oid": "b" * 40}
+        return list(rows.values())
 
     def stop(self) -> None:
         self.done.set()

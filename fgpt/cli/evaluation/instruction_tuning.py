@@ -36,12 +36,12 @@ def response_metrics(
         parts = encode_to_score([row], template(recipe.template), tokenizer, width)
         examples += parts
         turns += len(parts) * [turn_number(row)]
-    kept, dropped = packing.usable_indices(examples, width, drop=True)
-    likelihoods = loglikelihoods(params, requests([examples[i] for i in kept]), batch_size)
-    losses = response_losses(likelihoods, [turns[i] for i in kept])
+    usable, dropped = packing.usable_indices(examples, width, drop=True)
+    likelihoods = loglikelihoods(params, requests([examples[i] for i in usable]), batch_size)
+    losses = response_losses(likelihoods, [turns[i] for i in usable])
     loss, *_ = losses.values()
     num_tokens = sum(len(likelihood.logprobs) for likelihood in likelihoods)
-    counts = {"rows": len(kept), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
+    counts = {"rows": len(usable), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
     values = losses | {"response perplexity": math.exp(min(loss, 700))}
     return print_metrics(title, counts, values)
 

@@ -37,8 +37,9 @@ class GRPOTask(InstructionTask):
     def build(cls, recipe: InstructionRecipe) -> "GRPOTask":
         """Raises InputError for bad input."""
         assert isinstance(recipe, GRPORecipe)
-        if recipe.eval_data:
-            raise InputError("--eval-data is of instruction tuning: leave it out; held-out prompts are scored")
+        if recipe.eval_data or recipe.streaming:
+            name = "--eval-data" if recipe.eval_data else "--streaming"
+            raise InputError(f"{name} is of instruction tuning: leave it out; held-out prompts are scored")
         recipe = cast(GRPORecipe, resolve_template(resolve_precision(recipe)))
         rows, heldout = load_rows_to_answer(recipe)
         reward = reward_function(recipe.reward, [*rows, *heldout])

@@ -34,6 +34,7 @@ from fgpt.cli.training.examples import load_eval_sets, load_heldout_rows, load_i
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.row_reports import resolve_template
+from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example, count_loss_tokens
@@ -51,6 +52,7 @@ class InstructionTask:
     recipe: InstructionRecipe
     job: TrainingJob
     heldout: list[InstructionRow]
+    stream: StreamOrder | None = None
     loss_unit: ClassVar[str] = "token"
     report_section: ClassVar[str] = "comparison"
 
@@ -78,6 +80,7 @@ class InstructionTask:
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
             mixture=mixture,
+            stream=data.stream,
             eval_losses={metric: partial(nats, examples=rows) for metric, rows in eval_examples.items()},
             heldout_rows=heldout,
             template=repr(prompt_template),
@@ -87,12 +90,13 @@ class InstructionTask:
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
             describe_precision(recipe),
-            f"{len(examples):,} examples, {count_loss_tokens(examples):,} response tokens, {job.steps} steps",
+            f"{'at first ' if recipe.streaming else ''}{len(examples):,} examples, "
+            f"{count_loss_tokens(examples):,} response tokens, {job.steps} steps",
             *(["evaluation sets without --eval-every: fgpt eval run alone measures them"] if unmeasured else []),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         preview.print_first(examples[0], tokenizer, recipe.template)
-        return cls(cast(InstructionRecipe, job.recipe), job, heldout)
+        return cls(cast(InstructionRecipe, job.recipe), job, heldout, data.stream)
 
     @staticmethod
     def load_base(recipe: InstructionRecipe) -> GPT:
@@ -146,7 +150,11 @@ class InstructionTask:
         return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
-        """Answers of base and tuned model to held-out prompts, if the recipe compares any."""
+        """Answers of base and tuned model to held-out prompts, if the recipe compares any. Of a stream it is printed
+        how much was read.
+        """
+        if self.stream is not None:
+            self.stream.report()
         prompts = [row for row in self.heldout if not isinstance(row, TextRow)]
         if not self.recipe.compare_prompts or not prompts:
             return None

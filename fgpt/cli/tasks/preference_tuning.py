@@ -218,8 +218,8 @@ def check_options(recipe: PreferenceRecipe) -> None:
         raise InputError(
             f"--desirable-weight and --undesirable-weight belong to kto: leave them out with {recipe.objective}"
         )
-    if recipe.eval_data or recipe.assistant_turns != "all":
-        name = "--eval-data" if recipe.eval_data else "--assistant-turns"
+    if recipe.eval_data or recipe.streaming or recipe.assistant_turns != "all":
+        name = "--eval-data" if recipe.eval_data else "--streaming" if recipe.streaming else "--assistant-turns"
         raise InputError(f"{name} is of instruction tuning: leave it out")
 
 

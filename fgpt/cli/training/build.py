@@ -1,6 +1,5 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.row_order import RowOrder
+from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.examples import Example, count_loss_tokens, example_lengths
@@ -116,7 +116,9 @@ WIDTH_UNIT = 64
 """Tokens. A CPU's products keep a kernel for each width that they meet."""
 
 
-def batches(order: RowOrder, micro_batch_size: int, width: int | None = None, begin: int = 0) -> Iterator[list[Batch]]:
+def batches(
+    order: RowOrder | StreamOrder, micro_batch_size: int, width: int | None = None, begin: int = 0
+) -> Iterator[list[Batch]]:
     """The micro-batches of one update after the other, from update `begin` on, without end.
 
     Args:
@@ -159,6 +161,7 @@ def assemble_job(
     max_seq_len: int,
     tokenizer: Tokenizer,
     mixture: Mixture | None = None,
+    stream: StreamOrder | None = None,
     eval_losses: Mapping[str, Callable[[GPT], float]] | None = None,
     **others: Any,
 ) -> TrainingJob:
@@ -167,6 +170,7 @@ def assemble_job(
     Args:
         max_seq_len: tokens in a row, into which examples are packed.
         mixture: what an epoch draws of the examples; None takes each once.
+        stream: the rows of each update, if `examples` are only the first ones of a stream.
         eval_losses: losses of tuned params on held-out rows and on evaluation sets, by the names of their metrics.
         others: what the training reads besides, for its fingerprint.
 
@@ -174,7 +178,8 @@ def assemble_job(
     """
     if recipe.eval_every and not eval_losses:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
-    order, target = RowOrder(examples, recipe, max_seq_len, mixture), device(adapters)
+    order: RowOrder | StreamOrder = stream or RowOrder(examples, recipe, max_seq_len, mixture)
+    target = device(adapters)
     steps = order.num_steps()
     schedule = make_schedule(recipe, steps)
     optimizer = make_optimizer(recipe, schedule)
@@ -188,8 +193,8 @@ def assemble_job(
     if recipe.micro_batch_size == "auto":
 
         def probe(num_rows: int) -> None:
-            rows = list(itertools.islice(itertools.cycle(order.read(order.first_epoch[0])), num_rows))
-            step(state, frozen, [place(packing.collate(rows, max_seq_len), target)], rng)
+            rows = packing.collate(order.first_rows(num_rows), max_seq_len)
+            step(state, frozen, [place(rows, target)], rng)
 
         recipe = with_largest_micro_batch(recipe, target, probe)
     micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps

@@ -13,6 +13,7 @@ from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.job import tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.row_reports import report_counts, report_left_out
+from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.token_cache import TokenizedSource
 from fgpt.cli.training.tokenized_sources import stored_rows, tokenized_source
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -54,6 +55,8 @@ class InstructionData:
     """A row for each answer of a conversation."""
     sources: tuple[SourceRange, ...]
     """In the order of the recipe's `data`."""
+    stream: StreamOrder | None = None
+    """If data is streamed, all of it; `examples` are then its first block."""
 
     @property
     def by_source(self) -> list[Sequence[Example]]:
@@ -69,6 +72,10 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
     if the recipe's `overlong` is "error".
     """
     encoding = encoding_of(recipe)
+    if recipe.streaming:
+        stream = open_stream(recipe, encoding)
+        whole = SourceRange(stream.source, 0, len(stream.first_block))
+        return InstructionData(stream.first_block, turns_of(stream.heldout), (whole,), stream)
     sources = load_sources(recipe, encoding)
     stored = StoredExamples.from_batches([batch for _, source in sources for batch in source.examples])
     starts = bounds([sum(batch.num_rows for batch in source.examples) for _, source in sources])[:-1]
@@ -103,6 +110,8 @@ def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
     if recipe.data == NANO:
         return [*read_tasks(NANO_HELDOUT)]
     encoding = encoding_of(recipe)
+    if recipe.streaming:
+        return _rows_to_answer(open_stream(recipe, encoding).heldout, encoding)
     rows = _read_rows(recipe, [name for name, _ in source_weights(recipe.data)], encoding)
     first_rows = bounds([len(source) for source in rows])
     is_heldout = _heldout_rows(recipe, int(first_rows[-1]))
@@ -138,6 +147,14 @@ def load_rows_to_answer(recipe: InstructionRecipe) -> tuple[list[InstructionRow]
         rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed
     )
     return _rows_to_answer(first, encoding), _rows_to_answer(second, encoding)
+
+
+def open_stream(recipe: InstructionRecipe, encoding: Encoding) -> StreamOrder:
+    """The data of a recipe that streams it. Raises InputError as `StreamOrder` does, and for weights."""
+    ((name, weight),) = source_weights(recipe.data[:1])
+    if weight is not None:
+        raise InputError(f"--data {recipe.data[0]}: --streaming reads one source, which has no weight: leave it out")
+    return StreamOrder(recipe, encoding, _columns(recipe, name))
 
 
 def encoding_of(recipe: InstructionRecipe) -> Encoding:

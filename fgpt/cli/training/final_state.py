@@ -13,8 +13,8 @@ from fgpt.tree import leaves
 
 
 def check_final_state(job: TrainingJob, state: State) -> None:
-    """Raises InputError if a trained leaf, or the loss of the next micro-batch, is not finite; a loss far above that of
-    a uniform guess is printed.
+    """Raises InputError if a trained leaf, or the loss of the first micro-batch, is not finite; a loss far above that
+    of a uniform guess is printed.
     """
     step = int(state.step)
     remedy = "nothing is saved; begin a new run with a lower --lr, or a longer --warmup-steps"
@@ -22,7 +22,7 @@ def check_final_state(job: TrainingJob, state: State) -> None:
     if broken:
         more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
         raise InputError(f"after step {step}, {', '.join(broken[:4])}{more} are not finite: {remedy}")
-    _, metrics = job.train_step(state, next(job.batches(step))[:1])
+    _, metrics = job.train_step(state, next(job.batches(0))[:1])
     loss = float(metrics.loss)
     if not math.isfinite(loss):
         raise InputError(f"after step {step}, the loss is {loss}: {remedy}")

@@ -41,12 +41,12 @@ class UpdateOrder:
     @cached_property
     def first_epoch(self) -> list[RowIndices]:
         """Its updates: counted for the number of steps, and then trained on."""
-        return self._lay_out(0)
+        return self.lay_out(0)
 
     def indices(self, begin: int = 0) -> Iterator[RowIndices]:
         """The rows of each update, from update `begin` on; the last one of an epoch has those that are left."""
         for epoch in itertools.count():
-            updates = self.first_epoch if epoch == 0 else self._lay_out(epoch)
+            updates = self.first_epoch if epoch == 0 else self.lay_out(epoch)
             yield from updates[begin:]
             begin = max(0, begin - len(updates))
 
@@ -56,7 +56,8 @@ class UpdateOrder:
             return self._recipe.steps
         return max(1, round(self._recipe.epochs * len(self.first_epoch)))
 
-    def _lay_out(self, epoch: int) -> list[RowIndices]:
+    def lay_out(self, epoch: int) -> list[RowIndices]:
+        """The updates of an epoch."""
         seed = key(self._recipe.seed)
         rng, drawn = fold_in(seed, f"epoch {epoch}"), self._mixture.draw(fold_in(seed, "mixture"), epoch)
         order = drawn[packing.permutation(len(drawn), fold_in(rng, "examples"))].tolist()
@@ -84,6 +85,10 @@ class RowOrder(UpdateOrder):
     def read(self, update: RowIndices) -> Rows:
         """The examples of an update's rows."""
         return [[self._examples[i] for i in row] for row in update]
+
+    def first_rows(self, num_rows: int) -> Rows:
+        """That many rows of the first update, repeated if it has fewer."""
+        return list(itertools.islice(itertools.cycle(self.read(self.first_epoch[0])), num_rows))
 
     def updates(self, begin: int = 0) -> Iterator[Rows]:
         """The rows of each update, read, from update `begin` on."""
