@@ -312,7 +312,10 @@ def chat_smollm2() -> InstructionRecipe:
     """LoRA (r 8, alpha 16, every linear layer) on SmolLM2-135M-Instruct and short conversations from the Hub, in the
     base's own chat template; loss on every answer of a conversation.
 
-    fgpt train chat-smollm2, or on local conversations: --data chat.jsonl. 2,442,240 trained parameters.
+    fgpt train chat-smollm2, or on local conversations: --data chat.jsonl. 2,442,240 trained parameters. On 269
+    conversations of 4 to 12 turns with function calls (131,328 tokens, 72,430 of answers): loss of 98 held-out answers
+    1.206 before, 1.024 after 65 steps; of first answers 1.191 -> 1.002, of the fifth and later ones 1.393 -> 1.247. 30
+    minutes on one busy core of an AMD EPYC, 4.9 GB.
     """
     return replace(
         lora_smollm2(),
