@@ -71,10 +71,14 @@ def dpo(
     beta: float = 0.1,
     loss_type: DPOLoss = "sigmoid",
     label_smoothing: float = 0.0,
+    rpo_alpha: float = 0.0,
     remat: bool = False,
     compile: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(Σ loss, number of pairs), see `dpo_losses`. For ipo the log-ratios are per token, as its authors use it.
+
+    With an α a pair's loss has a second term, α times the mean nll per token of its chosen answer: DPO alone may make
+    both answers less likely.
 
     Args:
         params: The policy.
@@ -82,11 +86,15 @@ def dpo(
         beta: How closely the policy is held to the reference.
         loss_type: Which loss.
         label_smoothing: The share of pairs whose label is wrong.
+        rpo_alpha: α. TRL's loss type sft with this weight is its mean over all tokens of a batch; here a pair is a
+            function of itself alone.
         remat: Activation checkpointing.
         compile: Compile the transformer block.
 
     Raises:
         InputError: as `dpo_losses` does, and if the pairs have no reference.
+
+    Source: Rafailov et al. 2023 (DPO), equation 7; Pang et al. 2024 (iterative RPO), equation 1, for α.
 
     >>> import fgpt
     >>> from fgpt.objectives.pairs import with_reference
@@ -104,4 +112,6 @@ def dpo(
         chosen_lengths, rejected_lengths = policy.lengths.clamp(min=1).chunk(2)
         chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
     losses = dpo_losses(chosen, rejected, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing)
+    if rpo_alpha:
+        losses = losses - rpo_alpha * policy.means.chunk(2)[0]
     return losses.sum(), losses.new_tensor(len(losses))

@@ -30,6 +30,8 @@ class PreferenceRecipe(InstructionRecipe):
     the rewards (simpo). None takes 0.1, for simpo 2."""
     label_smoothing: Fraction = 0.0
     """The share of pairs whose order is wrong, below 0.5; for dpo with sigmoid or robust."""
+    rpo_alpha: NonNegativeFloat = 0.0
+    """The weight of the nll of the chosen answer in dpo, which alone may make both answers less likely."""
     compare_data: Literal["heldout", "nano"] = "heldout"
     """The prompts that base and tuned model answer after training: held-out ones, or the embedded held-out
     instructions, whose answers get points."""

@@ -65,6 +65,21 @@ def test_dpo(loss_type: Any, models: Any, tmp_path: Path):
     agree(model, made._compute_loss(made.model, batch, False), params, ours)
 
 
+def test_dpo_with_the_nll_of_the_chosen_answer(models: Any, tmp_path: Path):
+    """Of one pair: TRL's mean is over the tokens of all chosen answers."""
+    from trl import DPOConfig, DPOTrainer
+
+    model, reference, params, base = models
+    options: dict[str, Any] = {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}
+    made, batch = trainer(DPOTrainer, DPOConfig, model, ROWS[2:], tmp_path, ref_model=reference, **options)
+    pairs = with_reference(base, PairBatch(batch_of([(PROMPTS[2], CHOSEN[2]), (PROMPTS[2], REJECTED[2])])))
+
+    def ours(p: Any) -> Any:
+        return dpo_file.dpo(p, pairs, beta=0.3, rpo_alpha=0.7)
+
+    agree(model, made._compute_loss(made.model, batch, False), params, ours)
+
+
 def test_orpo(models: Any, tmp_path: Path):
     """Of one pair whose prompt is one token: TRL's nll is that of prompt and answer, and the first token of a text is
     never predicted.

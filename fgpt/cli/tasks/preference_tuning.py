@@ -80,7 +80,8 @@ def objective(recipe: PreferenceRecipe, params: GPT, batch: PairBatch | JudgedBa
         return orpo(params, batch, **options)
     if recipe.objective == "simpo":
         return simpo(params, batch, gamma=recipe.gamma, **options)
-    return dpo(params, batch, loss_type=recipe.loss_type, label_smoothing=recipe.label_smoothing, **options)
+    options |= {"label_smoothing": recipe.label_smoothing, "rpo_alpha": recipe.rpo_alpha}
+    return dpo(params, batch, loss_type=recipe.loss_type, **options)
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,11 @@ class PreferenceTask:
 
 def check_options(recipe: PreferenceRecipe) -> None:
     """Raises InputError for options that the objective does not have."""
-    if recipe.objective != "dpo" and (recipe.loss_type != "sigmoid" or recipe.label_smoothing):
-        raise InputError(f"--objective {recipe.objective} has no --label-smoothing or --loss-type: leave it out")
+    of_dpo = {"--loss-type": "sigmoid", "--label-smoothing": 0, "--rpo-alpha": 0}
+    values = (recipe.loss_type, recipe.label_smoothing, recipe.rpo_alpha)
+    for (name, default), value in zip(of_dpo.items(), values, strict=True):
+        if recipe.objective != "dpo" and value != default:
+            raise InputError(f"--objective {recipe.objective} has no {name}: leave it out")
     if recipe.label_smoothing and (recipe.loss_type not in ("sigmoid", "robust") or recipe.label_smoothing >= 0.5):
         raise InputError(
             f"--label-smoothing {recipe.label_smoothing:g}: expected a share below 0.5, and the loss type sigmoid or "
