@@ -42,6 +42,7 @@ from fgpt.model import (
     lm_head,
     logits,
 )
+from fgpt.neftune import neftune
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
@@ -108,6 +109,7 @@ __all__ = [
     "make_step",
     "merge",
     "muon",
+    "neftune",
     "nll",
     "num_trainable",
     "prompt_lookup_decode",

@@ -1,11 +1,11 @@
-"""Dropout as a function of a seed: each element's mask is a hash of the seed and of the element's indices.
+"""Dropout and noise as functions of a seed: what an element draws is a hash of the seed and of the element's indices.
 
 A torch.Generator has a state that vmap, torch.compile and a recomputed forward would each have to carry; a hash has
-none, so the mask is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
+none, so the draw is the same wherever and however often it is computed. The hash is in 32-bit arithmetic that wraps:
 one for rows and one for columns, combined by a finalizer with full avalanche. Compiled for a CPU it becomes C++, which
-assumes that no signed sum wraps, and then gives other masks: there it is in 64 bits, wrapped after each one.
+assumes that no signed sum wraps, and then gives other draws: there it is in 64 bits, wrapped after each one.
 
-It is plain torch, so every transform and the compiler pass; under vmap a mapped seed gives each member a mask of its
+It is plain torch, so every transform and the compiler pass; under vmap a mapped seed gives each member draws of its
 own, and one seed gives all of them the same.
 
 Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finalizer MurmurHash3's.
@@ -29,8 +29,8 @@ def _finalize(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
     return h ^ (h >> 16 & 0xFFFF)
 
 
-def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
-    """True with probability 1 - p, independently for each element, decided by `seed`."""
+def random_bits(seed: Int[Tensor, ""], rows: int, columns: int) -> Int[Tensor, "rows columns"]:
+    """Integers of 32 bits with a sign, uniform and independent, decided by `seed`."""
     becomes_cpp = torch.compiler.is_compiling() and seed.device.type == "cpu"
     dtype = torch.int64 if becomes_cpp else torch.int32
 
@@ -38,8 +38,17 @@ def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bo
         counter = torch.arange(1, n + 1, dtype=dtype, device=seed.device)
         return _finalize(_wrap(counter * _GOLDEN + _finalize(_wrap((seed ^ salt).to(dtype)))))
 
-    joined = _finalize(_wrap(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :]))
-    return joined >= round(p * 2**32) - 2**31
+    return _finalize(_wrap(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :]))
+
+
+def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
+    """True with probability 1 - p, independently for each element, decided by `seed`."""
+    return random_bits(seed, rows, columns) >= round(p * 2**32) - 2**31
+
+
+def uniform_noise(seed: Int[Tensor, ""], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """Uniform in [-1, 1] in fp32, independently for each element, decided by `seed`."""
+    return random_bits(seed, rows, columns).float() * 2**-31
 
 
 def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""] | None, p: float) -> Float[Tensor, "*batch in"]:

@@ -11,6 +11,7 @@ Source: Radford et al. 2019 (GPT-2), section 2.3; Wang and Komatsuzaki 2021 (GPT
 section 2.2.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.documents import Documents
+from fgpt.kernels.dropout import uniform_noise
 from fgpt.kernels.functorch_state import dual_outside_torch_func
 from fgpt.kernels.fused_attention import takes_documents
 from fgpt.kernels.grad_only_linear import GradOnly
@@ -34,7 +36,7 @@ from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos
 from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
-from fgpt.model.params import GPT, MLP, Attention, Block, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.model.params import GPT, MLP, Attention, Block, EmbeddingNoise, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.tree import replace_at
 from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
@@ -236,6 +238,7 @@ def transformer_layers(
     """
     cfg = params.cfg
     x = embed(tokens, params.wte.w)
+    x = x if params.wte.noise is None else add_noise(x, params.wte.noise)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
     rope = None
     if cfg.rotary_dim:
@@ -384,6 +387,13 @@ def hidden_at(
     torch.Size([1, 8])
     """
     return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, positions)[0]
+
+
+def add_noise(x: Float[Tensor, "*batch seq d_model"], noise: EmbeddingNoise) -> Float[Tensor, "*batch seq d_model"]:
+    """Embeddings with the noise of training: each row of a batch draws its own."""
+    *_, seq, d_model = x.shape
+    draws = uniform_noise(noise.seed.to(x.device), x[..., 0].numel(), d_model).view(x.shape)
+    return x + (noise.alpha / math.sqrt(seq * d_model) * draws).to(x.dtype)
 
 
 def lm_head(params: GPT) -> Linear:

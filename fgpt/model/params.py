@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
@@ -42,10 +42,19 @@ class RMSNorm:
 
 
 @node
+class EmbeddingNoise:
+    """Noise uniform in ±alpha / √(seq · d_model), added to each element of a sequence's embeddings."""
+
+    seed: Int[Tensor, ""]
+    alpha: float = static()
+
+
+@node
 class Embedding:
-    """A table, w [rows, d_model], of tokens or of positions."""
+    """A table, w [rows, d_model], of tokens or of positions. Noise is of training alone, see `fgpt.neftune`."""
 
     w: Weight
+    noise: EmbeddingNoise | None = None
 
 
 @node
