@@ -1,0 +1,66 @@
+"""An imitation of a CUDA graph that runs on a CPU."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for y in x:
+            yield from tensors(y)
+
+
+class RecordOperators(TorchDispatchMode):
+    """Every operator with its operands: tensors by their address, all that Python computed as the value of that time,
+    as a CUDA graph has it. What an operator changes in place is restored, as a recording executes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for x, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before |= {id(y): (y, y.clone()) for y in tensors(x) if id(y) not in self.before}
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for x, before in self.before.values():
+            x.copy_(before)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors(result), tensors(again), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+def imitate(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as a graph of it computes it again, as `record_cuda_graph` returns it."""
+    recorder = RecordOperators()
+    try:
+        with recorder:
+            result = run()
+    finally:
+        recorder.restore()
+
+    def replay() -> Any:
+        recorder.replay()
+        return result
+
+    return replay
