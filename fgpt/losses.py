@@ -1,5 +1,9 @@
 """Batches, and the loss of a model on one."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -38,6 +42,37 @@ class Batch:
     segments: Int[Tensor, "*batch seq"] | None = None
     loss_positions: Int[Tensor, " n"] | None = None
     cu_seqlens: Int[Tensor, "*batch documents"] | None = None
+
+
+def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:
+    """The same batches, with positions of weight 0 added to their `loss_positions`: so many that their number is a
+    multiple of a `parts`th of all positions, and the same share in each batch. Few shapes arise, for CUDA graphs, and
+    logits are computed at up to a `parts`th of the positions more.
+
+    Args:
+        batches: The micro-batches of a step. One without `loss_positions` stays as it is.
+        parts: How many numbers of positions there can be, besides 0.
+
+    >>> import fgpt, torch
+    >>> weights = torch.tensor([[0.0, 0, 1, 0, 1, 1, 0, 0]])
+    >>> batch = Batch(torch.zeros(1, 8).long(), torch.zeros(1, 8).long(), weights, loss_positions=torch.tensor([2, 4, 5]))
+    >>> pad_loss_positions([batch], parts=2)[0].loss_positions
+    tensor([0, 2, 4, 5])
+    """
+    most = 0
+    for batch in batches:
+        if batch.loss_positions is not None:
+            most = max(most, -(-parts * len(batch.loss_positions) // batch.weights.numel()))
+    return [_with_num_positions(batch, -(-most * batch.weights.numel() // parts)) for batch in batches]
+
+
+def _with_num_positions(batch: Batch, number: int) -> Batch:
+    positions = batch.loss_positions
+    if positions is None:
+        return batch
+    is_free = torch.ones(batch.weights.numel(), dtype=torch.bool).index_fill(0, positions, False)
+    others = is_free.nonzero().flatten()[: number - len(positions)]
+    return replace(batch, loss_positions=torch.cat([positions, others]).sort().values)
 
 
 @check_shapes

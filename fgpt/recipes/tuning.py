@@ -104,6 +104,9 @@ class FineTuningRecipe(TrainingRecipe):
     compile: bool = False
     """Compile the transformer block: one program for all layers, batch sizes and widths. Needs a C++ compiler and, the
     first time, 13 to 39 s of CPU time; on a CPU a gradient then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
+    cuda_graphs: bool = False
+    """Record each training step as a CUDA graph: one call starts all its kernels, which helps small models. Every row is
+    padded to one length, and the state takes twice its memory more. Not for adamw8bit."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     lr_multipliers: tuple[str, ...] = ()

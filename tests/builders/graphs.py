@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -24,24 +25,26 @@ class RecordOperators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.before: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError("operation not permitted when stream is capturing")
-        for x, argument in zip(args, func._schema.arguments, strict=False):
+        kwargs = kwargs or {}
+        fixed_args, fixed_kwargs = pytree.tree_map_only(Tensor, torch.detach, (args, kwargs))
+        for x, argument in zip(fixed_args, func._schema.arguments, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.before |= {id(y): (y, y.clone()) for y in tensors(x) if id(y) not in self.before}
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
+                self.before += [(y, y.clone()) for y in tensors(x)]
+        result = func(*args, **kwargs)
+        # Other tensors over the same memory: a buffer for results of several sizes has its last size in the end.
+        fixed_result = pytree.tree_map_only(Tensor, torch.detach, result)
+        self.calls.append((func, fixed_args, fixed_kwargs, fixed_result))
         return result
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for x, before in self.before.values():
+        for x, before in reversed(self.before):
             x.copy_(before)
 
-    @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)

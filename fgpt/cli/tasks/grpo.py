@@ -39,6 +39,10 @@ class GRPOTask(InstructionTask):
         assert isinstance(recipe, GRPORecipe)
         if recipe.eval_data:
             raise InputError("--eval-data is of instruction tuning: leave it out; held-out prompts are scored")
+        if recipe.cuda_graphs:
+            raise InputError(
+                "--cuda-graphs needs batches of one shape, and sampled answers have any length: leave it out"
+            )
         recipe = cast(GRPORecipe, resolve_template(resolve_precision(recipe)))
         rows, heldout = load_rows_to_answer(recipe)
         reward = reward_function(recipe.reward, [*rows, *heldout])
