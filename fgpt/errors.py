@@ -29,8 +29,8 @@ class InputError(ValueError):
 
 
 class CompileWarning(UserWarning):
-    """What was to be compiled, or recorded as a CUDA graph, runs as it is: as right, and slower. The message is one line
-    that says why.
+    """What was to be compiled, or recorded as a CUDA graph, runs as it is: as right, and slower. The message is one
+    line that says why.
     """
 
 

@@ -24,9 +24,9 @@ class Batch:
         weights: The weight of each position in the loss; 0 leaves it out.
         segments: The document that each position belongs to, 0 for padding. None if each row is one document, padded on
             the right at most: the causal mask alone then keeps padding out.
-        loss_positions: The flat positions with a weight, each once: logits, and all of the last block but its keys and
-            values, are computed only there. None computes them at all positions, which suits vmap over examples and
-            training on whole texts.
+        loss_positions: The flat positions with a weight, and any others, each once, which is checked on a CPU: logits,
+            and all of the last block but its keys and values, are computed only there. None computes them at all
+            positions, which suits vmap over examples and training on whole texts.
         cu_seqlens: Where each document of a row begins and the last one ends, padding being a document: segments for
             attention without a mask. Rows with fewer documents repeat their length. None: as `segments` say.
 
@@ -55,7 +55,8 @@ def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:
 
     >>> import fgpt, torch
     >>> weights = torch.tensor([[0.0, 0, 1, 0, 1, 1, 0, 0]])
-    >>> batch = Batch(torch.zeros(1, 8).long(), torch.zeros(1, 8).long(), weights, loss_positions=torch.tensor([2, 4, 5]))
+    >>> text = torch.zeros(1, 8, dtype=torch.int64)
+    >>> batch = Batch(text, text, weights, loss_positions=torch.tensor([2, 4, 5]))
     >>> pad_loss_positions([batch], parts=2)[0].loss_positions
     tensor([0, 2, 4, 5])
     """

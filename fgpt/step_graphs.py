@@ -61,7 +61,8 @@ class StepGraphs:
     """
 
     def __init__(self, step: Step, *, record: Record | None = None, max_graphs: int = MAX_GRAPHS) -> None:
-        self._step, self._record, self._max_graphs = step, record or _recorder(), max_graphs
+        self._step: Any = step  # which takes seeds
+        self._record, self._max_graphs = record or _recorder(), max_graphs
         self._frozen: Tree = None
         self._shapes: list[_Shape] = []
         self._is_full = self._has_failed = False

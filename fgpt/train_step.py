@@ -65,8 +65,10 @@ class Metrics:
     others: dict[str, Float[Tensor, ""]] | None = None
 
 
-Key: TypeAlias = torch.Generator | Int[Tensor, ""] | tuple[Int[Tensor, ""], ...]
-"""A key or its seed; or the `micro_batch_seeds` of either."""
+Key: TypeAlias = torch.Generator | Int[Tensor, ""]
+"""A key or its seed."""
+Seeds: TypeAlias = tuple[Int[Tensor, ""], ...]
+"""The `micro_batch_seeds` of a key, which the steps of `make_step` take in its place."""
 Step: TypeAlias = Callable[[State, Tree, Sequence[Any], Key | None], tuple[State, Metrics]]
 
 
@@ -142,7 +144,7 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tree_leaves(args))
 
 
-def micro_batch_seeds(rng: Key, count: int, where: torch.device) -> tuple[Int[Tensor, ""], ...]:
+def micro_batch_seeds(rng: Key | Seeds, count: int, where: torch.device) -> Seeds:
     """The seed of each micro-batch of a step, on the device of what is trained.
 
     Raises InputError in the capture of a CUDA graph, if the seeds would be constants there: each replay would draw one
@@ -227,7 +229,9 @@ def make_step(
             )
         return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
 
-    def step(state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | None = None) -> tuple[State, Metrics]:
+    def step(
+        state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | Seeds | None = None
+    ) -> tuple[State, Metrics]:
         where = device(state.trainable)
         if prepare is not None:
             frozen = prepare(tree_map(torch.detach, state.trainable), frozen)

@@ -1,7 +1,7 @@
 """CUDA graphs: the kernels of a function, which are recorded once and started by one call from then on.
 
-A graph repeats its kernels on the tensors of the recording. What Python computes, and what stays on the CPU, is frozen in
-it: a learning rate, the seed of a dropout.
+A graph repeats its kernels on the tensors of the recording. What Python computes, and what stays on the CPU, is frozen
+in it: a learning rate, the seed of a dropout.
 
 Source: the pytorch documentation, "CUDA semantics", section CUDA Graphs.
 """

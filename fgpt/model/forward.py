@@ -399,7 +399,7 @@ def _check_distinct(positions: Int[Tensor, " n"]) -> None:
     repeated = in_order[1:][in_order.diff() == 0]
     if len(repeated):
         raise InputError(
-            f"expected distinct positions, and {int(repeated[0])} comes twice: give each once, with the sum of its weights"
+            f"expected distinct positions, got {int(repeated[0])} twice: give it once, with the sum of its weights"
         )
 
 

@@ -105,8 +105,8 @@ class FineTuningRecipe(TrainingRecipe):
     """Compile the transformer block: one program for all layers, batch sizes and widths. Needs a C++ compiler and, the
     first time, 13 to 39 s of CPU time; on a CPU a gradient then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
     cuda_graphs: bool = False
-    """Record each training step as a CUDA graph: one call starts all its kernels, which helps small models. Every row is
-    padded to one length, and the state takes twice its memory more. Not for adamw8bit."""
+    """Record each training step as a CUDA graph: one call starts all its kernels, for which a small model waits
+    otherwise. What is trained, with its moments, takes two copies more in memory. adamw8bit cannot be recorded."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     lr_multipliers: tuple[str, ...] = ()

@@ -40,9 +40,7 @@ class GRPOTask(InstructionTask):
         if recipe.eval_data:
             raise InputError("--eval-data is of instruction tuning: leave it out; held-out prompts are scored")
         if recipe.cuda_graphs:
-            raise InputError(
-                "--cuda-graphs needs batches of one shape, and sampled answers have any length: leave it out"
-            )
+            raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")
         recipe = cast(GRPORecipe, resolve_template(resolve_precision(recipe)))
         rows, heldout = load_rows_to_answer(recipe)
         reward = reward_function(recipe.reward, [*rows, *heldout])
