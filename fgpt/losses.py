@@ -8,7 +8,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fgpt._typing import check_shapes
+from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import cross_entropy
+from fgpt.kernels.functorch_state import is_mapped
 from fgpt.model import GPT, hidden, hidden_at, lm_head
 from fgpt.tree import node
 from fgpt.weights import Adapted, Weight, dense, lora_down
@@ -131,7 +133,24 @@ def loss_hidden(params: GPT, batch: Batch, remat: bool = False, compile: bool = 
     positions = batch.loss_positions
     if positions is None:
         return hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
+    _check_distinct(positions)
     return hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
+
+
+def _check_distinct(positions: Int[Tensor, " n"]) -> None:
+    """Raises InputError if a position comes twice, whose queries would have the gradient of both for each. On a CPU
+    alone, as on a GPU one would wait for it, and not if vmap maps them.
+    """
+    if torch.compiler.is_compiling() or positions.device.type != "cpu" or is_mapped(positions):
+        return
+    if (positions.diff() > 0).all():
+        return
+    in_order = positions.sort().values
+    repeated = in_order[1:][in_order.diff() == 0]
+    if len(repeated):
+        raise InputError(
+            f"expected distinct loss_positions, got {int(repeated[0])} twice: give it once, with the sum of its weights"
+        )
 
 
 def at_loss(values: Shaped[Tensor, "*batch seq"], batch: Batch) -> Shaped[Tensor, " n"]:

@@ -25,7 +25,7 @@ from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
 from fgpt.kernels.documents import Documents
-from fgpt.kernels.functorch_state import dual_outside_torch_func, is_mapped
+from fgpt.kernels.functorch_state import dual_outside_torch_func
 from fgpt.kernels.fused_attention import takes_documents
 from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
@@ -369,38 +369,21 @@ def hidden_at(
     Args:
         params: The model, adapted or not.
         tokens: Token ids.
-        positions: Distinct indices into the tokens of all rows, one row after the other. On a CPU this is checked.
+        positions: Indices into the tokens of all rows, one row after the other. The gradient needs distinct ones.
         segments: As in `hidden`.
         remat: As in `hidden`.
         compile: As in `hidden`.
         cu_seqlens: As in `hidden`.
 
     Raises:
-        InputError: if a row is longer than the context, or a position comes twice.
+        InputError: if a row is longer than the context.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> fgpt.hidden_at(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]]), torch.tensor([2])).shape
     torch.Size([1, 8])
     """
-    _check_distinct(positions)
     return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, positions)[0]
-
-
-def _check_distinct(positions: Int[Tensor, " n"]) -> None:
-    """Raises InputError if a position comes twice, whose queries would have the gradient of both for each. On a CPU
-    alone, as on a GPU one would wait for it, and not if vmap maps them.
-    """
-    if torch.compiler.is_compiling() or positions.device.type != "cpu" or is_mapped(positions):
-        return
-    if (positions.diff() > 0).all():
-        return
-    in_order = positions.sort().values
-    repeated = in_order[1:][in_order.diff() == 0]
-    if len(repeated):
-        raise InputError(
-            f"expected distinct positions, got {int(repeated[0])} twice: give it once, with the sum of its weights"
-        )
 
 
 def lm_head(params: GPT) -> Linear:

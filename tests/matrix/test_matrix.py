@@ -71,8 +71,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_compiled():
     """Each transform over each base, and each kind in one of these: tracing takes seconds, and twice that for a second
-    block.
-    `python -m builders.matrix` takes the pairs that are left out.
+    block. `python -m builders.matrix` takes the pairs of kind and transform that are left out here.
 
     In a process of its own: the whole-package check of these tests is what a compiler cannot trace.
     """

@@ -79,12 +79,3 @@ def test_other_positions_of_the_last_block_cost_keys_and_values_alone():
         fgpt.hidden_at(params, text, positions)
     saved = 2 * (n - m) * (2 * d * d + 2 * d * inner)
     assert all_positions.get_total_flops() - some_positions.get_total_flops() == saved
-
-
-def test_a_position_comes_once():
-    """Its queries would have the gradient of both for each: what counts twice has twice the weight."""
-    with pytest.raises(fgpt.InputError, match="expected distinct positions, got 3 twice"):
-        fgpt.hidden_at(tiny(), tokens(31, 2, 9), torch.tensor([3, 12, 0, 3]))
-    text, repeated = tokens(31, 1, 9), torch.tensor([2, 2, 4])
-    with pytest.raises(fgpt.InputError, match="got 2 twice"):
-        fgpt.nll(tiny(), fgpt.Batch(text, text, torch.ones(1, 9), loss_positions=repeated))

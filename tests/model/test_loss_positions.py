@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from builders import close, tiny, tokens
 from hypothesis import given
@@ -53,6 +54,18 @@ def test_the_loss_stays_the_same(sizes: list[tuple[int, float, int]], width: int
     longest = max(len(y.loss_positions) / y.weights.numel() for y in padded if y.loss_positions is not None)
     assert None not in shares
     assert most <= longest < most + 1 / parts + 1 / width
+
+
+def test_a_position_comes_once():
+    """Its queries would have the gradient of both for each: what counts twice has twice the weight."""
+    text, weights = tokens(31, 2, 9), torch.ones(2, 9, dtype=torch.float64)
+    for positions, repeated in (([2, 2, 4], 2), ([5, 17, 0, 5], 5)):
+        with pytest.raises(fgpt.InputError, match=f"expected distinct loss_positions, got {repeated} twice"):
+            loss(ADAPTERS, fgpt.Batch(text, text, weights, loss_positions=torch.tensor(positions)))
+    in_any_order = torch.tensor([17, 3, 0])
+    rows = fgpt.Batch(text, text, weights, loss_positions=in_any_order)
+    dense = replace(rows, weights=torch.zeros(18, dtype=torch.float64).index_fill(0, in_any_order, 1.0).view(2, 9))
+    close(grad(loss)(ADAPTERS, rows), grad(loss)(ADAPTERS, replace(dense, loss_positions=None)), 1e-12)
 
 
 def test_batches_without_them_stay_as_they_are():

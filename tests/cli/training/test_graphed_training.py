@@ -10,13 +10,13 @@ import pytest
 from builders.graphs import imitate
 from builders.runs import copy_interrupted, one_line
 
+from fgpt import losses
 from fgpt.cli import devices
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import build
 from fgpt.kernels import linear
 from fgpt.kernels.documents import Documents
-from fgpt.model import forward
 from fgpt.step_graphs import StepGraphs
 
 TIMED = ("seconds", "memory_gb", "mfu")
@@ -35,7 +35,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     monkeypatch.setattr(build, "StepGraphs", partial(StepGraphs, record=record))
     monkeypatch.setattr(linear, "can_reconstruct", lambda row: False)
     monkeypatch.setattr(Documents, "check", lambda self, tokens: None)
-    monkeypatch.setattr(forward, "_check_distinct", lambda positions: None)
+    monkeypatch.setattr(losses, "_check_distinct", lambda positions: None)
     yield recorded
     assert "without a CUDA graph" not in capsys.readouterr().err
 
