@@ -29,7 +29,9 @@ class InputError(ValueError):
 
 
 class CompileWarning(UserWarning):
-    """What was to be compiled runs uncompiled: as right, and slower. The message is one line that says why."""
+    """What was to be compiled, or recorded as a CUDA graph, runs as it is: as right, and slower. The message is one
+    line that says why.
+    """
 
 
 def short_repr(value: Any) -> str:

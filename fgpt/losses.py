@@ -1,10 +1,16 @@
 """Batches, and the loss of a model on one."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from fgpt._typing import check_shapes
+from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import cross_entropy
+from fgpt.kernels.functorch_state import is_mapped
 from fgpt.model import GPT, hidden, hidden_at, lm_head
 from fgpt.tree import node
 from fgpt.weights import Adapted, Weight, dense, lora_down
@@ -20,9 +26,9 @@ class Batch:
         weights: The weight of each position in the loss; 0 leaves it out.
         segments: The document that each position belongs to, 0 for padding. None if each row is one document, padded on
             the right at most: the causal mask alone then keeps padding out.
-        loss_positions: The flat positions with a weight, each once: logits, and all of the last block but its keys and
-            values, are computed only there. None computes them at all positions, which suits vmap over examples and
-            training on whole texts.
+        loss_positions: The flat positions with a weight, and any others, each once, which is checked on a CPU: logits,
+            and all of the last block but its keys and values, are computed only there. None computes them at all
+            positions, which suits vmap over examples and training on whole texts.
         cu_seqlens: Where each document of a row begins and the last one ends, padding being a document: segments for
             attention without a mask. Rows with fewer documents repeat their length. None: as `segments` say.
 
@@ -38,6 +44,38 @@ class Batch:
     segments: Int[Tensor, "*batch seq"] | None = None
     loss_positions: Int[Tensor, " n"] | None = None
     cu_seqlens: Int[Tensor, "*batch documents"] | None = None
+
+
+def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:
+    """The same batches, with positions of weight 0 added to their `loss_positions`: so many that their number is a
+    multiple of a `parts`th of all positions, and the same share in each batch. Few shapes arise, for CUDA graphs, and
+    logits are computed at up to a `parts`th of the positions more.
+
+    Args:
+        batches: The micro-batches of a step. One without `loss_positions` stays as it is.
+        parts: How many numbers of positions there can be, besides 0.
+
+    >>> import fgpt, torch
+    >>> weights = torch.tensor([[0.0, 0, 1, 0, 1, 1, 0, 0]])
+    >>> text = torch.zeros(1, 8, dtype=torch.int64)
+    >>> batch = Batch(text, text, weights, loss_positions=torch.tensor([2, 4, 5]))
+    >>> pad_loss_positions([batch], parts=2)[0].loss_positions
+    tensor([0, 2, 4, 5])
+    """
+    most = 0
+    for batch in batches:
+        if batch.loss_positions is not None:
+            most = max(most, -(-parts * len(batch.loss_positions) // batch.weights.numel()))
+    return [_with_num_positions(batch, -(-most * batch.weights.numel() // parts)) for batch in batches]
+
+
+def _with_num_positions(batch: Batch, number: int) -> Batch:
+    positions = batch.loss_positions
+    if positions is None:
+        return batch
+    is_free = torch.ones(batch.weights.numel(), dtype=torch.bool).index_fill(0, positions, False)
+    others = is_free.nonzero().flatten()[: number - len(positions)]
+    return replace(batch, loss_positions=torch.cat([positions, others]).sort().values)
 
 
 @check_shapes
@@ -95,7 +133,24 @@ def loss_hidden(params: GPT, batch: Batch, remat: bool = False, compile: bool = 
     positions = batch.loss_positions
     if positions is None:
         return hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
+    _check_distinct(positions)
     return hidden_at(params, batch.tokens, positions, batch.segments, remat, compile, batch.cu_seqlens)
+
+
+def _check_distinct(positions: Int[Tensor, " n"]) -> None:
+    """Raises InputError if a position comes twice, whose queries would have the gradient of both for each. On a CPU
+    alone, as on a GPU one would wait for it, and not if vmap maps them.
+    """
+    if torch.compiler.is_compiling() or positions.device.type != "cpu" or is_mapped(positions):
+        return
+    if (positions.diff() > 0).all():
+        return
+    in_order = positions.sort().values
+    repeated = in_order[1:][in_order.diff() == 0]
+    if len(repeated):
+        raise InputError(
+            f"expected distinct loss_positions, got {int(repeated[0])} twice: give it once, with the sum of its weights"
+        )
 
 
 def at_loss(values: Shaped[Tensor, "*batch seq"], batch: Batch) -> Shaped[Tensor, " n"]:

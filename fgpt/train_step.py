@@ -67,6 +67,8 @@ class Metrics:
 
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 """A key or its seed."""
+Seeds: TypeAlias = tuple[Int[Tensor, ""], ...]
+"""The `micro_batch_seeds` of a key, which the steps of `make_step` take in its place."""
 Step: TypeAlias = Callable[[State, Tree, Sequence[Any], Key | None], tuple[State, Metrics]]
 
 
@@ -142,19 +144,26 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tree_leaves(args))
 
 
-def _seed_on(where: torch.device, rng: Key, i: int) -> Int[Tensor, ""]:
-    """The seed of micro-batch i, on the device of what is trained.
+def micro_batch_seeds(rng: Key | Seeds, count: int, where: torch.device) -> Seeds:
+    """The seed of each micro-batch of a step, on the device of what is trained.
 
-    Raises InputError in the capture of a CUDA graph, if the seed would be a constant there: each replay would draw one
+    Raises InputError in the capture of a CUDA graph, if the seeds would be constants there: each replay would draw one
     and the same dropout.
+
+    Args:
+        rng: The key of the step. Seeds stay themselves.
+        count: How many micro-batches it has.
+        where: The device.
     """
+    if isinstance(rng, tuple):
+        return rng
     if is_capturing() and not (isinstance(rng, Tensor) and rng.device == where):
         raise InputError(
             "the key of a step that a CUDA graph captures: expected a seed tensor on the device, which may change "
             "between replays, such as fold_in(seed_tensor(key, device), state.step); got "
             f"{'a seed on ' + str(rng.device) if isinstance(rng, Tensor) else 'a Generator'}"
         )
-    return seed_tensor(fold_in(rng, i), where)
+    return tuple(seed_tensor(fold_in(rng, i), where) for i in range(count))
 
 
 def make_step(
@@ -220,11 +229,13 @@ def make_step(
             )
         return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
 
-    def step(state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | None = None) -> tuple[State, Metrics]:
+    def step(
+        state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | Seeds | None = None
+    ) -> tuple[State, Metrics]:
         where = device(state.trainable)
         if prepare is not None:
             frozen = prepare(tree_map(torch.detach, state.trainable), frozen)
-        seeds = [None if rng is None else _seed_on(where, rng, i) for i in range(len(batches))]
+        seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
         grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
         for batch, seed in zip(batches[1:], seeds[1:], strict=True):
             more, (v, w) = gradient(state.trainable, frozen, batch, seed)

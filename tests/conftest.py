@@ -1,5 +1,6 @@
 """What every test has: Hypothesis without deadlines, shared data, a tiny model, a trap for the merged weight."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from fgpt.weights import dense
 settings.register_profile("fgpt", deadline=None, max_examples=20)
 settings.load_profile("fgpt")
 disable_progress_bar()
+# Processes that compile inherit these. Without them each first compiles six programs, to see whether g++ knows the
+# vector instructions that the CPU has, and starts a pool of compilers, which imports torch once more.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

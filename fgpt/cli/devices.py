@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 
 from fgpt.errors import InputError
-from fgpt.recipes import TrainingRecipe
+from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 R = TypeVar("R", bound=TrainingRecipe)
 
@@ -49,10 +49,19 @@ def resolve_precision(recipe: R) -> R:
     """The recipe with the dtype that "auto" means here: what run.json records, so that the run is resumed, replayed and
     used elsewhere in the dtype that it was trained in.
 
-    Raises InputError if its device cannot be used.
+    Raises InputError if its device cannot be used, or cannot record the CUDA graphs that it asks for.
     """
-    dtype = resolve_dtype(recipe.dtype, resolve_device(recipe.device))
+    device = resolve_device(recipe.device)
+    if isinstance(recipe, FineTuningRecipe) and recipe.cuda_graphs:
+        check_cuda_graphs(device)
+    dtype = resolve_dtype(recipe.dtype, device)
     return dataclasses.replace(recipe, dtype=str(dtype).removeprefix("torch."))
+
+
+def check_cuda_graphs(device: torch.device) -> None:
+    """Raises InputError for a device that has none."""
+    if device.type != "cuda":
+        raise InputError(f"--cuda-graphs needs a CUDA device, and this training runs on {device}: leave it out")
 
 
 def describe_precision(recipe: TrainingRecipe) -> str:

@@ -6,37 +6,17 @@ recorded kernels advance themselves.
 
     step = GraphedStep(static_cache.decode_step)
     logits = step(params, tokens, cache)        the same as decode_step(params, tokens, cache)
-
-Source: the pytorch documentation, "CUDA semantics", section CUDA Graphs.
 """
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fgpt.adapter_types import Adapters
 from fgpt.generation.static_cache import StaticKVCache
+from fgpt.kernels.cuda_graphs import Record, record_cuda_graph, side_stream, try_recording
 from fgpt.model import GPT
-
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""From a function to a replay of its kernels: it computes the same again, from the tensors' values of that time."""
-
-
-def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The kernels of `run`, which it does not execute yet. Every replay writes its result into the same tensor."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
 
 
 class GraphedStep:
@@ -63,31 +43,13 @@ class GraphedStep:
         """
         if self._tokens is None or cache is not self._cache:
             self._cache, self._tokens, self._replay = cache, tokens.clone(), None
-            with _side_stream(tokens.device):
+            with side_stream(tokens.device):
                 return self._step(params, self._tokens, cache, adapters)
         fixed = self._tokens.copy_(tokens)
         if self._replay is None:
-            self._replay = self._try_recording(lambda: self._step(params, fixed, cache, adapters), tokens.device)
+
+            def run() -> Tensor:
+                return self._step(params, fixed, cache, adapters)
+
+            self._replay = try_recording(self._record, run, at=tokens.device, name="decoding") or run
         return self._replay()
-
-    def _try_recording(self, run: Callable[[], Tensor], at: torch.device) -> Callable[[], Tensor]:
-        try:
-            with torch.cuda.device(at) if at.type == "cuda" else contextlib.nullcontext():
-                return self._record(run)
-        except RuntimeError as err:
-            reason = str(err).strip().partition("\n")[0]
-            warnings.warn(f"decoding without a CUDA graph, as the step cannot be recorded: {reason}", stacklevel=4)
-            return run
-
-
-@contextlib.contextmanager
-def _side_stream(at: torch.device) -> Iterator[None]:
-    """Another stream than the current one, as libraries must be warm for the stream of a recording. None on a CPU."""
-    if at.type != "cuda":
-        yield
-        return
-    current, other = torch.cuda.current_stream(at), torch.cuda.Stream(at)
-    other.wait_stream(current)
-    with torch.cuda.stream(other):
-        yield
-    current.wait_stream(other)

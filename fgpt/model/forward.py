@@ -372,7 +372,7 @@ def hidden_at(
     Args:
         params: The model, adapted or not.
         tokens: Token ids.
-        positions: Distinct indices into the tokens of all rows, one row after the other.
+        positions: Indices into the tokens of all rows, one row after the other. The gradient needs distinct ones.
         segments: As in `hidden`.
         remat: As in `hidden`.
         compile: As in `hidden`.

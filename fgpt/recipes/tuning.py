@@ -104,6 +104,9 @@ class FineTuningRecipe(TrainingRecipe):
     compile: bool = False
     """Compile the transformer block: one program for all layers, batch sizes and widths. Needs a C++ compiler and, the
     first time, 13 to 39 s of CPU time; on a CPU a gradient then takes 0.92 (SmolLM2) to 0.97 (GPT-2) of its time."""
+    cuda_graphs: bool = False
+    """Record each training step as a CUDA graph: one call starts all its kernels, for which a small model waits
+    otherwise. What is trained, with its moments, takes two copies more in memory. adamw8bit cannot be recorded."""
     lr: PositiveFloat | None = None
     """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
     lr_multipliers: tuple[str, ...] = ()
@@ -116,6 +119,9 @@ class FineTuningRecipe(TrainingRecipe):
     """Steps of linear warmup; None takes 20, or a tenth of the training if that is less."""
     weight_decay: NonNegativeFloat = 0.0
     """Of every optimizer: lr times this share of each matrix is subtracted in each step."""
+    neftune_noise_alpha: NonNegativeFloat = 0.0
+    """NEFTune: noise uniform in ±alpha / √(sequence length · width of the model) on the embeddings in training; 5 is
+    usual."""
     epochs: Epochs = 1.0
     """Passes over the examples."""
     steps: PositiveInt | None = None

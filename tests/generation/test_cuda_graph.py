@@ -1,73 +1,18 @@
 """A recorded decode step writes what the eager one does. The graph here is an imitation that runs on a CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from builders import tiny, tokens
 from builders.generation import WARM_SAMPLING, adapter_sets
+from builders.graphs import imitate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fgpt
 from fgpt.generation import loop, static_cache
 from fgpt.generation.cuda_graph import GraphedStep
-
-
-def tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for y in x:
-            yield from tensors(y)
-
-
-class RecordOperators(TorchDispatchMode):
-    """Every operator with its operands: tensors by their address, all that Python computed as the value of that time,
-    as a CUDA graph has it. What an operator changes in place is restored, as a recording executes nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise RuntimeError("operation not permitted when stream is capturing")
-        for x, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and id(x) not in self.before:
-                self.before[id(x)] = x, x.clone()
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def restore(self) -> None:
-        for x, before in self.before.values():
-            x.copy_(before)
-
-    def replay(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tensors(result), tensors(again), strict=True):
-                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    old.copy_(new)
-
-
-def imitate(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    recorder = RecordOperators()
-    try:
-        with recorder:
-            result = run()
-    finally:
-        recorder.restore()
-
-    def replay() -> Tensor:
-        recorder.replay()
-        return result
-
-    return replay
 
 
 @pytest.fixture

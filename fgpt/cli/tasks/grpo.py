@@ -40,6 +40,10 @@ class GRPOTask(InstructionTask):
         if recipe.eval_data or recipe.streaming:
             name = "--eval-data" if recipe.eval_data else "--streaming"
             raise InputError(f"{name} is of instruction tuning: leave it out; held-out prompts are scored")
+        if recipe.cuda_graphs:
+            raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")
+        if recipe.neftune_noise_alpha:
+            raise InputError("--neftune-noise-alpha changes the policy that has sampled the answers: leave it out")
         recipe = cast(GRPORecipe, resolve_template(resolve_precision(recipe)))
         rows, heldout = load_rows_to_answer(recipe)
         reward = reward_function(recipe.reward, [*rows, *heldout])

@@ -29,6 +29,7 @@ from fgpt.cli.training.build import (
     make_tuning_step,
     row_length,
     warn_if_all_warmup,
+    with_graphs,
 )
 from fgpt.cli.training.examples import NANO_HELDOUT, num_heldout, train_heldout_split
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
@@ -125,16 +126,21 @@ class PreferenceTask:
         steps = order.num_steps()
         schedule = make_schedule(recipe, steps)
         optimizer = make_optimizer(recipe, schedule)
-        step = make_tuning_step(optimizer, lambda params, batch: objective(recipe, params, batch))
+        step = make_tuning_step(
+            optimizer,
+            lambda params, batch: objective(recipe, params, batch),
+            neftune_noise_alpha=recipe.neftune_noise_alpha,
+        )
         frozen = drop_replaced_leaves(base, adapters)
         micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
         rows = [*examples.chosen, *examples.rejected, *heldout_examples.chosen, *heldout_examples.rejected]
         labels = f"{examples.labels} {heldout_examples.labels}"
+        width = max(len(x.tokens) for x in (*examples.chosen, *examples.rejected)) if recipe.cuda_graphs else None
         job = TrainingJob(
             recipe=recipe,
-            step=step,
+            step=with_graphs(recipe, step),
             frozen=frozen,
-            batches=lambda begin: cast(Any, batches(order, examples, reference, micro_batch_size, begin)),
+            batches=lambda begin: cast(Any, batches(order, examples, reference, micro_batch_size, begin, width)),
             steps=steps,
             schedule=schedule,
             rng=fold_in(key(recipe.seed), "steps"),

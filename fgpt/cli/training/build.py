@@ -28,12 +28,14 @@ from fgpt.data.mixtures import Mixture
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
-from fgpt.losses import Batch, nll
+from fgpt.losses import Batch, nll, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
+from fgpt.neftune import neftune
 from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
+from fgpt.step_graphs import StepGraphs
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Step, init_state, make_step
 from fgpt.tree import device, leaves, matches, replace_at
@@ -137,12 +139,17 @@ def _whole_units(rows: list[list[Example]], max_seq_len: int) -> int:
     return min(max_seq_len, -(-longest // WIDTH_UNIT) * WIDTH_UNIT)
 
 
+def with_graphs(recipe: FineTuningRecipe, step: Step) -> Step:
+    """The step of a training: recorded as CUDA graphs, if the recipe says so."""
+    return StepGraphs(step) if recipe.cuda_graphs else step
+
+
 def row_width(recipe: FineTuningRecipe, device: torch.device, max_seq_len: int) -> int | None:
     """The width that all rows are padded to: on CUDA each new width costs a kernel's plan, in a compiled program a
     compilation, and packed rows are nearly full (at one width 3 to 4 % of the positions are padding, at ragged ones 2
     to 3 %). None on a CPU without a compiler, where a width costs little.
     """
-    return max_seq_len if device.type == "cuda" or recipe.compile else None
+    return max_seq_len if device.type == "cuda" or recipe.compile or recipe.cuda_graphs else None
 
 
 def row_length(recipe: FineTuningRecipe, cfg: Config) -> int:
@@ -187,7 +194,10 @@ def assemble_job(
     def objective(params: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
         return nll(params, batch, remat=recipe.remat, compile=recipe.compile)
 
-    step = make_tuning_step(optimizer, objective)
+    def step_of(optimizer: Optimizer) -> Step:
+        return make_tuning_step(optimizer, objective, neftune_noise_alpha=recipe.neftune_noise_alpha)
+
+    step = step_of(optimizer)
     frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
     rng = fold_in(key(recipe.seed), "steps")
     if recipe.micro_batch_size == "auto":
@@ -202,14 +212,18 @@ def assemble_job(
         others |= {"mixture": str(mixture)}
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
 
+    def all_batches(begin: int) -> Iterator[list[Batch]]:
+        updates = batches(order, micro_batch_size, row_width(recipe, target, max_seq_len), begin)
+        return map(pad_loss_positions, updates) if recipe.cuda_graphs else updates
+
     def of_tuned(loss: Callable[[GPT], float]) -> Callable[[Adapters], float]:
         return lambda tuned: loss(adapt(frozen, tuned))
 
     return TrainingJob(
         recipe=recipe,
-        step=step,
+        step=with_graphs(recipe, step),
         frozen=frozen,
-        batches=lambda begin: batches(order, micro_batch_size, row_width(recipe, target, max_seq_len), begin),
+        batches=all_batches,
         steps=steps,
         schedule=schedule,
         rng=rng,
@@ -217,25 +231,32 @@ def assemble_job(
         initial_state=InitialState(state),
         tokenizer=tokenizer,
         eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
-        step_for=lambda schedule: make_tuning_step(make_optimizer(recipe, schedule), objective),
+        step_for=lambda schedule: step_of(make_optimizer(recipe, schedule)),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
 
 
-def make_tuning_step(optimizer: Optimizer, objective: Callable[[GPT, Any], tuple[Tensor, Tensor]]) -> Step:
+def make_tuning_step(
+    optimizer: Optimizer,
+    objective: Callable[[GPT, Any], tuple[Tensor, Tensor]],
+    *,
+    neftune_noise_alpha: float = 0.0,
+) -> Step:
     """The step of a tuning. The norms of a DoRA are computed once for all micro-batches.
 
     Args:
         optimizer: The optimizer of the adapters.
         objective: (Σ loss, Σ weight) of adapted params and a batch.
+        neftune_noise_alpha: see `fgpt.neftune`.
     """
 
     def loss(
         tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], batch: Any, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         frozen, norms = constants
-        return objective(adapt(frozen, with_norms(tuned, norms), rng=seed), batch)
+        params = adapt(frozen, with_norms(tuned, norms), rng=seed)
+        return objective(neftune(params, neftune_noise_alpha, seed), batch)
 
     return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
 

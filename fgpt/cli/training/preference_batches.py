@@ -1,7 +1,7 @@
 """Batches of preference tuning: pairs, or judged answers, with the log-probabilities of the reference policy."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from fgpt.cli.console import show_progress
 from fgpt.cli.training.row_order import UpdateOrder
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
+from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.objectives.kto import JudgedBatch
 from fgpt.objectives.logprobs import sequence_logprobs
@@ -74,19 +75,28 @@ def preference_order(examples: PreferenceExamples, recipe: PreferenceRecipe) -> 
     return UpdateOrder(lengths, recipe, int(lengths.max()), packed=False)
 
 
-def batch_of(examples: PreferenceExamples, reference: Reference, indices: Sequence[int]) -> PairBatch | JudgedBatch:
-    """The batch of some rows."""
+def batch_of(
+    examples: PreferenceExamples, reference: Reference, indices: Sequence[int], width: int | None = None
+) -> PairBatch | JudgedBatch:
+    """The batch of some rows. With a `width`, which they are padded to, its shape follows from their number alone: it
+    has no `loss_positions`.
+    """
+
+    def collate(rows: list[list[Example]]) -> Batch:
+        batch = packing.collate(rows, width)
+        return batch if width is None else replace(batch, loss_positions=None)
+
     chosen = [[examples.chosen[i]] for i in indices]
     rejected = [[examples.rejected[i]] for i in indices]
     if examples.labels is None:
         sums = torch.cat([reference.chosen[list(indices)], reference.rejected[list(indices)]])
-        return PairBatch(packing.collate(chosen + rejected), sums)
+        return PairBatch(collate(chosen + rejected), sums)
     labels = torch.tensor([examples.labels[i] for i in indices])
     return JudgedBatch(
-        packing.collate(chosen),
+        collate(chosen),
         labels,
         reference.chosen[list(indices)],
-        packing.collate(rejected),
+        collate(rejected),
         reference.rejected[list(indices)],
     )
 
@@ -97,9 +107,10 @@ def batches(
     reference: Reference,
     micro_batch_size: int,
     begin: int = 0,
+    width: int | None = None,
 ) -> Iterator[list[PairBatch | JudgedBatch]]:
-    """The micro-batches of one update after the other, from update `begin` on, without end."""
+    """The micro-batches of one update after the other, from update `begin` on, without end; see `batch_of`."""
     for rows in order.indices(begin):
         indices = [i for row in rows for i in row]
         parts = [indices[i : i + micro_batch_size] for i in range(0, len(indices), micro_batch_size)]
-        yield [batch_of(examples, reference, part) for part in parts]
+        yield [batch_of(examples, reference, part, width) for part in parts]

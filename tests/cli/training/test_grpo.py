@@ -143,6 +143,7 @@ def test_gsm8k_s_reward():
         (["--max-completion-length", "0"], "expected 1 or more"),
         (["--beta", "-1"], "expected 0 or more"),
         (["--keep-best"], "--eval-every N"),
+        (["--cuda-graphs"], "sampled answers have many"),
     ],
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
