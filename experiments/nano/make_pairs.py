@@ -1,7 +1,7 @@
 """Pairs of answers for `dpo-nano` and judged answers for `kto-nano`, from a run's own samples, scored by what the
 instructions of the nano tasks demand.
 
-    python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl --samples 4
+    python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl --samples 8
 
 A line is {"prompt": .., "chosen": .., "rejected": ..}: of the samples of one instruction, the one with most of its
 demands met and the one with fewest. An instruction whose samples all score the same gives no pair. With --judged a line
@@ -28,9 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="an instruction-tuned run on the nano tasks")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--samples", type=int, default=4, help="answers to each instruction")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each instruction")
     parser.add_argument("--limit", type=int, help="instructions; all by default")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--judged", action="store_true", help="single answers with labels in place of pairs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

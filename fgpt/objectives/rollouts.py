@@ -7,6 +7,7 @@ batches = rollout_batches(prompts, groups, group_advantages(rewards), ..)      r
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from fgpt.errors import InputError, short_repr
 from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.generation.sampling import SamplingParams
 from fgpt.losses import Batch
-from fgpt.model import GPT
+from fgpt.model import GPT, Norm
 from fgpt.objectives.grpo import RolloutBatch
 
 Groups: TypeAlias = list[list[GenerationOutput]]
@@ -30,6 +31,34 @@ ended with an end-of-sequence token.
 
 SAMPLING = SamplingParams(temperature=1.0)
 """Samples of the policy itself: at another temperature its log-probabilities would be those of another policy."""
+
+
+def with_temperature(params: GPT, temperature: float) -> GPT:
+    """The policy whose logits are those of `params` divided by the temperature: what samples at 1 from it samples so
+    from `params`, and its log-probabilities are those of the samples.
+
+    Args:
+        params: A model, adapted or not.
+        temperature: Below 1, likely tokens become likelier.
+
+    Raises:
+        InputError: for a temperature that is not positive.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> params, text = fgpt.init(config, fgpt.key(0)), torch.tensor([1, 2])
+    >>> torch.allclose(fgpt.apply(with_temperature(params, 0.5), text), 2 * fgpt.apply(params, text), atol=1e-5)
+    True
+    """
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature}: expected a positive number")
+    norm, head = params.ln_f, params.head
+    norm = replace(norm, w=norm.w / temperature)
+    if isinstance(norm, Norm) and norm.b is not None:
+        norm = replace(norm, b=norm.b / temperature)
+    if head is not None and head.b is not None:
+        head = replace(head, b=head.b / temperature)
+    return replace(params, ln_f=norm, head=head)
 
 
 def sample_groups(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from fgpt.ranges import BatchSize, NonNegativeFloat, PositiveInt, Range
+from fgpt.ranges import BatchSize, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from fgpt.recipes.instruction import InstructionRecipe
 from fgpt.recipes.tuning import Adapter
 
@@ -24,6 +24,8 @@ class GRPORecipe(InstructionRecipe):
     """Answers to each prompt."""
     max_completion_length: PositiveInt = 128
     """New tokens of an answer that is trained on, at most."""
+    temperature: PositiveFloat = 1.0
+    """The divisor of the logits, in sampling and in the loss."""
     beta: NonNegativeFloat = 0.0
     """Weight of the divergence from the base in the loss."""
     scale_rewards: bool = True
@@ -55,10 +57,10 @@ def grpo_nano() -> GRPORecipe:
         data=("nano",),
         template="plain",
         reward="nano",
-        scale_rewards=False,
+        temperature=0.8,
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
-        lr=2e-3,
-        beta=0.005,
+        lr=1e-3,
+        beta=0.02,
         steps=300,
         num_generations=8,
         max_completion_length=64,

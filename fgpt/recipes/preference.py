@@ -51,7 +51,9 @@ def dpo_nano() -> PreferenceRecipe:
     """DPO on the embedded base after lora-nano, on pairs of its own answers.
 
     fgpt train lora-nano, fgpt merge lora-nano, python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl, then
-    fgpt train dpo-nano.
+    fgpt train dpo-nano. On 740 pairs the points rise from 55.6 to 61.1, 58.1 and 58.2 with seeds 0, 1, 2; KL from the
+    start 0.11 nats per token. 180 to 365 s on one busy core of an AMD EPYC, 0.65 GB. Without --rpo-alpha it fell to
+    32.6 points at this rate, and stayed at 54.2 with a tenth of it.
     """
     sft = lora_nano()
     return PreferenceRecipe(
@@ -60,7 +62,9 @@ def dpo_nano() -> PreferenceRecipe:
         data=("pairs.jsonl",),
         template=sft.template,
         adapter=sft.adapter,
+        rpo_alpha=1.0,
         lr=1e-3,
+        epochs=3,
         micro_batch_size=4,
         compare_prompts=sft.compare_prompts,
         max_new_tokens=sft.max_new_tokens,
@@ -74,7 +78,7 @@ def kto_nano() -> PreferenceRecipe:
 
     As dpo-nano, but the script writes judged.jsonl, with its option for judged answers.
     """
-    return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto")
+    return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto", rpo_alpha=0.0, epochs=1)
 
 
 RECIPES: tuple[Callable[[], PreferenceRecipe], ...] = (dpo_nano, kto_nano)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from builders import close, tiny, with_noise
+from builders.hf_models import hf_model, save_and_load
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import grad
@@ -14,7 +15,7 @@ import fgpt
 from fgpt.generation.loop import GenerationOutput
 from fgpt.objectives.grpo import group_advantages, grpo
 from fgpt.objectives.number_reward import final_number, number_reward
-from fgpt.objectives.rollouts import group_rewards, rollout_batches, sample_groups
+from fgpt.objectives.rollouts import group_rewards, rollout_batches, sample_groups, with_temperature
 
 BASE = tiny(d_model=64, d_mlp=64)
 ADAPTERS: Any = with_noise(fgpt.lora(BASE, fgpt.key(0), 2), seed=1)
@@ -54,6 +55,15 @@ def test_an_answer_has_the_models_probability():
     shares = torch.bincount(torch.tensor(firsts), minlength=BASE.cfg.vocab_size) / len(firsts)
     expected = fgpt.apply(BASE, torch.tensor([[1, 2]]))[0, -1].softmax(-1)
     close(shares, expected, 0.03)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gptj", "llama"])
+def test_a_temperature_divides_the_logits(model: str):
+    params = with_noise(tiny(), seed=2) if model == "gpt2" else save_and_load(hf_model(model))
+    text = torch.tensor([[1, 2, 3, 4]])
+    close(fgpt.apply(with_temperature(params, 0.7), text), fgpt.apply(params, text) / 0.7, 1e-5, 1e-5)
+    with pytest.raises(fgpt.InputError, match="temperature is 0"):
+        with_temperature(params, 0.0)
 
 
 def rollouts(advantages: torch.Tensor, micro_batch_size: int) -> Any:

@@ -25,7 +25,14 @@ from fgpt.errors import InputError
 from fgpt.losses import Batch, token_nll
 from fgpt.model import GPT
 from fgpt.objectives.grpo import RolloutBatch, group_advantages, grpo
-from fgpt.objectives.rollouts import Groups, RewardFunction, group_rewards, rollout_batches, sample_groups
+from fgpt.objectives.rollouts import (
+    Groups,
+    RewardFunction,
+    group_rewards,
+    rollout_batches,
+    sample_groups,
+    with_temperature,
+)
 from fgpt.recipes import GRPORecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -102,7 +109,8 @@ def assemble_rollout_job(
     optimizer = make_optimizer(recipe, schedule)
 
     def objective(params: GPT, rollouts: RolloutBatch) -> tuple[Tensor, Tensor]:
-        return grpo(params, rollouts, beta=recipe.beta, remat=recipe.remat, compile=recipe.compile)
+        policy = with_temperature(params, recipe.temperature)
+        return grpo(policy, rollouts, beta=recipe.beta, remat=recipe.remat, compile=recipe.compile)
 
     update = make_tuning_step(optimizer, objective)
     return TrainingJob(
@@ -140,7 +148,8 @@ def rollout_step(
         prompts = prompts_of(batch)
         batch_rows = [rows[i] for i in batch.rows.tolist()]
         with torch.no_grad():
-            policy = merge(adapt(frozen, state.trainable), "dequantized")
+            policy = with_temperature(merge(adapt(frozen, state.trainable), "dequantized"), recipe.temperature)
+            reference = with_temperature(frozen, recipe.temperature)
             groups = sample_groups(
                 policy,
                 prompts,
@@ -151,7 +160,7 @@ def rollout_step(
             )
             rewards = group_rewards(reward, batch_rows, groups, tokenizer.decode)
             advantages = group_advantages(rewards, scale=recipe.scale_rewards)
-            kl = reference_kl(policy, frozen, prompts, groups, eos)
+            kl = reference_kl(policy, reference, prompts, groups, eos)
         used = range(len(groups)) if recipe.beta else informative(advantages)
         rollouts = rollout_batches(
             [prompts[i] for i in used],
@@ -161,7 +170,9 @@ def rollout_step(
             micro_batch_size=int(recipe.micro_batch_size),
         )
         target = device(state.trainable)
-        placed: list[Any] = [with_reference(frozen, tree_map(lambda x: x.to(target), x), recipe.beta) for x in rollouts]
+        placed: list[Any] = [
+            with_reference(reference, tree_map(lambda x: x.to(target), x), recipe.beta) for x in rollouts
+        ]
         state, metrics = update(state, frozen, placed, fold_in(rng, "update"))
         answers = [answer for group in groups for answer in group]
         lengths = torch.tensor([len(answer.tokens) + answer.finished for answer in answers], dtype=torch.float32)
@@ -193,18 +204,18 @@ def informative(advantages: Tensor) -> list[int]:
     return differing or [0]
 
 
-def with_reference(frozen: GPT, rollouts: RolloutBatch, beta: float) -> RolloutBatch:
-    """The batch with the log-probabilities of the base, if the loss needs them."""
+def with_reference(reference: GPT, rollouts: RolloutBatch, beta: float) -> RolloutBatch:
+    """The batch with the log-probabilities of the reference, if the loss needs them."""
     if not beta:
         return rollouts
     with torch.no_grad():
-        return RolloutBatch(rollouts.batch, rollouts.advantages, None, -token_nll(frozen, rollouts.batch)[0])
+        return RolloutBatch(rollouts.batch, rollouts.advantages, None, -token_nll(reference, rollouts.batch)[0])
 
 
 def reference_kl(
-    policy: GPT, frozen: GPT, prompts: Sequence[Sequence[int]], groups: Groups, eos_token_id: int
+    policy: GPT, reference: GPT, prompts: Sequence[Sequence[int]], groups: Groups, eos_token_id: int
 ) -> Tensor:
-    """An estimate of KL(policy, base) in nats per token, never negative, on the first answer to each prompt.
+    """An estimate of KL(policy, reference) in nats per token, never negative, on the first answer to each prompt.
 
     Source: Schulman 2020, "Approximating KL Divergence", the estimator k3.
     """
@@ -213,5 +224,5 @@ def reference_kl(
         prompts, first, torch.zeros(len(first), 1), eos_token_id=eos_token_id, micro_batch_size=len(first)
     )
     batch = place(rollouts.batch, device(policy))
-    log_q = token_nll(policy, batch)[0] - token_nll(frozen, batch)[0]  # log of base / policy
+    log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
     return (torch.exp(log_q) - log_q - 1).mean()

@@ -19,6 +19,7 @@ from fgpt.tree import leaves
 
 SHORT = ["--steps", "4", "--micro-batch-size", "8", "--grad-accumulation-steps", "2", "--max-completion-length", "40"]
 SHORT += ["--lr", "1e-3", "--beta", "0.1", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
+SHORT += ["--no-scale-rewards"]
 
 
 @pytest.fixture(scope="module")
