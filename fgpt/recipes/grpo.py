@@ -47,9 +47,9 @@ def grpo_nano() -> GRPORecipe:
     """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
     for.
 
-    fgpt train grpo-nano. Not measured to its end yet. After 15 steps of a schedule of 200, in 159 s on one busy core of
-    an AMD EPYC: 12.9 points before, 18.9 after. With lr 3e-3 and no beta the policy recited names and animals after 33
-    steps (0 points); beta 0.05 held it at the base.
+    fgpt train grpo-nano. From 12.9 points, a script with these settings but lr 2e-3 reached 37.9 after 280 steps and
+    then moved between 29 and 35: stories 61, of the questions the titles alone. Without a penalty on the divergence and
+    at temperature 1 the policy recited names and animals after 33 steps (0 points).
     """
     return GRPORecipe(
         name="grpo-nano",

@@ -218,7 +218,7 @@ def check_options(recipe: PreferenceRecipe) -> None:
     values = (recipe.loss_type, recipe.label_smoothing, recipe.rpo_alpha)
     for (name, default), value in zip(of_dpo.items(), values, strict=True):
         if recipe.objective != "dpo" and value != default:
-            raise InputError(f"--objective {recipe.objective} has no {name}: leave it out")
+            raise InputError(f"--objective {recipe.objective} has no {name}: give {name} {default}")
     if recipe.label_smoothing and (recipe.loss_type not in ("sigmoid", "robust") or recipe.label_smoothing >= 0.5):
         raise InputError(
             f"--label-smoothing {recipe.label_smoothing:g}: expected a share below 0.5, and the loss type sigmoid or "

@@ -22,7 +22,7 @@ from fgpt.tree import leaves
 
 SHORT = ["--base", "nano", "--steps", "4", "--micro-batch-size", "2", "--grad-accumulation-steps", "2"]
 SHORT += ["--num-heldout", "3", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
-SHORT += ["--compare-data", "heldout"]
+SHORT += ["--compare-data", "heldout", "--rpo-alpha", "0"]
 
 
 def pair(i: int) -> dict[str, str]:
@@ -141,7 +141,8 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
         (["--eval-data", "x.jsonl", "--eval-every", "1"], "--eval-data is of instruction tuning"),
         (["--max-seq-len", "8", "--overlong", "error"], "raise --max-seq-len, or give --overlong drop"),
         (["--max-seq-len", "4"], "no row fits 4 tokens"),
-        (["--objective", "kto"], "no column 'label'"),
+        (["--objective", "kto", "--rpo-alpha", "0"], "no column 'label'"),
+        (["--objective", "kto"], "--objective kto has no --rpo-alpha: give --rpo-alpha 0"),
     ],
 )
 def test_bad_options(
