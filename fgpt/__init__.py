@@ -18,6 +18,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
+from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
 from fgpt.generation.beam import beam_search
@@ -42,7 +43,6 @@ from fgpt.model import (
     lm_head,
     logits,
 )
-from fgpt.neftune import neftune
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw

@@ -51,9 +51,9 @@ def dpo_nano() -> PreferenceRecipe:
     """DPO on the embedded base after lora-nano, on pairs of its own answers.
 
     fgpt train lora-nano, fgpt merge lora-nano, python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl, then
-    fgpt train dpo-nano. On 740 of the script's pairs the points rise from 55.6 to 61.1, 58.1 and 58.2 with seeds 0, 1, 2; KL from the
-    start 0.11 nats per token. 180 to 365 s on one busy core of an AMD EPYC, 0.65 GB. Without --rpo-alpha it fell to
-    32.6 points at this rate, and stayed at 54.2 with a tenth of it.
+    fgpt train dpo-nano. On 740 of the script's pairs the points rise from 55.6 to 61.1, 58.1 and 58.2 with seeds 0, 1,
+    2; KL from the start 0.11 nats per token. 180 to 365 s on one busy core of an AMD EPYC, 0.65 GB. Without --rpo-alpha
+    they fell to 32.6 at this rate, and to 54.2 at a tenth of it, in one epoch.
     """
     sft = lora_nano()
     return PreferenceRecipe(

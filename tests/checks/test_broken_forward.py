@@ -23,8 +23,10 @@ def test_loss_is_no_number():
 
 def test_loss_a_forgotten_position():
     assert PACKED.loss_positions is not None
-    for at in (PACKED.loss_positions[1:], torch.cat([PACKED.loss_positions, PACKED.loss_positions[:1]])):
-        assert faulty_checks(replace(PACKED, loss_positions=at)) == {"finite loss"}
+    assert faulty_checks(replace(PACKED, loss_positions=PACKED.loss_positions[1:])) == {"finite loss"}
+    twice = torch.cat([PACKED.loss_positions, PACKED.loss_positions[:1]])
+    with pytest.raises(fgpt.InputError, match="expected distinct loss_positions"):
+        faulty_checks(replace(PACKED, loss_positions=twice))
 
 
 def test_padding_that_counts_as_positions(patch: Patch):

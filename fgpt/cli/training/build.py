@@ -25,12 +25,12 @@ from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.examples import Example, count_loss_tokens, example_lengths
 from fgpt.data.mixtures import Mixture
+from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, nll, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
-from fgpt.neftune import neftune
 from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe
