@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from builders.checks import CHECKS, METHODS, PACKED, PLAIN, Patch, doctor_model, failed_checks, faulty_checks
 
