@@ -17,9 +17,9 @@ from fgpt.io import models
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     """Of a training of a tiny base: one adapted matrix, and micro-batches of several widths."""
-    cfg = replace(fgpt.load("nano").cfg, n_layer=1, n_head=2, d_model=16, d_mlp=16, n_ctx=96)
+    cfg = replace(fgpt.load("nano").cfg, n_layer=2, n_head=2, d_model=16, d_mlp=16, n_ctx=96)
     models.save(fgpt.init(cfg, fgpt.key(0)), tmp_path / "base", like="nano")
-    target = ["--adapter.rank", "2", "--adapter.target", r"blocks\.0\.attn\.q"]
+    target = ["--adapter.rank", "2", "--adapter.target", r"blocks\.1\.attn\.q"]
     size = ["--max-seq-len", "96", "--micro-batch-size", "2", "--overlong", "drop", "--steps", "3"]
     where = ["--base", str(tmp_path / "base"), "--out", str(tmp_path), "--checkpoint-every-minutes", "0"]
     return ["lora-nano", *where, *size, *target, "--compare-prompts", "0", "--compile"]
