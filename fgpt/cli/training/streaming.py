@@ -20,10 +20,6 @@ from fgpt.data.tokenization import Encoding, RowChunk, tokenize
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe
 
-CHUNK_ROWS = 1000
-"""Rows that are tokenized at a time."""
-
-
 PASSES, ROWS, TRUNCATED, LONG, EMPTY = "passes", "rows", "truncated", "long", "empty"
 
 
@@ -58,15 +54,23 @@ class StreamOrder:
         rows = iter(stream)
         self.heldout: list[InstructionRow] = list(itertools.islice(rows, self._num_heldout))
         """The first rows of the source, which are never trained on."""
-        self._first_rows = list(itertools.islice(rows, recipe.shuffle_buffer_size))
-        if not self._first_rows:
+        first_rows = list(itertools.islice(rows, recipe.shuffle_buffer_size))
+        if not first_rows:
             raise InputError(
                 f"{self.source} has {len(self.heldout)} rows, and --num-heldout {self._num_heldout} takes them all: "
                 "lower it, or leave out --streaming"
             )
-        self._first_counts = Counter[str]()
-        self.first_block = self._encode(self._first_rows, self._first_counts)
+        self._first_counts = StreamCounts()
+        self.first_block = self._encode(first_rows, self._first_counts.done)
         """The examples of the first block."""
+        self._first_counts.left_out += stream.left_out
+        if not len(self.first_block):
+            counts = self._first_counts.done
+            raise InputError(
+                f"no row with a response that fits: of the first {counts[ROWS]} rows of {self.source}, {counts[LONG]} "
+                f"are above the limit of {self.max_seq_len} tokens and {counts[EMPTY]} without a response; raise the "
+                "limit or fix the rows"
+            )
         console.print(f"{stream.format} so far, streamed", markup=False, soft_wrap=True)
 
     @property
@@ -87,8 +91,9 @@ class StreamOrder:
         for number, examples in enumerate(self._blocks(counts)):
             if counts.done[ROWS] >= self._counts.done[ROWS]:
                 self._counts = counts
-            updates = self._updates_of(examples, number)
-            yield from updates[begin:]
+            order = RowOrder(examples, self._recipe, self.max_seq_len)
+            updates = order.lay_out(number)
+            yield from map(order.read, updates[begin:])
             begin = max(0, begin - len(updates))
 
     def report(self) -> None:
@@ -106,41 +111,38 @@ class StreamOrder:
         report_left_out(left_out)
         report_counts(self._recipe, counts, counts[ROWS], self.max_seq_len)
 
-    def _updates_of(self, examples: StoredExamples, number: int) -> list[Rows]:
-        order = RowOrder(examples, self._recipe, self.max_seq_len)
-        return [order.read(update) for update in order.lay_out(number)]
-
     def _open(self) -> RowStream:
         return RowStream(self.source, self._columns, streaming=True)
 
     def _blocks(self, counts: StreamCounts) -> Iterator[StoredExamples]:
         """The usable examples of one block after the other, pass after pass."""
         size = self._recipe.shuffle_buffer_size
-        counts.done += self._first_counts + Counter({PASSES: 1})
+        counts.done += self._first_counts.done + Counter({PASSES: 1})
+        counts.left_out += self._first_counts.left_out
         yield self.first_block
-        num_read = self._num_heldout + len(self._first_rows)
+        num_read = self._num_heldout + self._first_counts.done[ROWS]
+        left_out_before = Counter[str]()
         while True:
             stream = self._open()
             rows = itertools.islice(stream, num_read, None)
             while block := list(itertools.islice(rows, size)):
+                counts.left_out = left_out_before + stream.left_out
                 if len(examples := self._encode(block, counts.done)):
                     yield examples
-            counts.left_out += stream.left_out
+            counts.left_out = left_out_before = left_out_before + stream.left_out
             counts.done[PASSES] += 1
             num_read = self._num_heldout
 
     def _encode(self, rows: list[InstructionRow], counts: Counter[str]) -> StoredExamples:
         """The examples of rows that can be trained on; what is done to them is counted."""
-        parts = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
-        tokenized = [tokenize(RowChunk(i * CHUNK_ROWS, part), self._encoding) for i, part in enumerate(parts)]
-        examples = StoredExamples.from_batches([each.examples for each in tokenized])
+        tokenized = tokenize(RowChunk(0, rows), self._encoding)
+        examples = StoredExamples.from_batches([tokenized.examples])
         if self._recipe.overlong == "cut":
             examples, truncated = examples.truncate(self.max_seq_len)
             counts[TRUNCATED] += truncated
         is_long, is_empty = packing.unusable(examples, self.max_seq_len)
         counts.update({ROWS: len(rows), LONG: int(is_long.sum()), EMPTY: int(is_empty.sum())})
-        for each in tokenized:
-            counts.update(each.counts)
+        counts.update(tokenized.counts)
         return examples.take((~(is_long | is_empty)).nonzero()[0])
 
 

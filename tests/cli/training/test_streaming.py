@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from builders.hub import FakeHub
+from builders.runs import copy_interrupted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -111,32 +112,30 @@ def test_what_is_left_out_is_printed(file: Path, tmp_path: Path, capsys: pytest.
     assert f"and {empty} without a response" in report
 
 
-def test_resumed_to_the_bit(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = [*COMMAND, "--data", str(file), "--steps", "8", "--overlong", "cut", "--num-heldout", "2"]
-    options += ["--shuffle-buffer-size", "7", "--max-seq-len", "48", "--adapter.dropout", "0.1"]
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    from fgpt.cli.training import loop
-
-    requests = iter([False] * 4 + [True] * 9)
-    monkeypatch.setattr(loop, "graceful_interrupt", lambda: _Interrupt(requests))
-    assert main([*options, "--out", str(tmp_path / "halves")]) != 0
-    monkeypatch.undo()
-    assert main(["train", str(tmp_path / "halves" / "lora-nano"), "--resume"]) == 0
-    name = "lora-nano/adapter/adapter_model.safetensors"
-    whole, halves = (load_file(tmp_path / folder / name) for folder in ("whole", "halves"))
-    assert whole.keys() == halves.keys()
-    for path, x in whole.items():
-        assert torch.equal(x, halves[path]), path
+def test_what_readers_leave_out_is_printed_within_a_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Three texts in four are empty, and the training ends long before the last row."""
+    texts = [f"A tale of {i}." if i % 4 == 3 else " " for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--data", str(tmp_path / "a.jsonl"), "--steps", "1", "--overlong", "drop", "--num-heldout", "2"]
+    assert main([*COMMAND, *options, "--shuffle-buffer-size", "10", "--out", str(tmp_path)]) == 0
+    report = " ".join(capsys.readouterr().err.partition("saved in")[2].split())
+    assert "streamed 10 rows" in report
+    assert "36 empty texts" in report
 
 
-class _Interrupt:
-    def __init__(self, requests: Iterator[bool]) -> None:
-        self.requests = requests
-
-    def __enter__(self) -> Any:
-        return lambda: next(self.requests)
-
-    def __exit__(self, *_: object) -> None: ...
+def test_resumed_to_the_bit(file: Path, tmp_path: Path):
+    options = ["--data", str(file), "--steps", "8", "--overlong", "cut", "--num-heldout", "2", "--max-seq-len", "48"]
+    options += ["--shuffle-buffer-size", "7", "--adapter.dropout", "0.1"]
+    options += ["--checkpoint-every-minutes", "0", "--keep-checkpoints", "9"]
+    assert main([*COMMAND, *options, "--out", str(tmp_path)]) == 0
+    whole, resumed = tmp_path / "lora-nano", tmp_path / "resumed" / "lora-nano"
+    copy_interrupted(whole, resumed, after=5)
+    assert main(["train", str(resumed), "--resume", "--out", str(resumed.parent)]) == 0
+    name = "adapter/adapter_model.safetensors"
+    expected, got = (load_file(folder / name) for folder in (whole, resumed))
+    assert expected.keys() == got.keys()
+    for path, x in expected.items():
+        assert torch.equal(x, got[path]), path
 
 
 def lines(name: str, number: int) -> bytes:
@@ -167,6 +166,7 @@ def test_a_dataset_of_the_hub_is_never_on_disk(fake: FakeHub, monkeypatch: pytes
         (["--steps", "2"], "--overlong drop or cut"),
         (["--steps", "2", "--overlong", "drop", "--num-heldout", "0.1"], "holds out the first rows"),
         (["--steps", "2", "--overlong", "drop", "--num-heldout", "50"], "takes them all"),
+        (["--steps", "2", "--overlong", "drop", "--num-heldout", "4", "--max-seq-len", "4"], "of the first 46 rows of"),
         (["--steps", "2", "--overlong", "drop", "--data", "nano"], "one source"),
         (["--steps", "2", "--overlong", "drop", "--data", "a.jsonl", "b.jsonl"], "one source"),
         (["--steps", "2", "--overlong", "drop", "--data", "a.jsonl:0.5"], "no weight"),
