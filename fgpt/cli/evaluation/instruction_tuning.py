@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fgpt.cli.evaluation.compare import contenders, generate_answers
 from fgpt.cli.evaluation.compare.scores import instruction_scores, rouge_scores, shape_scores
-from fgpt.cli.evaluation.metrics.text import requests, response_losses
+from fgpt.cli.evaluation.metrics.text import RESPONSE_LOSS, requests, response_losses
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
 from fgpt.cli.evaluation.text import loglikelihoods
 from fgpt.data import packing
@@ -39,10 +39,9 @@ def response_metrics(
     usable, dropped = packing.usable_indices(examples, width, drop=True)
     likelihoods = loglikelihoods(params, requests([examples[i] for i in usable]), batch_size)
     losses = response_losses(likelihoods, [turns[i] for i in usable])
-    loss, *_ = losses.values()
     num_tokens = sum(len(likelihood.logprobs) for likelihood in likelihoods)
     counts = {"rows": len(usable), "rows left out": dropped.long + dropped.empty, "response tokens": num_tokens}
-    values = losses | {"response perplexity": math.exp(min(loss, 700))}
+    values = losses | {"response perplexity": math.exp(min(losses[RESPONSE_LOSS], 700))}
     return print_metrics(title, counts, values)
 
 

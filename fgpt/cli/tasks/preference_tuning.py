@@ -135,7 +135,7 @@ class PreferenceTask:
         micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
         rows = [*examples.chosen, *examples.rejected, *heldout_examples.chosen, *heldout_examples.rejected]
         labels = f"{examples.labels} {heldout_examples.labels}"
-        width = max(len(x.tokens) for x in (*examples.chosen, *examples.rejected)) if recipe.cuda_graphs else None
+        width = order.max_seq_len if recipe.cuda_graphs else None
         job = TrainingJob(
             recipe=recipe,
             step=with_graphs(recipe, step),

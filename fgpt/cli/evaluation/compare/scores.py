@@ -9,6 +9,7 @@ from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
 from fgpt.cli.evaluation.metrics.nano import score
 from fgpt.cli.evaluation.metrics.text import (
+    RESPONSE_LOSS,
     distinct,
     mean,
     nats,
@@ -84,15 +85,12 @@ def instruction_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]
     return task_scores(rows, answers) | finqa_score.score(rows, texts) | constraints.score(rows, texts)
 
 
-def reference_scores(
-    params: GPT, examples: Sequence[Example], turns: Sequence[int], prefix: str = ""
-) -> dict[str, float]:
+def reference_scores(params: GPT, examples: Sequence[Example], turns: Sequence[int], prefix: str) -> dict[str, float]:
     """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
     if not examples:
         return {}
     losses = response_losses(loglikelihood(params, requests(examples)), turns)
-    loss, *_ = losses.values()
-    scores = losses | {"response perplexity": perplexity(loss)}
+    scores = losses | {"response perplexity": perplexity(losses[RESPONSE_LOSS])}
     return {prefix + name: value for name, value in scores.items()}
 
 

@@ -71,7 +71,7 @@ def response_losses(likelihoods: Sequence[LogLikelihood], turns: Sequence[int]) 
 
     Raises InputError if no answer has a token.
     """
-    losses = {"response loss (nats per token)": _mean_nats(likelihoods)}
+    losses = {RESPONSE_LOSS: _mean_nats(likelihoods)}
     by_turn: dict[int, list[LogLikelihood]] = defaultdict(list)
     for turn, likelihood in zip(turns, likelihoods, strict=True):
         by_turn[min(turn, LATER)].append(likelihood)
@@ -82,6 +82,8 @@ def response_losses(likelihoods: Sequence[LogLikelihood], turns: Sequence[int]) 
     return losses
 
 
+RESPONSE_LOSS = "response loss (nats per token)"
+"""The loss of all answers."""
 LATER = 5
 """From this answer of a conversation on, losses are not told apart."""
 
