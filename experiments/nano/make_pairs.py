@@ -1,12 +1,12 @@
 """Pairs of answers for `dpo-nano` and judged answers for `kto-nano`, from a run's own samples, scored by what the
 instructions of the nano tasks demand.
 
-    python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl --samples 8
+    python -m experiments.nano.make_pairs runs/lora-nano pairs.jsonl --judged judged.jsonl
 
 A line is {"prompt": .., "chosen": .., "rejected": ..}: of the samples of one instruction, the one with most of its
-demands met and the one with fewest. An instruction whose samples all score the same gives no pair. With --judged a line
-is {"prompt": .., "completion": .., "label": ..}: true for an answer that meets every demand, false for one that meets
-at most half of them.
+demands met and the one with fewest. An instruction whose samples all score the same gives no pair. A line of judged
+answers is {"prompt": .., "completion": .., "label": ..}: true for an answer that meets every demand, false for one that
+meets at most half of them.
 """
 
 import argparse
@@ -31,14 +31,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="answers to each instruction")
     parser.add_argument("--limit", type=int, help="instructions; all by default")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--judged", action="store_true", help="single answers with labels in place of pairs")
+    parser.add_argument("--judged", type=Path, help="a file for single answers with labels, besides")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tasks = read_tasks(NANO_TASKS)[: options.limit]
     answers = sample(load_run(options.run), tasks, options.samples, options.temperature, options.seed)
-    lines = list(judge(tasks, answers) if options.judged else pairs(tasks, answers))
-    write(options.out, "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(lines)} lines from {len(tasks)} instructions with {options.samples} answers each: {options.out}")
+    files = [(options.out, pairs)] + ([(options.judged, judge)] if options.judged else [])
+    for path, lines_of in files:
+        lines = list(lines_of(tasks, answers))
+        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        print(f"{len(lines)} lines from {len(tasks)} instructions with {options.samples} answers each: {path}")
 
 
 def sample(run: LoadedRun, tasks: list[Task], num_samples: int, temperature: float, seed: int) -> list[list[Answer]]:

@@ -103,8 +103,6 @@ def _empty_like(q: Tensor) -> Tensor:
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-# A compiler does not look inside an operator, and so needs no bounds.
-@torch.library.custom_op("fgpt::documents_attention", mutates_args=())
 def _cpu_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     y, logsumexp = _documents_like(q, k, v, cu_seqlens)
     for at in _spans(cu_seqlens, q.shape[-2]):
@@ -112,12 +110,10 @@ def _cpu_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple
     return y, logsumexp
 
 
-@_cpu_documents.register_fake
 def _documents_like(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.custom_op("fgpt::documents_attention_backward", mutates_args=())
 def _cpu_documents_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, y: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +125,18 @@ def _cpu_documents_backward(
     return grads
 
 
-@_cpu_documents_backward.register_fake
 def _grads_like(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(q), _empty_like(k), _empty_like(v)
+
+
+# A compiler does not look inside an operator, and so needs no bounds. Without a compiler an operator's first call would
+# import it, which takes over a second.
+_documents = torch.library.custom_op("fgpt::documents_attention", _cpu_documents, mutates_args=())
+_documents.register_fake(_documents_like)
+_documents_backward = torch.library.custom_op(
+    "fgpt::documents_attention_backward", _cpu_documents_backward, mutates_args=()
+)
+_documents_backward.register_fake(_grads_like)
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -202,7 +207,10 @@ def _kernel(q: Tensor, visible: Visible) -> tuple[Any, Any]:
         return _flash, _flash_backward
     if q.device.type != "cpu":
         return _efficient, _efficient_backward
-    return (_cpu_documents, _cpu_documents_backward) if is_documents(visible) else (_cpu, _cpu_backward)
+    if not is_documents(visible):
+        return _cpu, _cpu_backward
+    compiling = torch.compiler.is_compiling()
+    return (_documents, _documents_backward) if compiling else (_cpu_documents, _cpu_documents_backward)
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms

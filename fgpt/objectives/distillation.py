@@ -1,6 +1,7 @@
 """Distillation: the student's next-token distribution approaches a teacher's."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,21 +40,34 @@ def kl_divergences(
 
 @check_shapes
 def distillation(
-    params: GPT, batch: Batch, teacher: GPT, *, temperature: float = 1.0, remat: bool = False, compile: bool = False
+    params: GPT,
+    batch: Batch,
+    teacher: GPT,
+    *,
+    temperature: float = 1.0,
+    kd_ratio: float = 1.0,
+    remat: bool = False,
+    compile: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Σ weight · divergence, Σ weight), see `kl_divergences`. Logits are computed where the batch has a weight.
+    """(Σ weight · loss, Σ weight), with the loss r · divergence + (1 - r) · nll, see `kl_divergences`. Logits are
+    computed where the batch has a weight.
 
     Args:
         params: The student.
-        batch: Tokens and their weights; the targets are not read.
+        batch: Tokens and their weights; with r = 1 the targets are not read.
         teacher: A model of the same vocabulary. It gets no gradient.
-        temperature: T.
+        temperature: T, of the divergence alone.
+        kd_ratio: r, from 0 to 1: the teacher's share of the loss, the rest is the data's.
         remat: Activation checkpointing of the student.
         compile: Compile the student's transformer block.
 
     Raises:
-        InputError: for models of different vocabularies.
+        InputError: for models of different vocabularies, and for an r outside of 0 to 1.
+
+    Source: Hinton et al. 2015, section 2.
     """
+    if not 0 <= kd_ratio <= 1:
+        raise InputError(f"kd_ratio is {kd_ratio}: expected 0 to 1")
     if params.cfg.vocab_size != teacher.cfg.vocab_size:
         raise InputError(
             f"the student has {params.cfg.vocab_size} tokens, the teacher {teacher.cfg.vocab_size}: expected one "
@@ -63,4 +77,7 @@ def distillation(
         target = logits(teacher, loss_hidden(teacher, batch))
     student = logits(params, loss_hidden(params, batch, remat, compile))
     losses, weights = kl_divergences(target, student, temperature=temperature), at_loss(batch.weights, batch)
+    if kd_ratio < 1:
+        nll = F.cross_entropy(at_least_fp32(student), at_loss(batch.targets, batch), reduction="none")
+        losses = kd_ratio * losses + (1 - kd_ratio) * nll
     return (weights * losses).sum(), weights.sum()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fgpt.adapter_defaults import ATTENTION
 from fgpt.data.instruction_datasets import Columns
-from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeInt, PositiveInt, Range
+from fgpt.ranges import BatchSize, CountOrFraction, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
@@ -46,6 +46,15 @@ class InstructionRecipe(FineTuningRecipe):
     num_heldout: CountOrFraction = 64
     """Examples to hold out of training, for the comparison; below 1 the fraction of them, such as 0.05. A tenth if
     these would be more than half. The embedded data has its own."""
+    label_smoothing_factor: Fraction = 0.0
+    """The share of each target's probability that is spread over the whole vocabulary in training."""
+    teacher: str | None = None
+    """A model to distill, as base names one: its next-token distribution is learned beside the data. It has the base's
+    tokens."""
+    kd_ratio: Annotated[float, Range(above=0, most=1)] = 0.5
+    """The teacher's share of the loss; the rest is that of the data."""
+    kd_temperature: PositiveFloat = 1.0
+    """The divisor of the logits of teacher and student; above 1, unlikely tokens get more weight."""
     compare_prompts: NonNegativeInt = 8
     """Held-out prompts that base and tuned model answer after training; 0 for none."""
     max_new_tokens: PositiveInt = 128

@@ -17,6 +17,7 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import load_rows_to_answer
+from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.rollout_job import assemble_rollout_job
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -37,9 +38,7 @@ class GRPOTask(InstructionTask):
     def build(cls, recipe: InstructionRecipe) -> "GRPOTask":
         """Raises InputError for bad input."""
         assert isinstance(recipe, GRPORecipe)
-        if recipe.eval_data or recipe.streaming:
-            name = "--eval-data" if recipe.eval_data else "--streaming"
-            raise InputError(f"{name} is of instruction tuning: leave it out; held-out prompts are scored")
+        refuse_options(recipe, "eval_data", "streaming", *OBJECTIVE_OPTIONS)
         if recipe.cuda_graphs:
             raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")
         if recipe.neftune_noise_alpha:

@@ -33,6 +33,7 @@ from fgpt.cli.training.eval_sets import encode_eval_sets
 from fgpt.cli.training.examples import load_eval_sets, load_heldout_rows, load_instruction_data
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
+from fgpt.cli.training.objectives import check_objective, describe_objective, load_teacher
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -63,6 +64,7 @@ class InstructionTask:
         prompt_template = template(recipe.template)
         cfg, tokenizer, _ = load_tokenizer(recipe)
         max_seq_len = row_length(recipe, cfg)
+        check_objective(recipe, cfg, tokenizer, max_seq_len)
         data = load_instruction_data(recipe)
         examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
         eval_sets = load_eval_sets(recipe)
@@ -82,6 +84,7 @@ class InstructionTask:
             mixture=mixture,
             stream=data.stream,
             eval_losses={metric: partial(nats, examples=rows) for metric, rows in eval_examples.items()},
+            teacher=load_teacher(recipe),
             heldout_rows=heldout,
             template=repr(prompt_template),
             **{f"evaluation set {name}": rows for name, rows in eval_sets.items()},
@@ -92,6 +95,7 @@ class InstructionTask:
             describe_precision(recipe),
             f"{'at first ' if recipe.streaming else ''}{len(examples):,} examples, "
             f"{count_loss_tokens(examples):,} response tokens, {job.steps} steps",
+            *describe_objective(recipe),
             *(["evaluation sets without --eval-every: fgpt eval run alone measures them"] if unmeasured else []),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )

@@ -34,6 +34,7 @@ from fgpt.cli.training.build import (
 from fgpt.cli.training.examples import NANO_HELDOUT, num_heldout, train_heldout_split
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
 from fgpt.cli.training.nano_rows import read_tasks
+from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
@@ -228,9 +229,7 @@ def check_options(recipe: PreferenceRecipe) -> None:
         raise InputError(
             f"--desirable-weight and --undesirable-weight belong to kto: leave them out with {recipe.objective}"
         )
-    if recipe.eval_data or recipe.streaming or recipe.assistant_turns != "all":
-        name = "--eval-data" if recipe.eval_data else "--streaming" if recipe.streaming else "--assistant-turns"
-        raise InputError(f"{name} is of instruction tuning: leave it out")
+    refuse_options(recipe, "eval_data", "streaming", "assistant_turns", *OBJECTIVE_OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

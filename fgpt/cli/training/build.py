@@ -18,6 +18,7 @@ from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.training import mfu
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
+from fgpt.cli.training.objectives import token_loss
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.row_order import RowOrder
 from fgpt.cli.training.streaming import StreamOrder
@@ -29,7 +30,7 @@ from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.layers import num_parameters
-from fgpt.losses import Batch, nll, pad_loss_positions
+from fgpt.losses import Batch, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
 from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
@@ -170,6 +171,7 @@ def assemble_job(
     mixture: Mixture | None = None,
     stream: StreamOrder | None = None,
     eval_losses: Mapping[str, Callable[[GPT], float]] | None = None,
+    teacher: GPT | None = None,
     **others: Any,
 ) -> TrainingJob:
     """The training of `adapters` over `base` on `examples`.
@@ -179,6 +181,7 @@ def assemble_job(
         mixture: what an epoch draws of the examples; None takes each once.
         stream: the rows of each update, if `examples` are only the first ones of a stream.
         eval_losses: losses of tuned params on held-out rows and on evaluation sets, by the names of their metrics.
+        teacher: what the recipe distills.
         others: what the training reads besides, for its fingerprint.
 
     Raises InputError if evaluations are requested and there are no rows for them.
@@ -191,8 +194,7 @@ def assemble_job(
     schedule = make_schedule(recipe, steps)
     optimizer = make_optimizer(recipe, schedule)
 
-    def objective(params: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
-        return nll(params, batch, remat=recipe.remat, compile=recipe.compile)
+    objective = token_loss(recipe, teacher)
 
     def step_of(optimizer: Optimizer) -> Step:
         return make_tuning_step(optimizer, objective, neftune_noise_alpha=recipe.neftune_noise_alpha)
@@ -210,6 +212,8 @@ def assemble_job(
     micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
     if mixture is not None and mixture.counts != mixture.sizes:
         others |= {"mixture": str(mixture)}
+    if teacher is not None:
+        others |= {"teacher": teacher}
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
 
     def all_batches(begin: int) -> Iterator[list[Batch]]:

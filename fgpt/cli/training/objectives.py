@@ -1,0 +1,105 @@
+"""What an instruction tuning minimizes: the loss of the next token, with smoothed targets, or beside a teacher's."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from fgpt.classification_head import num_classes
+from fgpt.cli.console import show_progress
+from fgpt.cli.devices import resolve_device, resolve_dtype
+from fgpt.errors import InputError
+from fgpt.io import models
+from fgpt.losses import Batch, nll
+from fgpt.model import GPT, Config
+from fgpt.objectives.distillation import distillation
+from fgpt.objectives.label_smoothing import smoothed_nll
+from fgpt.recipes import FineTuningRecipe, InstructionRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
+
+TokenLoss: TypeAlias = Callable[[GPT, Batch], tuple[Tensor, Tensor]]
+"""(Σ weight · loss, Σ weight) of params and a batch."""
+
+
+def refuse_options(recipe: InstructionRecipe, *names: str) -> None:
+    """Raises InputError for the first of these options that is given: another kind of recipe does not read it."""
+    default = {name: field.default for name, field in type(recipe).__dataclass_fields__.items()}
+    if used := [name for name in names if getattr(recipe, name) != default[name]]:
+        raise InputError(f"--{used[0].replace('_', '-')} is of instruction tuning: leave it out")
+
+
+OBJECTIVE_OPTIONS = ("label_smoothing_factor", "teacher", "kd_ratio", "kd_temperature")
+"""The options that are read here."""
+
+
+def check_objective(recipe: InstructionRecipe, cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Raises InputError for options that do not go together, and for a teacher without the student's tokens or context.
+
+    Args:
+        recipe: The recipe.
+        cfg: The student's config.
+        tokenizer: The student's tokenizer.
+        max_seq_len: Tokens of a sequence.
+    """
+    if recipe.teacher is None:
+        if (recipe.kd_ratio, recipe.kd_temperature) != (InstructionRecipe.kd_ratio, InstructionRecipe.kd_temperature):
+            raise InputError("--kd-ratio and --kd-temperature are of distillation: give a --teacher, or leave them out")
+        return
+    if recipe.label_smoothing_factor:
+        raise InputError("--teacher gives soft targets, and so does --label-smoothing-factor: leave one of them out")
+    teacher_cfg, teacher_tokenizer = models.load_config_and_tokenizer(recipe.teacher)
+    if recipe.new_tokens or teacher_cfg.vocab_size != cfg.vocab_size or not _equal(tokenizer, teacher_tokenizer):
+        raise InputError(
+            f"--teacher {recipe.teacher}: expected a model with the tokens of {recipe.base}, for their distributions "
+            f"are compared; it has {teacher_cfg.vocab_size:,}{' others' * (teacher_cfg.vocab_size == cfg.vocab_size)}, "
+            f"the base {cfg.vocab_size:,}{' and --new-tokens' * bool(recipe.new_tokens)}"
+        )
+    if teacher_cfg.n_ctx < max_seq_len:
+        raise InputError(
+            f"--teacher {recipe.teacher} has a context of {teacher_cfg.n_ctx} tokens, fewer than --max-seq-len "
+            f"{max_seq_len}: lower it"
+        )
+
+
+def _equal(first: Tokenizer, second: Tokenizer) -> bool:
+    """Whether each id is the same text to both."""
+    both = first, second
+    if len({(x.n_vocab, x.eos_token_id) for x in both}) > 1:
+        return False
+    return all(first.decode([token]) == second.decode([token]) for token in range(first.n_vocab))
+
+
+def load_teacher(recipe: InstructionRecipe) -> GPT | None:
+    """The recipe's teacher, in the dtype and on the device of the training; None if it has none.
+
+    Raises InputError as `models.load` does, and for a classifier.
+    """
+    if recipe.teacher is None:
+        return None
+    device = resolve_device(recipe.device)
+    with show_progress(f"loading {recipe.teacher}"):
+        teacher = models.load(recipe.teacher, resolve_dtype(recipe.dtype, device), device=device)
+    if (classes := num_classes(teacher)) is not None:
+        raise InputError(f"--teacher {recipe.teacher} is a classifier of {classes} classes: expected a language model")
+    return teacher
+
+
+def token_loss(recipe: FineTuningRecipe, teacher: GPT | None = None) -> TokenLoss:
+    """The loss that the recipe minimizes."""
+    remat, compile = recipe.remat, recipe.compile
+    if not isinstance(recipe, InstructionRecipe) or not (recipe.teacher or recipe.label_smoothing_factor):
+        return lambda params, batch: nll(params, batch, remat=remat, compile=compile)
+    if teacher is None:
+        factor = recipe.label_smoothing_factor
+        return lambda params, batch: smoothed_nll(params, batch, label_smoothing=factor, remat=remat, compile=compile)
+    ratio, temperature = recipe.kd_ratio, recipe.kd_temperature
+    return lambda params, batch: distillation(
+        params, batch, teacher, temperature=temperature, kd_ratio=ratio, remat=remat, compile=compile
+    )
+
+
+def describe_objective(recipe: InstructionRecipe) -> list[str]:
+    """One phrase for what is not the usual loss; none for the loss of the next token."""
+    if recipe.teacher is not None:
+        return [f"teacher {recipe.teacher}, {recipe.kd_ratio:g} of the loss, temperature {recipe.kd_temperature:g}"]
+    return [f"label smoothing {recipe.label_smoothing_factor:g}"] if recipe.label_smoothing_factor else []
