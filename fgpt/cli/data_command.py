@@ -11,8 +11,9 @@ from fgpt.cli.options import option_names, parse
 from fgpt.cli.train_command import HELP, recipe_with_options, split_options, wants_recipe
 from fgpt.cli.training import preview
 from fgpt.cli.training.examples import encoding_of, load_sources
-from fgpt.cli.training.row_reports import resolve_template
+from fgpt.cli.training.row_reports import report_parts, resolve_template
 from fgpt.cli.training.token_cache import TokenizedSource
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.example_store import StoredExamples
 from fgpt.errors import InputError
@@ -70,8 +71,9 @@ def show(recipe: InstructionRecipe, count: int) -> None:
 
     Raises InputError for bad data.
     """
-    recipe = resolve_template(recipe)
-    encoding = encoding_of(recipe)
+    loaded = load_tokenizer(recipe)
+    recipe = resolve_template(recipe, loaded.tokenizer)
+    encoding = encoding_of(recipe, loaded)
     counts = [_count(recipe, name, source, encoding.max_seq_len) for name, source in load_sources(recipe, encoding)]
     examples = [example for of_source in counts for example in of_source.examples[:count]]
     for number, example in enumerate(examples[:count], 1):
@@ -83,7 +85,9 @@ def show(recipe: InstructionRecipe, count: int) -> None:
 
 
 def _count(recipe: InstructionRecipe, name: str, source: TokenizedSource, max_seq_len: int) -> Counts:
-    examples, truncated = StoredExamples.from_batches(source.examples), 0
+    whole = StoredExamples.from_batches(source.examples)
+    examples, truncated = whole.split_texts(max_seq_len)[0], 0
+    report_parts(len(examples) - len(whole), max_seq_len)
     if recipe.overlong == "cut":
         examples, truncated = examples.truncate(max_seq_len)
     usable, dropped = packing.usable_indices(examples, max_seq_len, drop=True)

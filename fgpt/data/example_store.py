@@ -158,6 +158,23 @@ class StoredExamples(LazyExamples):
         lengths = np.where(too_long, max_seq_len, self.lengths)
         return replace(self, lengths=lengths), int(too_long.sum())
 
+    def split_texts(self, max_seq_len: int) -> "tuple[StoredExamples, np.ndarray]":
+        """Raw texts as `examples.split_text` leaves them, and the example that each part is of, ascending. No token is
+        copied.
+        """
+        is_text = (self.num_spans == 1) & (self.lengths > max_seq_len)
+        whole = self.spans[self.first_spans[is_text]]
+        is_text[is_text] = (whole[:, 0] == 0) & (whole[:, 1] == self.lengths[is_text])
+        if max_seq_len < 2 or not is_text.any():
+            return self, np.arange(len(self))
+        stride = max_seq_len - 1  # a part begins with the last token of the part before it
+        num_parts = np.where(is_text, -(-(self.lengths - 1) // stride), 1)
+        owners = np.repeat(np.arange(len(self)), num_parts)
+        offsets = (np.arange(len(owners)) - bounds(num_parts)[:-1][owners]) * stride
+        parts = self.take(owners)
+        lengths = np.where(is_text[owners], np.minimum(parts.lengths - offsets, max_seq_len), parts.lengths)
+        return replace(parts, starts=parts.starts + offsets, lengths=lengths), owners
+
     @property
     def with_answer(self) -> np.ndarray:
         counts, spans, _ = self._spans()

@@ -14,7 +14,7 @@ from fgpt.data.hub_datasets import HubDataset, hub_records
 from fgpt.data.records import column_text, is_missing
 from fgpt.data.rows import InstructionRow, TextRow, conversation_row
 from fgpt.data.source_syntax import Source, exists, parse_source
-from fgpt.data.sources import open_source, open_stream
+from fgpt.data.sources import Located, locate, open_source, open_stream
 from fgpt.errors import InputError
 
 
@@ -90,16 +90,39 @@ def load_examples(source: str | Path | Source, columns: Columns | None = None, l
     return Examples(rows, +stream.left_out, stream.format)
 
 
+class LocatedSource(NamedTuple):
+    """A source whose files are on this machine."""
+
+    files: Located
+    dataset: InstructionDataset | None
+    """The one of `HUB_DATASETS` that it is."""
+
+
+def locate_source(source: str) -> LocatedSource:
+    """The files of a source; what the cache lacks of the hub's is downloaded. Raises InputError as `load_examples`."""
+    return LocatedSource(*locate(source, HUB_DATASETS))
+
+
 class RowStream:
     """The rows of a source, read one after the other as they are asked for, and what was found of it so far.
 
     It is of one use. Args and errors are those of `load_examples`; with `streaming` a dataset on the hub is read over
-    the network as its rows are asked for.
+    the network as its rows are asked for. `located` is what `locate_source` has found of the source, if it was asked.
     """
 
-    def __init__(self, source: str | Path | Source, columns: Columns | None = None, *, streaming: bool = False) -> None:
-        read = open_stream if streaming else open_source
-        records, dataset = read(source if isinstance(source, Source) else str(source), HUB_DATASETS)
+    def __init__(
+        self,
+        source: str | Path | Source,
+        columns: Columns | None = None,
+        *,
+        streaming: bool = False,
+        located: LocatedSource | None = None,
+    ) -> None:
+        if located is not None:
+            records, dataset = located.files.records(), located.dataset
+        else:
+            read = open_stream if streaming else open_source
+            records, dataset = read(source if isinstance(source, Source) else str(source), HUB_DATASETS)
         self._source, self._records, self._num_records = source, records, 0
         self._reader = RowReader(columns or (dataset.columns if dataset else Columns()), f"{source}, ")
         self.left_out = Counter[str]()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fgpt.data import finqa
 from fgpt.data.example_store import example_batch, row_batch
-from fgpt.data.examples import split_text
 from fgpt.data.pieces import encode_pieces
 from fgpt.data.prompt_templates import Template, batch_pieces, encode
 from fgpt.data.rows import InstructionRow, TextRow, last_turns
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 SHORTENED = "pages shortened"
 CONTEXT = "answers before the last"
 DIVIDED = "conversations divided"
-PARTS = "parts of texts"
 TEXTS = "raw texts"
 
 
@@ -33,7 +31,7 @@ class Encoding:
     template: Template
     tokenizer: Tokenizer
     max_seq_len: int
-    """Pages of FinQA are shortened to it, and raw texts are split; other rows keep all their tokens."""
+    """Pages of FinQA are shortened to it; other rows keep all their tokens."""
     last_turns: bool = False
     """Of each conversation only the last answer is trained on."""
 
@@ -68,18 +66,12 @@ def tokenize(chunk: RowChunk, encoding: Encoding) -> Tokenized:
     texts = batch_pieces(rows, encoding.template, encoding.tokenizer)
     counts[DIVIDED] = sum(len(of_row) > 1 for of_row in texts)
     whole = encode_pieces(list(itertools.chain.from_iterable(texts)), encoding.tokenizer)
-    row_of = [number for number, of_row in enumerate(texts, chunk.first) for _ in of_row]
-    parts = [split_text(example, encoding.max_seq_len) for example in whole]
     counts[TEXTS] = sum(isinstance(row, TextRow) for row in rows)
-    counts[PARTS] = sum(map(len, parts)) - len(whole)
     return Tokenized(
-        example_batch(
-            list(itertools.chain.from_iterable(parts)),
-            [number for number, of_example in zip(row_of, parts, strict=True) for _ in of_example],
-        ),
+        example_batch(whole, [number for number, of_row in enumerate(texts, chunk.first) for _ in of_row]),
         row_batch(rows),
         sum(len(piece.text.encode("utf-8", "surrogatepass")) for of_row in texts for each in of_row for piece in each),
-        any(isinstance(row, finqa.FinQA | TextRow) for row in rows),
+        any(isinstance(row, finqa.FinQA) for row in rows),
         +counts,
     )
 

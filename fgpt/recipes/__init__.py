@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from fgpt.errors import InputError
-from fgpt.recipes import classification, grpo, instruction, preference, pretraining
+from fgpt.recipes import classification, grpo, instruction, preference, pretraining, reward
 from fgpt.recipes.classification import ClassificationRecipe
 from fgpt.recipes.grpo import GRPORecipe
 from fgpt.recipes.instruction import InstructionRecipe
 from fgpt.recipes.preference import PreferenceRecipe
 from fgpt.recipes.pretraining import PretrainingRecipe
+from fgpt.recipes.reward import RewardRecipe
 from fgpt.recipes.training import TrainingRecipe
 from fgpt.recipes.tuning import ADAPTER_DEFAULTS, Adapter, FineTuningRecipe
 
@@ -27,16 +28,26 @@ __all__ = [
     "InstructionRecipe",
     "PreferenceRecipe",
     "PretrainingRecipe",
+    "RewardRecipe",
     "TrainingRecipe",
     "describe",
     "find",
 ]
 
-AnyRecipe: TypeAlias = InstructionRecipe | PreferenceRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
+AnyRecipe: TypeAlias = (
+    InstructionRecipe | PreferenceRecipe | RewardRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
+)
 
 KINDS: dict[str, type[AnyRecipe]] = {
     recipe.kind: recipe
-    for recipe in (InstructionRecipe, PreferenceRecipe, GRPORecipe, ClassificationRecipe, PretrainingRecipe)
+    for recipe in (
+        InstructionRecipe,
+        PreferenceRecipe,
+        RewardRecipe,
+        GRPORecipe,
+        ClassificationRecipe,
+        PretrainingRecipe,
+    )
 }
 """The classes of recipes by the name that run.json has for them."""
 
@@ -45,6 +56,7 @@ RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     for make in (
         *instruction.RECIPES,
         *preference.RECIPES,
+        *reward.RECIPES,
         *grpo.RECIPES,
         *pretraining.RECIPES,
         *classification.RECIPES,

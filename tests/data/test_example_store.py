@@ -14,7 +14,7 @@ from fgpt.cli.training.hashes import fast_hash
 from fgpt.data import json_lists
 from fgpt.data.conversations import Message
 from fgpt.data.example_store import StoredExamples, StoredRows, example_batch, row_batch
-from fgpt.data.examples import Example, Span, count_loss_tokens, example_lengths, truncate, with_answer
+from fgpt.data.examples import Example, Span, count_loss_tokens, example_lengths, split_text, truncate, with_answer
 from fgpt.data.finqa import FinQA
 from fgpt.data.json_lists import NotAListError, list_items
 from fgpt.data.packing import usable_indices
@@ -32,6 +32,8 @@ def examples(draw: st.DrawFn) -> Example:
     tokens = draw(st.lists(st.integers(0, 2**31 - 1), max_size=12))
     edges = sorted(draw(st.lists(st.integers(0, len(tokens)), max_size=6, unique=True)))
     weights = st.sampled_from([0.1, 0.5, 1.0])
+    if tokens and draw(st.booleans()):
+        return Example(tuple(tokens), (Span(0, len(tokens), draw(weights)),))  # raw text
     spans = tuple(Span(a, b, draw(weights)) for a, b in zip(edges[::2], edges[1::2], strict=False))
     return Example(tuple(tokens), spans)
 
@@ -46,7 +48,12 @@ def test_a_store_is_its_list(data: st.DataObject):
     full, flat_cut = flat, [truncate(example, limit) for example in flat]
     assert num_cut == sum(a is not b for a, b in zip(full, flat_cut, strict=True))
     chosen = np.array(data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=6)) if flat else [], np.int64)
+    split, owners = store.split_texts(limit)
+    parts = [split_text(example, limit) for example in flat]
+    assert owners.tolist() == [i for i, of_example in enumerate(parts) for _ in of_example]
+    flat_split = [part for of_example in parts for part in of_example]
     cases = [(store, flat), (cut, flat_cut), (cut.take(chosen), [flat_cut[i] for i in chosen.tolist()])]
+    cases += [(split, flat_split), (split.truncate(limit)[0], [truncate(part, limit) for part in flat_split])]
     for stored, listed in cases:
         assert [stored[i] for i in range(len(stored))] == listed
         assert example_lengths(stored).tolist() == example_lengths(listed).tolist()

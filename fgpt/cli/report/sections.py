@@ -123,7 +123,11 @@ def _heldout(data: RunData) -> Section:
     return Section("heldout", "Held-out text", {"losses": heldout_losses(data)})
 
 
-RESULTS = {"comparison": _comparisons, "scores": _scores, "heldout": _heldout}
+def _pairs(data: RunData) -> Section:
+    return Section("pairs", "Held-out pairs", {"rows": table_rows(data.result or {})})
+
+
+RESULTS = {"comparison": _comparisons, "scores": _scores, "heldout": _heldout, "pairs": _pairs}
 """The sections with the results of a training, by the names that tasks give them."""
 
 

@@ -13,6 +13,7 @@ from fgpt.cli.tasks.grpo import GRPOTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.tasks.preference_tuning import PreferenceTask
 from fgpt.cli.tasks.pretraining import PretrainingTask
+from fgpt.cli.tasks.reward_modeling import RewardTask
 from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
@@ -27,6 +28,7 @@ from fgpt.recipes import (
     InstructionRecipe,
     PreferenceRecipe,
     PretrainingRecipe,
+    RewardRecipe,
     TrainingRecipe,
 )
 
@@ -109,6 +111,7 @@ TASKS: dict[type[TrainingRecipe], TaskType] = {
     InstructionRecipe: InstructionTask,
     GRPORecipe: GRPOTask,
     PreferenceRecipe: PreferenceTask,
+    RewardRecipe: RewardTask,
     ClassificationRecipe: ClassificationTask,
     PretrainingRecipe: PretrainingTask,
 }

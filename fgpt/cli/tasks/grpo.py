@@ -16,7 +16,7 @@ from fgpt.cli.training.build import (
     row_length,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.examples import load_rows_to_answer
+from fgpt.cli.training.examples import encoding_of, load_rows_to_answer
 from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.rollout_job import assemble_rollout_job
 from fgpt.cli.training.row_reports import resolve_template
@@ -43,10 +43,12 @@ class GRPOTask(InstructionTask):
             raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")
         if recipe.neftune_noise_alpha:
             raise InputError("--neftune-noise-alpha changes the policy that has sampled the answers: leave it out")
-        recipe = cast(GRPORecipe, resolve_template(resolve_precision(recipe)))
-        rows, heldout = load_rows_to_answer(recipe)
+        recipe = resolve_precision(recipe)
+        loaded = load_tokenizer(recipe)
+        cfg, tokenizer, _ = loaded
+        recipe = cast(GRPORecipe, resolve_template(recipe, tokenizer))
+        rows, heldout = load_rows_to_answer(recipe, encoding_of(recipe, loaded))
         reward = reward_function(recipe.reward, [*rows, *heldout])
-        cfg, tokenizer, _ = load_tokenizer(recipe)
         rows, prompts = _encode_prompts(recipe, rows, tokenizer, row_length(recipe, cfg))
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)

@@ -30,7 +30,7 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.eval_sets import encode_eval_sets
-from fgpt.cli.training.examples import load_eval_sets, load_heldout_rows, load_instruction_data
+from fgpt.cli.training.examples import encoding_of, load_eval_sets, load_heldout_rows, load_instruction_data
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.objectives import check_objective, describe_objective, load_teacher
@@ -60,14 +60,16 @@ class InstructionTask:
     @classmethod
     def build(cls, recipe: InstructionRecipe) -> "InstructionTask":
         """Raises InputError for bad input."""
-        recipe = resolve_template(resolve_precision(recipe))
-        prompt_template = template(recipe.template)
-        cfg, tokenizer, _ = load_tokenizer(recipe)
+        recipe = resolve_precision(recipe)
+        loaded = load_tokenizer(recipe)
+        cfg, tokenizer, _ = loaded
+        recipe = resolve_template(recipe, tokenizer)
+        prompt_template, encoding = template(recipe.template), encoding_of(recipe, loaded)
         max_seq_len = row_length(recipe, cfg)
         check_objective(recipe, cfg, tokenizer, max_seq_len)
-        data = load_instruction_data(recipe)
+        data = load_instruction_data(recipe, encoding)
         examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
-        eval_sets = load_eval_sets(recipe)
+        eval_sets = load_eval_sets(recipe, encoding)
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )
@@ -112,18 +114,21 @@ class InstructionTask:
 
     @staticmethod
     def load_heldout_examples(recipe: InstructionRecipe, limit: int) -> list[Example]:
-        cfg, tokenizer, _ = load_tokenizer(recipe)
-        heldout = load_heldout_rows(recipe)[:limit]
+        loaded = load_tokenizer(recipe)
+        cfg, tokenizer, _ = loaded
+        encoding = encoding_of(recipe, loaded)
+        heldout = load_heldout_rows(recipe, encoding)[:limit]
         if not heldout:
-            return [*load_instruction_data(recipe).examples[:limit]]
+            return [*load_instruction_data(recipe, encoding).examples[:limit]]
         return fitting(cfg, tokenizer, recipe, heldout)[:limit]
 
     @staticmethod
     def evaluate(recipe: InstructionRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()):
             raise InputError(f"{folder} is not a classifier: leave out --test, --columns and --labels")
-        tokenizer, heldout = load_tokenizer(recipe).tokenizer, load_heldout_rows(recipe)
-        eval_sets = load_eval_sets(recipe)
+        encoding = encoding_of(recipe)
+        tokenizer, heldout = encoding.tokenizer, load_heldout_rows(recipe, encoding)
+        eval_sets = load_eval_sets(recipe, encoding)
         if not heldout and not eval_sets:
             run = shlex.quote(str(folder))
             raise InputError(f"{recipe.name} held out no rows: give a text, fgpt eval text FILE --run {run}")

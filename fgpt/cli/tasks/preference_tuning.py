@@ -4,10 +4,9 @@ result.json    held-out pairs before and after: accuracy, margin and divergence 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -19,39 +18,34 @@ from fgpt.cli.console import announce, console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare.results import Comparison
-from fgpt.cli.metrics_log import HELDOUT_LOSS
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.training.build import (
     build_adapters,
     describe_sizes,
     drop_replaced_leaves,
     load_base,
-    make_tuning_step,
     row_length,
     warn_if_all_warmup,
-    with_graphs,
 )
-from fgpt.cli.training.examples import NANO_HELDOUT, num_heldout, train_heldout_split
-from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
+from fgpt.cli.training.examples import NANO_HELDOUT
+from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
-from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
     Reference,
     batch_of,
-    batches,
     no_reference,
-    preference_order,
     reference_logprobs,
 )
+from fgpt.cli.training.preference_job import assemble_preference_job
+from fgpt.cli.training.preference_rows import chosen_row, encode_rows, load_split
+from fgpt.cli.training.reference_cache import cached_reference
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
-from fgpt.data.conversations import Message
 from fgpt.data.examples import Example
-from fgpt.data.preferences import Judgment, Preference, load_judgments, load_preferences
-from fgpt.data.prompt_templates import Template, encode, template
-from fgpt.data.rows import InstructionRow, Turn, conversation_row
+from fgpt.data.prompt_templates import template
+from fgpt.data.rows import InstructionRow
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
 from fgpt.model import GPT
@@ -63,9 +57,6 @@ from fgpt.objectives.orpo import orpo
 from fgpt.objectives.pairs import PairBatch
 from fgpt.objectives.simpo import simpo
 from fgpt.recipes.preference import PreferenceRecipe
-from fgpt.rng import fold_in, key
-from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import init_state
 from fgpt.tree import device, tree_map
 
 EVALUATION_ROWS = 8
@@ -109,54 +100,40 @@ class PreferenceTask:
     def build(cls, recipe: PreferenceRecipe) -> "PreferenceTask":
         """Raises InputError for bad input."""
         check_options(recipe)
-        recipe = cast(PreferenceRecipe, resolve_template(resolve_precision(recipe)))
-        prompt_template = template(recipe.template)
-        train, heldout = load_split(recipe)
+        recipe = resolve_precision(recipe)
+        train, heldout = load_split(recipe, recipe.objective == "kto")
         cfg, tokenizer, _ = load_tokenizer(recipe)
+        recipe = cast(PreferenceRecipe, resolve_template(recipe, tokenizer))
+        prompt_template = template(recipe.template)
         max_seq_len = row_length(recipe, cfg)
         examples = encode_rows(recipe, train, prompt_template, tokenizer, max_seq_len)
         heldout_examples = encode_rows(recipe, heldout, prompt_template, tokenizer, max_seq_len, "held-out ")
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         has_reference = recipe.objective in ("dpo", "kto")
-        make_reference = reference_logprobs if has_reference else lambda _, rows: no_reference(rows)
+        make_reference = cached_reference if has_reference else lambda _, rows: no_reference(rows)
         reference = make_reference(base, examples)
         heldout_reference = make_reference(base, heldout_examples)
         heldout_rows = HeldOutRows([chosen_row(x) for x in heldout], heldout_examples, heldout_reference)
-        order = preference_order(examples, recipe)
-        steps = order.num_steps()
-        schedule = make_schedule(recipe, steps)
-        optimizer = make_optimizer(recipe, schedule)
-        step = make_tuning_step(
-            optimizer,
-            lambda params, batch: objective(recipe, params, batch),
-            neftune_noise_alpha=recipe.neftune_noise_alpha,
-        )
         frozen = drop_replaced_leaves(base, adapters)
-        micro_batch_size = recipe.rows_per_update // recipe.grad_accumulation_steps
-        rows = [*examples.chosen, *examples.rejected, *heldout_examples.chosen, *heldout_examples.rejected]
-        labels = f"{examples.labels} {heldout_examples.labels}"
-        width = order.max_seq_len if recipe.cuda_graphs else None
-        job = TrainingJob(
-            recipe=recipe,
-            step=with_graphs(recipe, step),
-            frozen=frozen,
-            batches=lambda begin: cast(Any, batches(order, examples, reference, micro_batch_size, begin, width)),
-            steps=steps,
-            schedule=schedule,
-            rng=fold_in(key(recipe.seed), "steps"),
-            fingerprint=fingerprint(recipe, base, tokenizer, recipe.base, training_rows=rows, labels=labels),
-            initial_state=InitialState(init_state(adapters, optimizer)),
+        job = assemble_preference_job(
+            recipe,
+            base,
+            frozen,
+            adapters=adapters,
+            examples=examples,
+            reference=reference,
+            objective=lambda params, batch: objective(recipe, params, batch),
             tokenizer=tokenizer,
-            eval_losses={HELDOUT_LOSS: lambda tuned: heldout_loss(recipe, adapt(frozen, tuned), heldout_rows)},
-            evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
+            heldout=heldout_examples,
+            heldout_loss=lambda params: heldout_loss(recipe, params, heldout_rows),
         )
         announce(
             recipe.name,
             describe_sizes(recipe.base, base, adapters),
             describe_precision(recipe),
-            describe_rows(recipe, examples, steps),
-            *warn_if_all_warmup(recipe.peak_lr, steps, recipe.num_warmup_steps(steps)),
+            describe_rows(recipe, examples, job.steps),
+            *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         return cls(recipe, job, heldout_rows)
 
@@ -171,14 +148,14 @@ class PreferenceTask:
     @staticmethod
     def load_heldout_examples(recipe: PreferenceRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        rows = load_split(recipe)[1][:limit]
+        rows = load_split(recipe, recipe.objective == "kto")[1][:limit]
         max_seq_len = row_length(recipe, cfg)
         return list(encode_rows(recipe, rows, template(recipe.template), tokenizer, max_seq_len).chosen)
 
     @staticmethod
     def evaluate(recipe: PreferenceRecipe, folder: Path, options: Any) -> dict[str, Any]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        rows = load_split(recipe)[1][: options.limit]
+        rows = load_split(recipe, recipe.objective == "kto")[1][: options.limit]
         examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg))
         base = load_base(recipe)
         heldout_rows = HeldOutRows([], examples, reference_logprobs(base, examples))
@@ -230,76 +207,6 @@ def check_options(recipe: PreferenceRecipe) -> None:
             f"--desirable-weight and --undesirable-weight belong to kto: leave them out with {recipe.objective}"
         )
     refuse_options(recipe, "eval_data", "streaming", "assistant_turns", *OBJECTIVE_OPTIONS)
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-Row: TypeAlias = Preference | Judgment
-
-
-def load_split(recipe: PreferenceRecipe) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out. Raises InputError as the readers do."""
-    read = load_judgments if recipe.objective == "kto" else load_preferences
-    rows: list[Row] = [row for source in recipe.data for row in read(source)]
-    return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed)
-
-
-def prompt_of(row: Row) -> tuple[Message, ...]:
-    """The messages before the answer, none of which is trained on."""
-    messages = row.prompt if isinstance(row, Preference) else row.messages
-    return tuple(replace(message, weight=0.0) for message in messages)
-
-
-def chosen_row(row: Row) -> InstructionRow:
-    """The prompt with its chosen answer; a judged answer is no reference, and left out."""
-    answer = "\n\n".join(message.content for message in row.chosen) if isinstance(row, Preference) else ""
-    prompt = prompt_of(row)
-    return Turn(prompt[-1].content, "", answer, prompt)
-
-
-def encode_rows(
-    recipe: PreferenceRecipe,
-    rows: Sequence[Row],
-    prompt_template: Template,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-    which: str = "",
-) -> PreferenceExamples:
-    """The rows as tokens. How many are left out because an answer is too long is printed.
-
-    Raises InputError if one is and the recipe's `overlong` is "error", and if none remains.
-    """
-
-    def example(row: Row, answer: Sequence[Message]) -> Example:
-        return encode(conversation_row((*prompt_of(row), *answer), row.where), prompt_template, tokenizer)
-
-    chosen: list[Example] = []
-    rejected: list[Example] = []
-    labels: list[bool] = []
-    number_long = 0
-    for i, row in enumerate(rows):
-        if isinstance(row, Preference):
-            both = example(row, row.chosen), example(row, row.rejected)
-        else:  # the answer of the next row is the mismatched one
-            other = rows[(i + 1) % len(rows)]
-            assert isinstance(other, Judgment)
-            both = example(row, row.answer), example(row, other.answer)
-        if max(len(x.tokens) for x in both) > max_seq_len:
-            number_long += 1
-            if recipe.overlong == "error":
-                raise InputError(
-                    f"row {i + 1} has an answer that ends after {max_seq_len} tokens: shorten it, raise --max-seq-len, "
-                    "or give --overlong drop"
-                )
-            continue
-        chosen.append(both[0])
-        rejected.append(both[1])
-        labels += [row.label] if isinstance(row, Judgment) else []
-    if number_long:
-        console.print(f"left out {number_long} {which}rows with an answer beyond {max_seq_len} tokens")
-    if rows and not chosen:
-        raise InputError(f"no {which}row fits {max_seq_len} tokens: raise --max-seq-len")
-    return PreferenceExamples(chosen, rejected, tuple(labels) if recipe.objective == "kto" else None)
 
 
 def describe_rows(recipe: PreferenceRecipe, examples: PreferenceExamples, steps: int) -> str:

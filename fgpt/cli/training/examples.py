@@ -12,11 +12,11 @@ from fgpt.cli.console import console
 from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.job import tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
-from fgpt.cli.training.row_reports import report_counts, report_left_out
+from fgpt.cli.training.row_reports import report_counts, report_left_out, report_parts
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.token_cache import TokenizedSource
 from fgpt.cli.training.tokenized_sources import stored_rows, tokenized_source
-from fgpt.cli.training.tokenizer import load_tokenizer
+from fgpt.cli.training.tokenizer import RecipeTokenizer, load_tokenizer
 from fgpt.data import classification_datasets, instruction_datasets, packing
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.data.example_store import StoredExamples, StoredRows, bounds
@@ -64,21 +64,28 @@ class InstructionData:
         return [self.examples[start:stop] for _, start, stop in self.sources]
 
 
-def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
+def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None = None) -> InstructionData:
     """Examples to train on and rows held out: the embedded data's own split, or the last of a shuffle by the recipe's
     seed. The format of each source is printed, and what was left out, shortened, truncated or split.
+
+    Args:
+        recipe: The recipe.
+        encoding: Its `encoding_of`, if it is made already.
 
     Raises InputError if a source cannot be read, if holding out would leave nothing to train on, and for a longer row
     if the recipe's `overlong` is "error".
     """
-    encoding = encoding_of(recipe)
+    encoding = encoding or encoding_of(recipe)
     if recipe.streaming:
         stream = open_stream(recipe, encoding)
         whole = SourceRange(stream.source, 0, len(stream.first_block))
         return InstructionData(stream.first_block, turns_of(stream.heldout), (whole,), stream)
     sources = load_sources(recipe, encoding)
-    stored = StoredExamples.from_batches([batch for _, source in sources for batch in source.examples])
-    starts = bounds([sum(batch.num_rows for batch in source.examples) for _, source in sources])[:-1]
+    whole = StoredExamples.from_batches([batch for _, source in sources for batch in source.examples])
+    stored, owners = whole.split_texts(encoding.max_seq_len)
+    report_parts(len(stored) - len(whole), encoding.max_seq_len)
+    whole_starts = bounds([sum(batch.num_rows for batch in source.examples) for _, source in sources])[:-1]
+    starts = np.searchsorted(owners, whole_starts)
     if recipe.data == NANO:
         heldout: list[InstructionRow] = [*read_tasks(NANO_HELDOUT)]
     else:
@@ -103,13 +110,13 @@ def load_instruction_data(recipe: InstructionRecipe) -> InstructionData:
     return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
 
 
-def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
+def load_heldout_rows(recipe: InstructionRecipe, encoding: Encoding | None = None) -> list[InstructionRow]:
     """The rows of `load_instruction_data` that are held out. Others are neither tokenized nor kept: tokens that are not
     cached are not made.
     """
     if recipe.data == NANO:
         return [*read_tasks(NANO_HELDOUT)]
-    encoding = encoding_of(recipe)
+    encoding = encoding or encoding_of(recipe)
     if recipe.streaming:
         return _rows_to_answer(open_stream(recipe, encoding).heldout, encoding)
     rows = _read_rows(recipe, [name for name, _ in source_weights(recipe.data)], encoding)
@@ -118,20 +125,22 @@ def load_heldout_rows(recipe: InstructionRecipe) -> list[InstructionRow]:
     return _rows_to_answer(_rows_at(rows, first_rows, np.flatnonzero(is_heldout)), encoding)
 
 
-def load_eval_sets(recipe: InstructionRecipe) -> dict[str, list[InstructionRow]]:
+def load_eval_sets(recipe: InstructionRecipe, encoding: Encoding | None = None) -> dict[str, list[InstructionRow]]:
     """The rows of each evaluation set, by its name, a row for each answer of a conversation. Raises InputError as
     `parse_eval_data` does, and for a source that cannot be read.
     """
     if not recipe.eval_data:
         return {}
-    encoding = encoding_of(recipe)
+    encoding = encoding or encoding_of(recipe)
     sources = parse_eval_data(recipe.eval_data)
     return {
         name: _rows_to_answer(_read_rows(recipe, [source], encoding)[0], encoding) for name, source in sources.items()
     }
 
 
-def load_rows_to_answer(recipe: InstructionRecipe) -> tuple[list[InstructionRow], list[InstructionRow]]:
+def load_rows_to_answer(
+    recipe: InstructionRecipe, encoding: Encoding
+) -> tuple[list[InstructionRow], list[InstructionRow]]:
     """Rows whose prompts are trained on, without their answers, and rows held out. A conversation is a row for each of
     its answers.
 
@@ -141,7 +150,6 @@ def load_rows_to_answer(recipe: InstructionRecipe) -> tuple[list[InstructionRow]
         return [*read_tasks(NANO_TASKS)], [*read_tasks(NANO_HELDOUT)]
     if any(weight is not None for _, weight in source_weights(recipe.data)):
         raise InputError("--data has weights, and prompts are not mixed by weights: leave them out")
-    encoding = encoding_of(recipe)
     rows = [row for source in _read_rows(recipe, recipe.data, encoding) for row in source]
     first, second = train_heldout_split(
         rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed
@@ -157,9 +165,11 @@ def open_stream(recipe: InstructionRecipe, encoding: Encoding) -> StreamOrder:
     return StreamOrder(recipe, encoding, _columns(recipe, name))
 
 
-def encoding_of(recipe: InstructionRecipe) -> Encoding:
-    """How the recipe's rows become tokens. Raises InputError for an unknown template."""
-    cfg, tokenizer, _ = load_tokenizer(recipe)
+def encoding_of(recipe: InstructionRecipe, loaded: RecipeTokenizer | None = None) -> Encoding:
+    """How the recipe's rows become tokens, by its tokenizer, which is loaded if it is not yet. Raises InputError for an
+    unknown template.
+    """
+    cfg, tokenizer, _ = loaded or load_tokenizer(recipe)
     max_seq_len = min(recipe.max_seq_len, cfg.n_ctx)
     return Encoding(template(recipe.template), tokenizer, max_seq_len, recipe.assistant_turns == "last")
 

@@ -16,7 +16,7 @@ from fgpt.model import GPT
 from fgpt.objectives.kto import JudgedBatch
 from fgpt.objectives.logprobs import sequence_logprobs
 from fgpt.objectives.pairs import PairBatch
-from fgpt.recipes.preference import PreferenceRecipe
+from fgpt.recipes import FineTuningRecipe
 from fgpt.tree import device, tree_map
 
 REFERENCE_ROWS = 16
@@ -69,7 +69,7 @@ def _logprobs(base: GPT, examples: Sequence[Example]) -> Tensor:
     return sums
 
 
-def preference_order(examples: PreferenceExamples, recipe: PreferenceRecipe) -> UpdateOrder:
+def preference_order(examples: PreferenceExamples, recipe: FineTuningRecipe) -> UpdateOrder:
     """The order of pairs, or of judged answers: each is a row of its own, with those of similar length in an update."""
     lengths = np.maximum(example_lengths(examples.chosen), example_lengths(examples.rejected))
     return UpdateOrder(lengths, recipe, int(lengths.max()), packed=False)

@@ -2,23 +2,22 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import TypeVar
 
 from fgpt.cli.console import console
-from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import conversations
 from fgpt.data.template_markers import MARKERS
-from fgpt.data.tokenization import CONTEXT, DIVIDED, PARTS, SHORTENED, TEXTS
-from fgpt.recipes import InstructionRecipe
+from fgpt.data.tokenization import CONTEXT, DIVIDED, SHORTENED, TEXTS
+from fgpt.recipes import InstructionRecipe, RewardRecipe
+from fgpt.tokenizers.tokenizer_files import Tokenizer
+
+R = TypeVar("R", InstructionRecipe, RewardRecipe)
 
 
-def resolve_template(recipe: InstructionRecipe) -> InstructionRecipe:
-    """The recipe with a template in place of auto: the base's own if it has one, else alpaca.
-
-    Raises InputError if the base's tokenizer cannot be read.
-    """
+def resolve_template(recipe: R, tokenizer: Tokenizer) -> R:
+    """The recipe with a template in place of auto: the one of the base's `tokenizer` if it has one, else alpaca."""
     if recipe.template != "auto":
         return recipe
-    tokenizer = load_tokenizer(recipe).tokenizer
     return replace(recipe, template="alpaca" if tokenizer.chat_template is None else "chat")
 
 
@@ -26,6 +25,12 @@ def report_left_out(left_out: Counter[str]) -> None:
     """Print what of the rows is not trained on, by reason."""
     if reasons := conversations.summary(left_out):
         console.print(f"left out: {reasons}", markup=False)
+
+
+def report_parts(num_parts: int, max_seq_len: int) -> None:
+    """Print that raw texts are split, if that makes `num_parts` more examples."""
+    if num_parts:
+        console.print(f"split texts longer than {max_seq_len} tokens: {num_parts:,} more examples")
 
 
 def report_counts(recipe: InstructionRecipe, counts: Counter[str], num_rows: int, max_seq_len: int) -> None:
@@ -48,8 +53,6 @@ def report_counts(recipe: InstructionRecipe, counts: Counter[str], num_rows: int
             f"the chat template rewrites earlier turns, or does not end them: {count:,} conversations are an example "
             "for each answer"
         )
-    if count := counts[PARTS]:
-        console.print(f"split texts longer than {max_seq_len} tokens: {count:,} more examples")
     if recipe.template != "none" and counts[TEXTS] == num_rows:
         console.print(
             f"no template is put around raw text, but around prompts of fgpt generate ({recipe.template}): with "

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from fgpt.cli.console import console
 from fgpt.cli.training.row_order import RowOrder, Rows
-from fgpt.cli.training.row_reports import report_counts, report_left_out
+from fgpt.cli.training.row_reports import report_counts, report_left_out, report_parts
 from fgpt.data import packing
 from fgpt.data.example_store import StoredExamples
 from fgpt.data.instruction_datasets import Columns, RowStream
@@ -20,7 +20,7 @@ from fgpt.data.tokenization import Encoding, RowChunk, tokenize
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe
 
-PASSES, ROWS, TRUNCATED, LONG, EMPTY = "passes", "rows", "truncated", "long", "empty"
+PASSES, ROWS, PARTS, TRUNCATED, LONG, EMPTY = "passes", "rows", "parts", "truncated", "long", "empty"
 
 
 class StreamCounts:
@@ -109,6 +109,7 @@ class StreamOrder:
                 "response"
             )
         report_left_out(left_out)
+        report_parts(counts[PARTS], self.max_seq_len)
         report_counts(self._recipe, counts, counts[ROWS], self.max_seq_len)
 
     def _open(self) -> RowStream:
@@ -136,7 +137,8 @@ class StreamOrder:
     def _encode(self, rows: list[InstructionRow], counts: Counter[str]) -> StoredExamples:
         """The examples of rows that can be trained on; what is done to them is counted."""
         tokenized = tokenize(RowChunk(0, rows), self._encoding)
-        examples = StoredExamples.from_batches([tokenized.examples])
+        examples, _ = StoredExamples.from_batches([tokenized.examples]).split_texts(self.max_seq_len)
+        counts[PARTS] += len(examples) - tokenized.examples.num_rows
         if self._recipe.overlong == "cut":
             examples, truncated = examples.truncate(self.max_seq_len)
             counts[TRUNCATED] += truncated

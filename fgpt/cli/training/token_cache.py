@@ -3,13 +3,11 @@
     ~/.cache/fgpt/tokens/KEY/data/examples.arrow, rows.arrow, cache.json
 
 KEY is a hash of all that the tokens follow from: the source's files, the columns, the template, the tokenizer, and the
-code that makes tokens. `FGPT_CACHE` names another folder than ~/.cache/fgpt; it may be deleted at any time.
+code that makes tokens. See `fgpt.cli.cache`.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
-from filelock import FileLock
 
 import fgpt
+from fgpt.cli.cache import note_use
 from fgpt.cli.console import console
 from fgpt.data.example_store import example_schema, row_schema
 from fgpt.data.instruction_datasets import RowStream
@@ -30,8 +28,6 @@ from fgpt.io.files import atomic_dir, read_json, remove_leftovers, write_json
 if TYPE_CHECKING:
     import pyarrow
 
-VARIABLE = "FGPT_CACHE"
-"""The environment variable that names the cache folder."""
 DATA, EXAMPLES, ROWS, SUMMARY = "data", "examples.arrow", "rows.arrow", "cache.json"
 LIBRARIES = ("jinja2", "tiktoken", "tokenizers")
 """Libraries whose version may change the tokens."""
@@ -55,18 +51,11 @@ class TokenizedSource:
     """Its format in one line."""
 
 
-def cache_folder() -> Path:
-    """Where tokens are kept."""
-    named, system = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    base = Path(named) if named else (Path(system) if system else Path.home() / ".cache") / "fgpt"
-    return base / "tokens"
-
-
 def cache_key(
     source: str, files: Sequence[Path], columns: object, encoding: Encoding, tokenizer: Sequence[str | bytes]
 ) -> str:
-    """The hash of what the tokens of a source follow from. Of FinQA and of raw texts they follow from
-    `Encoding.max_seq_len`, too, which `read_cached` compares.
+    """The hash of what the tokens of a source follow from. Of FinQA they follow from `Encoding.max_seq_len`, too, which
+    `read_cached` compares.
 
     Args:
         source: Its name, which is in its rows.
@@ -106,6 +95,7 @@ def read_cached(folder: Path, key: str, max_seq_len: int) -> TokenizedSource | N
         if summary["key"] != key or any(_identity(data / name) != summary["files"][name] for name in (EXAMPLES, ROWS)):
             raise ValueError("its files are not those that were written")
         left_out, counts = (Counter(dict(summary[name])) for name in ("left_out", "counts"))
+        note_use(folder)
         return TokenizedSource(_map(data / EXAMPLES), _map(data / ROWS), left_out, counts, str(summary["format"]))
     except (InputError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as err:
         console.print(f"the cached tokens in {data} are damaged ({err}): tokenizing again", soft_wrap=True)
@@ -118,7 +108,7 @@ def write_cached(
     """Write what is made of a source's rows to the folder of its key, and map it.
 
     Args:
-        folder: The folder; `lock` it.
+        folder: The folder; `cache.lock` it.
         key: Its key.
         results: What is made of the rows, in their order.
         stream: The rows, all of them read after the last result.
@@ -152,17 +142,6 @@ def write_cached(
         }
         write_json(new / SUMMARY, summary)
     return TokenizedSource(_map(data / EXAMPLES), _map(data / ROWS), +stream.left_out, counts, stream.format)
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One process at a time makes what a folder holds; another one that needs it waits for it.
-
-    Raises OSError if the folder cannot be made.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        yield
 
 
 def _map(path: Path) -> "list[pyarrow.RecordBatch]":

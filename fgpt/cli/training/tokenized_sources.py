@@ -6,41 +6,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fgpt.cli.cache import cache_folder, lock, remove_unused
 from fgpt.cli.console import console, show_progress
-from fgpt.cli.training.token_cache import (
-    TokenizedSource,
-    cache_folder,
-    cache_key,
-    lock,
-    read_cached,
-    write_cached,
-)
+from fgpt.cli.training.token_cache import TokenizedSource, cache_key, read_cached, write_cached
 from fgpt.data.example_store import StoredRows
-from fgpt.data.instruction_datasets import HUB_DATASETS, Columns, RowStream
+from fgpt.data.instruction_datasets import Columns, LocatedSource, RowStream, locate_source
 from fgpt.data.rows import InstructionRow
-from fgpt.data.sources import locate
 from fgpt.data.tokenization import Encoding, RowChunk, Tokenized
 from fgpt.data.tokenization_pool import MAX_PROCESSES, num_cores, tokenize_in_order
 from fgpt.errors import InputError
 
 MIN_BYTES = 4_000_000
 """Bytes of a source from which on it is tokenized by several processes and cached: one second of work in one."""
+TOKENS = "tokens"
+"""The kind of what is cached."""
 CHUNK_ROWS = 1000
 """Rows that are handed to a process at a time."""
 
 
 def cache_place(
-    source: str, columns: Columns | None, encoding: Encoding, tokenizer: Sequence[str | bytes]
+    source: str, files: Sequence[Path], columns: Columns | None, encoding: Encoding, tokenizer: Sequence[str | bytes]
 ) -> tuple[Path, str] | None:
     """The folder and the key of a source's tokens; None if it is too small for a cache.
 
     Args: as for `cache_key`.
     """
-    files = locate(source, HUB_DATASETS)[0].files
     if sum(path.stat().st_size for path in files) < MIN_BYTES:
         return None
     key = cache_key(source, files, columns, encoding, tokenizer)
-    return cache_folder() / key, key
+    return cache_folder(TOKENS) / key, key
 
 
 def tokenized_source(
@@ -53,12 +47,13 @@ def tokenized_source(
     Raises:
         InputError: as `RowStream` and `tokenize` do.
     """
-    place = cache_place(source, columns, encoding, tokenizer)
+    located = locate_source(source)
+    place = cache_place(source, located.files.files, columns, encoding, tokenizer)
     if place is None:
-        return _Work(source, columns, encoding, 0).in_memory()
+        return _Work(source, located, columns, encoding, 0).in_memory()
     folder, key = place
     processes = num_cores() if num_cores() > 1 else 0
-    work = _Work(source, columns, encoding, min(processes, MAX_PROCESSES))
+    work = _Work(source, located, columns, encoding, min(processes, MAX_PROCESSES))
     try:
         with lock(folder):
             if (cached := read_cached(folder, key, encoding.max_seq_len)) is not None:
@@ -66,11 +61,12 @@ def tokenized_source(
                 console.print(f"{source}: {rows:,} rows, {tokens:,} tokens from the cache", soft_wrap=True)
                 return cached
             tokenized = write_cached(folder, key, work.results(), work.stream, encoding.max_seq_len)
+        remove_unused(TOKENS)
     except (InputError, OSError) as err:
         if err is work.failure:
             raise
         console.print(f"tokens are not cached, but kept in memory: {err}", soft_wrap=True)
-        work = _Work(source, columns, encoding, work.num_processes)
+        work = _Work(source, located, columns, encoding, work.num_processes)
         tokenized = work.in_memory()
     rows, tokens = _count(tokenized)
     speed = f"{work.num_bytes / 1e6 / work.seconds:.1f} MB of text per second"
@@ -97,10 +93,11 @@ def stored_rows(
     Raises:
         InputError: as `RowStream` does.
     """
-    place = cache_place(source, columns, encoding, tokenizer)
+    located = locate_source(source)
+    place = cache_place(source, located.files.files, columns, encoding, tokenizer)
     if place is not None and (cached := read_cached(*place, encoding.max_seq_len)) is not None:
         return RowSource(StoredRows(cached.rows), cached.format, cached.left_out)
-    stream = RowStream(source, columns)
+    stream = RowStream(source, columns, located=located)
     rows = list(stream)
     return RowSource(rows, stream.format, +stream.left_out)
 
@@ -114,9 +111,11 @@ def _count(source: TokenizedSource) -> tuple[int, int]:
 class _Work:
     """The reading and tokenization of one source."""
 
-    def __init__(self, source: str, columns: Columns | None, encoding: Encoding, num_processes: int) -> None:
+    def __init__(
+        self, source: str, located: LocatedSource, columns: Columns | None, encoding: Encoding, num_processes: int
+    ) -> None:
         self.source, self.encoding, self.num_processes = source, encoding, num_processes
-        self.stream = RowStream(source, columns)
+        self.stream = RowStream(source, columns, located=located)
         self.num_bytes, self.seconds = 0, 0.0
         self.failure: Exception | None = None
         """The error of a row, and not of the place where tokens are put."""

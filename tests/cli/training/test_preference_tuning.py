@@ -13,8 +13,8 @@ import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
-from fgpt.cli.tasks.preference_tuning import encode_rows, load_split
 from fgpt.cli.training.preference_batches import batch_of, batches, preference_order, reference_logprobs
+from fgpt.cli.training.preference_rows import encode_rows, load_split
 from fgpt.data.prompt_templates import template
 from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes import PreferenceRecipe, find
@@ -23,6 +23,7 @@ from fgpt.tree import leaves
 SHORT = ["--base", "nano", "--steps", "4", "--micro-batch-size", "2", "--grad-accumulation-steps", "2"]
 SHORT += ["--num-heldout", "3", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
 SHORT += ["--compare-data", "heldout", "--rpo-alpha", "0"]
+OFTEN = ["--checkpoint-every-minutes", "0", "--keep-checkpoints", "9"]
 
 
 def pair(i: int) -> dict[str, str]:
@@ -46,8 +47,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dpo_run(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dpo")
-    often = ["--checkpoint-every-minutes", "0", "--keep-checkpoints", "9"]
-    assert main(["train", "dpo-nano", "--data", str(pairs_file), *SHORT, *often, "--out", str(out)]) == 0
+    assert main(["train", "dpo-nano", "--data", str(pairs_file), *SHORT, *OFTEN, "--out", str(out)]) == 0
     return out / "dpo-nano"
 
 
@@ -66,12 +66,17 @@ def test_a_run_leaves_its_figures(dpo_run: Path):
     assert main(["report", str(dpo_run)]) == 0
 
 
-def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
-    resumed = tmp_path / "dpo-nano"
-    copy_interrupted(dpo_run, resumed, after=2)
-    assert main(["train", str(resumed), "--resume", "--out", str(tmp_path)]) == 0
-    last = [path / "checkpoints" / "step-000004" / "state.safetensors" for path in (resumed, dpo_run)]
+def assert_resumes_exactly(run: Path, folder: Path) -> None:
+    """A copy of a run of four steps that is interrupted after two ends as the run did."""
+    resumed = folder / "again" / run.name
+    copy_interrupted(run, resumed, after=2)
+    assert main(["train", str(resumed), "--resume", "--out", str(resumed.parent)]) == 0
+    last = [path / "checkpoints" / "step-000004" / "state.safetensors" for path in (resumed, run)]
     assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
+    assert_resumes_exactly(dpo_run, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,25 +84,27 @@ def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
     [
         ["--objective", "orpo", "--beta", "0.2"],
         ["--objective", "simpo", "--gamma", "0.5"],
-        ["--loss-type", "ipo"],
-        ["--loss-type", "robust", "--label-smoothing", "0.1"],
+        ["--loss-type", "ipo", "--quantize", "nf4"],
+        ["--loss-type", "robust", "--label-smoothing", "0.1", "--quantize", "int8"],
+        ["--rpo-alpha", "0.5", "--adapter.dropout", "0.1"],
     ],
-    ids=["orpo", "simpo", "ipo", "robust"],
+    ids=["orpo", "simpo", "ipo-nf4", "robust-int8", "rpo-dropout"],
 )
 def test_other_objectives(objective: list[str], pairs_file: Path, tmp_path: Path):
-    options = [*objective, "--data", str(pairs_file), *SHORT, "--compare-prompts", "0"]
+    options = ["--data", str(pairs_file), *SHORT, *OFTEN, "--compare-prompts", "0", *objective]
     assert main(["train", "dpo-nano", *options, "--out", str(tmp_path)]) == 0
     losses = [line["loss"] for line in read_metrics(tmp_path / "dpo-nano" / "metrics.jsonl")]
     assert len(losses) == 4
+    assert_resumes_exactly(tmp_path / "dpo-nano", tmp_path)
 
 
 def test_kto(tmp_path: Path):
     path = write(tmp_path / "judged.jsonl", [judged(i) for i in range(20)])
-    assert (
-        main(["train", "kto-nano", "--data", str(path), *SHORT, "--compare-prompts", "0", "--out", str(tmp_path)]) == 0
-    )
+    options = [*SHORT, *OFTEN, "--compare-prompts", "0"]
+    assert main(["train", "kto-nano", "--data", str(path), *options, "--out", str(tmp_path)]) == 0
     lines = read_metrics(tmp_path / "kto-nano" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert_resumes_exactly(tmp_path / "kto-nano", tmp_path)
 
 
 def recipe_of(path: Path, **changes: Any) -> PreferenceRecipe:

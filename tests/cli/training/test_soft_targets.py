@@ -1,4 +1,4 @@
-"""`--label-smoothing-factor` and `--teacher`: losses are torch's, a resume is exact, and what does not fit is refused."""
+"""`--label-smoothing-factor` and `--teacher`: losses are torch's, resumes exact, and what does not fit is refused."""
 
 from pathlib import Path
 from typing import Any

@@ -42,11 +42,12 @@ def recipe_of(name: str, **changes: Any) -> InstructionRecipe:
 
 
 def test_a_base_with_a_chat_template_gets_it_by_default(bases: dict[str, Path]):
-    assert resolve_template(recipe_of("lora-medium", base=str(bases["plain"]))).template == "alpaca"
-    assert resolve_template(recipe_of("lora-medium", base=str(bases["chat"]))).template == "chat"
-    named = recipe_of("lora-medium", base=str(bases["chat"]), template="tulu")
-    assert resolve_template(named) == named
-    assert resolve_template(recipe_of("lora-nano", base=str(bases["chat"]))).template == "plain"
+    plain, chat = (fgpt.tokenizer(bases[name]) for name in ("plain", "chat"))
+    assert resolve_template(recipe_of("lora-medium"), plain).template == "alpaca"
+    assert resolve_template(recipe_of("lora-medium"), chat).template == "chat"
+    named = recipe_of("lora-medium", template="tulu")
+    assert resolve_template(named, chat) == named
+    assert resolve_template(recipe_of("lora-nano"), chat).template == "plain"
 
 
 def test_what_recipes_say_of_their_template():

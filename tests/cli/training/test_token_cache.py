@@ -207,3 +207,19 @@ def test_a_process_that_ends_is_reported(tmp_path: Path, cached: Path, monkeypat
     monkeypatch.setattr(tokenized_sources, "num_cores", lambda: 2)
     with pytest.raises(InputError, match="a process that tokenizes ended at row 1, and no result came"):
         load_instruction_data(recipe_of(write_rows(tmp_path / "a.jsonl")))
+
+
+def test_raw_texts_are_tokenized_once_for_every_length(
+    tmp_path: Path, cached: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{WORDS[i % 7]} one two three {i}. " * 9}) + "\n" for i in range(20)))
+    for width, expected in ((24, "tokenized 20 rows"), (64, "tokens from the cache"), (512, "tokens from the cache")):
+        found = load_instruction_data(recipe_of(path, max_seq_len=width, template="none")).examples
+        assert expected in " ".join(capsys.readouterr().err.split())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenized_sources, "MIN_BYTES", 1 << 40)
+            alone = load_instruction_data(recipe_of(path, max_seq_len=width, template="none")).examples
+        capsys.readouterr()
+        assert list(found) == list(alone)
+        assert int(found.lengths.max()) <= width
