@@ -3,11 +3,12 @@
 {"prompt": .., "chosen": .., "rejected": ..}                      texts, or lists of messages
 {"messages" or "conversations": .., "chosen": .., "rejected": ..}
 {"chosen": [..], "rejected": [..]}                                whole conversations with the same beginning
+{"prompt": .., "chosen": [..], "rejected": [..], "messages": ..}  UltraFeedback's: messages are the chosen ones again
 {"prompt": .., "completion": .., "label": true}                   KTO's; texts, or lists of messages
 {"messages" or "conversations": .., "label": true}                the answer is the last message
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -119,13 +120,14 @@ def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: st
         if name not in record:
             raise missing_column(name, record, where, FIELDS)
     sides = [_messages(record[name], name, "assistant", where) for name in (columns.chosen, columns.rejected)]
-    prompt = _prompt(record, columns, where)
-    if prompt is None:  # the answers are whole conversations
-        prompt = tuple(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*sides)))
-        while prompt and prompt[-1].role == "assistant":
-            prompt = prompt[:-1]
-        if not prompt:
-            raise missing_column(columns.prompt, record, where, FIELDS)
+    prompt = _prompt(record, columns, where, sides)
+    beginning = tuple(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(*sides)))
+    while beginning and beginning[-1].role == "assistant":
+        beginning = beginning[:-1]
+    if prompt is None and not beginning:
+        raise missing_column(columns.prompt, record, where, FIELDS)
+    if prompt is None or beginning[-len(prompt) :] == prompt:  # the answers are whole conversations
+        prompt = beginning
     after_system = prompt[1:] if prompt and prompt[0].role == "system" else prompt  # without what another column says
     for start in (prompt, after_system):
         if start and all(side[: len(start)] == start for side in sides):
@@ -171,10 +173,14 @@ def _label(value: Any, name: str, where: str) -> bool:
     return label
 
 
-def _prompt(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> Messages | None:
-    """The prompt in its own column, or the conversation before the answers; None if there is neither."""
+def _prompt(
+    record: Mapping[str, Any], columns: PreferenceColumns, where: str, answers: Sequence[Messages] = ()
+) -> Messages | None:
+    """The prompt in its own column, or the conversation before the answers; None if there is neither. A conversation
+    that is one of the whole `answers` is that answer once more, as in UltraFeedback, and no prompt.
+    """
     conversation = _conversation(record, columns, where)
-    if conversation is not None:
+    if conversation is not None and (columns.messages or conversation not in answers):
         return conversation
     if is_missing(record.get(columns.prompt)):
         return None

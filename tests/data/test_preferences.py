@@ -32,11 +32,14 @@ GPT_GOOD, GPT_BAD = {"from": "gpt", "value": "4"}, {"from": "gpt", "value": "5"}
         {"conversations": json.dumps([ASK]), "chosen": "4", "rejected": "5"},
         {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "system": "Be kind."},
         {"prompt": "2 + 2?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD], "system": "Be kind."},
+        {"prompt": "2 + 2?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD], "messages": [ASK, GOOD]},
+        {"chosen": [ASK, GOOD], "rejected": [ASK, BAD], "messages": [ASK, BAD]},
+        {"prompt": "2 + 2?", "chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]},
     ],
 )
 def test_pairs_of_every_format(record: dict[str, Any], tmp_path: Path):
     (pair,) = load_preferences(write_json_rows(tmp_path / "a.jsonl", record))
-    assert pair.prompt == messages_row(*([SYSTEM] if "system" in record else []), ASK)
+    assert pair.prompt == messages_row(*([SYSTEM] if "Be kind." in json.dumps(record) else []), ASK)
     assert (pair.chosen, pair.rejected) == (messages_row(GOOD), messages_row(BAD))
     assert pair.where.endswith("a.jsonl, line 1")
 
