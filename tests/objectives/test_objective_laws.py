@@ -230,6 +230,52 @@ def test_distillation_is_torchs_kl_divergence(positions: bool):
     assert not any(x.any() for x in tree_leaves(grad(lambda t: distillation(BASE, batch, t)[0])(teacher)))
 
 
+@pytest.mark.parametrize("kind", ["fp32", "int8", "nf4"])
+@pytest.mark.parametrize("objective", ["distillation", "smoothing"])
+def test_soft_targets_under_transforms_and_over_quantized_bases(objective: str, kind: Any):
+    """Values and gradients against torch's losses, and vmap(grad) against the batch, over the same base."""
+    frozen = BASE if kind == "fp32" else fgpt.quantize(BASE, kind)
+    teacher = with_noise(BASE, seed=5)
+
+    def ours(adapters: Any, batch: fgpt.Batch) -> torch.Tensor:
+        student = fgpt.adapt(frozen, adapters)
+        if objective == "smoothing":
+            return smoothed_nll(student, batch, label_smoothing=0.1)[0]
+        return distillation(student, batch, teacher, temperature=1.5, kd_ratio=0.3)[0]
+
+    def theirs(adapters: Any, batch: fgpt.Batch) -> torch.Tensor:
+        logits, targets = (
+            x.flatten(0, 1) for x in (fgpt.apply(fgpt.adapt(frozen, adapters), batch.tokens), batch.targets)
+        )
+        if objective == "smoothing":
+            losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+        else:
+            log_p, log_q = (
+                (x / 1.5).log_softmax(-1) for x in (fgpt.apply(teacher, batch.tokens).flatten(0, 1), logits)
+            )
+            divergence = 1.5**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            losses = 0.3 * divergence + 0.7 * F.cross_entropy(logits, targets, reduction="none")
+        return (losses * batch.weights.flatten()).sum()
+
+    with_positions, plain = rows(answers(LENGTHS)), rows(answers(LENGTHS), positions=False)
+    tolerance = 4e-3 if kind == "int8" else 1e-4
+    close(ours(ADAPTERS, with_positions), theirs(ADAPTERS, plain), 1e-4, 1e-4)
+    expected = grad(theirs)(ADAPTERS, plain)
+    size = max(float(x.abs().max()) for x in tree_leaves(expected))
+    assert size > 1e-3
+    expected = tree_map(lambda x: x / size, expected)
+    close(tree_map(lambda x: x / size, grad(ours)(ADAPTERS, with_positions)), expected, tolerance)
+    singles: Any = tree_map(lambda x: x[:, None], plain)
+    each: Any = vmap(grad(ours), in_dims=(None, 0))(ADAPTERS, singles)
+    close(tree_map(lambda x: x.sum(0) / size, each), expected, tolerance)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5])
+def test_a_share_of_the_loss_is_from_0_to_1(ratio: float):
+    with pytest.raises(fgpt.InputError, match="expected 0 to 1"):
+        distillation(BASE, rows(answers(LENGTHS)), BASE, kd_ratio=ratio)
+
+
 @given(st.integers(0, 99), st.floats(0.3, 4))
 def test_a_divergence_is_not_negative(seed: int, temperature: float):
     teacher, student = torch.randn(2, 4, 7, generator=fgpt.key(seed)).double().unbind(0)
