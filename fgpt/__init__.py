@@ -9,6 +9,7 @@
 torch.Size([3, 11])
 """
 
+from fgpt.adapter_combining import combine, task_vector
 from fgpt.adapter_dora import DoRA, dora
 from fgpt.adapter_ia3 import IA3, ia3
 from fgpt.adapter_lora import LoRA, lora
@@ -81,6 +82,7 @@ __all__ = [
     "add_tokens",
     "apply",
     "beam_search",
+    "combine",
     "compare_outputs",
     "dense",
     "dora",
@@ -122,6 +124,7 @@ __all__ = [
     "seed_tensor",
     "stack_adapters",
     "stream",
+    "task_vector",
     "tokenizer",
     "trainable_leaves",
     "trainable_tokens",

@@ -57,7 +57,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
     """
     key_seed = None if rng is None else seed_tensor(rng)
     for number, tree in enumerate(adapters):
-        params = _replace_leaves(_with_own_head(params, tree), tree)
+        params = _replace_leaves(own_head(params, tree), tree)
         adapted: dict[str, Any] = {}
         for path, x in tree.items():
             if isinstance(x, Tensor):
@@ -88,7 +88,7 @@ def _replace_leaves(params: T, tree: Mapping[str, Any]) -> T:
     return replace_at(params, new)
 
 
-def _with_own_head(params: T, tree: Mapping[str, Any]) -> T:
+def own_head(params: T, tree: Mapping[str, Any]) -> T:
     """`params` with a head of its own, if `tree` adapts the head of a tied model."""
     untie = getattr(params, "untie", None)
     if untie is None or not any(path in ("head", "head.w") for path in tree) or "head" in dict(children(params)):
@@ -112,7 +112,7 @@ def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out
     """
     doras = {path: x for path, x in adapters.items() if isinstance(x, DoRA)}
     replaced = {path: x for path, x in adapters.items() if path.removesuffix(".w") in doras and isinstance(x, Tensor)}
-    params = _replace_leaves(_with_own_head(params, adapters), replaced)
+    params = _replace_leaves(own_head(params, adapters), replaced)
     return {path: x.direction_norms(get_at(params, path).w) for path, x in doras.items()}
 
 
