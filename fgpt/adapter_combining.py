@@ -205,9 +205,9 @@ def _at(weights: Weights, path: str) -> Sequence[float] | Tensor:
     """The weights at the path of a leaf or of its layer."""
     if not isinstance(weights, Mapping):
         return weights
-    if (found := next((name for name in (path, _layer(path)) if name in weights), None)) is None:
+    if (name := next((name for name in (path, _layer(path)) if name in weights), None)) is None:
         raise InputError(f"no weights at {path}: expected them at every path of adapters")
-    return weights[found]
+    return weights[name]
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRAs
@@ -274,10 +274,10 @@ def _combine_vectors(
 ) -> TaskVector:
     if method == "dare" and rng is None:
         raise InputError("dare draws which elements it keeps: expected a key, rng=fgpt.key(0)")
-    kept = _trim(vectors, density) if method == "ties" else vectors
+    vectors = _trim(vectors, density) if method == "ties" else vectors
     result: TaskVector = {}
     for path in vectors[0]:
-        changes = torch.stack([vector[path] for vector in kept])
+        changes = torch.stack([vector[path] for vector in vectors])
         w = torch.as_tensor(_at(weights, path), dtype=changes.dtype, device=changes.device)
         weighted = w.view(-1, *[1] * (changes.ndim - 1)) * changes
         if method == "ties":

@@ -18,7 +18,7 @@ from fgpt.data import packing
 from fgpt.data.example_store import StoredExamples
 from fgpt.errors import InputError
 from fgpt.ranges import PositiveInt
-from fgpt.recipes import InstructionRecipe
+from fgpt.recipes import InstructionRecipe, PreferenceRecipe
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def show(recipe: InstructionRecipe, count: int) -> None:
 
     Raises InputError for bad data.
     """
+    if isinstance(recipe, PreferenceRecipe):
+        raise InputError(f"{recipe.name} is of preferences, which have no preview yet: fgpt train prints their format")
     loaded = load_tokenizer(recipe)
     recipe = resolve_template(recipe, loaded.tokenizer)
     encoding = encoding_of(recipe, loaded)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fgpt.errors import InputError, one_line
+from fgpt.errors import InputError, one_line, printable
 from fgpt.extras import require_extra
 
 MAGIC = b"ARROW1"
@@ -21,6 +21,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet  # imported here because importing fgpt must stay fast
 
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(path, file.schema_arrow)
             yield from _rows(file.iter_batches(BATCH))
 
 
@@ -34,9 +35,18 @@ def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             source.seek(0)
             if is_file:
                 file = pyarrow.ipc.open_file(source)
+                _check_names(path, file.schema)
                 yield from _rows(file.get_batch(i) for i in range(file.num_record_batches))
             else:
-                yield from _rows(pyarrow.ipc.open_stream(source))
+                stream = pyarrow.ipc.open_stream(source)
+                _check_names(path, stream.schema)
+                yield from _rows(stream)
+
+
+def _check_names(path: Path, schema: Any) -> None:
+    """Raises InputError if two columns have the same name: a row would hold the last one alone."""
+    if repeated := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        raise InputError(f"{path}: two columns are called {printable(repeated[0])!r}: give each a name of its own")
 
 
 def _rows(batches: Any) -> Iterator[tuple[str, dict[str, Any]]]:

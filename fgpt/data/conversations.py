@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from fgpt.data.records import is_missing
 from fgpt.errors import InputError, short_repr
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
@@ -33,6 +34,8 @@ ROLES: Mapping[str, Role] = {
 
 WEIGHTS = ("weight", "loss_weight", "train", "training")
 """The names of a message's loss weight in each format: a number, or true and false."""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1_000_000
+"""Of a message that is trained on: losses are sums in fp32."""
 
 CONTENTS = ("content", "value", "text")
 """The names of a message's content."""
@@ -153,7 +156,7 @@ def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
     has_messages = any(name in record for name in ("messages", "conversations", "completion"))
     if {"chosen", "rejected"} <= record.keys():
         name = "a row of preference data (chosen, rejected: DPO's format)"
-    elif has_messages and any(_is_judgment(record.get(label)) for label in ("label", "kto_tag")):
+    elif has_messages and (_is_judgment(record.get("label")) or not is_missing(record.get("kto_tag"))):
         name = "a row of preference data (an answer and a label true or false: KTO's format)"
     else:
         return
@@ -199,14 +202,17 @@ def _messages(record: Mapping[str, Any], where: str, has_other_format: bool) -> 
             names = " and ".join(map(repr, filled))
             raise InputError(f"{where}: columns {names} differ: leave out all but one of them")
         return first
-    if has_other_format:
-        return None
-    if "prompt" in record and "completion" in record:
+    if "prompt" in record and "completion" in record and not (has_other_format and _is_unfilled(record)):
         prompt = _prompt_or_completion(record["prompt"], "prompt", "user", where)
         return prompt + _prompt_or_completion(record["completion"], "completion", "assistant", where)
-    if present:
+    if present and not has_other_format:
         return list(_list_of_messages(record[present[0]], present[0], where))
     return None
+
+
+def _is_unfilled(record: Mapping[str, Any]) -> bool:
+    """Whether prompt and completion are columns of other rows' format."""
+    return all(is_missing(record[name]) for name in ("prompt", "completion"))
 
 
 def _holds_messages(value: Any) -> bool:
@@ -310,9 +316,10 @@ def _weight(columns: Mapping[str, Any], where: str) -> tuple[float, bool]:
         value = columns.get(name)
         if value is None:
             continue
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if not isinstance(value, int | float) or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
             raise InputError(
-                f"{where}: {name} is {short_repr(value)}, expected a number of at least 0, or true or false"
+                f"{where}: {name} is {short_repr(value)}, expected 0, a number from {LEAST_WEIGHT:g} to "
+                f"{MOST_WEIGHT:,}, or true or false"
             )
         weight, has_weight = weight * float(value), True
     return weight, has_weight

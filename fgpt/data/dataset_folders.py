@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fgpt.data.arrow_files import first_line
 from fgpt.data.records import Readers, read_json, read_json_or_lines
 from fgpt.data.tables import read_csv, read_tsv
-from fgpt.data.text_files import read_errors
+from fgpt.data.text_files import file_format, read_errors
 from fgpt.errors import InputError, short_repr
 from fgpt.extras import require_extra
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 CARDS = ("README.md", ".huggingface.yaml")
 """Files of a folder whose metadata say which files hold its data."""
+
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+"""The formats of files that hold rows and nothing else."""
 
 CSV_OPTIONS = ("sep", "delimiter", "features", "keep_default_na", "na_filter", "engine", "chunksize", "memory_map")
 """Options of a folder's CSV files that are obeyed (`sep`, `delimiter`), or have no effect on a table read as text."""
@@ -73,6 +76,22 @@ def _resolve(path: Path, config: str | None) -> tuple[dict[str, list[Path]], Rea
     if not any(splits.values()):
         raise InputError(f"{path}: expected a folder in the layout of a dataset: it holds no data files")
     return splits, _readers(path, chosen)
+
+
+def check_one_format(path: Path, folder: Folder) -> None:
+    """Raises InputError if tables of another format lie beside the files of a folder, whose card does not say which of
+    them are meant: the library datasets would read those of one format and say nothing.
+    """
+    if any((path / card).is_file() for card in CARDS):
+        return
+    chosen = [file for files in folder.splits.values() for file in files]
+    formats = {file_format(file) for file in chosen}
+    for sibling in sorted({sibling for file in chosen for sibling in file.parent.iterdir()}):
+        if file_format(sibling) in TABLES and file_format(sibling) not in formats:
+            raise InputError(
+                f"{path}: {sibling.name} has another format than {chosen[0].name}, and a folder is read in one: give a "
+                f"pattern, such as '{path}/*', or move it"
+            )
 
 
 def _config_names(path: Path, config: str | None) -> list[str]:

@@ -60,6 +60,15 @@ def download_splits(name: str, choose: Choose, *, config: str | None = None, rev
     return Folder({split: [root / file for file in files] for split, files in names.items()}, folder.readers)
 
 
+def check_repo(name: str, revision: str | None = None) -> None:
+    """Raises InputError if the hub has no such dataset or revision, refuses it, or cannot be reached."""
+    repo = Repo(name, "dataset", list(CARDS), revision)
+    try:
+        hub_files.fetch(repo)
+    except HubError as err:
+        raise hub_error(repo, name, err) from None
+
+
 def _list_files(repo: Repo) -> _Listing:
     """The files of a repository by the cache's own record of them, else as the hub lists them."""
     cached = hub_files.find_cached(repo)

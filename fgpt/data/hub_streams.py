@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fgpt.data.hub_repos import check_repo
 from fgpt.data.records import Record
 from fgpt.data.source_syntax import Source
 from fgpt.data.splits import SplitPart
@@ -30,6 +31,7 @@ def stream_records(
             raise InputError(
                 f"{source}: a stream's rows are not counted: give bounds from its beginning, as in [:1000]"
             )
+    check_repo(repo, source.revision)  # the library tries for half a minute
     tables = [_open(source, repo, part.name or split, files) for part in parts]
     return _records(source, tables, parts)
 
@@ -60,6 +62,5 @@ def _records(source: Source, tables: Sequence[Any], parts: Sequence[SplitPart]) 
 
 def _error(source: Source, err: Exception) -> InputError:
     return InputError(
-        f"{source} cannot be streamed ({one_line(err)[:200]}): check name, configuration and split, or connect and "
-        "resume"
+        f"{source} cannot be streamed ({one_line(err)[:200]}): check name, configuration, split and connection"
     )

@@ -8,14 +8,14 @@
 {"messages" or "conversations": .., "label": true}                the answer is the last message
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from fgpt.data.conversations import COLUMNS, Message, Role, read_conversation
-from fgpt.data.formats import ASIDE, missing_column
+from fgpt.data.formats import ASIDE, Columns, Format, missing_column
 from fgpt.data.hub_datasets import HubDataset
 from fgpt.data.records import column_text, is_missing
 from fgpt.data.source_syntax import Source
@@ -27,21 +27,28 @@ Messages: TypeAlias = tuple[Message, ...]
 
 LABELS = ("label", "kto_tag")
 """The usual names of the column that judges an answer."""
-FIELDS = "`columns.prompt`, `columns.chosen`, `columns.rejected`, `columns.completion`, `columns.label`"
+FIELDS = (
+    "`columns.prompt`, `columns.messages`, `columns.chosen`, `columns.rejected`, `columns.completion` and "
+    "`columns.label`"
+)
 
 
 @dataclass(frozen=True)
-class PreferenceColumns:
-    """The names of the columns. A name given must exist."""
+class PreferenceColumns(Columns):
+    """The names of the columns. `prompt`, `completion` and `messages` are as those of instructions: a name given must
+    exist. `messages` are the conversation before the answers, or the one that ends with the judged answer.
+    """
 
-    prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
-    completion: str = "completion"
-    messages: str | None = None
-    """The conversation before the answers, or the one that ends with the judged answer; None takes the usual names."""
     label: str | None = None
     """Whether the answer is good; None takes "label" or "kto_tag"."""
+
+    def check(self) -> None:
+        """Raises InputError for columns that preferences do not have."""
+        for name in ("instruction", "input", "output", "text"):
+            if getattr(self, name) != getattr(Columns(), name):
+                raise InputError(f"`columns.{name}` is of instruction data: {FIELDS} name those of preferences")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def load_preferences(source: str | Path | Source, columns: PreferenceColumns | N
     >>> [(pair.prompt[0].content, pair.chosen[0].content) for pair in load_preferences(path)]
     [('2 + 2?', '4')]
     """
-    return list(_read(source, columns or PreferenceColumns(), _preference))
+    return read_preferences(source, columns).rows
 
 
 def load_judgments(source: str | Path | Source, columns: PreferenceColumns | None = None) -> list[Judgment]:
@@ -92,27 +99,65 @@ def load_judgments(source: str | Path | Source, columns: PreferenceColumns | Non
     Raises:
         InputError: if the source cannot be read, a row is not a judged answer, or all answers have the same label.
     """
-    rows = list(_read(source, columns or PreferenceColumns(), _judgment))
+    rows = read_judgments(source, columns).rows
+    check_labels(rows, str(source))
+    return rows
+
+
+@dataclass(frozen=True)
+class PreferenceRows(Generic[R]):
+    """The rows of a source."""
+
+    rows: list[R]
+    format: str
+    """Their format in one line: the source, its columns and the number of rows."""
+
+
+def read_preferences(
+    source: str | Path | Source, columns: PreferenceColumns | None = None
+) -> PreferenceRows[Preference]:
+    """`load_preferences`, and the format."""
+    columns = columns or PreferenceColumns()
+    return _read(source, columns, _preference, "preference pairs", (columns.chosen, columns.rejected))
+
+
+def read_judgments(source: str | Path | Source, columns: PreferenceColumns | None = None) -> PreferenceRows[Judgment]:
+    """`load_judgments`, and the format; of one source the labels may all be the same."""
+    columns = columns or PreferenceColumns()
+    names = (columns.completion or "completion", *((columns.label,) if columns.label else LABELS))
+    return _read(source, columns, _judgment, "judged answers", names)
+
+
+def check_labels(rows: Sequence[Judgment], source: str) -> None:
+    """Raises InputError if all answers have the same label."""
     if len({row.label for row in rows}) == 1:
         label = str(rows[0].label).lower()
         raise InputError(f"{source}: all {len(rows):,} labels are {label}: expected both good and bad answers")
-    return rows
 
 
 def _read(
     source: str | Path | Source,
     columns: PreferenceColumns,
     read: Callable[[Mapping[str, Any], PreferenceColumns, str], R],
-) -> Iterator[R]:
+    name: str,
+    names: Sequence[str],
+) -> PreferenceRows[R]:
+    """The rows, of a format with this name and with these columns besides prompt and conversation."""
+    columns.check()
     records, _ = open_source(source if isinstance(source, Source) else str(source), dict[str, HubDataset]())
-    is_empty = True
+    rows: list[R] = []
+    first: Mapping[str, Any] = {}
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{source}, {where}: expected an object of columns, got {type(record).__name__}")
-        yield read(record, columns, f"{source}, {where}")
-        is_empty = False
-    if is_empty:
+        first = first or record
+        rows.append(read(record, columns, f"{source}, {where}"))
+    if not rows:
         raise InputError(f"{source}: it holds no rows, expected at least one")
+    conversation = (columns.messages,) if columns.messages else COLUMNS
+    used = {*names, columns.prompt or "prompt", *conversation, *ASIDE}
+    read_columns, others = (tuple(str(x) for x in first if (x in used) == is_read) for is_read in (True, False))
+    return PreferenceRows(rows, f"{source}: {Format(name, (), read_columns, others).describe(len(rows))}")
 
 
 def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> Preference:
@@ -125,7 +170,7 @@ def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: st
     while beginning and beginning[-1].role == "assistant":
         beginning = beginning[:-1]
     if prompt is None and not beginning:
-        raise missing_column(columns.prompt, record, where, FIELDS)
+        raise missing_column("prompt", record, where, FIELDS)
     if prompt is None or beginning[-len(prompt) :] == prompt:  # the answers are whole conversations
         prompt = beginning
     after_system = prompt[1:] if prompt and prompt[0].role == "system" else prompt  # without what another column says
@@ -147,16 +192,19 @@ def _judgment(record: Mapping[str, Any], columns: PreferenceColumns, where: str)
     if name not in record:
         raise missing_column(name, record, where, FIELDS)
     label = _label(record[name], name, where)
-    if columns.completion in record and not is_missing(record[columns.completion]):
+    completion = columns.completion or "completion"
+    if columns.completion and completion not in record:
+        raise missing_column(completion, record, where, FIELDS)
+    if completion in record and not is_missing(record[completion]):
         prompt = _prompt(record, columns, where)
         if prompt is None:
-            raise missing_column(columns.prompt, record, where, FIELDS)
-        answer = _messages(record[columns.completion], columns.completion, "assistant", where)
-        name = columns.completion
+            raise missing_column("prompt", record, where, FIELDS)
+        answer = _messages(record[completion], completion, "assistant", where)
+        name = completion
     else:
         messages = _conversation(record, columns, where)
         if messages is None:
-            raise missing_column(columns.completion, record, where, FIELDS)
+            raise missing_column(completion, record, where, FIELDS)
         num_answers = len(list(takewhile(lambda message: message.role == "assistant", reversed(messages))))
         prompt, answer = messages[: len(messages) - num_answers], messages[len(messages) - num_answers :]
         name = "the end of the conversation"
@@ -179,12 +227,15 @@ def _prompt(
     """The prompt in its own column, or the conversation before the answers; None if there is neither. A conversation
     that is one of the whole `answers` is that answer once more, as in UltraFeedback, and no prompt.
     """
-    conversation = _conversation(record, columns, where)
+    name = columns.prompt or "prompt"
+    if columns.prompt and name not in record:
+        raise missing_column(name, record, where, FIELDS)
+    conversation = None if columns.prompt else _conversation(record, columns, where)
     if conversation is not None and (columns.messages or conversation not in answers):
         return conversation
-    if is_missing(record.get(columns.prompt)):
+    if is_missing(record.get(name)):
         return None
-    return _messages(record[columns.prompt], columns.prompt, "user", where, _aside(record))
+    return _messages(record[name], name, "user", where, _aside(record))
 
 
 def _conversation(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> Messages | None:
@@ -224,5 +275,12 @@ def _check_answer(answer: Messages, name: str, where: str) -> None:
             f"{where}: {name} begins with a message of the {answer[0].role}: expected an answer, or "
             "the row's own prompt before it"
         )
-    if not any(message.content.strip() for message in answer if message.role == "assistant"):
+    if not all(message.content.strip() for message in answer if message.role == "assistant"):
         raise InputError(f"{where}: {name} is empty: expected an answer; fix the row, or remove it")
+    if answer[-1].role != "assistant":
+        role = answer[-1].role
+        raise InputError(f"{where}: {name} ends with a message of the {role}: expected an answer; fix the row")
+    if weights := [message.weight for message in answer if message.role == "assistant" and message.weight != 1]:
+        raise InputError(
+            f"{where}: {name} has a loss weight of {weights[0]:g}: a whole answer is better or worse, leave weights out"
+        )

@@ -96,7 +96,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                yield f"line {number}", _parse_json(line, f"{path}, line {number}")
+                yield f"line {number}", _parse_json(line.rstrip(), f"{path}, line {number}")
             except json.JSONDecodeError as err:
                 raise InputError(
                     f"{path}, line {number}: not JSON ({err.msg}, column {err.colno}): expected one object per line"

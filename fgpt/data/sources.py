@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from fgpt.data.dataset_folders import Folder, read_folder
+from fgpt.data.dataset_folders import Folder, check_one_format, read_folder
 from fgpt.data.hub_datasets import HubDataset, hub_paths
 from fgpt.data.hub_repos import download_splits
 from fgpt.data.hub_streams import stream_records
@@ -112,6 +112,7 @@ def locate(
     if exists(source.name):
         _check_local(source, "revision")
         folder = read_folder(Path(source.name), source.config)
+        check_one_format(Path(source.name), folder)
         return Located(_parts(source, folder.splits, parts, split), {**folder.readers, **extra}), None
     known = hub_datasets.get(source.name)
     if known is not None and not source.config and not source.revision and {p.name for p in parts} <= {None, split}:
@@ -188,7 +189,8 @@ def _unknown(source: Source, hub_datasets: Mapping[str, object], extra: Readers)
     path, names = Path(source.name), ", ".join(hub_datasets)
     if path.suffix or len(path.parts) > 1:
         hint = _nearest_file(path)
-        return InputError(f"{source.name}: no such file{hint}; expected a path or one of {names}")
+        expected = f"expected a path or one of {names}" if names else "expected a path"
+        return InputError(f"{source.name}: no such file{hint}; {expected}")
     near = difflib.get_close_matches(source.name, hub_datasets, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return InputError(

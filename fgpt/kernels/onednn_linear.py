@@ -8,7 +8,6 @@ the shapes of a transformer (1,024 rows; 768 x 768 to 768 x 3,072), and 0.6 for 
     transforms    under any of them, and compiled, the reference; a backward that is recorded is plain torch
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def has_onednn_order(w: Float[Tensor, "out in"]) -> bool:
     return w.is_contiguous() or w.T.is_contiguous()
 
 
-@functools.cache
 def _is_amd() -> bool:
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
@@ -43,15 +41,18 @@ def _is_amd() -> bool:
         return False
 
 
+USES_ONEDNN = HAS_ONEDNN and _is_amd()
+"""Read once: a compiler does not read files, and would give up the block in which it meets one."""
+
+
 def use_onednn(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> bool:
     """Whether oneDNN's product is the faster one."""
     return (
-        HAS_ONEDNN
+        USES_ONEDNN
         and w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and w.numel() >= MIN_ELEMENTS
         and has_onednn_order(w)
-        and _is_amd()
         and not in_transform_or_compile()
     )
 

@@ -35,7 +35,11 @@ def kl_divergences(
         raise InputError(f"temperature is {temperature}: expected a positive number")
     p = (at_least_fp32(teacher.detach()) / temperature).log_softmax(-1)
     q = (at_least_fp32(student) / temperature).log_softmax(-1)
-    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+    # Σ p (log p - log q) = Σ p (eᵈ - 1 - d) with d = log q - log p: no term is negative, however close both are.
+    d = q - p
+    near = p.exp() * (torch.expm1(d.clamp(max=1)) - d.clamp(max=1))
+    far = q.exp() - p.exp() * (1 + d)
+    return temperature**2 * torch.where(d < 1, near, far).sum(-1)
 
 
 @check_shapes

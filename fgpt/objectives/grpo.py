@@ -55,7 +55,9 @@ def group_advantages(
         raise InputError("a group of one answer has no advantage: expected 2 or more answers to each prompt")
     if not torch.isfinite(rewards).all():
         raise InputError("a reward is not a finite number: fix the reward function")
-    advantages = rewards - rewards.mean(-1, keepdim=True)
+    # The mean of equal numbers may differ from them by rounding, which a division by a small deviation would magnify.
+    is_equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    advantages = torch.where(is_equal, 0.0, rewards - rewards.mean(-1, keepdim=True))
     return advantages / (rewards.std(-1, keepdim=True) + 1e-4) if scale else advantages
 
 
@@ -98,7 +100,7 @@ def grpo_losses(
     if reference is None:
         raise InputError(f"beta is {beta}: expected the reference's log-probabilities as well, or beta 0")
     log_q = reference - logprobs
-    return losses + beta * (torch.exp(log_q) - log_q - 1)
+    return losses + beta * (torch.expm1(log_q) - log_q)
 
 
 @check_shapes

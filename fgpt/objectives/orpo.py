@@ -30,13 +30,14 @@ def odds_ratio_losses(chosen: Float[Tensor, " n"], rejected: Float[Tensor, " n"]
 
 
 def log1mexp(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """log(1 - eˣ) for x < 0, accurate near 0 and far below it.
+    """log(1 - eˣ) for x < 0, accurate near 0 and far below it; of an x that has rounded to 0, of the number below it.
 
     Source: Mächler 2012, equation 7.
 
     >>> log1mexp(torch.tensor([-1e-6, -50.0]))
     tensor([-1.3816e+01, -1.9287e-22])
     """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near, split = x > -0.6931471805599453, torch.tensor(-0.6931471805599453, dtype=x.dtype, device=x.device)
     below = torch.log1p(-torch.exp(torch.where(near, split, x)))  # each branch gets values that it can take: no NaN
     above = torch.log(-torch.expm1(torch.where(near, x, split)))

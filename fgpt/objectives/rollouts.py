@@ -33,6 +33,10 @@ SAMPLING = SamplingParams(temperature=1.0)
 """Samples of the policy itself: at another temperature its log-probabilities would be those of another policy."""
 
 
+LARGEST_REWARD = 1e30
+"""Of either sign: rewards are fp32, and squared."""
+
+
 def with_temperature(params: GPT, temperature: float) -> GPT:
     """The policy whose logits are those of `params` divided by the temperature: what samples at 1 from it samples so
     from `params`, and its log-probabilities are those of the samples.
@@ -135,9 +139,13 @@ def group_rewards(
 def _check_reward(value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not abs(number) <= LARGEST_REWARD:
         raise InputError(f"a reward is {short_repr(value)}: expected a finite number; fix the reward function")
-    return float(value)
+    return number
 
 
 def rollout_batches(

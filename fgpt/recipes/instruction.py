@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fgpt.adapter_defaults import ATTENTION
 from fgpt.data.instruction_datasets import Columns
-from fgpt.ranges import BatchSize, CountOrFraction, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from fgpt.ranges import BatchSize, CountOrFraction, Fraction, NonNegativeInt, PositiveInt, Range
 from fgpt.recipes.tuning import Adapter, FineTuningRecipe, Length
 
 
@@ -53,7 +53,7 @@ class InstructionRecipe(FineTuningRecipe):
     tokens."""
     kd_ratio: Annotated[float, Range(above=0, most=1)] = 0.5
     """The teacher's share of the loss; the rest is that of the data."""
-    kd_temperature: PositiveFloat = 1.0
+    kd_temperature: Annotated[float, Range(least=0.01, most=1000)] = 1.0
     """The divisor of the logits of teacher and student; above 1, unlikely tokens get more weight."""
     compare_prompts: NonNegativeInt = 8
     """Held-out prompts that base and tuned model answer after training; 0 for none."""

@@ -1,10 +1,11 @@
 """Recipes that tune a model on preferences: pairs of answers, or answers judged good or bad."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
 
-from fgpt.ranges import Fraction, NonNegativeFloat, PositiveFloat
+from fgpt.data.preferences import PreferenceColumns
+from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, PositiveFloat
 from fgpt.recipes.instruction import InstructionRecipe, lora_nano, lora_smollm2
 
 Objective: TypeAlias = Literal["dpo", "orpo", "simpo", "kto"]
@@ -20,6 +21,14 @@ class PreferenceRecipe(InstructionRecipe):
     """
 
     kind: ClassVar[str] = "preference"
+
+    columns: PreferenceColumns = field(default_factory=PreferenceColumns)
+    """The names of the columns, where they are not the usual ones."""
+    micro_batch_size: BatchSize = 8
+    """Rows in a micro-batch, each with its two answers. kto estimates the divergence from the reference in each."""
+    overlong: Literal["error", "drop"] = "error"
+    """What to do with rows of which an answer ends after max_seq_len tokens: error refuses to start, drop leaves them
+    out."""
 
     objective: Objective = "dpo"
     """dpo, orpo, simpo: of pairs. kto: of judged answers. orpo and simpo have no reference policy."""

@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fgpt.data.preferences import PreferenceColumns
 from fgpt.ranges import BatchSize, CountOrFraction, NonNegativeFloat
 from fgpt.recipes.instruction import lora_nano
 from fgpt.recipes.tuning import FineTuningRecipe, Length
@@ -19,6 +20,8 @@ class RewardRecipe(FineTuningRecipe):
 
     data: tuple[str, ...]
     """One or several files of pairs: prompt, chosen, rejected; or a folder, or a dataset on the Hugging Face Hub."""
+    columns: PreferenceColumns = field(default_factory=PreferenceColumns)
+    """The names of the columns, where they are not the usual ones."""
     template: str = "auto"
     """The prompt template: alpaca, plain, tulu, chat (the base's own), or none for prompts that hold theirs. auto takes
     chat if the base has a chat template, else alpaca."""

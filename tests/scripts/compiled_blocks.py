@@ -16,6 +16,7 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt.errors import CompileWarning
+from fgpt.kernels import onednn_linear
 from fgpt.kernels.attention import attention
 from fgpt.kernels.compilation import compile_whole
 from fgpt.kernels.dropout import dropout_mask
@@ -138,6 +139,17 @@ def test_rows_of_one_document_and_rotated_models():
         for rows in (batch(3, 20, documents=False), batch(2, 30, documents=False), batch(2, 30)):
             got, expected = (gradient(adapters, base, rows, compile=x) for x in (True, False))
             assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("traced")
+def test_matrices_that_onednn_multiplies_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    """A block asks whether the CPU is one of AMD's: it reads no file for that, which would end its compilation."""
+    monkeypatch.setattr(onednn_linear, "MIN_ELEMENTS", 0)
+    base, rows = base_params(1), batch(2, 20)
+    adapters = with_noise(fgpt.lora(base, fgpt.key(1), 4), std=0.05)
+    got, expected = (gradient(adapters, base, rows, compile=x) for x in (True, False))
+    assert relative_error(got, expected) < 1e-5
+    assert counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.usefixtures("traced")

@@ -10,6 +10,7 @@ from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.cli import tasks
 from fgpt.cli.console import console, progress
+from fgpt.cli.diagnostics.replay import texts_of
 from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
 from fgpt.losses import Batch
@@ -28,7 +29,7 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     """
     job = tasks.build_job(recipe)
     base, adapters, batch = first_step_inputs(job)
-    batch = slice_batch(batch, slice(NUM_ROWS))
+    batch = slice_batch(texts_of(batch), slice(NUM_ROWS))
     console.print(describe_machine(base, batch))
     compiles_blocks = isinstance(recipe, FineTuningRecipe) and recipe.compile
     if isinstance(recipe, PretrainingRecipe) and recipe.compile:

@@ -54,7 +54,8 @@ def run(recipe: AnyRecipe, options: RangeOptions) -> LRRange:
     if isinstance(recipe, FineTuningRecipe):
         recipe = replace(recipe, compile=False)  # mapped steps run uncompiled
     job = tasks.build_job(recipe)
-    assert job.step_for is not None
+    if job.step_for is None:
+        raise InputError(f"{recipe.name} samples its batches from the policy: a range test has none that fit all rates")
     step_for, state = job.step_for, job.initial_state.take()
     target, warmup_steps = device(state.trainable), default_warmup(options.num_steps, options.num_steps)
     lowest, highest = math.log10(options.min_lr), math.log10(options.max_lr)

@@ -1,6 +1,7 @@
 """Replay of any step of a training: its batch, loss and gradient norm, computed again from the run alone."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -13,6 +14,8 @@ from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.reproducibility import differing, rounding
 from fgpt.errors import InputError
 from fgpt.losses import Batch
+from fgpt.objectives.kto import JudgedBatch
+from fgpt.objectives.pairs import PairBatch
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Metrics
 
@@ -74,13 +77,19 @@ def compute_step(job: TrainingJob, folder: Path, step: int) -> tuple[list[Batch]
 def show_rows(micro_batches: list[Batch], tokenizer: Tokenizer) -> list[str]:
     """The texts of each row, long ones without their middle, with a bar between its documents."""
     lines: list[str] = []
-    for part, batch in enumerate(micro_batches, 1):
+    for part, micro_batch in enumerate(micro_batches, 1):
+        batch = texts_of(micro_batch)
         for row in range(len(batch.tokens)):
             text = " ".join(_decode_row(batch, row, tokenizer).split())
             if len(text) > 2 * SHOWN:
                 text = f"{text[:SHOWN]} .. {text[-SHOWN:]}"
             lines.append(f"micro-batch {part}, row {row + 1}, {batch.tokens.shape[1]} tokens: {text}")
     return lines
+
+
+def texts_of(micro_batch: Any) -> Batch:
+    """The texts of a micro-batch: of pairs and judged answers, those with their answers."""
+    return micro_batch.batch if isinstance(micro_batch, PairBatch | JudgedBatch) else micro_batch
 
 
 def _decode_row(batch: Batch, row: int, tokenizer: Tokenizer) -> str:

@@ -30,7 +30,13 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.eval_sets import encode_eval_sets
-from fgpt.cli.training.examples import encoding_of, load_eval_sets, load_heldout_rows, load_instruction_data
+from fgpt.cli.training.examples import (
+    check_data_options,
+    encoding_of,
+    load_eval_sets,
+    load_heldout_rows,
+    load_instruction_data,
+)
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.objectives import check_objective, describe_objective, load_teacher
@@ -67,9 +73,10 @@ class InstructionTask:
         prompt_template, encoding = template(recipe.template), encoding_of(recipe, loaded)
         max_seq_len = row_length(recipe, cfg)
         check_objective(recipe, cfg, tokenizer, max_seq_len)
+        check_data_options(recipe)
+        eval_sets = load_eval_sets(recipe, encoding)  # first: they are small, and may be misspelled
         data = load_instruction_data(recipe, encoding)
         examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
-        eval_sets = load_eval_sets(recipe, encoding)
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )

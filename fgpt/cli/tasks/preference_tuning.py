@@ -18,6 +18,8 @@ from fgpt.cli.console import announce, console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare.results import Comparison
+from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.training.build import (
     build_adapters,
@@ -43,6 +45,7 @@ from fgpt.cli.training.preference_rows import chosen_row, encode_rows, load_spli
 from fgpt.cli.training.reference_cache import cached_reference
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
+from fgpt.data.classification_datasets import Columns
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import template
 from fgpt.data.rows import InstructionRow
@@ -148,20 +151,27 @@ class PreferenceTask:
     @staticmethod
     def load_heldout_examples(recipe: PreferenceRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        rows = load_split(recipe, recipe.objective == "kto")[1][:limit]
-        max_seq_len = row_length(recipe, cfg)
+        train, heldout = load_split(recipe, recipe.objective == "kto")
+        rows, max_seq_len = (heldout or train)[:limit], row_length(recipe, cfg)
         return list(encode_rows(recipe, rows, template(recipe.template), tokenizer, max_seq_len).chosen)
 
     @staticmethod
-    def evaluate(recipe: PreferenceRecipe, folder: Path, options: Any) -> dict[str, Any]:
+    def evaluate(recipe: PreferenceRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
+        if (options.test, options.columns, options.labels) != (None, Columns(), ()) or options.num_generations:
+            raise InputError(
+                f"{folder} is evaluated on its held-out rows: leave out --test, --columns, --labels and "
+                "--num-generations; fgpt compare shows answers"
+            )
         cfg, tokenizer, _ = load_tokenizer(recipe)
         rows = load_split(recipe, recipe.objective == "kto")[1][: options.limit]
+        if not rows:
+            raise InputError(f"{folder} held out no rows: there is nothing to score it on")
         examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg))
         base = load_base(recipe)
         heldout_rows = HeldOutRows([], examples, reference_logprobs(base, examples))
         figures = pair_figures(recipe, run_dir.load_tuned(folder, base), base, heldout_rows)
         print_figures(figures)
-        return {"held-out pairs": figures}
+        return {"held-out pairs": {**figures}}
 
     @staticmethod
     def eval_command(folder: str) -> str:
@@ -171,7 +181,8 @@ class PreferenceTask:
         """The base is its own reference: nothing is to be scored."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base)
+        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
+        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """The figures of held-out pairs, and the answers of base and tuned model."""
@@ -206,7 +217,13 @@ def check_options(recipe: PreferenceRecipe) -> None:
         raise InputError(
             f"--desirable-weight and --undesirable-weight belong to kto: leave them out with {recipe.objective}"
         )
-    refuse_options(recipe, "eval_data", "streaming", "assistant_turns", *OBJECTIVE_OPTIONS)
+    if recipe.objective != "simpo" and recipe.gamma != PreferenceRecipe.gamma:
+        raise InputError(f"--gamma is of simpo: leave it out with --objective {recipe.objective}")
+    if recipe.objective == "kto" and recipe.rows_per_update < 2 * recipe.grad_accumulation_steps:
+        raise InputError("--micro-batch-size 1: kto estimates a divergence in each micro-batch: give 2 rows or more")
+    refuse_options(
+        recipe, "eval_data", "streaming", "shuffle_buffer_size", "mixture", "assistant_turns", *OBJECTIVE_OPTIONS
+    )
 
 
 def describe_rows(recipe: PreferenceRecipe, examples: PreferenceExamples, steps: int) -> str:
@@ -246,8 +263,10 @@ def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, heldout_rows:
         total, weight = distillation(base, answers, teacher=params)
         divergence, tokens = divergence + float(total), tokens + float(weight)
         if isinstance(batch, PairBatch):
-            ratios = sequence_logprobs(params, answers).sums - sequence_logprobs(base, answers).sums
-            chosen, rejected = (recipe.resolved_beta * ratios).chunk(2)
+            policy = sequence_logprobs(params, answers)
+            has_reference = recipe.objective == "dpo"
+            rewards = policy.sums - sequence_logprobs(base, answers).sums if has_reference else policy.means
+            chosen, rejected = (recipe.resolved_beta * rewards).chunk(2)
             margins.append(chosen - rejected)
     figures = {"kl": divergence / tokens} if tokens else {}
     if margins:

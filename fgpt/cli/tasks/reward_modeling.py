@@ -103,7 +103,8 @@ class RewardTask:
     @staticmethod
     def load_heldout_examples(recipe: RewardRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        pairs = encode_pairs(recipe, load_split(recipe)[1], tokenizer, cfg)
+        train, heldout = load_split(recipe)
+        pairs = encode_pairs(recipe, (heldout or train)[:limit], tokenizer, cfg)
         return [*pairs.chosen, *pairs.rejected][:limit]
 
     @staticmethod
@@ -112,6 +113,8 @@ class RewardTask:
             raise InputError(f"{folder} is a reward model: leave out --test, --columns, --labels and --num-generations")
         cfg, tokenizer, _ = load_tokenizer(recipe)
         pairs = encode_pairs(recipe, load_split(recipe)[1][: options.limit], tokenizer, cfg)
+        if not len(pairs):
+            raise InputError(f"{folder} held out no pairs: there is nothing to score it on")
         params = run_dir.load_tuned(folder, RewardTask.load_base(recipe))
         figures = heldout_figures(recipe, params, pairs)
         print_figures(figures, len(pairs))
@@ -129,11 +132,15 @@ class RewardTask:
         return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
 
     def score(self, trainable: Adapters, out: Path) -> dict[str, float]:
+        """The figures of held-out pairs; none if there are no such pairs."""
+        if not len(self.heldout):
+            return {}
         return heldout_figures(self.recipe, adapt(self.job.frozen, trainable), self.heldout)
 
     def report(self, before: None, after: dict[str, float], out: Path) -> None:
         """Print the figures, and write them to result.json."""
-        print_figures(after, len(self.heldout))
+        if after:
+            print_figures(after, len(self.heldout))
         write_json(out / run_dir.RESULT, {**after, "heldout_pairs": len(self.heldout)})
 
 

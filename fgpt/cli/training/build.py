@@ -1,5 +1,6 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.training import mfu
+from fgpt.cli.training.hashes import fast_hash
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
@@ -29,6 +31,7 @@ from fgpt.data.mixtures import Mixture
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
+from fgpt.io.serialization import config_to_json
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
@@ -213,7 +216,7 @@ def assemble_job(
     if mixture is not None and mixture.counts != mixture.sizes:
         others |= {"mixture": str(mixture)}
     if teacher is not None:
-        others |= {"teacher": teacher}
+        others |= {"teacher": [json.dumps(config_to_json(teacher.cfg)), fast_hash(teacher)]}
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
 
     def all_batches(begin: int) -> Iterator[list[Batch]]:

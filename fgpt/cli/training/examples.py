@@ -102,12 +102,28 @@ def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None =
         name, number = sources[source][0], int(stored.rows[index])
         row = StoredRows(sources[source][1].rows)[number]
         where = row.conversation if isinstance(row, ConversationRow | Turn) else ""
-        return where or f"{name}, row {number + 1}"
+        which = " of those that are trained on" if sources[source][1].left_out else ""
+        return where or f"{name}, row {number + 1}{which}"
 
     examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
     ranges = zip([name for name, _ in sources], edges[:-1], edges[1:], strict=True)
     return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
+
+
+def check_data_options(recipe: InstructionRecipe) -> None:
+    """Raises InputError for options of data that have no effect, and for evaluations without rows."""
+    if recipe.data == NANO and recipe.columns != instruction_datasets.Columns():
+        raise InputError("--columns name the columns of a file, and --data nano is embedded: leave them out")
+    if recipe.shuffle_buffer_size != InstructionRecipe.shuffle_buffer_size and not recipe.streaming:
+        raise InputError("--shuffle-buffer-size is of --streaming: give both, or leave it out")
+    if recipe.mixture != InstructionRecipe.mixture and source_weights(recipe.data)[0][1] is None:
+        raise InputError(f"--mixture {recipe.mixture} needs weights: --data a.jsonl:0.7 b.jsonl:0.3")
+    if recipe.eval_every and not recipe.num_heldout and recipe.data != NANO and not recipe.eval_data:
+        raise InputError(
+            f"--eval-every {recipe.eval_every} needs held-out examples, and --num-heldout is 0: give --eval-data, or "
+            "leave it out"
+        )
 
 
 def load_heldout_rows(recipe: InstructionRecipe, encoding: Encoding | None = None) -> list[InstructionRow]:
@@ -188,19 +204,24 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
         if name not in by_name:
             by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, _contents(recipe))
             console.print(by_name[name].format, markup=False, soft_wrap=True)
+    warn_of_repeats(names, recipe.num_heldout)
+    report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
+    counts = sum((source.counts for source in by_name.values()), Counter[str]())
+    num_rows = sum(batch.num_rows for source in by_name.values() for batch in source.rows)
+    report_counts(recipe, counts, num_rows, encoding.max_seq_len)
+    return [(name, by_name[name]) for name in names]
+
+
+def warn_of_repeats(names: Sequence[str], num_heldout: float) -> None:
+    """Print a warning if a source is given several times, and rows are held out."""
     for name, count in Counter(names).items():
-        if count > 1 and recipe.num_heldout:
+        if count > 1 and num_heldout:
             console.print(
                 f"warning: {name} is given {count} times: rows that are held out once are trained on otherwise, and "
                 "the held-out loss is too low; repeat a source by a weight",
                 markup=False,
                 soft_wrap=True,
             )
-    report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
-    counts = sum((source.counts for source in by_name.values()), Counter[str]())
-    num_rows = sum(batch.num_rows for source in by_name.values() for batch in source.rows)
-    report_counts(recipe, counts, num_rows, encoding.max_seq_len)
-    return [(name, by_name[name]) for name in names]
 
 
 def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -211,6 +232,8 @@ def source_weights(sources: Sequence[str]) -> list[tuple[str, float | None]]:
     >>> source_weights(["alpaca:0.7", "mine.jsonl:0.3"])
     [('alpaca', 0.7), ('mine.jsonl', 0.3)]
     """
+    if not sources:
+        raise InputError("--data names no source: give one or several")
     parsed = [parse_source(text) for text in sources]
     weights = [(str(replace(source, weight=None)), source.weight) for source in parsed]
     check_weights(weights)

@@ -7,6 +7,7 @@ import math
 
 from fgpt.cli.console import console
 from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.objectives import has_soft_targets
 from fgpt.errors import InputError
 from fgpt.train_step import State
 from fgpt.tree import leaves
@@ -26,6 +27,8 @@ def check_final_state(job: TrainingJob, state: State) -> None:
     loss = float(metrics.loss)
     if not math.isfinite(loss):
         raise InputError(f"after step {step}, the loss is {loss}: {remedy}")
+    if has_soft_targets(job.recipe):
+        return
     if loss > (guess := math.log(job.tokenizer.n_vocab)) + 0.25:  # a fresh model's is within 0.1 of the guess
         console.print(
             f"after the last step the loss is {loss:.4g}, above the {guess:.3g} of a uniform guess: the training "

@@ -14,7 +14,7 @@ from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config
 from fgpt.objectives.distillation import distillation
 from fgpt.objectives.label_smoothing import smoothed_nll
-from fgpt.recipes import FineTuningRecipe, InstructionRecipe
+from fgpt.recipes import FineTuningRecipe, InstructionRecipe, TrainingRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 TokenLoss: TypeAlias = Callable[[GPT, Batch], tuple[Tensor, Tensor]]
@@ -41,6 +41,8 @@ def check_objective(recipe: InstructionRecipe, cfg: Config, tokenizer: Tokenizer
         tokenizer: The student's tokenizer.
         max_seq_len: Tokens of a sequence.
     """
+    if recipe.teacher == "":
+        raise InputError("--teacher names no model: expected one as --base names it")
     if recipe.teacher is None:
         if (recipe.kd_ratio, recipe.kd_temperature) != (InstructionRecipe.kd_ratio, InstructionRecipe.kd_temperature):
             raise InputError("--kd-ratio and --kd-temperature are of distillation: give a --teacher, or leave them out")
@@ -48,11 +50,13 @@ def check_objective(recipe: InstructionRecipe, cfg: Config, tokenizer: Tokenizer
     if recipe.label_smoothing_factor:
         raise InputError("--teacher gives soft targets, and so does --label-smoothing-factor: leave one of them out")
     teacher_cfg, teacher_tokenizer = models.load_config_and_tokenizer(recipe.teacher)
-    if recipe.new_tokens or teacher_cfg.vocab_size != cfg.vocab_size or not _equal(tokenizer, teacher_tokenizer):
+    if recipe.new_tokens:
+        raise InputError("--teacher does not know --new-tokens: leave one of them out")
+    if teacher_cfg.vocab_size != cfg.vocab_size or not _equal(tokenizer, teacher_tokenizer):
+        others = " others" if teacher_cfg.vocab_size == cfg.vocab_size else f", and the base {cfg.vocab_size:,}"
         raise InputError(
             f"--teacher {recipe.teacher}: expected a model with the tokens of {recipe.base}, for their distributions "
-            f"are compared; it has {teacher_cfg.vocab_size:,}{' others' * (teacher_cfg.vocab_size == cfg.vocab_size)}, "
-            f"the base {cfg.vocab_size:,}{' and --new-tokens' * bool(recipe.new_tokens)}"
+            f"are compared; it has {teacher_cfg.vocab_size:,}{others}"
         )
     if teacher_cfg.n_ctx < max_seq_len:
         raise InputError(
@@ -84,10 +88,15 @@ def load_teacher(recipe: InstructionRecipe) -> GPT | None:
     return teacher
 
 
+def has_soft_targets(recipe: TrainingRecipe) -> bool:
+    """Whether the loss is another than that of the next token, and so not bounded by that of a uniform guess."""
+    return isinstance(recipe, InstructionRecipe) and bool(recipe.teacher or recipe.label_smoothing_factor)
+
+
 def token_loss(recipe: FineTuningRecipe, teacher: GPT | None = None) -> TokenLoss:
     """The loss that the recipe minimizes."""
     remat, compile = recipe.remat, recipe.compile
-    if not isinstance(recipe, InstructionRecipe) or not (recipe.teacher or recipe.label_smoothing_factor):
+    if not isinstance(recipe, InstructionRecipe) or not has_soft_targets(recipe):
         return lambda params, batch: nll(params, batch, remat=remat, compile=compile)
     if teacher is None:
         factor = recipe.label_smoothing_factor

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fgpt.cli.console import console
-from fgpt.cli.training.examples import num_heldout, train_heldout_split
+from fgpt.cli.training.examples import num_heldout, source_weights, train_heldout_split, warn_of_repeats
 from fgpt.cli.training.preference_batches import PreferenceExamples
 from fgpt.data.conversations import Message
 from fgpt.data.examples import Example
-from fgpt.data.preferences import Judgment, Preference, load_judgments, load_preferences
+from fgpt.data.preferences import Judgment, Preference, check_labels, read_judgments, read_preferences
 from fgpt.data.prompt_templates import Template, encode
 from fgpt.data.rows import InstructionRow, Turn, conversation_row
 from fgpt.errors import InputError
@@ -20,9 +20,21 @@ Row: TypeAlias = Preference | Judgment
 
 
 def load_split(recipe: PreferenceRecipe | RewardRecipe, judged: bool = False) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out: pairs, or `judged` answers. Raises InputError as the readers do."""
-    read = load_judgments if judged else load_preferences
-    rows: list[Row] = [row for source in recipe.data for row in read(source)]
+    """Rows to train on and rows held out: pairs, or `judged` answers. The format of each source is printed.
+
+    Raises InputError as the readers do, for weights of sources, and for judged answers of one label.
+    """
+    names = [name for name, weight in source_weights(recipe.data) if weight is None]
+    if len(names) < len(recipe.data):
+        raise InputError("--data has weights, and preferences are not mixed by weights: leave them out")
+    read = read_judgments if judged else read_preferences
+    rows: list[Row] = []
+    for name in names:
+        of_source = read(name, recipe.columns)
+        rows += of_source.rows
+        console.print(of_source.format, markup=False, soft_wrap=True)
+    warn_of_repeats(names, recipe.num_heldout)
+    check_labels([row for row in rows if isinstance(row, Judgment)], ", ".join(names))
     return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, ", ".join(recipe.data)), recipe.seed)
 
 
@@ -37,6 +49,14 @@ def chosen_row(row: Row) -> InstructionRow:
     answer = "\n\n".join(message.content for message in row.chosen) if isinstance(row, Preference) else ""
     prompt = prompt_of(row)
     return Turn(prompt[-1].content, "", answer, prompt)
+
+
+def mismatched_answer(rows: Sequence[Row], i: int) -> tuple[Message, ...]:
+    """The answer of the next row with another prompt; of the next row, if all prompts are one."""
+    following = [*range(i + 1, len(rows)), *range(i)]
+    row = next((rows[j] for j in following if prompt_of(rows[j]) != prompt_of(rows[i])), rows[(i + 1) % len(rows)])
+    assert isinstance(row, Judgment)
+    return row.answer
 
 
 def encode_rows(
@@ -62,16 +82,14 @@ def encode_rows(
     for i, row in enumerate(rows):
         if isinstance(row, Preference):
             both = example(row, row.chosen), example(row, row.rejected)
-        else:  # the answer of the next row is the mismatched one
-            other = rows[(i + 1) % len(rows)]
-            assert isinstance(other, Judgment)
-            both = example(row, row.answer), example(row, other.answer)
+        else:
+            both = example(row, row.answer), example(row, mismatched_answer(rows, i))
         if max(len(x.tokens) for x in both) > max_seq_len:
             number_long += 1
             if recipe.overlong == "error":
                 raise InputError(
-                    f"row {i + 1} has an answer that ends after {max_seq_len} tokens: shorten it, raise --max-seq-len, "
-                    "or give --overlong drop"
+                    f"{row.where}: an answer ends after {max_seq_len} tokens: shorten it, raise --max-seq-len, or give "
+                    "--overlong drop"
                 )
             continue
         chosen.append(both[0])
@@ -81,4 +99,10 @@ def encode_rows(
         console.print(f"left out {number_long} {which}rows with an answer beyond {max_seq_len} tokens")
     if rows and not chosen:
         raise InputError(f"no {which}row fits {max_seq_len} tokens: raise --max-seq-len")
+    if labels and not which and len(set(labels)) == 1:
+        kind = "good" if labels[0] else "bad"
+        raise InputError(
+            f"all {len(labels):,} answers that are left to train on are {kind}: expected both kinds; give more rows, "
+            "or lower --num-heldout"
+        )
     return PreferenceExamples(chosen, rejected, tuple(labels) if labels else None)

@@ -7,6 +7,7 @@ Response:
 «5<|endoftext|>»
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from fgpt.data.truncation import truncate_middle
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 LOSS = "bold green"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal would obey, or not show."""
 OPEN, CLOSE = "«", "»"
 """Around what is trained on, where there are no colors."""
 SHORT_PART, SHORT_PARTS = 200, 6
@@ -68,7 +71,9 @@ def text_with_mask(example: Example, tokenizer: Tokenizer, *, colored: bool, sho
         if part is None:
             text.append(f"\n[.. {omitted} parts ..]\n", "dim")
             continue
-        part_text = tokenizer.decode(part.tokens)
+        part_text = CONTROL.sub(
+            lambda match: match.group().encode("unicode_escape").decode(), tokenizer.decode(part.tokens)
+        )
         if short and len(part_text) > SHORT_PART:
             part_text = "".join(truncate_middle(part_text, SHORT_PART, " [..] "))
         if part.weight == 0:
@@ -77,6 +82,10 @@ def text_with_mask(example: Example, tokenizer: Tokenizer, *, colored: bool, sho
         weight = "" if part.weight == 1 else f"[x {part.weight:g}]"
         text.append(f"{weight}{part_text}" if colored else f"{OPEN}{weight}{part_text}{CLOSE}", LOSS if colored else "")
     return text
+
+
+def _escape(character: re.Match[str]) -> str:
+    return character.group().encode("unicode_escape").decode()
 
 
 def has_colors() -> bool:

@@ -225,4 +225,4 @@ def reference_kl(
     )
     batch = place(rollouts.batch, device(policy))
     log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
-    return (torch.exp(log_q) - log_q - 1).mean()
+    return (torch.expm1(log_q) - log_q).mean()

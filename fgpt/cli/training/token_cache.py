@@ -6,13 +6,14 @@ KEY is a hash of all that the tokens follow from: the source's files, the column
 code that makes tokens. See `fgpt.cli.cache`.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -92,6 +93,8 @@ def read_cached(folder: Path, key: str, max_seq_len: int) -> TokenizedSource | N
         summary = read_json(data / SUMMARY)
         if summary["max_seq_len"] not in (None, max_seq_len):
             return None
+        if summary.pop("hash") != _hash(summary):
+            raise ValueError("its summary is not the one that was written")
         if summary["key"] != key or any(_identity(data / name) != summary["files"][name] for name in (EXAMPLES, ROWS)):
             raise ValueError("its files are not those that were written")
         left_out, counts = (Counter(dict(summary[name])) for name in ("left_out", "counts"))
@@ -140,8 +143,12 @@ def write_cached(
             "format": stream.format,
             "max_seq_len": max_seq_len if depends_on_length else None,
         }
-        write_json(new / SUMMARY, summary)
+        write_json(new / SUMMARY, {**summary, "hash": _hash(summary)})
     return TokenizedSource(_map(data / EXAMPLES), _map(data / ROWS), +stream.left_out, counts, stream.format)
+
+
+def _hash(summary: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(summary, sort_keys=True).encode()).hexdigest()
 
 
 def _map(path: Path) -> "list[pyarrow.RecordBatch]":

@@ -117,7 +117,7 @@ def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path, caps
     [
         (["--kd-ratio", "0.7"], "are of distillation: give a --teacher"),
         (["--teacher", "nano", "--label-smoothing-factor", "0.1"], "leave one of them out"),
-        (["--teacher", "nano", "--new-tokens", "<|a|>"], "expected a model with the tokens of nano"),
+        (["--teacher", "nano", "--new-tokens", "<|a|>"], "does not know --new-tokens"),
         (["--teacher", "nowhere/at-all/x"], "no such model folder"),
         (["--teacher", "nano", "--kd-ratio", "0"], "--kd-ratio is 0"),
     ],
