@@ -85,7 +85,7 @@ def dpo_nano() -> PreferenceRecipe:
 def kto_nano() -> PreferenceRecipe:
     """KTO on the embedded base after lora-nano, on its own answers judged by their instructions' demands.
 
-    As dpo-nano, but the script writes judged.jsonl, with --judged judged.jsonl.
+    As dpo-nano, but on judged.jsonl, which the script writes beside the pairs if it is named, too.
     """
     return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto", rpo_alpha=0.0, epochs=1)
 

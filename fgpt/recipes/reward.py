@@ -45,7 +45,8 @@ def reward_nano() -> RewardRecipe:
     """A reward model on the embedded base after lora-nano, on pairs of its own answers.
 
     Made as dpo-nano's: fgpt train lora-nano, fgpt merge lora-nano, python -m experiments.nano.make_pairs runs/lora-nano
-    pairs.jsonl, then fgpt train reward-nano.
+    pairs.jsonl, then fgpt train reward-nano. On 740 of the script's pairs the chosen answer of 64 held-out ones has the
+    higher reward in 71.9, 67.2 and 54.7 % with seeds 0, 1, 2. 200 to 320 s on one busy core of an AMD EPYC, 0.61 GB.
     """
     sft = lora_nano()
     return RewardRecipe(
@@ -54,8 +55,9 @@ def reward_nano() -> RewardRecipe:
         data=("pairs.jsonl",),
         template=sft.template,
         adapter=sft.adapter,
-        lr=1e-3,
-        epochs=1,
+        center_rewards_coefficient=0.01,
+        lr=3e-4,
+        epochs=2,
         micro_batch_size=4,
         overlong="drop",
     )

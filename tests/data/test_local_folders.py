@@ -165,3 +165,15 @@ def test_links_within_a_folder_and_into_the_hub_s_cache_are_followed(end: str, t
     (stranger / f"train{end}").symlink_to("../../blobs/123")
     with pytest.raises(InputError, match="a link to a file outside the folder"):
         load_rows(stranger)
+
+
+def test_tables_of_several_formats_are_not_dropped_in_silence(tmp_path: Path):
+    """The library `datasets` would read the one format that has most files."""
+    (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
+    (tmp_path / "b.jsonl").write_text('{"instruction": "c", "output": "d"}\n')
+    (tmp_path / "notes.txt").write_text("of no concern")
+    with pytest.raises(InputError, match=r"a\.csv has another format than b\.jsonl.*give a pattern"):
+        load_rows(tmp_path)
+    assert len(load_rows(f"{tmp_path}/[ab].*")) == 2
+    (tmp_path / "a.csv").unlink()
+    assert len(load_rows(tmp_path)) == 1

@@ -10,7 +10,13 @@ from builders import SharedData
 from builders.conversations import TALK, messages_row, write_json_rows
 
 from fgpt.data.conversations import Message
-from fgpt.data.preferences import PreferenceColumns, load_judgments, load_preferences
+from fgpt.data.preferences import (
+    PreferenceColumns,
+    load_judgments,
+    load_preferences,
+    read_judgments,
+    read_preferences,
+)
 from fgpt.errors import InputError
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -96,6 +102,10 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
         (PAIR | {"chosen": True}, r"line 2: column 'chosen' should hold text, got bool"),
         ({"chosen": "4", "rejected": "5"}, r"line 2: no column 'prompt'; there are 'chosen', 'rejected'"),
         ({"prompt": "a", "chozen": "4", "rejected": "5"}, r"line 2: no column 'chosen'; .*\(the nearest is 'chozen'\)"),
+        (PAIR | {"chosen": [GOOD, ASK]}, r"line 2: chosen ends with a message of the user: expected an answer"),
+        (PAIR | {"chosen": [{"role": "assistant", "content": ""}, ASK, GOOD]}, r"line 2: chosen is empty"),
+        (PAIR | {"chosen": GOOD | {"weight": 0.5}}, r"line 2: chosen has a loss weight of 0.5: .*leave weights out"),
+        (PAIR | {"chosen": GOOD | {"train": False}}, r"line 2: chosen has a loss weight of 0"),
         ({"messages": TALK}, r"line 2: no column 'chosen'; there are 'messages'"),
         ([TALK], r"line 2: expected an object of columns, got list"),
     ],
@@ -123,6 +133,27 @@ def test_bad_judgments_are_refused_by_their_row(record: Any, message: str, tmp_p
     with pytest.raises(InputError, match=message) as caught:
         load_judgments(write_json_rows(tmp_path / "a.jsonl", {"messages": [ASK, GOOD], "label": False}, record))
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_instructions_and_columns_that_are_not_there(tmp_path: Path):
+    path = write_json_rows(tmp_path / "a.jsonl", PAIR)
+    for columns, message in [
+        (PreferenceColumns(text="prompt"), r"`columns\.text` is of instruction data"),
+        (PreferenceColumns(prompt="question"), r"no column 'question'; there are"),
+        (PreferenceColumns(messages="talk"), r"no column 'talk'; there are"),
+        (PreferenceColumns(chosen="better"), r"no column 'better'; there are"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_preferences(path, columns)
+
+
+def test_the_format_names_what_is_not_read(tmp_path: Path):
+    path = write_json_rows(tmp_path / "a.jsonl", PAIR | {"score": 3, "system": "Be kind."})
+    assert read_preferences(path).format == (
+        f"{path}: preference pairs (columns {', '.join(x for x in [*PAIR, 'system'])}; not read: score), 1 row"
+    )
+    path = write_json_rows(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b", "label": True, "id": 1})
+    assert read_judgments(path).format.endswith("(columns prompt, completion, label; not read: id), 1 row")
 
 
 def test_an_empty_file(tmp_path: Path):

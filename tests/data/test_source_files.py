@@ -136,3 +136,17 @@ def test_where_the_files_of_a_source_are(tmp_path: Path):
     assert ForkingPickler.dumps(located)  # a worker process can have it
     assert ForkingPickler.dumps(read_folder(folder))
     assert load_rows(path) == load_rows(folder) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow stream"])
+def test_two_columns_of_one_name(kind: str, tmp_path: Path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    path = tmp_path / f"a.{kind.partition(' ')[0]}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        new = pyarrow.ipc.new_file if kind == "arrow" else pyarrow.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match=r"two columns are called 'output': give each a name of its own"):
+        load_rows(path)

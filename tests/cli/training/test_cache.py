@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,11 @@ def test_the_cache_gives_the_same_bits(folder: Path, capsys: pytest.CaptureFixtu
 def test_another_base_other_answers_and_threads_are_other_entries(folder: Path, monkeypatch: pytest.MonkeyPatch):
     cached_reference(BASE, answers())
     cached_reference(fgpt.adapt(BASE, {"wte.w": BASE.wte.w + 1e-6}), answers())
+    cached_reference(replace(BASE, cfg=replace(BASE.cfg, norm_eps=1e-3)), answers())  # equal weights, another model
     cached_reference(BASE, answers(seed=1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     cached_reference(BASE, answers())
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 5
 
 
 def test_little_work_is_not_cached(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -150,6 +150,13 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
         (["--max-seq-len", "4"], "no row fits 4 tokens"),
         (["--objective", "kto", "--rpo-alpha", "0"], "no column 'label'"),
         (["--objective", "kto"], "--objective kto has no --rpo-alpha: give --rpo-alpha 0"),
+        (["--objective", "kto", "--rpo-alpha", "0", "--micro-batch-size", "1"], "give 2 rows or more"),
+        (["--gamma", "3"], "--gamma is of simpo"),
+        (["--mixture", "tokens"], "--mixture is of instruction tuning"),
+        (["--columns.prompt", "question"], "no column 'question'"),
+        (["--num-heldout", "0", "--eval-every", "1"], "needs held-out rows, and there are none"),
+        (["--overlong", "cut"], "expected one of error, drop"),
+        (["--micro-batch-size", "auto"], "--micro-batch-size"),
     ],
 )
 def test_bad_options(
@@ -159,6 +166,73 @@ def test_bad_options(
     assert main(args) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "dpo-nano").exists()
+
+
+def test_weights_of_sources_are_refused_and_repeats_are_said(
+    pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = [*SHORT, "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(["train", "dpo-nano", *options, "--data", f"{pairs_file}:0.7", f"{pairs_file}:0.3"]) == 2
+    assert "preferences are not mixed by weights" in capsys.readouterr().err
+    assert main(["train", "dpo-nano", *options, "--data", str(pairs_file), str(pairs_file)]) == 0
+    lines = " ".join(capsys.readouterr().err.split())
+    assert "preference pairs (columns prompt, chosen, rejected), 20 rows" in lines
+    assert "is given 2 times" in lines
+
+
+def test_labels_of_several_files_count_together(tmp_path: Path):
+    files = [
+        write(tmp_path / f"{label}.jsonl", [judged(i) | {"label": label} for i in range(9)]) for label in (True, False)
+    ]
+    options = [*SHORT, "--compare-prompts", "0", "--out", str(tmp_path)]
+    assert main(["train", "kto-nano", "--data", *map(str, files), *options]) == 0
+
+
+def test_mismatched_answers_are_of_other_prompts():
+    """Though the answers to one prompt follow each other."""
+    from fgpt.cli.training.preference_rows import mismatched_answer
+    from fgpt.data.conversations import Message
+    from fgpt.data.preferences import Judgment
+
+    rows: Any = [
+        Judgment((Message("user", f"q{i // 4}"),), (Message("assistant", f"a{i // 4}"),), True) for i in range(12)
+    ]
+    for i, row in enumerate(rows):
+        assert mismatched_answer(rows, i)[0].content != row.answer[0].content
+    assert mismatched_answer(rows[:3], 0) == rows[1].answer  # all of one prompt
+
+
+@pytest.mark.parametrize("command", ["replay", "doctor", "lr-range", "eval"])
+def test_other_commands(
+    command: str, dpo_run: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["--data", str(pairs_file), *SHORT, "--compare-prompts", "0", "--out", str(tmp_path)]
+    if command == "replay":
+        assert main(["replay", str(dpo_run), "--step", "2"]) == 0
+        assert "It is" in capsys.readouterr().err
+    elif command == "doctor":
+        assert main(["doctor", "dpo-nano", *options]) == 0
+    elif command == "lr-range":
+        assert main(["lr-range", "dpo-nano", *options, "--num-steps", "2", "--num-lrs", "2"]) == 0
+    else:
+        assert main(["eval", "run", str(dpo_run), "--test", str(pairs_file)]) == 2
+        assert "is evaluated on its held-out rows: leave out --test" in capsys.readouterr().err
+
+
+def test_new_tokens_are_saved_with_their_tokenizer(pairs_file: Path, tmp_path: Path):
+    options = [
+        "--data",
+        str(pairs_file),
+        *SHORT,
+        "--compare-prompts",
+        "0",
+        "--new-tokens",
+        "<a>",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["train", "dpo-nano", *options, "--adapter.kind", "full"]) == 0
+    assert fgpt.tokenizer(tmp_path / "dpo-nano" / "model").encode_special("<a>") == [4096]
 
 
 def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -111,3 +111,11 @@ def test_its_help(capsys: pytest.CaptureFixture[str]):
     assert "--examples N" in capsys.readouterr().out
     assert main(["data", "preview", "lora-nano", "--help"]) == 0
     assert "--assistant-turns" in capsys.readouterr().out
+
+
+def test_what_a_terminal_obeys_is_shown_and_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write_json_rows(tmp_path / "a.jsonl", {"instruction": "a\x9b2J", "output": "b\x1b[2Jc\r\x07"})
+    assert main(["data", "preview", "lora-nano", "--data", str(path)]) == 0
+    shown = "".join(capsys.readouterr())
+    assert "b\\x1b[2Jc\\r\\x07" in shown
+    assert not {"\x1b", "\x9b", "\x07"} & {*shown}

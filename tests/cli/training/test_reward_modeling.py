@@ -101,6 +101,28 @@ def test_the_reward_is_read_at_the_end_of_each_answer(run: Path):
     assert set(batch.batch.tokens[weights > 0].tolist()) == {eos}
 
 
+def test_without_held_out_pairs(pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = [
+        "--data",
+        str(pairs_file),
+        "--base",
+        "nano",
+        "--steps",
+        "2",
+        "--num-heldout",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["train", "reward-nano", *options]) == 0
+    run = tmp_path / "reward-nano"
+    assert json.loads((run / "result.json").read_text()) == {"heldout_pairs": 0}
+    assert main(["merge", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", str(run)]) == 2
+    assert "held out no pairs" in one_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

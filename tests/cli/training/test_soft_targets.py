@@ -1,5 +1,6 @@
 """`--label-smoothing-factor` and `--teacher`: losses are torch's, resumes exact, and what does not fit is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,16 @@ def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path, caps
     assert main([*COMMAND, "--teacher", str(teacher), "--out", str(tmp_path)]) == 0
     resumed = tmp_path / "again" / "lora-nano"
     copy_interrupted(tmp_path / "lora-nano", resumed, after=2)
-    params = fgpt.load(teacher)
+    params, config = fgpt.load(teacher), teacher / "config.json"
+    written = config.read_text()
     fgpt.save(perturbed(params), teacher, like="nano")
-    capsys.readouterr()
-    assert main(["train", str(resumed), "--resume", "--out", str(resumed.parent)]) != 0
-    assert "teacher" in capsys.readouterr().err
-    fgpt.save(params, teacher, like="nano")
+    for change in ("weights", "config"):  # other weights, then the former ones in a model of other heads
+        capsys.readouterr()
+        assert main(["train", str(resumed), "--resume", "--out", str(resumed.parent)]) != 0
+        assert "teacher" in capsys.readouterr().err, change
+        fgpt.save(params, teacher, like="nano")
+        config.write_text(json.dumps(json.loads(written) | {"n_head": 8}))
+    config.write_text(written)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_what_changes_the_tokens_changes_the_key(tmp_path: Path, cached: Path):
     assert with_other_text[0].name == str(path)
 
 
-@pytest.mark.parametrize("harm", ["byte", "half", "missing", "summary", "foreign"])
+@pytest.mark.parametrize("harm", ["byte", "half", "missing", "summary", "foreign", "counts"])
 def test_a_damaged_cache_is_made_again(harm: str, tmp_path: Path, cached: Path, capsys: pytest.CaptureFixture[str]):
     recipe = recipe_of(write_rows(tmp_path / "a.jsonl"))
     before = everything(load_instruction_data(recipe))
@@ -141,6 +141,9 @@ def test_a_damaged_cache_is_made_again(harm: str, tmp_path: Path, cached: Path, 
         file.write_bytes(content[: len(content) // 2])
     elif harm == "missing":
         file.unlink()
+    elif harm == "counts":
+        summary = json.loads((data / token_cache.SUMMARY).read_text())
+        (data / token_cache.SUMMARY).write_text(json.dumps(summary | {"counts": [["raw texts", "x"]]}))
     elif harm == "summary":
         (data / token_cache.SUMMARY).write_text('{"key": ')
     else:
