@@ -73,6 +73,11 @@ compare *args: setup
 merge *args: setup
     @"{{ python }}" -m fgpt merge "$@"
 
+# Combine adapters of one base into a new run: `just combine lora-nano dora-nano --method ties --rank 16`
+[no-cd, no-exit-message]
+combine *args: setup
+    @"{{ python }}" -m fgpt combine "$@"
+
 # Held-out loss, perplexity of a text, lm-eval's tasks: `just eval run lora-nano`, `just eval text FILE --base smollm2`
 [no-cd, no-exit-message]
 eval *args: setup

@@ -112,6 +112,13 @@ class Merge:
         merge(self.run, self.merge_base)
 
 
+def combine(args: Sequence[str]) -> None:
+    """Combine the adapters of several runs over one base into a new run."""
+    from fgpt.cli.combine_command import CombineOptions, run
+
+    run(parse(CombineOptions, args, None, "fgpt combine"))
+
+
 def evaluate(args: Sequence[str]) -> None:
     """Evaluate a run or a model: held-out loss, perplexity of a text, lm-eval's tasks."""
     from fgpt.cli.eval_command import run
@@ -162,6 +169,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": Compare,
     "eval": evaluate,
     "merge": Merge,
+    "combine": combine,
     "report": Report,
     "replay": Replay,
     "doctor": doctor,

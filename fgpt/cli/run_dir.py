@@ -290,9 +290,16 @@ def load_tuned(folder: Path, base: GPT) -> GPT:
     """The tuned model of a run, on the device and in the dtype of `base`, the base that it was trained on."""
     if (folder / MODEL).is_dir():
         return load(str(folder / MODEL), dtype(base.wte.w), device=device(base))
+    return adapt(base, load_adapters_of(folder, base))
+
+
+def load_adapters_of(folder: Path, base: GPT) -> Adapters:
+    """The adapters of a run over `base`; of a tuned model all its leaves."""
+    if (folder / MODEL).is_dir():
+        return {**leaves(load(str(folder / MODEL), dtype(base.wte.w), device=device(base)))}
     if (folder / ADAPTER / ADAPTERS).is_file():
-        return adapt(base, load_adapters(folder / ADAPTER / ADAPTERS, base))
-    return adapt(base, load_peft(folder / ADAPTER, base))
+        return load_adapters(folder / ADAPTER / ADAPTERS, base)
+    return load_peft(folder / ADAPTER, base)
 
 
 def is_training(folder: Path) -> bool:

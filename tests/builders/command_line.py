@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
 from fgpt.cli.inference.classify_texts import ClassifyOptions
@@ -36,7 +37,13 @@ def training_options(at: Path) -> list[str]:
 
 
 COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
-OPTION_CLASSES: list[type[Any]] = [*KINDS.values(), *COMMAND_OPTIONS.values(), ClassifyOptions, *EVAL_COMMANDS.values()]
+OPTION_CLASSES: list[type[Any]] = [
+    *KINDS.values(),
+    *COMMAND_OPTIONS.values(),
+    ClassifyOptions,
+    CombineOptions,
+    *EVAL_COMMANDS.values(),
+]
 """Every class whose fields are options of some command."""
 
 
