@@ -299,7 +299,7 @@ def test_a_divergence_is_not_negative(seed: int, temperature: float, size: float
     assert bool((divergences >= 0).all())
     p, q = ((x.double() / temperature).log_softmax(-1) for x in (teacher, student))
     exact = temperature**2 * (p.exp() * (p - q)).sum(-1)
-    close(divergences.double(), exact, 1e-12 + 2e-6 * temperature**2 * size**2, 1e-4)
+    close(divergences.double(), exact, 1e-12 + 1e-6 * temperature * size, 1e-4)  # logits are rounded to 1e-7
     ours: Any = grad(lambda x: kl_divergences(teacher, x, temperature=temperature).sum())(student)
     close(ours, (temperature * (q.exp() - p.exp())).float(), 1e-5, 1e-4)
 

@@ -29,7 +29,7 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     """
     job = tasks.build_job(recipe)
     base, adapters, batch = first_step_inputs(job)
-    batch = slice_batch(texts_of(batch), slice(NUM_ROWS))
+    batch = slice_batch(batch, slice(NUM_ROWS))
     console.print(describe_machine(base, batch))
     compiles_blocks = isinstance(recipe, FineTuningRecipe) and recipe.compile
     if isinstance(recipe, PretrainingRecipe) and recipe.compile:
@@ -45,8 +45,8 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
 
 
 def first_step_inputs(job: TrainingJob) -> tuple[GPT, Adapters, Batch]:
-    """Base, adapters and the first batch of a training. Pretraining trains every leaf."""
-    trainable, batch = job.initial_state.take().trainable, next(job.batches(0))[0]
+    """Base, adapters and the texts of the first batch of a training. Pretraining trains every leaf."""
+    trainable, batch = job.initial_state.take().trainable, texts_of(next(job.batches(0))[0])
     if job.frozen is None:
         return trainable, trainable_leaves(trainable), batch
     replaced = {path: x for path, x in leaves(job.frozen).items() if x.is_meta}  # leaves that the adapters hold

@@ -56,7 +56,7 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
         )
 
 
-def compute_step(job: TrainingJob, folder: Path, step: int) -> tuple[list[Batch], Metrics]:
+def compute_step(job: TrainingJob, folder: Path, step: int) -> tuple[list[Any], Metrics]:
     """The micro-batches of one step, and its metrics."""
     initial = job.initial_state.take()
     state = checkpoints.load_latest(folder, initial, job.fingerprint, step - 1) or initial
@@ -74,7 +74,7 @@ def compute_step(job: TrainingJob, folder: Path, step: int) -> tuple[list[Batch]
                 return micro_batches, metrics
 
 
-def show_rows(micro_batches: list[Batch], tokenizer: Tokenizer) -> list[str]:
+def show_rows(micro_batches: list[Any], tokenizer: Tokenizer) -> list[str]:
     """The texts of each row, long ones without their middle, with a bar between its documents."""
     lines: list[str] = []
     for part, micro_batch in enumerate(micro_batches, 1):

@@ -120,7 +120,7 @@ def test_without_held_out_pairs(pairs_file: Path, tmp_path: Path, capsys: pytest
     assert main(["merge", str(run)]) == 0
     capsys.readouterr()
     assert main(["eval", "run", str(run)]) == 2
-    assert "held out no pairs" in one_line(capsys)
+    assert "held out no pairs" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
