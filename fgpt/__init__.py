@@ -26,6 +26,7 @@ from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import GenerationOutput, generate, stream
 from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.generation.sampling import SamplingParams
+from fgpt.gradient_merging import GradientMerge, merge_by_gradient
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
@@ -66,6 +67,7 @@ __all__ = [
     "Config",
     "DoRA",
     "GenerationOutput",
+    "GradientMerge",
     "InputError",
     "KVCache",
     "LRRange",
@@ -110,6 +112,7 @@ __all__ = [
     "lr_range",
     "make_step",
     "merge",
+    "merge_by_gradient",
     "muon",
     "neftune",
     "nll",
