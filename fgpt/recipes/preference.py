@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, TypeAlias
 from fgpt.data.preferences import PreferenceColumns
 from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, PositiveFloat
 from fgpt.recipes.instruction import InstructionRecipe, lora_nano, lora_smollm2
+from fgpt.recipes.tuning import Length
 
 Objective: TypeAlias = Literal["dpo", "orpo", "simpo", "kto"]
 
@@ -24,6 +25,8 @@ class PreferenceRecipe(InstructionRecipe):
 
     columns: PreferenceColumns = field(default_factory=PreferenceColumns)
     """The names of the columns, where they are not the usual ones."""
+    max_seq_len: Length = 512
+    """Tokens of a prompt with its answer, at most. Rows are not packed."""
     micro_batch_size: BatchSize = 8
     """Rows in a micro-batch, each with its two answers. kto estimates the divergence from the reference in each."""
     overlong: Literal["error", "drop"] = "error"

@@ -26,6 +26,7 @@ class RewardRecipe(FineTuningRecipe):
     """The prompt template: alpaca, plain, tulu, chat (the base's own), or none for prompts that hold theirs. auto takes
     chat if the base has a chat template, else alpaca."""
     max_seq_len: Length = 512
+    """Tokens of a prompt with its answer, at most. Rows are not packed."""
     micro_batch_size: BatchSize = 8
     """Pairs in a micro-batch."""
     overlong: Literal["error", "drop"] = "error"

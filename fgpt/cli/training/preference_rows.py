@@ -1,5 +1,6 @@
 """The rows of preference tuning and of reward models: pairs, or judged answers, and their tokens."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -53,8 +54,9 @@ def chosen_row(row: Row) -> InstructionRow:
 
 def mismatched_answer(rows: Sequence[Row], i: int) -> tuple[Message, ...]:
     """The answer of the next row with another prompt; of the next row, if all prompts are one."""
-    following = [*range(i + 1, len(rows)), *range(i)]
-    row = next((rows[j] for j in following if prompt_of(rows[j]) != prompt_of(rows[i])), rows[(i + 1) % len(rows)])
+    prompt = prompt_of(rows[i])
+    following = (rows[j] for j in itertools.chain(range(i + 1, len(rows)), range(i)))
+    row = next((other for other in following if prompt_of(other) != prompt), rows[(i + 1) % len(rows)])
     assert isinstance(row, Judgment)
     return row.answer
 
