@@ -37,7 +37,7 @@ class CombineOptions:
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ..")]
     """The names of runs, or their folders."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Annotated[float, Range(least=-1e6, most=1e6)], ...] = ()
     """One for each run; none given takes 1/n."""
     method: Method = "linear"
     """linear: the weighted sum. ties: trimmed, one sign elected, averaged. dare: thinned at random, then summed. slerp:

@@ -1,6 +1,7 @@
 """What an instruction tuning minimizes: the loss of the next token, with smoothed targets, or beside a teacher's."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
@@ -95,15 +96,13 @@ def has_soft_targets(recipe: TrainingRecipe) -> bool:
 
 def token_loss(recipe: FineTuningRecipe, teacher: GPT | None = None) -> TokenLoss:
     """The loss that the recipe minimizes."""
-    remat, compile = recipe.remat, recipe.compile
+    options: dict[str, bool] = {"remat": recipe.remat, "compile": recipe.compile}
     if not isinstance(recipe, InstructionRecipe) or not has_soft_targets(recipe):
-        return lambda params, batch: nll(params, batch, remat=remat, compile=compile)
+        return partial(nll, **options)
     if teacher is None:
-        factor = recipe.label_smoothing_factor
-        return lambda params, batch: smoothed_nll(params, batch, label_smoothing=factor, remat=remat, compile=compile)
-    ratio, temperature = recipe.kd_ratio, recipe.kd_temperature
-    return lambda params, batch: distillation(
-        params, batch, teacher, temperature=temperature, kd_ratio=ratio, remat=remat, compile=compile
+        return partial(smoothed_nll, label_smoothing=recipe.label_smoothing_factor, **options)
+    return partial(
+        distillation, teacher=teacher, temperature=recipe.kd_temperature, kd_ratio=recipe.kd_ratio, **options
     )
 
 
