@@ -63,8 +63,8 @@ def combine(
     Args:
         params: The base, quantized or not.
         adapters: One or more sets.
-        weights: w, one for each set; 1/n by default. For slerp two, whose sum is 1. With linear they may be a tensor,
-            or tensors by the paths of adapters, and be differentiated.
+        weights: w, one for each set; 1/n by default, for ties 1, as it averages itself. For slerp two, whose sum is 1.
+            With linear they may be a tensor, or tensors by the paths of adapters, and be differentiated.
         method: Which combination.
         density: For ties and dare, above 0 and up to 1.
         rank: The rank of the result's LoRAs; None keeps what is exact.
@@ -94,6 +94,8 @@ def combine(
     adapters = _with_heads(params, adapters)
     paths = list(dict.fromkeys(path for tree in adapters for path in tree))
     low_rank = _low_rank_paths(paths, adapters) if method == "linear" else []
+    for tree in adapters:
+        adapt(params, {path: tree[path] for path in low_rank if path in tree})  # an error if they do not fit
     result: Adapters = {}
     for path in low_rank:
         result[path] = _linear_lora([tree.get(path) for tree in adapters], _at(weights, path))
@@ -185,8 +187,13 @@ def nearest_lora(change: Float[Tensor, "out in"], rank: int) -> LoRA:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
+def default_weights(count: int, method: Method) -> list[float]:
+    """The weights of `combine` if none are given: those of a mean."""
+    return [1.0 if method == "ties" else 1 / count] * count
+
+
 def _check_weights(weights: Weights | None, count: int, method: Method) -> Weights:
-    weights = [1 / count] * count if weights is None else weights
+    weights = default_weights(count, method) if weights is None else weights
     if isinstance(weights, Mapping | Tensor):
         if method != "linear":
             raise InputError(f"weights for {method} are numbers: tensors, and weights by path, are for linear")

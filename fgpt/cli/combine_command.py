@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from fgpt.adapter_combining import DENSITY, Method, combine, task_vector
+from fgpt.adapter_combining import DENSITY, Method, combine, default_weights, task_vector
 from fgpt.adapter_lora import LoRA
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import num_trainable
@@ -38,7 +38,7 @@ class CombineOptions:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ..")]
     """The names of runs, or their folders."""
     weights: tuple[Annotated[float, Range(least=-1e6, most=1e6)], ...] = ()
-    """One for each run; none given takes 1/n."""
+    """One for each run; none given takes 1/n, for ties 1."""
     method: Method = "linear"
     """linear: the weighted sum. ties: trimmed, one sign elected, averaged. dare: thinned at random, then summed. slerp:
     on the arc between two."""
@@ -67,7 +67,7 @@ def run(options: CombineOptions) -> Path:
     first = recipes[0]
     base = task_type(first).load_base(first)
     sets = [run_dir.load_adapters_of(folder, base) for folder in folders]
-    weights = list(options.weights) or [1 / len(sets)] * len(sets)
+    weights = list(options.weights) or default_weights(len(sets), options.method)
     adapters = combine(
         base,
         sets,

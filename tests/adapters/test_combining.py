@@ -217,7 +217,8 @@ def test_what_does_not_fit(options: Any, message: str):
 
 
 def test_adapters_of_another_base():
-    with pytest.raises(fgpt.InputError, match="fits a weight of"):
-        combine(BASE, [make("dora", 1), make("dora", 1, tiny(d_model=32))])
+    for kind in ("lora", "dora"):
+        with pytest.raises(fgpt.InputError, match="fits a weight of"):
+            combine(BASE, [make(kind, 1), make(kind, 1, tiny(d_model=32))])
     with pytest.raises(fgpt.InputError, match="no adapters to combine"):
         combine(BASE, [])
