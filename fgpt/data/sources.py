@@ -202,7 +202,7 @@ def _unknown(source: Source, hub_datasets: Mapping[str, object], extra: Readers)
 def _nearest_file(path: Path) -> str:
     """The name nearest to a path's among those beside it, as the end of a message."""
     try:
-        names = [each.name for each in path.parent.iterdir()]
+        names = [each.name for each in path.parent.iterdir() if each.name != path.name]  # a link that leads nowhere
     except (OSError, ValueError):
         return ""
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)

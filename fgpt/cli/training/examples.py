@@ -279,7 +279,10 @@ def _fit(
         examples, truncated = examples.truncate(max_seq_len)
         if truncated:
             console.print(f"truncated {truncated} responses of rows longer than {max_seq_len} tokens")
-    usable, dropped = packing.usable_indices(examples, max_seq_len, recipe.overlong != "error", place)
+    try:
+        usable, dropped = packing.usable_indices(examples, max_seq_len, recipe.overlong != "error", place)
+    except InputError as err:
+        raise InputError(f"{err} (--max-seq-len N; --overlong drop or cut)") from None
     if dropped.long or dropped.empty:
         console.print(
             f"left out {dropped.long} rows longer than {max_seq_len} tokens and {dropped.empty} without a response"

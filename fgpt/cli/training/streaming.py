@@ -149,7 +149,11 @@ class StreamOrder:
 
 
 def _check(recipe: InstructionRecipe) -> None:
-    if len(recipe.data) != 1 or recipe.data == ("nano",):
+    if recipe.data == ("nano",):
+        raise InputError(
+            "--streaming is for data that is too large to read first; the embedded data is not: leave it out"
+        )
+    if len(recipe.data) != 1:
         raise InputError(f"--streaming reads one source, and --data names {', '.join(recipe.data)}: give one")
     if recipe.steps is None:
         raise InputError("--streaming does not know how many rows there are: give --steps in place of epochs")

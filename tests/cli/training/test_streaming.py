@@ -167,7 +167,7 @@ def test_a_dataset_of_the_hub_is_never_on_disk(fake: FakeHub, monkeypatch: pytes
         (["--steps", "2", "--overlong", "drop", "--num-heldout", "0.1"], "holds out the first rows"),
         (["--steps", "2", "--overlong", "drop", "--num-heldout", "50"], "takes them all"),
         (["--steps", "2", "--overlong", "drop", "--num-heldout", "4", "--max-seq-len", "4"], "of the first 46 rows of"),
-        (["--steps", "2", "--overlong", "drop", "--data", "nano"], "one source"),
+        (["--steps", "2", "--overlong", "drop", "--data", "nano"], "the embedded data is not"),
         (["--steps", "2", "--overlong", "drop", "--data", "a.jsonl", "b.jsonl"], "one source"),
         (["--steps", "2", "--overlong", "drop", "--data", "a.jsonl:0.5"], "no weight"),
         (["--steps", "2", "--overlong", "drop", "--data", "a.jsonll"], "no such file"),
