@@ -88,9 +88,22 @@ def dpo_nano() -> PreferenceRecipe:
 def kto_nano() -> PreferenceRecipe:
     """KTO on the embedded base after lora-nano, on its own answers judged by their instructions' demands.
 
-    As dpo-nano, but on judged.jsonl, which the script writes beside the pairs if it is named, too.
+    As dpo-nano, but on judged.jsonl, which the script writes beside the pairs if it is named, too. On 2,988 good and
+    4,611 bad answers it gains nothing: 55.6 points before, 54.4 after, KL 0.011 nats per token; 308 s on one busy core
+    of an AMD EPYC, 0.91 GB. At lr 5e-4 it unlearns the questions, most of whose answers are bad: 35.9 points, KL 0.86.
     """
-    return replace(dpo_nano(), name="kto-nano", data=("judged.jsonl",), objective="kto", rpo_alpha=0.0, epochs=1)
+    return replace(
+        dpo_nano(),
+        name="kto-nano",
+        data=("judged.jsonl",),
+        objective="kto",
+        rpo_alpha=0.0,
+        desirable_weight=2.0,
+        lr=1e-4,
+        epochs=0.5,
+        micro_batch_size=8,
+        grad_accumulation_steps=2,
+    )
 
 
 def dpo_smollm2() -> PreferenceRecipe:

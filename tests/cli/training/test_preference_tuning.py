@@ -100,7 +100,7 @@ def test_other_objectives(objective: list[str], pairs_file: Path, tmp_path: Path
 
 def test_kto(tmp_path: Path):
     path = write(tmp_path / "judged.jsonl", [judged(i) for i in range(20)])
-    options = [*SHORT, *OFTEN, "--compare-prompts", "0"]
+    options = [*SHORT, *OFTEN, "--compare-prompts", "0", "--desirable-weight", "1"]
     assert main(["train", "kto-nano", "--data", str(path), *options, "--out", str(tmp_path)]) == 0
     lines = read_metrics(tmp_path / "kto-nano" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-5)
