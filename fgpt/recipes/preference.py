@@ -111,8 +111,8 @@ def dpo_smollm2() -> PreferenceRecipe:
     the base's own chat template.
 
     fgpt train dpo-smollm2, or on local pairs: --data pairs.json. 2,442,240 trained parameters. On 177 pairs the loss of
-    26 held-out ones falls from 0.693 to 0.677 after 10 steps and 0.665 after 20 of 23; a minute a step on one busy core of
-    an AMD EPYC, 5.8 GB. Not measured to its end.
+    26 held-out ones falls from 0.693 to 0.677 after 10 steps and 0.665 after 20 of 23; a minute a step on one busy core
+    of an AMD EPYC, 5.8 GB. Not measured to its end.
     """
     lora = lora_smollm2()
     return PreferenceRecipe(
