@@ -41,7 +41,7 @@ from fgpt.cli.training.preference_batches import (
     reference_logprobs,
 )
 from fgpt.cli.training.preference_job import assemble_preference_job
-from fgpt.cli.training.preference_rows import chosen_row, encode_rows, load_split
+from fgpt.cli.training.preference_rows import HELD_OUT, chosen_row, encode_rows, load_split
 from fgpt.cli.training.reference_cache import cached_reference
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -110,7 +110,7 @@ class PreferenceTask:
         prompt_template = template(recipe.template)
         max_seq_len = row_length(recipe, cfg)
         examples = encode_rows(recipe, train, prompt_template, tokenizer, max_seq_len)
-        heldout_examples = encode_rows(recipe, heldout, prompt_template, tokenizer, max_seq_len, "held-out ")
+        heldout_examples = encode_rows(recipe, heldout, prompt_template, tokenizer, max_seq_len, HELD_OUT)
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
         has_reference = recipe.objective in ("dpo", "kto")
@@ -153,7 +153,7 @@ class PreferenceTask:
         cfg, tokenizer, _ = load_tokenizer(recipe)
         train, heldout = load_split(recipe, recipe.objective == "kto")
         rows, max_seq_len = (heldout or train)[:limit], row_length(recipe, cfg)
-        return list(encode_rows(recipe, rows, template(recipe.template), tokenizer, max_seq_len).chosen)
+        return list(encode_rows(recipe, rows, template(recipe.template), tokenizer, max_seq_len, HELD_OUT).chosen)
 
     @staticmethod
     def evaluate(recipe: PreferenceRecipe, folder: Path, options: RunEvaluationOptions) -> dict[str, Metrics]:
@@ -166,7 +166,7 @@ class PreferenceTask:
         rows = load_split(recipe, recipe.objective == "kto")[1][: options.limit]
         if not rows:
             raise InputError(f"{folder} held out no rows: there is nothing to score it on")
-        examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg))
+        examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg), HELD_OUT)
         base = load_base(recipe)
         heldout_rows = HeldOutRows([], examples, reference_logprobs(base, examples))
         figures = pair_figures(recipe, run_dir.load_tuned(folder, base), base, heldout_rows)

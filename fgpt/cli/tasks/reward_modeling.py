@@ -29,7 +29,7 @@ from fgpt.cli.training.build import (
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.preference_batches import PreferenceExamples, batch_of, no_reference
 from fgpt.cli.training.preference_job import assemble_preference_job
-from fgpt.cli.training.preference_rows import Row, encode_rows, load_split
+from fgpt.cli.training.preference_rows import HELD_OUT, Row, encode_rows, load_split
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_datasets import Columns
@@ -68,7 +68,7 @@ class RewardTask:
         recipe = resolve_template(recipe, tokenizer)
         train, heldout = load_split(recipe)
         examples = encode_pairs(recipe, train, tokenizer, cfg)
-        heldout_examples = encode_pairs(recipe, heldout, tokenizer, cfg, "held-out ")
+        heldout_examples = encode_pairs(recipe, heldout, tokenizer, cfg, HELD_OUT)
         base = RewardTask.load_base(recipe)
         adapters = build_adapters(recipe, base) | trainable_leaves(base, r"head\..*")
         job = assemble_preference_job(
@@ -104,7 +104,7 @@ class RewardTask:
     def load_heldout_examples(recipe: RewardRecipe, limit: int) -> list[Example]:
         cfg, tokenizer, _ = load_tokenizer(recipe)
         train, heldout = load_split(recipe)
-        pairs = encode_pairs(recipe, (heldout or train)[:limit], tokenizer, cfg)
+        pairs = encode_pairs(recipe, (heldout or train)[:limit], tokenizer, cfg, HELD_OUT)
         return [*pairs.chosen, *pairs.rejected][:limit]
 
     @staticmethod
@@ -112,7 +112,7 @@ class RewardTask:
         if (options.test, options.columns, options.labels) != (None, Columns(), ()) or options.num_generations:
             raise InputError(f"{folder} is a reward model: leave out --test, --columns, --labels and --num-generations")
         cfg, tokenizer, _ = load_tokenizer(recipe)
-        pairs = encode_pairs(recipe, load_split(recipe)[1][: options.limit], tokenizer, cfg)
+        pairs = encode_pairs(recipe, load_split(recipe)[1][: options.limit], tokenizer, cfg, HELD_OUT)
         if not len(pairs):
             raise InputError(f"{folder} held out no pairs: there is nothing to score it on")
         params = run_dir.load_tuned(folder, RewardTask.load_base(recipe))

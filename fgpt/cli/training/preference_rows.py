@@ -18,6 +18,8 @@ from fgpt.recipes import PreferenceRecipe, RewardRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 Row: TypeAlias = Preference | Judgment
+HELD_OUT = "held-out "
+"""What messages call rows that are not trained on, and may be of one label."""
 
 
 def load_split(recipe: PreferenceRecipe | RewardRecipe, judged: bool = False) -> tuple[list[Row], list[Row]]:
@@ -101,7 +103,7 @@ def encode_rows(
         console.print(f"left out {number_long} {which}rows with an answer beyond {max_seq_len} tokens")
     if rows and not chosen:
         raise InputError(f"no {which}row fits {max_seq_len} tokens: raise --max-seq-len")
-    if labels and not which and len(set(labels)) == 1:
+    if labels and which != HELD_OUT and len(set(labels)) == 1:
         kind = "good" if labels[0] else "bad"
         raise InputError(
             f"all {len(labels):,} answers that are left to train on are {kind}: expected both kinds; give more rows, "

@@ -105,6 +105,7 @@ def test_kto(tmp_path: Path):
     lines = read_metrics(tmp_path / "kto-nano" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert_resumes_exactly(tmp_path / "kto-nano", tmp_path)
+    assert main(["eval", "run", str(tmp_path / "kto-nano"), "--limit", "1"]) == 0  # of one label, as no training may be
 
 
 def recipe_of(path: Path, **changes: Any) -> PreferenceRecipe:
