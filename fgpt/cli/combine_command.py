@@ -19,7 +19,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import console
 from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
-from fgpt.cli.training.hashes import fast_hash
+from fgpt.cli.training.hashes import model_hash
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
@@ -130,8 +130,8 @@ def _check_bases(folders: Sequence[Path], recipes: Sequence[InstructionRecipe]) 
             if before != now:
                 raise InputError(f"{folder} has {name} {now}, and {folders[0]} {before}: expected runs over one base")
         if recipe.base != first.base:
-            bases = [task_type(each).load_base(each) for each in (first, recipe)]
-            if bases[0].cfg != bases[1].cfg or fast_hash(bases[0]) != fast_hash(bases[1]):
+            hashes = {model_hash(task_type(each).load_base(each)) for each in (first, recipe)}
+            if len(hashes) > 1:
                 raise InputError(
                     f"{folder} is trained on {recipe.base}, and {folders[0]} on {first.base}: expected one base"
                 )

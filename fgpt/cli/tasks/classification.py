@@ -24,6 +24,7 @@ from fgpt.cli.training.build import (
     describe_sizes,
     load_base,
     row_length,
+    save_trained,
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
@@ -173,8 +174,7 @@ class ClassificationTask:
         return table
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
-        run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
+        save_trained(self.recipe, self.job, trainable, out)
         return out
 
     def score(self, trainable: Adapters, out: Path) -> ScoreTable:

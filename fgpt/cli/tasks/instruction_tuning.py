@@ -27,6 +27,7 @@ from fgpt.cli.training.build import (
     describe_sizes,
     load_base,
     row_length,
+    save_trained,
     warn_if_all_warmup,
 )
 from fgpt.cli.training.eval_sets import encode_eval_sets
@@ -162,8 +163,7 @@ class InstructionTask:
         """The comparison after training scores the base, too."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
-        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
+        return save_trained(self.recipe, self.job, trainable, out)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """Answers of base and tuned model to held-out prompts, if the recipe compares any. Of a stream it is printed

@@ -27,6 +27,7 @@ from fgpt.cli.training.build import (
     drop_replaced_leaves,
     load_base,
     row_length,
+    save_trained,
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import NANO_HELDOUT
@@ -36,7 +37,7 @@ from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
     Reference,
-    batch_of,
+    heldout_batches,
     no_reference,
     reference_logprobs,
 )
@@ -60,10 +61,6 @@ from fgpt.objectives.orpo import orpo
 from fgpt.objectives.pairs import PairBatch
 from fgpt.objectives.simpo import simpo
 from fgpt.recipes.preference import PreferenceRecipe
-from fgpt.tree import device, tree_map
-
-EVALUATION_ROWS = 8
-"""Held-out pairs that are scored at a time."""
 
 
 def objective(recipe: PreferenceRecipe, params: GPT, batch: PairBatch | JudgedBatch) -> tuple[Tensor, Tensor]:
@@ -181,8 +178,7 @@ class PreferenceTask:
         """The base is its own reference: nothing is to be scored."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
-        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
+        return save_trained(self.recipe, self.job, trainable, out)
 
     def score(self, trainable: Adapters, out: Path) -> Comparison | None:
         """The figures of held-out pairs, and the answers of base and tuned model."""
@@ -245,7 +241,7 @@ def comparison_rows(recipe: PreferenceRecipe, heldout: list[InstructionRow]) -> 
 def heldout_loss(recipe: PreferenceRecipe, params: GPT, heldout_rows: HeldOutRows) -> float:
     """The mean loss of the held-out rows."""
     total, count = 0.0, 0.0
-    for batch in _heldout_batches(params, heldout_rows):
+    for batch in heldout_batches(params, heldout_rows.examples, heldout_rows.reference):
         loss, number = objective(recipe, params, batch)
         total, count = total + float(loss), count + float(number)
     return total / count
@@ -258,7 +254,7 @@ def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, heldout_rows:
     """
     margins: list[Tensor] = []
     divergence = tokens = 0.0
-    for batch in _heldout_batches(params, heldout_rows):
+    for batch in heldout_batches(params, heldout_rows.examples, heldout_rows.reference):
         answers = batch.batch
         total, weight = distillation(base, answers, teacher=params)
         divergence, tokens = divergence + float(total), tokens + float(weight)
@@ -273,13 +269,6 @@ def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, heldout_rows:
         margin = torch.cat(margins)
         figures |= {"accuracy": float((margin > 0).float().mean()), "margin": float(margin.mean())}
     return {name: x for name, x in figures.items() if math.isfinite(x)}
-
-
-def _heldout_batches(params: GPT, heldout_rows: HeldOutRows) -> list[PairBatch | JudgedBatch]:
-    indices = range(len(heldout_rows.examples))
-    parts = [indices[i : i + EVALUATION_ROWS] for i in range(0, len(indices), EVALUATION_ROWS)]
-    batches_of_rows = [batch_of(heldout_rows.examples, heldout_rows.reference, part) for part in parts]
-    return [tree_map(lambda x: x.to(device(params)), batch) for batch in batches_of_rows]
 
 
 def print_figures(figures: dict[str, float]) -> None:

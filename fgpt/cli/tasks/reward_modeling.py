@@ -5,7 +5,7 @@ result.json    held-out pairs: accuracy, margin and mean of the rewards
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from fgpt.cli.training.build import (
     drop_replaced_leaves,
     load_base,
     row_length,
+    save_trained,
     warn_if_all_warmup,
 )
 from fgpt.cli.training.job import TrainingJob
-from fgpt.cli.training.preference_batches import PreferenceExamples, batch_of, no_reference
+from fgpt.cli.training.preference_batches import PreferenceExamples, heldout_batches, no_reference
 from fgpt.cli.training.preference_job import assemble_preference_job
 from fgpt.cli.training.preference_rows import HELD_OUT, Row, encode_rows, load_split
 from fgpt.cli.training.row_reports import resolve_template
@@ -39,15 +40,10 @@ from fgpt.errors import InputError
 from fgpt.io.files import write_json
 from fgpt.model import GPT
 from fgpt.model import Config as ModelConfig
-from fgpt.objectives.pairs import PairBatch
 from fgpt.objectives.reward import bradley_terry, rewards
 from fgpt.recipes import RewardRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.tree import device, tree_map
-
-EVALUATION_ROWS = 8
-"""Held-out pairs that are scored at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +124,7 @@ class RewardTask:
         """A new head prefers nothing: there is nothing to be scored."""
 
     def save(self, trainable: Adapters, out: Path) -> Path:
-        tokenizer = self.job.tokenizer if self.recipe.new_tokens else None
-        return run_dir.save_tuned(out, self.job.frozen, trainable, self.recipe.base, tokenizer)
+        return save_trained(self.recipe, self.job, trainable, out)
 
     def score(self, trainable: Adapters, out: Path) -> dict[str, float]:
         """The figures of held-out pairs; none if there are no such pairs."""
@@ -172,10 +167,7 @@ def heldout_figures(recipe: RewardRecipe, params: GPT, pairs: PreferenceExamples
     """
     both: list[Tensor] = []
     loss = 0.0
-    for first in range(0, len(pairs), EVALUATION_ROWS):
-        indices = range(len(pairs))[first : first + EVALUATION_ROWS]
-        batch = tree_map(lambda x: x.to(device(params)), batch_of(pairs, no_reference(pairs), indices))
-        batch = cast(PairBatch, batch)
+    for batch in heldout_batches(params, pairs, no_reference(pairs)):
         both.append(torch.stack(rewards(params, batch.batch).float().cpu().chunk(2)))
         loss += float(objective(recipe, params, batch)[0])
     chosen, rejected = torch.cat(both, -1)

@@ -1,7 +1,7 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from fgpt.adapters import adapt, dora_norms, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
+from fgpt.cli.run_dir import save_tuned
 from fgpt.cli.training import mfu
-from fgpt.cli.training.hashes import fast_hash
+from fgpt.cli.training.hashes import model_hash
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
@@ -31,7 +32,6 @@ from fgpt.data.mixtures import Mixture
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.io.serialization import config_to_json
 from fgpt.layers import num_parameters
 from fgpt.losses import Batch, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
@@ -216,7 +216,7 @@ def assemble_job(
     if mixture is not None and mixture.counts != mixture.sizes:
         others |= {"mixture": str(mixture)}
     if teacher is not None:
-        others |= {"teacher": [json.dumps(config_to_json(teacher.cfg)), fast_hash(teacher)]}
+        others |= {"teacher": model_hash(teacher)}
     hashes = fingerprint(recipe, base, tokenizer, recipe.base, training_rows=examples, **others)
 
     def all_batches(begin: int) -> Iterator[list[Batch]]:
@@ -266,6 +266,12 @@ def make_tuning_step(
         return objective(neftune(params, neftune_noise_alpha, seed), batch)
 
     return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
+
+
+def save_trained(recipe: FineTuningRecipe, job: TrainingJob, trainable: Adapters, out: Path) -> Path:
+    """Save what a tuning has trained as `save_tuned` does, with the tokenizer if the recipe adds tokens."""
+    tokenizer = job.tokenizer if recipe.new_tokens else None
+    return save_tuned(out, job.frozen, trainable, recipe.base, tokenizer)
 
 
 def _utilization(base: GPT, adapters: Adapters, examples: Sequence[Example]) -> Callable[[float], float]:

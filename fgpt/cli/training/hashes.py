@@ -7,6 +7,7 @@ against somebody who forges an equal hash. What files call sha256 stays SHA-256.
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ import xxhash
 from torch import Tensor
 
 from fgpt.data.examples import Example, LazyExamples, example_arrays
+from fgpt.io.serialization import config_to_json
+from fgpt.model import GPT
 from fgpt.tree import walk
 
 XXH3 = "xxh3:"
@@ -30,6 +33,11 @@ def content_hash(*values: Any) -> str:
 def fast_hash(*values: Any) -> str:
     """The same content by xxh3 of 128 bits."""
     return XXH3 + _digest(xxhash.xxh3_128, values)
+
+
+def model_hash(params: GPT) -> str:
+    """`fast_hash` of a model with its config: equal weights under another config are another model."""
+    return fast_hash(json.dumps(config_to_json(params.cfg), sort_keys=True), params)
 
 
 def _digest(algorithm: Callable[[], Any], values: Sequence[Any]) -> str:

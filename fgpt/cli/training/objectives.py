@@ -1,5 +1,6 @@
 """What an instruction tuning minimizes: the loss of the next token, with smoothed targets, or beside a teacher's."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -24,7 +25,7 @@ TokenLoss: TypeAlias = Callable[[GPT, Batch], tuple[Tensor, Tensor]]
 
 def refuse_options(recipe: InstructionRecipe, *names: str) -> None:
     """Raises InputError for the first of these options that is given: another kind of recipe does not read it."""
-    default = {name: field.default for name, field in type(recipe).__dataclass_fields__.items()}
+    default = {field.name: field.default for field in dataclasses.fields(recipe)}
     if used := [name for name in names if getattr(recipe, name) != default[name]]:
         raise InputError(f"--{used[0].replace('_', '-')} is of instruction tuning: leave it out")
 

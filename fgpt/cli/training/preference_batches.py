@@ -19,6 +19,8 @@ from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes import FineTuningRecipe
 from fgpt.tree import device, tree_map
 
+EVALUATION_ROWS = 8
+"""Held-out rows that are scored at a time."""
 REFERENCE_ROWS = 16
 """Answers whose reference log-probabilities are computed at a time."""
 
@@ -99,6 +101,13 @@ def batch_of(
         collate(rejected),
         reference.rejected[list(indices)],
     )
+
+
+def heldout_batches(params: GPT, examples: PreferenceExamples, reference: Reference) -> list[PairBatch | JudgedBatch]:
+    """All rows, some at a time, on the device of `params`."""
+    indices = range(len(examples))
+    parts = [indices[i : i + EVALUATION_ROWS] for i in range(0, len(indices), EVALUATION_ROWS)]
+    return [tree_map(lambda x: x.to(device(params)), batch_of(examples, reference, part)) for part in parts]
 
 
 def batches(

@@ -7,7 +7,6 @@ KEY is a hash of the base, of the answers, and of what decides the last bits: th
 of threads. So a training reads the same numbers with the cache and without.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,12 +15,11 @@ import xxhash
 import fgpt
 from fgpt.cli.cache import cache_folder, lock, note_use, remove_unused
 from fgpt.cli.console import console
-from fgpt.cli.training.hashes import fast_hash
+from fgpt.cli.training.hashes import fast_hash, model_hash
 from fgpt.cli.training.preference_batches import PreferenceExamples, Reference, reference_logprobs
 from fgpt.data.examples import example_lengths
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
-from fgpt.io.serialization import config_to_json
 from fgpt.layers import num_parameters
 from fgpt.model import GPT
 from fgpt.tree import device
@@ -55,12 +53,11 @@ def cache_key(base: GPT, examples: PreferenceExamples) -> str:
     target = device(base)
     name = torch.cuda.get_device_name(target) if target.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     numerics = f"{torch.get_num_threads()} {torch.get_float32_matmul_precision()}"
-    config = json.dumps(config_to_json(base.cfg), sort_keys=True)
-    digest = xxhash.xxh3_128(f"{torch.__version__} {target.type} {name} {numerics} {config}".encode())
+    digest = xxhash.xxh3_128(f"{torch.__version__} {target.type} {name} {numerics}".encode())
     package = Path(fgpt.__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}:".encode() + path.read_bytes())
-    digest.update(fast_hash(base, examples.chosen, examples.rejected).encode())
+    digest.update(fast_hash(model_hash(base), examples.chosen, examples.rejected).encode())
     return digest.hexdigest()
 
 
