@@ -47,7 +47,7 @@ def reward_nano() -> RewardRecipe:
 
     Made as dpo-nano's: fgpt train lora-nano, fgpt merge lora-nano, python -m experiments.nano.make_pairs runs/lora-nano
     pairs.jsonl, then fgpt train reward-nano. On 740 of the script's pairs the chosen answer of 64 held-out ones has the
-    higher reward in 71.9, 67.2 and 54.7 % with seeds 0, 1, 2. 200 to 320 s on one busy core of an AMD EPYC, 0.61 GB.
+    higher reward in 71.9, 67.2 and 54.7 % with seeds 0, 1, 2. 200 to 820 s on one busy core of an AMD EPYC, 0.61 GB.
     """
     sft = lora_nano()
     return RewardRecipe(
