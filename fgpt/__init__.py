@@ -51,6 +51,7 @@ from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
 from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
+from fgpt.sweeps import SweepResult, stack_batches, stack_states, sweep, sweep_step, unstack_states
 from fgpt.train_step import Metrics, State, init_state, make_step
 from fgpt.vocabulary import AddedTokens, add_tokens
 from fgpt.weights import Adapted, dense, embed, linear
@@ -77,6 +78,7 @@ __all__ = [
     "OutputDifference",
     "SamplingParams",
     "State",
+    "SweepResult",
     "TrainableTokens",
     "adamw",
     "adamw8bit",
@@ -126,11 +128,16 @@ __all__ = [
     "schedule_free_adamw",
     "seed_tensor",
     "stack_adapters",
+    "stack_batches",
+    "stack_states",
     "stream",
+    "sweep",
+    "sweep_step",
     "task_vector",
     "tokenizer",
     "trainable_leaves",
     "trainable_tokens",
     "unstack_adapters",
+    "unstack_states",
     "with_classification_head",
 ]

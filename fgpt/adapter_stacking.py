@@ -28,8 +28,8 @@ from fgpt.tree import leaves, tree_map
 def stack_adapters(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
     """Several sets of adapters as one, each leaf stacked along a new first axis. Differentiable.
 
-    LoRAs may differ in rank, scale and targets. Those of a lower rank are padded with zeros, a missing one is zero, and
-    if scales or ranks differ, each member's s = alpha / rank is a tensor next to its A and B. In training zeros stay
+    LoRAs may differ in rank, scale and targets, DoRAs in rank and scale. Those of a lower rank are padded with zeros, a
+    missing LoRA is zero, and if scales or ranks differ, each member's s = alpha / rank is a tensor next to its A and B. In training zeros stay
     zero and scales stay constant.
 
     Args:
@@ -93,6 +93,9 @@ def _stack_members(path: str, members: Sequence[Any]) -> Any:
     present = [x for x in members if x is not None]
     if all(isinstance(x, LoRA) for x in present):
         members = _with_one_shape(path, members)
+    elif all(isinstance(x, DoRA) for x in members):
+        loras = _with_one_shape(path, [x.lora for x in members])
+        members = [replace(x, lora=lora) for x, lora in zip(members, loras, strict=True)]
     spec = pytree.tree_structure(next(x for x in members if x is not None))
     for i, x in enumerate(members):
         if x is None:
@@ -137,6 +140,8 @@ def _is_missing(x: Any) -> bool:
 
 
 def _without_padding(x: Any) -> Any:
+    if isinstance(x, DoRA):
+        return replace(x, lora=_without_padding(x.lora))
     if not isinstance(x, LoRA) or x.scaling is None:
         return x
     used = (x.a.any(1) | x.b.any(0)).nonzero()

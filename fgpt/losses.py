@@ -66,10 +66,11 @@ def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:
     for batch in batches:
         if batch.loss_positions is not None:
             most = max(most, -(-parts * len(batch.loss_positions) // batch.weights.numel()))
-    return [_with_num_positions(batch, -(-most * batch.weights.numel() // parts)) for batch in batches]
+    return [with_num_positions(batch, -(-most * batch.weights.numel() // parts)) for batch in batches]
 
 
-def _with_num_positions(batch: Batch, number: int) -> Batch:
+def with_num_positions(batch: Batch, number: int) -> Batch:
+    """The batch with so many `loss_positions`, those that are added of weight 0."""
     positions = batch.loss_positions
     if positions is None:
         return batch

@@ -22,6 +22,7 @@ from fgpt.kernels import row_norms as base_rows
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.embedding import embedding
 from fgpt.kernels.grad_only_linear import GradOnly
+from fgpt.kernels.functorch_state import in_vmap
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
 from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize
 from fgpt.kernels.scaled_linear import scale_rows
@@ -127,7 +128,7 @@ def linear_group(
     [tensor([[5., 7.]]), tensor([[2., 4.]])]
     """
     low_ranks = {i: w for i, (w, _) in enumerate(layers) if isinstance(w, Adapted) and _is_plain_low_rank(w)}
-    if len(low_ranks) < 2:
+    if len(low_ranks) < 2 or in_vmap():  # a mapped product adds its low rank in place
         return [linear(x, w, bias) for w, bias in layers]
     scaled_as = [w.scale * w.a.to(x.dtype) for w in low_ranks.values() if w.a is not None]
     parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)

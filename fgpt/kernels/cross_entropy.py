@@ -32,6 +32,7 @@ from fgpt._typing import check_shapes
 from fgpt.kernels.functorch_state import (
     in_transform_or_compile,
     is_differentiated,
+    is_mapped,
     is_recorded_by_autograd,
     needs_higher_order,
     num_vmapped,
@@ -50,6 +51,9 @@ share of the memory that there is, not of what is free, so that a step is a func
 """
 ALIGNMENT = 64
 """Each row of logits begins at a multiple of 64 elements."""
+
+ROW_UNIT = 32
+"""oneDNN's products have rows in units of so many: see `onednn_linear.ROW_UNITS`."""
 
 Terms = list[tuple[Float[Tensor, "n _in"], Float[Tensor, "vocab _in"]]]
 
@@ -81,12 +85,19 @@ def _chunk_bytes(device: torch.device) -> int:
 
 
 def _chunks(terms: Terms, b: Tensor | None) -> list[slice]:
-    """Slices of the rows, all of about one size: the last few rows by themselves would be a slow product."""
+    """Slices of the rows, all of about one size: the last few rows by themselves would be a slow product. All but the
+    last have a multiple of `ROW_UNIT` rows.
+    """
     n, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
     copies = num_vmapped(b, *(x for pair in terms for x in pair))
     most = max(1, _chunk_bytes(terms[0][0].device) // (4 * vocab * copies))
-    rows = math.ceil(n / math.ceil(n / most)) if n else 0
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)] if n else [slice(0, 0)]
+    if n == 0:
+        return [slice(0, 0)]
+    most = most - most % ROW_UNIT if most > ROW_UNIT else most
+    rows = math.ceil(n / math.ceil(n / most))
+    if ROW_UNIT < rows < n:
+        rows = -(-rows // ROW_UNIT) * ROW_UNIT
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
 
 def _aligned_buffer(terms: Terms, chunks: list[slice]) -> Tensor | None:
@@ -102,8 +113,6 @@ def _aligned_buffer(terms: Terms, chunks: list[slice]) -> Tensor | None:
 
 class _CrossEntropy(torch.autograd.Function):
     """(differentiate, y, b, x_1, W_1, x_2, W_2, ...) -> (nll, ∂nll/∂x_1, ∂nll/∂x_2, ...)"""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(differentiate: bool, y: Tensor, b: Tensor | None, *xw: Tensor) -> tuple[Tensor, ...]:
@@ -148,6 +157,23 @@ class _CrossEntropy(torch.autograd.Function):
         for dx, dw in zip(dxs, dws, strict=True):
             out += [dx * g.to(dx.dtype), dw]
         return None, None, db, *out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Rows are rows, whichever example they are of: the mapped axis joins theirs. The head is not mapped."""
+        differentiate, *tensors = inputs
+        for i in (0, *range(2, len(tensors), 2)):  # y and each x_j
+            x, axis = tensors[i], in_dims[i + 1]
+            tensors[i] = (x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
+        outputs = _CrossEntropy.apply(differentiate, *tensors)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+
+
+class _MappedHeadCrossEntropy(_CrossEntropy):
+    """The same, if vmap maps over the head: each example has logits of its own matrix."""
+
+    generate_vmap_rule = True
+    vmap = torch.autograd.Function.vmap
 
 
 def _head_gradients(
@@ -203,4 +229,5 @@ def cross_entropy(terms: Terms, b: Float[Tensor, " vocab"] | None, y: Int[Tensor
     differentiate = torch.is_grad_enabled() and is_differentiated(*operands)
     if torch.compiler.is_compiling() and not differentiate:  # dynamo cannot call a Function that nothing differentiates
         return _CrossEntropy.forward(False, y, *operands)[0]
-    return _CrossEntropy.apply(differentiate, y, *operands)[0]  # pyright: ignore
+    function = _MappedHeadCrossEntropy if any(is_mapped(x) for x in operands[::2] if x is not None) else _CrossEntropy
+    return function.apply(differentiate, y, *operands)[0]  # pyright: ignore

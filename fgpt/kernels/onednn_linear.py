@@ -19,7 +19,8 @@ from torch import Tensor
 from fgpt.kernels.functorch_state import in_transform_or_compile
 
 MIN_ELEMENTS = 1 << 18
-"""oneDNN's call takes 15 us longer than MKL's, which a smaller matrix does not pay for."""
+MIN_PRODUCTS = 1 << 24
+"""oneDNN's call takes 15 us longer than MKL's, which a smaller matrix does not pay for, but with many rows."""
 ROW_UNITS = (32, 128)
 """A number of rows up to 512, or above, is filled up to a multiple of these. oneDNN compiles a kernel for each number
 and keeps 1,024 of them, some 0.5 MB each: a training whose batches all had other numbers came to hold 1.1 GB of them.
@@ -51,7 +52,7 @@ def use_onednn(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> boo
         USES_ONEDNN
         and w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
-        and w.numel() >= MIN_ELEMENTS
+        and (w.numel() >= MIN_ELEMENTS or x.numel() * len(w) >= MIN_PRODUCTS)
         and has_onednn_order(w)
         and not in_transform_or_compile()
     )
