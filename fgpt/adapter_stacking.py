@@ -29,8 +29,8 @@ def stack_adapters(adapters: Sequence[Mapping[str, Any]]) -> Adapters:
     """Several sets of adapters as one, each leaf stacked along a new first axis. Differentiable.
 
     LoRAs may differ in rank, scale and targets, DoRAs in rank and scale. Those of a lower rank are padded with zeros, a
-    missing LoRA is zero, and if scales or ranks differ, each member's s = alpha / rank is a tensor next to its A and B. In training zeros stay
-    zero and scales stay constant.
+    missing LoRA is zero, and if scales or ranks differ, each member's s = alpha / rank is a tensor next to its A and B.
+    In training zeros stay zero and scales stay constant.
 
     Args:
         adapters: One or more sets.

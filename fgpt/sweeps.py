@@ -84,8 +84,8 @@ def unstack_states(stacked: State, like: Sequence[State]) -> list[State]:
     by_path = leaves(stacked)
     members: list[State] = []
     for i, state in enumerate(like):
-        mine = [by_path[path][i][tuple(map(slice, x.shape))].clone() for path, x in leaves(state).items()]
-        members.append(unflatten_like(state, mine))
+        member_leaves = [by_path[path][i][tuple(map(slice, x.shape))].clone() for path, x in leaves(state).items()]
+        members.append(unflatten_like(state, member_leaves))
     return members
 
 
@@ -174,18 +174,20 @@ def _fill(batch: Batch, rows: int, width: int) -> Batch:
 
 
 def _with_equal_fields(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches that all have segments and bounds of documents, or all have none: a row without is one document."""
-    bounds = [batch.cu_seqlens for batch in batches]
-    known = [x for x in bounds if x is not None]
-    if known and len(known) < len(bounds):
-        raise InputError("some batches of a sweep are packed and others are not: expected one kind")
-    if known:
-        room = max(x.shape[1] for x in known)
-        bounds = [x if x is None else F.pad(x, (0, room - x.shape[1]), value=int(x.max())) for x in bounds]
-    segments = [batch.segments for batch in batches]
-    if any(x is None for x in segments):
-        segments = [torch.ones_like(batch.tokens) if x is None else x for x, batch in zip(segments, batches, strict=True)]
-        segments = segments if any(batch.segments is not None for batch in batches) else [None] * len(batches)
+    """Batches of one shape that all have segments or all have none, and bounds of documents likewise. A row without
+    either is one document.
+    """
+    segments, bounds = [batch.segments for batch in batches], [batch.cu_seqlens for batch in batches]
+    if any(x is not None for x in segments):
+        segments = [torch.ones_like(batch.tokens) if batch.segments is None else batch.segments for batch in batches]
+    room = max((x.shape[1] for x in bounds if x is not None), default=0)
+    if room and all(x is not None or batch.segments is None for x, batch in zip(bounds, batches, strict=True)):
+        rows, width = batches[0].tokens.shape
+        whole = torch.tensor([[0, width]], dtype=torch.int32).expand(rows, 2)
+        known = [whole.to(batch.tokens.device) if x is None else x for x, batch in zip(bounds, batches, strict=True)]
+        bounds = [F.pad(x, (0, room - x.shape[1]), value=width) for x in known]
+    else:  # segments alone say what a token sees
+        bounds = [None] * len(batches)
     return [replace(b, segments=s, cu_seqlens=c) for b, s, c in zip(batches, segments, bounds, strict=True)]
 
 
@@ -195,7 +197,7 @@ def _common_shape(xs: Sequence[Tensor]) -> tuple[int, ...]:
 
 def _pad(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` with zeros after its own elements, along each axis."""
-    extra = [amount for size, wanted in zip(reversed(x.shape), reversed(shape)) for amount in (0, wanted - size)]
+    extra = [amount for size, new_size in zip(reversed(x.shape), reversed(shape)) for amount in (0, new_size - size)]
     return F.pad(x, extra) if any(extra) else x
 
 
@@ -229,8 +231,8 @@ def sweep_step(step_for: Callable[[Hyperparameters], Step]) -> SweepStep:
         seeds: Int[Tensor, " members"] | None,
         hyperparameters: Hyperparameters,
     ) -> tuple[State, Metrics]:
-        def member(state: State, own: Any, seed: Tensor | None, h: Hyperparameters) -> tuple[State, Metrics]:
-            return step_for(h)(state, frozen, own, seed)
+        def member(state: State, member_batches: Any, seed: Tensor | None, h: Hyperparameters) -> tuple[State, Metrics]:
+            return step_for(h)(state, frozen, member_batches, seed)
 
         in_dims = (0, 0, None if seeds is None else 0, 0)
         return vmap(member, in_dims=in_dims)(states, list(batches), seeds, dict(hyperparameters))

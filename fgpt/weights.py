@@ -21,8 +21,8 @@ from torch import Tensor
 from fgpt.kernels import row_norms as base_rows
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.embedding import embedding
-from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.functorch_state import in_vmap
+from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
 from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize
 from fgpt.kernels.scaled_linear import scale_rows

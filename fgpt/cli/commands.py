@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
 from fgpt.cli.listing import print_recipes, print_runs
 from fgpt.cli.options import parse
+from fgpt.cli.sweep_command import sweep
 from fgpt.cli.train_command import doctor, lr_range, train
 from fgpt.ranges import PositiveInt
 
@@ -175,6 +176,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor,
     "data": data,
     "lr-range": lr_range,
+    "sweep": sweep,
 }
 """Dataclasses of options, and functions of the arguments."""
 

@@ -90,7 +90,7 @@ def adapted_linear(
             low = scale * F.linear(dropout(x, seed, p), a.to(x.dtype)) if low is None else low
             # In place: nobody else reads y yet, and it is no view, as `rows` is flat.
             add = torch.addmm if in_transform_or_compile() else Tensor.addmm_
-            y = add(y, low.reshape(-1, low.shape[-1]), _transposed(b.to(y.dtype)))
+            y = add(y, low.reshape(-1, low.shape[-1]), _transpose(b.to(y.dtype)))
         y = y if row is None else scale_rows(y, row, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -100,7 +100,7 @@ def add_low_rank(
 ) -> Float[Tensor, "*batch out"]:
     """y + low Bᵀ, out of place: for a y that others may read."""
     low = low.reshape(-1, low.shape[-1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), low, _transposed(b.to(y.dtype))).view(y.shape)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), low, _transpose(b.to(y.dtype))).view(y.shape)
 
 
 NARROW = 8
@@ -109,5 +109,5 @@ their time, 3 to 7 % of a step, and the copy none. With twice the columns nothin
 """
 
 
-def _transposed(b: Float[Tensor, "out rank"]) -> Float[Tensor, "rank out"]:
+def _transpose(b: Float[Tensor, "out rank"]) -> Float[Tensor, "rank out"]:
     return b.T.contiguous() if b.shape[1] <= NARROW else b.T

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,7 +29,6 @@ from fgpt.kernels.functorch_state import (
 )
 from fgpt.kernels.gemv import dense_linear
 from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
-
 
 MIN_PRODUCTS = 1 << 27
 """Multiplications of all members below which the calls of the fast path cost more than they save."""

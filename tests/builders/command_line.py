@@ -14,6 +14,7 @@ from fgpt.cli.commands import COMMANDS
 from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
+from fgpt.cli.sweep.command import SweepOptions
 from fgpt.recipes import KINDS
 
 ODD_NAME = "[/red]x[b] :smile:"
@@ -42,6 +43,7 @@ OPTION_CLASSES: list[type[Any]] = [
     *COMMAND_OPTIONS.values(),
     ClassifyOptions,
     CombineOptions,
+    SweepOptions,
     *EVAL_COMMANDS.values(),
 ]
 """Every class whose fields are options of some command."""

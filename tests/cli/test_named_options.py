@@ -15,6 +15,7 @@ from fgpt.cli.data_command import PreviewOptions
 from fgpt.cli.diagnostics.lr_range import RangeOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
+from fgpt.cli.sweep.command import SweepOptions
 from fgpt.recipes import KINDS, RECIPES
 
 PACKAGE = Path(fgpt.__file__).parent
@@ -25,6 +26,7 @@ CLASSES: list[type[Any]] = [
     *eval_command.COMMANDS.values(),
     ClassifyOptions,
     CombineOptions,
+    SweepOptions,
     PreviewOptions,
     RangeOptions,
 ]

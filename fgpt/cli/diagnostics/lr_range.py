@@ -69,7 +69,7 @@ def run(recipe: AnyRecipe, options: RangeOptions) -> LRRange:
                 advance(1)
 
         result = lr_range(
-            lambda lr: step_for(constant_schedule(lr, warmup_steps)),
+            lambda lr: step_for(constant_schedule(lr, warmup_steps), None),
             state,
             job.frozen,
             batches(),

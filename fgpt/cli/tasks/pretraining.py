@@ -29,6 +29,7 @@ from fgpt.generation.loop import generate
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write_json
+from fgpt.kernels.adam import Number
 from fgpt.losses import Batch, nll
 from fgpt.model import GPT, Config, abstract_params, init
 from fgpt.optim import Schedule, adamw, cosine_schedule
@@ -182,8 +183,9 @@ class PretrainingTask:
             recipe.lr, recipe.steps, warmup_steps=warmup_steps, final_lr=recipe.lr * recipe.min_lr_ratio
         )
 
-        def step_for(schedule: Schedule) -> Step:
-            optimizer = adamw(schedule, recipe.betas, weight_decay=recipe.weight_decay)
+        def step_for(schedule: Schedule, weight_decay: Number | None = None) -> Step:
+            decay = recipe.weight_decay if weight_decay is None else weight_decay
+            optimizer = adamw(schedule, recipe.betas, weight_decay=decay)
             return make_step(
                 lambda trained, _, batch, __: nll(cast(trained, dtype), batch), optimizer, compile=recipe.compile
             )

@@ -24,6 +24,7 @@ from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.row_order import RowOrder
+from fgpt.cli.training.shared_models import load_once
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
@@ -56,6 +57,11 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
 
     Raises InputError if there is no such base or device, or the base is a classifier.
     """
+    what = recipe.base, recipe.device, recipe.dtype, recipe.quantize, recipe.new_tokens, adapts_fused_qkv(recipe)
+    return load_once(what, lambda: _load_base(recipe))
+
+
+def _load_base(recipe: FineTuningRecipe) -> GPT:
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
     with show_progress(f"loading {recipe.base}"):
@@ -238,7 +244,7 @@ def assemble_job(
         initial_state=InitialState(state),
         tokenizer=tokenizer,
         eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
-        step_for=lambda schedule: step_of(make_optimizer(recipe, schedule)),
+        step_for=lambda schedule, weight_decay: step_of(make_optimizer(recipe, schedule, weight_decay)),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )

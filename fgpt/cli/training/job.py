@@ -11,6 +11,7 @@ from fgpt.cli import paths
 from fgpt.cli.training.hashes import fast_hash
 from fgpt.io import gguf, models
 from fgpt.io.serialization import config_to_json
+from fgpt.kernels.adam import Number
 from fgpt.model import GPT
 from fgpt.optim import Schedule
 from fgpt.recipes import TrainingRecipe
@@ -77,8 +78,9 @@ class TrainingJob:
     """The loss of the trained leaves on held-out rows and on each evaluation set, by the name of its metric. The best
     state and early stopping follow the first.
     """
-    step_for: Callable[[Schedule], Step] | None = None
-    """The same step with another schedule: the state before the first step is the same."""
+    step_for: Callable[[Schedule, Number | None], Step] | None = None
+    """The same step with another schedule and weight decay (None: the recipe's); the state before the first step is the
+    same."""
     evaluation_params: Callable[[State], Any] = trained_params
     """What is evaluated and saved of a state: not what is trained, if the optimizer averages."""
     mfu: Callable[[float], float] | None = None

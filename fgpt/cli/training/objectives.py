@@ -10,6 +10,7 @@ from torch import Tensor
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
+from fgpt.cli.training.shared_models import load_once
 from fgpt.errors import InputError
 from fgpt.io import models
 from fgpt.losses import Batch, nll
@@ -84,7 +85,8 @@ def load_teacher(recipe: InstructionRecipe) -> GPT | None:
         return None
     device = resolve_device(recipe.device)
     with show_progress(f"loading {recipe.teacher}"):
-        teacher = models.load(recipe.teacher, resolve_dtype(recipe.dtype, device), device=device)
+        name, dtype = recipe.teacher, resolve_dtype(recipe.dtype, device)
+        teacher = load_once(("teacher", name, dtype, device), lambda: models.load(name, dtype, device=device))
     if (classes := num_classes(teacher)) is not None:
         raise InputError(f"--teacher {recipe.teacher} is a classifier of {classes} classes: expected a language model")
     return teacher

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from fgpt.kernels.adam import Number
 from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
@@ -23,7 +24,10 @@ def make_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
     return cosine_schedule(recipe.peak_lr, steps, warmup_steps=warmup_steps)
 
 
-def make_optimizer(recipe: FineTuningRecipe, schedule: Schedule) -> Optimizer:
-    """The recipe's optimizer at any schedule. Raises InputError as the optimizer does."""
+def make_optimizer(recipe: FineTuningRecipe, schedule: Schedule, weight_decay: Number | None = None) -> Optimizer:
+    """The recipe's optimizer at any schedule and weight decay; None takes the recipe's. Raises InputError as the
+    optimizer does.
+    """
     make = OPTIMIZERS[recipe.optimizer]
-    return make(schedule, weight_decay=recipe.weight_decay, lr_multipliers=recipe.multipliers)
+    decay = recipe.weight_decay if weight_decay is None else weight_decay
+    return make(schedule, weight_decay=decay, lr_multipliers=recipe.multipliers)

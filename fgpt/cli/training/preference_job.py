@@ -72,6 +72,6 @@ def assemble_preference_job(
         initial_state=InitialState(init_state(adapters, optimizer)),
         tokenizer=tokenizer,
         eval_losses={HELDOUT_LOSS: lambda tuned: heldout_loss(adapt(frozen, tuned))} if len(heldout) else {},
-        step_for=lambda schedule: step_of(make_optimizer(recipe, schedule)),
+        step_for=lambda schedule, weight_decay: step_of(make_optimizer(recipe, schedule, weight_decay)),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
     )

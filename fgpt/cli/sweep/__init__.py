@@ -1,0 +1,1 @@
+"""`fgpt sweep`: many trainings of one recipe, as one program over one base."""

@@ -1,0 +1,327 @@
+"""`fgpt sweep RECIPE --lr 1e-3 3e-3 --seed 0 1 2`: every combination of values, trained together.
+
+runs/lora-nano-sweep/lr-1e-3-seed-0/    the run directory of each member, as if it had been trained alone
+sweep.json                              the members, their values, losses and states
+report.html                             the same on one page, with curves
+"""
+
+import itertools
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from filelock import FileLock, Timeout
+
+from fgpt.cli import run_dir, tasks
+from fgpt.cli.console import console, exclusive_progress, show_progress
+from fgpt.cli.environment import environment
+from fgpt.cli.metrics_log import plot_loss
+from fgpt.cli.paths import without_paths
+from fgpt.cli.run_json import write_run
+from fgpt.cli.sweep import loop, results
+from fgpt.cli.sweep.grid import Values, member_recipes
+from fgpt.cli.sweep.members import Member
+from fgpt.cli.sweep.memory import members_that_fit
+from fgpt.cli.sweep.page import write_page
+from fgpt.cli.sweep.pruners import PrunerName, below_median, halving_losers, halving_rungs, median_rungs
+from fgpt.cli.training.final_state import check_final_state
+from fgpt.cli.training.heap import keep_freed_memory
+from fgpt.cli.training.loop import graceful_interrupt
+from fgpt.cli.training.shared_models import share_models
+from fgpt.errors import InputError
+from fgpt.io.files import write_json
+from fgpt.ranges import PositiveInt, Range
+from fgpt.recipes import AnyRecipe
+from fgpt.train_step import State
+from fgpt.tree import device
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Train every combination of the values of --lr, --seed, --adapter.rank, --adapter.alpha, --weight-decay and
+    --warmup-steps as one program over one base. All options of the recipe may be given as well.
+    """
+
+    pruner: PrunerName = "none"
+    """halving: at each rung the best of --reduction-factor members goes on. median: who was never better than the
+    median is stopped. They compare held-out losses, or without held-out rows the smoothed losses."""
+    reduction_factor: Annotated[int, Range(least=2, most=1000)] = 2
+    """Of halving: one in so many goes on, and each rung has so many times the steps of the one before."""
+    min_steps: PositiveInt | None = None
+    """Steps before the first member can be stopped; None takes a fifth of the training, of halving so many that one
+    member is left after a quarter."""
+    group_size: PositiveInt | None = None
+    """Members that are trained at once; None measures how many fit into memory."""
+
+
+def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> Path:
+    """Begin a sweep. Returns its folder. Raises InputError for bad input, before anything is written."""
+    recipes = member_recipes(name, args, command)
+    first = recipes[0][1]
+    folder_name = _name_of(args) or f"{name}-sweep"
+    run_dir.check_name(folder_name)
+    check_budget(options, len(recipes))
+    members = build_members([(values, recipe) for values, recipe in recipes], first.out / folder_name)
+    folder = _new_folder(members[0].folder.parent)
+    for member in members:
+        member.folder = folder / member.folder.name
+    header = {
+        "recipe": name,
+        "command": without_paths(shlex.join([*shlex.split(command), *_with_options(args, options)])),
+        "pruner": options.pruner,
+        "reduction_factor": options.reduction_factor,
+        "min_steps": options.min_steps,
+        "group_size": options.group_size,
+        "rungs": {},
+    }
+    for member in members:
+        member.folder.mkdir()
+        write_json(member.folder / run_dir.ENVIRONMENT, environment())
+        write_run(member.folder, replace(member.task.recipe, out=folder))
+        member.set_state("waiting")
+    results.write_results(folder, header, members)
+    return train(folder, header, members)
+
+
+def resume(folder: Path) -> Path:
+    """Go on with a sweep. Returns its folder. Raises InputError if it is none, or has ended."""
+    header = results.read_results(folder)
+    entries = header.pop("members")
+    recipes = [({**entry["values"]}, run_dir.read_run(folder / entry["name"])) for entry in entries]
+    members = build_members(recipes, folder)
+    for member, entry in zip(members, entries, strict=True):
+        member.rewind(entry["steps"])
+        member.state, member.why = entry["state"], entry["why"]
+        if entry["heldout_loss"] is not None:
+            member.heldout_losses[entry["steps"]] = entry["heldout_loss"]
+    if not any(member.is_active for member in members):
+        raise InputError(f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}")
+    return train(folder, header, members)
+
+
+def check_budget(options: SweepOptions, members: int) -> None:
+    """Raises InputError for options of a pruner that is not chosen."""
+    if options.pruner == "none" and (options.min_steps or options.reduction_factor != SweepOptions.reduction_factor):
+        raise InputError("--min-steps and --reduction-factor are of --pruner halving or median: give one of them")
+    if options.pruner == "median" and options.reduction_factor != SweepOptions.reduction_factor:
+        raise InputError("--reduction-factor is of --pruner halving: leave it out")
+    if options.pruner == "median" and members < 3:
+        raise InputError(f"--pruner median needs 3 members or more, to compare with others: there are {members}")
+
+
+def build_members(recipes: Sequence[tuple[Values, AnyRecipe]], folder: Path) -> list[Member]:
+    """The members with their data and initial states over one base in memory. The first one prints what it is.
+
+    Raises InputError as the building of a task does.
+    """
+    members: list[Member] = []
+    with share_models(), show_progress("building members", len(recipes)) as advance:
+        for values, recipe in recipes:
+            with _quiet() if members else ExitStack():
+                task = tasks.build_task(recipe)
+            members.append(Member(values, task, folder / recipe.name, task.job.initial_state.peek()))
+            advance(1)
+    return members
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What a first member has printed need not be printed of each."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def train(folder: Path, header: dict[str, Any], members: list[Member]) -> Path:
+    """Train the members that are left, print and write the results.
+
+    Raises KeyboardInterrupt after saving checkpoints, if an end was requested; and InputError if another process trains
+    in the folder, or no member is left.
+    """
+    with _lock(folder), graceful_interrupt() as interrupt_requested:
+        begin, title = time.monotonic(), f"{header['recipe']}: {len(members)} members"
+        show = _progress(members)
+        trainer = loop.Trainer(members, interrupt_requested, show)
+        if header["group_size"] is None:
+            header["group_size"] = _fitting(members, trainer)
+        size = min(header["group_size"], len(members))
+        console.print(f"{title}, {size} at once, {max(m.job.steps for m in members)} steps each")
+        keep_freed_memory()
+        try:
+            with exclusive_progress("sweep"):
+                _train_to_the_end(folder, header, members, trainer)
+        except KeyboardInterrupt:
+            for member in members:
+                if member.is_active:
+                    member.set_state("waiting")
+            results.write_results(folder, header, members)
+            console.print(f"interrupted; resume with: fgpt sweep {shlex.quote(str(folder))} --resume", soft_wrap=True)
+            raise
+        _report(folder, header, members, time.monotonic() - begin)
+    return folder
+
+
+def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member], trainer: loop.Trainer) -> None:
+    steps = max(member.job.steps for member in members)
+    rungs: list[int] = []
+    if header["pruner"] == "halving":
+        rungs = halving_rungs(len(members), steps, header["reduction_factor"], header["min_steps"])
+    elif header["pruner"] == "median":
+        rungs = median_rungs(steps, header["min_steps"])
+    for rung in [*rungs, steps]:
+        if str(rung) in header["rungs"]:
+            continue  # decided before an interruption
+        active = [member for member in members if member.is_active]
+        for begin in range(0, len(active), header["group_size"]):
+            group = active[begin : begin + header["group_size"]]
+            _train_group(group, rung, trainer)
+            for member in group:
+                if member.is_active and member.step == member.job.steps:
+                    _finish(member)
+            results.write_results(folder, header, members)
+        if rung != steps:
+            _prune(header, [member for member in members if member.is_active], rung)
+            results.write_results(folder, header, members)
+
+
+def _train_group(group: list[Member], rung: int, trainer: loop.Trainer) -> None:
+    """Train those members to a rung that have not reached it."""
+    states = loop.common_start(group)
+    if int(states[0].step) < rung:
+        trainer.train(group, states, rung)
+
+
+def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
+    """Stop the members that the pruner does not let go on after a rung."""
+    for member in active:
+        loop.measure_heldout(member, member.at(rung))
+    losses = {member.name: member.score for member in active}
+    header["rungs"][str(rung)] = losses
+    if header["pruner"] == "halving":
+        stopped = halving_losers(losses, header["reduction_factor"])
+    else:
+        past = [scores for step, scores in header["rungs"].items() if int(step) <= rung]
+        earlier = {name: [scores[name] for scores in past if name in scores] for name in losses}
+        stopped = below_median(losses, earlier)
+    for member in active:
+        if member.name in stopped:
+            _save(member, member.at(rung))
+            member.set_state("stopped", f"loss {losses[member.name]:.4f} after step {rung}, by {header['pruner']}")
+        else:
+            member.state = "waiting"
+
+
+def _finish(member: Member) -> None:
+    """Check, measure and save a member that has taken all its steps; one that is not finite has failed."""
+    state = member.at(member.job.steps)
+    try:
+        check_final_state(member.job, state)
+    except InputError as err:
+        member.set_state("failed", str(err))
+        console.print(f"{member.name}: {err}", soft_wrap=True)
+        return
+    loop.measure_heldout(member, state)
+    _save(member, state)
+    member.set_state("finished")
+
+
+def _save(member: Member, state: State) -> None:
+    """Save what was trained as a training by itself does."""
+    with _quiet():
+        member.task.save(member.job.evaluation_params(state), member.folder)
+    unit = tasks.task_type(member.task.recipe).loss_unit
+    plot_loss(member.folder / run_dir.METRICS, member.folder / run_dir.LOSS, member.name, unit)
+
+
+def _report(folder: Path, header: dict[str, Any], members: list[Member], seconds: float) -> None:
+    """Print and write the results; the winner is scored as a training by itself is.
+
+    Raises InputError if no member has finished.
+    """
+    results.write_results(folder, header, members)
+    console.print(results.table(members, f"{header['recipe']}: the best first"))
+    if spreads := results.over_seeds(members):
+        console.print(results.spread_table(spreads))
+    counts = {s: sum(member.state == s for member in members) for s in ("finished", "stopped", "failed")}
+    how = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    summary = f"{len(members)} members of {header['recipe']}: {how}; {seconds:.0f} s"
+    path = write_page(folder, folder.name, summary, members, header["command"])
+    console.print(f"{summary}; written: {path}", soft_wrap=True)
+    best = results.winner(members)
+    if best is None:
+        raise InputError(f"no member of {folder} has finished: the losses became infinite; lower --lr")
+    task = best.task
+    before = task.score_initial()
+    state = best.at(best.job.steps)
+    task.report(before, task.score(best.job.evaluation_params(state), best.folder), best.folder)
+    console.print(f"the best is {best.name}; {task.recipe.suggest_use(best.folder)}", soft_wrap=True)
+
+
+def _fitting(members: Sequence[Member], trainer: loop.Trainer) -> int:
+    def take_step(count: int) -> None:
+        group = members[:count]
+        trainer.take_step(group, trainer.stack([member.initial for member in group]), 0)
+
+    return members_that_fit(len(members), take_step, device(members[0].initial.trainable))
+
+
+def _progress(members: Sequence[Member]) -> Any:
+    """Prints a table of the members some twenty times in a sweep."""
+    total = sum(member.job.steps for member in members)
+    printed = [0.0, time.monotonic()]
+
+    def show() -> None:
+        done, now = sum(member.step for member in members), time.monotonic()
+        if done - printed[0] < total / 20 and now - printed[1] < 120:
+            return
+        if now - printed[1] < 5 and done < total:
+            return
+        printed[:] = [float(done), now]
+        console.print(results.table(members, f"step {max(m.step for m in members)}", limit=8))
+
+    return show
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / run_dir.LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is being trained in by another process: wait, or stop that one") from None
+    with lock:
+        yield
+
+
+def _new_folder(folder: Path) -> Path:
+    """The folder, or the first of it numbered that does not exist; it is made."""
+    for number in range(1, 10_000):
+        chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            chosen.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as err:
+            raise InputError(f"cannot make {chosen}: {err.strerror}; choose another place with --out FOLDER") from None
+        return chosen
+    raise InputError(f"{folder.parent} holds 9999 sweeps named {folder.name}: move some away")
+
+
+def _name_of(args: Sequence[str]) -> str | None:
+    """The value of --name: of the sweep's folder, for members have names of their own."""
+    for option, value in itertools.pairwise([*args, ""]):
+        if option == "--name" or option.startswith("--name="):
+            return option.removeprefix("--name=") if "=" in option else value
+    return None
+
+
+def _with_options(args: Sequence[str], options: SweepOptions) -> list[str]:
+    """The arguments of a sweep, its own options that are not defaults included."""
+    changed = [(name, value) for name, value in vars(options).items() if value != getattr(SweepOptions, name)]
+    return [*args, *(part for name, value in changed for part in (f"--{name.replace('_', '-')}", str(value)))]

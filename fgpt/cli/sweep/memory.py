@@ -1,0 +1,101 @@
+"""How many members are trained at once: as many as fit into memory, by measuring one and two."""
+
+import contextlib
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fgpt.errors import InputError
+
+MARGIN = 0.8
+"""The share of the free memory that members may be expected to take: other batches have longer rows."""
+
+
+def members_that_fit(count: int, take_step: Callable[[int], None], device: torch.device) -> int:
+    """The most members, at most `count`, whose step fits into memory.
+
+    Args:
+        count: How many there are.
+        take_step: Takes the step of so many members, and drops it.
+        device: Where it is taken.
+
+    Raises:
+        InputError: if not even one fits.
+    """
+    if count == 1:
+        return 1
+    free, before = _free(device), _in_use(device)
+    try:
+        one = _peak(lambda: take_step(1), device) - before
+    except torch.OutOfMemoryError:
+        raise InputError(
+            "not even one member fits into memory: lower --micro-batch-size or --max-seq-len, or give --remat or "
+            "--quantize nf4"
+        ) from None
+    if one > free:
+        raise InputError(
+            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --micro-batch-size or "
+            "--max-seq-len, or give --remat"
+        )
+    try:
+        both = _peak(lambda: take_step(2), device) - before
+    except torch.OutOfMemoryError:
+        return 1
+    each = max(1, both - one)
+    if one > free:
+        raise InputError(
+            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --micro-batch-size or "
+            "--max-seq-len, or give --remat"
+        )
+    return max(1, min(count, 1 + int((MARGIN * free - one) / each)))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limits = [_available_memory()]
+    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if group.is_file() and used.is_file() and (limit := group.read_text().strip()) != "max":
+        limits.append(int(limit) - int(used.read_text()))
+    return max(0, min(limits))
+
+
+def _available_memory() -> int:
+    """Of the machine, as far as it tells: of another system than Linux, 8 GB."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 8 << 30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _peak(take_step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes in use during a step."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        take_step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux begins the process's peak anew
+    take_step()
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes in use now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """Bytes of memory that Linux reports of this process; elsewhere 0."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)

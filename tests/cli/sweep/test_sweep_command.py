@@ -1,0 +1,244 @@
+"""`fgpt sweep`: each member is the run that `fgpt train` would make of it; pruned, broken and interrupted sweeps."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import same
+from builders.command_line import training_options
+from safetensors.torch import load_file
+
+import fgpt.cli.sweep.command as command
+from fgpt.cli.main import main
+from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.sweep import loop
+
+STEPS = ["--steps", "6", "--warmup-steps", "2", "--compare-prompts", "0"]
+
+
+def sweep(project: Path, out: Path, *options: str) -> int:
+    return main(["sweep", *training_options(project), *STEPS, "--out", str(out), *options])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {member["name"]: member["state"] for member in results(folder)["members"]}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_each_member_is_its_run_alone(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With a seed, that is data order, initial adapter and dropout, a rate, a rank and a strength of its own."""
+    swept = ["--lr", "1e-2", "1e-3", "--seed", "0", "1", "--adapter.rank", "2", "4"]
+    assert sweep(project, tmp_path, *swept, "--adapter.alpha", "3", "--eval-every", "3") == 0
+    folder = tmp_path / "lora-nano-sweep"
+    assert len(states(folder)) == 8
+    assert set(states(folder).values()) == {"finished"}
+    output = " ".join(capsys.readouterr().err.split())
+    assert "8 members of lora-nano: 8 finished" in output
+    for lr, seed, rank in (("1e-2", "0", "2"), ("1e-3", "1", "4"), ("1e-2", "1", "2")):
+        options = ["--lr", lr, "--seed", seed, "--adapter.rank", rank, "--adapter.alpha", "3", "--eval-every", "3"]
+        solo = ["train", *training_options(project), *STEPS, *options, "--out", str(tmp_path), "--name", "alone"]
+        assert main(solo) == 0
+        member = folder / f"lr-{lr}-seed-{seed}-rank-{rank}"
+        for mine, alone in zip(
+            read_metrics(member / "metrics.jsonl"), read_metrics(tmp_path / "alone" / "metrics.jsonl"), strict=True
+        ):
+            for name in ("loss", "grad_norm", "lr", "weight", "heldout_loss"):
+                assert mine.get(name, 0.0) == pytest.approx(alone.get(name, 0.0), rel=1e-4), (name, mine["step"])
+            assert mine["tokens"] == alone["tokens"]
+        trained, expected = adapter(member), adapter(tmp_path / "alone")
+        assert trained.keys() == expected.keys()
+        for path, x in trained.items():
+            assert x.shape == expected[path].shape
+            assert torch.allclose(x, expected[path], atol=3e-4)
+        settings = ("adapter_config.json",)
+        for name in settings:
+            assert (member / "adapter" / name).read_text() == (tmp_path / "alone" / "adapter" / name).read_text()
+        shutil.rmtree(tmp_path / "alone")
+    assert main(["generate", str(folder / "lr-1e-2-seed-0-rank-2"), "Say 1.", "--max-new-tokens", "2"]) == 0
+
+
+def test_what_it_prints_and_writes(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert sweep(project, tmp_path, "--lr", "1e-3", "1e-2", "--seed", "0", "1", "2", "--name", "mine") == 0
+    output = " ".join(capsys.readouterr().err.split())
+    best = min(results(tmp_path / "mine")["members"], key=lambda member: member["heldout_loss"])
+    assert f"the best is {best['name']}" in output
+    assert "over seeds" in output
+    page = (tmp_path / "mine" / "report.html").read_text()
+    assert page.count("<svg") == 1  # no held-out losses were measured on the way
+    for member in results(tmp_path / "mine")["members"]:
+        assert f"{member['heldout_loss']:.4f}" in page
+        assert f"{member['heldout_loss']:.4f}" in output
+    means = [x.split("</td>") for x in page.split("Over seeds")[1].split("<tr>")[2:4]]
+    losses = [
+        m["heldout_loss"]
+        for m in results(tmp_path / "mine")["members"]
+        if m["values"]["--lr"] == best["values"]["--lr"]
+    ]
+    assert f"{sum(losses) / 3:.4f}" in means[0][2]
+    assert "<script" not in page
+
+
+class Interrupt:
+    """Requests an end after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = 2 * steps  # it is asked twice in each
+
+    @contextmanager
+    def __call__(self) -> Iterator[Callable[[], bool]]:
+        def requested() -> bool:
+            self._left -= 1
+            return self._left < 0
+
+        yield requested
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5])
+@pytest.mark.parametrize("pruner", ["none", "halving"])
+def test_a_resumed_sweep_has_the_same_bits(
+    pruner: str, steps: int, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if one of its checkpoints is missing, as after a kill while they were written."""
+    options = ["--lr", "1e-3", "3e-3", "1e-2", "--adapter.rank", "2", "3", "--group-size", "4", "--pruner", pruner]
+    assert sweep(project, tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "graceful_interrupt", Interrupt(steps))
+        assert sweep(project, tmp_path / "parts", *options) == 130
+    folder, whole = tmp_path / "parts" / "lora-nano-sweep", tmp_path / "whole" / "lora-nano-sweep"
+    assert "training" not in states(folder).values()
+    newest = sorted((folder / "lr-1e-3-rank-2" / "checkpoints").glob("step-*"))
+    if newest and steps == 4:
+        shutil.rmtree(newest[-1])
+    assert main(["sweep", str(folder), "--resume"]) == 0
+    assert states(folder) == states(whole)
+    for name in states(whole):
+        assert same(adapter(folder / name), adapter(whole / name)), name
+        pairs = zip(*(read_metrics(x / name / "metrics.jsonl") for x in (folder, whole)), strict=True)
+        assert all(a["loss"] == b["loss"] and a["step"] == b["step"] and a["tokens"] == b["tokens"] for a, b in pairs)
+    assert main(["sweep", str(folder), "--resume"]) == 2
+
+
+def test_halving_keeps_the_best_and_a_stopped_member_can_go_on_alone(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lrs = ["1e-2", "3e-3", "1e-3", "1e-4"]
+    options = ["--pruner", "halving", "--min-steps", "2"]
+    assert sweep(project, tmp_path, "--lr", *lrs, *options) == 0
+    folder = tmp_path / "lora-nano-sweep"
+    entries = {member["values"]["--lr"]: member for member in results(folder)["members"]}
+    assert {lr: (entry["state"], entry["steps"]) for lr, entry in entries.items()} == {
+        "1e-2": ("finished", 6),
+        "3e-3": ("stopped", 4),
+        "1e-3": ("stopped", 2),
+        "1e-4": ("stopped", 2),
+    }
+    rungs = results(folder)["rungs"]
+    assert [len(rungs[step]) for step in ("2", "4")] == [4, 2]
+    assert main(["train", str(folder / "lr-3e-3"), "--resume"]) == 0
+    assert read_metrics(folder / "lr-3e-3" / "metrics.jsonl")[-1]["step"] == 6
+    assert "resuming after step 4 of 6" in capsys.readouterr().err
+
+
+def test_the_median_rule_stops_the_worse_half(project: Path, tmp_path: Path):
+    options = ["--pruner", "median", "--min-steps", "2"]
+    assert sweep(project, tmp_path, "--lr", "1e-2", "1e-3", "1e-6", *options) == 0
+    found = states(tmp_path / "lora-nano-sweep")
+    assert (found["lr-1e-2"], found["lr-1e-6"]) == ("finished", "stopped")
+
+
+def test_a_member_that_diverges_is_stopped_alone(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert sweep(project, tmp_path / "a", "--lr", "1e-3", "1e-2", "3e-3") == 0
+    original = loop.Trainer.take_step
+
+    def broken(self: Any, group: Any, stacked: Any, step: int) -> Any:
+        stacked, metrics, tokens = original(self, group, stacked, step)
+        names = [member.name for member in group]
+        if step == 3 and "lr-1e-2" in names:
+            metrics.loss[names.index("lr-1e-2")] = float("nan")
+        return stacked, metrics, tokens
+
+    monkeypatch.setattr(loop.Trainer, "take_step", broken)
+    assert sweep(project, tmp_path / "b", "--lr", "1e-3", "1e-2", "3e-3") == 0
+    folder = tmp_path / "b" / "lora-nano-sweep"
+    assert states(folder) == {"lr-1e-3": "finished", "lr-1e-2": "failed", "lr-3e-3": "finished"}
+    assert "lr-1e-2 is stopped: the loss became nan" in " ".join(capsys.readouterr().err.split())
+    assert len(read_metrics(folder / "lr-1e-2" / "metrics.jsonl")) == 3
+    assert json.loads((folder / "lr-1e-2" / "status.json").read_text())["state"] == "failed"
+    for name in ("lr-1e-3", "lr-3e-3"):
+        for path, x in adapter(folder / name).items():
+            assert torch.allclose(x, adapter(tmp_path / "a" / "lora-nano-sweep" / name)[path], atol=1e-5)
+
+
+def test_other_tasks_are_swept_too(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A classifier, whose head begins from the member's seed; and preferences, whose batches hold pairs."""
+    labels = ["--base", str(project / "base"), "--train", str(project / "texts.csv"), "--test", "None"]
+    labels += ["--num-heldout", "6", "--steps", "2", "--out", str(tmp_path)]
+    assert main(["sweep", "emotion-small", *labels, "--lr", "1e-3", "1e-2", "--seed", "0", "1"]) == 0
+    assert set(states(tmp_path / "emotion-small-sweep").values()) == {"finished"}
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No." * (1 + i % 3)} for i in range(24)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--base", str(project / "base"), "--data", str(pairs), "--steps", "2", "--out", str(tmp_path)]
+    options += ["--max-seq-len", "80", "--micro-batch-size", "2", "--num-heldout", "4", "--compare-prompts", "0"]
+    assert main(["sweep", "dpo-nano", *options, "--lr", "1e-3", "1e-2", "--seed", "0", "1"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert set(states(tmp_path / "dpo-nano-sweep").values()) == {"finished"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lr", "1e-3"], "a sweep needs an option with several values"),
+        (["--lr", "1e-3", "1e-3"], "--lr has the value 1e-3 twice"),
+        (["--lr", "1e-3", "fast"], "--lr is 'fast': expected a number"),
+        (["--lr", "1e-3", "-1"], "--lr is -1"),
+        (["--max-seq-len", "64", "80", "--lr", "1e-3", "1e-2"], "--max-seq-len has several values"),
+        (["--adapter.kind", "lora", "dora"], "--adapter.kind has several values"),
+        (["--adapter.dropout", "0.1", "0.2"], "--adapter.dropout has several values"),
+        (["--seed", "0", "1", "--early-stopping-patience", "2", "--eval-every", "1"], "--pruner stops members early"),
+        (["--adapter.rank", "2", "4", "--adapter.kind", "ia3"], "ia3 has no rank"),
+        (["--adapter.rank", "2", "4", "--optimizer", "adamw8bit"], "adamw8bit rounds moments in blocks"),
+        (["--seed", "0", "1", "--min-steps", "3"], "--min-steps and --reduction-factor are of --pruner"),
+        (["--seed", "0", "1", "--pruner", "median"], "--pruner median needs 3 members or more"),
+        (["--seed", "0", "1", "--pruner", "best"], "--pruner is 'best': expected one of"),
+        (["--seed", "0", "1", "--group-size", "0"], "--group-size is 0"),
+        (["--seed", "0", "1", "--nonsense", "2"], "no option --nonsense"),
+        (["--seed", "0", "1", "--name", "a/b"], "the run's name is 'a/b'"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    options: list[str], says: str, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert sweep(project, tmp_path, *options) == 2
+    err = capsys.readouterr().err
+    assert says in " ".join(err.split())
+    assert err.strip().count("\n") == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for args, says in (
+        ([], "fgpt sweep RECIPE"),
+        (["grpo-nano", "--lr", "1e-3", "1e-2"], "samples its batches from the policy"),
+        (["pretrain-nano", "--seed", "0", "1"], "is a pretraining"),
+        (["nothing", "--lr", "1e-3", "1e-2"], "nothing"),
+        ([str(tmp_path), "--resume"], "holds no sweep.json"),
+        ([str(tmp_path), "--resume", "--lr", "1"], "resumed as it was begun"),
+    ):
+        assert main(["sweep", *args]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
