@@ -98,6 +98,11 @@ replay *args: setup
 lr-range *args: setup
     @"{{ python }}" -m fgpt lr-range "$@"
 
+# Train every combination of learning rates, seeds, ranks .. as one program: `just sweep lora-nano --lr 1e-3 3e-3 --seed 0 1`
+[no-cd, no-exit-message]
+sweep *args: setup
+    @"{{ python }}" -m fgpt sweep "$@"
+
 # Check a recipe on your model, data and machine: `just doctor lora-small --base FOLDER --data FILE`
 [no-cd, no-exit-message]
 doctor *args: setup

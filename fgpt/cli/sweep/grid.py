@@ -129,7 +129,7 @@ def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecip
         "--streaming": getattr(recipe, "streaming", False),
     }
     if used := [option for option, value in refused.items() if value]:
-        hint = "; --pruner stops members early" if used[0] == "--early-stopping-patience" else ""
+        hint = "; a --pruner, halving or median, stops members early" if used[0] == "--early-stopping-patience" else ""
         raise InputError(f"{used[0]} is of a training by itself: leave it out of a sweep{hint}")
     if "--adapter.rank" in swept:
         if recipe.adapter.kind not in ("lora", "dora"):

@@ -31,13 +31,13 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
         one = _peak(lambda: take_step(1), device) - before
     except torch.OutOfMemoryError:
         raise InputError(
-            "not even one member fits into memory: lower --micro-batch-size or --max-seq-len, or give --remat or "
+            "not even one member fits into memory: lower --max-seq-len or --micro-batch-size, give --remat, or give "
             "--quantize nf4"
         ) from None
     if one > free:
         raise InputError(
-            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --micro-batch-size or "
-            "--max-seq-len, or give --remat"
+            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --max-seq-len or "
+            "--micro-batch-size, or give --remat"
         )
     try:
         both = _peak(lambda: take_step(2), device) - before
@@ -46,8 +46,8 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
     each = max(1, both - one)
     if one > free:
         raise InputError(
-            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --micro-batch-size or "
-            "--max-seq-len, or give --remat"
+            f"one member takes {one / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: lower --max-seq-len or "
+            "--micro-batch-size, or give --remat"
         )
     return max(1, min(count, 1 + int((MARGIN * free - one) / each)))
 

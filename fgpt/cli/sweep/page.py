@@ -20,7 +20,9 @@ from fgpt.io.files import write
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLORS = ("smooth", *EVAL_COLORS)
-"""Of the best members; all others are drawn in one pale color."""
+"""Of the best members."""
+PALE = "raw"
+"""Of all others."""
 
 
 def write_page(folder: Path, title: str, summary: str, members: Sequence[Member], command: str) -> Path:
@@ -45,7 +47,7 @@ def page(title: str, summary: str, members: Sequence[Member], command: str) -> s
         plots=_plots(in_order),
         spreads=over_seeds(members),
         command=command,
-        best=None if best is None else best.name,
+        pale=PALE,
     )
 
 
@@ -66,7 +68,7 @@ def _plots(in_order: Sequence[Member]) -> list[Plot]:
     losses: list[Series] = []
     heldout: list[Series] = []
     for i, member in enumerate(in_order):
-        color = COLORS[i] if i < len(COLORS) else "raw"
+        color = COLORS[i] if i < len(COLORS) else PALE
         losses.append(Series(member.name, smooth(values(member.lines, "loss")), color))
         heldout.append(Series(member.name, values(member.lines, HELDOUT_LOSS), color))
     plots = [Plot("loss", losses[::-1], "nats, smoothed", wide=True), Plot("held-out loss", heldout[::-1], "nats")]

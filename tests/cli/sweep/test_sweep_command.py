@@ -210,7 +210,10 @@ def test_other_tasks_are_swept_too(project: Path, tmp_path: Path, capsys: pytest
         (["--max-seq-len", "64", "80", "--lr", "1e-3", "1e-2"], "--max-seq-len has several values"),
         (["--adapter.kind", "lora", "dora"], "--adapter.kind has several values"),
         (["--adapter.dropout", "0.1", "0.2"], "--adapter.dropout has several values"),
-        (["--seed", "0", "1", "--early-stopping-patience", "2", "--eval-every", "1"], "--pruner stops members early"),
+        (
+            ["--seed", "0", "1", "--early-stopping-patience", "2", "--eval-every", "1"],
+            "a --pruner, halving or median, stops members early",
+        ),
         (["--adapter.rank", "2", "4", "--adapter.kind", "ia3"], "ia3 has no rank"),
         (["--adapter.rank", "2", "4", "--optimizer", "adamw8bit"], "adamw8bit rounds moments in blocks"),
         (["--seed", "0", "1", "--min-steps", "3"], "--min-steps and --reduction-factor are of --pruner"),
