@@ -9,15 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
 
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
 from fgpt.kernels.cuda_graphs import is_capturing
-from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.functorch_state import in_transform_or_compile, is_mapped, is_one_vmap
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
+
+UNCOMPILED = "a step with compile=True runs uncompiled when it is mapped over or differentiated"
 
 Tree: TypeAlias = Any
 Loss: TypeAlias = Callable[[Tree, Tree, Any, Int[Tensor, ""] | None], tuple[Float[Tensor, ""], Float[Tensor, ""]]]
@@ -102,6 +105,64 @@ def value_and_grad_once(
         value, aux = fn(inputs, *args)
     grads = torch.autograd.grad(value, tree_leaves(inputs), materialize_grads=True)
     return unflatten_like(inputs, grads), (value.detach(), aux.detach())
+
+
+class _MappedCall:
+    """A function of the leaves of its arguments that vmap maps over; all others are constants.
+
+    Args:
+        fn: A function of the arguments.
+        args: The arguments; the first one is what is differentiated.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        arguments, structure = pytree.tree_flatten(args)
+        self._fn, self._structure = fn, structure
+        self._positions = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and is_mapped(x)]
+        self.mapped = [arguments[i] for i in self._positions]
+        self._constants = [None if i in self._positions else x for i, x in enumerate(arguments)]
+        self.num_differentiated = len(tree_leaves(args[0]))
+        """They come first."""
+
+    def __call__(self, *mapped: Tensor) -> Any:
+        arguments = list(self._constants)
+        for i, x in zip(self._positions, mapped, strict=True):
+            arguments[i] = x
+        return self._fn(*pytree.tree_unflatten(arguments, self._structure))
+
+
+class _MappedOnce(torch.autograd.Function):
+    """`value_and_grad_once` under one vmap: (call, *mapped leaves) -> the gradient, value and aux.
+
+    The gradient of Σ_m value_m in each member's leaves is that member's gradient. So plain autograd differentiates the
+    mapped function, where torch.func.grad, inside vmap, would keep the graph of its backward for a second one.
+    """
+
+    @staticmethod
+    def forward(*_: Any) -> Any:
+        raise RuntimeError("outside vmap it is value_and_grad_once")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Any, *leaves: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        axes, count = in_dims[1:], call.num_differentiated
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() if i < count else x for i, x in enumerate(leaves)]
+            value, aux = torch.func.vmap(call, in_dims=axes)(*inputs)
+        grads = torch.autograd.grad(value.sum(), inputs[:count], materialize_grads=True)
+        return (*grads, value.detach(), aux.detach()), (*axes[:count], 0, 0)
+
+
+def mapped_value_and_grad_once(
+    fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """`value_and_grad_once` under one vmap that maps over every leaf of `tree`."""
+    call = _MappedCall(fn, (tree, *args))
+    *grads, value, aux = _MappedOnce.apply(call, *call.mapped)  # pyright: ignore[reportGeneralTypeIssues]
+    return unflatten_like(tree, grads), (value, aux)
 
 
 def _differentiable_value_and_grad(
@@ -223,10 +284,12 @@ def make_step(
         in_transform, requires_grad = in_transform_or_compile(), _requires_grad(args)
         if not (in_transform or requires_grad):
             return once(*args)
+        if is_one_vmap() and not requires_grad and all(map(is_mapped, tree_leaves(args[0]))):
+            if compile:
+                warnings.warn(UNCOMPILED, stacklevel=3)
+            return mapped_value_and_grad_once(loss, *args)
         if compile:
-            warnings.warn(
-                "a step with compile=True runs uncompiled when it is mapped over or differentiated", stacklevel=3
-            )
+            warnings.warn(UNCOMPILED, stacklevel=3)
         return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
 
     def step(

@@ -70,6 +70,11 @@ def in_vmap() -> bool:
     return not torch.compiler.is_compiling() and functorch.TransformType.Vmap in _kinds()
 
 
+def is_one_vmap() -> bool:
+    """True under a single vmap and no other transform, except while compiling."""
+    return not torch.compiler.is_compiling() and not _dual() and _kinds() == [functorch.TransformType.Vmap]
+
+
 def in_transform_or_compile() -> bool:
     """True under any transform, and while compiling."""
     return torch.compiler.is_compiling() or in_transform()
