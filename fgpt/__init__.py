@@ -46,6 +46,7 @@ from fgpt.model import (
     logits,
 )
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
+from fgpt.optim_averages import with_ema, with_swa
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
@@ -140,4 +141,6 @@ __all__ = [
     "unstack_adapters",
     "unstack_states",
     "with_classification_head",
+    "with_ema",
+    "with_swa",
 ]

@@ -115,6 +115,9 @@ class FineTuningRecipe(TrainingRecipe):
     optimizer: Literal["adamw", "adamw8bit", "muon", "schedule_free_adamw"] = "adamw"
     """adamw8bit keeps its moments in 8 bits. muon orthogonalizes the update of each matrix, at AdamW's rates.
     schedule_free_adamw averages its iterates in place of the decay of lr."""
+    ema_decay: Fraction | None = None
+    """Evaluate and save the exponential moving average of what is trained, with this weight of the past; None takes the
+    last state."""
     warmup_steps: NonNegativeInt | None = None
     """Steps of linear warmup; None takes 20, or a tenth of the training if that is less."""
     weight_decay: NonNegativeFloat = 0.0

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fgpt.kernels.adam import Number
 from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule
+from fgpt.optim_averages import with_ema
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.recipes import FineTuningRecipe
@@ -30,4 +31,5 @@ def make_optimizer(recipe: FineTuningRecipe, schedule: Schedule, weight_decay: N
     """
     make = OPTIMIZERS[recipe.optimizer]
     decay = recipe.weight_decay if weight_decay is None else weight_decay
-    return make(schedule, weight_decay=decay, lr_multipliers=recipe.multipliers)
+    optimizer = make(schedule, weight_decay=decay, lr_multipliers=recipe.multipliers)
+    return optimizer if recipe.ema_decay is None else with_ema(optimizer, recipe.ema_decay)

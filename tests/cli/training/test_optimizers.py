@@ -22,10 +22,14 @@ def train(project: Path, out: Path, *options: str) -> Path:
     return out / "run"
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "schedule_free_adamw"])
-def test_a_run_saves_what_its_optimizer_evaluates(optimizer: str, project: Path, tmp_path: Path):
-    """Of schedule-free AdamW the average, in the files, the held-out loss and the best state."""
-    folder = train(project, tmp_path, "--optimizer", optimizer, "--eval-every", "1", "--lr", "1e-2", "--keep-best")
+@pytest.mark.parametrize(
+    "options", [["--optimizer", "muon"], ["--optimizer", "schedule_free_adamw"], ["--ema-decay", "0.5"]], ids=str
+)
+def test_a_run_saves_what_its_optimizer_evaluates(options: list[str], project: Path, tmp_path: Path):
+    """Of schedule-free AdamW, and with a moving average, the average, in the files, the held-out loss and the best
+    state.
+    """
+    folder = train(project, tmp_path, *options, "--eval-every", "1", "--lr", "1e-2", "--keep-best")
     job = tasks.build_job(run_dir.read_run(folder))
     params = models.load(str(project / "base"))
     saved = fgpt.load_peft(folder / "adapter", params)
@@ -38,7 +42,7 @@ def test_a_run_saves_what_its_optimizer_evaluates(optimizer: str, project: Path,
         states.append(state)
     best = states[min(range(job.steps), key=losses.__getitem__)]
     assert same(saved, job.evaluation_params(best))
-    assert same(saved, best.trainable) == (optimizer == "muon")
+    assert same(saved, best.trainable) == ("muon" in options)
     logged = [line["heldout_loss"] for line in run_dir_metrics(folder)]
     assert logged == pytest.approx(losses, abs=1e-6)
     assert checkpoints.least_loss(folder) == pytest.approx(min(losses), abs=1e-6)
