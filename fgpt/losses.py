@@ -70,13 +70,16 @@ def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:
 
 
 def with_num_positions(batch: Batch, number: int) -> Batch:
-    """The batch with so many `loss_positions`, those that are added of weight 0."""
+    """The batch with so many `loss_positions`. Those that are added have weight 0 and target 0, which is an id of any
+    head: of a classifier all others may be too high.
+    """
     positions = batch.loss_positions
     if positions is None:
         return batch
     is_free = torch.ones(batch.weights.numel(), dtype=torch.bool).index_fill(0, positions, False)
     others = is_free.nonzero().flatten()[: number - len(positions)]
-    return replace(batch, loss_positions=torch.cat([positions, others]).sort().values)
+    targets = batch.targets.flatten().index_fill(0, others, 0).view_as(batch.targets)
+    return replace(batch, targets=targets, loss_positions=torch.cat([positions, others]).sort().values)
 
 
 @check_shapes

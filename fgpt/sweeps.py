@@ -24,17 +24,17 @@ from fgpt.adapter_stacking import stack_adapters
 from fgpt.errors import InputError
 from fgpt.losses import Batch, with_num_positions
 from fgpt.optim import Optimizer
-from fgpt.rng import fold_in, seed_tensor
-from fgpt.train_step import Key, Metrics, State, Step, init_state
+from fgpt.rng import fold_in
+from fgpt.train_step import Key, Metrics, State, Step, init_state, micro_batch_seeds
 from fgpt.tree import children, device, leaves, tree_map, unflatten_like
 
 B = TypeVar("B")
 Tree: TypeAlias = Any
 Hyperparameters: TypeAlias = Mapping[str, Float[Tensor, "*members"]]
 """By name; of one member scalars."""
-SweepStep: TypeAlias = Callable[
-    [State, Tree, Sequence[Any], Int[Tensor, " members"] | None, Hyperparameters], tuple[State, Metrics]
-]
+MemberSeeds: TypeAlias = Int[Tensor, " members"] | tuple[Int[Tensor, " members"], ...] | None
+"""The seed of each member's step, or of each of its micro-batches: see `member_seeds`."""
+SweepStep: TypeAlias = Callable[[State, Tree, Sequence[Any], MemberSeeds, Hyperparameters], tuple[State, Metrics]]
 
 
 def stack_states(states: Sequence[State], optimizer: Optimizer) -> State:
@@ -152,7 +152,8 @@ def _with_one_shape(batches: Sequence[Batch]) -> list[Batch]:
     if all(batch.loss_positions is not None for batch in filled):
         most = max(batch.loss_positions.numel() for batch in filled if batch.loss_positions is not None)
         return [with_num_positions(batch, most) for batch in filled]
-    return [replace(batch, loss_positions=None) for batch in filled]
+    zero = [torch.where(batch.weights == 0, 0, batch.targets) for batch in filled]  # ids that any head has
+    return [replace(batch, targets=x, loss_positions=None) for batch, x in zip(filled, zero, strict=True)]
 
 
 def _fill(batch: Batch, rows: int, width: int) -> Batch:
@@ -201,6 +202,18 @@ def _pad(x: Tensor, shape: Sequence[int]) -> Tensor:
     return F.pad(x, extra) if any(extra) else x
 
 
+def member_seeds(rngs: Sequence[Key], count: int, where: torch.device) -> MemberSeeds:
+    """The seeds that the steps of trainings with these keys draw from, for each of `count` micro-batches.
+
+    Args:
+        rngs: The key of each member's step.
+        count: The most micro-batches of a member.
+        where: The device.
+    """
+    of_each = [micro_batch_seeds(rng, count, where) for rng in rngs]
+    return tuple(torch.stack(column) for column in zip(*of_each, strict=True))
+
+
 def sweep_step(step_for: Callable[[Hyperparameters], Step]) -> SweepStep:
     """The step of all members: `step(states, frozen, batches, seeds, hyperparameters) -> (states, metrics)`, where all
     but `frozen` have a leading axis of members.
@@ -228,10 +241,10 @@ def sweep_step(step_for: Callable[[Hyperparameters], Step]) -> SweepStep:
         states: State,
         frozen: Tree,
         batches: Sequence[Any],
-        seeds: Int[Tensor, " members"] | None,
+        seeds: MemberSeeds,
         hyperparameters: Hyperparameters,
     ) -> tuple[State, Metrics]:
-        def member(state: State, member_batches: Any, seed: Tensor | None, h: Hyperparameters) -> tuple[State, Metrics]:
+        def member(state: State, member_batches: Any, seed: Any, h: Hyperparameters) -> tuple[State, Metrics]:
             return step_for(h)(state, frozen, member_batches, seed)
 
         in_dims = (0, 0, None if seeds is None else 0, 0)
@@ -301,8 +314,10 @@ def sweep(
     stacked, step, columns = stack_states(states, optimizer), sweep_step(step_for), []
     where = device(stacked.trainable)
     for i, members in enumerate(batches):
-        seeds = None if rngs is None else torch.stack([seed_tensor(fold_in(rng, i), where) for rng in rngs])
-        stacked, metrics = step(stacked, frozen, stack_batches(members), seeds, hyperparameters)
+        stacked_batches = stack_batches(members)
+        keys = None if rngs is None else [fold_in(rng, i) for rng in rngs]
+        seeds = None if keys is None else member_seeds(keys, len(stacked_batches), where)
+        stacked, metrics = step(stacked, frozen, stacked_batches, seeds, hyperparameters)
         columns.append(metrics.loss.detach())
     losses = torch.stack(columns, 1) if columns else torch.zeros(len(states), 0)
     return SweepResult(unstack_states(stacked, states), losses)

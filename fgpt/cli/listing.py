@@ -54,6 +54,11 @@ def summarize_run(folder: Path) -> RunSummary:
 def print_runs(out: Path) -> None:
     """A table of the runs in a folder, the newest first."""
     folders = run_dir.run_dirs(out)
+    if sweeps := run_dir.sweep_dirs(out):
+        names = ", ".join(f"{folder} ({len(run_dir.run_dirs(folder))} members)" for folder in sweeps)
+        answers.print(f"sweeps, whose members --out FOLDER lists: {names}\n", soft_wrap=True)
+    if not folders and sweeps:
+        return
     if not folders:
         answers.print(f"no runs in {out}/; `fgpt train lora-nano` makes one")
         return

@@ -49,6 +49,8 @@ R = TypeVar("R", bound=TrainingRecipe)
 METRICS, LOSS, ADAPTER, MODEL = "metrics.jsonl", "loss.png", "adapter", "model"
 RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
 ADAPTERS = "adapters.safetensors"
+SWEEP = "sweep.json"
+"""Of the folder of a sweep, which holds the run directories of its members."""
 STATUS, ENVIRONMENT, LOCK, CHECKPOINTS = "status.json", "environment.json", ".lock", "checkpoints"
 
 APPENDED = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")
@@ -171,6 +173,7 @@ def find_finished(name: str, out: Path = Path("runs")) -> Path:
     runs = _candidates(name, out)
     finished = [folder for folder in runs if (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()]
     if not finished:
+        _refuse_sweep(name, out)
         how = _how_to_finish(runs[-1]) if runs else f"none has that name; {_how_to_start(name, out)}"
         raise InputError(f"no trained run {name!r} under {out}/: {how}")
     return _announce_choice(name, out, finished[-1], " that has finished")
@@ -183,9 +186,20 @@ def find_any(name: str, out: Path = Path("runs")) -> Path:
     """
     if runs := _candidates(name, out):
         return _announce_choice(name, out, runs[-1])
+    _refuse_sweep(name, out)
     if name and Path(name).is_dir():
         raise InputError(f"{name} holds no {RUN}: expected the folder of a run")
     raise InputError(f"no run {name!r} under {out}/: {_did_you_mean(name, out)}expected a run's name, or its folder")
+
+
+def _refuse_sweep(name: str, out: Path) -> None:
+    """Raises InputError if the name is that of a sweep."""
+    for folder in (Path(name), out / name):
+        if name and (folder / SWEEP).is_file():
+            members = sorted(path.parent.name for path in folder.glob(f"*/{RUN}"))
+            raise InputError(
+                f"{folder} is a sweep: give one of its {len(members)} members, such as {folder / members[0]}"
+            )
 
 
 def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
@@ -196,6 +210,7 @@ def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
     runs = _candidates(name, out)
     unfinished = [folder for folder in runs if read_state(folder) not in ("finished", None)]
     if not unfinished:
+        _refuse_sweep(name, out)
         if runs:
             restart = f"; start a new one: fgpt train {name}" if name in RECIPES else ""
             raise InputError(f"nothing to resume: {runs[-1]} has finished{restart}")
@@ -232,6 +247,12 @@ def run_dirs(out: Path = Path("runs")) -> list[Path]:
     """The run directories in a folder, the newest last."""
     folders = [path.parent for path in out.glob(f"*/{RUN}")]
     return sorted(folders, key=lambda folder: (folder / RUN).stat().st_mtime)  # reports change a folder's own time
+
+
+def sweep_dirs(out: Path = Path("runs")) -> list[Path]:
+    """The folders of sweeps in a folder, the newest last."""
+    folders = [path.parent for path in out.glob(f"*/{SWEEP}")]
+    return sorted(folders, key=lambda folder: (folder / SWEEP).stat().st_mtime)
 
 
 def run_names(out: Path = Path("runs")) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fgpt.cli.console import answers
 from fgpt.cli.options import option_names, parse
 from fgpt.cli.train_command import HELP, recipe_with_options, split_options, wants_recipe
 from fgpt.errors import InputError
@@ -12,9 +13,12 @@ def sweep(args: Sequence[str]) -> None:
     """Train every combination of learning rates, seeds, ranks .. at once, as one program over one base."""
     name, *options = args or [""]
     if wants_recipe("sweep", name):
+        answers.print("Sweeps are of recipes that tune a base on batches that are given: not of GRPO and pretraining.")
+        answers.print("fgpt sweep SWEEP --resume resumes a sweep, by its name or folder.")
         return
+    from fgpt.cli.run_dir import SWEEP
     from fgpt.cli.sweep import command
-    from fgpt.cli.sweep.results import SWEEP
+    from fgpt.cli.sweep.grid import SWEPT
 
     program = f"fgpt sweep {name}"
     if "--resume" in options:
@@ -25,6 +29,8 @@ def sweep(args: Sequence[str]) -> None:
         return
     sweep_args, recipe_args = split_options(options, option_names(command.SweepOptions))
     if set(HELP) & set(recipe_args):
+        answers.print(f"These options have several values: {', '.join(SWEPT)}")
+        answers.print(f"All other options of the recipe have one: fgpt train {name} --help\n")
         sweep_args, recipe_args = ["--help"], []
     sweep_options = parse(command.SweepOptions, sweep_args, None, program)
     if not recipe_args:

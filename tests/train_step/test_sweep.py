@@ -127,8 +127,7 @@ def test_members_have_dropout_of_their_own():
     for i, start in enumerate(starts):
         state, step = fgpt.init_state(start, optimizer), fgpt.make_step(objective, optimizer)
         for t in range(3):
-            seed = fgpt.fold_in(rngs[i], t)
-            state, _ = step(state, GPT, [batch], fgpt.seed_tensor(seed))
+            state, _ = step(state, GPT, [batch], fgpt.fold_in(rngs[i], t))
         close(result.states[i].trainable, state.trainable, 5e-4)
 
 

@@ -19,6 +19,8 @@ from fgpt.objectives.pairs import PairBatch
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Metrics
 
+SWEEP_ROUNDING = 1e-4
+"""How far a step by itself may be from that of a member of a sweep, relative to loss and gradient norm."""
 SHOWN = 300
 """Characters shown of a row's beginning, and of its end."""
 
@@ -46,9 +48,11 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     console.print(table)
     tolerance = rounding(job.recipe, resolve_device(job.recipe.device))
     if tolerance:
-        console.print(
-            f"compared up to rounding, {tolerance:g} of each value: a GPU adds in any order without --deterministic"
-        )
+        why = "a GPU adds in any order without --deterministic"
+        console.print(f"compared up to rounding, {tolerance:g} of each value: {why}")
+    if (folder.parent / run_dir.SWEEP).is_file():
+        tolerance = max(tolerance, SWEEP_ROUNDING)
+        console.print(f"compared up to rounding, {tolerance:g} of each value: a sweep multiplies all members at once")
     if names := differing(logged, replayed, tolerance):
         raise InputError(
             f"step {step} differs from the log ({', '.join(names)}): are the machine, the number of threads and "

@@ -7,6 +7,7 @@ report.html                             the same on one page, with curves
 
 import itertools
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,7 +38,7 @@ from fgpt.io.files import write_json
 from fgpt.ranges import PositiveInt, Range
 from fgpt.recipes import AnyRecipe
 from fgpt.train_step import State
-from fgpt.tree import device
+from fgpt.tree import device, num_elements
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
     """Begin a sweep. Returns its folder. Raises InputError for bad input, before anything is written."""
     recipes = member_recipes(name, args, command)
     first = recipes[0][1]
-    folder_name = _name_of(args) or f"{name}-sweep"
+    folder_name = _name_of(args, f"{name}-sweep")
     run_dir.check_name(folder_name)
     check_budget(options, len(recipes))
+    check_writable(first.out)
     members = build_members([(values, recipe) for values, recipe in recipes], first.out / folder_name)
     folder = _new_folder(members[0].folder.parent)
     for member in members:
@@ -76,31 +78,37 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
         "reduction_factor": options.reduction_factor,
         "min_steps": options.min_steps,
         "group_size": options.group_size,
+        "groups": {},
         "rungs": {},
     }
     for member in members:
         member.folder.mkdir()
-        write_json(member.folder / run_dir.ENVIRONMENT, environment())
-        write_run(member.folder, replace(member.task.recipe, out=folder))
-        member.set_state("waiting")
-    results.write_results(folder, header, members)
-    return train(folder, header, members)
+    with lock(folder, [member.folder for member in members]):
+        for member in members:
+            write_json(member.folder / run_dir.ENVIRONMENT, environment())
+            write_run(member.folder, replace(member.task.recipe, out=folder))
+            member.set_state("waiting")
+        results.write_results(folder, header, members)
+        return train(folder, header, members)
 
 
 def resume(folder: Path) -> Path:
     """Go on with a sweep. Returns its folder. Raises InputError if it is none, or has ended."""
     header = results.read_results(folder)
-    entries = header.pop("members")
-    recipes = [({**entry["values"]}, run_dir.read_run(folder / entry["name"])) for entry in entries]
-    members = build_members(recipes, folder)
-    for member, entry in zip(members, entries, strict=True):
-        member.rewind(entry["steps"])
-        member.state, member.why = entry["state"], entry["why"]
-        if entry["heldout_loss"] is not None:
-            member.heldout_losses[entry["steps"]] = entry["heldout_loss"]
-    if not any(member.is_active for member in members):
-        raise InputError(f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}")
-    return train(folder, header, members)
+    with lock(folder, [folder / entry["name"] for entry in header["members"]]):
+        entries = header.pop("members")
+        if all(entry["state"] in ("finished", "stopped", "failed") for entry in entries):
+            raise InputError(
+                f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}"
+            )
+        recipes = [({**entry["values"]}, run_dir.read_run(folder / entry["name"])) for entry in entries]
+        members = build_members(recipes, folder)
+        for member, entry in zip(members, entries, strict=True):
+            member.read_lines()
+            member.state, member.why = entry["state"], entry["why"]
+            if entry["heldout_loss"] is not None and not member.is_active:
+                member.heldout_losses.setdefault(entry["steps"], entry["heldout_loss"])
+        return train(folder, header, members)
 
 
 def check_budget(options: SweepOptions, members: int) -> None:
@@ -111,6 +119,18 @@ def check_budget(options: SweepOptions, members: int) -> None:
         raise InputError("--reduction-factor is of --pruner halving: leave it out")
     if options.pruner == "median" and members < 3:
         raise InputError(f"--pruner median needs 3 members or more, to compare with others: there are {members}")
+
+
+def check_writable(out: Path) -> None:
+    """Raises InputError if no folder can be made there, before anything slow begins."""
+    existing = next((at for at in (out, *out.absolute().parents) if at.exists()), out)
+    try:
+        Path(tempfile.mkdtemp(dir=existing)).rmdir()
+    except OSError as err:
+        reason = err.strerror or err
+        raise InputError(
+            f"cannot make folders in {existing}: {reason}; choose another place with --out FOLDER"
+        ) from None
 
 
 def build_members(recipes: Sequence[tuple[Values, AnyRecipe]], folder: Path) -> list[Member]:
@@ -141,17 +161,18 @@ def _quiet() -> Iterator[None]:
 def train(folder: Path, header: dict[str, Any], members: list[Member]) -> Path:
     """Train the members that are left, print and write the results.
 
-    Raises KeyboardInterrupt after saving checkpoints, if an end was requested; and InputError if another process trains
-    in the folder, or no member is left.
+    Raises KeyboardInterrupt after saving checkpoints, if an end was requested; and InputError if no member is left.
     """
-    with _lock(folder), graceful_interrupt() as interrupt_requested:
+    with graceful_interrupt() as interrupt_requested:
         begin, title = time.monotonic(), f"{header['recipe']}: {len(members)} members"
         show = _progress(members)
         trainer = loop.Trainer(members, interrupt_requested, show)
         if header["group_size"] is None:
             header["group_size"] = _fitting(members, trainer)
         size = min(header["group_size"], len(members))
-        console.print(f"{title}, {size} at once, {max(m.job.steps for m in members)} steps each")
+        counts = sorted({member.job.steps for member in members})
+        steps = f"{counts[0]} steps each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
+        console.print(f"{title}, {size} at once, {steps}")
         keep_freed_memory()
         try:
             with exclusive_progress("sweep"):
@@ -177,13 +198,14 @@ def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member
     for rung in [*rungs, steps]:
         if str(rung) in header["rungs"]:
             continue  # decided before an interruption
-        active = [member for member in members if member.is_active]
-        for begin in range(0, len(active), header["group_size"]):
-            group = active[begin : begin + header["group_size"]]
-            _train_group(group, rung, trainer)
-            for member in group:
-                if member.is_active and member.step == member.job.steps:
-                    _finish(member)
+        by_name = {member.name: member for member in members}
+        if header["groups"].get("rung") != rung:  # an interrupted sweep goes on with the groups that it had
+            names = [member.name for member in members if member.is_active]
+            size = header["group_size"]
+            header["groups"] = {"rung": rung, "names": [names[i : i + size] for i in range(0, len(names), size)]}
+            results.write_results(folder, header, members)
+        for names in header["groups"]["names"]:
+            _train_group([by_name[name] for name in names], rung, trainer)
             results.write_results(folder, header, members)
         if rung != steps:
             _prune(header, [member for member in members if member.is_active], rung)
@@ -191,16 +213,22 @@ def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member
 
 
 def _train_group(group: list[Member], rung: int, trainer: loop.Trainer) -> None:
-    """Train those members to a rung that have not reached it."""
-    states = loop.common_start(group)
-    if int(states[0].step) < rung:
-        trainer.train(group, states, rung)
+    """Train the active members of a group to a rung, if they have not reached it, and finish those at their end."""
+    ended = [m for m in group if m.is_active and int(m.checkpoint().step) == m.job.steps]
+    active = [member for member in group if member.is_active and member not in ended]
+    if active:
+        states = loop.common_start(active)
+        if int(states[0].step) < rung:
+            trainer.train(active, states, rung)
+    for member in group:
+        if member.is_active and (member in ended or member.step == member.job.steps):
+            _finish(member)
 
 
 def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
     """Stop the members that the pruner does not let go on after a rung."""
     for member in active:
-        loop.measure_heldout(member, member.at(rung))
+        loop.measure_heldout(member, member.checkpoint(rung))
     losses = {member.name: member.score for member in active}
     header["rungs"][str(rung)] = losses
     if header["pruner"] == "halving":
@@ -211,7 +239,7 @@ def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
         stopped = below_median(losses, earlier)
     for member in active:
         if member.name in stopped:
-            _save(member, member.at(rung))
+            _save(member, member.checkpoint(rung))
             member.set_state("stopped", f"loss {losses[member.name]:.4f} after step {rung}, by {header['pruner']}")
         else:
             member.state = "waiting"
@@ -219,9 +247,9 @@ def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
 
 def _finish(member: Member) -> None:
     """Check, measure and save a member that has taken all its steps; one that is not finite has failed."""
-    state = member.at(member.job.steps)
+    state = member.checkpoint()
     try:
-        check_final_state(member.job, state)
+        check_final_state(member.job, state, member.name)
     except InputError as err:
         member.set_state("failed", str(err))
         console.print(f"{member.name}: {err}", soft_wrap=True)
@@ -258,14 +286,16 @@ def _report(folder: Path, header: dict[str, Any], members: list[Member], seconds
         raise InputError(f"no member of {folder} has finished: the losses became infinite; lower --lr")
     task = best.task
     before = task.score_initial()
-    state = best.at(best.job.steps)
+    state = best.checkpoint()
     task.report(before, task.score(best.job.evaluation_params(state), best.folder), best.folder)
     console.print(f"the best is {best.name}; {task.recipe.suggest_use(best.folder)}", soft_wrap=True)
 
 
 def _fitting(members: Sequence[Member], trainer: loop.Trainer) -> int:
+    largest = sorted(members, key=lambda member: -num_elements(member.initial.trainable))
+
     def take_step(count: int) -> None:
-        group = members[:count]
+        group = largest[:count]
         trainer.take_step(group, trainer.stack([member.initial for member in group]), 0)
 
     return members_that_fit(len(members), take_step, device(members[0].initial.trainable))
@@ -289,13 +319,18 @@ def _progress(members: Sequence[Member]) -> Any:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / run_dir.LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{folder} is being trained in by another process: wait, or stop that one") from None
-    with lock:
+def lock(folder: Path, members: Sequence[Path]) -> Iterator[None]:
+    """Keeps other processes from training in the sweep or in one of its members. Raises InputError if one does."""
+    with ExitStack() as locks:
+        for at in (folder, *members):
+            if not at.is_dir():
+                raise InputError(f"{at} is missing: it is a member of this sweep; restore it, or begin a new sweep")
+            file_lock = FileLock(at / run_dir.LOCK)
+            try:
+                file_lock.acquire(timeout=0)
+            except Timeout:
+                raise InputError(f"{at} is being trained in by another process: wait, or stop that one") from None
+            locks.callback(file_lock.release)
         yield
 
 
@@ -313,12 +348,13 @@ def _new_folder(folder: Path) -> Path:
     raise InputError(f"{folder.parent} holds 9999 sweeps named {folder.name}: move some away")
 
 
-def _name_of(args: Sequence[str]) -> str | None:
-    """The value of --name: of the sweep's folder, for members have names of their own."""
+def _name_of(args: Sequence[str], default: str) -> str:
+    """The last value of --name: of the sweep's folder, for members have names of their own."""
+    name = default
     for option, value in itertools.pairwise([*args, ""]):
         if option == "--name" or option.startswith("--name="):
-            return option.removeprefix("--name=") if "=" in option else value
-    return None
+            name = option.removeprefix("--name=") if "=" in option else value
+    return name
 
 
 def _with_options(args: Sequence[str], options: SweepOptions) -> list[str]:

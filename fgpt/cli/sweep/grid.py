@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fgpt.cli.train_command import recipe_with_options
 from fgpt.errors import InputError
@@ -42,13 +43,27 @@ def split_values(args: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
         values = [value] if equals else []
         while rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
+        if name in swept or name in others:
+            raise InputError(f"{name} is given twice: give it once, with all of its values")
         if len(values) < 2:
             others += [name, *values]
         else:
-            if repeated := [x for i, x in enumerate(values) if x in values[:i]]:
-                raise InputError(f"{name} has the value {repeated[0]} twice: give it once")
-            swept[name] = values
+            swept[name] = _distinct(name, [x.strip() for x in values])
     return swept, others
+
+
+def _distinct(name: str, values: list[str]) -> list[str]:
+    """The values. Raises InputError if two of them are one number."""
+    numbers: list[Any] = []
+    for value in values:
+        try:
+            number = float(value)
+        except ValueError:  # what is expected, the option itself says
+            number = value
+        if number in numbers:
+            raise InputError(f"{name} has the value {value} twice: give each once")
+        numbers.append(number)
+    return values
 
 
 def member_name(values: Values) -> str:
@@ -115,7 +130,7 @@ def _refuse_other_choices(args: Sequence[str], command: str) -> None:
 
 
 def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecipe:
-    """The recipe as a member trains it: uncompiled, as mapped steps are.
+    """The recipe, if members can train it.
 
     Raises InputError for a recipe or options that members cannot have.
     """
@@ -131,6 +146,11 @@ def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecip
     if used := [option for option, value in refused.items() if value]:
         hint = "; a --pruner, halving or median, stops members early" if used[0] == "--early-stopping-patience" else ""
         raise InputError(f"{used[0]} is of a training by itself: leave it out of a sweep{hint}")
+    if getattr(recipe, "objective", None) == "kto" and "--seed" in swept:
+        raise InputError("KTO's rows make other numbers of micro-batches in another order: give one --seed")
+    if recipe.compile or recipe.cuda_graphs:
+        option = "--compile" if recipe.compile else "--cuda-graphs"
+        raise InputError(f"{option} is of a training by itself, as members are mapped over: leave it out of a sweep")
     if "--adapter.rank" in swept:
         if recipe.adapter.kind not in ("lora", "dora"):
             raise InputError(f"--adapter.kind {recipe.adapter.kind} has no rank: leave out --adapter.rank")
@@ -141,4 +161,4 @@ def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecip
             )
     if "--adapter.alpha" in swept and recipe.adapter.kind not in ("lora", "dora"):
         raise InputError(f"--adapter.kind {recipe.adapter.kind} has no alpha: leave out --adapter.alpha")
-    return replace(recipe, compile=False, cuda_graphs=False)
+    return recipe

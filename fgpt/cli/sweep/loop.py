@@ -14,8 +14,16 @@ from fgpt.cli.training.job import place
 from fgpt.cli.training.optimizers import make_optimizer
 from fgpt.cli.training.step_log import peak_memory
 from fgpt.optim import Optimizer
-from fgpt.rng import fold_in, seed_tensor
-from fgpt.sweeps import SweepStep, stack_batches, stack_states, sweep_step, take_members, unstack_states
+from fgpt.rng import fold_in
+from fgpt.sweeps import (
+    SweepStep,
+    member_seeds,
+    stack_batches,
+    stack_states,
+    sweep_step,
+    take_members,
+    unstack_states,
+)
 from fgpt.train_step import Metrics, State
 from fgpt.tree import device
 
@@ -49,14 +57,15 @@ class Trainer:
         micro_batches = [member.next_batches(step) for member in group]
         tokens = [sum(batch.tokens.numel() for batch in batches) for batches in micro_batches]
         batches = [place(batch, self._target) for batch in stack_batches(micro_batches)]
-        seeds = [seed_tensor(fold_in(member.job.rng, step), self._target) for member in group]
+        keys = [fold_in(member.job.rng, step) for member in group]
+        seeds = member_seeds(keys, len(batches), self._target)
         lrs = [float(member.job.schedule(torch.tensor(step))) for member in group]
         decays = [float(member.job.recipe.weight_decay) for member in group]  # pyright: ignore[reportAttributeAccessIssue]
         hyperparameters = {
             "lr": torch.tensor(lrs, dtype=torch.float64, device=self._target),
             "weight_decay": torch.tensor(decays, device=self._target),
         }
-        stacked, metrics = self._step(stacked, self._frozen, batches, torch.stack(seeds), hyperparameters)
+        stacked, metrics = self._step(stacked, self._frozen, batches, seeds, hyperparameters)
         return stacked, metrics, tokens
 
     def train(self, group: list[Member], states: Sequence[State], end: int) -> None:
@@ -82,9 +91,9 @@ class Trainer:
                 if i not in broken:
                     member.write([lines[i] | self._heldout(member, stacked, i, step + 1)])
             done = [i for i, member in enumerate(group) if i not in broken and step + 1 == member.job.steps]
-            self._save(group, stacked, forms, done)
             left = [i for i in range(len(group)) if i not in broken and i not in done]
-            if len(left) < len(group):
+            if len(left) < len(group):  # no resumed sweep takes a step of another stack again
+                self._save(group, stacked, forms, [*done, *left])
                 group, stacked = [group[i] for i in left], take_members(stacked, left)
             self._show()
             is_last = self._interrupt_requested() or step + 1 == end
@@ -112,7 +121,7 @@ class Trainer:
         why = f"the loss became {line['loss']} (gradient norm {line['grad_norm']}) at step {line['step']}"
         member.save_checkpoint(state)
         member.set_state("failed", why)
-        console.print(f"{member.name} is stopped: {why}; the others go on", soft_wrap=True)
+        console.print(f"{member.name} is stopped: {why}", soft_wrap=True)
 
     def _heldout(self, member: Member, stacked: State, i: int, step: int) -> dict[str, float]:
         """The losses of an evaluation by their metrics, if one is due."""
@@ -159,12 +168,16 @@ def measure_heldout(member: Member, state: State) -> None:
 
 
 def common_start(members: Sequence[Member]) -> list[State]:
-    """The states of members at one step: the last that all of them have a checkpoint of."""
-    states = [member.begin() for member in members]
+    """The states of members at one step, the last that all of them have a checkpoint of. What they have of later steps
+    is dropped.
+    """
+    states = [member.checkpoint() for member in members]
     while len({int(state.step) for state in states}) > 1:
         least = min(int(state.step) for state in states)
         states = [
-            state if int(state.step) == least else member.at(least)
+            state if int(state.step) == least else member.checkpoint(least)
             for member, state in zip(members, states, strict=True)
         ]
+    for member, state in zip(members, states, strict=True):
+        member.rewind(int(state.step))
     return states

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from fgpt.cli import run_dir
-from fgpt.cli.metrics_log import HELDOUT_LOSS, Line, ema, read_metrics, truncate_partial_line
+from fgpt.cli.metrics_log import HELDOUT_LOSS, Line, ema, read_metrics
 from fgpt.cli.paths import without_paths
 from fgpt.cli.sweep.grid import Values
 from fgpt.cli.tasks import Task
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.job import TrainingJob
-from fgpt.io.files import write_json
+from fgpt.io.files import write, write_json
 from fgpt.train_step import State
 
 MemberState: TypeAlias = Literal["waiting", "training", "finished", "stopped", "failed"]
@@ -70,26 +70,25 @@ class Member:
         """What members are compared by, the lower the better: the held-out loss, or without one the smoothed loss."""
         return self.smoothed_loss if self.heldout_loss is None else self.heldout_loss
 
-    def begin(self) -> State:
-        """Its state at its last checkpoint, or before the first step; metrics after it are dropped."""
-        state = checkpoints.resume(self.folder, self.initial, self.job.fingerprint)
-        self.rewind(0 if state is None else int(state.step))
-        return self.initial if state is None else state
+    def read_lines(self) -> None:
+        """Read its metrics file, which is not changed."""
+        path = self.folder / run_dir.METRICS
+        self.lines = list(read_metrics(path)) if path.exists() else []
+        self.heldout_losses |= {line["step"]: line[HELDOUT_LOSS] for line in self.lines if HELDOUT_LOSS in line}
 
-    def at(self, step: int) -> State:
-        """Its state after a step that was checkpointed, or at an earlier checkpoint."""
+    def checkpoint(self, step: int | None = None) -> State:
+        """Its state at its last checkpoint, or the last one up to `step`; before the first step if there is none."""
         state = checkpoints.load_latest(self.folder, self.initial, self.job.fingerprint, step)
-        self.rewind(0 if state is None else int(state.step))
         return self.initial if state is None else state
 
     def rewind(self, step: int) -> None:
-        """Read the metrics up to this step, and drop later ones, which are computed again."""
-        path = self.folder / run_dir.METRICS
-        if path.exists():
-            truncate_partial_line(path)
-            self.lines = [line for line in read_metrics(path) if line["step"] <= step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.heldout_losses = {line["step"]: line[HELDOUT_LOSS] for line in self.lines if HELDOUT_LOSS in line}
+        """Drop what comes after this step: its checkpoints and metrics are computed again."""
+        checkpoints.delete_after(self.folder, step)
+        self.read_lines()
+        if self.step > step:
+            self.lines = [line for line in self.lines if line["step"] <= step]
+            write(self.folder / run_dir.METRICS, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.heldout_losses = {at: loss for at, loss in self.heldout_losses.items() if at <= step}
         self._batches = None
 
     def next_batches(self, step: int) -> list[Any]:

@@ -15,7 +15,7 @@ from fgpt.cli.report.curves import smooth, values
 from fgpt.cli.report.plots import EVAL_COLORS, Plot, Series
 from fgpt.cli.sweep.grid import SWEPT
 from fgpt.cli.sweep.members import Member
-from fgpt.cli.sweep.results import in_rank_order, over_seeds, winner
+from fgpt.cli.sweep.results import in_rank_order, over_seeds, spread_cells, winner
 from fgpt.io.files import write
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,7 +45,7 @@ def page(title: str, summary: str, members: Sequence[Member], command: str) -> s
         options=[SWEPT[option] for option in members[0].values],
         rows=[_row(member, member is best) for member in in_order],
         plots=_plots(in_order),
-        spreads=over_seeds(members),
+        spreads=[[*spread.values.values(), *spread_cells(spread)] for spread in over_seeds(members)],
         command=command,
         pale=PALE,
     )

@@ -5,17 +5,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from rich.table import Table
 from rich.text import Text
 
+from fgpt.cli.run_dir import SWEEP
 from fgpt.cli.sweep.grid import SWEPT
-from fgpt.cli.sweep.members import Member
-from fgpt.errors import InputError
+from fgpt.cli.sweep.members import Member, MemberState
+from fgpt.cli.sweep.pruners import PrunerName
+from fgpt.errors import InputError, short_repr
 from fgpt.io.files import read_json, write_json
-
-SWEEP = "sweep.json"
 
 
 def write_results(folder: Path, header: Mapping[str, Any], members: Sequence[Member]) -> None:
@@ -28,11 +28,43 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not (folder / SWEEP).is_file():
         raise InputError(f"{folder} holds no {SWEEP}: expected the folder of a sweep, such as runs/lora-nano-sweep")
     results = read_json(folder / SWEEP)
-    fields = {"recipe": str, "members": list, "group_size": int | None, "pruner": str, "rungs": dict}
-    fields |= {"reduction_factor": int, "min_steps": int | None}
-    if not isinstance(results, dict) or not all(isinstance(results.get(k), t) for k, t in fields.items()):
-        raise InputError(f"{folder / SWEEP} is not of this version: begin a new sweep")
+    if problem := _problem_of(results):
+        raise InputError(f"{folder / SWEEP} is damaged or of another version ({problem}): begin a new sweep")
     return results
+
+
+FIELDS = {
+    "recipe": str,
+    "command": str,
+    "members": list,
+    "group_size": int | None,
+    "groups": dict,
+    "pruner": str,
+    "rungs": dict,
+    "reduction_factor": int,
+    "min_steps": int | None,
+}
+MEMBER_FIELDS = {"name": str, "values": dict, "state": str, "why": str, "steps": int, "heldout_loss": float | None}
+
+
+def _problem_of(results: Any) -> str:
+    """What is wrong with a sweep.json; empty if nothing is."""
+    if not isinstance(results, dict):
+        return "expected an object"
+    for name, kind in FIELDS.items():
+        if not isinstance(results.get(name), kind):
+            return f"its {name} is {short_repr(results.get(name))}"
+    if results["pruner"] not in get_args(PrunerName):
+        return f"its pruner is {short_repr(results['pruner'])}"
+    size = results["group_size"]
+    if not results["members"] or results["reduction_factor"] < 2 or (size is not None and size < 1):
+        return "no members, or a number that no sweep has"
+    for entry in results["members"]:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in MEMBER_FIELDS.items()):
+            return f"a member is {short_repr(entry)}"
+        if entry["state"] not in get_args(MemberState) or Path(entry["name"]).name != entry["name"]:
+            return f"a member is {short_repr(entry)}"
+    return ""
 
 
 def in_rank_order(members: Sequence[Member]) -> list[Member]:
@@ -79,24 +111,35 @@ class Spread(NamedTuple):
 
     values: dict[str, str]
     seeds: int
+    """Those of members that finished."""
+    of: int
+    """Those of all members, stopped and failed ones too."""
     mean: float
     deviation: float
-    """The sample's standard deviation, 0 of one member."""
+    """The sample's standard deviation; NaN of one member."""
 
 
 def over_seeds(members: Sequence[Member]) -> list[Spread]:
     """Mean and spread of the losses of finished members over seeds, the best first; none if no seed was swept."""
     groups: dict[str, list[Member]] = {}
     for member in members:
-        if "--seed" in member.values and member.state == "finished" and math.isfinite(member.score):
+        if "--seed" in member.values:
             others = {option: value for option, value in member.values.items() if option != "--seed"}
             groups.setdefault(json.dumps(others), []).append(member)
     spreads: list[Spread] = []
     for key, same in groups.items():
-        scores = [member.score for member in same]
-        deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        spreads.append(Spread(json.loads(key), len(scores), statistics.fmean(scores), deviation))
-    return sorted(spreads, key=lambda spread: spread.mean)
+        scores = [x.score for x in same if x.state == "finished" and math.isfinite(x.score)]
+        mean = statistics.fmean(scores) if scores else math.nan
+        deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        spreads.append(Spread(json.loads(key), len(scores), len(same), mean, deviation))
+    return sorted(spreads, key=lambda spread: spread.mean if spread.seeds else math.inf)
+
+
+def spread_cells(spread: Spread) -> tuple[str, str, str]:
+    """Seeds, mean and deviation in words; a dash for what is not known."""
+    seeds = str(spread.of) if spread.seeds == spread.of else f"{spread.seeds} of {spread.of}"
+    mean, deviation = ("-" if math.isnan(x) else f"{x:.4f}" for x in (spread.mean, spread.deviation))
+    return seeds, mean, deviation
 
 
 def spread_table(spreads: Sequence[Spread]) -> Table:
@@ -106,5 +149,5 @@ def spread_table(spreads: Sequence[Spread]) -> Table:
     for column in view.columns:
         column.justify = "right"
     for spread in spreads:
-        view.add_row(*spread.values.values(), str(spread.seeds), f"{spread.mean:.4f}", f"{spread.deviation:.4f}")
+        view.add_row(*spread.values.values(), *spread_cells(spread))
     return view

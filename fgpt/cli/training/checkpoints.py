@@ -99,11 +99,15 @@ def resume(out: Path, like: State, inputs: Inputs) -> State | None:
     Raises InputError as `load_latest` does; then nothing is deleted.
     """
     state = load_latest(out, like, inputs)
-    begin = 0 if state is None else int(state.step)
-    for folder in _folders(out):
-        if _step_of(folder) > begin:
-            remove(folder)
+    delete_after(out, 0 if state is None else int(state.step))
     return state
+
+
+def delete_after(out: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for folder in _folders(out):
+        if _step_of(folder) > step:
+            remove(folder)
 
 
 def best(out: Path) -> Path | None:

@@ -13,9 +13,9 @@ from fgpt.train_step import State
 from fgpt.tree import leaves
 
 
-def check_final_state(job: TrainingJob, state: State) -> None:
+def check_final_state(job: TrainingJob, state: State, name: str = "") -> None:
     """Raises InputError if a trained leaf, or the loss of the first micro-batch, is not finite; a loss far above that
-    of a uniform guess is printed.
+    of a uniform guess is printed, after the name of the training if it has others beside it.
     """
     step = int(state.step)
     remedy = "nothing is saved; begin a new run with a lower --lr, or a longer --warmup-steps"
@@ -31,6 +31,6 @@ def check_final_state(job: TrainingJob, state: State) -> None:
         return
     if loss > (guess := math.log(job.tokenizer.n_vocab)) + 0.25:  # a fresh model's is within 0.1 of the guess
         console.print(
-            f"after the last step the loss is {loss:.4g}, above the {guess:.3g} of a uniform guess: the training "
-            "diverged; lower --lr or raise --warmup-steps"
+            f"{name}{': ' * bool(name)}after the last step the loss is {loss:.4g}, above the {guess:.3g} of a uniform "
+            "guess: the training diverged; lower --lr or raise --warmup-steps"
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import same
 from builders.command_line import training_options
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import fgpt.cli.sweep.command as command
@@ -130,6 +131,123 @@ def test_a_resumed_sweep_has_the_same_bits(
     assert main(["sweep", str(folder), "--resume"]) == 2
 
 
+def test_a_killed_sweep_resumes_from_its_checkpoints(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """sweep.json is older than the checkpoints then, and no line of metrics that they cover is lost."""
+    options = ["--lr", "1e-3", "1e-2", "--seed", "0", "1"]
+    assert sweep(project, tmp_path / "whole", *options) == 0
+    whole, save = tmp_path / "whole" / "lora-nano-sweep", loop.Trainer._save
+    for step in (3, 6):
+        out = tmp_path / f"killed-{step}"
+
+        class Killed(BaseException):
+            pass
+
+        def kill(self: Any, group: Any, stacked: Any, forms: Any, which: Any, step: int = step) -> None:
+            save(self, group, stacked, forms, which)
+            if max(member.step for member in group) == step:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Trainer, "_save", kill)
+            with pytest.raises(Killed):
+                sweep(project, out, *options, "--checkpoint-every-minutes", "0")
+        folder = out / "lora-nano-sweep"
+        before = (folder / "lr-1e-3-seed-0" / "metrics.jsonl").read_bytes()
+        assert main(["sweep", str(folder), "--resume"]) == 0
+        assert (folder / "lr-1e-3-seed-0" / "metrics.jsonl").read_bytes().startswith(before)
+        for name in states(whole):
+            assert [line["step"] for line in read_metrics(folder / name / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+            assert same(adapter(folder / name), adapter(whole / name)), name
+
+
+def test_members_of_other_lengths(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An epoch has other numbers of rows in another order; each member takes its own number of steps, interrupted or
+    not.
+    """
+    rows = [{"instruction": "Count.", "output": " one" * (1 + 7 * i % 40)} for i in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--data", str(tmp_path / "rows.json"), "--steps", "None", "--epochs", "1", "--micro-batch-size", "1"]
+    options += ["--seed", "0", "1", "2", "3", "5", "8"]
+    assert sweep(project, tmp_path / "whole", *options) == 0
+    whole = tmp_path / "whole" / "lora-nano-sweep"
+    steps = {member["name"]: member["steps"] for member in results(whole)["members"]}
+    assert len(set(steps.values())) > 1
+    for after in (min(steps.values()), max(steps.values()) - 1):
+        folder = tmp_path / str(after) / "lora-nano-sweep"
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "graceful_interrupt", Interrupt(after))
+            assert sweep(project, folder.parent, *options) == 130
+        assert main(["sweep", str(folder), "--resume"]) == 0
+        assert {member["name"]: member["steps"] for member in results(folder)["members"]} == steps
+        assert all(same(adapter(folder / name), adapter(whole / name)) for name in steps)
+
+
+def test_a_refused_resume_changes_nothing(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """While another process trains, of a sweep that has ended, and of one whose files are damaged."""
+    assert sweep(project, tmp_path, "--lr", "1e-3", "1e-2", "1e-6", "--pruner", "median", "--min-steps", "2") == 0
+    folder = tmp_path / "lora-nano-sweep"
+    assert main(["train", str(folder / "lr-1e-6"), "--resume"]) == 0
+    content = (folder / "sweep.json").read_text()
+
+    def refused(says: str) -> None:
+        files = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+        assert main(["sweep", str(folder), "--resume"]) == 2
+        err = capsys.readouterr().err
+        assert says in " ".join(err.split())
+        assert files == {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+
+    refused("nothing to resume")
+    (folder / "sweep.json").write_text(content.replace('"finished"', '"training"'))
+    with FileLock(folder / "lr-1e-3" / ".lock"):
+        refused("is being trained in by another process")
+        assert main(["train", str(folder / "lr-1e-3"), "--resume"]) == 2
+    for old, new in (
+        ('"finished"', '"foo"'),
+        ('"pruner": "median"', '"pruner": "best"'),
+        ('"steps"', '"stepz"'),
+        ('"name": "', '"name": "../'),
+        ('"group_size": 3', '"group_size": 0'),
+    ):
+        assert old in content
+        (folder / "sweep.json").write_text(content.replace(old, new))
+        refused("is damaged or of another version")
+    (folder / "sweep.json").write_text("[")
+    refused("sweep.json")
+
+
+def test_dropout_is_that_of_the_run_alone(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Equal batches have equal shapes: the same elements are dropped, and replay gives the same loss."""
+    swept = ["--lr", "1e-2", "1e-3", "--adapter.dropout", "0.3", "--neftune-noise-alpha", "5"]
+    assert sweep(project, tmp_path, *swept, "--grad-accumulation-steps", "2") == 0
+    options = ["--lr", "1e-3", *swept[3:], "--grad-accumulation-steps", "2", "--name", "alone", "--out", str(tmp_path)]
+    assert main(["train", *training_options(project), *STEPS, *options]) == 0
+    member = tmp_path / "lora-nano-sweep" / "lr-1e-3"
+    losses = [[line["loss"] for line in read_metrics(x / "metrics.jsonl")] for x in (member, tmp_path / "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert main(["replay", str(member), "--step", "4"]) == 0
+    assert "a sweep multiplies all members at once" in " ".join(capsys.readouterr().err.split())
+
+
+def test_runs_and_reports_know_sweeps(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert sweep(project, tmp_path / "runs", "--lr", "1e-3", "1e-2") == 0
+    assert main(["runs"]) == 0
+    assert "runs/lora-nano-sweep (2 members)" in capsys.readouterr().out
+    for args in (
+        ["report", "lora-nano-sweep"],
+        ["generate", "lora-nano-sweep", "x"],
+        ["train", "lora-nano-sweep", "--resume"],
+    ):
+        assert main(args) == 2
+        assert "is a sweep: give one of its 2 members" in " ".join(capsys.readouterr().err.split())
+    assert main(["report", "runs/lora-nano-sweep/lr-1e-3"]) == 0
+    assert main(["sweep", "--help"]) == 0
+    assert main(["sweep", "lora-nano", "--help"]) == 0
+    assert "--pruner" in capsys.readouterr().out
+
+
 def test_halving_keeps_the_best_and_a_stopped_member_can_go_on_alone(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -144,6 +262,7 @@ def test_halving_keeps_the_best_and_a_stopped_member_can_go_on_alone(
         "1e-3": ("stopped", 2),
         "1e-4": ("stopped", 2),
     }
+    assert all(entry["heldout_loss"] is not None for entry in entries.values())
     rungs = results(folder)["rungs"]
     assert [len(rungs[step]) for step in ("2", "4")] == [4, 2]
     assert main(["train", str(folder / "lr-3e-3"), "--resume"]) == 0
@@ -216,6 +335,11 @@ def test_other_tasks_are_swept_too(project: Path, tmp_path: Path, capsys: pytest
         ),
         (["--adapter.rank", "2", "4", "--adapter.kind", "ia3"], "ia3 has no rank"),
         (["--adapter.rank", "2", "4", "--optimizer", "adamw8bit"], "adamw8bit rounds moments in blocks"),
+        (["--lr", "1e-3", "0.001"], "--lr has the value 0.001 twice"),
+        (["--lr", "1e-3", "2e-3", "--lr", "3e-3"], "--lr is given twice"),
+        (["--seed", "0", "1", "--compile"], "--compile is of a training by itself"),
+        (["--seed", "0", "1", "--name="], "the run's name is ''"),
+        (["--seed", "0", "1", "--out", "/proc/x"], "cannot make folders in /proc"),
         (["--seed", "0", "1", "--min-steps", "3"], "--min-steps and --reduction-factor are of --pruner"),
         (["--seed", "0", "1", "--pruner", "median"], "--pruner median needs 3 members or more"),
         (["--seed", "0", "1", "--pruner", "best"], "--pruner is 'best': expected one of"),
@@ -237,6 +361,7 @@ def test_bad_input_is_one_line_before_anything_is_written(
 def test_bad_folders_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for args, says in (
         ([], "fgpt sweep RECIPE"),
+        (["kto-nano", "--seed", "0", "1", "--data", "x.jsonl"], "give one --seed"),
         (["grpo-nano", "--lr", "1e-3", "1e-2"], "samples its batches from the policy"),
         (["pretrain-nano", "--seed", "0", "1"], "is a pretraining"),
         (["nothing", "--lr", "1e-3", "1e-2"], "nothing"),
