@@ -15,7 +15,7 @@ from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
 from fgpt.kernels.cuda_graphs import is_capturing
-from fgpt.kernels.functorch_state import in_transform_or_compile, is_mapped, is_one_vmap
+from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated, is_mapped, is_one_vmap
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
@@ -68,6 +68,8 @@ class Metrics:
     others: dict[str, Float[Tensor, ""]] | None = None
 
 
+Gradient: TypeAlias = Callable[[Loss, Tree, Tree, Any, Int[Tensor, ""] | None], tuple[Tree, tuple[Tensor, Tensor]]]
+"""(loss, trainable, frozen, batch, seed) -> (gradient, (Σ weight · nll, Σ weight)), sums over the batch."""
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 """A key or its seed."""
 Seeds: TypeAlias = tuple[Int[Tensor, ""], ...]
@@ -165,6 +167,18 @@ def mapped_value_and_grad_once(
     return unflatten_like(tree, grads), (value, aux)
 
 
+def value_and_grad_of_member(
+    fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """grad_and_value(fn, has_aux=True)(tree, *args) of one member of a vmap over `tree`: by plain autograd of all
+    members at once, if no other transform is around it and nobody differentiates the result.
+    """
+    operands = [x for x in tree_leaves((tree, *args)) if isinstance(x, Tensor)]
+    if is_one_vmap() and all(map(is_mapped, tree_leaves(tree))) and not is_differentiated(*operands):
+        return mapped_value_and_grad_once(fn, tree, *args)
+    return grad_and_value(fn, has_aux=True)(tree, *args)  # pyright: ignore[reportReturnType]
+
+
 def _differentiable_value_and_grad(
     fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
 ) -> tuple[Tree, tuple[Tensor, Tensor]]:
@@ -173,6 +187,15 @@ def _differentiable_value_and_grad(
     value, aux = fn(inputs, *args)
     grads = torch.autograd.grad(value, tree_leaves(inputs), create_graph=True, materialize_grads=True)
     return unflatten_like(inputs, grads), (value, aux)
+
+
+def value_and_grad(
+    fn: Callable[..., tuple[Tensor, Tensor]], tree: Tree, *args: Any
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """(gradient, (value, aux)) of fn(tree, *args) = (value, aux), under any transform, the cheapest way that serves."""
+    if in_transform_or_compile():
+        return value_and_grad_of_member(fn, tree, *args)
+    return (_differentiable_value_and_grad if _requires_grad((tree, *args)) else value_and_grad_once)(fn, tree, *args)
 
 
 def _check_result(loss: Loss) -> Loss:
@@ -233,6 +256,7 @@ def make_step(
     *,
     max_norm: float | None = 1.0,
     prepare: Callable[[Tree, Tree], Tree] | None = None,
+    gradient: Gradient | None = None,
     compile: bool = False,
 ) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
@@ -251,13 +275,15 @@ def make_step(
         max_norm: Clip the gradient to this global norm; None does not clip.
         prepare: `prepare(trainable, frozen)` is computed once a step, without derivatives, and the loss gets it in
             place of `frozen`. None gives it `frozen` itself.
+        gradient: `gradient(loss, trainable, frozen, batch, seed) -> (grads, (Σ weight · nll, Σ weight))` of a
+            micro-batch, a sum over it, in place of that of its loss: see `fgpt.transforms.step_gradients`.
         compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
             compiles it again: where shapes vary, let `loss` compile the blocks instead, by `nll(.., compile=True)`.
             Under vmap and derivatives of the step it has no effect, and a warning says so, as it does if torch cannot
             compile the loss.
 
     Raises:
-        InputError: from the step, if `loss` returns anything else.
+        InputError: from the step, if `loss` returns anything else; and for a `gradient` that is to be compiled.
 
     >>> import fgpt
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
@@ -275,22 +301,23 @@ def make_step(
     (tensor(3), tensor(3.), True)
     """
     loss = _check_result(loss)
-    transformable: Any = grad_and_value(loss, has_aux=True)
-    once: Any = partial(value_and_grad_once, loss)
+    compute: Any = value_and_grad if gradient is None else gradient
     if compile:
-        once = compile_or_warn(transformable, "the gradient", fallback=once, dynamic=False)
+        if gradient is not None:
+            raise InputError(
+                "compile=True compiles the gradient of the loss, and not another one: leave one of them out"
+            )
+        transformable: Any = grad_and_value(loss, has_aux=True)
+        once: Any = partial(value_and_grad_once, loss)
+        compiled = compile_or_warn(transformable, "the gradient", fallback=once, dynamic=False)
 
-    def gradient(*args: Any) -> Any:
-        in_transform, requires_grad = in_transform_or_compile(), _requires_grad(args)
-        if not (in_transform or requires_grad):
-            return once(*args)
-        if is_one_vmap() and not requires_grad and all(map(is_mapped, tree_leaves(args[0]))):
-            if compile:
-                warnings.warn(UNCOMPILED, stacklevel=3)
-            return mapped_value_and_grad_once(loss, *args)
-        if compile:
+        def compiled_or_not(loss: Loss, *args: Any) -> Any:
+            if not (in_transform_or_compile() or _requires_grad(args)):
+                return compiled(*args)
             warnings.warn(UNCOMPILED, stacklevel=3)
-        return transformable(*args) if in_transform else _differentiable_value_and_grad(loss, *args)
+            return value_and_grad(loss, *args)
+
+        compute = compiled_or_not
 
     def step(
         state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | Seeds | None = None
@@ -299,9 +326,9 @@ def make_step(
         if prepare is not None:
             frozen = prepare(tree_map(torch.detach, state.trainable), frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
-        grads, (value, weight) = gradient(state.trainable, frozen, batches[0], seeds[0])
+        grads, (value, weight) = compute(loss, state.trainable, frozen, batches[0], seeds[0])
         for batch, seed in zip(batches[1:], seeds[1:], strict=True):
-            more, (v, w) = gradient(state.trainable, frozen, batch, seed)
+            more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
         norm = global_norm(grads) / weight

@@ -191,6 +191,38 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are():
     assert torch.equal(broken[[0, 2]], losses([1e-2, 1e-2, 1e-3])[[0, 2]])
 
 
+@pytest.mark.parametrize("by", ["autograd", "grad"])
+def test_a_mapped_step_can_be_differentiated(by: str):
+    """Each member's loss after a step, in its own rate: a metagradient, by plain autograd around vmap or by grad."""
+    batch, starts = packed_batch(2, 8, 1, 0), members("lora", GPT)
+    optimizer = fgpt.adamw(0.0, eps_root=1e-8)
+
+    def after(lrs: Tensor) -> Tensor:
+        step = sweep_step(lambda h: fgpt.make_step(objective, fgpt.adamw(h["lr"], eps_root=1e-8)))
+        states = stack_states([fgpt.init_state(x, optimizer) for x in starts], optimizer)
+        for _ in range(2):
+            states, metrics = step(states, GPT, stack_batches([[batch]] * 3), None, {"lr": lrs})
+        return metrics.loss.sum()
+
+    lrs = torch.tensor([1e-2, 3e-3, 1e-3])
+    if by == "grad":
+        got = torch.func.grad(after)(lrs)
+    else:
+        (got,) = torch.autograd.grad(after(inputs := lrs.clone().requires_grad_()), inputs)
+    for i, start in enumerate(starts):
+
+        def alone(lr: Tensor, start: Any = start) -> Tensor:
+            step = fgpt.make_step(objective, fgpt.adamw(lr, eps_root=1e-8))
+            state = fgpt.init_state(start, optimizer)
+            for _ in range(2):
+                state, metrics = step(state, GPT, [batch], None)
+            return metrics.loss
+
+        expected = torch.func.grad(alone)(lrs[i])
+        assert abs(float(expected)) > 1e-3
+        assert float(got[i]) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_no_call_of_a_step_falls_back_to_one_member_after_the_other(recwarn: pytest.WarningsRecorder):
     """torch warns of a performance drop where it has no batching rule."""
     optimizer = fgpt.adamw(1e-2)

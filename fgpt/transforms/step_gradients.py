@@ -1,0 +1,161 @@
+"""Other gradients of a training step than that of the batch's loss, for `make_step(.., gradient=)`:
+
+    per_row_clipping    Σ_i g_i min(1, C / ‖g_i‖)                       each row bounded, as for privacy
+    sharpness_aware     ∇ℓ(θ + ρ ∇ℓ / ‖∇ℓ‖)                             SAM
+    zeroth_order        z (ℓ(θ + εz) - ℓ(θ - εz)) / 2ε,  z ~ N(0, 1)    MeZO, two forward passes
+
+Each returns (gradient, (Σ weight · nll, Σ weight)), sums over the batch as the step's own gradient does.
+"""
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fgpt.errors import InputError
+from fgpt.kernels.dropout import uniform_noise
+from fgpt.losses import Batch
+from fgpt.optim import global_norm
+from fgpt.rng import fold_in
+from fgpt.train_step import Gradient, Loss, value_and_grad, value_and_grad_of_member
+from fgpt.tree import leaves, tree_leaves, tree_map, unflatten_like
+
+Tree: TypeAlias = Any
+
+
+def per_row_clipping(max_norm: float) -> Gradient:
+    """The sum of the gradients of the rows, each clipped to a norm. A row's loss is the sum over its tokens.
+
+    Args:
+        max_norm: C, the largest norm of a row's gradient.
+
+    Raises:
+        InputError: for a norm that is not positive, and from the step for a batch that is no `Batch`.
+
+    Source: Abadi et al. 2016 (DP-SGD), algorithm 1, without its noise.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> base, optimizer = fgpt.init(config, fgpt.key(0)), fgpt.adamw(1e-2)
+    >>> def loss(adapters, base, batch, seed):
+    ...     return fgpt.nll(fgpt.adapt(base, adapters, rng=seed), batch)
+    >>> step = fgpt.make_step(loss, optimizer, gradient=per_row_clipping(0.1), max_norm=None)
+    >>> text = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(2, 2))
+    >>> state, metrics = step(fgpt.init_state(fgpt.lora(base, fgpt.key(0), rank=2), optimizer), base, [batch])
+    >>> bool(metrics.grad_norm * metrics.weight <= 2 * 0.1)
+    True
+    """
+    if not max_norm > 0:
+        raise InputError(f"the largest norm of a row is {max_norm}: expected a positive number")
+
+    def gradient(
+        loss: Loss, tree: Tree, frozen: Tree, batch: Any, seed: Tensor | None
+    ) -> tuple[Tree, tuple[Tensor, Tensor]]:
+        rows = _rows(batch)
+        n = rows.tokens.shape[0]
+        copies = tree_map(lambda x: x.expand(n, *x.shape), tree)
+        seeds = None if seed is None else torch.stack([fold_in(seed, i) for i in range(n)])
+
+        def of_row(tree: Tree, row: Batch, seed: Tensor | None) -> Any:
+            return value_and_grad_of_member(loss, tree, frozen, row, seed)
+
+        grads, (values, weights) = vmap(of_row, in_dims=(0, 0, None if seeds is None else 0))(copies, rows, seeds)
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in tree_leaves(grads)]).sum(0).sqrt()
+        factors = (max_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
+        clipped = tree_map(lambda g: torch.tensordot(factors.to(g.dtype), g, 1), grads)
+        return clipped, (values.sum(), weights.sum())
+
+    return gradient
+
+
+def _rows(batch: Any) -> Batch:
+    """The batch with an axis for each row, which is then a batch of one row."""
+    if not isinstance(batch, Batch):
+        raise InputError(f"per_row_clipping takes the rows of a Batch apart: got a {type(batch).__name__}")
+    segments = None if batch.segments is None else batch.segments[:, None]
+    bounds = None if batch.cu_seqlens is None else batch.cu_seqlens[:, None]
+    targets = torch.where(batch.weights == 0, 0, batch.targets)  # all positions have a loss now: ids that any head has
+    return Batch(batch.tokens[:, None], targets[:, None], batch.weights[:, None], segments, None, bounds)
+
+
+def sharpness_aware(rho: float = 0.05) -> Gradient:
+    """The gradient at the nearby point of the highest loss, to first order.
+
+    Args:
+        rho: ρ, the distance.
+
+    Raises:
+        InputError: for a distance that is not positive.
+
+    Source: Foret et al. 2021 (SAM), equation 3.
+
+    >>> gradient = sharpness_aware(0.1)
+    >>> def loss(tree, frozen, batch, seed):
+    ...     return (tree["w"] ** 2).sum(), torch.tensor(1.0)
+    >>> grads, _ = gradient(loss, {"w": torch.tensor([1.0])}, None, None, None)
+    >>> grads["w"]  # of w², at 1.1
+    tensor([2.2000])
+    """
+    if not rho > 0:
+        raise InputError(f"rho is {rho}: expected a positive number")
+
+    def gradient(
+        loss: Loss, tree: Tree, frozen: Tree, batch: Any, seed: Tensor | None
+    ) -> tuple[Tree, tuple[Tensor, Tensor]]:
+        first, values = value_and_grad(loss, tree, frozen, batch, seed)
+        scale = rho / (global_norm(first) + 1e-12)
+        nearby = tree_map(lambda x, g: x + (scale * g).to(x.dtype), tree, first)
+        return value_and_grad(loss, nearby, frozen, batch, seed)[0], values
+
+    return gradient
+
+
+def zeroth_order(epsilon: float = 1e-3) -> Gradient:
+    """An estimate of the gradient from two forward passes: no activation is kept for a backward.
+
+    Args:
+        epsilon: ε, half the distance of the two points in each element of z.
+
+    Raises:
+        InputError: for a distance that is not positive, and from the step without a key, which draws z.
+
+    Source: Malladi et al. 2023 (MeZO), definition 1.
+
+    >>> gradient = zeroth_order(1e-3)
+    >>> def loss(tree, frozen, batch, seed):
+    ...     return (3 * tree["w"]).sum(), torch.tensor(1.0)
+    >>> grads, _ = gradient(loss, {"w": torch.zeros(2, dtype=torch.float64)}, None, None, torch.tensor(7))
+    >>> direction = grads["w"] / grads["w"].norm()
+    >>> bool(grads["w"] @ torch.full((2,), 3.0, dtype=torch.float64) >= 0)
+    True
+    """
+    if not epsilon > 0:
+        raise InputError(f"epsilon is {epsilon}: expected a positive number")
+
+    def gradient(
+        loss: Loss, tree: Tree, frozen: Tree, batch: Any, seed: Tensor | None
+    ) -> tuple[Tree, tuple[Tensor, Tensor]]:
+        if seed is None:
+            raise InputError("zeroth_order draws a direction: give the step a key")
+        by_path = leaves(tree)
+        z = unflatten_like(tree, [_normal(x, fold_in(seed, f"z of {path}")) for path, x in by_path.items()])
+
+        def at(sign: float) -> tuple[Tensor, Tensor]:
+            return loss(tree_map(lambda x, d: x + sign * epsilon * d, tree, z), frozen, batch, seed)
+
+        with torch.no_grad():
+            (above, weight), (below, _) = at(1.0), at(-1.0)
+        slope = (above - below) / (2 * epsilon)
+        return tree_map(lambda d: slope.to(d.dtype) * d, z), ((above + below) / 2, weight)
+
+    return gradient
+
+
+def _normal(like: Tensor, seed: Tensor) -> Tensor:
+    """Standard normal numbers of the seed, by Box and Muller."""
+    count = like.numel()
+    first, second = ((uniform_noise(fold_in(seed, i).to(like.device), 1, count) + 1) / 2 for i in range(2))
+    radius = (-2 * torch.log1p(-first.clamp(max=1 - 1e-7))).sqrt()
+    return (radius * torch.cos(2 * torch.pi * second)).view(like.shape).to(like.dtype)
