@@ -22,6 +22,7 @@ from experiments.bench.gpu.parity import parity
 from experiments.bench.gpu.peft_step import compare_with_peft
 from experiments.bench.gpu.quantized_bases import quantized_bases
 from experiments.bench.gpu.report import Report, out_folder
+from experiments.bench.gpu.stacked_members import stacked_members
 from experiments.bench.gpu.training_loop import training_loop
 
 
@@ -38,6 +39,7 @@ SECTIONS = {
     "ceilings": Section(ceilings, 10),
     "LoRA step": Section(lora_steps, 60),
     "training loop": Section(training_loop, 40),
+    "sweep": Section(stacked_members, 30),
     "quantized bases": Section(quantized_bases, 40),
     "PEFT": Section(compare_with_peft, 40),
     "decoding": Section(decoding, 40),
