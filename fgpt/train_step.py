@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
-from torch.utils import _pytree as pytree
 
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
@@ -118,8 +117,8 @@ class _MappedCall:
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        arguments, structure = pytree.tree_flatten(args)
-        self._fn, self._structure = fn, structure
+        arguments = tree_leaves(args)
+        self._fn, self._args = fn, args
         self._positions = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and is_mapped(x)]
         self.mapped = [arguments[i] for i in self._positions]
         self._constants = [None if i in self._positions else x for i, x in enumerate(arguments)]
@@ -130,7 +129,7 @@ class _MappedCall:
         arguments = list(self._constants)
         for i, x in zip(self._positions, mapped, strict=True):
             arguments[i] = x
-        return self._fn(*pytree.tree_unflatten(arguments, self._structure))
+        return self._fn(*unflatten_like(self._args, arguments))
 
 
 class _MappedOnce(torch.autograd.Function):

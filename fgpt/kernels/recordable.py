@@ -24,8 +24,6 @@ from fgpt.kernels.functorch_state import (
 class _Recordable(torch.autograd.Function):
     """(definition, y, x_1, x_2, ...) -> y, the fused kernel's result of the x's."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(definition: Callable[..., Tensor], y: Tensor, *xs: Tensor | None) -> Tensor:
         return y.view_as(y)
@@ -48,6 +46,13 @@ class _Recordable(torch.autograd.Function):
         needed = [x for x, need in zip(xs, needs, strict=True) if need]
         grads = iter(torch.func.vjp(definition, *needed)[1](g) if needed else ())
         return None, None, *(next(grads) if need else None for need in needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, definition: Callable[..., Tensor], y: Tensor, *xs: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The result is what it is, with the mapped axis in front, and so is its definition's."""
+        mapped = torch.func.vmap(definition, in_dims=tuple(in_dims[2:]))
+        y = y.expand(info.batch_size, *y.shape) if in_dims[1] is None else y.movedim(in_dims[1], 0)
+        return _Recordable.apply(mapped, y, *xs), 0
 
 
 def with_every_derivative(
