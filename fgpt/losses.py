@@ -76,7 +76,8 @@ def with_num_positions(batch: Batch, number: int) -> Batch:
     positions = batch.loss_positions
     if positions is None:
         return batch
-    is_free = torch.ones(batch.weights.numel(), dtype=torch.bool).index_fill(0, positions, False)
+    is_free = torch.ones(batch.weights.numel(), dtype=torch.bool, device=positions.device)
+    is_free = is_free.index_fill(0, positions, False)
     others = is_free.nonzero().flatten()[: number - len(positions)]
     targets = batch.targets.flatten().index_fill(0, others, 0).view_as(batch.targets)
     return replace(batch, targets=targets, loss_positions=torch.cat([positions, others]).sort().values)

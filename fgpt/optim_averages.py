@@ -28,7 +28,7 @@ class AverageState:
 
     Args:
         inner: The state of the optimizer.
-        average: θ̄, of the form of the params.
+        average: θ̄, of the form of the params, at least in fp32: in half precision it would not move.
         count: The number of updates so far, an integer.
 
     >>> from fgpt.optim import adamw
@@ -67,7 +67,9 @@ def with_ema(optimizer: Optimizer, decay: Number) -> Optimizer:
 
     def weight(count: Tensor) -> Tensor:
         """Of the new params, after `count` updates before."""
-        return torch.where(count == 0, torch.ones((), device=count.device), 1 - torch.as_tensor(decay))
+        rest = 1 - (decay.double() if isinstance(decay, Tensor) else decay)
+        one = torch.ones((), dtype=torch.float64, device=count.device)
+        return torch.where(count == 0, one, rest)
 
     return _with_average(optimizer, weight)
 
@@ -95,23 +97,25 @@ def with_swa(optimizer: Optimizer, begin: int = 0) -> Optimizer:
     """
     if begin < 0:
         raise InputError(f"an average begins after {begin} updates: expected 0 or more")
-    return _with_average(optimizer, lambda count: 1 / (count - begin + 1).clamp(min=1))
+    return _with_average(optimizer, lambda count: 1 / (count - begin + 1).clamp(min=1).double())
 
 
 def _with_average(optimizer: Optimizer, weight: Any) -> Optimizer:
     def init(params: Tree) -> AverageState:
         count = torch.zeros((), dtype=torch.int64, device=device(params))
-        return AverageState(optimizer.init(params), tree_map(torch.clone, params), count)
+        return AverageState(optimizer.init(params), tree_map(lambda x: at_least_fp32(x).clone(), params), count)
 
     def update(grads: Tree, state: AverageState, params: Tree) -> tuple[Tree, AverageState]:
         params, inner = optimizer.update(grads, state.inner, params)
         share = weight(state.count)
 
         def move(average: Tensor, x: Tensor) -> Tensor:
-            wide = at_least_fp32(average)
-            return torch.lerp(wide, x.to(wide.dtype), share.to(wide.dtype)).to(average.dtype)
+            return torch.lerp(average, x.to(average.dtype), share.to(average.dtype))
 
         average = tree_map(move, state.average, optimizer.evaluation_params(inner, params))
         return params, AverageState(inner, average, state.count + 1)
 
-    return Optimizer(init, update, lambda state, params: state.average)
+    def evaluation_params(state: AverageState, params: Tree) -> Tree:
+        return tree_map(lambda average, x: average.to(x.dtype), state.average, params)
+
+    return Optimizer(init, update, evaluation_params)

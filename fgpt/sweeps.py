@@ -7,7 +7,8 @@
     members = unstack_states(states, like)
 
 The base is in memory once and multiplied with all members' rows at once. Each member takes the steps that it would take
-alone, up to rounding: products with other numbers of rows add in another order.
+alone, up to rounding: products with other numbers of rows add in another order. Dropout and noise are those of a member
+alone where batches need no filling up: they are drawn by position, and padding moves positions.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -180,7 +181,7 @@ def _with_equal_fields(batches: Sequence[Batch]) -> list[Batch]:
     """
     segments, bounds = [batch.segments for batch in batches], [batch.cu_seqlens for batch in batches]
     if any(x is not None for x in segments):
-        segments = [torch.ones_like(batch.tokens) if batch.segments is None else batch.segments for batch in batches]
+        segments = [_segments(batch) if batch.segments is None else batch.segments for batch in batches]
     room = max((x.shape[1] for x in bounds if x is not None), default=0)
     if room and all(x is not None or batch.segments is None for x, batch in zip(bounds, batches, strict=True)):
         rows, width = batches[0].tokens.shape
@@ -190,6 +191,14 @@ def _with_equal_fields(batches: Sequence[Batch]) -> list[Batch]:
     else:  # segments alone say what a token sees
         bounds = [None] * len(batches)
     return [replace(b, segments=s, cu_seqlens=c) for b, s, c in zip(batches, segments, bounds, strict=True)]
+
+
+def _segments(batch: Batch) -> Int[Tensor, "rows seq"]:
+    """The document of each position, by the bounds of documents; without any a row is one."""
+    if batch.cu_seqlens is None:
+        return torch.ones_like(batch.tokens)
+    position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return 1 + (position[None, :, None] >= batch.cu_seqlens[:, None, 1:]).sum(-1)
 
 
 def _common_shape(xs: Sequence[Tensor]) -> tuple[int, ...]:

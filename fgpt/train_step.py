@@ -152,8 +152,9 @@ class _MappedOnce(torch.autograd.Function):
         axes, count = in_dims[1:], call.num_differentiated
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() if i < count else x for i, x in enumerate(leaves)]
-            value, aux = torch.func.vmap(call, in_dims=axes)(*inputs)
-        grads = torch.autograd.grad(value.sum(), inputs[:count], materialize_grads=True)
+            value, aux = torch.func.vmap(call, in_dims=axes, randomness=info.randomness)(*inputs)
+            total = value.sum()
+        grads = torch.autograd.grad(total, inputs[:count], materialize_grads=True)
         return (*grads, value.detach(), aux.detach()), (*axes[:count], 0, 0)
 
 

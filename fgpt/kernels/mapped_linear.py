@@ -57,7 +57,9 @@ def _base_product(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> Tens
 
 def applies(x: Tensor, w: Tensor | Quantized, bias: Tensor | None, *factors: Tensor | None) -> bool:
     """Whether `mapped_linear` can be called: x is mapped over, W and bias are not, and they have no gradient."""
-    if not in_vmap() or x.numel() * w.shape[0] * num_vmapped(x, *factors) < MIN_PRODUCTS:
+    if not in_vmap() or torch.is_autocast_enabled(x.device.type):  # autocast changes dtypes between the products
+        return False
+    if x.numel() * w.shape[0] * num_vmapped(x, *factors) < MIN_PRODUCTS:
         return False
     base = [w, bias] if isinstance(w, Tensor) else [bias]
     constants = [t for t in base if t is not None]

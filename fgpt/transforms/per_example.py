@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fgpt.errors import InputError
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.losses import Batch
 from fgpt.sweeps import stack_batches
 from fgpt.train_step import value_and_grad_of_member
@@ -23,7 +24,8 @@ from fgpt.tree import leaves, tree_leaves, tree_map
 
 Tree: TypeAlias = Any
 ExampleLoss: TypeAlias = Callable[[Tree, Any], Float[Tensor, ""]]
-"""(params, example) -> loss. Padding of weight 0 must not change it, as is so of `fgpt.nll`'s sum."""
+"""(params, example) -> loss. Padding of weight 0 must not change it, as is so of `fgpt.nll`'s sum. What it closes over
+is a constant to plain autograd, as in a training step."""
 
 CHUNK_TOKENS = 4096
 """Positions, padding included, of the examples that are computed at once."""
@@ -138,7 +140,7 @@ def gradient_noise_scale(
     squares, total = [], None
     for _, grads, _ in _chunks(loss, params, examples, chunk_size):
         squares.append(_square_norms(grads).sum())
-        part = tree_map(lambda g: g.sum(0), grads)
+        part = tree_map(lambda g: at_least_fp32(g).sum(0), grads)
         total = part if total is None else tree_map(torch.add, total, part)
     mean_square = torch.stack(squares).sum() / n
     square_of_mean = torch.stack([(g / n).square().sum() for g in tree_leaves(total)]).sum()
@@ -216,10 +218,10 @@ def _chunks(
 
 def _square_norms(grads: Tree) -> Float[Tensor, " n"]:
     """Of each example, over all leaves."""
-    return torch.stack([g.flatten(1).square().sum(1) for g in tree_leaves(grads)]).sum(0)
+    return torch.stack([at_least_fp32(g).flatten(1).square().sum(1) for g in tree_leaves(grads)]).sum(0)
 
 
 def _directions(grads: Tree) -> Float[Tensor, "n elements"]:
     """Each example's gradient as a unit vector; zeros stay zero."""
-    flat = torch.cat([g.flatten(1) for g in leaves(grads).values()], 1)
+    flat = torch.cat([at_least_fp32(g).flatten(1) for g in leaves(grads).values()], 1)
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)

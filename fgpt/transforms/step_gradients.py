@@ -15,6 +15,7 @@ from torch.func import vmap
 
 from fgpt.errors import InputError
 from fgpt.kernels.dropout import uniform_noise
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.losses import Batch
 from fgpt.optim import global_norm
 from fgpt.rng import fold_in
@@ -62,6 +63,7 @@ def per_row_clipping(max_norm: float) -> Gradient:
             return value_and_grad_of_member(loss, tree, frozen, row, seed)
 
         grads, (values, weights) = vmap(of_row, in_dims=(0, 0, None if seeds is None else 0))(copies, rows, seeds)
+        grads = tree_map(at_least_fp32, grads)
         norms = torch.stack([g.flatten(1).square().sum(1) for g in tree_leaves(grads)]).sum(0).sqrt()
         factors = (max_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
         clipped = tree_map(lambda g: torch.tensordot(factors.to(g.dtype), g, 1), grads)
@@ -74,6 +76,9 @@ def _rows(batch: Any) -> Batch:
     """The batch with an axis for each row, which is then a batch of one row."""
     if not isinstance(batch, Batch):
         raise InputError(f"per_row_clipping takes the rows of a Batch apart: got a {type(batch).__name__}")
+    if batch.tokens.ndim != 2:
+        shape = list(batch.tokens.shape)
+        raise InputError(f"per_row_clipping takes the rows of tokens [rows seq] apart: got tokens of shape {shape}")
     segments = None if batch.segments is None else batch.segments[:, None]
     bounds = None if batch.cu_seqlens is None else batch.cu_seqlens[:, None]
     targets = torch.where(batch.weights == 0, 0, batch.targets)  # all positions have a loss now: ids that any head has
@@ -140,13 +145,16 @@ def zeroth_order(epsilon: float = 1e-3) -> Gradient:
         if seed is None:
             raise InputError("zeroth_order draws a direction: give the step a key")
         by_path = leaves(tree)
+        if rounded := [path for path, x in by_path.items() if x.dtype not in (torch.float32, torch.float64)]:
+            raise InputError(
+                f"{rounded[0]} is in {by_path[rounded[0]].dtype}, which rounds x ± εz: expected fp32 or fp64"
+            )
         z = unflatten_like(tree, [_normal(x, fold_in(seed, f"z of {path}")) for path, x in by_path.items()])
 
         def at(sign: float) -> tuple[Tensor, Tensor]:
             return loss(tree_map(lambda x, d: x + sign * epsilon * d, tree, z), frozen, batch, seed)
 
-        with torch.no_grad():
-            (above, weight), (below, _) = at(1.0), at(-1.0)
+        (above, weight), (below, _) = at(1.0), at(-1.0)  # nothing is recorded, unless a leaf of theirs requires grad
         slope = (above - below) / (2 * epsilon)
         return tree_map(lambda d: slope.to(d.dtype) * d, z), ((above + below) / 2, weight)
 

@@ -160,6 +160,34 @@ def test_stacked_batches_have_the_losses_of_each(data: st.DataObject):
             assert (float(value), float(weight)) == (0.0, 0.0)
 
 
+def test_bounds_and_segments_of_documents_are_one_thing():
+    """A batch with bounds alone beside one with segments alone."""
+    batch = packed_batch(1, 8, 3, 0)
+    by_bounds, by_segments = replace(batch, segments=None), replace(batch, cu_seqlens=None)
+    (stacked,) = stack_batches([[by_bounds], [by_segments]])
+    for i in range(2):
+        close(fgpt.nll(GPT, fgpt.tree.tree_map(lambda x, i=i: x[i], stacked))[0], fgpt.nll(GPT, batch)[0], 1e-5)
+
+
+def test_a_mapped_step_needs_no_recording():
+    """Under no_grad, and with a loss that draws numbers of its own."""
+    optimizer, batch = fgpt.adamw(1e-2), packed_batch(2, 8, 1, 0)
+    states = stack_states([fgpt.init_state(x, optimizer) for x in members("lora", GPT)], optimizer)
+    step = fgpt.make_step(objective, optimizer)
+    expected, _ = torch.func.vmap(lambda s: step(s, GPT, [batch]))(states)
+    with torch.no_grad():
+        got, _ = torch.func.vmap(lambda s: step(s, GPT, [batch]))(states)
+    assert same(got, expected)
+
+    def noisy(adapters: Any, params: fgpt.GPT, batch: fgpt.Batch, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        total, weight = objective(adapters, params, batch, seed)
+        return total * (1 + torch.rand(())), weight
+
+    random_step = fgpt.make_step(noisy, optimizer)
+    _, metrics = torch.func.vmap(lambda s: random_step(s, GPT, [batch]), randomness="different")(states)
+    assert len({float(x) for x in metrics.grad_norm}) == 3
+
+
 def test_unstacked_states_are_those_that_were_stacked():
     """To the bit, at any step, for every optimizer; and one of them can be taken out."""
     for make in OPTIMIZERS.values():

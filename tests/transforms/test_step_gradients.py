@@ -96,7 +96,40 @@ def test_steps_by_them_train_and_can_be_mapped_over():
             assert sum(float((x > 1e-4).sum()) for x in near) <= 0.02 * sum(x.numel() for x in near)
 
 
+def test_half_precision_neither_overflows_nor_loses_a_norm():
+    from fgpt.transforms.per_example import per_example_norms
+
+    for number in (300.0, 1e-4):
+        row = Batch(torch.zeros(1, 64).long(), torch.zeros(1, 64).long(), torch.full((1, 64), number))
+
+        def dot(params: Any, example: Batch) -> Tensor:
+            return (params["w"] * example.weights.to(params["w"].dtype)).sum()
+
+        norms = per_example_norms(dot, {"w": torch.zeros(1, 64, dtype=torch.float16)}, [row])
+        assert float(norms[0]) == pytest.approx(8 * number, rel=1e-2)
+
+
+def test_a_zeroth_order_step_can_be_differentiated():
+    """In the weights of the loss: the estimate is linear in them."""
+
+    def weighted(tree: Any, frozen: Any, batch: Any, seed: Any) -> tuple[Tensor, Tensor]:
+        return batch * (tree["w"] * 3).sum(), torch.tensor(1.0)
+
+    def estimate(u: Tensor) -> Tensor:
+        tree = {"w": torch.zeros(4, dtype=torch.float64)}
+        return zeroth_order(1e-3)(weighted, tree, None, u, torch.tensor(5))[0]["w"].sum()
+
+    u = torch.tensor(2.0, dtype=torch.float64)
+    assert float(grad(estimate)(u)) == pytest.approx(float(estimate(u) / u), rel=1e-6)
+
+
 def test_wrong_numbers_and_batches():
+    line = Batch(TEXT[0, :-1], TEXT[0, 1:], WEIGHTS[0])
+    with pytest.raises(fgpt.InputError, match="got tokens of shape"):
+        per_row_clipping(1.0)(loss, ADAPTERS, BASE, line, None)
+    half = tree_map(lambda x: x.bfloat16(), ADAPTERS)
+    with pytest.raises(fgpt.InputError, match="expected fp32 or fp64"):
+        zeroth_order()(loss, half, BASE, BATCH, torch.tensor(1))
     for call in (lambda: per_row_clipping(0.0), lambda: sharpness_aware(-1.0), lambda: zeroth_order(0.0)):
         with pytest.raises(fgpt.InputError, match="expected a positive number"):
             call()
