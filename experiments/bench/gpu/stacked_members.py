@@ -13,6 +13,7 @@ from fgpt.losses import Batch
 from fgpt.model import Config, init
 from fgpt.rng import key
 from fgpt.sweeps import stack_batches, stack_states, sweep_step
+from fgpt.tree import astype
 
 ROWS, TOKENS = 4, 128
 
@@ -21,7 +22,7 @@ def stacked_members(report: Report, tiny: bool) -> None:
     layers, width, vocab = (2, 64, 512) if tiny else (12, 768, 50257)
     cfg = Config(layers, width // 64 if width > 64 else 2, width, 1024, vocab, 4 * width)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    base = on(fgpt.tree.astype(init(cfg, key(0)), dtype))
+    base = on(astype(init(cfg, key(0)), dtype))
     for count in (2, 3) if tiny else (8, 32):
         stacked, alone = sides(base, count)
         seconds, one = median_seconds(stacked, 5), median_seconds(alone, 5)
