@@ -35,14 +35,24 @@ BATCH = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120, help="updates of each adapter")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of each adapter")
+    parser.add_argument("--joint-steps", type=int, default=0, help="updates on all tasks, merged into the base before")
+    parser.add_argument("--merge-lr", type=float, default=0.05, help="learning rate of merging by gradient")
     parser.add_argument("--shots", type=int, default=16, help="rows of each task that combinations may see")
     parser.add_argument("--limit", type=int, default=24, help="rows of each task that are answered")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     base, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     train, test = split(options.seed, options.limit)
+    if options.joint_steps:
+        mixed = [random.Random(i).choice(train[KINDS[i % len(KINDS)]]) for i in range(6000)]
+        joint = tune(base, tokenizer, mixed, options.joint_steps, 99, lr=5e-3, rank=16)
+        base = fgpt.merge(fgpt.adapt(base, joint))
     begin = time.monotonic()
-    tasks = [tune(base, tokenizer, train[kind], options.steps, options.seed + i) for i, kind in enumerate(KINDS)]
+    tasks = [
+        tune(base, tokenizer, train[kind], options.steps, options.seed + i, lr=options.lr)
+        for i, kind in enumerate(KINDS)
+    ]
     print(f"six adapters in {time.monotonic() - begin:.0f} s")
     alone = {kind: points(base, x, tokenizer, test[kind]) for kind, x in zip(KINDS, tasks, strict=True)}
     report("its own adapter", alone)
@@ -53,7 +63,7 @@ def main() -> None:
         name = f"{method}, density {density:g}, weights {scale:g}"
         candidates.append((name, sum_of(base, tasks, scale if method == "ties" else scale / 3, method, density)))
     begin = time.monotonic()
-    merged = fgpt.merge_by_gradient(base, tasks, batches(tokenizer, few, 150, options.seed), lr=0.05)
+    merged = fgpt.merge_by_gradient(base, tasks, batches(tokenizer, few, 150, options.seed), lr=options.merge_lr)
     seconds = time.monotonic() - begin
     candidates.append((f"by gradient ({seconds:.0f} s, {len(few)} rows)", merged.adapters))
     for name, adapters in candidates:
@@ -86,15 +96,17 @@ def batches(tokenizer: Tokenizer, rows: Sequence[Task], count: int, seed: int) -
         yield [collate([[draw.choice(examples)] for _ in range(BATCH)], None)]
 
 
-def tune(base: fgpt.GPT, tokenizer: Tokenizer, rows: Sequence[Task], steps: int, seed: int) -> Adapters:
+def tune(
+    base: fgpt.GPT, tokenizer: Tokenizer, rows: Sequence[Task], steps: int, seed: int, *, lr: float, rank: int = 8
+) -> Adapters:
     """A LoRA on every matrix, trained on the rows."""
-    optimizer = fgpt.adamw(cosine_schedule(5e-3, steps, warmup_steps=10))
+    optimizer = fgpt.adamw(cosine_schedule(lr, steps, warmup_steps=10))
 
     def loss(adapters: Any, params: Any, batch: fgpt.Batch, rng: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return fgpt.nll(fgpt.adapt(params, adapters), batch)
 
     step = fgpt.make_step(loss, optimizer)
-    state = fgpt.init_state(fgpt.lora(base, fgpt.key(seed), rank=8), optimizer)
+    state = fgpt.init_state(fgpt.lora(base, fgpt.key(seed), rank=rank), optimizer)
     for micro_batches in batches(tokenizer, rows, steps, seed):
         state, _ = step(state, base, micro_batches, None)
     return state.trainable
