@@ -57,7 +57,7 @@ def _base_product(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> Tens
 
 def applies(x: Tensor, w: Tensor | Quantized, bias: Tensor | None, *factors: Tensor | None) -> bool:
     """Whether `mapped_linear` can be called: x is mapped over, W and bias are not, and they have no gradient."""
-    if not in_vmap() or torch.is_autocast_enabled(x.device.type):  # autocast changes dtypes between the products
+    if not in_vmap() or _autocasts(x.device.type):
         return False
     if x.numel() * w.shape[0] * num_vmapped(x, *factors) < MIN_PRODUCTS:
         return False
@@ -69,6 +69,11 @@ def applies(x: Tensor, w: Tensor | Quantized, bias: Tensor | None, *factors: Ten
         and not any(is_mapped(t) for t in constants)
         and not is_differentiated(*constants)
     )
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether torch changes the dtypes of products."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
 def _pull_back(

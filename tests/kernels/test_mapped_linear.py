@@ -140,6 +140,14 @@ def test_what_has_a_gradient_or_is_mapped_in_the_base_takes_the_plain_way(calls:
         close(got[i], grad(lambda w, x: (x @ w.T).sin().sum())(ws[i], t["x"][i]), 1e-4)
 
 
+def test_under_autocast_products_take_the_plain_way(calls: list[int]):
+    t = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = vmap(lambda x, a, b: loss(x, a, b, t["w"], t["bias"]))(t["x"], t["a"], t["b"])
+    assert not calls
+    assert y.isfinite().all()
+
+
 def test_the_reference_is_the_definition():
     t = operands(torch.float64)
     y = K.reference(t["x"], t["x"], t["w"], t["bias"], t["a"], t["b"], 0.7)
