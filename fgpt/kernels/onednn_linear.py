@@ -48,13 +48,13 @@ USES_ONEDNN = HAS_ONEDNN and _is_amd()
 
 def use_onednn(x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"]) -> bool:
     """Whether oneDNN's product is the faster one."""
+    if not USES_ONEDNN or in_transform_or_compile():  # first: a compiler would make a program for each side of a size
+        return False
     return (
-        USES_ONEDNN
-        and w.device.type == "cpu"
+        w.device.type == "cpu"
         and x.dtype == w.dtype == torch.float32
         and (w.numel() >= MIN_ELEMENTS or x.numel() * len(w) >= MIN_PRODUCTS)
         and has_onednn_order(w)
-        and not in_transform_or_compile()
     )
 
 
