@@ -83,6 +83,12 @@ def with_num_positions(batch: Batch, number: int) -> Batch:
     return replace(batch, targets=targets, loss_positions=torch.cat([positions, others]).sort().values)
 
 
+def at_all_positions(batch: Batch) -> Batch:
+    """The batch with its loss computed at all positions. Targets of weight 0 become 0, as in `with_num_positions`."""
+    targets = torch.where(batch.weights == 0, 0, batch.targets)
+    return replace(batch, targets=targets, loss_positions=None)
+
+
 @check_shapes
 def nll(
     params: GPT, batch: Batch, remat: bool = False, compile: bool = False

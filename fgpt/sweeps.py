@@ -23,7 +23,7 @@ from torch.func import vmap
 
 from fgpt.adapter_stacking import stack_adapters
 from fgpt.errors import InputError
-from fgpt.losses import Batch, with_num_positions
+from fgpt.losses import Batch, at_all_positions, with_num_positions
 from fgpt.optim import Optimizer
 from fgpt.rng import fold_in
 from fgpt.train_step import Key, Metrics, State, Step, init_state, micro_batch_seeds
@@ -153,8 +153,7 @@ def _with_one_shape(batches: Sequence[Batch]) -> list[Batch]:
     if all(batch.loss_positions is not None for batch in filled):
         most = max(batch.loss_positions.numel() for batch in filled if batch.loss_positions is not None)
         return [with_num_positions(batch, most) for batch in filled]
-    zero = [torch.where(batch.weights == 0, 0, batch.targets) for batch in filled]  # ids that any head has
-    return [replace(batch, targets=x, loss_positions=None) for batch, x in zip(filled, zero, strict=True)]
+    return [at_all_positions(batch) for batch in filled]
 
 
 def _fill(batch: Batch, rows: int, width: int) -> Batch:

@@ -38,6 +38,7 @@ from fgpt.kernels.functorch_state import (
     num_vmapped,
 )
 from fgpt.kernels.gemv import dense_linear
+from fgpt.kernels.mapped_axis import fold, unfold
 from fgpt.kernels.onednn_linear import input_grad, use_onednn
 from fgpt.kernels.precision import at_least_fp32
 
@@ -161,12 +162,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Rows are rows, whichever example they are of: the mapped axis joins theirs. The head is not mapped."""
-        differentiate, *tensors = inputs
-        for i in (0, *range(2, len(tensors), 2)):  # y and each x_j
-            x, axis = tensors[i], in_dims[i + 1]
-            tensors[i] = (x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
-        outputs = _CrossEntropy.apply(differentiate, *tensors)
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outputs), (0,) * len(outputs)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        operands, rows = list(inputs), slice(1, None, 2)
+        operands[rows] = fold(info.batch_size, in_dims[rows], operands[rows])  # y and each x_j
+        return unfold(info.batch_size, _CrossEntropy.apply(*operands))  # pyright: ignore[reportArgumentType]
 
 
 class _MappedHeadCrossEntropy(_CrossEntropy):

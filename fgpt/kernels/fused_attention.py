@@ -15,7 +15,7 @@ are an autograd.Function whose vmap makes the mapped axis part of the batch axis
 Source: Dao 2023 (FlashAttention-2), section 3; Rabe and Staats 2021 (efficient attention).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, TypeAlias, TypeGuard
 
@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.kernels.mapped_axis import fold, unfold
 
 aten = torch.ops.aten
 
@@ -221,16 +222,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _fold(info: Any, in_dims: Sequence[int | None], operands: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The operands with the mapped axis as part of the first one, the batch."""
-    folded: list[Tensor | None] = []
-    for x, axis in zip(operands, in_dims, strict=True):
-        if x is not None:
-            x = (x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
-        folded.append(x)
-    return folded
-
-
 def _pull_back(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, y: Tensor, logsumexp: Tensor, *philox: Tensor
 ) -> tuple[Tensor, ...]:
@@ -262,9 +253,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, logsumexp, *philox = _Fused.apply(*_fold(info, in_dims, operands))  # pyright: ignore[reportGeneralTypeIssues]
-        outputs = (x.unflatten(0, (info.batch_size, -1)) for x in (y, logsumexp))
-        return (*outputs, *philox), (0, 0, *(None for _ in philox))
+        y, logsumexp, *philox = _Fused.apply(*fold(info.batch_size, in_dims, operands))  # pyright: ignore[reportGeneralTypeIssues]
+        outputs, axes = unfold(info.batch_size, (y, logsumexp))
+        return (*outputs, *philox), (*axes, *(None for _ in philox))
 
 
 class _FusedBackward(torch.autograd.Function):
@@ -282,9 +273,10 @@ class _FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *operands: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        folded = _fold(info, in_dims[:7], operands[:7])  # what follows is a state of no random numbers, and not mapped
-        grads = _FusedBackward.apply(*folded, *operands[7:])
-        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in grads), (0, 0, 0)  # pyright: ignore[reportGeneralTypeIssues]
+        folded = fold(
+            info.batch_size, in_dims[:7], operands[:7]
+        )  # what follows is a state of no random numbers, and not mapped
+        return unfold(info.batch_size, _FusedBackward.apply(*folded, *operands[7:]))  # pyright: ignore[reportArgumentType]
 
 
 def fused_attention(

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fgpt.kernels.dropout import dropout
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.gemv import dense_linear
 from fgpt.kernels.grad_only_linear import GradOnly, grad_only_linear
 from fgpt.kernels.mapped_linear import applies as maps
 from fgpt.kernels.mapped_linear import mapped_linear
-from fgpt.kernels.quantized_linear import Quantized, quantized_linear
+from fgpt.kernels.quantized_linear import Quantized, frozen_product
 from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
 
 
@@ -48,13 +47,13 @@ def base_linear(
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias."""
-    if isinstance(w, Tensor):
-        if maps(x, w, bias):
-            rows = x.reshape(-1, x.shape[-1])
-            return mapped_linear(rows, rows, w, bias, None, None, 1.0).view(*x.shape[:-1], w.shape[0])
-        return dense_linear(x, w, bias)
-    y = grad_only_linear(x, w.base) if isinstance(w, GradOnly) else quantized_linear(x, w)
-    return y if bias is None else y + bias
+    if isinstance(w, GradOnly):
+        y = grad_only_linear(x, w.base)
+        return y if bias is None else y + bias
+    if isinstance(w, Tensor) and maps(x, w, bias):
+        rows = x.reshape(-1, x.shape[-1])
+        return mapped_linear(rows, rows, w, bias, None, None, 1.0).view(*x.shape[:-1], w.shape[0])
+    return frozen_product(x, w, bias)
 
 
 def adapted_linear(

@@ -27,8 +27,8 @@ from fgpt.kernels.functorch_state import (
     needs_higher_order,
     num_vmapped,
 )
-from fgpt.kernels.gemv import dense_linear
-from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
+from fgpt.kernels.mapped_axis import fold, unfold
+from fgpt.kernels.quantized_linear import Quantized, frozen_product, linear_input_grad
 
 MIN_PRODUCTS = 1 << 27
 """Multiplications of all members below which the calls of the fast path cost more than they save."""
@@ -44,15 +44,8 @@ def reference(
     scale: float,
 ) -> Float[Tensor, "members rows out"]:
     """The definition."""
-    y = _base_product(x, w, bias)
+    y = frozen_product(x, w, bias)
     return y if a is None or b is None else y + scale * (lora_x @ a.mT) @ b.mT
-
-
-def _base_product(x: Tensor, w: Tensor | Quantized, bias: Tensor | None) -> Tensor:
-    if isinstance(w, Tensor):
-        return dense_linear(x, w, bias)
-    y = quantized_linear(x, w)
-    return y if bias is None else y + bias
 
 
 def applies(x: Tensor, w: Tensor | Quantized, bias: Tensor | None, *factors: Tensor | None) -> bool:
@@ -120,7 +113,7 @@ class _MappedLinear(torch.autograd.Function):
         a: Tensor | None,
         b: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y = _base_product(x, w, bias)
+        y = frozen_product(x, w, bias)
         if a is None or b is None:
             return y, None
         low = lora_x @ a.mT
@@ -155,9 +148,9 @@ class _MappedLinear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         scale, same_input, w, x, lora_x, bias, a, b = inputs
-        x, lora_x, a, b = _fold(info.batch_size, [in_dims[i] for i in (3, 4, 6, 7)], (x, lora_x, a, b))
+        x, lora_x, a, b = fold(info.batch_size, [in_dims[i] for i in (3, 4, 6, 7)], (x, lora_x, a, b))
         y, low = _MappedLinear.apply(scale, same_input, w, x, lora_x, bias, a, b)  # pyright: ignore[reportGeneralTypeIssues]
-        return _unfold(info.batch_size, (y, low))
+        return unfold(info.batch_size, (y, low))
 
 
 class _PullBack(torch.autograd.Function):
@@ -177,24 +170,8 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        folded = _fold(info.batch_size, in_dims[4:], inputs[4:])
-        return _unfold(info.batch_size, _PullBack.apply(*inputs[:4], *folded))  # pyright: ignore[reportArgumentType]
-
-
-def _fold(size: int, in_dims: Sequence[int | None], operands: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The operands with the mapped axis as part of the first one."""
-    folded: list[Tensor | None] = []
-    for x, axis in zip(operands, in_dims, strict=True):
-        if x is not None:
-            x = (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
-        folded.append(x)
-    return folded
-
-
-def _unfold(size: int, outputs: Sequence[Tensor | None]) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    """The outputs with the mapped axis apart, and where it is."""
-    unfolded = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in outputs)
-    return unfolded, tuple(None if x is None else 0 for x in outputs)
+        folded = fold(info.batch_size, in_dims[4:], inputs[4:])
+        return unfold(info.batch_size, _PullBack.apply(*inputs[:4], *folded))  # pyright: ignore[reportArgumentType]
 
 
 def mapped_linear(
@@ -207,10 +184,7 @@ def mapped_linear(
     scale: float,
 ) -> Float[Tensor, "rows out"]:
     """x Wᵀ + bias + s x̃ Aᵀ Bᵀ of one member, where `applies` holds; `lora_x` is x̃, x after dropout."""
-    same_input = lora_x is x
-    operands = [None if t is None else t[None] for t in (x, lora_x, a, b)]
-    x1, lora_x1, a1, b1 = operands
-    if same_input:
-        lora_x1 = x1
-    y, _ = _MappedLinear.apply(scale, same_input, w, x1, lora_x1, bias, a1, b1)  # pyright: ignore[reportGeneralTypeIssues]
+    member, a, b = x[None], *(None if t is None else t[None] for t in (a, b))
+    lora_member = member if lora_x is x else lora_x[None]
+    y, _ = _MappedLinear.apply(scale, lora_x is x, w, member, lora_member, bias, a, b)  # pyright: ignore[reportGeneralTypeIssues]
     return y.squeeze(0)  # y[0] would have a backward that fills zeros first

@@ -296,6 +296,16 @@ def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tenso
     return _multiply(x, w, False, int8)
 
 
+def frozen_product(
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*batch out"]:
+    """x Wᵀ + bias, of a matrix in any format."""
+    if isinstance(w, Tensor):
+        return dense_linear(x, w, bias)
+    y = quantized_linear(x, w)
+    return y if bias is None else y + bias
+
+
 def linear_input_grad(
     g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
 ) -> Float[Tensor, "*batch in"]:

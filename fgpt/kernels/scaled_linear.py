@@ -24,8 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.gemv import dense_linear
-from fgpt.kernels.quantized_linear import Quantized, linear_input_grad, quantized_linear
+from fgpt.kernels.quantized_linear import Quantized, frozen_product, linear_input_grad
 
 MIN_SCALE = 0.125
 """The smallest |row| with which the sum is reconstructed from y': the rounding error of the bias grows by 1 / row."""
@@ -102,11 +101,7 @@ class _FusedScaledLinear(torch.autograd.Function):
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        if isinstance(w, Tensor):
-            y = dense_linear(x, w, bias)
-        else:
-            y = quantized_linear(x, w)
-            y = y if bias is None else y + bias
+        y = frozen_product(x, w, bias)
         y = reference(y, row, bias, out=y)
         low = None
         if a is not None and b is not None:

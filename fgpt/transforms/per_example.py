@@ -93,7 +93,7 @@ def per_example_norms(
     """
     norms: list[tuple[int, Tensor]] = []
     for indices, grads, _ in _chunks(loss, params, examples, chunk_size):
-        norms += zip(indices, _square_norms(grads).sqrt(), strict=True)
+        norms += zip(indices, square_norms(grads).sqrt(), strict=True)
     return torch.stack([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
 
 
@@ -139,7 +139,7 @@ def gradient_noise_scale(
         raise InputError(f"{n} examples have no noise scale: expected two or more")
     squares, total = [], None
     for _, grads, _ in _chunks(loss, params, examples, chunk_size):
-        squares.append(_square_norms(grads).sum())
+        squares.append(square_norms(grads).sum())
         part = tree_map(lambda g: at_least_fp32(g).sum(0), grads)
         total = part if total is None else tree_map(torch.add, total, part)
     mean_square = torch.stack(squares).sum() / n
@@ -216,7 +216,7 @@ def _chunks(
         yield indices, grads, losses
 
 
-def _square_norms(grads: Tree) -> Float[Tensor, " n"]:
+def square_norms(grads: Tree) -> Float[Tensor, " n"]:
     """Of each example, over all leaves."""
     return torch.stack([at_least_fp32(g).flatten(1).square().sum(1) for g in tree_leaves(grads)]).sum(0)
 

@@ -33,13 +33,13 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each product with the base that the fast path computes."""
     seen: list[int] = []
-    original = K._base_product
+    original = K.frozen_product
 
     def product(x: Tensor, w: Any, bias: Any) -> Tensor:
         seen.append(x[..., 0].numel())
         return original(x, w, bias)
 
-    monkeypatch.setattr(K, "_base_product", product)
+    monkeypatch.setattr(K, "frozen_product", product)
     return seen
 
 
