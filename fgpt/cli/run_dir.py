@@ -64,22 +64,15 @@ def open_run_dir(run: AnyRecipe, steps: int, existing: Path | None = None) -> It
 
     Raises InputError if it cannot be made, or another process is training in it.
     """
-    folder = existing or _new_folder(run)
-    _check_links(folder)
-    lock = FileLock(folder / LOCK)  # released by the kernel however the process ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{folder} is being trained in by another process: wait, or stop that one") from None
-    with lock, must_not_move(folder):
+    folder = existing or new_folder(run.out, run.name)
+    with lock_folder(folder), must_not_move(folder):
         status = {"state": "running", "steps": steps}
         write_json(folder / STATUS, status)
         if existing is None:
             write_json(folder / ENVIRONMENT, environment())
             write_run(folder, run)  # last: a folder that has it has all of them
         else:
-            for at in (folder, folder / ADAPTER, folder / MODEL, folder / CHECKPOINTS):
-                remove_leftovers(at)
+            remove_leftovers_of_run(folder)
             _report_version_change(folder)
         try:
             yield folder
@@ -91,6 +84,28 @@ def open_run_dir(run: AnyRecipe, steps: int, existing: Path | None = None) -> It
                 write_json(folder / STATUS, status | {"state": "failed", "why": without_paths(str(err))})
             raise
         write_json(folder / STATUS, status | {"state": "finished"})
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, whose files are its own: no symbolic links.
+
+    Raises InputError if one does, or there are links.
+    """
+    _check_links(folder)
+    lock = FileLock(folder / LOCK)  # released by the kernel however the process ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder} is being trained in by another process: wait, or stop that one") from None
+    with lock:
+        yield
+
+
+def remove_leftovers_of_run(folder: Path) -> None:
+    """Remove what a killed process has left half-written in a run directory."""
+    for at in (folder, folder / ADAPTER, folder / MODEL, folder / CHECKPOINTS):
+        remove_leftovers(at)
 
 
 def _check_links(folder: Path) -> None:
@@ -116,10 +131,14 @@ def check_name(name: str) -> None:
         )
 
 
-def _new_folder(run: AnyRecipe) -> Path:
-    check_name(run.name)
+def new_folder(out: Path, name: str) -> Path:
+    """out/NAME, or the first of NAME-2, -3, .. that does not exist; it is made.
+
+    Raises InputError if it cannot be made, or for a name that no folder can have.
+    """
+    check_name(name)
     for number in range(1, 10_000):
-        folder = run.out / (run.name if number == 1 else f"{run.name}-{number}")
+        folder = out / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -127,7 +146,7 @@ def _new_folder(run: AnyRecipe) -> Path:
         except OSError as err:
             raise InputError(f"cannot make {folder}: {err.strerror}; choose another place with --out FOLDER") from None
         return folder
-    raise InputError(f"{run.out} holds 9999 runs named {run.name}: move some away")
+    raise InputError(f"{out} holds 9999 runs named {name}: move some away")
 
 
 def _report_version_change(folder: Path) -> None:
@@ -196,10 +215,9 @@ def _refuse_sweep(name: str, out: Path) -> None:
     """Raises InputError if the name is that of a sweep."""
     for folder in (Path(name), out / name):
         if name and (folder / SWEEP).is_file():
-            members = sorted(path.parent.name for path in folder.glob(f"*/{RUN}"))
-            raise InputError(
-                f"{folder} is a sweep: give one of its {len(members)} members, such as {folder / members[0]}"
-            )
+            members = sorted(run_dirs(folder))
+            example = f", such as {members[0]}" if members else ""
+            raise InputError(f"{folder} is a sweep: give one of its {len(members)} members{example}")
 
 
 def find_unfinished(name: str, out: Path = Path("runs")) -> Path:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from filelock import FileLock, Timeout
-
 from fgpt.cli import run_dir, tasks
 from fgpt.cli.console import console, exclusive_progress, show_progress
 from fgpt.cli.environment import environment
@@ -67,10 +65,10 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
     run_dir.check_name(folder_name)
     check_budget(options, len(recipes))
     check_writable(first.out)
-    members = build_members([(values, recipe) for values, recipe in recipes], first.out / folder_name)
-    folder = _new_folder(members[0].folder.parent)
+    members = build_members(recipes, first.out / folder_name)
+    folder = run_dir.new_folder(first.out, folder_name)
     for member in members:
-        member.folder = folder / member.folder.name
+        member.folder = folder / member.name
     header = {
         "recipe": name,
         "command": without_paths(shlex.join([*shlex.split(command), *_with_options(args, options)])),
@@ -84,8 +82,9 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
     for member in members:
         member.folder.mkdir()
     with lock(folder, [member.folder for member in members]):
+        machine = environment()
         for member in members:
-            write_json(member.folder / run_dir.ENVIRONMENT, environment())
+            write_json(member.folder / run_dir.ENVIRONMENT, machine)
             write_run(member.folder, replace(member.task.recipe, out=folder))
             member.set_state("waiting")
         results.write_results(folder, header, members)
@@ -101,7 +100,9 @@ def resume(folder: Path) -> Path:
             raise InputError(
                 f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}"
             )
-        recipes = [({**entry["values"]}, run_dir.read_run(folder / entry["name"])) for entry in entries]
+        for entry in entries:
+            run_dir.remove_leftovers_of_run(folder / entry["name"])
+        recipes = [(entry["values"], run_dir.read_run(folder / entry["name"])) for entry in entries]
         members = build_members(recipes, folder)
         for member, entry in zip(members, entries, strict=True):
             member.read_lines()
@@ -195,10 +196,10 @@ def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member
         rungs = halving_rungs(len(members), steps, header["reduction_factor"], header["min_steps"])
     elif header["pruner"] == "median":
         rungs = median_rungs(steps, header["min_steps"])
+    by_name = {member.name: member for member in members}
     for rung in [*rungs, steps]:
         if str(rung) in header["rungs"]:
             continue  # decided before an interruption
-        by_name = {member.name: member for member in members}
         if header["groups"].get("rung") != rung:  # an interrupted sweep goes on with the groups that it had
             names = [member.name for member in members if member.is_active]
             size = header["group_size"]
@@ -214,21 +215,22 @@ def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member
 
 def _train_group(group: list[Member], rung: int, trainer: loop.Trainer) -> None:
     """Train the active members of a group to a rung, if they have not reached it, and finish those at their end."""
-    ended = [m for m in group if m.is_active and int(m.checkpoint().step) == m.job.steps]
-    active = [member for member in group if member.is_active and member not in ended]
-    if active:
-        states = loop.common_start(active)
+    latest = {member: member.checkpoint() for member in group if member.is_active}
+    going_on = {member: state for member, state in latest.items() if int(state.step) < member.job.steps}
+    if going_on:
+        states = loop.common_start(going_on)
         if int(states[0].step) < rung:
-            trainer.train(active, states, rung)
-    for member in group:
-        if member.is_active and (member in ended or member.step == member.job.steps):
+            trainer.train(list(going_on), states, rung)
+    for member in latest:
+        if member.is_active and (member not in going_on or member.step == member.job.steps):
             _finish(member)
 
 
 def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
     """Stop the members that the pruner does not let go on after a rung."""
-    for member in active:
-        loop.measure_heldout(member, member.checkpoint(rung))
+    states = {member: member.checkpoint(rung) for member in active}
+    for member, state in states.items():
+        loop.measure_heldout(member, state)
     losses = {member.name: member.score for member in active}
     header["rungs"][str(rung)] = losses
     if header["pruner"] == "halving":
@@ -239,7 +241,7 @@ def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
         stopped = below_median(losses, earlier)
     for member in active:
         if member.name in stopped:
-            _save(member, member.checkpoint(rung))
+            _save(member, states[member])
             member.set_state("stopped", f"loss {losses[member.name]:.4f} after step {rung}, by {header['pruner']}")
         else:
             member.state = "waiting"
@@ -325,27 +327,8 @@ def lock(folder: Path, members: Sequence[Path]) -> Iterator[None]:
         for at in (folder, *members):
             if not at.is_dir():
                 raise InputError(f"{at} is missing: it is a member of this sweep; restore it, or begin a new sweep")
-            file_lock = FileLock(at / run_dir.LOCK)
-            try:
-                file_lock.acquire(timeout=0)
-            except Timeout:
-                raise InputError(f"{at} is being trained in by another process: wait, or stop that one") from None
-            locks.callback(file_lock.release)
+            locks.enter_context(run_dir.lock_folder(at))
         yield
-
-
-def _new_folder(folder: Path) -> Path:
-    """The folder, or the first of it numbered that does not exist; it is made."""
-    for number in range(1, 10_000):
-        chosen = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        try:
-            chosen.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as err:
-            raise InputError(f"cannot make {chosen}: {err.strerror}; choose another place with --out FOLDER") from None
-        return chosen
-    raise InputError(f"{folder.parent} holds 9999 sweeps named {folder.name}: move some away")
 
 
 def _name_of(args: Sequence[str], default: str) -> str:

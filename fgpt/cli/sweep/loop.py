@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from fgpt.cli.console import console
 from fgpt.cli.metrics_log import HELDOUT_LOSS, Line
 from fgpt.cli.sweep.members import Member
 from fgpt.cli.training.job import place
+from fgpt.cli.training.loop import evaluate, evaluation_is_due
 from fgpt.cli.training.optimizers import make_optimizer
 from fgpt.cli.training.step_log import peak_memory
 from fgpt.optim import Optimizer
@@ -52,8 +53,8 @@ class Trainer:
     def stack(self, states: Sequence[State]) -> State:
         return stack_states(states, self._optimizer)
 
-    def take_step(self, group: Sequence[Member], stacked: State, step: int) -> tuple[State, Metrics, list[int]]:
-        """The states after the step that follows `step` steps, its metrics, and the tokens that each member read."""
+    def take_step(self, group: Sequence[Member], stacked: State, step: int) -> tuple[State, Metrics, list[Line]]:
+        """The states after the step that follows `step` steps, its metrics, and the rate and tokens of each member."""
         micro_batches = [member.next_batches(step) for member in group]
         tokens = [sum(batch.tokens.numel() for batch in batches) for batches in micro_batches]
         batches = [place(batch, self._target) for batch in stack_batches(micro_batches)]
@@ -66,7 +67,7 @@ class Trainer:
             "weight_decay": torch.tensor(decays, device=self._target),
         }
         stacked, metrics = self._step(stacked, self._frozen, batches, seeds, hyperparameters)
-        return stacked, metrics, tokens
+        return stacked, metrics, [{"lr": lr, "tokens": count} for lr, count in zip(lrs, tokens, strict=True)]
 
     def train(self, group: list[Member], states: Sequence[State], end: int) -> None:
         """Train the members from one step, that of their states, to step `end` or their own last one. Afterwards each
@@ -81,8 +82,8 @@ class Trainer:
             member.set_state("training")
         for step in range(begin, end):
             start, before = time.perf_counter(), stacked
-            stacked, metrics, tokens = self.take_step(group, stacked, step)
-            lines = self._lines(group, metrics, tokens, step, time.perf_counter() - start)
+            stacked, metrics, inputs = self.take_step(group, stacked, step)
+            lines = self._lines(group, metrics, inputs, step, time.perf_counter() - start)
             broken = [i for i, line in enumerate(lines) if not math.isfinite(line["loss"] + line["grad_norm"])]
             for i in broken:
                 (state,) = unstack_states(take_members(before, [i]), [forms[group[i]]])
@@ -125,33 +126,31 @@ class Trainer:
 
     def _heldout(self, member: Member, stacked: State, i: int, step: int) -> dict[str, float]:
         """The losses of an evaluation by their metrics, if one is due."""
-        every = member.job.recipe.eval_every
-        if not every or step % every or not member.job.eval_losses:
+        if not evaluation_is_due(member.job, step):
             return {}
         (state,) = unstack_states(take_members(stacked, [i]), [member.initial])
-        params = member.job.evaluation_params(state)
-        losses = {metric: loss(params) for metric, loss in member.job.eval_losses.items()}
+        losses = evaluate(member.job, state)
         if HELDOUT_LOSS in losses:
             member.heldout_losses[step] = losses[HELDOUT_LOSS]
         return losses
 
     def _lines(
-        self, group: Sequence[Member], metrics: Metrics, tokens: Sequence[int], step: int, seconds: float
+        self, group: Sequence[Member], metrics: Metrics, inputs: Sequence[Line], step: int, seconds: float
     ) -> list[Line]:
         """The lines of a step for the metrics files. Each member has its share of the time."""
         columns = [x.detach().double().cpu().tolist() for x in (metrics.loss, metrics.grad_norm, metrics.weight)]
         memory = round(peak_memory(self._target), 3)
         lines: list[Line] = []
-        for i, (member, loss, norm, weight) in enumerate(zip(group, *columns, strict=True)):
+        for member, read, loss, norm, weight in zip(group, inputs, *columns, strict=True):
             last = member.lines[-1] if member.lines else {}
             lines.append(
                 {
                     "step": step + 1,
                     "loss": loss,
                     "grad_norm": norm,
-                    "lr": float(member.job.schedule(torch.tensor(step))),
+                    "lr": read["lr"],
                     "weight": weight,
-                    "tokens": last.get("tokens", 0) + tokens[i],
+                    "tokens": last.get("tokens", 0) + read["tokens"],
                     "seconds": round(last.get("seconds", 0.0) + seconds / len(group), 3),
                     "memory_gb": memory,
                 }
@@ -167,11 +166,11 @@ def measure_heldout(member: Member, state: State) -> None:
         member.heldout_losses[step] = loss(member.job.evaluation_params(state))
 
 
-def common_start(members: Sequence[Member]) -> list[State]:
-    """The states of members at one step, the last that all of them have a checkpoint of. What they have of later steps
-    is dropped.
+def common_start(latest: Mapping[Member, State]) -> list[State]:
+    """The states of members at one step, the last that all of them have a checkpoint of, from their latest ones. What
+    they have of later steps is dropped.
     """
-    states = [member.checkpoint() for member in members]
+    members, states = list(latest), list(latest.values())
     while len({int(state.step) for state in states}) > 1:
         least = min(int(state.step) for state in states)
         states = [

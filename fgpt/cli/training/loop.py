@@ -91,14 +91,14 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 write(log.measure(unread, device=target, mfu=job.mfu))
                 unread = None
             is_last = interrupt_requested() or step == job.steps
-            if is_ahead and not (step <= 2 or _evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)):
+            if is_ahead and not (step <= 2 or evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)):
                 unread = pending
                 continue
             line = log.measure(pending, device=target, mfu=job.mfu)
             guard.check(previous, state, line)
             del previous  # its memory is free for the next step
             with log.pause():
-                losses = _evaluate(job, state, step)
+                losses = _evaluate_if_due(job, state, step)
                 write(line | losses)
                 followed_loss = losses.get(metric)
                 followed_losses += [] if followed_loss is None else [followed_loss]
@@ -171,17 +171,23 @@ def _print_followed_loss(job: TrainingJob, metric: str) -> None:
         console.print(f"the best state and early stopping follow the {loss_label(metric)} loss", markup=False)
 
 
-def _evaluation_is_due(job: TrainingJob, step: int) -> bool:
+def evaluation_is_due(job: TrainingJob, step: int) -> bool:
+    """Whether the recipe evaluates after this step."""
     every = job.recipe.eval_every
     return bool(job.eval_losses) and bool(every) and step % every == 0
 
 
-def _evaluate(job: TrainingJob, state: State, step: int) -> dict[str, float]:
-    """The losses of an evaluation by their metrics; none if no evaluation is due after this step."""
-    if not _evaluation_is_due(job, step):
-        return {}
+def evaluate(job: TrainingJob, state: State) -> dict[str, float]:
+    """The losses of an evaluation by their metrics."""
     params = job.evaluation_params(state)
-    losses = {metric: loss(params) for metric, loss in job.eval_losses.items()}
+    return {metric: loss(params) for metric, loss in job.eval_losses.items()}
+
+
+def _evaluate_if_due(job: TrainingJob, state: State, step: int) -> dict[str, float]:
+    """The losses of an evaluation, printed; none if no evaluation is due after this step."""
+    if not evaluation_is_due(job, step):
+        return {}
+    losses = evaluate(job, state)
     figures = ", ".join(f"{loss_label(metric)} loss {loss:.4f}" for metric, loss in losses.items())
     console.print(f"step {step}  {figures}", markup=False)
     return losses
