@@ -47,6 +47,8 @@ class Series:
     """(step, value), values finite."""
     color: str
     """A name in COLORS."""
+    marked: bool | None = None
+    """Whether its points are marked; None marks those of EVAL_COLORS."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Plot:
         figure = Figure(figsize=(13.9 if self.wide else 7.5, 4.2), layout="constrained")
         axes = figure.subplots()
         for series in self.series:
-            marker = "o" if series.color in EVAL_COLORS or len(series.points) == 1 else ""
+            is_marked = series.color in EVAL_COLORS if series.marked is None else series.marked
+            marker = "o" if is_marked or len(series.points) == 1 else ""
             width = 1.0 if series.color == "raw" else 2.0
             axes.plot(*zip(*series.points), color=COLORS[series.color], linewidth=width, marker=marker, clip_on=False)
         if self.log:

@@ -69,8 +69,8 @@ def _plots(in_order: Sequence[Member]) -> list[Plot]:
     heldout: list[Series] = []
     for i, member in enumerate(in_order):
         color = COLORS[i] if i < len(COLORS) else PALE
-        losses.append(Series(member.name, smooth(values(member.lines, "loss")), color))
-        heldout.append(Series(member.name, values(member.lines, HELDOUT_LOSS), color))
+        losses.append(Series(member.name, smooth(values(member.lines, "loss")), color, marked=False))
+        heldout.append(Series(member.name, values(member.lines, HELDOUT_LOSS), color, marked=True))
     plots = [Plot("loss", losses[::-1], "nats, smoothed", wide=True), Plot("held-out loss", heldout[::-1], "nats")]
     drawn = [Plot(p.title, [s for s in p.series if s.points], p.unit, p.wide) for p in plots]
     return [plot for plot in drawn if plot.series]
