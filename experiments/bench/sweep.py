@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from experiments.bench.baselines import base_of, shape
+from experiments.bench.member_steps import steps_of_members
 from experiments.bench.timing import (
     Result,
     console,
@@ -25,16 +25,9 @@ from experiments.bench.timing import (
     report,
     times,
 )
-from fgpt.adapter_lora import lora
-from fgpt.adapters import adapt
 from fgpt.cli.sweep.pruners import halving_losers, halving_rungs
 from fgpt.io.models import load
-from fgpt.losses import Batch, nll
-from fgpt.model import GPT, Config
-from fgpt.optim import adamw
-from fgpt.rng import key
-from fgpt.sweeps import stack_batches, stack_states, sweep_step
-from fgpt.train_step import init_state, make_step
+from fgpt.model import Config
 
 CPU = torch.device("cpu")
 MEMORY_ROWS, MEMORY_TOKENS = 4, 256
@@ -107,9 +100,8 @@ def halved_sweep(members: int, ratio: float) -> Result:
         left -= len(halving_losers({str(i): float(i) for i in range(left)}, 2)) if rung < steps else 0
         begin = rung
     speedup = members * steps / work
-    return Result(
-        f"{members} trainings / a sweep of them with halving", "steps", members * steps, work, speedup, ">= 4"
-    )
+    what = f"{members} trainings / a sweep with halving, computed from the ratio above"
+    return Result(what, "steps", members * steps, work, speedup, ">= 4")
 
 
 def build_side(
@@ -117,21 +109,8 @@ def build_side(
 ) -> Callable[[], Any]:
     """A call that takes the step of all members, as one or one after the other."""
     base = load("nano") if config is None else base_of(config, CPU, torch.float32)
-    optimizer, generator = adamw(0.0), torch.Generator().manual_seed(0)
-    text = torch.randint(0, base.cfg.vocab_size, (members, rows, tokens + 1), generator=generator)
-    batches = [Batch(x[:, :-1], x[:, 1:], torch.ones(rows, tokens)) for x in text]
-    lrs = torch.logspace(-4, -2, members)
-    states = [init_state(lora(base, key(i), rank=8), optimizer) for i in range(members)]
-
-    def loss(adapters: Any, params: GPT, batch: Batch, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        return nll(adapt(params, adapters, rng=seed), batch, remat=remat)
-
-    if stacked:
-        step = sweep_step(lambda h: make_step(loss, adamw(h["lr"])))
-        stack, together = stack_states(states, optimizer), stack_batches([[batch] for batch in batches])
-        return lambda: step(stack, base, together, None, {"lr": lrs})
-    steps = [make_step(loss, adamw(float(lr))) for lr in lrs]
-    return lambda: [one(state, base, [batch], None) for one, state, batch in zip(steps, states, batches, strict=True)]
+    together, alone = steps_of_members(base, members, rows, tokens, remat)
+    return together if stacked else alone
 
 
 def memory(members: int) -> list[Result]:
