@@ -156,6 +156,13 @@ def is_mapped(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and any(functorch.is_batchedtensor(y) for y in _levels(x))
 
 
+def is_batched_gradient(g: Tensor) -> bool:
+    """In a backward of plain autograd: whether it maps over this gradient (`is_grads_batched=True`), by a vmap that is no
+    transform of torch.func.
+    """
+    return not torch.compiler.is_compiling() and functorch.is_legacy_batchedtensor(g)
+
+
 def num_vmapped(*operands: Tensor | None) -> int:
     """The number of examples that vmap computes at once for these operands: the product over all nested vmaps."""
     if torch.compiler.is_compiling():

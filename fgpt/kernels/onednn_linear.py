@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.kernels.functorch_state import in_transform_or_compile
+from fgpt.kernels.functorch_state import in_transform_or_compile, is_batched_gradient
 
 MIN_ELEMENTS = 1 << 18
 MIN_PRODUCTS = 1 << 24
@@ -105,7 +105,7 @@ def onednn_linear(
 
 
 def input_grad(g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"]) -> Float[Tensor, "*batch in"]:
-    """g W, the gradient of x Wᵀ in x: by the faster product, unless it is recorded."""
-    if torch.is_grad_enabled() or not use_onednn(g, w.T):
+    """g W, the gradient of x Wᵀ in x: by the faster product, unless it is recorded or mapped over."""
+    if torch.is_grad_enabled() or is_batched_gradient(g) or not use_onednn(g, w.T):
         return g @ w
     return unit_rows_product(g, w.T)

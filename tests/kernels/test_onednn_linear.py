@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import close, tiny, tokens
+from builders import close, tiny, tokens, with_noise
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -12,6 +12,7 @@ import fgpt
 from fgpt.kernels import onednn_linear as onednn
 from fgpt.kernels.gemv import dense_linear
 from fgpt.train_step import value_and_grad_once
+from fgpt.tree import tree_leaves, tree_map
 
 pytestmark = pytest.mark.skipif(not onednn.HAS_ONEDNN, reason="this CPU has no oneDNN product")
 
@@ -50,6 +51,19 @@ def test_values_and_gradients(everywhere: list[Any], batch: tuple[int, ...], bia
     exact = torch.autograd.grad(expected, trained, u.double())
     close(got, exact, 1e-5)
     assert everywhere == [(20, 12), (12, 20)]  # y = x Wᵀ, and the gradient of x, whose matrix is Wᵀ
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", [fgpt.lora, fgpt.dora])
+def test_gradients_that_autograd_maps_over(kind: Any):
+    """Several cotangents of one graph (is_grads_batched), with a number of rows that oneDNN would fill up."""
+    base = tiny()
+    adapters = tree_map(lambda x: x.requires_grad_(), with_noise(kind(base, fgpt.key(0), 2)))
+    y = fgpt.hidden(fgpt.adapt(base, adapters), tokens(31, 3, 7))
+    cotangents, sources = torch.randn(4, *y.shape, generator=fgpt.key(1)), tree_leaves(adapters)
+    got = torch.autograd.grad(y, sources, cotangents, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, sources, u, retain_graph=True) for u in cotangents]
+    close(got, [torch.stack(xs) for xs in zip(*one_by_one, strict=True)], 1e-5)
 
 
 def test_few_numbers_of_rows(everywhere: list[Any], monkeypatch: pytest.MonkeyPatch):
