@@ -157,7 +157,7 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def is_batched_gradient(g: Tensor) -> bool:
-    """In a backward of plain autograd: whether it maps over this gradient (`is_grads_batched=True`), by a vmap that is no
+    """In a backward of plain autograd: whether it maps over this gradient (`is_grads_batched=True`). That vmap is no
     transform of torch.func.
     """
     return not torch.compiler.is_compiling() and functorch.is_legacy_batchedtensor(g)
