@@ -181,10 +181,48 @@ def gradient_similarity(
     tensor([[1.0000],
             [0.7071]])
     """
-    targets = _directions(per_example_grads(loss, params, queries, chunk_size=chunk_size).grads)
+    return _products(loss, params, examples, queries, loss, chunk_size, _directions)
+
+
+def gradient_products(
+    loss: ExampleLoss,
+    params: Tree,
+    examples: Sequence[Batch],
+    queries: Sequence[Batch],
+    query_loss: ExampleLoss | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "examples queries"]:
+    """The inner product of each example's gradient with each query's, in memory as in `gradient_similarity`.
+
+    Args:
+        loss: The loss of one example.
+        params: What is differentiated.
+        examples: Batches of one row each.
+        queries: The same.
+        query_loss: The loss of one query. None takes `loss`.
+        chunk_size: As in `per_example_grads`.
+
+    Raises:
+        InputError: if there are no examples or no queries.
+    """
+    return _products(loss, params, examples, queries, query_loss or loss, chunk_size, _vectors)
+
+
+def _products(
+    loss: ExampleLoss,
+    params: Tree,
+    examples: Sequence[Batch],
+    queries: Sequence[Batch],
+    query_loss: ExampleLoss,
+    chunk_size: int | None,
+    vectors: Callable[[Tree], Float[Tensor, "n elements"]],
+) -> Float[Tensor, "examples queries"]:
+    """Inner products of the gradients as `vectors` makes them."""
+    targets = vectors(per_example_grads(query_loss, params, queries, chunk_size=chunk_size).grads)
     rows: list[tuple[int, Tensor]] = []
     for indices, grads, _ in _chunks(loss, params, examples, chunk_size):
-        rows += zip(indices, _directions(grads) @ targets.T, strict=True)
+        rows += zip(indices, vectors(grads) @ targets.T, strict=True)
     return torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
@@ -223,5 +261,10 @@ def square_norms(grads: Tree) -> Float[Tensor, " n"]:
 
 def _directions(grads: Tree) -> Float[Tensor, "n elements"]:
     """Each example's gradient as a unit vector; zeros stay zero."""
-    flat = torch.cat([at_least_fp32(g).flatten(1) for g in leaves(grads).values()], 1)
+    flat = _vectors(grads)
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+def _vectors(grads: Tree) -> Float[Tensor, "n elements"]:
+    """Each example's gradient as one vector."""
+    return torch.cat([at_least_fp32(g).flatten(1) for g in leaves(grads).values()], 1)
