@@ -78,6 +78,11 @@ merge *args: setup
 combine *args: setup
     @"{{ python }}" -m fgpt combine "$@"
 
+# The run that a training without some rows would have made: `just forget lora-nano --rows rows.jsonl`
+[no-cd, no-exit-message]
+forget *args: setup
+    @"{{ python }}" -m fgpt forget "$@"
+
 # Held-out loss, perplexity of a text, lm-eval's tasks: `just eval run lora-nano`, `just eval text FILE --base smollm2`
 [no-cd, no-exit-message]
 eval *args: setup

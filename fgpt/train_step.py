@@ -331,10 +331,11 @@ def make_step(
             more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
-        norm = global_norm(grads) / weight
-        divisor = weight if max_norm is None else weight / clip_factor(norm, max_norm)
+        weight_or_one = torch.where(weight == 0, 1, weight)  # a batch that has lost all its rows changes nothing
+        norm = global_norm(grads) / weight_or_one
+        divisor = weight_or_one if max_norm is None else weight_or_one / clip_factor(norm, max_norm)
         grads = unflatten_like(grads, leaf_lists.divide(tree_leaves(grads), divisor))
         trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        return State(trainable, opt_state, state.step + 1), Metrics(value / weight, norm, weight)
+        return State(trainable, opt_state, state.step + 1), Metrics(value / weight_or_one, norm, weight)
 
     return step

@@ -166,14 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     num_rows, num_dropped = len(training.rows), max(1, round(options.drop * len(training.rows)))
     print(f"{num_rows} rows, {len(training.queries)} queries, {training.steps} steps", flush=True)
-    result, seconds = timed(lambda: unroll(training.advance, training.start(), torch.ones(num_rows), training.steps))
+    result, seconds = measure_time(lambda: unroll(training.advance, training.start(), torch.ones(num_rows), training.steps))
     before = query_losses(training, training.start().trainable).mean()
     after = query_losses(training, result.final.trainable).detach()
     print(f"one training: {seconds:.1f} s, mean loss of the queries {before:.3f} -> {after.mean():.3f}", flush=True)
     row_weights = torch.ones(options.subsets, num_rows)
     for i in range(options.subsets):
         row_weights[i, torch.randperm(num_rows, generator=fgpt.key(10_000 + i))[:num_dropped]] = 0
-    truth, truth_seconds = timed(lambda: retrain_without(training, row_weights))
+    truth, truth_seconds = measure_time(lambda: retrain_without(training, row_weights))
     ratio = truth_seconds / seconds / options.subsets
     print(
         f"{options.subsets} trainings without {num_dropped} rows: {truth_seconds:.0f} s, {ratio:.2f} of a loop",
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     print(f"spread of a query's loss over them: {truth.std(0).mean():.2g} nats", flush=True)
     scores: dict[str, float] = {}
     for name in options.methods:
-        effects, method_seconds = timed(lambda name=name: METHODS[name](training, result))
+        effects, method_seconds = measure_time(lambda name=name: METHODS[name](training, result))
         score = lds(effects, row_weights, truth)
         scores[name] = float(score.per_query.mean())
         worst, best = score.per_query.min(), score.per_query.max()
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     return scores
 
 
-def timed(fn: Callable[[], Any]) -> tuple[Any, float]:
+def measure_time(fn: Callable[[], Any]) -> tuple[Any, float]:
     begin = time.monotonic()
     result = fn()
     return result, time.monotonic() - begin

@@ -120,6 +120,13 @@ def combine(args: Sequence[str]) -> None:
     run(parse(CombineOptions, args, None, "fgpt combine"))
 
 
+def forget(args: Sequence[str]) -> None:
+    """Make the run that a training without some rows would have made."""
+    from fgpt.cli.forget_command import ForgetOptions, run
+
+    run(parse(ForgetOptions, args, None, "fgpt forget"))
+
+
 def evaluate(args: Sequence[str]) -> None:
     """Evaluate a run or a model: held-out loss, perplexity of a text, lm-eval's tasks."""
     from fgpt.cli.eval_command import run
@@ -171,6 +178,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "merge": Merge,
     "combine": combine,
+    "forget": forget,
     "report": Report,
     "replay": Replay,
     "doctor": doctor,

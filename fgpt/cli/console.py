@@ -36,6 +36,16 @@ console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 answers = Answers(highlight=False, markup=False, emoji=False)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is printed on the console: for what is computed again."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def announce(name: str, *sentences: str) -> None:
     """Print what will be trained, in a paragraph that starts with the name of the run."""
     console.print(Text.assemble((name, "bold"), ": ", "; ".join(sentences)))

@@ -19,7 +19,7 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data mixture streaming shuffle_buffer_size eval_data train test source max_seq_len template "
+        "base data mixture streaming shuffle_buffer_size eval_data forget train test source max_seq_len template "
         "assistant_turns head labels overlong num_heldout heldout num_fewshot tokenizer teacher"
     ),
     "training": (

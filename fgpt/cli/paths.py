@@ -18,7 +18,7 @@ from fgpt.io.files import read_json, write_json
 LOCAL = "local.json"
 ABOUT = "full paths on this machine, for resuming and using the run here; do not share this file"
 
-FIELDS = ("base", "teacher", "data", "eval_data", "source", "train", "test", "heldout", "tokenizer", "out")
+FIELDS = ("base", "teacher", "data", "eval_data", "forget", "source", "train", "test", "heldout", "tokenizer", "out")
 """The fields of recipes that may be paths."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")

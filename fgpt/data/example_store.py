@@ -149,6 +149,19 @@ class StoredExamples(LazyExamples):
         names = ("starts", "lengths", "first_spans", "num_spans", "rows")
         return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
+    def without_weight(self, indices: np.ndarray) -> "StoredExamples":
+        """The same, those at `indices` with weight 0 in every span."""
+        counts = self.num_spans[indices]
+        numbers = np.repeat(self.first_spans[indices] - bounds(counts)[:-1], counts) + np.arange(counts.sum())
+        first_spans = self.first_spans.copy()
+        first_spans[indices] = len(self.spans) + bounds(counts)[:-1]  # copies, as parts of a text share their span
+        return replace(
+            self,
+            first_spans=first_spans,
+            spans=np.concatenate([self.spans, self.spans[numbers]]),
+            weights=np.concatenate([self.weights, np.zeros(len(numbers))]),
+        )
+
     def truncate(self, max_seq_len: int) -> "tuple[StoredExamples, int]":
         """Each as `examples.truncate` leaves it, and how many are shorter for it."""
         prompt_lengths = self.lengths.copy()

@@ -31,6 +31,9 @@ class InstructionRecipe(FineTuningRecipe):
     shuffle_buffer_size rows, and steps gives the end."""
     shuffle_buffer_size: Annotated[int, Range(least=1, most=2**24)] = 10_000
     """Rows that are shuffled and packed together when data is streamed."""
+    forget: str | None = None
+    """A source of rows of the data that are not to be learned: their weight is 0, and nothing else of the training
+    changes."""
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
     template: str = "auto"

@@ -12,6 +12,7 @@ import torch
 from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
+from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
 from fgpt.cli.sweep.command import SweepOptions
@@ -43,6 +44,7 @@ OPTION_CLASSES: list[type[Any]] = [
     *COMMAND_OPTIONS.values(),
     ClassifyOptions,
     CombineOptions,
+    ForgetOptions,
     SweepOptions,
     *EVAL_COMMANDS.values(),
 ]

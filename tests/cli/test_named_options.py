@@ -13,6 +13,7 @@ from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.data_command import PreviewOptions
 from fgpt.cli.diagnostics.lr_range import RangeOptions
+from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
 from fgpt.cli.sweep.command import SweepOptions
@@ -26,6 +27,7 @@ CLASSES: list[type[Any]] = [
     *eval_command.COMMANDS.values(),
     ClassifyOptions,
     CombineOptions,
+    ForgetOptions,
     SweepOptions,
     PreviewOptions,
     RangeOptions,

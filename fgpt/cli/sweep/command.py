@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fgpt.cli import run_dir, tasks
-from fgpt.cli.console import console, exclusive_progress, show_progress
+from fgpt.cli.console import console, exclusive_progress, quiet, show_progress
 from fgpt.cli.environment import environment
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.paths import without_paths
@@ -142,21 +142,11 @@ def build_members(recipes: Sequence[tuple[Values, AnyRecipe]], folder: Path) -> 
     members: list[Member] = []
     with share_models(), show_progress("building members", len(recipes)) as advance:
         for values, recipe in recipes:
-            with _quiet() if members else ExitStack():
+            with quiet() if members else ExitStack():
                 task = tasks.build_task(recipe)
             members.append(Member(values, task, folder / recipe.name, task.job.initial_state.peek()))
             advance(1)
     return members
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What a first member has printed need not be printed of each."""
-    before, console.quiet = console.quiet, True
-    try:
-        yield
-    finally:
-        console.quiet = before
 
 
 def train(folder: Path, header: dict[str, Any], members: list[Member]) -> Path:
@@ -263,7 +253,7 @@ def _finish(member: Member) -> None:
 
 def _save(member: Member, state: State) -> None:
     """Save what was trained as a training by itself does."""
-    with _quiet():
+    with quiet():
         member.task.save(member.job.evaluation_params(state), member.folder)
     unit = tasks.task_type(member.task.recipe).loss_unit
     plot_loss(member.folder / run_dir.METRICS, member.folder / run_dir.LOSS, member.name, unit)

@@ -10,6 +10,7 @@ import torch
 
 from fgpt.cli.console import console
 from fgpt.cli.training.eval_sets import parse_eval_data
+from fgpt.cli.training.forgotten_rows import forget_rows
 from fgpt.cli.training.job import tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.row_reports import report_counts, report_left_out, report_parts
@@ -50,7 +51,7 @@ class InstructionData:
     """What a recipe trains on, and what it holds out."""
 
     examples: Sequence[Example]
-    """They have answers and fit a row."""
+    """They have answers and fit a row. Those to forget have weight 0."""
     heldout: list[InstructionRow]
     """A row for each answer of a conversation."""
     sources: tuple[SourceRange, ...]
@@ -106,9 +107,19 @@ def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None =
         return where or f"{name}, row {number + 1}{which}"
 
     examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
+    if recipe.forget is not None:
+        examples = forget_rows(examples, recipe.forget, _forgotten_examples(recipe, encoding))
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
     ranges = zip([name for name, _ in sources], edges[:-1], edges[1:], strict=True)
     return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
+
+
+def _forgotten_examples(recipe: InstructionRecipe, encoding: Encoding) -> StoredExamples:
+    """The examples of the rows to forget, made as those of the data are."""
+    assert recipe.forget is not None
+    source = tokenized_source(recipe.forget, _columns(recipe, recipe.forget), encoding, _contents(recipe))
+    examples, _ = StoredExamples.from_batches(source.examples).split_texts(encoding.max_seq_len)
+    return examples.truncate(encoding.max_seq_len)[0] if recipe.overlong == "cut" else examples
 
 
 def check_data_options(recipe: InstructionRecipe) -> None:
@@ -269,7 +280,7 @@ def _contents(recipe: InstructionRecipe) -> list[str | bytes]:
 
 def _fit(
     recipe: InstructionRecipe, examples: StoredExamples, max_seq_len: int, place: Callable[[int], str]
-) -> tuple[Sequence[Example], np.ndarray]:
+) -> tuple[StoredExamples, np.ndarray]:
     """Those that can be trained on, of at most `max_seq_len` tokens, and their indices. How many were truncated or left
     out is printed.
 

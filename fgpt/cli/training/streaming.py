@@ -155,6 +155,10 @@ def _check(recipe: InstructionRecipe) -> None:
         )
     if len(recipe.data) != 1:
         raise InputError(f"--streaming reads one source, and --data names {', '.join(recipe.data)}: give one")
+    if recipe.forget is not None:
+        raise InputError(
+            "--forget finds its rows among all others, and --streaming does not read them first: leave one out"
+        )
     if recipe.steps is None:
         raise InputError("--streaming does not know how many rows there are: give --steps in place of epochs")
     if recipe.overlong == "error":
