@@ -30,7 +30,7 @@ from fgpt.gradient_merging import GradientMerge, merge_by_gradient
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
-from fgpt.lift import from_module
+from fgpt.lift import as_module, from_module
 from fgpt.losses import Batch, loss, nll
 from fgpt.model import (
     GPT,
@@ -54,6 +54,7 @@ from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
 from fgpt.sweeps import SweepResult, stack_batches, stack_states, sweep, sweep_step, unstack_states
 from fgpt.train_step import Metrics, State, init_state, make_step
+from fgpt.tree import register_with_optree
 from fgpt.vocabulary import AddedTokens, add_tokens
 from fgpt.weights import Adapted, dense, embed, linear
 
@@ -86,6 +87,7 @@ __all__ = [
     "adapt",
     "add_tokens",
     "apply",
+    "as_module",
     "beam_search",
     "combine",
     "compare_outputs",
@@ -122,6 +124,7 @@ __all__ = [
     "num_trainable",
     "prompt_lookup_decode",
     "quantize",
+    "register_with_optree",
     "run_checks",
     "save",
     "save_adapters",

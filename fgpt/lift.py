@@ -1,8 +1,10 @@
-"""Any `nn.Module` as a params tree and a pure function of it, for models that fgpt does not have. Weights are merged.
+"""Any `nn.Module` as a params tree and a pure function of it, for models that fgpt does not have; and a function of a
+tree as an `nn.Module`, for libraries that take nothing else.
 
     params, apply = from_module(module)        apply(params, x) == module(x)
+    module = as_module(fn, tree)               module(x) == fn(tree, x)
 
-The paths are the module's own names. Weights are [out, in] here as everywhere:
+`from_module` merges weights. Its paths are the module's own names. Weights are [out, in] here as everywhere:
 
 transformer.h.3.attn.c_attn          a layer: nn.Linear, transformers' Conv1D (transposed), nn.Embedding
 transformer.h.3.attn.c_attn.w        its weight, whose name in the module ends in .weight
@@ -13,16 +15,18 @@ transformer.h.3.ln_1.weight          any other parameter: a leaf
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import QUANTIZED
 from fgpt.model import Embedding, Linear
-from fgpt.tree import children, node
+from fgpt.tree import children, leaves, node, tree_leaves, walk
 from fgpt.weights import Adapted, Weight, dense
 
 RECOMPUTES = (
@@ -231,3 +235,92 @@ def _no_recomputation() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
         return nullcontext()
     return torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTES)
+
+
+# ------------------------------------------------------------------------------------------------- function to module
+
+
+class TreeModule(nn.Module):
+    """`fn` of a tree whose tensors are the module's: see `as_module`."""
+
+    def __init__(self, fn: Callable[..., Any], tree: Any) -> None:
+        super().__init__()
+        tensors, count = leaves(tree), len(tree_leaves(tree))
+        if not tensors or len(tensors) != count:
+            raise InputError(
+                f"as_module expects a tree of tensors, each at a path of its own; got a {type(tree).__name__} with "
+                f"{count} leaves, of which {len(tensors)} are tensors with a path"
+            )
+        quantized = [x for _, x in [("", tree), *walk(tree)] if isinstance(x, QUANTIZED)]
+        frozen = {id(leaf) for x in quantized for leaf in tree_leaves(x)}
+        self._fn, self._structure, self._paths = fn, pytree.tree_structure(tree), list(tensors)
+        self._scales = [path for path, x in tensors.items() if id(x) in frozen and x.is_floating_point()]
+        for path, x in tensors.items():
+            self._register(path, x, trainable=x.is_floating_point() and id(x) not in frozen)
+
+    def _register(self, path: str, x: Tensor, trainable: bool) -> None:
+        """A copy of `x` at `path`, below a module for each name but the last."""
+        copy = x.detach().clone(memory_format=torch.contiguous_format)
+        owner: nn.Module = self
+        *parents, name = path.split(".")
+        try:
+            for parent in parents:
+                if parent not in owner._modules:
+                    owner.register_module(parent, nn.Module())
+                owner = owner.get_submodule(parent)
+            if trainable:
+                owner.register_parameter(name, nn.Parameter(copy))
+            else:
+                owner.register_buffer(name, copy)
+        except KeyError as err:
+            raise InputError(f"'{path}' cannot be a name in an nn.Module ({err.args[0]}): rename it") from None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """fn(tree, ..) of the tensors that the module has now."""
+        tensors = [attrgetter(path)(self) for path in self._paths]
+        return self._fn(pytree.tree_unflatten(tensors, self._structure), *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TreeModule":
+        """What `to`, `half` and `cuda` call: scales of quantized matrices are moved, but stay in their dtype."""
+        scales = {id(attrgetter(path)(self)) for path in self._scales}
+
+        def convert(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if id(x) in scales and x.dtype != y.dtype else y
+
+        return super()._apply(convert, recurse)
+
+
+def as_module(fn: Callable[..., Any], tree: Any) -> nn.Module:
+    r"""A module with `module(*args, **kwargs)` = `fn(tree, *args, **kwargs)`, whose parameters are the leaves of
+    `tree`: the inverse of `from_module`, so that what other libraries do to modules they do to adapters.
+
+    Floating-point leaves are parameters; integers, and codes and scales of quantized matrices, are buffers. Each has
+    its path as its name: the keys of `module.state_dict()` are those of `fgpt.tree.leaves(tree)`, in the order of
+    modules, and `fgpt.tree.replace_at(tree, module.state_dict())` is the tree again, as trained.
+
+    Parameters and buffers are copies: nothing that happens to the module changes `tree`. What `fn` closes over is
+    shared: leave a frozen base there. `module.to(dtype)` casts neither integers nor scales of quantized matrices.
+
+    Args:
+        fn: A function of a tree of this form, and of what the module is to be called with.
+        tree: Such as adapters. Every leaf is a tensor with a path of its own.
+
+    Raises:
+        InputError: if `tree` has other leaves, or a path that is no name in a module, such as one that ends in `type`.
+
+    >>> import fgpt
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
+    >>> base = fgpt.init(config, fgpt.key(0))
+    >>> adapters = fgpt.lora(base, fgpt.key(1), rank=2, target=r".*\.q")
+    >>> module = fgpt.as_module(lambda a, tokens: fgpt.apply(fgpt.adapt(base, a), tokens), adapters)
+    >>> [name for name, _ in module.named_parameters()]
+    ['blocks.0.attn.q/a', 'blocks.0.attn.q/b']
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    >>> module(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    >>> optimizer.step()
+    >>> trained = fgpt.tree.replace_at(adapters, module.state_dict())
+    >>> bool(adapters["blocks.0.attn.q"].b.any()), bool(trained["blocks.0.attn.q"].b.any())
+    (False, True)
+    """
+    return TreeModule(fn, tree)

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _FIELDS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 """The names of the dynamic and of the static fields of every node class."""
+_REGISTRIES: dict[str, Callable[[type], None]] = {}
+"""What registers a node class with another library's trees, by its name: see `register_with_optree`."""
 
 
 def static(**options: Any) -> Any:
@@ -76,6 +78,8 @@ def node(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=flatten_with_keys,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
+    for register in _REGISTRIES.values():
+        register(cls)
     return cls
 
 
@@ -271,3 +275,41 @@ def unflatten_like(tree: T, new: Iterable[Any]) -> T:
     """`tree` with the leaves `new`, in pytree order."""
     iterator = iter(new)
     return tree_map(lambda _: next(iterator), tree)
+
+
+def register_with_optree() -> None:
+    """Make nodes trees to optree, as they are to torch: those that there are, and those that are defined later.
+
+    TorchOpt, posteriors and opake go through trees with optree, to which a dataclass is a leaf. Nodes are registered in
+    its global namespace, which those libraries use. A second call changes nothing.
+
+    Raises:
+        ModuleNotFoundError: if optree is not installed. fgpt itself never imports it.
+
+    >>> import fgpt, optree
+    >>> fgpt.register_with_optree()
+    >>> update = fgpt.LoRA(torch.ones(1, 2), torch.zeros(2, 1), alpha=1.0)
+    >>> optree.tree_paths({"layer": update})
+    [('layer', 'a'), ('layer', 'b')]
+    """
+    if "optree" in _REGISTRIES:
+        return
+    import optree
+    from optree import registry
+
+    def register(cls: type) -> None:
+        torch_node = pytree.SUPPORTED_NODES[cls]
+
+        def flatten(x: Any) -> tuple[list[Any], Any, tuple[str, ...]]:
+            values, context = torch_node.flatten_fn(x)
+            return values, context, context[0]
+
+        def unflatten(context: Any, values: Iterable[Any]) -> Any:
+            return torch_node.unflatten_fn(values, context)
+
+        everywhere = registry.__GLOBAL_NAMESPACE
+        optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=everywhere)
+
+    for cls in _FIELDS:
+        register(cls)
+    _REGISTRIES["optree"] = register

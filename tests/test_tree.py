@@ -5,39 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from builders.trees import INTEGERS, Pair, plain, trees
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fgpt.tree import leaves, node, replace_at, static, tree_leaves, tree_map, unflatten_like
+from fgpt.tree import leaves, replace_at, tree_leaves, tree_map, unflatten_like
 
-
-@node
-class Pair:
-    first: Any
-    second: Any = None
-    name: str = static(default="")
-
-
-def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    few = st.lists(inner, max_size=3)
-    return st.one_of(
-        st.builds(Pair, inner, st.none() | inner, st.sampled_from("ab")),
-        few,
-        few.map(tuple),
-        st.dictionaries(st.sampled_from(["a", "b", "c.d"]), inner, max_size=3),
-        st.dictionaries(st.sampled_from("xy"), inner, max_size=2).map(OrderedDict),
-    )
-
-
-TREES = st.recursive(st.integers(-9, 9).map(torch.tensor) | st.integers(0, 9), grown, max_leaves=8)
-
-
-def plain(tree: Any) -> tuple[Any, list[Any]]:
-    """Structure and numbers."""
-    xs, structure = pytree.tree_flatten(tree)
-    return structure, [x.item() if isinstance(x, Tensor) else x for x in xs]
+TREES = trees(INTEGERS | st.integers(0, 9))
 
 
 @given(TREES)
