@@ -5,6 +5,8 @@ import re
 from builders import ROOT
 
 README = ROOT / "README.md"
+OPTIONAL = ("curvlinops", "dattri", "opake", "optree", "posteriors", "torchopt")
+"""The packages that docs/interoperability.md shows: no later block needs what a block of theirs defines."""
 
 
 def blocks() -> list[str]:
@@ -21,4 +23,8 @@ def test_the_code_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it writes files
     names = {"__name__": "readme"}
     for code in blocks():
-        exec(compile(code, str(README), "exec"), names)
+        try:
+            exec(compile(code, str(README), "exec"), names)
+        except ModuleNotFoundError as error:
+            if str(error.name).split(".")[0] not in OPTIONAL:
+                raise
