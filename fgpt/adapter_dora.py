@@ -51,13 +51,15 @@ class DoRA:
         rows, _ = shape(layer.w)
         if self.m.shape[0] != rows:
             raise InputError(f"DoRA at {path} has {self.m.shape[0]} magnitudes, but the base has {rows} rows")
-        norms = self.direction_norms(layer.w) if self.norms is None else self.norms
+        norms = self.norms
+        if norms is None:  # a constant to every derivative
+            norms = tree_map(torch.detach, self).direction_norms(tree_map(torch.detach, layer.w))
         return replace(adapted, w=replace(adapted.w, row=self.m / norms.clamp(min=1e-30)))
 
     def direction_norms(self, w: Weight) -> Float[Tensor, " out"]:
-        """‖W + s·B·A‖ by row, a constant to every derivative."""
+        """‖W + s·B·A‖ by row."""
         b, scale = scaled_b(self.lora)
-        return row_norms(tree_map(torch.detach, w), self.lora.a.detach(), b.detach(), scale)
+        return row_norms(w, self.lora.a, b, scale)
 
 
 def with_norms(adapters: Adapters, norms: Mapping[str, Float[Tensor, " out"]]) -> Adapters:

@@ -273,8 +273,8 @@ def make_step(
         loss: `loss(trainable, frozen, batch, seed) -> (Σ weight · nll, Σ weight)`, two scalar tensors.
         optimizer: Such as `adamw(lr)`.
         max_norm: Clip the gradient to this global norm; None does not clip.
-        prepare: `prepare(trainable, frozen)` is computed once a step, without derivatives, and the loss gets it in
-            place of `frozen`. None gives it `frozen` itself.
+        prepare: `prepare(trainable, frozen)` is computed once a step, a constant to its gradient, and the loss gets it
+            in place of `frozen`. None gives it `frozen` itself.
         gradient: `gradient(loss, trainable, frozen, batch, seed) -> (grads, (Σ weight · nll, Σ weight))` of a
             micro-batch, a sum over it, in place of that of its loss: see `fgpt.transforms.step_gradients`.
         compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
@@ -324,7 +324,7 @@ def make_step(
     ) -> tuple[State, Metrics]:
         where = device(state.trainable)
         if prepare is not None:
-            frozen = prepare(tree_map(torch.detach, state.trainable), frozen)
+            frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
         grads, (value, weight) = compute(loss, state.trainable, frozen, batches[0], seeds[0])
         for batch, seed in zip(batches[1:], seeds[1:], strict=True):

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fgpt
+from fgpt.adapter_dora import with_norms
+from fgpt.adapters import dora_norms
 from fgpt.optim import Optimizer
 from fgpt.train_step import State
 from fgpt.transforms.unroll import Unrolled, metagradient, unroll
@@ -126,6 +128,46 @@ def test_segments_and_cotangents_change_nothing(steps: int, every: int, chunk_si
     one = metagradient(advance, result, meta, tree_map(lambda x: x[1], cotangents))
     close(one.meta, tree_map(lambda x: x[1], got.meta), 1e-12)
     assert len(result.checkpoints) == -(-steps // every)
+
+
+def test_norms_of_a_dora_are_constants_of_a_gradient_and_not_of_a_training():
+    """They are, where `prepare` computes them. Over a base in 4 bits, too, whose products are fp32."""
+    base = fgpt.quantize(tiny(d_model=64, d_mlp=64), "nf4")
+    adapters = with_noise(fgpt.dora(base, fgpt.key(1), 2), std=0.05)
+    optimizer = Optimizer(
+        lambda params: (), lambda g, state, params: (tree_map(lambda x, y: x - 0.3 * y, params, g), ())
+    )
+
+    def dora_loss(adapters: Any, constants: Any, batch: fgpt.Batch, seed: None) -> tuple[Tensor, Tensor]:
+        base, norms = constants
+        return fgpt.nll(fgpt.adapt(base, with_norms(adapters, norms)), batch)
+
+    step = fgpt.make_step(dora_loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
+    batch = replace(ROWS, weights=ROWS.weights.float())
+
+    def advance(state: State, t: int, scale: Tensor) -> State:
+        return step(state, base, [batch], None)[0]
+
+    start = fgpt.init_state(adapters, optimizer)
+    result = unroll(advance, start, torch.ones(()), 3)
+    query = replace(QUERY, weights=QUERY.weights.float())
+
+    def ending(adapters: Any) -> Tensor:
+        return fgpt.loss(fgpt.adapt(base, with_norms(adapters, dora_norms(base, adapters))), query)
+
+    got = metagradient(advance, result, torch.ones(()), grad(ending)(result.final.trainable)).initial.trainable
+    path = "blocks.0.mlp.down"
+    direction = with_noise(tree_map(torch.zeros_like, adapters[path].lora.b), seed=4)
+
+    def from_near(h: float) -> float:
+        near = replace(adapters[path], lora=replace(adapters[path].lora, b=adapters[path].lora.b + h * direction))
+        return float(
+            ending(
+                unroll(advance, replace(start, trainable=adapters | {path: near}), torch.ones(()), 3).final.trainable
+            )
+        )
+
+    assert float((got[path].lora.b * direction).sum()) == pytest.approx(slope(from_near, 0.02), rel=2e-3)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
