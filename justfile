@@ -79,6 +79,11 @@ merge *args: setup
 combine *args: setup
     @"{{ python }}" -m fgpt combine "$@"
 
+# Which training rows made a run answer as it does: `just attribute lora-nano "Tell a story about a fox."`
+[no-cd, no-exit-message]
+attribute *args: setup
+    @"{{ python }}" -m fgpt attribute "$@"
+
 # The run that a training without some rows would have made: `just forget lora-nano --rows rows.jsonl`
 [no-cd, no-exit-message]
 forget *args: setup

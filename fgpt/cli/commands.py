@@ -120,6 +120,13 @@ def combine(args: Sequence[str]) -> None:
     run(parse(CombineOptions, args, None, "fgpt combine"))
 
 
+def attribute(args: Sequence[str]) -> None:
+    """Show which training rows made a run answer as it does, on a page."""
+    from fgpt.cli.attribution.command import AttributeOptions, run
+
+    run(parse(AttributeOptions, args, None, "fgpt attribute"))
+
+
 def forget(args: Sequence[str]) -> None:
     """Make the run that a training without some rows would have made."""
     from fgpt.cli.forget_command import ForgetOptions, run
@@ -178,6 +185,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "merge": Merge,
     "combine": combine,
+    "attribute": attribute,
     "forget": forget,
     "report": Report,
     "replay": Replay,

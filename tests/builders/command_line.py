@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fgpt.cli.attribution.command import AttributeOptions
 from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
@@ -43,6 +44,7 @@ OPTION_CLASSES: list[type[Any]] = [
     *KINDS.values(),
     *COMMAND_OPTIONS.values(),
     ClassifyOptions,
+    AttributeOptions,
     CombineOptions,
     ForgetOptions,
     SweepOptions,

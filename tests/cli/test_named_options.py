@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import fgpt
 from fgpt import ranges
 from fgpt.cli import eval_command
+from fgpt.cli.attribution.command import AttributeOptions
 from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.data_command import PreviewOptions
@@ -26,6 +27,7 @@ CLASSES: list[type[Any]] = [
     *(command for command in COMMANDS.values() if isinstance(command, type)),
     *eval_command.COMMANDS.values(),
     ClassifyOptions,
+    AttributeOptions,
     CombineOptions,
     ForgetOptions,
     SweepOptions,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.run_dir import save_tuned
 from fgpt.cli.training import mfu
 from fgpt.cli.training.hashes import model_hash
-from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint, place
+from fgpt.cli.training.job import InitialState, RowIndices, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
@@ -46,6 +46,8 @@ from fgpt.train_step import Step, init_state, make_step
 from fgpt.tree import device, leaves, matches, replace_at
 from fgpt.vocabulary import with_rows
 from fgpt.weights import dtype
+
+T = TypeVar("T")
 
 QKV, ALL_BUT_QKV = r"blocks\..*\.attn\.qkv", r"blocks\.(?!.*\.attn\.[qkv]$).*"
 """What is quantized after q, k and v are fused, and what while it is read."""
@@ -140,8 +142,13 @@ def batches(
         begin: The first update, counted from 0.
     """
     for rows in order.updates(begin):
-        parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
+        parts = split_update(rows, micro_batch_size)
         yield [packing.collate(part, width or _whole_units(part, order.max_seq_len)) for part in parts]
+
+
+def split_update(rows: list[T], micro_batch_size: int) -> list[list[T]]:
+    """The rows of an update as those of its micro-batches."""
+    return [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
 
 
 def _whole_units(rows: list[list[Example]], max_seq_len: int) -> int:
@@ -229,6 +236,10 @@ def assemble_job(
         updates = batches(order, micro_batch_size, row_width(recipe, target, max_seq_len), begin)
         return map(pad_loss_positions, updates) if recipe.cuda_graphs else updates
 
+    def row_indices(begin: int) -> Iterator[list[RowIndices]]:
+        assert isinstance(order, RowOrder)
+        return (split_update(rows, micro_batch_size) for rows in order.indices(begin))
+
     def of_tuned(loss: Callable[[GPT], float]) -> Callable[[Adapters], float]:
         return lambda tuned: loss(adapt(frozen, tuned))
 
@@ -246,6 +257,8 @@ def assemble_job(
         eval_losses={name: of_tuned(loss) for name, loss in (eval_losses or {}).items()},
         step_for=lambda schedule, weight_decay: step_of(make_optimizer(recipe, schedule, weight_decay)),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
+        examples=examples,
+        row_indices=row_indices if isinstance(order, RowOrder) else None,
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
     )
 

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from fgpt.cli import paths
 from fgpt.cli.training.hashes import fast_hash
+from fgpt.data.examples import Example
 from fgpt.io import gguf, models
 from fgpt.io.serialization import config_to_json
 from fgpt.kernels.adam import Number
@@ -22,6 +23,8 @@ from fgpt.train_step import Metrics, State, Step
 from fgpt.tree import device, tree_map
 
 B = TypeVar("B")
+RowIndices: TypeAlias = list[list[int]]
+"""Rows of examples that are packed together, by their indices."""
 
 MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
 """Options that a resumed run may change, since they change nothing of what is trained."""
@@ -83,6 +86,11 @@ class TrainingJob:
     same."""
     evaluation_params: Callable[[State], Any] = trained_params
     """What is evaluated and saved of a state: not what is trained, if the optimizer averages."""
+    examples: Sequence[Example] = ()
+    """What is trained on, if it is known beforehand."""
+    row_indices: Callable[[int], Iterator[list[RowIndices]]] | None = None
+    """Of each micro-batch of `batches`, the indices of the `examples` in each of its rows; None if they are not known
+    beforehand."""
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
 

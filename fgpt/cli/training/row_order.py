@@ -6,14 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
+from fgpt.cli.training.job import RowIndices
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
 from fgpt.data.mixtures import Mixture
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 
-RowIndices = list[list[int]]
-"""Rows of examples that are packed together, by their indices."""
 Rows = list[list[Example]]
 """The same rows, read."""
 

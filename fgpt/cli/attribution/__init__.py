@@ -1,0 +1,1 @@
+"""`fgpt attribute`: which training rows made a run answer as it does."""
