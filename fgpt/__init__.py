@@ -36,7 +36,9 @@ from fgpt.model import (
     GPT,
     Config,
     KVCache,
+    Tap,
     apply,
+    final_norm,
     forward_with_cache,
     fuse_qkv,
     hidden,
@@ -44,6 +46,7 @@ from fgpt.model import (
     init,
     lm_head,
     logits,
+    trace,
 )
 from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.optim_averages import with_ema, with_swa
@@ -81,6 +84,7 @@ __all__ = [
     "SamplingParams",
     "State",
     "SweepResult",
+    "Tap",
     "TrainableTokens",
     "adamw",
     "adamw8bit",
@@ -94,6 +98,7 @@ __all__ = [
     "dense",
     "dora",
     "embed",
+    "final_norm",
     "fold_in",
     "forward_with_cache",
     "from_module",
@@ -139,6 +144,7 @@ __all__ = [
     "sweep_step",
     "task_vector",
     "tokenizer",
+    "trace",
     "trainable_leaves",
     "trainable_tokens",
     "unstack_adapters",

@@ -10,6 +10,8 @@
 Source: Vaswani et al. 2017, section 3.2.1.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -58,14 +60,25 @@ def reference(
     k: Float[Tensor, "*batch kv key d_head"],
     v: Float[Tensor, "*batch kv key d_head"],
     mask: Bool[Tensor, "*batch 1 query key"] | Documents | None = None,
+    edit: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*batch head query d_head"]:
-    """The definition, softmax in fp32. Differentiable to any order, in both modes."""
+    """The definition, softmax in fp32. Differentiable to any order, in both modes.
+
+    Args:
+        q: As in `attention`.
+        k: As in `attention`.
+        v: As in `attention`.
+        mask: As in `attention`.
+        edit: From "scores" or "weights", [*batch head query key], to what replaces them. The mask comes in between.
+    """
     k, v = _repeat_heads(q, k, v)
     mask = causal(q.shape[-2], k.shape[-2], q.device) if mask is None else mask
     mask = mask.mask(q.shape[-2]) if isinstance(mask, Documents) else mask
     # einsum, as torch 2.11 compiles no vmap of a matrix product whose sizes vary
     scores = at_least_fp32(torch.einsum("...qd,...kd->...qk", q, k)) / q.shape[-1] ** 0.5
+    scores = scores if edit is None else edit("scores", scores)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+    weights = weights if edit is None else edit("weights", weights)
     return torch.einsum("...qk,...kd->...qd", weights, v)
 
 

@@ -1,16 +1,18 @@
-"""The GPT: a tree of nodes (`params`), what its shapes do not say (`config`), pure functions of it (`forward`), and the
-keys and values that generation keeps (`cache`).
+"""The GPT: a tree of nodes (`params`), what its shapes do not say (`config`), pure functions of it (`forward`),
+functions of its activations (`taps`), and the keys and values that generation keeps (`cache`).
 """
 
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.forward import (
     apply,
+    final_norm,
     forward_with_cache,
     hidden,
     hidden_at,
     lm_head,
     logits,
+    trace,
     transformer_layers,
 )
 from fgpt.model.params import (
@@ -29,6 +31,7 @@ from fgpt.model.params import (
     fused_qkv,
     init,
 )
+from fgpt.model.taps import Tap
 
 __all__ = [
     "GPT",
@@ -45,8 +48,10 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "StaticLayerCache",
+    "Tap",
     "abstract_params",
     "apply",
+    "final_norm",
     "forward_with_cache",
     "fuse_qkv",
     "fused_qkv",
@@ -55,5 +60,6 @@ __all__ = [
     "init",
     "lm_head",
     "logits",
+    "trace",
     "transformer_layers",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.attention import attention, sliding
+from fgpt.kernels.attention import reference as explicit_attention
 from fgpt.kernels.documents import Documents
 from fgpt.kernels.dropout import uniform_noise
 from fgpt.kernels.functorch_state import dual_outside_torch_func
@@ -37,6 +38,7 @@ from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, EmbeddingNoise, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.model.taps import BoundTap, Tap, edit
 from fgpt.tree import replace_at
 from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
@@ -96,6 +98,7 @@ def attention_layer(
     rope: RopeCosSin | None,
     score_scale: float = 1.0,
     positions: Int[Tensor, " n"] | None = None,
+    tap: BoundTap | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], LayerKV]:
     """Attention over earlier tokens and x; and the keys and values of both.
 
@@ -108,8 +111,10 @@ def attention_layer(
         rope: The angles of the tokens' positions; None rotates nothing.
         score_scale: A factor of the scores besides 1 / sqrt(d_head).
         positions: The flat positions whose result is computed, in this order, each once; None computes all.
+        tap: Called inside the layer; not with `positions`.
     """
     q, k, v = qkv(x, p, cfg, positions)
+    q, k, v = edit(tap, "q", q), edit(tap, "k", k), edit(tap, "v", v)
     q = q if score_scale == 1.0 else q * score_scale
     if rope is not None:
         q, k = apply_rope(q, rope, cfg.interleaved), apply_rope(k, rope, cfg.interleaved)
@@ -118,7 +123,11 @@ def attention_layer(
         k, v = past.k, past.v
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
-    y = attention(q, k, v, mask).transpose(-3, -2).flatten(-2)
+    if tap is not None and (tap.selects("scores") or tap.selects("weights")):
+        z = explicit_attention(q, k, v, mask, tap)
+    else:
+        z = attention(q, k, v, mask)
+    y = edit(tap, "z", z).transpose(-3, -2).flatten(-2)
     y = y if positions is None else select_positions(y, positions)
     return linear(y, p.o.w, p.o.b), (k, v)
 
@@ -136,7 +145,9 @@ Source: Hendrycks and Gimpel 2016 (GELUs), section 2, for the first four.
 """
 
 
-def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor, "*batch d_model"]:
+def mlp(
+    x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config, tap: BoundTap | None = None
+) -> Float[Tensor, "*batch d_model"]:
     """down(act(up(x))), or down(act(gate(x)) ⊙ up(x)) if there is a gate.
 
     Source: Shazeer 2020 (GLU Variants), equation 6.
@@ -147,7 +158,7 @@ def mlp(x: Float[Tensor, "*batch d_model"], p: MLP, cfg: Config) -> Float[Tensor
     else:
         up, gate = linear_group(x, [(p.up.w, p.up.b), (p.gate.w, p.gate.b)])
         inner = activation(gate) * up
-    return linear(inner, p.down.w, p.down.b)
+    return linear(edit(tap, "neurons", inner), p.down.w, p.down.b)
 
 
 def block(
@@ -159,19 +170,21 @@ def block(
     rope: RopeCosSin | None = None,
     score_scale: float = 1.0,
     positions: Int[Tensor, " n"] | None = None,
+    tap: BoundTap | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], LayerKV]:
     """One transformer block: x with attention and MLP added to it; and the keys and values of `past` and x.
 
     The arguments after the weights `p` are those of `attention_layer`.
     """
-    normed = norm(x, p.ln_1, cfg.norm_eps)
-    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale, positions)
+    inside_attn, inside_mlp = (None, None) if tap is None else (tap.inside("attn"), tap.inside("mlp"))
+    normed = edit(tap, "ln_1", norm(x, p.ln_1, cfg.norm_eps))
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale, positions, inside_attn)
     if positions is not None:
         x, normed = select_positions(x, positions), select_positions(normed, positions)
-    after = x + y
+    after = x + edit(tap, "attn", y)
     if p.ln_2 is not None:
-        normed = norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps)
-    return after + mlp(normed, p.mlp, cfg), kv
+        normed = edit(tap, "ln_2", norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps))
+    return after + edit(tap, "mlp", mlp(normed, p.mlp, cfg, inside_mlp)), kv
 
 
 def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any, **options: Any) -> tuple[Tensor, LayerKV]:
@@ -219,6 +232,7 @@ def transformer_layers(
     length: int | Int[Tensor, "*batch seq"] = 0,
     block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
     output_positions: Int[Tensor, " n"] | None = None,
+    tap: BoundTap | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], tuple[LayerKV, ...]]:
     """Embedding, blocks and ln_f for tokens at the given positions.
 
@@ -232,6 +246,7 @@ def transformer_layers(
         block_fn: `block`, or a function with the same values that saves less for the backward pass.
         output_positions: The flat positions whose hidden states are returned, in this order: of the last block they
             alone need queries and the MLP. None returns all.
+        tap: Called at the points of `fgpt.model.taps`. A block with a point inside it runs as it is, by `block`.
 
     Returns:
         The hidden states, and the keys and values of each layer, those of `past` included, if `block_fn` returns them.
@@ -240,6 +255,7 @@ def transformer_layers(
     x = embed(tokens, params.wte.w)
     x = x if params.wte.noise is None else add_noise(x, params.wte.noise)
     x = x if params.wpe is None else x + embed(positions, params.wpe.w)
+    x = edit(tap, "embed", x)
     rope = None
     if cfg.rotary_dim:
         rope = rope_cos_sin(positions, cfg.rotary_dim, cfg.rope_theta, cfg.rope_scaling, x.dtype, length)
@@ -248,10 +264,13 @@ def transformer_layers(
     for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
         layer_mask = mask if i in cfg.full_layers else windowed
         selected = output_positions if i == len(params.blocks) - 1 else None
-        x, kv = block_fn(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), selected)
+        inside_block = None if tap is None else tap.inside(f"blocks.{i}")
+        run_block = block_fn if inside_block is None else partial(block, tap=inside_block)
+        x, kv = run_block(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), selected)
+        x = edit(tap, f"blocks.{i}", x)
         if kv is not None:
             new_kv.append(kv)
-    return norm(x, params.ln_f, cfg.norm_eps), tuple(new_kv)
+    return edit(tap, "ln_f", final_norm(params, x)), tuple(new_kv)
 
 
 def _window_mask(
@@ -282,6 +301,7 @@ def _forward(
     block_fn: Callable[..., tuple[Tensor, LayerKV | None]] = block,
     cu_seqlens: Tensor | None = None,
     output_positions: Tensor | None = None,
+    tap: BoundTap | None = None,
 ) -> tuple[Tensor, KVCache]:
     seq, past = tokens.shape[-1], cache.kv[0][0].shape[-2] if cache.kv else 0
     if past + seq > params.cfg.n_ctx:
@@ -315,6 +335,7 @@ def _forward(
         length=length,
         block_fn=block_fn,
         output_positions=output_positions,
+        tap=tap,
     )
     return h, KVCache(kv, all_segments)
 
@@ -327,6 +348,8 @@ def hidden(
     remat: bool = False,
     compile: bool = False,
     cu_seqlens: Int[Tensor, "*batch n"] | None = None,
+    *,
+    tap: Tap | None = None,
 ) -> Float[Tensor, "*batch seq d_model"]:
     """The last hidden states, after ln_f: the input of a head or a loss.
 
@@ -342,16 +365,68 @@ def hidden(
             where torch cannot compile it, which a warning says, the block runs as it is.
         cu_seqlens: Where each document of a packed row begins and the last one ends, see `Batch`: the meaning of
             `segments`, which it replaces, if no document is interrupted by another. Attention then needs no mask.
+        tap: A function of activations, whose results replace them, see `Tap`. Blocks inside which it is called are
+            neither rematerialized nor compiled.
 
     Raises:
-        InputError: if a row is longer than the context.
+        InputError: if a row is longer than the context, and for a tap that selects no point or returns another shape.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """
-    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens)[0]
+    bound = None if tap is None else tap.bind(params)
+    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, tap=bound)[0]
+
+
+@check_shapes
+def trace(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    *,
+    target: str,
+    tap: Tap | None = None,
+    cu_seqlens: Int[Tensor, "*batch n"] | None = None,
+) -> tuple[Float[Tensor, "*batch seq d_model"], dict[str, Tensor]]:
+    r"""`hidden`, and activations on the way to it, by the paths of their points.
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: As in `hidden`.
+        target: A regular expression that matches the paths of points in full; `fgpt.model.taps` lists them.
+        tap: As in `hidden`: the activations are those that it leaves.
+        cu_seqlens: As in `hidden`.
+
+    Raises:
+        InputError: as `hidden` does, and if `target` matches no point.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=2, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> h, activations = fgpt.trace(params, torch.tensor([[1, 2, 3]]), target=r"blocks\.\d+(\.attn\.weights)?")
+    >>> list(activations)
+    ['blocks.0.attn.weights', 'blocks.0', 'blocks.1.attn.weights', 'blocks.1']
+    >>> activations["blocks.1.attn.weights"].shape  # [batch head seq key]
+    torch.Size([1, 2, 3, 3])
+    >>> torch.equal(h, fgpt.final_norm(params, activations["blocks.1"]))
+    True
+    """
+    activations: dict[str, Tensor] = {}
+    edits = None if tap is None else tap.bind(params)
+    recorder = Tap(lambda path, x: x, target).bind(params)
+
+    def record(path: str, x: Tensor) -> Tensor:
+        x = edit(edits, path, x)
+        if recorder.selects(path):
+            activations[path] = x
+        return x
+
+    paths = recorder.paths if edits is None else recorder.paths | edits.paths
+    h, _ = _forward(params, tokens, segments, KVCache(), cu_seqlens=cu_seqlens, tap=BoundTap(record, paths))
+    return h, activations
 
 
 @check_shapes
@@ -367,7 +442,7 @@ def hidden_at(
     """`hidden` at some positions alone: hidden(params, tokens).flatten(0, -2)[positions], for less.
 
     In the last block the other positions need keys and values, and nothing else: with answers of half the tokens, 3 %
-    of the products of 12 layers are saved.
+    of the products of 12 layers are saved. That block's activations are incomplete, so there is no tap here.
 
     Args:
         params: The model, adapted or not.
@@ -407,6 +482,19 @@ def lm_head(params: GPT) -> Linear:
     return params.head or Linear(params.wte.w)
 
 
+def final_norm(params: GPT, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    r"""ln_f of the residual stream: the last hidden states. Of an earlier block's stream they give the logit lens.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=2, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> _, activations = fgpt.trace(params, torch.tensor([1, 2, 3]), target=r"blocks\.0")
+    >>> fgpt.logits(params, fgpt.final_norm(params, activations["blocks.0"])).shape
+    torch.Size([3, 10])
+    """
+    return norm(x, params.ln_f, params.cfg.norm_eps)
+
+
 def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
     """Next-token logits of hidden states: lm_head(h).
 
@@ -421,7 +509,11 @@ def logits(params: GPT, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*b
 
 @check_shapes
 def apply(
-    params: GPT, tokens: Int[Tensor, "*batch seq"], segments: Int[Tensor, "*batch seq"] | None = None
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    *,
+    tap: Tap | None = None,
 ) -> Float[Tensor, "*batch seq vocab"]:
     """Next-token logits at every position: logits(hidden(tokens)).
 
@@ -429,21 +521,27 @@ def apply(
         params: The model, adapted or not.
         tokens: Token ids.
         segments: The document that each token of a packed row belongs to, as in `hidden`.
+        tap: As in `hidden`.
 
     Raises:
-        InputError: if a row is longer than the context.
+        InputError: as `hidden` does.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> fgpt.apply(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 10])
     """
-    return logits(params, hidden(params, tokens, segments))
+    return logits(params, hidden(params, tokens, segments, tap=tap))
 
 
 @check_shapes
 def forward_with_cache(
-    params: GPT, tokens: Int[Tensor, "*batch seq"], cache: KVCache, segments: Int[Tensor, "*batch seq"] | None = None
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    cache: KVCache,
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    *,
+    tap: Tap | None = None,
 ) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
     """`hidden` of tokens that follow those in `cache`, and the cache that holds them too.
 
@@ -455,9 +553,10 @@ def forward_with_cache(
         cache: What the last call returned, or `KVCache()`. It is not changed.
         segments: As in `hidden`. Prompts of different lengths are padded on the left, with segment 0 for padding and 1
             for text.
+        tap: As in `hidden`, for the activations of these tokens.
 
     Raises:
-        InputError: if a row is longer than the context, or than a dynamic rope allows keys to be cached.
+        InputError: as `hidden` does, and if a row is longer than a dynamic rope allows keys to be cached.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -473,4 +572,4 @@ def forward_with_cache(
             f"{total} tokens in a row, but a dynamic rope rotates all keys anew beyond {params.cfg.cached_context}, so "
             "they cannot be cached: shorten the row, or pass it whole to apply or hidden"
         )
-    return _forward(params, tokens, segments, cache)
+    return _forward(params, tokens, segments, cache, tap=None if tap is None else tap.bind(params))
