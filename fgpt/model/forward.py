@@ -38,7 +38,7 @@ from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, EmbeddingNoise, FusedAttention, Linear, Norm, RMSNorm
-from fgpt.model.taps import BoundTap, Tap, edit
+from fgpt.model.taps import BoundTap, Tap, bind, edit, inside, select_points
 from fgpt.tree import replace_at
 from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
@@ -124,10 +124,10 @@ def attention_layer(
     elif past is not None:
         k, v = torch.cat([past[0], k], -2), torch.cat([past[1], v], -2)
     if tap is not None and (tap.selects("scores") or tap.selects("weights")):
-        z = explicit_attention(q, k, v, mask, tap)
+        y = explicit_attention(q, k, v, mask, tap)
     else:
-        z = attention(q, k, v, mask)
-    y = edit(tap, "z", z).transpose(-3, -2).flatten(-2)
+        y = attention(q, k, v, mask)
+    y = edit(tap, "z", y).transpose(-3, -2).flatten(-2)
     y = y if positions is None else select_positions(y, positions)
     return linear(y, p.o.w, p.o.b), (k, v)
 
@@ -176,15 +176,14 @@ def block(
 
     The arguments after the weights `p` are those of `attention_layer`.
     """
-    inside_attn, inside_mlp = (None, None) if tap is None else (tap.inside("attn"), tap.inside("mlp"))
     normed = edit(tap, "ln_1", norm(x, p.ln_1, cfg.norm_eps))
-    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale, positions, inside_attn)
+    y, kv = attention_layer(normed, p.attn, cfg, mask, past, rope, score_scale, positions, inside(tap, "attn"))
     if positions is not None:
         x, normed = select_positions(x, positions), select_positions(normed, positions)
     after = x + edit(tap, "attn", y)
     if p.ln_2 is not None:
         normed = edit(tap, "ln_2", norm(x if cfg.parallel_residual else after, p.ln_2, cfg.norm_eps))
-    return after + edit(tap, "mlp", mlp(normed, p.mlp, cfg, inside_mlp)), kv
+    return after + edit(tap, "mlp", mlp(normed, p.mlp, cfg, inside(tap, "mlp"))), kv
 
 
 def _block_for_gradient(x: Tensor, p: Block, cfg: Config, *args: Any, **options: Any) -> tuple[Tensor, LayerKV]:
@@ -264,8 +263,8 @@ def transformer_layers(
     for i, (p, layer_past) in enumerate(zip(params.blocks, past, strict=True)):
         layer_mask = mask if i in cfg.full_layers else windowed
         selected = output_positions if i == len(params.blocks) - 1 else None
-        inside_block = None if tap is None else tap.inside(f"blocks.{i}")
-        run_block = block_fn if inside_block is None else partial(block, tap=inside_block)
+        block_tap = inside(tap, f"blocks.{i}")
+        run_block = block_fn if block_tap is None else partial(block, tap=block_tap)
         x, kv = run_block(x, p, cfg, layer_mask, layer_past, rope, cfg.score_scale(i), selected)
         x = edit(tap, f"blocks.{i}", x)
         if kv is not None:
@@ -376,8 +375,8 @@ def hidden(
     >>> fgpt.hidden(fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """
-    bound = None if tap is None else tap.bind(params)
-    return _forward(params, tokens, segments, KVCache(), block_variant(remat, compile), cu_seqlens, tap=bound)[0]
+    block_fn = block_variant(remat, compile)
+    return _forward(params, tokens, segments, KVCache(), block_fn, cu_seqlens, tap=bind(tap, params))[0]
 
 
 @check_shapes
@@ -415,16 +414,15 @@ def trace(
     True
     """
     activations: dict[str, Tensor] = {}
-    edits = None if tap is None else tap.bind(params)
-    recorder = Tap(lambda path, x: x, target).bind(params)
+    edits, points = bind(tap, params), select_points(params, target)
 
     def record(path: str, x: Tensor) -> Tensor:
         x = edit(edits, path, x)
-        if recorder.selects(path):
+        if path in points:
             activations[path] = x
         return x
 
-    paths = recorder.paths if edits is None else recorder.paths | edits.paths
+    paths = points if edits is None else points | edits.paths
     h, _ = _forward(params, tokens, segments, KVCache(), cu_seqlens=cu_seqlens, tap=BoundTap(record, paths))
     return h, activations
 
@@ -572,4 +570,4 @@ def forward_with_cache(
             f"{total} tokens in a row, but a dynamic rope rotates all keys anew beyond {params.cfg.cached_context}, so "
             "they cannot be cached: shorten the row, or pass it whole to apply or hidden"
         )
-    return _forward(params, tokens, segments, cache, tap=None if tap is None else tap.bind(params))
+    return _forward(params, tokens, segments, cache, tap=bind(tap, params))

@@ -53,10 +53,6 @@ class Tap:
     fn: Callable[[str, Tensor], Tensor]
     target: str
 
-    def bind(self, params: GPT) -> "BoundTap":
-        """The tap at the points of a model. Raises InputError if it selects none."""
-        return BoundTap(self.fn, frozenset(select(tap_points(params), self.target)))
-
 
 def tap_points(params: GPT) -> list[str]:
     """The paths of a model's points, in the order of their computation."""
@@ -64,10 +60,15 @@ def tap_points(params: GPT) -> list[str]:
     for i, p in enumerate(params.blocks):
         attention = [f"attn.{name}" for name in ("q", "k", "v", "scores", "weights", "z")]
         second_norm = [] if p.ln_2 is None else ["ln_2"]
-        inside = ["ln_1", *attention, "attn", *second_norm, "mlp.neurons", "mlp"]
-        points += [f"blocks.{i}.{name}" for name in inside]
+        names = ["ln_1", *attention, "attn", *second_norm, "mlp.neurons", "mlp"]
+        points += [f"blocks.{i}.{name}" for name in names]
         points.append(f"blocks.{i}")
     return [*points, "ln_f"]
+
+
+def select_points(params: GPT, target: str) -> frozenset[str]:
+    """The paths of the points that a selector matches. Raises InputError if there are none."""
+    return frozenset(select(tap_points(params), target))
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,6 @@ class BoundTap:
     fn: Callable[[str, Tensor], Tensor]
     paths: frozenset[str]
     prefix: str = ""
-
-    def inside(self, part: str) -> "BoundTap | None":
-        """The tap inside a part of this part; None if nothing is selected there."""
-        prefix = f"{self.prefix}{part}."
-        return replace(self, prefix=prefix) if any(path.startswith(prefix) for path in self.paths) else None
 
     def selects(self, name: str) -> bool:
         return f"{self.prefix}{name}" in self.paths
@@ -108,6 +104,19 @@ def _kind(x: Any) -> str:
     if not isinstance(x, Tensor):
         return short_repr(x)
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def bind(tap: Tap | None, params: GPT) -> BoundTap | None:
+    """A tap at the points of a model. Raises InputError if it selects none."""
+    return None if tap is None else BoundTap(tap.fn, select_points(params, tap.target))
+
+
+def inside(tap: BoundTap | None, part: str) -> BoundTap | None:
+    """A tap inside a part, such as "attn" of a block; None if nothing is selected there."""
+    if tap is None:
+        return None
+    prefix = f"{tap.prefix}{part}."
+    return replace(tap, prefix=prefix) if any(path.startswith(prefix) for path in tap.paths) else None
 
 
 def edit(tap: BoundTap | None, name: str, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def test_padding_that_counts_in_the_mean(patch: Patch):
 
 def test_packing_documents_that_see_one_another(patch: Patch):
     def join(forward: Any) -> Any:
-        def wrong(params: Any, tokens: Any, segments: Any, *rest: Any) -> Any:
+        def wrong(params: Any, tokens: Any, segments: Any, *rest: Any, **_: Any) -> Any:
             joined = None if segments is None else segments.clamp(max=1)
             positions = {"output_positions": rest[3]} if len(rest) > 3 else {}
             return forward(params, tokens, joined, *rest[:2], **positions)  # and without the bounds that follow
@@ -81,8 +81,8 @@ def test_rows_that_share_the_scale_of_activations(patch: Patch):
 
 def test_rows_whose_number_matters(patch: Patch):
     def count_rows(forward: Any) -> Any:
-        def wrong(params: Any, tokens: Any, *rest: Any) -> Any:
-            h, cache = forward(params, tokens, *rest)
+        def wrong(params: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+            h, cache = forward(params, tokens, *rest, **options)
             rows = len(tokens) - 1 if tokens.ndim > 1 and not torch.is_grad_enabled() else 0
             bump = torch.linspace(0, 0.01 * rows, h.shape[-1])
             return h + bump, cache

@@ -3,18 +3,20 @@ work through them.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from builders import close, same, stack_trees, tiny, tokens, with_noise
+from builders import ROOT, close, same, stack_trees, tiny, tokens, with_noise
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt import model as M
 from fgpt.kernels import attention as A
+from fgpt.model.taps import bind
 from fgpt.tree import astype, replace_at
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -275,7 +277,7 @@ def test_blocks_are_rematerialized_unless_they_are_tapped_inside():
 
     for target, expected in ((r"blocks\.1", [0, 1, 2]), (r"blocks\.1\.mlp", [0, 2]), ("embed|ln_f", [0, 1, 2])):
         blocks.clear()
-        bound = fgpt.Tap(unchanged, target).bind(params)
+        bound = bind(fgpt.Tap(unchanged, target), params)
         M.transformer_layers(params, text, torch.arange(9), None, (None,) * 3, block_fn=count, tap=bound)
         assert blocks == expected
 
@@ -361,3 +363,20 @@ def test_another_kind_of_tensor_is_one_line(change: Callable[[Tensor], Any], got
     for call in (lambda: fgpt.hidden(params, text, tap=tap), lambda: fgpt.trace(params, text, target=".*", tap=tap)):
         with pytest.raises(fgpt.InputError, match=message):
             call()
+
+
+# ---------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_documented_points_and_shapes_are_those_of_a_trace():
+    """Of a model in which no two sizes are equal; the table's example is block 3."""
+    params = tiny(n_layer=4, n_head=4, n_kv=2, d_model=24, d_head=6, d_mlp=40, gated_mlp=True)
+    sizes = {"*batch": 3, "seq": 9, "key": 9, "d_model": 24, "n_head": 4, "n_kv": 2, "d_head": 6, "d_mlp": 40}
+    _, activations = fgpt.trace(params, tokens(31, 3, 9), target=".*")
+    page = (ROOT / "docs" / "activations.md").read_text(encoding="utf-8")
+    documented: dict[str, list[int]] = {}
+    for paths, shape in re.findall(r"^\| (`.*?) \|.*\| `\[(.*)\]` \|$", page, flags=re.M):
+        for path in re.findall(r"`(\S+)`", paths):
+            documented[path] = [sizes[axis] for axis in shape.split()]
+    expected = {path: list(x.shape) for path, x in activations.items() if not re.match(r"blocks\.[012]", path)}
+    assert documented == expected
