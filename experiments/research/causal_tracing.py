@@ -108,15 +108,15 @@ def effects(tracing: Tracing, margins: Float[Tensor, "layer seq"]) -> Float[Tens
     return (clean - margins) / (clean - other)
 
 
-def median_times(sides: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each call, by turns; before that each is called once."""
+def time_by_turns(sides: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each call of each side, by turns; before that each is called once."""
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds + 1):
         for call, times in zip(sides, seconds, strict=True):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-    return [statistics.median(times[1:]) for times in seconds]
+    return [times[1:] for times in seconds]
 
 
 @torch.no_grad()
@@ -130,8 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text, row in zip(texts, table.T, strict=True):
         print(f"{text.strip():12}" + "".join(f"{round(float(x), 2) + 0.0:9.2f}" for x in row))  # + 0.0: no -0.00
     sides = [lambda: margins_by_vmap(tracing), lambda: margins_by_loop(tracing)]
-    mapped, loop = median_times(sides, 1 if options.tiny else 15)
-    print(f"{table.numel()} patched passes: vmap {mapped:.3f} s, loop {loop:.3f} s, ratio {mapped / loop:.2f}")
+    times = time_by_turns(sides, 1 if options.tiny else 15)
+    mapped, loop = map(statistics.median, times)
+    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    print(f"{table.numel()} patched passes: vmap {mapped:.3f} s, loop {loop:.3f} s, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":
