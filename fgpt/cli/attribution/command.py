@@ -86,20 +86,23 @@ def run(options: AttributeOptions) -> Path:
 def _example(
     recipe: InstructionRecipe, job: TrainingJob, adapters: Adapters, prompt: Sequence[int], options: AttributeOptions
 ) -> Example:
-    """The prompt with the answer to explain. Raises InputError for an empty answer, and if both are too long."""
+    """The prompt with the answer to explain, within the run's sequences.
+
+    Raises InputError for an empty answer, and if both are too long.
+    """
+    limit = min(recipe.max_seq_len, job.frozen.cfg.n_ctx)
     if options.response is None:
         (output,) = generate(
             adapt(job.frozen, adapters),
             [prompt],
             eos_token_id=job.tokenizer.eos_token_ids,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max(1, min(options.max_new_tokens, limit - len(prompt))),
         )
         response = [*output.tokens]
     else:
         response = [*job.tokenizer.encode(options.response), job.tokenizer.eos_token_id]
         if len(response) == 1:
             raise InputError("--response is empty: give an answer, or leave it out for the run's own")
-    limit = min(recipe.max_seq_len, job.frozen.cfg.n_ctx)
     if len(prompt) + len(response) > limit:
         raise InputError(
             f"prompt and answer have {len(prompt) + len(response)} tokens, and the run's sequences {limit}: shorten one"

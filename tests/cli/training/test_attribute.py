@@ -66,8 +66,8 @@ def test_effects_are_slopes_of_trainings(kind: str, tmp_path: Path):
     result = through_training(recipe, job, query)
     assert result.loss == pytest.approx(ending(0, 1.0), abs=1e-4)
     for index in result.effects.abs().argsort(descending=True)[[0, 2]].tolist():
-        slope = (ending(index, 1.02) - ending(index, 0.98)) / 0.04
-        assert -float(result.effects[index]) == pytest.approx(slope, rel=0.03)
+        slope = (ending(index, 1.005) - ending(index, 0.995)) / 0.01
+        assert -float(result.effects[index]) == pytest.approx(slope, rel=0.01)
     assert int(result.effects.count_nonzero()) >= 10  # of those that are read in five steps
 
 
@@ -131,7 +131,7 @@ def test_wrong_uses(trained: Path, project: Path, tmp_path: Path, capsys: pytest
     def error(*args: str) -> str:
         capsys.readouterr()
         assert main(["attribute", *args]) == 2
-        return " ".join(capsys.readouterr().err.strip().splitlines()[-1:])
+        return " ".join(capsys.readouterr().err.split())
 
     assert "the prompt is empty" in error("lora-nano", " ", *runs)
     assert "--response is empty" in error("lora-nano", "Say 3.", "--response", "", *runs)
