@@ -1,0 +1,7 @@
+"""The measured example of forgetting, in a small form."""
+
+from experiments.research.forgetting import main
+
+
+def test_a_forgotten_set_is_one_that_was_never_there():
+    assert main(["--sets", "1", "--rows", "300", "--steps", "4"]) == 1.0
