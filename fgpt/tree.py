@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -275,6 +276,46 @@ def unflatten_like(tree: T, new: Iterable[Any]) -> T:
     """`tree` with the leaves `new`, in pytree order."""
     iterator = iter(new)
     return tree_map(lambda _: next(iterator), tree)
+
+
+def ravel(tree: T) -> tuple[Float[Tensor, " n"], Callable[[Float[Tensor, " n"]], T]]:
+    """`tree` as one vector, and the function that makes such trees of such vectors: `unravel(vector)` equals `tree`.
+    Both pass every transform of torch.func.
+
+    Leaves of several dtypes are promoted to one that has the range and digits of all, as torch.cat does, and `unravel`
+    rounds each part to the dtype of its leaf. Of bf16 and fp32 the vector is in fp32.
+
+    Args:
+        tree: A tree of floating-point tensors, such as adapters, in pytree order.
+
+    Raises:
+        InputError: for a leaf that is no floating-point tensor; and from `unravel`, for a vector of another length.
+
+    Source: jax.flatten_util.ravel_pytree.
+
+    >>> vector, unravel = ravel({"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor(3.0)})
+    >>> vector
+    tensor([1., 2., 3.])
+    >>> unravel(2 * vector)
+    {'a': tensor([[2., 4.]]), 'b': tensor(6.)}
+    """
+    tensors = tree_leaves(tree)
+    dtype = tensors[0].dtype if tensors and isinstance(tensors[0], Tensor) else torch.float32
+    for x in tensors:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"ravel expects a tree of floating-point tensors, got a leaf of {kind}")
+        dtype = torch.promote_types(dtype, x.dtype)
+    sizes = [x.numel() for x in tensors]
+    vector = torch.cat([x.reshape(-1).to(dtype) for x in tensors]) if tensors else torch.zeros(0)
+
+    def unravel(vector: Float[Tensor, " n"]) -> T:
+        if vector.shape != (sum(sizes),):
+            raise InputError(f"unravel expects a vector of {sum(sizes)} elements, got shape {list(vector.shape)}")
+        parts = vector.split(sizes)
+        return unflatten_like(tree, [part.view_as(x).to(x.dtype) for part, x in zip(parts, tensors, strict=True)])
+
+    return vector, unravel
 
 
 def register_with_optree() -> None:

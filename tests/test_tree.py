@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from fgpt.tree import leaves, replace_at, tree_leaves, tree_map, unflatten_like
+from fgpt.errors import InputError
+from fgpt.tree import leaves, ravel, replace_at, tree_leaves, tree_map, unflatten_like
 
 TREES = trees(INTEGERS | st.integers(0, 9))
 
@@ -63,3 +64,48 @@ def test_leaves_and_updates_go_by_path():
     assert plain(updated)[1] == [1, 2, 9]
     assert plain(tree)[1] == [1, 2, 3]
     assert updated["blocks"][0] is tree["blocks"][0]
+
+
+NUMBERS = st.lists(st.integers(-9, 9).map(float), max_size=3)
+
+
+@given(trees(NUMBERS.map(lambda numbers: torch.tensor([numbers]))))
+def test_a_tree_is_a_vector_in_pytree_order(tree: Any):
+    vector, unravel = ravel(tree)
+    assert vector.tolist() == [x for leaf in pytree.tree_leaves(tree) for x in leaf.flatten().tolist()]
+    back = unravel(vector)
+    assert pytree.tree_structure(back) == pytree.tree_structure(tree)
+    for x, y in zip(pytree.tree_leaves(back), pytree.tree_leaves(tree), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_a_vector_of_several_dtypes_has_the_digits_of_all():
+    tree = {"a": torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "b": torch.tensor(0.1), "c": torch.ones(1).double()}
+    for path, dtype in (("b", torch.float32), ("c", torch.float64)):
+        vector, unravel = ravel({"a": tree["a"], path: tree[path]})
+        assert vector.dtype == dtype
+        assert {name: x.dtype for name, x in unravel(vector + 1).items()} == {"a": torch.bfloat16, path: dtype}
+    assert ravel({"a": tree["a"]})[0].dtype == torch.bfloat16
+    half = ravel({"a": tree["a"], "h": torch.ones(1, dtype=torch.float16)})[0]
+    assert half.dtype == torch.float32  # neither holds the other
+
+
+def test_vectors_under_transforms():
+    tree = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(5.0)}
+    vector, unravel = ravel(tree)
+    gradient = torch.func.grad(lambda v: unravel(v)["w"].pow(2).sum() + 7 * unravel(v)["b"])(vector)
+    assert gradient.tolist() == [2, 4, 6, 8, 7]
+    many = torch.func.vmap(unravel)(torch.stack([vector, 2 * vector]))
+    assert many["w"].shape == (2, 2, 2)
+    assert many["b"].tolist() == [5, 10]
+    assert torch.func.vmap(lambda t: ravel(t)[0])(many).tolist() == [vector.tolist(), (2 * vector).tolist()]
+
+
+def test_what_is_no_vector():
+    for leaf, says in ((torch.tensor(1), "a leaf of int64"), (3, "a leaf of int")):
+        with pytest.raises(InputError, match=says):
+            ravel({"a": torch.ones(1), "b": leaf})
+    with pytest.raises(InputError, match=r"a vector of 2 elements, got shape \[3\]"):
+        ravel([torch.ones(2)])[1](torch.ones(3))
+    assert ravel({})[0].shape == (0,)
+    assert ravel({})[1](torch.zeros(0)) == {}
