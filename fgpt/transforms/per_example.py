@@ -70,7 +70,7 @@ def per_example_grads(
     >>> result.losses.shape, result.grads["blocks.0.attn.q"].b.shape
     (torch.Size([2]), torch.Size([2, 8, 2]))
     """
-    parts = list(_chunks(loss, params, examples, chunk_size))
+    parts = list(grads_in_chunks(loss, params, examples, chunk_size))
     order = torch.tensor([i for indices, _, _ in parts for i in indices]).argsort()
     losses = torch.cat([values for _, _, values in parts])
     grads = tree_map(lambda *xs: torch.cat(xs)[order.to(xs[0].device)], *(grads for _, grads, _ in parts))
@@ -92,7 +92,7 @@ def per_example_norms(
         InputError: if there are no examples.
     """
     norms: list[tuple[int, Tensor]] = []
-    for indices, grads, _ in _chunks(loss, params, examples, chunk_size):
+    for indices, grads, _ in grads_in_chunks(loss, params, examples, chunk_size):
         norms += zip(indices, square_norms(grads).sqrt(), strict=True)
     return torch.stack([norm for _, norm in sorted(norms, key=lambda pair: pair[0])])
 
@@ -138,7 +138,7 @@ def gradient_noise_scale(
     if n < 2:
         raise InputError(f"{n} examples have no noise scale: expected two or more")
     squares, total = [], None
-    for _, grads, _ in _chunks(loss, params, examples, chunk_size):
+    for _, grads, _ in grads_in_chunks(loss, params, examples, chunk_size):
         squares.append(square_norms(grads).sum())
         part = tree_map(lambda g: at_least_fp32(g).sum(0), grads)
         total = part if total is None else tree_map(torch.add, total, part)
@@ -221,12 +221,12 @@ def _products(
     """Inner products of the gradients as `vectors` makes them."""
     targets = vectors(per_example_grads(query_loss, params, queries, chunk_size=chunk_size).grads)
     rows: list[tuple[int, Tensor]] = []
-    for indices, grads, _ in _chunks(loss, params, examples, chunk_size):
+    for indices, grads, _ in grads_in_chunks(loss, params, examples, chunk_size):
         rows += zip(indices, vectors(grads) @ targets.T, strict=True)
     return torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
-def _chunks(
+def grads_in_chunks(
     loss: ExampleLoss, params: Tree, examples: Sequence[Batch], chunk_size: int | None
 ) -> Iterator[tuple[list[int], Tree, Float[Tensor, " n"]]]:
     """Indices of examples of about one length, their gradients and their losses.
