@@ -11,6 +11,7 @@ everywhere. Which kernel computes a reading is the business of `fgpt.kernels`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias, Union
 
 import torch
@@ -26,6 +27,7 @@ from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
 from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize
 from fgpt.kernels.scaled_linear import scale_rows
+from fgpt.kernels.second_moments import SecondMoments, collect_moments
 from fgpt.tree import node, static
 
 
@@ -40,6 +42,7 @@ class Adapted:
         row: The factor of each output.
         col: The factor of each input.
         seed: Draws the dropout of the input of A; only `linear` applies it.
+        moments: What `linear` collects in a backward pass, for `fgpt.transforms.kronecker`.
         scale: s.
         dropout: Probability of dropping an element of the input of A.
 
@@ -57,6 +60,7 @@ class Adapted:
     row: Float[Tensor, " out"] | None = None
     col: Float[Tensor, " in"] | None = None
     seed: Int[Tensor, ""] | None = None
+    moments: SecondMoments | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -106,6 +110,8 @@ def linear(
     """
     if not isinstance(w, Adapted):
         return base_linear(x, w, bias)
+    if w.moments is not None:
+        return collect_moments(linear(x, replace(w, moments=None), bias), x, w.moments)
     x = x if w.col is None else x * w.col.to(x.dtype)
     if not isinstance(w.base, Adapted | GradOnly):  # one adapter over a base weight: a kernel may fuse the rest
         return adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=w.row, scale=w.scale, seed=w.seed, p=w.dropout)
@@ -148,7 +154,8 @@ def _is_plain_low_rank(w: Adapted) -> bool:
     """Whether `w` is W + s·B·A over a base weight, without dropout: its A reads x as it is."""
     if isinstance(w.base, Adapted | GradOnly):
         return False
-    return w.a is not None and w.b is not None and w.row is None and w.col is None and w.seed is None
+    has_others = w.row is not None or w.col is not None or w.seed is not None or w.moments is not None
+    return w.a is not None and w.b is not None and not has_others
 
 
 def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
