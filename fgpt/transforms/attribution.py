@@ -99,8 +99,9 @@ def lds(
 
     >>> effects = torch.tensor([[-1.0, -0.5, 0.2]])  # the third row hurts the query
     >>> without_one = 1 - torch.eye(3)
-    >>> lds(effects, without_one, torch.tensor([[3.0], [2.5], [1.8]])).per_query
-    tensor([1.])
+    >>> score = lds(effects, without_one, torch.tensor([[3.0], [2.5], [1.8]]))
+    >>> round(float(score.per_query), 6)
+    1.0
     """
     predicted = row_weights @ effects.T
     return LDS(_spearman(predicted, losses), _spearman(predicted.mean(1)[:, None], losses.mean(1)[:, None])[0])
