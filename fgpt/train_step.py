@@ -69,6 +69,8 @@ class Metrics:
 
 Gradient: TypeAlias = Callable[[Loss, Tree, Tree, Any, Int[Tensor, ""] | None], tuple[Tree, tuple[Tensor, Tensor]]]
 """(loss, trainable, frozen, batch, seed) -> (gradient, (Σ weight · nll, Σ weight)), sums over the batch."""
+Finish: TypeAlias = Callable[[Tree, Tensor, Int[Tensor, ""] | None], tuple[Tree, Tensor]]
+"""(Σ gradient, Σ weight, seed) of a whole step -> (sum, divisor): what the optimizer gets is their quotient."""
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 """A key or its seed."""
 Seeds: TypeAlias = tuple[Int[Tensor, ""], ...]
@@ -257,6 +259,7 @@ def make_step(
     max_norm: float | None = 1.0,
     prepare: Callable[[Tree, Tree], Tree] | None = None,
     gradient: Gradient | None = None,
+    finish: Finish | None = None,
     compile: bool = False,
 ) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
@@ -277,6 +280,9 @@ def make_step(
             in place of `frozen`. None gives it `frozen` itself.
         gradient: `gradient(loss, trainable, frozen, batch, seed) -> (grads, (Σ weight · nll, Σ weight))` of a
             micro-batch, a sum over it, in place of that of its loss: see `fgpt.transforms.step_gradients`.
+        finish: `finish(grads, weight, seed) -> (grads, divisor)` of the sums over all micro-batches, before they are
+            divided and clipped, such as noise on them and another divisor than their weight: see
+            `fgpt.transforms.privacy`.
         compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
             compiles it again: where shapes vary, let `loss` compile the blocks instead, by `nll(.., compile=True)`.
             Under vmap and derivatives of the step it has no effect, and a warning says so, as it does if torch cannot
@@ -331,9 +337,12 @@ def make_step(
             more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
-        weight_or_one = torch.where(weight == 0, 1, weight)  # a batch that has lost all its rows changes nothing
-        norm = global_norm(grads) / weight_or_one
-        divisor = weight_or_one if max_norm is None else weight_or_one / clip_factor(norm, max_norm)
+        # A batch that has lost all its rows changes nothing.
+        divisor = weight_or_one = torch.where(weight == 0, 1, weight)
+        if finish is not None:
+            grads, divisor = finish(grads, weight, None if seeds[0] is None else fold_in(seeds[0], "finish"))
+        norm = global_norm(grads) / divisor
+        divisor = divisor if max_norm is None else divisor / clip_factor(norm, max_norm)
         grads = unflatten_like(grads, leaf_lists.divide(tree_leaves(grads), divisor))
         trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return State(trainable, opt_state, state.step + 1), Metrics(value / weight_or_one, norm, weight)

@@ -26,7 +26,7 @@ GROUPS = {
         "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "
         "weight_decay optimizer ema_decay neftune_noise_alpha betas seed reward num_generations max_completion_length "
         "temperature objective loss_type beta label_smoothing rpo_alpha gamma desirable_weight undesirable_weight "
-        "scale_rewards center_rewards_coefficient label_smoothing_factor kd_ratio kd_temperature"
+        "scale_rewards center_rewards_coefficient label_smoothing_factor kd_ratio kd_temperature privacy"
     ),
     "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
     "speed": "device dtype deterministic remat compile cuda_graphs peak_tflops",
@@ -60,6 +60,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
     ranges.check(options, "--")
     if isinstance(options, FineTuningRecipe):
         options.adapter.check()
+        options.privacy.check()
         _ = options.multipliers
     if isinstance(options, FineTuningRecipe) and (hint := target_hint(options.adapter.target or "")):
         raise InputError(f"--adapter.target {options.adapter.target} matches no path: {hint}")

@@ -3,7 +3,8 @@
 A path in the working directory is written relative to it, any other by its last part: `.../rows.json`. A relative path
 stays as the user gave it.
 
-runs/NAME/local.json    the full paths of a run whose run.json has them shortened, for --resume; not to be shared
+runs/NAME/local.json    what a run's run.json has shortened or left out, for --resume: full paths, and the seed of a
+                        private training; not to be shared
 """
 
 import os
@@ -16,7 +17,9 @@ from fgpt.errors import InputError
 from fgpt.io.files import read_json, write_json
 
 LOCAL = "local.json"
-ABOUT = "full paths on this machine, for resuming and using the run here; do not share this file"
+ABOUT = "full paths on this machine, and the seed of private noise, for resuming the run here; do not share this file"
+PRIVACY = "privacy"
+"""The field of recipes whose seed is secret."""
 
 FIELDS = ("base", "teacher", "data", "eval_data", "forget", "source", "train", "test", "heldout", "tokenizer", "out")
 """The fields of recipes that may be paths."""
@@ -50,8 +53,15 @@ def without_paths(text: str) -> str:
 
 
 def shareable_fields(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe, as plain JSON, with shareable paths."""
-    return {name: _field(x) if name in FIELDS else x for name, x in run.items()}
+    """The fields of a recipe, as plain JSON, with shareable paths, and without the seed of its privacy."""
+    shared = {name: _field(x) if name in FIELDS else x for name, x in run.items()}
+    if PRIVACY in run:
+        shared[PRIVACY] = _without_seed(run[PRIVACY])
+    return shared
+
+
+def _without_seed(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    return {**privacy, "seed": None}
 
 
 def _field(value: Any) -> Any:
@@ -85,6 +95,8 @@ def with_full_paths(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 def _fits(full: Any, short: Any) -> bool:
     """Whether `short` is `full` shortened, in any working directory."""
+    if isinstance(full, dict) and isinstance(short, dict):
+        return _without_seed(full) == short
     if isinstance(full, str) and isinstance(short, str):
         both = [[full], [short]]
     elif isinstance(full, list) and isinstance(short, list):

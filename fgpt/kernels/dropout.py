@@ -11,6 +11,8 @@ own, and one seed gives all of them the same.
 Source: Srivastava et al. 2014, section 4; the counter-based idea is Salmon et al. 2011, the finalizer MurmurHash3's.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -29,16 +31,18 @@ def _finalize(h: Int[Tensor, "*size"]) -> Int[Tensor, "*size"]:
     return h ^ (h >> 16 & 0xFFFF)
 
 
-def random_bits(seed: Int[Tensor, ""], rows: int, columns: int) -> Int[Tensor, "rows columns"]:
-    """Integers of 32 bits with a sign, uniform and independent, decided by `seed`."""
+def random_bits(seed: Int[Tensor, ""], rows: int, columns: int, first_column: int = 0) -> Int[Tensor, "rows columns"]:
+    """Integers of 32 bits with a sign, uniform and independent, decided by `seed`: those of a table without end to the
+    right, from `first_column` on.
+    """
     becomes_cpp = torch.compiler.is_compiling() and seed.device.type == "cpu"
     dtype = torch.int64 if becomes_cpp else torch.int32
 
-    def hashes(n: int, salt: int) -> Tensor:
-        counter = torch.arange(1, n + 1, dtype=dtype, device=seed.device)
+    def hashes(n: int, salt: int, first: int = 0) -> Tensor:
+        counter = torch.arange(first + 1, first + n + 1, dtype=dtype, device=seed.device)
         return _finalize(_wrap(counter * _GOLDEN + _finalize(_wrap((seed ^ salt).to(dtype)))))
 
-    return _finalize(_wrap(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995)[None, :]))
+    return _finalize(_wrap(hashes(rows, 0)[:, None] + hashes(columns, 0x5BD1E995, first_column)[None, :]))
 
 
 def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bool[Tensor, "rows columns"]:
@@ -49,6 +53,20 @@ def dropout_mask(seed: Int[Tensor, ""], rows: int, columns: int, p: float) -> Bo
 def uniform_noise(seed: Int[Tensor, ""], rows: int, columns: int) -> Float[Tensor, "rows columns"]:
     """Uniform in [-1, 1] in fp32, independently for each element, decided by `seed`."""
     return random_bits(seed, rows, columns).float() * 2**-31
+
+
+def normal_noise(seed: Int[Tensor, ""], count: int, first: int = 0) -> Float[Tensor, " count"]:
+    """Standard normal numbers in fp32, decided by `seed`: those of a sequence without end, from number `first` on.
+
+        √(-2 log u) · cos 2πv        u, v uniform in (0, 1]
+
+    u is 2⁻³³ or more, so that no number is above 6.8, as one in 10¹¹ should be.
+
+    Source: Box and Muller 1958.
+    """
+    bits = random_bits(seed, 2, count, first).long() + 2**31
+    u, v = ((bits.float() + 0.5) * 2**-32).unbind()
+    return (-2 * u.log()).sqrt() * torch.cos(2 * math.pi * v)
 
 
 def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""] | None, p: float) -> Float[Tensor, "*batch in"]:

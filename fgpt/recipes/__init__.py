@@ -14,7 +14,7 @@ from fgpt.recipes.preference import PreferenceRecipe
 from fgpt.recipes.pretraining import PretrainingRecipe
 from fgpt.recipes.reward import RewardRecipe
 from fgpt.recipes.training import TrainingRecipe
-from fgpt.recipes.tuning import ADAPTER_DEFAULTS, Adapter, FineTuningRecipe
+from fgpt.recipes.tuning import ADAPTER_DEFAULTS, Adapter, FineTuningRecipe, Privacy
 
 __all__ = [
     "ADAPTER_DEFAULTS",
@@ -28,6 +28,7 @@ __all__ = [
     "InstructionRecipe",
     "PreferenceRecipe",
     "PretrainingRecipe",
+    "Privacy",
     "RewardRecipe",
     "TrainingRecipe",
     "describe",

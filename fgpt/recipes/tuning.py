@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from fgpt.adapter_defaults import RANK, TARGET
 from fgpt.errors import InputError
-from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+from fgpt.ranges import BatchSize, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed
 from fgpt.recipes.pattern_options import parse_patterns
 from fgpt.recipes.training import TrainingRecipe
 
@@ -85,6 +85,35 @@ class Adapter:
             raise InputError(f"{used[0]} is of --adapter.kind lora and dora: {self.kind} has none, leave it out")
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of each example that is trained on: DP-SGD, by any optimizer."""
+
+    epsilon: PositiveFloat | None = None
+    """The privacy budget of the whole training: each example is a row, what it adds to a step is bounded, and noise is
+    added that hides it. None trains without."""
+    delta: Annotated[float, Range(above=0, below=1)] | None = None
+    """The probability that epsilon does not hold: below 1 / examples, such as 1e-5."""
+    max_norm: PositiveFloat = 0.1
+    """The largest norm of an example's gradient, which is summed over its tokens. It takes the place of the clipping of
+    the whole gradient."""
+    seed: Seed | None = None
+    """Of the noise and of which examples a step reads: who knows it can take the noise away. None draws one, which
+    local.json of the run holds."""
+
+    def check(self) -> None:
+        """Raises InputError for a budget of one number, and for options without a budget."""
+        if self.epsilon is not None and self.delta is None:
+            raise InputError(
+                f"--privacy.epsilon {self.epsilon:g} is a budget with --privacy.delta: give one below 1 / examples, "
+                "such as 1e-5"
+            )
+        if self.epsilon is None and self != Privacy():
+            raise InputError(
+                "--privacy.delta, .max-norm and .seed are of --privacy.epsilon: give it, or leave them out"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FineTuningRecipe(TrainingRecipe):
     """Training of an adapter on a frozen base."""
@@ -136,6 +165,8 @@ class FineTuningRecipe(TrainingRecipe):
     the optimizer step its sequences; on a CPU, where larger ones gain nothing, the recipe's own number."""
     grad_accumulation_steps: BatchSize = 1
     """Micro-batches in an optimizer step."""
+    privacy: Privacy = field(default_factory=Privacy)
+    """Differential privacy of the examples."""
 
     @property
     def multipliers(self) -> dict[str, float]:

@@ -242,16 +242,26 @@ def grads_in_chunks(
         value = loss(tree, example)
         return value, value.detach()
 
-    widths = [example.tokens.shape[-1] for example in examples]
-    order = sorted(range(len(examples)), key=widths.__getitem__, reverse=True)
-    while order:
-        count = chunk_size or max(1, CHUNK_TOKENS // max(1, widths[order[0]]))
-        indices, order = order[:count], order[count:]
+    for indices in chunks_by_width([example.tokens.shape[-1] for example in examples], CHUNK_TOKENS, chunk_size):
         (stacked,) = stack_batches([[examples[i]] for i in indices])
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.expand(n, *x.shape), params)
         grads, (losses, _) = vmap(lambda t, e: value_and_grad_of_member(with_aux, t, e))(copies, stacked)
         yield indices, grads, losses
+
+
+def chunks_by_width(widths: Sequence[int], most: int, chunk_size: int | None = None) -> Iterator[list[int]]:
+    """The indices of rows of about one width, the widest first: `chunk_size` of them, or so many that they have at most
+    `most` positions once they are filled up to one width.
+
+    >>> list(chunks_by_width([3, 9, 4], most=10))
+    [[1], [2, 0]]
+    """
+    order = sorted(range(len(widths)), key=widths.__getitem__, reverse=True)
+    while order:
+        count = chunk_size or max(1, most // max(1, widths[order[0]]))
+        yield order[:count]
+        order = order[count:]
 
 
 def square_norms(grads: Tree) -> Float[Tensor, " n"]:

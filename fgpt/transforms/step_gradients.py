@@ -7,6 +7,7 @@
 Each returns (gradient, (Σ weight · nll, Σ weight)), sums over the batch as the step's own gradient does.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor
 from torch.func import vmap
 
 from fgpt.errors import InputError
-from fgpt.kernels.dropout import uniform_noise
+from fgpt.kernels import leaf_lists
+from fgpt.kernels.dropout import normal_noise
+from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.kernels.precision import at_least_fp32, wide
 from fgpt.losses import Batch, at_all_positions
 from fgpt.optim import global_norm
 from fgpt.rng import fold_in
+from fgpt.sweeps import stack_batches
 from fgpt.train_step import Gradient, Loss, value_and_grad, value_and_grad_of_member
-from fgpt.transforms.per_example import square_norms
-from fgpt.tree import leaves, tree_map, unflatten_like
+from fgpt.transforms.per_example import chunks_by_width, square_norms
+from fgpt.tree import leaves, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
 
@@ -55,30 +59,67 @@ def per_row_clipping(max_norm: float) -> Gradient:
     def gradient(
         loss: Loss, tree: Tree, frozen: Tree, batch: Any, seed: Tensor | None
     ) -> tuple[Tree, tuple[Tensor, Tensor]]:
-        rows = _rows(batch)
-        n = rows.tokens.shape[0]
-        copies = tree_map(lambda x: x.expand(n, *x.shape), tree)
-        seeds = None if seed is None else torch.stack([fold_in(seed, i) for i in range(n)])
-
-        def of_row(tree: Tree, row: Batch, seed: Tensor | None) -> Any:
-            return value_and_grad_of_member(loss, tree, frozen, row, seed)
-
-        grads, (values, weights) = vmap(of_row, in_dims=(0, 0, None if seeds is None else 0))(copies, rows, seeds)
-        factors = (max_norm / square_norms(grads).sqrt().clamp(min=1e-30)).clamp(max=1.0)
-        clipped = tree_map(lambda g: torch.tensordot(factors.to(wide(g.dtype)), at_least_fp32(g), 1), grads)
-        return clipped, (values.sum(), weights.sum())
+        sums: list[Tensor] = []
+        for indices, rows in _row_chunks(batch):
+            seeds = None if seed is None else torch.stack([fold_in(seed, i) for i in indices])
+            grads, (values, weights) = _row_gradients(loss, tree, frozen, rows, seeds)
+            factors = (max_norm / square_norms(grads).sqrt().clamp(min=1e-30)).clamp(max=1.0)
+            clipped = [torch.tensordot(factors.to(wide(g.dtype)), at_least_fp32(g), 1) for g in tree_leaves(grads)]
+            part = [*clipped, values.sum(), weights.sum()]
+            sums = [*leaf_lists.add(sums, part)] if sums else part
+        *clipped, value, weight = sums
+        return unflatten_like(tree, clipped), (value, weight)
 
     return gradient
 
 
-def _rows(batch: Any) -> Batch:
-    """The batch with an axis for each row, which is then a batch of one row."""
+def _row_gradients(
+    loss: Loss, tree: Tree, frozen: Tree, rows: Batch, seeds: Tensor | None
+) -> tuple[Tree, tuple[Tensor, Tensor]]:
+    """The gradient, value and weight of each row, along a first axis."""
+    n = len(rows.tokens)
+    if n == 1:
+        row, seed = tree_map(lambda x: x[0], rows), None if seeds is None else seeds[0]
+        return tree_map(lambda x: x[None], value_and_grad(loss, tree, frozen, row, seed))
+
+    def of_row(tree: Tree, row: Batch, seed: Tensor | None) -> Any:
+        return value_and_grad_of_member(loss, tree, frozen, row, seed)
+
+    copies = tree_map(lambda x: x.expand(n, *x.shape), tree)
+    return vmap(of_row, in_dims=(0, 0, None if seeds is None else 0))(copies, rows, seeds)
+
+
+CHUNK_POSITIONS = 256
+"""Positions, padding included, of the rows that a CPU computes at once: fewer pay for more calls, more for padding."""
+
+
+def _row_chunks(batch: Any) -> Iterator[tuple[Sequence[int], Batch]]:
+    """Indices of rows of the batch, and these rows with an axis of rows, each a batch of one row.
+
+    On a CPU they are rows of about one length, without the positions after their last weight, and with a loss only
+    where one of them has a weight. A GPU would wait for the lengths: it takes all rows as they are, as transforms do.
+    """
     if not isinstance(batch, Batch):
         raise InputError(f"per_row_clipping takes the rows of a Batch apart: got a {type(batch).__name__}")
     if batch.tokens.ndim != 2:
         shape = list(batch.tokens.shape)
         raise InputError(f"per_row_clipping takes the rows of tokens [rows seq] apart: got tokens of shape {shape}")
-    return tree_map(lambda x: x[:, None], at_all_positions(batch))
+    is_plain = type(batch) is Batch and batch.segments is None and batch.tokens.device.type == "cpu"
+    if not is_plain or in_transform_or_compile():
+        yield range(len(batch.tokens)), tree_map(lambda x: x[:, None], at_all_positions(batch))
+        return
+    rows = [_without_end(batch, i) for i in range(len(batch.tokens))]
+    for indices in chunks_by_width([row.tokens.shape[1] for row in rows], CHUNK_POSITIONS):
+        (stacked,) = stack_batches([[rows[i]] for i in indices])
+        yield indices, stacked
+
+
+def _without_end(batch: Batch, row: int) -> Batch:
+    """A row without the positions after its last weight, of which no position with a weight sees anything."""
+    positions = batch.weights[row].nonzero().flatten()
+    end = int(positions[-1]) + 1 if len(positions) else 1
+    part = (slice(row, row + 1), slice(end))
+    return Batch(batch.tokens[part], batch.targets[part], batch.weights[part], loss_positions=positions)
 
 
 def sharpness_aware(rho: float = 0.05) -> Gradient:
@@ -145,7 +186,11 @@ def zeroth_order(epsilon: float = 1e-3) -> Gradient:
             raise InputError(
                 f"{rounded[0]} is in {by_path[rounded[0]].dtype}, which rounds x ± εz: expected fp32 or fp64"
             )
-        z = unflatten_like(tree, [_normal(x, fold_in(seed, f"z of {path}")) for path, x in by_path.items()])
+        draws: list[Tensor] = []
+        for path, x in by_path.items():
+            noise = normal_noise(fold_in(seed, f"z of {path}").to(x.device), x.numel())
+            draws.append(noise.view(x.shape).to(x.dtype))
+        z = unflatten_like(tree, draws)
 
         def at(sign: float) -> tuple[Tensor, Tensor]:
             return loss(tree_map(lambda x, d: x + sign * epsilon * d, tree, z), frozen, batch, seed)
@@ -155,11 +200,3 @@ def zeroth_order(epsilon: float = 1e-3) -> Gradient:
         return tree_map(lambda d: slope.to(d.dtype) * d, z), ((above + below) / 2, weight)
 
     return gradient
-
-
-def _normal(like: Tensor, seed: Tensor) -> Tensor:
-    """Standard normal numbers of the seed, by Box and Muller."""
-    count = like.numel()
-    first, second = ((uniform_noise(fold_in(seed, i).to(like.device), 1, count) + 1) / 2 for i in range(2))
-    radius = (-2 * torch.log1p(-first.clamp(max=1 - 1e-7))).sqrt()
-    return (radius * torch.cos(2 * torch.pi * second)).view(like.shape).to(like.dtype)

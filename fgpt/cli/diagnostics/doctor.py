@@ -45,8 +45,10 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
 
 
 def first_step_inputs(job: TrainingJob) -> tuple[GPT, Adapters, Batch]:
-    """Base, adapters and the texts of the first batch of a training. Pretraining trains every leaf."""
-    trainable, batch = job.initial_state.take().trainable, texts_of(next(job.batches(0))[0])
+    """Base, adapters and the texts of the first batch of a training, in which a lot may be empty. Pretraining trains
+    every leaf.
+    """
+    trainable, batch = job.initial_state.take().trainable, texts_of(next(filter(None, job.batches(0)))[0])
     if job.frozen is None:
         return trainable, trainable_leaves(trainable), batch
     replaced = {path: x for path, x in leaves(job.frozen).items() if x.is_meta}  # leaves that the adapters hold

@@ -52,6 +52,8 @@ def run(recipe: AnyRecipe, options: RangeOptions) -> LRRange:
         raise InputError(f"--min-lr {options.min_lr:g} is not below --max-lr {options.max_lr:g}")
     recipe = replace(recipe, eval_every=None, keep_best=False, tracker=None)
     if isinstance(recipe, FineTuningRecipe):
+        if recipe.privacy.epsilon is not None:
+            raise InputError("a range test reads examples outside of the --privacy budget: choose the rate on others")
         recipe = replace(recipe, compile=False)  # mapped steps run uncompiled
     job = tasks.build_job(recipe)
     if job.step_for is None:

@@ -57,6 +57,8 @@ def key_numbers(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
         numbers.append(("tokens seen", number(tokens[-1][1]), "padding included"))
     if seconds := values(lines, "seconds"):
         numbers.append(("time", duration(seconds[-1][1]), "training steps alone"))
+    if spent := values(lines, "epsilon"):
+        numbers.append(("epsilon", f"{spent[-1][1]:.3f}", f"privacy spent after step {spent[-1][0]:g}"))
     if memory := values(lines, "memory_gb"):
         numbers.append(("memory", f"{max(gb for _, gb in memory):.2f} GB", "peak"))
     return numbers

@@ -18,6 +18,7 @@ from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
+from fgpt.cli.training.private import check_private_options, with_private_seed
 from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.data.examples import Example
 from fgpt.model import GPT
@@ -128,8 +129,9 @@ def build_task(recipe: AnyRecipe) -> Task:
     Raises InputError for bad input.
     """
     check_evaluation_options(recipe)
+    check_private_options(recipe)
     use_determinism(recipe)
-    return task_type(recipe).build(recipe)
+    return task_type(recipe).build(with_private_seed(recipe))
 
 
 def build_job(recipe: AnyRecipe) -> TrainingJob:

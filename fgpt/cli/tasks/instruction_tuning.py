@@ -41,6 +41,7 @@ from fgpt.cli.training.examples import (
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.objectives import check_objective, describe_objective, load_teacher
+from fgpt.cli.training.private import check_private_data, is_private
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -78,6 +79,8 @@ class InstructionTask:
         eval_sets = load_eval_sets(recipe, encoding)  # first: they are small, and may be misspelled
         data = load_instruction_data(recipe, encoding)
         examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
+        if is_private(recipe):
+            check_private_data(recipe, data, mixture)
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )

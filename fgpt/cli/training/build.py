@@ -23,7 +23,8 @@ from fgpt.cli.training.job import InitialState, RowIndices, TrainingJob, fingerp
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
-from fgpt.cli.training.row_order import RowOrder
+from fgpt.cli.training.private import plan_private
+from fgpt.cli.training.row_order import LotOrder, RowOrder
 from fgpt.cli.training.shared_models import load_once
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -42,7 +43,8 @@ from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
 from fgpt.step_graphs import StepGraphs
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import Step, init_state, make_step
+from fgpt.train_step import Loss, Step, init_state, make_step
+from fgpt.transforms.privacy import GaussianMechanism, leaves_without_gradient, private_step
 from fgpt.tree import device, leaves, matches, replace_at
 from fgpt.vocabulary import with_rows
 from fgpt.weights import dtype
@@ -131,9 +133,9 @@ WIDTH_UNIT = 64
 
 
 def batches(
-    order: RowOrder | StreamOrder, micro_batch_size: int, width: int | None = None, begin: int = 0
+    order: RowOrder | StreamOrder | LotOrder, micro_batch_size: int, width: int | None = None, begin: int = 0
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one update after the other, from update `begin` on, without end.
+    """The micro-batches of one update after the other, from update `begin` on, without end; none for an empty lot.
 
     Args:
         order: The rows of each update.
@@ -204,20 +206,28 @@ def assemble_job(
     """
     if recipe.eval_every and not eval_losses:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
-    order: RowOrder | StreamOrder = stream or RowOrder(examples, recipe, max_seq_len, mixture)
-    target = device(adapters)
+    target, private = device(adapters), None
+    frozen, objective = drop_replaced_leaves(base, adapters), token_loss(recipe, teacher)
+    order: RowOrder | StreamOrder | LotOrder
+    if recipe.privacy.epsilon is None:
+        order = stream or RowOrder(examples, recipe, max_seq_len, mixture)
+    else:
+        order = LotOrder(examples, recipe, max_seq_len)
+        private = plan_private(recipe, order, base.cfg)
+        others |= {"noise_multiplier": str(private.mechanism.noise_multiplier)}
+        _check_gradients(adapters, frozen, objective, order)
     steps = order.num_steps()
     schedule = make_schedule(recipe, steps)
     optimizer = make_optimizer(recipe, schedule)
 
-    objective = token_loss(recipe, teacher)
-
     def step_of(optimizer: Optimizer) -> Step:
-        return make_tuning_step(optimizer, objective, neftune_noise_alpha=recipe.neftune_noise_alpha)
+        mechanism = None if private is None else private.mechanism
+        alpha = recipe.neftune_noise_alpha
+        return make_tuning_step(optimizer, objective, neftune_noise_alpha=alpha, mechanism=mechanism)
 
-    step = step_of(optimizer)
-    frozen, state = drop_replaced_leaves(base, adapters), init_state(adapters, optimizer)
-    rng = fold_in(key(recipe.seed), "steps")
+    step, state = step_of(optimizer), init_state(adapters, optimizer)
+    seed = recipe.seed if recipe.privacy.seed is None else recipe.privacy.seed
+    rng = fold_in(key(seed), "steps")
     if recipe.micro_batch_size == "auto":
 
         def probe(num_rows: int) -> None:
@@ -260,7 +270,24 @@ def assemble_job(
         examples=examples,
         row_indices=row_indices if isinstance(order, RowOrder) else None,
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
+        epsilon=None if private is None else private.epsilon,
     )
+
+
+def _check_gradients(
+    adapters: Adapters, frozen: GPT, objective: Callable[[GPT, Any], tuple[Tensor, Tensor]], order: LotOrder
+) -> None:
+    """Raises InputError for a leaf of no gradient in the first examples: in a private training the noise moves it, and
+    the guard of leaves that do not change would not notice.
+    """
+    parts = [order.first_rows(order.num_examples)[i : i + 4] for i in range(0, min(order.num_examples, 64), 4)]
+    rows = [place(packing.collate(part), device(adapters)) for part in parts]
+    loss, constants = tuning_loss(objective), (frozen, dora_norms(frozen, adapters))
+    if silent := leaves_without_gradient(loss, adapters, constants, rows):
+        raise InputError(
+            f"{len(silent)} of {len(leaves(adapters))} trained leaves have no gradient ({', '.join(silent[:4])}): only "
+            "noise would move them; leave them out by --adapter.target"
+        )
 
 
 def make_tuning_step(
@@ -268,6 +295,7 @@ def make_tuning_step(
     objective: Callable[[GPT, Any], tuple[Tensor, Tensor]],
     *,
     neftune_noise_alpha: float = 0.0,
+    mechanism: GaussianMechanism | None = None,
 ) -> Step:
     """The step of a tuning. The norms of a DoRA are computed once for all micro-batches.
 
@@ -275,7 +303,20 @@ def make_tuning_step(
         optimizer: The optimizer of the adapters.
         objective: (Σ loss, Σ weight) of adapted params and a batch.
         neftune_noise_alpha: see `fgpt.neftune`.
+        mechanism: Of a private training.
     """
+    loss = tuning_loss(objective, neftune_noise_alpha)
+
+    def prepare(tuned: Adapters, frozen: GPT) -> tuple[GPT, dict[str, Tensor]]:
+        return frozen, dora_norms(frozen, tuned)
+
+    if mechanism is not None:
+        return private_step(loss, optimizer, mechanism, prepare=prepare)
+    return make_step(loss, optimizer, prepare=prepare)
+
+
+def tuning_loss(objective: Callable[[GPT, Any], tuple[Tensor, Tensor]], neftune_noise_alpha: float = 0.0) -> Loss:
+    """The loss of adapters over the frozen base and the norms of its DoRAs."""
 
     def loss(
         tuned: Adapters, constants: tuple[GPT, dict[str, Tensor]], batch: Any, seed: Tensor | None
@@ -284,7 +325,7 @@ def make_tuning_step(
         params = adapt(frozen, with_norms(tuned, norms), rng=seed)
         return objective(neftune(params, neftune_noise_alpha, seed), batch)
 
-    return make_step(loss, optimizer, prepare=lambda tuned, frozen: (frozen, dora_norms(frozen, tuned)))
+    return loss
 
 
 def save_trained(recipe: FineTuningRecipe, job: TrainingJob, trainable: Adapters, out: Path) -> Path:

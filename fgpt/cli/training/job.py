@@ -93,6 +93,8 @@ class TrainingJob:
     beforehand."""
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
+    epsilon: Callable[[int], float] | None = None
+    """The privacy that a number of steps has spent, in seconds; None if the training is not private."""
 
     def train_step(self, state: State, micro_batches: Sequence[Any], step: int | None = None) -> tuple[State, Metrics]:
         """The step after `state`, with the key of its number, on the device that the state is on.

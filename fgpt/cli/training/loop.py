@@ -99,10 +99,13 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             del previous  # its memory is free for the next step
             with log.pause():
                 losses = _evaluate_if_due(job, state, step)
-                write(line | losses)
                 followed_loss = losses.get(metric)
                 followed_losses += [] if followed_loss is None else [followed_loss]
                 is_last = is_last or interrupt_requested() or is_exhausted(patience, followed_losses)
+                if job.epsilon is not None and (losses or is_last):
+                    line["epsilon"] = job.epsilon(step)
+                    console.print(f"step {step}  privacy spent: epsilon {line['epsilon']:.3f}")
+                write(line | losses)
                 if checkpointer.is_due(followed_loss, is_last):
                     log.sync()  # the metrics up to a checkpoint are on disk before it
                     checkpointer.save(state, followed_loss)

@@ -1,4 +1,4 @@
-"""Which rows each update of a fine-tuning reads."""
+"""Which rows each update of a fine-tuning reads: those of shuffled epochs, or the lots of a private training."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ from fgpt.data.examples import Example, example_lengths
 from fgpt.data.mixtures import Mixture
 from fgpt.recipes import FineTuningRecipe
 from fgpt.rng import fold_in, key
+from fgpt.transforms.privacy import sample_lot
 
 Rows = list[list[Example]]
 """The same rows, read."""
@@ -92,3 +93,43 @@ class RowOrder(UpdateOrder):
     def updates(self, begin: int = 0) -> Iterator[Rows]:
         """The rows of each update, read, from update `begin` on."""
         return map(self.read, self.indices(begin))
+
+
+class LotOrder:
+    """The lots of a private training; the interface is that of `RowOrder`. Each example is a row by itself, and in each
+    lot with the same probability, so that a lot has as many as it happens to: on average an update's rows. The longest
+    come first, as rows of one micro-batch are filled up to one length.
+
+    Raises InputError for examples that cannot be trained on.
+    """
+
+    def __init__(self, examples: Sequence[Example], recipe: FineTuningRecipe, max_seq_len: int) -> None:
+        packing.filter_by_length(examples, max_seq_len)
+        self.max_seq_len = max_seq_len
+        self._examples, self._recipe, self._lengths = examples, recipe, example_lengths(examples)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._examples)
+
+    @property
+    def sampling_rate(self) -> float:
+        """The probability of each example to be in a lot."""
+        return self._recipe.rows_per_update / self.num_examples
+
+    def num_steps(self) -> int:
+        """As many as read each example as often as the epochs say, on average; or the recipe's `steps`."""
+        return self._recipe.steps or max(1, round(self._recipe.epochs / self.sampling_rate))
+
+    def first_rows(self, num_rows: int) -> Rows:
+        """That many examples, the first ones, repeated if there are fewer."""
+        return [[self._examples[i % self.num_examples]] for i in range(num_rows)]
+
+    def updates(self, begin: int = 0) -> Iterator[Rows]:
+        """The lot of each update, from update `begin` on."""
+        assert self._recipe.privacy.seed is not None
+        rng = fold_in(key(self._recipe.privacy.seed), "lots")
+        for update in itertools.count(begin):
+            lot = sample_lot(self.num_examples, self.sampling_rate, fold_in(rng, update))
+            lot.sort(key=lambda i: -self._lengths[i])
+            yield [[self._examples[i]] for i in lot]
