@@ -7,7 +7,6 @@ no count of them, and whatever the optimizer makes of the quotient is no less pr
 with another optimizer. `fgpt.transforms.privacy_accounting` says what ε comes of σ, q and the number of steps.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +19,7 @@ from fgpt.kernels.dropout import normal_noise
 from fgpt.losses import Batch
 from fgpt.optim import Optimizer
 from fgpt.rng import fold_in
-from fgpt.train_step import Key, Loss, Metrics, State, Step, make_step
+from fgpt.train_step import Loss, Step, make_step
 from fgpt.transforms.step_gradients import per_row_clipping
 from fgpt.tree import leaves, tree_leaves, tree_map, unflatten_like
 
@@ -111,15 +110,7 @@ def private_step(
         return noisy, torch.full_like(weight, mechanism.lot_size)
 
     step = make_step(loss, optimizer, max_norm=None, prepare=prepare, gradient=gradient, finish=finish)
-
-    def step_of_lot(
-        state: State, frozen: Tree, batches: Sequence[Any], rng: Key | None = None
-    ) -> tuple[State, Metrics]:
-        state, metrics = step(state, frozen, batches or [None], rng)
-        loss = torch.where(metrics.weight > 0, metrics.loss, 0.0)
-        return state, dataclasses.replace(metrics, loss=loss)
-
-    return step_of_lot
+    return lambda state, frozen, batches, rng=None: step(state, frozen, batches or [None], rng)
 
 
 def with_normal_noise(tree: Tree, std: float, seed: Tensor) -> Tree:

@@ -71,7 +71,9 @@ def run(options: AttributeOptions) -> Path:
     with quiet():
         job = tasks.build_job(recipe)
     if job.row_indices is None:
-        raise InputError(f"{folder} has no rows of its own: it was streamed, or has learned from its own answers")
+        raise InputError(
+            f"{folder} has no rows of its own to name: it was streamed, is private, or has learned from its own answers"
+        )
     row = InstructionRow(options.prompt, options.input, "")
     prompt = encode_prompt(row, template(recipe.template), job.tokenizer)
     adapters = run_dir.load_adapters_of(folder, job.frozen)

@@ -80,7 +80,7 @@ class InstructionTask:
         data = load_instruction_data(recipe, encoding)
         examples, heldout, mixture = data.examples, data.heldout, mix_sources(recipe, data.by_source)
         if is_private(recipe):
-            check_private_data(recipe, data, mixture)
+            check_private_data(data, mixture)
         eval_examples = encode_eval_sets(
             heldout, eval_sets, template=prompt_template, tokenizer=tokenizer, max_seq_len=max_seq_len
         )

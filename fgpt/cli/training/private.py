@@ -43,6 +43,11 @@ def check_private_options(recipe: AnyRecipe) -> None:
         )
     if recipe.cuda_graphs:
         raise InputError(f"--cuda-graphs records steps of few shapes, and lots of {option} have many: leave one out")
+    if isinstance(recipe, InstructionRecipe) and recipe.forget is not None:
+        raise InputError(
+            f"--forget takes the steps of {option} again with the same noise, and the difference of both runs would "
+            "show the rows: leave one of them out"
+        )
     if isinstance(recipe, InstructionRecipe) and recipe.streaming:
         raise InputError(f"{option} draws lots from all examples, which --streaming does not know: leave one out")
     if isinstance(recipe, ClassificationRecipe):
@@ -87,8 +92,9 @@ def plan_private(recipe: FineTuningRecipe, order: LotOrder, cfg: Config) -> Priv
     lot_size, rate, steps = recipe.rows_per_update, order.sampling_rate, order.num_steps()
     if rate > 1:
         raise InputError(
-            f"--micro-batch-size times --grad-accumulation-steps is {lot_size} rows in a step, and there are "
-            f"{num_examples} examples: lower one of them"
+            f"--micro-batch-size {recipe.micro_batch_size} times --grad-accumulation-steps "
+            f"{recipe.grad_accumulation_steps} are {lot_size} rows in a step, and there are {num_examples} examples: "
+            "lower one of them"
         )
     if delta * num_examples >= 1:
         raise InputError(
@@ -111,7 +117,7 @@ def plan_private(recipe: FineTuningRecipe, order: LotOrder, cfg: Config) -> Priv
     return PrivateTraining(mechanism, rate, delta)
 
 
-def check_private_data(recipe: InstructionRecipe, data: InstructionData, mixture: Mixture) -> None:
+def check_private_data(data: InstructionData, mixture: Mixture) -> None:
     """Raises InputError if a row of the data is in lots more often than others, or is several examples."""
     if mixture.counts != mixture.sizes:
         raise InputError("--privacy.epsilon draws each example equally often: leave out the weights of --data")
@@ -122,7 +128,7 @@ def check_private_data(recipe: InstructionRecipe, data: InstructionData, mixture
         rows = examples.rows if isinstance(examples, StoredExamples) else np.arange(len(examples))
         if more := len(rows) - len(np.unique(rows)):
             raise InputError(
-                f"{more:,} rows of {name} are several examples each (long texts that are split, or conversations whose "
-                "template rewrites earlier turns), and --privacy.epsilon protects one example: raise --max-seq-len, "
-                "give --assistant-turns last, or split them into rows that may be protected by themselves"
+                f"{more:,} examples of {name} are further parts of their rows (texts longer than --max-seq-len, or "
+                "conversations whose template rewrites earlier turns), and --privacy.epsilon protects one example: "
+                "raise the limit, or give --assistant-turns last"
             )

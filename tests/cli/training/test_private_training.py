@@ -172,6 +172,7 @@ def test_epochs_are_expected_reads():
         ([*BUDGET, "--neftune-noise-alpha", "5"], "--neftune-noise-alpha scales noise by the longest row of a batch"),
         ([*BUDGET, "--cuda-graphs"], "--cuda-graphs records steps of few shapes"),
         ([*BUDGET, "--streaming"], "--streaming does not know"),
+        ([*BUDGET, "--forget", "rows.json"], "the difference of both runs would show the rows"),
     ],
 )
 def test_what_is_refused_before_anything_is_read(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -210,11 +211,11 @@ def test_what_is_refused_of_the_data(command: list[str], tmp_path: Path):
     long_text = tmp_path / "long.json"
     long_text.write_text(json.dumps([{"text": f"A fox ran {i} miles. " * 40} for i in range(9)]))
     cases = (
-        (["--micro-batch-size", "30"], "is 60 rows in a step, and there are 28 examples: lower one of them"),
+        (["--micro-batch-size", "30"], "are 60 rows in a step, and there are 28 examples: lower one of them"),
         (["--privacy.delta", "0.04"], r"--privacy.delta 0.04 is not below 1 / 28 examples \(0.036\)"),
         (["--data", f"{rows}:0.7", f"{rows}:0.3"], "leave out the weights of --data"),
         (["--data", str(rows), str(rows)], "twice, and --privacy.epsilon protects one example"),
-        (["--data", str(long_text), "--template", "none"], r"rows of .*long.json are several examples each"),
+        (["--data", str(long_text), "--template", "none"], r"examples of .*long.json are further parts of their rows"),
     )
     for options, message in cases:
         with pytest.raises(fgpt.InputError, match=message):
