@@ -58,15 +58,17 @@ def uniform_noise(seed: Int[Tensor, ""], rows: int, columns: int) -> Float[Tenso
 def normal_noise(seed: Int[Tensor, ""], count: int, first: int = 0) -> Float[Tensor, " count"]:
     """Standard normal numbers in fp32, decided by `seed`: those of a sequence without end, from number `first` on.
 
-        √(-2 log u) · cos 2πv        u, v uniform in (0, 1]
+        √(-2 log u) · (cos 2πv, sin 2πv)        u, v uniform in (0, 1]; a pair makes two numbers
 
     u is 2⁻³³ or more, so that no number is above 6.8, as one in 10¹¹ should be.
 
     Source: Box and Muller 1958.
     """
-    bits = random_bits(seed, 2, count, first).long() + 2**31
+    begin, end = first // 2, (first + count + 1) // 2
+    bits = random_bits(seed, 2, end - begin, begin).long() + 2**31
     u, v = ((bits.float() + 0.5) * 2**-32).unbind()
-    return (-2 * u.log()).sqrt() * torch.cos(2 * math.pi * v)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[first - 2 * begin :][:count]
 
 
 def dropout(x: Float[Tensor, "*batch in"], seed: Int[Tensor, ""] | None, p: float) -> Float[Tensor, "*batch in"]:

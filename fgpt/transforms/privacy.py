@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.kernels import leaf_lists
 from fgpt.kernels.dropout import normal_noise
 from fgpt.losses import Batch
 from fgpt.optim import Optimizer
@@ -125,12 +126,15 @@ def with_normal_noise(tree: Tree, std: float, seed: Tensor) -> Tree:
     >>> noisy["w"].shape, round(float(noisy["w"].std()), 1)
     (torch.Size([2, 5000]), 2.0)
     """
-    noisy: list[Tensor] = []
+    xs = tree_leaves(tree)
+    noisy = list(xs)
     first = 0
-    for x in tree_leaves(tree):
-        noise = normal_noise(seed.to(x.device), x.numel(), first)
-        noisy.append(x + (std * noise).view(x.shape).to(x.dtype))
-        first += x.numel()
+    for indices in leaf_lists.groups(xs, [0] * len(xs)):  # one call of the hash for many leaves
+        sizes = [xs[i].numel() for i in indices]
+        noise = std * normal_noise(seed.to(xs[indices[0]].device), sum(sizes), first)
+        for i, part in zip(indices, noise.split(sizes), strict=True):
+            noisy[i] = xs[i] + part.view(xs[i].shape).to(xs[i].dtype)
+        first += sum(sizes)
     return unflatten_like(tree, noisy)
 
 

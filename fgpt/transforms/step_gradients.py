@@ -90,7 +90,9 @@ def _row_gradients(
 
 
 CHUNK_POSITIONS = 256
-"""Positions, padding included, of the rows that a CPU computes at once: fewer pay for more calls, more for padding."""
+"""Positions, padding included, of the rows that a CPU computes at once; of a large batch a quarter. Fewer take more
+calls, more need more padding.
+"""
 
 
 def _row_chunks(batch: Any) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -109,7 +111,8 @@ def _row_chunks(batch: Any) -> Iterator[tuple[Sequence[int], Batch]]:
         yield range(len(batch.tokens)), tree_map(lambda x: x[:, None], at_all_positions(batch))
         return
     rows = [_without_end(batch, i) for i in range(len(batch.tokens))]
-    for indices in chunks_by_width([row.tokens.shape[1] for row in rows], CHUNK_POSITIONS):
+    widths = [row.tokens.shape[1] for row in rows]
+    for indices in chunks_by_width(widths, max(CHUNK_POSITIONS, sum(widths) // 4)):
         (stacked,) = stack_batches([[rows[i]] for i in indices])
         yield indices, stacked
 

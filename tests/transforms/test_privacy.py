@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fgpt
+from fgpt.kernels.dropout import normal_noise
 from fgpt.losses import Batch
 from fgpt.optim import Optimizer, global_norm
 from fgpt.transforms.privacy import (
@@ -151,6 +152,17 @@ def test_noise_is_added_once_and_knows_no_rows():
     close(noise([joined(rows_of([4, 4], seed=7))], 1), once, 1e-4, 1e-5)
     other = noise([joined(rows)], 2)
     assert all((x - y).abs().max() > 0.01 for x, y in zip(tree_leaves(once), tree_leaves(other), strict=True))
+
+
+def test_the_noise_of_a_large_tree_is_one_sequence(monkeypatch: pytest.MonkeyPatch):
+    """Whatever leaves are drawn for at once, and in any dtype: all leaves in order have the numbers of the seed."""
+    tree = {"a": torch.zeros(3, 7), "b": torch.zeros(5, dtype=torch.float64), "c": torch.zeros(8)}
+    expected = 2 * normal_noise(torch.tensor(9), 34)
+    for size in (1 << 24, 1, 100):
+        monkeypatch.setattr("fgpt.kernels.leaf_lists.GROUP_BYTES", size)
+        noisy = with_normal_noise(tree, 2.0, torch.tensor(9))
+        assert [x.dtype for x in tree_leaves(noisy)] == [x.dtype for x in tree_leaves(tree)]
+        assert torch.equal(torch.cat([x.float().flatten() for x in tree_leaves(noisy)]), expected)
 
 
 def test_the_divisor_is_the_expected_lot_and_no_count():
