@@ -137,7 +137,7 @@ gpu *args: setup-dev
 # All tests, two processes of one thread each; one file: `just test tests/model/test_forward.py`
 [no-exit-message]
 test *args: setup-dev
-    @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal "$@"
+    @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal --max-worker-restart 0 "$@"
 
 # What depends on torch's transforms and its compiler, under torch 2.11, the oldest that fgpt runs on
 [no-exit-message]
@@ -159,7 +159,7 @@ test-oldest *args:
         }
         touch .venv-oldest/ready
     fi
-    OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal tests/matrix/test_matrix.py tests/kernels \
+    OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal --max-worker-restart 0 tests/matrix/test_matrix.py tests/kernels \
         tests/train_step tests/optim/test_optim_tensors.py tests/model/test_transforms.py \
         tests/model/test_compiled_blocks.py tests/lift/test_lift_transforms.py tests/generation/test_compiled_step.py "$@"
 

@@ -53,7 +53,7 @@ def find_noise_multiplier(epsilon: float, *, delta: float, sampling_rate: float,
         steps: T, the number of steps of the whole training.
 
     Raises:
-        InputError: for numbers out of their range, for an ε that needs no noise, and without dp-accounting.
+        InputError: for numbers out of their range, for a δ that needs no noise, and without dp-accounting.
 
     >>> sigma = find_noise_multiplier(3.0, delta=1e-3, sampling_rate=1.0, steps=1)
     >>> round(sigma, 3), round(spent_epsilon(sigma, delta=1e-3, sampling_rate=1.0, steps=1), 3)
@@ -64,6 +64,13 @@ def find_noise_multiplier(epsilon: float, *, delta: float, sampling_rate: float,
     if steps < 1:
         raise InputError(f"steps is {steps}: expected 1 or more")
     _check(delta, sampling_rate)
+    # Without noise, what a row changes is seen with the probability that a step reads it: from this δ on, ε is 0.
+    read = 1 - (1 - sampling_rate) ** steps
+    if delta >= read:
+        raise InputError(
+            f"delta {delta:g} is not below the probability {read:g} that a row is read at all, so that no noise is"
+            " needed: give a smaller delta, such as 1e-5"
+        )
     dp = _dp_accounting()
     # A search is ten evaluations of 1 / interval points each; a grid this coarse overstates ε by less than 1e-3.
     interval = INTERVAL * max(1.0, min(10.0, 2 * epsilon, 300 / math.sqrt(steps)))
