@@ -1,1 +1,1 @@
-"""Evaluation: log-likelihoods, perplexity, and the difference between two models' outputs."""
+"""Evaluation: log-likelihoods, perplexity, calibration, and the difference between two models' outputs."""
