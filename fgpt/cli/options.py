@@ -32,7 +32,7 @@ GROUPS = {
     "speed": "device dtype deterministic remat compile cuda_graphs peak_tflops",
     "run": (
         "name out eval_every keep_best early_stopping_patience checkpoint_every_minutes keep_checkpoints tracker "
-        "compare_prompts compare_data max_new_tokens"
+        "compare_prompts compare_data max_new_tokens per_example"
     ),
     "text": "columns prompt",
 }

@@ -4,7 +4,7 @@ run.json       the resolved recipe            metrics.jsonl, loss.png   a line o
 adapter/       the trained adapter            compare.md, compare.html  base and tuned model side by side
 model/         the whole model in Hugging Face's layout, for full fine-tuning and pretraining
 eval.json      results of `fgpt eval`         metrics.json, confusion.png   scores of a classifier
-result.json    results of pretraining
+result.json    results of pretraining        per_example.jsonl       loss and gradient norm of each training row
 status.json    running, finished, ..          environment.json          versions and machine at the start
 checkpoints/   what --resume resumes from     tensorboard/              the metrics again; report.html by `fgpt report`
 local.json     full paths of this machine, if run.json has them shortened; everything else can be shared
@@ -47,6 +47,7 @@ from fgpt.weights import dtype
 R = TypeVar("R", bound=TrainingRecipe)
 
 METRICS, LOSS, ADAPTER, MODEL = "metrics.jsonl", "loss.png", "adapter", "model"
+PER_EXAMPLE = "per_example.jsonl"
 RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
 ADAPTERS = "adapters.safetensors"
 SWEEP = "sweep.json"

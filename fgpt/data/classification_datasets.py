@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -104,7 +104,10 @@ def load_labeled_texts(source: str, split: Split = "train", columns: Columns | N
     default_columns, class_names = Columns(), ()
     if known and from_hub:
         default_columns, class_names = known.columns, known.class_names
-    rows = [_row(record, columns or default_columns, class_names, f"{source}, {where}") for where, record in records]
+    rows: list[LabeledText] = []
+    for number, (where, record) in enumerate(records, 1):
+        row = _row(record, columns or default_columns, class_names, f"{source}, {where}")
+        rows.append(replace(row, number=number))
     if not rows:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     return rows

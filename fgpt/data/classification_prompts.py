@@ -33,6 +33,8 @@ class LabeledText:
     label: str = ""
     where: str = field(default="", compare=False)
     """Its position in the source, for error messages."""
+    number: int = field(default=0, compare=False)
+    """Its number among the rows of the source, from 1."""
 
 
 # -------------------------------------------------------------------------------------------------------------- labels

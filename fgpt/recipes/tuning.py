@@ -167,6 +167,9 @@ class FineTuningRecipe(TrainingRecipe):
     """Micro-batches in an optimizer step."""
     privacy: Privacy = field(default_factory=Privacy)
     """Differential privacy of the examples."""
+    per_example: bool = False
+    """Compute the gradient of each training row at the end, of 10,000 rows at most: say how noisy they are, write loss
+    and norm of each to per_example.jsonl, and show the worst percent in the report, where mislabeled rows are."""
 
     @property
     def multipliers(self) -> dict[str, float]:

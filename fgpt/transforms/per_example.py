@@ -20,15 +20,17 @@ from fgpt.kernels.precision import at_least_fp32
 from fgpt.losses import Batch
 from fgpt.sweeps import stack_batches
 from fgpt.train_step import value_and_grad_of_member
-from fgpt.tree import leaves, tree_leaves, tree_map
+from fgpt.tree import leaves, num_elements, tree_leaves, tree_map
 
 Tree: TypeAlias = Any
 ExampleLoss: TypeAlias = Callable[[Tree, Any], Float[Tensor, ""]]
 """(params, example) -> loss. Padding of weight 0 must not change it, as is so of `fgpt.nll`'s sum. What it closes over
 is a constant to plain autograd, as in a training step."""
 
-CHUNK_TOKENS = 4096
-"""Positions, padding included, of the examples that are computed at once."""
+CHUNK_POSITIONS, CPU_CHUNK_POSITIONS = 4096, 1024
+"""Positions, padding included, of the examples that are computed at once. A CPU gains nothing by more."""
+CHUNK_ELEMENTS = 2**28
+"""Elements of all gradients that are computed at once, unless one alone has more."""
 
 
 class PerExample(NamedTuple):
@@ -55,7 +57,8 @@ def per_example_grads(
         loss: The loss of one example, such as `lambda adapters, row: fgpt.nll(fgpt.adapt(base, adapters), row)[0]`.
         params: What is differentiated, such as adapters.
         examples: Batches of one row each, of any lengths.
-        chunk_size: Examples that are computed at once. None takes those of `CHUNK_TOKENS` positions.
+        chunk_size: Examples that are computed at once. None takes those of 4,096 positions, of 1,024 on a
+            CPU, and fewer of large params.
 
     Raises:
         InputError: if there are no examples.
@@ -134,15 +137,27 @@ def gradient_noise_scale(
 
     Source: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", section 2.2 and appendix A.
     """
-    n = len(examples)
-    if n < 2:
-        raise InputError(f"{n} examples have no noise scale: expected two or more")
+    if len(examples) < 2:
+        raise InputError(f"{len(examples)} examples have no noise scale: expected two or more")
     squares, total = [], None
     for _, grads, _ in grads_in_chunks(loss, params, examples, chunk_size):
-        squares.append(square_norms(grads).sum())
+        squares.append(square_norms(grads))
         part = tree_map(lambda g: at_least_fp32(g).sum(0), grads)
         total = part if total is None else tree_map(torch.add, total, part)
-    mean_square = torch.stack(squares).sum() / n
+    return noise_scale_of(total, torch.cat(squares))
+
+
+def noise_scale_of(total: Tree, squares: Float[Tensor, " n"]) -> NoiseScale:
+    """The noise scale of n gradients by their sums, with the equations of `gradient_noise_scale`.
+
+    Args:
+        total: Σ g_i, in at least fp32.
+        squares: ‖g_i‖² of each of two or more.
+
+    >>> noise_scale_of({"w": torch.tensor([2.0, 1.0])}, torch.tensor([1.0, 2.0])).scale  # of [1, 0] and [1, 1]
+    tensor(0.5000)
+    """
+    n, mean_square = len(squares), squares.mean()
     square_of_mean = torch.stack([(g / n).square().sum() for g in tree_leaves(total)]).sum()
     signal = (n * square_of_mean - mean_square) / (n - 1)
     noise = (mean_square - square_of_mean) * n / (n - 1)
@@ -227,22 +242,39 @@ def _products(
 
 
 def grads_in_chunks(
-    loss: ExampleLoss, params: Tree, examples: Sequence[Batch], chunk_size: int | None
+    loss: ExampleLoss,
+    params: Tree,
+    examples: Sequence[Batch],
+    chunk_size: int | None = None,
+    *,
+    max_positions: int = CHUNK_POSITIONS,
 ) -> Iterator[tuple[list[int], Tree, Float[Tensor, " n"]]]:
     """Indices of examples of about one length, their gradients and their losses.
 
-    Raises InputError if there are no examples.
+    Args:
+        loss: The loss of one example.
+        params: What is differentiated.
+        examples: Batches of one row each.
+        chunk_size: As in `per_example_grads`.
+        max_positions: The most positions that are computed at once, if one example has not more.
+
+    Raises:
+        InputError: if there are no examples.
     """
     if not examples:
         raise InputError("there are no examples: expected one batch of one row or more")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}: expected 1 or more")
+    on_cpu = examples[0].tokens.device.type == "cpu"
+    positions = min(max_positions, CPU_CHUNK_POSITIONS if on_cpu else CHUNK_POSITIONS)
+    max_rows = max(1, CHUNK_ELEMENTS // max(1, num_elements(params)))
 
     def with_aux(tree: Tree, example: Any) -> tuple[Tensor, Tensor]:
         value = loss(tree, example)
         return value, value.detach()
 
-    for indices in chunks_by_width([example.tokens.shape[-1] for example in examples], CHUNK_TOKENS, chunk_size):
+    widths = [example.tokens.shape[-1] for example in examples]
+    for indices in chunks_by_width(widths, positions, chunk_size, max_rows):
         (stacked,) = stack_batches([[examples[i]] for i in indices])
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.expand(n, *x.shape), params)
@@ -250,16 +282,18 @@ def grads_in_chunks(
         yield indices, grads, losses
 
 
-def chunks_by_width(widths: Sequence[int], most: int, chunk_size: int | None = None) -> Iterator[list[int]]:
+def chunks_by_width(
+    widths: Sequence[int], most: int, chunk_size: int | None = None, max_rows: int | None = None
+) -> Iterator[list[int]]:
     """The indices of rows of about one width, the widest first: `chunk_size` of them, or so many that they have at most
-    `most` positions once they are filled up to one width.
+    `most` positions once they are filled up to one width, and at most `max_rows`.
 
     >>> list(chunks_by_width([3, 9, 4], most=10))
     [[1], [2, 0]]
     """
     order = sorted(range(len(widths)), key=widths.__getitem__, reverse=True)
     while order:
-        count = chunk_size or max(1, most // max(1, widths[order[0]]))
+        count = chunk_size or min(max(1, most // max(1, widths[order[0]])), max_rows or len(order))
         yield order[:count]
         order = order[count:]
 

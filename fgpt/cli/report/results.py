@@ -77,3 +77,28 @@ def evaluations(data: RunData) -> list[tuple[str, list[tuple[str, list[tuple[str
 def _groups(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     groups = {name: group for name, group in results.items() if isinstance(group, Mapping) and name != SETTINGS}
     return [(name, table_rows(group)) for name, group in groups.items()]
+
+
+@dataclass(frozen=True)
+class LargestGradients:
+    """The rows that `--per-example` found to have the largest gradients."""
+
+    num_rows: int
+    """Of how many."""
+    rows: Rows
+    """Place, loss, norm and text of each, the largest first."""
+
+
+def largest_gradients(data: RunData) -> LargestGradients | None:
+    """They, if the run has them. Raises InputError if they are not of this version."""
+    if data.per_example is None:
+        return None
+    try:
+        worst = sorted((line for line in data.per_example if "rank" in line), key=lambda line: line["rank"])
+        rows: Rows = []
+        for line in worst:
+            rows.append([f"{line['source']}, {line['where']}", score(line["loss"]), score(line["norm"]), line["text"]])
+    except (KeyError, TypeError, ValueError) as err:
+        path = data.folder / run_dir.PER_EXAMPLE
+        raise InputError(f"{path}: not the rows of this version ({err}); delete it") from None
+    return LargestGradients(len(data.per_example), rows)

@@ -1,5 +1,6 @@
 """The files of a run directory, whether the run has finished or not."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class RunData:
     """Held-out losses of a pretraining."""
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By the stem of their file."""
+    per_example: Sequence[Mapping[str, Any]] | None = None
+    """The lines of per_example.jsonl."""
 
     @property
     def name(self) -> str:
@@ -88,6 +91,7 @@ def read(folder: Path) -> RunData:
         confusion=confusion.read_bytes() if confusion.is_file() else None,
         result=_read_if_exists(folder / run_dir.RESULT),
         evaluations={path.stem: _read_object(path) for path in _result_files(folder, Path(run_dir.EVAL).stem)},
+        per_example=_read_lines_if_exist(folder / run_dir.PER_EXAMPLE),
     )
 
 
@@ -182,3 +186,15 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_if_exists(path: Path) -> dict[str, Any] | None:
     return _read_object(path) if path.is_file() else None
+
+
+def _read_lines_if_exist(path: Path) -> list[dict[str, Any]] | None:
+    if not path.is_file():
+        return None
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{path}: not lines of JSON ({err}); delete it") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise InputError(f"{path}: not lines of JSON objects; delete it")
+    return lines

@@ -10,7 +10,7 @@ from fgpt.cli.paths import shareable, without_paths
 from fgpt.cli.report import config_diff
 from fgpt.cli.report.curves import curves, key_numbers
 from fgpt.cli.report.formatting import table_rows
-from fgpt.cli.report.results import classification_scores, evaluations, heldout_losses
+from fgpt.cli.report.results import classification_scores, evaluations, heldout_losses, largest_gradients
 from fgpt.cli.report.run_data import RunData
 
 
@@ -39,6 +39,7 @@ def report_sections(data: RunData) -> list[Section]:
         _training(data),
         RESULTS[data.task.report_section](data),
         Section("evaluation", "Evaluation", {"evaluations": evaluations(data)}),
+        *_gradients(data),
         _config(data),
         Section("environment", "Environment", {"rows": table_rows(data.environment or {})}),
         Section("reproduce", "Reproduce", {}),
@@ -125,6 +126,14 @@ def _heldout(data: RunData) -> Section:
 
 def _pairs(data: RunData) -> Section:
     return Section("pairs", "Held-out pairs", {"rows": table_rows(data.result or {})})
+
+
+def _gradients(data: RunData) -> list[Section]:
+    """Of a run by --per-example alone."""
+    largest = largest_gradients(data)
+    if largest is None and not data.run.get("per_example"):
+        return []
+    return [Section("gradients", "Rows with the largest gradients", {"largest": largest})]
 
 
 RESULTS = {"comparison": _comparisons, "scores": _scores, "heldout": _heldout, "pairs": _pairs}

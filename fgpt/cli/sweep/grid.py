@@ -143,6 +143,7 @@ def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecip
         "--tracker": recipe.tracker,
         "--streaming": getattr(recipe, "streaming", False),
         "--privacy.epsilon": recipe.privacy.epsilon,
+        "--per-example": recipe.per_example,
     }
     if used := [option for option, value in refused.items() if value]:
         hint = "; a --pruner, halving or median, stops members early" if used[0] == "--early-stopping-patience" else ""

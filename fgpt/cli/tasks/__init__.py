@@ -20,11 +20,13 @@ from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.private import check_private_options, with_private_seed
 from fgpt.cli.training.reproducibility import use_determinism
+from fgpt.cli.training.row_gradients import check_per_example_options, report_row_gradients
 from fgpt.data.examples import Example
 from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
     ClassificationRecipe,
+    FineTuningRecipe,
     GRPORecipe,
     InstructionRecipe,
     PreferenceRecipe,
@@ -130,6 +132,7 @@ def build_task(recipe: AnyRecipe) -> Task:
     """
     check_evaluation_options(recipe)
     check_private_options(recipe)
+    check_per_example_options(recipe)
     use_determinism(recipe)
     return task_type(recipe).build(with_private_seed(recipe))
 
@@ -168,6 +171,8 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
             console.print(f"what was trained so far is usable: {recipe.suggest_use(out)}; {resume_hint(out)}")
             raise KeyboardInterrupt
         task.report(before, task.score(trained, out), out)
+        if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
+            report_row_gradients(job, trained, out)
     return out
 
 

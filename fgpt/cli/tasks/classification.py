@@ -28,7 +28,7 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
-from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.job import Origin, TrainingJob
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
 from fgpt.data.examples import Example
@@ -103,11 +103,17 @@ class ClassificationTask:
             fewshot_examples = encode(test, labels, fewshot_frame, tokenizer, cfg.n_ctx).examples
         base = with_head(recipe, load_base(recipe), names)
         adapters = build_trainable(recipe, base)
+
+        def origin(index: int) -> Origin:
+            row = train[index]
+            return Origin(recipe.train, row.number, row.where.removeprefix(f"{recipe.train}, "), row.label)
+
         job = assemble_job(
             recipe,
             base,
             adapters=adapters,
             examples=examples,
+            origin=origin,
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
             eval_losses={HELDOUT_LOSS: lambda params: score(params, heldout_examples, labels, max_seq_len)[1]}

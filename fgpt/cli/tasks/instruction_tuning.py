@@ -92,6 +92,7 @@ class InstructionTask:
             base,
             adapters=adapters,
             examples=examples,
+            origin=data.origin,
             max_seq_len=max_seq_len,
             tokenizer=tokenizer,
             mixture=mixture,

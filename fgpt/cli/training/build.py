@@ -1,6 +1,7 @@
 """Builders of what a fine-tuning trains: the base, its adapters, the batches, and the job that puts them together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.run_dir import save_tuned
 from fgpt.cli.training import mfu
 from fgpt.cli.training.hashes import model_hash
-from fgpt.cli.training.job import InitialState, RowIndices, TrainingJob, fingerprint, place
+from fgpt.cli.training.job import InitialState, Origin, RowIndices, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
 from fgpt.cli.training.optimizers import make_optimizer, make_schedule
@@ -190,6 +191,7 @@ def assemble_job(
     stream: StreamOrder | None = None,
     eval_losses: Mapping[str, Callable[[GPT], float]] | None = None,
     teacher: GPT | None = None,
+    origin: Callable[[int], Origin] | None = None,
     **others: Any,
 ) -> TrainingJob:
     """The training of `adapters` over `base` on `examples`.
@@ -200,6 +202,7 @@ def assemble_job(
         stream: the rows of each update, if `examples` are only the first ones of a stream.
         eval_losses: losses of tuned params on held-out rows and on evaluation sets, by the names of their metrics.
         teacher: what the recipe distills.
+        origin: where each of `examples` comes from, by its index.
         others: what the training reads besides, for its fingerprint.
 
     Raises InputError if evaluations are requested and there are no rows for them.
@@ -268,6 +271,8 @@ def assemble_job(
         step_for=lambda schedule, weight_decay: step_of(make_optimizer(recipe, schedule, weight_decay)),
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
         examples=examples,
+        origin=origin,
+        loss=tuning_loss(token_loss(replace(recipe, compile=False), teacher)),
         row_indices=row_indices if isinstance(order, RowOrder) else None,
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
         epsilon=None if private is None else private.epsilon,

@@ -11,7 +11,7 @@ import torch
 from fgpt.cli.console import console
 from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.forgotten_rows import forget_rows
-from fgpt.cli.training.job import tokenizer_contents
+from fgpt.cli.training.job import Origin, tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.row_reports import report_counts, report_left_out, report_parts
 from fgpt.cli.training.streaming import StreamOrder
@@ -58,6 +58,8 @@ class InstructionData:
     """In the order of the recipe's `data`."""
     stream: StreamOrder | None = None
     """If data is streamed, all of it; `examples` are then its first block."""
+    origin: Callable[[int], Origin] | None = None
+    """Of each of the `examples`, by its index; None if data is streamed."""
 
     @property
     def by_source(self) -> list[Sequence[Example]]:
@@ -98,20 +100,22 @@ def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None =
         training = np.flatnonzero(~is_heldout[numbers])
         stored, starts = stored.take(training), np.searchsorted(training, starts)
 
-    def place(index: int) -> str:
+    def origin(index: int) -> Origin:
+        """Of an example of `stored`."""
         source = int(np.searchsorted(starts, index, "right")) - 1
         name, number = sources[source][0], int(stored.rows[index])
         row = StoredRows(sources[source][1].rows)[number]
         where = row.conversation if isinstance(row, ConversationRow | Turn) else ""
         which = " of those that are trained on" if sources[source][1].left_out else ""
-        return where or f"{name}, row {number + 1}{which}"
+        return Origin(name, number + 1, where.removeprefix(f"{name}, ") or f"row {number + 1}{which}")
 
-    examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
+    examples, usable = _fit(recipe, stored, encoding.max_seq_len, lambda index: "{0}, {2}".format(*origin(index)))
     if recipe.forget is not None:
         examples = forget_rows(examples, recipe.forget, _forgotten_examples(recipe, encoding))
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
     ranges = zip([name for name, _ in sources], edges[:-1], edges[1:], strict=True)
-    return InstructionData(examples, heldout, tuple(SourceRange(*each) for each in ranges))
+    source_ranges = tuple(SourceRange(*each) for each in ranges)
+    return InstructionData(examples, heldout, source_ranges, origin=lambda index: origin(int(usable[index])))
 
 
 def _forgotten_examples(recipe: InstructionRecipe, encoding: Encoding) -> StoredExamples:

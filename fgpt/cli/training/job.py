@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -19,15 +19,27 @@ from fgpt.recipes import TrainingRecipe
 from fgpt.rng import fold_in
 from fgpt.tokenizers import tokenizer_files
 from fgpt.tokenizers.tokenizer_files import Tokenizer
-from fgpt.train_step import Metrics, State, Step
+from fgpt.train_step import Loss, Metrics, State, Step
 from fgpt.tree import device, tree_map
 
 B = TypeVar("B")
 RowIndices: TypeAlias = list[list[int]]
 """Rows of examples that are packed together, by their indices."""
 
-MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "out")
+MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "per_example", "out")
 """Options that a resumed run may change, since they change nothing of what is trained."""
+
+
+class Origin(NamedTuple):
+    """Where an example comes from."""
+
+    source: str
+    row: int
+    """Its number among the rows of the source, from 1."""
+    where: str
+    """The same in words, as the source counts them, such as `line 3`."""
+    label: str = ""
+    """Its class."""
 
 
 class InitialState:
@@ -88,6 +100,10 @@ class TrainingJob:
     """What is evaluated and saved of a state: not what is trained, if the optimizer averages."""
     examples: Sequence[Example] = ()
     """What is trained on, if it is known beforehand."""
+    origin: Callable[[int], Origin] | None = None
+    """Of each of the `examples`, by its index."""
+    loss: Loss | None = None
+    """What is minimized, without NEFTune's noise: of what is trained, (frozen base, norms of DoRAs) and a `Batch`."""
     row_indices: Callable[[int], Iterator[list[RowIndices]]] | None = None
     """Of each micro-batch of `batches`, the indices of the `examples` in each of its rows; None if they are not known
     beforehand."""
