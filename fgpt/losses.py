@@ -1,5 +1,6 @@
 """Batches, and the loss of a model on one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -91,8 +92,8 @@ def at_all_positions(batch: Batch) -> Batch:
 
 @check_shapes
 def nll(
-    params: GPT, batch: Batch, remat: bool = False, compile: bool = False
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False, *, per_example: bool = False
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
     """(Σ weight · nll, Σ weight) in nats: sums, so that batches of any sizes add up exactly.
 
     Args:
@@ -100,6 +101,8 @@ def nll(
         batch: Tokens, targets and the weight of each target.
         remat: Activation checkpointing, see `hidden`.
         compile: Compile the transformer block, see `hidden`.
+        per_example: Both sums of each row of the batch by itself, in place of all: of one example, or of all that are
+            packed into the row.
 
     Raises:
         InputError: if a row is longer than the context.
@@ -107,13 +110,23 @@ def nll(
     >>> import fgpt, torch
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
     >>> params = fgpt.init(config, fgpt.key(0))
-    >>> text = torch.tensor([[1, 2, 3, 4]])
-    >>> total, weight = fgpt.nll(params, fgpt.Batch(text[:, :-1], text[:, 1:], torch.ones(1, 3)))
-    >>> weight
-    tensor(3.)
+    >>> text = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
+    >>> batch = fgpt.Batch(text[:, :-1], text[:, 1:], torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]))
+    >>> fgpt.nll(params, batch)[1], fgpt.nll(params, batch, per_example=True)[1]
+    (tensor(3.), tensor([2., 1.]))
     """
     losses, weights = token_nll(params, batch, remat, compile)
+    if per_example:
+        return _row_sums(weights * losses, batch), _row_sums(weights, batch)
     return (weights * losses).sum(), weights.sum()
+
+
+def _row_sums(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "*batch"]:
+    """The sum over each row of the batch, of values where `at_loss` has them."""
+    *rows, seq = batch.tokens.shape
+    if batch.loss_positions is None:
+        return values.view(*rows, seq).sum(-1)
+    return values.new_zeros(math.prod(rows)).index_add(0, batch.loss_positions // seq, values).view(rows)
 
 
 def token_nll(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt._typing import check_shapes
-from fgpt.losses import Batch, token_nll
+from fgpt.losses import Batch, nll
 from fgpt.model import GPT
 
 
@@ -42,11 +42,5 @@ def sequence_logprobs(params: GPT, batch: Batch, remat: bool = False, compile: b
     >>> sequence_logprobs(fgpt.init(config, fgpt.key(0)), batch).lengths
     tensor([3., 3.])
     """
-    rows, seq = batch.tokens.shape
-    nll, weights = token_nll(params, batch, remat, compile)
-    if batch.loss_positions is None:
-        logprobs, lengths = (weights * -nll).view(rows, seq), weights.view(rows, seq)
-        return SequenceLogprobs(logprobs.sum(-1), lengths.sum(-1))
-    row_of = batch.loss_positions // seq
-    zeros = nll.new_zeros(rows)
-    return SequenceLogprobs(zeros.index_add(0, row_of, weights * -nll), zeros.index_add(0, row_of, weights))
+    sums, lengths = nll(params, batch, remat, compile, per_example=True)
+    return SequenceLogprobs(-sums, lengths)

@@ -109,7 +109,11 @@ def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None =
         which = " of those that are trained on" if sources[source][1].left_out else ""
         return Origin(name, number + 1, where.removeprefix(f"{name}, ") or f"row {number + 1}{which}")
 
-    examples, usable = _fit(recipe, stored, encoding.max_seq_len, lambda index: "{0}, {2}".format(*origin(index)))
+    def place(index: int) -> str:
+        source, _, where, _ = origin(index)
+        return f"{source}, {where}"
+
+    examples, usable = _fit(recipe, stored, encoding.max_seq_len, place)
     if recipe.forget is not None:
         examples = forget_rows(examples, recipe.forget, _forgotten_examples(recipe, encoding))
     edges = [*np.searchsorted(usable, starts).tolist(), len(examples)]
