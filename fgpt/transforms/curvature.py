@@ -21,7 +21,7 @@ Natural Gradient Method", sections 8.1 and 9.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ Outputs: TypeAlias = Callable[[Tree], Float[Tensor, "..."]]
 OutputLoss: TypeAlias = Callable[[Float[Tensor, "..."]], Float[Tensor, ""]]
 """outputs -> loss, such as `lambda logits: F.cross_entropy(logits, targets)`."""
 Operator: TypeAlias = Callable[[Tree], Tree]
-"""A symmetric matrix as the function that multiplies a tree with it. vmap maps it over several."""
+"""A symmetric matrix as the function that multiplies a tree, or a tensor, with it. vmap maps it over several."""
 
 CHUNK = 16
 """Columns of a matrix that are computed at once."""
@@ -167,20 +167,49 @@ def ggn_operator(outputs: Outputs, loss: OutputLoss, params: Tree) -> Operator:
     >>> operator(adapters)["blocks.0.attn.q"].b.shape
     torch.Size([8, 2])
     """
-    # Both are derivatives within a derivative, as kernels with one backward of their own see when they are called.
-    z, pull_back = vjp(lambda params: vjp(outputs, params)[0], params)[:2]
-    # u -> Jᵀ u is linear, so its vector-Jacobian product is J v, at any u.
-    push_forward: Any = vjp(lambda u: vjp(outputs, params)[1](u)[0], torch.zeros_like(z))[1]
+    z, push_forward, pull_back = jacobian_operators(outputs, params)
     output_hessian = hessian_operator(loss, z)
 
     def multiply(vector: Tree) -> Tree:
-        (tangent,) = push_forward(in_form_of(params, vector))
-        return pull_back(output_hessian(tangent))[0]
+        return pull_back(output_hessian(push_forward(in_form_of(params, vector))))
 
     return multiply
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
+
+
+class JacobianOperators(NamedTuple):
+    """What `jacobian_operators` returns.
+
+    Args:
+        outputs: z at the params.
+        push_forward: v -> J v, from the form of the params to that of the outputs.
+        pull_back: u -> Jᵀ u, the other way.
+    """
+
+    outputs: Float[Tensor, "..."]
+    push_forward: Callable[[Tree], Float[Tensor, "..."]]
+    pull_back: Callable[[Float[Tensor, "..."]], Tree]
+
+
+def jacobian_operators(outputs: Outputs, params: Tree) -> JacobianOperators:
+    """v -> J v and u -> Jᵀ u at a point, J = ∂z/∂θ, for many v and u. Their graphs stay in memory as long as they do.
+
+    Args:
+        outputs: z, a function of the params.
+        params: θ.
+
+    >>> scales = torch.tensor([2.0, 3.0])
+    >>> z, push_forward, pull_back = jacobian_operators(lambda p: p["w"] * scales, {"w": torch.ones(2)})
+    >>> push_forward({"w": torch.tensor([1.0, 0.0])}), pull_back(torch.tensor([0.0, 1.0]))
+    (tensor([2., 0.]), {'w': tensor([0., 3.])})
+    """
+    # Both are derivatives within a derivative, as kernels with one backward of their own see when they are called.
+    z, transposed = vjp(lambda params: vjp(outputs, params)[0], params)[:2]
+    # u -> Jᵀ u is linear, so its vector-Jacobian product is J v, at any u.
+    doubly_transposed: Any = vjp(lambda u: vjp(outputs, params)[1](u)[0], torch.zeros_like(z))[1]
+    return JacobianOperators(z, lambda v: doubly_transposed(v)[0], lambda u: transposed(u)[0])
 
 
 def to_matrix(operator: Operator, like: Tree, *, chunk_size: int = CHUNK) -> Float[Tensor, "n n"]:
