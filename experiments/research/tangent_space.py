@@ -186,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Result]]:
             results.setdefault(name, []).append(result)
             best = min(result.sums, key=result.sums.__getitem__)
             print(
-                f"seed {seed}, {name}: {result.before:.3f} before, {result.alone:.3f} alone, {result.sums[best]:.3f} at "
-                f"{best} of the sum, {result.sums[1.0]:.3f} at the sum; {result.seconds:.3f} s a step",
+                f"seed {seed}, {name}: {result.before:.3f} before, {result.alone:.3f} alone, {result.sums[best]:.3f} "
+                f"at {best} of the sum, {result.sums[1.0]:.3f} at the sum; {result.seconds:.3f} s a step",
                 flush=True,
             )
     begin = time.perf_counter()

@@ -11,8 +11,9 @@ from torch.func import grad, vmap
 import fgpt
 from fgpt.losses import Batch
 from fgpt.optim import Optimizer, global_norm
-from fgpt.transforms.step_gradients import per_row_clipping, sharpness_aware, zeroth_order
-from fgpt.tree import tree_leaves, tree_map
+from fgpt.train_step import Gradient
+from fgpt.transforms.step_gradients import forward_gradient, per_row_clipping, sharpness_aware, zeroth_order
+from fgpt.tree import ravel, tree_leaves, tree_map
 
 BASE = tiny()
 ADAPTERS = with_noise(fgpt.lora(BASE, fgpt.key(0), 2, dropout=0.3), 0.1)
@@ -65,14 +66,15 @@ def test_sharpness_aware_is_the_gradient_nearby():
     assert float(metrics.loss) == pytest.approx(float(value / weight), rel=1e-6)  # before the detour
 
 
-def test_the_zeroth_order_estimate_has_the_gradient_as_its_mean():
+@pytest.mark.parametrize("gradient", [zeroth_order(1e-3), forward_gradient()])
+def test_an_estimate_has_the_gradient_as_its_mean(gradient: Gradient):
     """In float64, of a linear loss in ten elements: the mean of z zᵀ g is g."""
     g = torch.arange(10, dtype=torch.float64)
 
     def linear(tree: Any, frozen: Any, batch: Any, seed: Any) -> tuple[Tensor, Tensor]:
         return (tree["w"] * g).sum(), torch.tensor(1.0)
 
-    gradient, tree = zeroth_order(1e-3), {"w": torch.zeros(10, dtype=torch.float64)}
+    tree = {"w": torch.zeros(10, dtype=torch.float64)}
     seeds = torch.arange(20_000)
     each = vmap(lambda seed: gradient(linear, tree, None, None, seed)[0]["w"])(seeds)
     assert float((each.mean(0) - g).norm() / g.norm()) < 0.05
@@ -81,8 +83,36 @@ def test_the_zeroth_order_estimate_has_the_gradient_as_its_mean():
     assert not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("gradient", [zeroth_order(1e-5), forward_gradient()])
+@pytest.mark.parametrize("to", [None, "nf4"])
+def test_of_a_model_too_over_many_keys(gradient: Gradient, to: Any):
+    """The mean of n estimates is (p + 1)/n of the squared norm away from a gradient of p elements."""
+    base: Any = tiny(n_layer=1, d_model=64, d_mlp=64)
+    base = base if to is None else fgpt.quantize(base, to)
+    tree = {"blocks.0.attn.q": fgpt.IA3(row=torch.ones(64, dtype=torch.float64))}
+    batch = Batch(TEXT[:2, :4], TEXT[:2, 1:5], WEIGHTS[:2, :4])
+    each, _ = vmap(lambda seed: gradient(loss, tree, base, batch, seed))(torch.arange(2000))
+    mean, expected = (
+        ravel(x)[0] for x in (tree_map(lambda x: x.mean(0), each), grad(lambda a: loss(a, base, batch, None)[0])(tree))
+    )
+    assert float((mean - expected).norm() / expected.norm()) < 2 * (65 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_forward_gradient_is_the_projection_on_its_direction(seed: int):
+    """With dropout, which is the same as that of the gradient with this seed."""
+    key = torch.tensor(seed)
+    g = grad(lambda a: loss(a, BASE, BATCH, key)[0])(ADAPTERS)
+    (estimate, (value, weight)) = forward_gradient()(loss, ADAPTERS, BASE, BATCH, key)
+    first, slope = ravel(estimate)[0], ravel(g)[0]
+    direction = first / first.norm()
+    square = float(first.norm() / (direction @ slope))  # ‖z‖ |z·g| / (z·g / ‖z‖) times the sign, which z·g has twice
+    assert square == pytest.approx(len(first), rel=0.1)
+    close((value, weight), loss(ADAPTERS, BASE, BATCH, key), 1e-4)
+
+
 def test_steps_by_them_train_and_can_be_mapped_over():
-    for gradient in (per_row_clipping(1.0), sharpness_aware(0.01), zeroth_order(1e-3)):
+    for gradient in (per_row_clipping(1.0), sharpness_aware(0.01), zeroth_order(1e-3), forward_gradient()):
         optimizer = fgpt.adamw(1e-3)
         step = fgpt.make_step(loss, optimizer, gradient=gradient)
         many = [with_noise(ADAPTERS, 0.01, seed) for seed in range(2)]
@@ -133,7 +163,8 @@ def test_wrong_numbers_and_batches():
     for call in (lambda: per_row_clipping(0.0), lambda: sharpness_aware(-1.0), lambda: zeroth_order(0.0)):
         with pytest.raises(fgpt.InputError, match="expected a positive number"):
             call()
-    with pytest.raises(fgpt.InputError, match="give the step a key"):
-        step_gradient(zeroth_order())
+    for gradient in (zeroth_order(), forward_gradient()):
+        with pytest.raises(fgpt.InputError, match="give the step a key"):
+            step_gradient(gradient)
     with pytest.raises(fgpt.InputError, match="leave one of them out"):
         fgpt.make_step(loss, sgd(), gradient=sharpness_aware(), compile=True)
