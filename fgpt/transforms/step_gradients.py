@@ -228,7 +228,8 @@ def forward_gradient() -> Gradient:
         if seed is None:
             raise InputError("forward_gradient draws a direction: give the step a key")
         z = _normal_direction(tree, seed)
-        value, slope, weight = jvp(lambda x: loss(x, frozen, batch, seed), (tree,), (z,), has_aux=True)
+        derivative: Any = jvp(lambda x: loss(x, frozen, batch, seed), (tree,), (z,), has_aux=True)
+        value, slope, weight = derivative
         return tree_map(lambda d: slope.to(d.dtype) * d, z), (value, weight)
 
     return gradient
