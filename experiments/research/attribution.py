@@ -28,10 +28,11 @@ from fgpt.data.packing import collate
 from fgpt.data.prompt_templates import PLAIN, encode
 from fgpt.optim import linear_schedule
 from fgpt.train_step import State, Step
-from fgpt.transforms.attribution import lds, tracin
+from fgpt.transforms.attribution import influence, lds, tracin
+from fgpt.transforms.laplace import kronecker_curvature
 from fgpt.transforms.per_example import gradient_similarity, per_example_grads
 from fgpt.transforms.unroll import Unrolled, metagradient, unroll
-from fgpt.tree import tree_map
+from fgpt.tree import ravel, tree_map
 
 WIDTH, QUERY_WIDTH = 64, 192
 """Positions of training rows and of queries: longer ones are left out."""
@@ -128,6 +129,27 @@ def by_tracin(training: Training, result: Unrolled) -> Float[Tensor, "queries ro
     return -tracin(training.row_loss, points, training.rows, training.queries, query_loss=training.query_loss).T
 
 
+def by_influence(training: Training, result: Unrolled) -> Float[Tensor, "queries rows"]:
+    """With Kronecker factors, damped by a tenth of the mean eigenvalue (Grosse et al. 2023)."""
+    adapters = result.final.trainable
+
+    def logits(adapters: Adapters, batch: fgpt.Batch) -> Float[Tensor, "n vocab"]:
+        return fgpt.apply(fgpt.adapt(training.base, adapters), batch.tokens)[batch.weights > 0]
+
+    curvature = kronecker_curvature(logits, adapters, training.rows, fgpt.key(training.seed), num_samples=4)
+    damping = 0.1 * float(ravel(curvature.eigenvalues)[0].mean())
+    effects = influence(
+        training.row_loss,
+        adapters,
+        training.rows,
+        training.queries,
+        curvature,
+        damping=damping,
+        query_loss=training.query_loss,
+    )
+    return -effects.T
+
+
 def by_cosine(training: Training, result: Unrolled) -> Float[Tensor, "queries rows"]:
     return -gradient_similarity(training.row_loss, result.final.trainable, training.rows, training.queries).T
 
@@ -135,6 +157,7 @@ def by_cosine(training: Training, result: Unrolled) -> Float[Tensor, "queries ro
 METHODS: dict[str, Callable[[Training, Unrolled], Float[Tensor, "queries rows"]]] = {
     "metagradient": by_metagradient,
     "TracIn": by_tracin,
+    "K-FAC influence": by_influence,
     "gradient cosine": by_cosine,
 }
 

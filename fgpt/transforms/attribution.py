@@ -5,6 +5,7 @@
 `metagradient` computes it through the whole training (MAGIC). The others look at a few points of the path alone:
 
     TracIn            -Σ_k η_k ∇L_q(θ_k) · ∇ℓ_i(θ_k)
+    influence         -∇L_q(θ_T) · (G + λI)⁻¹ ∇ℓ_i(θ_T),  G the curvature of the training loss
     cosine            of the two gradients, at the end: `fgpt.transforms.per_example.gradient_similarity`
 
 A score compares effects with the losses of trainings without some rows.
@@ -16,10 +17,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from fgpt.errors import InputError
 from fgpt.losses import Batch
-from fgpt.transforms.per_example import ExampleLoss, gradient_products
+from fgpt.transforms.laplace import Curvature
+from fgpt.transforms.per_example import ExampleLoss, gradient_products, per_example_grads, products_with
+from fgpt.tree import tree_map
 
 Tree: TypeAlias = Any
 
@@ -68,6 +72,56 @@ def tracin(
     for params, lr in zip(points, rates, strict=True):
         total = total + lr * gradient_products(loss, params, examples, queries, query_loss, chunk_size=chunk_size)
     return total
+
+
+def influence(
+    loss: ExampleLoss,
+    params: Tree,
+    examples: Sequence[Batch],
+    queries: Sequence[Batch],
+    curvature: Curvature,
+    *,
+    damping: float,
+    query_loss: ExampleLoss | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "examples queries"]:
+    """By how much more weight of each example would lower the loss of each query, if the training ended at a minimum:
+    ∇ℓ_i · (G + λI)⁻¹ ∇L_q.
+
+    Args:
+        loss: The loss of one training example.
+        params: θ_T.
+        examples: Batches of one row each.
+        queries: The same. Their gradients are in memory together.
+        curvature: G of the sum of the examples' losses, such as `fgpt.transforms.laplace.kronecker_curvature`.
+        damping: λ.
+        query_loss: The loss of one query. None takes `loss`.
+        chunk_size: As in `per_example_grads`.
+
+    Raises:
+        InputError: if there are no examples or queries, or λ is not positive.
+
+    Source: Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions"; Grosse et al. 2023,
+    "Studying Large Language Model Generalization with Influence Functions".
+
+    >>> def loss(params, example):
+    ...     return (params["w"] * example.weights).sum()
+    >>> def row(*numbers):
+    ...     x = torch.tensor([numbers])
+    ...     return Batch(x.long(), x.long(), x.float())
+    >>> curvature = Curvature({"w": torch.tensor([[3.0, 0.0]])}, lambda x: x, lambda x: x)
+    >>> influence(loss, {"w": torch.zeros(1, 2)}, [row(1, 1)], [row(8, 2)], curvature, damping=1.0)  # 8 / 4 + 2 / 1
+    tensor([[4.]])
+    """
+    if not damping > 0:
+        raise InputError(f"damping is {damping}: expected a positive number")
+
+    def solve(vector: Tree) -> Tree:
+        solution = tree_map(lambda x, h: x / (h + damping), curvature.rotate(vector), curvature.eigenvalues)
+        return curvature.rotate_back(solution)
+
+    directions = vmap(solve)(per_example_grads(query_loss or loss, params, queries, chunk_size=chunk_size).grads)
+    return products_with(loss, params, examples, directions, chunk_size=chunk_size)
 
 
 class LDS(NamedTuple):

@@ -32,7 +32,7 @@ from fgpt.sweeps import stack_batches
 from fgpt.transforms.curvature import in_form_of
 from fgpt.transforms.fisher import fisher_diagonal, fisher_sample
 from fgpt.transforms.kronecker import KroneckerFactors, LoRAFactors, kronecker_factors
-from fgpt.transforms.per_example import CHUNK_TOKENS, chunks_by_width
+from fgpt.transforms.per_example import CHUNK_ELEMENTS, CHUNK_POSITIONS, CPU_CHUNK_POSITIONS, chunks_by_width
 from fgpt.tree import ravel, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
@@ -75,7 +75,7 @@ def diagonal_curvature(
         logits: The logits of one example.
         params: θ*, what was trained.
         examples: The training rows, batches of one row each.
-        chunk_size: Examples that are computed at once. None takes those of `CHUNK_TOKENS` positions.
+        chunk_size: Examples that are computed at once. None takes some by their length and the number of params.
 
     Raises:
         InputError: if there are no examples.
@@ -349,7 +349,7 @@ def logit_posteriors(
         curvature: G there.
         prior_precisions: λ of each prior.
         examples: Batches of one row each, of any lengths, whose targets are not read.
-        chunk_size: Examples that are computed at once. None takes those whose Jacobians have `JACOBIAN_ELEMENTS`.
+        chunk_size: Examples that are computed at once. None takes those with `JACOBIAN_ELEMENTS` of Jacobians.
 
     Raises:
         InputError: if there are no examples, or a λ is not positive.
@@ -367,15 +367,10 @@ def logit_posteriors(
     for precision in prior_precisions:
         if not precision > 0:
             raise InputError(f"a prior precision is {precision}: expected positive numbers")
-    if examples and chunk_size is None:
-        with torch.no_grad():
-            rows_of_jacobian = logits(params, examples[0]).numel() * sum(x.numel() for x in tree_leaves(params))
-        longest = max(example.tokens.shape[-1] for example in examples)
-        chunk_size = max(1, min(JACOBIAN_ELEMENTS // rows_of_jacobian, CHUNK_TOKENS // max(1, longest)))
     order: list[int] = []
     means: list[Tensor] = []
     covariances: list[Tensor] = []
-    for indices, z, rows in _pull_back(logits, params, examples, _unit_vectors, chunk_size):
+    for indices, z, rows in _pull_back(logits, params, examples, _unit_vectors, chunk_size, JACOBIAN_ELEMENTS):
         jacobian = [vmap(curvature.rotate)(row) for row in rows]  # of each class
         covariance = z.new_zeros(len(prior_precisions), *z.shape, z.shape[-1])
         for h, *parts in zip(tree_leaves(curvature.eigenvalues), *map(tree_leaves, jacobian), strict=True):
@@ -446,13 +441,21 @@ def _pull_back(
     examples: Sequence[Batch],
     cotangents: Callable[[Float[Tensor, "n classes"]], Float[Tensor, "k n classes"]],
     chunk_size: int | None,
+    max_elements: int = 0,
 ) -> Iterator[tuple[list[int], Float[Tensor, "n classes"], Iterator[Tree]]]:
     """Indices of examples of about one length, their logits, and Jᵀ u of each example for the k cotangents u of its
     logits, one after the other. Raises InputError if there are no examples.
     """
     if not examples:
         raise InputError("there are no examples: expected one batch of one row or more")
-    for indices in chunks_by_width([example.tokens.shape[-1] for example in examples], CHUNK_TOKENS, chunk_size):
+    num_elements = sum(x.numel() for x in tree_leaves(params))
+    max_rows = CHUNK_ELEMENTS // num_elements
+    if max_elements:  # the gradients of all classes are kept
+        with torch.no_grad():
+            max_rows = max_elements // (num_elements * logits(params, examples[0]).numel())
+    positions = CPU_CHUNK_POSITIONS if examples[0].tokens.device.type == "cpu" else CHUNK_POSITIONS
+    widths = [example.tokens.shape[-1] for example in examples]
+    for indices in chunks_by_width(widths, positions, chunk_size, max(1, max_rows)):
         (stacked,) = stack_batches([[examples[i]] for i in indices])
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.detach().expand(n, *x.shape).requires_grad_(), params)

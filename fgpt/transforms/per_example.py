@@ -224,6 +224,25 @@ def gradient_products(
     return _products(loss, params, examples, queries, query_loss or loss, chunk_size, _vectors)
 
 
+def products_with(
+    loss: ExampleLoss, params: Tree, examples: Sequence[Batch], vectors: Tree, *, chunk_size: int | None = None
+) -> Float[Tensor, "examples vectors"]:
+    """The inner product of each example's gradient with each of some vectors. The vectors are in memory, and the
+    gradients of a chunk.
+
+    Args:
+        loss: The loss of one example.
+        params: What is differentiated.
+        examples: Batches of one row each.
+        vectors: Of the form of the params, with a leading axis.
+        chunk_size: As in `per_example_grads`.
+
+    Raises:
+        InputError: if there are no examples.
+    """
+    return _rows_of_products(loss, params, examples, _vectors(vectors), chunk_size, _vectors)
+
+
 def _products(
     loss: ExampleLoss,
     params: Tree,
@@ -235,6 +254,17 @@ def _products(
 ) -> Float[Tensor, "examples queries"]:
     """Inner products of the gradients as `vectors` makes them."""
     targets = vectors(per_example_grads(query_loss, params, queries, chunk_size=chunk_size).grads)
+    return _rows_of_products(loss, params, examples, targets, chunk_size, vectors)
+
+
+def _rows_of_products(
+    loss: ExampleLoss,
+    params: Tree,
+    examples: Sequence[Batch],
+    targets: Float[Tensor, "n elements"],
+    chunk_size: int | None,
+    vectors: Callable[[Tree], Float[Tensor, "n elements"]],
+) -> Float[Tensor, "examples n"]:
     rows: list[tuple[int, Tensor]] = []
     for indices, grads, _ in grads_in_chunks(loss, params, examples, chunk_size):
         rows += zip(indices, vectors(grads) @ targets.T, strict=True)

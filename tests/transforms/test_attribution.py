@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.func import grad
 
 import fgpt
-from fgpt.transforms.attribution import lds, tracin
+from fgpt.transforms.attribution import influence, lds, tracin
+from fgpt.transforms.laplace import Curvature, curvature_of_matrix, kronecker_curvature
 from fgpt.transforms.per_example import gradient_products
-from fgpt.tree import tree_leaves, tree_map
+from fgpt.tree import ravel, tree_leaves, tree_map
 
 BASE = tiny()
 POINTS = [with_noise(fgpt.lora(BASE, fgpt.key(i), 2), seed=i) for i in range(2)]
@@ -54,6 +55,38 @@ def products(params: Any) -> Tensor:
 def test_gradient_products_are_those_of_a_loop():
     got = gradient_products(total, POINTS[0], EXAMPLES, QUERIES, mean, chunk_size=3)
     close(got, products(POINTS[0]), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "kronecker"])
+def test_influence_is_that_of_an_explicit_inverse(kind: str):
+    params, damping = POINTS[0], 0.3
+    vector, unravel = ravel(params)
+    if kind == "diagonal":
+        h = torch.rand(vector.shape, generator=fgpt.key(0))
+        curvature, matrix = Curvature(unravel(h), lambda x: x, lambda x: x), h.diag()
+    elif kind == "full":
+        root = torch.randn(len(vector), 20, generator=fgpt.key(0))
+        matrix = root @ root.T
+        curvature = curvature_of_matrix(matrix, params)
+    else:
+
+        def logits(adapters: Any, batch: fgpt.Batch) -> Tensor:
+            return fgpt.apply(fgpt.adapt(BASE, adapters), batch.tokens).flatten(0, -2)
+
+        curvature = kronecker_curvature(logits, params, EXAMPLES, fgpt.key(0))
+        columns: list[Tensor] = []
+        for unit in torch.eye(len(vector)):
+            scaled = tree_map(torch.mul, curvature.eigenvalues, curvature.rotate(unravel(unit)))
+            columns.append(ravel(curvature.rotate_back(scaled))[0])
+        matrix = torch.stack(columns, 1)
+    inverse = torch.linalg.inv(matrix.double() + damping * torch.eye(len(vector)).double())
+    of_rows = torch.stack([ravel(grad(total)(params, row))[0] for row in EXAMPLES]).double()
+    of_queries = torch.stack([ravel(grad(mean)(params, row))[0] for row in QUERIES]).double()
+    expected = (of_rows @ inverse @ of_queries.T).float()
+    got = influence(total, params, EXAMPLES, QUERIES, curvature, damping=damping, query_loss=mean, chunk_size=2)
+    close(got, expected, 1e-3 * float(expected.abs().max()))
+    with pytest.raises(fgpt.InputError, match="damping is 0: expected a positive number"):
+        influence(total, params, EXAMPLES, QUERIES, curvature, damping=0)
 
 
 def test_tracin_adds_points_by_their_rates():
