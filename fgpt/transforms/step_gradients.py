@@ -203,8 +203,9 @@ def zeroth_order(epsilon: float = 1e-3) -> Gradient:
 
 
 def forward_gradient() -> Gradient:
-    """An unbiased estimate of the gradient, z (∇ℓ · z), from one forward pass that carries the derivative along z: no
-    activation is kept for a backward, and nothing depends on a distance, as it does in `zeroth_order`.
+    """An unbiased estimate of the gradient, z (∇ℓ · z), from one forward pass that carries the derivative along z:
+    nothing depends on a distance, as it does in `zeroth_order`. No activation is kept for a backward, but each layer
+    holds the derivatives beside its activations: of few layers it saves no memory.
 
     Its variance is about that of the gradient times the number of elements of θ: train few of them, at a small rate.
 
