@@ -154,6 +154,7 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
         (["--objective", "kto", "--rpo-alpha", "0", "--micro-batch-size", "1"], "give 2 rows or more"),
         (["--gamma", "3"], "--gamma is of simpo"),
         (["--mixture", "tokens"], "--mixture is of instruction tuning"),
+        (["--forget", "rows.jsonl"], "--forget is of instruction tuning: leave it out"),
         (["--columns.prompt", "question"], "no column 'question'"),
         (["--num-heldout", "0", "--eval-every", "1"], "needs held-out rows, and there are none"),
         (["--overlong", "cut"], "expected one of error, drop"),
