@@ -23,7 +23,7 @@ def chromium(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     alone = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / '.browser'}")
     logged = ("--enable-logging=stderr", f"--log-net-log={page.parent / 'net.json'}")
     command = [program, *alone, *quiet, *logged, *options, page.resolve().as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
 
 
 class Seen(HTMLParser):
