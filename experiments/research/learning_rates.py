@@ -28,7 +28,7 @@ from fgpt.optim import linear_schedule
 from fgpt.train_step import State
 from fgpt.transforms.unroll import metagradient, unroll
 
-PEAKS = (1e-3, 3e-3, 1e-2, 3e-2)
+PEAKS = (3e-4, 1e-3, 3e-3, 1e-2)
 EPS_ROOT = 1e-6
 """Under AdamW's root, so that it has a derivative where a moment is 0."""
 META_LR = 0.2

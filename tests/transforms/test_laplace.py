@@ -163,6 +163,22 @@ def test_over_a_quantized_base_in_single_precision():
     close(ravel(over)[0], ravel(expected)[0], 1e-4 * scale)
 
 
+def test_adapters_in_half_precision_have_a_curvature_in_single():
+    base = fgpt.with_classification_head(tiny(n_layer=1), CLASSES, fgpt.key(0))
+    adapters: Any = astype(with_noise(fgpt.lora(base, fgpt.key(0), 2, target=r".*\.up"), 0.1), torch.bfloat16)
+    rows = [astype(example(width, width), torch.float32) for width in (3, 6)]
+
+    def all_logits(a: Any, batch: Batch) -> Tensor:
+        return (fgpt.apply(fgpt.adapt(base, a), batch.tokens) * batch.weights[..., None]).sum(-2)
+
+    curvature = kronecker_curvature(all_logits, adapters, rows, fgpt.key(0))
+    assert {x.dtype for x in tree_leaves(curvature.eigenvalues)} == {torch.float32}
+    (posterior,) = logit_posteriors(lambda a, row: all_logits(a, row)[0], adapters, curvature, [1.0], rows)
+    assert (posterior.covariance.diagonal(dim1=1, dim2=2) > 0).all()
+    sample = sample_params(adapters, curvature, 1.0, fgpt.key(0))
+    assert {x.dtype for x in tree_leaves(sample)} == {torch.bfloat16}
+
+
 @settings(max_examples=20)
 @given(st.floats(0.1, 30.0), st.floats(-3.0, 3.0), st.floats(0.05, 20.0), st.floats(-2.0, 2.0))
 def test_the_evidence_of_a_gaussian_likelihood_is_the_integral(h: float, peak: float, precision: float, mean: float):
