@@ -3,9 +3,9 @@ loss through the whole training, against the best of eight schedules.
 
     python -m experiments.research.learning_rates [--steps 60 --rounds 12]
 
-The eight are four peak rates, each constant and falling linearly after a warmup. The learned one begins as the
-constant one of the second rate; every round is a training and its metagradient, which Adam follows in the logarithm of
-the rates. Schedules are chosen by validation rows and compared on other rows.
+The eight are four peak rates, each constant and falling linearly after a warmup. The learned one begins as the best of
+them; every round is a training and its metagradient, which Adam follows in the logarithm of the rates. Schedules are
+chosen by validation rows and compared on other rows.
 
 Source: Engstrom et al. 2025, "Optimizing ML Training with Metagradient Descent", section 4.4.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 from torch.func import grad
 
 import fgpt
-from experiments.research.attribution import QUERY_WIDTH, WIDTH, join, read_rows, tuning_loss
+from experiments.research.attribution import WIDTH, join, read_rows, tuning_loss
 from fgpt.adapter_types import Adapters
-from fgpt.cli.training.examples import NANO_HELDOUT, NANO_TASKS
+from fgpt.cli.training.examples import NANO_TASKS
 from fgpt.optim import linear_schedule
 from fgpt.train_step import State
 from fgpt.transforms.unroll import metagradient, unroll
 
-PEAKS = (3e-4, 1e-3, 3e-3, 1e-2)
+PEAKS = (1e-3, 3e-3, 1e-2, 3e-2)
 EPS_ROOT = 1e-6
 """Under AdamW's root, so that it has a derivative where a moment is 0."""
-META_LR = 0.2
+META_LR = 0.05
 """Of Adam on log rates."""
 
 
@@ -73,10 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--heldout", type=int, default=50, help="rows of the validation, and as many others")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    rows, heldout = read_rows(NANO_TASKS, WIDTH), read_rows(NANO_HELDOUT, QUERY_WIDTH)
-    validation = join(heldout[0 : 2 * options.heldout : 2])
-    test = join(heldout[1 : 2 * options.heldout : 2])
-    draw = fgpt.key(options.seed)
+    rows, draw = read_rows(NANO_TASKS, WIDTH), fgpt.key(options.seed)
+    validation, test = join(rows[: options.heldout]), join(rows[options.heldout : 2 * options.heldout])
+    rows = rows[2 * options.heldout :]
     chosen = torch.randint(len(rows), (options.steps, options.micro_batch_size), generator=draw).tolist()
     training = Training(fgpt.load("nano"), [join([rows[i] for i in step]) for step in chosen], options.seed)
 
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     eight = {name: measure(name, rates)[:2] for name, rates in schedules(options.steps).items()}
     best = min(eight, key=lambda name: eight[name][0])
-    log_rates = torch.full((options.steps,), PEAKS[1]).log().requires_grad_()
+    log_rates = schedules(options.steps)[best].clamp(min=1e-6).log().requires_grad_()
     optimizer = torch.optim.Adam([log_rates], lr=META_LR)
     learned = float("inf"), float("inf")
     for i in range(options.rounds):
