@@ -1,7 +1,7 @@
 """A learning-rate schedule that is learned: the rate of each step moves down the derivative of the final validation
 loss through the whole training, against the best of eight schedules.
 
-    python -m experiments.research.learning_rates [--steps 60 --rounds 12]
+    python -m experiments.research.learning_rates [--steps 60 --rounds 10]
 
 The eight are four peak rates, each constant and falling linearly after a warmup. The learned one begins as the best of
 them; every round is a training and its metagradient, which Adam follows in the logarithm of the rates. Schedules are
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="updates of a training")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="rows of an update")
-    parser.add_argument("--rounds", type=int, default=12, help="trainings that the schedule learns from")
-    parser.add_argument("--heldout", type=int, default=50, help="rows of the validation, and as many others")
+    parser.add_argument("--rounds", type=int, default=10, help="trainings that the schedule learns from")
+    parser.add_argument("--heldout", type=int, default=80, help="rows of the validation, and as many others")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rows, draw = read_rows(NANO_TASKS, WIDTH), fgpt.key(options.seed)
