@@ -75,21 +75,26 @@ class Classifier:
     def logits(self, trained: Adapters, row: fgpt.Batch) -> Float[Tensor, " classes"]:
         return self.batch_logits(trained, row)[0]
 
+    def head_logits(self, head: Float[Tensor, "classes d_model"], row: fgpt.Batch) -> Float[Tensor, " classes"]:
+        """Those of another head."""
+        return self.logits(self.trained | {"head.w": head}, row)
+
     @torch.no_grad()
     def features(self, rows: Rows) -> Float[Tensor, "n d_model"]:
         """The final hidden state at the last token of each row."""
         params = fgpt.adapt(self.base, self.trained)
-        parts: list[Tensor] = []
-        for _, batch in in_batches(rows):
-            parts.append((batch.weights[..., None] * fgpt.hidden(params, batch.tokens)).sum(-2))
-        back = torch.tensor([i for indices, _ in in_batches(rows) for i in indices]).argsort()
-        return torch.cat(parts)[back]
+        return of_rows(lambda batch: (batch.weights[..., None] * fgpt.hidden(params, batch.tokens)).sum(-2), rows)
 
     @torch.no_grad()
     def all_logits(self, trained: Adapters, rows: Rows) -> Float[Tensor, "n classes"]:
-        parts = [(indices, self.batch_logits(trained, batch)) for indices, batch in in_batches(rows)]
-        back = torch.tensor([i for indices, _ in parts for i in indices]).argsort()
-        return torch.cat([z for _, z in parts])[back]
+        return of_rows(lambda batch: self.batch_logits(trained, batch), rows)
+
+
+def of_rows(fn: Callable[[fgpt.Batch], Float[Tensor, "batch width"]], rows: Rows) -> Float[Tensor, "n width"]:
+    """What `fn` gives for each row, in their order."""
+    parts = [(indices, fn(batch)) for indices, batch in in_batches(rows)]
+    back = torch.tensor([i for indices, _ in parts for i in indices]).argsort()
+    return torch.cat([values for _, values in parts])[back]
 
 
 def in_batches(rows: Rows) -> list[tuple[list[int], fgpt.Batch]]:
@@ -115,26 +120,16 @@ class Approximation(NamedTuple):
 
 def last_layer(classifier: Classifier) -> Approximation:
     """The head alone, fitted anew with the prior of the largest evidence."""
-    rest = {path: x for path, x in classifier.trained.items() if not path.startswith("head.")}
     features = classifier.features(classifier.train)
     layer = fit_last_layer(features, classifier.train.labels, classifier.trained["head.w"])
-
-    def logits(head: Float[Tensor, "classes d_model"], row: fgpt.Batch) -> Float[Tensor, " classes"]:
-        return classifier.logits(rest | {"head.w": head}, row)
-
-    return Approximation(layer.head, layer.curvature, logits, layer.prior_precision)
+    return Approximation(layer.head, layer.curvature, classifier.head_logits, layer.prior_precision)
 
 
 def trained_last_layer(classifier: Classifier) -> Approximation:
     """The head as trained."""
-    head = {path: x for path, x in classifier.trained.items() if path.startswith("head.")}
-    rest = {path: x for path, x in classifier.trained.items() if path not in head}
-
-    def logits(head: Adapters, row: fgpt.Batch) -> Float[Tensor, " classes"]:
-        return classifier.logits(rest | head, row)
-
-    curvature = full_curvature(logits, head, classifier.train.texts)
-    return Approximation(head, curvature, logits, find_prior_precision(head, curvature))
+    head = classifier.trained["head.w"]
+    curvature = full_curvature(classifier.head_logits, head, classifier.train.texts)
+    return Approximation(head, curvature, classifier.head_logits, find_prior_precision(head, curvature))
 
 
 def kronecker(classifier: Classifier) -> Approximation:

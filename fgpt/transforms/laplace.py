@@ -28,11 +28,10 @@ from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.losses import Batch
 from fgpt.rng import fold_in
-from fgpt.sweeps import stack_batches
 from fgpt.transforms.curvature import in_form_of
 from fgpt.transforms.fisher import fisher_diagonal, fisher_sample
 from fgpt.transforms.kronecker import KroneckerFactors, LoRAFactors, kronecker_factors
-from fgpt.transforms.per_example import CHUNK_ELEMENTS, CHUNK_POSITIONS, CPU_CHUNK_POSITIONS, chunks_by_width
+from fgpt.transforms.per_example import CHUNK_ELEMENTS, stacked_chunks
 from fgpt.tree import ravel, tree_leaves, tree_map, unflatten_like
 
 Tree: TypeAlias = Any
@@ -449,17 +448,12 @@ def _pull_back(
     """Indices of examples of about one length, their logits, and Jᵀ u of each example for the k cotangents u of its
     logits, one after the other. Raises InputError if there are no examples.
     """
-    if not examples:
-        raise InputError("there are no examples: expected one batch of one row or more")
-    num_elements = sum(x.numel() for x in tree_leaves(params))
-    max_rows = CHUNK_ELEMENTS // num_elements
-    if max_elements:  # the gradients of all classes are kept
+    size = sum(x.numel() for x in tree_leaves(params))  # of a tensor, too
+    max_rows = CHUNK_ELEMENTS // size
+    if max_elements and examples:  # the gradients of all classes are kept
         with torch.no_grad():
-            max_rows = max_elements // (num_elements * logits(params, examples[0]).numel())
-    positions = CPU_CHUNK_POSITIONS if examples[0].tokens.device.type == "cpu" else CHUNK_POSITIONS
-    widths = [example.tokens.shape[-1] for example in examples]
-    for indices in chunks_by_width(widths, positions, chunk_size, max(1, max_rows)):
-        (stacked,) = stack_batches([[examples[i]] for i in indices])
+            max_rows = max_elements // (size * logits(params, examples[0]).numel())
+    for indices, stacked in stacked_chunks(examples, max_rows, chunk_size):
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.detach().expand(n, *x.shape).requires_grad_(), params)
         z = vmap(logits)(copies, stacked)

@@ -291,25 +291,43 @@ def grads_in_chunks(
     Raises:
         InputError: if there are no examples.
     """
+
+    def with_aux(tree: Tree, example: Any) -> tuple[Tensor, Tensor]:
+        value = loss(tree, example)
+        return value, value.detach()
+
+    max_rows = CHUNK_ELEMENTS // max(1, num_elements(params))
+    for indices, stacked in stacked_chunks(examples, max_rows, chunk_size, max_positions=max_positions):
+        n = len(indices)
+        copies = tree_map(lambda x, n=n: x.expand(n, *x.shape), params)
+        grads, (losses, _) = vmap(lambda t, e: value_and_grad_of_member(with_aux, t, e))(copies, stacked)
+        yield indices, grads, losses
+
+
+def stacked_chunks(
+    examples: Sequence[Batch], max_rows: int, chunk_size: int | None = None, *, max_positions: int = CHUNK_POSITIONS
+) -> Iterator[tuple[list[int], Batch]]:
+    """Indices of examples of about one length, and these with a leading axis, filled up to one length.
+
+    Args:
+        examples: Batches of one row each.
+        max_rows: The most examples in a chunk, if that is 1 or more.
+        chunk_size: Examples in a chunk, instead of what these numbers and the device say.
+        max_positions: The most positions in a chunk, if one example has not more.
+
+    Raises:
+        InputError: if there are no examples, or for a `chunk_size` below 1.
+    """
     if not examples:
         raise InputError("there are no examples: expected one batch of one row or more")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}: expected 1 or more")
     on_cpu = examples[0].tokens.device.type == "cpu"
     positions = min(max_positions, CPU_CHUNK_POSITIONS if on_cpu else CHUNK_POSITIONS)
-    max_rows = max(1, CHUNK_ELEMENTS // max(1, num_elements(params)))
-
-    def with_aux(tree: Tree, example: Any) -> tuple[Tensor, Tensor]:
-        value = loss(tree, example)
-        return value, value.detach()
-
     widths = [example.tokens.shape[-1] for example in examples]
-    for indices in chunks_by_width(widths, positions, chunk_size, max_rows):
+    for indices in chunks_by_width(widths, positions, chunk_size, max(1, max_rows)):
         (stacked,) = stack_batches([[examples[i]] for i in indices])
-        n = len(indices)
-        copies = tree_map(lambda x, n=n: x.expand(n, *x.shape), params)
-        grads, (losses, _) = vmap(lambda t, e: value_and_grad_of_member(with_aux, t, e))(copies, stacked)
-        yield indices, grads, losses
+        yield indices, stacked
 
 
 def chunks_by_width(
