@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from fgpt._typing import check_shapes
@@ -45,6 +45,19 @@ class Batch:
     segments: Int[Tensor, "*batch seq"] | None = None
     loss_positions: Int[Tensor, " n"] | None = None
     cu_seqlens: Int[Tensor, "*batch documents"] | None = None
+
+
+def text_positions(batch: Batch) -> Bool[Tensor, "*batch seq"]:
+    """Which positions are text and not padding. Without segments each row ends at its last weighted token.
+
+    >>> import fgpt, torch
+    >>> text = torch.tensor([[1, 2, 3, 0]])
+    >>> text_positions(fgpt.Batch(text, text, weights=torch.tensor([[0.0, 0.0, 1.0, 0.0]])))
+    tensor([[ True,  True,  True, False]])
+    """
+    if batch.segments is not None:
+        return batch.segments > 0
+    return (batch.weights != 0).flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def pad_loss_positions(batches: Sequence[Batch], parts: int = 8) -> list[Batch]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, merge
 from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
-from fgpt.losses import Batch, nll
+from fgpt.losses import Batch, nll, text_positions
 from fgpt.model import GPT, hidden, logits
 from fgpt.optim import Optimizer, adamw
 from fgpt.rng import fold_in, key
@@ -88,10 +88,7 @@ class Context:
 
     @cached_property
     def is_text(self) -> Bool[Tensor, "example seq"]:
-        """Which positions are text and not padding. Without segments each example ends at its last weighted token."""
-        if self.batch.segments is not None:
-            return self.batch.segments > 0
-        return (self.batch.weights != 0).flip(-1).cumsum(-1).flip(-1) > 0
+        return text_positions(self.batch)
 
     @cached_property
     def state_after_step(self) -> State:
