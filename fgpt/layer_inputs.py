@@ -27,11 +27,11 @@ class InputMoments(NamedTuple):
 
     Args:
         total: Σ x xᵀ, in at least fp32.
-        count: The number of positions.
+        num_positions: Of how many positions they are.
     """
 
     total: Float[Tensor, "in in"]
-    count: int
+    num_positions: int
 
 
 def input_point(params: GPT, path: str) -> str:
@@ -78,7 +78,7 @@ def input_moments(params: GPT, batches: Iterable[Batch], target: str = r"blocks\
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
     >>> params, text = fgpt.init(config, fgpt.key(0)), torch.tensor([[1, 2, 3, 4]])
     >>> moments = input_moments(params, [fgpt.Batch(text, text, torch.ones(1, 4))], target=r".*\.(up|down)")
-    >>> [(path, list(m.total.shape), m.count) for path, m in moments.items()]
+    >>> [(path, list(m.total.shape), m.num_positions) for path, m in moments.items()]
     [('blocks.0.mlp.up', [8, 8], 4), ('blocks.0.mlp.down', [16, 16], 4)]
     """
     points = {path: input_point(params, path) for path in select(weight_matrices(params), target)}
