@@ -1,11 +1,14 @@
 """Quantization as a transform of the params tree."""
 
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import BLOCK, Format, Quantized, quantize_matrix
+from fgpt.kernels.hadamard import MIN_BLOCK, hadamard_block
+from fgpt.kernels.hadamard import rotate as rotate_rows
+from fgpt.kernels.quantized_linear import BLOCK, Format, Quantized, Rotated, quantize_matrix
 from fgpt.layers import weight_matrices
 from fgpt.tree import replace_at, select
 from fgpt.weights import Weight
@@ -13,7 +16,14 @@ from fgpt.weights import Weight
 T = TypeVar("T")
 
 
-def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, target: str = r"blocks\..*") -> T:
+def quantize(
+    params: T,
+    format: Format = "nf4",
+    *,
+    double_quant: bool = True,
+    rotate: bool = False,
+    target: str = r"blocks\..*",
+) -> T:
     r"""`params` with the weights of some layers quantized to 4 or 8 bits, on the device that they are on. Two devices
     give the same codes, but for elements that lie to rounding halfway between two.
 
@@ -23,11 +33,16 @@ def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, ta
             elements; blockwise8 is the dynamic code of 256 values; int8 has a scale for each row, and its matmul is an
             int8 matmul: on a CPU with 8-bit dot products the fastest of all.
         double_quant: Quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
+        rotate: Quantize W R in place of W, and give it x R in place of x, with R a Hadamard rotation by blocks of 64
+            elements, or of the largest power of two that divides a row: outliers are spread over their block. With int8
+            the loss of SmolLM2-135M grows by 0.1 % in place of 1, at a tenth more time. nf4 gains nothing from it.
         target: A regular expression; layers whose whole path matches it are quantized.
 
     Raises:
         InputError: if `target` matches nothing, or a weight that is adapted, quantized already, or has rows that do
             not divide into blocks.
+
+    Source: Dettmers et al. 2023 (QLoRA), section 3; Ashkboos et al. 2024 (QuaRot), section 4, for `rotate`.
 
     >>> import fgpt
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=64, n_ctx=16, vocab_size=11, d_mlp=64)
@@ -38,11 +53,11 @@ def quantize(params: T, format: Format = "nf4", *, double_quant: bool = True, ta
     weights = weight_matrices(params)
     quantized: dict[str, Quantized] = {}
     for path in select(weights, target):
-        quantized[f"{path}.w"] = quantize_weight(path, weights[path], format, double_quant)
+        quantized[f"{path}.w"] = quantize_weight(path, weights[path], format, double_quant, rotate)
     return replace_at(params, quantized)
 
 
-def quantize_weight(path: str, w: Weight, format: Any, double_quant: bool = True) -> Quantized:
+def quantize_weight(path: str, w: Weight, format: Any, double_quant: bool = True, rotate: bool = False) -> Quantized:
     """The weight of the layer at `path`, quantized. Raises InputError as `quantize` does."""
     if format not in get_args(Format):
         raise InputError(f"format is {format!r}: expected one of {', '.join(get_args(Format))}")
@@ -52,4 +67,13 @@ def quantize_weight(path: str, w: Weight, format: Any, double_quant: bool = True
         raise InputError(
             f"{path} has rows of {w.shape[1]} elements: {format} needs a multiple of {BLOCK}; narrow the target"
         )
-    return quantize_matrix(w, format, double_quant)
+    if not rotate:
+        return quantize_matrix(w, format, double_quant)
+    block = hadamard_block(w.shape[1])
+    if block is None:
+        raise InputError(
+            f"{path} has rows of {w.shape[1]} elements: a rotation needs a multiple of {MIN_BLOCK}; quantize it "
+            "without one, or narrow the target"
+        )
+    rotated = quantize_matrix(rotate_rows(w.float(), block), format, double_quant)
+    return Rotated(replace(rotated, dtype=w.dtype), block)

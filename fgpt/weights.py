@@ -25,7 +25,7 @@ from fgpt.kernels.embedding import embedding
 from fgpt.kernels.functorch_state import in_vmap
 from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
-from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, dequantize
+from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, Rotated, dequantize, rotate_rows
 from fgpt.kernels.scaled_linear import scale_rows
 from fgpt.kernels.second_moments import SecondMoments, collect_moments
 from fgpt.tree import node, static
@@ -124,9 +124,10 @@ def linear(
 def linear_group(
     x: Float[Tensor, "*batch in"], layers: Sequence[tuple[Weight, Float[Tensor, " _out"] | None]]
 ) -> list[Float[Tensor, "*batch _out"]]:
-    """`linear` for several layers (w, bias) of one input, such as q, k and v: the products of x with their A's are one.
+    """`linear` for several layers (w, bias) of one input, such as q, k and v: the products of x with their A's are one,
+    and x is rotated once.
 
-        [low₁ low₂ ..] = x [s₁A₁; s₂A₂; ..]ᵀ        y_i = x W_iᵀ + low_i B_iᵀ + bias_i
+        [low₁ low₂ ..] = x [s₁A₁; s₂A₂; ..]ᵀ        y_i = x W_iᵀ + low_i B_iᵀ + bias_i        x W_iᵀ = (x R) Q_iᵀ
 
     >>> import fgpt
     >>> w = fgpt.Adapted(torch.eye(2), a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
@@ -134,18 +135,26 @@ def linear_group(
     [tensor([[5., 7.]]), tensor([[2., 4.]])]
     """
     low_ranks = {i: w for i, (w, _) in enumerate(layers) if isinstance(w, Adapted) and _is_plain_low_rank(w)}
-    if len(low_ranks) < 2 or in_vmap():  # a mapped product adds its low rank in place
+    bases = [w.base if i in low_ranks and isinstance(w, Adapted) else w for i, (w, _) in enumerate(layers)]
+    rotated = [base for base in bases if isinstance(base, Rotated)]
+    rotations = {(base.block, type(base.base)) for base in rotated}
+    # A mapped product adds its low rank in place.
+    if in_vmap() or len(rotations) > 1 or max(len(low_ranks), len(rotated)) < 2:
         return [linear(x, w, bias) for w, bias in layers]
-    scaled_as = [w.scale * w.a.to(x.dtype) for w in low_ranks.values() if w.a is not None]
-    parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)
-    lows = dict(zip(low_ranks, parts, strict=True))
+    lows: dict[int, Tensor] = {}
+    if low_ranks:
+        scaled_as = [w.scale * w.a.to(x.dtype) for w in low_ranks.values() if w.a is not None]
+        parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)
+        lows = dict(zip(low_ranks, parts, strict=True))
+    xr = rotate_rows(x, rotated[0]) if rotated else x
     outputs: list[Tensor] = []
-    for i, (w, bias) in enumerate(layers):
-        if not isinstance(w, Adapted) or i not in lows:
-            outputs.append(linear(x, w, bias))
-            continue
-        assert not isinstance(w.base, Adapted | GradOnly)
-        y = adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
+    for i, ((w, bias), base) in enumerate(zip(layers, bases, strict=True)):
+        rows, q = (xr, base.base) if isinstance(base, Rotated) else (x, base)
+        if isinstance(w, Adapted) and i in lows:
+            assert not isinstance(q, Adapted | GradOnly)
+            y = adapted_linear(rows, q, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
+        else:
+            y = linear(rows, q, bias)
         outputs.append(y)
     return outputs
 

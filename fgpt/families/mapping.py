@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, abstract_params, fused_qkv
 from fgpt.tree import leaves, replace_at, walk
 from fgpt.weights import Adapted, shape
@@ -224,6 +224,9 @@ def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
 
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:
     """The rows of `w` in n equal parts, still quantized as they are; None if a block lies across two parts."""
+    if isinstance(w, Rotated):
+        parts = equal_parts(w.base, n)
+        return parts and [replace(w, base=part) for part in parts]
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):
         return None

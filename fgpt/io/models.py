@@ -35,7 +35,7 @@ from fgpt.io.bitsandbytes import collect_quantized
 from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
-from fgpt.kernels.quantized_linear import QUANTIZED, Format
+from fgpt.kernels.quantized_linear import QUANTIZED, Format, Rotated
 from fgpt.layers import weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
@@ -230,6 +230,7 @@ def load(
     double_quant: bool = True,
     target: str = r"blocks\..*",
     device: torch.device | str = "cpu",
+    rotate: bool = False,
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
     keeps what the file has. Quantized weights keep their codes and scales, and stand for elements of `dtype`.
@@ -246,6 +247,7 @@ def load(
         double_quant: Whether the scales of 4-bit blocks are quantized too.
         target: Regular expression; the layers whose whole path it matches are quantized.
         device: Where the params are; each tensor is moved there as soon as it is read, then cast or quantized.
+        rotate: Whether rows are rotated before they are quantized, see `fgpt.quantize`.
 
     Raises:
         InputError: if there is no such model, or it is not a whole model of a known architecture.
@@ -280,7 +282,9 @@ def load(
     def place(leaf: str, x: Any) -> Any:
         x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
         layer = leaf.removesuffix(".w")
-        return quantized(layer, x, quantize, double_quant) if quantize and layer in chosen and leaf != layer else x
+        if not quantize or layer not in chosen or leaf == layer:
+            return x
+        return quantized(layer, x, quantize, double_quant, rotate)
 
     try:
         params = mapping.from_hf({name: move(x) for name, x in parameters.items()}, cfg, family, place)
@@ -333,7 +337,9 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 
 def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     quantized_leaves = {
-        path: dataclasses.replace(x, dtype=dtype) for path, x in walk(params) if isinstance(x, QUANTIZED)
+        path: dataclasses.replace(x, dtype=dtype)
+        for path, x in walk(params)
+        if isinstance(x, QUANTIZED) and not isinstance(x, Rotated)
     }
     # of a weight and its quantized scales, `replace_at` takes the weight: scales stay fp32
     return astype(replace_at(params, quantized_leaves), dtype)

@@ -31,7 +31,8 @@ from fgpt.adapters import adapt
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized
+from fgpt.kernels.hadamard import MAX_BLOCK, MIN_BLOCK
+from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.model.config import BIASES
@@ -65,6 +66,9 @@ RENAMED_CONFIG_FIELDS = {
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes' operators take for a block."""
+
+ROTATED_BLOCKS = tuple(2**i for i in range(MIN_BLOCK.bit_length() - 1, MAX_BLOCK.bit_length()))
+"""What a rotation has for a block."""
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -245,6 +249,13 @@ def check_quantized(w: Quantized, name: str) -> None:
 
     Raises InputError if codes and scales do not belong together.
     """
+    if isinstance(w, Rotated):  # its base is checked by itself
+        if w.block not in ROTATED_BLOCKS or w.shape[1] % w.block:
+            blocks = ", ".join(map(str, ROTATED_BLOCKS))
+            raise InputError(
+                f"{name}: block is {w.block}; expected one of {blocks} that divides a row of {w.shape[1]} elements"
+            )
+        return
     if any(x.is_floating_point() and x.dtype != torch.float32 for x in leaves(w).values()):
         raise InputError(f"{name}: scales and code of a quantized weight are float32")
     if not w.dtype.is_floating_point:

@@ -3,12 +3,18 @@
     Blockwise4bit   W_ij = code[c_ij] · absmax of its block of 64    0.516 bytes an element, doubly quantized
     Blockwise8bit   W_ij = code[c_ij] · absmax of its block          1.063
     RowwiseInt8     W_ij = c_ij / 127 · absmax_i                     1 + 4 / in
+    Rotated         W = Q R, with Q in one of these and R a rotation, see `fgpt.kernels.hadamard`
 
 A product dequantizes the matrix, multiplies, and frees it; the backward dequantizes it again instead of saving it. With
 `RowwiseInt8` the forward product is an int8 matmul: each row of x is rounded to 8 bits as the rows of W are, with a
 relative error of about 1 % in y. Its derivatives, of every order, are those of x Wᵀ with the dequantized W (straight
 through the rounding). On a CPU with bf16 matmuls they are computed in bf16: W's integers are exact in bf16, so only the
 gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they are exact.
+
+    x Wᵀ = (x R) Qᵀ        g W = (g Q) R
+
+of a rotated matrix: rows of x and W without outliers are rounded to 8 bits with a smaller error, and the product is the
+same. Whoever reads x, such as an adapter, or the norms of W's rows knows nothing of R.
 
     reference     what a matrix means: codes times scales, in fp32
     fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows by a kernel that reads 4-bit codes
@@ -17,9 +23,10 @@ gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they 
                   under vmap or jvp it is a product with the dequantized matrix
 
 Source: Dettmers et al. 2023 (QLoRA), section 3; Dettmers et al. 2022 (8-bit optimizers), section 2; Dettmers et al.
-2022 (LLM.int8()), section 3.1. The operators are bitsandbytes'.
+2022 (LLM.int8()), section 3.1; Ashkboos et al. 2024 (QuaRot), section 4. The operators are bitsandbytes'.
 """
 
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,10 +37,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fgpt.errors import InputError
+from fgpt.kernels import hadamard
 from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
 from fgpt.kernels.chunks import chunk_size
 from fgpt.kernels.functorch_state import needs_higher_order
 from fgpt.kernels.gemv import MAX_ROWS, dense_linear
+from fgpt.kernels.hadamard import rotate
 from fgpt.kernels.onednn_linear import input_grad
 from fgpt.tree import node, static
 
@@ -99,14 +108,38 @@ class RowwiseInt8:
         return self.codes.shape
 
 
-Quantized: TypeAlias = Blockwise4bit | Blockwise8bit | RowwiseInt8
-QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8)
+ScaledCodes: TypeAlias = Blockwise4bit | Blockwise8bit | RowwiseInt8
+
+
+@node
+class Rotated:
+    """The matrix `base` R, with R the Hadamard rotation by blocks of `block` elements.
+
+    >>> w = quantize_matrix(torch.tensor([[8.0] + 7 * [0.0]]), "int8")
+    >>> dequantize(Rotated(w, block=4))
+    tensor([[4., 4., 4., 4., 0., 0., 0., 0.]])
+    """
+
+    base: ScaledCodes
+    block: int = static(default=64)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+
+Quantized: TypeAlias = ScaledCodes | Rotated
+QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8, Rotated)
 
 
 # ----------------------------------------------------------------------------------------------------------- matrices
 
 
-def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> Quantized:
+def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool = True) -> ScaledCodes:
     """A matrix in 4 or 8 bits.
 
     Args:
@@ -144,6 +177,8 @@ def quantize_blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype
 def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
     """The tensor that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
+    if isinstance(w, Rotated):
+        return rotate(dequantize(w.base, torch.float32), w.block).to(dtype)
     if dtype == torch.float64:  # bitsandbytes' operators leave fp64 unwritten without an error
         return dequantize(w, torch.float32).double()
     if isinstance(w, RowwiseInt8):
@@ -157,6 +192,8 @@ def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 
 def reference(w: Quantized) -> Float[Tensor, "*size"]:
     """The definition, in fp32."""
+    if isinstance(w, Rotated):
+        return hadamard.reference(reference(w.base), w.block)
     if isinstance(w, RowwiseInt8):
         return w.codes.float() * (w.absmax / 127)[:, None]
     indices = w.codes if isinstance(w, Blockwise8bit) else _unpack(w.codes)
@@ -176,6 +213,8 @@ def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
 
 def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
     """The given rows, dequantized; no others are. Plain torch, so that `rows` may be mapped."""
+    if isinstance(w, Rotated):
+        return rotate(quantized_embedding(w.base, rows), w.block)
     if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
     codes, inp = w.codes[rows], w.shape[-1]
@@ -187,6 +226,8 @@ def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tens
 
 def slice_rows(w: Quantized, rows: slice) -> Quantized:
     """Consecutive rows of a matrix, still quantized."""
+    if isinstance(w, Rotated):
+        return replace(w, base=slice_rows(w.base, rows))
     if isinstance(w, RowwiseInt8):
         return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()
@@ -222,6 +263,11 @@ def _has_4bit_kernel(x: Tensor, w: Quantized) -> bool:
     )
 
 
+def _computes_in_bf16(x: Tensor, w: Quantized) -> bool:
+    """Whether the derivatives of a product with W are computed in bf16."""
+    return isinstance(w, RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu"
+
+
 def multiply_4bit(x: Float[Tensor, "*batch in"], w: Blockwise4bit) -> Float[Tensor, "*batch out"]:
     """x Wᵀ from the codes, by bitsandbytes' operator."""
     scales, nested = w.absmax, (None, None, None)
@@ -245,7 +291,8 @@ class _Product(torch.autograd.Function):
             y = y.mul_(absmax / 127).mul_(w.absmax / 127).to(x.dtype)
             # Compiled by torch 2.11, a result of integers would have no gradient: this one is of x too, plus 0
             return y + (x - x.detach())[..., :1] if torch.compiler.is_compiling() else y
-        if isinstance(w, RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu":
+        if _computes_in_bf16(x, w):
+            assert isinstance(w, RowwiseInt8)
             codes, row = w.codes.bfloat16(), w.absmax / 127
             y = (x * row).bfloat16() @ codes if transposed else F.linear(x.bfloat16(), codes) * row
             return y.to(x.dtype)
@@ -290,10 +337,18 @@ def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tenso
     """x Wᵀ in the dtype of x, under every transform. Compiled under vmap or jvp, which dynamo refuses to an
     autograd.Function, autograd saves the dequantized matrix.
     """
+    if isinstance(w, Rotated):
+        return quantized_linear(rotate_rows(x, w), w.base)
     int8 = isinstance(w, RowwiseInt8)
     if torch.compiler.is_compiling() and needs_higher_order():
         return F.linear(fake_quantize(x) if int8 else x, dequantize(w, x.dtype))
     return _multiply(x, w, False, int8)
+
+
+def rotate_rows(x: Float[Tensor, "*batch in"], w: Rotated) -> Float[Tensor, "*batch in"]:
+    """x R: in bf16 if the product with `w` has no more digits."""
+    in_bf16 = _computes_in_bf16(x, w.base)
+    return rotate(x, w.block, torch.bfloat16 if in_bf16 else None)
 
 
 def frozen_product(
@@ -310,6 +365,8 @@ def linear_input_grad(
     g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
 ) -> Float[Tensor, "*batch in"]:
     """g W: the gradient of x Wᵀ in x."""
+    if isinstance(w, Rotated):
+        return rotate_rows(linear_input_grad(g, w.base), w)
     return input_grad(g, w) if isinstance(w, Tensor) else _multiply(g, w, True, False)
 
 

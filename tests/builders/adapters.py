@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fgpt
 from builders import close, tiny, tokens
-from fgpt.kernels.quantized_linear import QUANTIZED, Format, quantize_matrix, reference
+from fgpt.kernels.quantized_linear import QUANTIZED, Format, Rotated, quantize_matrix, reference
 from fgpt.tree import astype
 
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
@@ -50,6 +50,8 @@ OUT, IN = 7, 64
 
 
 def random_matrix(kind: str, *size: int, seed: int = 0) -> Any:
+    if kind.startswith("rotated "):
+        return Rotated(random_matrix(kind.removeprefix("rotated "), *size, seed=seed), block=16)
     w = torch.randn(*size, generator=fgpt.key(seed)) / 8
     formats: dict[str, Format] = {"nf4": "nf4", "fp4": "fp4", "int8": "int8", "blockwise8": "blockwise8"}
     return (

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from scipy.linalg import hadamard
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, hessian, jvp, linearize, vmap
@@ -17,7 +18,7 @@ import fgpt
 from builders import stack_trees, tiny, tokens, with_noise
 from fgpt.kernels import attention, mapped_linear, quantized_linear
 from fgpt.kernels.dropout import dropout_mask
-from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
+from fgpt.kernels.quantized_linear import QUANTIZED, Rotated, RowwiseInt8
 from fgpt.layers import weight_matrices
 from fgpt.rng import fold_in_seed
 from fgpt.tree import astype, leaves, tree_map
@@ -58,6 +59,7 @@ BASES: dict[str, Callable[[fgpt.GPT], fgpt.GPT]] = {
     "nf4": lambda p: fgpt.quantize(p, "nf4", double_quant=True),
     "int8": lambda p: fgpt.quantize(p, "int8"),
     BF16_TOO: lambda p: fgpt.quantize(p, "int8"),
+    "rotated int8": lambda p: fgpt.quantize(p, "int8", rotate=True),
     "blockwise8": lambda p: fgpt.quantize(p, "blockwise8"),
 }
 TOLERANCE = {
@@ -65,6 +67,7 @@ TOLERANCE = {
     "bf16": 3e-2,  # numbers of 8 bits, so 4e-3 at each rounding, and some twenty roundings on a path: 2e-2 seen
     "nf4": 1e-5,
     "int8": 5e-3,  # 2e-6, but where x lies at a tie the two sides may round it apart, by 1/127 of its row: 2.5e-3 seen
+    "rotated int8": 5e-3,  # as int8
     BF16_TOO: 1.5e-2,  # bf16's 4e-3 at each product of a path backward: 8e-3 seen
     "blockwise8": 1e-5,
 }
@@ -232,6 +235,7 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
     }
     others = {path: x.float() for path, x in leaves(frozen).items() if x.is_floating_point()}
     rounds = () if mistake == "not rounded" else holding(frozen, RowwiseInt8)
+    rotates = holding(frozen, Rotated)
 
     def loss(adapters: Any, batch: fgpt.Batch, seed: Tensor) -> Tensor:
         def leaf(path: str) -> Tensor:
@@ -262,6 +266,8 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
             y = x @ dense(path).T
             if path in rounds:  # what rounding adds to the input of the frozen matrix is a constant
                 y = y + (round_to_int8(x * col) - x * col).detach() @ (row[:, None] * w).T
+            if path in rotates:
+                y = y + (rotate(round_to_int8(rotate(x * col))) - x * col).detach() @ (row[:, None] * w).T
             if isinstance(adapter, fgpt.LoRA) and adapter.dropout and mistake != "nothing dropped":
                 keep = dropout_mask(fold_in_seed(seed, f"0/{path}"), x[..., 0].numel(), x.shape[-1], adapter.dropout)
                 y = y + (x * keep.view(x.shape) / (1 - adapter.dropout) - x) @ ba.T
@@ -288,6 +294,11 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
         return -(batch.weights * log_p).sum() / batch.weights.sum() - math.log(frozen.cfg.vocab_size)
 
     return loss
+
+
+def rotate(x: Tensor) -> Tensor:
+    """By blocks of 64, as d_model and d_mlp are multiples of it."""
+    return (x.unflatten(-1, (-1, 64)) @ (torch.tensor(hadamard(64)).float() / 8)).flatten(-2)
 
 
 def round_to_int8(x: Tensor) -> Tensor:

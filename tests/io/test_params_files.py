@@ -32,6 +32,8 @@ MIXED = {
     "fp4": lambda p: fgpt.quantize(p, "fp4"),
     "int8": lambda p: fgpt.quantize(p, "int8"),
     "blockwise8": lambda p: fgpt.quantize(p, "blockwise8"),
+    "rotated int8": lambda p: fgpt.quantize(p, "int8", rotate=True),
+    "rotated nf4": lambda p: fgpt.quantize(p, "nf4", rotate=True),
     "the table": lambda p: fgpt.quantize(p, "int8", target="wte"),
     "all, mixed": lambda p: fgpt.quantize(
         fgpt.quantize(fgpt.quantize(p, "nf4", target=r".*\.0\.attn\..*"), "int8", target=r".*\.down"),

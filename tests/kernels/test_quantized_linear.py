@@ -12,8 +12,10 @@ from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
 import fgpt
+from fgpt.kernels import hadamard
 from fgpt.kernels import quantized_linear as kernel
 from fgpt.kernels.quantized_linear import (
+    Rotated,
     RowwiseInt8,
     fake_quantize,
     quantize_matrix,
@@ -26,11 +28,15 @@ pytestmark = pytest.mark.usefixtures("exact_derivatives")
 
 def dequantized_product(x: Tensor, w: Any) -> Tensor:
     """The meaning of a product: x Wᵀ, with x in 8 bits if W is int8, differentiated as if it were not."""
+    if isinstance(w, Rotated):
+        return dequantized_product(hadamard.reference(x, w.block), w.base)
     return F.linear(fake_quantize(x) if isinstance(w, RowwiseInt8) else x, reference(w).to(x.dtype))
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=[*FORMATS, "rotated int8", "rotated nf4"])
 def w(request: pytest.FixtureRequest) -> Any:
+    if request.param.startswith("rotated "):
+        return Rotated(quantize_matrix(normal_matrix(5, 64), request.param.removeprefix("rotated ")), block=32)
     return quantize_matrix(normal_matrix(5, 64), request.param)
 
 

@@ -18,7 +18,11 @@ OUT, IN = 7, 64
 
 
 @settings(max_examples=60)
-@given(random_weights("fp32", "nf4", "fp4", "blockwise8"), st.sampled_from([(), (1,), (2, 3)]), st.booleans())
+@given(
+    random_weights("fp32", "nf4", "fp4", "blockwise8", "rotated nf4"),
+    st.sampled_from([(), (1,), (2, 3)]),
+    st.booleans(),
+)
 def test_linear_embed_and_products_are_dense(w: Any, batch: tuple[int, ...], biased: bool):
     x = torch.randn(*batch, IN, generator=fgpt.key(1))
     bias = torch.randn(OUT, generator=fgpt.key(2)) if biased else None
@@ -46,7 +50,7 @@ def positive(w: Any) -> Any:
 
 
 @settings(max_examples=100)
-@given(random_weights("fp32", "nf4"), st.sampled_from([(), (1,), (2, 3)]), st.booleans())
+@given(random_weights("fp32", "nf4", "rotated nf4"), st.sampled_from([(), (1,), (2, 3)]), st.booleans())
 def test_gradients_of_linear_are_those_of_dense(w: Any, batch: tuple[int, ...], biased: bool):
     """By plain autograd, where a product is written over if nobody else reads it."""
     x, u = torch.randn(*batch, IN, generator=fgpt.key(1)), torch.randn(*batch, OUT, generator=fgpt.key(3))

@@ -1,6 +1,7 @@
 """Several layers of one input are each layer by itself, and the products with their A's are one."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import fgpt
+from fgpt.kernels import hadamard, quantized_linear
+from fgpt.kernels.quantized_linear import Rotated, quantize_matrix
 from fgpt.weights import Adapted, Weight, linear, linear_group
 
 
@@ -22,6 +25,8 @@ def low_rank(out: int, rank: int, base: Any = None, **others: Any) -> Adapted:
 
 
 LAYER = fgpt.model.Linear(torch.randn(4, 8, generator=fgpt.key(3)))
+SAME, OTHER = torch.randn(4, 8, generator=fgpt.key(4)), torch.randn(5, 8, generator=fgpt.key(5))
+ROTATED = [Rotated(quantize_matrix(w, "int8"), block) for w, block in ((SAME, 8), (OTHER, 8), (SAME, 4))]
 INT8 = fgpt.quantize({"layer": LAYER}, "int8", target="layer")["layer"].w
 
 GROUPS: dict[str, list[Weight]] = {
@@ -32,13 +37,17 @@ GROUPS: dict[str, list[Weight]] = {
     "scaled columns": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, col=torch.arange(8.0))],
     "dropout": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, seed=torch.tensor(3), dropout=0.5)],
     "stacked": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, base=low_rank(4, 2))],
+    "rotated": [low_rank(4, 2, base=ROTATED[0]), ROTATED[1]],
+    "rotated, and plain": [low_rank(4, 2, base=ROTATED[0]), low_rank(4, 2), low_rank(5, 1, base=ROTATED[1])],
+    "rotated by other blocks": [ROTATED[0], low_rank(4, 2, base=ROTATED[2])],
     "quantized": [low_rank(4, 2), low_rank(4, 3, base=INT8)],
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_each_is_its_layer(name: str):
+def test_each_is_its_layer(name: str, monkeypatch: pytest.MonkeyPatch):
     """Values, gradients, mapped and in forward mode."""
+    monkeypatch.setattr(quantized_linear, "HAS_BF16_MATMUL", False)  # or a sum would be rounded, or its terms
     weights = GROUPS[name]
     biases = [torch.arange(float(len(fgpt.dense(w)))) if i % 2 else None for i, w in enumerate(weights)]
     x, tangent = torch.randn(2, 3, 8, generator=fgpt.key(0)), torch.randn(2, 3, 8, generator=fgpt.key(1))
@@ -85,3 +94,13 @@ def test_one_product_for_all_a():
         linear_group(x, weights)
     products = [e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::addmm_")]
     assert sum(products) == 3 + 1 + 3  # with each W, with all A's, with each B
+
+
+def test_one_rotation_for_all():
+    layers = [(w, None) for w in (ROTATED[0], ROTATED[1], low_rank(4, 2, base=ROTATED[0]))]
+    with mock.patch.object(hadamard, "_hadamard_on", wraps=hadamard._hadamard_on) as rotations:
+        linear_group(torch.randn(3, 8), layers)
+        assert rotations.call_count == 1
+        for w, bias in layers:
+            linear(torch.randn(3, 8), w, bias)
+        assert rotations.call_count == 4

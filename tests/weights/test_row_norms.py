@@ -26,7 +26,7 @@ OUT, IN = 7, 64
 # ---------------------------------------------------------------------------------------------------------------- DoRA
 
 
-EVERY = ("fp32", "bf16", "nf4", "int8", "blockwise8")
+EVERY = ("fp32", "bf16", "nf4", "int8", "blockwise8", "rotated int8")
 
 
 @settings(max_examples=60)
