@@ -39,7 +39,7 @@ def hadamard_block(width: int) -> int | None:
 
 def reference(x: Float[Tensor, "*batch in"], block: int) -> Float[Tensor, "*batch in"]:
     """The definition."""
-    return x @ torch.block_diag(*[_hadamard(block).to(x.dtype)] * (x.shape[-1] // block))
+    return x @ torch.block_diag(*[hadamard_matrix(block).to(x.dtype)] * (x.shape[-1] // block))
 
 
 def rotate(x: Float[Tensor, "*batch in"], block: int, dtype: torch.dtype | None = None) -> Float[Tensor, "*batch in"]:
@@ -48,23 +48,41 @@ def rotate(x: Float[Tensor, "*batch in"], block: int, dtype: torch.dtype | None 
     >>> rotate(torch.tensor([[8.0, 0.0, 0.0, 0.0]]), block=4)
     tensor([[4., 4., 4., 4.]])
     """
-    dtype = dtype or x.dtype
-    # A copy made under a transform belongs to that transform and must not outlive it in a cache.
-    h = _hadamard(block).to(x.device, dtype) if in_transform_or_compile() else _hadamard_on(block, x.device, dtype)
-    return (x.to(dtype).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
+    h = _matrix(block, x.device, dtype or x.dtype)
+    return (x.to(h.dtype).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
+
+
+def hadamard_matrix(block: int) -> Float[Tensor, "block block"]:
+    """H, of ±1 / √block.
+
+    >>> hadamard_matrix(4) * 2
+    tensor([[ 1.,  1.,  1.,  1.],
+            [ 1., -1.,  1., -1.],
+            [ 1.,  1., -1., -1.],
+            [ 1., -1., -1.,  1.]], dtype=torch.float64)
+    """
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < block:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / block**0.5
+
+
+def _matrix(block: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block block"]:
+    """H where x is."""
+    if torch.compiler.is_compiling():  # it traces what a cache would hide, and warns
+        return hadamard_matrix(block).to(device, dtype)
+    if in_transform_or_compile():  # a copy made here belongs to the transform and must not outlive it in a cache
+        return _cached(block).to(device, dtype)
+    return _cached_on(block, device, dtype)
 
 
 @functools.cache
-def _hadamard_on(block: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block block"]:
+def _cached(block: int) -> Float[Tensor, "block block"]:
     with torch.inference_mode(False):
-        return _hadamard(block).to(device, dtype)
+        return hadamard_matrix(block)
 
 
 @functools.cache
-def _hadamard(block: int) -> Float[Tensor, "block block"]:
-    """H, of ±1 / √block."""
+def _cached_on(block: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block block"]:
     with torch.inference_mode(False):
-        h = torch.ones(1, 1, dtype=torch.float64)
-        while len(h) < block:
-            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-        return h / block**0.5
+        return hadamard_matrix(block).to(device, dtype)

@@ -26,7 +26,7 @@ def test_a_value_that_is_no_number(option: str, value: str, expected: str, capsy
     [
         ("--adapter.kind", "lor", "lora, dora, ia3, ln, bias, full (did you mean lora?)"),
         ("--optimizer", "sgd", "adamw, adamw8bit, muon, schedule_free_adamw"),
-        ("--quantize", "nf5", "blockwise8, fp4, int8, nf4, None (did you mean nf4?)"),
+        ("--quantize", "nf5", "blockwise8, fp4, int8, nf4, rotated-int8, None (did you mean nf4?)"),
     ],
 )
 def test_a_value_that_is_none_of_the_options(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fgpt
 from fgpt.cli.training.build import load_base
 from fgpt.io import models
+from fgpt.kernels.quantized_linear import Rotated
 from fgpt.model import abstract_params
 from fgpt.recipes import InstructionRecipe, find
 from fgpt.tree import leaves, nbytes, num_elements
@@ -99,6 +100,18 @@ def test_a_fused_base_is_quantized_while_it_is_read(folder: Path):
     assert memory.peak["meta"] <= nbytes(params) + 2.5 * fused + 2 * LARGEST
     expected = fgpt.quantize(fgpt.fuse_qkv(fgpt.load(folder, torch.bfloat16)), "nf4")
     assert same(load_base(base_recipe(folder, quantize="nf4", dtype="bfloat16", device="cpu")), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rotated_base_is_quantized_while_it_is_read(folder: Path, dtype: Any, fused: bool):
+    recipe = base_recipe(folder, quantize="rotated-int8", dtype=dtype, device="cpu")
+    recipe = recipe if fused else replace(recipe, adapter=find("lora-nano").adapter)
+    plain = fgpt.load(folder, getattr(torch, dtype))
+    expected = fgpt.quantize(fgpt.fuse_qkv(plain) if fused else plain, "int8", rotate=True)
+    assert isinstance(expected.blocks[0].mlp.up.w, Rotated)
+    assert same(load_base(recipe), expected)
+    assert load_base(recipe).blocks[0].mlp.up.w.dtype == getattr(torch, dtype)
 
 
 def test_a_saved_tree_an_untied_head_and_a_classifier_are_moved(folder: Path, tmp_path: Path):

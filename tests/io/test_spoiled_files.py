@@ -37,6 +37,14 @@ def with_field(*path: Any) -> Edit:
     return edit
 
 
+def _rotate(tensors: dict[str, Tensor], structure: Any, block: int) -> None:
+    """Q's weight behind a rotation."""
+    for path in [path for path in tensors if path.startswith(f"{Q}.w.")]:
+        tensors[path.replace(f"{Q}.w.", f"{Q}.w.base.")] = tensors.pop(path)
+    layer = _at(structure, *W[:-1])
+    layer["w"] = {"Rotated": {"base": layer["w"], "block": block}}
+
+
 W = ("GPT", "blocks", "tuple", 0, "Block", "attn", "Attention", "q", "Linear", "w")
 SPOILED: dict[str, tuple[Edit, str]] = {
     "missing": (lambda t, s: t.pop(f"{Q}.w.codes"), rf"tensor {Q}\.w\.codes is missing"),
@@ -69,6 +77,10 @@ SPOILED: dict[str, tuple[Edit, str]] = {
     "field": (with_field(*W, "Blockwise4bit", "color", "tensor"), r"Blockwise4bit has no field 'color'"),
     "kind": (with_field(*W, "Blockwise4bit", "kind", "nf5"), rf"{Q}\.w\.kind: expected .*got 'nf5'"),
     "static dtype": (with_field(*W, "Blockwise4bit", "dtype", "nn"), rf"{Q}\.w\.dtype: expected dtype, got <module"),
+    "rotation by an odd block": (
+        lambda t, s: _rotate(t, s, 48),
+        rf"{Q}\.w: block is 48; expected one of 8, 16, 32, 64 that divides a row of 64 elements",
+    ),
     "offset": (
         lambda t, s: (t.pop(f"{Q}.w.offset"), _at(s, *W, "Blockwise4bit").pop("offset")),
         "an offset to quantized scales only",

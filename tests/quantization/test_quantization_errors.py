@@ -35,6 +35,10 @@ ADAPTED = fgpt.adapt(NF4, fgpt.lora(NF4, fgpt.key(0), 2))
             r"blocks\.0\.attn\.q is Adapted already: quantize a plain params tree, then adapt it",
         ),
         (lambda: fgpt.quantize(tiny()), r"blocks\.0\.attn\.q has rows of 16 elements: nf4 needs a multiple of 64"),
+        (
+            lambda: fgpt.quantize(tiny(d_mlp=20), "int8", rotate=True),
+            r"blocks\.0\.mlp\.down has rows of 20 elements: a rotation needs a multiple of 8; quantize it without one",
+        ),
         (lambda: fgpt.quantize(tiny(), "blockwise8"), "has rows of 16 elements: blockwise8 needs a multiple of 64"),
         (lambda: fgpt.quantize(PLAIN, target=r"blocks\..*\.c_attn"), r"matches no path; nearest are blocks\.\d\.attn"),
         (lambda: fgpt.quantize(PLAIN, target=r".*ln_1"), "matches no path; nearest are"),

@@ -98,7 +98,7 @@ def test_one_product_for_all_a():
 
 def test_one_rotation_for_all():
     layers = [(w, None) for w in (ROTATED[0], ROTATED[1], low_rank(4, 2, base=ROTATED[0]))]
-    with mock.patch.object(hadamard, "_hadamard_on", wraps=hadamard._hadamard_on) as rotations:
+    with mock.patch.object(hadamard, "_matrix", wraps=hadamard._matrix) as rotations:
         linear_group(torch.randn(3, 8), layers)
         assert rotations.call_count == 1
         for w, bias in layers:

@@ -69,12 +69,15 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
 def _load_base(recipe: FineTuningRecipe) -> GPT:
     device = resolve_device(recipe.device)
     dtype = resolve_dtype(recipe.dtype, device)
+    rotate = recipe.quantize == "rotated-int8"
+    format = "int8" if recipe.quantize == "rotated-int8" else recipe.quantize
     with show_progress(f"loading {recipe.base}"):
         if adapts_fused_qkv(recipe):
-            params = fuse_qkv(models.load(recipe.base, dtype, recipe.quantize, target=ALL_BUT_QKV, device=device))
-            params = params if recipe.quantize is None else quantize(params, recipe.quantize, target=QKV)
+            params = models.load(recipe.base, dtype, format, target=ALL_BUT_QKV, device=device, rotate=rotate)
+            params = fuse_qkv(params)
+            params = params if format is None else quantize(params, format, rotate=rotate, target=QKV)
         else:
-            params = models.load(recipe.base, dtype, recipe.quantize, device=device)
+            params = models.load(recipe.base, dtype, format, device=device, rotate=rotate)
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
         return with_rows(params, 1 + max(load_tokenizer(recipe).new_ids)) if recipe.new_tokens else params
