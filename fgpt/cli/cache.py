@@ -3,6 +3,7 @@ follows from. It may be deleted at any time.
 
     tokens/KEY/                  the examples and rows of a source: `fgpt.cli.training.token_cache`
     reference/KEY/               log-probabilities under the reference policy: `fgpt.cli.training.reference_cache`
+    format_cost/KEY/             what the format of a base costs: `fgpt.cli.training.format_cost`
 
 What was not used for `UNUSED_DAYS` is deleted when something new is put there.
 """

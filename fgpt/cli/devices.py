@@ -1,6 +1,7 @@
 """Where a command computes, and in what: the device and the dtype that "auto" means on this machine."""
 
 import dataclasses
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -68,3 +69,24 @@ def describe_precision(recipe: TrainingRecipe) -> str:
     """Such as "bfloat16 on cuda"."""
     device = resolve_device(recipe.device)
     return f"{str(resolve_dtype(recipe.dtype, device)).removeprefix('torch.')} on {device}"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device: what torch holds without use counts, and a container's limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limits = [_available_memory()]
+    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if group.is_file() and used.is_file() and (limit := group.read_text().strip()) != "max":
+        limits.append(int(limit) - int(used.read_text()))
+    return max(0, min(limits))
+
+
+def _available_memory() -> int:
+    """Of the machine, as far as it tells: of another system than Linux, 8 GB."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 8 << 30
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

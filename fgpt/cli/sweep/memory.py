@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fgpt.cli.devices import free_memory
 from fgpt.errors import InputError
 
 MARGIN = 0.8
@@ -26,7 +27,7 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
     """
     if count == 1:
         return 1
-    free, before = _free(device), _in_use(device)
+    free, before = free_memory(device), _in_use(device)
     try:
         one = _peak(lambda: take_step(1), device) - before
     except torch.OutOfMemoryError:
@@ -45,27 +46,6 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
         return 1
     each = max(1, both - one)
     return max(1, min(count, 1 + int((MARGIN * free - one) / each)))
-
-
-def _free(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    limits = [_available_memory()]
-    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if group.is_file() and used.is_file() and (limit := group.read_text().strip()) != "max":
-        limits.append(int(limit) - int(used.read_text()))
-    return max(0, min(limits))
-
-
-def _available_memory() -> int:
-    """Of the machine, as far as it tells: of another system than Linux, 8 GB."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8 << 30
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _peak(take_step: Callable[[], None], device: torch.device) -> int:

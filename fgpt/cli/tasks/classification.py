@@ -28,6 +28,7 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import load_classification_split, train_heldout_split
+from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import Origin, TrainingJob
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.classification_prompts import Labels, encode, parse_labels, resolve_labels, sample_shots
@@ -132,6 +133,7 @@ class ClassificationTask:
             f"{len(test):,} test rows",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        print_format_cost(recipe, base, examples)
         train_labels, test_labels = ([names.index(row.label) for row in rows] for rows in (train, test))
         baseline = majority(train_labels, test_labels, len(names))
         return cls(

@@ -17,10 +17,12 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import encoding_of, load_rows_to_answer
+from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.rollout_job import assemble_rollout_job
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
+from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generation.loop import GenerationOutput, generate
@@ -76,6 +78,7 @@ class GRPOTask(InstructionTask):
             f"in a step, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        print_format_cost(recipe, base, (Example(tokens, ()) for tokens in prompts))
         return cls(cast(GRPORecipe, job.recipe), job, heldout)
 
 

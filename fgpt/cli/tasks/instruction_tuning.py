@@ -38,6 +38,7 @@ from fgpt.cli.training.examples import (
     load_heldout_rows,
     load_instruction_data,
 )
+from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.mixture import mix_sources
 from fgpt.cli.training.objectives import check_objective, describe_objective, load_teacher
@@ -113,6 +114,7 @@ class InstructionTask:
             *(["evaluation sets without --eval-every: fgpt eval run alone measures them"] if unmeasured else []),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        print_format_cost(recipe, base, examples)
         preview.print_first(examples[0], tokenizer, recipe.template)
         return cls(cast(InstructionRecipe, job.recipe), job, heldout, data.stream)
 

@@ -31,6 +31,7 @@ from fgpt.cli.training.build import (
     warn_if_all_warmup,
 )
 from fgpt.cli.training.examples import NANO_HELDOUT
+from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.nano_rows import read_tasks
 from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
@@ -135,6 +136,7 @@ class PreferenceTask:
             describe_rows(recipe, examples, job.steps),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        print_format_cost(recipe, base, examples.chosen)
         return cls(recipe, job, heldout_rows)
 
     @staticmethod

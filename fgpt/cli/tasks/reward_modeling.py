@@ -27,6 +27,7 @@ from fgpt.cli.training.build import (
     save_trained,
     warn_if_all_warmup,
 )
+from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.preference_batches import PreferenceExamples, heldout_batches, no_reference
 from fgpt.cli.training.preference_job import assemble_preference_job
@@ -86,6 +87,7 @@ class RewardTask:
             f"{len(examples):,} pairs, {len(heldout_examples):,} held out, {job.steps} steps",
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
+        print_format_cost(recipe, base, examples.chosen)
         return cls(recipe, job, heldout_examples)
 
     @staticmethod

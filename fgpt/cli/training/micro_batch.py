@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from fgpt.cli.console import console
+from fgpt.cli.devices import free_memory
 from fgpt.errors import InputError
 from fgpt.recipes import FineTuningRecipe
 
@@ -39,7 +40,7 @@ def with_largest_micro_batch(recipe: R, device: torch.device, probe: Callable[[i
         )
     with contextlib.suppress(torch.OutOfMemoryError):
         probe(1)  # what a first call allocates for good is not of the rows
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_memory(device)
 
     def peak(rows: int) -> int:
         torch.cuda.empty_cache()

@@ -50,7 +50,7 @@ def test_the_median_by_hand():
     ],
 )
 def test_members_that_fit(free: int, peaks: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "_free", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     monkeypatch.setattr(memory, "_in_use", lambda device: 7)
     counts: list[int] = []
 
@@ -64,7 +64,7 @@ def test_members_that_fit(free: int, peaks: tuple[int, int], expected: int, monk
 
 
 def test_one_member_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "_free", lambda device: 50)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 50)
     monkeypatch.setattr(memory, "_in_use", lambda device: 0)
     monkeypatch.setattr(memory, "_peak", lambda take_step, device: 100)
     with pytest.raises(memory.InputError, match="one member takes"):
@@ -82,4 +82,4 @@ def test_what_linux_says_of_memory():
     before = memory._in_use(device)
     peak = memory._peak(use_new_pages, device)
     assert before + (1 << 26) < peak < before + (1 << 29)
-    assert memory._free(device) > 1 << 26
+    assert memory.free_memory(device) > 1 << 26
