@@ -124,7 +124,7 @@ doctor *args: setup
 data *args: setup
     @"{{ python }}" -m fgpt data "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`, `formats`
 [no-exit-message]
 bench *args: setup-dev
     @"{{ python }}" -m experiments.bench "$@"

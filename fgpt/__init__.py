@@ -26,6 +26,7 @@ from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import GenerationOutput, generate, stream
 from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.generation.sampling import SamplingParams
+from fgpt.gptq import quantize_gptq
 from fgpt.gradient_merging import GradientMerge, merge_by_gradient
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
@@ -129,6 +130,7 @@ __all__ = [
     "num_trainable",
     "prompt_lookup_decode",
     "quantize",
+    "quantize_gptq",
     "register_with_optree",
     "run_checks",
     "save",

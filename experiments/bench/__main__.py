@@ -8,16 +8,31 @@ import tyro
 
 from experiments.bench.adapters import Bench, adapters
 from experiments.bench.decode import Decode, decode
+from experiments.bench.formats import Formats, formats
 from experiments.bench.load import Load, loading
 from experiments.bench.sweep import Sweep, sweep
 from experiments.bench.train import Train, train
 from fgpt.errors import InputError
 
-RUN: dict[type, Callable[[Any], None]] = {Train: train, Bench: adapters, Load: loading, Decode: decode, Sweep: sweep}
+RUN: dict[type, Callable[[Any], None]] = {
+    Train: train,
+    Bench: adapters,
+    Load: loading,
+    Decode: decode,
+    Sweep: sweep,
+    Formats: formats,
+}
 
 if __name__ == "__main__":
     try:
-        defaults = {"train": Train(), "adapters": Bench(), "load": Load(), "decode": Decode(), "sweep": Sweep()}
+        defaults: dict[str, Any] = {
+            "train": Train(),
+            "adapters": Bench(),
+            "load": Load(),
+            "decode": Decode(),
+            "sweep": Sweep(),
+            "formats": Formats(calibration=tyro.MISSING, evaluation=tyro.MISSING),
+        }
         chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults))
         RUN[type(chosen)](chosen)
     except InputError as err:

@@ -5,7 +5,9 @@ functions of its activations (`taps`), and the keys and values that generation k
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.forward import (
+    BlockFunction,
     apply,
+    block_functions,
     final_norm,
     forward_with_cache,
     hidden,
@@ -38,6 +40,7 @@ __all__ = [
     "MLP",
     "Attention",
     "Block",
+    "BlockFunction",
     "Config",
     "Embedding",
     "EmbeddingNoise",
@@ -51,6 +54,7 @@ __all__ = [
     "Tap",
     "abstract_params",
     "apply",
+    "block_functions",
     "final_norm",
     "forward_with_cache",
     "fuse_qkv",

@@ -13,7 +13,7 @@ section 2.2.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -221,6 +221,27 @@ def block_variant(remat: bool, compile: bool) -> Callable[..., tuple[Tensor, Lay
     return rematerialized_block if remat else block
 
 
+@dataclass(frozen=True)
+class BlockFunction:
+    """A block of a model, as a function of the residual stream and of weights: see `block_functions`.
+
+    Args:
+        params: The model.
+        i: Which of its blocks.
+        args: What `block` takes after its config: the mask, the angles of rope and others.
+    """
+
+    params: GPT
+    i: int
+    args: tuple[Any, ...]
+
+    def __call__(
+        self, x: Float[Tensor, "*batch seq d_model"], p: Block, tap: Tap | None = None
+    ) -> Float[Tensor, "*batch seq d_model"]:
+        block_tap = inside(bind(tap, self.params), f"blocks.{self.i}")
+        return block(x, p, self.params.cfg, *self.args, tap=block_tap)[0]
+
+
 def transformer_layers(
     params: GPT,
     tokens: Int[Tensor, "*batch seq"],
@@ -377,6 +398,48 @@ def hidden(
     """
     block_fn = block_variant(remat, compile)
     return _forward(params, tokens, segments, KVCache(), block_fn, cu_seqlens, tap=bind(tap, params))[0]
+
+
+def block_functions(
+    params: GPT,
+    tokens: Int[Tensor, "*batch seq"],
+    segments: Int[Tensor, "*batch seq"] | None = None,
+    *,
+    cu_seqlens: Int[Tensor, "*batch n"] | None = None,
+) -> tuple[Float[Tensor, "*batch seq d_model"], list[BlockFunction]]:
+    """The model of these tokens, block by block: the input of the first block, and each block as a function of the
+    residual stream and of its weights, which may be others than `params` has.
+
+        hidden(params, tokens) = final_norm(params, f_n(.. f_1(x) ..))        x, [f_1, .., f_n] = block_functions(..)
+
+    Args:
+        params: The model, adapted or not.
+        tokens: Token ids.
+        segments: As in `hidden`.
+        cu_seqlens: As in `hidden`.
+
+    Raises:
+        InputError: as `hidden` does.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=2, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params, tokens = fgpt.init(cfg, fgpt.key(0)), torch.tensor([[1, 2, 3]])
+    >>> x, functions = block_functions(params, tokens)
+    >>> for f, block_params in zip(functions, params.blocks, strict=True):
+    ...     x = f(x, block_params)
+    >>> torch.equal(fgpt.final_norm(params, x), fgpt.hidden(params, tokens))
+    True
+    """
+    inputs: list[Tensor] = []
+    functions: list[BlockFunction] = []
+
+    def record(x: Tensor, p: Block, cfg: Config, *args: Any) -> tuple[Tensor, None]:
+        inputs.append(x)
+        functions.append(BlockFunction(params, len(functions), args))
+        return x, None
+
+    _forward(params, tokens, segments, KVCache(), record, cu_seqlens)
+    return inputs[0], functions
 
 
 @check_shapes
