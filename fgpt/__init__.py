@@ -12,6 +12,7 @@ torch.Size([3, 11])
 from fgpt.adapter_combining import combine, task_vector
 from fgpt.adapter_dora import DoRA, dora
 from fgpt.adapter_ia3 import IA3, ia3
+from fgpt.adapter_initialization import eva, loftq, lora_ga, olora, pissa
 from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
 from fgpt.adapter_trainable_tokens import TrainableTokens, trainable_tokens
@@ -99,6 +100,7 @@ __all__ = [
     "dense",
     "dora",
     "embed",
+    "eva",
     "final_norm",
     "fold_in",
     "forward_with_cache",
@@ -117,8 +119,10 @@ __all__ = [
     "load",
     "load_adapters",
     "load_peft",
+    "loftq",
     "logits",
     "lora",
+    "lora_ga",
     "loss",
     "lr_range",
     "make_step",
@@ -128,6 +132,8 @@ __all__ = [
     "neftune",
     "nll",
     "num_trainable",
+    "olora",
+    "pissa",
     "prompt_lookup_decode",
     "quantize",
     "quantize_gptq",

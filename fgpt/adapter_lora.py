@@ -79,6 +79,13 @@ def _check_fits(x: LoRA, w: Weight, path: str) -> None:
         raise InputError(f"adapter at {path} fits a weight of {list(size)}, but the base has {list(shape(w))}")
 
 
+def check_rank(rank: int, w: Weight, path: str) -> None:
+    """Raises InputError if no LoRA on the matrix at `path` can have that rank."""
+    out, inp = shape(w)
+    if not 1 <= rank <= min(out, inp):
+        raise InputError(f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]")
+
+
 def lora(
     params: Any,
     rng: torch.Generator,
@@ -127,10 +134,7 @@ def lora(
     for path in paths:
         out, inp = shape(weights[path])
         rank = ranks[path]
-        if not 1 <= rank <= min(out, inp):
-            raise InputError(
-                f"rank {rank} on {path}: expected 1 to {min(out, inp)}, the smaller side of [{out}, {inp}]"
-            )
+        check_rank(rank, weights[path], path)
         where, bound = device({path: weights[path]}), inp**-0.5
         a = torch.empty(rank, inp, dtype=torch.float32).uniform_(-bound, bound, generator=fold_in(rng, path))
         b = torch.zeros(out, rank, dtype=torch.float32)
