@@ -41,13 +41,13 @@ def test_a_is_the_right_singular_vectors_of_the_inputs(family: str) -> None:
 
 @pytest.mark.parametrize("rs", [False, True])
 def test_ranks_follow_the_shares_of_variance(rs: bool) -> None:
-    params, rank, rho = tiny(), 3, 2.5
+    params, rank, rho = tiny(), 3, 1.6
     adapters: Any
     _, adapters = fgpt.eva(params, [BATCH], rank, 5.0, rs=rs, rho=rho)
     candidates: list[tuple[float, str]] = []
     for path in fgpt.lora(params, fgpt.key(0), rank=1):
         squares = np.linalg.svd(inputs(params, path))[1] ** 2
-        candidates += [(x, path) for x in squares[:8] / squares.sum()]  # round(7.5) is 8
+        candidates += [(x, path) for x in squares[:5] / squares.sum()]  # round(4.8) is 5
     taken = [path for _, path in sorted(candidates, key=lambda x: -x[0])[: 12 * rank]]
     assert {path: len(x.a) for path, x in adapters.items()} == {path: taken.count(path) for path in set(taken)}
     assert len({len(x.a) for x in adapters.values()}) > 2

@@ -73,6 +73,18 @@ def test_two_iterations_are_those_of_the_paper(format: Any, rs: bool) -> None:
     np.testing.assert_allclose(x.scale * x.b @ x.a, min(candidates)[1], atol=2e-5)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_iteration_that_leads_away_is_not_returned(format: Any) -> None:
+    """The paper's own sequence of errors rises here between some of the eight iterations."""
+    layer: Any = {"layer": Linear(torch.randn(24, 64, generator=fgpt.key(2)))}
+    errors: list[float] = []
+    for iterations in range(1, 9):
+        params, adapters = fgpt.loftq(layer, format, 4, target="layer", iterations=iterations)
+        errors.append(error_norms(params, adapters, layer)["layer"])
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) < 8
+
+
 def test_a_step_and_second_derivatives_over_the_quantized_base() -> None:
     params, adapters = fgpt.loftq(PLAIN, "nf4", rank=4, iterations=1)
 
