@@ -74,6 +74,11 @@ compare *args: setup
 merge *args: setup
     @"{{ python }}" -m fgpt merge "$@"
 
+# What each format costs a base on your text, and a folder in one: `just quantize smollm2 --text FILE --to rotated-int8`
+[no-cd, no-exit-message]
+quantize *args: setup
+    @"{{ python }}" -m fgpt quantize "$@"
+
 # Combine adapters of one base into a new run: `just combine lora-nano dora-nano --method ties --rank 16`
 [no-cd, no-exit-message]
 combine *args: setup

@@ -113,6 +113,13 @@ class Merge:
         merge(self.run, self.merge_base)
 
 
+def quantize(args: Sequence[str]) -> None:
+    """Compare the formats of a base on your own text, and write it in one of them."""
+    from fgpt.cli.quantize_command import QuantizeOptions, run
+
+    run(parse(QuantizeOptions, args, None, "fgpt quantize"))
+
+
 def combine(args: Sequence[str]) -> None:
     """Combine the adapters of several runs over one base into a new run."""
     from fgpt.cli.combine_command import CombineOptions, run
@@ -184,6 +191,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": Compare,
     "eval": evaluate,
     "merge": Merge,
+    "quantize": quantize,
     "combine": combine,
     "attribute": attribute,
     "forget": forget,

@@ -16,6 +16,7 @@ from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
 from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
+from fgpt.cli.quantize_command import QuantizeOptions
 from fgpt.cli.sweep.command import SweepOptions
 from fgpt.recipes import KINDS
 
@@ -47,6 +48,7 @@ OPTION_CLASSES: list[type[Any]] = [
     AttributeOptions,
     CombineOptions,
     ForgetOptions,
+    QuantizeOptions,
     SweepOptions,
     *EVAL_COMMANDS.values(),
 ]

@@ -17,6 +17,7 @@ from fgpt.cli.diagnostics.lr_range import RangeOptions
 from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
+from fgpt.cli.quantize_command import QuantizeOptions
 from fgpt.cli.sweep.command import SweepOptions
 from fgpt.recipes import KINDS, RECIPES
 
@@ -30,6 +31,7 @@ CLASSES: list[type[Any]] = [
     AttributeOptions,
     CombineOptions,
     ForgetOptions,
+    QuantizeOptions,
     SweepOptions,
     PreviewOptions,
     RangeOptions,
