@@ -10,7 +10,7 @@ r"""Initializations of LoRA: what A and B begin as, and what the base must becom
 
 Each returns (params, adapters), and only what matches `target` changes: calls with other targets and ranks follow one
 another, and their adapters compose by dict union. The new base is computed in at least fp32 and rounded to W's dtype.
-Rounding to bf16 loses up to 0.4 % of each element of W', so a bf16 model begins near itself, and an fp32 model begins as
+Rounding to bf16 loses up to 0.4 % of each element of W': a bf16 model begins near itself, and an fp32 model begins as
 itself up to fp32's rounding.
 
 Trained adapters belong to the new base. On the original base they are LoRAs of twice the rank,

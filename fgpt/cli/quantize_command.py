@@ -70,7 +70,7 @@ class FormatResult(NamedTuple):
 
 
 def run(options: QuantizeOptions) -> Path | None:
-    """Print the table, and write the folder. Returns it, or None if nothing is written.
+    """Print the table, and write the folder. Returns it, or None if nothing is chosen.
 
     Raises InputError for bad input, before anything slow begins where that can be known.
     """
@@ -97,7 +97,7 @@ def run(options: QuantizeOptions) -> Path | None:
     with atomic_dir(folder) as partial:
         models.save(quantized, partial, like=options.base)
         manifest = {"base": shareable(options.base), "format": options.to, "bytes": nbytes(quantized)}
-        if options.to in results:
+        if options.text is not None and options.to in results:
             manifest |= {"text": shareable(options.text), **results[options.to].cost._asdict()}
         write_json(partial / MANIFEST, manifest)
     console.print(
@@ -191,8 +191,8 @@ def _windows(tokens: torch.Tensor, seq: int, options: QuantizeOptions) -> tuple[
 def _compare(
     params: GPT, measured: list[Batch], calibration: list[Batch], to: BaseFormat | None
 ) -> tuple[dict[str, FormatResult], GPT | None]:
-    """The rows of the table, and the base in the format that is to be written."""
-    written: GPT | None = None
+    """The rows of the table, and the base in the format that is to be chosen."""
+    chosen: GPT | None = None
     with show_progress("measuring the full base"):
         full = measure_base(params, measured)
     results = {FULL: FormatResult(nbytes(params), 0.0, quantization_cost(full, full))}
@@ -207,5 +207,5 @@ def _compare(
             seconds = time.perf_counter() - begin
             cost = quantization_cost(full, measure_base(quantized, measured))
             results[format] = FormatResult(nbytes(quantized), seconds, cost)
-            written = quantized if format == to else written
-    return results, written
+            chosen = quantized if format == to else chosen
+    return results, chosen

@@ -32,6 +32,12 @@ Loss: TypeAlias = Callable[..., Tensor]
 Mistake: TypeAlias = Literal["", "norm not detached", "bias not scaled", "not rounded", "nothing dropped", "untied"]
 LINEARS = r"blocks\.\d+\.(attn|mlp)\.\w+"
 NEVER_QUANTIZED = r"(wte|wpe)\.w|.*ln_.*|.*\.b"
+FROM_PISSA = "LoRA from PiSSA"
+
+
+"""Over what PiSSA leaves of the base, in any format."""
+
+
 KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "LoRA": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS),
     "rsLoRA": lambda p: fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS, rs=True),
@@ -46,6 +52,7 @@ KINDS: dict[str, Callable[[fgpt.GPT], fgpt.Adapters]] = {
     "LoRA, tokens of tied wte": lambda p: (
         fgpt.lora(p, fgpt.key(0), 2, 3, LINEARS) | fgpt.trainable_tokens(p, (3, 30, 7))
     ),
+    FROM_PISSA: lambda p: fgpt.pissa(plain_params(len(p.blocks)), 2, 3, LINEARS)[1],
 }
 BF16_TOO = "int8, derivatives in bf16"
 
@@ -53,10 +60,13 @@ BF16_TOO = "int8, derivatives in bf16"
 """As on a CPU that multiplies bf16; "int8" is as on one that does not. Either runs on both."""
 
 
+GPTQ = "nf4 by GPTQ"
+CALIBRATION = fgpt.Batch(tokens(31, 8, 20), tokens(31, 8, 20), torch.ones(8, 20))
 BASES: dict[str, Callable[[fgpt.GPT], fgpt.GPT]] = {
     "fp32": lambda p: p,
     "bf16": lambda p: astype(p, torch.bfloat16),
     "nf4": lambda p: fgpt.quantize(p, "nf4", double_quant=True),
+    GPTQ: lambda p: fgpt.quantize_gptq(p, [CALIBRATION], "nf4"),
     "int8": lambda p: fgpt.quantize(p, "int8"),
     BF16_TOO: lambda p: fgpt.quantize(p, "int8"),
     "rotated int8": lambda p: fgpt.quantize(p, "int8", rotate=True),
@@ -66,6 +76,7 @@ TOLERANCE = {
     "fp32": 1e-5,  # the largest error seen is 2e-6
     "bf16": 3e-2,  # numbers of 8 bits, so 4e-3 at each rounding, and some twenty roundings on a path: 2e-2 seen
     "nf4": 1e-5,
+    GPTQ: 1e-5,
     "int8": 5e-3,  # 2e-6, but where x lies at a tie the two sides may round it apart, by 1/127 of its row: 2.5e-3 seen
     "rotated int8": 5e-3,  # as int8
     BF16_TOO: 1.5e-2,  # bf16's 4e-3 at each product of a path backward: 8e-3 seen
@@ -81,9 +92,15 @@ def holding(params: fgpt.GPT, kinds: Any) -> list[str]:
     return [path for path, w in weight_matrices(params).items() if isinstance(w, kinds)]
 
 
-def base_params(name: str, n_layer: int) -> fgpt.GPT:
+def plain_params(n_layer: int) -> fgpt.GPT:
     """Smaller numbers than `tiny` has: its steep softmaxes would blow bf16's rounding up."""
-    return BASES[name](tree_map(lambda x: 0.6 * x, tiny(n_layer=n_layer, d_model=64, d_mlp=128)))
+    return tree_map(lambda x: 0.6 * x, tiny(n_layer=n_layer, d_model=64, d_mlp=128))
+
+
+def base_params(name: str, n_layer: int, kind: str = "LoRA") -> fgpt.GPT:
+    """What adapters of a kind lie on."""
+    plain = plain_params(n_layer)
+    return BASES[name](fgpt.pissa(plain, 2, 3, LINEARS)[0] if kind == FROM_PISSA else plain)
 
 
 ROWS = fgpt.Batch(tokens(31, 3, 20), tokens(31, 3, 20, seed=1), torch.rand(3, 20, generator=fgpt.key(0)))
@@ -373,7 +390,7 @@ def run_transform(name: str, on: str, frozen: fgpt.GPT, p: Point) -> Any:
 
 def wrong_cells(kind: str, on: str, names: Iterable[str], n_layer: int = 2) -> dict[str, str]:
     """The transforms of a cell that do not give what they are to give, and what they give instead."""
-    frozen = base_params(on, n_layer)
+    frozen = base_params(on, n_layer, kind)
     p = Point(kind, frozen)
     want, found = reference_results(reference_over(frozen), p), {}
     for name in names:
