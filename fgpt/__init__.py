@@ -12,7 +12,7 @@ torch.Size([3, 11])
 from fgpt.adapter_combining import combine, task_vector
 from fgpt.adapter_dora import DoRA, dora
 from fgpt.adapter_ia3 import IA3, ia3
-from fgpt.adapter_initialization import eva, loftq, lora_ga, olora, pissa
+from fgpt.adapter_initialization import eva, loftq, lora_ga, lora_xs, olora, pissa
 from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
 from fgpt.adapter_trainable_tokens import TrainableTokens, trainable_tokens
@@ -123,6 +123,7 @@ __all__ = [
     "logits",
     "lora",
     "lora_ga",
+    "lora_xs",
     "loss",
     "lr_range",
     "make_step",

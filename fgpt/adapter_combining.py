@@ -272,7 +272,11 @@ def _as_double(w: Any, before: Any, base: Tensor) -> Tensor:
     if not isinstance(w, Adapted):
         return w.double() if isinstance(w, Tensor) else dense(w).double()
     below = _as_double(w.base, before, base)
-    parts = {name: None if x is None else x.double() for name, x in vars(w).items() if name in ("a", "b", "row", "col")}
+    parts = {
+        name: None if x is None else x.double()
+        for name, x in vars(w).items()
+        if name in ("a", "mid", "b", "row", "col")
+    }
     return dense(replace(w, base=below, **parts))
 
 

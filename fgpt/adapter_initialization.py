@@ -7,14 +7,15 @@ r"""Initializations of LoRA: what A and B begin as, and what the base must becom
     lora_ga    A and B are singular vectors of the gradient of W: the first step is near that of full fine-tuning
     loftq      W' = quantize(W - s·B·A), s·B·A = SVD_r(W - W'), in turn: nearest to W, not equal
     eva        A = the principal directions of the layer's inputs, B = 0: W' = W
+    lora_xs    B = U_r and A = S_r V_rᵀ belong to the base and stay; only M of W + s·B·M·A is trained, from M = 0
 
 Each returns (params, adapters), and only what matches `target` changes: calls with other targets and ranks follow one
 another, and their adapters compose by dict union. The new base is computed in at least fp32 and rounded to W's dtype.
 Rounding to bf16 loses up to 0.4 % of each element of W': a bf16 model begins near itself, and an fp32 model begins as
 itself up to fp32's rounding.
 
-Trained adapters belong to the new base. On the original base they are LoRAs of twice the rank,
-s·(B·A - B₀·A₀), which is their difference from the initial ones:
+Trained adapters belong to the new base: save both, or `merge`. On the original base they are LoRAs of twice the rank,
+s·(B·A - B₀·A₀), their difference from the initial ones, which PEFT opens as well:
 
     fgpt.combine(params, [trained, initial], weights=[1, -1])
 """
@@ -40,7 +41,7 @@ from fgpt.model import GPT
 from fgpt.quantization import quantize_weight
 from fgpt.rng import key
 from fgpt.tree import replace_at, select
-from fgpt.weights import Weight, shape
+from fgpt.weights import Adapted, Weight, dense, shape
 
 T = TypeVar("T")
 
@@ -69,8 +70,8 @@ def pissa(
         alpha: The strength, as in `lora`; None is twice the rank. The paper has alpha = r, that is s = 1.
         target: A regular expression that matches a layer's path in full.
         rs: Rank-stabilized scaling, as in `lora`.
-        svd_iterations: None decomposes exactly. A number decomposes by so many power iterations from a fixed start, in
-            a tenth of the time at rank 8 of 768 x 3072; 4 to 16 are usual. W' + s·B·A is W in any case.
+        svd_iterations: None decomposes exactly. A number decomposes by so many power iterations from a fixed start: at
+            rank 8 of 768 x 3072, 4 take a twentieth of the time and 16 a sixth. W' + s·B·A is W in any case.
 
     Returns:
         The new base, and the adapters over it.
@@ -343,6 +344,61 @@ def eva(
         a = directions[path][:r].clone()
         adapters[path] = LoRA(a, a.new_zeros(shape(weights[path])[0], r), scale * (r**0.5 if rs else r), rs)
     return params, adapters
+
+
+def lora_xs(
+    params: T,
+    rank: int = RANK,
+    alpha: float | None = None,
+    target: str = TARGET,
+    rs: bool = False,
+    *,
+    svd_iterations: int | None = None,
+) -> tuple[T, Adapters]:
+    """r² trained elements for each matrix, whatever its size: a small M between frozen singular vectors.
+
+        W = U S Vᵀ        W' = W + s·B·M·A        B = U_r        A = S_r V_rᵀ        M = 0
+
+    The new params hold W, A, B and M, and mean what they meant. The adapters are the M's, tensors that replace those
+    leaves, and mean nothing without these A and B, whose signs another machine may choose otherwise: `merge`, or keep
+    LoRA(M·A, B). Of a quantized W the dequantized values are decomposed. The paper draws M with a deviation of 1e-5;
+    its gradient does not vanish at 0.
+
+    Args:
+        params: The base, quantized or not.
+        rank: r.
+        alpha: The strength, as in `lora`; None is twice the rank.
+        target: A regular expression that matches a layer's path in full.
+        rs: Rank-stabilized scaling, as in `lora`.
+        svd_iterations: As in `pissa`.
+
+    Returns:
+        The params with A and B, and the M's, by the paths of their leaves.
+
+    Raises:
+        InputError: if `target` matches nothing, if a rank exceeds the smaller side of a layer, or if alpha is not
+            positive.
+
+    Source: Bałazy et al. 2024 (LoRA-XS), section 3.
+
+    >>> import fgpt
+    >>> layer = fgpt.model.Linear(torch.diag(torch.tensor([3.0, 2.0])))
+    >>> params, adapters = lora_xs({"layer": layer}, rank=1, alpha=1, target="layer")
+    >>> adapters
+    {'layer.w.mid': tensor([[0.]])}
+    >>> fgpt.dense(fgpt.adapt(params, {"layer.w.mid": torch.tensor([[0.5]])})["layer"].w).round(decimals=4)
+    tensor([[4.5000, 0.0000],
+            [0.0000, 2.0000]])
+    """
+    strength = _strength(rank, alpha)
+    weights: dict[str, Adapted] = {}
+    adapters: Adapters = {}
+    for path, w in _select(params, target, rank).items():
+        u, values, vh = _top_singular(at_least_fp32(dense(w)), rank, svd_iterations)
+        x, mid = LoRA(values[:, None] * vh, u.clone(), strength, rs), values.new_zeros(rank, rank)
+        weights[f"{path}.w"] = Adapted(w, x.a, x.b, mid=mid, scale=x.scale)
+        adapters[f"{path}.w.mid"] = mid
+    return replace_at(params, weights), adapters
 
 
 def _share_ranks(shares: Mapping[str, Float[Tensor, " _components"]], budget: int) -> dict[str, int]:

@@ -6,8 +6,8 @@ one fast reading, `linear`:
     Adapted:  W' = diag(row) · (W + s·B·A) · diag(col)
 
 One normal form holds every adapter of the family: LoRA is s·B·A; DoRA is that and row = m / ‖W + s·B·A‖; IA3 is row or
-col alone. The base of an adapted weight is any weight, so adapters stack with no further code. Weights are [out, in]
-everywhere. Which kernel computes a reading is the business of `fgpt.kernels`.
+col alone; LoRA-XS has M·A for A, with a small M. The base of an adapted weight is any weight, so adapters stack with no
+further code. Weights are [out, in] everywhere. Which kernel computes a reading is the business of `fgpt.kernels`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from fgpt.tree import node, static
 
 @node
 class Adapted:
-    """W' = diag(row) · (W + s·B·A) · diag(col): a base weight with an adapter. A field that is None does nothing.
+    """W' = diag(row) · (W + s·B·M·A) · diag(col): a base weight with an adapter. A field that is None does nothing.
 
     Args:
         base: W: a tensor, a quantized matrix, or an adapted weight.
@@ -42,11 +42,13 @@ class Adapted:
         row: The factor of each output.
         col: The factor of each input.
         seed: Draws the dropout of the input of A; only `linear` applies it.
+        mid: M, between A and B: what LoRA-XS trains.
         moments: What `linear` collects in a backward pass, for `fgpt.transforms.kronecker`.
         scale: s.
         dropout: Probability of dropping an element of the input of A.
 
-    Source: Hu et al. 2021 (LoRA), section 4.1; Liu et al. 2024 (DoRA), section 4.1; Liu et al. 2022 (IA3), section 3.3.
+    Source: Hu et al. 2021 (LoRA), section 4.1; Liu et al. 2024 (DoRA), section 4.1; Liu et al. 2022 (IA3), section 3.3;
+    Bałazy et al. 2024 (LoRA-XS), section 3.
 
     >>> import fgpt
     >>> fgpt.dense(fgpt.Adapted(torch.eye(2), row=torch.tensor([1.0, 2.0]), col=torch.tensor([3.0, 4.0])))
@@ -60,9 +62,15 @@ class Adapted:
     row: Float[Tensor, " out"] | None = None
     col: Float[Tensor, " in"] | None = None
     seed: Int[Tensor, ""] | None = None
+    mid: Float[Tensor, "rank rank"] | None = None
     moments: SecondMoments | None = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
+
+    @property
+    def down(self) -> Float[Tensor, "rank in"] | None:
+        """M·A, or A: what the input is multiplied with."""
+        return self.a if self.a is None or self.mid is None else self.mid @ self.a
 
 
 Weight: TypeAlias = Union[Tensor, Quantized, GradOnly, Adapted]
@@ -83,9 +91,9 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
         return dense(w.base)
     if isinstance(w, QUANTIZED):
         return dequantize(w)
-    m = dense(w.base)
-    if w.a is not None and w.b is not None:
-        m = m + w.scale * (w.b @ w.a)
+    m, down = dense(w.base), w.down
+    if down is not None and w.b is not None:
+        m = m + w.scale * (w.b @ down)
     if w.row is not None:
         m = w.row[:, None] * m
     return (m if w.col is None else m * w.col).to(dtype(w))
@@ -114,7 +122,7 @@ def linear(
         return collect_moments(linear(x, replace(w, moments=None), bias), x, w.moments)
     x = x if w.col is None else x * w.col.to(x.dtype)
     if not isinstance(w.base, Adapted | GradOnly):  # one adapter over a base weight: a kernel may fuse the rest
-        return adapted_linear(x, w.base, bias, a=w.a, b=w.b, row=w.row, scale=w.scale, seed=w.seed, p=w.dropout)
+        return adapted_linear(x, w.base, bias, a=w.down, b=w.b, row=w.row, scale=w.scale, seed=w.seed, p=w.dropout)
     y = linear(x, w.base, bias)
     if w.a is not None and w.b is not None:
         y = add_low_rank(y, lora_down(x, w), w.b)
@@ -143,7 +151,7 @@ def linear_group(
         return [linear(x, w, bias) for w, bias in layers]
     lows: dict[int, Tensor] = {}
     if low_ranks:
-        scaled_as = [w.scale * w.a.to(x.dtype) for w in low_ranks.values() if w.a is not None]
+        scaled_as = [w.scale * a.to(x.dtype) for w in low_ranks.values() if (a := w.down) is not None]
         parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)
         lows = dict(zip(low_ranks, parts, strict=True))
     xr = rotate_rows(x, rotated[0]) if rotated else x
@@ -152,7 +160,7 @@ def linear_group(
         rows, q = (xr, base.base) if isinstance(base, Rotated) else (x, base)
         if isinstance(w, Adapted) and i in lows:
             assert not isinstance(q, Adapted | GradOnly)
-            y = adapted_linear(rows, q, bias, a=w.a, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
+            y = adapted_linear(rows, q, bias, a=w.down, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
         else:
             y = linear(rows, q, bias)
         outputs.append(y)
@@ -169,8 +177,9 @@ def _is_plain_low_rank(w: Adapted) -> bool:
 
 def lora_down(x: Float[Tensor, "*batch in"], w: Adapted) -> Float[Tensor, "*batch rank"]:
     """s A x, with x as A sees it: after dropout."""
-    assert w.a is not None
-    return w.scale * F.linear(dropout(x, w.seed, w.dropout), w.a.to(x.dtype))
+    a = w.down
+    assert a is not None
+    return w.scale * F.linear(dropout(x, w.seed, w.dropout), a.to(x.dtype))
 
 
 def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"]:
@@ -185,9 +194,9 @@ def embed(tokens: Int[Tensor, "*batch"], w: Weight) -> Float[Tensor, "*batch in"
         return embed(tokens, w.base)
     if not isinstance(w, Adapted):
         return embedding(tokens, w)
-    x = embed(tokens, w.base)
-    if w.a is not None and w.b is not None:
-        x = x + w.scale * (embed(tokens, w.b) @ w.a).to(x.dtype)
+    x, down = embed(tokens, w.base), w.down
+    if down is not None and w.b is not None:
+        x = x + w.scale * (embed(tokens, w.b) @ down).to(x.dtype)
     if w.row is not None:
         x = x * w.row[tokens][..., None].to(x.dtype)
     return x if w.col is None else x * w.col.to(x.dtype)
@@ -224,12 +233,13 @@ def row_sq_and_cross(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tens
     if w.col is not None:  # columns are scaled after both terms: the norms of W alone do not give those of the product
         m = dense(w).to(a.dtype)
         return m.square().sum(-1), m @ a.T
-    if w.a is None or w.b is None:
+    down = w.down
+    if down is None or w.b is None:
         squares, cross = row_sq_and_cross(w.base, a)
     else:
-        _, inner = row_sq_and_cross(w.base, torch.cat([w.a, a]))
-        cross = inner[:, len(w.a) :] + w.scale * w.b @ (w.a @ a.T)
-        squares = row_norms(w.base, w.a, w.b, w.scale).square()
+        _, inner = row_sq_and_cross(w.base, torch.cat([down, a]))
+        cross = inner[:, len(down) :] + w.scale * w.b @ (down @ a.T)
+        squares = row_norms(w.base, down, w.b, w.scale).square()
     return (squares, cross) if w.row is None else (w.row**2 * squares, w.row[:, None] * cross)
 
 

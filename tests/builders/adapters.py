@@ -73,7 +73,8 @@ def random_weights(draw: st.DrawFn, *kinds: str, columns: bool = True) -> Any:
         row, col = (1 + torch.randn(n, generator=rng) for n in (OUT, IN))  # of either sign
         keep = draw(st.booleans()), columns and draw(st.booleans())
         parts = (a, b) if rank else (None, None)
-        w = fgpt.Adapted(w, *parts, row if keep[0] else None, col if keep[1] else None, scale=scale)
+        mid = torch.randn(rank, rank, generator=rng) if rank and draw(st.booleans()) else None
+        w = fgpt.Adapted(w, *parts, row if keep[0] else None, col if keep[1] else None, mid=mid, scale=scale)
     return w
 
 
@@ -83,6 +84,7 @@ def dense_by_definition(w: Any) -> Tensor:
         return (reference(w) if isinstance(w, QUANTIZED) else w).double()
     v = dense_by_definition(w.base)
     if w.a is not None and w.b is not None:
-        v = v + w.scale * torch.einsum("or,ri->oi", w.b.double(), w.a.double())
+        mid = torch.eye(len(w.a)) if w.mid is None else w.mid
+        v = v + w.scale * torch.einsum("or,rs,si->oi", w.b.double(), mid.double(), w.a.double())
     rows = torch.ones(OUT) if w.row is None else w.row
     return torch.diag(rows.double()) @ v @ torch.diag((torch.ones(IN) if w.col is None else w.col).double())

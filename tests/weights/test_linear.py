@@ -38,15 +38,15 @@ def float_parts(w: Any) -> list[Tensor]:
     """The tensors of `w` that have a gradient."""
     if not isinstance(w, fgpt.Adapted):
         return [w] if isinstance(w, Tensor) else []
-    return [x for x in (w.a, w.b, w.row, w.col) if x is not None] + float_parts(w.base)
+    return [x for x in (w.a, w.b, w.row, w.col, w.mid) if x is not None] + float_parts(w.base)
 
 
 def positive(w: Any) -> Any:
     """`w` with every number's magnitude: what is summed there says how far fp32 can be trusted."""
     if not isinstance(w, fgpt.Adapted):
         return dense_by_definition(w).detach().abs()
-    parts = [None if x is None else x.detach().abs() for x in (w.a, w.b, w.row, w.col)]
-    return fgpt.Adapted(positive(w.base), *parts, scale=w.scale)
+    *parts, mid = [None if x is None else x.detach().abs() for x in (w.a, w.b, w.row, w.col, w.mid)]
+    return fgpt.Adapted(positive(w.base), *parts, mid=mid, scale=w.scale)
 
 
 @settings(max_examples=100)
@@ -92,7 +92,8 @@ def rounding(x: Tensor, w: Any) -> Tensor:
     x = x if w.col is None else x * w.col
     y = rounding(x, w.base)
     if w.a is not None:
-        y = y + w.scale * x.double() @ w.a.double().T @ w.b.double().T
+        mid = torch.eye(len(w.a)) if w.mid is None else w.mid
+        y = y + w.scale * x.double() @ w.a.double().T @ mid.double().T @ w.b.double().T
     return y if w.row is None else y * w.row.double()
 
 

@@ -36,6 +36,7 @@ GROUPS: dict[str, list[Weight]] = {
     "scaled rows": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, row=torch.tensor([1.0, 2.0, 3.0, 4.0]))],
     "scaled columns": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, col=torch.arange(8.0))],
     "dropout": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, seed=torch.tensor(3), dropout=0.5)],
+    "with a matrix between": [low_rank(4, 2, mid=torch.tensor([[1.0, 2.0], [3.0, 5.0]])), low_rank(4, 3)],
     "stacked": [low_rank(4, 2), low_rank(4, 3), low_rank(4, 1, base=low_rank(4, 2))],
     "rotated": [low_rank(4, 2, base=ROTATED[0]), ROTATED[1]],
     "rotated, and plain": [low_rank(4, 2, base=ROTATED[0]), low_rank(4, 2), low_rank(5, 1, base=ROTATED[1])],
