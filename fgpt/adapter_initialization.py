@@ -224,7 +224,8 @@ def loftq(
         W' = quantize(W - s·B·A)        s·B·A = SVD_r(W - W')        `iterations` times, from B·A = 0
 
     The iterations need not come nearer to W each time, so those W', A and B are returned whose ‖W - W' - s·B·A‖ is
-    least. It is below ‖W - quantize(W)‖, since the first iteration is.
+    least. It is below ‖W - quantize(W)‖, since the first iteration is. That is a law of each matrix, not of the model:
+    errors of several matrices may cancel or add up in its logits.
 
     Args:
         params: The plain params.
