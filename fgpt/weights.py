@@ -151,7 +151,11 @@ def linear_group(
         return [linear(x, w, bias) for w, bias in layers]
     lows: dict[int, Tensor] = {}
     if low_ranks:
-        scaled_as = [w.scale * a.to(x.dtype) for w in low_ranks.values() if (a := w.down) is not None]
+        scaled_as: list[Tensor] = []
+        for w in low_ranks.values():
+            down = w.down
+            assert down is not None
+            scaled_as.append(w.scale * down.to(x.dtype))
         parts = F.linear(x, torch.cat(scaled_as)).split([len(a) for a in scaled_as], -1)
         lows = dict(zip(low_ranks, parts, strict=True))
     xr = rotate_rows(x, rotated[0]) if rotated else x
