@@ -26,7 +26,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Integer
@@ -89,7 +89,7 @@ def quantize_gptq(
 
     Raises:
         InputError: as `fgpt.quantize` does; for a layer outside the blocks; if the texts have fewer positions than a
-            layer has inputs.
+            layer has inputs; unless damping is positive.
 
     Source: Frantar et al. 2022 (GPTQ), section 3; the module's docstring has the equations.
 
@@ -102,31 +102,40 @@ def quantize_gptq(
     >>> change(frozen) < 0.8 * change(fgpt.quantize(params))
     True
     """
+    if damping <= 0:
+        raise InputError(f"damping is {damping:g}: expected a positive fraction, such as 0.01")
     matrices = weight_matrices(params)
     paths = select(matrices, target)
     formats = {path: _first_row(path, matrices[path], format, double_quant) for path in paths}
-    points = {path: input_point(params, path) for path in paths}
+    readers = _readers(params, paths)
     streams = [_stream(params, batch) for batch in batches]
     _check_enough(streams, {path: formats[path].shape[1] for path in paths})
     result = params
-    for i in range(len(params.blocks)):
-        for point in tap_points(params):
-            readers = [path for path in paths if points[path] == point and point.startswith(f"blocks.{i}.")]
-            if not readers:
-                continue
-            moments = _moments(streams, i, point, params.blocks[i], result.blocks[i], damping)
+    for i, p in enumerate(params.blocks):
+        for point, layers in readers[i].items():
+            moments = _moments(streams, i, point, p, result.blocks[i], damping)
             new: dict[str, Quantized] = {}
-            for path in readers:
+            for path in layers:
                 w = at_least_fp32(dense(matrices[path]))
                 new[f"{path}.w"] = quantize_by_moments(w, moments, formats[path], sweeps)
             result = replace_at(result, new)
-        streams = [stream.after(i, params.blocks[i], result.blocks[i]) for stream in streams]
+        streams = [stream.after(i, p, result.blocks[i]) for stream in streams]
     return result
 
 
 def _first_row(path: str, w: Weight, format: Format, double_quant: bool) -> Quantized:
     """The matrix's first row in its format: what is known of the result before. Raises InputError as `quantize`."""
     return quantize_weight(path, w[:1] if isinstance(w, Tensor) else w, format, double_quant)
+
+
+def _readers(params: GPT, paths: Sequence[str]) -> list[dict[str, list[str]]]:
+    """For each block the layers that read the same point, in the order of computation."""
+    points, order = {path: input_point(params, path) for path in paths}, tap_points(params)
+    readers: list[dict[str, list[str]]] = [{} for _ in params.blocks]
+    for path in sorted(paths, key=lambda path: order.index(points[path])):
+        i = int(path.split(".")[1])
+        readers[i].setdefault(points[path], []).append(path)
+    return readers
 
 
 def _check_enough(streams: Sequence["_Stream"], widths: dict[str, int]) -> None:
@@ -175,13 +184,14 @@ class Moments(NamedTuple):
 
 def _moments(streams: Sequence[_Stream], i: int, point: str, p: Block, p_quantized: Block, damping: float) -> Moments:
     """Of the inputs at a point of block i."""
-    h = drift = torch.zeros(())
+    h: Any = 0
+    drift: Any = 0
     for stream in streams:
         f = stream.functions[i]
         x = at_least_fp32(_activation(f, stream.x, p, point)[stream.is_text])
         x_quantized = at_least_fp32(_activation(f, stream.x_quantized, p_quantized, point)[stream.is_text])
-        h = x_quantized.T @ x_quantized + h.to(x.device)
-        drift = (x - x_quantized).T @ x_quantized + drift.to(x.device)
+        h = x_quantized.T @ x_quantized + h
+        drift = (x - x_quantized).T @ x_quantized + drift
     return Moments(with_damping(h, damping), drift)
 
 
