@@ -14,12 +14,13 @@ remain, and afterwards each column is rounded anew, the others as they are, a fe
     q_j = round(q_j - ((Q - W*) H)_j / H_jj)
 
 H has λ I added, λ = damping · mean H_jj, which also holds W* near W. Scales are chosen before, from W*: of some
-fractions of a block's largest magnitude the one of the least Σ_j H_jj (w_j - q_j)².
+fractions of a block's largest magnitude the one of the least Σ_j H_jj (w_j - q_j)². They are quantized first, too, so
+that codes are chosen for the scales that they are multiplied by.
 
 The result is an ordinary matrix of its format: no layout, kernel or file knows of this.
 
 Source: Frantar et al. 2022 (GPTQ), section 3, with the activation order of its code; Behdin et al. 2023 (QuantEase),
-section 3, for the second rounding; Arai and Ichikawa 2025 (Quantization Error Propagation), section 4, for W*.
+section 3, for the second rounding; Arai and Ichikawa 2025 (Quantization Error Propagation) for W*.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ from fgpt.quantization import quantize_weight
 from fgpt.tree import replace_at, select
 from fgpt.weights import Weight, dense
 
-SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85)
 """Of a block's largest magnitude: the scales that are tried."""
 COLUMNS = 64
 """Columns whose errors are gathered before the rest of the matrix changes: a matrix product in place of rank-one
