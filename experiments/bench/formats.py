@@ -28,6 +28,7 @@ from fgpt.losses import Batch, loss
 from fgpt.model import GPT, apply
 from fgpt.quantization import quantize
 from fgpt.rng import key
+from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import leaves, nbytes
 
 BATCH_SIZE = 4
@@ -94,12 +95,12 @@ def formats(bench: Formats) -> None:
     """Run the benchmark and write runs/bench/formats.json and formats.md. Raises InputError."""
     unknown = [name for name in bench.formats if name not in FORMATS]
     if unknown:
-        raise InputError(f"format {unknown[0]!r}: expected of {', '.join(FORMATS)}")
-    params, (calibration_text, text) = load(bench.model), (read_text(x) for x in (bench.calibration, bench.evaluation))
-    calibration = windows(bench.model, calibration_text, bench.calibration_windows, bench.width)
-    evaluation = windows(bench.model, text, bench.evaluation_windows, bench.width)
-    check_apart(calibration_text, bench.model, evaluation)
-    scores = compare(params, calibration, evaluation, {name: FORMATS[name] for name in bench.formats})
+        raise InputError(f"format {unknown[0]!r}: expected one of {', '.join(FORMATS)}")
+    model_tokenizer, calibration_text = tokenizer(bench.model), read_text(bench.calibration)
+    calibration = windows(model_tokenizer, calibration_text, bench.calibration_windows, bench.width)
+    evaluation = windows(model_tokenizer, read_text(bench.evaluation), bench.evaluation_windows, bench.width)
+    check_apart(calibration_text, model_tokenizer, evaluation)
+    scores = compare(load(bench.model), calibration, evaluation, {name: FORMATS[name] for name in bench.formats})
     notes = [
         f"{hardware(torch.device('cpu'))}; {bench.model}; {bench.calibration_windows} windows of {bench.width} tokens "
         f"of {bench.calibration.name} to calibrate, {bench.evaluation_windows} of {bench.evaluation.name} to evaluate"
@@ -113,13 +114,13 @@ def read_text(path: Path) -> str:
     return (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
 
 
-def windows(model: str, text: str, count: int, width: int) -> list[Batch]:
+def windows(model_tokenizer: Tokenizer, text: str, count: int, width: int) -> list[Batch]:
     """`count` windows of `width` tokens and the token that follows, spread evenly over a text."""
     # Of a long text the tokens between two windows are never looked at: each is cut out of some characters of its own.
     step = len(text) // count
     rows: list[Tensor] = []
     for i in range(count):
-        tokens = tokenizer(model).encode(text[i * step : i * step + min(step, 12 * width)])
+        tokens = model_tokenizer.encode(text[i * step : i * step + min(step, 12 * width)])
         if len(tokens) <= width:
             raise InputError(f"a text of {len(text)} characters is too short for {count} windows of {width} tokens")
         rows.append(torch.tensor(tokens[: width + 1]))
@@ -129,11 +130,11 @@ def windows(model: str, text: str, count: int, width: int) -> list[Batch]:
     return batches
 
 
-def check_apart(calibration_text: str, model: str, evaluation: Sequence[Batch]) -> None:
+def check_apart(calibration_text: str, model_tokenizer: Tokenizer, evaluation: Sequence[Batch]) -> None:
     """Raises InputError if a part of the evaluation text is in the calibration text."""
     for batch in evaluation:
         for row in batch.tokens:
-            middle = tokenizer(model).decode(row[len(row) // 2 :][:32].tolist()).strip()
+            middle = model_tokenizer.decode(row[len(row) // 2 :][:32].tolist()).strip()
             if middle in calibration_text:
                 raise InputError(f"the calibration text has a part of the evaluation text: {short_repr(middle)}")
 

@@ -9,6 +9,7 @@ from builders import tiny, tokens
 import fgpt
 from experiments.bench.formats import FORMATS, check_apart, compare, read_text, windows
 
+NANO = fgpt.tokenizer("nano")
 MODEL = tiny(d_model=64, d_mlp=128)
 
 
@@ -36,19 +37,19 @@ def test_windows_are_spread_over_a_text(tmp_path: Path):
     path = tmp_path / "text"
     path.write_text("".join(f"Tom has {i} red balls. " for i in range(400)))
     text = read_text(path)
-    (batch,) = windows("nano", text, count=3, width=16)
+    (batch,) = windows(NANO, text, count=3, width=16)
     assert batch.tokens.shape == (3, 16)
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    first, second, third = (fgpt.tokenizer("nano").decode(row.tolist()) for row in batch.tokens)
+    first, second, third = (NANO.decode(row.tolist()) for row in batch.tokens)
     assert text.startswith(first)
     assert 0 < text.index(second) < len(text) / 2 < text.index(third)
     with pytest.raises(fgpt.InputError, match="too short for 3 windows of 4000 tokens"):
-        windows("nano", text, count=3, width=4000)
+        windows(NANO, text, count=3, width=4000)
 
 
 def test_texts_that_overlap_are_refused():
     text = "".join(f"Tom has {i} red balls. " for i in range(400))
-    evaluation = windows("nano", text, count=2, width=64)
-    check_apart("A text of its own.", "nano", evaluation)
+    evaluation = windows(NANO, text, count=2, width=64)
+    check_apart("A text of its own.", NANO, evaluation)
     with pytest.raises(fgpt.InputError, match="has a part of the evaluation text"):
-        check_apart(f"Before it. {text}", "nano", evaluation)
+        check_apart(f"Before it. {text}", NANO, evaluation)
