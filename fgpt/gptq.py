@@ -27,6 +27,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from fgpt.errors import InputError
+from fgpt.kernels.hadamard import rotate as rotate_rows
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantized_linear import (
     BLOCK,
@@ -41,7 +43,9 @@ from fgpt.kernels.quantized_linear import (
     Blockwise4bit,
     Format,
     Quantized,
+    Rotated,
     RowwiseInt8,
+    ScaledCodes,
     quantize_blockwise,
     scales,
 )
@@ -68,6 +72,7 @@ def quantize_gptq(
     format: Format = "nf4",
     *,
     double_quant: bool = True,
+    rotate: bool = False,
     target: str = r"blocks\..*",
     damping: float = 0.01,
     sweeps: int = 2,
@@ -84,6 +89,7 @@ def quantize_gptq(
             ten times as many are worth it. The two streams of all of them are in memory, a block's activations of one.
         format: As of `fgpt.quantize`.
         double_quant: As of `fgpt.quantize`.
+        rotate: As of `fgpt.quantize`, for int8.
         target: A regular expression; layers of the blocks whose whole path matches it are quantized.
         damping: What is added to the diagonal of H, as a fraction of its mean.
         sweeps: How often each column is rounded again after the first time.
@@ -107,7 +113,7 @@ def quantize_gptq(
         raise InputError(f"damping is {damping:g}: expected a positive fraction, such as 0.01")
     matrices = weight_matrices(params)
     paths = select(matrices, target)
-    formats = {path: _first_row(path, matrices[path], format, double_quant) for path in paths}
+    formats = {path: _first_row(path, matrices[path], format, double_quant, rotate) for path in paths}
     readers = _readers(params, paths)
     streams = [_stream(params, batch) for batch in batches]
     _check_enough(streams, {path: formats[path].shape[1] for path in paths})
@@ -124,9 +130,9 @@ def quantize_gptq(
     return result
 
 
-def _first_row(path: str, w: Weight, format: Format, double_quant: bool) -> Quantized:
+def _first_row(path: str, w: Weight, format: Format, double_quant: bool, rotate: bool) -> Quantized:
     """The matrix's first row in its format: what is known of the result before. Raises InputError as `quantize`."""
-    return quantize_weight(path, w[:1] if isinstance(w, Tensor) else w, format, double_quant)
+    return quantize_weight(path, w[:1] if isinstance(w, Tensor) else w, format, double_quant, rotate)
 
 
 def _readers(params: GPT, paths: Sequence[str]) -> list[dict[str, list[str]]]:
@@ -241,7 +247,15 @@ class Grid(NamedTuple):
 
 
 def quantize_by_moments(w: Float[Tensor, "out in"], moments: Moments, first_row: Quantized, sweeps: int) -> Quantized:
-    """W in the format of `first_row`, a quantized matrix as wide as W."""
+    """W in the format of `first_row`, a quantized matrix as wide as W: rotated, W R by the moments of x R."""
+    if isinstance(first_row, Rotated):
+        r = partial(rotate_rows, block=first_row.block)
+        of_rotated = Moments(*(r(r(m).T).T for m in moments))
+        return replace(first_row, base=_quantize_plain(r(w), of_rotated, first_row.base, sweeps))
+    return _quantize_plain(w, moments, first_row, sweeps)
+
+
+def _quantize_plain(w: Float[Tensor, "out in"], moments: Moments, first_row: ScaledCodes, sweeps: int) -> ScaledCodes:
     h, w = moments.h, least_squares_weight(w, moments)
     grid = _grid(first_row, w.dtype)
     quantized = _with_scales(first_row, search_scales(w, h.diagonal(), grid))
@@ -328,7 +342,7 @@ def inverse_factor(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def _grid(w: Quantized, dtype: torch.dtype) -> Grid:
+def _grid(w: ScaledCodes, dtype: torch.dtype) -> Grid:
     """The values of the format of `w`."""
     if isinstance(w, RowwiseInt8):
         integers = torch.arange(-127, 128, device=w.codes.device)
@@ -337,7 +351,7 @@ def _grid(w: Quantized, dtype: torch.dtype) -> Grid:
     return Grid(levels, codes.to(torch.uint8), BLOCK)
 
 
-def _with_scales(row: Quantized, absmax: Float[Tensor, "out blocks"]) -> Quantized:
+def _with_scales(row: ScaledCodes, absmax: Float[Tensor, "out blocks"]) -> ScaledCodes:
     """A matrix of equal rows with these scales, which are quantized too if those of the row are."""
     codes, absmax = row.codes.expand(len(absmax), -1), absmax.float().flatten()
     if not isinstance(row, Blockwise4bit) or row.offset is None:
@@ -347,11 +361,11 @@ def _with_scales(row: Quantized, absmax: Float[Tensor, "out blocks"]) -> Quantiz
     return replace(row, codes=codes, absmax=quantized_absmax, offset=offset)
 
 
-def _absmax(w: Quantized) -> Float[Tensor, " blocks"]:
+def _absmax(w: ScaledCodes) -> Float[Tensor, " blocks"]:
     """The scales of `w`, by which its levels are multiplied."""
     return w.absmax if isinstance(w, RowwiseInt8) else scales(w)
 
 
-def _with_codes(w: Quantized, codes: Integer[Tensor, "out in"]) -> Quantized:
+def _with_codes(w: ScaledCodes, codes: Integer[Tensor, "out in"]) -> ScaledCodes:
     """`w` with other codes, two of 4 bits in a byte."""
     return replace(w, codes=codes[:, 0::2] << 4 | codes[:, 1::2] if isinstance(w, Blockwise4bit) else codes)

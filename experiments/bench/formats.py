@@ -38,6 +38,9 @@ HEADS = ("format", "loss", "relative to fp32", "KL from fp32", "LoRA gradient: r
 
 FORMATS: Mapping[str, Callable[[GPT, Sequence[Batch]], GPT]] = {
     "int8": lambda params, texts: quantize(params, "int8"),
+    "int8, GPTQ": lambda params, texts: quantize_gptq(params, texts, "int8"),
+    "rotated int8": lambda params, texts: quantize(params, "int8", rotate=True),
+    "rotated int8, GPTQ": lambda params, texts: quantize_gptq(params, texts, "int8", rotate=True),
     "nf4": lambda params, texts: quantize(params, "nf4"),
     "nf4, GPTQ": lambda params, texts: quantize_gptq(params, texts, "nf4"),
     "fp4": lambda params, texts: quantize(params, "fp4"),

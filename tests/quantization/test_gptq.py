@@ -8,6 +8,7 @@ import torch
 from builders.quantized import FORMATS, normal_matrix
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import hadamard
 from torch import Tensor
 
 from fgpt import gptq
@@ -22,7 +23,7 @@ from fgpt.gptq import (
     search_scales,
     with_damping,
 )
-from fgpt.kernels.quantized_linear import Blockwise4bit, quantize_matrix, reference
+from fgpt.kernels.quantized_linear import Blockwise4bit, Rotated, quantize_matrix, reference
 
 INTEGERS = Grid(torch.arange(-3.0, 4, dtype=torch.float64), torch.arange(7), 4)
 ONE = torch.ones((), dtype=torch.float64)
@@ -185,6 +186,25 @@ def test_every_format_is_closer_by_its_inputs_than_rounding_is(format: Any):
     result = quantize_by_moments(w, Moments(h, torch.zeros(128, 128)), quantize_matrix(w[:1], format), sweeps=2)
     assert type(result) is type(plain)
     errors = [objective(reference(x), w, h).sum().item() for x in (result, plain)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_a_rotated_matrix_is_chosen_by_the_moments_of_its_rotated_input(format: Any):
+    """As the plain matrix W R is by the moments of x R, computed apart; and so that it is closer to W by those of x."""
+    w, x = normal_matrix(24, 128), normal_matrix(600, 128, seed=1) @ normal_matrix(128, 128, seed=2)
+    r = torch.block_diag(*2 * [torch.tensor(hadamard(64)) / 8.0]).float()
+    drift = 0.01 * normal_matrix(128, 128, seed=3)
+    first_row = quantize_matrix((w @ r)[:1], format)
+    moments = Moments(with_damping(x.T @ x, 0.01), drift)
+    result = quantize_by_moments(w, moments, Rotated(first_row, 64), sweeps=1)
+    of_rotated = Moments(r.T @ moments.h @ r, r.T @ drift @ r)
+    expected = quantize_by_moments(w @ r, of_rotated, first_row, sweeps=1)
+    assert isinstance(result, Rotated)
+    differs = (reference(result.base) - reference(expected)).abs() > 1e-6
+    assert differs.float().mean() < 0.02  # two sums in another order, at ties
+    plain = Rotated(quantize_matrix(w @ r, format), 64)
+    errors = [objective(reference(q), w, moments.h).sum().item() for q in (result, plain)]
     assert errors[0] < 0.6 * errors[1]
 
 

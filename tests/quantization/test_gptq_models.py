@@ -142,9 +142,9 @@ def test_bitsandbytes_reads_the_same_matrix(format: Any, double_quant: bool):
     assert layouts[0] == layouts[1]
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_it_comes_back_from_a_file_bit_for_bit(format: Any, tmp_path: Path):
-    frozen = fgpt.quantize_gptq(PLAIN, BATCHES, format)
+@pytest.mark.parametrize(("format", "rotate"), [("nf4", False), ("int8", False), ("int8", True)])
+def test_it_comes_back_from_a_file_bit_for_bit(format: Any, rotate: bool, tmp_path: Path):
+    frozen = fgpt.quantize_gptq(PLAIN, BATCHES, format, rotate=rotate)
     fgpt.save(frozen, tmp_path)
     assert same(fgpt.load(tmp_path), frozen)
 
