@@ -20,7 +20,8 @@ CELLS = [
     ("IA3", "fp32"),
     ("full", "fp32"),
     ("LoRA and LayerNorm", "nf4"),
-    ("DoRA", "nf4"),
+    ("DoRA", "rotated nf4"),
+    ("LoRA", "nf4 by GPTQ"),
     ("LoRA", "blockwise8"),
 ]
 
