@@ -51,6 +51,8 @@ class QuantizeOptions:
     """The format to write; None writes nothing."""
     out: Path | None = None
     """The folder to write; None takes BASE-FORMAT in the current folder."""
+    layout: Literal["fgpt", "bitsandbytes"] = "fgpt"
+    """Of the folder: transformers reads that of bitsandbytes too, which has no rotated-int8 and no blockwise8."""
     max_seq_len: PositiveInt = 512
     """Tokens in a window of the text."""
     windows: PositiveInt = 8
@@ -95,7 +97,7 @@ def run(options: QuantizeOptions) -> Path | None:
         with show_progress(f"quantizing {options.base} to {options.to}"):
             quantized = quantize_to(options.to, params, calibration)
     with atomic_dir(folder) as partial:
-        models.save(quantized, partial, like=options.base)
+        models.save(quantized, partial, like=options.base, layout=options.layout)
         manifest = {"base": shareable(options.base), "format": options.to, "bytes": nbytes(quantized)}
         if options.text is not None and options.to in results:
             manifest |= {"text": shareable(options.text), **results[options.to].cost._asdict()}
@@ -160,6 +162,8 @@ def _check(options: QuantizeOptions) -> Path | None:
         if options.out is not None:
             raise InputError(f"--out {options.out} has nothing to write: give --to {'|'.join(get_args(BaseFormat))}")
         return None
+    if options.layout == "bitsandbytes" and options.to in ("rotated-int8", "blockwise8"):
+        raise InputError(f"bitsandbytes' files hold no {options.to}: expected int8, nf4 or gptq-nf4")
     folder = options.out or Path(f"{options.base.rstrip('/').split('/')[-1]}-{options.to}")
     if folder.exists():
         raise InputError(f"{folder} exists: give another --out, or remove it")

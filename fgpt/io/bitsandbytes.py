@@ -1,4 +1,4 @@
-"""Matrices quantized by bitsandbytes, as `save_pretrained` of transformers writes them.
+"""Matrices quantized by bitsandbytes, as `save_pretrained` of transformers writes them: read and written.
 
 4 bits   NAME.weight           bytes in a column, two codes in each, of [out, in] by rows
          NAME.weight.absmax, .quant_map, and if the scales are quantized too, .nested_absmax, .nested_quant_map
@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +20,35 @@ import torch
 from torch import Tensor
 
 from fgpt.errors import InputError, short_repr
-from fgpt.families.mapping import LazyTensor
+from fgpt.families.mapping import Family, LazyTensor, TensorMapping, is_head, join_heads, to_hf
 from fgpt.io.serialization import check_quantized
 from fgpt.kernels.bitsandbytes_ops import register
-from fgpt.kernels.quantized_linear import BLOCK, Blockwise4bit, Blockwise8bit, Quantized, RowwiseInt8
+from fgpt.kernels.quantized_linear import (
+    BLOCK,
+    QUANTIZED,
+    Blockwise4bit,
+    Blockwise8bit,
+    Quantized,
+    Rotated,
+    RowwiseInt8,
+    scales,
+    slice_rows,
+)
+from fgpt.layers import weight_matrices
+from fgpt.model import GPT
+from fgpt.tree import replace_at
+from fgpt.weights import dtype
 
+NESTED_PARTS = ("nested_absmax", "nested_quant_map")
 STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
     rf"(?P<layer>.+)\.(?P<part>weight\.(?:(?:nested_)?(?:absmax|quant_map)|{re.escape(STATE)}\w+)|SCB|weight_format)"
 )
 STATE_FIELDS = {"quant_type", "shape", "dtype", "blocksize", "nested_blocksize", "nested_dtype", "nested_offset"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def collect_quantized(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -166,3 +185,97 @@ def _check_code(kind: Any, code: Tensor, name: str) -> None:
 
 def _describe(*tensors: Tensor) -> str:
     return ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def to_bitsandbytes(params: GPT, family: Family) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The hub's tensors of a tree with quantized weights, and the quantization_config that transformers reads them by.
+
+    Of a matrix that the hub has as one and we as q, k and v, quantized scales are written in fp32: each of the three
+    has an offset of its own. Its values are the same.
+
+    Raises InputError for weights that bitsandbytes' files do not hold: of two formats, blockwise8, rotated, outside the
+    blocks, or only a part of q, k and v that the hub has as one; and for a tree that still carries adapters.
+    """
+    quantized = {path: w for path, w in weight_matrices(params).items() if isinstance(w, QUANTIZED)}
+    kind = _common_format(quantized)
+    unwritten = {f"{path}.w": torch.empty(w.shape, device="meta") for path, w in quantized.items()}
+    tensors = to_hf(replace_at(params, unwritten), family)
+    names: dict[str, TensorMapping] = {}
+    for s in family.tensor_mappings(params.cfg):
+        names[s.name if is_head(s.name) else family.prefix + s.name] = s
+    skipped: list[str] = []
+    for name, x in list(tensors.items()):
+        layer = name.removesuffix(".weight")
+        if x.is_meta:
+            del tensors[name]
+            tensors |= _parts(layer, [_of_path(quantized, path, params) for path in names[name].paths], names[name])
+        elif x.ndim == 2 and layer != name:
+            skipped.append(layer)
+    config: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": sorted({*skipped, "lm_head"})}
+    if kind == "int8":
+        return tensors, config | {"load_in_8bit": True}
+    is_nested = any(name.endswith(NESTED_PARTS) for name in tensors)
+    of_4bit = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": is_nested, "bnb_4bit_quant_storage": "uint8"}
+    compute_dtype = str(dtype(params.wte.w)).removeprefix("torch.")
+    return tensors, config | {"load_in_4bit": True, "bnb_4bit_compute_dtype": compute_dtype} | of_4bit
+
+
+def _common_format(quantized: Mapping[str, Quantized]) -> str:
+    """nf4, fp4 or int8. Raises InputError if some weight is of none, or another one than the others."""
+    formats: dict[str, str] = {}
+    for path, w in quantized.items():
+        if isinstance(w, Rotated | Blockwise8bit):
+            raise InputError(f"{path} is {type(w).__name__}: bitsandbytes' files hold nf4, fp4 and int8")
+        if not path.startswith("blocks."):
+            raise InputError(f"{path} is quantized: bitsandbytes' files hold quantized layers of the blocks alone")
+        formats[path] = w.kind if isinstance(w, Blockwise4bit) else "int8"
+    if len({*formats.values()}) != 1:
+        one_of_each = ", ".join(f"{path} is {x}" for path, x in {x: (p, x) for p, x in formats.items()}.values())
+        raise InputError(f"bitsandbytes' files hold one format: {one_of_each or 'no weight is quantized'}")
+    return next(iter(formats.values()))
+
+
+def _of_path(quantized: Mapping[str, Quantized], leaf: str, params: GPT) -> Quantized:
+    """The weight at a leaf's path; q, k and v of a fused one are its rows."""
+    layer = leaf.removesuffix(".w")
+    if layer in quantized:
+        return quantized[layer]
+    block, _, part = layer.rpartition(".")
+    n, kv = (params.cfg.head_size * heads for heads in (params.cfg.n_head, params.cfg.kv_heads))
+    rows = {"q": slice(0, n), "k": slice(n, n + kv), "v": slice(n + kv, n + 2 * kv)}
+    if f"{block}.qkv" not in quantized:
+        raise InputError(f"{layer} is not quantized, but others are that the hub has as one with it: quantize all")
+    return slice_rows(quantized[f"{block}.qkv"], rows[part])
+
+
+def _parts(layer: str, weights: list[Quantized], s: TensorMapping) -> dict[str, Tensor]:
+    """The tensors of the matrix whose rows are those of `weights`."""
+    by_rows = replace(s, transposed=False)
+    codes = join_heads([w.codes for w in weights], by_rows)  # pyright: ignore[reportAttributeAccessIssue]
+    name, first = f"{layer}.weight", weights[0]
+    if isinstance(first, RowwiseInt8):
+        absmax = [w.absmax[:, None] for w in weights if isinstance(w, RowwiseInt8)]
+        form = torch.zeros((), dtype=torch.uint8)
+        return {name: codes, f"{layer}.SCB": join_heads(absmax, by_rows).flatten(), f"{layer}.weight_format": form}
+    assert isinstance(first, Blockwise4bit)
+    state: dict[str, Any] = {
+        "quant_type": first.kind,
+        "blocksize": BLOCK,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "shape": [len(codes), 2 * codes.shape[1]],
+    }
+    parts: dict[str, Tensor] = {"quant_map": first.code}
+    if len(weights) == 1 and isinstance(first.absmax, Blockwise8bit):
+        assert first.offset is not None
+        nested = first.absmax
+        parts |= {"absmax": nested.codes, "nested_absmax": nested.absmax, "nested_quant_map": nested.code}
+        offset = {"nested_dtype": "float32", "nested_offset": float(first.offset)}
+        state |= {"nested_blocksize": nested.block} | offset
+    else:
+        by_block = [scales(w).view(len(w.codes), -1) for w in weights if isinstance(w, Blockwise4bit)]
+        parts["absmax"] = join_heads(by_block, by_rows).flatten()
+    parts[f"{STATE}{first.kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name: codes.reshape(-1, 1)} | {f"{name}.{part}": x for part, x in parts.items()}

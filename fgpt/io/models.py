@@ -18,7 +18,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from fgpt.data.hub_files import HubError
 from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
-from fgpt.io.bitsandbytes import collect_quantized
+from fgpt.io.bitsandbytes import collect_quantized, to_bitsandbytes
 from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
@@ -345,11 +345,18 @@ def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     return astype(replace_at(params, quantized_leaves), dtype)
 
 
-def save(params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, labels: Sequence[str] = ()) -> None:
+def save(
+    params: GPT,
+    folder: StrPath,
+    like: StrPath | Tokenizer | None = None,
+    labels: Sequence[str] = (),
+    layout: Literal["fgpt", "bitsandbytes"] = "fgpt",
+) -> None:
     """Write `params` in Hugging Face's layout, with the tokenizer `like`, or the tokenizer files of the model `like`.
 
     Tensors are named as transformers' model of the family names them, so that it loads the folder as it is. Params with
-    quantized weights become a tree of our own, bit by bit, which `load` alone reads. A head of classes is written as
+    quantized weights become a tree of our own, bit by bit, which `load` alone reads; or, of nf4, fp4 or int8 weights,
+    files as bitsandbytes has them, which transformers reads too. A head of classes is written as
     that of transformers' sequence classification, whose classes `labels` name.
 
     Args:
@@ -357,10 +364,11 @@ def save(params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, 
         folder: Written file by file; it is made if it is missing.
         like: A model whose tokenizer files are copied, a tokenizer, or None for no tokenizer.
         labels: Names of the classes of a classifier, in order.
+        layout: Of quantized weights.
 
     Raises:
-        InputError: for params that still carry adapters, or are of no family; and for a classifier over quantized
-            weights, or labels that are not one for each class.
+        InputError: for params that still carry adapters, or are of no family; for a classifier over quantized weights,
+            or labels that are not one for each class; and for weights that bitsandbytes' files do not hold.
 
     >>> import tempfile, fgpt
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -375,7 +383,12 @@ def save(params: GPT, folder: StrPath, like: StrPath | Tokenizer | None = None, 
     if num_classes(params) is not None:
         params, beside, more = classifiers.to_hf_classifier(params, beside, config, labels)
         config |= more
-    if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
+    if layout == "bitsandbytes":
+        tensors, quantization = to_bitsandbytes(params, family)
+        write_tensors(folder / WEIGHTS, tensors)
+        write_json(folder / CONFIG, config | {"quantization_config": quantization})
+        (folder / TREE).unlink(missing_ok=True)
+    elif any(isinstance(x, QUANTIZED) for _, x in walk(params)):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
         (folder / WEIGHTS).unlink(missing_ok=True)

@@ -63,9 +63,11 @@ def test_gptq_reads_the_windows_before(text: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_without_a_text_it_only_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = run(QuantizeOptions("nano", to="nf4", out=tmp_path / "small"))
-    assert same(fgpt.load(tmp_path / "small"), fgpt.quantize(fgpt.load("nano"), "nf4"))
-    assert folder
+    for layout, name in (("fgpt", "fgpt.safetensors"), ("bitsandbytes", "model.safetensors")):
+        folder = run(QuantizeOptions("nano", to="int8", out=tmp_path / layout, layout=layout))
+        assert folder
+        assert (folder / name).is_file()
+        assert same(fgpt.load(folder), fgpt.quantize(fgpt.load("nano"), "int8"))
     assert "│" not in capsys.readouterr().err
 
 
@@ -84,6 +86,7 @@ def test_too_little_text_for_gptq_leaves_out_its_row(text: Path, capsys: pytest.
         ({"to": "gptq-nf4"}, "gptq-nf4 is calibrated on text: give --text FILE"),
         ({"text": "TEXT", "out": Path("x")}, r"--out x has nothing to write: give --to int8\|rotated-int8"),
         ({"to": "nf4", "out": "FOLDER"}, "exists: give another --out, or remove it"),
+        ({"to": "rotated-int8", "layout": "bitsandbytes"}, "bitsandbytes' files hold no rotated-int8: expected int8"),
         ({"text": "TEXT", "max_seq_len": 5000}, "tokens: expected two windows of 513 at least; give a longer text"),
         ({"text": Path("missing.txt")}, "missing.txt"),
     ],
