@@ -17,6 +17,7 @@ from fgpt.adapter_lora import LoRA, lora
 from fgpt.adapter_stacking import stack_adapters, unstack_adapters
 from fgpt.adapter_trainable_tokens import TrainableTokens, trainable_tokens
 from fgpt.adapter_types import Adapters
+from fgpt.adapter_vera import VeRA, vera
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
@@ -88,6 +89,7 @@ __all__ = [
     "SweepResult",
     "Tap",
     "TrainableTokens",
+    "VeRA",
     "adamw",
     "adamw8bit",
     "adapt",
@@ -158,6 +160,7 @@ __all__ = [
     "trainable_tokens",
     "unstack_adapters",
     "unstack_states",
+    "vera",
     "with_classification_head",
     "with_ema",
     "with_swa",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @runtime_checkable
 class LayerAdapter(Protocol):
-    """A node of tensors that makes an adapted layer of a layer: `LoRA`, `DoRA`, `IA3`, `TrainableTokens`."""
+    """A node of tensors that makes an adapted layer of a layer: `LoRA`, `DoRA`, `IA3`, `VeRA`, `TrainableTokens`."""
 
     def adapt_layer(self, layer: Any, path: str, seed: Int[Tensor, ""] | None) -> Any:
         """The adapted layer, bias included.

@@ -1,9 +1,9 @@
 """Adapters: small trees of float tensors that a transform lays over a frozen params tree.
 
-    Adapters = {path: LoRA | DoRA | IA3 | TrainableTokens | Tensor}        adapted params = adapt(params, adapters)
+    Adapters = {path: LoRA | DoRA | IA3 | VeRA | TrainableTokens | Tensor}      adapted params = adapt(params, adapters)
 
-A `LoRA`, `DoRA`, `IA3` or `TrainableTokens` at the path of a layer adapts that layer; a plain tensor at the path of a
-leaf replaces that leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and they compose by dict union:
+A `LoRA`, `DoRA`, `IA3`, `VeRA` or `TrainableTokens` at the path of a layer adapts that layer; a plain tensor at the path
+of a leaf replaces that leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and compose by dict union:
 `lora(.., rank=4, target="..") | lora(.., rank=16, target="..") | trainable_leaves(..)`. The adapters are the one tree
 that is differentiated. They do not depend on the format of the base: `lora` over a quantized tree is QLoRA.
 

@@ -27,6 +27,7 @@ from fgpt.adapter_ia3 import IA3
 from fgpt.adapter_lora import LoRA
 from fgpt.adapter_trainable_tokens import TrainableTokens
 from fgpt.adapter_types import Adapters
+from fgpt.adapter_vera import VeRA
 from fgpt.adapters import adapt
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
@@ -39,7 +40,7 @@ from fgpt.model.config import BIASES
 from fgpt.tree import device, leaves, tree_map, walk
 
 PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
-NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3, TrainableTokens)}
+NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3, TrainableTokens, VeRA)}
 
 FORMAT, STRUCTURE = "fgpt", "structure"
 """What the metadata's `format` says, so that other libraries refuse the file, and its entry for the structure."""
@@ -323,7 +324,7 @@ def load_adapters(path: StrPath, params: Any) -> Adapters:
     """
     path = Path(path)
     adapters = read_tree(path)
-    kinds = Tensor | LoRA | DoRA | IA3 | TrainableTokens
+    kinds = Tensor | LoRA | DoRA | IA3 | TrainableTokens | VeRA
     if not isinstance(adapters, dict) or not all(isinstance(x, kinds) for x in adapters.values()):
         raise InputError(f"{path}: expected adapters, got {type(adapters).__name__}; is it a model? load(folder)")
     return check_fits(adapters, params, path)
