@@ -2,7 +2,7 @@
 
     Adapters = {path: LoRA | DoRA | IA3 | VeRA | TrainableTokens | Tensor}      adapted params = adapt(params, adapters)
 
-A `LoRA`, `DoRA`, `IA3`, `VeRA` or `TrainableTokens` at the path of a layer adapts that layer; a plain tensor at the path
+A `LoRA`, `DoRA`, `IA3`, `VeRA` or `TrainableTokens` at the path of a layer adapts it; a plain tensor at the path
 of a leaf replaces that leaf. LoRA, norm, bias, partial and full tuning are one mechanism, and compose by dict union:
 `lora(.., rank=4, target="..") | lora(.., rank=16, target="..") | trainable_leaves(..)`. The adapters are the one tree
 that is differentiated. They do not depend on the format of the base: `lora` over a quantized tree is QLoRA.

@@ -105,7 +105,7 @@ def test_under_transforms_and_merged(tmp_path: Any) -> None:
 
     each = vmap(grad(loss), in_dims=(None, 0))(adapters, TEXT)
     close(tree_map(lambda x: x[1], each), grad(loss)(adapters, TEXT[1]), 1e-5)
-    slope, hv = jvp(lambda a: grad(loss)(a, TEXT[0]), (adapters,), (fresh,))
+    _, hv = jvp(lambda a: grad(loss)(a, TEXT[0]), (adapters,), (fresh,))
     moved = [tree_map(lambda x, v, s=s: x + s * 1e-2 * v, adapters, fresh) for s in (1, -1)]
     finite = tree_map(lambda x, y: (x - y) / 2e-2, *(grad(loss)(a, TEXT[0]) for a in moved))
     close(hv, finite, 2e-3)
@@ -117,7 +117,7 @@ def test_under_transforms_and_merged(tmp_path: Any) -> None:
 
 def test_wrong_uses_are_one_line() -> None:
     base = tiny()
-    params, adapters = fgpt.vera(base, fgpt.key(0), rank=4)
+    _, adapters = fgpt.vera(base, fgpt.key(0), rank=4)
     with pytest.raises(fgpt.InputError, match=r"VeRA at blocks\.0\.attn\.q: the base has no A and B there; adapt the"):
         fgpt.adapt(base, adapters)
     other, _ = fgpt.vera(base, fgpt.key(0), rank=5)
