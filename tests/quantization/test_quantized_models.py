@@ -59,10 +59,10 @@ def test_a_quantized_model_is_the_model_of_its_numbers(kind: Any):
     assert 1e-3 < (logits - fgpt.apply(PLAIN, X)).abs().mean() / expected.std() < 0.5
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_embedding_by_a_quantized_table(kind: Any):
+@pytest.mark.parametrize(("kind", "rotate"), [*((kind, False) for kind in FORMATS), ("nf4", True), ("int8", True)])
+def test_embedding_by_a_quantized_table(kind: Any, rotate: bool):
     """Tied: rows of it, and products with all of it; under vmap too."""
-    frozen = fgpt.quantize(PLAIN, kind, target="wte|wpe")
+    frozen = fgpt.quantize(PLAIN, kind, rotate=rotate, target="wte|wpe")
     tables = fgpt.merge(frozen, base="dequantized")
     close(fgpt.hidden(frozen, X), fgpt.hidden(tables, X), 1e-6)
     close(fgpt.loss(frozen, BATCH), fgpt.loss(tables, BATCH), 1e-5)
