@@ -21,6 +21,7 @@ from fgpt.adapter_vera import VeRA, vera
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
+from fgpt.distributed import data_parallel_step
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
@@ -99,6 +100,7 @@ __all__ = [
     "beam_search",
     "combine",
     "compare_outputs",
+    "data_parallel_step",
     "dense",
     "dora",
     "embed",

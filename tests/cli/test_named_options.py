@@ -124,7 +124,7 @@ def test_every_option_that_is_named_exists():
 def test_every_value_that_is_given_to_an_option_exists():
     unknown, checked = [], 0
     for sentence in ALL:
-        for option, value in re.findall(rf"({NAMED.pattern})[ =]([a-z][\w]*)", sentence.text):
+        for option, value in re.findall(rf"({NAMED.pattern})[ =]([a-z][\w-]*)", sentence.text):
             if allowed := choices(option):
                 checked += 1
                 if value not in allowed:
