@@ -34,8 +34,8 @@ FULL = "full"
 MANIFEST = "quantize.json"
 MEASURED_SHARE = 4
 """At most one window of so many is measured on: GPTQ needs the others."""
-CALIBRATION_WINDOWS = 64
-"""The most windows that GPTQ reads: with more of them its error falls no further."""
+CALIBRATION_WINDOWS = 32
+"""The most windows that GPTQ reads: by 8, 16 and 32 of them SmolLM2 loses 3.2, 2.6 and 2.0 %."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class QuantizeOptions:
     """nano (embedded), smollm2 (a package), a local folder or GGUF file, or a name on the Hugging Face Hub."""
     text: Path | None = None
     """A UTF-8 file of what the model is for: all formats are compared on its end, and gptq-nf4 is calibrated on what
-    comes before. None compares nothing."""
+    comes before, which takes some ten minutes for 135 M parameters on a CPU. None compares nothing."""
     to: BaseFormat | None = None
     """The format to write; None writes nothing."""
     out: Path | None = None
