@@ -16,7 +16,7 @@ from fgpt.cli.cache import cache_folder, lock, note_use, remove_unused
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import free_memory
 from fgpt.cli.training.build import load_base
-from fgpt.cli.training.hashes import fast_hash, model_hash
+from fgpt.cli.training.hashes import XXH3, fast_hash, model_hash
 from fgpt.data.examples import Example
 from fgpt.data.packing import collate
 from fgpt.errors import InputError
@@ -78,7 +78,8 @@ def _first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
 
 
 def _cached_cost(recipe: FineTuningRecipe, base: GPT, texts: Sequence[Example]) -> QuantizationCost | None:
-    folder = cache_folder(FORMAT_COST) / fast_hash(model_hash(base), f"{dtype(base.wte.w)}", texts)
+    key = fast_hash(model_hash(base), f"{dtype(base.wte.w)}", texts).removeprefix(XXH3)
+    folder = cache_folder(FORMAT_COST) / key
     if (cost := _read(folder / FILE)) is not None:
         note_use(folder)
         return cost

@@ -1,6 +1,7 @@
 """The header says what the format of the base costs, measures it once, and never where it cannot."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_it_is_measured_on_the_first_tokens_and_once(monkeypatch: pytest.MonkeyP
     path.write_text("{")
     with pytest.raises(TypeError):
         format_cost.print_format_cost(RECIPE, base, texts)
+
+
+def test_what_is_not_used_is_deleted():
+    base = load_base(RECIPE)
+    for first in (5, 105):
+        format_cost.print_format_cost(RECIPE, base, [Example(range(first, first + 9), ())])
+        folders = [*cache_folder("format_cost").iterdir()]
+        assert len(folders) == 1
+        os.utime(folders[0], (0, 0))
 
 
 def test_where_the_full_base_does_not_fit_the_header_says_so(
