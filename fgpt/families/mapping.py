@@ -13,9 +13,18 @@ from einops import rearrange
 from torch import Tensor
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
+from fgpt.kernels.quantized_linear import (
+    BLOCK,
+    QUANTIZED,
+    Blockwise4bit,
+    Blockwise8bit,
+    Quantized,
+    Rotated,
+    RowwiseInt8,
+    slice_rows,
+)
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, abstract_params, fused_qkv
-from fgpt.tree import leaves, replace_at, walk
+from fgpt.tree import device, leaves, replace_at, walk
 from fgpt.weights import Adapted, shape
 
 
@@ -203,7 +212,7 @@ def split(x: Any, s: TensorMapping, sizes: list[tuple[int, ...]]) -> list[Any]:
         return [x.T if s.transposed and isinstance(x, Tensor) else x]
     if isinstance(x, QUANTIZED):
         if s.heads:
-            raise InputError(f"tensor {s.name}: q, k and v alternate by heads, and are quantized: quantize a plain one")
+            return _heads_apart(x, s)
         return equal_parts(x, len(s.paths)) or [x]
     if s.heads:
         pattern = "(heads part size) ... -> part (heads size) ..."
@@ -220,6 +229,18 @@ def join_heads(parts: list[Tensor], s: TensorMapping) -> Tensor:
         return rearrange(parts, "part (heads size) ... -> (heads part size) ...", heads=s.heads)
     x = parts[0] if len(parts) == 1 else torch.cat(parts)
     return x.T if s.transposed else x
+
+
+def _heads_apart(w: Quantized, s: TensorMapping) -> list[Quantized]:
+    """q, k and v of rows that alternate by heads, still quantized as they are."""
+    if not isinstance(w, RowwiseInt8) and w.shape[1] % BLOCK:
+        raise InputError(
+            f"tensor {s.name}: q, k and v alternate by heads, and a block of {BLOCK} lies across two rows of "
+            f"{w.shape[1]}: quantize a plain one"
+        )
+    rows = torch.arange(w.shape[0], device=device(w))
+    parts = rearrange(rows, "(heads part size) -> part (heads size)", heads=s.heads, part=len(s.paths))
+    return [slice_rows(w, part) for part in parts]
 
 
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:

@@ -224,8 +224,8 @@ def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tens
     return blocks.flatten(-2).to(w.dtype)
 
 
-def slice_rows(w: Quantized, rows: slice) -> Quantized:
-    """Consecutive rows of a matrix, still quantized."""
+def slice_rows(w: Quantized, rows: slice | Int[Tensor, " _rows"]) -> Quantized:
+    """Some rows of a matrix, still quantized."""
     if isinstance(w, Rotated):
         return replace(w, base=slice_rows(w.base, rows))
     if isinstance(w, RowwiseInt8):

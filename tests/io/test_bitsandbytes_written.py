@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import fgpt
 from fgpt.families import family_of
+from fgpt.families.mapping import split
 from fgpt.io.bitsandbytes import to_bitsandbytes
+from fgpt.kernels.quantized_linear import quantize_matrix
 from fgpt.layers import weight_matrices
 from fgpt.tree import leaves, tree_map
 
@@ -62,14 +64,17 @@ def test_we_read_the_same_matrices(name: str, format: Any, tmp_path: Path) -> No
     batch = fgpt.Batch(tokens(31, 16, 20), tokens(31, 16, 20), torch.ones(16, 20))
     frozen = fgpt.quantize_gptq(plain, [batch], "nf4") if format == "gptq" else fgpt.quantize(plain, format)
     fgpt.save(frozen, tmp_path, layout="bitsandbytes")
-    if name == "neox":  # q, k and v alternate by heads: transformers reads it, and we do not take it apart
-        with pytest.raises(fgpt.InputError, match="q, k and v alternate by heads"):
-            fgpt.load(tmp_path)
-        return
     again = fgpt.load(tmp_path)
     expected = leaves(fgpt.merge(frozen, base="dequantized"))
     for path, x in leaves(fgpt.merge(again, base="dequantized")).items():
         assert torch.equal(x, expected[path]), path
+
+
+def test_a_block_across_two_rows_that_alternate_by_heads_is_named() -> None:
+    cfg = plain_params("neox").cfg
+    mappings = {s.name: s for s in family_of(cfg).tensor_mappings(cfg)}
+    with pytest.raises(fgpt.InputError, match=r"q, k and v alternate by heads, and a block of 64 lies across two rows"):
+        split(quantize_matrix(torch.randn(24, 32), "nf4"), mappings["layers.0.attention.query_key_value.weight"], [])
 
 
 def test_eight_bits_are_those_of_transformers(tmp_path: Path) -> None:
