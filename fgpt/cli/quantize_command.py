@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.paths import shareable
@@ -23,6 +24,8 @@ from fgpt.evaluation.quantization_cost import QuantizationCost, measure_base, qu
 from fgpt.gptq import quantize_gptq
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, read_text, write_json
+from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.layers import weight_matrices
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.quantization import quantize
@@ -71,6 +74,13 @@ class FormatResult(NamedTuple):
     cost: QuantizationCost
 
 
+class TimedBase(NamedTuple):
+    """A quantized base, and how long its quantization took."""
+
+    params: GPT
+    seconds: float
+
+
 def run(options: QuantizeOptions) -> Path | None:
     """Print the table, and write the folder. Returns it, or None if nothing is chosen.
 
@@ -81,21 +91,26 @@ def run(options: QuantizeOptions) -> Path | None:
     tokenizer = models.tokenizer(options.base)
     with show_progress(f"loading {options.base}"):
         params = models.load(options.base, resolve_dtype(options.dtype, device), device=device)
+    if (classes := num_classes(params)) is not None:
+        raise InputError(f"{options.base} is a classifier of {classes} classes: expected a language model")
+    if any(isinstance(w, QUANTIZED) for w in weight_matrices(params).values()):
+        raise InputError(f"{options.base} is quantized already: give the full base")
     measured, calibration = list[Batch](), list[Batch]()
     if options.text is not None:
         tokens = torch.tensor(tokenizer.encode(read_text(options.text)), device=device)
         measured, calibration = _windows(tokens, min(options.max_seq_len, params.cfg.n_ctx), options)
+    chosen: dict[str, TimedBase] = {}
+    if options.to is not None:  # before the comparison, which takes a while and would end in the same error
+        with show_progress(f"quantizing {options.base} to {options.to}"):
+            chosen[options.to] = _time_quantization(options.to, params, calibration)
     results: dict[str, FormatResult] = {}
-    quantized: GPT | None = None
     if measured:
-        results, quantized = _compare(params, measured, calibration, options.to)
+        results = _compare(params, measured, calibration, chosen)
         console.print(table(options.base, results, measured))
         console.print(recommendation(results), soft_wrap=True)
     if options.to is None or folder is None:
         return None
-    if quantized is None:
-        with show_progress(f"quantizing {options.base} to {options.to}"):
-            quantized = quantize_to(options.to, params, calibration)
+    quantized = chosen[options.to].params
     with atomic_dir(folder) as partial:
         models.save(quantized, partial, like=options.base, layout=options.layout)
         manifest = {"base": shareable(options.base), "format": options.to, "bytes": nbytes(quantized)}
@@ -192,24 +207,26 @@ def _windows(tokens: torch.Tensor, seq: int, options: QuantizeOptions) -> tuple[
     return batches[-measured:], calibration
 
 
+def _time_quantization(format: BaseFormat, params: GPT, calibration: list[Batch]) -> TimedBase:
+    begin = time.perf_counter()
+    quantized = quantize_to(format, params, calibration)
+    return TimedBase(quantized, time.perf_counter() - begin)
+
+
 def _compare(
-    params: GPT, measured: list[Batch], calibration: list[Batch], to: BaseFormat | None
-) -> tuple[dict[str, FormatResult], GPT | None]:
-    """The rows of the table, and the base in the format that is to be chosen."""
-    chosen: GPT | None = None
+    params: GPT, measured: list[Batch], calibration: list[Batch], chosen: dict[str, TimedBase]
+) -> dict[str, FormatResult]:
+    """The rows of the table; the base in a chosen format is not quantized again."""
     with show_progress("measuring the full base"):
         full = measure_base(params, measured)
     results = {FULL: FormatResult(nbytes(params), 0.0, quantization_cost(full, full))}
     for format in get_args(BaseFormat):
         with show_progress(f"measuring {format}"):
-            begin = time.perf_counter()
             try:
-                quantized = quantize_to(format, params, calibration)
+                quantized, seconds = chosen.get(format) or _time_quantization(format, params, calibration)
             except InputError as err:
                 console.print(f"{format} is left out: {err}", markup=False, soft_wrap=True)
                 continue
-            seconds = time.perf_counter() - begin
             cost = quantization_cost(full, measure_base(quantized, measured))
             results[format] = FormatResult(nbytes(quantized), seconds, cost)
-            chosen = quantized if format == to else chosen
-    return results, chosen
+    return results

@@ -79,6 +79,15 @@ def test_too_little_text_for_gptq_leaves_out_its_row(text: Path, capsys: pytest.
     assert "recommended:" in printed
 
 
+def test_too_little_text_for_the_chosen_gptq_is_known_before_the_comparison(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text.write_text(text.read_text()[:2000])
+    monkeypatch.setattr(quantize_command, "measure_base", None)
+    with pytest.raises(fgpt.InputError, match="give batches with at least as many positions"):
+        run(QuantizeOptions("nano", text, "gptq-nf4", tmp_path / "small", max_seq_len=48))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,3 +106,19 @@ def test_wrong_options_are_one_line(options: dict[str, Any], message: str, tmp_p
     places = {"TEXT": short, "FOLDER": tmp_path}
     with pytest.raises(fgpt.InputError, match=message):
         run(QuantizeOptions("nano", **{k: places.get(v, v) if isinstance(v, str) else v for k, v in options.items()}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p: fgpt.with_classification_head(p, 3, fgpt.key(0)),
+            "is a classifier of 3 classes: expected a languag",
+        ),
+        (lambda p: fgpt.quantize(p, "nf4"), "is quantized already: give the full base"),
+    ],
+)
+def test_a_base_that_is_no_full_language_model_is_named(change: Any, message: str, text: Path, tmp_path: Path):
+    fgpt.save(change(fgpt.load("nano")), tmp_path / "base", like="nano")
+    with pytest.raises(fgpt.InputError, match=message):
+        run(QuantizeOptions(str(tmp_path / "base"), text, max_seq_len=48))
