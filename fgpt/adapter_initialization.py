@@ -331,7 +331,7 @@ def eva(
     shares: dict[str, Tensor] = {}
     decompositions: dict[int, SingularVectors] = {}  # layers of one input share their moments
     for path, m in input_moments(params, batches, target).items():
-        most = min(round(rho * rank), len(m.total))
+        most = round(min(rho * rank, len(m.total)))
         if m.num_positions < most:
             raise InputError(f"{m.num_positions} positions of text have no {most} directions: give more batches")
         if id(m.total) not in decompositions:

@@ -109,7 +109,7 @@ def quantize_gptq(
     >>> change(frozen) < 0.8 * change(fgpt.quantize(params))
     True
     """
-    if damping <= 0:
+    if not damping > 0:
         raise InputError(f"damping is {damping:g}: expected a positive fraction, such as 0.01")
     matrices = weight_matrices(params)
     paths = select(matrices, target)

@@ -79,6 +79,12 @@ def test_over_a_quantized_base_and_trained() -> None:
         np.testing.assert_allclose((x.a @ exact[path].a.T).abs(), torch.eye(len(x.a)), atol=1e-3)
 
 
+def test_no_bound_of_a_rank_is_an_infinite_rho() -> None:
+    unbounded = fgpt.eva(tiny(), [BATCH], rank=2, target=r".*\.up", rho=float("inf"))[1]
+    bounded = fgpt.eva(tiny(), [BATCH], rank=2, target=r".*\.up", rho=8.0)[1]  # the layers have 16 inputs
+    assert same(unbounded, bounded)
+
+
 def test_errors() -> None:
     params = tiny()
     with pytest.raises(fgpt.InputError, match=r"rho is 0.5: expected 1 or more"):
