@@ -344,6 +344,10 @@ def _as_leaves(params: Any, vector: TaskVector, rank: int | None) -> Adapters:
                 f"the combination at {path} is no LoRA, and the base is quantized there: give a rank, or combine over "
                 f"the base before quantization, {list(shape(base))}"
             )
+        elif not isinstance(base, Tensor):
+            raise InputError(
+                f"the combination at {path} is no LoRA, and the base is {type(base).__name__} there: give a rank"
+            )
         else:
             result[path] = base.float() + change
     return result

@@ -1,5 +1,6 @@
 """VeRA: two vectors for each layer, beside PEFT's, over any base."""
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -125,3 +126,19 @@ def test_wrong_uses_are_one_line() -> None:
         fgpt.adapt(other, adapters)
     with pytest.raises(fgpt.InputError, match="rank is 0: expected 1 or more"):
         fgpt.vera(base, fgpt.key(0), rank=0)
+
+
+def test_what_is_no_lora_is_combined_over_its_base_alone_by_a_rank() -> None:
+    params, adapters = fgpt.vera(tiny(), fgpt.key(0), rank=4)
+    sets = [with_noise(adapters), adapters]
+    with pytest.raises(fgpt.InputError, match=r"is no LoRA, and the base is Adapted there: give a rank"):
+        fgpt.combine(params, sets, weights=[1, -1])
+    combined = fgpt.combine(params, sets, weights=[1, -1], rank=4)
+    logits = fgpt.functional_call(fgpt.apply, (params, combined), TEXT)
+    close(logits, fgpt.functional_call(fgpt.apply, (params, sets[0]), TEXT), 1e-4)
+
+
+def test_no_file_of_pefts_is_written(tmp_path: Path) -> None:
+    params, adapters = fgpt.vera(tiny(), fgpt.key(0), rank=4)
+    with pytest.raises(fgpt.InputError, match="no file of PEFT's is written for VeRA: save_adapters"):
+        fgpt.save_peft(adapters, params, tmp_path, base="tiny")

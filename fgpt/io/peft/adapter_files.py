@@ -132,6 +132,9 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
     tuned = {path: x for path, x in adapters.items() if isinstance(x, Tensor)}
     parts = _by_module({path: x for path, x in adapters.items() if path not in tuned}, known)
     kinds = {type(x) for path, x in adapters.items() if path not in tuned}
+    if others := kinds - {LoRA, DoRA, IA3}:
+        names = ", ".join(sorted(c.__name__ for c in others))
+        raise InputError(f"no file of PEFT's is written for {names}: save_adapters(adapters, path) keeps it")
     beside_tokens = kinds <= {LoRA, DoRA} and bool(kinds) == bool(adapters)
     if len(kinds) > 1 or not (adapters or tokens) or (tokens and not beside_tokens):
         others = kinds | ({TrainableTokens} if tokens else set()) | ({Tensor} if tokens and tuned else set())
