@@ -96,7 +96,7 @@ def quantize_gptq(
 
     Raises:
         InputError: as `fgpt.quantize` does; for a layer outside the blocks; if the texts have fewer positions than a
-            layer has inputs; unless damping is positive.
+            layer has inputs; unless damping is positive and `sweeps` 0 or more.
 
     Source: Frantar et al. 2022 (GPTQ), section 3; the module's docstring has the equations.
 
@@ -111,6 +111,8 @@ def quantize_gptq(
     """
     if not damping > 0:
         raise InputError(f"damping is {damping:g}: expected a positive fraction, such as 0.01")
+    if sweeps < 0:
+        raise InputError(f"sweeps is {sweeps}: expected 0 or more")
     matrices = weight_matrices(params)
     paths = select(matrices, target)
     formats = {path: _first_row(path, matrices[path], format, double_quant, rotate) for path in paths}

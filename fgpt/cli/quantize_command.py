@@ -82,7 +82,7 @@ class TimedBase(NamedTuple):
 
 
 def run(options: QuantizeOptions) -> Path | None:
-    """Print the table, and write the folder. Returns it, or None if nothing is chosen.
+    """Print the table, and write the folder. Returns it, or None if nothing is written.
 
     Raises InputError for bad input, before anything slow begins where that can be known.
     """
@@ -176,6 +176,8 @@ def _check(options: QuantizeOptions) -> Path | None:
     if options.to is None:
         if options.out is not None:
             raise InputError(f"--out {options.out} has nothing to write: give --to {'|'.join(get_args(BaseFormat))}")
+        if options.layout != "fgpt":
+            raise InputError(f"--layout {options.layout} is of a folder that is written: give --to FORMAT too")
         return None
     if options.layout == "bitsandbytes" and options.to in ("rotated-int8", "blockwise8"):
         raise InputError(f"bitsandbytes' files hold no {options.to}: expected int8, nf4 or gptq-nf4")

@@ -95,6 +95,10 @@ def test_too_little_text_for_the_chosen_gptq_is_known_before_the_comparison(
         ({"to": "gptq-nf4"}, "gptq-nf4 is calibrated on text: give --text FILE"),
         ({"text": "TEXT", "out": Path("x")}, r"--out x has nothing to write: give --to int8\|rotated-int8"),
         ({"to": "nf4", "out": "FOLDER"}, "exists: give another --out, or remove it"),
+        (
+            {"text": "TEXT", "layout": "bitsandbytes"},
+            "--layout bitsandbytes is of a folder that is written: give --to",
+        ),
         ({"to": "rotated-int8", "layout": "bitsandbytes"}, "bitsandbytes' files hold no rotated-int8: expected int8"),
         ({"text": "TEXT", "max_seq_len": 5000}, "tokens: expected two windows of 513 at least; give a longer text"),
         ({"text": Path("missing.txt")}, "missing.txt"),

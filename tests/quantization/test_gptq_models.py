@@ -186,6 +186,7 @@ def test_derivatives_are_those_over_its_numbers():
             "calibration on 0 positions of text, but blocks.0.mlp.down has 128 inp",
         ),
         (lambda: fgpt.quantize_gptq(tiny(d_model=64, d_mlp=512), BATCHES), "on 432 positions .* has 512 inputs: give"),
+        (lambda: fgpt.quantize_gptq(PLAIN, BATCHES, sweeps=-1), "sweeps is -1: expected 0 or more"),
         (lambda: fgpt.quantize_gptq(PLAIN, BATCHES, damping=0.0), "damping is 0: expected a positive fraction"),
         (lambda: fgpt.quantize_gptq(PLAIN, BATCHES, damping=float("nan")), "damping is nan: expected a positive"),
         (lambda: fgpt.quantize_gptq(NF4, BATCHES), r"blocks\.0\.attn\.q is Blockwise4bit already: quantize a plain"),
