@@ -35,7 +35,8 @@ def quantize(
         double_quant: Quantize the scales of nf4 and fp4 to 8 bits too: 0.516 bytes for each element.
         rotate: Quantize W R in place of W, and give it x R in place of x, with R a Hadamard rotation by blocks of 64
             elements, or of the largest power of two that divides a row: outliers are spread over their block. With int8
-            the loss of SmolLM2-135M grows by 0.1 % in place of 1, at a tenth more time. nf4 gains nothing from it.
+            the loss of SmolLM2-135M grows by 0.1 to 0.2 % in place of 0.9 to 1.4, and a LoRA step takes 1.07 of its
+            time. nf4 gains nothing from it.
         target: A regular expression; layers whose whole path matches it are quantized.
 
     Raises:
