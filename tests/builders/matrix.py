@@ -8,7 +8,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from scipy.linalg import hadamard
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, hessian, jvp, linearize, vmap
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 import fgpt
 from builders import stack_trees, tiny, tokens, with_noise
+from builders.quantized import signs
 from fgpt.kernels import attention, mapped_linear, quantized_linear
 from fgpt.kernels.dropout import dropout_mask
 from fgpt.kernels.quantized_linear import QUANTIZED, Rotated, RowwiseInt8
@@ -315,7 +315,7 @@ def reference_over(frozen: fgpt.GPT, mistake: Mistake = "") -> Loss:
 
 def rotate(x: Tensor) -> Tensor:
     """By blocks of 64, as d_model and d_mlp are multiples of it."""
-    return (x.unflatten(-1, (-1, 64)) @ (torch.tensor(hadamard(64)).float() / 8)).flatten(-2)
+    return (x.unflatten(-1, (-1, 64)) @ (signs(64) / 8)).flatten(-2)
 
 
 def round_to_int8(x: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders.quantized import FORMATS, normal_matrix
+from builders.quantized import FORMATS, normal_matrix, signs
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.linalg import hadamard
 from torch import Tensor
 
 from fgpt import gptq
@@ -193,7 +192,7 @@ def test_every_format_is_closer_by_its_inputs_than_rounding_is(format: Any):
 def test_a_rotated_matrix_is_chosen_by_the_moments_of_its_rotated_input(format: Any):
     """As the plain matrix W R is by the moments of x R, computed apart; and so that it is closer to W by those of x."""
     w, x = normal_matrix(24, 128), normal_matrix(600, 128, seed=1) @ normal_matrix(128, 128, seed=2)
-    r = torch.block_diag(*2 * [torch.tensor(hadamard(64)) / 8.0]).float()
+    r = torch.block_diag(*2 * [signs(64) / 8])
     drift = 0.01 * normal_matrix(128, 128, seed=3)
     first_row = quantize_matrix((w @ r)[:1], format)
     moments = Moments(with_damping(x.T @ x, 0.01), drift)
