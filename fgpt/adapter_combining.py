@@ -14,7 +14,7 @@ other libraries take, are not averages of B·A, and of a DoRA they mean nothing.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, own_head
 from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import QUANTIZED
-from fgpt.rng import fold_in
+from fgpt.rng import fold_in, key
 from fgpt.tree import children, get_at
 from fgpt.weights import Adapted, dense, shape
 
@@ -171,17 +171,55 @@ def truncate_rank(x: LoRA, rank: int) -> LoRA:
     return LoRA(a, b, float(len(a)))
 
 
-def nearest_lora(change: Float[Tensor, "out in"], rank: int) -> LoRA:
-    """The LoRA of a rank whose s·B·A is nearest to a matrix, in the Frobenius norm.
+def nearest_lora(
+    change: Float[Tensor, "out in"],
+    rank: int,
+    alpha: float | None = None,
+    rs: bool = False,
+    *,
+    svd_iterations: int | None = None,
+) -> LoRA:
+    """The LoRA of a rank whose s·B·A is nearest to a matrix, in the Frobenius norm; A and B share its singular values.
+
+    Args:
+        change: The matrix.
+        rank: The most rows of A.
+        alpha: The strength, as in `lora`; None is the rank, so s = 1 if not `rs`.
+        rs: Rank-stabilized scaling, as in `lora`.
+        svd_iterations: As of `top_singular`.
 
     >>> x = nearest_lora(torch.diag(torch.tensor([3.0, 2.0])), 1)
     >>> (x.scale * x.b @ x.a).round(decimals=4).abs()
     tensor([[3., 0.],
             [0., 0.]])
     """
-    u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    root = s[:rank].sqrt()
-    return LoRA(root[:, None] * vh[:rank], u[:, :rank] * root, float(len(root)))
+    u, values, vh = top_singular(change, rank, svd_iterations)
+    unscaled = LoRA(vh, u, float(len(values)) if alpha is None else alpha, rs)
+    root = (values / unscaled.scale).sqrt()
+    return replace(unscaled, a=root[:, None] * vh, b=u * root)
+
+
+class SingularVectors(NamedTuple):
+    """The largest components of a matrix W ≈ U diag(values) Vᵀ, in descending order."""
+
+    u: Float[Tensor, "out rank"]
+    values: Float[Tensor, " rank"]
+    vh: Float[Tensor, "rank in"]
+
+
+def top_singular(w: Float[Tensor, "out in"], rank: int, iterations: int | None = None) -> SingularVectors:
+    """The `rank` largest components of `w`: exactly, or by power iterations of a subspace of twice the rank."""
+    if iterations is None:
+        u, values, vh = torch.linalg.svd(w, full_matrices=False)
+    else:
+        columns = min(2 * rank, *w.shape)
+        start = torch.randn(w.shape[1], columns, generator=key(0), dtype=w.dtype).to(w.device)
+        q = torch.linalg.qr(w @ start).Q
+        for _ in range(iterations):
+            q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
+        u, values, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
+        u = q @ u
+    return SingularVectors(u[:, :rank], values[:rank], vh[:rank])
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -22,12 +22,13 @@ s·(B·A - B₀·A₀), their difference from the initial ones, which PEFT opens
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.adapter_combining import SingularVectors, nearest_lora, top_singular
 from fgpt.adapter_defaults import RANK, TARGET, default_alpha
 from fgpt.adapter_lora import LoRA, check_rank
 from fgpt.adapter_types import Adapters
@@ -39,7 +40,6 @@ from fgpt.layers import weight_matrices
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.quantization import quantize_weight
-from fgpt.rng import key
 from fgpt.tree import replace_at, select
 from fgpt.weights import Adapted, Weight, dense, shape
 
@@ -94,7 +94,7 @@ def pissa(
     strength = _strength(rank, alpha)
     adapters: Adapters = {}
     for path, w in _plain_matrices(params, target, rank).items():
-        adapters[path] = _nearest_lora(at_least_fp32(w), rank, strength, rs, svd_iterations)
+        adapters[path] = nearest_lora(at_least_fp32(w), rank, strength, rs, svd_iterations=svd_iterations)
     return _subtract(params, adapters), adapters
 
 
@@ -201,7 +201,7 @@ def lora_ga(
     grads: Any = torch.func.grad(loss_of_matrices)({f"{path}.w": w for path, w in matrices.items()})
     adapters: Adapters = {}
     for path, w in matrices.items():
-        u, _, vh = _top_singular(at_least_fp32(grads[f"{path}.w"]), 2 * rank, svd_iterations)
+        u, _, vh = top_singular(at_least_fp32(grads[f"{path}.w"]), 2 * rank, svd_iterations)
         c = w.shape[0] ** 0.25 / gamma**0.5
         adapters[path] = LoRA(c * vh[:rank], c * u[:, rank:], strength, rs)
     return _subtract(params, adapters), adapters
@@ -266,7 +266,7 @@ def loftq(
         for _ in range(iterations):
             base = quantize_weight(path, (exact - update).to(w.dtype), format, double_quant)
             residual = exact - dequantize(base, exact.dtype)
-            x = _nearest_lora(residual, rank, strength, rs, svd_iterations)
+            x = nearest_lora(residual, rank, strength, rs, svd_iterations=svd_iterations)
             update = x.scale * x.b @ x.a
             distance = float((residual - update).norm())
             if distance < least:
@@ -335,7 +335,7 @@ def eva(
         if m.num_positions < most:
             raise InputError(f"{m.num_positions} positions of text have no {most} directions: give more batches")
         if id(m.total) not in decompositions:
-            decompositions[id(m.total)] = _top_singular(m.total, most, svd_iterations)
+            decompositions[id(m.total)] = top_singular(m.total, most, svd_iterations)
         _, values, vh = decompositions[id(m.total)]
         out = shape(weights[path])[0]
         directions[path], shares[path] = vh[:out], values[:out] / m.total.trace()
@@ -395,7 +395,7 @@ def lora_xs(
     weights: dict[str, Adapted] = {}
     adapters: Adapters = {}
     for path, w in _select(params, target, rank).items():
-        u, values, vh = _top_singular(at_least_fp32(dense(w)), rank, svd_iterations)
+        u, values, vh = top_singular(at_least_fp32(dense(w)), rank, svd_iterations)
         x, mid = LoRA(values[:, None] * vh, u.clone(), strength, rs), values.new_zeros(rank, rank)
         weights[f"{path}.w"] = Adapted(w, x.a, x.b, mid=mid, scale=x.scale)
         adapters[f"{path}.w.mid"] = mid
@@ -448,36 +448,3 @@ def _subtract(params: T, adapters: Adapters) -> T:
         assert isinstance(x, LoRA)
         new[f"{path}.w"] = (at_least_fp32(w) - x.scale * x.b @ x.a).to(w.dtype)
     return replace_at(params, new)
-
-
-def _nearest_lora(
-    change: Float[Tensor, "out in"], rank: int, alpha: float, rs: bool, svd_iterations: int | None
-) -> LoRA:
-    """The LoRA whose s·B·A is nearest to a matrix, with the singular values shared by A and B."""
-    u, values, vh = _top_singular(change, rank, svd_iterations)
-    unscaled = LoRA(vh, u, alpha, rs)
-    root = (values / unscaled.scale).sqrt()
-    return LoRA(root[:, None] * vh, u * root, alpha, rs)
-
-
-class SingularVectors(NamedTuple):
-    """The largest components of a matrix W ≈ U diag(values) Vᵀ, in descending order."""
-
-    u: Float[Tensor, "out rank"]
-    values: Float[Tensor, " rank"]
-    vh: Float[Tensor, "rank in"]
-
-
-def _top_singular(w: Float[Tensor, "out in"], rank: int, iterations: int | None) -> SingularVectors:
-    """The `rank` largest components of `w`: exactly, or by power iterations of a subspace of twice the rank."""
-    if iterations is None:
-        u, values, vh = torch.linalg.svd(w, full_matrices=False)
-    else:
-        columns = min(2 * rank, *w.shape)
-        start = torch.randn(w.shape[1], columns, generator=key(0), dtype=w.dtype).to(w.device)
-        q = torch.linalg.qr(w @ start).Q
-        for _ in range(iterations):
-            q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
-        u, values, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
-        u = q @ u
-    return SingularVectors(u[:, :rank], values[:rank], vh[:rank])
