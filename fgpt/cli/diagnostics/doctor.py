@@ -10,7 +10,7 @@ from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.classification_head import num_classes
 from fgpt.cli import tasks
-from fgpt.cli.console import console, progress, show_progress
+from fgpt.cli.console import console, progress
 from fgpt.cli.diagnostics.replay import texts_of
 from fgpt.cli.training import format_cost
 from fgpt.cli.training.job import TrainingJob
@@ -34,7 +34,9 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     batch = slice_batch(batch, slice(NUM_ROWS))
     console.print(describe_machine(base, batch))
     if isinstance(recipe, FineTuningRecipe) and recipe.quantize is not None and num_classes(base) is None:
-        console.print(_format_cost(recipe, base, batch), soft_wrap=True)
+        cost = format_cost.measure_cost(recipe, base, batch)
+        if cost is not None:
+            console.print(f"{format_cost.describe_cost(recipe.quantize, cost)}, on these rows", soft_wrap=True)
     compiles_blocks = isinstance(recipe, FineTuningRecipe) and recipe.compile
     if isinstance(recipe, PretrainingRecipe) and recipe.compile:
         console.print("the checks compute gradients uncompiled; --no-compile trains with the same programs")
@@ -46,15 +48,6 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
             f"{recipe.name}: {', '.join(broken)}: broken on this machine, see the table; do not trust what it trains"
         )
     return results
-
-
-def _format_cost(recipe: FineTuningRecipe, base: GPT, batch: Batch) -> str:
-    """What the format of the base costs on these rows."""
-    if not format_cost.fits(base):
-        return f"what {recipe.quantize} costs is not measured: the full base does not fit beside it"
-    with show_progress(f"measuring what {recipe.quantize} costs"):
-        cost = format_cost.measure_cost(recipe, base, batch)
-    return f"{format_cost.describe_cost(recipe.quantize or '', cost)}, on these rows"
 
 
 def first_step_inputs(job: TrainingJob) -> tuple[GPT, Adapters, Batch]:

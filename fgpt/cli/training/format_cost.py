@@ -55,15 +55,16 @@ def describe_cost(format: str, cost: QuantizationCost) -> str:
     )
 
 
-def fits(base: GPT) -> bool:
-    """Whether the full base of a quantized one fits into memory beside it."""
-    return num_parameters(base) * dtype(base.wte.w).itemsize < SHARE * free_memory(device(base))
-
-
-def measure_cost(recipe: FineTuningRecipe, base: GPT, batch: Batch) -> QuantizationCost:
-    """The cost of the recipe's format, beside the full base, which is loaded for it."""
-    quantized = measure_base(base, [batch])
-    return quantization_cost(measure_base(load_base(replace(recipe, quantize=None)), [batch]), quantized)
+def measure_cost(recipe: FineTuningRecipe, base: GPT, batch: Batch) -> QuantizationCost | None:
+    """The cost of the recipe's format, beside the full base, which is loaded for it; None if that does not fit into
+    memory beside `base`, which is printed.
+    """
+    if num_parameters(base) * dtype(base.wte.w).itemsize >= SHARE * free_memory(device(base)):
+        console.print(f"what {recipe.quantize} costs is not measured: the full base does not fit beside it")
+        return None
+    with show_progress(f"measuring what {recipe.quantize} costs"):
+        quantized = measure_base(base, [batch])
+        return quantization_cost(measure_base(load_base(replace(recipe, quantize=None)), [batch]), quantized)
 
 
 def _first_tokens(examples: Iterable[Example], count: int) -> Iterator[Example]:
@@ -83,16 +84,13 @@ def _cached_cost(recipe: FineTuningRecipe, base: GPT, texts: Sequence[Example]) 
     if (cost := _read(folder / FILE)) is not None:
         note_use(folder)
         return cost
-    if not texts or not fits(base):
-        console.print(
-            f"what {recipe.quantize} costs is not measured: the full base does not fit beside it"
-            if texts
-            else f"what {recipe.quantize} costs is not measured: there is no text"
-        )
+    if not texts:
+        console.print(f"what {recipe.quantize} costs is not measured: there is no text")
         return None
     batch = tree_map(lambda x: x.to(device(base)), collate([[text] for text in texts]))
-    with show_progress(f"measuring what {recipe.quantize} costs"):
-        cost = measure_cost(recipe, base, batch)
+    cost = measure_cost(recipe, base, batch)
+    if cost is None:
+        return None
     try:
         with lock(folder):
             write_json(folder / FILE, cost._asdict())
