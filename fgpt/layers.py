@@ -24,6 +24,11 @@ def weight_matrices(params: Any) -> dict[str, Weight]:
     return {path: layer.w for path, layer in adaptable_layers(params).items()}
 
 
+def has_quantized(tree: Any) -> bool:
+    """Whether a part of `tree` is a quantized matrix."""
+    return any(isinstance(x, QUANTIZED) for _, x in walk(tree))
+
+
 def num_parameters(params: Any) -> int:
     """The number of parameters of a model: of a quantized matrix out times in, however many bytes hold it."""
     if isinstance(params, Tensor):

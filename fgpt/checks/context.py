@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, merge
-from fgpt.kernels.quantized_linear import QUANTIZED, RowwiseInt8
+from fgpt.kernels.quantized_linear import RowwiseInt8
+from fgpt.layers import has_quantized
 from fgpt.losses import Batch, nll, text_positions
 from fgpt.model import GPT, hidden, logits
 from fgpt.optim import Optimizer, adamw
@@ -114,7 +115,7 @@ class Context:
 
     @cached_property
     def is_quantized(self) -> bool:
-        return any(isinstance(x, QUANTIZED) for _, x in walk(self.params))
+        return has_quantized(self.params)
 
     @cached_property
     def has_int8(self) -> bool:

@@ -24,8 +24,7 @@ from fgpt.evaluation.quantization_cost import QuantizationCost, measure_base, qu
 from fgpt.gptq import quantize_gptq
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, read_text, write_json
-from fgpt.kernels.quantized_linear import QUANTIZED
-from fgpt.layers import weight_matrices
+from fgpt.layers import has_quantized
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.quantization import quantize
@@ -93,7 +92,7 @@ def run(options: QuantizeOptions) -> Path | None:
         params = models.load(options.base, resolve_dtype(options.dtype, device), device=device)
     if (classes := num_classes(params)) is not None:
         raise InputError(f"{options.base} is a classifier of {classes} classes: expected a language model")
-    if any(isinstance(w, QUANTIZED) for w in weight_matrices(params).values()):
+    if has_quantized(params):
         raise InputError(f"{options.base} is quantized already: give the full base")
     measured, calibration = list[Batch](), list[Batch]()
     if options.text is not None:

@@ -16,12 +16,11 @@ from torch import Tensor
 from fgpt.classification_head import num_classes
 from fgpt.errors import InputError
 from fgpt.families.mapping import Place
-from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.layers import has_quantized
 from fgpt.model import GPT, Embedding, Linear
 from fgpt.tokenizers.chat_template import TOKENIZER_CONFIG
 from fgpt.tokenizers.huggingface import TOKENIZER_JSON
 from fgpt.tokenizers.special_tokens import SPECIAL_TOKENS_MAP, token_content
-from fgpt.tree import walk
 
 PAD = "<|pad|>"
 Files = Mapping[str, bytes | str]
@@ -47,7 +46,7 @@ def to_hf_classifier(
 
     Raises InputError for a classifier over quantized weights, or labels that are not one for each class.
     """
-    if any(isinstance(x, QUANTIZED) for _, x in walk(params)):
+    if has_quantized(params):
         raise InputError('a classifier over quantized weights has no such format: merge(params, base="dequantized")')
     more = _labels(config, num_classes(params) or 0, labels)
     if TOKENIZER_JSON not in files:

@@ -35,8 +35,8 @@ from fgpt.io.bitsandbytes import collect_quantized, to_bitsandbytes
 from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
-from fgpt.kernels.quantized_linear import QUANTIZED, Format, Rotated
-from fgpt.layers import weight_matrices
+from fgpt.kernels.quantized_linear import Format, ScaledCodes
+from fgpt.layers import has_quantized, weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
 from fgpt.tokenizers import tokenizer_files
@@ -337,9 +337,7 @@ def _read_tree(folder: Path, cfg: Config) -> GPT:
 
 def _cast(params: GPT, dtype: torch.dtype) -> GPT:
     quantized_leaves = {
-        path: dataclasses.replace(x, dtype=dtype)
-        for path, x in walk(params)
-        if isinstance(x, QUANTIZED) and not isinstance(x, Rotated)
+        path: dataclasses.replace(x, dtype=dtype) for path, x in walk(params) if isinstance(x, ScaledCodes)
     }
     # of a weight and its quantized scales, `replace_at` takes the weight: scales stay fp32
     return astype(replace_at(params, quantized_leaves), dtype)
@@ -388,7 +386,7 @@ def save(
         write_tensors(folder / WEIGHTS, tensors)
         write_json(folder / CONFIG, config | {"quantization_config": quantization})
         (folder / TREE).unlink(missing_ok=True)
-    elif any(isinstance(x, QUANTIZED) for _, x in walk(params)):
+    elif has_quantized(params):
         write_tree(folder / TREE, params)
         write_json(folder / CONFIG, config | {"quantization_config": {"quant_method": "fgpt"}})
         (folder / WEIGHTS).unlink(missing_ok=True)

@@ -35,9 +35,10 @@ from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.hadamard import MAX_BLOCK, MIN_BLOCK
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
+from fgpt.layers import has_quantized
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.model.config import BIASES
-from fgpt.tree import device, leaves, tree_map, walk
+from fgpt.tree import device, leaves, tree_map
 
 PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
 NODES: dict[str, type] = {cls.__name__: cls for cls in (*PARAMS, LoRA, DoRA, IA3, TrainableTokens, VeRA)}
@@ -140,7 +141,7 @@ def read_tree(path: Path) -> Any:
         raise InputError(f"{path}: its structure is not valid JSON: {err}") from None
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in the structure ({len(tensors)} in all)")
-    if any(isinstance(x, QUANTIZED) for _, x in walk(tree)):
+    if has_quantized(tree):
         register()
     return tree
 
