@@ -41,6 +41,17 @@ def step_loss(adapters: Any, params: Any, batch: fgpt.Batch, rng: Tensor | None)
     return fgpt.nll(fgpt.adapt(params, adapters, rng=rng), batch)
 
 
+def three_steps(params: Any, adapters: Any, batch: fgpt.Batch) -> tuple[Any, list[float]]:
+    """What is trained after three steps of AdamW, and the loss before each."""
+    optimizer = fgpt.adamw(1e-2)
+    step = fgpt.make_step(step_loss, optimizer)
+    state, losses = fgpt.init_state(adapters, optimizer), []
+    for _ in range(3):
+        state, metrics = step(state, params, [batch], None)
+        losses.append(float(metrics.loss))
+    return state.trainable, losses
+
+
 def assert_near(got: Tensor, expected: Tensor, rel: float = 1e-5) -> None:
     """Close, as a part of the largest number: what fp32 can promise of a sum that cancels."""
     close(got.double(), expected.double(), rel * expected.abs().max().item())
