@@ -21,7 +21,7 @@ from fgpt.adapter_vera import VeRA, vera
 from fgpt.adapters import adapt, functional_call, merge, num_trainable, trainable_leaves
 from fgpt.checks import CheckResult, run_checks
 from fgpt.classification_head import with_classification_head
-from fgpt.distributed import data_parallel_step
+from fgpt.distributed import World, world
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
@@ -91,6 +91,7 @@ __all__ = [
     "Tap",
     "TrainableTokens",
     "VeRA",
+    "World",
     "adamw",
     "adamw8bit",
     "adapt",
@@ -100,7 +101,6 @@ __all__ = [
     "beam_search",
     "combine",
     "compare_outputs",
-    "data_parallel_step",
     "dense",
     "dora",
     "embed",
@@ -166,4 +166,5 @@ __all__ = [
     "with_classification_head",
     "with_ema",
     "with_swa",
+    "world",
 ]

@@ -5,28 +5,27 @@
 Micro-batch i of an update belongs to rank i mod N, and its seed to its number, so N processes take the step of one
 process with all micro-batches, up to the order of summation. Every rank holds the whole state, and ends with the same.
 
+    step = make_step(loss, optimizer, world=world())
     torchrun --nproc-per-node 2 train.py        with init_process_group("gloo") on CPUs, "nccl" on GPUs
 
 Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", section 2.2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fgpt.kernels.precision import at_least_fp32
-from fgpt.optim import Optimizer
-from fgpt.train_step import Gradient, Key, Loss, Metrics, Seeds, State, Step, make_step, micro_batch_seeds
-from fgpt.tree import device, tree_leaves, unflatten_like
+from fgpt.tree import tree_leaves, tree_map, unflatten_like
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class World(NamedTuple):
-    """The processes that train together.
+    """The processes that compute together.
 
     Args:
         rank: The number of this one, from 0.
@@ -44,14 +43,18 @@ class World(NamedTuple):
         return list(items[self.rank :: self.size])
 
 
+ALONE = World(0, 1)
+"""A process by itself."""
+
+
 def world() -> World:
-    """The default process group of torch.distributed; a process by itself if none was initialized.
+    """The default process group of torch.distributed; `ALONE` if none was initialized.
 
     >>> world()
     World(rank=0, size=1)
     """
     if not dist.is_available() or not dist.is_initialized():
-        return World(0, 1)
+        return ALONE
     return World(dist.get_rank(), dist.get_world_size())
 
 
@@ -64,53 +67,73 @@ def sum_over_ranks(tree: T) -> T:
     if world().size == 1:
         return tree
     parts: list[Tensor] = tree_leaves(tree)
-    flat = torch.cat([at_least_fp32(x).flatten() for x in parts])
+    flat = torch.cat([x.to(torch.promote_types(x.dtype, torch.float32)).flatten() for x in parts])
     dist.all_reduce(flat)
     sums = [x.view_as(part).to(part.dtype) for x, part in zip(flat.split([x.numel() for x in parts]), parts)]
     return unflatten_like(tree, sums)
 
 
-def data_parallel_step(
-    loss: Loss,
-    optimizer: Optimizer,
-    *,
-    max_norm: float | None = 1.0,
-    prepare: Callable[[Any, Any], Any] | None = None,
-    gradient: Gradient | None = None,
-) -> Step:
-    """`make_step` over the processes of torch.distributed: each rank is given all micro-batches of the update, and
-    computes the gradients of its own.
+def from_first_rank(tree: T) -> T:
+    """The leaves that rank 0 has, on every rank; those of the others give only shapes and dtypes.
+
+    >>> from_first_rank({"w": torch.ones(2)})  # of a process by itself
+    {'w': tensor([1., 1.])}
+    """
+    if world().size == 1:
+        return tree
+
+    def received(x: Tensor) -> Tensor:
+        copy = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(copy, 0)
+        return copy
+
+    return tree_map(received, tree)
+
+
+def object_from_first_rank(value: T) -> T:
+    """What rank 0 gives, on every rank: anything that pickle takes.
+
+    >>> object_from_first_rank("runs/lora-nano")  # of a process by itself
+    'runs/lora-nano'
+    """
+    if world().size == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. All ranks ask at the same place of the program.
+
+    >>> any_rank(True)  # of a process by itself
+    True
+    """
+    if world().size == 1:
+        return flag
+    flags = torch.tensor(float(flag))  # on the CPU: nobody waits for a GPU
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def map_over_ranks(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """fn of each item, in order, on every rank; item i is computed by rank i mod N alone.
 
     Args:
-        loss: As of `make_step`.
-        optimizer: As of `make_step`.
-        max_norm: As of `make_step`: of the whole gradient.
-        prepare: As of `make_step`.
-        gradient: As of `make_step`.
+        fn: A function whose results pickle takes.
+        items: The same on all ranks.
 
-    Source: Li et al. 2020 (PyTorch Distributed), section 2.2.
-
-    >>> import fgpt
-    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
-    >>> params, optimizer = fgpt.init(config, fgpt.key(0)), fgpt.adamw(0.01)
-    >>> texts = [torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7]])]
-    >>> batches = [fgpt.Batch(x[:, :-1], x[:, 1:], torch.ones(x[:, 1:].shape)) for x in texts]
-    >>> def loss(adapters, params, batch, seed):
-    ...     return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
-    >>> state = fgpt.init_state(fgpt.lora(params, fgpt.key(1), rank=2), optimizer)
-    >>> state, metrics = data_parallel_step(loss, optimizer)(state, params, batches, fgpt.key(2))
-    >>> metrics.weight  # of the micro-batches of all ranks
-    tensor(5.)
+    >>> list(map_over_ranks(len, ["a", "bc"]))  # of a process by itself
+    [1, 2]
     """
-    step = make_step(loss, optimizer, max_norm=max_norm, prepare=prepare, gradient=gradient, reduce=sum_over_ranks)
-
-    def parallel_step(
-        state: State, frozen: Any, batches: Sequence[Any], rng: Key | Seeds | None = None
-    ) -> tuple[State, Metrics]:
-        here = world()
-        own_seeds: Any = None  # `make_step`'s step takes seeds in place of their key
-        if rng is not None:
-            own_seeds = tuple(here.share(micro_batch_seeds(rng, len(batches), device(state.trainable))))
-        return step(state, frozen, here.share(batches), own_seeds)
-
-    return parallel_step
+    here = world()
+    if here.size == 1:
+        yield from map(fn, items)
+        return
+    for first in range(0, len(items), here.size):
+        together = items[first : first + here.size]
+        own = [fn(item) for item in here.share(together)]
+        results: list[list[R]] = [[] for _ in range(here.size)]
+        dist.all_gather_object(results, own)
+        for result in results:
+            yield from result

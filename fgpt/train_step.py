@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
 
+from fgpt.distributed import ALONE, World, sum_over_ranks
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
@@ -71,8 +72,6 @@ Gradient: TypeAlias = Callable[[Loss, Tree, Tree, Any, Int[Tensor, ""] | None], 
 """(loss, trainable, frozen, batch, seed) -> (gradient, (Σ weight · nll, Σ weight)), sums over the batch."""
 Finish: TypeAlias = Callable[[Tree, Tensor, Int[Tensor, ""] | None], tuple[Tree, Tensor]]
 """(Σ gradient, Σ weight, seed) of a whole step -> (sum, divisor): what the optimizer gets is their quotient."""
-Reduce: TypeAlias = Callable[[tuple[Tree, Tensor, Tensor]], tuple[Tree, Tensor, Tensor]]
-"""(Σ gradient, Σ weight · nll, Σ weight) of this process -> those of all processes."""
 Key: TypeAlias = torch.Generator | Int[Tensor, ""]
 """A key or its seed."""
 Seeds: TypeAlias = tuple[Int[Tensor, ""], ...]
@@ -268,7 +267,7 @@ def make_step(
     prepare: Callable[[Tree, Tree], Tree] | None = None,
     gradient: Gradient | None = None,
     finish: Finish | None = None,
-    reduce: Reduce | None = None,
+    world: World = ALONE,
     compile: bool = False,
 ) -> Step:
     """`step(state, frozen, batches, rng) -> (state, metrics)`: one update from one or more micro-batches.
@@ -292,8 +291,9 @@ def make_step(
         finish: `finish(grads, weight, seed) -> (grads, divisor)` of the sums over all micro-batches, before they are
             divided and clipped, such as noise on them and another divisor than their weight: see
             `fgpt.transforms.privacy`.
-        reduce: From the sums of this process's micro-batches, of which there may then be none, to those of all
-            processes: see `fgpt.distributed`.
+        world: The processes that share the step, `fgpt.world()`. Each is given all micro-batches of the update,
+            computes the gradients of its own, of which there may be none, and ends with the same state: see
+            `fgpt.distributed`.
         compile: Compile the gradient whole, for micro-batches of one shape (needs a C++ compiler). Each other shape
             compiles it again: where shapes vary, let `loss` compile the blocks instead, by `nll(.., compile=True)`.
             Under vmap and derivatives of the step it has no effect, and a warning says so, as it does if torch cannot
@@ -343,16 +343,17 @@ def make_step(
         if prepare is not None:
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
-        if reduce is not None and not batches:
-            grads, value, weight = _no_sums(state.trainable)
+        own = world.share([*zip(batches, seeds, strict=True)])
+        if own:
+            grads, (value, weight) = compute(loss, state.trainable, frozen, *own[0])
         else:
-            grads, (value, weight) = compute(loss, state.trainable, frozen, batches[0], seeds[0])
-        for batch, seed in zip(batches[1:], seeds[1:], strict=True):
+            grads, value, weight = _no_sums(state.trainable)
+        for batch, seed in own[1:]:
             more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
-        if reduce is not None:
-            grads, value, weight = reduce((grads, value, weight))
+        if world.size > 1:
+            grads, value, weight = sum_over_ranks((grads, value, weight))
         # A batch that has lost all its rows changes nothing.
         divisor = weight_or_one = torch.where(weight == 0, 1, weight)
         if finish is not None:

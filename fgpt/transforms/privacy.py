@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fgpt.distributed import ALONE, World
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.dropout import normal_noise
@@ -58,6 +59,7 @@ def private_step(
     mechanism: GaussianMechanism,
     *,
     prepare: Callable[[Tree, Tree], Tree] | None = None,
+    world: World = ALONE,
 ) -> Step:
     """The step of `make_step` by clipped gradients of rows, and noise on their sum.
 
@@ -70,6 +72,7 @@ def private_step(
         optimizer: Any one: what it does is arithmetic on what is private already.
         mechanism: The bound, the noise and the divisor.
         prepare: As in `make_step`.
+        world: As in `make_step`. The noise is of the whole sum, the same on all ranks.
 
     Raises:
         InputError: for numbers that are no mechanism; from the step without a key, which draws the noise, and for
@@ -110,7 +113,7 @@ def private_step(
         noisy = with_normal_noise(grads, mechanism.noise_multiplier * mechanism.max_norm, seed)
         return noisy, torch.full_like(weight, mechanism.lot_size)
 
-    step = make_step(loss, optimizer, max_norm=None, prepare=prepare, gradient=gradient, finish=finish)
+    step = make_step(loss, optimizer, max_norm=None, prepare=prepare, gradient=gradient, finish=finish, world=world)
     return lambda state, frozen, batches, rng=None: step(state, frozen, batches or [None], rng)
 
 

@@ -5,14 +5,13 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/da
 
 import json
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import fgpt
-from fgpt.distributed import world
+from fgpt.distributed import ALONE
 from fgpt.tree import leaves
 
 STEPS, MICRO_BATCHES = 20, 4
@@ -31,9 +30,9 @@ def loss(adapters: fgpt.Adapters, params: fgpt.GPT, batch: fgpt.Batch, seed: Ten
     return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
 
 
-def train(make: Any, params: fgpt.GPT, num_micro_batches: int) -> tuple[fgpt.State, list[float]]:
+def train(params: fgpt.GPT, num_micro_batches: int, world: fgpt.World = ALONE) -> tuple[fgpt.State, list[float]]:
     optimizer = fgpt.adamw(2e-3)
-    step = make(loss, optimizer)
+    step = fgpt.make_step(loss, optimizer, world=world)
     state = fgpt.init_state(fgpt.lora(params, fgpt.key(1), rank=4, dropout=0.1), optimizer)
     figures: list[float] = []
     for i in range(STEPS):
@@ -47,13 +46,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    here = world()
+    here = fgpt.world()
     report: dict[str, float] = {}
     base = fgpt.init(CONFIG, fgpt.key(0))
     for name, params in (("fp32", base), ("nf4", fgpt.quantize(base, "nf4"))):
         for count in (MICRO_BATCHES, 1):  # of one, all ranks but the first have none
-            together, figures = train(fgpt.data_parallel_step, params, count)
-            alone, expected = train(fgpt.make_step, params, count)
+            together, figures = train(params, count, here)
+            alone, expected = train(params, count)
             vectors = [torch.cat([x.flatten() for x in leaves(s.trainable).values()]) for s in (together, alone)]
             report[f"leaves, {name}, {count}"] = float((vectors[0] - vectors[1]).norm() / vectors[1].norm())
             worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(figures, expected, strict=True))

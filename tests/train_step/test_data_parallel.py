@@ -35,23 +35,24 @@ def test_shares_are_all_items_once() -> None:
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
-def test_a_rank_without_micro_batches_adds_nothing() -> None:
-    """Its step is that of the others: here, of sums that `reduce` gives it."""
+def test_a_rank_without_micro_batches_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is that of the others: here, of sums that it receives."""
     optimizer = fgpt.adamw(0.1)
     state = fgpt.init_state({"w": torch.ones(2)}, optimizer)
     sums = {"w": torch.tensor([3.0, -4.0])}, torch.tensor(6.0), torch.tensor(2.0)
-    received: list[object] = []
+    sent: list[object] = []
 
-    def reduce(own: tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]) -> object:
-        received.append(own)
+    def receive(own: object) -> object:
+        sent.append(own)
         return sums
 
     def loss(trainable: dict[str, torch.Tensor], *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         return (trainable["w"] * sums[0]["w"]).sum() + 7, torch.tensor(2.0)  # Σ weight · nll = 6 at w = 1
 
-    after, metrics = fgpt.make_step(loss, optimizer, reduce=reduce)(state, None, [])  # pyright: ignore[reportArgumentType]
     expected, of_one = fgpt.make_step(loss, optimizer)(state, None, [None])
-    close(received, [({"w": torch.zeros(2)}, torch.zeros(()), torch.zeros(()))], 0)
+    monkeypatch.setattr("fgpt.train_step.sum_over_ranks", receive)
+    after, metrics = fgpt.make_step(loss, optimizer, world=World(1, 2))(state, None, [None])
+    close(sent, [({"w": torch.zeros(2)}, torch.zeros(()), torch.zeros(()))], 0)
     close(after, expected, 0)
     close(metrics, of_one, 0)
 

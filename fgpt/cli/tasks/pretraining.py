@@ -23,6 +23,7 @@ from fgpt.cli.training.build import warn_if_all_warmup
 from fgpt.cli.training.job import InitialState, TrainingJob, fingerprint
 from fgpt.data.documents import read as read_documents
 from fgpt.data.examples import Example
+from fgpt.distributed import world
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import Perplexity, loglikelihood, windows
 from fgpt.generation.loop import generate
@@ -187,7 +188,10 @@ class PretrainingTask:
             decay = recipe.weight_decay if weight_decay is None else weight_decay
             optimizer = adamw(schedule, recipe.betas, weight_decay=decay)
             return make_step(
-                lambda trained, _, batch, __: nll(cast(trained, dtype), batch), optimizer, compile=recipe.compile
+                lambda trained, _, batch, __: nll(cast(trained, dtype), batch),
+                optimizer,
+                world=world(),
+                compile=recipe.compile,
             )
 
         source = "" if packaged else recipe.tokenizer

@@ -32,6 +32,7 @@ from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data import packing
 from fgpt.data.examples import Example, count_loss_tokens, example_lengths
 from fgpt.data.mixtures import Mixture
+from fgpt.distributed import world
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -319,8 +320,8 @@ def make_tuning_step(
         return frozen, dora_norms(frozen, tuned)
 
     if mechanism is not None:
-        return private_step(loss, optimizer, mechanism, prepare=prepare)
-    return make_step(loss, optimizer, prepare=prepare)
+        return private_step(loss, optimizer, mechanism, prepare=prepare, world=world())
+    return make_step(loss, optimizer, prepare=prepare, world=world())
 
 
 def tuning_loss(objective: Callable[[GPT, Any], tuple[Tensor, Tensor]], neftune_noise_alpha: float = 0.0) -> Loss:
