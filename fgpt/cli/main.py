@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fgpt.cli import streams
+from fgpt.cli import processes, streams
 from fgpt.cli.commands import COMMANDS, run_command, summaries
 from fgpt.cli.console import answers, console
 from fgpt.cli.errors import explain
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as err:
             if (line := explain(err)) is None:
                 raise
-            print(f"error: {line}", file=sys.stderr)
+            if not console.quiet:  # of several processes one prints
+                print(f"error: {line}", file=sys.stderr)
             return 2
     return 0
 
@@ -75,11 +76,12 @@ def _run(command: str, args: Sequence[str]) -> None:
     elif command not in COMMANDS:
         raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
     else:
-        try:
-            run_command(command, args)
-        except SystemExit as stop:  # a help text was printed
-            if stop.code:
-                raise
+        with processes.joined(command):
+            try:
+                run_command(command, args)
+            except SystemExit as stop:  # a help text was printed
+                if stop.code:
+                    raise
 
 
 def _print_help() -> None:

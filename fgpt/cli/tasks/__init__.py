@@ -1,9 +1,11 @@
 """What differs between the kinds of recipes: a `Task` for each, looked up here alone."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fgpt.cli import run_dir
+from fgpt.cli import processes, run_dir
 from fgpt.cli.console import console
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
@@ -21,7 +23,9 @@ from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.private import check_private_options, with_private_seed
 from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.cli.training.row_gradients import check_per_example_options, report_row_gradients
+from fgpt.cli.training.shared_update import check_shared_update, describe_inputs
 from fgpt.data.examples import Example
+from fgpt.distributed import object_from_first_rank
 from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
@@ -133,6 +137,7 @@ def build_task(recipe: AnyRecipe) -> Task:
     check_evaluation_options(recipe)
     check_private_options(recipe)
     check_per_example_options(recipe)
+    check_shared_update(recipe, processes.count())
     use_determinism(recipe)
     return task_type(recipe).build(with_private_seed(recipe))
 
@@ -159,10 +164,15 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
     before anything is saved, if what was trained is not finite.
     """
     recipe, job = task.recipe, task.job
-    with run_dir.open_run_dir(recipe, job.steps, resumed) as out:
+    processes.check_alike(describe_inputs(job, resumed))
+    with _shared_run_dir(recipe, job.steps, resumed) as out, processes.remedy(resume_hint(out)):
         before = task.score_initial()
         result = train_loop(job, out)
         check_final_state(job, result.state)
+        if not processes.leave():
+            if result.interrupted:
+                raise KeyboardInterrupt
+            return out
         trained = job.evaluation_params(result.state)
         saved = task.save(trained, out)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task_type(recipe).loss_unit)
@@ -174,6 +184,17 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
             report_row_gradients(job, trained, out)
     return out
+
+
+@contextlib.contextmanager
+def _shared_run_dir(recipe: AnyRecipe, steps: int, resumed: Path | None) -> Iterator[Path]:
+    """The run directory, which rank 0 opens for all."""
+    if not processes.is_first():
+        yield Path(object_from_first_rank(""))
+        return
+    with run_dir.open_run_dir(recipe, steps, resumed) as out:
+        object_from_first_rank(str(out))
+        yield out
 
 
 def print_saved(result: TrainResult, saved: Path) -> None:

@@ -61,6 +61,19 @@ class Checkpointer:
         prune(self._out, self._recipe.keep_checkpoints)
 
 
+class NoCheckpointer:
+    """Of a process that saves nothing, since another one does."""
+
+    def is_due(self, heldout_loss: float | None, is_last: bool) -> bool:
+        return False
+
+    def save(self, state: State, heldout_loss: float | None) -> None:
+        pass
+
+    def prune(self) -> None:
+        pass
+
+
 def save(out: Path, state: State, inputs: Inputs, heldout_loss: float | None = None) -> Path:
     """Write the checkpoint of `state` below `out`; `inputs` are the hashes of what the training reads.
 

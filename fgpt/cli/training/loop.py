@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fgpt.cli import processes
 from fgpt.cli.console import console
 from fgpt.cli.errors import DISK_FULL
 from fgpt.cli.metrics_log import HELDOUT_LOSS, Line, loss_label
@@ -16,7 +17,7 @@ from fgpt.cli.run_dir import METRICS, resume_command
 from fgpt.cli.signals import on_first_signal
 from fgpt.cli.training import checkpoints
 from fgpt.cli.training.background import in_background
-from fgpt.cli.training.checkpoints import Checkpointer
+from fgpt.cli.training.checkpoints import Checkpointer, NoCheckpointer
 from fgpt.cli.training.early_stopping import is_exhausted
 from fgpt.cli.training.heap import keep_freed_memory
 from fgpt.cli.training.job import TrainingJob
@@ -24,6 +25,7 @@ from fgpt.cli.training.pending import SAMPLED_TOKENS, PendingMetrics
 from fgpt.cli.training.reproducibility import rounding
 from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
+from fgpt.distributed import any_rank, from_first_rank, object_from_first_rank
 from fgpt.errors import InputError
 from fgpt.train_step import State
 from fgpt.tree import device, leaves
@@ -49,25 +51,29 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     held-out loss. Ctrl-C, SIGTERM and SIGHUP end the training after the current step, with a checkpoint; so does early
     stopping, which is an end and no interruption.
 
+    Of several processes all train, and evaluate; rank 0 alone reads and writes the directory. They end at one step:
+    each learns after a step whether another one was interrupted.
+
     On a GPU a step's metrics are read while it computes the next step, and a thread prepares the batches. A step that
     is followed by a checkpoint or a held-out loss is read before the next one begins: no state is saved whose loss is
     not known to be finite, and none is kept for long.
 
     Raises InputError if the loss is no longer finite, a trained leaf does not change, or the disk is full.
     """
-    state = _resume_or_start(job, out)
+    state, first = _resume_or_start(job, out), processes.is_first()
     keep_freed_memory()
     begin, target = int(state.step), device(state.trainable)
     is_ahead = target.type in AHEAD_DEVICES
-    log, guard = MetricsLog(out / METRICS, begin, rounding(job.recipe, target)), FrozenLeafGuard(job, state)
+    log = MetricsLog(out / METRICS if first else None, begin, rounding(job.recipe, target))
+    guard = FrozenLeafGuard(job, state)
     metric, patience = next(iter(job.eval_losses), ""), job.recipe.early_stopping_patience
     _print_followed_loss(job, metric)
-    followed_losses = log.earlier_values(metric, begin)
-    checkpointer = Checkpointer(out, job.recipe, job.fingerprint)
+    followed_losses = object_from_first_rank(log.earlier_values(metric, begin))
+    checkpointer = Checkpointer(out, job.recipe, job.fingerprint) if first else NoCheckpointer()
     with (
         _disk_errors(out),
         graceful_interrupt() as interrupt_requested,
-        tracking(job.recipe, out, begin) as track,
+        tracking(job.recipe, out, begin) if first else contextlib.nullcontext(lambda line: None) as track,
         log,
         progress_line(begin, job.steps) as show,
         (in_background if is_ahead else contextlib.nullcontext)(job.batches(begin)) as batches,
@@ -90,7 +96,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             if unread is not None:
                 write(log.measure(unread, device=target, mfu=job.mfu))
                 unread = None
-            is_last = interrupt_requested() or step == job.steps
+            is_last = any_rank(interrupt_requested()) or step == job.steps
             if is_ahead and not (step <= 2 or evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)):
                 unread = pending
                 continue
@@ -101,7 +107,9 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 losses = _evaluate_if_due(job, state, step)
                 followed_loss = losses.get(metric)
                 followed_losses += [] if followed_loss is None else [followed_loss]
-                is_last = is_last or interrupt_requested() or is_exhausted(patience, followed_losses)
+                if losses:  # they took a while, on all ranks alike
+                    is_last = any_rank(interrupt_requested()) or is_last
+                is_last = is_last or is_exhausted(patience, followed_losses)
                 if job.epsilon is not None and (losses or is_last):
                     line["epsilon"] = job.epsilon(step)
                     console.print(f"step {step}  privacy spent: epsilon {line['epsilon']:.3f}")
@@ -126,9 +134,10 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
 
 def _resume_or_start(job: TrainingJob, out: Path) -> State:
     initial = job.initial_state.take()
-    state = checkpoints.resume(out, initial, job.fingerprint)
-    if state is None:
+    state = checkpoints.resume(out, initial, job.fingerprint) if processes.is_first() else None
+    if object_from_first_rank(state is None):
         return initial
+    state = from_first_rank(initial if state is None else state)
     if int(state.step):
         console.print(f"resuming after step {int(state.step)} of {job.steps}")
     return state
@@ -190,7 +199,7 @@ def _evaluate_if_due(job: TrainingJob, state: State, step: int) -> dict[str, flo
     """The losses of an evaluation, printed; none if no evaluation is due after this step."""
     if not evaluation_is_due(job, step):
         return {}
-    losses = evaluate(job, state)
+    losses = object_from_first_rank(evaluate(job, state))  # of other processors the last digits differ
     figures = ", ".join(f"{loss_label(metric)} loss {loss:.4f}" for metric, loss in losses.items())
     console.print(f"step {step}  {figures}", markup=False)
     return losses
@@ -198,10 +207,11 @@ def _evaluate_if_due(job: TrainingJob, state: State, step: int) -> dict[str, flo
 
 def _best_state(job: TrainingJob, last: State, out: Path) -> State:
     """The state of least held-out loss; the last one if no checkpoint has a held-out loss."""
-    best = checkpoints.load_best(out, last, job.fingerprint)
-    if best is None:
+    best = checkpoints.load_best(out, last, job.fingerprint) if processes.is_first() else None
+    if object_from_first_rank(best is None):
         console.print("no checkpoint has a held-out loss: keeping the last state")
         return last
+    best = from_first_rank(last if best is None else best)
     console.print(f"keeping the state after step {int(best.step)}, of the least held-out loss")
     return best
 

@@ -1,6 +1,7 @@
 """The metrics of each training step: a line of metrics.jsonl, and the progress that the terminal shows of it."""
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -29,16 +30,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl of a training that begins after step `begin`; open it with `with`.
+    """metrics.jsonl of a training that begins after step `begin`; open it with `with`. Without a path nothing is
+    written, by a process beside the one that writes.
 
     Tokens and seconds are totals, which go on from those of step `begin`. Seconds are those of training alone: time
     spent in `pause` does not count. A step that is taken again may differ by `tolerance` of its loss and gradient norm.
     """
 
-    def __init__(self, path: Path, begin: int, tolerance: float = 0.0) -> None:
-        truncate_partial_line(path)
+    def __init__(self, path: Path | None, begin: int, tolerance: float = 0.0) -> None:
         self._path, self._tolerance = path, tolerance
-        self._earlier = {line["step"]: line for line in read_metrics(path)}
+        self._earlier: dict[int, Line] = {}
+        if path is not None:
+            truncate_partial_line(path)
+            self._earlier = {line["step"]: line for line in read_metrics(path)}
         last = {}
         for step, line in self._earlier.items():
             if step <= begin:
@@ -47,7 +51,7 @@ class MetricsLog:
         self.seconds: float = last.get("seconds", 0.0)
 
     def __enter__(self) -> "MetricsLog":
-        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+        self._file: IO[str] = io.StringIO() if self._path is None else self._path.open("a", encoding="utf-8")
         self._resumed_at = time.perf_counter()
         return self
 

@@ -1,0 +1,289 @@
+"""The processes that torchrun starts for one command: they begin together, agree, and end together.
+
+    torchrun --nproc-per-node 4 -m fgpt train lora-medium
+
+All run the same program. Rank 0 alone prints and writes. What ends one of them ends all: before they end each posts its
+error in torchrun's store, and the first rank of those that did says what happened, once.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from fgpt.cli.console import answers, console
+from fgpt.cli.errors import explain
+from fgpt.errors import InputError, one_line
+
+COMMANDS = ("train", "eval", "sweep")
+"""What several processes can do together."""
+TIMEOUT = "FGPT_TIMEOUT"
+"""The environment variable of how many seconds a process waits for the others before it gives up."""
+DEFAULT_TIMEOUT = 1800.0
+WAITED = "waited"
+ROLL_CALL = 5.0
+"""Seconds that a process which ends by an error waits for the errors of others."""
+FAREWELL = 25.0
+"""Seconds that the others wait for rank 0 to end, if all were interrupted: torchrun kills it once one of them ends."""
+
+
+class _Processes(NamedTuple):
+    rank: int
+    size: int
+    store: Any
+
+
+_processes: list[_Processes] = []
+"""Those of this command: one entry, or none for a process by itself."""
+
+
+def count() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes."""
+    return not _processes or _processes[0].rank == 0
+
+
+@contextlib.contextmanager
+def joined(command: str) -> Iterator[None]:
+    """Within it the processes of torchrun are torch.distributed's default group. A process by itself has none.
+
+    Raises InputError for a command that one process runs, and if the processes cannot meet. Of an error in one process
+    all raise SystemExit after one of them has printed it.
+    """
+    if count() == 1:
+        yield
+        return
+    if int(os.environ.get("RANK", "0")):
+        console.quiet = answers.quiet = True
+    if command not in COMMANDS:
+        raise InputError(
+            f"fgpt {command} runs in one process, and torchrun has started {count()}: start it without torchrun"
+        )
+    _meet()
+    _, _, store = _processes[0]
+    try:
+        yield
+    except Exception as err:
+        line = explain(err) or _lost(err)
+        if line is None:
+            _post(f"{type(err).__name__}: {one_line(err)}")
+            raise
+        _end_by(line, is_lost=explain(err) is None)
+    except KeyboardInterrupt:
+        if not is_first():
+            _wait_for(store, ["first ended"], FAREWELL)
+        raise
+    finally:
+        leave()
+        if is_first():
+            _post_key(store, "first ended")
+        _processes.clear()
+
+
+def leave() -> bool:
+    """End the group, so that rank 0 goes on by itself. Returns whether this process goes on."""
+    import torch.distributed as dist
+
+    goes_on = is_first()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    return goes_on
+
+
+def timeout_seconds() -> float:
+    """How long a process waits for the others. Raises InputError for a value that is no number."""
+    text = os.environ.get(TIMEOUT, str(DEFAULT_TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"{TIMEOUT} is {text!r}: expected a number of seconds, such as {DEFAULT_TIMEOUT:g}")
+    return seconds
+
+
+def _meet() -> None:
+    """Make the default group: gloo for what is on CPUs, nccl for what is on GPUs."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {count()}, and {', '.join(missing)} is not set: start the processes with torchrun"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise InputError(
+                f"process {local + 1} of this machine has no GPU, of which there are {devices}: start "
+                f"--nproc-per-node {devices}, or hide the GPUs by CUDA_VISIBLE_DEVICES="
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_seconds())
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives the processes
+        store = PrefixStore(f"fgpt/{attempt}", store)
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as err:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(err):
+            raise InputError(f"the port of {where} is in use: give another, torchrun --master-port N") from None
+        raise InputError(
+            f"the {count()} processes did not meet at {where} within {timeout.total_seconds():g} s ({one_line(err)}): "
+            "start all of them, and let them reach that address"
+        ) from None
+    _processes[:] = [_Processes(rank, size, store)]
+
+
+# -------------------------------------------------------------------------------------------------------- agreement
+
+
+def check_alike(description: Mapping[str, str]) -> None:
+    """Raises InputError unless all ranks give the same values. It names the first that differ.
+
+    Args:
+        description: What must be equal, by its name.
+    """
+    if not _processes:
+        return
+    rank, size, store = _processes[0]
+    store.set(f"alike/{rank}", json.dumps(description))
+    if not _wait_for(store, [f"alike/{other}" for other in range(size)], timeout_seconds()):
+        raise TimeoutError(f"{WAITED} {timeout_seconds():g} s for the others")
+    first = json.loads(store.get("alike/0"))
+    for other in range(1, size):
+        there = json.loads(store.get(f"alike/{other}"))
+        differing = [name for name in dict.fromkeys([*first, *there]) if first.get(name) != there.get(name)]
+        if not differing:
+            continue
+        values = [f"{name}: {there.get(name)}, not {first.get(name)}" for name in differing if _is_short(first, name)]
+        details = f" ({'; '.join(values)})" if values else ""
+        raise InputError(
+            f"rank {other} differs from rank 0 in {', '.join(differing)}{details}: give all processes the same"
+        )
+
+
+def _is_short(description: Mapping[str, str], name: str) -> bool:
+    """Whether a value says something, as a version does, and a hash or a list of options does not."""
+    return len(description.get(name, "")) <= 20
+
+
+# ----------------------------------------------------------------------------------------------------------- the end
+
+
+def _lost(err: Exception) -> str | None:
+    """What torch.distributed says of an error, if it is one of the others not being there; None for another error."""
+    import torch.distributed as dist
+
+    text = one_line(err)
+    if not isinstance(err, dist.DistError) and not (isinstance(err, RuntimeError) and "gloo" in text):
+        return None
+    is_timeout = "timed out" in text.lower() or "timeout" in text.lower()
+    return f"{WAITED} {timeout_seconds():g} s" if is_timeout else "lost the connection to another process"
+
+
+def _post(line: str, is_lost: bool = False) -> None:
+    rank, _, store = _processes[0]
+    _post_key(store, f"end/{rank}", json.dumps({"line": line, "is_lost": is_lost}))
+
+
+def _post_key(store: Any, key: str, value: str = "") -> None:
+    with contextlib.suppress(Exception):  # the store ends with its process
+        store.set(key, value)
+
+
+def _wait_for(store: Any, keys: list[str], seconds: float) -> bool:
+    """Wait until all keys are in the store, or a process has ended. Returns whether they are there. A signal ends it,
+    as it would not end a wait of the store's own.
+    """
+    until = time.monotonic() + seconds
+    try:
+        while not store.check(keys):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+    except Exception:
+        return False
+    return True
+
+
+def _end_by(line: str, *, is_lost: bool) -> None:
+    """Post the error, wait for those of the others, and print what happened if this is the first rank that ends.
+
+    Raises SystemExit.
+    """
+    rank, size, store = _processes[0]
+    _post(line, is_lost)
+    ends = {rank: {"line": line, "is_lost": is_lost}}
+    until = time.monotonic() + ROLL_CALL
+    while len(ends) < size and time.monotonic() < until:
+        time.sleep(0.05)
+        ends |= {other: end for other in range(size) if other not in ends and (end := _end_of(store, other))}
+    if rank == min(ends) and _is_first_to_speak(store):
+        print(f"error: {_describe_ends(ends, size)}", file=sys.stderr, flush=True)
+        _post_key(store, "said")
+    _wait_for(store, ["said"], ROLL_CALL)  # torchrun ends all once one has ended
+    raise SystemExit(2)
+
+
+def _end_of(store: Any, rank: int) -> dict[str, Any] | None:
+    """What a rank has posted."""
+    try:
+        return json.loads(store.get(f"end/{rank}")) if store.check([f"end/{rank}"]) else None
+    except Exception:
+        return None
+
+
+def _is_first_to_speak(store: Any) -> bool:
+    """Whether nobody has spoken yet."""
+    try:
+        return store.add("spoken", 1) == 1
+    except Exception:
+        return True
+
+
+def _describe_ends(ends: Mapping[int, Mapping[str, Any]], size: int) -> str:
+    errors: dict[str, list[int]] = {}
+    for rank, end in sorted(ends.items()):
+        if not end["is_lost"]:
+            errors.setdefault(end["line"], []).append(rank)
+    if [0] in [ranks[:1] for ranks in errors.values()] and len(errors) == 1:
+        return next(iter(errors))  # an error of rank 0, or of all
+    if errors:
+        return "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in errors.items())
+    absent = [rank for rank in range(size) if rank not in ends]
+    who = f"rank {', '.join(map(str, absent))}" if absent else "a rank"
+    reason = ends[min(ends)]["line"]
+    if reason.startswith(WAITED):
+        return f"{who} hangs (rank {min(ends)} {reason}, {TIMEOUT}): look at its machine; {_remedy()}"
+    return f"{who} was lost: {_remedy()}"
+
+
+_remedies: list[str] = []
+
+
+def _remedy() -> str:
+    return _remedies[-1] if _remedies else "start the command again"
+
+
+@contextlib.contextmanager
+def remedy(text: str) -> Iterator[None]:
+    """What to do if a process is lost within it."""
+    _remedies.append(text)
+    yield
+    _remedies.remove(text)
