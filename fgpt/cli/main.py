@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 streams.redirect_to_null(sys.stdout)
             return CLOSED
+        except processes.AllEndedError:
+            return 2
         except Exception as err:
             if (line := explain(err)) is None:
                 raise

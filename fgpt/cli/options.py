@@ -69,7 +69,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
 
 def _check_names(cls: type[Any], args: Sequence[str], command: str) -> None:
     """Raises InputError for the first option that `cls` does not have, with the one that may be meant."""
-    known = [*option_names(cls), "--help"] + ["--resume"] * issubclass(cls, TrainingRecipe)
+    known = [*option_names(cls), "--help"] + ["--resume", "--auto-resume"] * issubclass(cls, TrainingRecipe)
     for arg in args:
         option = arg.partition("=")[0]
         if not option.startswith("--") or option == "--" or option.replace("_", "-") in known:

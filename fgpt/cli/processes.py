@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fgpt.cli.console import answers, console
 from fgpt.cli.errors import explain
@@ -29,6 +29,14 @@ ROLL_CALL = 5.0
 """Seconds that a process which ends by an error waits for the errors of others."""
 FAREWELL = 25.0
 """Seconds that the others wait for rank 0 to end, if all were interrupted: torchrun kills it once one of them ends."""
+
+
+class AllEndedError(Exception):
+    """All processes end, by an error that one of them has printed."""
+
+
+class NoAnswerError(RuntimeError):
+    """Another process has not said in time what it was asked."""
 
 
 class _Processes(NamedTuple):
@@ -56,11 +64,12 @@ def joined(command: str) -> Iterator[None]:
     """Within it the processes of torchrun are torch.distributed's default group. A process by itself has none.
 
     Raises InputError for a command that one process runs, and if the processes cannot meet. Of an error in one process
-    all raise SystemExit after one of them has printed it.
+    all raise AllEndedError after one of them has printed it.
     """
     if count() == 1:
         yield
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections have stack traces
     if int(os.environ.get("RANK", "0")):
         console.quiet = answers.quiet = True
     if command not in COMMANDS:
@@ -68,23 +77,24 @@ def joined(command: str) -> Iterator[None]:
             f"fgpt {command} runs in one process, and torchrun has started {count()}: start it without torchrun"
         )
     _meet()
-    _, _, store = _processes[0]
+    rank, size, store = _processes[0]
     try:
         yield
     except Exception as err:
-        line = explain(err) or _lost(err)
-        if line is None:
-            _post(f"{type(err).__name__}: {one_line(err)}")
-            raise
-        _end_by(line, is_lost=explain(err) is None)
+        if (line := explain(err)) is not None:
+            _end_by(line, is_lost=False)
+        if is_of_others(err):
+            _end_by(_describe_loss(err), is_lost=True)
+        _post(f"{type(err).__name__}: {one_line(err)}")
+        raise
     except KeyboardInterrupt:
-        if not is_first():
-            _wait_for(store, ["first ended"], FAREWELL)
+        if is_first():
+            _post_key(store, "first ended")
+        _wait_for(store, ["first ended"], FAREWELL)
+        _part(store, rank, size)
         raise
     finally:
         leave()
-        if is_first():
-            _post_key(store, "first ended")
         _processes.clear()
 
 
@@ -164,7 +174,7 @@ def check_alike(description: Mapping[str, str]) -> None:
     rank, size, store = _processes[0]
     store.set(f"alike/{rank}", json.dumps(description))
     if not _wait_for(store, [f"alike/{other}" for other in range(size)], timeout_seconds()):
-        raise TimeoutError(f"{WAITED} {timeout_seconds():g} s for the others")
+        raise NoAnswerError("the others have not said what they train")
     first = json.loads(store.get("alike/0"))
     for other in range(1, size):
         there = json.loads(store.get(f"alike/{other}"))
@@ -186,14 +196,16 @@ def _is_short(description: Mapping[str, str], name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- the end
 
 
-def _lost(err: Exception) -> str | None:
-    """What torch.distributed says of an error, if it is one of the others not being there; None for another error."""
+def is_of_others(err: Exception) -> bool:
+    """Whether an error is one of torch.distributed: other processes do not answer."""
     import torch.distributed as dist
 
-    text = one_line(err)
-    if not isinstance(err, dist.DistError) and not (isinstance(err, RuntimeError) and "gloo" in text):
-        return None
-    is_timeout = "timed out" in text.lower() or "timeout" in text.lower()
+    return isinstance(err, dist.DistError | NoAnswerError) or (isinstance(err, RuntimeError) and "gloo" in str(err))
+
+
+def _describe_loss(err: Exception) -> str:
+    text = one_line(err).lower()
+    is_timeout = "timed out" in text or "timeout" in text or isinstance(err, NoAnswerError)
     return f"{WAITED} {timeout_seconds():g} s" if is_timeout else "lost the connection to another process"
 
 
@@ -208,13 +220,14 @@ def _post_key(store: Any, key: str, value: str = "") -> None:
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> bool:
-    """Wait until all keys are in the store, or a process has ended. Returns whether they are there. A signal ends it,
-    as it would not end a wait of the store's own.
+    """Wait until all keys are in the store. Returns whether they are there: not if another rank ends by an error. A
+    signal ends it, as it would not end a wait of the store's own.
     """
-    until = time.monotonic() + seconds
+    rank, size, _ = _processes[0]
+    until, others = time.monotonic() + seconds, [other for other in range(size) if other != rank]
     try:
         while not store.check(keys):
-            if time.monotonic() > until:
+            if time.monotonic() > until or any(_end_of(store, other) for other in others):
                 return False
             time.sleep(0.05)
     except Exception:
@@ -222,10 +235,10 @@ def _wait_for(store: Any, keys: list[str], seconds: float) -> bool:
     return True
 
 
-def _end_by(line: str, *, is_lost: bool) -> None:
+def _end_by(line: str, *, is_lost: bool) -> NoReturn:
     """Post the error, wait for those of the others, and print what happened if this is the first rank that ends.
 
-    Raises SystemExit.
+    Raises AllEndedError.
     """
     rank, size, store = _processes[0]
     _post(line, is_lost)
@@ -234,11 +247,27 @@ def _end_by(line: str, *, is_lost: bool) -> None:
     while len(ends) < size and time.monotonic() < until:
         time.sleep(0.05)
         ends |= {other: end for other in range(size) if other not in ends and (end := _end_of(store, other))}
+    if not _is_reachable(store):  # under torchrun it is not in a rank
+        if int(os.environ.get("LOCAL_RANK", rank - 1)) == 0:
+            print(f"error: rank 0, or its machine, was lost: {_remedy()}", file=sys.stderr, flush=True)
+        raise AllEndedError
     if rank == min(ends) and _is_first_to_speak(store):
         print(f"error: {_describe_ends(ends, size)}", file=sys.stderr, flush=True)
         _post_key(store, "said")
-    _wait_for(store, ["said"], ROLL_CALL)  # torchrun ends all once one has ended
-    raise SystemExit(2)
+    while not store.check(["said"]) and time.monotonic() < until + ROLL_CALL:  # torchrun ends all once one has ended
+        time.sleep(0.02)
+    _part(store, rank, len(ends))
+    raise AllEndedError
+
+
+def _part(store: Any, rank: int, size: int) -> None:
+    """Rank 0 ends last: without torchrun it holds the store."""
+    until = time.monotonic() + ROLL_CALL
+    with contextlib.suppress(Exception):
+        parted = store.add("parted", int(rank > 0))
+        while rank == 0 and parted < size - 1 and time.monotonic() < until:
+            time.sleep(0.02)
+            parted = store.add("parted", 0)
 
 
 def _end_of(store: Any, rank: int) -> dict[str, Any] | None:
@@ -251,10 +280,15 @@ def _end_of(store: Any, rank: int) -> dict[str, Any] | None:
 
 def _is_first_to_speak(store: Any) -> bool:
     """Whether nobody has spoken yet."""
+    return store.add("spoken", 1) == 1
+
+
+def _is_reachable(store: Any) -> bool:
     try:
-        return store.add("spoken", 1) == 1
+        store.check(["said"])
     except Exception:
-        return True
+        return False
+    return True
 
 
 def _describe_ends(ends: Mapping[int, Mapping[str, Any]], size: int) -> str:

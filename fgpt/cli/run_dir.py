@@ -164,10 +164,10 @@ def _torch_version(environment: Any) -> Any:
 
 def _candidates(name: str, out: Path) -> list[Path]:
     """The run directory at a path, or those of a name, the newest last."""
-    return [Path(name)] if name and (Path(name) / RUN).is_file() else _runs_named(name, out)
+    return [Path(name)] if name and (Path(name) / RUN).is_file() else runs_named(name, out)
 
 
-def _runs_named(name: str, out: Path) -> list[Path]:
+def runs_named(name: str, out: Path) -> list[Path]:
     """The run directories of a name in `out`, the newest last."""
     numbered = re.compile(rf"{re.escape(name)}(-\d+)?")
     return [folder for folder in run_dirs(out) if name and numbered.fullmatch(folder.name)]
@@ -175,7 +175,7 @@ def _runs_named(name: str, out: Path) -> list[Path]:
 
 def _announce_choice(name: str, out: Path, chosen: Path, which: str = "") -> Path:
     """`chosen`, and a line that names it if there are several runs of that name; it is the newest `which`."""
-    runs = _runs_named(name, out)
+    runs = runs_named(name, out)
     others = [folder for folder in runs if folder.resolve() != chosen.resolve()]
     if others and chosen == Path(name):
         console.print(f"{name}: taking the folder ./{name}, and not {others[-1]}", markup=False, soft_wrap=True)

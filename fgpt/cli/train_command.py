@@ -13,6 +13,7 @@ from fgpt.cli.options import option_names, parse
 from fgpt.errors import InputError
 
 HELP = ("-h", "--help")
+AUTO_RESUME = "--auto-resume"
 
 
 def train(args: Sequence[str]) -> None:
@@ -20,7 +21,12 @@ def train(args: Sequence[str]) -> None:
     name, *options = args or [""]
     if wants_recipe("train", name):
         return
-    if "--resume" in options:
+    if AUTO_RESUME in options:
+        options = [option for option in options if option != AUTO_RESUME]
+        if (outcome := _auto_resume(name, options)) is None:
+            return
+        run, folder = outcome
+    elif "--resume" in options:
         run, folder = resume(name, [option for option in options if option != "--resume"])
     else:
         run, folder = recipe_with_options(name, options, f"fgpt train {name}"), None
@@ -79,7 +85,8 @@ def wants_recipe(command: str, name: str) -> bool:
         answers.print(f"fgpt {command} RECIPE --help lists the options of a recipe.")
         if command == "train":
             answers.print(
-                "fgpt train RECIPE --resume resumes its newest unfinished run, fgpt train RUN --resume any run."
+                "fgpt train RECIPE --resume resumes its newest unfinished run, fgpt train RUN --resume any run, and "
+                "fgpt train RECIPE --auto-resume begins one if there is none."
             )
         answers.print("\nThe recipes:\n")
         print_recipes()
@@ -168,6 +175,24 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
             raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
     return run, folder
+
+
+def _auto_resume(recipe_name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path | None] | None:
+    """The recipe, and its newest run to go on with: None begins one. None in place of both if that run has finished.
+    So one command begins a training, and goes on with it after each end of its machine.
+
+    Raises InputError as `resume` does.
+    """
+    from fgpt.cli import run_dir
+
+    recipe = recipe_with_options(recipe_name, options, f"fgpt train {recipe_name} {AUTO_RESUME}")
+    runs = run_dir.runs_named(recipe.name, recipe.out)
+    if not runs:
+        return recipe, None
+    if run_dir.read_state(runs[-1]) == "finished":
+        console.print(f"{runs[-1]} has finished: nothing to train", markup=False, soft_wrap=True)
+        return None
+    return resume(recipe_name, options)
 
 
 def _out_option(options: Sequence[str]) -> Path:

@@ -88,7 +88,12 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
         last_step = begin if is_exhausted(patience, followed_losses) else job.steps
         for step, micro_batches in zip(range(begin + 1, last_step + 1), batches):
             lr, previous = float(job.schedule(torch.tensor(step - 1))), state
-            state, metrics = job.train_step(previous, micro_batches, step - 1)
+            try:
+                state, metrics = job.train_step(previous, micro_batches, step - 1)
+            except RuntimeError as err:
+                if processes.is_of_others(err) and unread is None and step - 1 > begin:
+                    checkpointer.save(previous, None)  # the last step that all have taken
+                raise
             tokens = sum(batch.tokens.numel() for batch in micro_batches)
             if metrics.others and SAMPLED_TOKENS in metrics.others:
                 tokens += int(metrics.others[SAMPLED_TOKENS])
