@@ -61,7 +61,7 @@ class Formats:
     formats: tuple[str, ...] = field(default_factory=lambda: tuple(FORMATS))
     width: int = 512
     """Tokens of a window."""
-    calibration_windows: int = 32
+    calibration_windows: int = 64
     evaluation_windows: int = 40
     out: Path = Path("runs/bench")
 

@@ -37,7 +37,7 @@ CLASSES: list[type[Any]] = [
     RangeOptions,
 ]
 """Every class whose fields are options of some command."""
-OPTIONS = {"--help", "--resume"}.union(*(option_names(cls) for cls in CLASSES))
+OPTIONS = {"--help", "--resume", "--auto-resume"}.union(*(option_names(cls) for cls in CLASSES))
 GROUPS = {option.rpartition(".")[0] for option in OPTIONS if "." in option}
 """--adapter, --columns: what the names of several options begin with."""
 OTHERS = {
@@ -52,6 +52,13 @@ OTHERS = {
     "--c": "a CSS property",
     "--version": "of fgpt itself, no option of a command",
     "--no": "before the name of a flag",
+    "--standalone": "torchrun",
+    "--nnodes": "torchrun",
+    "--nproc-per-node": "torchrun",
+    "--rdzv-backend": "torchrun",
+    "--rdzv-endpoint": "torchrun",
+    "--rdzv-id": "torchrun",
+    "--master-port": "torchrun",
     "--text": "a former option, in a hint of what to type now",
 }
 """What is named and is no option of ours."""

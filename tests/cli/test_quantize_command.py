@@ -45,21 +45,24 @@ def test_the_table_and_the_folder(text: Path, tmp_path: Path, capsys: pytest.Cap
     assert manifest["gradient_error"] == pytest.approx(cost.gradient_error, rel=1e-3)
     printed = capsys.readouterr().err
     rows = {line.split("│")[1].strip(): line.split("│") for line in printed.splitlines() if line.startswith("│")}
-    assert [*rows] == ["full", "int8", "rotated-int8", "blockwise8", "nf4", "gptq-nf4"]
+    assert [*rows] == ["full", "int8", "rotated-int8", "gptq-rotated-int8", "blockwise8", "nf4", "gptq-nf4"]
     assert rows["rotated-int8"][3].strip() == f"{cost.loss:.4f}"
     assert rows["rotated-int8"][5].strip() == f"{100 * cost.gradient_error:.1f} %"
-    assert "recommended: rotated-int8" in printed
+    fast = min(("int8", "rotated-int8", "gptq-rotated-int8"), key=lambda name: float(rows[name][5].strip(" %")))
+    assert fast != "int8"
+    assert f"recommended: {fast} (" in printed
 
 
 def test_gptq_reads_the_windows_before(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
     monkeypatch.setattr(
-        quantize_command, "quantize_gptq", lambda params, batches, format: calls.append(batches) or params
+        quantize_command, "quantize_gptq", lambda params, batches, *_, **__: calls.append(batches) or params
     )
     run(QuantizeOptions("nano", text, "gptq-nf4", tmp_path / "small", max_seq_len=48, windows=2))
-    (batches,) = calls  # once, for the table and the folder
+    assert len(calls) == len(quantize_command.CALIBRATED)  # once each, for the table and the folder
     expected = windows(text, 48)[:-2][-quantize_command.CALIBRATION_WINDOWS :]
-    assert torch.equal(torch.cat([x.tokens for x in batches]), torch.cat([x.tokens for x in expected]))
+    for batches in calls:
+        assert torch.equal(torch.cat([x.tokens for x in batches]), torch.cat([x.tokens for x in expected]))
 
 
 def test_without_a_text_it_only_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

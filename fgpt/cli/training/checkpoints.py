@@ -40,7 +40,7 @@ class Checkpointer:
     def __init__(self, out: Path, recipe: TrainingRecipe, inputs: Inputs) -> None:
         self._out, self._recipe, self._inputs = out, recipe, inputs
         self._least_loss = least_loss(out)
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), 0
 
     def is_due(self, heldout_loss: float | None, is_last: bool) -> bool:
         """Whether the state after this step is to be saved."""
@@ -54,7 +54,12 @@ class Checkpointer:
         self.prune()
         if heldout_loss is not None:
             self._least_loss = min(self._least_loss, heldout_loss)
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), int(state.step)
+
+    def save_if_later(self, state: State) -> None:
+        """Save a state of a later step than the last one that was saved, whose held-out loss stays with it."""
+        if int(state.step) > self._saved_step:
+            self.save(state, None)
 
     def prune(self) -> None:
         """Delete the checkpoints that the recipe does not keep."""
@@ -68,6 +73,9 @@ class NoCheckpointer:
         return False
 
     def save(self, state: State, heldout_loss: float | None) -> None:
+        pass
+
+    def save_if_later(self, state: State) -> None:
         pass
 
     def prune(self) -> None:

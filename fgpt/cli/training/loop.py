@@ -92,7 +92,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 state, metrics = job.train_step(previous, micro_batches, step - 1)
             except RuntimeError as err:
                 if processes.is_of_others(err) and unread is None and step - 1 > begin:
-                    checkpointer.save(previous, None)  # the last step that all have taken
+                    checkpointer.save_if_later(previous)  # the last step that all have taken
                 raise
             tokens = sum(batch.tokens.numel() for batch in micro_batches)
             if metrics.others and SAMPLED_TOKENS in metrics.others:
