@@ -10,6 +10,7 @@ from experiments.bench.adapters import Bench, adapters
 from experiments.bench.decode import Decode, decode
 from experiments.bench.formats import Formats, formats
 from experiments.bench.load import Load, loading
+from experiments.bench.processes import Processes, processes
 from experiments.bench.sweep import Sweep, sweep
 from experiments.bench.train import Train, train
 from fgpt.errors import InputError
@@ -21,6 +22,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Decode: decode,
     Sweep: sweep,
     Formats: formats,
+    Processes: processes,
 }
 
 if __name__ == "__main__":
@@ -32,6 +34,7 @@ if __name__ == "__main__":
             "decode": Decode(),
             "sweep": Sweep(),
             "formats": Formats(calibration=tyro.MISSING, evaluation=tyro.MISSING),
+            "processes": Processes(),
         }
         chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults))
         RUN[type(chosen)](chosen)

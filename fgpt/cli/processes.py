@@ -51,7 +51,10 @@ _processes: list[_Processes] = []
 
 def count() -> int:
     """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or size == "0":
+        raise InputError(f"WORLD_SIZE is {size!r}: expected the number of processes, as torchrun sets it, or none")
+    return int(size)
 
 
 def is_first() -> bool:
@@ -77,7 +80,6 @@ def joined(command: str) -> Iterator[None]:
             f"fgpt {command} runs in one process, and torchrun has started {count()}: start it without torchrun"
         )
     _meet()
-    rank, size, store = _processes[0]
     try:
         yield
     except Exception as err:
@@ -88,7 +90,8 @@ def joined(command: str) -> Iterator[None]:
         _post(f"{type(err).__name__}: {one_line(err)}")
         raise
     except KeyboardInterrupt:
-        if is_first():
+        rank, size, store = _processes[0]
+        if rank == 0:
             _post_key(store, "first ended")
         _wait_for(store, ["first ended"], FAREWELL)
         _part(store, rank, size)
@@ -102,10 +105,11 @@ def leave() -> bool:
     """End the group, so that rank 0 goes on by itself. Returns whether this process goes on."""
     import torch.distributed as dist
 
-    goes_on = is_first()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    return goes_on
+    if _processes and is_first():
+        _processes[0] = _processes[0]._replace(size=1)  # it waits for nobody any more
+    return is_first()
 
 
 def timeout_seconds() -> float:

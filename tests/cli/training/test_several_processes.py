@@ -86,6 +86,25 @@ def test_they_train_as_one_does(
     assert (tmp_path / "log").read_text().count("saved the state after") == 1  # one process speaks
 
 
+def end_as_torchrun_does(pids: list[int], lost: int) -> list[int]:
+    """The exit codes: the others get SIGTERM, and SIGKILL if they have not ended a while later. Nothing happens to them
+    if the one that was to be lost had ended already.
+    """
+    codes = {lost: exit_status(pids[lost])}
+    others = [rank for rank in range(len(pids)) if rank != lost]
+    for rank in others if codes[lost] else []:
+        os.kill(pids[rank], signal.SIGTERM)  # one that has ended waits for its exit code to be read
+    until = time.monotonic() + 30
+    while len(codes) < len(pids):
+        for rank in others:
+            if rank not in codes and os.waitid(os.P_PID, pids[rank], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                codes[rank] = exit_status(pids[rank])
+            elif rank not in codes and time.monotonic() > until:
+                os.kill(pids[rank], signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[rank] for rank in range(len(pids))]
+
+
 @pytest.mark.slow
 def test_a_rank_killed_at_random_moments(args: dict[str, list[str]], alone: dict[str, Path], tmp_path: Path) -> None:
     """20 kills of any rank, each time resumed on another number of processes: no run is lost, and all end alike."""
@@ -95,10 +114,14 @@ def test_a_rank_killed_at_random_moments(args: dict[str, list[str]], alone: dict
         command, count = ["train", *args["instruct"], "--out", str(out)], chance.choice([2, 3])
         while True:
             pids = start_processes(command, count, tmp_path / "log")
-            time.sleep(chance.uniform(0, 5))
-            victim = chance.randrange(count)
-            os.kill(pids[victim], signal.SIGKILL)
-            codes = [exit_status(pid) for pid in pids]
+            target, victim = last_step(out) + chance.randint(0, 6), chance.randrange(count)
+            if target > STEPS:
+                codes = [exit_status(pid) for pid in pids]
+            else:
+                wait_for_step(out, target)
+                time.sleep(chance.uniform(0, 0.15))
+                os.kill(pids[victim], signal.SIGKILL)
+                codes = end_as_torchrun_does(pids, victim)
             if codes[0] == 0:
                 break  # all was done
             assert codes[victim] == -signal.SIGKILL
@@ -114,8 +137,14 @@ def test_a_rank_killed_at_random_moments(args: dict[str, list[str]], alone: dict
         ends += 1
 
 
+def last_step(out: Path) -> int:
+    """Of the last checkpoint."""
+    names = [path.name for run in run_in(out) for path in (run / checkpoints.FOLDER).glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
 def wait_for_step(out: Path, step: int) -> None:
-    wait_until(lambda: any((run / checkpoints.FOLDER / f"step-{step:06d}").is_dir() for run in run_in(out)))
+    wait_until(lambda: last_step(out) >= step)
 
 
 @pytest.mark.slow
