@@ -12,6 +12,8 @@ Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data P
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,15 +49,34 @@ ALONE = World(0, 1)
 """A process by itself."""
 
 
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
 def world() -> World:
-    """The default process group of torch.distributed; `ALONE` if none was initialized.
+    """The default process group of torch.distributed; `ALONE` if none was initialized, and within `alone()`.
 
     >>> world()
     World(rank=0, size=1)
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if _is_alone.get() or not dist.is_available() or not dist.is_initialized():
         return ALONE
     return World(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process computes by itself, as the others do: each rank another training, such as members of a
+    sweep. `world()` is `ALONE`, and nothing is exchanged.
+
+    >>> with alone():
+    ...     world()
+    World(rank=0, size=1)
+    """
+    before = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(before)
 
 
 def sum_over_ranks(tree: T) -> T:
@@ -116,24 +137,36 @@ def any_rank(flag: bool) -> bool:
     return bool(flags)
 
 
-def map_over_ranks(fn: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def gather_objects(value: T) -> list[T]:
+    """What each rank gives, in the order of the ranks, on every rank: anything that pickle takes.
+
+    >>> gather_objects("a")  # of a process by itself
+    ['a']
+    """
+    count = world().size
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    dist.all_gather_object(values, value)
+    return values
+
+
+def map_over_ranks(fn: Callable[[T], R], items: Sequence[T], here: World | None = None) -> Iterator[R]:
     """fn of each item, in order, on every rank; item i is computed by rank i mod N alone.
 
     Args:
-        fn: A function whose results pickle takes.
+        fn: A function whose results pickle takes, and whose tensors are on the CPU.
         items: The same on all ranks.
+        here: `world()`, which is None's meaning too, or `ALONE`.
 
     >>> list(map_over_ranks(len, ["a", "bc"]))  # of a process by itself
     [1, 2]
     """
-    here = world()
+    here = world() if here is None else here
     if here.size == 1:
         yield from map(fn, items)
         return
     for first in range(0, len(items), here.size):
-        together = items[first : first + here.size]
-        own = [fn(item) for item in here.share(together)]
-        results: list[list[R]] = [[] for _ in range(here.size)]
-        dist.all_gather_object(results, own)
-        for result in results:
-            yield from result
+        share = here.share(items[first : first + here.size])
+        for results in gather_objects([fn(item) for item in share]):
+            yield from results

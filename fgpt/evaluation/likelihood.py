@@ -5,6 +5,9 @@
 A log-likelihood depends on its own request alone: batches are padded on the right, where the causal mask separates
 padding from text, so that the other requests of a batch change nothing but the last bits of rounding. Nothing is left
 out silently: tokens that a context lost are counted, and what cannot be scored is refused.
+
+Several processes share the batches, if they are asked to: batch i is computed by rank i mod N, and every rank gets all
+results. The batches are those of one process, and so are the results, to the last bit.
 """
 
 import math
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fgpt.distributed import ALONE, World, map_over_ranks
 from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import CHUNK_BYTES
 from fgpt.kernels.precision import at_least_fp32
@@ -43,7 +47,9 @@ class LogLikelihood(NamedTuple):
         return math.fsum(self.logprobs)
 
 
-def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int = 8) -> list[LogLikelihood]:
+def loglikelihood(
+    params: GPT, requests: Sequence[Request], *, batch_size: int = 8, world: World = ALONE
+) -> list[LogLikelihood]:
     """The log-likelihood of each request's continuation, in the order of the requests.
 
     If a request is longer than the model's context, its own context loses tokens at the beginning, which `truncated`
@@ -53,6 +59,8 @@ def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int =
         params: The model.
         requests: Pairs of token ids (context, continuation).
         batch_size: Requests in one forward pass.
+        world: The processes that share the batches, `fgpt.world()`: all of them call it with equal arguments, and get
+            all results.
 
     Raises:
         InputError: for an empty context, a continuation that is empty or longer than the model's context
@@ -65,14 +73,13 @@ def loglikelihood(params: GPT, requests: Sequence[Request], *, batch_size: int =
     (3, 0)
     """
     results: dict[int, LogLikelihood] = {}
-    for batch in iter_loglikelihood(params, requests, batch_size=batch_size):
+    for batch in iter_loglikelihood(params, requests, batch_size=batch_size, world=world):
         results.update(batch)
     return [results[i] for i in range(len(requests))]
 
 
-@torch.no_grad()
 def iter_loglikelihood(
-    params: GPT, requests: Sequence[Request], *, batch_size: int = 8
+    params: GPT, requests: Sequence[Request], *, batch_size: int = 8, world: World = ALONE
 ) -> Iterator[list[tuple[int, LogLikelihood]]]:
     """`loglikelihood`, one batch at a time: the indices of requests and their log-likelihoods.
 
@@ -84,6 +91,7 @@ def iter_loglikelihood(
         params: The model.
         requests: Pairs of token ids (context, continuation).
         batch_size: Requests in one forward pass.
+        world: The processes that share the batches: see `loglikelihood`. All of them read the same number of batches.
 
     Raises:
         InputError: as `loglikelihood` does, for lengths before anything is computed.
@@ -92,8 +100,12 @@ def iter_loglikelihood(
         raise InputError(f"batch_size is {batch_size}: expected 1 or more")
     rows = _share_rows(_requests_by_input(requests, params.cfg.n_ctx))
     rows.sort(key=lambda row: len(row[0]), reverse=True)
-    for start in range(0, len(rows), batch_size):
-        yield _score_batch(params, requests, rows[start : start + batch_size])
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def score(batch: Sequence[Row]) -> list[tuple[int, LogLikelihood]]:
+        return _score_batch(params, requests, batch)
+
+    return map_over_ranks(score, batches, world)
 
 
 Input: TypeAlias = tuple[int, ...]
@@ -129,6 +141,7 @@ def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[Input, l
     return by_input
 
 
+@torch.no_grad()
 def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Row]) -> list[tuple[int, LogLikelihood]]:
     """The log-likelihoods of the requests of a batch, whose first row is the longest."""
     at, width = device(params), len(batch[0][0])

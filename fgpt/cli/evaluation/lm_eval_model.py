@@ -19,8 +19,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
+from fgpt.distributed import ALONE, World, map_over_ranks
 from fgpt.errors import InputError
-from fgpt.evaluation.likelihood import iter_loglikelihood
+from fgpt.evaluation.likelihood import LogLikelihood, Request, iter_loglikelihood
 from fgpt.generation.loop import generate, stop_on_strings, truncate_at_stop
 from fgpt.generation.sampling import SamplingParams
 from fgpt.model import GPT
@@ -62,14 +63,18 @@ class TaskGeneration(NamedTuple):
 
 
 class Model(TemplateLM):
-    """A model and its tokenizer as lm-eval wants them. `batch_size` changes no result."""
+    """A model and its tokenizer as lm-eval wants them. `batch_size` changes no result. The processes of `world` share
+    the batches: each of them evaluates the same tasks, and gets all results.
+    """
 
-    def __init__(self, params: GPT, tokenizer: Tokenizer, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, params: GPT, tokenizer: Tokenizer, batch_size: int = 8, seed: int = 0, world: World = ALONE
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected 1 or more")
         self.params, self.text, self.rng = params, tokenizer, key(seed)
-        self.batch_size = batch_size
+        self.batch_size, self._processes = batch_size, world
         self._device: torch.device | None = device(params)
         self.truncated = TruncationCounts()
         """Over all requests so far."""
@@ -107,7 +112,7 @@ class Model(TemplateLM):
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         results: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
-            for batch in iter_loglikelihood(self.params, pairs, batch_size=self.batch_size):
+            for batch in self._iter_loglikelihood(pairs):
                 for i, likelihood in batch:
                     self.truncated = self.truncated.add(likelihood.truncated)
                     results[i] = likelihood.total, all(likelihood.greedy)
@@ -125,13 +130,16 @@ class Model(TemplateLM):
                 owners.append(i)
         totals = [0.0] * len(requests)
         with tqdm(total=len(windows), desc="texts", disable=disable_tqdm) as bar:
-            for batch in iter_loglikelihood(self.params, windows, batch_size=self.batch_size):
+            for batch in self._iter_loglikelihood(windows):
                 for j, likelihood in batch:
                     totals[owners[j]] += likelihood.total
                 bar.update(len(batch))
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _iter_loglikelihood(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, LogLikelihood]]]:
+        return iter_loglikelihood(self.params, requests, batch_size=self.batch_size, world=self._processes)
 
     # ------------------------------------------------------------------------------------------------------------ texts
 
@@ -158,8 +166,12 @@ class Model(TemplateLM):
             for how, chosen in groups.items():
                 prompts = {i: self._prompt(requests[i].args[0], how.max_new_tokens) for i in chosen}
                 longest_first = sorted(chosen, key=lambda i, of=prompts: -len(of[i]))
-                for batch in batched(longest_first, self.batch_size):
-                    texts = self._generate([prompts[i] for i in batch], how, batch)
+                batches = [*batched(longest_first, self.batch_size)]
+
+                def texts_of(batch: Sequence[int], how: TaskGeneration = how, of: Any = prompts) -> list[str]:
+                    return [*self._generate([of[i] for i in batch], how, batch)]
+
+                for batch, texts in zip(batches, map_over_ranks(texts_of, batches, self._processes), strict=True):
                     for i, text in zip(batch, texts, strict=True):
                         text_of[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 from rich.table import Table
 
 from fgpt.cli.console import console
+from fgpt.distributed import world
 from fgpt.errors import InputError, one_line
 from fgpt.model import GPT
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -68,7 +69,10 @@ def run(
 
     from fgpt.cli.evaluation.lm_eval_model import Model
 
-    model, evaluate = Model(params, tokenizer, batch_size), cast(Any, lm_eval.simple_evaluate)  # it is loaded lazily
+    model, evaluate = (
+        Model(params, tokenizer, batch_size, world=world()),
+        cast(Any, lm_eval.simple_evaluate),
+    )  # it is loaded lazily
     try:
         output = evaluate(
             model=model,

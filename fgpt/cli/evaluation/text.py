@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fgpt.cli.console import show_progress
 from fgpt.cli.evaluation.tables import Metrics, print_metrics
+from fgpt.distributed import world
 from fgpt.evaluation.likelihood import LogLikelihood, Request, iter_loglikelihood, perplexity, windows
 from fgpt.model import GPT
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -36,7 +37,7 @@ def loglikelihoods(params: GPT, pairs: Sequence[Request], batch_size: int) -> li
     """`fgpt.evaluation.likelihood.loglikelihood` with a progress bar."""
     scored: dict[int, LogLikelihood] = {}
     with show_progress("scoring", len(pairs)) as advance:
-        for batch in iter_loglikelihood(params, pairs, batch_size=batch_size):
+        for batch in iter_loglikelihood(params, pairs, batch_size=batch_size, world=world()):
             scored.update(batch)
             advance(len(batch))
     return [scored[i] for i in range(len(pairs))]

@@ -1,7 +1,8 @@
 """Classification of many texts: they are packed into rows as in training, and no text attends to another."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -27,6 +28,7 @@ from fgpt.data.classification_prompts import (
     verbalizers,
 )
 from fgpt.data.examples import Example
+from fgpt.distributed import map_over_ranks
 from fgpt.errors import InputError
 from fgpt.model import GPT, KVCache, forward_with_cache, hidden_at, logits
 from fgpt.recipes.classification import ClassificationRecipe
@@ -55,44 +57,54 @@ def log_probabilities(
     else:
         hidden_states = _hidden_packed(params, texts, max_seq_len)
     choices, logprobs = torch.tensor(labels.output_ids), torch.empty(len(examples), len(labels.output_ids))
+
+    @torch.no_grad()
+    def classify(batch: HiddenStates) -> tuple[list[int], Float[Tensor, "texts classes"]]:
+        indices, h = batch()
+        return indices, logits(params, h).float().cpu()[:, choices].log_softmax(-1)
+
     with show_progress("classifying", len(examples)) as advance:
-        for indices, h in hidden_states:
-            batch_logits = logits(params, h).float().cpu()[:, choices]
-            logprobs[[by_length[i] for i in indices]] = batch_logits.log_softmax(-1)
+        for indices, batch_logprobs in map_over_ranks(classify, hidden_states):
+            logprobs[[by_length[i] for i in indices]] = batch_logprobs
             advance(len(indices))
     return logprobs
 
 
-HiddenStates: TypeAlias = Iterator[tuple[list[int], Float[Tensor, "texts d_model"]]]
-"""Indices of texts, and the hidden state at the last position of each."""
+HiddenStates: TypeAlias = Callable[[], tuple[list[int], Float[Tensor, "texts d_model"]]]
+"""Computes a batch: indices of texts, and the hidden state at the last position of each."""
 
 
-def _hidden_packed(params: GPT, texts: Sequence[Sequence[int]], max_seq_len: int) -> HiddenStates:
+def _hidden_packed(params: GPT, texts: Sequence[Sequence[int]], max_seq_len: int) -> list[HiddenStates]:
     target, lengths = device(params), [len(text) for text in texts]  # longest first, which packs well
     bins = packing.pack(lengths, max(max_seq_len, lengths[0]))
-    for start in range(0, len(bins), BATCH_SIZE):
-        batch_bins = bins[start : start + BATCH_SIZE]
+
+    def compute(batch_bins: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
         rows = []
         for indices in batch_bins:
             rows.append([Example.classification(texts[i], 0) for i in indices])
         batch = tree_map(lambda x: x.to(target), packing.collate(rows))
         assert batch.loss_positions is not None  # the last position of each text, in their order
         h = hidden_at(params, batch.tokens, batch.loss_positions, batch.segments, cu_seqlens=batch.cu_seqlens)
-        yield [i for indices in batch_bins for i in indices], h
+        return [i for indices in batch_bins for i in indices], h
+
+    return [partial(compute, bins[start : start + BATCH_SIZE]) for start in range(0, len(bins), BATCH_SIZE)]
 
 
-def _hidden_after_prefix(params: GPT, texts: Sequence[Sequence[int]], prefix_length: int) -> HiddenStates:
+def _hidden_after_prefix(params: GPT, texts: Sequence[Sequence[int]], prefix_length: int) -> list[HiddenStates]:
     target = device(params)
     prefix = torch.tensor([texts[0][:prefix_length]], device=target)
     _, prefix_cache = forward_with_cache(params, prefix, KVCache())
-    for start in range(0, len(texts), BATCH_SIZE):
+
+    def compute(start: int) -> tuple[list[int], Tensor]:
         rows = [text[prefix_length:] for text in texts[start : start + BATCH_SIZE]]
         num_rows, longest = len(rows), max(map(len, rows))
         padded = torch.tensor([[*row] + [0] * (longest - len(row)) for row in rows], device=target)
         cache = tree_map(lambda x, n=num_rows: x.expand(n, *x.shape[1:]), prefix_cache)
         h, _ = forward_with_cache(params, padded, cache)
         last = [len(row) - 1 for row in rows]  # no text attends to the padding after it
-        yield list(range(start, start + num_rows)), h[range(num_rows), last]
+        return list(range(start, start + num_rows)), h[range(num_rows), last]
+
+    return [partial(compute, start) for start in range(0, len(texts), BATCH_SIZE)]
 
 
 def common_prefix_length(texts: Sequence[Sequence[int]]) -> int:

@@ -24,6 +24,7 @@ from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
+from fgpt.distributed import map_over_ranks
 from fgpt.errors import InputError
 from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.model import GPT
@@ -131,10 +132,12 @@ def _missing_reward(
     tokenizer: Tokenizer,
 ) -> float:
     """1 - the mean reward of greedy answers to held-out prompts."""
-    outputs: list[GenerationOutput] = []
-    for begin in range(0, len(prompts), BATCH_SIZE):
-        part = prompts[begin : begin + BATCH_SIZE]
-        outputs += generate(params, part, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens)
+    parts = [prompts[begin : begin + BATCH_SIZE] for begin in range(0, len(prompts), BATCH_SIZE)]
+
+    def answer(part: Sequence[Sequence[int]]) -> list[GenerationOutput]:
+        return generate(params, part, eos_token_id=tokenizer.eos_token_id, max_new_tokens=recipe.max_new_tokens)
+
+    outputs = [output for part_outputs in map_over_ranks(answer, parts) for output in part_outputs]
     texts = [tokenizer.decode(output.tokens) for output in outputs]
     rewards = [reward(row, text, output.finished) for row, text, output in zip(rows, texts, outputs, strict=True)]
     return 1 - sum(rewards) / len(rewards)

@@ -38,7 +38,7 @@ from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
     Reference,
-    heldout_batches,
+    map_heldout,
     no_reference,
     reference_logprobs,
 )
@@ -62,6 +62,7 @@ from fgpt.objectives.orpo import orpo
 from fgpt.objectives.pairs import PairBatch
 from fgpt.objectives.simpo import simpo
 from fgpt.recipes.preference import PreferenceRecipe
+from fgpt.tree import device
 
 
 def objective(recipe: PreferenceRecipe, params: GPT, batch: PairBatch | JudgedBatch) -> tuple[Tensor, Tensor]:
@@ -238,33 +239,40 @@ def comparison_rows(recipe: PreferenceRecipe, heldout: list[InstructionRow]) -> 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-@torch.no_grad()
 def heldout_loss(recipe: PreferenceRecipe, params: GPT, heldout_rows: HeldOutRows) -> float:
     """The mean loss of the held-out rows."""
-    total, count = 0.0, 0.0
-    for batch in heldout_batches(params, heldout_rows.examples, heldout_rows.reference):
+
+    def score(batch: PairBatch | JudgedBatch) -> tuple[float, float]:
         loss, number = objective(recipe, params, batch)
-        total, count = total + float(loss), count + float(number)
+        return float(loss), float(number)
+
+    total, count = 0.0, 0.0
+    for loss, number in map_heldout(score, heldout_rows.examples, heldout_rows.reference, device(params)):
+        total, count = total + loss, count + number
     return total / count
 
 
-@torch.no_grad()
 def pair_figures(recipe: PreferenceRecipe, params: GPT, base: GPT, heldout_rows: HeldOutRows) -> dict[str, float]:
     """Of held-out rows: the share in which the implicit reward of the chosen answer is higher, the mean margin of the
     rewards, and KL(policy ‖ base) per token of the answers.
     """
-    margins: list[Tensor] = []
-    divergence = tokens = 0.0
-    for batch in heldout_batches(params, heldout_rows.examples, heldout_rows.reference):
+
+    def compare(batch: PairBatch | JudgedBatch) -> tuple[float, float, Tensor | None]:
         answers = batch.batch
         total, weight = distillation(base, answers, teacher=params)
-        divergence, tokens = divergence + float(total), tokens + float(weight)
-        if isinstance(batch, PairBatch):
-            policy = sequence_logprobs(params, answers)
-            has_reference = recipe.objective == "dpo"
-            rewards = policy.sums - sequence_logprobs(base, answers).sums if has_reference else policy.means
-            chosen, rejected = (recipe.resolved_beta * rewards).chunk(2)
-            margins.append(chosen - rejected)
+        if not isinstance(batch, PairBatch):
+            return float(total), float(weight), None
+        policy = sequence_logprobs(params, answers)
+        has_reference = recipe.objective == "dpo"
+        rewards = policy.sums - sequence_logprobs(base, answers).sums if has_reference else policy.means
+        chosen, rejected = (recipe.resolved_beta * rewards).chunk(2)
+        return float(total), float(weight), (chosen - rejected).cpu()
+
+    margins: list[Tensor] = []
+    divergence = tokens = 0.0
+    for total, weight, margin in map_heldout(compare, heldout_rows.examples, heldout_rows.reference, device(params)):
+        divergence, tokens = divergence + total, tokens + weight
+        margins += [] if margin is None else [margin]
     figures = {"kl": divergence / tokens} if tokens else {}
     if margins:
         margin = torch.cat(margins)

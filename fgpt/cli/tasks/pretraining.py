@@ -123,7 +123,8 @@ def heldout_perplexity(params: GPT, tokenizer: Tokenizer, texts: Sequence[str], 
             [*tokenizer.encode(text), tokenizer.eos_token_id], tokenizer.bos_token_id, width=n_ctx, stride=n_ctx
         )
     with show_progress("scoring held-out documents"):
-        logprobs = [x for scored in loglikelihood(params, pairs, batch_size=batch_size) for x in scored.logprobs]
+        likelihoods = loglikelihood(params, pairs, batch_size=batch_size, world=world())
+    logprobs = [x for likelihood in likelihoods for x in likelihood.logprobs]
     num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     num_words = sum(len(text.split()) for text in texts)
     return Perplexity(-math.fsum(logprobs), len(logprobs), num_bytes, num_words)

@@ -29,7 +29,7 @@ from fgpt.cli.training.build import (
 )
 from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import TrainingJob
-from fgpt.cli.training.preference_batches import PreferenceExamples, heldout_batches, no_reference
+from fgpt.cli.training.preference_batches import PreferenceExamples, map_heldout, no_reference
 from fgpt.cli.training.preference_job import assemble_preference_job
 from fgpt.cli.training.preference_rows import HELD_OUT, Row, encode_rows, load_split
 from fgpt.cli.training.row_reports import resolve_template
@@ -45,6 +45,7 @@ from fgpt.objectives.reward import bradley_terry, rewards
 from fgpt.recipes import RewardRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
+from fgpt.tree import device
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,16 +163,20 @@ def encode_pairs(
     return PreferenceExamples(chosen, rejected)
 
 
-@torch.no_grad()
 def heldout_figures(recipe: RewardRecipe, params: GPT, pairs: PreferenceExamples) -> dict[str, float]:
     """Of pairs the share whose chosen answer has the higher reward, the mean difference of the two rewards, their mean,
     and the loss.
     """
+
+    def score(batch: Any) -> tuple[Tensor, float]:
+        pair_rewards = torch.stack(rewards(params, batch.batch).float().cpu().chunk(2))
+        return pair_rewards, float(objective(recipe, params, batch)[0])
+
     both: list[Tensor] = []
     loss = 0.0
-    for batch in heldout_batches(params, pairs, no_reference(pairs)):
-        both.append(torch.stack(rewards(params, batch.batch).float().cpu().chunk(2)))
-        loss += float(objective(recipe, params, batch)[0])
+    for pair_rewards, batch_loss in map_heldout(score, pairs, no_reference(pairs), device(params)):
+        both.append(pair_rewards)
+        loss += batch_loss
     chosen, rejected = torch.cat(both, -1)
     margins = chosen - rejected
     return {

@@ -1,7 +1,8 @@
 """Batches of preference tuning: pairs, or judged answers, with the log-probabilities of the reference policy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from fgpt.cli.console import show_progress
 from fgpt.cli.training.row_order import UpdateOrder
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
+from fgpt.distributed import map_over_ranks
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.objectives.kto import JudgedBatch
@@ -18,6 +20,8 @@ from fgpt.objectives.logprobs import sequence_logprobs
 from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes import FineTuningRecipe
 from fgpt.tree import device, tree_map
+
+R = TypeVar("R")
 
 EVALUATION_ROWS = 8
 """Held-out rows that are scored at a time."""
@@ -58,15 +62,19 @@ def no_reference(examples: PreferenceExamples) -> Reference:
     return Reference(torch.zeros(len(examples)), torch.zeros(len(examples)))
 
 
-@torch.no_grad()
 def _logprobs(base: GPT, examples: Sequence[Example]) -> Tensor:
     order = np.argsort(example_lengths(examples), kind="stable").tolist()  # rows of one length need no padding
     sums = torch.zeros(len(examples))
+    parts = [order[start : start + REFERENCE_ROWS] for start in range(0, len(order), REFERENCE_ROWS)]
+
+    @torch.no_grad()
+    def score(indices: Sequence[int]) -> Tensor:
+        batch = tree_map(lambda x: x.to(device(base)), packing.collate([[examples[i]] for i in indices]))
+        return sequence_logprobs(base, batch).sums.float().cpu()
+
     with show_progress("reference policy", len(examples)) as advance:
-        for start in range(0, len(order), REFERENCE_ROWS):
-            indices = order[start : start + REFERENCE_ROWS]
-            batch = tree_map(lambda x: x.to(device(base)), packing.collate([[examples[i]] for i in indices]))
-            sums[indices] = sequence_logprobs(base, batch).sums.float().cpu()
+        for indices, part_sums in zip(parts, map_over_ranks(score, parts), strict=True):
+            sums[indices] = part_sums
             advance(len(indices))
     return sums
 
@@ -103,11 +111,17 @@ def batch_of(
     )
 
 
-def heldout_batches(params: GPT, examples: PreferenceExamples, reference: Reference) -> list[PairBatch | JudgedBatch]:
-    """All rows, some at a time, on the device of `params`."""
+def map_heldout(
+    fn: Callable[[PairBatch | JudgedBatch], R], examples: PreferenceExamples, reference: Reference, target: torch.device
+) -> Iterator[R]:
+    """fn of all rows, some at a time, on a device; processes share them as `map_over_ranks` does."""
     indices = range(len(examples))
-    parts = [indices[i : i + EVALUATION_ROWS] for i in range(0, len(indices), EVALUATION_ROWS)]
-    return [tree_map(lambda x: x.to(device(params)), batch_of(examples, reference, part)) for part in parts]
+
+    @torch.no_grad()
+    def compute(part: Sequence[int]) -> R:
+        return fn(tree_map(lambda x: x.to(target), batch_of(examples, reference, part)))
+
+    return map_over_ranks(compute, [indices[i : i + EVALUATION_ROWS] for i in range(0, len(indices), EVALUATION_ROWS)])
 
 
 def batches(

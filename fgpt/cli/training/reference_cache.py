@@ -18,6 +18,7 @@ from fgpt.cli.console import console
 from fgpt.cli.training.hashes import fast_hash, model_hash
 from fgpt.cli.training.preference_batches import PreferenceExamples, Reference, reference_logprobs
 from fgpt.data.examples import example_lengths
+from fgpt.distributed import alone
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.layers import num_parameters
@@ -29,8 +30,13 @@ MIN_WORK = 1e11
 """Parameters times tokens from which on log-probabilities are kept: a second of two CPU cores."""
 
 
+@alone()
 def cached_reference(base: GPT, examples: PreferenceExamples) -> Reference:
-    """`reference_logprobs`, from the cache if they are there. Those that took a while are put there."""
+    """`reference_logprobs`, from the cache if they are there. Those that took a while are put there.
+
+    Each of several processes computes all of them: one may have them in its cache, and it is not yet known whether all
+    have the same rows.
+    """
     tokens = int(example_lengths(examples.chosen).sum() + example_lengths(examples.rejected).sum())
     if num_parameters(base) * tokens < MIN_WORK:
         return reference_logprobs(base, examples)

@@ -29,8 +29,9 @@ from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
 from fgpt.cli.training.examples import load_heldout_rows
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow
+from fgpt.distributed import map_over_ranks
 from fgpt.errors import InputError
-from fgpt.generation.loop import generate
+from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.generation.sampling import GREEDY, SamplingParams
 from fgpt.io.files import write, write_json
 from fgpt.model import GPT
@@ -155,25 +156,28 @@ def generate_answers(
     Args:
         encoded: The tokens of each prompt.
         order: The order in which they are generated, `BATCH_SIZE` at a time: prompts of equal length in one batch need
-            little padding. An answer samples with a key that its position in `order` gives.
+            little padding. An answer samples with a key that its position in `order` gives. Several processes share the
+            batches.
     """
+    starts = range(0, len(order), BATCH_SIZE)
+
+    def generate_batch(start: int) -> list[GenerationOutput]:
+        return generate(
+            params,
+            [encoded[i] for i in order[start : start + BATCH_SIZE]],
+            eos_token_id=tokenizer.eos_token_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            rng=fold_in(key(seed), start) if sampling.temperature else None,
+        )
+
     answers: dict[int, Answer] = {}
     with show_progress("answering", len(order)) as advance:
-        for start in range(0, len(order), BATCH_SIZE):
-            batch = order[start : start + BATCH_SIZE]
-            rng = fold_in(key(seed), start) if sampling.temperature else None
-            outputs = generate(
-                params,
-                [encoded[i] for i in batch],
-                eos_token_id=tokenizer.eos_token_ids,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                rng=rng,
-            )
-            for i, output in zip(batch, outputs, strict=True):
+        for start, outputs in zip(starts, map_over_ranks(generate_batch, starts), strict=True):
+            for i, output in zip(order[start : start + BATCH_SIZE], outputs, strict=True):
                 text = tokenizer.decode(output.tokens).strip()
                 answers[i] = Answer(text, tuple(output.tokens), output.finished)
-            advance(len(batch))
+            advance(len(outputs))
     return [answers[i] for i in range(len(encoded))]
 
 

@@ -24,6 +24,7 @@ from fgpt.data import packing
 from fgpt.data.examples import Example
 from fgpt.data.prompt_templates import encode, encode_to_score, template
 from fgpt.data.rows import InstructionRow, turn_number
+from fgpt.distributed import world
 from fgpt.evaluation.likelihood import loglikelihood
 from fgpt.model import GPT, Config
 from fgpt.recipes import InstructionRecipe
@@ -89,7 +90,7 @@ def reference_scores(params: GPT, examples: Sequence[Example], turns: Sequence[i
     """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
     if not examples:
         return {}
-    losses = response_losses(loglikelihood(params, requests(examples)), turns)
+    losses = response_losses(loglikelihood(params, requests(examples), world=world()), turns)
     scores = losses | {"response perplexity": perplexity(losses[RESPONSE_LOSS])}
     return {prefix + name: value for name, value in scores.items()}
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fgpt.cli.evaluation.metrics.nano import words
 from fgpt.data.examples import Example
+from fgpt.distributed import world
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import LogLikelihood, Request, loglikelihood
 from fgpt.model import GPT
@@ -52,7 +53,7 @@ def nats(params: GPT, examples: Sequence[Example]) -> float:
 
     Raises InputError if no example has an answer token.
     """
-    return _mean_nats(loglikelihood(params, requests(examples)))
+    return _mean_nats(loglikelihood(params, requests(examples), world=world()))
 
 
 def _mean_nats(likelihoods: Sequence[LogLikelihood]) -> float:
