@@ -12,11 +12,12 @@ from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from fgpt.cli import results, run_dir
+from fgpt.cli import processes, results, run_dir
 from fgpt.cli.console import answers, console, show_progress
 from fgpt.cli.devices import resolve_device
 from fgpt.cli.evaluation import lm_eval_tasks
 from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.text import text_metrics
 from fgpt.cli.options import parse
 from fgpt.cli.paths import shareable
@@ -24,6 +25,7 @@ from fgpt.cli.tasks import task_type
 from fgpt.cli.training.build import load_base
 from fgpt.cli.training.hashes import content_hash
 from fgpt.cli.training.tokenizer import load_tokenizer
+from fgpt.distributed import object_from_first_rank
 from fgpt.errors import InputError
 from fgpt.evaluation.likelihood import window_and_stride
 from fgpt.io import models
@@ -82,12 +84,14 @@ class EvalText(ModelOptions):
 
     def __call__(self) -> None:
         model = find_model(self)
-        text = read_text(self.text)
+        text = _read_shared(self.text)
         cfg, tokenizer = _config_and_tokenizer(model)
         window, stride = window_and_stride(cfg, self.window, self.stride)
         settings = {"text": shareable(self.text)} | changed_options(self, EvalText(text=self.text))
         settings |= {"text_sha256": content_hash(text)}
-        metrics = text_metrics(load(model), tokenizer, text, window=window, stride=stride, batch_size=self.batch_size)
+        params = load(model)
+        check_shared_evaluation(self, params, {"the text": text})
+        metrics = text_metrics(params, tokenizer, text, window=window, stride=stride, batch_size=self.batch_size)
         evaluation = _about(model, settings) | {"text": {"file": shareable(self.text)} | metrics}
         _write(evaluation, model.folder, self.out)
 
@@ -112,10 +116,17 @@ class EvalTasks(ModelOptions):
         _, tokenizer = _config_and_tokenizer(model)
         tasks = lm_eval_tasks.find(self.tasks, self.include_path)
         settings = {"tasks": self.tasks} | changed_options(self, EvalTasks(tasks=self.tasks))
-        scores = lm_eval_tasks.run(
-            tasks, load(model), tokenizer, self.batch_size, self.limit, self.num_fewshot, self.chat
-        )
+        params = load(model)
+        check_shared_evaluation(self, params, {})
+        scores = lm_eval_tasks.run(tasks, params, tokenizer, self.batch_size, self.limit, self.num_fewshot, self.chat)
         _write(_about(model, settings) | {"tasks": scores}, model.folder, self.out)
+
+
+def _read_shared(path: Path) -> str:
+    """The text of a file. Of several processes the first one reads standard input for all."""
+    if str(path) != "-":
+        return read_text(path)
+    return object_from_first_rank(read_text(path) if processes.is_first() else "")
 
 
 COMMANDS: dict[str, type[Any]] = {"run": EvalRun, "text": EvalText, "tasks": EvalTasks}
@@ -242,9 +253,11 @@ def absolute_base(base: str) -> str:
 
 
 def _write(evaluation: Mapping[str, Any], folder: Path | None, out: Path | None) -> None:
-    """Write eval.json, by another name for other settings: into `out`, else into the run directory."""
+    """Write eval.json, by another name for other settings: into `out`, else into the run directory. Of several
+    processes the first one does.
+    """
     place = out or folder
-    if place is None:
+    if place is None or not processes.is_first():
         return
     settings = evaluation[results.SETTINGS]
     full = "-".join([NAME, *name_parts(settings)])

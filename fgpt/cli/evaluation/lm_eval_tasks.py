@@ -1,7 +1,9 @@
 """lm-eval's tasks for `fgpt eval tasks`: find them by name, run them on a model, print a table."""
 
 import difflib
+import io
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -69,20 +71,19 @@ def run(
 
     from fgpt.cli.evaluation.lm_eval_model import Model
 
-    model, evaluate = (
-        Model(params, tokenizer, batch_size, world=world()),
-        cast(Any, lm_eval.simple_evaluate),
-    )  # it is loaded lazily
+    model = Model(params, tokenizer, batch_size, world=world())
+    evaluate = cast(Any, lm_eval.simple_evaluate)  # it is loaded lazily
     try:
-        output = evaluate(
-            model=model,
-            tasks=[*tasks.names],
-            task_manager=tasks.manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=chat,
-            log_samples=False,
-        )
+        with redirect_stderr(io.StringIO()) if console.quiet else nullcontext():  # bars and logs, once
+            output = evaluate(
+                model=model,
+                tasks=[*tasks.names],
+                task_manager=tasks.manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=chat,
+                log_samples=False,
+            )
     except (ConnectionError, FileNotFoundError) as err:
         names = ", ".join(tasks.names)
         raise InputError(f"the data of {names}: {one_line(err)}; connect once, or take a local task") from None

@@ -15,6 +15,7 @@ from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation.classification import classification_metrics, load_test_set, score, with_other_data
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
 from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.inference.classifiers import label_choices, prompt_frame_of, with_head
 from fgpt.cli.metrics_log import HELDOUT_LOSS
@@ -159,10 +160,11 @@ class ClassificationTask:
         recipe = with_other_data(recipe, options)
         test_set = load_test_set(recipe, options.limit)
         base = ClassificationTask.load_base(recipe)
+        params = run_dir.load_tuned(folder, base)
+        check_shared_evaluation(options, params, {"test rows": test_set.examples})
         results: dict[str, Metrics] = {}
         if options.labels:
             results["test rows, untuned"] = classification_metrics(base, test_set, "test rows, untuned")
-        params = run_dir.load_tuned(folder, base)
         return results | {"test rows": classification_metrics(params, test_set)}
 
     @staticmethod

@@ -19,6 +19,7 @@ from fgpt.cli.evaluation.compare.scores import fitting
 from fgpt.cli.evaluation.instruction_tuning import answer_metrics, response_metrics
 from fgpt.cli.evaluation.metrics.text import nats
 from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training import preview
 from fgpt.cli.training.build import (
@@ -150,6 +151,7 @@ class InstructionTask:
         if options.num_generations:
             answered = held_out(contenders.from_runs([recipe], [folder]), heldout, options.num_generations).rows
         params = run_dir.load_tuned(folder, load_base(recipe))
+        check_shared_evaluation(options, params, {"held-out rows": heldout, "evaluation sets": str(eval_sets)})
         results: dict[str, Metrics] = {}
         named_rows = {"held out": ("held-out rows", heldout)} if heldout else {}
         named_rows |= {f"evaluation set {name}": (f"rows of {name}", rows) for name, rows in eval_sets.items()}

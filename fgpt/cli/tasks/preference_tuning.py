@@ -19,6 +19,7 @@ from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare.results import Comparison
 from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.training.build import (
@@ -168,8 +169,10 @@ class PreferenceTask:
             raise InputError(f"{folder} held out no rows: there is nothing to score it on")
         examples = encode_rows(recipe, rows, template(recipe.template), tokenizer, row_length(recipe, cfg), HELD_OUT)
         base = load_base(recipe)
+        params = run_dir.load_tuned(folder, base)
+        check_shared_evaluation(options, params, {"chosen": examples.chosen, "rejected": examples.rejected})
         heldout_rows = HeldOutRows([], examples, reference_logprobs(base, examples))
-        figures = pair_figures(recipe, run_dir.load_tuned(folder, base), base, heldout_rows)
+        figures = pair_figures(recipe, params, base, heldout_rows)
         print_figures(figures)
         return {"held-out pairs": {**figures}}
 

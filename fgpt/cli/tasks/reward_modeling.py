@@ -17,6 +17,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import announce, console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation.options import RunEvaluationOptions
+from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.training.build import (
     build_adapters,
@@ -115,6 +116,7 @@ class RewardTask:
         if not len(pairs):
             raise InputError(f"{folder} held out no pairs: there is nothing to score it on")
         params = run_dir.load_tuned(folder, RewardTask.load_base(recipe))
+        check_shared_evaluation(options, params, {"chosen": pairs.chosen, "rejected": pairs.rejected})
         figures = heldout_figures(recipe, params, pairs)
         print_figures(figures, len(pairs))
         return {"held-out pairs": {**figures}}

@@ -50,14 +50,19 @@ def _division(rows: int, num_processes: int) -> str:
 
 def describe_inputs(job: TrainingJob, run: Path | None) -> dict[str, str]:
     """What must be the same for all processes of a training: code, versions, options, data, and the run."""
-    here = environment()
     options = {
         name: f"{value:.12g}" if isinstance(value, float) else str(value)
         for name, value in json.loads(training_options(job.recipe)).items()
     }
     hashes = {name: value for name, value in job.fingerprint.items() if name != "options"}
+    return {**describe_program(), **options, **hashes, "run": str(run)}
+
+
+def describe_program() -> dict[str, str]:
+    """The code and the versions of this process, by their names."""
+    here = environment()
     versions = {name: str(version) for name, version in here["packages"].items()}
-    return {"code": _code_hash(), "python": here["python"], **versions, **options, **hashes, "run": str(run)}
+    return {"code": _code_hash(), "python": here["python"], **versions}
 
 
 def _code_hash() -> str:
