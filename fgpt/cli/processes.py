@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
@@ -195,6 +195,63 @@ def check_alike(description: Mapping[str, str]) -> None:
 def _is_short(description: Mapping[str, str], name: str) -> bool:
     """Whether a value says something, as a version does, and a hash or a list of options does not."""
     return len(description.get(name, "")) <= 20
+
+
+# ------------------------------------------------------------------------------------------- each at work of its own
+
+
+def is_interrupted(here: bool) -> bool:
+    """Whether an end was requested of any process, of this one `here`. Processes that compute apart ask it between
+    their steps, by which the others know that they go on.
+    """
+    if not _processes:
+        return here
+    rank, _, store = _processes[0]
+    _post_key(store, f"pulse/{rank}", str(time.time_ns()))
+    if here:
+        _post_key(store, "interrupted")
+    try:
+        return here or store.check(["interrupted"])
+    except Exception:  # the store ends with its process
+        return True
+
+
+def gather(value: Any, interrupt_requested: Callable[[], bool]) -> list[Any]:
+    """What each process gives, in the order of the ranks; of one that has not come when all are interrupted it is None.
+    It waits for hours if need be, as long as those that have not come go on: see `is_interrupted`.
+
+    Args:
+        value: What JSON takes.
+        interrupt_requested: Whether an end is requested of this process.
+    """
+    import torch.distributed as dist
+
+    if not _processes:
+        return [value]
+    rank, size, store = _processes[0]
+    number = store.add(f"gatherings of {rank}", 1)
+    keys = [f"gathering/{number}/{other}" for other in range(size)]
+    store.set(keys[rank], json.dumps(value))
+    pulses: list[bytes] = []
+    until, is_ending = time.monotonic() + timeout_seconds(), False
+    while absent := [other for other in range(size) if not store.check([keys[other]])]:
+        if any(_end_of(store, other) for other in absent):
+            raise dist.DistError("another process has ended")
+        before, pulses = pulses, [_read_key(store, f"pulse/{other}") for other in absent]
+        if is_interrupted(interrupt_requested()):
+            until, is_ending = time.monotonic() + FAREWELL if not is_ending else until, True
+        elif pulses != before:
+            until = time.monotonic() + timeout_seconds()
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    if absent and not is_ending:
+        raise NoAnswerError("the others have not come")
+    return [None if other in absent else json.loads(store.get(keys[other])) for other in range(size)]
+
+
+def _read_key(store: Any, key: str) -> bytes:
+    return store.get(key) if store.check([key]) else b""
 
 
 # ----------------------------------------------------------------------------------------------------------- the end

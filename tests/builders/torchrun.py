@@ -9,7 +9,7 @@ from typing import Any
 from builders import ROOT
 
 
-def run_together(count: int, *command: str, shell: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+def launch_together(count: int, *command: str, shell: bool = False, **env: str) -> "subprocess.Popen[str]":
     """A script of tests/scripts with its arguments, `-m MODULE ..`, or with `shell` a line that knows its $RANK."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     if shell:
@@ -18,4 +18,12 @@ def run_together(count: int, *command: str, shell: bool = False, **env: str) -> 
         command = (str(ROOT / "tests" / "scripts" / command[0]), *command[1:])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment: Any = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*launcher, *command], text=True, env=environment, **streams)
+
+
+def run_together(count: int, *command: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """What `launch_together` launches, when it has ended."""
+    process = launch_together(count, *command, **options)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

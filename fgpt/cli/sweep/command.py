@@ -3,23 +3,28 @@
 runs/lora-nano-sweep/lr-1e-3-seed-0/    the run directory of each member, as if it had been trained alone
 sweep.json                              the members, their values, losses and states
 report.html                             the same on one page, with curves
+
+Several processes, which torchrun starts, each train groups of members, and write their run directories: group i is of
+rank i mod N. They meet where a pruner decides, and rank 0 writes the rest.
 """
 
 import itertools
+import math
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from fgpt.cli import run_dir, tasks
+from fgpt.cli import processes, run_dir, tasks
 from fgpt.cli.console import console, exclusive_progress, quiet, show_progress
 from fgpt.cli.environment import environment
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.paths import without_paths
+from fgpt.cli.processes import is_first, remedy
 from fgpt.cli.run_json import write_run
 from fgpt.cli.sweep import loop, results
 from fgpt.cli.sweep.grid import Values, member_recipes
@@ -28,9 +33,13 @@ from fgpt.cli.sweep.memory import members_that_fit
 from fgpt.cli.sweep.page import write_page
 from fgpt.cli.sweep.pruners import PrunerName, below_median, halving_losers, halving_rungs, median_rungs
 from fgpt.cli.training.final_state import check_final_state
+from fgpt.cli.training.hashes import fast_hash
 from fgpt.cli.training.heap import keep_freed_memory
+from fgpt.cli.training.job import training_options
 from fgpt.cli.training.loop import graceful_interrupt
 from fgpt.cli.training.shared_models import share_models
+from fgpt.cli.training.shared_update import describe_inputs
+from fgpt.distributed import World, alone, object_from_first_rank, world
 from fgpt.errors import InputError
 from fgpt.io.files import write_json
 from fgpt.ranges import PositiveInt, Range
@@ -66,7 +75,8 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
     check_budget(options, len(recipes))
     check_writable(first.out)
     members = build_members(recipes, first.out / folder_name)
-    folder = run_dir.new_folder(first.out, folder_name)
+    _check_alike(members, str(options))
+    folder = Path(object_from_first_rank(str(run_dir.new_folder(first.out, folder_name)) if is_first() else ""))
     for member in members:
         member.folder = folder / member.name
     header = {
@@ -79,37 +89,57 @@ def run(name: str, args: Sequence[str], options: SweepOptions, command: str) -> 
         "groups": {},
         "rungs": {},
     }
-    for member in members:
-        member.folder.mkdir()
-    with lock(folder, [member.folder for member in members]):
-        machine = environment()
-        for member in members:
-            write_json(member.folder / run_dir.ENVIRONMENT, machine)
-            write_run(member.folder, replace(member.task.recipe, out=folder))
-            member.set_state("waiting")
-        results.write_results(folder, header, members)
+    with ExitStack() as locks:
+        if is_first():
+            for member in members:
+                member.folder.mkdir()
+            locks.enter_context(lock(folder, [member.folder for member in members]))
+            machine = environment()
+            for member in members:
+                write_json(member.folder / run_dir.ENVIRONMENT, machine)
+                write_run(member.folder, replace(member.task.recipe, out=folder))
+                member.set_state("waiting")
+            results.write_results(folder, header, members)
+        _wait_for_first(folder)
         return train(folder, header, members)
 
 
 def resume(folder: Path) -> Path:
     """Go on with a sweep. Returns its folder. Raises InputError if it is none, or has ended."""
     header = results.read_results(folder)
-    with lock(folder, [folder / entry["name"] for entry in header["members"]]):
-        entries = header.pop("members")
-        if all(entry["state"] in ("finished", "stopped", "failed") for entry in entries):
-            raise InputError(
-                f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}"
-            )
-        for entry in entries:
-            run_dir.remove_leftovers_of_run(folder / entry["name"])
+    entries = header.pop("members")
+    if all(entry["state"] in ("finished", "stopped", "failed") for entry in entries):
+        raise InputError(f"nothing to resume: the members of {folder} have ended; its results are in {results.SWEEP}")
+    with ExitStack() as locks:
+        if is_first():
+            locks.enter_context(lock(folder, [folder / entry["name"] for entry in entries]))
+            for entry in entries:
+                run_dir.remove_leftovers_of_run(folder / entry["name"])
+        _wait_for_first(folder)
         recipes = [(entry["values"], run_dir.read_run(folder / entry["name"])) for entry in entries]
         members = build_members(recipes, folder)
+        _check_alike(members, f"{header} {entries}")
         for member, entry in zip(members, entries, strict=True):
             member.read_lines()
             member.state, member.why = entry["state"], entry["why"]
             if entry["heldout_loss"] is not None and not member.is_active:
                 member.heldout_losses.setdefault(entry["steps"], entry["heldout_loss"])
         return train(folder, header, members)
+
+
+def _check_alike(members: Sequence[Member], sweep: str) -> None:
+    """Raises InputError unless all processes train the same members by the same code."""
+    if processes.count() > 1:
+        recipes = [training_options(member.job.recipe) for member in members]
+        hashes = {"members": fast_hash(recipes), "options of the sweep": fast_hash(sweep)}
+        processes.check_alike(describe_inputs(members[0].job, None) | hashes)
+
+
+def _wait_for_first(folder: Path) -> None:
+    """Wait until rank 0 has prepared the folder of a sweep. Raises InputError if another one does not see it."""
+    object_from_first_rank(None)
+    if not (folder / run_dir.SWEEP).is_file():
+        raise InputError(f"{folder} is not here: processes on several machines need one file system for --out FOLDER")
 
 
 def check_budget(options: SweepOptions, members: int) -> None:
@@ -140,7 +170,7 @@ def build_members(recipes: Sequence[tuple[Values, AnyRecipe]], folder: Path) -> 
     Raises InputError as the building of a task does.
     """
     members: list[Member] = []
-    with share_models(), show_progress("building members", len(recipes)) as advance:
+    with alone(), share_models(), show_progress("building members", len(recipes)) as advance:
         for values, recipe in recipes:
             with quiet() if members else ExitStack():
                 task = tasks.build_task(recipe)
@@ -154,32 +184,63 @@ def train(folder: Path, header: dict[str, Any], members: list[Member]) -> Path:
 
     Raises KeyboardInterrupt after saving checkpoints, if an end was requested; and InputError if no member is left.
     """
-    with graceful_interrupt() as interrupt_requested:
-        begin, title = time.monotonic(), f"{header['recipe']}: {len(members)} members"
-        show = _progress(members)
-        trainer = loop.Trainer(members, interrupt_requested, show)
-        if header["group_size"] is None:
-            header["group_size"] = _fitting(members, trainer)
-        size = min(header["group_size"], len(members))
-        counts = sorted({member.job.steps for member in members})
-        steps = f"{counts[0]} steps each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
-        console.print(f"{title}, {size} at once, {steps}")
+    here, begin = world(), time.monotonic()
+    with graceful_interrupt() as requested, remedy(f"resume with: {_resume_command(folder)}"), alone():
+
+        def interrupt_requested() -> bool:
+            return processes.is_interrupted(requested())
+
+        trainer = loop.Trainer(members, interrupt_requested, _progress(members, here))
+        if header["group_size"] is None and "fitting" not in header:
+            fitting = processes.gather(_fitting(members, trainer), requested)
+            header["fitting"] = min(size for size in fitting if size is not None)
+        console.print(f"{header['recipe']}: {_describe_groups(header, members, here)}")
         keep_freed_memory()
         try:
             with exclusive_progress("sweep"):
-                _train_to_the_end(folder, header, members, trainer)
+                _train_to_the_end(folder, header, members, trainer, here, requested)
         except KeyboardInterrupt:
-            for member in members:
-                if member.is_active:
-                    member.set_state("waiting")
-            results.write_results(folder, header, members)
-            console.print(f"interrupted; resume with: fgpt sweep {shlex.quote(str(folder))} --resume", soft_wrap=True)
+            if is_first():
+                for member in members:
+                    if member.is_active:
+                        member.set_state("waiting")
+                results.write_results(folder, header, members)
+            console.print(f"interrupted; resume with: {_resume_command(folder)}", soft_wrap=True)
             raise
+    if processes.leave():
         _report(folder, header, members, time.monotonic() - begin)
     return folder
 
 
-def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member], trainer: loop.Trainer) -> None:
+def _resume_command(folder: Path) -> str:
+    return f"fgpt sweep {shlex.quote(str(folder))} --resume"
+
+
+def _group_size(header: Mapping[str, Any], active: int, here: World) -> int:
+    """How many of the active members are trained at once: what was asked for, or what fits, less if processes would
+    have none.
+    """
+    if header["group_size"] is not None:
+        return header["group_size"]
+    return max(1, min(header["fitting"], math.ceil(active / here.size)))
+
+
+def _describe_groups(header: Mapping[str, Any], members: Sequence[Member], here: World) -> str:
+    size = min(_group_size(header, len(members), here), len(members))
+    counts = sorted({member.job.steps for member in members})
+    steps = f"{counts[0]} steps each" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
+    which = "" if here.size == 1 else f" in each of {here.size} processes"
+    return f"{len(members)} members, {size} at once{which}, {steps}"
+
+
+def _train_to_the_end(
+    folder: Path,
+    header: dict[str, Any],
+    members: list[Member],
+    trainer: loop.Trainer,
+    here: World,
+    requested: Callable[[], bool],
+) -> None:
     steps = max(member.job.steps for member in members)
     rungs: list[int] = []
     if header["pruner"] == "halving":
@@ -187,20 +248,50 @@ def _train_to_the_end(folder: Path, header: dict[str, Any], members: list[Member
     elif header["pruner"] == "median":
         rungs = median_rungs(steps, header["min_steps"])
     by_name = {member.name: member for member in members}
+
+    def write_results() -> None:
+        if is_first():
+            results.write_results(folder, header, members)
+
     for rung in [*rungs, steps]:
         if str(rung) in header["rungs"]:
             continue  # decided before an interruption
         if header["groups"].get("rung") != rung:  # an interrupted sweep goes on with the groups that it had
             names = [member.name for member in members if member.is_active]
-            size = header["group_size"]
+            size = _group_size(header, len(names), here)
             header["groups"] = {"rung": rung, "names": [names[i : i + size] for i in range(0, len(names), size)]}
-            results.write_results(folder, header, members)
-        for names in header["groups"]["names"]:
-            _train_group([by_name[name] for name in names], rung, trainer)
-            results.write_results(folder, header, members)
+            write_results()
+        groups = [[by_name[name] for name in names] for names in here.share(header["groups"]["names"])]
+        trained_here, is_interrupted = [member for group in groups for member in group], False
+        try:
+            for group in groups:
+                _train_group(group, rung, trainer)
+                write_results()
+            if rung != steps:
+                _measure(trained_here, rung)
+        except KeyboardInterrupt:
+            is_interrupted = True
+        _meet(members, trained_here, is_interrupted, requested)
         if rung != steps:
-            _prune(header, [member for member in members if member.is_active], rung)
-            results.write_results(folder, header, members)
+            _prune(header, members, trained_here, rung)
+        write_results()
+
+
+def _meet(
+    members: Sequence[Member], trained_here: Sequence[Member], is_interrupted: bool, requested: Callable[[], bool]
+) -> None:
+    """Wait for the other processes, and learn how their members stand.
+
+    Raises KeyboardInterrupt if one of them was interrupted.
+    """
+    standings = {member.name: member.standing() for member in trained_here}
+    meeting = processes.gather({"is_interrupted": is_interrupted, "standings": standings}, requested)
+    others = {name: x for there in meeting if there is not None for name, x in there["standings"].items()}
+    for member in members:
+        if member.name in others and member not in trained_here:
+            member.follow(others[member.name])
+    if any(there is None or there["is_interrupted"] for there in meeting):
+        raise KeyboardInterrupt
 
 
 def _train_group(group: list[Member], rung: int, trainer: loop.Trainer) -> None:
@@ -216,11 +307,16 @@ def _train_group(group: list[Member], rung: int, trainer: loop.Trainer) -> None:
             _finish(member)
 
 
-def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
-    """Stop the members that the pruner does not let go on after a rung."""
-    states = {member: member.checkpoint(rung) for member in active}
-    for member, state in states.items():
-        loop.measure_heldout(member, state)
+def _measure(members: Sequence[Member], rung: int) -> None:
+    """Measure the held-out losses by which a pruner decides."""
+    for member in members:
+        if member.is_active:
+            loop.measure_heldout(member, member.checkpoint(rung))
+
+
+def _prune(header: dict[str, Any], members: Sequence[Member], trained_here: Sequence[Member], rung: int) -> None:
+    """Stop the members that the pruner does not let go on after a rung. Each process saves those it has trained."""
+    active = [member for member in members if member.is_active]
     losses = {member.name: member.score for member in active}
     header["rungs"][str(rung)] = losses
     if header["pruner"] == "halving":
@@ -230,11 +326,15 @@ def _prune(header: dict[str, Any], active: list[Member], rung: int) -> None:
         earlier = {name: [scores[name] for scores in past if name in scores] for name in losses}
         stopped = below_median(losses, earlier)
     for member in active:
-        if member.name in stopped:
-            _save(member, states[member])
-            member.set_state("stopped", f"loss {losses[member.name]:.4f} after step {rung}, by {header['pruner']}")
-        else:
+        if member.name not in stopped:
             member.state = "waiting"
+            continue
+        why = f"loss {losses[member.name]:.4f} after step {rung}, by {header['pruner']}"
+        if member in trained_here:
+            _save(member, member.checkpoint(rung))
+            member.set_state("stopped", why)
+        else:
+            member.state, member.why = "stopped", why
 
 
 def _finish(member: Member) -> None:
@@ -293,7 +393,7 @@ def _fitting(members: Sequence[Member], trainer: loop.Trainer) -> int:
     return members_that_fit(len(members), take_step, device(members[0].initial.trainable))
 
 
-def _progress(members: Sequence[Member]) -> Any:
+def _progress(members: Sequence[Member], here: World) -> Any:
     """Prints a table of the members some twenty times in a sweep."""
     total = sum(member.job.steps for member in members)
     printed = [0.0, time.monotonic()]
@@ -305,6 +405,9 @@ def _progress(members: Sequence[Member]) -> Any:
         if now - printed[1] < 5 and done < total:
             return
         printed[:] = [float(done), now]
+        for member in members if here.size > 1 else ():
+            if member.state != "training":
+                member.read_lines()  # that others train
         console.print(results.table(members, f"step {max(m.step for m in members)}", limit=8))
 
     return show

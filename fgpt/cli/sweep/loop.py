@@ -97,11 +97,12 @@ class Trainer:
                 self._save(group, stacked, forms, [*done, *left])
                 group, stacked = [group[i] for i in left], take_members(stacked, left)
             self._show()
-            is_last = self._interrupt_requested() or step + 1 == end
+            is_interrupted = self._interrupt_requested()
+            is_last = is_interrupted or step + 1 == end
             if group and (is_last or self._is_due(group)):
                 self._save(group, stacked, forms, range(len(group)))
                 self._saved_at = time.perf_counter()
-            if self._interrupt_requested():
+            if is_interrupted:
                 raise KeyboardInterrupt
             if not group:
                 return

@@ -116,6 +116,16 @@ class Member:
         status = {"state": name, "steps": self.job.steps}
         write_json(self.folder / run_dir.STATUS, status | ({"why": without_paths(why)} if why else {}))
 
+    def standing(self) -> dict[str, Any]:
+        """What its files do not say."""
+        return {"state": self.state, "why": self.why, "heldout_losses": [*self.heldout_losses.items()]}
+
+    def follow(self, standing: Mapping[str, Any]) -> None:
+        """Take over the standing and the files of a member that another process has trained."""
+        self.state, self.why = standing["state"], standing["why"]
+        self.read_lines()
+        self.heldout_losses |= dict(standing["heldout_losses"])
+
     def to_json(self) -> Mapping[str, Any]:
         """Its entry in sweep.json."""
         return {

@@ -1,6 +1,7 @@
 """How many members are trained at once: as many as fit into memory, by measuring one and two."""
 
 import contextlib
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
     """
     if count == 1:
         return 1
-    free, before = free_memory(device), _in_use(device)
+    free, before = free_memory(device) // _sharing(device), _in_use(device)
     try:
         one = _peak(lambda: take_step(1), device) - before
     except torch.OutOfMemoryError:
@@ -46,6 +47,11 @@ def members_that_fit(count: int, take_step: Callable[[int], None], device: torch
         return 1
     each = max(1, both - one)
     return max(1, min(count, 1 + int((MARGIN * free - one) / each)))
+
+
+def _sharing(device: torch.device) -> int:
+    """The processes of this sweep that share the memory of a device: each has a GPU of its own."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _peak(take_step: Callable[[], None], device: torch.device) -> int:

@@ -56,8 +56,9 @@ def _problem_of(results: Any) -> str:
             return f"its {name} is {short_repr(results.get(name))}"
     if results["pruner"] not in get_args(PrunerName):
         return f"its pruner is {short_repr(results['pruner'])}"
-    size = results["group_size"]
-    if not results["members"] or results["reduction_factor"] < 2 or (size is not None and size < 1):
+    size, fitting = results["group_size"], results.get("fitting", 1)
+    is_size = (size is None or size >= 1) and isinstance(fitting, int) and fitting >= 1
+    if not results["members"] or results["reduction_factor"] < 2 or not is_size:
         return "no members, or a number that no sweep has"
     for entry in results["members"]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in MEMBER_FIELDS.items()):

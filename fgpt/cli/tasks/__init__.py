@@ -25,7 +25,7 @@ from fgpt.cli.training.reproducibility import use_determinism
 from fgpt.cli.training.row_gradients import check_per_example_options, report_row_gradients
 from fgpt.cli.training.shared_update import check_shared_update, describe_inputs
 from fgpt.data.examples import Example
-from fgpt.distributed import object_from_first_rank
+from fgpt.distributed import object_from_first_rank, world
 from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
@@ -137,7 +137,7 @@ def build_task(recipe: AnyRecipe) -> Task:
     check_evaluation_options(recipe)
     check_private_options(recipe)
     check_per_example_options(recipe)
-    check_shared_update(recipe, processes.count())
+    check_shared_update(recipe, world().size)
     use_determinism(recipe)
     return task_type(recipe).build(with_private_seed(recipe))
 

@@ -95,7 +95,7 @@ class Interrupt:
     """Requests an end after so many steps."""
 
     def __init__(self, steps: int) -> None:
-        self._left = 2 * steps  # it is asked twice in each
+        self._left = steps
 
     @contextmanager
     def __call__(self) -> Iterator[Callable[[], bool]]:
@@ -206,7 +206,8 @@ def test_a_refused_resume_changes_nothing(project: Path, tmp_path: Path, capsys:
         ('"pruner": "median"', '"pruner": "best"'),
         ('"steps"', '"stepz"'),
         ('"name": "', '"name": "../'),
-        ('"group_size": 3', '"group_size": 0'),
+        ('"group_size": null', '"group_size": 0'),
+        ('"fitting": 3', '"fitting": 0'),
     ):
         assert old in content
         (folder / "sweep.json").write_text(content.replace(old, new))
