@@ -17,6 +17,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import num_trainable
 from fgpt.cli import run_dir
 from fgpt.cli.console import console
+from fgpt.cli.model_card.card import write_trained_card
 from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.hashes import model_hash
@@ -27,8 +28,6 @@ from fgpt.model import GPT
 from fgpt.ranges import PositiveInt, Range, Seed
 from fgpt.recipes import InstructionRecipe
 from fgpt.rng import key
-
-COMBINED = "combine.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def run(options: CombineOptions) -> Path:
         tokenizer = load_tokenizer(recipe).tokenizer if recipe.new_tokens else None
         saved = run_dir.save_tuned(out, base, adapters, recipe.base, tokenizer)
         write_json(
-            out / COMBINED,
+            out / run_dir.COMBINED,
             {
                 "runs": [shareable(folder) for folder in folders],
                 "weights": weights,
@@ -92,6 +91,7 @@ def run(options: CombineOptions) -> Path:
                 "seed": options.seed if options.method == "dare" else None,
             },
         )
+        write_trained_card(out, recipe, ())
     parts = ", ".join(f"{weight:g} {folder.name}" for weight, folder in zip(weights, folders, strict=True))
     console.print(f"{options.method} combination of {parts}: {describe(adapters)}", markup=False, soft_wrap=True)
     if options.rank is not None:

@@ -24,6 +24,7 @@ from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.shared_models import share_models
 from fgpt.errors import InputError
 from fgpt.io.files import write, write_json
+from fgpt.io.models import CARD
 from fgpt.recipes import InstructionRecipe
 from fgpt.train_step import State
 
@@ -135,5 +136,5 @@ def _lines_until(folder: Path, step: int) -> str:
 def _hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of what a run has trained."""
     trained = [folder / name for name in (run_dir.ADAPTER, run_dir.MODEL) if (folder / name).is_dir()]
-    files = sorted(path for at in trained for path in at.rglob("*") if path.is_file())
+    files = sorted(path for at in trained for path in at.rglob("*") if path.is_file() and path.name != CARD)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

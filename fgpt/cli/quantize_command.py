@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
+from fgpt.cli.model_card.card import write_quantized_card
 from fgpt.cli.paths import shareable
 from fgpt.errors import InputError
 from fgpt.evaluation.quantization_cost import QuantizationCost, measure_base, quantization_cost
@@ -115,9 +116,11 @@ def run(options: QuantizeOptions) -> Path | None:
     with atomic_dir(folder) as partial:
         models.save(quantized, partial, like=options.base, layout=options.layout)
         manifest = {"base": shareable(options.base), "format": options.to, "bytes": nbytes(quantized)}
-        if options.text is not None and options.to in results:
-            manifest |= {"text": shareable(options.text), **results[options.to].cost._asdict()}
+        cost = results[options.to].cost._asdict() if options.to in results else {}
+        if options.text is not None and cost:
+            manifest |= {"text": shareable(options.text), **cost}
         write_json(partial / MANIFEST, manifest)
+        write_quantized_card(partial, options.base, options.to, options.layout, cost)
     console.print(
         f"saved {folder}, {nbytes(quantized) / 1e6:,.1f} MB in place of {nbytes(params) / 1e6:,.1f}; train over it by "
         f"--base {folder}, without --quantize",

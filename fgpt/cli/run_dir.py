@@ -52,6 +52,8 @@ RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png"
 ADAPTERS = "adapters.safetensors"
 SWEEP = "sweep.json"
 """Of the folder of a sweep, which holds the run directories of its members."""
+COMBINED = "combine.json"
+"""Of a run that was combined of others: they, and how."""
 STATUS, ENVIRONMENT, LOCK, CHECKPOINTS = "status.json", "environment.json", ".lock", "checkpoints"
 
 APPENDED = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")

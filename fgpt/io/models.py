@@ -45,8 +45,8 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import astype, replace_at, select, tree_map, walk
 from fgpt.weights import dtype as weight_dtype
 
-CONFIG, WEIGHTS, TREE = "config.json", "model.safetensors", "fgpt.safetensors"
-MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, *tokenizer_files.FILES]
+CONFIG, WEIGHTS, TREE, CARD = "config.json", "model.safetensors", "fgpt.safetensors", "README.md"
+MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, CARD, *tokenizer_files.FILES]
 
 PICKLED = re.compile(r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl)")
 """Files of weights that other libraries unpickle."""

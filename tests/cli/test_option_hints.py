@@ -9,11 +9,11 @@ import torch
 from builders.command_line import OPTION_CLASSES
 
 from fgpt.cli import run_dir
+from fgpt.cli.config_diff import command
 from fgpt.cli.errors import explain
 from fgpt.cli.main import main
 from fgpt.cli.option_hints import MODULES, OPTIONS
 from fgpt.cli.options import option_names
-from fgpt.cli.report.config_diff import command
 from fgpt.errors import InputError
 from fgpt.recipes import InstructionRecipe, find
 

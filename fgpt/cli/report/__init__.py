@@ -6,9 +6,9 @@ report.html    in the run directory; it needs no other file and no network
 from pathlib import Path
 
 from fgpt.cli import run_dir
+from fgpt.cli.config_diff import command
 from fgpt.cli.console import console
 from fgpt.cli.evaluation.compare.html import render
-from fgpt.cli.report.config_diff import command
 from fgpt.cli.report.run_data import RunData, read
 from fgpt.cli.report.sections import ending, report_sections, resume_command, summary
 from fgpt.io.files import write

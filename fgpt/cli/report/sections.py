@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from fgpt.cli import config_diff
 from fgpt.cli.paths import shareable, without_paths
-from fgpt.cli.report import config_diff
 from fgpt.cli.report.curves import curves, key_numbers
 from fgpt.cli.report.formatting import table_rows
 from fgpt.cli.report.results import classification_scores, evaluations, heldout_losses, largest_gradients

@@ -10,6 +10,7 @@ from fgpt.cli.console import console
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.metrics_log import plot_loss
+from fgpt.cli.model_card.card import write_trained_card
 from fgpt.cli.tasks.classification import ClassificationTask
 from fgpt.cli.tasks.grpo import GRPOTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
@@ -175,12 +176,15 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
             return out
         trained = job.evaluation_params(result.state)
         saved = task.save(trained, out)
+        classes = task_type(recipe).class_names(recipe)
+        write_trained_card(out, recipe, classes)
         plot_loss(out / run_dir.METRICS, out / run_dir.LOSS, recipe.name, task_type(recipe).loss_unit)
         print_saved(result, saved)
         if result.interrupted:
             console.print(f"what was trained so far is usable: {recipe.suggest_use(out)}; {resume_hint(out)}")
             raise KeyboardInterrupt
         task.report(before, task.score(trained, out), out)
+        write_trained_card(out, recipe, classes)  # with the scores
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
             report_row_gradients(job, trained, out)
     return out

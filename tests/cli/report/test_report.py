@@ -14,8 +14,9 @@ from builders.reports import LORA, report_of, section_of, write_run_dir
 from filelock import FileLock
 
 from fgpt import recipes
+from fgpt.cli import config_diff
 from fgpt.cli.options import parse
-from fgpt.cli.report import config_diff, run_data
+from fgpt.cli.report import run_data
 
 RTE: Any = recipes.find("rte-smollm2")
 SECTIONS = ["training", "comparison", "evaluation", "config", "environment", "reproduce"]
