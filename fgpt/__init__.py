@@ -31,6 +31,8 @@ from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.generation.sampling import SamplingParams
 from fgpt.gptq import quantize_gptq
 from fgpt.gradient_merging import GradientMerge, merge_by_gradient
+from fgpt.io.gguf_adapter import save_gguf_adapter
+from fgpt.io.gguf_writer import save_gguf
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
@@ -146,6 +148,8 @@ __all__ = [
     "run_checks",
     "save",
     "save_adapters",
+    "save_gguf",
+    "save_gguf_adapter",
     "save_peft",
     "schedule_free_adamw",
     "seed_tensor",

@@ -38,13 +38,38 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-        _fsync_dir(path.parent)
+        _fsync(path.parent)
     except OSError as err:
         _check_not_moved(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """The name of a new file to write, which takes the name `path` when it is written to its end.
+
+    Raises InputError if the disk is full or the folder cannot be written; an older `path` then stays as it was.
+    """
+    temporary = None
+    try:
+        _make_parent(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _fsync(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as err:
+        _check_not_moved(path)
+        raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -62,9 +87,9 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o755)
             yield temporary
             _check_not_moved(path)
-            _fsync_dir(temporary)
+            _fsync(temporary)
             _replace(temporary, path)
-            _fsync_dir(path.parent)
+            _fsync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:
@@ -160,9 +185,9 @@ def _make_parent(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _fsync_dir(folder: Path) -> None:
-    """Bring a folder's names, new and renamed, to disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Bring a file, or a folder's names, new and renamed, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

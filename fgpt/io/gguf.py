@@ -11,33 +11,45 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from fgpt import families
 from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io.gguf_header import FLOAT_TYPES, Container, Entry, read_header, read_tensor
+from fgpt.kernels.rotary import RopeScaling
 from fgpt.model import Config as ModelConfig
 
 Config = dict[str, Any]
 
 
+class Order(NamedTuple):
+    """How the elements of a tensor lie in the file, and on the hub: what makes each of the other."""
+
+    to_hub: Callable[[Tensor], Tensor]
+    to_file: Callable[[Tensor], Tensor]
+    is_transposed: bool = False
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of Hugging Face's comes from: its name in the file, its shape, and what restores its order."""
+    """Where a tensor of Hugging Face's comes from: its name in the file, its shape on the hub, and its order if that
+    differs.
+    """
 
     name: str
     shape: tuple[int, ...]
-    restore: Callable[[Tensor], Tensor] | None = None
+    order: Order | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape that the file must have."""
-        return self.shape[::-1] if self.restore is _transpose else self.shape
+        return self.shape[::-1] if self.order and self.order.is_transposed else self.shape
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class GGUF:
             )
         source = self.sources[name]
         x = read_tensor(self.path, self.entries[source.name])
-        return source.restore(x) if source.restore else x
+        return source.order.to_hub(x) if source.order else x
 
 
 def open_gguf(path: Path) -> GGUF:
@@ -83,7 +95,7 @@ def open_gguf(path: Path) -> GGUF:
         raise InputError(f"{path}: general.architecture is {name!r}; expected one of {', '.join(ARCHITECTURES)}")
     config = ARCHITECTURES[name](_Metadata(file, name))
     try:
-        sources = _sources(config, name)
+        sources = sources_of(config, name)
     except InputError as err:
         raise InputError(f"{path}: {err}") from None
     _check(file, sources, name)
@@ -93,7 +105,7 @@ def open_gguf(path: Path) -> GGUF:
     return GGUF(path, file.fields, config | {"torch_dtype": _dtype(file)}, sources, file.entries)
 
 
-def _sources(config: Config, arch: str) -> dict[str, Source]:
+def sources_of(config: Config, arch: str) -> dict[str, Source]:
     """Each tensor by its hub name: names in the file by gguf's own table, shapes by the family's.
 
     Raises InputError for a config that is none of the family.
@@ -109,21 +121,25 @@ def _sources(config: Config, arch: str) -> dict[str, Source]:
         hub = name if mapping.is_head(name) else family.prefix + name
         file_name = names.get_name(hub, (".weight", ".bias"))
         assert file_name is not None
-        sources[hub] = Source(file_name, shape, _restore(hub, arch, cfg))
+        sources[hub] = Source(file_name, shape, _order(hub, arch, cfg))
     return sources
 
 
-def _restore(hub: str, arch: str, cfg: ModelConfig) -> Callable[[Tensor], Tensor] | None:
-    """What gives a tensor of the file the hub's order; None if it has it."""
+def _order(hub: str, arch: str, cfg: ModelConfig) -> Order | None:
+    """How a tensor lies in the file; None if it lies there as on the hub."""
     if arch == "llama" and ".q_proj." in hub:
-        return partial(_unpermute_rope, heads=cfg.n_head)
+        return _rope_order(cfg.n_head)
     if arch == "llama" and ".k_proj." in hub:
-        return partial(_unpermute_rope, heads=cfg.kv_heads)
+        return _rope_order(cfg.kv_heads)
     if arch == "gptneox" and ".query_key_value." in hub:
-        return partial(_interleave_qkv, heads=cfg.n_head)
+        return Order(partial(_interleave_qkv, heads=cfg.n_head), partial(_separate_qkv, heads=cfg.n_head))
     if arch == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", hub):  # Hugging Face's are [in, out]
-        return _transpose
+        return Order(_transpose, _transpose, is_transposed=True)
     return None
+
+
+def _rope_order(heads: int) -> Order:
+    return Order(partial(_unpermute_rope, heads=heads), partial(_permute_rope, heads=heads))
 
 
 def _check(file: Container, sources: Mapping[str, Source], arch: str) -> None:
@@ -325,9 +341,8 @@ def _llama3_rope(file: Container, config: Config) -> dict[str, Any] | None:
     factor, original, low, high = round(got.max().item(), 4), 8192, 1.0, 4.0
     if torch.equal(got, torch.ones_like(got)):
         return None
-    turns = original * config["rope_theta"] ** (-torch.arange(pairs).double() / pairs) / (2 * math.pi)
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the frequency as it was
-    if not torch.allclose(got, 1 / ((1 - share) / factor + share), rtol=1e-4, atol=0):
+    expected = rope_factors((factor, low, high, original), config["rope_theta"], pairs)
+    if not torch.allclose(got, expected, rtol=1e-4, atol=0):
         raise InputError(
             f"{file.path}: tensor {ROPE}: expected Llama 3's factors (original context {original}, {low:g} to {high:g} "
             f"turns), got others, up to {factor}: the file does not say how they were made; use the model's hub folder"
@@ -336,10 +351,30 @@ def _llama3_rope(file: Container, config: Config) -> dict[str, Any] | None:
     return {"rope_type": "llama3", "factor": factor} | turns
 
 
+def rope_factors(scaling: RopeScaling, theta: float, pairs: int) -> Float64[Tensor, "pair"]:
+    """By what Llama 3 divides the frequency of each pair of a head.
+
+    Args:
+        scaling: (factor, low, high, context), see `kernels.rotary`.
+        theta: The base of the angles.
+        pairs: Half the size of a head.
+    """
+    factor, low, high, context = scaling
+    turns = context * theta ** (-torch.arange(pairs).double() / pairs) / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the frequency as it was
+    return 1 / ((1 - share) / factor + share)
+
+
 def _unpermute_rope(x: Tensor, heads: int) -> Tensor:
     """Rows of each head in Hugging Face's order for RoPE (pairs i, i + d/2), from llama.cpp's (pairs 2i, 2i + 1)."""
     pairs = x.shape[0] // heads // 2
     return x.unflatten(0, (heads, pairs, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _permute_rope(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `_unpermute_rope`."""
+    pairs = x.shape[0] // heads // 2
+    return x.unflatten(0, (heads, 2, pairs)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2, GPT-NeoX
@@ -407,6 +442,11 @@ def _transpose(x: Tensor) -> Tensor:
 def _interleave_qkv(x: Tensor, heads: int) -> Tensor:
     """q, k and v of each head together, as the hub has them, from all q, all k, all v."""
     return x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def _separate_qkv(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `_interleave_qkv`."""
+    return x.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
 
 
 ARCHITECTURES: dict[str, Callable[[_Metadata], Config]] = {

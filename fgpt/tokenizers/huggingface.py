@@ -396,6 +396,15 @@ NFC = {"qwen2", "deepseek-r1-qwen"}
 """Tokenizers that normalize text."""
 
 
+def pre_tokenizer_of(pre: str) -> Any:
+    """How a tokenizer that llama.cpp names splits text, as tokenizer.json has it."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+
+
 def _pre_tokenizer(pre: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
