@@ -74,6 +74,11 @@ compare *args: setup
 merge *args: setup
     @"{{ python }}" -m fgpt merge "$@"
 
+# A run for other programs: `just export lora-nano --to gguf --type q8_0`; peft, merged, gguf-lora, ollama
+[no-cd, no-exit-message]
+export *args: setup
+    @"{{ python }}" -m fgpt export "$@"
+
 # What each format costs a base on your text, and a folder in one: `just quantize smollm2 --text FILE --to rotated-int8`
 [no-cd, no-exit-message]
 quantize *args: setup

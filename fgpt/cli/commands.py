@@ -113,6 +113,13 @@ class Merge:
         merge(self.run, self.merge_base)
 
 
+def export(args: Sequence[str]) -> None:
+    """Export a run for other programs: PEFT, transformers, llama.cpp, Ollama."""
+    from fgpt.cli.export_command import ExportOptions, run
+
+    run(parse(ExportOptions, args, None, "fgpt export"))
+
+
 def quantize(args: Sequence[str]) -> None:
     """Compare the formats of a base on your own text, and write it in one of them."""
     from fgpt.cli.quantize_command import QuantizeOptions, run
@@ -191,6 +198,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": Compare,
     "eval": evaluate,
     "merge": Merge,
+    "export": export,
     "quantize": quantize,
     "combine": combine,
     "attribute": attribute,

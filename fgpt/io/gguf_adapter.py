@@ -61,7 +61,7 @@ def save_gguf_adapter(
     packed = pack(adapters, params, "")
     if packed.config["peft_type"] != "LORA" or packed.config.get("use_dora"):
         kind = "DoRA" if packed.config.get("use_dora") else packed.config["peft_type"]
-        raise InputError(f"a GGUF file holds LoRAs alone, and this is {kind}: merge it, and save_gguf the model")
+        raise InputError(f"a GGUF file holds LoRAs alone, and this is {kind}: merge it and write the model")
     sources = sources_of(families.family_of(cfg).config_to_hf(cfg), arch)
     tensors = dict(_lora_tensor(name.removeprefix(PREFIX), x, sources) for name, x in packed.tensors.items())
     fields = {"general.architecture": arch, "general.type": "adapter", "adapter.type": "lora"}
@@ -75,7 +75,7 @@ def _lora_tensor(name: str, x: Tensor, sources: Mapping[str, Source]) -> tuple[s
     source = sources.get(f"{match['module']}.weight") if match else None
     if match is None or source is None:
         raise InputError(
-            f"a GGUF file holds LoRAs on linear layers alone, and there is {name}: merge it, and save_gguf the model"
+            f"a GGUF file holds LoRAs on linear layers alone, and there is {name}: merge it and write the model"
         )
     if match["part"] == "B" and source.order and not source.order.is_transposed:
         x = source.order.to_file(x)

@@ -13,6 +13,7 @@ from fgpt.cli.attribution.command import AttributeOptions
 from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
+from fgpt.cli.export_command import ExportOptions
 from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.main import main
@@ -47,6 +48,7 @@ OPTION_CLASSES: list[type[Any]] = [
     ClassifyOptions,
     AttributeOptions,
     CombineOptions,
+    ExportOptions,
     ForgetOptions,
     QuantizeOptions,
     SweepOptions,

@@ -14,6 +14,7 @@ from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
 from fgpt.cli.data_command import PreviewOptions
 from fgpt.cli.diagnostics.lr_range import RangeOptions
+from fgpt.cli.export_command import ExportOptions
 from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
@@ -30,6 +31,7 @@ CLASSES: list[type[Any]] = [
     ClassifyOptions,
     AttributeOptions,
     CombineOptions,
+    ExportOptions,
     ForgetOptions,
     QuantizeOptions,
     SweepOptions,
@@ -44,6 +46,7 @@ OTHERS = {
     "--no-deps": "pip",
     "--system-site-packages": "venv",
     "--merge": "llama.cpp",
+    "--lora": "llama.cpp",
     "--porcelain": "git",
     "--logdir": "TensorBoard",
     "--project": "trackio",

@@ -78,7 +78,7 @@ def test_over_a_quantized_base(tmp_path: Path):
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "dora": (lambda p: fgpt.dora(p, fgpt.key(0), rank=2), "this is DoRA: merge it"),
+    "dora": (lambda p: fgpt.dora(p, fgpt.key(0), rank=2), "this is DoRA: merge it and write"),
     "ia3": (lambda p: fgpt.ia3(p), "this is IA3: merge it"),
     "the embedding": (lambda p: fgpt.lora(p, fgpt.key(0), rank=2, target="wte"), "there is transformer.wte"),
     "norms beside": (

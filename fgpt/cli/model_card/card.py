@@ -147,7 +147,7 @@ def _training(run: Path, fields: Mapping[str, Any]) -> str:
             value = value.get(part) if isinstance(value, Mapping) else None
         is_unused = path == "epochs" and fields.get("steps")
         if value not in (None, "", []) and name not in rows and not is_unused:
-            rows[name] = f"`{as_text(value)}`"
+            rows[name] = f"`{value:g}`" if isinstance(value, float) else f"`{as_text(value)}`"
     rows |= _versions(run)
     return f"```\n{_command(run, fields)}\n```\n\n" + table(["", ""], [[name, x] for name, x in rows.items()])
 

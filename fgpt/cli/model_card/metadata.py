@@ -15,9 +15,9 @@ from fgpt.errors import InputError
 from fgpt.io.gguf_header import read_header
 from fgpt.io.models import CARD, EMBEDDED, PACKAGED, resolve
 
-Form = Literal["peft", "adapters", "transformers", "fgpt", "gguf", "gguf-lora"]
+Form = Literal["peft", "adapters", "transformers", "fgpt", "gguf", "gguf-lora", "ollama"]
 """Of the files: PEFT's, adapters in one file of ours, a model as transformers has it, a tree of ours, a GGUF file of a
-model or of an adapter."""
+model or of an adapter, one of a model with a Modelfile."""
 
 LIBRARIES: dict[Form, str] = {
     "peft": "peft",
@@ -26,6 +26,7 @@ LIBRARIES: dict[Form, str] = {
     "fgpt": "fgpt",
     "gguf": "gguf",
     "gguf-lora": "gguf",
+    "ollama": "gguf",
 }
 LICENSE = ("license", "license_name", "license_link")
 METHODS = {"instruction": "sft", "reward": "reward-model", "grpo": "grpo"}
@@ -51,7 +52,7 @@ def metadata(run: Mapping[str, Any], kind: str, form: Form) -> dict[str, Any]:
     hub_base = hub_model(base)
     adapter = run.get("adapter") or {}
     has_adapter = form in ("peft", "adapters", "gguf-lora")
-    relation = "adapter" if has_adapter else "quantized" if form == "gguf" else "finetune"
+    relation = "adapter" if has_adapter else "quantized" if form in ("gguf", "ollama") else "finetune"
     tags = ["fgpt", METHODS.get(kind, run.get("objective", kind)), adapter.get("kind", "")]
     if form == "peft" and hub_base:  # as PEFT writes it
         tags.append(f"base_model:adapter:{hub_base}")

@@ -33,6 +33,8 @@ def snippets(run: Fields, form: Form, classes: Sequence[str], *, fused: bool) ->
     """The name of each library that reads the files, and the code that loads them; see `usage`."""
     if form == "gguf":
         return [("fgpt", _python('import fgpt\n\nparams = fgpt.load("FILE.gguf")')), ("llama.cpp", _gguf_command(""))]
+    if form == "ollama":
+        return [("Ollama", "```\nollama create NAME -f Modelfile\nollama run NAME\n```")]
     if form == "gguf-lora":
         return [("llama.cpp", _gguf_command(" --lora FILE.gguf"))]
     if form in ("peft", "adapters"):
