@@ -61,6 +61,7 @@ from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
 from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
+from fgpt.sharding import shard, unshard
 from fgpt.sweeps import SweepResult, stack_batches, stack_states, sweep, sweep_step, unstack_states
 from fgpt.train_step import Metrics, State, init_state, make_step
 from fgpt.tree import register_with_optree
@@ -153,6 +154,7 @@ __all__ = [
     "save_peft",
     "schedule_free_adamw",
     "seed_tensor",
+    "shard",
     "stack_adapters",
     "stack_batches",
     "stack_states",
@@ -164,6 +166,7 @@ __all__ = [
     "trace",
     "trainable_leaves",
     "trainable_tokens",
+    "unshard",
     "unstack_adapters",
     "unstack_states",
     "vera",

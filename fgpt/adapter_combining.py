@@ -24,7 +24,7 @@ from fgpt.adapter_lora import LoRA
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, own_head
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.kernels.quantized_linear import is_quantized
 from fgpt.rng import fold_in, key
 from fgpt.tree import children, get_at
 from fgpt.weights import Adapted, dense, shape
@@ -377,7 +377,7 @@ def _as_leaves(params: Any, vector: TaskVector, rank: int | None) -> Adapters:
         base = get_at(params, path)
         if rank is not None and path.endswith(".w") and change.ndim == 2:
             result[path.removesuffix(".w")] = nearest_lora(change, rank)
-        elif isinstance(base, QUANTIZED):
+        elif is_quantized(base):
             raise InputError(
                 f"the combination at {path} is no LoRA, and the base is quantized there: give a rank, or combine over "
                 f"the base before quantization, {list(shape(base))}"

@@ -22,7 +22,8 @@ from fgpt.adapter_lora import LoRA
 from fgpt.adapter_types import Adapters
 from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.kernels.quantized_linear import FROZEN, Rotated, is_quantized
+from fgpt.kernels.sharded_matrix import Sharded, split_rows
 from fgpt.layers import adaptable_layers, is_adaptable
 from fgpt.rng import fold_in_seed, seed_tensor
 from fgpt.tree import children, get_at, leaves, num_elements, replace_at, select, walk
@@ -125,7 +126,7 @@ def _hint(path: str, paths: Mapping[str, Any]) -> str:
 
 
 def merge(params: T, base: Any = None) -> T:
-    """A plain tree again: every adapted weight becomes the one matrix it means.
+    """A plain tree again: every adapted weight becomes the one matrix it means, over a sharded base in parts as that is.
 
     Over a quantized base there are two answers, and `base` chooses: "dequantized" adds the adapters to the values that
     they were trained on; the original params tree adds them to the values before quantization, which they have never
@@ -148,21 +149,29 @@ def merge(params: T, base: Any = None) -> T:
     """
     if isinstance(base, str) and base != "dequantized":
         raise InputError(f'merge with base {base!r}: expected "dequantized" or a params tree')
-    weights = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *QUANTIZED))}
+    weights = {path: x for path, x in walk(params) if isinstance(x, (Adapted, *FROZEN))}
     outermost = {p: w for p, w in weights.items() if not any(p.startswith(f"{q}.") for q in weights)}
+    adapted = {p: w for p, w in outermost.items() if isinstance(w, Adapted)}
+    quantized = {p: w for p, w in outermost.items() if is_quantized(_base_weight(w))}
     if isinstance(base, str):
-        return replace_at(params, {p: dense(w) for p, w in outermost.items()})
+        return replace_at(params, {p: _merge_weight(w) for p, w in (adapted | quantized).items()})
     if base is None:
-        quantized = [p for p, w in outermost.items() if isinstance(_base_weight(w), QUANTIZED)]
-        if adapted := [p for p in quantized if isinstance(outermost[p], Adapted)]:
+        if both := [p for p in adapted if p in quantized]:
             raise InputError(
-                f'{adapted[0]} has a quantized base: merge(params, base="dequantized"), or base=the original params'
+                f'{both[0]} has a quantized base: merge(params, base="dequantized"), or base=the original params'
             )
-        return replace_at(params, {p: dense(w) for p, w in outermost.items() if p not in quantized})
+        return replace_at(params, {p: _merge_weight(w) for p, w in adapted.items()})
     original = {path: x for path, x in walk(base) if path in outermost}
     if missing := [p for p, w in outermost.items() if p not in original or shape(original[p]) != shape(w)]:
         raise InputError(f"{missing[0]} is not in the params given as base, or has another shape there")
-    return replace_at(params, {p: dense(_with_base(w, original[p])) for p, w in outermost.items()})
+    return replace_at(params, {p: _merge_weight(w, original[p]) for p, w in outermost.items()})
+
+
+def _merge_weight(w: Weight, original: Weight | None = None) -> Tensor | Sharded:
+    """The matrix that `w` means, over another base if one is given; sharded as that of `w` is."""
+    base, merged = _base_weight(w), dense(w if original is None else _with_base(w, original))
+    base = base.base if isinstance(base, Rotated) else base
+    return split_rows(merged, base.rank, base.size) if isinstance(base, Sharded) else merged
 
 
 def _base_weight(w: Weight) -> Weight:
@@ -182,7 +191,7 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
             `".*"` everything.
 
     Raises:
-        InputError: if `target` matches nothing, or a part of a quantized weight.
+        InputError: if `target` matches nothing, or a part of a quantized or sharded weight.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -190,11 +199,14 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
     ['ln_f.w', 'ln_f.b']
     """
     tensors = leaves(params)
-    quantized = [path for path, x in walk(params) if isinstance(x, QUANTIZED)]
+    frozen = {path: x for path, x in walk(params) if isinstance(x, FROZEN)}
     chosen = select(tensors, target)
     for path in chosen:
-        if parents := [q for q in quantized if path.startswith(f"{q}.")]:
-            raise InputError(f"cannot tune {parents[0]}, which is quantized: narrow the target, or tune, then quantize")
+        if parents := [q for q in frozen if path.startswith(f"{q}.")]:
+            form = "quantized: narrow the target, or tune, then quantize"
+            if isinstance(frozen[parents[0]], Sharded):
+                form = "sharded: narrow the target, or tune, then shard"
+            raise InputError(f"cannot tune {parents[0]}, which is {form}")
     return {path: at_least_fp32(tensors[path]) for path in chosen}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.kernels.quantized_linear import FROZEN, QUANTIZED
 from fgpt.tree import children, walk
 from fgpt.weights import Adapted, Weight
 
@@ -30,14 +30,14 @@ def has_quantized(tree: Any) -> bool:
 
 
 def num_parameters(params: Any) -> int:
-    """The number of parameters of a model: of a quantized matrix out times in, however many bytes hold it."""
+    """The number of parameters of a model: of a quantized or sharded matrix out times in, whatever holds it."""
     if isinstance(params, Tensor):
         return params.numel()
-    if isinstance(params, QUANTIZED):
+    if isinstance(params, FROZEN):
         return params.shape.numel()
     return sum(num_parameters(child) for _, child in children(params))
 
 
 def _has_weight_matrix(layer: Any) -> bool:
     w = getattr(layer, "w", None)
-    return isinstance(w, (Adapted, *QUANTIZED)) or (isinstance(w, Tensor) and w.ndim == 2)
+    return isinstance(w, (Adapted, *FROZEN)) or (isinstance(w, Tensor) and w.ndim == 2)

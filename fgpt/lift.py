@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import QUANTIZED
+from fgpt.kernels.quantized_linear import FROZEN
 from fgpt.model import Embedding, Linear
 from fgpt.tree import children, leaves, node, tree_leaves, walk
 from fgpt.weights import Adapted, Weight, dense
@@ -207,7 +207,7 @@ def _tensors(params: Any, places: dict[str, Place], module: str) -> dict[str, Te
 def _weights(tree: Any, path: str = "") -> Iterator[tuple[str, Weight]]:
     """Every weight of `tree` by path; an adapted or quantized one is not taken apart."""
     for name, x in children(tree):
-        if isinstance(x, (Tensor, Adapted, *QUANTIZED)):
+        if isinstance(x, (Tensor, Adapted, *FROZEN)):
             yield f"{path}{name}", x
         else:
             yield from _weights(x, f"{path}{name}.")
@@ -251,8 +251,8 @@ class TreeModule(nn.Module):
                 f"as_module expects a tree of tensors, each at a path of its own; got a {type(tree).__name__} with "
                 f"{count} leaves, of which {len(tensors)} are tensors with a path"
             )
-        quantized = [x for _, x in [("", tree), *walk(tree)] if isinstance(x, QUANTIZED)]
-        frozen = {id(leaf) for x in quantized for leaf in tree_leaves(x)}
+        matrices = [x for _, x in [("", tree), *walk(tree)] if isinstance(x, FROZEN)]
+        frozen = {id(leaf) for x in matrices for leaf in tree_leaves(x)}
         self._fn, self._structure, self._paths = fn, pytree.tree_structure(tree), list(tensors)
         self._scales = [path for path, x in tensors.items() if id(x) in frozen and x.is_floating_point()]
         for path, x in tensors.items():

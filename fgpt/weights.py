@@ -1,5 +1,5 @@
-"""The weight algebra. A weight is a tensor, a quantized matrix or an adapted weight. It has one meaning, `dense`, and
-one fast reading, `linear`:
+"""The weight algebra. A weight is a tensor, a quantized or sharded matrix, or an adapted weight. It has one meaning,
+`dense`, and one fast reading, `linear`:
 
     linear(x, w) == x @ dense(w).T
 
@@ -25,9 +25,10 @@ from fgpt.kernels.embedding import embedding
 from fgpt.kernels.functorch_state import in_vmap
 from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.linear import adapted_linear, add_low_rank, base_linear
-from fgpt.kernels.quantized_linear import QUANTIZED, Quantized, Rotated, dequantize, rotate_rows
+from fgpt.kernels.quantized_linear import FROZEN, FrozenMatrix, Rotated, dequantize, rotate_rows
 from fgpt.kernels.scaled_linear import scale_rows
 from fgpt.kernels.second_moments import SecondMoments, collect_moments
+from fgpt.kernels.sharded_matrix import local_part
 from fgpt.tree import node, static
 
 
@@ -36,7 +37,7 @@ class Adapted:
     """W' = diag(row) · (W + s·B·M·A) · diag(col): a base weight with an adapter. A field that is None does nothing.
 
     Args:
-        base: W: a tensor, a quantized matrix, or an adapted weight.
+        base: W: a tensor, a quantized or sharded matrix, or an adapted weight.
         a: A.
         b: B.
         row: The factor of each output.
@@ -73,7 +74,7 @@ class Adapted:
         return self.a if self.a is None or self.mid is None else self.mid @ self.a
 
 
-Weight: TypeAlias = Union[Tensor, Quantized, GradOnly, Adapted]
+Weight: TypeAlias = Union[Tensor, FrozenMatrix, GradOnly, Adapted]
 
 
 def dense(w: Weight) -> Float[Tensor, "out in"]:
@@ -89,7 +90,7 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
         return w
     if isinstance(w, GradOnly):
         return dense(w.base)
-    if isinstance(w, QUANTIZED):
+    if isinstance(w, FROZEN):
         return dequantize(w)
     m, down = dense(w.base), w.down
     if down is not None and w.b is not None:
@@ -145,7 +146,7 @@ def linear_group(
     low_ranks = {i: w for i, (w, _) in enumerate(layers) if isinstance(w, Adapted) and _is_plain_low_rank(w)}
     bases = [w.base if i in low_ranks and isinstance(w, Adapted) else w for i, (w, _) in enumerate(layers)]
     rotated = [base for base in bases if isinstance(base, Rotated)]
-    rotations = {(base.block, type(base.base)) for base in rotated}
+    rotations = {(base.block, type(local_part(base.base))) for base in rotated}
     # A mapped product adds its low rank in place.
     if in_vmap() or len(rotations) > 1 or max(len(low_ranks), len(rotated)) < 2:
         return [linear(x, w, bias) for w, bias in layers]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fgpt.kernels.quantized_linear import Quantized, linear_input_grad
+from fgpt.kernels.quantized_linear import FrozenMatrix, linear_input_grad
 from fgpt.tree import node
 
 
@@ -22,7 +22,7 @@ from fgpt.tree import node
 class GradOnly:
     """A base weight whose product is wanted for its gradient alone, by plain autograd: the product itself is 0."""
 
-    base: Float[Tensor, "out in"] | Quantized
+    base: Float[Tensor, "out in"] | FrozenMatrix
 
     @property
     def shape(self) -> torch.Size:
@@ -43,7 +43,7 @@ class _GradOnlyLinear(torch.autograd.Function):
     """Without a setup_context: no transform ever meets it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | Quantized) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor | FrozenMatrix) -> Tensor:
         ctx.quantized = None if isinstance(w, Tensor) else w
         # x is saved only for a W that is trained: it is as wide as the inner layer of an MLP
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w if isinstance(w, Tensor) else None)
@@ -58,7 +58,7 @@ class _GradOnlyLinear(torch.autograd.Function):
 
 
 def grad_only_linear(
-    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | FrozenMatrix
 ) -> Float[Tensor, "*batch out"]:
     """Zeros of the shape of x Wᵀ, one element expanded, with the gradient of x Wᵀ. For plain autograd, once."""
     return _GradOnlyLinear.apply(x, w)  # pyright: ignore[reportReturnType]

@@ -21,7 +21,7 @@ from fgpt.kernels.functorch_state import in_transform_or_compile
 from fgpt.kernels.grad_only_linear import GradOnly, grad_only_linear
 from fgpt.kernels.mapped_linear import applies as maps
 from fgpt.kernels.mapped_linear import mapped_linear
-from fgpt.kernels.quantized_linear import Quantized, frozen_product
+from fgpt.kernels.quantized_linear import FrozenMatrix, frozen_product, is_quantized
 from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
 
 
@@ -43,14 +43,14 @@ def reference(
 
 def base_linear(
     x: Float[Tensor, "*batch in"],
-    w: Float[Tensor, "out in"] | Quantized | GradOnly,
+    w: Float[Tensor, "out in"] | FrozenMatrix | GradOnly,
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias."""
     if isinstance(w, GradOnly):
         y = grad_only_linear(x, w.base)
         return y if bias is None else y + bias
-    if isinstance(w, Tensor) and maps(x, w, bias):
+    if not is_quantized(w) and maps(x, w, bias):
         rows = x.reshape(-1, x.shape[-1])
         return mapped_linear(rows, rows, w, bias, None, None, 1.0).view(*x.shape[:-1], w.shape[0])
     return frozen_product(x, w, bias)
@@ -58,7 +58,7 @@ def base_linear(
 
 def adapted_linear(
     x: Float[Tensor, "*batch in"],
-    w: Float[Tensor, "out in"] | Quantized,
+    w: Float[Tensor, "out in"] | FrozenMatrix,
     bias: Float[Tensor, " out"] | None,
     *,
     a: Float[Tensor, "rank in"] | None,

@@ -28,7 +28,7 @@ from fgpt.kernels.functorch_state import (
     num_vmapped,
 )
 from fgpt.kernels.mapped_axis import fold, unfold
-from fgpt.kernels.quantized_linear import Quantized, frozen_product, linear_input_grad
+from fgpt.kernels.quantized_linear import FrozenMatrix, frozen_product, linear_input_grad
 
 MIN_PRODUCTS = 1 << 27
 """Multiplications of all members below which the calls of the fast path cost more than they save."""
@@ -37,7 +37,7 @@ MIN_PRODUCTS = 1 << 27
 def reference(
     x: Float[Tensor, "members rows in"],
     lora_x: Float[Tensor, "members rows in"],
-    w: Float[Tensor, "out in"] | Quantized,
+    w: Float[Tensor, "out in"] | FrozenMatrix,
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "members rank in"] | None,
     b: Float[Tensor, "members out rank"] | None,
@@ -48,7 +48,7 @@ def reference(
     return y if a is None or b is None else y + scale * (lora_x @ a.mT) @ b.mT
 
 
-def applies(x: Tensor, w: Tensor | Quantized, bias: Tensor | None, *factors: Tensor | None) -> bool:
+def applies(x: Tensor, w: Tensor | FrozenMatrix, bias: Tensor | None, *factors: Tensor | None) -> bool:
     """Whether `mapped_linear` can be called: x is mapped over, W and bias are not, and they have no gradient."""
     if not in_vmap() or _autocasts(x.device.type):
         return False
@@ -73,7 +73,7 @@ def _pull_back(
     scale: float,
     same_input: bool,
     needs: tuple[bool, ...],
-    w: Tensor | Quantized,
+    w: Tensor | FrozenMatrix,
     g: Tensor,
     lora_x: Tensor | None,
     low: Tensor | None,
@@ -106,7 +106,7 @@ class _MappedLinear(torch.autograd.Function):
     def forward(
         scale: float,
         same_input: bool,
-        w: Tensor | Quantized,
+        w: Tensor | FrozenMatrix,
         x: Tensor,
         lora_x: Tensor,
         bias: Tensor | None,
@@ -177,7 +177,7 @@ class _PullBack(torch.autograd.Function):
 def mapped_linear(
     x: Float[Tensor, "rows in"],
     lora_x: Float[Tensor, "rows in"],
-    w: Float[Tensor, "out in"] | Quantized,
+    w: Float[Tensor, "out in"] | FrozenMatrix,
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "rank in"] | None,
     b: Float[Tensor, "out rank"] | None,

@@ -16,6 +16,9 @@ gradient is rounded, to 8 bits, and the error is a third of y's. Elsewhere they 
 of a rotated matrix: rows of x and W without outliers are rounded to 8 bits with a smaller error, and the product is the
 same. Whoever reads x, such as an adapter, or the norms of W's rows knows nothing of R.
 
+A matrix of any format, or of none, may be in parts on several processes, see `fgpt.kernels.sharded_matrix`: its product
+gathers it first, and frees it likewise.
+
     reference     what a matrix means: codes times scales, in fp32
     fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows by a kernel that reads 4-bit codes
     transforms    a product is linear in x, so each derivative is another product: grad and jvp of every order pass, and
@@ -40,10 +43,11 @@ from fgpt.errors import InputError
 from fgpt.kernels import hadamard
 from fgpt.kernels.bitsandbytes_ops import dynamic_code, register
 from fgpt.kernels.chunks import chunk_size
-from fgpt.kernels.functorch_state import needs_higher_order
+from fgpt.kernels.functorch_state import is_undisturbed, needs_higher_order
 from fgpt.kernels.gemv import MAX_ROWS, dense_linear
 from fgpt.kernels.hadamard import rotate
 from fgpt.kernels.onednn_linear import input_grad
+from fgpt.kernels.sharded_matrix import Sharded, gather_rows, local_part
 from fgpt.tree import node, static
 
 BLOCK = 64
@@ -120,7 +124,7 @@ class Rotated:
     tensor([[4., 4., 4., 4., 0., 0., 0., 0.]])
     """
 
-    base: ScaledCodes
+    base: ScaledCodes | Sharded
     block: int = static(default=64)
 
     @property
@@ -134,6 +138,10 @@ class Rotated:
 
 Quantized: TypeAlias = ScaledCodes | Rotated
 QUANTIZED = (Blockwise4bit, Blockwise8bit, RowwiseInt8, Rotated)
+
+FrozenMatrix: TypeAlias = Quantized | Sharded
+"""A base weight that is no tensor: no derivative reaches it."""
+FROZEN = (*QUANTIZED, Sharded)
 
 
 # ----------------------------------------------------------------------------------------------------------- matrices
@@ -174,9 +182,33 @@ def quantize_blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype
     return Blockwise8bit(codes, absmax, code, block, dtype)
 
 
-def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
+def is_quantized(w: Any) -> bool:
+    """Whether `w` is a quantized matrix, or a sharded one whose parts are quantized.
+
+    >>> from fgpt.kernels.sharded_matrix import split_rows
+    >>> is_quantized(split_rows(torch.eye(2), rank=0, size=2))
+    False
+    """
+    return isinstance(local_part(w), QUANTIZED)
+
+
+def gather_matrix(w: Float[Tensor, "out in"] | FrozenMatrix) -> Float[Tensor, "out in"] | Quantized:
+    """`w` itself, or the whole of a sharded one: all ranks must call this at the same point of their program."""
+    if isinstance(w, Rotated):
+        return replace(w, base=_whole_base(w))
+    return gather_rows(w) if isinstance(w, Sharded) else w
+
+
+def _whole_base(w: Rotated) -> ScaledCodes:
+    return gather_rows(w.base) if isinstance(w.base, Sharded) else w.base
+
+
+def dequantize(w: FrozenMatrix, dtype: torch.dtype | None = None) -> Float[Tensor, "*size"]:
     """The tensor that `w` means, in its own dtype unless another is given."""
     dtype = dtype or w.dtype
+    if isinstance(w, Sharded):
+        whole = gather_rows(w)
+        return whole.to(dtype) if isinstance(whole, Tensor) else dequantize(whole, dtype)
     if isinstance(w, Rotated):
         return rotate(dequantize(w.base, torch.float32), w.block).to(dtype)
     if dtype == torch.float64:  # bitsandbytes' operators leave fp64 unwritten without an error
@@ -193,7 +225,7 @@ def dequantize(w: Quantized, dtype: torch.dtype | None = None) -> Float[Tensor, 
 def reference(w: Quantized) -> Float[Tensor, "*size"]:
     """The definition, in fp32."""
     if isinstance(w, Rotated):
-        return hadamard.reference(reference(w.base), w.block)
+        return hadamard.reference(reference(_whole_base(w)), w.block)
     if isinstance(w, RowwiseInt8):
         return w.codes.float() * (w.absmax / 127)[:, None]
     indices = w.codes if isinstance(w, Blockwise8bit) else _unpack(w.codes)
@@ -214,7 +246,7 @@ def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
 def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
     """The given rows, dequantized; no others are. Plain torch, so that `rows` may be mapped."""
     if isinstance(w, Rotated):
-        return rotate(quantized_embedding(w.base, rows), w.block)
+        return rotate(quantized_embedding(_whole_base(w), rows), w.block)
     if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
     codes, inp = w.codes[rows], w.shape[-1]
@@ -227,7 +259,7 @@ def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tens
 def slice_rows(w: Quantized, rows: slice | Int[Tensor, " _rows"]) -> Quantized:
     """Some rows of a matrix, still quantized."""
     if isinstance(w, Rotated):
-        return replace(w, base=slice_rows(w.base, rows))
+        return replace(w, base=slice_rows(_whole_base(w), rows))
     if isinstance(w, RowwiseInt8):
         return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()
@@ -263,9 +295,9 @@ def _has_4bit_kernel(x: Tensor, w: Quantized) -> bool:
     )
 
 
-def _computes_in_bf16(x: Tensor, w: Quantized) -> bool:
+def _computes_in_bf16(x: Tensor, w: FrozenMatrix) -> bool:
     """Whether the derivatives of a product with W are computed in bf16."""
-    return isinstance(w, RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu"
+    return isinstance(local_part(w), RowwiseInt8) and HAS_BF16_MATMUL and x.dtype in IN_BF16 and x.device.type == "cpu"
 
 
 def multiply_4bit(x: Float[Tensor, "*batch in"], w: Blockwise4bit) -> Float[Tensor, "*batch out"]:
@@ -279,11 +311,17 @@ def multiply_4bit(x: Float[Tensor, "*batch in"], w: Blockwise4bit) -> Float[Tens
 
 class _Product(torch.autograd.Function):
     """x Wᵀ, or x W if `transposed`; an int8 matmul if `int8` and W is of that format. It is linear in x, so every
-    derivative of it is another product.
+    derivative of it is another product. A `bias`, a constant, is added by the operator that multiplies with a sharded
+    tensor, as it is with a whole one: in half precision that rounds once. vmap adds it afterwards, to either.
     """
 
     @staticmethod
-    def forward(x: Tensor, w: Quantized, transposed: bool, int8: bool) -> Tensor:
+    def forward(x: Tensor, w: FrozenMatrix, transposed: bool, int8: bool, bias: Tensor | None) -> Tensor:
+        if isinstance(w, Sharded):
+            whole = gather_rows(w)
+            if not isinstance(whole, Tensor):
+                return _Product.forward(x, whole, transposed, int8, bias)
+            return input_grad(x, whole) if transposed else dense_linear(x, whole, bias)
         if isinstance(w, RowwiseInt8) and int8:
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()
@@ -304,18 +342,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.w, ctx.transposed, _ = inputs
+        _, ctx.w, ctx.transposed, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _multiply(g, ctx.w, not ctx.transposed, False), None, None, None
+        return _multiply(g, ctx.w, not ctx.transposed, False), None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        x, *others = inputs
-        if in_dims[0] is None or tree_leaves(in_dims[1]):
-            raise InputError("cannot vmap over quantized weights: map over the adapters and the examples")
-        return _multiply(x.movedim(in_dims[0], 0), *others), 0
+        x, w, transposed, int8, bias = inputs
+        if tree_leaves(in_dims[1]):
+            kind = "sharded" if isinstance(w, Sharded) else "quantized"
+            raise InputError(f"cannot vmap over {kind} weights: map over the adapters and the examples")
+        y = _multiply(x if in_dims[0] is None else x.movedim(in_dims[0], 0), w, transposed, int8)
+        if bias is None or in_dims[4] is None:
+            return y if bias is None else y + bias, 0
+        ones = [1] * (y.ndim - 1 - (in_dims[0] is not None))
+        return y + bias.movedim(in_dims[4], 0).view(info.batch_size, *ones, -1), 0
 
 
 class _ProductForward(_Product):
@@ -326,20 +369,20 @@ class _ProductForward(_Product):
         return _multiply(t, ctx.w, ctx.transposed, False)
 
 
-def _multiply(x: Tensor, w: Quantized, transposed: bool, int8: bool) -> Tensor:
+def _multiply(x: Tensor, w: FrozenMatrix, transposed: bool, int8: bool, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
-        return _ProductForward.apply(x, w, transposed, int8)  # pyright: ignore[reportReturnType]
+        return _ProductForward.apply(x, w, transposed, int8, bias)  # pyright: ignore[reportReturnType]
     # To dynamo the input of torch.func.grad requires no gradient, and it would inline the forward; a view of it does.
-    return _Product.apply(x.view_as(x), w, transposed, int8)  # pyright: ignore[reportReturnType]
+    return _Product.apply(x.view_as(x), w, transposed, int8, bias)  # pyright: ignore[reportReturnType]
 
 
-def quantized_linear(x: Float[Tensor, "*batch in"], w: Quantized) -> Float[Tensor, "*batch out"]:
+def quantized_linear(x: Float[Tensor, "*batch in"], w: FrozenMatrix) -> Float[Tensor, "*batch out"]:
     """x Wᵀ in the dtype of x, under every transform. Compiled under vmap or jvp, which dynamo refuses to an
     autograd.Function, autograd saves the dequantized matrix.
     """
     if isinstance(w, Rotated):
         return quantized_linear(rotate_rows(x, w), w.base)
-    int8 = isinstance(w, RowwiseInt8)
+    int8 = isinstance(local_part(w), RowwiseInt8)
     if torch.compiler.is_compiling() and needs_higher_order():
         return F.linear(fake_quantize(x) if int8 else x, dequantize(w, x.dtype))
     return _multiply(x, w, False, int8)
@@ -352,17 +395,20 @@ def rotate_rows(x: Float[Tensor, "*batch in"], w: Rotated) -> Float[Tensor, "*ba
 
 
 def frozen_product(
-    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | Quantized, bias: Float[Tensor, " out"] | None
+    x: Float[Tensor, "*batch in"], w: Float[Tensor, "out in"] | FrozenMatrix, bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias, of a matrix in any format."""
     if isinstance(w, Tensor):
         return dense_linear(x, w, bias)
+    if bias is not None and not is_quantized(w):
+        y, constant = _multiply(x, w, False, False, bias.detach()), is_undisturbed(bias)
+        return y if constant else y + (bias - bias.detach())  # 0, with the derivatives of the bias
     y = quantized_linear(x, w)
     return y if bias is None else y + bias
 
 
 def linear_input_grad(
-    g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | Quantized
+    g: Float[Tensor, "*batch out"], w: Float[Tensor, "out in"] | FrozenMatrix
 ) -> Float[Tensor, "*batch in"]:
     """g W: the gradient of x Wᵀ in x."""
     if isinstance(w, Rotated):

@@ -2,7 +2,7 @@
 
     ‖w_i‖²        W Aᵀ
 
-A chunk of rows at a time is dequantized or cast, and used twice while it is in cache.
+A chunk of rows at a time is dequantized or cast, and used twice while it is in cache. A sharded W is gathered first.
 
     reference     both of the whole matrix, which is also the fast path for a tensor of the dtype of A
     fast path     chunk by chunk
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.chunks import chunk_size
-from fgpt.kernels.quantized_linear import Quantized, dequantize, slice_rows
+from fgpt.kernels.quantized_linear import FrozenMatrix, Quantized, dequantize, gather_matrix, slice_rows
 
 CHUNK = 1 << 18
 """Elements of the matrix expanded at once on a CPU: 1 MB of fp32."""
@@ -29,9 +29,10 @@ def reference(
 
 
 def row_sq_and_cross(
-    w: Float[Tensor, "out in"] | Quantized, a: Float[Tensor, "rank in"]
+    w: Float[Tensor, "out in"] | FrozenMatrix, a: Float[Tensor, "rank in"]
 ) -> tuple[Float[Tensor, " out"], Float[Tensor, "out rank"]]:
     """(‖w_i‖², w_i Aᵀ) for every row i, in the dtype of A."""
+    w = gather_matrix(w)
     if isinstance(w, Tensor) and w.dtype == a.dtype:
         return reference(w, a)
     out, inp = w.shape

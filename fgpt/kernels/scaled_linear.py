@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fgpt.kernels.functorch_state import in_transform_or_compile
-from fgpt.kernels.quantized_linear import Quantized, frozen_product, linear_input_grad
+from fgpt.kernels.quantized_linear import FrozenMatrix, frozen_product, linear_input_grad
 
 MIN_SCALE = 0.125
 """The smallest |row| with which the sum is reconstructed from y': the rounding error of the bias grows by 1 / row."""
@@ -95,7 +95,7 @@ class _FusedScaledLinear(torch.autograd.Function):
         scale: float,
         x: Tensor,
         lora_x: Tensor,
-        w: Tensor | Quantized,
+        w: Tensor | FrozenMatrix,
         row: Tensor,
         bias: Tensor | None,
         a: Tensor | None,
@@ -139,7 +139,7 @@ class _FusedScaledLinear(torch.autograd.Function):
 def fused_scaled_linear(
     x: Float[Tensor, "rows in"],
     lora_x: Float[Tensor, "rows in"],
-    w: Float[Tensor, "out in"] | Quantized,
+    w: Float[Tensor, "out in"] | FrozenMatrix,
     row: Float[Tensor, " out"],
     bias: Float[Tensor, " out"] | None,
     a: Float[Tensor, "rank in"] | None,

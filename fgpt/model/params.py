@@ -224,7 +224,7 @@ def fused_qkv(p: Attention | FusedAttention) -> Linear:
         return p.qkv
     weights, biases = [x.w for x in (p.q, p.k, p.v)], [x.b for x in (p.q, p.k, p.v) if x.b is not None]
     if not all(isinstance(w, Tensor) for w in weights):
-        raise InputError("q, k and v are quantized or adapted already: fuse the plain base, then quantize and adapt it")
+        raise InputError("q, k and v are quantized, sharded or adapted already: fuse the plain base first")
     return Linear(torch.cat(weights), torch.cat(biases) if biases else None)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,0 +1,117 @@
+"""A frozen base in parts, as a transform of the params tree: each process holds 1 / N of each matrix, and its products
+gather the others' parts, see `fgpt.kernels.sharded_matrix`.
+
+    torchrun --nproc-per-node 2 train.py        in it, after init_process_group:
+
+    params = fgpt.load("llama", torch.bfloat16, quantize="nf4", shard=True)
+    step = fgpt.data_parallel_step(loss, optimizer)
+
+Adapters, norms and biases every rank holds whole, and so is the result of a product: losses, transforms and optimizers
+know nothing of it. What all ranks must do is run the same program. A rank that computes fewer products than the others
+leaves them waiting: give each as many micro-batches in an update (with `data_parallel_step`, a multiple of the ranks),
+evaluate and generate on all of them, of as many rows and tokens, and merge and save on all of them.
+"""
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from fgpt import distributed
+from fgpt.distributed import World
+from fgpt.errors import InputError
+from fgpt.kernels.quantized_linear import QUANTIZED, FrozenMatrix, Rotated
+from fgpt.kernels.sharded_matrix import Sharded, gather_rows, split_rows
+from fgpt.layers import weight_matrices
+from fgpt.tree import replace_at, select, tree_map, walk
+from fgpt.weights import Weight
+
+T = TypeVar("T")
+
+
+def shard(params: T, *, world: World | None = None, target: str = r"blocks\..*") -> T:
+    r"""`params` with the weights of some layers in parts: of each, this process holds 1 / N of the rows, in the format
+    that they have. Products, gradients of every order, `merge` and `save` are to the bit those of the whole weights,
+    if all processes call them alike.
+
+    Args:
+        params: The same plain or quantized params tree in each process; adapt it afterwards.
+        world: The processes and which one this is; None is the default group of torch.distributed.
+        target: A regular expression; layers whose whole path it matches are sharded. `".*"` shards the embeddings and
+            the head too, which are then gathered for each batch.
+
+    Returns:
+        The tree in parts; of a process by itself, `params` as they are.
+
+    Raises:
+        InputError: if `target` matches nothing, or a weight that is adapted or sharded already.
+
+    Source: Rajbhandari et al. 2020 (ZeRO), section 5.3; Zhao et al. 2023 (PyTorch FSDP), section 3.2.
+
+    >>> import fgpt
+    >>> from fgpt.tree import nbytes
+    >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=64, n_ctx=16, vocab_size=11, d_mlp=64)
+    >>> params = fgpt.init(config, fgpt.key(0))
+    >>> part = fgpt.shard(params, world=fgpt.distributed.World(rank=0, size=4))
+    >>> nbytes(part.blocks[0].mlp) / nbytes(params.blocks[0].mlp) < 0.27  # a quarter, and the biases
+    True
+    >>> fgpt.shard(params) is params  # a process by itself
+    True
+    """
+    here = distributed.world() if world is None else world
+    weights = weight_matrices(params)
+    paths = select(weights, target)
+    if here.size == 1:
+        return params
+    return replace_at(params, {f"{path}.w": shard_weight(path, weights[path], here) for path in paths})
+
+
+def shard_weight(path: str, w: Weight, here: World) -> FrozenMatrix:
+    """The part of a rank of the weight of the layer at `path`. Raises InputError as `shard` does."""
+    if isinstance(w, Rotated) and not isinstance(w.base, Sharded):
+        return replace(w, base=split_rows(w.base, here.rank, here.size))
+    if isinstance(w, Rotated | Sharded) or not isinstance(w, (Tensor, *QUANTIZED)):
+        form = "adapted" if not isinstance(w, Rotated | Sharded) else "sharded"
+        raise InputError(f"{path} is {form} already: shard a plain or quantized params tree, then adapt it")
+    return split_rows(w, here.rank, here.size)
+
+
+def has_sharded(params: Any) -> bool:
+    """Whether a part of `params` is a sharded matrix."""
+    return any(isinstance(x, Sharded) for _, x in walk(params))
+
+
+def unshard(params: T) -> T:
+    """`params` with every sharded weight whole again, in each process: all of them must call it.
+
+    Args:
+        params: A tree of `shard`, adapted or not.
+
+    Raises:
+        InputError: if the process group is not the one that the weights were sharded for.
+
+    >>> import fgpt
+    >>> params = fgpt.init(fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32), fgpt.key(0))
+    >>> fgpt.unshard(fgpt.shard(params)) is params  # a process by itself
+    True
+    """
+    whole = {path: gather_rows(x) for path, x in walk(params) if isinstance(x, Sharded)}
+    return replace_at(params, whole) if whole else params
+
+
+def gather_on_first(params: T) -> T | None:
+    """`params` with every sharded weight whole, on the host, in the process of rank 0; None in the others. All must
+    call it; on a device there is never more than one whole matrix.
+    """
+    is_first = distributed.world().rank == 0
+    whole: dict[str, Any] = {}
+    for path, x in walk(params):
+        if isinstance(x, Sharded):
+            matrix = gather_rows(x)
+            if is_first:
+                whole[path] = _on_host(matrix)
+    return _on_host(replace_at(params, whole)) if is_first else None
+
+
+def _on_host(tree: T) -> T:
+    return tree_map(lambda x: x.cpu(), tree)

@@ -1,0 +1,154 @@
+"""Train over a base in parts on several gloo processes, and print as JSON how far every result is from that over the
+whole base; and what merging, saving and loading make of it.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/sharded_base.py FOLDER
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+import fgpt
+from fgpt.distributed import world
+from fgpt.tree import leaves, tree_map
+
+VOCAB = 31
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 64, "n_ctx": 24, "vocab_size": VOCAB, "d_mlp": 64}
+GPTJ: dict[str, Any] = {
+    "biases": frozenset({"up", "down", "norm", "head"}),
+    "parallel_residual": True,
+    "n_norms": 1,
+    "rotary_dim": 16,
+    "interleaved": True,
+    "tie_word_embeddings": False,
+}
+LLAMA: dict[str, Any] = {
+    "biases": frozenset(),
+    "n_kv": 1,
+    "activation": "silu",
+    "norm_type": "rms",
+    "gated_mlp": True,
+    "rotary_dim": 32,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {"gpt2": {}, "gptj": GPTJ, "llama": LLAMA}
+BASES: dict[str, Callable[[fgpt.GPT], fgpt.GPT]] = {
+    "fp32": lambda p: p,
+    "bf16": lambda p: tree_map(torch.Tensor.bfloat16, p),
+    "nf4": lambda p: fgpt.quantize(p, "nf4"),
+    "nf4 with plain scales": lambda p: fgpt.quantize(p, "nf4", double_quant=False),
+    "int8": lambda p: fgpt.quantize(p, "int8"),
+    "rotated int8": lambda p: fgpt.quantize(p, "int8", rotate=True),
+    "blockwise8": lambda p: fgpt.quantize(p, "blockwise8"),
+}
+
+TRAINED = {"gpt2": tuple(BASES), "gptj": ("fp32", "nf4"), "llama": ("fp32", "nf4", "rotated int8")}
+TRANSFORMED = {"gpt2": ("fp32", "bf16", "nf4"), "llama": ("rotated int8",)}
+
+
+def base(family: str) -> fgpt.GPT:
+    """Every leaf in play: no bias is zero, no norm is one."""
+    rng = fgpt.key(0)
+    params = fgpt.init(fgpt.Config(**SIZES | FAMILIES[family]), fgpt.key(1))
+    return tree_map(lambda x: x + 0.1 * torch.randn(x.shape, generator=rng), params)
+
+
+def micro_batch(i: int) -> fgpt.Batch:
+    rng = torch.Generator().manual_seed(i)
+    tokens, targets = (torch.randint(VOCAB, (2, 9), generator=rng) for _ in range(2))
+    return fgpt.Batch(tokens, targets, (torch.rand(2, 9, generator=rng) > 0.3).float())
+
+
+def loss(adapters: Any, params: fgpt.GPT, batch: fgpt.Batch, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
+
+
+def with_noise(tree: Any) -> Any:
+    rng = fgpt.key(3)
+    return tree_map(lambda x: x + 0.1 * torch.randn(x.shape, generator=rng), tree)
+
+
+def results(params: fgpt.GPT, adapters: Any) -> dict[str, Any]:
+    """A loss, its gradient under every composition of transforms, and remat's."""
+    batch = micro_batch(99)
+
+    def value(a: Any) -> Tensor:
+        return loss(a, params, batch)[0]
+
+    def of_row(a: Any, tokens: Tensor, targets: Tensor) -> Tensor:
+        row = fgpt.Batch(tokens[None], targets[None], torch.ones(1, 9))
+        return loss(a, params, row)[0]
+
+    def rows(a: Any) -> Any:
+        return vmap(of_row, in_dims=(None, 0, 0))(a, batch.tokens, batch.targets).sum()
+
+    leaf = tree_map(lambda x: x.detach().requires_grad_(), adapters)
+    rematerialized = fgpt.nll(fgpt.adapt(params, leaf), batch, remat=True)[0]
+    return {
+        "logits": fgpt.apply(fgpt.adapt(params, adapters), batch.tokens),
+        "autograd": torch.autograd.grad(value(leaf), list(leaves(leaf).values())),
+        "grad": grad(value)(adapters),
+        "vmap(grad)": vmap(grad(of_row), in_dims=(None, 0, 0))(adapters, batch.tokens, batch.targets),
+        "jvp(grad)": jvp(grad(value), (adapters,), (adapters,))[1],
+        "jvp(grad) of vmap": jvp(grad(rows), (adapters,), (adapters,))[1],
+        "remat": torch.autograd.grad(rematerialized, list(leaves(leaf).values())),
+    }
+
+
+def train(params: fgpt.GPT, adapters: Any) -> fgpt.State:
+    """Two updates, each of two micro-batches on every rank."""
+    optimizer = fgpt.adamw(2e-2)
+    step, state = fgpt.data_parallel_step(loss, optimizer), fgpt.init_state(adapters, optimizer)
+    count = 2 * world().size
+    for i in range(2):
+        batches = [micro_batch(count * i + j) for j in range(count)]
+        state, _ = step(state, params, batches, fgpt.fold_in(fgpt.key(9), i))
+    return state
+
+
+def difference(a: Any, b: Any) -> float:
+    """The largest of any leaf, in units of the largest; infinite where trees differ in form."""
+    x, y = leaves({"": a}), leaves({"": b})
+    if x.keys() != y.keys() or any(x[p].dtype != y[p].dtype or x[p].shape != y[p].shape for p in x):
+        return float("inf")
+    size = max(float(v.double().abs().max()) for v in y.values())
+    assert size > 0, "nothing to compare"
+    return max(float((x[p].double() - y[p].double()).abs().max()) for p in y) / size
+
+
+def compare_training(report: dict[str, float]) -> None:
+    """Of each format, and of each family. A Llama's embeddings and head are in parts too."""
+    for family, names in TRAINED.items():
+        for name in names:
+            frozen = BASES[name](base(family))
+            sharded = fgpt.shard(frozen, target=".*" if family == "llama" else r"blocks\..*")
+            adapters = with_noise(fgpt.lora(frozen, fgpt.key(1), rank=4, dropout=0.1))
+            report[f"train, {family}, {name}"] = difference(train(sharded, adapters), train(frozen, adapters))
+            if name in TRANSFORMED.get(family, ()):
+                adapters |= fgpt.dora(frozen, fgpt.key(2), rank=2, target=r".*\.(up|o)")
+                adapters |= fgpt.trainable_leaves(frozen, r".*\.(ln_1|down)\.b" if family == "gpt2" else ".*ln_1.*")
+                got, expected = results(sharded, adapters), results(frozen, adapters)
+                report |= {f"{k}, {family}, {name}": difference(got[k], expected[k]) for k in expected}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    report: dict[str, float] = {}
+    compare_training(report)
+    gathered: list[dict[str, float]] = [{} for _ in range(world().size)]
+    dist.all_gather_object(gathered, report)
+    if world().rank == 0:
+        print(json.dumps({key: max(x[key] for x in gathered) for key in report}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

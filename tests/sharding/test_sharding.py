@@ -1,0 +1,68 @@
+"""`shard` as a transform of a params tree: what it splits, counts, leaves alone and refuses."""
+
+import pytest
+import torch
+from builders import same
+from builders.params_files import wide_gpt
+
+import fgpt
+from fgpt.distributed import World
+from fgpt.kernels.sharded_matrix import Sharded
+from fgpt.layers import has_quantized, num_parameters
+from fgpt.sharding import has_sharded
+from fgpt.tree import nbytes, num_elements, walk
+
+TWO = World(rank=1, size=2)
+
+
+def test_a_process_by_itself_has_everything():
+    params = wide_gpt()
+    assert fgpt.shard(params) is params
+    assert not has_sharded(params)
+    with pytest.raises(fgpt.InputError, match="matches no path"):
+        fgpt.shard(params, target="nothing")
+
+
+@pytest.mark.parametrize("form", ["fp32", "nf4", "int8", "rotated"])
+def test_a_part_counts_as_what_it_is(form: str):
+    params = wide_gpt()
+    if form != "fp32":
+        params = fgpt.quantize(params, "nf4" if form == "nf4" else "int8", rotate=form == "rotated")
+    part = fgpt.shard(params, world=TWO)
+    assert has_sharded(part)
+    assert has_quantized(part) == (form != "fp32")
+    assert num_parameters(part) == num_parameters(params)
+    blocks, halves = params.blocks[0].mlp, part.blocks[0].mlp
+    assert 0.5 * nbytes(blocks) < nbytes(halves) < 0.6 * nbytes(blocks)
+    assert 0.5 * num_elements(blocks) < num_elements(halves) < 0.6 * num_elements(blocks)
+    assert same(part.wte, params.wte)
+    assert fgpt.lora(part, fgpt.key(0), rank=2).keys() == fgpt.lora(params, fgpt.key(0), rank=2).keys()
+
+
+def test_only_targets_are_split():
+    part = fgpt.shard(wide_gpt(), world=TWO, target=r"wte|blocks\.0\.attn\.q")
+    assert [path for path, x in walk(part) if isinstance(x, Sharded)] == ["wte.w", "blocks.0.attn.q.w"]
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_what_is_sharded_or_adapted_is_refused(rotate: bool):
+    params = fgpt.quantize(wide_gpt(), "int8", rotate=rotate)
+    part = fgpt.shard(params, world=TWO)
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is sharded already: shard a plain or quantized"):
+        fgpt.shard(part, world=TWO)
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is adapted already: shard a plain or quantized"):
+        fgpt.shard(fgpt.adapt(params, fgpt.lora(params, fgpt.key(0), rank=2)), world=TWO)
+
+
+def test_a_part_is_neither_tuned_nor_quantized_nor_fused():
+    part = fgpt.shard(wide_gpt(), world=TWO)
+    with pytest.raises(
+        fgpt.InputError, match=r"cannot tune blocks\.0\.attn\.q\.w, which is sharded: narrow the target"
+    ):
+        fgpt.trainable_leaves(part)
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is Sharded already: quantize a plain params tree"):
+        fgpt.quantize(part, "int8")
+    with pytest.raises(fgpt.InputError, match="q, k and v are quantized, sharded or adapted already"):
+        fgpt.fuse_qkv(part)
+    with pytest.raises(fgpt.InputError, match="part 1 of 2 of a sharded matrix in process 0 of 1"):
+        fgpt.apply(part, torch.zeros(1, 3, dtype=torch.long))
