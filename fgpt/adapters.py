@@ -126,7 +126,7 @@ def _hint(path: str, paths: Mapping[str, Any]) -> str:
 
 
 def merge(params: T, base: Any = None) -> T:
-    """A plain tree again: every adapted weight becomes the one matrix it means, over a sharded base in parts as that is.
+    """A plain tree again: every adapted weight becomes the one matrix it means. Over a sharded base it is in parts.
 
     Over a quantized base there are two answers, and `base` chooses: "dequantized" adds the adapters to the values that
     they were trained on; the original params tree adds them to the values before quantization, which they have never

@@ -152,7 +152,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def map_over_ranks(fn: Callable[[T], R], items: Sequence[T], here: World | None = None) -> Iterator[R]:
-    """fn of each item, in order, on every rank; item i is computed by rank i mod N alone.
+    """fn of each item, in order, on every rank; item i is computed by rank i mod N. All call fn equally often.
 
     Args:
         fn: A function whose results pickle takes, and whose tensors are on the CPU.
@@ -167,6 +167,9 @@ def map_over_ranks(fn: Callable[[T], R], items: Sequence[T], here: World | None 
         yield from map(fn, items)
         return
     for first in range(0, len(items), here.size):
-        share = here.share(items[first : first + here.size])
-        for results in gather_objects([fn(item) for item in share]):
+        together = items[first : first + here.size]
+        own = [fn(item) for item in here.share(together)]
+        if not own:
+            fn(together[0])  # over a base in parts the others multiply with this one's, too
+        for results in gather_objects(own):
             yield from results

@@ -4,32 +4,44 @@ gather the others' parts, see `fgpt.kernels.sharded_matrix`.
     torchrun --nproc-per-node 2 train.py        in it, after init_process_group:
 
     params = fgpt.load("llama", torch.bfloat16, quantize="nf4", shard=True)
-    step = fgpt.data_parallel_step(loss, optimizer)
+    step = fgpt.make_step(loss, optimizer, world=fgpt.world())
 
 Adapters, norms and biases every rank holds whole, and so is the result of a product: losses, transforms and optimizers
 know nothing of it. What all ranks must do is run the same program. A rank that computes fewer products than the others
-leaves them waiting: give each as many micro-batches in an update (with `data_parallel_step`, a multiple of the ranks),
+leaves them waiting. `make_step` and `map_over_ranks` let one that has nothing of its own compute what another does;
 evaluate and generate on all of them, of as many rows and tokens, and merge and save on all of them.
 """
 
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from fgpt import distributed
 from fgpt.distributed import World
 from fgpt.errors import InputError
-from fgpt.kernels.quantized_linear import QUANTIZED, FrozenMatrix, Rotated
-from fgpt.kernels.sharded_matrix import Sharded, gather_rows, split_rows
+from fgpt.kernels.quantized_linear import (
+    QUANTIZED,
+    Blockwise4bit,
+    Blockwise8bit,
+    FrozenMatrix,
+    Rotated,
+    quantize_scales,
+)
+from fgpt.kernels.sharded_matrix import Sharded, fill_rows, gather_rows, row_range, split_rows
 from fgpt.layers import weight_matrices
+from fgpt.quantization import quantize_weight
 from fgpt.tree import replace_at, select, tree_map, walk
 from fgpt.weights import Weight
 
 T = TypeVar("T")
 
+BLOCKS = r"blocks\..*"
+"""The layers of all blocks."""
 
-def shard(params: T, *, world: World | None = None, target: str = r"blocks\..*") -> T:
+
+def shard(params: T, *, world: World | None = None, target: str = BLOCKS) -> T:
     r"""`params` with the weights of some layers in parts: of each, this process holds 1 / N of the rows, in the format
     that they have. Products, gradients of every order, `merge` and `save` are to the bit those of the whole weights,
     if all processes call them alike.
@@ -74,6 +86,34 @@ def shard_weight(path: str, w: Weight, here: World) -> FrozenMatrix:
         form = "adapted" if not isinstance(w, Rotated | Sharded) else "sharded"
         raise InputError(f"{path} is {form} already: shard a plain or quantized params tree, then adapt it")
     return split_rows(w, here.rank, here.size)
+
+
+def shard_rows(x: Float[Tensor, "rows in"], out: int, here: World) -> Sharded:
+    """The part of a rank, of its rows of a matrix that has `out` in all."""
+    return Sharded(fill_rows(x, -(-out // here.size)), out, here.rank, here.size)
+
+
+def quantize_rows(
+    path: str, x: Float[Tensor, "rows in"], out: int, here: World, format: Any, *, double_quant: bool, rotate: bool
+) -> FrozenMatrix:
+    """The part of a rank of the weight of the layer at `path`, quantized: of its rows of a matrix that has `out` in
+    all, the codes of the whole. All ranks must call it, as scales that are quantized too depend on those of all rows.
+
+    Raises InputError as `quantize_weight` does.
+    """
+    part = quantize_weight(path, fill_rows(x, -(-out // here.size)), format, double_quant=False, rotate=rotate)
+    codes = part.base if isinstance(part, Rotated) else part
+    if isinstance(codes, Blockwise4bit) and double_quant:
+        assert isinstance(codes.absmax, Tensor)
+        own_scales = codes.absmax.view(len(codes.codes), -1)
+        scales = gather_rows(Sharded(own_scales, out, here.rank, here.size))
+        whole = quantize_scales(codes, scales.flatten())
+        assert isinstance(whole.absmax, Blockwise8bit)
+        of_rows = whole.absmax.codes.view(out, -1)[row_range(out, here.rank, here.size)]
+        filled = fill_rows(of_rows, len(codes.codes)).flatten()
+        codes = replace(whole, absmax=replace(whole.absmax, codes=filled))
+    sharded = Sharded(codes, out, here.rank, here.size)
+    return replace(part, base=sharded) if isinstance(part, Rotated) else sharded
 
 
 def has_sharded(params: Any) -> bool:

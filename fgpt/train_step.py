@@ -18,6 +18,7 @@ from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated, is_mapped, is_one_vmap
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
+from fgpt.sharding import has_sharded
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 UNCOMPILED = "a step with compile=True runs uncompiled when it is mapped over or differentiated"
@@ -353,6 +354,8 @@ def make_step(
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
         if world.size > 1:
+            if has_sharded(frozen) and len(own) < -(-len(batches) // world.size):
+                compute(loss, state.trainable, frozen, batches[0], seeds[0])  # the others multiply with this part
             grads, value, weight = sum_over_ranks((grads, value, weight))
         # A batch that has lost all its rows changes nothing.
         divisor = weight_or_one = torch.where(weight == 0, 1, weight)

@@ -77,6 +77,7 @@ OPTIONS = {
     "adam-beta2": "--betas",
     # memory and precision
     "gradient-checkpointing": "--remat",
+    "fsdp": "--shard-base",
     "grad-checkpoint": "--remat",
     "activation-checkpointing": "--remat",
     "load-in-4bit": "--quantize nf4",

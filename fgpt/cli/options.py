@@ -29,7 +29,7 @@ GROUPS = {
         "scale_rewards center_rewards_coefficient label_smoothing_factor kd_ratio kd_temperature privacy"
     ),
     "model": "adapter new_tokens tune_also quantize n_layer n_head d_model vocab biases",
-    "speed": "device dtype deterministic remat compile cuda_graphs peak_tflops",
+    "speed": "device dtype deterministic shard_base remat compile cuda_graphs peak_tflops",
     "run": (
         "name out eval_every keep_best early_stopping_patience checkpoint_every_minutes keep_checkpoints tracker "
         "compare_prompts compare_data max_new_tokens per_example"

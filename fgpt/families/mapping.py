@@ -4,8 +4,9 @@ A family is such a table, and its config both ways. The sizes come from our own 
 `abstract_params` gives it, and a tensor of Hugging Face's the shape that its leaves make up.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from fgpt.kernels.quantized_linear import (
     Quantized,
     Rotated,
     RowwiseInt8,
+    gather_base,
     slice_rows,
 )
 from fgpt.model import GPT, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm, abstract_params, fused_qkv
@@ -34,6 +36,9 @@ class LazyTensor:
 
     shape: tuple[int, ...] | None
     read: Callable[[], Tensor | Quantized]
+    read_part: Callable[[int, Sequence[slice]], Tensor] | None = None
+    """(axis, ranges) -> of a matrix what is at these indices of the axis, in order, and nothing else is read; None if
+    there is no such way."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,13 @@ def parameters(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family) -
     return bare_tensors, untied
 
 
-def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, place: Place = lambda path, x: x) -> GPT:
+def from_hf(
+    tensors: Mapping[str, LazyTensor],
+    cfg: Config,
+    family: Family,
+    place: Place = lambda path, x: x,
+    rows: Mapping[str, slice] = MappingProxyType({}),
+) -> GPT:
     """Our tree of Hugging Face's tensors, each read, split, and given to `place` before the next is read.
 
     Transposed weights are views: no copy is made.
@@ -121,7 +132,8 @@ def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, plac
     (for NF4 with double quantization, where d_model is a multiple of 128); else they stay one, as in
     `fuse_qkv`.
 
-    `tensors` and `cfg` are those that `parameters` returns.
+    `tensors` and `cfg` are those that `parameters` returns. Of the leaves in `rows`, matrices, `place` is given these
+    rows, and of a tensor that can be read in part, no others are read; but a quantized one is given whole.
 
     Raises InputError if a tensor is missing, surplus, or of another shape; before anything is read, but for the
     shape of a quantized one.
@@ -132,14 +144,26 @@ def from_hf(tensors: Mapping[str, LazyTensor], cfg: Config, family: Family, plac
     def read(
         s: TensorMapping,
     ) -> dict[str, Any]:  # a function, so that nothing of one tensor is left when the next is read
-        x, size = tensors[s.name].read(), sizes[s.name]
+        tensor = tensors[s.name]
+        if tensor.read_part is not None and all(path in rows for path in s.paths):
+            axis = int(s.transposed)
+            parts = [tensor.read_part(axis, x) for x in _ranges(s, [rows[p] for p in s.paths], heights(s))]
+            _check_floating(s.name, parts[0])
+            return {p: place(p, x.T if s.transposed else x) for p, x in zip(s.paths, parts, strict=True)}
+        x, size = tensor.read(), sizes[s.name]
         _check_shape(s.name, size[::-1] if s.transposed and not isinstance(x, Tensor) else size, tuple(x.shape))
-        if isinstance(x, Tensor) and not x.is_floating_point():  # integers would be codes of an unknown format
-            raise InputError(f"tensor {s.name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
+        _check_floating(s.name, x)
         parts = split(x, s, [tuple(empty[p].shape) for p in s.paths])
         if len(parts) < len(s.paths):
-            return {s.paths[0].removesuffix(".q.w") + ".qkv.w": x}
-        return {path: place(path, part) for path, part in zip(s.paths, parts, strict=True)}
+            fused = s.paths[0].removesuffix(".q.w") + ".qkv.w"
+            return {fused: place(fused, x)}
+        return {path: place(path, some_rows(path, part)) for path, part in zip(s.paths, parts, strict=True)}
+
+    def heights(s: TensorMapping) -> list[int]:
+        return [empty[path].shape[0] for path in s.paths]
+
+    def some_rows(path: str, x: Any) -> Any:
+        return x[rows[path]] if path in rows and isinstance(x, Tensor) else x
 
     new: dict[str, Any] = {}
     for s in table.values():
@@ -197,6 +221,36 @@ def tensor_shapes(cfg: Config, family: Family) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _check_floating(name: str, x: Any) -> None:
+    if isinstance(x, Tensor) and not x.is_floating_point():  # integers would be codes of an unknown format
+        raise InputError(f"tensor {name}: expected a floating dtype, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def _ranges(s: TensorMapping, rows: Sequence[slice], heights: Sequence[int]) -> list[list[slice]]:
+    """Where the given rows of each leaf are in the tensor: along its rows, or its columns if it is transposed.
+
+    >>> fused = TensorMapping("qkv", ("q", "k", "v"))
+    >>> _ranges(fused, [slice(2, 4)] * 3, [4, 4, 4])
+    [[slice(2, 4, None)], [slice(6, 8, None)], [slice(10, 12, None)]]
+    >>> _ranges(replace(fused, heads=2), [slice(1, 4)] * 3, [4, 4, 4])[1]  # q q k k v v, twice
+    [slice(3, 4, None), slice(8, 10, None)]
+    """
+    ranges: list[list[slice]] = []
+    for i, part in enumerate(rows):
+        if not s.heads:
+            begin = sum(heights[:i])
+            ranges.append([slice(begin + part.start, begin + part.stop)])
+            continue
+        size = heights[i] // s.heads
+        pieces: list[slice] = []
+        for head in range(s.heads):
+            begin, stop = max(part.start, head * size), min(part.stop, (head + 1) * size)
+            shift = (head * (len(heights) - 1) + i) * size
+            pieces += [slice(begin + shift, stop + shift)] if begin < stop else []
+        ranges.append(pieces)
+    return ranges
+
+
 def _check_shape(name: str, want: tuple[int, ...], got: tuple[int, ...] | None) -> None:
     if got is not None and got != want:
         raise InputError(f"tensor {name}: expected shape {list(want)}, got {list(got)}")
@@ -246,7 +300,7 @@ def _heads_apart(w: Quantized, s: TensorMapping) -> list[Quantized]:
 def equal_parts(w: Quantized, n: int) -> list[Any] | None:
     """The rows of `w` in n equal parts, still quantized as they are; None if a block lies across two parts."""
     if isinstance(w, Rotated):
-        parts = equal_parts(w.base, n)
+        parts = equal_parts(gather_base(w), n)
         return parts and [replace(w, base=part) for part in parts]
     per = w.block if isinstance(w, Blockwise8bit) else BLOCK if isinstance(w, Blockwise4bit) else w.shape[1]
     if w.shape.numel() % (n * per):

@@ -23,11 +23,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fgpt import families
+from fgpt import families, sharding
 from fgpt._typing import StrPath
 from fgpt.classification_head import num_classes
 from fgpt.data import hub_files
 from fgpt.data.hub_files import HubError
+from fgpt.distributed import World, world
 from fgpt.errors import InputError
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
@@ -36,6 +37,7 @@ from fgpt.io.files import read_json, write, write_json
 from fgpt.io.safetensors_files import lazy_tensors, shard_names, shards, write_tensors
 from fgpt.io.serialization import read_tree, write_tree
 from fgpt.kernels.quantized_linear import Format, ScaledCodes
+from fgpt.kernels.sharded_matrix import row_range
 from fgpt.layers import has_quantized, weight_matrices
 from fgpt.model import GPT, Config, abstract_params
 from fgpt.quantization import quantize_weight as quantized
@@ -44,6 +46,7 @@ from fgpt.tokenizers.tiktoken_bpe import TOKENIZER_JSON
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import astype, replace_at, select, tree_map, walk
 from fgpt.weights import dtype as weight_dtype
+from fgpt.weights import shape as weight_shape
 
 CONFIG, WEIGHTS, TREE, CARD = "config.json", "model.safetensors", "fgpt.safetensors", "README.md"
 MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, CARD, *tokenizer_files.FILES]
@@ -231,9 +234,14 @@ def load(
     target: str = r"blocks\..*",
     device: torch.device | str = "cpu",
     rotate: bool = False,
+    shard: bool = False,
 ) -> GPT:
     """The params of a model by name, folder or GGUF file, in `dtype`; None takes the one that its config names, else
     keeps what the file has. Quantized weights keep their codes and scales, and stand for elements of `dtype`.
+
+    `shard` gives each process of torch.distributed its part of the blocks, as `fgpt.shard` does, and it reads no more
+    than that and what is not in parts: from safetensors' files its rows, or its columns where they are transposed. A
+    GGUF file and a quantized model are read whole, the former tensor by tensor.
 
     `quantize` quantizes as `fgpt.quantize` does, to the bit on the same device, but each matrix as soon as it is read.
 
@@ -248,6 +256,7 @@ def load(
         target: Regular expression; the layers whose whole path it matches are quantized.
         device: Where the params are; each tensor is moved there as soon as it is read, then cast or quantized.
         rotate: Whether rows are rotated before they are quantized, see `fgpt.quantize`.
+        shard: Whether each process holds only its part of the blocks, see `fgpt.shard`: all of them must call this.
 
     Raises:
         InputError: if there is no such model, or it is not a whole model of a known architecture.
@@ -265,7 +274,8 @@ def load(
     if (source.path / TREE).exists():
         if quantize:
             raise InputError(f"{source.path / TREE} is quantized already: load it as it is")
-        params = tree_map(lambda x: x.to(device), _read_tree(source.path, cfg))
+        params = _read_tree(source.path, cfg)
+        params = tree_map(lambda x: x.to(device), sharding.shard(params) if shard else params)
         return params if dtype is None else _cast(params, dtype)
     family, (file, tensors) = families.family_from_config(source.config), _tensors(source)
     score = tensors.pop(mapping.SCORE, None)
@@ -276,18 +286,36 @@ def load(
     except InputError as err:
         raise InputError(f"{file}: {err}") from None
 
+    here = world() if shard else World(0, 1)
+    blocks = weight_matrices(abstract_params(cfg).blocks) if here.size > 1 else {}
+    heights = {f"blocks.{path}.w": weight_shape(w)[0] for path, w in blocks.items()}
+    rows = {path: row_range(out, here.rank, here.size) for path, out in heights.items()}
+
     def move(tensor: mapping.LazyTensor) -> mapping.LazyTensor:
-        return dataclasses.replace(tensor, read=lambda: tree_map(lambda x: x.to(device), tensor.read()))
+        def read_part(axis: int, ranges: Sequence[slice]) -> Tensor:
+            assert tensor.read_part is not None
+            return tensor.read_part(axis, ranges).to(device)
+
+        return dataclasses.replace(
+            tensor,
+            read=lambda: tree_map(lambda x: x.to(device), tensor.read()),
+            read_part=None if tensor.read_part is None else read_part,
+        )
 
     def place(leaf: str, x: Any) -> Any:
-        x = x if dtype is None or not isinstance(x, Tensor) else x.to(dtype)
-        layer = leaf.removesuffix(".w")
+        layer, out = leaf.removesuffix(".w"), heights.get(leaf)
+        if not isinstance(x, Tensor):
+            in_parts = here.size > 1 and leaf.startswith("blocks.")
+            return sharding.shard_weight(layer, x, here) if in_parts else x
+        x = x if dtype is None else x.to(dtype)
         if not quantize or layer not in chosen or leaf == layer:
-            return x
-        return quantized(layer, x, quantize, double_quant, rotate)
+            return x if out is None else sharding.shard_rows(x, out, here)
+        if out is None:
+            return quantized(layer, x, quantize, double_quant, rotate)
+        return sharding.quantize_rows(layer, x, out, here, quantize, double_quant=double_quant, rotate=rotate)
 
     try:
-        params = mapping.from_hf({name: move(x) for name, x in parameters.items()}, cfg, family, place)
+        params = mapping.from_hf({name: move(x) for name, x in parameters.items()}, cfg, family, place, rows)
         params = params if score is None else classifiers.with_head(params, move(score).read(), place)
     except InputError as err:
         raise InputError(f"{file}: {err}") from None
@@ -358,7 +386,8 @@ def save(
     that of transformers' sequence classification, whose classes `labels` name.
 
     Args:
-        params: The model, without adapters (`merge` them first).
+        params: The model, without adapters (`merge` them first). One in parts is gathered by all processes, which must
+            all call this, and written by that of rank 0 as the whole would be.
         folder: Written file by file; it is made if it is missing.
         like: A model whose tokenizer files are copied, a tokenizer, or None for no tokenizer.
         labels: Names of the classes of a classifier, in order.
@@ -374,6 +403,11 @@ def save(
     ...     fgpt.load(folder).cfg == fgpt.load("nano").cfg
     True
     """
+    if sharding.has_sharded(params):
+        whole = sharding.gather_on_first(params)
+        if whole is not None:
+            save(whole, folder, like, labels, layout)
+        return
     folder = Path(folder)
     family, (ends, beside) = families.family_of(params.cfg), _tokenizer(like, params.cfg.vocab_size)
     config = family.config_to_hf(params.cfg) | {"torch_dtype": str(weight_dtype(params.wte.w)).removeprefix("torch.")}

@@ -1,8 +1,10 @@
-"""Safetensors files: written whole or not at all, read with errors that name the file, tensor by tensor if wanted."""
+"""Safetensors files: written whole or not at all, read with errors that name the file, tensor by tensor if wanted, or a
+part of one.
+"""
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -96,17 +98,41 @@ def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
 
     def read(entry: Mapping[str, Any]) -> Tensor:
         x = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        flat: Any = x.view(-1).view(torch.uint8).numpy()
-        into = memoryview(flat)
-        with path.open("rb", buffering=0) as raw:
-            raw.seek(begin + entry["data_offsets"][0])
+        _read_at(path, [begin + entry["data_offsets"][0]], x)
+        return x
+
+    def read_part(entry: Mapping[str, Any], axis: int, ranges: Sequence[slice]) -> Tensor:
+        (rows, columns), dtype = entry["shape"], DTYPES[entry["dtype"]]
+        size, at = sum(part.stop - part.start for part in ranges), begin + entry["data_offsets"][0]
+        row_bytes = columns * dtype.itemsize
+        if axis == 0:
+            x = torch.empty(size, columns, dtype=dtype)
+            for part, y in zip(ranges, x.split([part.stop - part.start for part in ranges]), strict=True):
+                _read_at(path, [at + part.start * row_bytes], y)
+            return x
+        pieces = [torch.empty(rows, part.stop - part.start, dtype=dtype) for part in ranges]
+        for part, y in zip(ranges, pieces, strict=True):
+            _read_at(path, [at + i * row_bytes + part.start * dtype.itemsize for i in range(rows)], y)
+        return torch.cat(pieces, 1)
+
+    return {
+        name: LazyTensor(tuple(header[name]["shape"]), partial(read, header[name]), partial(read_part, header[name]))
+        for name in names
+    }
+
+
+def _read_at(path: Path, offsets: Sequence[int], x: Tensor) -> None:
+    """Fill `x` with the bytes of a file: an equal part of it from each offset on."""
+    flat: Any = x.view(-1).view(torch.uint8).numpy()
+    step = len(flat) // len(offsets)
+    with path.open("rb", buffering=0) as raw:
+        for i, offset in enumerate(offsets):
+            into = memoryview(flat)[i * step : (i + 1) * step]
+            raw.seek(offset)
             while into:
                 if not (n := raw.readinto(into)):
                     raise InputError(f"{path}: the file ended while it was read")
                 into = into[n:]
-        return x
-
-    return {name: LazyTensor(tuple(header[name]["shape"]), partial(read, header[name])) for name in names}
 
 
 DTYPES = {

@@ -170,9 +170,14 @@ def quantize_matrix(w: Float[Tensor, "out in"], to: Format, double_quant: bool =
         chunks.append(torch.ops.bitsandbytes.quantize_4bit(rows.float().contiguous(), BLOCK, to, torch.uint8))
     codes = torch.cat([codes.flatten() for codes, _ in chunks])
     absmax = torch.cat([absmax.flatten() for _, absmax in chunks])
-    offset = absmax.mean() if double_quant else None
-    scales = absmax if offset is None else quantize_blockwise(absmax - offset, SCALES_BLOCK, torch.float32)
-    return Blockwise4bit(codes.view(w.shape[0], -1), scales, code, offset, to, w.dtype)
+    plain = Blockwise4bit(codes.view(w.shape[0], -1), absmax, code, None, to, w.dtype)
+    return quantize_scales(plain, absmax) if double_quant else plain
+
+
+def quantize_scales(w: Blockwise4bit, absmax: Float[Tensor, " blocks"]) -> Blockwise4bit:
+    """`w` with these scales, in 8 bits about their mean."""
+    offset = absmax.mean()
+    return replace(w, absmax=quantize_blockwise(absmax - offset, SCALES_BLOCK, torch.float32), offset=offset)
 
 
 def quantize_blockwise(x: Float[Tensor, "*size"], block: int, dtype: torch.dtype) -> Blockwise8bit:
@@ -195,11 +200,12 @@ def is_quantized(w: Any) -> bool:
 def gather_matrix(w: Float[Tensor, "out in"] | FrozenMatrix) -> Float[Tensor, "out in"] | Quantized:
     """`w` itself, or the whole of a sharded one: all ranks must call this at the same point of their program."""
     if isinstance(w, Rotated):
-        return replace(w, base=_whole_base(w))
+        return replace(w, base=gather_base(w))
     return gather_rows(w) if isinstance(w, Sharded) else w
 
 
-def _whole_base(w: Rotated) -> ScaledCodes:
+def gather_base(w: Rotated) -> ScaledCodes:
+    """Q of a rotated matrix Q R, whole."""
     return gather_rows(w.base) if isinstance(w.base, Sharded) else w.base
 
 
@@ -225,7 +231,7 @@ def dequantize(w: FrozenMatrix, dtype: torch.dtype | None = None) -> Float[Tenso
 def reference(w: Quantized) -> Float[Tensor, "*size"]:
     """The definition, in fp32."""
     if isinstance(w, Rotated):
-        return hadamard.reference(reference(_whole_base(w)), w.block)
+        return hadamard.reference(reference(gather_base(w)), w.block)
     if isinstance(w, RowwiseInt8):
         return w.codes.float() * (w.absmax / 127)[:, None]
     indices = w.codes if isinstance(w, Blockwise8bit) else _unpack(w.codes)
@@ -246,7 +252,7 @@ def scales(w: Blockwise4bit | Blockwise8bit) -> Float[Tensor, " blocks"]:
 def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
     """The given rows, dequantized; no others are. Plain torch, so that `rows` may be mapped."""
     if isinstance(w, Rotated):
-        return rotate(quantized_embedding(_whole_base(w), rows), w.block)
+        return rotate(quantized_embedding(gather_base(w), rows), w.block)
     if isinstance(w, RowwiseInt8):
         return (w.codes[rows] * (w.absmax[rows] / 127)[..., None]).to(w.dtype)
     codes, inp = w.codes[rows], w.shape[-1]
@@ -259,7 +265,7 @@ def quantized_embedding(w: Quantized, rows: Int[Tensor, "*batch"]) -> Float[Tens
 def slice_rows(w: Quantized, rows: slice | Int[Tensor, " _rows"]) -> Quantized:
     """Some rows of a matrix, still quantized."""
     if isinstance(w, Rotated):
-        return replace(w, base=slice_rows(_whole_base(w), rows))
+        return replace(w, base=slice_rows(gather_base(w), rows))
     if isinstance(w, RowwiseInt8):
         return RowwiseInt8(w.codes[rows], w.absmax[rows], w.dtype)
     absmax = scales(w).view(w.shape[0], -1)[rows].flatten()

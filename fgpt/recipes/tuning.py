@@ -128,6 +128,9 @@ class FineTuningRecipe(TrainingRecipe):
     quantize: Literal["nf4", "fp4", "int8", "rotated-int8", "blockwise8"] | None = None
     """Quantize the base's linear layers to 4 or 8 bits. int8 is the fast format on a CPU; rotated-int8 spreads outliers
     before it rounds, with a sixth of int8's cost in loss. nf4 is the small one."""
+    shard_base: bool = False
+    """Under torchrun, hold only this process's part of each matrix of the blocks, and gather what a product needs: the
+    same bits, for a base that does not fit otherwise."""
     remat: bool = False
     """Activation (gradient) checkpointing: recompute each block in the backward pass. A step takes a quarter more time,
     and its peak memory above the model falls to some 0.6."""

@@ -5,8 +5,10 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/sh
 """
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt.distributed import world
-from fgpt.tree import leaves, tree_map
+from fgpt.sharding import has_sharded
+from fgpt.tree import leaves, nbytes, tree_map
 
 VOCAB = 31
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "d_model": 64, "n_ctx": 24, "vocab_size": VOCAB, "d_mlp": 64}
@@ -48,8 +51,17 @@ BASES: dict[str, Callable[[fgpt.GPT], fgpt.GPT]] = {
     "blockwise8": lambda p: fgpt.quantize(p, "blockwise8"),
 }
 
-TRAINED = {"gpt2": tuple(BASES), "gptj": ("fp32", "nf4"), "llama": ("fp32", "nf4", "rotated int8")}
+TRAINED = {
+    "gpt2": ("fp32", "bf16", "nf4", "int8"),
+    "gptj": ("fp32", "nf4 with plain scales"),
+    "llama": ("rotated int8", "blockwise8"),
+}
 TRANSFORMED = {"gpt2": ("fp32", "bf16", "nf4"), "llama": ("rotated int8",)}
+LOADED: dict[str, dict[str, Any]] = {
+    "gpt2": {"quantize": "nf4", "dtype": torch.bfloat16},
+    "gptj": {"quantize": "int8", "rotate": True},
+    "llama": {},
+}
 
 
 def base(family: str) -> fgpt.GPT:
@@ -104,7 +116,7 @@ def results(params: fgpt.GPT, adapters: Any) -> dict[str, Any]:
 def train(params: fgpt.GPT, adapters: Any) -> fgpt.State:
     """Two updates, each of two micro-batches on every rank."""
     optimizer = fgpt.adamw(2e-2)
-    step, state = fgpt.data_parallel_step(loss, optimizer), fgpt.init_state(adapters, optimizer)
+    step, state = fgpt.make_step(loss, optimizer, world=fgpt.world()), fgpt.init_state(adapters, optimizer)
     count = 2 * world().size
     for i in range(2):
         batches = [micro_batch(count * i + j) for j in range(count)]
@@ -137,16 +149,45 @@ def compare_training(report: dict[str, float]) -> None:
                 report |= {f"{k}, {family}, {name}": difference(got[k], expected[k]) for k in expected}
 
 
+def compare_files(report: dict[str, float], folder: Path) -> None:
+    """What each rank loads is its part of what one loads; what all save and merge is what one saves and merges."""
+    for family in FAMILIES:
+        source = folder / family
+        if world().rank == 0:
+            fgpt.save(base(family), source)
+        dist.barrier()
+        options = LOADED[family]
+        whole, sharded = fgpt.load(source, **options), fgpt.load(source, **options, shard=True)
+        report[f"load, {family}"] = difference(fgpt.unshard(sharded), whole)
+        report[f"part, {family}"] = float(nbytes(sharded.blocks) > 0.75 * nbytes(whole.blocks))
+        adapters = with_noise(fgpt.lora(whole, fgpt.key(1), rank=4))
+        merged = [fgpt.merge(fgpt.adapt(x, adapters), "dequantized" if options else None) for x in (whole, sharded)]
+        report[f"merge, {family}"] = difference(fgpt.unshard(merged[1]), merged[0])
+        for name, (one, parts) in {"base": (whole, sharded), "merged": merged}.items():
+            compare_saved(report, one, parts, folder / f"{family}, {name}")
+
+
+def compare_saved(report: dict[str, float], whole: fgpt.GPT, sharded: fgpt.GPT, folder: Path) -> None:
+    """The files of both are to have the same bytes."""
+    assert has_sharded(sharded)
+    fgpt.save(sharded, folder / "sharded")
+    if world().rank == 0:
+        fgpt.save(whole, folder / "whole")
+        contents = [{path.name: path.read_bytes() for path in (folder / x).iterdir()} for x in ("whole", "sharded")]
+        report[f"save, {folder.name}"] = float(contents[0] != contents[1])
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     report: dict[str, float] = {}
     compare_training(report)
+    compare_files(report, Path(sys.argv[1]))
     gathered: list[dict[str, float]] = [{} for _ in range(world().size)]
     dist.all_gather_object(gathered, report)
     if world().rank == 0:
-        print(json.dumps({key: max(x[key] for x in gathered) for key in report}))
+        print(json.dumps({key: max(x.get(key, 0.0) for x in gathered) for key in report}))
     dist.destroy_process_group()
 
 

@@ -56,9 +56,7 @@ def test_what_is_sharded_or_adapted_is_refused(rotate: bool):
 
 def test_a_part_is_neither_tuned_nor_quantized_nor_fused():
     part = fgpt.shard(wide_gpt(), world=TWO)
-    with pytest.raises(
-        fgpt.InputError, match=r"cannot tune blocks\.0\.attn\.q\.w, which is sharded: narrow the target"
-    ):
+    with pytest.raises(fgpt.InputError, match=r"cannot tune blocks\.0\.attn\.q\.w, which is sharded: narrow"):
         fgpt.trainable_leaves(part)
     with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is Sharded already: quantize a plain params tree"):
         fgpt.quantize(part, "int8")

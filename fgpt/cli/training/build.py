@@ -64,7 +64,7 @@ def load_base(recipe: FineTuningRecipe) -> GPT:
     Raises InputError if there is no such base or device, or the base is a classifier.
     """
     what = recipe.base, recipe.device, recipe.dtype, recipe.quantize, recipe.new_tokens, adapts_fused_qkv(recipe)
-    return load_once(what, lambda: _load_base(recipe))
+    return load_once((*what, shares_base(recipe)), lambda: _load_base(recipe))
 
 
 def _load_base(recipe: FineTuningRecipe) -> GPT:
@@ -78,10 +78,15 @@ def _load_base(recipe: FineTuningRecipe) -> GPT:
             params = fuse_qkv(params)
             params = params if format is None else quantize(params, format, rotate=rotate, target=QKV)
         else:
-            params = models.load(recipe.base, dtype, format, device=device, rotate=rotate)
+            params = models.load(recipe.base, dtype, format, device=device, rotate=rotate, shard=shares_base(recipe))
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
         return with_rows(params, 1 + max(load_tokenizer(recipe).new_ids)) if recipe.new_tokens else params
+
+
+def shares_base(recipe: FineTuningRecipe) -> bool:
+    """Whether several processes hold the base in parts."""
+    return recipe.shard_base and world().size > 1
 
 
 def adapts_fused_qkv(recipe: FineTuningRecipe) -> bool:

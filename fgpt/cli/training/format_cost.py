@@ -26,6 +26,7 @@ from fgpt.layers import num_parameters
 from fgpt.losses import Batch
 from fgpt.model import GPT
 from fgpt.recipes import FineTuningRecipe
+from fgpt.sharding import has_sharded
 from fgpt.tree import device, leaves, tree_map
 from fgpt.weights import dtype
 
@@ -38,9 +39,10 @@ SHARE = 0.5
 
 def print_format_cost(recipe: FineTuningRecipe, base: GPT, examples: Iterable[Example]) -> None:
     """Print what the format of `base` costs on the first tokens of the examples, if the recipe quantizes a language
-    model.
+    model. One in parts is not measured: the full base beside it would not fit.
     """
-    if recipe.quantize is None or num_classes(base) is not None or any(x.is_meta for x in leaves(base).values()):
+    is_partial = has_sharded(base) or any(x.is_meta for x in leaves(base).values())
+    if recipe.quantize is None or num_classes(base) is not None or is_partial:
         return
     cost = _cached_cost(recipe, base, [*_first_tokens(examples, NUM_TOKENS)])
     if cost is not None:

@@ -8,7 +8,7 @@ against somebody who forges an equal hash. What files call sha256 stays SHA-256.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fgpt.data.examples import Example, LazyExamples, example_arrays
 from fgpt.io.serialization import config_to_json
+from fgpt.kernels.sharded_matrix import Sharded, gather_rows
 from fgpt.model import GPT
 from fgpt.tree import walk
 
@@ -53,14 +54,28 @@ def _digest(algorithm: Callable[[], Any], values: Sequence[Any]) -> str:
 
 
 def _feed_tree(digest: Any, tree: Any) -> None:
-    """Feed the leaves, and the static fields of the nodes."""
-    for path, x in walk(tree):
+    """Feed the leaves, and the static fields of the nodes. A matrix in parts is fed as the whole that it is of."""
+    for path, x in _walk_whole(tree):
         if isinstance(x, Tensor):
             _feed_text(digest, f"{path} {x.dtype} {list(x.shape)}")
             _feed_tensor(digest, x)
         elif dataclasses.is_dataclass(x):
             static = [f"{f.name} {getattr(x, f.name)!r}" for f in dataclasses.fields(x) if f.metadata.get("static")]
             _feed_text(digest, f"{path} {type(x).__name__} {' '.join(static)}")
+
+
+def _walk_whole(tree: Any) -> Iterator[tuple[str, Any]]:
+    """`walk` of the tree whose matrices are whole; of those in parts one at a time is in memory."""
+    part_of: tuple[str, ...] = ()
+    for path, x in walk(tree):
+        if path.startswith(part_of):
+            continue
+        if not isinstance(x, Sharded):
+            yield path, x
+            continue
+        part_of, whole = (f"{path}.",), gather_rows(x)
+        yield path, whole
+        yield from walk(whole, f"{path}.")
 
 
 def _feed_rows(digest: Any, rows: Sequence[Any]) -> None:

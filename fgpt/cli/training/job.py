@@ -26,7 +26,7 @@ B = TypeVar("B")
 RowIndices: TypeAlias = list[list[int]]
 """Rows of examples that are packed together, by their indices."""
 
-MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "per_example", "out")
+MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "per_example", "shard_base", "out")
 """Options that a resumed run may change, since they change nothing of what is trained."""
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import fgpt
 from fgpt.cli.environment import environment
+from fgpt.cli.training.build import adapts_fused_qkv
 from fgpt.cli.training.job import TrainingJob, training_options
 from fgpt.cli.training.private import is_private
 from fgpt.errors import InputError
-from fgpt.recipes import AnyRecipe, FineTuningRecipe, GRPORecipe
+from fgpt.recipes import AnyRecipe, ClassificationRecipe, FineTuningRecipe, GRPORecipe, InstructionRecipe
 
 
 def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
@@ -28,6 +29,8 @@ def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
             f"--micro-batch-size auto measures the memory of one process, and torchrun has started {num_processes}: "
             "give a number of rows"
         )
+    if isinstance(recipe, FineTuningRecipe) and recipe.shard_base:
+        _check_sharded(recipe)
     if isinstance(recipe, GRPORecipe) or is_private(recipe):
         return
     micro_batches, rows = recipe.grad_accumulation_steps, int(recipe.micro_batch_size)
@@ -36,6 +39,22 @@ def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
             f"--grad-accumulation-steps is {micro_batches}, and {num_processes} processes share these micro-batches of "
             f"an update: expected a multiple of {num_processes}; " + _division(micro_batches * rows, num_processes)
         )
+
+
+def _check_sharded(recipe: FineTuningRecipe) -> None:
+    """Raises InputError for a training in which processes would multiply with the base another number of times, or
+    whose base is no tree of matrices that are frozen.
+    """
+    if type(recipe) not in (InstructionRecipe, ClassificationRecipe):
+        raise InputError("--shard-base is of instruction tuning and classification: leave it out")
+    for option, is_set in (
+        ("--compile", recipe.compile),
+        ("--privacy.epsilon", recipe.privacy.epsilon is not None),
+        ("--adapter.kind full", recipe.adapter.kind == "full"),
+        ("--adapter.target of a fused qkv", adapts_fused_qkv(recipe)),
+    ):
+        if is_set:
+            raise InputError(f"--shard-base and {option} do not go together: leave one of them out")
 
 
 def _division(rows: int, num_processes: int) -> str:

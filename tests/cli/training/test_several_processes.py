@@ -165,6 +165,28 @@ def test_a_signal_to_one_ends_all_at_one_step(
 
 
 @pytest.mark.slow
+def test_a_base_in_parts_trains_to_the_bit(args: dict[str, list[str]], tmp_path: Path) -> None:
+    """On three processes, of six micro-batches and of rows that run out; and a run goes on with the whole base."""
+    log, runs = tmp_path / "log", {}
+    size = ["--quantize", "int8", "--grad-accumulation-steps", "3", "--no-keep-best"]
+    for name, options, count in (("parts", ["--shard-base"], 3), ("whole", [], 3), ("resumed", ["--shard-base"], 2)):
+        command = ["train", *args["instruct"], *size, *options, "--out", str(tmp_path / name)]
+        if name == "resumed":
+            command += ["--grad-accumulation-steps", "2"]
+            pids = start_processes(command, count, log)
+            wait_for_step(tmp_path / name, 2)
+            os.kill(pids[1], signal.SIGTERM)
+            assert [exit_status(pid) for pid in pids] == [130, 130]
+            (run,) = run_in(tmp_path / name)
+            assert run_processes(["train", str(run), "--resume", "--no-shard-base"], 1, log) == [0]
+        else:
+            assert run_processes(command, count, log) == [0] * count
+        (runs[name],) = run_in(tmp_path / name)
+        assert not errors_in(log)
+    assert torch.equal(trained(runs["parts"]), trained(runs["whole"]))
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(args: dict[str, list[str]], tmp_path: Path) -> None:
     out, log = tmp_path / "runs", tmp_path / "log"
     pids = start_processes(["train", *args["instruct"], "--out", str(out)], 2, log, FGPT_TIMEOUT="3")
@@ -239,6 +261,12 @@ def test_an_error_of_all_is_one_line(args: dict[str, list[str]], tmp_path: Path)
             "error: fgpt chat runs in one process, and torchrun has started 2: start it without torchrun",
         ),
         (["train", "lora-nano", "--cuda-graphs"], 2, "error: --cuda-graphs records the step of one process"),
+        (
+            ["train", "lora-nano", "--shard-base", "--adapter.kind", "full"],
+            2,
+            "error: --shard-base and --adapter.kind full do not go together: leave one of them out",
+        ),
+        (["train", "dpo-nano", "--shard-base"], 2, "error: --shard-base is of instruction tuning and classification"),
     ],
 )
 def test_what_several_cannot_do(command: list[str], count: int, line: str, tmp_path: Path) -> None:
