@@ -103,12 +103,12 @@ def from_first_rank(tree: T) -> T:
     if world().size == 1:
         return tree
 
-    def received(x: Tensor) -> Tensor:
+    def receive(x: Tensor) -> Tensor:
         copy = x.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(copy, 0)
         return copy
 
-    return tree_map(received, tree)
+    return tree_map(receive, tree)
 
 
 def object_from_first_rank(value: T) -> T:
@@ -168,8 +168,8 @@ def map_over_ranks(fn: Callable[[T], R], items: Sequence[T], here: World | None 
         return
     for first in range(0, len(items), here.size):
         together = items[first : first + here.size]
-        own = [fn(item) for item in here.share(together)]
-        if not own:
+        results_of_rank = [fn(item) for item in here.share(together)]
+        if not results_of_rank:
             fn(together[0])  # over a base in parts the others multiply with this one's, too
-        for results in gather_objects(own):
+        for results in gather_objects(results_of_rank):
             yield from results

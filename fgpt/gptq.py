@@ -46,6 +46,7 @@ from fgpt.kernels.quantized_linear import (
     Rotated,
     RowwiseInt8,
     ScaledCodes,
+    gather_base,
     quantize_blockwise,
     scales,
 )
@@ -253,7 +254,7 @@ def quantize_by_moments(w: Float[Tensor, "out in"], moments: Moments, first_row:
     if isinstance(first_row, Rotated):
         r = partial(rotate_rows, block=first_row.block)
         of_rotated = Moments(*(r(r(m).T).T for m in moments))
-        return replace(first_row, base=_quantize_plain(r(w), of_rotated, first_row.base, sweeps))
+        return replace(first_row, base=_quantize_plain(r(w), of_rotated, gather_base(first_row), sweeps))
     return _quantize_plain(w, moments, first_row, sweeps)
 
 

@@ -344,17 +344,17 @@ def make_step(
         if prepare is not None:
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
-        own = world.share([*zip(batches, seeds, strict=True)])
-        if own:
-            grads, (value, weight) = compute(loss, state.trainable, frozen, *own[0])
+        share = world.share([*zip(batches, seeds, strict=True)])
+        if share:
+            grads, (value, weight) = compute(loss, state.trainable, frozen, *share[0])
         else:
             grads, value, weight = _no_sums(state.trainable)
-        for batch, seed in own[1:]:
+        for batch, seed in share[1:]:
             more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
         if world.size > 1:
-            if has_sharded(frozen) and len(own) < -(-len(batches) // world.size):
+            if has_sharded(frozen) and len(share) < -(-len(batches) // world.size):
                 compute(loss, state.trainable, frozen, batches[0], seeds[0])  # the others multiply with this part
             grads, value, weight = sum_over_ranks((grads, value, weight))
         # A batch that has lost all its rows changes nothing.

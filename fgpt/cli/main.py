@@ -78,7 +78,7 @@ def _run(command: str, args: Sequence[str]) -> None:
     elif command not in COMMANDS:
         raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
     else:
-        with processes.joined(command):
+        with processes.join(command):
             try:
                 run_command(command, args)
             except SystemExit as stop:  # a help text was printed

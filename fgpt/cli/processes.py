@@ -63,7 +63,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined(command: str) -> Iterator[None]:
+def join(command: str) -> Iterator[None]:
     """Within it the processes of torchrun are torch.distributed's default group. A process by itself has none.
 
     Raises InputError for a command that one process runs, and if the processes cannot meet. Of an error in one process
