@@ -74,7 +74,7 @@ compare *args: setup
 merge *args: setup
     @"{{ python }}" -m fgpt merge "$@"
 
-# A run for other programs: `just export lora-nano --to gguf --type q8_0`; peft, merged, gguf-lora, ollama
+# A run for other programs: `just export lora-nano --to gguf --type q8_0`; peft, merged, gguf-lora, ollama, hub
 [no-cd, no-exit-message]
 export *args: setup
     @"{{ python }}" -m fgpt export "$@"

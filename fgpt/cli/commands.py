@@ -114,7 +114,7 @@ class Merge:
 
 
 def export(args: Sequence[str]) -> None:
-    """Export a run for other programs: PEFT, transformers, llama.cpp, Ollama."""
+    """Export a run for other programs: PEFT, transformers, llama.cpp, Ollama, the Hugging Face Hub."""
     from fgpt.cli.export_command import ExportOptions, run
 
     run(parse(ExportOptions, args, None, "fgpt export"))

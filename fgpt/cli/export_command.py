@@ -2,7 +2,7 @@
 
 peft         the adapter in PEFT's format                 merged    a plain model, which transformers reads
 gguf         a file of that model, for llama.cpp          ollama    that file and a Modelfile
-gguf-lora    a file of the LoRA alone, for llama.cpp
+gguf-lora    a file of the LoRA alone, for llama.cpp      hub       what the training has saved, pushed
 """
 
 import shlex
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,7 +20,7 @@ from fgpt.cli import run_dir
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.merge_command import MergeBase, check_merge_base, merge_onto, tokenizer_source
 from fgpt.cli.model_card.card import saved_form, write_run_card
-from fgpt.cli.model_card.metadata import Form, base_license, hub_model
+from fgpt.cli.model_card.metadata import REPOSITORY, Form, base_license, hub_model
 from fgpt.cli.modelfile import model_name, modelfile
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -31,30 +32,35 @@ from fgpt.io import models
 from fgpt.io.files import atomic_dir, write
 from fgpt.io.gguf_adapter import save_gguf_adapter
 from fgpt.io.gguf_writer import GGUFType, save_gguf
+from fgpt.io.hub_upload import push_folder
 from fgpt.model import GPT
 from fgpt.recipes import AnyRecipe, FineTuningRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
-Target = Literal["peft", "merged", "gguf", "gguf-lora", "ollama"]
+Target = Literal["peft", "merged", "gguf", "gguf-lora", "ollama", "hub"]
 MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a run for other programs: PEFT, transformers, llama.cpp, Ollama."""
+    """Export a run for other programs: PEFT, transformers, llama.cpp, Ollama, the Hugging Face Hub."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """The name of a run, or its folder."""
     to: Target | None = None
     """peft: the adapter in PEFT's format. merged: one plain model, which transformers reads. gguf: that model as a file
     for llama.cpp. gguf-lora: the LoRA alone as such a file. ollama: the model's file, and a Modelfile with the prompt
-    template."""
+    template. hub: what the training has saved, adapter or model, pushed to a repository in one commit."""
     type: GGUFType | None = None
     """Of the matrices in the file of gguf and ollama: q8_0 and q4_0 are blocks in 8 and in 4 bits. None takes f16."""
     merge_base: MergeBase | None = None
     """Of a quantized base: add the adapter to the dequantized weights that it was trained on, or the original ones."""
     out: Path | None = None
     """The folder to write; None takes export-TARGET in the folder of the run."""
+    repo: str | None = None
+    """USER/NAME on the Hugging Face Hub, for hub; it is made if it does not exist."""
+    private: bool = False
+    """Make that repository a private one; without, it is what the owner's repositories are by default."""
 
 
 class Run(NamedTuple):
@@ -83,8 +89,8 @@ class Run(NamedTuple):
         return models.tokenizer(self.folder / run_dir.MODEL)
 
 
-def run(options: ExportOptions) -> Path:
-    """Write the folder, and print what to do with it. Returns it.
+def run(options: ExportOptions) -> Path | None:
+    """Write the folder, and print what to do with it. Returns it; None if it is pushed.
 
     Raises InputError for a run that has not finished, a folder that exists, and for what a format does not hold.
     """
@@ -93,6 +99,9 @@ def run(options: ExportOptions) -> Path:
     folder = run_dir.find_finished(options.run)
     exported = Run(folder, run_dir.read_run(folder))
     _check(options, exported)
+    if options.to == "hub":
+        push(exported, options.repo or "", private=options.private)
+        return None
     kinds = [kind for kind in (options.type, options.merge_base) if kind is not None]
     out = options.out or folder / "-".join(["export", options.to, *kinds])
     if out.exists():
@@ -106,7 +115,13 @@ def run(options: ExportOptions) -> Path:
 
 def _check(options: ExportOptions, exported: Run) -> None:
     """Raises InputError for options that do not go together, and a missing package, before a model is loaded."""
-    has_type, is_merged = options.to in ("gguf", "ollama"), options.to not in ("peft", "gguf-lora")
+    has_type, is_merged = options.to in ("gguf", "ollama"), options.to in ("merged", "gguf", "ollama")
+    if options.to == "hub" and (options.repo is None or not REPOSITORY.fullmatch(options.repo)):
+        raise InputError(f"--repo is {options.repo}: expected USER/NAME for --to hub")
+    if options.to == "hub" and options.out is not None:
+        raise InputError(f"--out {options.out} is of what is written here: leave it out with --to hub")
+    if options.to != "hub" and (options.repo is not None or options.private):
+        raise InputError(f"--repo and --private are of hub: leave them out with --to {options.to}")
     if options.type is not None and not has_type:
         raise InputError(f"--type {options.type} is of gguf and ollama: leave it out with --to {options.to}")
     if options.merge_base is not None and not is_merged:
@@ -119,20 +134,35 @@ def _check(options: ExportOptions, exported: Run) -> None:
         check_merge_base(options.run, exported.recipe, options.merge_base)
 
 
+def push(exported: Run, repo: str, *, private: bool) -> None:
+    """Push what the training has saved, and print where it is. Raises InputError as `push_folder` does."""
+    adapter, model = (exported.folder / name for name in (run_dir.ADAPTER, run_dir.MODEL))
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _copy_saved(exported, model if model.is_dir() else adapter, folder)
+        url = push_folder(folder, repo, private=private, message=f"Upload {exported.recipe.name} by fgpt")
+    console.print(f"pushed to {url}, in one commit", markup=False, soft_wrap=True)
+
+
+def _copy_saved(exported: Run, saved: Path, out: Path) -> None:
+    """What a training has saved in a folder, with the card of now, which has later results."""
+    for path in saved.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, out / path.name)
+    _write_card(exported, out, saved_form(saved))
+
+
 # -------------------------------------------------------------------------------------------------------------- writers
 
 
 def write_peft(exported: Run, options: ExportOptions, out: Path) -> str:
-    """The files of the adapter, with the card of now, which has later results."""
+    """The files of the adapter."""
     adapter = exported.folder / run_dir.ADAPTER
     if not adapter.is_dir():
         raise InputError(f"{exported.folder} has trained all parameters, and has no adapter: --to merged writes it")
     if saved_form(adapter) != "peft":
         raise InputError(f"PEFT has no format for what {exported.folder} has trained: --to merged writes the model")
-    for path in adapter.iterdir():
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
-    _write_card(exported, out, "peft")
+    _copy_saved(exported, adapter, out)
     return ""
 
 
@@ -181,7 +211,7 @@ def write_ollama(exported: Run, options: ExportOptions, out: Path) -> str:
     return MODELFILE
 
 
-WRITERS: dict[Target, Callable[[Run, ExportOptions, Path], str]] = {
+WRITERS: dict[str, Callable[[Run, ExportOptions, Path], str]] = {
     "peft": write_peft,
     "merged": write_merged,
     "gguf": write_gguf,
@@ -189,7 +219,7 @@ WRITERS: dict[Target, Callable[[Run, ExportOptions, Path], str]] = {
     "ollama": write_ollama,
 }
 """What writes a folder, and returns the name of the file in it that other programs are given; "" for the folder."""
-ADVICE: dict[Target, str] = {
+ADVICE: dict[str, str] = {
     "peft": "PEFT reads it: PeftModel.from_pretrained(base, {file})",
     "merged": "transformers reads it: from_pretrained({file})",
     "gguf": "llama.cpp runs it: llama-cli -m {file}",

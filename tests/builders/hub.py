@@ -58,6 +58,21 @@ class FakeHub:
 
             do_GET = do_HEAD = answer  # noqa: N815 (the library's names)
 
+            def receive(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Transfer-Encoding") == "chunked":
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                status, answer = fake.receive(self.path, body, self.headers.get("Authorization"))
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_POST = do_PUT = receive  # noqa: N815
+
             def log_message(self, format: str, *args: object):
                 pass
 
@@ -81,6 +96,10 @@ class FakeHub:
                 {"id": "me/it", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}
             ).encode()
         return self.files.get(path.partition("/resolve/")[2].partition("/")[2])
+
+    def receive(self, path: str, body: bytes, authorization: str | None) -> tuple[int, Any]:
+        """The answer to what is uploaded: a hub that takes nothing."""
+        return 404, {}
 
     def tree(self, folder: str, *, is_deep: bool) -> list[dict[str, Any]]:
         """The entries of a folder, and below it if deep."""

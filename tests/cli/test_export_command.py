@@ -164,7 +164,7 @@ def test_llama_cpp_answers_as_the_run_does(runs: Path):
 
 
 ERRORS = {
-    "no format": (["lora"], "nothing to do: give --to peft|merged|gguf|gguf-lora|ollama"),
+    "no format": (["lora"], "nothing to do: give --to peft|merged|gguf|gguf-lora|ollama|hub"),
     "another format": (["lora", "--to", "gguff"], "(did you mean gguf?)"),
     "no run": (["nowhere", "--to", "gguf"], "no trained run 'nowhere'"),
     "no format of PEFT's": (["bias", "--to", "peft"], "PEFT has no format for what"),
