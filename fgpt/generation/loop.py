@@ -63,7 +63,7 @@ def generate(
     eos_token_id: int | Collection[int],
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
-    rng: torch.Generator | None = None,
+    rng: torch.Generator | Sequence[torch.Generator] | None = None,
     stopping_criterion: StoppingCriterion | None = None,
     logprobs: bool = False,
     adapters: Sequence[Adapters] | None = None,
@@ -80,7 +80,7 @@ def generate(
         eos_token_id: The token or tokens that end a text; -1 for none.
         max_new_tokens: Most tokens to add to each prompt.
         sampling: How the next token is chosen.
-        rng: A key, needed at a temperature above 0.
+        rng: A key, needed at a temperature above 0: row i samples with fold_in(key, i). Or the key of each row.
         stopping_criterion: Ends a text before its end-of-sequence token.
         logprobs: Also return the log-probability of each token.
         adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
@@ -130,7 +130,7 @@ def stream(
     eos_token_id: int | Collection[int],
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
-    rng: torch.Generator | None = None,
+    rng: torch.Generator | Sequence[torch.Generator] | None = None,
     stopping_criterion: StoppingCriterion | None = None,
     logprobs: bool = False,
     adapters: Sequence[Adapters] | None = None,
@@ -144,7 +144,7 @@ def stream(
         eos_token_id: The token or tokens that end a text; -1 for none.
         max_new_tokens: Most tokens to add to each prompt.
         sampling: How the next token is chosen.
-        rng: A key, needed at a temperature above 0.
+        rng: A key, needed at a temperature above 0: row i samples with fold_in(key, i). Or the key of each row.
         stopping_criterion: Ends a text before its end-of-sequence token.
         logprobs: Also give the log-probability of each token.
         adapters: One set of adapters for each prompt, in place of those in `params`. Their dropout is ignored.
@@ -162,7 +162,9 @@ def stream(
     """
     _check_arguments(params, prompts, max_new_tokens, sampling, rng, adapters)
     eos = eos_token_ids(eos_token_id, params.cfg.vocab_size)
-    keys = None if sampling.temperature == 0 or rng is None else [fold_in(rng, i) for i in range(len(prompts))]
+    if isinstance(rng, torch.Generator):
+        rng = [fold_in(rng, i) for i in range(len(prompts))]
+    keys = None if sampling.temperature == 0 else rng
     decode_step, fixed_batch = _decode_step(device(params), compile)
     process_logits, n_ctx = sampling.logits_processor, params.cfg.cached_context
     texts = [list(prompt) for prompt in prompts]
@@ -216,13 +218,15 @@ def _check_arguments(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: SamplingParams,
-    rng: torch.Generator | None,
+    rng: torch.Generator | Sequence[torch.Generator] | None,
     adapters: Sequence[Adapters] | None,
 ) -> None:
     """Raises InputError as `generate` does."""
     tokens_left(params, prompts, max_new_tokens)
     if sampling.temperature > 0 and rng is None:
         raise InputError("sampling at a temperature above 0 needs a key: rng=fgpt.key(seed)")
+    if isinstance(rng, Sequence) and len(rng) != len(prompts):
+        raise InputError(f"{len(rng)} keys for {len(prompts)} prompts: expected one for each")
     if adapters is not None and len(adapters) != len(prompts):
         raise InputError(f"{len(adapters)} sets of adapters for {len(prompts)} prompts: expected one for each")
 

@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fgpt.distributed import ALONE, World, gather_objects
 from fgpt.errors import InputError, short_repr
 from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.generation.sampling import SamplingParams
 from fgpt.losses import Batch
 from fgpt.model import GPT, Norm
 from fgpt.objectives.grpo import RolloutBatch
+from fgpt.rng import fold_in
 
 Groups: TypeAlias = list[list[GenerationOutput]]
 """The answers to each prompt."""
@@ -74,6 +76,7 @@ def sample_groups(
     eos_token_id: int,
     max_new_tokens: int,
     sampling: SamplingParams = SAMPLING,
+    world: World = ALONE,
 ) -> Groups:
     """A group of answers to each prompt, all decoded as one batch. A prompt is prefilled once for its group.
 
@@ -88,6 +91,8 @@ def sample_groups(
         eos_token_id: The token that ends an answer.
         max_new_tokens: Most tokens of an answer.
         sampling: How the next token is chosen.
+        world: The processes that share the answers, `fgpt.world()`: all of them call it with equal arguments, each
+            samples one part, and all get all answers.
 
     Raises:
         InputError: for a group of one answer, and as `fgpt.generate` does.
@@ -103,14 +108,17 @@ def sample_groups(
     """
     if num_generations < 2:
         raise InputError(f"num_generations is {num_generations}: expected 2 or more answers to compare in each group")
-    outputs = generate(
+    count = len(prompts) * num_generations
+    rows = range(count * world.rank // world.size, count * (world.rank + 1) // world.size)  # groups stay together
+    sampled = generate(
         params,
-        [prompt for prompt in prompts for _ in range(num_generations)],
+        [prompts[row // num_generations] for row in rows],
         eos_token_id=eos_token_id,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        rng=rng,
+        rng=[fold_in(rng, row) for row in rows],
     )
+    outputs = sampled if world.size == 1 else [output for part in gather_objects(sampled) for output in part]
     return [outputs[i : i + num_generations] for i in range(0, len(outputs), num_generations)]
 
 

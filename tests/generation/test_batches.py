@@ -17,6 +17,12 @@ def test_a_row_does_not_see_its_neighbors():
     params, rng = tiny(), fgpt.key(3)
     prompts = [tokens(31, n, seed=n).tolist() for n in (3, 9, 5)]
     together = fgpt.generate(params, prompts, eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=rng)
+    keys = [fgpt.fold_in(rng, i) for i in range(3)]
+    parts = [
+        fgpt.generate(params, prompts[i:j], eos_token_id=0, max_new_tokens=30, sampling=WARM_SAMPLING, rng=keys[i:j])
+        for i, j in ((0, 1), (1, 3))
+    ]
+    assert [*parts[0], *parts[1]] == together
     others = [tokens(31, n, seed=50 + n).tolist() for n in (11, 1, 2)]
     for i in range(3):
         beside = [prompts[j] if j == i else others[j] for j in range(3)]

@@ -33,6 +33,8 @@ def test_bad_input_is_named():
         fgpt.generate(params, [[1]], eos_token_id=31, max_new_tokens=1)
     with pytest.raises(fgpt.InputError, match="needs a key"):
         fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, sampling=SamplingParams(temperature=1.0))
+    with pytest.raises(fgpt.InputError, match="2 keys for 1 prompts: expected one for each"):
+        fgpt.generate(params, [[1]], eos_token_id=0, max_new_tokens=1, rng=[fgpt.key(0), fgpt.key(1)])
     with pytest.raises(fgpt.InputError, match="expects 1 beam or more and temperature 0, got 0"):
         beam_search(params, [1], eos_token_id=0, max_new_tokens=1, num_beams=0)
     for penalty in (1e300, -1e300, float("nan")):

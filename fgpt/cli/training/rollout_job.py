@@ -1,6 +1,8 @@
 """The training of a policy on rewards: each step samples answers from the state before it, and learns from them.
 
 A step reads its prompts, the state and its key, and nothing else: a resumed training samples the same answers.
+
+Several processes share the answers that are sampled and the micro-batches of the update. Each computes all rewards.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from fgpt.cli.training.optimizers import make_optimizer, make_schedule
 from fgpt.cli.training.pending import SAMPLED_TOKENS
 from fgpt.data import packing
 from fgpt.data.prompt_templates import InstructionRow
+from fgpt.distributed import ALONE, World, sum_over_ranks, world
 from fgpt.errors import InputError
 from fgpt.losses import Batch, token_nll
 from fgpt.model import GPT
@@ -115,7 +118,7 @@ def assemble_rollout_job(
     update = make_tuning_step(optimizer, objective)
     return TrainingJob(
         recipe=recipe,
-        step=rollout_step(recipe, update, rows, reward, tokenizer),
+        step=rollout_step(recipe, update, rows, reward, tokenizer, world()),
         frozen=base,  # whole: it is the reference, too
         batches=lambda begin: prompt_batches(prompts, recipe, begin),
         steps=steps,
@@ -130,7 +133,12 @@ def assemble_rollout_job(
 
 
 def rollout_step(
-    recipe: GRPORecipe, update: Step, rows: Sequence[InstructionRow], reward: RewardFunction, tokenizer: Tokenizer
+    recipe: GRPORecipe,
+    update: Step,
+    rows: Sequence[InstructionRow],
+    reward: RewardFunction,
+    tokenizer: Tokenizer,
+    here: World = ALONE,
 ) -> Step:
     """A step of a training: answers to its prompts, their rewards, and one update from them.
 
@@ -157,10 +165,11 @@ def rollout_step(
                 num_generations=recipe.num_generations,
                 eos_token_id=eos,
                 max_new_tokens=recipe.max_completion_length,
+                world=here,
             )
             rewards = group_rewards(reward, batch_rows, groups, tokenizer.decode)
             advantages = group_advantages(rewards, scale=recipe.scale_rewards)
-            kl = reference_kl(policy, reference, prompts, groups, eos)
+            kl = reference_kl(policy, reference, prompts, groups, eos, here)
         used = range(len(groups)) if recipe.beta else informative(advantages)
         rollouts = rollout_batches(
             [prompts[i] for i in used],
@@ -170,9 +179,9 @@ def rollout_step(
             micro_batch_size=int(recipe.micro_batch_size),
         )
         target = device(state.trainable)
-        placed: list[Any] = [
-            with_reference(reference, tree_map(lambda x: x.to(target), x), recipe.beta) for x in rollouts
-        ]
+        placed: list[Any] = list(rollouts)
+        for i in here.share(range(len(rollouts))):  # those that this process computes the gradients of
+            placed[i] = with_reference(reference, tree_map(lambda x: x.to(target), rollouts[i]), recipe.beta)
         state, metrics = update(state, frozen, placed, fold_in(rng, "update"))
         answers = [answer for group in groups for answer in group]
         lengths = torch.tensor([len(answer.tokens) + answer.finished for answer in answers], dtype=torch.float32)
@@ -213,16 +222,26 @@ def with_reference(reference: GPT, rollouts: RolloutBatch, beta: float) -> Rollo
 
 
 def reference_kl(
-    policy: GPT, reference: GPT, prompts: Sequence[Sequence[int]], groups: Groups, eos_token_id: int
+    policy: GPT,
+    reference: GPT,
+    prompts: Sequence[Sequence[int]],
+    groups: Groups,
+    eos_token_id: int,
+    here: World = ALONE,
 ) -> Tensor:
     """An estimate of KL(policy, reference) in nats per token, never negative, on the first answer to each prompt.
 
     Source: Schulman 2020, "Approximating KL Divergence", the estimator k3.
     """
-    first = [group[:1] for group in groups]
-    (rollouts,) = rollout_batches(
-        prompts, first, torch.zeros(len(first), 1), eos_token_id=eos_token_id, micro_batch_size=len(first)
-    )
-    batch = place(rollouts.batch, device(policy))
-    log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
-    return (torch.expm1(log_q) - log_q).mean()
+    prompts, first = here.share(prompts), [group[:1] for group in here.share(groups)]
+    target = device(policy)
+    total, count = torch.zeros((), device=target), torch.zeros((), device=target)
+    for rollouts in rollout_batches(
+        prompts, first, torch.zeros(len(first), 1), eos_token_id=eos_token_id, micro_batch_size=max(1, len(first))
+    ):  # one batch, or none
+        batch = place(rollouts.batch, target)
+        log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
+        total, count = total + (torch.expm1(log_q) - log_q).sum(), count + log_q.numel()
+    if here.size > 1:
+        total, count = sum_over_ranks((total, count))
+    return total / count
