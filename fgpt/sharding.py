@@ -44,7 +44,8 @@ BLOCKS = r"blocks\..*"
 def shard(params: T, *, world: World | None = None, target: str = BLOCKS) -> T:
     r"""`params` with the weights of some layers in parts: of each, this process holds 1 / N of the rows, in the format
     that they have. Products, gradients of every order, `merge` and `save` are to the bit those of the whole weights,
-    if all processes call them alike.
+    if all processes call them alike; but large fp32 products under torch.func's transforms on an AMD CPU, which another
+    library computes, differ by rounding. `save` gathers on rank 0's host, which must have room for the whole model.
 
     Args:
         params: The same plain or quantized params tree in each process; adapt it afterwards.
