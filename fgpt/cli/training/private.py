@@ -10,6 +10,7 @@ from fgpt.cli.training.examples import InstructionData
 from fgpt.cli.training.row_order import LotOrder
 from fgpt.data.example_store import StoredExamples
 from fgpt.data.mixtures import Mixture
+from fgpt.distributed import object_from_first_rank
 from fgpt.errors import InputError
 from fgpt.extras import require_extra
 from fgpt.kernels.rotary import DynamicScaling
@@ -59,10 +60,10 @@ def check_private_options(recipe: AnyRecipe) -> None:
 
 
 def with_private_seed(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe with a seed of its noise that nobody knows, if it is private and names none."""
+    """The recipe with a seed of its noise that nobody knows, if it is private and names none; one for all processes."""
     if not isinstance(recipe, FineTuningRecipe) or recipe.privacy.epsilon is None or recipe.privacy.seed is not None:
         return recipe
-    return replace(recipe, privacy=replace(recipe.privacy, seed=secrets.randbits(63)))
+    return replace(recipe, privacy=replace(recipe.privacy, seed=object_from_first_rank(secrets.randbits(63))))
 
 
 @dataclass(frozen=True)

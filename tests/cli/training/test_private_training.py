@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from builders.processes import run_processes
 from builders.runs import copy_interrupted, one_line
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import fgpt
 from fgpt.cli import report
@@ -67,6 +69,22 @@ def free_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def final_state(run: Path) -> bytes:
     return (run / "checkpoints" / "step-000006" / "state.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_add_one_noise(command: list[str], run: Path, tmp_path: Path) -> None:
+    """That of the seed that is given, as one process does; without one it is a secret that they share."""
+    runs = []
+    for name, seed in (("given", SEED), ("secret", [])):
+        whole = [*command, *BUDGET, *seed, "--out", str(tmp_path / name)]
+        assert run_processes(whole, 2, tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+        runs.append(tmp_path / name / "lora-nano")
+    one, given, secret = (
+        torch.cat([x.flatten() for x in load_file(at / "adapter" / "adapter_model.safetensors").values()])
+        for at in (run, *runs)
+    )
+    assert (one - given).norm() <= 1e-6 * one.norm()
+    assert (one - secret).norm() > 0.1 * one.norm()
 
 
 def test_the_budget_is_spent_and_told(run: Path):
