@@ -31,7 +31,7 @@ from fgpt.extras import require_extra
 from fgpt.io import models
 from fgpt.io.files import atomic_dir, write
 from fgpt.io.gguf_adapter import save_gguf_adapter
-from fgpt.io.gguf_writer import GGUFType, save_gguf
+from fgpt.io.gguf_writer import GGUFType, architecture, save_gguf
 from fgpt.io.hub_upload import push_folder
 from fgpt.model import GPT
 from fgpt.recipes import AnyRecipe, FineTuningRecipe
@@ -130,6 +130,8 @@ def _check(options: ExportOptions, exported: Run) -> None:
         require_extra("gguf", "GGUF files", "gguf")
         if exported.classes:
             raise InputError(f"{exported.folder} is a classifier, which no GGUF file holds: expected a language model")
+        config, _ = models.load_config_and_tokenizer(exported.base or exported.folder / run_dir.MODEL)
+        architecture(config)  # which llama.cpp has to have
     if is_merged and isinstance(exported.recipe, FineTuningRecipe):
         check_merge_base(options.run, exported.recipe, options.merge_base)
 

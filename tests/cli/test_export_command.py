@@ -1,5 +1,6 @@
 """`fgpt export`: what is written computes as the run does, and says how it is prompted."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -27,6 +28,10 @@ CHAT = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+GPTJ: dict[str, Any] = {
+    **{"interleaved": True, "parallel_residual": True, "n_norms": 1, "rotary_dim": 4, "tie_word_embeddings": False},
+    "biases": frozenset({"up", "down", "norm", "head"}),
+}
 TOKENS = tokens(4096, 2, 12)
 ASK = [{"role": "user", "content": "Say 3."}]
 
@@ -43,6 +48,8 @@ def runs(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fgpt.save(fgpt.load(project / "base"), chat, like="nano")
     config = json.loads((chat / "tokenizer_config.json").read_text())
     (chat / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    cfg = dataclasses.replace(fgpt.load(chat).cfg, **GPTJ)
+    fgpt.save(fgpt.init(cfg, fgpt.key(0)), out / "gptj-base", like="nano")
     kinds = {
         "lora": ["--adapter.kind", "lora", "--template", "tulu"],
         "full": ["--adapter.kind", "full"],
@@ -51,6 +58,7 @@ def runs(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bias": ["--adapter.kind", "bias"],
         "dora": ["--adapter.kind", "dora"],
         "chat": ["--base", str(chat), "--template", "auto"],
+        "gptj": ["--base", str(out / "gptj-base")],
     }
     for name, options in kinds.items():
         common = [*training_options(project), "--compare-prompts", "0", "--lr", "1e-2", "--out", str(out)]
@@ -177,6 +185,7 @@ ERRORS = {
         ["lora", "--to", "peft", "--merge-base", "original"],
         "--merge-base original is of a merged model",
     ),
+    "GPT-J": (["gptj", "--to", "ollama"], "llama.cpp has nothing that computes this gptj"),
     "a classifier": (["told[b]", "--to", "gguf"], "is a classifier, which no GGUF file holds"),
 }
 
