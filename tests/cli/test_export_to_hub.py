@@ -12,6 +12,8 @@ from huggingface_hub import constants
 
 import fgpt
 from fgpt.cli.main import main
+from fgpt.cli.model_card.card import run_card
+from fgpt.cli.run_json import read_run
 
 
 @pytest.fixture
@@ -41,7 +43,8 @@ def test_an_adapter(project: Path, hub: UploadHub, capsys: pytest.CaptureFixture
     run = project / "runs" / "it[b]"
     assert main(["export", str(run), "--to", "hub", "--repo", "me/it"]) == 0
     assert f"pushed to {hub.url}/me/it, in one commit" in capsys.readouterr().err
-    assert hub.commits == [("me/it", content(run / "adapter"))]
+    card = run_card(run, read_run(run), "peft").encode()  # of now: other tests have evaluated this run since
+    assert hub.commits == [("me/it", content(run / "adapter") | {"README.md": card})]
     (repo,) = hub.repos
     assert (repo["organization"], repo["name"]) == ("me", "it")
     assert not {"private", "visibility"} & repo.keys()  # the owner's default
