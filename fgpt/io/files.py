@@ -27,24 +27,9 @@ def write(path: Path, *data: bytes | memoryview | str) -> None:
 
     Raises InputError if the disk is full or the folder cannot be written; an older `path` then stays as it was.
     """
-    temporary = None
-    try:
-        _make_parent(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        with os.fdopen(handle, "wb") as file:
-            for part in data:
-                file.write(to_utf8(part) if isinstance(part, str) else part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except OSError as err:
-        _check_not_moved(path)
-        raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        for part in data:
+            file.write(to_utf8(part) if isinstance(part, str) else part)
 
 
 @contextmanager
