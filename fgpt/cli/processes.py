@@ -167,16 +167,16 @@ def _meet() -> None:
 # -------------------------------------------------------------------------------------------------------- agreement
 
 
-def check_alike(description: Mapping[str, str]) -> None:
+def check_alike(describe: Callable[[], Mapping[str, str]]) -> None:
     """Raises InputError unless all ranks give the same values. It names the first that differ.
 
     Args:
-        description: What must be equal, by its name.
+        describe: What must be equal, by its name. A process by itself does not call it.
     """
     if not _processes:
         return
     rank, size, store = _processes[0]
-    store.set(f"alike/{rank}", json.dumps(description))
+    store.set(f"alike/{rank}", json.dumps(describe()))
     if not _wait_for(store, [f"alike/{other}" for other in range(size)], timeout_seconds()):
         raise NoAnswerError("the others have not said what they train")
     first = json.loads(store.get("alike/0"))
@@ -357,7 +357,7 @@ def _describe_ends(ends: Mapping[int, Mapping[str, Any]], size: int) -> str:
     for rank, end in sorted(ends.items()):
         if not end["is_lost"]:
             errors.setdefault(end["line"], []).append(rank)
-    if [0] in [ranks[:1] for ranks in errors.values()] and len(errors) == 1:
+    if len(errors) == 1 and 0 in next(iter(errors.values())):
         return next(iter(errors))  # an error of rank 0, or of all
     if errors:
         return "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in errors.items())

@@ -21,8 +21,11 @@ def check_shared_evaluation(options: Any, params: GPT, inputs: Mapping[str, Any]
         params: The evaluated model, its adapter included.
         inputs: What it is evaluated on, by name, as `fast_hash` takes it.
     """
-    if processes.count() == 1:
-        return
-    values = {field.name: str(getattr(options, field.name)) for field in fields(options) if field.name not in PLACES}
-    hashes = {name: fast_hash(value) for name, value in inputs.items()}
-    processes.check_alike(describe_program() | values | {"model": model_hash(params)} | hashes)
+
+    def describe() -> dict[str, str]:
+        names = [field.name for field in fields(options) if field.name not in PLACES]
+        values = {name: str(getattr(options, name)) for name in names}
+        hashes = {name: fast_hash(value) for name, value in inputs.items()}
+        return describe_program() | values | {"model": model_hash(params)} | hashes
+
+    processes.check_alike(describe)

@@ -129,10 +129,13 @@ def resume(folder: Path) -> Path:
 
 def _check_alike(members: Sequence[Member], sweep: str) -> None:
     """Raises InputError unless all processes train the same members by the same code."""
-    if processes.count() > 1:
+
+    def describe() -> dict[str, str]:
         recipes = [training_options(member.job.recipe) for member in members]
         hashes = {"members": fast_hash(recipes), "options of the sweep": fast_hash(sweep)}
-        processes.check_alike(describe_inputs(members[0].job, None) | hashes)
+        return describe_inputs(members[0].job, None) | hashes
+
+    processes.check_alike(describe)
 
 
 def _wait_for_first(folder: Path) -> None:

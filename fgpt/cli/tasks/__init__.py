@@ -165,7 +165,7 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
     before anything is saved, if what was trained is not finite.
     """
     recipe, job = task.recipe, task.job
-    processes.check_alike(describe_inputs(job, resumed))
+    processes.check_alike(lambda: describe_inputs(job, resumed))
     with _shared_run_dir(recipe, job.steps, resumed) as out, processes.remedy(resume_hint(out)):
         before = task.score_initial()
         result = train_loop(job, out)
