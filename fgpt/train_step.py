@@ -345,10 +345,10 @@ def make_step(
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
         share = world.share([*zip(batches, seeds, strict=True)])
-        if share:
-            grads, (value, weight) = compute(loss, state.trainable, frozen, *share[0])
-        else:
+        if world.size > 1 and not share:
             grads, value, weight = _no_sums(state.trainable)
+        else:
+            grads, (value, weight) = compute(loss, state.trainable, frozen, *share[0])
         for batch, seed in share[1:]:
             more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
