@@ -1,6 +1,6 @@
 """Tokens per second of one training on several processes of one thread each, beside one process of one thread.
 
-    python -m experiments.bench processes --counts 1 2
+    python -m experiments.bench processes --counts 2
 
 Rounds alternate the counts, each as torchrun runs it; the first step of a training is left out.
 """

@@ -29,7 +29,11 @@ CHAT = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 GPTJ: dict[str, Any] = {
-    **{"interleaved": True, "parallel_residual": True, "n_norms": 1, "rotary_dim": 4, "tie_word_embeddings": False},
+    "interleaved": True,
+    "parallel_residual": True,
+    "n_norms": 1,
+    "rotary_dim": 4,
+    "tie_word_embeddings": False,
     "biases": frozenset({"up", "down", "norm", "head"}),
 }
 TOKENS = tokens(4096, 2, 12)

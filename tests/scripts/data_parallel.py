@@ -3,11 +3,9 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/data_parallel.py
 """
 
-import json
-import warnings
-
 import torch
 import torch.distributed as dist
+from gloo_report import gloo_report, worst_of_ranks
 from torch import Tensor
 
 import fgpt
@@ -43,28 +41,21 @@ def train(params: fgpt.GPT, num_micro_batches: int, world: fgpt.World = ALONE) -
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    here = fgpt.world()
-    report: dict[str, float] = {}
-    base = fgpt.init(CONFIG, fgpt.key(0))
-    for name, params in (("fp32", base), ("nf4", fgpt.quantize(base, "nf4"))):
-        for count in (MICRO_BATCHES, 1):  # of one, all ranks but the first have none
-            together, figures = train(params, count, here)
-            alone, expected = train(params, count)
-            vectors = [torch.cat([x.flatten() for x in leaves(s.trainable).values()]) for s in (together, alone)]
-            report[f"leaves, {name}, {count}"] = float((vectors[0] - vectors[1]).norm() / vectors[1].norm())
-            worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(figures, expected, strict=True))
-            report[f"metrics, {name}, {count}"] = worst
-            of_first_rank = vectors[0].clone()
-            dist.broadcast(of_first_rank, 0)
-            report[f"ranks, {name}, {count}"] = float((of_first_rank != vectors[0]).sum())
-    gathered: list[dict[str, float]] = [{} for _ in range(here.size)]
-    dist.all_gather_object(gathered, report)
-    if here.rank == 0:
-        print(json.dumps({key: max(x[key] for x in gathered) for key in report}))
-    dist.destroy_process_group()
+    with gloo_report() as report:
+        here = fgpt.world()
+        base = fgpt.init(CONFIG, fgpt.key(0))
+        for name, params in (("fp32", base), ("nf4", fgpt.quantize(base, "nf4"))):
+            for count in (MICRO_BATCHES, 1):  # of one, all ranks but the first have none
+                together, figures = train(params, count, here)
+                alone, expected = train(params, count)
+                vectors = [torch.cat([x.flatten() for x in leaves(s.trainable).values()]) for s in (together, alone)]
+                report[f"leaves, {name}, {count}"] = float((vectors[0] - vectors[1]).norm() / vectors[1].norm())
+                worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(figures, expected, strict=True))
+                report[f"metrics, {name}, {count}"] = worst
+                of_first_rank = vectors[0].clone()
+                dist.broadcast(of_first_rank, 0)
+                report[f"ranks, {name}, {count}"] = float((of_first_rank != vectors[0]).sum())
+        report.update(worst_of_ranks(report))
 
 
 if __name__ == "__main__":

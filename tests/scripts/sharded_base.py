@@ -4,15 +4,14 @@ whole base; and what merging, saving and loading make of it.
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/sharded_base.py FOLDER
 """
 
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from gloo_report import gloo_report, worst_of_ranks
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -171,24 +170,19 @@ def compare_saved(report: dict[str, float], whole: fgpt.GPT, sharded: fgpt.GPT, 
     """The files of both are to have the same bytes."""
     assert has_sharded(sharded)
     fgpt.save(sharded, folder / "sharded")
+    is_different = False
     if world().rank == 0:
         fgpt.save(whole, folder / "whole")
         contents = [{path.name: path.read_bytes() for path in (folder / x).iterdir()} for x in ("whole", "sharded")]
-        report[f"save, {folder.name}"] = float(contents[0] != contents[1])
+        is_different = contents[0] != contents[1]
+    report[f"save, {folder.name}"] = float(is_different)
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    report: dict[str, float] = {}
-    compare_training(report)
-    compare_files(report, Path(sys.argv[1]))
-    gathered: list[dict[str, float]] = [{} for _ in range(world().size)]
-    dist.all_gather_object(gathered, report)
-    if world().rank == 0:
-        print(json.dumps({key: max(x.get(key, 0.0) for x in gathered) for key in report}))
-    dist.destroy_process_group()
+    with gloo_report() as report:
+        compare_training(report)
+        compare_files(report, Path(sys.argv[1]))
+        report.update(worst_of_ranks(report))
 
 
 if __name__ == "__main__":

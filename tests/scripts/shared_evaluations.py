@@ -3,15 +3,12 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/shared_evaluations.py RUN ..
 """
 
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from gloo_report import gloo_report
 from lm_eval.api.instance import Instance
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,22 +62,16 @@ def evaluations() -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     console.quiet = True
-    report: dict[str, Any] = {}
-    for name, evaluate in evaluations().items():
-        with FlopCounterMode(display=False) as shared:
-            together = evaluate()
-        with alone(), FlopCounterMode(display=False) as whole:
-            expected = evaluate()
-        flops = gather_objects(shared.get_total_flops())
-        equal = gather_objects(together == expected)
-        report[name] = {"equal": all(equal), "flops": flops, "alone": whole.get_total_flops()}
-    if fgpt.world().rank == 0:
-        print(json.dumps(report))
-    dist.destroy_process_group()
+    with gloo_report() as report:
+        for name, evaluate in evaluations().items():
+            with FlopCounterMode(display=False) as shared:
+                together = evaluate()
+            with alone(), FlopCounterMode(display=False) as whole:
+                expected = evaluate()
+            flops = gather_objects(shared.get_total_flops())
+            equal = gather_objects(together == expected)
+            report[name] = {"equal": all(equal), "flops": flops, "alone": whole.get_total_flops()}
 
 
 if __name__ == "__main__":

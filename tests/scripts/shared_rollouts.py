@@ -7,16 +7,13 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/sh
 """
 
 import dataclasses
-import json
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from gloo_report import gloo_report
 from torch.utils.flop_counter import FlopCounterMode
 
-import fgpt
 from fgpt.cli.console import console
 from fgpt.cli.tasks import build_task
 from fgpt.cli.training import rollout_job
@@ -50,41 +47,35 @@ def flat(groups: Groups) -> list[GenerationOutput]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     console.quiet = True
-    report: dict[str, Any] = {}
-    for prompts in (4, 1):  # of one prompt, ranks share its answers
-        sampled: list[Groups] = []
-        others: list[Groups] = []
+    with gloo_report() as report:
+        for prompts in (4, 1):  # of one prompt, ranks share its answers
+            sampled: list[Groups] = []
+            others: list[Groups] = []
 
-        def record(*args: Any, to: list[Groups] = sampled, **kwargs: Any) -> Groups:
-            to.append(sample_groups(*args, **kwargs))
-            return to[-1]
+            def record(*args: Any, to: list[Groups] = sampled, **kwargs: Any) -> Groups:
+                to.append(sample_groups(*args, **kwargs))
+                return to[-1]
 
-        def replay(*args: Any, to: list[Groups] = others, past: list[Groups] = sampled, **kwargs: Any) -> Groups:
-            record(*args, to=to, **kwargs)
-            return past[len(to) - 1]
+            def replay(*args: Any, to: list[Groups] = others, past: list[Groups] = sampled, **kwargs: Any) -> Groups:
+                record(*args, to=to, **kwargs)
+                return past[len(to) - 1]
 
-        with FlopCounterMode(display=False) as shared:
-            state, figures = train(prompts, record)
-        with alone(), FlopCounterMode(display=False) as whole:
-            expected_state, expected = train(prompts, replay)
-        vectors = [torch.cat([x.flatten() for x in leaves(s.trainable).values()]) for s in (state, expected_state)]
-        hashes = gather_objects(fast_hash(state))
-        report[str(prompts)] = {
-            "ranks": len(set(hashes)),
-            "leaves": float((vectors[0] - vectors[1]).norm() / vectors[1].norm()),
-            "answers": [[x == y for x, y in zip(flat(a), flat(b), strict=True)] for a, b in zip(sampled, others)],
-            "figures": figures,
-            "expected": expected,
-            "flops": gather_objects(shared.get_total_flops()),
-            "alone": whole.get_total_flops(),
-        }
-    if fgpt.world().rank == 0:
-        print(json.dumps(report))
-    dist.destroy_process_group()
+            with FlopCounterMode(display=False) as shared:
+                state, figures = train(prompts, record)
+            with alone(), FlopCounterMode(display=False) as whole:
+                expected_state, expected = train(prompts, replay)
+            vectors = [torch.cat([x.flatten() for x in leaves(s.trainable).values()]) for s in (state, expected_state)]
+            hashes = gather_objects(fast_hash(state))
+            report[str(prompts)] = {
+                "ranks": len(set(hashes)),
+                "leaves": float((vectors[0] - vectors[1]).norm() / vectors[1].norm()),
+                "answers": [[x == y for x, y in zip(flat(a), flat(b), strict=True)] for a, b in zip(sampled, others)],
+                "figures": figures,
+                "expected": expected,
+                "flops": gather_objects(shared.get_total_flops()),
+                "alone": whole.get_total_flops(),
+            }
 
 
 if __name__ == "__main__":

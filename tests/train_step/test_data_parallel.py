@@ -1,13 +1,11 @@
 """Several processes take the step of one: trained leaves to 1e-6 over 20 ragged steps with dropout, all ranks alike."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from builders import ROOT, close
+from builders import close
+from builders.torchrun import run_together
 
 import fgpt
 from fgpt.distributed import World, sum_over_ranks
@@ -16,10 +14,7 @@ from fgpt.distributed import World, sum_over_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_are_one_process(count: int) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [*launcher, str(ROOT / "tests" / "scripts" / "data_parallel.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_together(count, "data_parallel.py")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) == 12

@@ -7,17 +7,15 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import ROOT
 from builders.processes import errors_in, free_port, run_processes, start_processes
 from builders.resume import exit_status, run_in, wait_until
+from builders.torchrun import launch_together, run_together
 
 from fgpt import recipes
 from fgpt.cli.main import main
@@ -307,16 +305,14 @@ def test_under_torchrun_one_command_begins_and_resumes(
     args: dict[str, list[str]], alone: dict[str, Path], tmp_path: Path
 ) -> None:
     """`--auto-resume` begins a training, goes on with it after a kill, and then has nothing to do."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "fgpt", "train", *args["instruct"], "--auto-resume", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "fgpt", "train", *args["instruct"], "--auto-resume", "--out", str(tmp_path)]
+    first = launch_together(2, *command)
     wait_for_step(tmp_path, 2)
     first.send_signal(signal.SIGTERM)  # as a spot machine is told that it ends
     _, text = first.communicate()
     assert first.returncode != 0
     assert "interrupted after" in text
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    second = run_together(2, *command)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "resuming after step" in second.stderr
     (run,) = run_in(tmp_path)
