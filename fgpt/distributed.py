@@ -20,6 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions keep for ever the group that is there at its import, and bitsandbytes imports it late. A group's
+    # thread that lives until Python ends can abort the process then (SIGABRT): so it is imported before any group.
+    import torch.distributed.nn.functional
+
 from fgpt.tree import tree_leaves, tree_map, unflatten_like
 
 T = TypeVar("T")

@@ -131,6 +131,8 @@ def _meet() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    import fgpt.distributed  # noqa: F401  before there is a group: it says why
+
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ def gloo_report() -> Iterator[dict[str, Any]]:
     if dist.get_rank() == 0:
         print(json.dumps(report))
     dist.destroy_process_group()
+    assert "pt_gloo_runloop" not in thread_names(), "a thread of the group that lives on can abort the process"
+
+
+def thread_names() -> list[str]:
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def worst_of_ranks(errors: dict[str, float]) -> dict[str, float]:
