@@ -61,12 +61,14 @@ from fgpt.optim_schedule_free import schedule_free_adamw
 from fgpt.quantization import quantize
 from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
-from fgpt.sharding import shard, unshard
+from fgpt.sharding import shard, tensor_parallel, unshard
 from fgpt.sweeps import SweepResult, stack_batches, stack_states, sweep, sweep_step, unstack_states
 from fgpt.train_step import Metrics, State, init_state, make_step
 from fgpt.tree import register_with_optree
 from fgpt.vocabulary import AddedTokens, add_tokens
 from fgpt.weights import Adapted, dense, embed, linear
+
+__version__ = "0.1.0"
 
 __all__ = [
     "GPT",
@@ -162,6 +164,7 @@ __all__ = [
     "sweep",
     "sweep_step",
     "task_vector",
+    "tensor_parallel",
     "tokenizer",
     "trace",
     "trainable_leaves",

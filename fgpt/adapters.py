@@ -11,6 +11,7 @@ Each kind is a file, `fgpt.adapter_lora` and so on: a node with one method, `ada
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -171,7 +172,9 @@ def _merge_weight(w: Weight, original: Weight | None = None) -> Tensor | Sharded
     """The matrix that `w` means, over another base if one is given; sharded as that of `w` is."""
     base, merged = _base_weight(w), dense(w if original is None else _with_base(w, original))
     base = base.base if isinstance(base, Rotated) else base
-    return split_rows(merged, base.rank, base.size) if isinstance(base, Sharded) else merged
+    if not isinstance(base, Sharded):
+        return merged
+    return replace(split_rows(merged, base.rank, base.size), gathers=base.gathers)
 
 
 def _base_weight(w: Weight) -> Weight:

@@ -79,6 +79,37 @@ def shard(params: T, *, world: World | None = None, target: str = BLOCKS) -> T:
     return replace_at(params, {f"{path}.w": shard_weight(path, weights[path], here) for path in paths})
 
 
+def tensor_parallel(params: T, *, world: World | None = None, target: str = BLOCKS) -> T:
+    r"""`params` in parts whose products gather outputs: each process multiplies with its rows of a matrix, and all then
+    have the whole product. Every process takes the same examples and computes the same, so a gradient needs no sum:
+    `make_step` without a world. Results are those of the whole weights up to the order of sums, and to the bit the same
+    in all processes.
+
+    `shard` moves a matrix's bytes for each product, this one those of 4 or 8 bytes for each token and output: it is for
+    few tokens, such as decoding, and for one example that is too large for one process. Attention, norms and adapters
+    every process computes whole.
+
+    Args:
+        params: The same plain or quantized params tree in each process, or one of `shard` or `load(.., shard=True)`.
+        world: The processes and which one this is; None is the default group of torch.distributed.
+        target: A regular expression; layers whose whole path it matches are sharded.
+
+    Raises:
+        InputError: as `shard` does.
+
+    Source: Shoeybi et al. 2019 (Megatron-LM), section 3; here each product is split by its outputs.
+
+    >>> import fgpt
+    >>> params = fgpt.init(fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32), fgpt.key(0))
+    >>> part = fgpt.tensor_parallel(params, world=fgpt.distributed.World(rank=0, size=4))
+    >>> part.blocks[0].mlp.up.w.gathers, part.blocks[0].mlp.up.w.part.shape
+    ('outputs', torch.Size([8, 8]))
+    """
+    parts = params if has_sharded(params) else shard(params, world=world, target=target)
+    matrices = {path: replace(x, gathers="outputs") for path, x in walk(parts) if isinstance(x, Sharded)}
+    return replace_at(parts, matrices) if matrices else parts
+
+
 def shard_weight(path: str, w: Weight, here: World) -> FrozenMatrix:
     """The part of a rank of the weight of the layer at `path`. Raises InputError as `shard` does."""
     if isinstance(w, Rotated) and not isinstance(w.base, Sharded):
@@ -120,6 +151,11 @@ def quantize_rows(
 def has_sharded(params: Any) -> bool:
     """Whether a part of `params` is a sharded matrix."""
     return any(isinstance(x, Sharded) for _, x in walk(params))
+
+
+def is_tensor_parallel(params: Any) -> bool:
+    """Whether products with a part of `params` gather outputs."""
+    return any(isinstance(x, Sharded) and x.gathers == "outputs" for _, x in walk(params))
 
 
 def unshard(params: T) -> T:

@@ -18,7 +18,7 @@ from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated, is_mapped, is_one_vmap
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
-from fgpt.sharding import has_sharded
+from fgpt.sharding import has_sharded, is_tensor_parallel
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 UNCOMPILED = "a step with compile=True runs uncompiled when it is mapped over or differentiated"
@@ -301,7 +301,8 @@ def make_step(
             compile the loss.
 
     Raises:
-        InputError: from the step, if `loss` returns anything else; and for a `gradient` that is to be compiled.
+        InputError: from the step, if `loss` returns anything else, and for a `world` over a tensor-parallel base; and
+            for a `gradient` that is to be compiled.
 
     >>> import fgpt
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
@@ -341,6 +342,8 @@ def make_step(
         state: State, frozen: Tree, batches: Sequence[Tree], rng: Key | Seeds | None = None
     ) -> tuple[State, Metrics]:
         where = device(state.trainable)
+        if world.size > 1 and is_tensor_parallel(frozen):
+            raise InputError("over a tensor-parallel base all processes take the same examples: leave out world=")
         if prepare is not None:
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)

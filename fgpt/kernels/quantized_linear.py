@@ -17,7 +17,7 @@ of a rotated matrix: rows of x and W without outliers are rounded to 8 bits with
 same. Whoever reads x, such as an adapter, or the norms of W's rows knows nothing of R.
 
 A matrix of any format, or of none, may be in parts on several processes, see `fgpt.kernels.sharded_matrix`: its product
-gathers it first, and frees it likewise.
+gathers it first, and frees it likewise, or gathers what each process has multiplied with its part.
 
     reference     what a matrix means: codes times scales, in fp32
     fast path     dequantize and multiply, or an int8 matmul; on CUDA a few rows by a kernel that reads 4-bit codes
@@ -47,7 +47,14 @@ from fgpt.kernels.functorch_state import is_undisturbed, needs_higher_order
 from fgpt.kernels.gemv import MAX_ROWS, dense_linear
 from fgpt.kernels.hadamard import rotate
 from fgpt.kernels.onednn_linear import input_grad
-from fgpt.kernels.sharded_matrix import Sharded, gather_rows, local_part
+from fgpt.kernels.sharded_matrix import (
+    Sharded,
+    gather_columns,
+    gather_rows,
+    local_part,
+    part_columns,
+    sum_over_parts,
+)
 from fgpt.tree import node, static
 
 BLOCK = 64
@@ -322,12 +329,16 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, w: FrozenMatrix, transposed: bool, int8: bool, bias: Tensor | None) -> Tensor:
+    def forward(x: Tensor, w: Tensor | FrozenMatrix, transposed: bool, int8: bool, bias: Tensor | None) -> Tensor:
+        if isinstance(w, Tensor):
+            return input_grad(x, w) if transposed else dense_linear(x, w, bias)
         if isinstance(w, Sharded):
-            whole = gather_rows(w)
-            if not isinstance(whole, Tensor):
-                return _Product.forward(x, whole, transposed, int8, bias)
-            return input_grad(x, whole) if transposed else dense_linear(x, whole, bias)
+            if w.gathers == "weights":
+                return _Product.forward(x, gather_rows(w), transposed, int8, bias)
+            if transposed:
+                return sum_over_parts(_Product.forward(part_columns(x, w), w.part, True, False, None), w)
+            bias = None if bias is None else part_columns(bias, w)
+            return gather_columns(_Product.forward(x, w.part, False, int8, bias), w)
         if isinstance(w, RowwiseInt8) and int8:
             codes, absmax = _round(x)
             y = torch.ops.bitsandbytes.int8_linear_matmul(codes.reshape(-1, codes.shape[-1]), w.codes).float()

@@ -11,19 +11,26 @@ A product gathers W, multiplies and lets go; its adjoint gathers again, as a pro
 again: see `fgpt.kernels.quantized_linear`. A frozen matrix has no gradient, so nothing is ever scattered. All
 processes must compute the same products in the same order: one that computes fewer leaves the others waiting.
 
+Or it gathers outputs in place of weights (tensor parallel), if all processes multiply the same x:
+
+    x Wᵀ = [x W_0ᵀ, .., x W_N-1ᵀ]        g W = Σ_r g_r W_r,  g_r = columns r n to (r + 1) n of g
+
     reference     `join_rows` of all parts
-    fast path     `gather_rows`, one all_gather for each tensor of a part, of its bytes as they are
+    fast path     `gather_rows`, one all_gather for each tensor of a part, of its bytes as they are; of outputs
+                  `gather_columns`, one all_gather for a product, and `sum_over_parts`, one all_reduce for its adjoint
     transforms    the whole is a constant to every transform; vmap over the parts raises InputError
 
-Source: Rajbhandari et al. 2020 (ZeRO), section 5.3; Zhao et al. 2023 (PyTorch FSDP), section 3.2.
+Source: Rajbhandari et al. 2020 (ZeRO), section 5.3; Zhao et al. 2023 (PyTorch FSDP), section 3.2; Shoeybi et al. 2019
+(Megatron-LM), section 3.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fgpt.errors import InputError
@@ -35,6 +42,9 @@ ROW_LEAVES = ("", "codes", "absmax", "absmax.codes")
 """The tensors of a matrix that have as many entries for each row: itself, or codes and scales of blocks."""
 
 
+Gathered: TypeAlias = Literal["weights", "outputs"]
+
+
 @node
 class Sharded:
     """What one process holds of a matrix that all hold together.
@@ -44,16 +54,18 @@ class Sharded:
         out: The rows of the whole matrix.
         rank: The number of the process.
         size: How many there are.
+        gathers: What a product gathers. For outputs all processes multiply the same x.
 
     >>> split_rows(torch.eye(3), rank=1, size=2)
     Sharded(part=tensor([[0., 0., 1.],
-            [0., 0., 0.]]), out=3, rank=1, size=2)
+            [0., 0., 0.]]), out=3, rank=1, size=2, gathers='weights')
     """
 
     part: Any
     out: int = static()
     rank: int = static()
     size: int = static()
+    gathers: Gathered = static(default="weights")
 
     @property
     def shape(self) -> torch.Size:
@@ -118,13 +130,38 @@ def gather_rows(w: Sharded) -> Any:
     Raises:
         InputError: if the default process group is not the one that the matrix was sharded for.
     """
+    _check_group(w)
+    return _whole(w, {path: _AllGather.apply(x, w.size) for path, x in _row_leaves(w.part).items()})
+
+
+def gather_columns(y: Float[Tensor, "*batch rows"], w: Sharded) -> Float[Tensor, "*batch out"]:
+    """x Wᵀ of the whole matrix, by the y = x W_rᵀ of all ranks. Raises InputError as `gather_rows` does."""
+    _check_group(w)
+    whole = _AllGather.forward(y.movedim(-1, 0), w.size)
+    return whole[: w.out].movedim(0, -1).contiguous()
+
+
+def part_columns(g: Float[Tensor, "*batch out"], w: Sharded) -> Float[Tensor, "*batch rows"]:
+    """The columns of `g` that this rank's rows of the matrix multiply, with zeros where those are filled up."""
+    columns = g[..., row_range(w.out, w.rank, w.size)]
+    return F.pad(columns, (0, w.part.shape[0] - columns.shape[-1]))
+
+
+def sum_over_parts(x: Float[Tensor, "*batch in"], w: Sharded) -> Float[Tensor, "*batch in"]:
+    """Σ_r g_r W_r over all ranks, added in at least fp32. Raises InputError as `gather_rows` does."""
+    _check_group(w)
+    total = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
+    dist.all_reduce(total)
+    return total.to(x.dtype)
+
+
+def _check_group(w: Sharded) -> None:
     there = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     if there != (w.rank, w.size):
         raise InputError(
             f"part {w.rank} of {w.size} of a sharded matrix in process {there[0]} of {there[1]}: initialize the "
             f"process group of {w.size} that it was sharded for"
         )
-    return _whole(w, {path: _AllGather.apply(x, w.size) for path, x in _row_leaves(w.part).items()})
 
 
 def _row_leaves(w: Any) -> dict[str, Tensor]:

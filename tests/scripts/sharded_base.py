@@ -17,7 +17,7 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt.distributed import world
-from fgpt.sharding import has_sharded
+from fgpt.sharding import has_sharded, is_tensor_parallel
 from fgpt.tree import leaves, nbytes, tree_map
 
 VOCAB = 31
@@ -56,6 +56,7 @@ TRAINED = {
     "llama": ("rotated int8", "blockwise8"),
 }
 TRANSFORMED = {"gpt2": ("fp32", "bf16", "nf4"), "llama": ("rotated int8",)}
+PARALLEL = {"gpt2": ("fp32", "bf16", "int8"), "gptj": ("nf4 with plain scales",), "llama": ("rotated int8",)}
 LOADED: dict[str, dict[str, Any]] = {
     "gpt2": {"quantize": "nf4", "dtype": torch.bfloat16},
     "gptj": {"quantize": "int8", "rotate": True},
@@ -112,10 +113,11 @@ def results(params: fgpt.GPT, adapters: Any) -> dict[str, Any]:
     }
 
 
-def train(params: fgpt.GPT, adapters: Any) -> fgpt.State:
-    """Two updates, each of two micro-batches on every rank."""
+def train(params: fgpt.GPT, adapters: Any, shares: bool = True) -> fgpt.State:
+    """Two updates, each of two micro-batches on every rank, or of all of them if it shares none."""
     optimizer = fgpt.adamw(2e-2)
-    step, state = fgpt.make_step(loss, optimizer, world=fgpt.world()), fgpt.init_state(adapters, optimizer)
+    step = fgpt.make_step(loss, optimizer, world=fgpt.world() if shares else fgpt.distributed.ALONE)
+    state = fgpt.init_state(adapters, optimizer)
     count = 2 * world().size
     for i in range(2):
         batches = [micro_batch(count * i + j) for j in range(count)]
@@ -146,6 +148,31 @@ def compare_training(report: dict[str, float]) -> None:
                 adapters |= fgpt.trainable_leaves(frozen, r".*\.(ln_1|down)\.b" if family == "gpt2" else ".*ln_1.*")
                 got, expected = results(sharded, adapters), results(frozen, adapters)
                 report |= {f"{k}, {family}, {name}": difference(got[k], expected[k]) for k in expected}
+
+
+def compare_tensor_parallel(report: dict[str, float]) -> None:
+    """Products that gather outputs: near those of the whole, and to the bit the same on all ranks."""
+    for family, names in PARALLEL.items():
+        for name in names:
+            frozen = BASES[name](base(family))
+            parts = fgpt.tensor_parallel(frozen, target=".*" if family == "llama" else r"blocks\..*")
+            adapters = with_noise(fgpt.lora(frozen, fgpt.key(1), rank=4))
+            adapters |= fgpt.dora(frozen, fgpt.key(2), rank=2, target=r".*\.(up|o)")
+            adapters |= fgpt.trainable_leaves(frozen, r".*\.ln_1\..*|.*\.down\.b")
+            got, expected = results(parts, adapters), results(frozen, adapters)
+            got["train"], expected["train"] = (train(p, adapters, shares=False).trainable for p in (parts, frozen))
+            origin = None if name in ("fp32", "bf16") else "dequantized"
+            merged = fgpt.merge(fgpt.adapt(parts, adapters), origin)
+            assert is_tensor_parallel(merged)
+            got["merge"], expected["merge"] = fgpt.unshard(merged), fgpt.merge(fgpt.adapt(frozen, adapters), origin)
+            report |= {f"parallel {k}, {family}, {name}": difference(got[k], expected[k]) for k in expected}
+            report[f"ranks, {family}, {name}"] = float(any(not is_of_all_ranks(x) for x in leaves({"": got}).values()))
+
+
+def is_of_all_ranks(x: Tensor) -> bool:
+    of_first = x.clone()
+    dist.broadcast(of_first, 0)
+    return torch.equal(of_first, x)
 
 
 def compare_files(report: dict[str, float], folder: Path) -> None:
@@ -181,6 +208,7 @@ def compare_saved(report: dict[str, float], whole: fgpt.GPT, sharded: fgpt.GPT, 
 def main() -> None:
     with gloo_report() as report:
         compare_training(report)
+        compare_tensor_parallel(report)
         compare_files(report, Path(sys.argv[1]))
         report.update(worst_of_ranks(report))
 

@@ -1,5 +1,5 @@
 """Training over a base in parts is training over the whole base, to the bit: on 2 and on 3 processes, which do not
-divide its rows. So is what is loaded, merged and saved.
+divide its rows. So is what is loaded, merged and saved. With outputs gathered it is so up to rounding.
 """
 
 import json
@@ -21,4 +21,11 @@ def test_parts_compute_what_the_whole_does(count: int, tmp_path: Path) -> None:
     assert kinds["jvp(grad) of vmap"] == 4
     assert kinds["load"] == kinds["part"] == kinds["merge"] == 3
     assert kinds["save"] == 6
-    assert not {name: error for name, error in report.items() if error}
+    assert kinds["parallel jvp(grad) of vmap"] == kinds["parallel train"] == kinds["ranks"] == 5
+    assert not {name: error for name, error in report.items() if error and not name.startswith("parallel")}
+    # Sums over parts are in another order, and of int8 each is rounded to bf16; AdamW divides them by their own size
+    for name, error in report.items():
+        if name.startswith("parallel"):
+            kind, base = name.split(", ")[0].removeprefix("parallel "), name.split(", ")[-1]
+            bar = 1e-6 if base in ("fp32", "nf4 with plain scales") else 0.02
+            assert error <= {"merge": 0.0, "train": 20 * bar}.get(kind, bar), name
