@@ -23,6 +23,7 @@ from fgpt.cli import processes, run_dir, tasks
 from fgpt.cli.console import console, exclusive_progress, quiet, show_progress
 from fgpt.cli.environment import environment
 from fgpt.cli.metrics_log import plot_loss
+from fgpt.cli.model_card.card import write_trained_card
 from fgpt.cli.paths import without_paths
 from fgpt.cli.processes import is_first, remedy
 from fgpt.cli.run_json import write_run
@@ -358,8 +359,14 @@ def _save(member: Member, state: State) -> None:
     """Save what was trained as a training by itself does."""
     with quiet():
         member.task.save(member.job.evaluation_params(state), member.folder)
+    _write_card(member)
     unit = tasks.task_type(member.task.recipe).loss_unit
     plot_loss(member.folder / run_dir.METRICS, member.folder / run_dir.LOSS, member.name, unit)
+
+
+def _write_card(member: Member) -> None:
+    recipe = member.task.recipe
+    write_trained_card(member.folder, recipe, tasks.task_type(recipe).class_names(recipe))
 
 
 def _report(folder: Path, header: dict[str, Any], members: list[Member], seconds: float) -> None:
@@ -383,6 +390,7 @@ def _report(folder: Path, header: dict[str, Any], members: list[Member], seconds
     before = task.score_initial()
     state = best.checkpoint()
     task.report(before, task.score(best.job.evaluation_params(state), best.folder), best.folder)
+    _write_card(best)  # with the scores
     console.print(f"the best is {best.name}; {task.recipe.suggest_use(best.folder)}", soft_wrap=True)
 
 

@@ -89,6 +89,10 @@ def test_what_it_prints_and_writes(project: Path, tmp_path: Path, capsys: pytest
     ]
     assert f"{sum(losses) / 3:.4f}" in means[0][2]
     assert "<script" not in page
+    for member in results(tmp_path / "mine")["members"]:
+        card = (tmp_path / "mine" / member["name"] / "adapter" / "README.md").read_text()
+        assert f"# {member['name']}" in card
+        assert f"--lr {float(member['values']['--lr']):g} " in card
 
 
 class Interrupt:
