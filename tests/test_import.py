@@ -41,3 +41,23 @@ def test_importing_changes_nothing_and_is_quick():
         assert done.stderr == ""
         took.append(seconds)
     assert min(took) < 1.0
+
+
+WITHOUT_POSIX = """
+import importlib, pkgutil, signal, sys
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None  # its import fails, as on Windows
+del signal.SIGHUP
+import fgpt
+for module in pkgutil.walk_packages(fgpt.__path__, "fgpt."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import torch
+from fgpt.cli.devices import peak_memory
+assert peak_memory(torch.device("cpu")) == 0
+"""
+
+
+def test_every_module_is_imported_without_posix():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

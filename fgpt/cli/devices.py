@@ -1,6 +1,7 @@
 """Where a command computes, and in what: the device and the dtype that "auto" means on this machine."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,6 +82,18 @@ def free_memory(device: torch.device) -> int:
     if group.is_file() and used.is_file() and (limit := group.read_text().strip()) != "max":
         limits.append(int(limit) - int(used.read_text()))
     return max(0, min(limits))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: of the device, or of the process on a CPU; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _available_memory() -> int:

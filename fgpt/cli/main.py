@@ -4,7 +4,6 @@ Errors that a user can fix are one line on stderr and exit code 2.
 """
 
 import contextlib
-import importlib.metadata
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fgpt import __version__
 from fgpt.cli import processes, streams
 from fgpt.cli.commands import COMMANDS, run_command, summaries
 from fgpt.cli.console import answers, console
@@ -74,7 +74,7 @@ def _run(command: str, args: Sequence[str]) -> None:
     if command in ("-h", "--help"):
         _print_help()
     elif command == "--version":
-        answers.print(f"fgpt {importlib.metadata.version('fgpt')}", highlight=False)
+        answers.print(f"fgpt {__version__}", highlight=False)
     elif command not in COMMANDS:
         raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
     else:

@@ -172,7 +172,12 @@ def _make_parent(path: Path) -> None:
 
 def _fsync(path: Path) -> None:
     """Bring a file, or a folder's names, new and renamed, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt":
+        if path.is_dir():  # Windows opens no folder, and syncs only what can be written
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from fgpt.cli.console import console
+from fgpt.cli.devices import peak_memory
 from fgpt.cli.metrics_log import HELDOUT_LOSS, Line
 from fgpt.cli.sweep.members import Member
 from fgpt.cli.training.job import place
 from fgpt.cli.training.loop import evaluate, evaluation_is_due
 from fgpt.cli.training.optimizers import make_optimizer
-from fgpt.cli.training.step_log import peak_memory
 from fgpt.optim import Optimizer
 from fgpt.rng import fold_in
 from fgpt.sweeps import (
@@ -140,7 +140,7 @@ class Trainer:
     ) -> list[Line]:
         """The lines of a step for the metrics files. Each member has its share of the time."""
         columns = [x.detach().double().cpu().tolist() for x in (metrics.loss, metrics.grad_norm, metrics.weight)]
-        memory = round(peak_memory(self._target), 3)
+        memory = round(peak_memory(self._target) / 1e9, 3)
         lines: list[Line] = []
         for member, read, loss, norm, weight in zip(group, inputs, *columns, strict=True):
             last = member.lines[-1] if member.lines else {}

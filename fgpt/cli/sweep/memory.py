@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fgpt.cli.devices import free_memory
+from fgpt.cli.devices import free_memory, peak_memory
 from fgpt.errors import InputError
 
 MARGIN = 0.8
@@ -65,7 +64,7 @@ def _peak(take_step: Callable[[], None], device: torch.device) -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux begins the process's peak anew
     take_step()
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM") or peak_memory(device)
 
 
 def _in_use(device: torch.device) -> int:

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +14,10 @@ import torch
 from rich.progress import Progress
 
 from fgpt.cli.console import console, exclusive_progress, training_columns
+from fgpt.cli.devices import peak_memory
 from fgpt.cli.metrics_log import Line, read_metrics, truncate_partial_line
 from fgpt.cli.training.pending import PendingMetrics
 from fgpt.cli.training.reproducibility import differing
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory in use so far, in GB: of the device, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class MetricsLog:
@@ -77,7 +68,7 @@ class MetricsLog:
         line |= {
             "tokens": self._tokens,
             "seconds": round(self.seconds, 3),
-            "memory_gb": round(peak_memory(device), 3),
+            "memory_gb": round(peak_memory(device) / 1e9, 3),
         }
         if mfu is not None:
             line["mfu"] = round(mfu(pending.tokens / seconds), 4)
