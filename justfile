@@ -173,6 +173,11 @@ test-oldest *args:
         tests/train_step tests/optim/test_optim_tensors.py tests/model/test_transforms.py \
         tests/model/test_compiled_blocks.py tests/lift/test_lift_transforms.py tests/generation/test_compiled_step.py "$@"
 
+# sdist and wheel in dist/, the wheel tried in an empty folder under each Python of this machine
+[no-exit-message]
+package:
+    @PYTHON="${PYTHON:-python3}" .ci/package
+
 # Lint, format, types, layers, names
 check: setup-dev
     "{{ python }}" -m ruff check .
