@@ -58,6 +58,7 @@ from fgpt.optim import AdamState, Optimizer, adamw, adamw8bit
 from fgpt.optim_averages import with_ema, with_swa
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
+from fgpt.optim_zero import zero_redundancy
 from fgpt.quantization import quantize
 from fgpt.range_test import LRRange, lr_range
 from fgpt.rng import fold_in, key, seed_tensor
@@ -177,4 +178,5 @@ __all__ = [
     "with_ema",
     "with_swa",
     "world",
+    "zero_redundancy",
 ]

@@ -31,6 +31,7 @@ class Optimizer(NamedTuple):
             change.
         evaluation_params: `evaluation_params(state, params)`: what is evaluated and saved. By default the params
             themselves; `schedule_free_adamw` takes its gradients at one point and evaluates another.
+        is_elementwise: Whether each element is updated by itself, so that rows of a leaf may be updated apart.
 
     >>> def update(grads, state, params):
     ...     return {"w": params["w"] - 0.1 * grads["w"]}, state
@@ -44,6 +45,7 @@ class Optimizer(NamedTuple):
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     evaluation_params: Callable[[Tree, Tree], Tree] = lambda state, params: params
+    is_elementwise: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------- schedules
@@ -243,7 +245,8 @@ def adamw8bit(
     def encode_moment(x: Tensor, signed: bool) -> Tensor | Moment8:
         return Moment8(*quantize(x, signed), signed) if x.numel() >= min_8bit_size else x
 
-    return _adam(lr, betas, eps, eps_root, weight_decay, decay, lr_multipliers, encode_moment)
+    optimizer = _adam(lr, betas, eps, eps_root, weight_decay, decay, lr_multipliers, encode_moment)
+    return optimizer._replace(is_elementwise=False)
 
 
 def _adam(

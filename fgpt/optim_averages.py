@@ -118,4 +118,4 @@ def _with_average(optimizer: Optimizer, weight: Any) -> Optimizer:
     def evaluation_params(state: AverageState, params: Tree) -> Tree:
         return tree_map(lambda average, x: average.to(x.dtype), state.average, params)
 
-    return Optimizer(init, update, evaluation_params)
+    return Optimizer(init, update, evaluation_params, optimizer.is_elementwise)

@@ -126,7 +126,7 @@ def muon(
         momenta = {path: m.to(state.momentum[path].dtype) for path, m in ms.items()}
         return unflatten_like(params, [new[path] for path in leaves(params)]), MuonState(momenta, adam)
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, is_elementwise=False)
 
 
 def _split(by_path: Mapping[str, Tensor], mask: list[bool]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -3,6 +3,8 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/scripts/data_parallel.py
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from gloo_report import gloo_report, worst_of_ranks
@@ -10,7 +12,8 @@ from torch import Tensor
 
 import fgpt
 from fgpt.distributed import ALONE
-from fgpt.tree import leaves
+from fgpt.optim_zero import gather_state, split_state
+from fgpt.tree import leaves, nbytes, tree_map
 
 STEPS, MICRO_BATCHES = 20, 4
 CONFIG = fgpt.Config(n_layer=2, n_head=2, d_model=64, n_ctx=24, vocab_size=31, d_mlp=64)
@@ -40,6 +43,30 @@ def train(params: fgpt.GPT, num_micro_batches: int, world: fgpt.World = ALONE) -
     return state, figures
 
 
+def train_in_parts(report: dict[str, Any], name: str, optimizer: fgpt.Optimizer, params: fgpt.GPT) -> None:
+    """Full tuning, the state of the optimizer in parts: to the bit what it is without; saved whole, and read again."""
+    trainable, here = fgpt.trainable_leaves(params), fgpt.world()
+    zero = fgpt.zero_redundancy(optimizer)
+    states = [fgpt.init_state(trainable, optimizer), fgpt.init_state(trainable, zero)]
+    steps = [fgpt.make_step(loss, kind, world=here) for kind in (optimizer, zero)]
+    report[f"size, {name}"] = float(nbytes(states[1].opt_state) > 1.1 / here.size * nbytes(states[0].opt_state))
+    for i in range(4):
+        batches = [micro_batch(MICRO_BATCHES * i + j) for j in range(MICRO_BATCHES)]
+        states = [step(state, params, batches, None)[0] for step, state in zip(steps, states, strict=True)]
+        part, whole = states[1].opt_state, gather_state(optimizer, states[1].opt_state, states[1].trainable)
+        report[f"state {i}, {name}"] = different(whole, states[0].opt_state)
+        report[f"trainable {i}, {name}"] = different(states[1].trainable, states[0].trainable)
+        report[f"part {i}, {name}"] = different(split_state(optimizer, whole, states[1].trainable), part)
+    averages = [kind.evaluation_params(s.opt_state, s.trainable) for kind, s in zip((optimizer, zero), states)]
+    report[f"evaluated, {name}"] = different(*averages)
+
+
+def different(a: Any, b: Any) -> float:
+    """1 if a leaf differs in a bit."""
+    x, y = leaves({"": a}), leaves({"": b})
+    return float(x.keys() != y.keys() or not all(torch.equal(x[path], y[path]) for path in x))
+
+
 def main() -> None:
     with gloo_report() as report:
         here = fgpt.world()
@@ -55,6 +82,9 @@ def main() -> None:
                 of_first_rank = vectors[0].clone()
                 dist.broadcast(of_first_rank, 0)
                 report[f"ranks, {name}, {count}"] = float((of_first_rank != vectors[0]).sum())
+        train_in_parts(report, "adamw", fgpt.adamw(1e-2, weight_decay=0.1), base)
+        train_in_parts(report, "schedule-free", fgpt.schedule_free_adamw(1e-2), base)
+        train_in_parts(report, "average, bf16", fgpt.with_ema(fgpt.adamw(1e-2), 0.9), tree_map(Tensor.bfloat16, base))
         report.update(worst_of_ranks(report))
 
 
