@@ -134,6 +134,11 @@ doctor *args: setup
 data *args: setup
     @"{{ python }}" -m fgpt data "$@"
 
+# The script by which a shell completes commands and options: `eval "$(just completion bash)"`
+[no-cd, no-exit-message]
+completion *args: setup
+    @"{{ python }}" -m fgpt completion "$@"
+
 # Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`, `formats`
 [no-exit-message]
 bench *args: setup-dev

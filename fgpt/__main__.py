@@ -11,6 +11,7 @@ PACKAGES = (
     "matplotlib",
     "rich",
     "rouge_score",
+    "shtab",
     "sklearn",
     "tensorboard",
     "tyro",

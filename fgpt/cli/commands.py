@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from fgpt.cli.console import answers
 from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
 from fgpt.cli.listing import print_recipes, print_runs
 from fgpt.cli.options import parse
@@ -188,6 +189,21 @@ class Replay:
         replay(self.run, self.step)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Print the script by which a shell completes commands and options: eval "$(fgpt completion bash)"."""
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
+    """The shell."""
+
+    def __call__(self) -> None:
+        from fgpt.cli.completion import completion_script
+
+        answers.print(
+            completion_script(self.shell, COMMANDS, summaries()), highlight=False, markup=False, soft_wrap=True
+        )
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "recipes": Recipes,
@@ -209,6 +225,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "data": data,
     "lr-range": lr_range,
     "sweep": sweep,
+    "completion": Completion,
 }
 """Dataclasses of options, and functions of the arguments."""
 

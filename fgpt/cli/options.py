@@ -140,7 +140,7 @@ WRONG_VALUE = re.compile(
 )
 """How tyro says that a value is no number, nor the word that the option also takes."""
 WRONG_CHOICE = re.compile(
-    r"invalid choice '(?P<value>.*)' for argument '(?P<option>--\S+)'\. Expected one of \((?P<choices>.*)\)\.?",
+    r"invalid choice '(?P<value>.*)' for argument '(?P<option>\S+)'\. Expected one of \((?P<choices>.*)\)\.?",
     re.IGNORECASE,
 )
 """How tyro says that a value is none of an option's."""

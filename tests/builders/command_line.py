@@ -1,5 +1,6 @@
 """Commands as processes, and trainings short enough to be interrupted."""
 
+import itertools
 import os
 import sys
 import traceback
@@ -9,17 +10,9 @@ from typing import Any
 
 import torch
 
-from fgpt.cli.attribution.command import AttributeOptions
-from fgpt.cli.combine_command import CombineOptions
 from fgpt.cli.commands import COMMANDS
-from fgpt.cli.eval_command import COMMANDS as EVAL_COMMANDS
-from fgpt.cli.export_command import ExportOptions
-from fgpt.cli.forget_command import ForgetOptions
-from fgpt.cli.inference.classify_texts import ClassifyOptions
+from fgpt.cli.completion import option_classes
 from fgpt.cli.main import main
-from fgpt.cli.quantize_command import QuantizeOptions
-from fgpt.cli.sweep.command import SweepOptions
-from fgpt.recipes import KINDS
 
 ODD_NAME = "[/red]x[b] :smile:"
 """A name that a console could take for markup."""
@@ -43,16 +36,7 @@ def training_options(at: Path) -> list[str]:
 
 COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
 OPTION_CLASSES: list[type[Any]] = [
-    *KINDS.values(),
-    *COMMAND_OPTIONS.values(),
-    ClassifyOptions,
-    AttributeOptions,
-    CombineOptions,
-    ExportOptions,
-    ForgetOptions,
-    QuantizeOptions,
-    SweepOptions,
-    *EVAL_COMMANDS.values(),
+    *dict.fromkeys(cls for classes in option_classes(COMMANDS).values() for cls in classes)
 ]
 """Every class whose fields are options of some command."""
 
