@@ -1,6 +1,5 @@
 """Commands as processes, and trainings short enough to be interrupted."""
 
-import itertools
 import os
 import sys
 import traceback
