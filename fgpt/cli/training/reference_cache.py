@@ -18,7 +18,7 @@ from fgpt.cli.console import console
 from fgpt.cli.training.hashes import fast_hash, model_hash
 from fgpt.cli.training.preference_batches import PreferenceExamples, Reference, reference_logprobs
 from fgpt.data.examples import example_lengths
-from fgpt.distributed import alone
+from fgpt.distributed import alone, gather_objects
 from fgpt.errors import InputError
 from fgpt.io.safetensors_files import read_metadata, read_tensors, write_tensors
 from fgpt.layers import num_parameters
@@ -30,19 +30,28 @@ MIN_WORK = 1e11
 """Parameters times tokens from which on log-probabilities are kept: a second of two CPU cores."""
 
 
-@alone()
 def cached_reference(base: GPT, examples: PreferenceExamples) -> Reference:
     """`reference_logprobs`, from the cache if they are there. Those that took a while are put there.
 
-    Each of several processes computes all of them: one may have them in its cache, and it is not yet known whether all
-    have the same rows.
+    Several processes share the work, and what one of them has in its cache. Those that do not compute the same, as
+    their base, rows or machines differ, compute all of it, each by itself.
     """
     tokens = int(example_lengths(examples.chosen).sum() + example_lengths(examples.rejected).sum())
-    if num_parameters(base) * tokens < MIN_WORK:
+    key = cache_key(base, examples) if num_parameters(base) * tokens >= MIN_WORK else None
+    if len(set(gather_objects(key))) > 1:
+        with alone():
+            return _shared_reference(base, examples, key)
+    return _shared_reference(base, examples, key)
+
+
+def _shared_reference(base: GPT, examples: PreferenceExamples, key: str | None) -> Reference:
+    """`cached_reference` of processes that all have the same key; None is that of too little work to be kept."""
+    if key is None:
         return reference_logprobs(base, examples)
-    folder = cache_folder(REFERENCE) / cache_key(base, examples)
-    if (cached := _read(folder, len(examples))) is not None:
-        return cached
+    folder = cache_folder(REFERENCE) / key
+    cached = [x for x in gather_objects(_read(folder, len(examples))) if x is not None]
+    if cached:
+        return cached[0]
     reference = reference_logprobs(base, examples)
     try:
         with lock(folder):

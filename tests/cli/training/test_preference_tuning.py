@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 from builders import close
+from builders.processes import run_processes
 from builders.runs import copy_interrupted
 
 import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.main import main
 from fgpt.cli.metrics_log import read_metrics
+from fgpt.cli.training import preference_batches, reference_cache
 from fgpt.cli.training.preference_batches import batch_of, batches, preference_order, reference_logprobs
 from fgpt.cli.training.preference_rows import encode_rows, load_split
 from fgpt.data.prompt_templates import template
+from fgpt.objectives.logprobs import sequence_logprobs
 from fgpt.objectives.pairs import PairBatch
 from fgpt.recipes import PreferenceRecipe, find
 from fgpt.tree import leaves
@@ -243,3 +246,36 @@ def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for recipe, path, message in [("dpo-nano", same, "are the same answer"), ("kto-nano", good, "labels are true")]:
         assert main(["train", recipe, "--base", "nano", "--data", str(path), "--out", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differ", [False, True])
+def test_processes_share_the_reference(pairs_file: Path, dpo_run: Path, tmp_path: Path, differ: bool):
+    """Each scores half of the answers, and one reads what another has kept; with other rows no training begins."""
+    scored, log = tmp_path / "scored", tmp_path / "log"
+    other = write(tmp_path / "other.jsonl", [pair(i + 1) for i in range(20)])
+
+    def count_rows(rank: int) -> None:
+        def count(params: Any, batch: Any) -> Any:
+            with scored.open("a") as file:
+                file.write(f"{rank} {len(batch.tokens)}\n")
+            return sequence_logprobs(params, batch)
+
+        preference_batches.sequence_logprobs = count  # in a process of its own
+        preference_batches.REFERENCE_ROWS = 4
+        reference_cache.MIN_WORK = 0
+
+    def command(file: Path) -> list[str]:
+        return ["train", "dpo-nano", "--data", str(file), *SHORT, "--out", str(tmp_path)]
+
+    files = [pairs_file, other if differ else pairs_file]
+    for _ in range(1 if differ else 2):  # the second time all is in the cache
+        codes = run_processes(
+            [command(file) for file in files], 2, log, spoil=count_rows, FGPT_CACHE=str(tmp_path / "cache")
+        )
+        assert codes == ([2, 2] if differ else [0, 0]), log.read_text()
+    counts = [sum(int(n) for r, n in map(str.split, scored.read_text().splitlines()) if r == rank) for rank in "01"]
+    assert counts == ([40, 40] if differ else [24, 24])  # where one has no more, it computes what the other does
+    if not differ:
+        mine, alone = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "dpo-nano", dpo_run))
+        assert [x["loss"] for x in mine] == pytest.approx([x["loss"] for x in alone], rel=1e-5)
