@@ -21,6 +21,22 @@ from fgpt.cli.train_command import doctor, lr_range, train
 from fgpt.ranges import PositiveInt
 
 Run = Annotated[Positional[str], arg(metavar="RUN", help="The name of a run, or its folder.")]
+RunOrModel = Annotated[
+    Positional[str],
+    arg(
+        metavar="RUN",
+        help="The name of a run, or its folder; or a model as it is: nano, smollm2, a folder, a GGUF file, a name on "
+        "the Hub.",
+    ),
+]
+PromptTemplate = Annotated[
+    str | None,
+    arg(
+        metavar="NAME",
+        help="The prompt template: alpaca, plain, tulu, chat or none. None takes that of the training; of a model, its "
+        "own chat template, or none, which continues the text.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -44,32 +60,34 @@ class Runs:
 
 @dataclass(frozen=True)
 class Generate:
-    """Answer a prompt with a trained run, in the run's own prompt template."""
+    """Answer a prompt with a trained run, in the run's own prompt template; or with a model as it is."""
 
-    run: Run
+    run: RunOrModel
     prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
-    """The instruction."""
+    """The instruction, or - for standard input."""
     input: str = ""
     """What the instruction is applied to."""
+    template: PromptTemplate = None
     generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
     def __call__(self) -> None:
         from fgpt.cli.inference.generation import answer
 
-        answer(self.run, self.prompt, self.input, self.generation)
+        answer(self.run, self.prompt, self.input, self.generation, self.template)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Have a conversation with a trained run, in the run's own prompt template."""
+    """Have a conversation with a trained run, in the run's own prompt template; or with a model as it is."""
 
-    run: Run
+    run: RunOrModel
+    template: PromptTemplate = None
     generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
     def __call__(self) -> None:
         from fgpt.cli.inference.generation import chat
 
-        chat(self.run, self.generation)
+        chat(self.run, self.generation, self.template)
 
 
 def classify(args: Sequence[str]) -> None:

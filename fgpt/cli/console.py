@@ -1,7 +1,12 @@
-"""Where commands print: progress and messages on stderr, answers alone on stdout. Nothing is parsed as markup, since a
-label, a path or a prompt may have square brackets; bold text is a `Text` with a style.
+"""Where commands print: progress, messages and tables of results on stderr, answers alone on stdout. Nothing is parsed
+as markup, since a label, a path or a prompt may have square brackets; bold text is a `Text` with a style.
+
+console          progress and messages, which --quiet drops
+result_console   tables of results, which --quiet leaves
+answers          what a command is asked for: text, or with --json one document
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -33,17 +38,20 @@ class Answers(Console):
 
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+result_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 answers = Answers(highlight=False, markup=False, emoji=False)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is printed on the console: for what is computed again."""
-    before, console.quiet = console.quiet, True
+    """No messages and no tables of results are printed: for what is computed again."""
+    before = console.quiet, result_console.quiet
+    console.quiet = result_console.quiet = True
     try:
         yield
     finally:
-        console.quiet = before
+        console.quiet, result_console.quiet = before
 
 
 def announce(name: str, *sentences: str) -> None:
@@ -74,9 +82,10 @@ def show_progress(description: str, total: int | None = None) -> Iterator[Callab
     if _shown_tasks:
         yield lambda n: None
         return
-    show = _bar if console.is_terminal else _lines
+    show, start = _bar if console.is_terminal else _lines, time.perf_counter()
     with exclusive_progress(description), show(description, total) as advance:
         yield advance
+    logger.debug("%s: %.2f s", description, time.perf_counter() - start)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -101,13 +110,18 @@ def exclusive_progress(description: str) -> Iterator[None]:
 
 @contextmanager
 def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
+    is_wide = console.width >= WIDE
+    words = None if is_wide else Column(ratio=1, no_wrap=True, overflow="ellipsis")  # they are cut, and no figure is
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=words),
+        TimeElapsedColumn(),
+    ]
     if total is None:
         columns.insert(0, SpinnerColumn())
     else:
-        columns[1:1] = [BarColumn(40 if console.width >= WIDE else 8), MofNCompleteColumn()]
+        columns[1:1] = [*([BarColumn(40)] if is_wide else []), MofNCompleteColumn()]
         columns += [TextColumn("eta"), TimeRemainingColumn()]
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, expand=not is_wide) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from fgpt.cli.console import answers, console
+from fgpt.cli.console import answers, console, result_console
 from fgpt.cli.options import option_names, parse
 from fgpt.cli.train_command import HELP, recipe_with_options, split_options, wants_recipe
 from fgpt.cli.training import preview
@@ -81,7 +81,7 @@ def show(recipe: InstructionRecipe, count: int) -> None:
     for number, example in enumerate(examples[:count], 1):
         preview.print_example(f"example {number}, template {recipe.template}", example, encoding.tokenizer)
         console.print()
-    console.print(_table(counts, encoding.max_seq_len))
+    result_console.print(_table(counts, encoding.max_seq_len))
     if any(of_source.long for of_source in counts) and recipe.overlong == "error":
         console.print("training refuses to start with rows that are too long: --overlong drop, --overlong cut, or more")
 

@@ -20,6 +20,7 @@ from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.shared_evaluation import check_shared_evaluation
 from fgpt.cli.evaluation.text import text_metrics
 from fgpt.cli.options import parse
+from fgpt.cli.output_options import is_json, print_json
 from fgpt.cli.paths import shareable
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.build import load_base
@@ -253,10 +254,12 @@ def absolute_base(base: str) -> str:
 
 
 def _write(evaluation: Mapping[str, Any], folder: Path | None, out: Path | None) -> None:
-    """Write eval.json, by another name for other settings: into `out`, else into the run directory. Of several
-    processes the first one does.
+    """Write eval.json, by another name for other settings: into `out`, else into the run directory; and print it if
+    JSON is asked for. Of several processes the first one does.
     """
     place = out or folder
+    if is_json():
+        print_json(evaluation)
     if place is None or not processes.is_first():
         return
     settings = evaluation[results.SETTINGS]

@@ -5,6 +5,7 @@ Errors that a user can fix are one line on stderr and exit code 2.
 
 import contextlib
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fgpt import __version__
-from fgpt.cli import processes, streams
+from fgpt.cli import output_options, processes, streams
 from fgpt.cli.commands import COMMANDS, run_command, summaries
 from fgpt.cli.console import answers, console
 from fgpt.cli.errors import explain
+from fgpt.cli.output_options import JSON_COMMANDS
 from fgpt.cli.signals import interrupt, on_first_signal
 from fgpt.errors import CompileWarning, InputError
 
@@ -30,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for bad input, 130 if interrupted, 141 if stdout is a pipe that nobody reads any more.
     """
-    command, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
     with streams.robust_streams(), on_first_signal(interrupt), one_line_warnings():
         try:
-            _run(command, args)
+            output, args = output_options.split_output_options(sys.argv[1:] if argv is None else argv)
+            command, *options = args or ["--help"]
+            with output_options.use_output(output):
+                _run(command, options)
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a closed pipe is expected
         except KeyboardInterrupt:
@@ -47,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as err:
             if (line := explain(err)) is None:
                 raise
-            if not console.quiet:  # of several processes one prints
+            if output_options.VERBOSE in (sys.argv[1:] if argv is None else argv):
+                traceback.print_exc()
+            if not answers.quiet:  # of several processes one prints
                 print(f"error: {line}", file=sys.stderr)
             return 2
     return 0
@@ -84,6 +90,8 @@ def _run(command: str, args: Sequence[str]) -> None:
             except SystemExit as stop:  # a help text was printed
                 if stop.code:
                     raise
+                also = ", this one --json" if command in JSON_COMMANDS else ""
+                answers.print(f"\nEvery command has --quiet and --verbose{also}: fgpt --help says what they do.")
 
 
 def _print_help() -> None:
@@ -92,4 +100,8 @@ def _print_help() -> None:
     for name, summary in summaries():
         table.add_row(Text(name, "bold"), summary)
     answers.print(table)
-    answers.print("\nfgpt COMMAND --help lists the options of a command.")
+    answers.print(
+        "\nfgpt COMMAND --help lists the options of a command. Each has --quiet (results and errors alone) and "
+        f"--verbose (versions, files, times); --json prints the result of {', '.join(JSON_COMMANDS)} as one JSON "
+        "document."
+    )

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fgpt.adapters import merge as merge_adapters
 from fgpt.cli import run_dir
-from fgpt.cli.console import console
+from fgpt.cli.console import console, result_console
 from fgpt.cli.model_card.card import write_run_card
 from fgpt.cli.tasks import task_type
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
             table.add_row(source, f"{logit:.3g}", f"{nll:+.3g}")
         write_json(partial / "merge.json", summary)
         write_run_card(out, recipe, partial, task.class_names(recipe))
-    console.print(table)
+    result_console.print(table)
     console.print(f"saved {out / folder_name}", markup=False, soft_wrap=True)
     return out / folder_name
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
-from fgpt.cli.console import answers, console
+from fgpt.cli.console import answers, console, result_console
 from fgpt.cli.errors import explain
 from fgpt.errors import InputError, one_line
 
@@ -74,7 +74,7 @@ def join(command: str) -> Iterator[None]:
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections have stack traces
     if int(os.environ.get("RANK", "0")):
-        console.quiet = answers.quiet = True
+        console.quiet = result_console.quiet = answers.quiet = True
     if command not in COMMANDS:
         raise InputError(
             f"fgpt {command} runs in one process, and torchrun has started {count()}: start it without torchrun"

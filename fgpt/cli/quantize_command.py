@@ -16,7 +16,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from fgpt.classification_head import num_classes
-from fgpt.cli.console import console, show_progress
+from fgpt.cli.console import console, result_console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.model_card.card import write_quantized_card
 from fgpt.cli.paths import shareable
@@ -108,8 +108,8 @@ def run(options: QuantizeOptions) -> Path | None:
     results: dict[str, FormatResult] = {}
     if measured:
         results = _compare(params, measured, calibration, chosen)
-        console.print(table(options.base, results, measured))
-        console.print(recommendation(results), soft_wrap=True)
+        result_console.print(table(options.base, results, measured))
+        result_console.print(recommendation(results), soft_wrap=True)
     if options.to is None or folder is None:
         return None
     quantized = chosen[options.to].params

@@ -34,8 +34,9 @@ from fgpt.cli.environment import environment
 from fgpt.cli.paths import without_paths
 from fgpt.cli.run_json import RUN, read_run, write_run
 from fgpt.errors import InputError, short_repr
+from fgpt.io import models
 from fgpt.io.files import atomic_dir, must_not_move, read_json, remove_leftovers, write, write_json
-from fgpt.io.models import load, save
+from fgpt.io.models import CONFIG, load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
@@ -185,6 +186,18 @@ def _announce_choice(name: str, out: Path, chosen: Path, which: str = "") -> Pat
         choice = f"{name}: taking {chosen}, of {len(runs)} runs of that name the newest{which}"
         console.print(choice, markup=False, soft_wrap=True)
     return chosen
+
+
+def is_model(name: str, out: Path = Path("runs")) -> bool:
+    """Whether a name is no run's, and may be that of a model: an embedded one, a folder of one, a GGUF file, or a name
+    on the Hub, OWNER/NAME or that of a GPT-2.
+    """
+    if _candidates(name, out) or (Path(name) / SWEEP).is_file():
+        return False
+    if Path(name).exists():
+        return Path(name).suffix == ".gguf" or (Path(name) / CONFIG).is_file()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?|gpt2(-\w+)?", name)
+    return name in models.EMBEDDED or name in models.PACKAGED or (bool(on_hub) and not name.startswith("runs/"))
 
 
 def find_finished(name: str, out: Path = Path("runs")) -> Path:

@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, and JSON and text files, read with errors that name the file."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def to_utf8(text: str) -> bytes:
@@ -49,6 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _fsync(path.parent)
+        logger.debug("wrote %s", path)
     except OSError as err:
         _check_not_moved(path)
         raise InputError(f"cannot write {path}: {err.strerror or err}; free space or choose another folder") from None
@@ -75,6 +79,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
             _fsync(temporary)
             _replace(temporary, path)
             _fsync(path.parent)
+            logger.debug("wrote %s", path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as err:

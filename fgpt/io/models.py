@@ -11,6 +11,7 @@ random ones. What bitsandbytes has quantized, and transformers saved, is read.
 """
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import astype, replace_at, select, tree_map, walk
 from fgpt.weights import dtype as weight_dtype
 from fgpt.weights import shape as weight_shape
+
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, TREE, CARD = "config.json", "model.safetensors", "fgpt.safetensors", "README.md"
 MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", TREE, CARD, *tokenizer_files.FILES]
@@ -212,6 +215,7 @@ class _Source(NamedTuple):
 
 
 def _open(path: Path) -> _Source:
+    logger.debug("reading the model %s", path)
     file = gguf.open_gguf(path) if path.is_file() else None
     config = file.config if file else read_json(path / CONFIG)
     if not isinstance(config, dict):

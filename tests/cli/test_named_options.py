@@ -18,6 +18,7 @@ from fgpt.cli.export_command import ExportOptions
 from fgpt.cli.forget_command import ForgetOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
+from fgpt.cli.output_options import OUTPUT_OPTIONS
 from fgpt.cli.quantize_command import QuantizeOptions
 from fgpt.cli.sweep.command import SweepOptions
 from fgpt.recipes import KINDS, RECIPES
@@ -39,7 +40,7 @@ CLASSES: list[type[Any]] = [
     RangeOptions,
 ]
 """Every class whose fields are options of some command."""
-OPTIONS = {"--help", "--resume", "--auto-resume"}.union(*(option_names(cls) for cls in CLASSES))
+OPTIONS = {"--help", "--resume", "--auto-resume", *OUTPUT_OPTIONS}.union(*(option_names(cls) for cls in CLASSES))
 GROUPS = {option.rpartition(".")[0] for option in OPTIONS if "." in option}
 """--adapter, --columns: what the names of several options begin with."""
 OTHERS = {

@@ -19,7 +19,7 @@ from fgpt.adapters import adapt
 from fgpt.cli import run_dir, tasks
 from fgpt.cli.attribution.effects import Attribution, answer_loss, at_the_end, through_training
 from fgpt.cli.attribution.page import Page, Row, write_page
-from fgpt.cli.console import console, quiet
+from fgpt.cli.console import console, quiet, result_console
 from fgpt.cli.results import SETTINGS, free_name, name_part, training_id
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.preview import text_with_mask
@@ -175,10 +175,10 @@ def _rows(job: TrainingJob, result: Attribution, indices: Sequence[int]) -> list
 
 
 def _print(page: Page) -> None:
-    console.print(f"answer: {page.answer.strip()}", markup=False)
-    console.print(page.summary, markup=False)
+    result_console.print(f"answer: {page.answer.strip()}", markup=False)
+    result_console.print(page.summary, markup=False)
     for title, rows in (("for the answer", page.supporting), ("against it", page.opposing)):
         table = Table("row", page.unit, "text, with what is trained on marked", title=title, title_justify="left")
         for row in rows[:PRINTED]:
             table.add_row(str(row.number), f"{row.effect:+.2g}", Text(" ".join(row.text.split())))
-        console.print(table)
+        result_console.print(table)

@@ -10,8 +10,9 @@ from fgpt.checks import NUM_CHECKS, CheckResult, iter_checks
 from fgpt.checks.context import slice_batch
 from fgpt.classification_head import num_classes
 from fgpt.cli import tasks
-from fgpt.cli.console import console, progress
+from fgpt.cli.console import console, progress, result_console
 from fgpt.cli.diagnostics.replay import texts_of
+from fgpt.cli.output_options import is_json, print_json
 from fgpt.cli.training import format_cost
 from fgpt.cli.training.job import TrainingJob
 from fgpt.errors import InputError
@@ -32,7 +33,8 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
     job = tasks.build_job(recipe)
     base, adapters, batch = first_step_inputs(job)
     batch = slice_batch(batch, slice(NUM_ROWS))
-    console.print(describe_machine(base, batch))
+    machine = describe_machine(base, batch)
+    console.print(machine)
     if isinstance(recipe, FineTuningRecipe) and recipe.quantize is not None and num_classes(base) is None:
         cost = format_cost.measure_cost(recipe, base, batch)
         if cost is not None:
@@ -42,7 +44,10 @@ def run(recipe: AnyRecipe) -> tuple[CheckResult, ...]:
         console.print("the checks compute gradients uncompiled; --no-compile trains with the same programs")
     checks = iter_checks(base, adapters, batch, lr=peak_lr(job), compile=compiles_blocks)
     results = tuple(progress(checks, "running checks", NUM_CHECKS + compiles_blocks))
-    console.print(table(recipe.name, results))
+    result_console.print(table(recipe.name, results))
+    if is_json():
+        checks = [vars(result) | {"holds": result.holds} for result in results]
+        print_json({"recipe": recipe.name, "machine": machine, "checks": checks})
     if broken := [result.check for result in results if result.holds is False]:
         raise InputError(
             f"{recipe.name}: {', '.join(broken)}: broken on this machine, see the table; do not trust what it trains"

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from fgpt.cli import tasks
-from fgpt.cli.console import console, show_progress
+from fgpt.cli.console import console, result_console, show_progress
 from fgpt.cli.figures import escape_mathtext, save_png
 from fgpt.cli.training.job import place
 from fgpt.errors import InputError
@@ -78,8 +78,8 @@ def run(recipe: AnyRecipe, options: RangeOptions) -> LRRange:
             lrs=lrs,
             rng=job.rng,
         )
-    console.print(table(recipe.name, result))
-    console.print(advice(result))
+    result_console.print(table(recipe.name, result))
+    result_console.print(advice(result))
     picture = options.picture or recipe.out / f"lr-range-{recipe.name}.png"
     plot(result, picture, recipe.name)
     console.print(f"{what} in {time.monotonic() - begin:.0f} s; {picture}", soft_wrap=True)

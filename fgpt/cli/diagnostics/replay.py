@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from fgpt.cli import run_dir, tasks
-from fgpt.cli.console import console, show_progress
+from fgpt.cli.console import console, result_console, show_progress
 from fgpt.cli.devices import resolve_device
 from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import checkpoints
@@ -45,7 +45,7 @@ def replay(name: str, step: int, out: Path = Path("runs")) -> None:
     table = Table("", "replayed", "logged", title=f"{folder}, step {step} of {job.steps}", title_justify="left")
     for name, value in replayed.items():
         table.add_row(name.replace("_", " "), repr(value), repr(logged[name]) if name in logged else "not reached")
-    console.print(table)
+    result_console.print(table)
     tolerance = rounding(job.recipe, resolve_device(job.recipe.device))
     if tolerance:
         why = "a GPU adds in any order without --deterministic"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from rich.table import Table
 
-from fgpt.cli.console import console
+from fgpt.cli.console import console, result_console
 from fgpt.distributed import world
 from fgpt.errors import InputError, one_line
 from fgpt.model import GPT
@@ -109,4 +109,4 @@ def show(results: Mapping[str, Mapping[str, Any]]) -> None:
             if kind and not name.endswith("_stderr") and isinstance(x, int | float):
                 error = scores.get(f"{name}_stderr,{kind}")
                 table.add_row(task, name, f"{x:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
-    console.print(table)
+    result_console.print(table)

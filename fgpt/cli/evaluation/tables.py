@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from rich.table import Table
 
-from fgpt.cli.console import console
+from fgpt.cli.console import result_console
 
 Metrics: TypeAlias = dict[str, float | int | None]
 """By name; None is infinity."""
@@ -21,5 +21,5 @@ def print_metrics(title: str, counts: Mapping[str, int], values: Mapping[str, fl
     table.add_section()
     for name, value in values.items():
         table.add_row(name, f"{value:.4f}" if value < 1e6 else f"{value:.4g}")
-    console.print(table)
+    result_console.print(table)
     return {**counts, **{name: value if math.isfinite(value) else None for name, value in values.items()}}

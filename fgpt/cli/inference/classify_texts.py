@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from fgpt.cli import run_dir
 from fgpt.cli.console import answers
 from fgpt.cli.inference import classifiers
+from fgpt.cli.output_options import is_json, print_json
 from fgpt.data.classification_prompts import LabeledText
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
@@ -45,12 +47,25 @@ def run(options: ClassifyOptions) -> None:
     else:
         rows = [parse_text(text, are_pairs, f"text {i}") for i, text in enumerate(options.texts, 1)]
     predictions = classifiers.predict(classifiers.load_classifier(folder), rows, options.labels)
+    if is_json():
+        print_json(as_json(options.run, rows, predictions))
+        return
     if options.file is None:
-        answers.print(table(rows, predictions))
+        narrow = answers.width < TEXT_WIDTH + sum(3 + max(len(name), 5) for name in predictions.names)
+        answers.print((lists if narrow else table)(rows, predictions))
         return
     best = predictions.probabilities.amax(-1).tolist()
     for row, label, probability in zip(rows, predictions.argmax, best, strict=True):
         print(label, f"{probability:.4f}", row.text, *([row.text2] if are_pairs else []), sep="\t")
+
+
+def as_json(run: str, rows: Sequence[LabeledText], predictions: classifiers.Predictions) -> dict[str, Any]:
+    """What --json prints."""
+    entries = []
+    for row, values, label in zip(rows, predictions.probabilities.tolist(), predictions.argmax, strict=True):
+        texts = {"text": row.text} | ({"text2": row.text2} if row.text2 else {})
+        entries.append(texts | {"label": label, "probabilities": dict(zip(predictions.names, values, strict=True))})
+    return {"run": run, "labels": list(predictions.names), "predictions": entries}
 
 
 def parse_text(text: str, is_pair: bool, where: str) -> LabeledText:
@@ -59,6 +74,21 @@ def parse_text(text: str, is_pair: bool, where: str) -> LabeledText:
     if is_pair and not (tab and second.strip()):
         raise InputError(f"{where}: the run classifies pairs: expected two texts with a tab between them")
     return LabeledText(first.strip(), second.strip(), where=where)
+
+
+TEXT_WIDTH = 24
+"""Columns that a table leaves for the texts; in a narrower terminal each text is a list."""
+
+
+def lists(rows: Sequence[LabeledText], predictions: classifiers.Predictions) -> Group:
+    """Each text, and below it its probabilities, the largest first: for narrow terminals and many labels."""
+    lines: list[Text] = []
+    for row, probabilities in zip(rows, predictions.probabilities.tolist(), strict=True):
+        lines.append(Text(" / ".join(x for x in (row.text, row.text2) if x)))
+        by_size = sorted(zip(probabilities, predictions.names, strict=True), reverse=True)
+        for i, (probability, name) in enumerate(by_size):
+            lines.append(Text(f"  {probability:.3f}  {name}", "" if i else "bold"))
+    return Group(*lines)
 
 
 def table(rows: Sequence[LabeledText], predictions: classifiers.Predictions) -> Table:

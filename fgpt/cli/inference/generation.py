@@ -1,55 +1,123 @@
-"""Generation with a trained run: one text as it is written, several texts, and a conversation."""
+"""Generation with a trained run, or a model as it is: one text as it is written, several texts, and a conversation."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+from fgpt.classification_head import num_classes
 from fgpt.cli import run_dir
+from fgpt.cli.console import show_progress
+from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.inference.options import GenerationOptions
+from fgpt.cli.output_options import is_json, print_json
+from fgpt.cli.paths import shareable
 from fgpt.cli.training.build import load_base
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.conversations import Message
-from fgpt.data.prompt_templates import InstructionRow, Turn, encode_prompt, template
+from fgpt.data.prompt_templates import NONE, InstructionRow, Turn, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.generation.beam import beam_search
 from fgpt.generation.loop import generate, stop_on_strings, stream, stream_text, truncate_at_stop
+from fgpt.io import models
+from fgpt.io.files import read_text
 from fgpt.model import GPT
-from fgpt.recipes import InstructionRecipe
+from fgpt.recipes import InstructionRecipe, PretrainingRecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 
 class LoadedRun(NamedTuple):
-    """A trained run, ready to generate."""
+    """A trained run, or a model as it is, ready to generate."""
 
     recipe: InstructionRecipe
+    """Of a model as it is, one of its name and prompt template."""
     params: GPT
     tokenizer: Tokenizer
 
 
-def load_run(name: str) -> LoadedRun:
-    """Raises InputError for an unknown run."""
-    folder = run_dir.find_finished(name)
-    recipe = run_dir.instruction_run(folder)
-    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), load_tokenizer(recipe).tokenizer)
+def load_run(name: str, prompt_template: str | None = None) -> LoadedRun:
+    """A run by its name or folder; or a model: nano, smollm2, a folder, a GGUF file, a name on the Hub.
 
+    Args:
+        name: Of a run or a model. A run comes first.
+        prompt_template: None takes that of the training; of a model, its chat template if it has one.
 
-def answer(name: str, instruction: str, context: str, options: GenerationOptions) -> None:
-    """Print the responses of run `name` to an instruction, in the template it was trained with. `context` is what the
-    instruction applies to; it may be empty.
-
-    Raises InputError for an unknown run, or an empty or overlong prompt.
+    Raises:
+        InputError: if there is neither, and for a run that generates no text.
     """
+    if run_dir.is_model(name):
+        return _load_model(name, name, prompt_template)
+    folder = run_dir.find_finished(name)
+    recipe = run_dir.read_run(folder)
+    if isinstance(recipe, PretrainingRecipe):
+        return _load_model(recipe.name, str(folder / run_dir.MODEL), prompt_template)
+    recipe = run_dir.instruction_run(folder)
+    tokenizer = load_tokenizer(recipe).tokenizer
+    recipe = replace(recipe, template=prompt_template or recipe.template)
+    template(recipe.template)  # an unknown one is refused before the model is loaded
+    return LoadedRun(recipe, run_dir.load_tuned(folder, load_base(recipe)), tokenizer)
+
+
+def _load_model(name: str, source: str, prompt_template: str | None) -> LoadedRun:
+    tokenizer = models.tokenizer(source)
+    prompt_template = prompt_template or _template_of_model(source, tokenizer)
+    template(prompt_template)
+    target = resolve_device("auto")
+    with show_progress(f"loading {name}"):
+        params = models.load(source, resolve_dtype("auto", target), device=target)
+    if (classes := num_classes(params)) is not None:
+        raise InputError(f"{name} is a classifier of {classes} classes: expected a language model")
+    return LoadedRun(InstructionRecipe(name=name, base=source, data=(), template=prompt_template), params, tokenizer)
+
+
+def _template_of_model(source: str, tokenizer: Tokenizer) -> str:
+    """That of the run whose merged model this is; else chat, if its tokenizer has a chat template, or none."""
+    folder = Path(source).parent
+    if (folder / run_dir.RUN).is_file():
+        recipe = run_dir.read_run(folder)
+        return recipe.template if isinstance(recipe, InstructionRecipe) else NONE.name
+    return "chat" if tokenizer.chat_template is not None else NONE.name
+
+
+def answer(
+    name: str, instruction: str, context: str, options: GenerationOptions, prompt_template: str | None = None
+) -> None:
+    """Print the responses of a run or a model to an instruction.
+
+    Args:
+        name: As `load_run` takes it.
+        instruction: The prompt; `-` reads standard input.
+        context: What the instruction applies to; it may be empty.
+        options: How to generate.
+        prompt_template: As `load_run` takes it.
+
+    Raises:
+        InputError: as `load_run` does, and for an empty or overlong prompt.
+    """
+    if instruction == "-":
+        instruction = read_text(Path("-")).strip()
     if not instruction.strip():
         raise InputError("the prompt is empty: say what to write")
-    run = load_run(name)
+    run = load_run(name, prompt_template)
     prompt = encode_prompt(InstructionRow(instruction, context, ""), template(run.recipe.template), run.tokenizer)
     if options.num_beams == 1 and options.num_return_sequences == 1:
-        print_stream(generate_text(run, prompt, options))
+        pieces = generate_text(run, prompt, options)
+        if not is_json():
+            print_stream(pieces)
+            return
+        texts = ["".join(pieces)]
+    elif options.num_beams > 1:
+        texts = _beam_texts(run, prompt, options)
+    else:
+        texts = _sampled_texts(run, prompt, options)
+    texts = [truncate_at_stop(text, options.stop).strip() for text in texts]
+    if is_json():
+        about = {"run": name, "base": shareable(run.recipe.base), "template": run.recipe.template}
+        print_json(about | {"prompt": instruction, "input": context, "responses": texts})
         return
-    texts = _beam_texts(run, prompt, options) if options.num_beams > 1 else _sampled_texts(run, prompt, options)
-    print("\n\n".join(truncate_at_stop(text, options.stop).strip() for text in texts))
+    print("\n\n".join(texts))
 
 
 def _beam_texts(run: LoadedRun, prompt: Sequence[int], options: GenerationOptions) -> list[str]:
@@ -121,12 +189,17 @@ def print_stream(pieces: Iterator[str]) -> str:
 HELP = "/reset forgets the conversation, /temp 0.8 sets the temperature, /quit ends"
 
 
-def chat(name: str, options: GenerationOptions, read: Callable[[str], str] = input) -> None:
-    """A conversation with run `name`, line by line.
+def chat(
+    name: str,
+    options: GenerationOptions,
+    prompt_template: str | None = None,
+    read: Callable[[str], str] = input,
+) -> None:
+    """A conversation with a run or a model, line by line.
 
-    Raises InputError for an unknown run.
+    Raises InputError as `load_run` does.
     """
-    run = load_run(name)
+    run = load_run(name, prompt_template)
     print(f"{run.recipe.name}: {run.recipe.base}. {HELP}.")
     turns: list[InstructionRow] = []
     while True:

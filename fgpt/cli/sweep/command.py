@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fgpt.cli import processes, run_dir, tasks
-from fgpt.cli.console import console, exclusive_progress, quiet, show_progress
+from fgpt.cli.console import console, exclusive_progress, quiet, result_console, show_progress
 from fgpt.cli.environment import environment
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.model_card.card import write_trained_card
@@ -375,9 +375,9 @@ def _report(folder: Path, header: dict[str, Any], members: list[Member], seconds
     Raises InputError if no member has finished.
     """
     results.write_results(folder, header, members)
-    console.print(results.table(members, f"{header['recipe']}: the best first"))
+    result_console.print(results.table(members, f"{header['recipe']}: the best first"))
     if spreads := results.over_seeds(members):
-        console.print(results.spread_table(spreads))
+        result_console.print(results.spread_table(spreads))
     counts = {s: sum(member.state == s for member in members) for s in ("finished", "stopped", "failed")}
     how = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     summary = f"{len(members)} members of {header['recipe']}: {how}; {seconds:.0f} s"
@@ -419,7 +419,7 @@ def _progress(members: Sequence[Member], here: World) -> Any:
         for member in members if here.size > 1 else ():
             if member.state != "training":
                 member.read_lines()  # that others train
-        console.print(results.table(members, f"step {max(m.step for m in members)}", limit=8))
+        result_console.print(results.table(members, f"step {max(m.step for m in members)}", limit=8))
 
     return show
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, trainable_leaves
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, show_progress
+from fgpt.cli.console import announce, console, result_console, show_progress
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation.classification import classification_metrics, load_test_set, score, with_other_data
 from fgpt.cli.evaluation.metrics.classes import Scores, majority, plot_confusion
@@ -211,5 +211,5 @@ def report(name: str, labels: Sequence[str], num_rows: int, table: ScoreTable, o
     for model, (values, loss) in table.items():
         loss_text = "" if loss is None else f"{loss:.3f}"
         view.add_row(model, f"{values['accuracy']:.3f}", f"{values['macro_f1']:.3f}", loss_text)
-    console.print(view)
+    result_console.print(view)
     console.print(f"confusion matrix: {out / run_dir.CONFUSION}; all figures: {out / run_dir.SCORES}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console
+from fgpt.cli.console import announce, result_console
 from fgpt.cli.devices import describe_precision, resolve_precision
 from fgpt.cli.evaluation import compare
 from fgpt.cli.evaluation.compare.results import Comparison
@@ -292,4 +292,4 @@ def print_figures(figures: dict[str, float]) -> None:
         value = f"{100 * figures[name]:.1f} %" if name == "accuracy" else f"{figures[name]:.4f}"
         parts.append(f"{text} {value}" + (" nats per token" if name == "kl" else ""))
     if parts:
-        console.print(f"held-out rows: {', '.join(parts)}")
+        result_console.print(f"held-out rows: {', '.join(parts)}")

@@ -13,7 +13,7 @@ from typing import ClassVar, TypeAlias
 import torch
 
 from fgpt.cli import run_dir
-from fgpt.cli.console import announce, console, progress, show_progress
+from fgpt.cli.console import announce, progress, result_console, show_progress
 from fgpt.cli.devices import describe_precision, resolve_device, resolve_dtype, resolve_precision
 from fgpt.cli.evaluation.options import RunEvaluationOptions
 from fgpt.cli.evaluation.tables import Metrics
@@ -273,13 +273,13 @@ class PretrainingTask:
             sampling=sampling,
             rng=rng,
         )
-        console.print(f"\n{tokenizer.decode(text.tokens)}")
+        result_console.print(f"\n{tokenizer.decode(text.tokens)}")
 
 
 def report(out: Path, before: Figures, after: Figures, num_documents: int) -> None:
     """Write and print the held-out figures, before and after."""
     write_json(out / run_dir.RESULT, after | {"heldout_documents": num_documents, "before": before})
-    console.print(f"held out, {num_documents} documents, before and after:")
+    result_console.print(f"held out, {num_documents} documents, before and after:")
     for name, value in after.items():
         first, last = ("infinite" if x is None else f"{x:,.3f}" for x in (before[name], value))
-        console.print(f"  {name.replace('_', ' ')}: {first} -> {last}")
+        result_console.print(f"  {name.replace('_', ' ')}: {first} -> {last}")

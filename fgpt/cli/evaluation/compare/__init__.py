@@ -26,6 +26,7 @@ from fgpt.cli.evaluation.compare.scores import (
     text_scores,
 )
 from fgpt.cli.inference.options import DEFAULT_DECODING, ComparisonDecoding
+from fgpt.cli.output_options import is_json, print_json
 from fgpt.cli.training.examples import load_heldout_rows
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow
@@ -188,6 +189,8 @@ def save(comparison: Comparison, out: Path, stem: str) -> None:
     write(out / f"{stem}.md", text)
     write(out / f"{stem}.html", html)
     show(comparison)
+    if is_json():
+        print_json(as_json(comparison) | {"file": out / f"{stem}.json"})
     console.print(f"all {len(comparison.rows)} answers: {out / stem}.md and .html")
 
 

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from fgpt.cli.console import console
+from fgpt.cli.console import result_console
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
 
 NUM_SHOWN = 3
@@ -40,7 +40,7 @@ def show(comparison: Comparison) -> None:
             prompt = row.instruction + (f"\n{row.input}" if row.input else "")
             texts = [_text(answers[i]) for answers in comparison.answers.values()]
             table.add_row(prompt, *texts, end_section=True)
-    console.print(table)
+    result_console.print(table)
 
 
 def _text(answer: Answer) -> str:
