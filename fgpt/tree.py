@@ -6,6 +6,7 @@ blocks.3.attn.q.w      a leaf (a tensor)
 
 import dataclasses
 import difflib
+import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
@@ -44,8 +45,14 @@ def node(cls: type[T]) -> type[T]:
     ...     b: Tensor | None = None
     >>> list(leaves(Affine(torch.ones(2))))
     ['w']
+
+    A node shows the shapes of its tensors, and none of their elements:
+
+    >>> Affine(torch.ones(2, 3))
+    Affine(w=float32[2, 3])
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)  # eq would compare tensors elementwise
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)  # eq would compare tensors elementwise
+    cls.__repr__ = lambda self: describe(self)
     specs = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     statics = tuple(f.name for f in specs if f.metadata.get("static"))
     dynamics = tuple(f.name for f in specs if not f.metadata.get("static"))
@@ -82,6 +89,43 @@ def node(cls: type[T]) -> type[T]:
     for register in _REGISTRIES.values():
         register(cls)
     return cls
+
+
+LINE_WIDTH = 100
+"""Characters of a description's line, above which each field has one of its own."""
+
+
+def describe(tree: Any, indent: str = "") -> str:
+    """A tree as text: of a tensor its dtype and shape, of equal neighbors in a list one and their number.
+
+    Args:
+        tree: Any tree, such as params or adapters.
+        indent: What each line but the first begins with.
+
+    >>> print(describe({"layers": [torch.zeros(2, 3), torch.ones(2, 3)], "scale": 1.0}))
+    {layers: [2 x float32[2, 3]], scale: 1.0}
+    """
+    if isinstance(tree, Tensor):
+        place = "" if tree.device.type == "cpu" else f" on {tree.device}"
+        return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}{place}"
+    inner = indent + "  "
+    if type(tree) in _FIELDS:
+        fields = [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+        parts = [f"{name}={describe(value, inner)}" for name, value in fields if value is not None]
+        begin, end = f"{type(tree).__name__}(", ")"
+    elif isinstance(tree, Mapping):
+        parts = [f"{key}: {describe(value, inner)}" for key, value in tree.items()]
+        begin, end = "{", "}"
+    elif isinstance(tree, list | tuple) and any(type(x) in _FIELDS or isinstance(x, Tensor) for x in tree):
+        runs = [(text, len([*equal])) for text, equal in itertools.groupby(describe(x, inner) for x in tree)]
+        parts = [text if count == 1 else f"{count} x {text}" for text, count in runs]
+        begin, end = ("[", "]") if isinstance(tree, list) else ("(", ")")
+    else:
+        return repr(tree)
+    line = f"{begin}{', '.join(parts)}{end}"
+    if len(indent) + len(line) <= LINE_WIDTH and "\n" not in line:
+        return line
+    return "\n".join([begin, *[f"{inner}{part}," for part in parts], f"{indent}{end}"])
 
 
 def children(tree: Any) -> list[tuple[str, Any]]:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
+import fgpt
 from fgpt.errors import InputError
-from fgpt.tree import leaves, ravel, replace_at, tree_leaves, tree_map, unflatten_like
+from fgpt.tree import describe, leaves, ravel, replace_at, tree_leaves, tree_map, unflatten_like
 
 TREES = trees(INTEGERS | st.integers(0, 9))
 
@@ -109,3 +110,25 @@ def test_what_is_no_vector():
         ravel([torch.ones(2)])[1](torch.ones(3))
     assert ravel({})[0].shape == (0,)
     assert ravel({})[1](torch.zeros(0)) == {}
+
+
+@given(trees(st.integers(0, 3).map(lambda n: torch.full((n, 2), 123.0))))
+def test_a_description_has_every_shape_and_no_element(tree: Any):
+    text = describe({"tree": tree})
+    assert "123" not in text
+    for x in pytree.tree_leaves(tree):
+        assert f"float32{list(x.shape)}" in text
+
+
+def test_params_show_their_shapes(gpt: fgpt.GPT):
+    text = repr(gpt)
+    assert len(text) < 4000
+    assert f"wte=Embedding(w=float32{list(gpt.wte.w.shape)})" in text
+    assert f"{gpt.cfg.n_layer} x Block(" in text
+    changed = replace_at(gpt, {"blocks.0.attn.q.b": gpt.blocks[0].attn.q.b.double()})
+    assert " x Block(" not in repr(changed)  # a block that differs from the other stands by itself
+    adapter = fgpt.LoRA(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    assert repr(adapter).startswith("LoRA(a=float32[2, 3], b=float32[4, 2], alpha=1.0")
+    mapped = []
+    torch.func.vmap(lambda x: (mapped.append(repr(fgpt.LoRA(x, x, 1.0))), x)[1])(torch.ones(5, 2, 2))
+    assert mapped[0].startswith("LoRA(a=float32[2, 2], ")

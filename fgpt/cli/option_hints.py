@@ -118,6 +118,10 @@ OPTIONS = {
     "lora-key": "--adapter.target",
     "lora-value": "--adapter.target",
     "modules-to-save": "--tune-also",
+    "init-lora-weights": "--adapter.init",
+    "adapter-name-or-path": "--adapter.init",
+    "adapter-path": "--adapter.init",
+    "lora-path": "--adapter.init",
     # the run: output, logs, checkpoints, held-out loss
     "output-dir": "--out",
     "out-dir": "--out",

@@ -21,6 +21,8 @@ ABOUT = "full paths on this machine, and the seed of private noise, for resuming
 PRIVACY = "privacy"
 """The field of recipes whose seed is secret."""
 
+ADAPTER = "adapter"
+"""The field of recipes whose `init` may be a path."""
 FIELDS = ("base", "teacher", "data", "eval_data", "forget", "source", "train", "test", "heldout", "tokenizer", "out")
 """The fields of recipes that may be paths."""
 
@@ -57,7 +59,13 @@ def shareable_fields(run: Mapping[str, Any]) -> dict[str, Any]:
     shared = {name: _field(x) if name in FIELDS else x for name, x in run.items()}
     if PRIVACY in run:
         shared[PRIVACY] = _without_seed(run[PRIVACY])
+    if ADAPTER in run:
+        shared[ADAPTER] = _with_short_init(run[ADAPTER])
     return shared
+
+
+def _with_short_init(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    return {**adapter, "init": shareable(adapter["init"])} if "init" in adapter else {**adapter}
 
 
 def _without_seed(privacy: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def with_full_paths(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
 def _fits(full: Any, short: Any) -> bool:
     """Whether `short` is `full` shortened, in any working directory."""
     if isinstance(full, dict) and isinstance(short, dict):
-        return _without_seed(full) == short
+        return short in (_without_seed(full) if "seed" in full else full, _with_short_init(full))
     if isinstance(full, str) and isinstance(short, str):
         both = [[full], [short]]
     elif isinstance(full, list) and isinstance(short, list):

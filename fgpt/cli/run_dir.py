@@ -40,7 +40,7 @@ from fgpt.io.models import CONFIG, load, save
 from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
-from fgpt.recipes import RECIPES, AnyRecipe, InstructionRecipe, TrainingRecipe
+from fgpt.recipes import RECIPES, AnyRecipe, FineTuningRecipe, InstructionRecipe, TrainingRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, leaves
 from fgpt.weights import dtype
@@ -76,6 +76,8 @@ def open_run_dir(run: AnyRecipe, steps: int, existing: Path | None = None) -> It
             write_json(folder / ENVIRONMENT, environment())
             write_run(folder, run)  # last: a folder that has it has all of them
         else:
+            if isinstance(run, FineTuningRecipe) and run.lengthened_at:
+                write_run(folder, run)
             remove_leftovers_of_run(folder)
             _report_version_change(folder)
         try:
@@ -246,8 +248,10 @@ def find_unfinished(name: str, out: Path = Path("runs")) -> Path:
     if not unfinished:
         _refuse_sweep(name, out)
         if runs:
-            restart = f"; start a new one: fgpt train {name}" if name in RECIPES else ""
-            raise InputError(f"nothing to resume: {runs[-1]} has finished{restart}")
+            restart = f"start a new one: fgpt train {name}, or " if name in RECIPES else ""
+            raise InputError(
+                f"nothing to resume: {runs[-1]} has finished; {restart}lengthen it by more --steps or --epochs"
+            )
         raise InputError(f"nothing to resume: there is no run {name!r} under {out}/; {_how_to_start(name, out)}")
     return _announce_choice(name, out, unfinished[-1], " that has not finished")
 
@@ -352,9 +356,14 @@ def load_adapters_of(folder: Path, base: GPT) -> Adapters:
     """The adapters of a run over `base`; of a tuned model all its leaves."""
     if (folder / MODEL).is_dir():
         return {**leaves(load(str(folder / MODEL), dtype(base.wte.w), device=device(base)))}
-    if (folder / ADAPTER / ADAPTERS).is_file():
-        return load_adapters(folder / ADAPTER / ADAPTERS, base)
-    return load_peft(folder / ADAPTER, base)
+    return load_adapters_in(folder / ADAPTER, base)
+
+
+def load_adapters_in(folder: Path, base: GPT) -> Adapters:
+    """The adapters of a folder in our format or in PEFT's, over `base`."""
+    if (folder / ADAPTERS).is_file():
+        return load_adapters(folder / ADAPTERS, base)
+    return load_peft(folder, base)
 
 
 def is_training(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgpt import recipes
+from fgpt.cli import config_file, run_json
 from fgpt.cli.console import answers, console
 from fgpt.cli.listing import print_recipes
 from fgpt.cli.options import option_names, parse
@@ -18,7 +19,7 @@ AUTO_RESUME = "--auto-resume"
 
 def train(args: Sequence[str]) -> None:
     """Train a recipe, or resume a run: fgpt train lora-nano --lr 1e-3."""
-    name, *options = args or [""]
+    name, *options = with_recipe(args) or [""]
     if wants_recipe("train", name):
         return
     if AUTO_RESUME in options:
@@ -62,6 +63,24 @@ def lr_range(args: Sequence[str]) -> None:
     run(recipe_with_options(name, others, command), range_options)
 
 
+def with_recipe(args: Sequence[str]) -> list[str]:
+    """The arguments with the name of the recipe in front, where a --config file says it alone.
+
+    Raises InputError if it does not.
+    """
+    if not args or args[0].partition("=")[0] != config_file.OPTION:
+        return list(args)
+    path, _ = config_file.split_config(args)
+    assert path is not None
+    values = config_file.read_config(path)
+    name = values.get(config_file.RECIPE)
+    if name is None and path.name == run_json.RUN:
+        name = recipes.nearest(run_json.read_run(path.parent))
+    if not isinstance(name, str):
+        raise InputError(f"{path} names no recipe: add recipe: lora-nano, or type fgpt train RECIPE --config {path}")
+    return [name, *args]
+
+
 def split_options(args: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of `args` that `names` has, with their one value each, and all others."""
     matched: list[str] = []
@@ -96,7 +115,13 @@ def wants_recipe(command: str, name: str) -> bool:
 
 
 def recipe_with_options(name: str, options: Sequence[str], command: str) -> recipes.AnyRecipe:
-    """A recipe with its options replaced. Raises InputError for an unknown recipe or option."""
+    """A recipe with its options replaced, by those of a --config file first. Raises InputError for an unknown recipe or
+    option.
+    """
+    path, options = config_file.split_config(options)
+    if path is not None:
+        from_file = config_file.as_options(config_file.read_config(path), path)
+        options = [*config_file.without_overridden(from_file, options), *options]
     if name not in recipes.RECIPES and (folder := _run_dir_of(name)):
         raise InputError(
             f"no recipe named {name!r}: {folder} is a run that a recipe has made; give that recipe, and --name "
@@ -153,16 +178,21 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     Raises InputError if there is none, or an option would make it another training.
     """
     from fgpt.cli import run_dir
-    from fgpt.cli.training.job import MUTABLE_OPTIONS
+    from fgpt.cli.training.job import LENGTHS, MUTABLE_OPTIONS
 
     command = f"fgpt train {name} --resume"
+    lengths = {option.partition("=")[0].removeprefix("--") for option in options} & {"steps", "epochs"}
+    find = run_dir.find_any if lengths else run_dir.find_unfinished
     if name in recipes.RECIPES:
         recipe = recipe_with_options(name, options, command)
-        folder = run_dir.find_unfinished(recipe.name, recipe.out)
+        folder = find(recipe.name, recipe.out)
     else:
-        folder = run_dir.find_unfinished(name, _out_option(options))
+        folder = find(name, _out_option(options))
     started = run_dir.read_run(folder)
     run = parse(type(started), options, started, command)
+    is_lengthened = bool(lengths) and run_dir.read_state(folder) == "finished"
+    if is_lengthened:
+        run = _lengthened(run, folder, lengths)
     if run.dtype == "auto":
         run = dataclasses.replace(run, dtype=started.dtype)
     if run.micro_batch_size == "auto":
@@ -171,10 +201,26 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         run = run if run.template != "auto" else dataclasses.replace(run, template=started.template)
     for field in dataclasses.fields(run):
         before, now = getattr(started, field.name), getattr(run, field.name)
+        if is_lengthened and field.name in LENGTHS:
+            continue
         if before != now and field.name not in MUTABLE_OPTIONS:
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
             raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
     return run, folder
+
+
+def _lengthened(run: recipes.AnyRecipe, folder: Path, lengths: set[str]) -> recipes.AnyRecipe:
+    """A finished run with more steps or epochs. Raises InputError for one that cannot have more."""
+    if not isinstance(run, recipes.FineTuningRecipe):
+        raise InputError(f"{folder} has finished, and a pretraining cannot be lengthened: start a new run")
+    if run.privacy.epsilon is not None:
+        raise InputError(f"{folder} has spent its privacy budget: it cannot be lengthened")
+    from fgpt.cli import run_dir
+    from fgpt.cli.metrics_log import last_metrics
+
+    end = last_metrics(folder / run_dir.METRICS).get("step", 0)
+    steps = run.steps if "steps" in lengths else None
+    return dataclasses.replace(run, steps=steps, lengthened_at=(*run.lengthened_at, end))
 
 
 def _auto_resume(recipe_name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path | None] | None:

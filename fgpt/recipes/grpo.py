@@ -17,6 +17,9 @@ class GRPORecipe(InstructionRecipe):
 
     kind: ClassVar[str] = "grpo"
 
+    eval_every: PositiveInt | None = None
+    """Steps from one evaluation (held-out loss, of the answers of the data) to the next; the best state is checkpointed
+    too. None computes none."""
     reward: Literal["nano", "gsm8k"]
     """nano: how far an answer does what the embedded instructions ask. gsm8k: 1 if its last number is the last number
     of the row's output, else 0."""

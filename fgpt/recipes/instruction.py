@@ -18,6 +18,9 @@ class InstructionRecipe(FineTuningRecipe):
 
     kind: ClassVar[str] = "instruction"
 
+    eval_every: PositiveInt | Literal["auto"] | None = "auto"
+    """Steps from one evaluation (held-out loss) to the next; the best state is checkpointed too. auto evaluates ten
+    times if there are held-out examples and 20 steps or more. None computes none."""
     data: tuple[str, ...]
     """nano (embedded), or one or several of: a dataset on the Hugging Face Hub (alpaca, dolly, finqa, lima, tulu, any
     owner/name:config@revision[split]), a local json, jsonl, csv, tsv, txt, parquet or arrow file, a pattern of files, a

@@ -18,8 +18,9 @@ class TrainingRecipe:
 
     name: str
     """Of the run directory; -2, -3, .. is added if it exists."""
-    eval_every: PositiveInt | None = None
-    """Steps from one evaluation (held-out loss) to the next; the best state is checkpointed too. None computes none."""
+    eval_every: PositiveInt | Literal["auto"] | None = None
+    """Steps from one evaluation (held-out loss) to the next; the best state is checkpointed too. auto evaluates ten
+    times if there are held-out examples and 20 steps or more. None computes none."""
     keep_best: bool = False
     """Leave the state of the lowest held-out loss as the result, not the last one; needs eval_every."""
     early_stopping_patience: PositiveInt | None = None

@@ -15,6 +15,8 @@ Length: TypeAlias = Annotated[int, Range(least=2, most=2**31 - 1)]
 """Tokens in a sequence: a single token predicts nothing."""
 
 Kind: TypeAlias = Literal["lora", "dora", "ia3", "ln", "bias", "full"]
+INITIALIZATIONS = ("default", "pissa", "olora", "eva", "lora_ga")
+"""What a LoRA can begin as; any other word is a run, or a folder of adapters."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Adapter:
     target: str | None = None
     """Regular expression for whole paths of what is trained, such as blocks\\..*\\.(q|v); None takes the kind's own.
     For ia3, of the layers whose outputs are scaled."""
+    init: str = "default"
+    """What lora begins as: default (A random, B 0), pissa, olora, eva or lora_ga; what they take from the base is given
+    back in what is saved. Or, of any kind, the adapter of a run or of a folder in PEFT's format, to train it on."""
 
     @property
     def target_pattern(self) -> str:
@@ -83,6 +88,15 @@ class Adapter:
         used = [option for option, value in values.items() if value]
         if used and self.kind not in ("lora", "dora"):
             raise InputError(f"{used[0]} is of --adapter.kind lora and dora: {self.kind} has none, leave it out")
+        if self.init not in INITIALIZATIONS or self.init == "default":
+            return
+        if self.kind != "lora":
+            raise InputError(f"--adapter.init {self.init} is of --adapter.kind lora, not of {self.kind}: leave it out")
+        if self.rank_pattern or self.alpha_pattern:
+            raise InputError(
+                f"--adapter.init {self.init} gives all layers one rank: leave out --adapter.rank-pattern and "
+                ".alpha-pattern"
+            )
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,9 @@ class FineTuningRecipe(TrainingRecipe):
     """Passes over the examples."""
     steps: PositiveInt | None = None
     """Optimizer steps, in place of epochs."""
+    lengthened_at: tuple[PositiveInt, ...] = ()
+    """Steps after which this run had finished once: until then, lr is that of a training so long. --resume with more
+    --steps or --epochs adds to them."""
     max_seq_len: Length
     """Tokens in a sequence. Examples are packed into sequences; each attends to itself alone."""
     micro_batch_size: BatchSize | Literal["auto"]

@@ -40,7 +40,8 @@ CLASSES: list[type[Any]] = [
     RangeOptions,
 ]
 """Every class whose fields are options of some command."""
-OPTIONS = {"--help", "--resume", "--auto-resume", *OUTPUT_OPTIONS}.union(*(option_names(cls) for cls in CLASSES))
+OPTIONS = {"--help", "--config", "--resume", "--auto-resume", *OUTPUT_OPTIONS}
+OPTIONS |= {option for cls in CLASSES for option in option_names(cls)}
 GROUPS = {option.rpartition(".")[0] for option in OPTIONS if "." in option}
 """--adapter, --columns: what the names of several options begin with."""
 OTHERS = {

@@ -143,6 +143,7 @@ def as_member(recipe: AnyRecipe, swept: Mapping[str, Sequence[str]]) -> AnyRecip
         "--tracker": recipe.tracker,
         "--streaming": getattr(recipe, "streaming", False),
         "--privacy.epsilon": recipe.privacy.epsilon,
+        "--adapter.init": None if recipe.adapter.init == "default" else recipe.adapter.init,
         "--per-example": recipe.per_example,
     }
     if used := [option for option, value in refused.items() if value]:

@@ -90,7 +90,8 @@ class Trainer:
                 self._fail(group[i], state, lines[i])
             for i, member in enumerate(group):
                 if i not in broken:
-                    member.write([lines[i] | self._heldout(member, stacked, i, step + 1)])
+                    heldout = self._heldout(member, stacked, i, step + 1)
+                    member.write([lines[i] | heldout | member.job.epochs(step + 1)])
             done = [i for i, member in enumerate(group) if i not in broken and step + 1 == member.job.steps]
             left = [i for i in range(len(group)) if i not in broken and i not in done]
             if len(left) < len(group):  # no resumed sweep takes a step of another stack again

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from fgpt.cli import processes, run_dir
 from fgpt.cli.console import console
 from fgpt.cli.evaluation.options import RunEvaluationOptions
@@ -27,6 +29,7 @@ from fgpt.cli.training.row_gradients import check_per_example_options, report_ro
 from fgpt.cli.training.shared_update import check_shared_update, describe_inputs
 from fgpt.data.examples import Example
 from fgpt.distributed import object_from_first_rank, world
+from fgpt.errors import InputError
 from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
@@ -39,6 +42,7 @@ from fgpt.recipes import (
     RewardRecipe,
     TrainingRecipe,
 )
+from fgpt.recipes.tuning import INITIALIZATIONS
 
 
 @runtime_checkable
@@ -137,6 +141,7 @@ def build_task(recipe: AnyRecipe) -> Task:
     """
     check_evaluation_options(recipe)
     check_private_options(recipe)
+    check_initialization(recipe)
     check_per_example_options(recipe)
     check_shared_update(recipe, world().size)
     use_determinism(recipe)
@@ -166,6 +171,8 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
     """
     recipe, job = task.recipe, task.job
     processes.check_alike(lambda: describe_inputs(job, resumed))
+    if isinstance(recipe, FineTuningRecipe) and recipe.lengthened_at:
+        _announce_lengthening(job, recipe.lengthened_at[-1])
     with _shared_run_dir(recipe, job.steps, resumed) as out, processes.remedy(resume_hint(out)):
         before = task.score_initial()
         result = train_loop(job, out)
@@ -188,6 +195,32 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
             report_row_gradients(job, trained, out)
     return out
+
+
+def _announce_lengthening(job: TrainingJob, end: int) -> None:
+    """Say how a run goes on that had finished after step `end`. Raises InputError if it has no more steps."""
+    if job.steps <= end:
+        raise InputError(f"the run has finished its {end} steps, and {job.steps} are no more: give more --steps")
+    lr = float(job.schedule(torch.tensor(end)))
+    console.print(
+        f"lengthened from {end} to {job.steps} steps: lr goes on at {lr:.2g}, as in a training of {job.steps} steps"
+    )
+
+
+def check_initialization(recipe: AnyRecipe) -> None:
+    """Raises InputError for an initialization that the kind of training does not have."""
+    if not isinstance(recipe, FineTuningRecipe) or recipe.adapter.init not in INITIALIZATIONS[1:]:
+        return
+    init = recipe.adapter.init
+    if not isinstance(recipe, InstructionRecipe | ClassificationRecipe) or isinstance(
+        recipe, GRPORecipe | PreferenceRecipe
+    ):
+        raise InputError(
+            f"--adapter.init {init} is of instruction tuning and classification, and {recipe.name} is neither: leave "
+            "it out"
+        )
+    if recipe.privacy.epsilon is not None and init in ("eva", "lora_ga"):
+        raise InputError(f"--adapter.init {init} reads the data without noise: take pissa or olora with --privacy")
 
 
 @contextlib.contextmanager

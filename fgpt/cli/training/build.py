@@ -20,6 +20,7 @@ from fgpt.cli.devices import resolve_device, resolve_dtype
 from fgpt.cli.run_dir import save_tuned
 from fgpt.cli.training import mfu
 from fgpt.cli.training.hashes import model_hash
+from fgpt.cli.training.initial_adapters import initialize, trained_before
 from fgpt.cli.training.job import InitialState, Origin, RowIndices, TrainingJob, fingerprint, place
 from fgpt.cli.training.micro_batch import with_largest_micro_batch
 from fgpt.cli.training.objectives import token_loss
@@ -101,7 +102,7 @@ def build_adapters(recipe: FineTuningRecipe, params: GPT) -> Adapters:
     Raises InputError if the target matches nothing that this kind of adapter can adapt, or the embedding has an adapter
     and new tokens.
     """
-    adapters = _of_kind(recipe, params)
+    adapters = trained_before(recipe, params, _of_kind(recipe, params))
     if not recipe.new_tokens:
         return adapters
     tables = ["wte"] if params.head is None or num_classes(params) is not None else ["wte", "head"]
@@ -216,15 +217,22 @@ def assemble_job(
 
     Raises InputError if evaluations are requested and there are no rows for them.
     """
-    if recipe.eval_every and not eval_losses:
+    if isinstance(recipe.eval_every, int) and not eval_losses:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
     target, private = device(adapters), None
-    frozen, objective = drop_replaced_leaves(base, adapters), token_loss(recipe, teacher)
+    objective = token_loss(recipe, teacher)
     order: RowOrder | StreamOrder | LotOrder
     if recipe.privacy.epsilon is None:
         order = stream or RowOrder(examples, recipe, max_seq_len, mixture)
     else:
         order = LotOrder(examples, recipe, max_seq_len)
+
+    def first_batches() -> Iterator[list[Batch]]:
+        return ([place(batch, target) for batch in update] for update in batches(order, 4))
+
+    first = initialize(recipe, base, adapters, first_batches, objective)
+    adapters, frozen = first.adapters, drop_replaced_leaves(first.base, first.adapters)
+    if isinstance(order, LotOrder):
         private = plan_private(recipe, order, base.cfg)
         others |= {"noise_multiplier": str(private.mechanism.noise_multiplier)}
         _check_gradients(adapters, frozen, objective, order)
@@ -284,6 +292,8 @@ def assemble_job(
         loss=tuning_loss(token_loss(replace(recipe, compile=False), teacher)),
         row_indices=row_indices if isinstance(order, RowOrder) else None,
         mfu=_utilization(base, adapters, examples) if target.type == "cuda" else None,
+        saved=first.saved,
+        steps_per_epoch=None if isinstance(order, StreamOrder) else order.steps_per_epoch,
         epsilon=None if private is None else private.epsilon,
     )
 
@@ -345,7 +355,7 @@ def tuning_loss(objective: Callable[[GPT, Any], tuple[Tensor, Tensor]], neftune_
 def save_trained(recipe: FineTuningRecipe, job: TrainingJob, trainable: Adapters, out: Path) -> Path:
     """Save what a tuning has trained as `save_tuned` does, with the tokenizer if the recipe adds tokens."""
     tokenizer = job.tokenizer if recipe.new_tokens else None
-    return save_tuned(out, job.frozen, trainable, recipe.base, tokenizer)
+    return save_tuned(out, job.frozen, job.saved(trainable), recipe.base, tokenizer)
 
 
 def _utilization(base: GPT, adapters: Adapters, examples: Sequence[Example]) -> Callable[[float], float]:

@@ -138,7 +138,7 @@ def check_data_options(recipe: InstructionRecipe) -> None:
         raise InputError("--shuffle-buffer-size is of --streaming: give both, or leave it out")
     if recipe.mixture != InstructionRecipe.mixture and source_weights(recipe.data)[0][1] is None:
         raise InputError(f"--mixture {recipe.mixture} needs weights: --data a.jsonl:0.7 b.jsonl:0.3")
-    if recipe.eval_every and not recipe.num_heldout and recipe.data != NANO and not recipe.eval_data:
+    if isinstance(recipe.eval_every, int) and not recipe.num_heldout and recipe.data != NANO and not recipe.eval_data:
         raise InputError(
             f"--eval-every {recipe.eval_every} needs held-out examples, and --num-heldout is 0: give --eval-data, or "
             "leave it out"

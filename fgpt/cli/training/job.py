@@ -30,6 +30,10 @@ MUTABLE_OPTIONS = ("checkpoint_every_minutes", "keep_checkpoints", "tracker", "p
 """Options that a resumed run may change, since they change nothing of what is trained."""
 
 
+LENGTHS = ("steps", "epochs", "lengthened_at")
+"""Options that a finished run may change to be lengthened: up to then it is the same training."""
+
+
 class Origin(NamedTuple):
     """Where an example comes from."""
 
@@ -109,8 +113,16 @@ class TrainingJob:
     beforehand."""
     mfu: Callable[[float], float] | None = None
     """Model FLOPs utilization (0 to 1) at a number of tokens per second."""
+    saved: Callable[[Any], Any] = lambda trained: trained
+    """What was trained as it is saved, over the recipe's own base."""
+    steps_per_epoch: float | None = None
+    """Of one pass over the examples; None if their number is not known beforehand."""
     epsilon: Callable[[int], float] | None = None
     """The privacy that a number of steps has spent, in seconds; None if the training is not private."""
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """The passes over the examples after a step, as a line of metrics has them; nothing if they are not known."""
+        return {} if self.steps_per_epoch is None else {"epoch": round(step / self.steps_per_epoch, 4)}
 
     def train_step(self, state: State, micro_batches: Sequence[Any], step: int | None = None) -> tuple[State, Metrics]:
         """The step after `state`, with the key of its number, on the device that the state is on.
@@ -152,7 +164,7 @@ def fingerprint(recipe: TrainingRecipe, base: GPT, tokenizer: Tokenizer, source:
 
 def training_options(recipe: TrainingRecipe) -> str:
     """The options of a recipe that change what is trained, except those that name files, as JSON."""
-    ignored = {"name", "device", *MUTABLE_OPTIONS}
+    ignored = {"name", "device", *LENGTHS, *MUTABLE_OPTIONS}
     values = {}
     for name, value in recipe.to_json().items():
         is_path = name in paths.FIELDS and not isinstance(value, int)

@@ -1,6 +1,7 @@
 """The training loop: steps, metrics and checkpoints, and an interruption that leaves something usable."""
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     log = MetricsLog(out / METRICS if first else None, begin, rounding(job.recipe, target))
     guard = FrozenLeafGuard(job, state)
     metric, patience = next(iter(job.eval_losses), ""), job.recipe.early_stopping_patience
+    keeps_best = job.recipe.keep_best or job.recipe.eval_every != "auto"  # a curve alone costs no checkpoints
     _print_followed_loss(job, metric)
     followed_losses = object_from_first_rank(log.earlier_values(metric, begin))
     checkpointer = Checkpointer(out, job.recipe, job.fingerprint) if first else NoCheckpointer()
@@ -80,6 +82,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     ):
 
         def write(line: Line) -> None:
+            line = line | job.epochs(line["step"])
             log.write(line)
             track(line)
             show(line)
@@ -119,9 +122,10 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                     line["epsilon"] = job.epsilon(step)
                     console.print(f"step {step}  privacy spent: epsilon {line['epsilon']:.3f}")
                 write(line | losses)
-                if checkpointer.is_due(followed_loss, is_last):
+                best_loss = followed_loss if keeps_best else None
+                if checkpointer.is_due(best_loss, is_last):
                     log.sync()  # the metrics up to a checkpoint are on disk before it
-                    checkpointer.save(state, followed_loss)
+                    checkpointer.save(state, best_loss)
             if is_last:
                 break
     checkpointer.prune()  # for a training that was killed while it pruned after its last step
@@ -188,10 +192,20 @@ def _print_followed_loss(job: TrainingJob, metric: str) -> None:
         console.print(f"the best state and early stopping follow the {loss_label(metric)} loss", markup=False)
 
 
+AUTO_EVALUATIONS = 10
+"""Evaluations of a training with eval_every auto, if it has twice as many steps or more."""
+
+
 def evaluation_is_due(job: TrainingJob, step: int) -> bool:
     """Whether the recipe evaluates after this step."""
     every = job.recipe.eval_every
-    return bool(job.eval_losses) and bool(every) and step % every == 0
+    if not job.eval_losses or every is None:
+        return False
+    if every == "auto":
+        if job.steps < 2 * AUTO_EVALUATIONS:
+            return False
+        return step % math.ceil(job.steps / AUTO_EVALUATIONS) == 0 or step == job.steps
+    return step % every == 0
 
 
 def evaluate(job: TrainingJob, state: State) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from fgpt.kernels.adam import Number
 from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule
 from fgpt.optim_averages import with_ema
@@ -18,7 +20,20 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def make_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
-    """A linear warmup and a cosine decay to 0; of schedule-free AdamW the warmup alone."""
+    """A linear warmup and a cosine decay to 0; of schedule-free AdamW the warmup alone. A run that was lengthened has
+    the schedule of its former length until it had finished.
+    """
+    schedule = _one_schedule(recipe, steps)
+    for end in sorted(recipe.lengthened_at, reverse=True):
+        schedule = _in_turn(_one_schedule(recipe, end), end, schedule)
+    return schedule
+
+
+def _in_turn(first: Schedule, end: int, then: Schedule) -> Schedule:
+    return lambda step: torch.where(step < end, first(step), then(step))
+
+
+def _one_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
     warmup_steps = recipe.num_warmup_steps(steps)
     if recipe.optimizer == "schedule_free_adamw":
         return constant_schedule(recipe.peak_lr, warmup_steps)

@@ -46,7 +46,7 @@ def assemble_preference_job(
 
     Raises InputError if evaluations are requested and no rows are held out.
     """
-    if recipe.eval_every and not len(heldout):
+    if isinstance(recipe.eval_every, int) and not len(heldout):
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out rows, and there are none")
     order = preference_order(examples, recipe)
     steps = order.num_steps()
@@ -73,5 +73,6 @@ def assemble_preference_job(
         tokenizer=tokenizer,
         eval_losses={HELDOUT_LOSS: lambda tuned: heldout_loss(adapt(frozen, tuned))} if len(heldout) else {},
         step_for=lambda schedule, weight_decay: step_of(make_optimizer(recipe, schedule, weight_decay)),
+        steps_per_epoch=order.steps_per_epoch,
         evaluation_params=lambda state: optimizer.evaluation_params(state.opt_state, state.trainable),
     )

@@ -105,7 +105,7 @@ def assemble_rollout_job(
         )
     if recipe.keep_best and not recipe.eval_every:
         raise InputError("--keep-best keeps the state of least held-out loss: give --eval-every N as well")
-    if recipe.eval_every and heldout_loss is None:
+    if isinstance(recipe.eval_every, int) and heldout_loss is None:
         raise InputError(f"--eval-every {recipe.eval_every} needs held-out examples, and there are none")
     steps = recipe.steps or max(1, round(recipe.epochs * math.ceil(len(prompts) / recipe.prompts_per_update)))
     schedule = make_schedule(recipe, steps)

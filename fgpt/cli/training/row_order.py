@@ -50,11 +50,15 @@ class UpdateOrder:
             yield from updates[begin:]
             begin = max(0, begin - len(updates))
 
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.first_epoch)
+
     def num_steps(self) -> int:
         """Updates in the recipe's epochs, or its `steps` if it names them."""
         if self._recipe.steps:
             return self._recipe.steps
-        return max(1, round(self._recipe.epochs * len(self.first_epoch)))
+        return max(1, round(self._recipe.epochs * self.steps_per_epoch))
 
     def lay_out(self, epoch: int) -> list[RowIndices]:
         """The updates of an epoch."""
@@ -117,9 +121,13 @@ class LotOrder:
         """The probability of each example to be in a lot."""
         return self._recipe.rows_per_update / self.num_examples
 
+    @property
+    def steps_per_epoch(self) -> float:
+        return 1 / self.sampling_rate
+
     def num_steps(self) -> int:
         """As many as read each example as often as the epochs say, on average; or the recipe's `steps`."""
-        return self._recipe.steps or max(1, round(self._recipe.epochs / self.sampling_rate))
+        return self._recipe.steps or max(1, round(self._recipe.epochs * self.steps_per_epoch))
 
     def first_rows(self, num_rows: int) -> Rows:
         """That many examples, the first ones, repeated if there are fewer."""

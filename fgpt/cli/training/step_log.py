@@ -127,4 +127,5 @@ def _figures(line: Line) -> str:
     speed = f"{line['tokens'] / max(line['seconds'], 1e-3):,.0f} tok/s"
     mfu = f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
     reward = f"reward {line['reward']:.3f}  KL {line['kl']:.3f}  " if "reward" in line else ""
-    return f"{reward}loss {line['loss']:.3f}  {speed}{mfu}  {line['memory_gb']:.2f} GB"
+    epoch = f"epoch {line['epoch']:.2f}  " if "epoch" in line else ""
+    return f"{reward}loss {line['loss']:.3f}  {epoch}{speed}{mfu}  {line['memory_gb']:.2f} GB"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from fgpt.cli.console import console
+from fgpt.cli.metrics_log import EVAL_LOSS, HELDOUT_LOSS
 from fgpt.cli.paths import shareable_fields
 from fgpt.errors import InputError, one_line
 from fgpt.io.files import read_json, write_json
@@ -155,7 +156,7 @@ def _wandb(recipe: TrainingRecipe, folder: Path, run_id: str) -> WriteAndClose:
     except UsageError as err:
         raise InputError(f"wandb: {one_line(err)} Or keep it on this machine: WANDB_MODE=offline") from None
     wandb_run.define_metric("*", step_metric="step")  # its own step count cannot go back, as a resumed run does
-    return lambda line: wandb_run.log(dict(line)), wandb_run.finish
+    return lambda line: wandb_run.log({"step": line["step"]} | _figures(line)), wandb_run.finish
 
 
 def _trackio(recipe: TrainingRecipe, folder: Path, run_id: str) -> WriteAndClose:
@@ -183,7 +184,24 @@ def _to_stderr() -> contextlib.redirect_stdout[Any]:
 
 
 def _figures(line: Line) -> dict[str, float]:
-    return {name: x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
+    """The metrics of a line, named as transformers' Trainer names them, by which dashboards group them.
+
+    >>> _figures({"step": 3, "loss": 2.0, "lr": 1e-3, "heldout_loss": 2.5, "eval_news_loss": 3.0})
+    {'train/loss': 2.0, 'train/learning_rate': 0.001, 'eval/loss': 2.5, 'eval/news_loss': 3.0}
+    """
+    return {_tracked_name(name): x for name, x in line.items() if name != "step" and isinstance(x, int | float)}
+
+
+def _tracked_name(metric: str) -> str:
+    if metric == HELDOUT_LOSS:
+        return "eval/loss"
+    if EVAL_LOSS.fullmatch(metric):
+        return metric.replace("eval_", "eval/", 1)
+    return f"train/{TRACKED_NAMES.get(metric, metric)}"
+
+
+TRACKED_NAMES = {"lr": "learning_rate", "weight": "num_loss_tokens"}
+"""The names of metrics that a dashboard has otherwise."""
 
 
 def _run_id(folder: Path, tracker: str) -> str:

@@ -24,10 +24,10 @@ def test_tensorboard_has_every_figure(tmp_path: Path):
     with tracking(TRACKED_RUN, tmp_path, 0) as track:
         for line in metric_lines(1, 5, 2.0):
             track(line)
-        assert len(tensorboard_events(tmp_path)["loss"]) == 5  # already, and not at the end alone
+        assert len(tensorboard_events(tmp_path)["train/loss"]) == 5  # already, and not at the end alone
     found = tensorboard_events(tmp_path)
-    assert found.keys() == {"loss", "lr", "tokens"}
-    assert found["loss"] == [(i, 2.0 + i) for i in range(1, 6)]
+    assert found.keys() == {"train/loss", "train/learning_rate", "train/tokens"}
+    assert found["train/loss"] == [(i, 2.0 + i) for i in range(1, 6)]
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert re.fullmatch(r"events\.out\.tfevents\.\d{10}\.\d{6}", file.name)  # no host, and no number of a process
     assert socket.gethostname().encode() not in file.read_bytes()
@@ -39,7 +39,7 @@ def test_a_resumed_run_forgets_the_steps_after_its_checkpoint(tmp_path: Path):
         with tracking(TRACKED_RUN, tmp_path, begin) as track:
             for line in metric_lines(begin + 1, last, loss):
                 track(line)
-    assert tensorboard_events(tmp_path)["loss"] == [(1, 3.0), (2, 4.0), (3, 5.0), (4, 11.0), (5, 12.0)]
+    assert tensorboard_events(tmp_path)["train/loss"] == [(1, 3.0), (2, 4.0), (3, 5.0), (4, 11.0), (5, 12.0)]
 
 
 KILLED = """
@@ -58,7 +58,7 @@ with tracking(recipes.find("lora-nano"), Path(sys.argv[1]), 0) as track:
 def test_a_kill_takes_no_step(tmp_path: Path):
     ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert tensorboard_events(tmp_path)["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert tensorboard_events(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong
@@ -117,4 +117,4 @@ def test_what_goes_wrong_in_the_training_is_not_held_back(tmp_path: Path):
 
     with pytest.raises(ZeroDivisionError):
         train()
-    assert tensorboard_events(tmp_path)["loss"] == [(1, 1.0)]
+    assert tensorboard_events(tmp_path)["train/loss"] == [(1, 1.0)]

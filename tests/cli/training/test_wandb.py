@@ -82,8 +82,8 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, wandb: pytest.MonkeyPat
         assert database == name
         assert json.loads(config["lr"]) == TRACKED_RUN.lr
         assert json.loads(config["adapter"])["rank"] == 16
-        assert [(x["step"], x["loss"]) for x in history] == [(i, 2.0 + i) for i in range(begin + 1, begin + 4)]
-    assert len(tensorboard_events(tmp_path)["loss"]) == 6
+        assert [(x["step"], x["train/loss"]) for x in history] == [(i, 2.0 + i) for i in range(begin + 1, begin + 4)]
+    assert len(tensorboard_events(tmp_path)["train/loss"]) == 6
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path: Path, wandb: pytest.MonkeyPatch):
@@ -114,8 +114,10 @@ def test_trackio_goes_on_with_the_same_run(
     name = f"lora-nano-{json.loads((folder / 'track.json').read_text())['trackio']}"
     with sqlite3.connect(tmp_path / "kept" / "fgpt.db") as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
-    assert [(run, step, json.loads(x)["loss"]) for run, step, x in rows] == [(name, i, 2.0 + i) for i in range(1, 7)]
-    assert len(tensorboard_events(folder)["loss"]) == 6
+    assert [(run, step, json.loads(x)["train/loss"]) for run, step, x in rows] == [
+        (name, i, 2.0 + i) for i in range(1, 7)
+    ]
+    assert len(tensorboard_events(folder)["train/loss"]) == 6
 
 
 def test_no_file_is_left_by_a_run_without_a_tracker(tmp_path: Path):
