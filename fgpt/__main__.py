@@ -16,6 +16,7 @@ PACKAGES = (
     "tensorboard",
     "tyro",
     "xxhash",
+    "yaml",
 )
 """What `fgpt.cli` imports and `import fgpt` does not."""
 

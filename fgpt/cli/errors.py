@@ -29,10 +29,21 @@ def explain(err: Exception) -> str | None:
 
 
 def _with_option(err: InputError) -> str:
-    """The message, with the field that it names in backticks as a command-line option."""
+    """The message, with the field that it names in backticks as a command-line option, and the options that a remedy
+    of the library has here.
+    """
+    message = str(err)
+    for remedy, options in OPTIONS_OF.items():
+        message = message.replace(remedy, options)
     if err.field is None:
-        return str(err)
-    return re.sub(rf"`({re.escape(err.field)}[\w.]*)`", lambda name: "--" + name[1].replace("_", "-"), str(err))
+        return message
+    return re.sub(rf"`({re.escape(err.field)}[\w.]*)`", lambda name: "--" + name[1].replace("_", "-"), message)
+
+
+OPTIONS_OF = {
+    "shorten it, raise the limit, or drop long rows": "shorten it, raise --max-seq-len, or give --overlong drop or cut",
+}
+"""Remedies as the library says them, and as the command line does."""
 
 
 def _explain_os_error(err: OSError) -> str:

@@ -196,7 +196,9 @@ def find_model(options: ModelOptions) -> EvaluatedModel:
         folder = _find_run(options.run)
         recipe = run_dir.instruction_run(folder)
         return EvaluatedModel(recipe.base, recipe, folder)
-    return EvaluatedModel(options.base or "", None, None)
+    assert options.base is not None
+    run_dir.check_base(options.base)
+    return EvaluatedModel(options.base, None, None)
 
 
 def _find_run(name: str) -> Path:

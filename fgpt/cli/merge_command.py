@@ -22,9 +22,6 @@ from fgpt.recipes import FineTuningRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, tree_map
 
-MERGED = "merged"
-"""The folder's name; over a quantized base it is followed by -dequantized or -original, the base that was merged."""
-
 NUM_EXAMPLES = 32
 """Held-out examples on which the merged model is compared with the trained one."""
 
@@ -47,7 +44,7 @@ def merge(name: str, merge_base: MergeBase | None) -> Path:
     target = device(base)
     examples = task.load_heldout_examples(recipe, NUM_EXAMPLES)
     batch = tree_map(lambda x: x.to(target), packing.collate([[example] for example in examples]))
-    folder_name = MERGED if recipe.quantize is None else f"{MERGED}-{merge_base}"
+    folder_name = run_dir.MERGED if recipe.quantize is None else f"{run_dir.MERGED}-{merge_base}"
     summary: dict[str, Any] = {"onto": merge_base, "rows": len(examples)}
     table = Table("merged against trained", "largest change of a logit", "change of the loss (nats per token)")
     with atomic_dir(out / folder_name) as partial:

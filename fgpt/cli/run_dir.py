@@ -49,6 +49,8 @@ R = TypeVar("R", bound=TrainingRecipe)
 
 METRICS, LOSS, ADAPTER, MODEL = "metrics.jsonl", "loss.png", "adapter", "model"
 PER_EXAMPLE = "per_example.jsonl"
+MERGED = "merged"
+"""The merged model of a run; over a quantized base -dequantized or -original follows, the base that was merged."""
 RESULT, SCORES, CONFUSION, EVAL = "result.json", "metrics.json", "confusion.png", "eval.json"
 ADAPTERS = "adapters.safetensors"
 SWEEP = "sweep.json"
@@ -200,6 +202,17 @@ def is_model(name: str, out: Path = Path("runs")) -> bool:
         return Path(name).suffix == ".gguf" or (Path(name) / CONFIG).is_file()
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?|gpt2(-\w+)?", name)
     return name in models.EMBEDDED or name in models.PACKAGED or (bool(on_hub) and not name.startswith("runs/"))
+
+
+def check_base(base: str) -> None:
+    """Raises InputError for a run directory where a model is expected, with the model that it has or can have."""
+    folder = Path(base)
+    if not (folder / RUN).is_file() or (folder / CONFIG).is_file():
+        return
+    saved = [path for path in (folder / MODEL, folder / MERGED) if (path / CONFIG).is_file()]
+    merged = f"fgpt merge {shlex.quote(base)} makes {folder / MERGED}"
+    instead = f"give its model, {saved[0]}" if saved else f"merge it first, {merged}"
+    raise InputError(f"{base} is a run, and no model: {instead}; or train its adapter on with --adapter.init {base}")
 
 
 def find_finished(name: str, out: Path = Path("runs")) -> Path:

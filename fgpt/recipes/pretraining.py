@@ -23,7 +23,7 @@ class PretrainingRecipe(TrainingRecipe):
     """The dataset on the Hugging Face Hub if no files are given."""
     heldout: Path | None = None
     """A file of held-out text. None takes WikiText's validation split from the Hub; of other data it holds out 500
-    documents, or a twentieth if that is less."""
+    documents, or a twentieth if that is less; of a single text the last tenth."""
     tokenizer: str = "nano"
     """The model whose tokenizer is used; gpt2 needs no model, only its merges."""
     vocab: PositiveInt | None = None

@@ -142,6 +142,8 @@ def build_task(recipe: AnyRecipe) -> Task:
     check_evaluation_options(recipe)
     check_private_options(recipe)
     check_initialization(recipe)
+    if isinstance(recipe, FineTuningRecipe):
+        run_dir.check_base(recipe.base)
     check_per_example_options(recipe)
     check_shared_update(recipe, world().size)
     use_determinism(recipe)

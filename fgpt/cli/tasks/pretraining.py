@@ -72,7 +72,7 @@ def config_of(recipe: PretrainingRecipe, num_tokens: int) -> Config:
 def load_documents(recipe: PretrainingRecipe) -> tuple[list[str], list[str]]:
     """Documents to train on, and documents held out.
 
-    Raises InputError if a file holds no text, or only one document, or the hub cannot be reached.
+    Raises InputError if a file holds no text, or the hub cannot be reached.
     """
     heldout = None if recipe.heldout is None else read_documents(recipe.heldout)
     texts = [text for path in recipe.data for text in read_documents(path)] or documents.from_hub(recipe.source)
@@ -80,10 +80,26 @@ def load_documents(recipe: PretrainingRecipe) -> tuple[list[str], list[str]]:
         return texts, heldout
     if not recipe.data and recipe.source == "wikitext-103":
         return texts, documents.from_hub("wikitext-103-valid")
-    if len(texts) < 2:
-        raise InputError(f"{recipe.data[0]} holds one document: name another text to measure on, --heldout FILE")
+    if len(texts) == 1:
+        return split_text(texts[0])
     cut = len(texts) - min(NUM_HELDOUT, max(1, len(texts) // HELDOUT_DIVISOR))
     return texts[:cut], texts[cut:]
+
+
+def split_text(text: str) -> tuple[list[str], list[str]]:
+    """The first nine tenths of a text, and the rest, as nanoGPT splits Shakespeare; cut at the end of a line or a word.
+
+    Raises InputError for a text of one word.
+
+    >>> split_text("a b c d e f g h i j")
+    (['a b c d e f g h i'], ['j'])
+    """
+    nine_tenths = 9 * len(text) // 10
+    cut = max(text.rfind("\n", nine_tenths // 2, nine_tenths + 1), 0) or text.rfind(" ", 1, nine_tenths + 1)
+    first, rest = text[: max(cut, 0)].strip(), text[max(cut, 0) :].strip()
+    if not first or not rest:
+        raise InputError("the text is one word: nothing of it can be held out; give --heldout FILE")
+    return [first], [rest]
 
 
 def batches(

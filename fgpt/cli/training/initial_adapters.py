@@ -121,9 +121,7 @@ def trained_before(recipe: FineTuningRecipe, base: GPT, fresh: Adapters) -> Adap
     for path, x in fresh.items():
         before, now = _form(adapters[path]), _form(x)
         if before != now:
-            raise InputError(
-                f"--adapter.init {source}: {path} is {before} there, {now} in this recipe: make them equal"
-            )
+            raise InputError(f"--adapter.init {source}: {path} is {before} there, here {now}: make them equal")
         values = [a.to(b.device, b.dtype) for a, b in zip(tree_leaves(adapters[path]), tree_leaves(x), strict=True)]
         result[path] = unflatten_like(x, values)
     return result

@@ -171,7 +171,7 @@ def test_training_generation_and_evaluation_use_one_prompt(
         (["--data", "missing.txt"], "missing.txt: expected a text in UTF-8"),
         (["--data", "empty.txt"], "empty.txt: holds no text"),
         (["--data", "bytes.txt"], "bytes.txt: expected a text in UTF-8"),
-        (["--data", "one.txt"], "one.txt holds one document: name another text to measure on, --heldout FILE"),
+        (["--data", "one.txt"], "the text is one word: nothing of it can be held out; give --heldout FILE"),
         (["--data", "one.txt", "--heldout", "missing.txt"], "missing.txt: expected a text"),
         (["--max-seq-len", "1"], "--max-seq-len is 1: expected 2 or more"),
         (["--steps", "0"], "steps is 0: expected 1 or more"),

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgpt.cli import run_dir
+from fgpt.cli.paths import shareable
 from fgpt.cli.training.build import adapts_fused_qkv, load_base
 from fgpt.cli.training.examples import source_weights
+from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import InstructionRow, encode_prompt, template
 from fgpt.errors import InputError
 from fgpt.io import models
@@ -30,7 +32,8 @@ class Contender:
 def find(names: Sequence[str]) -> list[Contender]:
     """The sides of a comparison of runs, given by name or directory: the base first.
 
-    Raises InputError for no run, one that does not exist, one given twice, or one with another base than the first's.
+    Raises InputError for no run, one that does not exist, one given twice, or one whose base reads other tokens or
+    another number of them than the first's.
     """
     if not names:
         existing = ", ".join(run_dir.run_names()) or "none yet: fgpt train lora-nano makes one"
@@ -41,19 +44,26 @@ def find(names: Sequence[str]) -> list[Contender]:
         if times > 1:
             raise InputError(f"the run {path.name} is given {times} times: give it once")
     for name, run in zip(names[1:], runs[1:], strict=True):
-        if _base_of(run) != _base_of(runs[0]):
+        if _base_of(run) != _base_of(runs[0]) and _reads(run) != _reads(runs[0]):
             raise InputError(
-                f"{name} was trained on {_describe_base(run)}, {names[0]} on {_describe_base(runs[0])}: an adapter "
-                "works on its own base only; compare them separately"
+                f"{name} was trained on {describe_base(run)}, {names[0]} on {describe_base(runs[0])}: their tokens or "
+                "contexts differ, and so do the units of their losses; compare them separately"
             )
     return from_runs(runs, folders)
 
 
 def from_runs(runs: Sequence[InstructionRecipe], folders: Sequence[Path]) -> list[Contender]:
-    """The base and the runs of these directories: one run is called "tuned", several have their directories' names."""
+    """The base and the runs of these directories: one run is called "tuned", several have their directories' names. A
+    run over another base than the first's, such as a quantized one, has that base before it.
+    """
     names = [TUNED] if len(runs) == 1 else labels([path.resolve() for path in folders])
-    tuned = [Contender(name, run, path) for name, run, path in zip(names, runs, folders, strict=True)]
-    return [Contender(BASE, runs[0]), *tuned]
+    sides, bases = [Contender(BASE, runs[0])], [_base_of(runs[0])]
+    for name, run, path in zip(names, runs, folders, strict=True):
+        if _base_of(run) not in bases:
+            bases.append(_base_of(run))
+            sides.append(Contender(f"{BASE} of {name}", run))
+        sides.append(Contender(name, run, path))
+    return sides
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -72,18 +82,18 @@ def encode_prompts(side: Contender, rows: Sequence[InstructionRow], tokenizer: T
 
 
 def load_params(sides: Sequence[Contender]) -> dict[str, GPT]:
-    """The params of each side by its name, on the first run's device. The base is loaded once and shared by every
-    adapter; twice if one run adapts fused q, k and v and another does not.
+    """The params of each side by its name, on the first run's device. A base is loaded once and shared by every adapter
+    over it; twice if one run adapts fused q, k and v and another does not.
 
     Raises InputError for an adapter that does not fit.
     """
-    bases: dict[bool, GPT] = {}
+    bases: dict[tuple[object, ...], GPT] = {}
     params: dict[str, GPT] = {}
     for side in sides:
-        fused = adapts_fused_qkv(side.run)
-        if fused not in bases:
-            bases[fused] = load_base(replace(side.run, device=sides[0].run.device))
-        params[side.name] = bases[fused] if side.folder is None else run_dir.load_tuned(side.folder, bases[fused])
+        which = (*_base_of(side.run), adapts_fused_qkv(side.run))
+        if which not in bases:
+            bases[which] = load_base(replace(side.run, device=sides[0].run.device))
+        params[side.name] = bases[which] if side.folder is None else run_dir.load_tuned(side.folder, bases[which])
     return params
 
 
@@ -104,6 +114,13 @@ def _base_of(run: InstructionRecipe) -> tuple[object, ...]:
     return Path(run.base).resolve() if is_path else run.base, run.dtype, run.quantize, run.new_tokens
 
 
-def _describe_base(run: InstructionRecipe) -> str:
-    quantized = f" and {run.quantize}" if run.quantize else ""
-    return f"{run.base} in {run.dtype}{quantized}" + (f" with {' '.join(run.new_tokens)}" if run.new_tokens else "")
+def _reads(run: InstructionRecipe) -> tuple[object, ...]:
+    """What two models have in common whose losses on a text can be compared: the tokens, and how many they read."""
+    cfg, tokenizer, _ = load_tokenizer(run)
+    return cfg.n_ctx, cfg.vocab_size, tokenizer.files()
+
+
+def describe_base(run: InstructionRecipe) -> str:
+    """The model of a run with its dtype and format."""
+    parts = [f"{shareable(run.base)} in {run.dtype}", *(["and", run.quantize] if run.quantize else [])]
+    return " ".join([*parts, *(["with", *run.new_tokens] if run.new_tokens else [])])

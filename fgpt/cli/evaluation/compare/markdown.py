@@ -29,17 +29,16 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def show(comparison: Comparison) -> None:
-    """Print the scores, and a few answers if there are columns for them."""
+    """Print a few answers if there are columns for them, and the scores, last: they are what stays on the screen."""
     table = Table("", *comparison.sides, title=comparison.title, title_justify="left")
-    for name, values in comparison.cells():
-        table.add_row(name, *values)
     if len(comparison.sides) <= MAX_COLUMNS:
-        table.add_section()
         for i in range(0, len(comparison.rows), max(1, len(comparison.rows) // NUM_SHOWN)):
             row = comparison.rows[i]
             prompt = row.instruction + (f"\n{row.input}" if row.input else "")
             texts = [_text(answers[i]) for answers in comparison.answers.values()]
             table.add_row(prompt, *texts, end_section=True)
+    for name, values in comparison.cells():
+        table.add_row(name, *values)
     result_console.print(table)
 
 

@@ -88,7 +88,7 @@ def check(prompts: Mapping[str, Sequence[Sequence[int]]], context: int) -> None:
 
 def title(sides: Sequence[Contender]) -> str:
     """Who is compared with whom."""
-    names = [side.name for side in sides[1:]]
+    names = [side.name for side in sides if side.folder is not None]
     if len(names) == 1:
         return f"{sides[1].run.name}: base against tuned"
     return f"{sides[0].run.base} against {', '.join(names[:-1])} and {names[-1]}"
@@ -99,12 +99,12 @@ def about(
 ) -> list[str]:
     """How it is done, in sentences, and what to bear in mind."""
     first = sides[0].run
-    base = f"{shareable(first.base)} in {first.dtype}" + (f" and {first.quantize}" if first.quantize else "")
     template = f"the template {first.template}"
     if len({side.run.template for side in sides}) > 1:
         template = "each run's own template, the base in the first's"
     sentences = [
-        f"Base: {base}.",
+        f"Base: {contenders.describe_base(first)}.",
+        *(f"The {side.name}: {contenders.describe_base(side.run)}." for side in sides[1:] if side.folder is None),
         f"{len(chosen.rows)} {chosen.source}, in {template}.",
         f"Decoding, the same for all: {_describe(decoding)}, at most {max_new_tokens} new tokens.",
     ]
