@@ -1,14 +1,18 @@
 """A comparison that cannot be made is one line."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders.compare import RUN_NAMES, comparison_of
 
+import fgpt
 from fgpt.cli import run_dir
 from fgpt.cli.evaluation.compare import contenders as compare_sides
 from fgpt.cli.main import main
+from fgpt.io import models
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -76,18 +80,37 @@ def test_bad_input_is_one_line(
     assert (sorted(compared_runs.rglob("*")), sorted(tmp_path.rglob("*"))) == before
 
 
-def test_runs_of_different_bases(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def other_run(lora: Path, folder: Path, **changes: object) -> str:
+    """The run `lora` as if its recipe had been another."""
+    shutil.copytree(lora / "adapter", folder / "adapter")
+    (folder / "run.json").write_text(json.dumps(comparison_of(lora / "run.json") | changes))
+    return str(folder)
+
+
+def test_runs_whose_bases_read_other_tokens(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lora = compared_runs / "lora-nano"
-    changes = {"quantize": "nf4", "dtype": "bfloat16", "base": "gpt2"}
-    for field, value in changes.items():
-        other = tmp_path / field
-        (other / "adapter").mkdir(parents=True)
-        (other / "run.json").write_text(json.dumps(comparison_of(lora / "run.json") | {field: value}))
-        assert main(["compare", str(lora), str(other)]) == 2
-        output = one_line(capsys)
-        assert value in output
-        assert "an adapter works on its own base only" in output
+    short = tmp_path / "short"
+    models.save(fgpt.init(replace(fgpt.load("nano").cfg, n_ctx=64), fgpt.key(0)), short, like="nano")
+    assert main(["compare", str(lora), other_run(lora, tmp_path / "other", base=str(short))]) == 2
+    assert "their tokens or contexts differ" in one_line(capsys)
+    assert main(["compare", str(lora), other_run(lora, tmp_path / "hub", base="gpt2")]) == 2
+    assert "gpt2" in one_line(capsys)
     assert not list(compared_runs.glob("compare-*"))[1:]
+
+
+def test_runs_over_formats_of_one_base(compared_runs: Path, tmp_path: Path):
+    lora, out = compared_runs / "lora-nano", tmp_path / "out"
+    quantized = other_run(lora, tmp_path / "quantized", quantize="nf4")
+    options = ["--num-prompts", "2", "--max-new-tokens", "3", "--out", str(out)]
+    assert main(["compare", str(lora), quantized, *options]) == 0
+    comparison = comparison_of(out / "compare.json")
+    assert list(comparison["scores"]) == ["base", "lora-nano", "base of quantized", "quantized"]
+    losses = [scores["held-out response loss (nats per token)"] for scores in comparison["scores"].values()]
+    assert losses[1] < losses[0]
+    assert losses[3] < losses[2]
+    assert losses[2] != losses[0]  # the quantized base is another one
+    assert losses[2] == pytest.approx(losses[0], abs=0.2)
+    assert "The base of quantized: nano in float32 and nf4." in (out / "compare.md").read_text()
 
 
 def test_a_run_without_held_out_rows(compared_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -102,8 +125,6 @@ def test_a_run_without_held_out_rows(compared_runs: Path, tmp_path: Path, capsys
 
 def test_rows_that_another_run_may_have_seen(compared_runs: Path):
     run = run_dir.read_run(compared_runs / "lora-nano")
-    from dataclasses import replace
-
     first = replace(run, data=("rows.json",), seed=0, num_heldout=8)
     assert not compare_sides.may_have_seen(first, first)
     assert compare_sides.may_have_seen(replace(first, seed=1), first)

@@ -1,4 +1,4 @@
-"""A finished run with more steps: the course so far stays, and the recipe that it leaves makes the whole of it again."""
+"""A finished run with more steps: its course so far stays, and the recipe that it leaves makes all of it again."""
 
 import json
 from dataclasses import replace
