@@ -87,18 +87,24 @@ def resolve(name: StrPath, tokenizer: bool = False) -> Path:
         raise InputError(f"{name}: no such model folder; expected a folder with {CONFIG} and {WEIGHTS}")
     if name.endswith(".gguf"):
         raise InputError(f"{name}: no such file")
-    return _of_hub(name, other, tokenizer)
+    return hub_folder(name, f"{other}, or train the recipe `lora-nano`, which needs no hub", tokenizer=tokenizer)
 
 
-def _of_hub(name: str, other: str, tokenizer: bool) -> Path:
+def hub_folder(name: str, other: str, *, tokenizer: bool = False, files: Sequence[str] = MODEL_FILES) -> Path:
     """The folder of a hub repository's model in the cache; what the cache lacks of it is fetched.
 
-    Raises InputError as `resolve` does; `other` is the fix that its message names.
+    Args:
+        name: owner/model, or owner/model@revision.
+        other: What else to do, for the message if the hub cannot be reached.
+        tokenizer: Whether the files of its tokenizer are needed.
+        files: Patterns of the files to fetch.
+
+    Raises InputError as `resolve` does.
     """
     from huggingface_hub.errors import HFValidationError  # here, because importing it takes longer than importing fgpt
 
     repo_name, _, revision = name.partition("@")
-    repo = hub_files.Repo(repo_name, "model", MODEL_FILES, revision or None)
+    repo = hub_files.Repo(repo_name, "model", files, revision or None)
     try:
         folder = hub_files.find_cached(repo).folder
     except HFValidationError:
@@ -159,10 +165,7 @@ def _unreachable(repo: hub_files.Repo, err: HubError, lacking: list[str], other:
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         what = f"the local cache holds only a part of the model {name!r}, without {', '.join(lacking[:3])}{more},"
-    return InputError(
-        f"{what} and the hub cannot be reached ({err.reason}); connect once to fetch it, {other}, or train "
-        "the recipe `lora-nano`, which needs no hub"
-    )
+    return InputError(f"{what} and the hub cannot be reached ({err.reason}); connect once to fetch it, {other}")
 
 
 def _advice(files: Iterable[str]) -> str:

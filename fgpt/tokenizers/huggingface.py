@@ -205,7 +205,7 @@ def from_json(
     from tokenizers import Tokenizer, pre_tokenizers
 
     path = folder / TOKENIZER_JSON
-    _check(path)
+    check_file(path)
     error = f"{path}: not a tokenizer that the tokenizers library reads"
     tokenizer: Any = call(error, lambda: Tokenizer.from_str(path.read_text(encoding="utf-8-sig")))
     if class_name in BYTE_LEVEL and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
@@ -217,7 +217,7 @@ BYTE_LEVEL = ("GPT2Tokenizer", "GPTNeoXTokenizer")
 """Classes of transformers that take add_prefix_space from their config, and not from tokenizer.json."""
 
 
-def _check(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raises InputError for a tokenizer.json that fails, crashes or takes too long when another process uses it."""
     try:
         digest = hashlib.sha256(path.read_bytes()).digest()
