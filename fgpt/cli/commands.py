@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from fgpt.cli.console import answers
-from fgpt.cli.inference.options import DEFAULT_DECODING, DEFAULT_SAMPLING, ComparisonDecoding, GenerationOptions
+from fgpt.cli.inference.options import (
+    DEFAULT_DECODING,
+    DEFAULT_DOCUMENTS,
+    DEFAULT_SAMPLING,
+    ComparisonDecoding,
+    DocumentOptions,
+    GenerationOptions,
+)
 from fgpt.cli.listing import print_recipes, print_runs
 from fgpt.cli.options import parse
 from fgpt.cli.sweep_command import sweep
@@ -68,12 +75,13 @@ class Generate:
     input: str = ""
     """What the instruction is applied to."""
     template: PromptTemplate = None
+    documents: OmitArgPrefixes[DocumentOptions] = DEFAULT_DOCUMENTS
     generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
     def __call__(self) -> None:
         from fgpt.cli.inference.generation import answer
 
-        answer(self.run, self.prompt, self.input, self.generation, self.template)
+        answer(self.run, self.prompt, self.input, self.generation, self.template, self.documents)
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,20 @@ class Chat:
 
     run: RunOrModel
     template: PromptTemplate = None
+    documents: OmitArgPrefixes[DocumentOptions] = DEFAULT_DOCUMENTS
     generation: OmitArgPrefixes[GenerationOptions] = DEFAULT_SAMPLING
 
     def __call__(self) -> None:
         from fgpt.cli.inference.generation import chat
 
-        chat(self.run, self.generation, self.template)
+        chat(self.run, self.generation, self.template, self.documents)
+
+
+def index(args: Sequence[str]) -> None:
+    """Index a folder of texts and PDFs, whose passages then enter prompts."""
+    from fgpt.cli.index_command import IndexOptions, run
+
+    run(parse(IndexOptions, args, None, "fgpt index"))
 
 
 def classify(args: Sequence[str]) -> None:
@@ -228,6 +244,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "runs": Runs,
     "generate": Generate,
     "chat": Chat,
+    "index": index,
     "classify": classify,
     "compare": Compare,
     "eval": evaluate,

@@ -61,6 +61,7 @@ def option_classes(commands: Commands) -> dict[str, list[type[Any]]]:
     from fgpt.cli.diagnostics.lr_range import RangeOptions
     from fgpt.cli.export_command import ExportOptions
     from fgpt.cli.forget_command import ForgetOptions
+    from fgpt.cli.index_command import IndexOptions
     from fgpt.cli.inference.classify_texts import ClassifyOptions
     from fgpt.cli.quantize_command import QuantizeOptions
     from fgpt.cli.sweep.command import SweepOptions
@@ -79,6 +80,7 @@ def option_classes(commands: Commands) -> dict[str, list[type[Any]]]:
         "combine": [CombineOptions],
         "attribute": [AttributeOptions],
         "forget": [ForgetOptions],
+        "index": [IndexOptions],
     }
     return {name: [command] if isinstance(command, type) else of_functions[name] for name, command in commands.items()}
 

@@ -19,8 +19,8 @@ from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
 GROUPS = {
     "data": (
-        "base data mixture streaming shuffle_buffer_size eval_data forget train test source max_seq_len template "
-        "assistant_turns head labels overlong num_heldout heldout num_fewshot tokenizer teacher"
+        "base data mixture streaming shuffle_buffer_size eval_data forget documents num_passages train test source "
+        "max_seq_len template assistant_turns head labels overlong num_heldout heldout num_fewshot tokenizer teacher"
     ),
     "training": (
         "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "

@@ -23,7 +23,20 @@ PRIVACY = "privacy"
 
 ADAPTER = "adapter"
 """The field of recipes whose `init` may be a path."""
-FIELDS = ("base", "teacher", "data", "eval_data", "forget", "source", "train", "test", "heldout", "tokenizer", "out")
+FIELDS = (
+    "base",
+    "teacher",
+    "data",
+    "eval_data",
+    "forget",
+    "documents",
+    "source",
+    "train",
+    "test",
+    "heldout",
+    "tokenizer",
+    "out",
+)
 """The fields of recipes that may be paths."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])~?/[^\s'\"`:;,()<>|]+")

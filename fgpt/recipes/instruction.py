@@ -37,6 +37,10 @@ class InstructionRecipe(FineTuningRecipe):
     forget: str | None = None
     """A source of rows of the data that are not to be learned: their weight is 0, and nothing else of the training
     changes."""
+    documents: str | None = None
+    """An index of documents, made by fgpt index: the passages nearest to a row's question are put into its prompt."""
+    num_passages: BatchSize = 3
+    """Passages for a question, at most; those for which max_seq_len has no room are dropped from the end."""
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
     template: str = "auto"

@@ -16,6 +16,7 @@ from fgpt.cli.data_command import PreviewOptions
 from fgpt.cli.diagnostics.lr_range import RangeOptions
 from fgpt.cli.export_command import ExportOptions
 from fgpt.cli.forget_command import ForgetOptions
+from fgpt.cli.index_command import IndexOptions
 from fgpt.cli.inference.classify_texts import ClassifyOptions
 from fgpt.cli.options import option_names
 from fgpt.cli.output_options import OUTPUT_OPTIONS
@@ -34,6 +35,7 @@ CLASSES: list[type[Any]] = [
     CombineOptions,
     ExportOptions,
     ForgetOptions,
+    IndexOptions,
     QuantizeOptions,
     SweepOptions,
     PreviewOptions,

@@ -1,4 +1,4 @@
-"""Generation options of `fgpt generate`, `fgpt chat` and `fgpt compare`."""
+"""Options of `fgpt generate`, `fgpt chat` and `fgpt compare`."""
 
 from dataclasses import dataclass
 
@@ -29,6 +29,19 @@ class GenerationOptions:
     """Compile the decode step, which takes half a minute the first time: each token is then faster. Needs a C++
     compiler."""
 
+
+@dataclass(frozen=True)
+class DocumentOptions:
+    """Where passages come from."""
+
+    documents: str | None = None
+    """An index of documents, made by fgpt index: the passages nearest to a question are put into its prompt."""
+    num_passages: BatchSize = 3
+    """Passages for a question, at most; those that do not fit are dropped from the end."""
+
+
+DEFAULT_DOCUMENTS = DocumentOptions()
+"""No passages."""
 
 DEFAULT_SAMPLING = GenerationOptions()
 """One text, greedy decoding."""

@@ -13,6 +13,7 @@ from fgpt.cli.training.eval_sets import parse_eval_data
 from fgpt.cli.training.forgotten_rows import forget_rows
 from fgpt.cli.training.job import Origin, tokenizer_contents
 from fgpt.cli.training.nano_rows import read_tasks
+from fgpt.cli.training.row_passages import RowPassages, row_passages
 from fgpt.cli.training.row_reports import report_counts, report_left_out, report_parts
 from fgpt.cli.training.streaming import StreamOrder
 from fgpt.cli.training.token_cache import TokenizedSource
@@ -125,7 +126,9 @@ def load_instruction_data(recipe: InstructionRecipe, encoding: Encoding | None =
 def _forgotten_examples(recipe: InstructionRecipe, encoding: Encoding) -> StoredExamples:
     """The examples of the rows to forget, made as those of the data are."""
     assert recipe.forget is not None
-    source = tokenized_source(recipe.forget, _columns(recipe, recipe.forget), encoding, _contents(recipe))
+    passages = row_passages(recipe, encoding)
+    contents = _contents(recipe, passages)
+    source = tokenized_source(recipe.forget, _columns(recipe, recipe.forget), encoding, contents, passages)
     examples, _ = StoredExamples.from_batches(source.examples).split_texts(encoding.max_seq_len)
     return examples.truncate(encoding.max_seq_len)[0] if recipe.overlong == "cut" else examples
 
@@ -134,6 +137,12 @@ def check_data_options(recipe: InstructionRecipe) -> None:
     """Raises InputError for options of data that have no effect, and for evaluations without rows."""
     if recipe.data == NANO and recipe.columns != instruction_datasets.Columns():
         raise InputError("--columns name the columns of a file, and --data nano is embedded: leave them out")
+    if recipe.documents is None and recipe.num_passages != InstructionRecipe.num_passages:
+        raise InputError("--num-passages is of --documents: give both, or leave it out")
+    if recipe.documents is not None and recipe.data == NANO:
+        raise InputError("--documents adds passages to questions, and --data nano asks none: give data of your own")
+    if recipe.documents is not None and recipe.streaming:
+        raise InputError("--documents searches for every row before training: leave --streaming out")
     if recipe.shuffle_buffer_size != InstructionRecipe.shuffle_buffer_size and not recipe.streaming:
         raise InputError("--shuffle-buffer-size is of --streaming: give both, or leave it out")
     if recipe.mixture != InstructionRecipe.mixture and source_weights(recipe.data)[0][1] is None:
@@ -219,10 +228,14 @@ def load_sources(recipe: InstructionRecipe, encoding: Encoding) -> list[tuple[st
         return [("nano", TokenizedSource([tokens.examples], [tokens.rows]))]
     names = [name for name, _ in source_weights(recipe.data)]
     by_name = dict[str, TokenizedSource]()
+    passages = row_passages(recipe, encoding)
+    contents = _contents(recipe, passages)
     for name in names:
         if name not in by_name:
-            by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, _contents(recipe))
+            by_name[name] = tokenized_source(name, _columns(recipe, name), encoding, contents, passages)
             console.print(by_name[name].format, markup=False, soft_wrap=True)
+    if passages is not None:
+        passages.report()
     warn_of_repeats(names, recipe.num_heldout)
     report_left_out(sum((source.left_out for source in by_name.values()), Counter[str]()))
     counts = sum((source.counts for source in by_name.values()), Counter[str]())
@@ -263,8 +276,10 @@ def _read_rows(recipe: InstructionRecipe, sources: Sequence[str], encoding: Enco
     """The rows of each source. What is left out is printed."""
     rows: list[Sequence[InstructionRow]] = []
     left_out = Counter[str]()
+    passages = row_passages(recipe, encoding)
+    contents = _contents(recipe, passages)
     for name in sources:
-        source = stored_rows(name, _columns(recipe, name), encoding, _contents(recipe))
+        source = stored_rows(name, _columns(recipe, name), encoding, contents, passages)
         left_out += source.left_out
         rows.append(source.rows)
     report_left_out(left_out)
@@ -282,8 +297,10 @@ def _columns(recipe: InstructionRecipe, source: str) -> instruction_datasets.Col
     return instruction_datasets.columns_of(source, len(recipe.data), columns)
 
 
-def _contents(recipe: InstructionRecipe) -> list[str | bytes]:
-    return [*tokenizer_contents(recipe.base), *recipe.new_tokens]
+def _contents(recipe: InstructionRecipe, passages: RowPassages | None) -> list[str | bytes]:
+    """What the tokens of a row follow from, besides the row and its encoding."""
+    identity = [] if passages is None else [passages.identity]
+    return [*tokenizer_contents(recipe.base), *recipe.new_tokens, *identity]
 
 
 def _fit(

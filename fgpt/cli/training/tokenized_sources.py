@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fgpt.cli.cache import cache_folder, lock, remove_unused
 from fgpt.cli.console import console, show_progress
+from fgpt.cli.training.row_passages import RowPassages
 from fgpt.cli.training.token_cache import TokenizedSource, cache_key, read_cached, write_cached
 from fgpt.data.example_store import StoredRows
 from fgpt.data.instruction_datasets import Columns, LocatedSource, RowStream, locate_source
@@ -38,11 +39,15 @@ def cache_place(
 
 
 def tokenized_source(
-    source: str, columns: Columns | None, encoding: Encoding, tokenizer: Sequence[str | bytes]
+    source: str,
+    columns: Columns | None,
+    encoding: Encoding,
+    tokenizer: Sequence[str | bytes],
+    passages: RowPassages | None = None,
 ) -> TokenizedSource:
     """The tokens and rows of a source. Of a large one it is printed how they were made, or that they were cached.
 
-    Args: as for `cache_key`.
+    Args: as for `cache_key`; `passages` are put into the rows, and what they follow from is in `tokenizer`.
 
     Raises:
         InputError: as `RowStream` and `tokenize` do.
@@ -50,10 +55,10 @@ def tokenized_source(
     located = locate_source(source)
     place = cache_place(source, located.files.files, columns, encoding, tokenizer)
     if place is None:
-        return _Work(source, located, columns, encoding, 0).in_memory()
+        return _Work(source, located, columns, encoding, 0, passages).in_memory()
     folder, key = place
     processes = num_cores() if num_cores() > 1 else 0
-    work = _Work(source, located, columns, encoding, min(processes, MAX_PROCESSES))
+    work = _Work(source, located, columns, encoding, min(processes, MAX_PROCESSES), passages)
     try:
         with lock(folder):
             if (cached := read_cached(folder, key, encoding.max_seq_len)) is not None:
@@ -66,7 +71,7 @@ def tokenized_source(
         if err is work.failure:
             raise
         console.print(f"tokens are not cached, but kept in memory: {err}", soft_wrap=True)
-        work = _Work(source, located, columns, encoding, work.num_processes)
+        work = _Work(source, located, columns, encoding, work.num_processes, passages)
         tokenized = work.in_memory()
     rows, tokens = _count(tokenized)
     speed = f"{work.num_bytes / 1e6 / work.seconds:.1f} MB of text per second"
@@ -83,12 +88,16 @@ class RowSource(NamedTuple):
 
 
 def stored_rows(
-    source: str, columns: Columns | None, encoding: Encoding, tokenizer: Sequence[str | bytes]
+    source: str,
+    columns: Columns | None,
+    encoding: Encoding,
+    tokenizer: Sequence[str | bytes],
+    passages: RowPassages | None = None,
 ) -> RowSource:
     """The rows of a source, from the cache if they are there. Else they are read and not tokenized, and pages of FinQA
     are complete.
 
-    Args: as for `cache_key`.
+    Args: as for `tokenized_source`.
 
     Raises:
         InputError: as `RowStream` does.
@@ -99,6 +108,7 @@ def stored_rows(
         return RowSource(StoredRows(cached.rows), cached.format, cached.left_out)
     stream = RowStream(source, columns, located=located)
     rows = list(stream)
+    rows = rows if passages is None else passages(rows)
     return RowSource(rows, stream.format, +stream.left_out)
 
 
@@ -112,9 +122,15 @@ class _Work:
     """The reading and tokenization of one source."""
 
     def __init__(
-        self, source: str, located: LocatedSource, columns: Columns | None, encoding: Encoding, num_processes: int
+        self,
+        source: str,
+        located: LocatedSource,
+        columns: Columns | None,
+        encoding: Encoding,
+        num_processes: int,
+        passages: RowPassages | None,
     ) -> None:
-        self.source, self.encoding, self.num_processes = source, encoding, num_processes
+        self.source, self.encoding, self.num_processes, self.passages = source, encoding, num_processes, passages
         self.stream = RowStream(source, columns, located=located)
         self.num_bytes, self.seconds = 0, 0.0
         self.failure: Exception | None = None
@@ -148,7 +164,11 @@ class _Work:
         first = 0
         for row in self.stream:
             if len(rows) == CHUNK_ROWS:
-                yield RowChunk(first, rows)
+                yield self.chunk(first, rows)
                 first, rows = first + len(rows), []
             rows.append(row)
-        yield RowChunk(first, rows)
+        yield self.chunk(first, rows)
+
+    def chunk(self, first: int, rows: list[InstructionRow]) -> RowChunk:
+        """Rows from number `first` on, with their passages."""
+        return RowChunk(first, rows if self.passages is None else self.passages(rows))
