@@ -11,6 +11,7 @@ from experiments.bench.decode import Decode, decode
 from experiments.bench.formats import Formats, formats
 from experiments.bench.load import Load, loading
 from experiments.bench.processes import Processes, processes
+from experiments.bench.retrieval import Retrieval, retrieval
 from experiments.bench.sweep import Sweep, sweep
 from experiments.bench.train import Train, train
 from fgpt.errors import InputError
@@ -23,6 +24,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Sweep: sweep,
     Formats: formats,
     Processes: processes,
+    Retrieval: retrieval,
 }
 
 if __name__ == "__main__":
@@ -35,6 +37,7 @@ if __name__ == "__main__":
             "sweep": Sweep(),
             "formats": Formats(calibration=tyro.MISSING, evaluation=tyro.MISSING),
             "processes": Processes(),
+            "retrieval": Retrieval(documents=tyro.MISSING, filler=tyro.MISSING),
         }
         chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults))
         RUN[type(chosen)](chosen)
