@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fgpt.kernels.attention import attention
+from fgpt.kernels.precision import at_least_fp32
 from fgpt.model import MLP, Attention, Embedding, Norm
 from fgpt.model.forward import norm
 from fgpt.tree import node, static
@@ -106,6 +107,6 @@ def embed_texts(
     >>> torch.allclose(alone, beside, atol=1e-5)
     True
     """
-    weights = mask[..., None].to(torch.float32)
-    x = encode(params, tokens, mask).to(torch.float32) * weights
-    return F.normalize(x.sum(1) / weights.sum(1), dim=-1)
+    x = at_least_fp32(encode(params, tokens, mask))
+    weights = mask[..., None].to(x.dtype)
+    return F.normalize((weights * x).sum(1) / weights.sum(1), dim=-1)
