@@ -25,6 +25,7 @@ from fgpt.cli.listing import print_recipes, print_runs
 from fgpt.cli.options import parse
 from fgpt.cli.sweep_command import sweep
 from fgpt.cli.train_command import doctor, lr_range, train
+from fgpt.errors import InputError
 from fgpt.ranges import PositiveInt
 
 Run = Annotated[Positional[str], arg(metavar="RUN", help="The name of a run, or its folder.")]
@@ -199,14 +200,26 @@ def data(args: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """Show a run on one page: curves, options, samples, comparison, environment."""
+    """Show a run on one page: curves, options, samples, comparison, environment; or several runs, in one chart."""
 
-    run: Run
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ..")] = ()
+    """The names of runs, or their folders. Of several the losses are drawn over each other."""
+    all: bool = False
+    """Write the report of every run, and a page that lists them."""
+    out: Path = Path("runs")
+    """The folder of run directories."""
 
     def __call__(self) -> None:
-        from fgpt.cli.report import run
+        from fgpt.cli import report
 
-        run(self.run)
+        if bool(self.runs) == self.all:
+            raise InputError("expected either runs or --all: fgpt report RUN [RUN2 ..], or fgpt report --all")
+        if self.all:
+            report.run_all(self.out)
+        elif len(self.runs) == 1:
+            report.run(self.runs[0], self.out)
+        else:
+            report.run_several(self.runs, self.out)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import contextlib
 import difflib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +57,8 @@ SWEEP = "sweep.json"
 """Of the folder of a sweep, which holds the run directories of its members."""
 COMBINED = "combine.json"
 """Of a run that was combined of others: they, and how."""
+REPORT = "report.html"
+"""The page of a run, or of a sweep."""
 STATUS, ENVIRONMENT, LOCK, CHECKPOINTS = "status.json", "environment.json", ".lock", "checkpoints"
 
 APPENDED = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")
@@ -64,15 +66,17 @@ APPENDED = (LOCK, METRICS, CHECKPOINTS, "tensorboard", "wandb")
 
 
 @contextmanager
-def open_run_dir(run: AnyRecipe, steps: int, existing: Path | None = None) -> Iterator[Path]:
+def open_run_dir(
+    run: AnyRecipe, steps: int, existing: Path | None = None, parameters: Mapping[str, int] | None = None
+) -> Iterator[Path]:
     """A run directory, locked while a training runs in it: a new one, out/NAME, NAME-2, -3, .., or `existing`, that of
-    a run that is resumed. status.json tells how it ends.
+    a run that is resumed. status.json tells how it ends, and how many `parameters` are trained.
 
     Raises InputError if it cannot be made, or another process is training in it.
     """
     folder = existing or new_folder(run.out, run.name)
     with lock_folder(folder), must_not_move(folder):
-        status = {"state": "running", "steps": steps}
+        status = {"state": "running", "steps": steps} | ({"parameters": dict(parameters)} if parameters else {})
         write_json(folder / STATUS, status)
         if existing is None:
             write_json(folder / ENVIRONMENT, environment())

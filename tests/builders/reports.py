@@ -56,4 +56,4 @@ def report_of(at: Path) -> str:
 
 
 def section_of(text: str, name: str) -> str:
-    return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+    return text.partition(f'<section id="{name}"')[2].partition("</section>")[0]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fgpt.cli.evaluation.compare.html import render
-from fgpt.cli.report import TEMPLATES as REPORT_TEMPLATES
+from fgpt.cli.pages import render
+from fgpt.cli.pages.tables import Cell, Column, Table, text_column
 from fgpt.io.files import write
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -44,6 +44,20 @@ class Page:
 
 def write_page(path: Path, page: Page) -> Path:
     """Write the page, and return its path."""
-    css = (REPORT_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    write(path, render("attribution.html", TEMPLATES, title=page.title, page=page, report_css=css))
+    sides = [
+        ("for", "Rows for the answer", _table(page, page.supporting, "c1")),
+        ("against", "Rows against it", _table(page, page.opposing, "c2")),
+    ]
+    html = render("attribution.html", [TEMPLATES], title=page.title, summary=page.summary, page=page, sides=sides)
+    write(path, html)
     return path
+
+
+def _table(page: Page, rows: list[Row], color: str) -> Table:
+    """Rows with their effects as numbers and bars."""
+    cells = []
+    for row in rows:
+        effect = Cell(f"{row.effect:+.2g}", row.effect, color=color, bar=abs(row.effect) / page.largest)
+        cells.append([Cell(str(row.number)), effect, Cell(row.text)])
+    heads = [Column("row"), Column(page.unit), text_column("text, with what is trained on between « and »")]
+    return Table("training rows and their effects", heads, cells)

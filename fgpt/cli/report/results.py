@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from fgpt.cli import run_dir
-from fgpt.cli.report.formatting import score, table_rows
+from fgpt.cli.pages.formatting import score, table_rows
+from fgpt.cli.pages.tables import Cell, Column, Table, text_column
 from fgpt.cli.report.run_data import RunData
 from fgpt.cli.results import SETTINGS
 from fgpt.errors import InputError
-
-Rows = list[list[str]]
-"""Rows of a table; the first cell of each is its name."""
 
 
 @dataclass(frozen=True)
 class ClassificationScores:
     num_rows: int
-    overall: Rows
+    overall: Table
     """Accuracy, macro-F1 and loss of each contender."""
-    sides: list[str]
-    by_label: Rows
+    by_label: Table
     """F1 of each label, by contender."""
     confusion: str
     """The confusion matrix, a PNG in base64; empty if there is none."""
@@ -36,20 +33,24 @@ def classification_scores(data: RunData) -> ClassificationScores | None:
         by_side, labels, num_rows = data.scores["scores"], data.scores["labels"], int(data.scores["rows"])
         overall, by_label = [], []
         for side, values in by_side.items():
-            overall.append([side, score(values["accuracy"]), score(values["macro_f1"]), score(values["loss"])])
+            overall.append([Cell(side), *(Cell(score(values[name])) for name in ("accuracy", "macro_f1", "loss"))])
         for i, label in enumerate(labels):
-            by_label.append([label, *(score(values["f1"][i]) for values in by_side.values())])
+            by_label.append([Cell(label), *(Cell(score(values["f1"][i])) for values in by_side.values())])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
         path = data.folder / run_dir.SCORES
         raise InputError(f"{path}: not the scores of this version ({err}); delete it") from None
     confusion = base64.b64encode(data.confusion or b"").decode()
-    return ClassificationScores(num_rows, overall, list(by_side), by_label, confusion)
+    metrics = [text_column("model"), Column("accuracy"), Column("macro-F1"), Column("loss")]
+    sides = [text_column("label"), *(Column(side) for side in by_side)]
+    return ClassificationScores(
+        num_rows, Table("scores", metrics, overall), Table("F1 of each label", sides, by_label), confusion
+    )
 
 
 @dataclass(frozen=True)
 class HeldOutLosses:
     num_documents: int
-    before_and_after: Rows
+    before_and_after: Table
 
 
 def heldout_losses(data: RunData) -> HeldOutLosses | None:
@@ -59,8 +60,11 @@ def heldout_losses(data: RunData) -> HeldOutLosses | None:
     try:
         rows = []
         for name, before in (data.result.get("before") or {}).items():
-            rows.append([name.replace("_", " "), score(before), score(data.result.get(name))])
-        return HeldOutLosses(int(data.result.get("heldout_documents", 0)), rows)
+            texts = (name.replace("_", " "), score(before), score(data.result.get(name)))
+            rows.append([Cell(text) for text in texts])
+        heads = [text_column("held-out"), Column("before"), Column("after")]
+        table = Table("held-out text before and after the training", heads, rows, is_sortable=False)
+        return HeldOutLosses(int(data.result.get("heldout_documents", 0)), table)
     except (TypeError, ValueError, AttributeError) as err:
         path = data.folder / run_dir.RESULT
         raise InputError(f"{path}: not the results of this version ({err}); delete it") from None
@@ -85,7 +89,7 @@ class LargestGradients:
 
     num_rows: int
     """Of how many."""
-    rows: Rows
+    table: Table
     """Place, loss, norm and text of each, the largest first."""
 
 
@@ -95,10 +99,12 @@ def largest_gradients(data: RunData) -> LargestGradients | None:
         return None
     try:
         worst = sorted((line for line in data.per_example if "rank" in line), key=lambda line: line["rank"])
-        rows: Rows = []
+        rows = []
         for line in worst:
-            rows.append([f"{line['source']}, {line['where']}", score(line["loss"]), score(line["norm"]), line["text"]])
+            texts = (f"{line['source']}, {line['where']}", score(line["loss"]), score(line["norm"]), line["text"])
+            rows.append([Cell(text) for text in texts])
     except (KeyError, TypeError, ValueError) as err:
         path = data.folder / run_dir.PER_EXAMPLE
         raise InputError(f"{path}: not the rows of this version ({err}); delete it") from None
-    return LargestGradients(len(data.per_example), rows)
+    heads = [text_column("row"), Column("loss"), Column("norm"), text_column("text")]
+    return LargestGradients(len(data.per_example), Table("rows with the largest gradients", heads, rows))

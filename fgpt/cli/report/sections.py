@@ -7,9 +7,11 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from fgpt.cli import config_diff
+from fgpt.cli.evaluation.compare.html import comparison_view
+from fgpt.cli.pages.formatting import table_rows
+from fgpt.cli.pages.tables import Cell, Table, text_column
 from fgpt.cli.paths import shareable, without_paths
-from fgpt.cli.report.curves import curves, key_numbers
-from fgpt.cli.report.formatting import table_rows
+from fgpt.cli.report.curves import curves, evaluation_table, key_numbers
 from fgpt.cli.report.results import classification_scores, evaluations, heldout_losses, largest_gradients
 from fgpt.cli.report.run_data import RunData
 
@@ -48,14 +50,24 @@ def report_sections(data: RunData) -> list[Section]:
 
 def summary(data: RunData) -> str:
     """What was trained on what, and for how many steps."""
-    run, adapter = data.run, data.run.get("adapter")
-    base = f"{run['quantize']} {run['base']}" if run.get("quantize") else f"{run.get('base')}"
-    method = (
-        f"{adapter.get('kind')} on {base}" if isinstance(adapter, Mapping) else "pretraining from random parameters"
-    )
-    source = run.get("data") or run.get("train") or run.get("source")
-    parts = [method, f"data {config_diff.as_text(source)}" if source else "", _steps(data)]
+    base, adapter = method(data)
+    source = data.run.get("data") or data.run.get("train") or data.run.get("source")
+    parts = [
+        f"{adapter} on {base}" if base else "pretraining from random parameters",
+        f"data {config_diff.as_text(source)}" if source else "",
+        _steps(data),
+    ]
     return ", ".join(part for part in parts if part)
+
+
+def method(data: RunData) -> tuple[str, str]:
+    """The base of a run, after its format if it is quantized, and what is trained of it; a pretraining has no base."""
+    run, adapter = data.run, data.run.get("adapter")
+    if not isinstance(adapter, Mapping):
+        return "", "all parameters"
+    base = f"{run['quantize']} {run['base']}" if run.get("quantize") else f"{run.get('base')}"
+    kind = f"{adapter.get('kind')}"
+    return base, f"{kind} r {adapter.get('rank')}" if kind in ("lora", "dora") else kind
 
 
 def ending(data: RunData) -> Ending:
@@ -107,13 +119,18 @@ def _training(data: RunData) -> Section:
         notes.append("The last line of metrics.jsonl is incomplete and left out.")
     if data.repeated_steps:
         notes.append(f"{data.repeated_steps:,} lines are of steps repeated after resuming: the later ones are drawn.")
-    plots = curves(data.lines, data.task.loss_unit)
-    values = {"note": " ".join(notes), "numbers": key_numbers(data.lines), "plots": plots}
+    values = {
+        "note": " ".join(notes),
+        "numbers": key_numbers(data.lines, data.run, (data.status or {}).get("parameters")),
+        "charts": curves(data.lines, data.task.loss_unit),
+        "evaluations": evaluation_table(data.lines),
+    }
     return Section("training", "Training", values)
 
 
 def _comparisons(data: RunData) -> Section:
-    return Section("comparison", "Samples and comparison", {"comparisons": data.comparisons})
+    views = {stem: comparison_view(comparison) for stem, comparison in data.comparisons.items()}
+    return Section("comparison", "Samples and comparison", {"comparisons": views})
 
 
 def _scores(data: RunData) -> Section:
@@ -146,4 +163,9 @@ def _config(data: RunData) -> Section:
     note = f"{changed or 'No'} option{'s differ' if changed != 1 else ' differs'} from the recipe {data.name}."
     if not any(option.in_recipe for option in options):
         note = f"This version has no recipe {data.name} to compare with."
-    return Section("config", "Options", {"note": note, "options": options})
+    rows = []
+    for option in options:
+        texts = (option.name, option.text, option.default_text)
+        rows.append([Cell(text, is_changed=option.differs) for text in texts])
+    table = Table("options", [text_column(name) for name in ("option", "this run", data.name)], rows)
+    return Section("config", "Options", {"note": note, "options": table})

@@ -12,7 +12,7 @@ from fgpt.cli.paths import without_paths
 from fgpt.cli.sweep.grid import Values
 from fgpt.cli.tasks import Task
 from fgpt.cli.training import checkpoints
-from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.job import TrainingJob, parameter_counts
 from fgpt.io.files import write, write_json
 from fgpt.train_step import State
 
@@ -113,7 +113,8 @@ class Member:
         """Also in status.json: a stopped member is an interrupted run, which can be resumed by itself."""
         self.state, self.why = state, why
         name = {"waiting": "running", "training": "running", "stopped": "interrupted"}.get(state, state)
-        status = {"state": name, "steps": self.job.steps}
+        parameters = parameter_counts(self.initial.trainable, self.job.frozen)
+        status = {"state": name, "steps": self.job.steps, "parameters": parameters}
         write_json(self.folder / run_dir.STATUS, status | ({"why": without_paths(why)} if why else {}))
 
     def standing(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.tasks.reward_modeling import RewardTask
 from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
-from fgpt.cli.training.job import TrainingJob
+from fgpt.cli.training.job import TrainingJob, parameter_counts
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.private import check_private_options, with_private_seed
 from fgpt.cli.training.reproducibility import use_determinism
@@ -175,7 +175,7 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
     processes.check_alike(lambda: describe_inputs(job, resumed))
     if isinstance(recipe, FineTuningRecipe) and recipe.lengthened_at:
         _announce_lengthening(job, recipe.lengthened_at[-1])
-    with _shared_run_dir(recipe, job.steps, resumed) as out, processes.remedy(resume_hint(out)):
+    with _shared_run_dir(recipe, job, resumed) as out, processes.remedy(resume_hint(out)):
         before = task.score_initial()
         result = train_loop(job, out)
         check_final_state(job, result.state)
@@ -226,12 +226,13 @@ def check_initialization(recipe: AnyRecipe) -> None:
 
 
 @contextlib.contextmanager
-def _shared_run_dir(recipe: AnyRecipe, steps: int, resumed: Path | None) -> Iterator[Path]:
+def _shared_run_dir(recipe: AnyRecipe, job: TrainingJob, resumed: Path | None) -> Iterator[Path]:
     """The run directory, which rank 0 opens for all."""
     if not processes.is_first():
         yield Path(object_from_first_rank(""))
         return
-    with run_dir.open_run_dir(recipe, steps, resumed) as out:
+    parameters = parameter_counts(job.initial_state.peek().trainable, job.frozen)
+    with run_dir.open_run_dir(recipe, job.steps, resumed, parameters) as out:
         object_from_first_rank(str(out))
         yield out
 

@@ -17,6 +17,7 @@ from fgpt.adapters import adapt, dora_norms, num_trainable, trainable_leaves
 from fgpt.classification_head import num_classes
 from fgpt.cli.console import console, show_progress
 from fgpt.cli.devices import resolve_device, resolve_dtype
+from fgpt.cli.pages.formatting import percent
 from fgpt.cli.run_dir import save_tuned
 from fgpt.cli.training import mfu
 from fgpt.cli.training.hashes import model_hash
@@ -369,10 +370,6 @@ def describe_sizes(name: str, base: GPT, adapters: Adapters) -> str:
     """How many parameters a base has, and how many are trained."""
     total, trained = num_parameters(base), num_trainable(adapters)
     return f"{name} ({total:,} parameters), {trained:,} trained ({percent(trained / total)})"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
 
 
 def warn_if_all_warmup(peak_lr: float, steps: int, warmup_steps: int) -> list[str]:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from fgpt.adapters import num_trainable
 from fgpt.cli import paths
 from fgpt.cli.training.hashes import fast_hash
 from fgpt.data.examples import Example
 from fgpt.io import gguf, models
 from fgpt.io.serialization import config_to_json
 from fgpt.kernels.adam import Number
+from fgpt.layers import num_parameters
 from fgpt.model import GPT
 from fgpt.optim import Schedule
 from fgpt.recipes import TrainingRecipe
@@ -67,6 +69,16 @@ class InitialState:
         state = self.peek()
         self._state = None
         return state
+
+
+def parameter_counts(trainable: Any, frozen: Any) -> dict[str, int]:
+    """How many parameters a training changes, and of how many; `frozen` is None if it changes all of them.
+
+    >>> parameter_counts({"w": torch.zeros(2, 3)}, None)
+    {'trained': 6, 'total': 6}
+    """
+    trained = num_trainable(trainable)
+    return {"trained": trained, "total": trained if frozen is None else num_parameters(frozen)}
 
 
 def trained_params(state: State) -> Any:

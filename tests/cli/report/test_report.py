@@ -24,22 +24,23 @@ SECTIONS = ["training", "comparison", "evaluation", "config", "environment", "re
 
 def test_a_whole_run(finished_run: Path):
     text = report_of(finished_run)
-    assert re.findall(r'<section id="(\w+)">', text) == SECTIONS
+    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
     assert "60 of 60 steps" in text
     assert ">finished<" in text
     drawn = section_of(text, "training")
     for title in ("loss", "learning rate", "gradient norm", "tokens per second", "memory"):
         assert f"<b>{title}</b>" in drawn
-    assert drawn.count("<svg") == 5
-    assert ">held out</span>" in drawn
-    assert "the best is 0.033, at step 60" in drawn
+    assert drawn.count('<svg role="img"') == 5
+    assert ">held-out, best 0.03333 at step 60</span>" in drawn
+    assert "last; best 0.033 at step 60" in drawn
+    assert drawn.count('<th scope="row" class="number" data-value="') == 6  # evaluations
     assert "<b>200</b>" in drawn  # tokens per second
     samples = section_of(text, "comparison")
     assert samples.count("<article") == 25  # 10 prompts of two sides, and 5 references
     assert "2 more prompts" in samples
     assert samples.count('<p class="input">to &amp; fro</p>') == 9
     assert samples.count('<p class="text">It is.</p>') == 5
-    assert '<td class="best">20.00</td>' in samples
+    assert '<td class="number best">20.00</td>' in samples
     assert "80 % repeated" in samples
     assert "response loss (nats per token)" in section_of(text, "evaluation")
     assert "AMD" in section_of(text, "environment") or "cpu" in section_of(text, "environment")
@@ -50,8 +51,8 @@ def test_a_whole_run(finished_run: Path):
 def test_options_that_differ_are_marked(finished_run: Path):
     shown = section_of(report_of(finished_run), "config")
     assert "2 options differ from the recipe lora-nano" in shown
-    assert re.findall(r'<tr class="changed"><th scope="row">([\w.-]+)</th>', shown) == ["lr", "data"]
-    assert '<td class="value">0.006</td>' in shown  # the named run's
+    assert re.findall(r'<tr><th scope="row" class="changed">([\w.-]+)</th>', shown) == ["lr", "data"]
+    assert '<td class="changed">0.006</td>' in shown  # the named run's
 
 
 CHANGED = [
@@ -73,7 +74,7 @@ def test_the_command_makes_the_run_again(run: Any):
 def test_a_run_that_has_only_begun(tmp_path: Path):
     at = write_run_dir(tmp_path / "lora-nano", steps=0)
     text = report_of(at)
-    assert re.findall(r'<section id="(\w+)">', text) == SECTIONS
+    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
     assert "No step was written" in section_of(text, "training")
     assert "fgpt compare .../lora-nano" in section_of(text, "comparison")
     assert "fgpt eval run .../lora-nano" in section_of(text, "evaluation")

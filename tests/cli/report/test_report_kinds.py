@@ -25,7 +25,7 @@ def test_a_run_that_classifies(tmp_path: Path):
     (at / "confusion.png").write_bytes(b"\x89PNG not really")
     shown = section_of(report_of(at), "scores")
     assert "1,234 rows" in shown
-    assert "<td>0.750</td>" in shown
+    assert '<td class="number">0.750</td>' in shown
     assert "&lt;b&gt;anger" in shown
     assert 'src="data:image/png;base64,iVBORyBub3QgcmVhbGx5"' in shown
     (at / "metrics.json").write_text('{"labels": ["joy"]}')
@@ -40,7 +40,7 @@ def test_a_pretraining(tmp_path: Path):
     at = write_run_dir(tmp_path / "pretrain-nano", recipes.find("pretrain-nano"), result=result)
     shown = section_of(report_of(at), "heldout")
     assert "500 documents" in shown
-    assert '<th scope="row">loss</th><td>8.000</td><td>1.500</td>' in shown
+    assert '<th scope="row">loss</th><td class="number">8.000</td><td class="number">1.500</td>' in shown
     for damage in ({"loss": "x"}, {"loss": [1]}, {"before": 1}, {"before": [1]}, {"heldout_documents": None}):
         (at / "result.json").write_text(json.dumps(result | damage))
         with pytest.raises(InputError, match=r"result\.json: not the results of this version"):

@@ -1,16 +1,14 @@
-"""A comparison as one self-contained page of HTML: scores in columns, answers in cards, light or dark.
+"""A comparison on one page: scores in columns, answers in cards."""
 
-The templates escape every value (Jinja2's autoescape), and the page forbids scripts and requests.
-"""
-
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from jinja2 import FileSystemLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from fgpt.cli.evaluation.compare.results import Comparison, best
+from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
 from fgpt.cli.evaluation.metrics.text import repeated_ngrams
+from fgpt.cli.pages import render
+from fgpt.cli.pages.tables import Cell, Column, Table, text_column
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -33,24 +31,69 @@ MEANINGS = {
 """What the scores mean that have these words in their names."""
 
 
+class Card(NamedTuple):
+    """An answer."""
+
+    side: str
+    color: str
+    text: str
+    length: str
+    """In tokens, where it is known: compare.json does not hold them."""
+    warnings: Sequence[str]
+
+
+class Prompt(NamedTuple):
+    """A prompt, its reference answer, and the answer of each side."""
+
+    instruction: str
+    input: str
+    reference: str
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class ComparisonView:
+    """What a page shows of a comparison."""
+
+    about: Sequence[str]
+    scores: Table
+    meanings: Sequence[tuple[str, str]]
+    """Words in names of scores, and what these mean."""
+    prompts: Sequence[Prompt]
+
+
 def page(comparison: Comparison) -> str:
     """The whole comparison as HTML."""
-    return render("comparison.html", title=comparison.title, comparison=comparison)
+    view = comparison_view(comparison)
+    return render("comparison.html", [TEMPLATES], title=comparison.title, comparison=view)
 
 
-def render(name: str, folder: Path = TEMPLATES, **values: Any) -> str:
-    """A template of `folder`, which may use those of this room, with `values`."""
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader([folder, TEMPLATES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(
-        best=best, color=color, meanings=meanings, min_repeats=MIN_REPEATS, repeated_ngrams=repeated_ngrams
-    )
-    return environment.get_template(name).render(values)
+def comparison_view(comparison: Comparison) -> ComparisonView:
+    """What a page shows of a comparison, the base in gray and each other side in a color of its own."""
+    prompts = []
+    for i, row in enumerate(comparison.rows):
+        cards = [
+            _card(name, color(side), answers[i]) for side, (name, answers) in enumerate(comparison.answers.items())
+        ]
+        prompts.append(Prompt(row.instruction, row.input, row.output, cards))
+    return ComparisonView(comparison.about, _scores(comparison), meanings(comparison), prompts)
+
+
+def _card(side: str, color: str, answer: Answer) -> Card:
+    repeats = repeated_ngrams(answer.text)
+    warnings = [] if answer.finished else ["truncated"]
+    if repeats >= MIN_REPEATS:
+        warnings.append(f"{repeats:.0f} % repeated")
+    return Card(side, color, answer.text, f"{len(answer.tokens)} tokens" if answer.tokens else "", warnings)
+
+
+def _scores(comparison: Comparison) -> Table:
+    heads = [Column(name, color=color(side)) for side, name in enumerate(comparison.sides)]
+    rows = []
+    for name, texts in comparison.cells():
+        cells = [Cell(text, is_best=is_best) for text, is_best in zip(texts, best(name, texts), strict=True)]
+        rows.append([Cell(name), *cells])
+    return Table("scores", [text_column("score"), *heads], rows, is_sortable=False)
 
 
 def meanings(comparison: Comparison) -> list[tuple[str, str]]:
@@ -59,6 +102,10 @@ def meanings(comparison: Comparison) -> list[tuple[str, str]]:
     return [(words, text) for words, text in MEANINGS.items() if any(words in name for name in names)]
 
 
-def color(side: int) -> int:
-    """The number of a side's color: 0 for the base, 1 to 5 in turn for the others."""
-    return 1 + (side - 1) % 5 if side else 0
+def color(side: int) -> str:
+    """The color of a side: gray for the base, five colors in turn for the others.
+
+    >>> [color(side) for side in (0, 1, 5, 6)]
+    ['c0', 'c1', 'c5', 'c1']
+    """
+    return f"c{1 + (side - 1) % 5 if side else 0}"

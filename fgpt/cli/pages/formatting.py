@@ -13,6 +13,11 @@ def number(x: float) -> str:
     return f"{x:.4g}" if abs(x) >= 1e-3 else f"{x:.2g}".replace("e-0", "e-")
 
 
+def percent(share: float) -> str:
+    """A share with one decimal, or a small one with one digit: 6.8 % or 0.02 %."""
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
+
+
 def score(x: float | None) -> str:
     """With three decimals, so that a column of them can be compared."""
     return "–" if x is None else f"{x:,.3f}"
