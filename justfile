@@ -109,7 +109,7 @@ forget *args: setup
 eval *args: setup
     @"{{ python }}" -m fgpt eval "$@"
 
-# A run on one page, curves, samples and environment: `just report lora-nano`
+# A run on one page, curves, samples and environment: `just report lora-nano`; several in one chart; a list: `--all`
 [no-cd, no-exit-message]
 report *args: setup
     @"{{ python }}" -m fgpt report "$@"

@@ -17,6 +17,6 @@ def save_png(figure: Any, picture: Path, dpi: int) -> None:
     import matplotlib.pyplot as plt
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")  # long labels are not cut
     plt.close(figure)
     write(picture, drawn.getvalue())

@@ -132,8 +132,8 @@ EVAL_COLORS = ("#b4611a", "#2e8a57", "#8a4fb0", "#b03a56")
 
 
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
-    """Plot the loss over steps, or the reward where there is one, raw and smoothed, to a PNG file. `unit` is what the
-    loss is averaged over.
+    """Plot the loss over steps, or the reward where there is one, raw and smoothed, to a PNG file, with the loss of each
+    evaluation set and its best step. `unit` is what the loss is averaged over.
     """
     import matplotlib
 
@@ -151,9 +151,13 @@ def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token"
     evaluations = {} if metric == "reward" else eval_losses(rows)
     for (name, label), color in zip(evaluations.items(), itertools.cycle(EVAL_COLORS)):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), color=color, marker="o", markersize=4, label=escape_mathtext(label))
+        step, best = min(points, key=lambda point: point[1])
+        text = f"{escape_mathtext(label)}, best {best:.3f} at step {step}"
+        axes.plot(*zip(*points), color=color, marker="o", markersize=4, label=text)
+        axes.plot(step, best, color=color, marker="o", markersize=9, fillstyle="none")
     y_label = "mean reward" if metric == "reward" else f"loss (nats per {unit})"
-    axes.set(title=escape_mathtext(title), xlabel="step", ylabel=y_label)
+    title = f"{escape_mathtext(title)}: {metric} over {steps[-1]:,} steps"
+    axes.set(title=title, xlabel="step", ylabel=y_label)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     save_png(figure, picture, 120)

@@ -120,11 +120,14 @@ def read_comparison(path: Path) -> Comparison:
     try:
         settings, scores, entries = content["settings"], content["scores"], content["answers"]
         _check_comparison(scores, entries)
+        steps, intervals, best = (content.get(name, {}) for name in ("steps", "intervals", "best"))
+        _check_intervals(steps, intervals, best)
         rows = [InstructionRow(entry["instruction"], entry["input"], entry["reference"]) for entry in entries]
         answers = {}
         for side in scores:
             answers[side] = [Answer(entry[side]["text"], (), entry[side]["finished"]) for entry in entries]
-        return Comparison(path.stem, _about(settings, len(rows)), rows, answers, scores, settings)
+        about = _about(settings, len(rows))
+        return Comparison(path.stem, about, rows, answers, scores, settings, steps, intervals, best)
     except (KeyError, TypeError, AttributeError, IndexError) as err:
         raise InputError(
             f"{path}: not a comparison of this version ({err}); write it again: fgpt compare {path.parent}"
@@ -149,6 +152,16 @@ def _check_comparison(scores: Any, entries: Any) -> None:
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"a prompt or an answer is {short_repr(text)}: expected a string")
+
+
+def _check_intervals(steps: Any, intervals: Any, best: Any) -> None:
+    """Raises TypeError if the steps, the intervals or the best sides are not what a comparison writes."""
+    is_right = all(isinstance(part, dict) for part in (steps, intervals, best))
+    is_right = is_right and all(type(step) is int for step in steps.values())
+    is_right = is_right and all(isinstance(sides, list) for sides in best.values())
+    is_right = is_right and all(isinstance(widths, dict) for widths in intervals.values())
+    if not is_right or not all(type(x) in (int, float) for widths in intervals.values() for x in widths.values()):
+        raise TypeError("expected steps, intervals and best sides")
 
 
 def _about(settings: Mapping[str, Any], num_rows: int) -> list[str]:

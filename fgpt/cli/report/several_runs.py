@@ -11,7 +11,6 @@ from fgpt.cli import run_dir
 from fgpt.cli.metrics_log import HELDOUT_LOSS, eval_losses
 from fgpt.cli.pages import render
 from fgpt.cli.pages.charts import lowest
-from fgpt.cli.pages.formatting import number
 from fgpt.cli.pages.tables import Cell, Column, Table, text_column
 from fgpt.cli.report.curves import overlay, smooth, values
 from fgpt.cli.report.run_data import RunData
@@ -20,7 +19,7 @@ from fgpt.cli.run_json import read_run
 
 COLUMNS = [
     *(text_column(name) for name in ("run", "recipe", "base", "adapter")),
-    *(Column(name) for name in ("steps", "training loss", "held-out loss", "best", "at step")),
+    *(Column(name) for name in ("steps", "training loss", "held-out loss", "best")),
     *(text_column(name) for name in ("date", "state")),
 ]
 
@@ -73,7 +72,10 @@ def _row(label: str, data: RunData, place: Path) -> list[Cell]:
     loss = smooth(values(data.lines, "loss"))
     metric, name = next(iter(eval_losses(data.lines).items()), (HELDOUT_LOSS, ""))
     heldout = values(data.lines, metric)
-    best_step, best = lowest(heldout) if heldout else (None, None)
+    best = Cell("")
+    if heldout:
+        best_step, best_loss = lowest(heldout)
+        best = Cell(f"{best_loss:.4f}", best_loss, note=f"at step {best_step:g}")
     recipe = str(run["name"])
     if recipe not in recipes.RECIPES:
         recipe = recipes.nearest(read_run(data.folder))
@@ -87,8 +89,7 @@ def _row(label: str, data: RunData, place: Path) -> list[Cell]:
         Cell(steps, step),
         Cell(f"{loss[-1][1]:.4f}" if loss else ""),
         Cell(f"{heldout[-1][1]:.4f}" if heldout else "", note=name if metric != HELDOUT_LOSS else ""),
-        Cell("" if best is None else f"{best:.4f}"),
-        Cell("" if best_step is None else number(best_step), best_step),
+        best,
         Cell(f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"),
         Cell(state.state, color=state.color),
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fgpt
-from fgpt.cli.evaluation.compare.results import Answer, best
+from fgpt.cli.evaluation.compare.results import Answer
 from fgpt.cli.evaluation.compare.scores import rouge_scores
 from fgpt.cli.evaluation.compare.scores import text_scores as of_texts
 from fgpt.cli.evaluation.metrics import text as text_scores
@@ -93,10 +93,3 @@ def test_rouge_l():
     got = rouge_scores(rows, [Answer("a b", (1,), True), Answer("x", (1,), True)])
     assert got == {"ROUGE-L F1 (0 to 100)": 100.0}  # the row without an answer does not count
     assert rouge_scores(rows[1:], [Answer("x", (1,), True)]) == {}
-
-
-def test_best():
-    assert best("points (0 to 100)", ["1.00", "12.00", "12.00"]) == [False, True, True]
-    assert best("held-out response loss (nats per token)", ["1,000.00", "2.00"]) == [False, True]
-    assert best("mean answer length (tokens)", ["1.00", "2.00"]) == [False, False]
-    assert best("points (0 to 100)", ["1.00", "1.00"]) == [False, False]

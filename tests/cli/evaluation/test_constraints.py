@@ -7,7 +7,7 @@ from builders import SharedData
 
 from fgpt.cli.evaluation.compare.html import page
 from fgpt.cli.evaluation.compare.markdown import to_markdown
-from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
+from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.evaluation.compare.scores import instruction_scores
 from fgpt.cli.evaluation.metrics import answer_parts as parts
 from fgpt.cli.evaluation.metrics.constraints import check, constraints, score
@@ -121,10 +121,9 @@ def test_the_score_counts_demands_and_not_rows():
               (("base", ["", "", ""]), ("tuned", texts))}  # fmt: skip
     answers = {side: [Answer("a", (1,), True)] * 3 for side in scores}
     found = Comparison("t", [], request, answers, scores, {})
-    assert "| constraints met (%) | 0.00 | 66.67 |" in to_markdown(found)
-    assert '<td>0.00</td><td class="best">66.67</td>' in page(found)
+    assert "| constraints met (%), of 3 | 0.00 | 66.67 |" in to_markdown(found)
+    assert ">constraints met (%), of 3</th>" in page(found)
     assert "Share of the constraints in the instructions" in page(found)
-    assert best("constraints", ["3.00", "2.00"]) == [False, False]  # how many they are is no merit
 
 
 # ------------------------------------------------------------------------------------------------- what a text has

@@ -40,7 +40,7 @@ def test_a_whole_run(finished_run: Path):
     assert "2 more prompts" in samples
     assert samples.count('<p class="input">to &amp; fro</p>') == 9
     assert samples.count('<p class="text">It is.</p>') == 5
-    assert '<td class="number best">20.00</td>' in samples
+    assert '<td class="number best">20.00 <span class="note">± 4.50</span></td>' in samples
     assert "80 % repeated" in samples
     assert "response loss (nats per token)" in section_of(text, "evaluation")
     assert "AMD" in section_of(text, "environment") or "cpu" in section_of(text, "environment")

@@ -67,3 +67,29 @@ def test_an_adapter_of_no_kind_does_not_keep_a_run_from_its_page(finished_run: P
     content = json.loads((finished_run / "run.json").read_text())
     (finished_run / "run.json").write_text(json.dumps(content | {"adapter": {}}))
     assert "None on" in report_of(finished_run)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"steps": [1]}, {"steps": {"tuned": "60"}}, {"best": ["tuned"]}, {"best": {"points": "tuned"}}),
+        *({"intervals": 3}, {"intervals": {"tuned": [4.5]}}, {"intervals": {"tuned": {"points (0 to 100)": "4.5"}}}),
+    ],
+    ids=str,
+)
+def test_intervals_of_wrong_types_are_one_line(damage: dict[str, Any], finished_run: Path):
+    content = json.loads((finished_run / "compare.json").read_text())
+    (finished_run / "compare.json").write_text(json.dumps(content | damage))
+    with pytest.raises(InputError, match=r"compare\.json: not a comparison of this version"):
+        report.run(str(finished_run))
+
+
+def test_a_comparison_without_intervals_is_shown(finished_run: Path):
+    """As versions before this one wrote them: nothing is called the best then."""
+    content = json.loads((finished_run / "compare.json").read_text())
+    for name in ("steps", "intervals", "best"):
+        del content[name]
+    (finished_run / "compare.json").write_text(json.dumps(content))
+    text = report_of(finished_run)
+    assert '<td class="number">20.00</td>' in text
+    assert "±" not in text

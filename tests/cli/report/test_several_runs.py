@@ -34,12 +34,12 @@ def test_all_runs_are_listed_the_newest_first(runs: Path):
     assert main(["report", "--all", "--out", str(runs)]) == 0
     rows = table_of(runs / "runs.html")
     assert [row[0] for row in rows] == ["first try", "pretrain-nano", "lora-nano"]
-    assert rows[0][1:9] == ["lora-nano", "nf4 nano", "lora r 16", "0", "", "", "", ""]
+    assert rows[0][1:8] == ["qlora-nano", "nf4 nano", "lora r 16", "0", "", "", ""]
     assert rows[1][1:5] == ["pretrain-nano", "", "all parameters", "20"]
     assert rows[2][1:5] == ["lora-nano", "nano", "lora r 16", "60 of 60"]
-    assert rows[2][6:9] == ["0.0333", "0.0333", "60"]  # held-out loss, the best one, and its step
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", rows[2][9])
-    assert rows[2][10] == "finished"
+    assert rows[2][6:8] == ["0.0333", "0.0333 at step 60"]  # held-out loss, and the best one
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", rows[2][8])
+    assert rows[2][9] == "finished"
     text = (runs / "runs.html").read_text()
     assert "3 runs" in text
     assert "could not be read" not in text

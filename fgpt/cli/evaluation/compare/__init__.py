@@ -15,11 +15,13 @@ from fgpt.cli.console import console, progress, show_progress
 from fgpt.cli.evaluation.compare import contenders, prompts
 from fgpt.cli.evaluation.compare.contenders import BASE, Contender
 from fgpt.cli.evaluation.compare.html import page
+from fgpt.cli.evaluation.compare.intervals import Parts, best_sides, half_widths
 from fgpt.cli.evaluation.compare.markdown import show, to_markdown
 from fgpt.cli.evaluation.compare.prompts import ComparisonPrompts, held_out
 from fgpt.cli.evaluation.compare.results import Answer, Comparison, as_json
 from fgpt.cli.evaluation.compare.scores import (
     instruction_scores,
+    prompt_parts,
     reference_answers,
     reference_scores,
     rouge_scores,
@@ -130,17 +132,32 @@ def compare_contenders(
         answers[name] = generate_answers(
             model, tokenizer, encoded[name], order, max_new_tokens, decoding.sampling, decoding.seed
         )
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
+    parts: dict[str, Parts] = {}
     for side, examples in progress([*zip(sides, references.by_side, strict=True)], "scoring the answers of each side"):
+        prefix = "held-out " if chosen.heldout else ""
+        of_references, loss_parts = reference_scores(params[side.name], examples, references.turns, prefix)
         scores[side.name] = (
             instruction_scores(rows, answers[side.name])
-            | reference_scores(params[side.name], examples, references.turns, "held-out " if chosen.heldout else "")
+            | of_references
             | rouge_scores(rows, answers[side.name])
             | text_scores(params[BASE], encoded[side.name], answers[side.name], tokenizer.eos_token_id)
         )
+        by_prompt = prompt_parts(rows, answers[side.name]) | loss_parts
+        parts[side.name] = {name: by_prompt[name] for name in scores[side.name] if name in by_prompt}
     about = prompts.about(sides, chosen, max_new_tokens, decoding)
     settings = prompts.settings(sides, chosen, max_new_tokens, decoding)
-    return Comparison(prompts.title(sides), about, rows, answers, scores, settings)
+    return Comparison(
+        prompts.title(sides),
+        about,
+        rows,
+        answers,
+        scores,
+        settings,
+        steps=contenders.steps(sides),
+        intervals={side: half_widths(of_side) for side, of_side in parts.items()},
+        best=best_sides(parts),
+    )
 
 
 def generate_answers(

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgpt.cli import run_dir
+from fgpt.cli.metrics_log import last_metrics
 from fgpt.cli.paths import shareable
+from fgpt.cli.run_dir import METRICS
 from fgpt.cli.training.build import adapts_fused_qkv, load_base
 from fgpt.cli.training.examples import source_weights
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -95,6 +97,12 @@ def load_params(sides: Sequence[Contender]) -> dict[str, GPT]:
             bases[which] = load_base(replace(side.run, device=sides[0].run.device))
         params[side.name] = bases[which] if side.folder is None else run_dir.load_tuned(side.folder, bases[which])
     return params
+
+
+def steps(sides: Sequence[Contender]) -> dict[str, int]:
+    """How many steps each run has trained, where its metrics say so."""
+    last_lines = {side.name: last_metrics(side.folder / METRICS) for side in sides if side.folder is not None}
+    return {name: line["step"] for name, line in last_lines.items() if line}
 
 
 def may_have_seen(run: InstructionRecipe, first: InstructionRecipe) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fgpt.cli.evaluation.compare.results import Answer, Comparison, best
+from fgpt.cli.evaluation.compare.results import Answer, Comparison
 from fgpt.cli.evaluation.metrics.text import repeated_ngrams
 from fgpt.cli.pages import render
 from fgpt.cli.pages.tables import Cell, Column, Table, text_column
@@ -15,11 +15,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 MIN_REPEATS = 30.0
 """Percent of repeated 4-grams from which a card says so."""
 
+KINDS = ("points: ", "stories with")
+"""How the names of scores of single kinds of tasks begin."""
+
 MEANINGS = {
     "points": "How much of what the prompts ask for the answers have, as far as the text alone can show it.",
     "FinQA exact match": "FinQA answers whose number is the reference's, to its decimals, or their yes or no.",
     "constraints met": "Share of the constraints in the instructions (in three sentences, as a haiku) that the answers "
-    "meet, as far as counting can check it; constraints is the number of them.",
+    "meet, as far as counting can check it.",
     "response loss": "Of the reference answers, not of those generated here; perplexity is its exponential.",
     "ROUGE-L": "Words shared with the reference answers, in order (F1).",
     "finished with EOS": "Answers that the model ended within the limit of new tokens; the others are truncated.",
@@ -57,6 +60,8 @@ class ComparisonView:
 
     about: Sequence[str]
     scores: Table
+    by_kind: Table
+    """Scores of single kinds of tasks."""
     meanings: Sequence[tuple[str, str]]
     """Words in names of scores, and what these mean."""
     prompts: Sequence[Prompt]
@@ -76,7 +81,7 @@ def comparison_view(comparison: Comparison) -> ComparisonView:
             _card(name, color(side), answers[i]) for side, (name, answers) in enumerate(comparison.answers.items())
         ]
         prompts.append(Prompt(row.instruction, row.input, row.output, cards))
-    return ComparisonView(comparison.about, _scores(comparison), meanings(comparison), prompts)
+    return ComparisonView(comparison.notes, *_scores(comparison), meanings(comparison), prompts)
 
 
 def _card(side: str, color: str, answer: Answer) -> Card:
@@ -87,13 +92,17 @@ def _card(side: str, color: str, answer: Answer) -> Card:
     return Card(side, color, answer.text, f"{len(answer.tokens)} tokens" if answer.tokens else "", warnings)
 
 
-def _scores(comparison: Comparison) -> Table:
-    heads = [Column(name, color=color(side)) for side, name in enumerate(comparison.sides)]
-    rows = []
-    for name, texts in comparison.cells():
-        cells = [Cell(text, is_best=is_best) for text, is_best in zip(texts, best(name, texts), strict=True)]
-        rows.append([Cell(name), *cells])
-    return Table("scores", [text_column("score"), *heads], rows, is_sortable=False)
+def _scores(comparison: Comparison) -> tuple[Table, Table]:
+    """The scores, and those of single kinds of tasks."""
+    heads = [text_column("score")]
+    for side, name in enumerate(comparison.sides):
+        heads.append(Column(name, color=color(side), note=comparison.steps_of(name)))
+    rows: list[list[Cell]] = []
+    by_kind: list[list[Cell]] = []
+    for name, scores in comparison.cells():
+        cells = [Cell(score.value, note=score.margin, is_best=score.is_best) for score in scores]
+        (by_kind if name.startswith(KINDS) else rows).append([Cell(name), *cells])
+    return Table("scores", heads, rows, is_sortable=False), Table("scores by kind", heads, by_kind, is_sortable=False)
 
 
 def meanings(comparison: Comparison) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """A comparison as Markdown, and in short on the terminal."""
 
 from rich.table import Table
+from rich.text import Text
 
 from fgpt.cli.console import result_console
 from fgpt.cli.evaluation.compare.results import Answer, Comparison
@@ -13,10 +14,12 @@ MAX_COLUMNS = 3
 
 def to_markdown(comparison: Comparison) -> str:
     """All scores, then each prompt with its answers."""
-    lines = [f"# {comparison.title}", "", *(f"- {sentence}" for sentence in comparison.about), ""]
-    lines += ["| | " + " | ".join(side.replace("|", r"\|") for side in comparison.sides) + " |"]
+    lines = [f"# {comparison.title}", "", *(f"- {sentence}" for sentence in comparison.notes), ""]
+    lines += ["| | " + " | ".join(head.replace("|", r"\|") for head in _heads(comparison)) + " |"]
     lines += ["|---|" + "---:|" * len(comparison.sides)]
-    lines += [f"| {name} | {' | '.join(values)} |" for name, values in comparison.cells()]
+    for name, scores in comparison.cells():
+        texts = [f"{f'**{x.value}**' if x.is_best else x.value} {x.margin}".strip() for x in scores]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     for i, row in enumerate(comparison.rows):
         lines += ["", f"## {i + 1}. {' '.join(row.instruction.split())}"]
         parts = [("input", row.input), ("reference", row.output)]
@@ -30,16 +33,21 @@ def to_markdown(comparison: Comparison) -> str:
 
 def show(comparison: Comparison) -> None:
     """Print a few answers if there are columns for them, and the scores, last: they are what stays on the screen."""
-    table = Table("", *comparison.sides, title=comparison.title, title_justify="left")
+    table = Table("", *_heads(comparison), title=comparison.title, title_justify="left")
     if len(comparison.sides) <= MAX_COLUMNS:
         for i in range(0, len(comparison.rows), max(1, len(comparison.rows) // NUM_SHOWN)):
             row = comparison.rows[i]
             prompt = row.instruction + (f"\n{row.input}" if row.input else "")
             texts = [_text(answers[i]) for answers in comparison.answers.values()]
             table.add_row(prompt, *texts, end_section=True)
-    for name, values in comparison.cells():
-        table.add_row(name, *values)
+    for name, scores in comparison.cells():
+        table.add_row(name, *(Text(f"{x.value} {x.margin}".strip(), "bold" if x.is_best else "") for x in scores))
     result_console.print(table)
+
+
+def _heads(comparison: Comparison) -> list[str]:
+    """The names of the sides, with their steps where these are known."""
+    return [", ".join(filter(None, (side, comparison.steps_of(side)))) for side in comparison.sides]
 
 
 def _text(answer: Answer) -> str:

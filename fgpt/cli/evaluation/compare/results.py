@@ -1,8 +1,8 @@
 """The outcome of a comparison: answers and scores by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from fgpt.data.prompt_templates import InstructionRow
 
@@ -27,29 +27,58 @@ class Comparison:
     scores: Mapping[str, Mapping[str, float]]
     """By side, the same scores for each."""
     settings: Mapping[str, Any]
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """How long each side was trained, where that is known."""
+    intervals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By side, half of the interval of a score."""
+    best: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The best sides of a score, if sides differ by more than chance."""
 
     @property
     def sides(self) -> list[str]:
         return list(self.answers)
 
-    def cells(self) -> list[tuple[str, list[str]]]:
-        """Each score: its name, and its value for each side as text."""
-        names = list(self.scores[self.sides[0]])
-        return [(name, [f"{self.scores[side][name]:,.2f}" for side in self.sides]) for name in names]
+    def cells(self) -> list[tuple[str, list["Score"]]]:
+        """Each score: its name, with the number of what it is of where that is known, and its value for each side."""
+        rows = []
+        first = self.scores[self.sides[0]]
+        for name in first:
+            if name in COUNTS.values():
+                continue
+            label = f"{name}, of {first[COUNTS[name]]:,.0f}" if COUNTS.get(name) in first else name
+            rows.append((label, [self._score(name, side) for side in self.sides]))
+        return rows
+
+    def steps_of(self, side: str) -> str:
+        """How long a side was trained, in words; empty if that is not known."""
+        return f"{self.steps[side]:,} step{'s' * (self.steps[side] != 1)}" if side in self.steps else ""
+
+    def _score(self, name: str, side: str) -> "Score":
+        margin = self.intervals.get(side, {}).get(name)
+        return Score(
+            f"{self.scores[side][name]:,.2f}",
+            "" if margin is None else f"± {margin:,.2f}",
+            side in self.best.get(name, ()),
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What `about` says, and what the intervals mean."""
+        return [*self.about, *([INTERVALS] if self.intervals else [])]
 
 
-HIGHER_IS_BETTER = ("points", "stories with", "ROUGE-L", "FinQA exact", "constraints met")
-LOWER_IS_BETTER = ("held-out response", "response")
-"""How the names of such scores begin. The others are neither: an empty answer repeats nothing."""
+class Score(NamedTuple):
+    """A score of one side, as text."""
+
+    value: str
+    margin: str
+    """Half the interval, after ±; empty if it is not known."""
+    is_best: bool
 
 
-def best(name: str, values: Sequence[str]) -> list[bool]:
-    """Which values of a score, as text, are the best; none if the score has no better, or if all values are equal."""
-    numbers = [float(value.replace(",", "")) for value in values]
-    if len(set(numbers)) == 1 or not name.startswith(HIGHER_IS_BETTER + LOWER_IS_BETTER):
-        return [False] * len(values)
-    optimum = max(numbers) if name.startswith(HIGHER_IS_BETTER) else min(numbers)
-    return [number == optimum for number in numbers]
+COUNTS = {"constraints met (%)": "constraints", "FinQA exact match (%)": "FinQA rows"}
+"""Scores, each with the score that counts what it is of."""
+INTERVALS = "± is half an interval of 95 % over the prompts. The best is marked where sides differ by more than chance."
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -60,4 +89,11 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         for side, answers in comparison.answers.items():
             entry[side] = {"text": answers[i].text, "finished": answers[i].finished}
         entries.append(entry)
-    return {"settings": comparison.settings, "scores": comparison.scores, "answers": entries}
+    return {
+        "settings": comparison.settings,
+        "steps": comparison.steps,
+        "scores": comparison.scores,
+        "intervals": comparison.intervals,
+        "best": comparison.best,
+        "answers": entries,
+    }

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fgpt.cli.evaluation.compare.contenders import Contender
-from fgpt.cli.evaluation.compare.results import Answer
+from fgpt.cli.evaluation.compare.intervals import Part
+from fgpt.cli.evaluation.compare.results import COUNTS, Answer
 from fgpt.cli.evaluation.metrics import constraints
 from fgpt.cli.evaluation.metrics import finqa as finqa_score
 from fgpt.cli.evaluation.metrics.nano import score
@@ -86,13 +87,30 @@ def instruction_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]
     return task_scores(rows, answers) | finqa_score.score(rows, texts) | constraints.score(rows, texts)
 
 
-def reference_scores(params: GPT, examples: Sequence[Example], turns: Sequence[int], prefix: str) -> dict[str, float]:
-    """How likely the reference answers are, EOS included; nothing if there are none. The names begin with `prefix`."""
+def reference_scores(
+    params: GPT, examples: Sequence[Example], turns: Sequence[int], prefix: str
+) -> tuple[dict[str, float], dict[str, list[Part]]]:
+    """How likely the reference answers are, EOS included, and the part of each in the loss; nothing if there are none.
+    The names begin with `prefix`.
+    """
     if not examples:
-        return {}
-    losses = response_losses(loglikelihood(params, requests(examples), world=world()), turns)
+        return {}, {}
+    likelihoods = loglikelihood(params, requests(examples), world=world())
+    losses = response_losses(likelihoods, turns)
     scores = losses | {"response perplexity": perplexity(losses[RESPONSE_LOSS])}
-    return {prefix + name: value for name, value in scores.items()}
+    parts = [Part(-likelihood.total, len(likelihood.logprobs)) for likelihood in likelihoods]
+    return {prefix + name: value for name, value in scores.items()}, {prefix + RESPONSE_LOSS: parts}
+
+
+def prompt_parts(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, list[Part]]:
+    """The part of each prompt in `instruction_scores` and `rouge_scores`."""
+    parts: dict[str, list[Part]] = {}
+    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        scores = instruction_scores([row], [answer]) | rouge_scores([row], [answer])
+        for name, value in scores.items():
+            weight = scores.get(COUNTS.get(name, ""), 1)
+            parts.setdefault(name, [Part(0, 0)] * len(rows))[i] = Part(weight * value, weight)
+    return parts
 
 
 def rouge_scores(rows: Sequence[InstructionRow], answers: Sequence[Answer]) -> dict[str, float]:
