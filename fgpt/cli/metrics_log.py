@@ -132,8 +132,8 @@ EVAL_COLORS = ("#b4611a", "#2e8a57", "#8a4fb0", "#b03a56")
 
 
 def plot_loss(metrics_file: Path, picture: Path, title: str, unit: str = "token") -> None:
-    """Plot the loss over steps, or the reward where there is one, raw and smoothed, to a PNG file, with the loss of each
-    evaluation set and its best step. `unit` is what the loss is averaged over.
+    """Plot the loss over steps, or the reward where there is one, raw and smoothed, to a PNG file; and the loss of each
+    evaluation set, the best step marked. `unit` is what the loss is averaged over.
     """
     import matplotlib
 

@@ -135,10 +135,11 @@ def trained_share(parameters: Any) -> tuple[str, str, str] | None:
     >>> trained_share({"trained": 25, "total": 1000})
     ('trainable', '2.5 %', '25 of 1,000 parameters')
     """
-    counts = [parameters.get(name) for name in ("trained", "total")] if isinstance(parameters, Mapping) else []
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+    if not isinstance(parameters, Mapping):
         return None
-    trained, total = counts
+    trained, total = parameters.get("trained"), parameters.get("total")
+    if not isinstance(trained, int) or not isinstance(total, int) or total < 1:
+        return None
     return "trainable", percent(trained / total), f"{trained:,} of {total:,} parameters"
 
 

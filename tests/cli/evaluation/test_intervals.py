@@ -28,7 +28,12 @@ def test_of_a_mean_it_is_the_interval_of_the_t_distribution(values: list[float])
     sample = torch.tensor(values, dtype=torch.float64)
     error = float(sample.std()) / math.sqrt(len(values))
     low, high = stats.t.interval(0.95, len(values) - 1, loc=0, scale=error or 1)
-    assert half_widths({"x": plain(values)})["x"] == pytest.approx((high - low) / 2 if error else 0, abs=1e-6)
+    width = half_widths({"x": plain(values)}).get("x", 0.0)
+    assert width == pytest.approx((high - low) / 2 if error else 0, abs=1e-6)
+
+
+def test_prompts_that_are_all_alike_have_no_interval():
+    assert half_widths({"x": plain([100.0] * 50)}) == {}
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=FEWEST, max_size=30))

@@ -117,8 +117,8 @@ def test_the_page_names_rows(trained: Path, capsys: pytest.CaptureFixture[str]):
     assert len(effects) == len(ROWS)
     page = (trained / "attribution-Say-3.html").read_text()
     best = int(effects.argmax())
-    assert f'<td class="number">{best + 1}</td>' in page
-    assert page.count('<td class="number">') == int(effects.count_nonzero())  # 20 rows, each on one side
+    assert f'<th scope="row" class="number">{best + 1}</th>' in page
+    assert page.count('<th scope="row"') == int(effects.count_nonzero())  # 20 rows, each on one side
     assert main(["attribute", "lora-nano", "Say 3.", "--method", "cosine", "--max-new-tokens", "4", *runs]) == 0
     other = json.loads((trained / "attribution-Say-3-2.json").read_text())
     assert other["settings"]["method"] == "cosine"

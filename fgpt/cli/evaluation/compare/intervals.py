@@ -36,7 +36,7 @@ Parts = Mapping[str, Sequence[Part]]
 
 
 def half_widths(parts: Parts) -> dict[str, float]:
-    """Half the interval of each score that has enough prompts.
+    """Half the interval of each score that has enough prompts, which are not all alike.
 
     >>> half_widths({"points": [Part(x, 1) for x in (0, 0, 0, 100, 100, 100)]})  # 50 ± 2.57 · 100 / (2 √5)
     {'points': 57.47...}
@@ -45,7 +45,8 @@ def half_widths(parts: Parts) -> dict[str, float]:
     """
     widths = {}
     for name, of_prompts in parts.items():
-        if (k := _num_prompts(of_prompts)) >= FEWEST:
+        k, values = _num_prompts(of_prompts), {part.x / part.w for part in of_prompts if part.w}
+        if k >= FEWEST and len(values) > 1:
             widths[name] = _half_width(_influences(of_prompts), k)
     return widths
 

@@ -78,7 +78,10 @@ class Score(NamedTuple):
 
 COUNTS = {"constraints met (%)": "constraints", "FinQA exact match (%)": "FinQA rows"}
 """Scores, each with the score that counts what it is of."""
-INTERVALS = "± is half an interval of 95 % over the prompts. The best is marked where sides differ by more than chance."
+INTERVALS = (
+    "± is half an interval of 95 % over the prompts. Where sides differ by more than chance, the best is marked, and "
+    "those that cannot be told from it."
+)
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

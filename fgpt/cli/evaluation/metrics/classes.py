@@ -61,7 +61,9 @@ def plot_confusion(scores: Scores, names: Sequence[str], picture: Path, title: s
     axes.set_yticks(range(n), [f"{name} ({sum(row):,})" for name, row in zip(names, counts, strict=True)])
     axes.set(xlabel="predicted label", ylabel="true label")
     axes.set_title(
-        f"{escape_mathtext(title)}: confusion matrix\naccuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}", fontsize=11
+        f"{escape_mathtext(title)}: confusion matrix\n"
+        f"accuracy {scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}",
+        fontsize=11,
     )
     axes.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
     axes.set_yticks([i + 0.5 for i in range(n - 1)], minor=True)
