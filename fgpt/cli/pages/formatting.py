@@ -18,6 +18,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
 
 
+def count(number: int, noun: str) -> str:
+    """How many there are of something.
+
+    >>> count(1, "run"), count(1200, "run")
+    ('1 run', '1,200 runs')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def score(x: float | None) -> str:
     """With three decimals, so that a column of them can be compared."""
     return "–" if x is None else f"{x:,.3f}"

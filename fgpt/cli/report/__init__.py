@@ -13,7 +13,8 @@ from fgpt.cli.config_diff import command
 from fgpt.cli.console import console
 from fgpt.cli.evaluation.compare.html import TEMPLATES as COMPARISON
 from fgpt.cli.pages import render
-from fgpt.cli.paths import without_paths
+from fgpt.cli.pages.formatting import count
+from fgpt.cli.paths import shareable, without_paths
 from fgpt.cli.report.run_data import RunData, read
 from fgpt.cli.report.sections import ending, report_sections, resume_command, summary
 from fgpt.cli.report.several_runs import runs_page
@@ -68,7 +69,8 @@ def run_all(out: Path = Path("runs")) -> Path:
             unreadable.append((folder.name, without_paths(str(err))))
             console.print(f"{folder} could not be read: {err}", markup=False, soft_wrap=True)
     path = out / INDEX
-    write(path, runs_page(f"Runs in {out.resolve().name}", runs, out, unreadable=unreadable, sweeps=sweeps))
+    summary = f"{count(len(runs), 'run')} in {shareable(out)}/"
+    write(path, runs_page("Runs", runs, out, summary=summary, unreadable=unreadable, sweeps=sweeps))
     return _announce(path)
 
 

@@ -11,11 +11,13 @@ from fgpt.cli import run_dir
 from fgpt.cli.metrics_log import HELDOUT_LOSS, eval_losses
 from fgpt.cli.pages import render
 from fgpt.cli.pages.charts import lowest
+from fgpt.cli.pages.formatting import count
 from fgpt.cli.pages.tables import Cell, Column, Table, text_column
 from fgpt.cli.report.curves import overlay, smooth, values
 from fgpt.cli.report.run_data import RunData
 from fgpt.cli.report.sections import ending, method
 from fgpt.cli.run_json import read_run
+from fgpt.errors import InputError
 
 COLUMNS = [
     *(text_column(name) for name in ("run", "recipe", "base", "adapter")),
@@ -29,6 +31,7 @@ def runs_page(
     runs: Sequence[RunData],
     place: Path,
     *,
+    summary: str = "",
     unreadable: Sequence[tuple[str, str]] = (),
     sweeps: Sequence[Path] = (),
 ) -> str:
@@ -36,6 +39,7 @@ def runs_page(
 
     Args:
         title: Its title.
+        summary: A line below it.
         runs: What it shows, in this order; each has a report in its directory.
         place: The folder that the page is written into, which its links start from.
         unreadable: The names of the runs that could not be read, and why.
@@ -46,11 +50,11 @@ def runs_page(
         "runs.html",
         [Path(__file__).parent / "templates"],
         title=title,
-        summary=_count(len(runs), "run"),
+        summary=summary,
         charts=overlay([(label, data.lines) for label, data in zip(labels, runs, strict=True)]),
         table=Table("runs", COLUMNS, [_row(label, data, place) for label, data in zip(labels, runs, strict=True)]),
         unreadable=unreadable,
-        num_unreadable=_count(len(unreadable), "run"),
+        num_unreadable=count(len(unreadable), "run"),
         sweeps=[(folder.name, link(folder / run_dir.REPORT, place)) for folder in sweeps],
     )
 
@@ -65,34 +69,45 @@ def link(page: Path, place: Path) -> str:
 
 
 def _row(label: str, data: RunData, place: Path) -> list[Cell]:
-    run, status = data.run, data.status or {}
+    status = data.status or {}
     base, adapter = method(data)
     step = data.lines[-1]["step"] if data.lines else 0
     steps = f"{step:,} of {status['steps']:,}" if isinstance(status.get("steps"), int) else f"{step:,}"
     loss = smooth(values(data.lines, "loss"))
-    metric, name = next(iter(eval_losses(data.lines).items()), (HELDOUT_LOSS, ""))
-    heldout = values(data.lines, metric)
-    best = Cell("")
-    if heldout:
-        best_step, best_loss = lowest(heldout)
-        best = Cell(f"{best_loss:.4f}", best_loss, note=f"at step {best_step:g}")
-    recipe = str(run["name"])
-    if recipe not in recipes.RECIPES:
-        recipe = recipes.nearest(read_run(data.folder))
     time = data.last_write or (data.folder / run_dir.RUN).stat().st_mtime
     state = ending(data)
     return [
         Cell(label, href=link(data.folder / run_dir.REPORT, place)),
-        Cell(recipe),
+        Cell(_recipe_name(data)),
         Cell(base),
         Cell(adapter),
         Cell(steps, step),
         Cell(f"{loss[-1][1]:.4f}" if loss else ""),
-        Cell(f"{heldout[-1][1]:.4f}" if heldout else "", note=name if metric != HELDOUT_LOSS else ""),
-        best,
+        *_heldout_cells(data),
         Cell(f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"),
         Cell(state.state, color=state.color),
     ]
+
+
+def _recipe_name(data: RunData) -> str:
+    """The recipe that a run was made from; of a run.json that this version cannot read, the run's own name."""
+    if data.name in recipes.RECIPES:
+        return data.name
+    try:
+        return recipes.nearest(read_run(data.folder))
+    except InputError:
+        return data.name
+
+
+def _heldout_cells(data: RunData) -> tuple[Cell, Cell]:
+    """The last and the best held-out loss; of a run that held nothing out, those of its first evaluation set."""
+    metric, label = next(iter(eval_losses(data.lines).items()), (HELDOUT_LOSS, ""))
+    losses = values(data.lines, metric)
+    if not losses:
+        return Cell(""), Cell("")
+    last, (step, best) = losses[-1][1], lowest(losses)
+    last_cell = Cell(f"{last:.4f}", last, note="" if metric == HELDOUT_LOSS else label)
+    return last_cell, Cell(f"{best:.4f}", best, note=f"at step {step:g}")
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -101,7 +116,3 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     return ["/".join(folder.resolve().parts[-2:]) for folder in folders]
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

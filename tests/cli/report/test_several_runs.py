@@ -41,7 +41,7 @@ def test_all_runs_are_listed_the_newest_first(runs: Path):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", rows[2][8])
     assert rows[2][9] == "finished"
     text = (runs / "runs.html").read_text()
-    assert "3 runs" in text
+    assert '<p class="summary">3 runs in .../my runs/</p>' in text
     assert "could not be read" not in text
     assert re.findall(r'<th scope="row"><a href="([^"]*)"', text)[0] == "first%20try/report.html"
     for name in ("first try", "pretrain-nano", "lora-nano"):
@@ -67,6 +67,13 @@ def test_runs_that_cannot_be_read_are_named(runs: Path, capsys: pytest.CaptureFi
     assert '<a href="sweep/report.html">sweep</a>' in text
     output = " ".join(capsys.readouterr().err.split())
     assert "pretrain-nano could not be read" in output
+
+
+def test_a_run_of_another_version_has_its_own_name(runs: Path):
+    run_json = runs / "first try" / "run.json"
+    run_json.write_text(run_json.read_text().replace('"quantize"', '"quantise"'))
+    assert main(["report", "--all", "--out", str(runs)]) == 0
+    assert table_of(runs / "runs.html")[-1][:2] == ["first try", "first try"]
 
 
 def test_the_runs_that_are_named_are_drawn_over_each_other(runs: Path):

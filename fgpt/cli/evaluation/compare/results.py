@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fgpt.cli.pages.formatting import count
 from fgpt.data.prompt_templates import InstructionRow
 
 
@@ -51,7 +52,7 @@ class Comparison:
 
     def steps_of(self, side: str) -> str:
         """How long a side was trained, in words; empty if that is not known."""
-        return f"{self.steps[side]:,} step{'s' * (self.steps[side] != 1)}" if side in self.steps else ""
+        return count(self.steps[side], "step") if side in self.steps else ""
 
     def _score(self, name: str, side: str) -> "Score":
         margin = self.intervals.get(side, {}).get(name)
@@ -64,7 +65,7 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What `about` says, and what the intervals mean."""
-        return [*self.about, *([INTERVALS] if self.intervals else [])]
+        return [*self.about, *([INTERVALS] if any(self.intervals.values()) else [])]
 
 
 class Score(NamedTuple):
