@@ -14,11 +14,6 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
-from fgpt.cli.pages.charts import Chart
-from fgpt.cli.pages.tables import Table
-
-__all__ = ["TEMPLATES", "Chart", "Table", "render", "script_hash"]
-
 TEMPLATES = Path(__file__).parent / "templates"
 SORT = "sort.js"
 """The script that sorts tables."""

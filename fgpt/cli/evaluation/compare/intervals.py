@@ -38,8 +38,9 @@ Parts = Mapping[str, Sequence[Part]]
 def half_widths(parts: Parts) -> dict[str, float]:
     """Half the interval of each score that has enough prompts, which are not all alike.
 
-    >>> half_widths({"points": [Part(x, 1) for x in (0, 0, 0, 100, 100, 100)]})  # 50 ± 2.57 · 100 / (2 √5)
-    {'points': 57.47...}
+    >>> widths = half_widths({"points": [Part(x, 1) for x in (0, 0, 0, 100, 100, 100)]})
+    >>> round(widths["points"], 2)  # 2.5706 · 100 / (2 √5)
+    57.48
     >>> half_widths({"points": [Part(100, 1)] * 5})
     {}
     """
