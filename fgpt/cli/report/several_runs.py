@@ -21,7 +21,7 @@ from fgpt.errors import InputError
 
 COLUMNS = [
     *(text_column(name) for name in ("run", "recipe", "base", "adapter")),
-    *(Column(name) for name in ("steps", "training loss", "held-out loss", "best")),
+    *(Column(name) for name in ("steps", "loss", "held-out loss", "best")),
     *(text_column(name) for name in ("date", "state")),
 ]
 
