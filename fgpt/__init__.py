@@ -25,7 +25,7 @@ from fgpt.distributed import World, world
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.evaluation.output_difference import OutputDifference, compare_outputs
-from fgpt.generation.beam import beam_search
+from fgpt.generation.beam import beam_search, beam_search_batch
 from fgpt.generation.loop import GenerationOutput, generate, stream
 from fgpt.generation.prompt_lookup import prompt_lookup_decode
 from fgpt.generation.sampling import SamplingParams
@@ -105,6 +105,7 @@ __all__ = [
     "apply",
     "as_module",
     "beam_search",
+    "beam_search_batch",
     "combine",
     "compare_outputs",
     "dense",
