@@ -23,9 +23,9 @@ GROUPS = {
         "max_seq_len template assistant_turns head labels overlong num_heldout heldout num_fewshot tokenizer teacher"
     ),
     "training": (
-        "lr lr_multipliers epochs steps micro_batch_size grad_accumulation_steps warmup_steps min_lr_ratio "
-        "lengthened_at weight_decay optimizer ema_decay neftune_noise_alpha betas seed reward num_generations "
-        "max_completion_length "
+        "lr lr_scheduler_type lr_multipliers epochs steps micro_batch_size grad_accumulation_steps packing "
+        "warmup_steps min_lr_ratio lengthened_at weight_decay optimizer ema_decay neftune_noise_alpha betas seed reward "
+        "num_generations max_completion_length "
         "temperature objective loss_type beta label_smoothing rpo_alpha gamma desirable_weight undesirable_weight "
         "scale_rewards center_rewards_coefficient label_smoothing_factor kd_ratio kd_temperature privacy"
     ),
@@ -33,7 +33,7 @@ GROUPS = {
     "speed": "device dtype deterministic shard_base remat compile cuda_graphs peak_tflops",
     "run": (
         "name out eval_every keep_best early_stopping_patience checkpoint_every_minutes keep_checkpoints tracker "
-        "compare_prompts compare_data max_new_tokens per_example"
+        "compare_prompts compare_data max_new_tokens num_beams length_penalty no_repeat_ngram per_example"
     ),
     "text": "columns prompt",
 }
@@ -62,6 +62,7 @@ def parse(cls: type[Any], args: Sequence[str], default: Any, command: str, descr
     if isinstance(options, FineTuningRecipe):
         options.adapter.check()
         options.privacy.check()
+        options.check_schedule()
         _ = options.multipliers
     if isinstance(options, FineTuningRecipe) and (hint := target_hint(options.adapter.target or "")):
         raise InputError(f"--adapter.target {options.adapter.target} matches no path: {hint}")

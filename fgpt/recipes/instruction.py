@@ -44,11 +44,14 @@ class InstructionRecipe(FineTuningRecipe):
     columns: Columns = field(default_factory=Columns)
     """The names of the columns, where they are not the usual ones."""
     template: str = "auto"
-    """The prompt template: alpaca, plain, tulu, chat (the base's own), or none for prompts that hold theirs. auto takes
-    chat if the base has a chat template, else alpaca, and the run records which it took."""
+    """The prompt template: alpaca, plain, tulu, chat (the base's own), data-to-text (a line), or none for prompts that
+    hold theirs. auto takes chat if the base has a chat template, else alpaca, and the run records which it took."""
     assistant_turns: Literal["all", "last"] = "all"
     """The answers of a conversation to train on. Those of loss weight 0 are context in any case."""
     max_seq_len: Length = 512
+    packing: bool = True
+    """Pack as many examples into a sequence as fit. Without, each is a sequence by itself, and micro_batch_size counts
+    examples."""
     micro_batch_size: BatchSize | Literal["auto"] = 8
     overlong: Literal["error", "drop", "cut"] = "error"
     """What to do with examples longer than max_seq_len: error refuses to start, drop leaves them out, cut truncates

@@ -155,7 +155,9 @@ class FineTuningRecipe(TrainingRecipe):
     """Record each training step as a CUDA graph: one call starts all its kernels, for which a small model waits
     otherwise. What is trained, with its moments, takes two copies more in memory. adamw8bit cannot be recorded."""
     lr: PositiveFloat | None = None
-    """Peak learning rate, after linear warmup and before cosine decay to 0. None takes the adapter kind's."""
+    """Peak learning rate, after linear warmup and before the decay to 0. None takes the adapter kind's."""
+    lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
+    """The form of the decay to 0 after the warmup. schedule_free_adamw has none."""
     lr_multipliers: tuple[str, ...] = ()
     """Factors of lr for some of what is trained, each as REGEX=FACTOR for whole paths; the first that matches counts.
     LoRA+ is '.*/b=16': each B learns 16 times as fast as its A."""
@@ -191,6 +193,13 @@ class FineTuningRecipe(TrainingRecipe):
     per_example: bool = False
     """Compute the gradient of each training row at the end, of 10,000 rows at most: say how noisy they are, write loss
     and norm of each to per_example.jsonl, and show the worst percent in the report, where mislabeled rows are."""
+
+    def check_schedule(self) -> None:
+        """Raises InputError for a decay that the optimizer does not have."""
+        if self.optimizer == "schedule_free_adamw" and self.lr_scheduler_type != "cosine":
+            raise InputError(
+                f"--lr-scheduler-type {self.lr_scheduler_type} is a decay: schedule_free_adamw has none, leave it out"
+            )
 
     @property
     def multipliers(self) -> dict[str, float]:

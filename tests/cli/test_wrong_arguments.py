@@ -39,7 +39,7 @@ def test_a_gguf_file_that_is_not_there():
     ("option", "expected"),
     [
         ("--min_lr", "in fgpt it is --min-lr-ratio, which fgpt train lora-nano does not have"),
-        ("--lr_scheduler_type", "no option --lr_scheduler_type; fgpt train lora-nano --help"),
+        ("--scheduler_kwargs", "no option --scheduler_kwargs; fgpt train lora-nano --help"),
     ],
 )
 def test_an_option_that_the_recipe_lacks_is_not_answered_by_another(

@@ -41,7 +41,16 @@ class GRPOTask(InstructionTask):
     def build(cls, recipe: InstructionRecipe) -> "GRPOTask":
         """Raises InputError for bad input."""
         assert isinstance(recipe, GRPORecipe)
-        others = ("eval_data", "streaming", "shuffle_buffer_size", "mixture", "assistant_turns", "forget", "documents")
+        others = (
+            "eval_data",
+            "streaming",
+            "shuffle_buffer_size",
+            "mixture",
+            "assistant_turns",
+            "forget",
+            "documents",
+            "packing",
+        )
         refuse_options(recipe, *others, *OBJECTIVE_OPTIONS)
         if recipe.cuda_graphs:
             raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")

@@ -223,7 +223,16 @@ def check_options(recipe: PreferenceRecipe) -> None:
         raise InputError(f"--gamma is of simpo: leave it out with --objective {recipe.objective}")
     if recipe.objective == "kto" and recipe.rows_per_update < 2 * recipe.grad_accumulation_steps:
         raise InputError("--micro-batch-size 1: kto estimates a divergence in each micro-batch: give 2 rows or more")
-    others = ("eval_data", "streaming", "shuffle_buffer_size", "mixture", "assistant_turns", "forget", "documents")
+    others = (
+        "eval_data",
+        "streaming",
+        "shuffle_buffer_size",
+        "mixture",
+        "assistant_turns",
+        "forget",
+        "documents",
+        "packing",
+    )
     refuse_options(recipe, *others, *OBJECTIVE_OPTIONS)
 
 

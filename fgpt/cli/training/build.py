@@ -43,7 +43,7 @@ from fgpt.losses import Batch, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
 from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
-from fgpt.recipes import FineTuningRecipe
+from fgpt.recipes import FineTuningRecipe, InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.step_graphs import StepGraphs
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -178,9 +178,11 @@ def with_graphs(recipe: FineTuningRecipe, step: Step) -> Step:
 def row_width(recipe: FineTuningRecipe, device: torch.device, max_seq_len: int) -> int | None:
     """The width that all rows are padded to: on CUDA each new width costs a kernel's plan, in a compiled program a
     compilation, and packed rows are nearly full (at one width 3 to 4 % of the positions are padding, at ragged ones 2
-    to 3 %). None on a CPU without a compiler, where a width costs little.
+    to 3 %). None on a CPU without a compiler, where a width costs little, and for rows of one example, which are mostly
+    far shorter.
     """
-    return max_seq_len if device.type == "cuda" or recipe.compile or recipe.cuda_graphs else None
+    is_packed = not isinstance(recipe, InstructionRecipe) or recipe.packing
+    return max_seq_len if (device.type == "cuda" and is_packed) or recipe.compile or recipe.cuda_graphs else None
 
 
 def row_length(recipe: FineTuningRecipe, cfg: Config) -> int:

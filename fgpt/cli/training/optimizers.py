@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from fgpt.kernels.adam import Number
-from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule
+from fgpt.optim import Optimizer, Schedule, adamw, adamw8bit, constant_schedule, cosine_schedule, linear_schedule
 from fgpt.optim_averages import with_ema
 from fgpt.optim_muon import muon
 from fgpt.optim_schedule_free import schedule_free_adamw
@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def make_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
-    """A linear warmup and a cosine decay to 0; of schedule-free AdamW the warmup alone. A run that was lengthened has
+    """A linear warmup and the recipe's decay to 0; of schedule-free AdamW the warmup alone. A run that was lengthened has
     the schedule of its former length until it had finished.
     """
     schedule = _one_schedule(recipe, steps)
@@ -37,7 +37,8 @@ def _one_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
     warmup_steps = recipe.num_warmup_steps(steps)
     if recipe.optimizer == "schedule_free_adamw":
         return constant_schedule(recipe.peak_lr, warmup_steps)
-    return cosine_schedule(recipe.peak_lr, steps, warmup_steps=warmup_steps)
+    decay = {"cosine": cosine_schedule, "linear": linear_schedule}[recipe.lr_scheduler_type]
+    return decay(recipe.peak_lr, steps, warmup_steps=warmup_steps)
 
 
 def make_optimizer(recipe: FineTuningRecipe, schedule: Schedule, weight_decay: Number | None = None) -> Optimizer:

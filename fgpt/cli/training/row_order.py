@@ -10,7 +10,7 @@ from fgpt.cli.training.job import RowIndices
 from fgpt.data import packing
 from fgpt.data.examples import Example, example_lengths
 from fgpt.data.mixtures import Mixture
-from fgpt.recipes import FineTuningRecipe
+from fgpt.recipes import FineTuningRecipe, InstructionRecipe
 from fgpt.rng import fold_in, key
 from fgpt.transforms.privacy import sample_lot
 
@@ -70,7 +70,7 @@ class UpdateOrder:
 
 
 class RowOrder(UpdateOrder):
-    """The order of examples that are packed into rows, which it reads.
+    """The order of examples that are packed into rows, if the recipe packs them, which it reads.
 
     Raises InputError for examples that cannot be trained on.
     """
@@ -83,7 +83,8 @@ class RowOrder(UpdateOrder):
         mixture: Mixture | None = None,
     ) -> None:
         packing.filter_by_length(examples, max_seq_len)
-        super().__init__(example_lengths(examples), recipe, max_seq_len, mixture)
+        packed = not isinstance(recipe, InstructionRecipe) or recipe.packing
+        super().__init__(example_lengths(examples), recipe, max_seq_len, mixture, packed=packed)
         self._examples = examples
 
     def read(self, update: RowIndices) -> Rows:
