@@ -15,7 +15,7 @@ from fgpt.data.finqa import is_finqa
 from fgpt.data.records import column_names
 from fgpt.errors import MAX_CHARS, InputError, printable
 
-Kind: TypeAlias = Literal["finqa", "preference", "conversation", "prompt", "instruction", "text"]
+Kind: TypeAlias = Literal["finqa", "preference", "conversation", "prompt", "instruction", "meaning", "text"]
 
 ASIDE = ("system", "system_prompt", "tools", "functions")
 """Columns that are read beside those of every format of conversations and instructions."""
@@ -26,6 +26,7 @@ READ: Mapping[Kind, tuple[str, ...]] = {
     "conversation": (*COLUMNS, *ASIDE),
     "prompt": ("prompt", "completion", *ASIDE),
     "instruction": ("history", *ASIDE),
+    "meaning": ("mr", "ref", "meaning_representation", "human_reference"),
     "text": ("text",),
 }
 """The columns that are read of each kind, if they are there."""
@@ -36,8 +37,15 @@ NAMES: Mapping[Kind, str] = {
     "conversation": "conversations",
     "prompt": "prompts and completions",
     "instruction": "instructions",
+    "meaning": "meaning representations and references",
     "text": "raw text",
 }
+
+MEANING_COLUMNS = {"mr": "ref", "meaning_representation": "human_reference"}
+"""The column of a meaning representation and that of its reference: of the E2E NLG challenge's files, and on the hub.
+
+Source: Novikova et al. 2017, "The E2E Dataset".
+"""
 
 
 FIELDS = (
@@ -123,9 +131,21 @@ def shape_of(names: tuple[str, ...], columns: Columns) -> Shape:
         kinds.append("prompt")
     if has_instruction:
         kinds.append("instruction")
+    if not kinds and columns == Columns() and meaning_columns(names):
+        kinds.append("meaning")
     if not kinds and (names == ("text",) or ("text" in present and columns == Columns())):
         kinds.append("text")
     return Shape(tuple(kinds), is_plain and kinds == ["instruction"])
+
+
+def meaning_columns(names: Iterable[str]) -> tuple[str, str] | None:
+    """The columns of a meaning representation and of its reference; None if there are no such two.
+
+    >>> meaning_columns(("id", "mr", "ref"))
+    ('mr', 'ref')
+    """
+    present = set(names)
+    return next((pair for pair in MEANING_COLUMNS.items() if present.issuperset(pair)), None)
 
 
 @dataclass(frozen=True)
@@ -201,6 +221,10 @@ def _dialect(record: Mapping[str, Any], columns: Columns) -> str | None:
 
 
 def _first_missing(record: Mapping[str, Any], columns: Columns) -> str:
+    if columns == Columns():
+        for pair in MEANING_COLUMNS.items():
+            if len(missing := [name for name in pair if name not in record]) == 1:
+                return missing[0]
     names = [*columns.standard_names().values()] or [columns.instruction, columns.output, columns.input or ""]
     return next((name for name in names if name not in record), columns.output)
 

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 from fgpt.data import conversations, finqa
 from fgpt.data.conversations import Conversation
-from fgpt.data.formats import ASIDE, Columns, Format, Kind, Shape, check_same, missing_column, recognize, shape_of
+from fgpt.data.formats import (
+    ASIDE,
+    Columns,
+    Format,
+    Kind,
+    Shape,
+    check_same,
+    meaning_columns,
+    missing_column,
+    recognize,
+    shape_of,
+)
 from fgpt.data.hub_datasets import HubDataset, hub_records
 from fgpt.data.records import column_text, is_missing
 from fgpt.data.rows import InstructionRow, TextRow, conversation_row
@@ -98,9 +109,11 @@ class LocatedSource(NamedTuple):
     """The one of `HUB_DATASETS` that it is."""
 
 
-def locate_source(source: str) -> LocatedSource:
-    """The files of a source; what the cache lacks of the hub's is downloaded. Raises InputError as `load_examples`."""
-    return LocatedSource(*locate(source, HUB_DATASETS))
+def locate_source(source: str, split: str = "train") -> LocatedSource:
+    """The files of a source, of `split` where it names none; what the cache lacks of the hub's is downloaded. Raises
+    InputError as `load_examples`.
+    """
+    return LocatedSource(*locate(source, HUB_DATASETS, split=split))
 
 
 class RowStream:
@@ -209,6 +222,8 @@ class RowReader:
             return [_instruction_row(record, self.columns, where)]
         if shape.kinds == ("finqa",):
             return [finqa.read_finqa(record, where)]
+        if shape.kinds == ("meaning",) and (names := meaning_columns(record)):
+            return [_instruction_row(record, Columns(instruction=names[0], output=names[1]), where)]
         if self.standard_names:
             named = {usual: record[name] for usual, name in self.standard_names.items()}
             record = {name: record[name] for name in ASIDE if name in record} | named

@@ -102,7 +102,10 @@ CHAT = Template("chat", "{instruction}\n\n{input}", "{instruction}", chat=True)
 # For texts that hold their template already.
 NONE = Template("none", "{instruction}\n\n{input}", "{instruction}", system="{content}", tool="{content}")
 
-TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU, NONE)}
+# For inputs that are no sentences, such as meaning representations: the text begins on the next line.
+DATA_TO_TEXT = Template("data-to-text", "{instruction}\n\n{input}\n", "{instruction}\n", response="\n")
+
+TEMPLATES = {template.name: template for template in (ALPACA, PLAIN, CHAT, TULU, NONE, DATA_TO_TEXT)}
 
 
 def prompt_pieces(row: InstructionRow, template: Template, tokenizer: Tokenizer) -> list[Piece]:
