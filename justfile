@@ -13,7 +13,7 @@ setup:
 
 # The same with what the tests, benchmarks and checks need
 setup-dev:
-    @just _install ready-dev --editable '.[eval]' --group dev
+    @just _install ready-dev --editable '.[eval,nlg]' --group dev
 
 # The same with lm-eval, for `just eval tasks`: the extra of `pip install 'fgpt[eval]'`
 setup-eval:

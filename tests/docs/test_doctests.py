@@ -52,7 +52,11 @@ MODULES = {
 }
 
 
-NEEDED = {"fgpt.transforms.privacy_accounting": "dp_accounting"}
+NEEDED = {
+    "fgpt.cli.evaluation.metrics.reference_scores": "sacrebleu",
+    "fgpt.cli.evaluation.metrics.reference_tokens": "sacrebleu",
+    "fgpt.transforms.privacy_accounting": "dp_accounting",
+}
 """The packages of extras without which examples of a module fail: it imports them when it is called."""
 
 
