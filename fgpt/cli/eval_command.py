@@ -33,7 +33,7 @@ from fgpt.io import models
 from fgpt.io.files import read_text, write_json
 from fgpt.model import GPT, Config
 from fgpt.ranges import BatchSize, NonNegativeInt, PositiveInt
-from fgpt.recipes import InstructionRecipe
+from fgpt.recipes import DataToTextRecipe, InstructionRecipe
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 
 NAME = Path(run_dir.EVAL).stem
@@ -41,7 +41,9 @@ NAME = Path(run_dir.EVAL).stem
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun(RunEvaluationOptions):
-    """Evaluate a run on rows that it was not trained on: the loss of their answers, or the accuracy of their labels."""
+    """Evaluate a run on rows that it was not trained on: the loss of their answers, the accuracy of their labels, or of
+    texts written from data BLEU, NIST, METEOR, ROUGE-L and CIDEr.
+    """
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """The name of a run, or its folder."""
@@ -51,11 +53,20 @@ class EvalRun(RunEvaluationOptions):
     def __call__(self) -> None:
         folder = _find_run(self.run)
         recipe = run_dir.read_run(folder)
+        if not isinstance(recipe, DataToTextRecipe):
+            _refuse(self, folder, "num_beams", "length_penalty", "no_repeat_ngram", "outputs")
         settings = {"trained": results.training_id(folder)} | changed_options(self, EvalRun(run=self.run))
         metrics = task_type(recipe).evaluate(recipe, folder, self)
         base = recipe.to_json()["base"]
         about = {"evaluated": shareable(folder), "base": shareable(base), results.SETTINGS: settings}
         _write(about | metrics, folder, self.out)
+
+
+def _refuse(options: EvalRun, folder: Path, *names: str) -> None:
+    """Raises InputError for the first of these options that is given."""
+    if used := [name for name in names if getattr(options, name) is not None]:
+        option = used[0].replace("_", "-")
+        raise InputError(f"--{option} is of a data-to-text run, and {folder} is none: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +254,7 @@ def _about(model: EvaluatedModel, settings: Mapping[str, Any]) -> dict[str, Any]
 
 def changed_options(options: Any, defaults: Any) -> dict[str, Any]:
     """The options that are not at their defaults, but for those that change no result or say what is evaluated."""
-    excluded = {"run", "base", "batch_size", "out"}
+    excluded = {"run", "base", "batch_size", "out", "outputs"}
     before, changed = asdict(defaults), {}
     for name, value in asdict(options).items():
         if name not in excluded and value != before[name]:

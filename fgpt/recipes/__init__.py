@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from fgpt.errors import InputError
-from fgpt.recipes import classification, grpo, instruction, preference, pretraining, reward
+from fgpt.recipes import classification, data_to_text, grpo, instruction, preference, pretraining, reward
 from fgpt.recipes.classification import ClassificationRecipe
+from fgpt.recipes.data_to_text import DataToTextRecipe
 from fgpt.recipes.grpo import GRPORecipe
 from fgpt.recipes.instruction import InstructionRecipe
 from fgpt.recipes.preference import PreferenceRecipe
@@ -23,6 +24,7 @@ __all__ = [
     "Adapter",
     "AnyRecipe",
     "ClassificationRecipe",
+    "DataToTextRecipe",
     "FineTuningRecipe",
     "GRPORecipe",
     "InstructionRecipe",
@@ -36,7 +38,13 @@ __all__ = [
 ]
 
 AnyRecipe: TypeAlias = (
-    InstructionRecipe | PreferenceRecipe | RewardRecipe | GRPORecipe | PretrainingRecipe | ClassificationRecipe
+    InstructionRecipe
+    | PreferenceRecipe
+    | RewardRecipe
+    | GRPORecipe
+    | DataToTextRecipe
+    | PretrainingRecipe
+    | ClassificationRecipe
 )
 
 KINDS: dict[str, type[AnyRecipe]] = {
@@ -46,6 +54,7 @@ KINDS: dict[str, type[AnyRecipe]] = {
         PreferenceRecipe,
         RewardRecipe,
         GRPORecipe,
+        DataToTextRecipe,
         ClassificationRecipe,
         PretrainingRecipe,
     )
@@ -59,6 +68,7 @@ RECIPES: dict[str, Callable[[], AnyRecipe]] = {
         *preference.RECIPES,
         *reward.RECIPES,
         *grpo.RECIPES,
+        *data_to_text.RECIPES,
         *pretraining.RECIPES,
         *classification.RECIPES,
     )

@@ -9,7 +9,7 @@ from fgpt.cli.training.hashes import fast_hash, model_hash
 from fgpt.cli.training.shared_update import describe_program
 from fgpt.model import GPT
 
-PLACES = frozenset({"run", "base", "out", "text", "test", "include_path"})
+PLACES = frozenset({"run", "base", "out", "outputs", "text", "test", "include_path"})
 """Options that name files: their content counts."""
 
 

@@ -14,6 +14,7 @@ from fgpt.cli.evaluation.tables import Metrics
 from fgpt.cli.metrics_log import plot_loss
 from fgpt.cli.model_card.card import write_trained_card
 from fgpt.cli.tasks.classification import ClassificationTask
+from fgpt.cli.tasks.data_to_text import DataToTextTask
 from fgpt.cli.tasks.grpo import GRPOTask
 from fgpt.cli.tasks.instruction_tuning import InstructionTask
 from fgpt.cli.tasks.preference_tuning import PreferenceTask
@@ -34,6 +35,7 @@ from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
     ClassificationRecipe,
+    DataToTextRecipe,
     FineTuningRecipe,
     GRPORecipe,
     InstructionRecipe,
@@ -122,6 +124,7 @@ class TaskType(Protocol):
 TASKS: dict[type[TrainingRecipe], TaskType] = {
     InstructionRecipe: InstructionTask,
     GRPORecipe: GRPOTask,
+    DataToTextRecipe: DataToTextTask,
     PreferenceRecipe: PreferenceTask,
     RewardRecipe: RewardTask,
     ClassificationRecipe: ClassificationTask,
