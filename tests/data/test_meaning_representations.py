@@ -1,9 +1,13 @@
 """Meaning representations and their references are recognized by their columns."""
 
+import io
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from builders import SharedData
+from builders.hub import FakeHub
 
 from fgpt.cli.evaluation.data_to_text import load_references
 from fgpt.data.instruction_datasets import Columns, load_examples, load_rows
@@ -38,6 +42,25 @@ def test_the_test_split_of_a_folder(tmp_path: Path):
     assert isinstance(recipe, DataToTextRecipe)
     assert load_references(str(tmp_path), recipe).references == [["of test"]]
     assert load_references(f"{tmp_path}[train]", recipe).references == [["of train"]]
+
+
+def test_the_challenges_repository_on_the_hub(fake: FakeHub):
+    """Its revision without a program has a folder for each split."""
+
+    def parquet(text: str) -> bytes:
+        out = io.BytesIO()
+        row = {"meaning_representation": MR, "human_reference": text}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), out)
+        return out.getvalue()
+
+    splits = ("train", "validation", "test")
+    fake.files = {f"default/{split}/0000.parquet": parquet(f"of {split}") for split in splits}
+    recipe = find("e2e-medium")
+    assert isinstance(recipe, DataToTextRecipe)
+    assert load_rows(recipe.data[0]) == [InstructionRow(MR, "", "of train")]
+    assert load_references(str(recipe.test), recipe).references == [["of test"]]
+    assert load_references(recipe.data[0], recipe).references == [["of test"]]
+    assert not any("validation" in path for path in fake.asked if "resolve" in path)
 
 
 def test_columns_that_are_named_come_first(tmp_path: Path):

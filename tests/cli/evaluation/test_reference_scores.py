@@ -119,10 +119,20 @@ def test_scores_of_references_themselves_and_of_empty_texts(monkeypatch: pytest.
     assert worst == {"BLEU": 0.0, "NIST": 0.0, "ROUGE-L": 0.0, "CIDEr": 0.0}
 
 
+def test_a_meteor_that_fails_costs_no_other_score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail(*_: object) -> float:
+        return float("")  # what pycocoevalcap does with no answer
+
+    monkeypatch.setattr(reference_scores, "missing_for_meteor", list)
+    monkeypatch.setattr(reference_scores, "corpus_meteor", fail)
+    assert challenge_scores(["a b"], [["a b"]]).keys() == {"BLEU", "NIST", "ROUGE-L", "CIDEr"}
+    assert "METEOR is left out: its Java program failed" in capsys.readouterr().err
+
+
 def test_tokens():
     assert " ".join(mteval_tokens("It's £20-25, isn't it?")) == "it's £20 - 25 , isn't it ?"
     assert " ".join(caption_tokens("It's £20-25, isn't it? They'll say o'clock.")) == (
-        "it 's £20 25 is n't it they 'll say o'clock"
+        "it 's £ 20-25 is n't it they 'll say o'clock"
     )
     assert caption_tokens("A family-friendly (cheap) pub.") == ("a", "family-friendly", "cheap", "pub")
 
@@ -131,16 +141,15 @@ def test_tokens():
 @needs_coco
 @needs_java
 def test_meteor_is_that_of_the_challenge():
-    """By hand: the first text is its reference, the second is empty. Of the tokens of the texts all match, of those of
-    the references half, in one chunk of 7: P = 1, R = 1/2, F = P R / (0.85 P + 0.15 R), and the penalty for chunks is
-    0.6 (1/7)^0.2.
+    """By hand: the first text is one of its references, so that nothing is taken off for its chunks; the second is
+    empty. Of the tokens of the texts all match, of those of the references half: P = 1, R = 1/2, and METEOR is
+    P R / (0.85 P + 0.15 R).
 
     Source: Denkowski & Lavie 2014, with the parameters of METEOR 1.5 for English.
     """
     sentence = caption_tokens("Zizzi sells cheap sushi near the river.")
-    f_measure = 0.5 / (0.85 + 0.15 * 0.5)
-    expected = f_measure * (1 - 0.6 * (1 / 7) ** 0.2)
-    assert corpus_meteor([sentence, ()], [[caption_tokens("Qqq."), sentence], [sentence]]) == pytest.approx(expected)
+    score = corpus_meteor([sentence, ()], [[caption_tokens("Qqq."), sentence], [sentence]])
+    assert score == pytest.approx(0.5 / (0.85 + 0.15 * 0.5))
 
 
 def test_the_challenges_test_set_has_630_inputs(shared_data: SharedData):

@@ -55,19 +55,19 @@ def _orders() -> range:
 
 
 def _vector(tokens: Tokens, document_frequency: NGrams, num_texts: int) -> Vector:
-    weights = [
-        {ngram: count * math.log(num_texts / max(1, document_frequency[ngram])) for ngram, count in counts.items()}
-        for counts in (ngram_counts(tokens, n) for n in _orders())
-    ]
-    norms = [math.sqrt(sum(weight**2 for weight in each.values())) for each in weights]
+    weights: list[dict[Tokens, float]] = []
+    for n in _orders():
+        counts = ngram_counts(tokens, n).items()
+        weights.append({x: count * math.log(num_texts / max(1, document_frequency[x])) for x, count in counts})
+    norms = [math.hypot(*each.values()) for each in weights]
     return Vector(weights, norms, max(0, len(tokens) - 1))
 
 
 def _similarity(text: Vector, reference: Vector) -> float:
-    cosines = [
-        sum(min(weight, w[ngram]) * w[ngram] for ngram, weight in v.items() if ngram in w) / (v_norm * w_norm)
-        if v_norm and w_norm
-        else 0.0
-        for v, w, v_norm, w_norm in zip(text.weights, reference.weights, text.norms, reference.norms, strict=True)
-    ]
-    return math.exp(-((text.length - reference.length) ** 2) / (2 * SIGMA**2)) * sum(cosines) / MAX_N
+    """Of one text and one reference, 0 to 1."""
+    total = 0.0
+    for v, w, v_norm, w_norm in zip(text.weights, reference.weights, text.norms, reference.norms, strict=True):
+        product = sum(min(weight, w[ngram]) * w[ngram] for ngram, weight in v.items() if ngram in w)
+        if product:
+            total += product / (v_norm * w_norm)
+    return math.exp(-((text.length - reference.length) ** 2) / (2 * SIGMA**2)) * total / MAX_N

@@ -8,13 +8,13 @@ from fgpt.cli.evaluation.metrics.caption_rouge import mean_rouge_l
 from fgpt.cli.evaluation.metrics.cider import corpus_cider
 from fgpt.cli.evaluation.metrics.meteor_jar import corpus_meteor, missing_for_meteor
 from fgpt.cli.evaluation.metrics.nist import corpus_nist
-from fgpt.cli.evaluation.metrics.reference_tokens import caption_tokens, mteval_tokens
+from fgpt.cli.evaluation.metrics.reference_tokens import Tokens, caption_tokens, mteval_tokens
 
 
 def challenge_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU, METEOR and ROUGE-L from 0 to 100, NIST and CIDEr as they are: the scales of Hu et al. 2021, table 3.
 
-    METEOR is left out, and why is printed, where java or its package is missing. The tokens are those of
+    METEOR is left out, and why is printed, where java or its package is missing or fails. The tokens are those of
     `reference_tokens`: no case, and for the last three no punctuation.
 
     Args:
@@ -26,12 +26,22 @@ def challenge_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) 
     scores = {"BLEU": corpus_bleu(texts, references), "NIST": corpus_nist(tokens, reference_tokens)}
     words = [caption_tokens(text) for text in texts]
     reference_words = [[caption_tokens(reference) for reference in each] for each in references]
-    if missing := missing_for_meteor():
-        console.print(f"METEOR is left out: it needs {' and '.join(missing)}")
-    else:
-        scores["METEOR"] = 100 * corpus_meteor(words, reference_words)
+    if (meteor := _meteor(words, reference_words)) is not None:
+        scores["METEOR"] = 100 * meteor
     rouge, cider = mean_rouge_l(words, reference_words), corpus_cider(words, reference_words)
     return scores | {"ROUGE-L": 100 * rouge, "CIDEr": cider}
+
+
+def _meteor(words: Sequence[Tokens], reference_words: Sequence[Sequence[Tokens]]) -> float | None:
+    """METEOR; None, and why is printed, if it cannot be computed here: the other scores are as good without."""
+    if missing := missing_for_meteor():
+        console.print(f"METEOR is left out: it needs {' and '.join(missing)}")
+        return None
+    try:
+        return corpus_meteor(words, reference_words)
+    except (OSError, ValueError) as err:  # what pycocoevalcap makes of a Java program that ended
+        console.print(f"METEOR is left out: its Java program failed ({err})", markup=False)
+        return None
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -1,9 +1,9 @@
 """Texts and their references as tokens: as mteval-13a splits them, in lower case.
 
 The E2E challenge scores BLEU and NIST on these tokens, and METEOR, ROUGE-L and CIDEr on those of Stanford's PTB
-tokenizer, a Java program, without punctuation. Here the latter are mteval's without punctuation, with contractions as
-PTB splits them. They differ at hyphens after digits and at signs of currencies: £20-25 is £20, 25 here and £, 20-25
-there.
+tokenizer, a Java program, without punctuation. Here the latter are mteval's without punctuation, with contractions,
+ranges and prices as PTB splits them: 4,635 of the 4,693 references of the challenge's test set have the same tokens.
+The others differ in single quotation marks and in hyphens after a digit, 5-star.
 """
 
 import re
@@ -18,6 +18,9 @@ NGrams: TypeAlias = Counter[Tokens]
 PUNCTUATION = frozenset(["''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'])
 """What the challenge removes, after the PTB's own names of brackets and quotation marks."""
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
+CURRENCY = re.compile(r"([£$])(?=\d)")
+RANGE = re.compile(r"(?<=\d) - (?=\d)")
+"""20-25, as mteval splits it."""
 
 
 @lru_cache(maxsize=1)
@@ -37,12 +40,13 @@ def mteval_tokens(text: str) -> Tokens:
 
 
 def caption_tokens(text: str) -> Tokens:
-    """Those without punctuation and with contractions split, for the metrics of image captions.
+    """The tokens for the metrics of image captions: no punctuation, contractions split, 20-25 in one.
 
     >>> caption_tokens("Isn't it (really) cheap?")
     ('is', "n't", 'it', 'really', 'cheap')
     """
-    words = CONTRACTION.sub(r" \1", " ".join(mteval_tokens(text))).split()
+    joined = RANGE.sub("-", " ".join(mteval_tokens(text)))
+    words = CURRENCY.sub(r"\1 ", CONTRACTION.sub(r" \1", joined)).split()
     return tuple(word for word in words if word not in PUNCTUATION)
 
 
