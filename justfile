@@ -19,6 +19,10 @@ setup-dev:
 setup-eval:
     @just _install ready-eval --editable '.[eval]'
 
+# The same with what the site of the documentation needs
+setup-docs:
+    @just _install ready-docs --editable '.[cli]' --group docs
+
 _install stamp *what:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -153,6 +157,21 @@ bench *args: setup-dev
 [no-exit-message]
 gpu *args: setup-dev
     @"{{ python }}" -m experiments.bench.gpu "$@"
+
+# The documentation as a site, in site/: open site/index.html; no page needs the network
+[no-exit-message]
+docs *args: setup-docs
+    @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs build --strict "$@"
+
+# The same at http://127.0.0.1:8000, built again at each change
+[no-exit-message]
+docs-serve *args: setup-docs
+    @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs serve "$@"
+
+# Draw the pictures of the documentation again, all or some: `just docs-pictures loss`
+[no-exit-message]
+docs-pictures *args: setup-docs
+    @"{{ python }}" docs/pictures.py "$@"
 
 # All tests, two processes of one thread each; one file: `just test tests/model/test_forward.py`
 [no-exit-message]

@@ -71,7 +71,7 @@ OTHERS = {
 """What is named and is no option of ours."""
 
 PYTHON = [*sorted((PACKAGE / "cli").rglob("*.py")), *sorted((PACKAGE / "recipes").rglob("*.py"))]
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((PACKAGE / "cli").rglob("*.html"))]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((PACKAGE / "cli").rglob("*.html"))]
 
 
 class Sentence(NamedTuple):
