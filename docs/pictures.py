@@ -14,13 +14,12 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch.func import grad
 
 import fgpt
@@ -38,10 +37,10 @@ GRAY, COLORS = "#808080", ["#4c8bf5", "#e8710a", "#12a150", "#c2379a", "#a08000"
 """Of a contrast of 3 or more both on white and on the site's dark background."""
 NAMES = ["Tim", "Sue", "Ben", "Mia", "Tom", "Lily"]
 
-plt.rcParams |= {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,
-    "axes.prop_cycle": plt.cycler(color=COLORS),
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.figsize": (6.4, 3.2),
@@ -143,7 +142,7 @@ def draw_attribution(axes: Axes) -> None:
     order = effects.argsort().tolist()
     axes.barh([rows[i].output for i in order], [float(effects[i]) for i in order], color=COLORS[0])
     axes.axvline(0, color=GRAY, linewidth=0.8)
-    axes.set(xlabel='nats that "Hello, Max!" loses without the row, to first order')
+    axes.set(xlabel='rise of the loss of "Hello, Max!" without the row (nats per token)')
 
 
 def draw_mixed_batch(axes: Axes) -> None:
@@ -159,8 +158,8 @@ def draw_mixed_batch(axes: Axes) -> None:
             state, _ = step(state, base, [batch], fgpt.fold_in(fgpt.key(9), i))
         adapters.append(state.trainable)
     prompt = encode_prompt(InstructionRow("Greet Sue."), template("plain"), tokenizer)
-    limits = {"eos_token_id": tokenizer.eos_token_id, "max_new_tokens": 12}
-    outputs = fgpt.generate(base, [prompt] * 4, **limits, adapters=[{}, *adapters])
+    prompts, sides = [prompt] * 4, [{}, *adapters]
+    outputs = fgpt.generate(base, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, adapters=sides)
     labels = ["the base", *(f'a LoRA of rank {2 + 2 * i} for "{word}"' for i, word in enumerate(words))]
     axes.axis("off")
     axes.text(0, 0.95, 'One batch, one prompt: "Greet Sue."', weight="bold", va="top")
@@ -186,10 +185,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*PICTURES, []])
     FOLDER.mkdir(exist_ok=True)
     for name in parser.parse_args().names or PICTURES:
-        figure, axes = plt.subplots(layout="constrained")
-        PICTURES[name](axes)
-        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
-        plt.close(figure)
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(layout="constrained")
+            PICTURES[name](figure.subplots())
+            figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
         print(FOLDER / f"{name}.svg", (FOLDER / f"{name}.svg").stat().st_size, "bytes")
 
 

@@ -5,6 +5,7 @@
 
 # %%
 # In a fresh environment, such as Colab, first: %pip install fgpt matplotlib
+import matplotlib.pyplot as plt
 import torch
 
 import fgpt
@@ -52,8 +53,6 @@ points = torch.linspace(low - 0.1 * (high - low), high + 0.1 * (high - low), 400
 heights = density.at(points, width=0.01 * (high - low))
 
 # %%
-import matplotlib.pyplot as plt  # noqa: E402
-
 figure, axes = plt.subplots(figsize=(6, 3))
 axes.semilogy(points, heights.clamp(min=1e-5))
 axes.set(xlabel="eigenvalue", ylabel="density")
@@ -62,4 +61,4 @@ plt.show()
 # %% [markdown]
 # Most eigenvalues are near 0, and a few are large, on both sides: a LoRA's loss is not convex.
 #
-# ![Density of the eigenvalues, on a logarithmic scale: a high peak at 0 and a few small ones apart](../pictures/spectrum.svg)
+# ![Density of the eigenvalues, on a logarithmic scale: a high peak at 0, small ones apart](../pictures/spectrum.svg)
