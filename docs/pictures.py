@@ -159,15 +159,15 @@ def draw_mixed_batch(axes: Axes) -> None:
         adapters.append(state.trainable)
     prompt = encode_prompt(InstructionRow("Greet Sue."), template("plain"), tokenizer)
     prompts, sides = [prompt] * 4, [{}, *adapters]
-    outputs = fgpt.generate(base, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, adapters=sides)
-    labels = ["the base", *(f'a LoRA of rank {2 + 2 * i} for "{word}"' for i, word in enumerate(words))]
+    outputs = fgpt.generate(base, prompts, eos_token_id=tokenizer.eos_token_id, max_new_tokens=9, adapters=sides)
+    labels = ["the base", *(f"LoRA of rank {2 + 2 * i}" for i in range(3))]
     axes.axis("off")
     axes.text(0, 0.95, 'One batch, one prompt: "Greet Sue."', weight="bold", va="top")
     for i, (label, output) in enumerate(zip(labels, outputs, strict=True)):
         height = 0.74 - 0.22 * i
         axes.text(0, height, label, color=COLORS[i], va="top")
         answer = " ".join(tokenizer.decode(output.tokens).split())
-        axes.text(0.48, height, answer if output.finished else answer + " ..", va="top", family="monospace")
+        axes.text(0.28, height, answer if output.finished else answer + " ..", va="top", family="monospace")
 
 
 PICTURES: dict[str, Callable[[Axes], None]] = {
