@@ -97,13 +97,13 @@ def as_options(values: Mapping[str, Any], path: Path, prefix: str = "") -> list[
     return options
 
 
-def without_overridden(options: Sequence[str], given: Sequence[str]) -> list[str]:
+def without_overridden(options: Sequence[str], overriding: Sequence[str]) -> list[str]:
     """The options of a file that the command line does not give as well.
 
     >>> without_overridden(["--lr=0.1", "--data", "a", "b", "--remat"], ["--data", "c", "--no-remat"])
     ['--lr=0.1']
     """
-    names = {_positive(arg) for arg in given if arg.startswith("--")}
+    names = {_positive(arg) for arg in overriding if arg.startswith("--")}
     left: list[str] = []
     is_left = True
     for arg in options:

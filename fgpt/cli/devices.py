@@ -1,12 +1,12 @@
 """Where a command computes, and in what: the device and the dtype that "auto" means on this machine."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from fgpt.cli import host_memory
 from fgpt.errors import InputError
 from fgpt.recipes import FineTuningRecipe, TrainingRecipe
 
@@ -88,12 +88,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes in use so far: of the device, or of the process on a CPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host_memory.peak()
 
 
 def _available_memory() -> int:

@@ -11,13 +11,12 @@ import logging
 import math
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from fgpt.cli import host_memory
 from fgpt.cli.console import answers, console, result_console
 from fgpt.errors import InputError
 
@@ -111,8 +110,7 @@ def _debug_messages() -> Iterator[None]:
     try:
         yield
     finally:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        peak = host_memory.peak() / 1e9
         logger.debug("%.2f s, %.2f GB of memory at most", time.perf_counter() - start, peak)
         logger.removeHandler(handler)
         logger.setLevel(level)

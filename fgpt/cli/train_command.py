@@ -192,7 +192,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     run = parse(type(started), options, started, command)
     is_lengthened = bool(lengths) and run_dir.read_state(folder) == "finished"
     if is_lengthened:
-        run = _lengthened(run, folder, lengths)
+        run = _lengthen(run, folder, lengths)
     if run.dtype == "auto":
         run = dataclasses.replace(run, dtype=started.dtype)
     if run.micro_batch_size == "auto":
@@ -209,7 +209,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     return run, folder
 
 
-def _lengthened(run: recipes.AnyRecipe, folder: Path, lengths: set[str]) -> recipes.AnyRecipe:
+def _lengthen(run: recipes.AnyRecipe, folder: Path, lengths: set[str]) -> recipes.AnyRecipe:
     """A finished run with more steps or epochs. Raises InputError for one that cannot have more."""
     if not isinstance(run, recipes.FineTuningRecipe):
         raise InputError(f"{folder} has finished, and a pretraining cannot be lengthened: start a new run")

@@ -66,8 +66,8 @@ def initialize(
     matrices = weight_matrices(base)
     if adapter.init != "eva" and any(is_quantized(matrices[path]) for path in select(matrices, adapter.target_pattern)):
         raise InputError(
-            f"--adapter.init {adapter.init} subtracts from the base's weights, which --quantize {recipe.quantize} has "
-            "rounded: take eva or default, or leave --quantize out"
+            f"--adapter.init {adapter.init} subtracts from the base's weights, which are in {recipe.quantize}: take "
+            "eva or default, or leave out --quantize"
         )
     micro_batches = itertools.chain.from_iterable(batches())
     with show_progress(f"initializing the adapters by {adapter.init}"):
@@ -90,11 +90,11 @@ def initialize(
     if adapter.init == "eva":
         return Initialized(changed, first | others, lambda trained: trained)
 
-    def saved(trained: Adapters) -> Adapters:
+    def subtract_first(trained: Adapters) -> Adapters:
         difference = combine(base, [{path: trained[path] for path in first}, first], weights=[1.0, -1.0])
         return trained | difference
 
-    return Initialized(changed, first | others, saved)
+    return Initialized(changed, first | others, subtract_first)
 
 
 def _with_dropout(x: Any, dropout: float) -> LoRA:

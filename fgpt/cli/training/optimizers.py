@@ -20,8 +20,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def make_schedule(recipe: FineTuningRecipe, steps: int) -> Schedule:
-    """A linear warmup and the recipe's decay to 0; of schedule-free AdamW the warmup alone. A run that was lengthened has
-    the schedule of its former length until it had finished.
+    """A linear warmup and the recipe's decay to 0; of schedule-free AdamW the warmup alone. A run that was lengthened
+    has the schedule of its former length until it had finished.
     """
     schedule = _one_schedule(recipe, steps)
     for end in sorted(recipe.lengthened_at, reverse=True):
