@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 import shtab
 
 from fgpt import ranges
+from fgpt.cli.config_file import OPTION as CONFIG
 from fgpt.cli.options import option_names
+from fgpt.cli.output_options import JSON, JSON_COMMANDS, QUIET, VERBOSE
 from fgpt.recipes import KINDS, RECIPES
 
 Commands: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -49,7 +51,15 @@ def _command_parser(commands: Commands, summaries: Sequence[tuple[str, str]]) ->
         command = subparsers.add_parser(name, help=summary.replace("%", "%%"), allow_abbrev=False)
         _add_arguments(command, name)
         _add_options(command, classes)
+        for option in other_options(name):
+            command.add_argument(option, action="store_true")
     return parser
+
+
+def other_options(name: str) -> list[str]:
+    """The options of a command that no class of options has; what follows --config is any file."""
+    options = [QUIET, VERBOSE] + [JSON] * (name in JSON_COMMANDS) + [CONFIG] * (name in (*RECIPE_COMMANDS, "data"))
+    return options + {"train": ["--resume", "--auto-resume"], "sweep": ["--resume"]}.get(name, [])
 
 
 def option_classes(commands: Commands) -> dict[str, list[type[Any]]]:
