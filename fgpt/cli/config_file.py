@@ -6,7 +6,7 @@ data: [a.jsonl, b.jsonl]
 adapter:                   what has dots on the command line is nested, or has dots here too
   rank: 16
 
-The run.json of any run is such a file: its recipe with all of its options.
+The run.json of any run is such a file: its recipe with all of its options but the folder of run directories.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         values = read_json(path)
         if isinstance(values, dict) and "kind" in upgrade(values):
-            return with_full_paths(path.parent, recipe_fields(values)) if path.name == RUN else recipe_fields(values)
+            fields = recipe_fields(values)
+            fields = with_full_paths(path.parent, fields) if path.name == RUN else fields
+            return {name: value for name, value in fields.items() if name != "out"}  # whose full path no file has
     else:
         values = _read_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -97,13 +99,13 @@ def as_options(values: Mapping[str, Any], path: Path, prefix: str = "") -> list[
     return options
 
 
-def without_overridden(options: Sequence[str], overriding: Sequence[str]) -> list[str]:
+def without_overridden(options: Sequence[str], command_line: Sequence[str]) -> list[str]:
     """The options of a file that the command line does not give as well.
 
     >>> without_overridden(["--lr=0.1", "--data", "a", "b", "--remat"], ["--data", "c", "--no-remat"])
     ['--lr=0.1']
     """
-    names = {_positive(arg) for arg in overriding if arg.startswith("--")}
+    names = {_positive(arg) for arg in command_line if arg.startswith("--")}
     left: list[str] = []
     is_left = True
     for arg in options:

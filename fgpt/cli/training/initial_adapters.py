@@ -90,11 +90,11 @@ def initialize(
     if adapter.init == "eva":
         return Initialized(changed, first | others, lambda trained: trained)
 
-    def subtract_first(trained: Adapters) -> Adapters:
+    def on_plain_base(trained: Adapters) -> Adapters:
         difference = combine(base, [{path: trained[path] for path in first}, first], weights=[1.0, -1.0])
         return trained | difference
 
-    return Initialized(changed, first | others, subtract_first)
+    return Initialized(changed, first | others, on_plain_base)
 
 
 def _with_dropout(x: Any, dropout: float) -> LoRA:
