@@ -116,9 +116,11 @@ def describe(tree: Any, indent: str = "") -> str:
     elif isinstance(tree, Mapping):
         parts = [f"{key}: {describe(value, inner)}" for key, value in tree.items()]
         begin, end = "{", "}"
-    elif isinstance(tree, list | tuple) and any(isinstance(x, Tensor) for x in tree_leaves(tree)):
-        runs = [(text, len([*equal])) for text, equal in itertools.groupby(describe(x, inner) for x in tree)]
-        parts = [text if count == 1 else f"{count} x {text}" for text, count in runs]
+    elif isinstance(tree, list | tuple) and tree:
+        parts = []
+        for text, equal in itertools.groupby(describe(x, inner) for x in tree):
+            count = len([*equal])
+            parts += [f"{count} x {text}"] if count > 1 and "[" in text else [text] * count  # numbers stay apart
         begin, end = ("[", "]") if isinstance(tree, list) else ("(", ")")
     else:
         return repr(tree)
