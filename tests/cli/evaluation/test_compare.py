@@ -53,7 +53,7 @@ def test_several_runs(compared_runs: Path):
     for side in ("base", *RUN_NAMES):
         assert text.count(f"**{side}**") == 3
         assert f">{side}</span>" in html
-    assert "| | base | lora-nano | ia3-nano |" in text
+    assert "| | base | lora-nano, 4 steps | ia3-nano, 4 steps |" in text
 
 
 def test_answers_are_those_of_the_run_itself(compared_runs: Path):
