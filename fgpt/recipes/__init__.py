@@ -21,6 +21,7 @@ __all__ = [
     "ADAPTER_DEFAULTS",
     "KINDS",
     "RECIPES",
+    "SUPERVISED",
     "Adapter",
     "AnyRecipe",
     "ClassificationRecipe",
@@ -60,6 +61,9 @@ KINDS: dict[str, type[AnyRecipe]] = {
     )
 }
 """The classes of recipes by the name that run.json has for them."""
+
+SUPERVISED: tuple[type[AnyRecipe], ...] = (InstructionRecipe, DataToTextRecipe, ClassificationRecipe)
+"""The classes, not their subclasses, whose loss is a sum over the targets of known examples."""
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     make.__name__.replace("_", "-"): make

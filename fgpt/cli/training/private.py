@@ -15,7 +15,7 @@ from fgpt.errors import InputError
 from fgpt.extras import require_extra
 from fgpt.kernels.rotary import DynamicScaling
 from fgpt.model import Config
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, FineTuningRecipe, InstructionRecipe
+from fgpt.recipes import SUPERVISED, AnyRecipe, ClassificationRecipe, FineTuningRecipe, InstructionRecipe
 from fgpt.transforms.privacy import GaussianMechanism
 from fgpt.transforms.privacy_accounting import find_noise_multiplier, spent_epsilon
 
@@ -32,7 +32,7 @@ def check_private_options(recipe: AnyRecipe) -> None:
         return
     recipe.privacy.check()
     option = "--privacy.epsilon"
-    if type(recipe) not in (InstructionRecipe, ClassificationRecipe):
+    if type(recipe) not in SUPERVISED:
         raise InputError(
             f"{option} is of instruction tuning and classification, whose losses are sums over examples: "
             f"{recipe.kind} training has no private form here, leave it out"

@@ -30,7 +30,7 @@ from fgpt.errors import InputError
 from fgpt.io.files import write
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.losses import Batch
-from fgpt.recipes import ClassificationRecipe, FineTuningRecipe, InstructionRecipe, TrainingRecipe
+from fgpt.recipes import SUPERVISED, FineTuningRecipe, InstructionRecipe, TrainingRecipe
 from fgpt.rng import fold_in, key
 from fgpt.transforms.per_example import NoiseScale, grads_in_chunks, noise_scale_of, square_norms
 from fgpt.tree import device, tree_map
@@ -45,7 +45,7 @@ def check_per_example_options(recipe: TrainingRecipe) -> None:
     """Raises InputError for --per-example of a training whose loss is no sum over known rows, or that hides them."""
     if not isinstance(recipe, FineTuningRecipe) or not recipe.per_example:
         return
-    if type(recipe) not in (InstructionRecipe, ClassificationRecipe):
+    if type(recipe) not in SUPERVISED:
         raise InputError(
             "--per-example is of instruction tuning and classification, whose losses are sums over rows: leave it out "
             f"of {recipe.kind} training"

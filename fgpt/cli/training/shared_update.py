@@ -10,7 +10,7 @@ from fgpt.cli.training.build import adapts_fused_qkv
 from fgpt.cli.training.job import TrainingJob, training_options
 from fgpt.cli.training.private import is_private
 from fgpt.errors import InputError
-from fgpt.recipes import AnyRecipe, ClassificationRecipe, FineTuningRecipe, GRPORecipe, InstructionRecipe
+from fgpt.recipes import SUPERVISED, AnyRecipe, FineTuningRecipe, GRPORecipe
 
 
 def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
@@ -45,7 +45,7 @@ def _check_sharded(recipe: FineTuningRecipe) -> None:
     """Raises InputError for a training in which processes would multiply with the base another number of times, or
     whose base is no tree of matrices that are frozen.
     """
-    if type(recipe) not in (InstructionRecipe, ClassificationRecipe):
+    if type(recipe) not in SUPERVISED:
         raise InputError("--shard-base is of instruction tuning and classification: leave it out")
     for option, is_set in (
         ("--compile", recipe.compile),

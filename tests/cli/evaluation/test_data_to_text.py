@@ -1,6 +1,7 @@
 """A data-to-text run from training to its scores: texts by beam search, against several references each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from fgpt.cli.evaluation.metrics import reference_scores
 from fgpt.cli.evaluation.metrics.reference_scores import corpus_bleu
 from fgpt.cli.main import main
 from fgpt.cli.training.build import load_base
+from fgpt.cli.training.private import check_private_options
+from fgpt.cli.training.row_gradients import check_per_example_options
+from fgpt.cli.training.shared_update import check_shared_update
 from fgpt.cli.training.tokenizer import load_tokenizer
 from fgpt.data.prompt_templates import encode_prompt, template
 from fgpt.generation.beam import beam_search_batch
 from fgpt.generation.sampling import SamplingParams
-from fgpt.recipes import Adapter, DataToTextRecipe, find
+from fgpt.recipes import Adapter, DataToTextRecipe, Privacy, find
 
 ROWS = [f"name[{name}],{name} is a {kind}." for name in ("Zizzi", "Aromi", "Cotto") for kind in ("pub", "café")]
 
@@ -110,6 +114,15 @@ def test_an_input_longer_than_the_context(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "test.csv").write_text(f"mr,ref\n{'name[A] ' * 99},b {ODD_NAME}\n")
     assert main(["eval", "run", str(run), "--test", str(tmp_path / "test.csv")]) == 2
     assert "tokens: expected at most 95, the context without one new token" in capsys.readouterr().err
+
+
+def test_a_training_by_targets_has_what_instruction_tuning_has():
+    """Differential privacy, gradients of rows, and a base in parts ask for no more than that."""
+    recipe = find("e2e-nano")
+    assert isinstance(recipe, DataToTextRecipe)
+    check_private_options(replace(recipe, privacy=Privacy(epsilon=8, delta=1e-5)))
+    check_per_example_options(replace(recipe, per_example=True))
+    check_shared_update(replace(recipe, shard_base=True, grad_accumulation_steps=2), num_processes=2)
 
 
 def test_the_papers_settings():

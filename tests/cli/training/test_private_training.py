@@ -204,7 +204,7 @@ def test_losses_that_are_no_sums_over_examples(name: str, capsys: pytest.Capture
     assert main(["train", name, *BUDGET, "--data", "pairs.json"]) == 2
     assert "training has no private form here, leave it out" in one_line(capsys)
     kinds = {make().kind for make in RECIPES.values() if isinstance(make(), FineTuningRecipe)}
-    assert kinds == {"instruction", "classification", "preference", "reward", "grpo"}
+    assert kinds == {"instruction", "data-to-text", "classification", "preference", "reward", "grpo"}
 
 
 def test_a_pretraining_has_no_such_option(capsys: pytest.CaptureFixture[str]):

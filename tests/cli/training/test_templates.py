@@ -53,6 +53,7 @@ def test_a_base_with_a_chat_template_gets_it_by_default(bases: dict[str, Path]):
 def test_what_recipes_say_of_their_template():
     """A recipe that names one keeps it on any base; the others are of GPT-2 and GPT-J, which have none: alpaca."""
     named = {"plain": ("-nano",), "tulu": ("tinytiny-", "chat-medium"), "chat": ("smollm2",), "none": ("cpt-",)}
+    named["data-to-text"] = ("e2e-",)
     for name, make in RECIPES.items():
         recipe = make()
         if isinstance(recipe, InstructionRecipe) and recipe.template == "auto":
