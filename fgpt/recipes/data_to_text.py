@@ -46,7 +46,9 @@ def e2e_medium() -> DataToTextRecipe:
 
     fgpt train e2e-medium, then fgpt eval run e2e-medium; of the challenge's files: --data trainset.csv --test
     testset_w_refs.csv. 393,216 trained parameters. The settings are those of the paper's table 11 and of its code, the
-    gradient clipped to a norm of 1 and rows sorted by length apart. Not measured yet: it needs the Hub.
+    gradient clipped to a norm of 1 and rows sorted by length apart. Not measured yet: it needs the Hub. With --base
+    smollm2 --quantize int8 --lr 1e-3 --warmup-steps 5 --steps 50 --data devset.csv, 400 rows of the development set,
+    BLEU 62.0, NIST 6.97, METEOR 42.3, ROUGE-L 69.2, CIDEr 2.64 on the first 100 test inputs by 4 beams.
     """
     return DataToTextRecipe(
         name="e2e-medium",
@@ -67,9 +69,13 @@ def e2e_medium() -> DataToTextRecipe:
 
 
 def e2e_nano() -> DataToTextRecipe:
-    """e2e-medium on the embedded base, which is small and read no such texts: every linear layer at r 16, higher rates.
+    """e2e-medium on the embedded base, which is small: LoRA (r 16, alpha 32, every linear layer), a higher rate, one
+    epoch.
 
-    fgpt train e2e-nano --data devset.csv --test testset_w_refs.csv.
+    fgpt train e2e-nano --data devset.csv --test testset_w_refs.csv, then fgpt eval run e2e-nano. 294,912 trained
+    parameters. After the challenge's development set, 4,672 rows, BLEU 41.1, NIST 4.30, METEOR 25.6, ROUGE-L 50.7,
+    CIDEr 0.51 on the 630 test inputs: fluent texts, of which 382 name the right restaurant. 584 steps in 930 s and the
+    texts in 214 s of CPU time on two cores of an AMD EPYC that others kept busy; 0.70 GB.
     """
     return replace(
         e2e_medium(),
