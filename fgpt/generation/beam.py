@@ -128,7 +128,7 @@ def beam_search_batch(
         raise InputError(f"length_penalty is {length_penalty}: expected {expected}")
     if not prompts or not max_new_tokens:
         return [[BeamHypothesis([], False, 0.0)] for _ in prompts]
-    at, process_logits, vocab_size = device(params), sampling.logits_processor, params.cfg.vocab_size
+    at, process_logits = device(params), sampling.logits_processor
     eos_tensor = torch.tensor(sorted(eos), dtype=torch.long, device=at)
     limits = torch.tensor([tokens_left(params, [prompt], max_new_tokens) for prompt in prompts], device=at)
     prompt_width, capacity = max(map(len, prompts)), int(limits.max())
@@ -145,7 +145,7 @@ def beam_search_batch(
         logprobs = process_logits(scores.float().log_softmax(-1), texts[:, first_counted:])
         totals = beam_logprobs[..., None] + logprobs.unflatten(0, (-1, num_beams))
         best, index = totals.flatten(1).topk(2 * num_beams)
-        parents, tokens = index // vocab_size, index % vocab_size
+        parents, tokens = index // scores.shape[-1], index % scores.shape[-1]
         ends = torch.isin(tokens, eos_tensor) | (limits[active] == length)[:, None]
 
         lists = (x[:, :num_beams].tolist() for x in (best, parents, tokens, ends))
@@ -174,7 +174,6 @@ def beam_search_batch(
         rows = (first_rows + parents[unfinished].gather(1, order)).flatten()
         next_tokens = tokens[unfinished].gather(1, order).flatten()
         texts = torch.cat([texts[rows], next_tokens[:, None]], 1)
-        cache = select_rows(cache, rows)
-        # The copy is this step's own: only the write index, which `decode_step` advances in place, is shared.
+        cache = select_rows(cache, rows)  # a copy: a beam that goes on twice has two
         scores = decode_step(params, next_tokens, cache)
     return hypotheses
