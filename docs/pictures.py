@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.func import grad
@@ -40,7 +41,7 @@ NAMES = ["Tim", "Sue", "Ben", "Mia", "Tom", "Lily"]
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": GRAY,
     "axes.labelcolor": GRAY,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.figsize": (6.4, 3.2),
@@ -65,7 +66,7 @@ def greetings(names: list[str], greeting: str = "Hello") -> list[InstructionRow]
     return [InstructionRow(f"Greet {name}.", output=f"{greeting}, {name}!") for name in names]
 
 
-def response_loss(adapters: fgpt.Adapters, base: fgpt.GPT, batch: fgpt.Batch, seed: torch.Tensor):
+def response_loss(adapters: fgpt.Adapters, base: fgpt.GPT, batch: fgpt.Batch, seed: torch.Tensor | None):
     """The loss of a step."""
     return fgpt.nll(fgpt.adapt(base, adapters, rng=seed), batch)
 

@@ -54,8 +54,9 @@ class Docstrings(griffe.Extension):
         strip_axes(attr.annotation)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
-        """Gives a node the signature of its fields."""
-        if not any(str(decorator.value) == "node" for decorator in cls.decorators):
+        """Gives a node, and a named tuple, the signature of its fields."""
+        is_node = any(str(decorator.value) == "node" for decorator in cls.decorators)
+        if not is_node and "NamedTuple" not in map(str, cls.bases):
             return
         kind = griffe.ParameterKind.positional_or_keyword
         parameters = [griffe.Parameter("self", kind=kind)]

@@ -2,7 +2,8 @@
 
 README, RESULTS and their like become pages, and so do the notebooks and each source file that a page links to. A link
 to a file of the repository, `../fgpt/weights.py`, thus works on a forge and in the site. A link to a folder becomes its
-text. A link to what does not exist is left as it is: the build refuses it.
+text. A link to what does not exist is left as it is: the build refuses it. In the code of a table a pipe needs a
+backslash on a forge, which the site would show.
 """
 
 import posixpath
@@ -23,6 +24,7 @@ TOP_PAGES = {
 """The pages of files at the top of the repository."""
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+CODE = re.compile(r"`[^`]+`")
 FENCES = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)$", flags=re.M | re.S)
 
 
@@ -79,6 +81,15 @@ def site_links(text: str, src_uri: str) -> str:
     return outside_fences(text, lambda prose: LINK.sub(site_link, prose))
 
 
+def plain_pipes(text: str) -> str:
+    """`text` without the backslashes before pipes in the code of its tables."""
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if line.startswith("|"):
+            lines[i] = CODE.sub(lambda code: code.group().replace(r"\|", "|"), line)
+    return "\n".join(lines)
+
+
 def source_page(path: str) -> str:
     """A source file as a page."""
     source = (ROOT / path).read_text(encoding="utf-8")
@@ -115,6 +126,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Changes the links of a page."""
+    """Changes the links of a page, and the pipes in its tables."""
     src_uri = page.file.src_uri
-    return markdown if src_uri.startswith("source/") else site_links(markdown, src_uri)
+    if src_uri.startswith("source/"):
+        return markdown
+    return outside_fences(site_links(markdown, src_uri), plain_pipes)
