@@ -19,7 +19,7 @@ setup-dev:
 setup-eval:
     @just _install ready-eval --editable '.[eval]'
 
-# The same with what the site of the documentation needs
+# What the site of the documentation needs
 setup-docs:
     @just _install ready-docs --editable '.[cli]' --group docs
 
@@ -158,12 +158,12 @@ bench *args: setup-dev
 gpu *args: setup-dev
     @"{{ python }}" -m experiments.bench.gpu "$@"
 
-# The documentation as a site, in site/: open site/index.html; no page needs the network
+# The documentation as a site, in site/: open site/index.html, no page needs the network (search needs `just docs-serve`)
 [no-exit-message]
 docs *args: setup-docs
     @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs build --strict "$@"
 
-# The same at http://127.0.0.1:8000, built again at each change
+# The documentation at http://127.0.0.1:8000, built again at each change
 [no-exit-message]
 docs-serve *args: setup-docs
     @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs serve "$@"
