@@ -118,8 +118,8 @@ def retrieval(bench: Retrieval) -> None:
             (folder / source).write_text(text)
         start = time.process_time()
         chunking = Chunking()
-        changes = find_changes(folder, Path(name) / "index", embedder, chunking)
-        index = write_index(folder, Path(name) / "index", embedder, chunking, changes)
+        changes = find_changes(folder, Path(name) / "index", embedder=embedder, chunking=chunking)
+        index = write_index(folder, Path(name) / "index", changes, embedder=embedder, chunking=chunking)
         console.print(f"{index.num_chunks} chunks in {time.process_time() - start:.0f} s of CPU time")
         questions = clozes(texts, bench.questions)
         rankings: dict[Method, list[list[Passage]]] = {

@@ -39,7 +39,7 @@ class IndexOptions:
     """Where texts are embedded: cpu, cuda, or auto."""
 
 
-def run(options: IndexOptions) -> DocumentIndex:
+def run(options: IndexOptions) -> None:
     """Make the index of a folder, or bring it up to date, and print what was done.
 
     Raises InputError for bad input, before anything is embedded where that can be known.
@@ -52,16 +52,15 @@ def run(options: IndexOptions) -> DocumentIndex:
     out = Path(f"{options.folder.resolve().name}.index") if options.out is None else options.out
     embedder = load_embedder(options.embedder, device=resolve_device(options.device))
     chunking = Chunking(options.chunk_size, options.chunk_overlap)
-    changes = find_changes(options.folder, out, embedder, chunking)
+    changes = find_changes(options.folder, out, embedder=embedder, chunking=chunking)
     if changes.old_index is not None and changes.are_none:
         index = changes.old_index
         console.print(f"{out}: up to date, {_size(index)}", soft_wrap=True)
     else:
         with show_progress(f"indexing {options.folder}", len(changes.new)) as advance:
-            index = write_index(options.folder, out, embedder, chunking, changes, advance)
+            index = write_index(options.folder, out, changes, embedder=embedder, chunking=chunking, advance=advance)
         console.print(f"{out}: {_size(index)}; {_describe(changes)}", soft_wrap=True)
     _report_problems(index, changes)
-    return index
 
 
 def _size(index: DocumentIndex) -> str:

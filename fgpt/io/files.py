@@ -119,14 +119,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Delete in `folder` itself what a killed process had not written to its end, and bring back a folder that it had
-    put aside and not replaced. Nothing is touched but temporary names of ours, and nothing behind a symbolic link.
+    put aside and not replaced. Nothing is touched but temporary names of ours, with `name` only those of what has this
+    name, and nothing behind a symbolic link.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
-        if not (match := TEMPORARY.fullmatch(path.name)):
+        match = TEMPORARY.fullmatch(path.name)
+        if match is None or (name is not None and match["name"] != name):
             continue
         whole = folder / match["name"]
         if path.name.endswith(ASIDE) and not os.path.lexists(whole):

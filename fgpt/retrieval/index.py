@@ -140,7 +140,7 @@ class Changes(NamedTuple):
         return self.old_index is not None and not self.new and not self.removed
 
 
-def find_changes(folder: Path, out: Path, embedder: Embedder, chunking: Chunking) -> Changes:
+def find_changes(folder: Path, out: Path, *, embedder: Embedder, chunking: Chunking) -> Changes:
     """Compare a folder with its index, if there is one. One whose texts are cut otherwise is made anew.
 
     Raises:
@@ -154,7 +154,7 @@ def find_changes(folder: Path, out: Path, embedder: Embedder, chunking: Chunking
         )
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected one of text, Markdown and PDF files")
-    remove_leftovers(out.absolute().parent)
+    remove_leftovers(out.absolute().parent, out.name)
     index = _index_to_update(out, embedder, chunking)
     documents, ignored = _documents(folder, out)
     if not documents:
@@ -210,9 +210,10 @@ def _file_hash(path: Path) -> str:
 def write_index(
     folder: Path,
     out: Path,
+    changes: Changes,
+    *,
     embedder: Embedder,
     chunking: Chunking,
-    changes: Changes,
     advance: Callable[[int], None] = lambda n: None,
 ) -> DocumentIndex:
     """Write the index of a folder to `out`: as a whole, or if something fails, not at all.
@@ -220,9 +221,9 @@ def write_index(
     Args:
         folder: The folder.
         out: Where; an index there is replaced.
+        changes: Those of `find_changes`.
         embedder: The embedder.
         chunking: How texts are cut.
-        changes: Those of `find_changes`.
         advance: Is called with the number of new files that were done since its last call.
 
     Raises:

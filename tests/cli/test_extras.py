@@ -118,3 +118,12 @@ except ValueError as err:
     done = run_without(("lm_eval",), code)
     assert "pip install 'fgpt[eval]'" in done.stdout, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_documents_name_their_extra():
+    """Each of the two packages, before anything is embedded."""
+    code = "from fgpt.__main__ import main\nsys.exit(main())"
+    for hidden in ("lancedb", "pypdf"):
+        done = run_without((hidden,), code, "index", "tests")
+        assert done.returncode == 2
+        assert done.stderr == f"error: indexes of documents need {hidden}: pip install 'fgpt[retrieval]'\n"

@@ -11,6 +11,8 @@ from builders.runs import one_line
 from fgpt.cli.inference import generation
 from fgpt.cli.inference.options import DEFAULT_SAMPLING, DocumentOptions
 from fgpt.cli.main import main
+from fgpt.cli.run_dir import instruction_run
+from fgpt.cli.training.examples import encoding_of, load_heldout_rows, load_instruction_data
 from fgpt.data.prompt_templates import encode, encode_prompt, template
 from fgpt.data.rows import InstructionRow
 from fgpt.retrieval.passages import augment
@@ -148,18 +150,17 @@ def test_training_has_the_prompts_of_generation(
     project: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Examples and held-out rows with their passages, the same in the command that trains and in the run."""
-    from fgpt.cli.run_dir import read_run
-    from fgpt.cli.training.examples import encoding_of, load_heldout_rows, load_instruction_data
-
-    options = ["--documents", str(index), "--num-passages", "1", "--name", "documents", "--compare-prompts", "1"]
-    assert main(["train", *training_options(project), *options, "--max-new-tokens", "3"]) == 0
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    training = [*training_options(project), "--data", str(tmp_path / "rows.json"), "--documents", str(index)]
+    options = ["--num-passages", "1", "--name", "documents", "--compare-prompts", "1", "--max-new-tokens", "3"]
+    assert main(["train", *training, *options]) == 0
     assert "24 passages in the prompts of 24 rows" in capsys.readouterr().err
-    recipe = read_run(project / "runs" / "documents")
-    encoding = encoding_of(recipe)  # pyright: ignore
-    data = load_instruction_data(recipe, encoding)  # pyright: ignore
+    recipe = instruction_run(project / "runs" / "documents")
+    encoding = encoding_of(recipe)
+    data = load_instruction_data(recipe, encoding)
     retriever = open_retriever(index, 1)
-    rows = json.loads((project / "rows.json").read_text())
-    expected = set()
+    expected = set[tuple[int, ...]]()
     for row in rows:
         (passages,) = retriever.find([row["instruction"]])
         plain = InstructionRow(row["instruction"], "", row["output"])
@@ -169,9 +170,7 @@ def test_training_has_the_prompts_of_generation(
     assert examples <= expected
     assert len(data.heldout) == 4
     assert all(row.input.startswith("[1] ") for row in data.heldout)
-    assert load_heldout_rows(recipe, encoding) == data.heldout  # pyright: ignore
+    assert load_heldout_rows(recipe, encoding) == data.heldout
     capsys.readouterr()
-    short = training_options(project)
-    short[short.index("--max-seq-len") + 1] = "44"
-    assert main(["train", *short, *options, "--overlong", "drop", "--num-passages", "2"]) == 0
+    assert main(["train", *training, *options, "--max-seq-len", "44", "--num-passages", "2"]) == 0
     assert "for which --max-seq-len 44 has no room" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import fgpt
 from fgpt.retrieval.embedder import PACKAGE, load_embedder
 from fgpt.retrieval.encoder import Encoder, embed_texts, encode
 from fgpt.retrieval.encoder_files import encoder_from_hf
+from fgpt.tree import astype, ravel, tree_map
 
 
 def inputs(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,11 +27,11 @@ def encoder(model: transformers.BertModel) -> Encoder:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hidden_states_are_transformers(dtype: torch.dtype):
-    model = bert_model().to(dtype)
+    model: Any = bert_model().to(dtype)
     tokens, mask = inputs(150)
     with torch.no_grad():
         expected = model(tokens, attention_mask=mask.long()).last_hidden_state
-    params = fgpt.tree.astype(encoder(model.float()), dtype)
+    params = astype(encoder(model.float()), dtype)
     error = (encode(params, tokens, mask) - expected)[mask].abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 1e-6)
 
@@ -84,16 +85,16 @@ def test_a_quantized_encoder_embeds_nearly_the_same(to: Any):
 
 def test_an_adapter_is_trained_through_the_encoder():
     """The gradient of a LoRA by finite differences in float64."""
-    params: Any = fgpt.tree.astype(encoder(bert_model()), torch.float64)
+    params: Any = astype(encoder(bert_model()), torch.float64)
     tokens, mask = inputs(150)
     adapters: Any = fgpt.lora(params, fgpt.key(2), rank=2, target=r"blocks\.\d+\.attn\.(q|v)")
-    adapters = {path: fgpt.tree.tree_map(lambda x: x.double() + 0.05, lora) for path, lora in adapters.items()}
+    adapters = {path: tree_map(lambda x: x.double() + 0.05, lora) for path, lora in adapters.items()}
 
     def similarity(adapters: Any) -> torch.Tensor:
         vectors = embed_texts(fgpt.adapt(params, adapters), tokens, mask)
         return vectors[0] @ vectors[1]
 
-    vector, unravel = fgpt.tree.ravel(adapters)
+    vector, unravel = ravel(adapters)
     gradient = torch.func.grad(lambda x: similarity(unravel(x)))(vector)
     direction = torch.randn(vector.shape, generator=fgpt.key(3), dtype=torch.float64)
     step = 1e-3

@@ -51,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
 def build(embedder: Embedder, folder: Path, tmp_path: Path) -> Callable[..., DocumentIndex]:
     def build(chunking: Chunking = CHUNKING, **options: Any) -> DocumentIndex:
         out = tmp_path / "index"
-        changes = find_changes(folder, out, embedder, chunking)
-        return write_index(folder, out, embedder, chunking, changes, **options)
+        changes = find_changes(folder, out, embedder=embedder, chunking=chunking)
+        return write_index(folder, out, changes, embedder=embedder, chunking=chunking, **options)
 
     return build
 
@@ -157,7 +157,7 @@ def test_what_has_not_changed_is_not_done_again(
 ):
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     first = contents(build())
-    changes = find_changes(folder, tmp_path / "index", embedder, CHUNKING)
+    changes = find_changes(folder, tmp_path / "index", embedder=embedder, chunking=CHUNKING)
     assert changes.are_none
     assert changes.ignored == {".png": 1}
     (folder / "deep" / "fox.md").write_text("The fox has moved to hill 99.")
@@ -203,9 +203,9 @@ def test_an_interrupted_index_leaves_the_old_one(
 def test_bad_input(build: Callable[..., DocumentIndex], folder: Path, tmp_path: Path, embedder: Embedder):
     out = tmp_path / "index"
 
-    def refused(message: str, *args: Any) -> None:
+    def refused(message: str, folder: Path, out: Path, embedder: Embedder, chunking: Chunking) -> None:
         with pytest.raises(fgpt.InputError, match=message) as error:
-            find_changes(*args)
+            find_changes(folder, out, embedder=embedder, chunking=chunking)
         assert len(str(error.value).splitlines()) == 1
 
     refused("expected at most 126 tokens", folder, out, embedder, Chunking(127, 0))
@@ -222,9 +222,9 @@ def test_bad_input(build: Callable[..., DocumentIndex], folder: Path, tmp_path: 
     )
     refused("exists and is no index of documents", folder, tmp_path / "pictures", embedder, CHUNKING)
     (tmp_path / "pictures" / "blank.md").write_text("\n")
-    changes = find_changes(tmp_path / "pictures", out, embedder, CHUNKING)
+    changes = find_changes(tmp_path / "pictures", out, embedder=embedder, chunking=CHUNKING)
     with pytest.raises(fgpt.InputError, match=r"no document with text: blank.md: it holds no text"):
-        write_index(tmp_path / "pictures", out, embedder, CHUNKING, changes)
+        write_index(tmp_path / "pictures", out, changes, embedder=embedder, chunking=CHUNKING)
     assert not out.exists()
     index = build()
     other = load_embedder(save_embedder(tmp_path / "other", num_hidden_layers=1))
@@ -237,9 +237,15 @@ def test_bad_input(build: Callable[..., DocumentIndex], folder: Path, tmp_path: 
 
 def test_an_index_inside_its_folder_is_not_read(folder: Path, embedder: Embedder):
     out = folder / "index"
-    write_index(folder, out, embedder, CHUNKING, find_changes(folder, out, embedder, CHUNKING))
+    write_index(
+        folder,
+        out,
+        find_changes(folder, out, embedder=embedder, chunking=CHUNKING),
+        embedder=embedder,
+        chunking=CHUNKING,
+    )
     (out / "notes.txt").write_text("Not a document.")
-    assert find_changes(folder, out, embedder, CHUNKING).are_none
+    assert find_changes(folder, out, embedder=embedder, chunking=CHUNKING).are_none
 
 
 @pytest.mark.parametrize(
