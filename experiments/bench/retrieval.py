@@ -35,23 +35,10 @@ from fgpt.generation.loop import generate
 from fgpt.io.models import load, tokenizer
 from fgpt.retrieval.chunking import chunks
 from fgpt.retrieval.embedder import MINILM, Embedder, load_embedder
-from fgpt.retrieval.index import (
-    TABLE,
-    Chunking,
-    DocumentIndex,
-    Method,
-    Passage,
-    best_bm25,
-    create_indexes,
-    find_changes,
-    fuse_rankings,
-    nearest,
-    rows,
-    schema,
-    search,
-    write_index,
-)
+from fgpt.retrieval.index import TABLE, Chunking, DocumentIndex, Passage
+from fgpt.retrieval.index_updates import create_indexes, find_changes, rows, schema, write_index
 from fgpt.retrieval.passages import augment, question_of
+from fgpt.retrieval.ranking import Method, best_bm25, fuse_rankings, nearest, search
 
 WINDOW = 6
 """Words of a sentence on either side of the gap."""

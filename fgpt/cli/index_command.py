@@ -15,7 +15,8 @@ from fgpt.errors import InputError, printable
 from fgpt.extras import require_extra
 from fgpt.ranges import NonNegativeInt, Range
 from fgpt.retrieval.embedder import MINILM, load_embedder
-from fgpt.retrieval.index import Changes, Chunking, DocumentIndex, find_changes, write_index
+from fgpt.retrieval.index import Chunking, DocumentIndex
+from fgpt.retrieval.index_updates import Changes, find_changes, write_index
 
 PRINTED = 10
 """Files without text that are named."""

@@ -7,7 +7,8 @@ import torch
 
 from fgpt._typing import StrPath
 from fgpt.retrieval.embedder import Embedder, load_embedder
-from fgpt.retrieval.index import DocumentIndex, Passage, open_index, search_vector
+from fgpt.retrieval.index import DocumentIndex, Passage, open_index
+from fgpt.retrieval.ranking import search_vector
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ def encoder(model: transformers.BertModel) -> Encoder:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hidden_states_are_transformers(dtype: torch.dtype):
-    model: Any = bert_model().to(dtype)
+    model: Any = bert_model()
+    model = model.to(dtype)
     tokens, mask = inputs(150)
     with torch.no_grad():
         expected = model(tokens, attention_mask=mask.long()).last_hidden_state

@@ -13,20 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fgpt
-from fgpt.retrieval import index as module
+from fgpt.retrieval import index_updates
 from fgpt.retrieval.embedder import Embedder, load_embedder
-from fgpt.retrieval.index import (
-    Chunking,
-    DocumentIndex,
-    Passage,
-    find_changes,
-    fuse_rankings,
-    nearest,
-    open_index,
-    search,
-    write_index,
-)
+from fgpt.retrieval.index import Chunking, DocumentIndex, Passage, open_index
+from fgpt.retrieval.index_updates import find_changes, write_index
 from fgpt.retrieval.pages import read_pages
+from fgpt.retrieval.ranking import fuse_rankings, nearest, search
 
 pytest.importorskip("lancedb")
 CHUNKING = Chunking(size=24, overlap=8)
@@ -137,7 +129,7 @@ def test_an_index_of_vectors_finds_what_all_comparisons_find(
     (folder / "many.txt").write_text(
         "\n\n".join(f"Note {i}: {ANIMALS[i % 6]} number {i * 7919 % 997}." for i in range(400))
     )
-    monkeypatch.setattr(module, "VECTOR_INDEX_FROM", 300)
+    monkeypatch.setattr(index_updates, "VECTOR_INDEX_FROM", 300)
     index = build()
     assert {each.index_type for each in index.table.list_indices()} == {"FTS", "IvfSq"}
     shared = 0
