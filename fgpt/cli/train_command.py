@@ -173,7 +173,8 @@ def _run_dir_of(name: str) -> Path | None:
 
 
 def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
-    """The recipe and the directory of an unfinished run, by the name of its recipe, its own name or its folder.
+    """The recipe and the directory of an unfinished run, by the name of its recipe, its own name or its folder; or with
+    more steps or epochs those of a finished one.
 
     Raises InputError if there is none, or an option would make it another training.
     """
@@ -182,12 +183,11 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
 
     command = f"fgpt train {name} --resume"
     lengths = {option.partition("=")[0].removeprefix("--") for option in options} & {"steps", "epochs"}
-    find = run_dir.find_any if lengths else run_dir.find_unfinished
     if name in recipes.RECIPES:
         recipe = recipe_with_options(name, options, command)
-        folder = find(recipe.name, recipe.out)
+        folder = _find_resumable(recipe.name, recipe.out, bool(lengths))
     else:
-        folder = find(name, _out_option(options))
+        folder = _find_resumable(name, _out_option(options), bool(lengths))
     started = run_dir.read_run(folder)
     run = parse(type(started), options, started, command)
     is_lengthened = bool(lengths) and run_dir.read_state(folder) == "finished"
@@ -207,6 +207,18 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
             raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
     return run, folder
+
+
+def _find_resumable(name: str, out: Path, may_be_lengthened: bool) -> Path:
+    """The unfinished run of a name; if there is none, the newest one, which has finished and may be lengthened."""
+    from fgpt.cli import run_dir
+
+    try:
+        return run_dir.find_unfinished(name, out)
+    except InputError:
+        if not may_be_lengthened:
+            raise
+    return run_dir.find_any(name, out)
 
 
 def _lengthen(run: recipes.AnyRecipe, folder: Path, lengths: set[str]) -> recipes.AnyRecipe:
