@@ -31,7 +31,7 @@ def test_tensorboard_has_every_figure(tmp_path: Path):
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert re.fullmatch(r"events\.out\.tfevents\.\d{10}\.\d{6}", file.name)  # no host, and no number of a process
     assert socket.gethostname().encode() not in file.read_bytes()
-    assert found["lr"] == [(i, pytest.approx(0.5 / i)) for i in range(1, 6)]
+    assert found["train/learning_rate"] == [(i, pytest.approx(0.5 / i)) for i in range(1, 6)]
 
 
 def test_a_resumed_run_forgets_the_steps_after_its_checkpoint(tmp_path: Path):
