@@ -70,7 +70,7 @@ def test_a_training_goes_on_from_an_adapter(project: Path, tmp_path: Path, capsy
     [
         (["--adapter.init", "pissa", "--adapter.kind", "dora"], "is of --adapter.kind lora, not of dora"),
         (["--adapter.init", "eva", "--adapter.rank-pattern", ".*q=2"], "gives all layers one rank"),
-        (["--adapter.init", "olora", "--quantize", "int8"], "take eva or default, or leave --quantize out"),
+        (["--adapter.init", "olora", "--quantize", "int8"], "take eva or default, or leave out --quantize"),
     ],
 )
 def test_what_does_not_go_together(
