@@ -67,8 +67,9 @@ def collect_moments(
     >>> from torch.func import grad
     >>> w, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [3.0, 1.0]])
     >>> zeros = SecondMoments(torch.zeros(2, 2), torch.zeros(1, 1), torch.zeros(()))
-    >>> grad(lambda moments: 5 * collect_moments(x @ w.T, x, moments).sum())(zeros)
-    SecondMoments(inputs=tensor([[10.,  3.],
-            [ 3.,  1.]]), outputs=tensor([[50.]]), count=tensor(2.))
+    >>> moments = grad(lambda moments: 5 * collect_moments(x @ w.T, x, moments).sum())(zeros)
+    >>> moments.inputs, moments.outputs, moments.count
+    (tensor([[10.,  3.],
+            [ 3.,  1.]]), tensor([[50.]]), tensor(2.))
     """
     return _CollectMoments.apply(y, x, moments.inputs, moments.outputs, moments.count)  # pyright: ignore[reportReturnType]

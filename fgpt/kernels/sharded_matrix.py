@@ -56,9 +56,9 @@ class Sharded:
         size: How many there are.
         gathers: What a product gathers. For outputs all processes multiply the same x.
 
-    >>> split_rows(torch.eye(3), rank=1, size=2)
-    Sharded(part=tensor([[0., 0., 1.],
-            [0., 0., 0.]]), out=3, rank=1, size=2, gathers='weights')
+    >>> split_rows(torch.eye(3), rank=1, size=2).part
+    tensor([[0., 0., 1.],
+            [0., 0., 0.]])
     """
 
     part: Any

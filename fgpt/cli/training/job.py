@@ -77,8 +77,9 @@ def parameter_counts(trainable: Any, frozen: Any) -> dict[str, int]:
     >>> parameter_counts({"w": torch.zeros(2, 3)}, None)
     {'trained': 6, 'total': 6}
     """
-    trained = num_trainable(trainable)
-    return {"trained": trained, "total": trained if frozen is None else num_parameters(frozen)}
+    if frozen is None:
+        return {"trained": num_parameters(trainable), "total": num_parameters(trainable)}
+    return {"trained": num_trainable(trainable), "total": num_parameters(frozen)}
 
 
 def trained_params(state: State) -> Any:
