@@ -142,7 +142,7 @@ def test_a_chat_has_the_passages_of_its_newest_question(project: Path, index: Pa
     assert alone.tokens == list(encode_prompt(row, template(run.recipe.template), run.tokenizer))  # that of generate
     lines = iter(["Say 7.", "/quit"])
     documents = DocumentOptions(str(index), 1)
-    generation.chat(str(project / "runs" / "it[b]"), DEFAULT_SAMPLING, documents, read=lambda _: next(lines))
+    generation.chat(str(project / "runs" / "it[b]"), DEFAULT_SAMPLING, documents=documents, read=lambda _: next(lines))
     assert capsys.readouterr().out.splitlines()[-1] == "sources: [1] bear.txt"
 
 

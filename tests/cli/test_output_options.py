@@ -33,9 +33,9 @@ def arguments(name: str, at: Path) -> list[str]:
 
 FIELDS = {
     "runs": {"runs", "sweeps"},
-    "generate": {"run", "base", "template", "prompt", "input", "responses"},
+    "generate": {"run", "base", "template", "prompt", "input", "responses", "sources"},
     "classify": {"run", "labels", "predictions"},
-    "compare": {"settings", "scores", "answers", "file"},
+    "compare": {"settings", "steps", "scores", "intervals", "best", "answers", "file"},
     "eval": {"evaluated", "base", "settings", "held out"},
     "doctor": {"recipe", "machine", "checks"},
 }

@@ -14,8 +14,8 @@ from fgpt.recipes import KINDS, describe
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("generate lora-nano", "expected PROMPT (The instruction); see fgpt generate --help"),
-        ("generate", "expected RUN (The name of a run, or its folder) and PROMPT (The instruction); see fgpt generate"),
+        ("generate lora-nano", "expected PROMPT (The instruction, or - for standard input); see fgpt generate --help"),
+        ("generate", "expected RUN (The name of a run, or its folder; or a model as it is: nano, smollm2, a folder, "),
         ("classify", "expected RUN (The name of a run, or its folder); see fgpt classify --help"),
         ("eval text", "expected FILE (A UTF-8 file, or - for standard input); see fgpt eval text --help"),
     ],
@@ -58,7 +58,9 @@ def test_summaries_are_whole_sentences():
 
 
 def test_the_best_state_needs_a_held_out_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "lora-nano", "--steps", "1", "--keep-best", "--out", str(tmp_path)]) == 2
+    assert (
+        main(["train", "lora-nano", "--steps", "1", "--eval-every", "None", "--keep-best", "--out", str(tmp_path)]) == 2
+    )
     assert "--keep-best keeps the state of least held-out loss: give --eval-every N" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from markupsafe import Markup
-
 TEMPLATES = Path(__file__).parent / "templates"
 SORT = "sort.js"
 """The script that sorts tables."""
@@ -24,6 +20,10 @@ def render(name: str, folders: Sequence[Path] = (), *, title: str, summary: str 
 
     The template may use the pieces of this package: {% import "pieces.html" as pieces %}.
     """
+    from jinja2 import FileSystemLoader, StrictUndefined  # here, since `fgpt generate` imports the package and no page
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from markupsafe import Markup
+
     environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,

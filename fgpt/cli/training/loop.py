@@ -193,7 +193,8 @@ def _print_followed_loss(job: TrainingJob, metric: str) -> None:
 
 
 AUTO_EVALUATIONS = 10
-"""Evaluations of a training with eval_every auto, if it has twice as many steps or more."""
+"""Evaluations of a training with eval_every auto, if it has twice as many steps or more. A shorter one evaluates after
+each step if its result depends on that, else not at all."""
 
 
 def evaluation_is_due(job: TrainingJob, step: int) -> bool:
@@ -203,7 +204,7 @@ def evaluation_is_due(job: TrainingJob, step: int) -> bool:
         return False
     if every == "auto":
         if job.steps < 2 * AUTO_EVALUATIONS:
-            return False
+            return job.recipe.keep_best or job.recipe.early_stopping_patience is not None
         return step % math.ceil(job.steps / AUTO_EVALUATIONS) == 0 or step == job.steps
     return step % every == 0
 

@@ -40,6 +40,11 @@ def test_no_evaluation_where_there_is_nothing_to_see(instruction_file: Path, tmp
         assert not any("heldout_loss" in line for line in read_metrics(run / "metrics.jsonl"))
 
 
+def test_a_short_training_whose_result_depends_on_it_is_evaluated(instruction_file: Path, tmp_path: Path):
+    run = train(instruction_file, tmp_path, "--steps", "3", "--keep-best")
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "heldout_loss" in line] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("steps", [19, 20, 101, 328])
 def test_which_steps_are_evaluated(steps: int):
     curves = {"heldout_loss": lambda params: 1.0}
