@@ -23,8 +23,11 @@ RECIPE_COMMANDS = ("train", "doctor", "lr-range", "sweep")
 FIRST_WORDS = {"data": ["preview"], "eval": ["run", "text", "tasks"], "completion": ["bash", "zsh", "tcsh"]}
 """What stands first after a command, where that is one of few words."""
 RUNS = {
-    "bash": '_fgpt_runs() { compgen -W "$(ls runs 2>/dev/null)" -- "$1"; compgen -d -- "$1"; }',
-    "zsh": "_fgpt_runs() { compadd -- runs/*(N:t); _files -/; }",
+    "bash": (
+        '_fgpt_runs() { compgen -W "$(cd runs 2>/dev/null && ls -d */run.json 2>/dev/null | sed s,/run.json,,)" -- '
+        '"$1"; compgen -d -- "$1"; }'
+    ),
+    "zsh": "_fgpt_runs() { compadd -- runs/*/run.json(N:h:t); _files -/; }",
     "tcsh": "",
 }
 """How each shell finds what was trained: the folders of runs/, and any other."""

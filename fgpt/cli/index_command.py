@@ -62,6 +62,7 @@ def run(options: IndexOptions) -> None:
             index = write_index(options.folder, out, changes, embedder=embedder, chunking=chunking, advance=advance)
         console.print(f"{out}: {_size(index)}; {_describe(changes)}", soft_wrap=True)
     _report_problems(index, changes)
+    console.print(f'its passages help to answer: fgpt generate RUN "QUESTION" --documents {out}', soft_wrap=True)
 
 
 def _size(index: DocumentIndex) -> str:
@@ -77,11 +78,11 @@ def _report_problems(index: DocumentIndex, changes: Changes) -> None:
     """Print which files have no chunks, and what was passed over."""
     problems = {name: file.problem for name, file in index.files.items() if file.problem}
     if problems:
-        console.print(f"not in the index: {len(problems):,} files that could not be read or have no text")
+        console.print(f"not in the index: {len(problems):,} that could not be read or have no text")
         for name, problem in list(problems.items())[:PRINTED]:
             console.print(f"  {printable(name)}: {problem}", soft_wrap=True)
         if len(problems) > PRINTED:
             console.print(f"  and {len(problems) - PRINTED:,} more")
     if changes.ignored:
         kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in changes.ignored.most_common(5))
-        console.print(f"passed over: {sum(changes.ignored.values()):,} other files ({kinds})", soft_wrap=True)
+        console.print(f"passed over, of other kinds: {sum(changes.ignored.values()):,} ({kinds})", soft_wrap=True)

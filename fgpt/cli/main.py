@@ -4,6 +4,7 @@ Errors that a user can fix are one line on stderr and exit code 2.
 """
 
 import contextlib
+import difflib
 import sys
 import traceback
 import warnings
@@ -82,7 +83,9 @@ def _run(command: str, args: Sequence[str]) -> None:
     elif command == "--version":
         answers.print(f"fgpt {__version__}", highlight=False)
     elif command not in COMMANDS:
-        raise InputError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
+        similar = difflib.get_close_matches(command, COMMANDS, n=1)
+        question = f"did you mean {similar[0]}? " if similar else ""
+        raise InputError(f"no command {command!r}; {question}expected one of {', '.join(COMMANDS)}")
     else:
         with processes.join(command):
             try:

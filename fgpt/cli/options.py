@@ -131,6 +131,8 @@ def _error_of(output: str) -> str:
         similar = difflib.get_close_matches(choice["value"], words, n=1)
         question = f" (did you mean {similar[0]}?)" if similar else ""
         return f"{choice['option']} is {choice['value']!r}: expected one of {', '.join(words)}{question}"
+    if wrong := WRONG_FIELD.fullmatch(message):
+        return f"--{wrong['name'].replace('_', '-')} is {wrong['problem']}"
     if missing := MISSING_ARGUMENT.findall(message):
         return "expected " + " and ".join(f"{name} ({description})" for name, description in missing)
     return message.rstrip(".") or "unusable options"
@@ -146,6 +148,8 @@ WRONG_CHOICE = re.compile(
     re.IGNORECASE,
 )
 """How tyro says that a value is none of an option's."""
+WRONG_FIELD = re.compile(r"Error parsing [a-z.]+: (?P<name>[a-z_]+) is (?P<problem>.*)")
+"""How tyro says what a dataclass has refused."""
 MISSING_ARGUMENT = re.compile(r"([A-Z]+) ((?:(?! \(required\)).)*?)\.? \(required\)")
 """How tyro says that arguments are missing: their names and help."""
 

@@ -75,6 +75,8 @@ def open_run_dir(
     Raises InputError if it cannot be made, or another process is training in it.
     """
     folder = existing or new_folder(run.out, run.name)
+    if existing is None and folder.name != run.name:
+        console.print(f"{run.out / run.name} exists: this run is {folder}", markup=False, soft_wrap=True)
     with lock_folder(folder), must_not_move(folder):
         status = {"state": "running", "steps": steps} | ({"parameters": dict(parameters)} if parameters else {})
         write_json(folder / STATUS, status)
@@ -228,7 +230,7 @@ def find_finished(name: str, out: Path = Path("runs")) -> Path:
     finished = [folder for folder in runs if (folder / ADAPTER).is_dir() or (folder / MODEL).is_dir()]
     if not finished:
         _refuse_sweep(name, out)
-        how = _how_to_finish(runs[-1]) if runs else f"none has that name; {_how_to_start(name, out)}"
+        how = _how_to_finish(runs[-1]) if runs else _how_to_start(name, out)
         raise InputError(f"no trained run {name!r} under {out}/: {how}")
     return _announce_choice(name, out, finished[-1], " that has finished")
 
@@ -290,7 +292,7 @@ def _how_to_start(name: str, out: Path) -> str:
     if name in RECIPES:
         return f"train it first: fgpt train {name}"
     hint = _did_you_mean(name, out)
-    return f"{hint}expected the name or folder of a run; fgpt runs lists them, and fgpt train RECIPE makes one"
+    return f"{hint}fgpt runs lists them, and fgpt train RECIPE makes one"
 
 
 def _did_you_mean(name: str, out: Path) -> str:

@@ -28,6 +28,8 @@ def train(args: Sequence[str]) -> None:
             return
         run, folder = outcome
     elif "--resume" in options:
+        if config_file.split_config(options)[0] is not None:
+            raise InputError("--resume goes on with the options that the run has: leave --config out")
         run, folder = resume(name, [option for option in options if option != "--resume"])
     else:
         run, folder = recipe_with_options(name, options, f"fgpt train {name}"), None
@@ -128,7 +130,10 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
             f"{folder.name}"
         )
     recipe = recipes.find(name)
-    run = parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
+    try:
+        run = parse(type(recipe), options, recipe, command, inspect.getdoc(recipes.RECIPES[name]))
+    except InputError as err:
+        raise err if path is None else InputError(f"{err} (some of the options are those of {path})") from None
     return _with_target_of_kind(recipe, _with_update_of(recipe, run))
 
 
@@ -204,8 +209,11 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         if is_lengthened and field.name in LENGTHS:
             continue
         if before != now and field.name not in MUTABLE_OPTIONS:
+            option = "--" + field.name.replace("_", "-")
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
-            raise InputError(f"{folder} was started with {field.name} {before}, not {now}: leave it out, or {restart}")
+            raise InputError(
+                f"{folder} was started with {option} {before}, not {now}: leave {option} out, or {restart}"
+            )
     return run, folder
 
 

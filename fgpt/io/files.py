@@ -211,12 +211,13 @@ def read_text(path: Path) -> str:
 
     Raises InputError if there is none, or it is not in UTF-8.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     try:
         text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except OSError as err:
-        raise InputError(f"{path}: {err.strerror}; expected a text file") from None
+        raise InputError(f"{name}: {err.strerror}; expected a text file") from None
     except UnicodeDecodeError as err:
-        raise InputError(f"{path}: not a text in UTF-8 (byte {err.start}): save it as such") from None
+        raise InputError(f"{name}: not a text in UTF-8 (byte {err.start}): save it as such") from None
     if not text.strip():
-        raise InputError(f"{path}: the file is empty, expected a text")
+        raise InputError(f"{name} is empty: expected a text")
     return text

@@ -72,7 +72,8 @@ def find_changes(folder: Path, out: Path, *, embedder: Embedder, chunking: Chunk
             f"{embedder.max_tokens} tokens, which {embedder.name} reads, and an overlap below the size"
         )
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one of text, Markdown and PDF files")
+        problem = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {problem}; expected a folder of text, Markdown and PDF files")
     remove_leftovers(out.absolute().parent, out.name)
     index = _index_to_update(out, embedder, chunking)
     documents, ignored = _documents(folder, out)

@@ -56,6 +56,8 @@ def test_every_option_of_every_command(script: str):
 def test_runs_are_the_folders_of_runs(script: str, tmp_path):
     for name in ("lora-a", "lora-b", "other"):
         (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").touch()
+    (tmp_path / "runs" / "lora-sweep").mkdir()  # generates nothing
     assert ask(script, "fgpt generate lora", "fgpt eval run lora", cwd=tmp_path) == [{"lora-a", "lora-b"}] * 2
 
 

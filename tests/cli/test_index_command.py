@@ -65,10 +65,10 @@ def test_a_folder_is_indexed_and_brought_up_to_date(
     assert main(["index", "new", "--out", "notes.index", *command[2:]]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "notes.index: 4 files, 2 chunks; 2 read, 2 unchanged, 0 removed"
-    assert lines[1] == "not in the index: 2 files that could not be read or have no text"
+    assert lines[1] == "not in the index: 2 that could not be read or have no text"
     assert lines[2].startswith("  cut.pdf: not a PDF that can be read")
     assert lines[3].startswith("  latin.txt: not UTF-8 text")
-    assert lines[4:] == ["passed over: 2 other files (2 .png)"]
+    assert lines[4] == "passed over, of other kinds: 2 (2 .png)"
 
 
 def test_bad_options_of_index(notes: Path, embedder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -114,7 +114,7 @@ def test_generate_puts_passages_into_the_prompt_and_names_their_sources(
 def test_bad_documents(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = str(project / "runs" / "it[b]")
     assert main(["generate", run, "Say 7.", "--documents", str(tmp_path)]) == 2
-    assert "no index of documents; expected a folder with index.json" in one_line(capsys)
+    assert "no index of documents; expected a folder that `fgpt index FOLDER` has made" in one_line(capsys)
     assert main(["chat", run, "--num-passages", "2"]) == 2
     assert "--num-passages is of --documents" in one_line(capsys)
     assert main(["train", *training_options(project), "--num-passages", "2"]) == 2

@@ -111,7 +111,7 @@ def test_a_prompt_from_standard_input(project: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert main([*args[:2], "-", *args[3:]]) == 2
-    assert "the file is empty, expected a text" in one_line(capsys)
+    assert "standard input is empty: expected a text" in one_line(capsys)
 
 
 def test_output_options_anywhere_but_after_two_dashes():

@@ -84,3 +84,24 @@ def test_a_row_longer_than_the_context_is_said(tmp_path: Path, capsys: pytest.Ca
     assert main(["train", "lora-nano", *options]) == 0
     expected = "rows have 512 tokens, the context of the model; --max-seq-len is 4096"
     assert expected in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("trian lora-nano", "no command 'trian'; did you mean train?"),
+        ("generate nano hi --top-p 0.9", "--top-p is of samples, and temperature 0 takes none"),
+        ("generate nano hi --length-penalty 2", "--length-penalty is of beam search"),
+        ("generate nano hi --temperature 1 --top-p 3", "--top-p is 3.0: expected a probability above 0"),
+        ("generate nope hi", "a model is nano, smollm2, a folder, a GGUF file or a name on the Hub"),
+        ("train lora-nano --steps 1 --adapter.init piza", "--adapter.init piza is none of default, pissa, olora"),
+        ("train lora-nano --resume --config a.yaml", "--resume goes on with the options that the run has"),
+    ],
+)
+def test_what_a_newcomer_types(
+    typed: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(typed)) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,9 @@ from fgpt.data.classification_prompts import LabeledText
 from fgpt.errors import InputError
 from fgpt.io.files import read_text
 
+TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
+"""The ends of files whose lines are no texts."""
+
 
 @dataclass(frozen=True)
 class ClassifyOptions:
@@ -42,6 +45,11 @@ def run(options: ClassifyOptions) -> None:
     classifiers.resolve_inference_labels(recipe, options.labels)  # bad input is refused before the model is loaded
     are_pairs = recipe.columns.text2 is not None
     if options.file is not None:
+        if options.file.suffix in TABLES:
+            raise InputError(
+                f"{options.file}: expected a text file with one text per line, and {options.file.suffix} has columns: "
+                "write its texts into a .txt file"
+            )
         lines = read_text(options.file).removesuffix("\n").split("\n")
         rows = [parse_text(line, are_pairs, f"{options.file}, line {i}") for i, line in enumerate(lines, 1)]
     else:

@@ -62,7 +62,10 @@ def load_run(name: str, prompt_template: str | None = None) -> LoadedRun:
     """
     if run_dir.is_model(name):
         return _load_model(name, name, prompt_template)
-    folder = run_dir.find_finished(name)
+    try:
+        folder = run_dir.find_finished(name)
+    except InputError as err:
+        raise InputError(f"{err}; a model is nano, smollm2, a folder, a GGUF file or a name on the Hub") from None
     recipe = run_dir.read_run(folder)
     if isinstance(recipe, PretrainingRecipe):
         return _load_model(recipe.name, str(folder / run_dir.MODEL), prompt_template)
@@ -115,6 +118,7 @@ def answer(
     Raises:
         InputError: as `load_run` does, for an unknown index, and for an empty or overlong prompt.
     """
+    check_decoding(options)
     if instruction == "-":
         instruction = read_text(Path("-")).strip()
     if not instruction.strip():
@@ -144,6 +148,16 @@ def answer(
         return
     print("\n\n".join(texts))
     _print_sources(augmented)
+
+
+def check_decoding(options: GenerationOptions) -> None:
+    """Raises InputError for an option that would have no effect."""
+    for name in ("top_k", "top_p", "min_p"):
+        if not options.sampling.temperature and getattr(options.sampling, name) is not None:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is of samples, and temperature 0 takes none: give --temperature 1 as well")
+    if options.num_beams == 1 and options.length_penalty != GenerationOptions.length_penalty:
+        raise InputError("--length-penalty is of beam search: give --num-beams 4 as well, or leave it out")
 
 
 def prompt_limit(run: LoadedRun, max_new_tokens: int) -> int:

@@ -197,6 +197,7 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
             raise KeyboardInterrupt
         task.report(before, task.score(trained, out), out)
         write_trained_card(out, recipe, classes)  # with the scores
+        console.print(recipe.suggest_use(out), markup=False, soft_wrap=True)
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
             report_row_gradients(job, trained, out)
     return out

@@ -139,7 +139,10 @@ def _adapter_folder(recipe: FineTuningRecipe, source: str) -> Path:
     folder = Path(source)
     if any((folder / name).is_file() for name in (CONFIG, run_dir.ADAPTERS)) and not (folder / run_dir.RUN).exists():
         return folder
-    run = run_dir.find_finished(source)
+    try:
+        run = run_dir.find_finished(source)
+    except InputError as err:
+        raise InputError(f"--adapter.init {source} is none of {', '.join(INITIALIZATIONS)}, and {err}") from None
     before: Mapping[str, Any] = run_dir.read_run(run).to_json()
     if before.get("base") != recipe.base:
         raise InputError(f"--adapter.init {source} is a run over {before.get('base')}, not over {recipe.base}")

@@ -180,8 +180,9 @@ def test_bad_input_is_one_line(
         ),
         (
             ["classify", str(head_classifier), "--file", str(tmp_path / "empty")],
-            "empty: the file is empty, expected a text",
+            "empty is empty: expected a text",
         ),
+        (["classify", str(head_classifier), "--file", "rows.csv"], "one text per line, and .csv has columns"),
         (["classify", str(head_classifier), "--file", str(tmp_path / "gap")], "gap, line 2: the text is empty"),
         (["classify", str(head_classifier), "--file", str(tmp_path / "latin")], "not a text in UTF-8 (byte 3)"),
         (["classify", str(head_classifier), "a", "--labels", "x", "y"], "has a head of its own labels, fear, joy"),

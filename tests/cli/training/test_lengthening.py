@@ -54,7 +54,7 @@ def test_what_cannot_be_lengthened(lengthened: Path, project: Path, capsys: pyte
     assert main(["train", str(lengthened), "--resume", "--steps", "6", "--quiet"]) == 2
     assert "the run has finished its 6 steps, and 6 are no more" in one_line(capsys)
     assert main(["train", str(lengthened), "--resume", "--steps", "9", "--lr", "1", "--quiet"]) == 2
-    assert "was started with lr" in one_line(capsys)
+    assert "was started with --lr" in one_line(capsys)
 
 
 def test_the_schedule_is_that_of_each_length_in_turn():

@@ -78,6 +78,6 @@ def test_options_that_make_another_run_are_refused(
     assert "has finished" in capsys.readouterr().err
     (run / "status.json").write_text('{"state": "interrupted", "steps": 12}\n')
     assert main(resume(run, "--lr", "0.5")) == 2
-    assert "was started with lr 0.006, not 0.5" in " ".join(capsys.readouterr().err.split())
+    assert "was started with --lr 0.006, not 0.5" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "lora-nano", "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "nothing to resume" in capsys.readouterr().err
