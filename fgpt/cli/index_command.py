@@ -54,7 +54,8 @@ def run(options: IndexOptions) -> None:
     embedder = load_embedder(options.embedder, device=resolve_device(options.device))
     chunking = Chunking(options.chunk_size, options.chunk_overlap)
     changes = find_changes(options.folder, out, embedder=embedder, chunking=chunking)
-    if changes.old_index is not None and changes.are_none:
+    is_current = changes.old_index is not None and changes.are_none
+    if changes.old_index is not None and is_current:
         index = changes.old_index
         console.print(f"{out}: up to date, {_size(index)}", soft_wrap=True)
     else:
@@ -62,7 +63,8 @@ def run(options: IndexOptions) -> None:
             index = write_index(options.folder, out, changes, embedder=embedder, chunking=chunking, advance=advance)
         console.print(f"{out}: {_size(index)}; {_describe(changes)}", soft_wrap=True)
     _report_problems(index, changes)
-    console.print(f'its passages help to answer: fgpt generate RUN "QUESTION" --documents {out}', soft_wrap=True)
+    if not is_current:
+        console.print(f'its passages help to answer: fgpt generate RUN "QUESTION" --documents {out}', soft_wrap=True)
 
 
 def _size(index: DocumentIndex) -> str:

@@ -211,9 +211,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
         if before != now and field.name not in MUTABLE_OPTIONS:
             option = "--" + field.name.replace("_", "-")
             restart = "leave out --resume" if name in recipes.RECIPES else "start a new run"
-            raise InputError(
-                f"{folder} was started with {option} {before}, not {now}: leave {option} out, or {restart}"
-            )
+            raise InputError(f"{folder} was started with {option} {before}, not {now}: leave it out, or {restart}")
     return run, folder
 
 

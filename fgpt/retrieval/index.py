@@ -94,7 +94,7 @@ def open_index(folder: StrPath) -> DocumentIndex:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: no index of documents; expected a folder that `fgpt index FOLDER` has made")
+        raise InputError(f"{folder}: no index of documents; expected a folder with {MANIFEST} and {TABLE}.lance")
     manifest = read_json(folder / MANIFEST)
     try:
         if manifest["format"] != FORMAT:

@@ -114,7 +114,7 @@ def test_generate_puts_passages_into_the_prompt_and_names_their_sources(
 def test_bad_documents(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = str(project / "runs" / "it[b]")
     assert main(["generate", run, "Say 7.", "--documents", str(tmp_path)]) == 2
-    assert "no index of documents; expected a folder that `fgpt index FOLDER` has made" in one_line(capsys)
+    assert "no index of documents; expected a folder with index.json" in one_line(capsys)
     assert main(["chat", run, "--num-passages", "2"]) == 2
     assert "--num-passages is of --documents" in one_line(capsys)
     assert main(["train", *training_options(project), "--num-passages", "2"]) == 2

@@ -76,7 +76,7 @@ def test_eval_of_a_run_is_its_loss_on_what_it_held_out(text_run: Path):
         (["text", "TEXT", "--base", "nano", "--run", "r"], "expected one of --base MODEL and --run RUN"),
         (["run", "nosuch"], "no trained run 'nosuch' .* fgpt eval text FILE --base nosuch"),
         (["text", "nosuch.txt", "--base", "nano"], "nosuch.txt: No such file or directory; expected a text file"),
-        (["text", "EMPTY", "--base", "nano"], "the file is empty"),
+        (["text", "EMPTY", "--base", "nano"], "is empty: expected a text"),
         (["text", "BYTES", "--base", "nano"], r"not a text in UTF-8 \(byte 2\)"),
         (["text", "TEXT", "--base", "nano", "--window", "64", "--stride", "65"], "expected 1 <= stride <= width"),
         (["text", "TEXT", "--base", "nano", "--window", "513"], "wider than the model's context of 512"),
