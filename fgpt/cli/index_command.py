@@ -54,17 +54,15 @@ def run(options: IndexOptions) -> None:
     embedder = load_embedder(options.embedder, device=resolve_device(options.device))
     chunking = Chunking(options.chunk_size, options.chunk_overlap)
     changes = find_changes(options.folder, out, embedder=embedder, chunking=chunking)
-    is_current = changes.old_index is not None and changes.are_none
-    if changes.old_index is not None and is_current:
-        index = changes.old_index
-        console.print(f"{out}: up to date, {_size(index)}", soft_wrap=True)
-    else:
-        with show_progress(f"indexing {options.folder}", len(changes.new)) as advance:
-            index = write_index(options.folder, out, changes, embedder=embedder, chunking=chunking, advance=advance)
-        console.print(f"{out}: {_size(index)}; {_describe(changes)}", soft_wrap=True)
+    if changes.old_index is not None and changes.are_none:
+        console.print(f"{out}: up to date, {_size(changes.old_index)}", soft_wrap=True)
+        _report_problems(changes.old_index, changes)
+        return
+    with show_progress(f"indexing {options.folder}", len(changes.new)) as advance:
+        index = write_index(options.folder, out, changes, embedder=embedder, chunking=chunking, advance=advance)
+    console.print(f"{out}: {_size(index)}; {_describe(changes)}", soft_wrap=True)
     _report_problems(index, changes)
-    if not is_current:
-        console.print(f'its passages help to answer: fgpt generate RUN "QUESTION" --documents {out}', soft_wrap=True)
+    console.print(f'its passages help to answer: fgpt generate RUN "QUESTION" --documents {out}', soft_wrap=True)
 
 
 def _size(index: DocumentIndex) -> str:

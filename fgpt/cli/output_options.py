@@ -76,11 +76,6 @@ def is_json() -> bool:
     return bool(_outputs) and _outputs[-1].json
 
 
-def is_verbose() -> bool:
-    """Whether details are to be printed."""
-    return bool(_outputs) and _outputs[-1].verbose
-
-
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command on stdout. Infinity and NaN, which JSON does not have, are null."""
     if not answers.quiet:

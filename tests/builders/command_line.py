@@ -33,7 +33,6 @@ def training_options(at: Path) -> list[str]:
     ]
 
 
-COMMAND_OPTIONS = {name: command for name, command in COMMANDS.items() if isinstance(command, type)}
 OPTION_CLASSES: list[type[Any]] = [
     *dict.fromkeys(cls for classes in option_classes(COMMANDS).values() for cls in classes)
 ]

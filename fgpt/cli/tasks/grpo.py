@@ -18,7 +18,7 @@ from fgpt.cli.training.build import (
 )
 from fgpt.cli.training.examples import encoding_of, load_rows_to_answer
 from fgpt.cli.training.format_cost import print_format_cost
-from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
+from fgpt.cli.training.objectives import refuse_instruction_options
 from fgpt.cli.training.rollout_job import assemble_rollout_job
 from fgpt.cli.training.row_reports import resolve_template
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -41,17 +41,7 @@ class GRPOTask(InstructionTask):
     def build(cls, recipe: InstructionRecipe) -> "GRPOTask":
         """Raises InputError for bad input."""
         assert isinstance(recipe, GRPORecipe)
-        others = (
-            "eval_data",
-            "streaming",
-            "shuffle_buffer_size",
-            "mixture",
-            "assistant_turns",
-            "forget",
-            "documents",
-            "packing",
-        )
-        refuse_options(recipe, *others, *OBJECTIVE_OPTIONS)
+        refuse_instruction_options(recipe)
         if recipe.cuda_graphs:
             raise InputError("--cuda-graphs needs batches of few shapes, and sampled answers have many: leave it out")
         if recipe.neftune_noise_alpha:

@@ -35,7 +35,7 @@ from fgpt.cli.training.examples import NANO_HELDOUT
 from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.nano_rows import read_tasks
-from fgpt.cli.training.objectives import OBJECTIVE_OPTIONS, refuse_options
+from fgpt.cli.training.objectives import refuse_instruction_options
 from fgpt.cli.training.preference_batches import (
     PreferenceExamples,
     Reference,
@@ -223,17 +223,7 @@ def check_options(recipe: PreferenceRecipe) -> None:
         raise InputError(f"--gamma is of simpo: leave it out with --objective {recipe.objective}")
     if recipe.objective == "kto" and recipe.rows_per_update < 2 * recipe.grad_accumulation_steps:
         raise InputError("--micro-batch-size 1: kto estimates a divergence in each micro-batch: give 2 rows or more")
-    others = (
-        "eval_data",
-        "streaming",
-        "shuffle_buffer_size",
-        "mixture",
-        "assistant_turns",
-        "forget",
-        "documents",
-        "packing",
-    )
-    refuse_options(recipe, *others, *OBJECTIVE_OPTIONS)
+    refuse_instruction_options(recipe)
 
 
 def describe_rows(recipe: PreferenceRecipe, examples: PreferenceExamples, steps: int) -> str:

@@ -24,15 +24,28 @@ TokenLoss: TypeAlias = Callable[[GPT, Batch], tuple[Tensor, Tensor]]
 """(Σ weight · loss, Σ weight) of params and a batch."""
 
 
-def refuse_options(recipe: InstructionRecipe, *names: str) -> None:
-    """Raises InputError for the first of these options that is given: another kind of recipe does not read it."""
+INSTRUCTION_OPTIONS = (
+    "eval_data",
+    "streaming",
+    "shuffle_buffer_size",
+    "mixture",
+    "assistant_turns",
+    "forget",
+    "documents",
+    "packing",
+    "label_smoothing_factor",
+    "teacher",
+    "kd_ratio",
+    "kd_temperature",
+)
+"""The options that preference tuning and GRPO have from instruction tuning, and do not read."""
+
+
+def refuse_instruction_options(recipe: InstructionRecipe) -> None:
+    """Raises InputError for the first of INSTRUCTION_OPTIONS that is given."""
     default = {field.name: field.default for field in dataclasses.fields(recipe)}
-    if used := [name for name in names if getattr(recipe, name) != default[name]]:
+    if used := [name for name in INSTRUCTION_OPTIONS if getattr(recipe, name) != default[name]]:
         raise InputError(f"--{used[0].replace('_', '-')} is of instruction tuning: leave it out")
-
-
-OBJECTIVE_OPTIONS = ("label_smoothing_factor", "teacher", "kd_ratio", "kd_temperature")
-"""The options that are read here."""
 
 
 def check_objective(recipe: InstructionRecipe, cfg: Config, tokenizer: Tokenizer, max_seq_len: int) -> None:
