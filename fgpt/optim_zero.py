@@ -83,21 +83,23 @@ def split_state(optimizer: Optimizer, state: T, params: Any, *, world: World | N
     torch.Size([2, 3])
     """
     here = distributed.world() if world is None else world
-    return _map_parts(lambda x, like: _part(x, here), state, optimizer, params, here)
+    return _map_parts(lambda x, like: _part(x, here), state, optimizer, params)
 
 
 def gather_state(optimizer: Optimizer, state: T, params: Any, *, world: World | None = None) -> T:
     """The whole state, by the parts of all processes, each of which must call it. `split_state` is its inverse."""
     here = distributed.world() if world is None else world
-    return _map_parts(lambda x, like: _gather(x, like, here), state, optimizer, params, here)
+    return _map_parts(lambda x, like: _gather(x, like, here), state, optimizer, params)
 
 
-def _map_parts(fn: Callable[[Tensor, Tensor], Tensor], state: T, optimizer: Optimizer, params: Any, here: World) -> T:
-    """`fn(x, a tensor of the whole's shape)` of the leaves of a state that are in parts: those whose shape differs."""
+def _map_parts(fn: Callable[[Tensor, Tensor], Tensor], state: T, optimizer: Optimizer, params: Any) -> T:
+    """`fn(x, a tensor of the whole's shape)` of the leaves of a state that are in parts: those that have another row if
+    the params have one more.
+    """
     of_whole: Any = tree_map(lambda x: x.to("meta"), params)
-    whole, parts = tree_leaves(optimizer.init(of_whole)), tree_leaves(optimizer.init(_split(of_whole, here)))
-    pairs = zip(tree_leaves(state), whole, parts, strict=True)
-    return unflatten_like(state, [fn(x, w) if w.shape != p.shape else x for x, w, p in pairs])
+    longer = tree_map(lambda x: x.new_empty(len(x) + 1, *x.shape[1:]) if x.ndim else x, of_whole)
+    triples = zip(tree_leaves(state), tree_leaves(optimizer.init(of_whole)), tree_leaves(optimizer.init(longer)))
+    return unflatten_like(state, [fn(x, w) if w.shape != more.shape else x for x, w, more in triples])
 
 
 def _split(tree: T, here: World) -> T:
@@ -115,6 +117,8 @@ def _gather(parts: T, like: Any, here: World) -> T:
     """The whole leaves, in one message, of their bytes as they are."""
     local = [(x.contiguous(), whole) for x, whole in zip(tree_leaves(parts), tree_leaves(like), strict=True)]
     rows = [x.view(torch.uint8).flatten() for x, _ in local if x.ndim]
+    if not rows:
+        return parts
     message = torch.cat(rows)
     everyone = message.new_empty(here.size, len(message))
     all_gather(everyone.flatten(), message)
@@ -124,4 +128,4 @@ def _gather(parts: T, like: Any, here: World) -> T:
 
 def _join(columns: Tensor, part: Tensor, whole: Tensor) -> Tensor:
     """The rows of all processes, of the type of one's, without those that fill the last ones."""
-    return columns.contiguous().view(part.dtype).view(-1, *part.shape[1:])[: len(whole)]
+    return torch.cat([*columns]).view(part.dtype).view(-1, *part.shape[1:])[: len(whole)]

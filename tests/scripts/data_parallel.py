@@ -61,6 +61,27 @@ def train_in_parts(report: dict[str, Any], name: str, optimizer: fgpt.Optimizer,
     report[f"evaluated, {name}"] = different(*averages)
 
 
+def update_odd_leaves(report: dict[str, Any]) -> None:
+    """A scalar, leaves of no rows and of fewer than there are processes, of other dtypes; and a scalar alone."""
+    rng = fgpt.key(3)
+    odd = {
+        "scalar": torch.tensor(2.0),
+        "row": torch.randn(1, 5, generator=rng),
+        "empty": torch.zeros(0, 3),
+        "double": torch.randn(4, 2, generator=rng).double(),
+        "half": torch.randn(7, generator=rng).bfloat16(),
+    }
+    optimizer = fgpt.adamw(0.1, weight_decay=0.1)
+    zero = fgpt.zero_redundancy(optimizer)
+    for name, tree in {"odd": odd, "scalar": {"scalar": odd["scalar"]}}.items():
+        whole, in_parts = (tree, optimizer.init(tree)), (tree, zero.init(tree))
+        for _ in range(3):
+            grads = tree_map(lambda x: torch.randn(x.shape, generator=rng).to(x.dtype), tree)
+            whole, in_parts = optimizer.update(grads, whole[1], whole[0]), zero.update(grads, in_parts[1], in_parts[0])
+        report[f"leaves in parts, {name}"] = different(in_parts[0], whole[0])
+        report[f"state in parts, {name}"] = different(gather_state(optimizer, in_parts[1], tree), whole[1])
+
+
 def different(a: Any, b: Any) -> float:
     """1 if a leaf differs in a bit."""
     x, y = leaves({"": a}), leaves({"": b})
@@ -85,6 +106,7 @@ def main() -> None:
         train_in_parts(report, "adamw", fgpt.adamw(1e-2, weight_decay=0.1), base)
         train_in_parts(report, "schedule-free", fgpt.schedule_free_adamw(1e-2), base)
         train_in_parts(report, "average, bf16", fgpt.with_ema(fgpt.adamw(1e-2), 0.9), tree_map(Tensor.bfloat16, base))
+        update_odd_leaves(report)
         report.update(worst_of_ranks(report))
 
 

@@ -19,7 +19,7 @@ def test_processes_are_one_process(count: int) -> None:
     done = run_together(count, "data_parallel.py")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 12 + 3 * 14
+    assert len(report) == 12 + 3 * 14 + 4
     for name, error in report.items():
         assert error <= {"leaves": 1e-6, "metrics": 1e-5}.get(name.split(",")[0], 0.0), name
     assert report["leaves, fp32, 4"] > 0  # another order of summation: they were not all on one rank
