@@ -36,6 +36,7 @@ from fgpt.io.gguf_writer import save_gguf
 from fgpt.io.models import load, save, tokenizer
 from fgpt.io.peft.adapter_files import load_peft, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.lift import as_module, from_module
 from fgpt.losses import Batch, loss, nll
 from fgpt.model import (
@@ -92,6 +93,7 @@ __all__ = [
     "Optimizer",
     "OutputDifference",
     "SamplingParams",
+    "ShardedParameter",
     "State",
     "SweepResult",
     "Tap",

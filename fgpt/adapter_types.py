@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from jaxtyping import Int
 from torch import Tensor
 
+from fgpt.kernels.sharded_parameter import ShardedParameter
+
 
 @runtime_checkable
 class LayerAdapter(Protocol):
@@ -26,6 +28,6 @@ class LayerAdapter(Protocol):
         ...
 
 
-Adapter: TypeAlias = LayerAdapter | Tensor
+Adapter: TypeAlias = LayerAdapter | Tensor | ShardedParameter
 Adapters: TypeAlias = dict[str, Adapter]
-"""Adapters by the path of their layer, and tensors by the path of the leaf that they replace."""
+"""Adapters by the path of their layer, and tensors, whole or in parts, by the path of the leaf that they replace."""

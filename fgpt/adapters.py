@@ -25,6 +25,7 @@ from fgpt.errors import InputError
 from fgpt.kernels.precision import at_least_fp32
 from fgpt.kernels.quantized_linear import FROZEN, Rotated, is_quantized
 from fgpt.kernels.sharded_matrix import Sharded, split_rows
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.layers import adaptable_layers, is_adaptable
 from fgpt.rng import fold_in_seed, seed_tensor
 from fgpt.tree import children, get_at, leaves, num_elements, replace_at, select, walk
@@ -32,6 +33,9 @@ from fgpt.weights import Adapted, Weight, dense, shape
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+LEAVES = (Tensor, ShardedParameter)
+"""What replaces a leaf of the base, where an adapter adapts a layer."""
 
 
 def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Tensor, ""] | None = None) -> T:
@@ -62,7 +66,7 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
         params = _replace_leaves(own_head(params, tree), tree)
         adapted: dict[str, Any] = {}
         for path, x in tree.items():
-            if isinstance(x, Tensor):
+            if isinstance(x, LEAVES):
                 continue
             layer = get_at(params, path)
             if not is_adaptable(layer):
@@ -75,18 +79,18 @@ def adapt(params: T, *adapters: Mapping[str, Any], rng: torch.Generator | Int[Te
 
 def _replace_leaves(params: T, tree: Mapping[str, Any]) -> T:
     """`params` with the leaves that `tree` trains itself, rounded to the dtype that they are computed in."""
-    tensors = {path: x for path, x in tree.items() if isinstance(x, Tensor)}
-    if not tensors:
+    trained = {path: x for path, x in tree.items() if isinstance(x, LEAVES)}
+    if not trained:
         return params
-    new: dict[str, Tensor] = {}
-    for path, x in tensors.items():
+    new: dict[str, Tensor | ShardedParameter] = {}
+    for path, x in trained.items():
         old = get_at(params, path)
-        if not isinstance(old, Tensor):
+        if not isinstance(old, LEAVES) and not (isinstance(old, Sharded) and isinstance(old.part, Tensor)):
             raise InputError(f"no leaf '{path}' to replace; {_hint(path, leaves(params))}")
         if x.shape != old.shape:
             got, expected = list(x.shape), list(old.shape)
             raise InputError(f"tensor at {path} has shape {got}, but the base has {expected}")
-        new[path] = x.to(old.dtype)
+        new[path] = x.to(old.dtype) if isinstance(x, Tensor) else x
     return replace_at(params, new)
 
 
@@ -186,7 +190,8 @@ def _with_base(w: Weight, base: Weight) -> Weight:
 
 
 def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
-    r"""The leaves themselves as the trainable tree, in fp32 (fp64 stays).
+    r"""The leaves themselves as the trainable tree, in fp32 (fp64 stays). Of a matrix that `shard` has put in parts
+    each process trains its own: parameters, gradients and moments of all are held once.
 
     Args:
         params: The base.
@@ -194,23 +199,33 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
             `".*"` everything.
 
     Raises:
-        InputError: if `target` matches nothing, or a part of a quantized or sharded weight.
+        InputError: if `target` matches nothing, a quantized weight, or one whose products gather outputs.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> list(fgpt.trainable_leaves(fgpt.init(cfg, fgpt.key(0)), "ln_f.*"))
     ['ln_f.w', 'ln_f.b']
     """
-    tensors = leaves(params)
     frozen = {path: x for path, x in walk(params) if isinstance(x, FROZEN)}
-    chosen = select(tensors, target)
-    for path in chosen:
+    in_parts = {path: x for path, x in frozen.items() if isinstance(x, Sharded) and isinstance(x.part, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for path, x in leaves(params).items():
+        matrix = path.removesuffix(".part")
+        tensors[matrix if matrix in in_parts else path] = x
+    trained: Adapters = {}
+    for path in select(tensors, target):
         if parents := [q for q in frozen if path.startswith(f"{q}.")]:
-            form = "quantized: narrow the target, or tune, then quantize"
-            if isinstance(frozen[parents[0]], Sharded):
-                form = "sharded: narrow the target, or tune, then shard"
-            raise InputError(f"cannot tune {parents[0]}, which is {form}")
-    return {path: at_least_fp32(tensors[path]) for path in chosen}
+            raise InputError(f"cannot tune {parents[0]}, which is quantized: narrow the target, or tune, then quantize")
+        x, sharded = at_least_fp32(tensors[path]), in_parts.get(path)
+        if sharded is not None and sharded.gathers == "outputs":
+            raise InputError(f"cannot tune {path}, whose products gather outputs: narrow the target, or use shard")
+        trained[path] = x if sharded is None else parameter_of(sharded, x)
+    return trained
+
+
+def parameter_of(w: Sharded, part: Float[Tensor, "rows in"]) -> ShardedParameter:
+    """The trained form of a sharded matrix."""
+    return ShardedParameter(part, w.out, w.rank, w.size, w.dtype)
 
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:
@@ -236,7 +251,8 @@ def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) ->
 
 
 def num_trainable(adapters: Adapters) -> int:
-    """The number of trained elements: counted on the tree itself, without the constants of a stack.
+    """The number of trained elements: counted on the tree itself, without the constants of a stack,
+    and of a matrix in parts on the whole.
 
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
@@ -244,5 +260,10 @@ def num_trainable(adapters: Adapters) -> int:
     >>> fgpt.num_trainable(adapters)  # 2 * (8 + 8) each
     96
     """
-    constants = [x.scaling for _, x in walk(adapters) if isinstance(x, LoRA)]
-    return num_elements(adapters) - sum(x.numel() for x in constants if x is not None)
+    total = num_elements(adapters)
+    for _, x in walk(adapters):
+        if isinstance(x, LoRA) and x.scaling is not None:
+            total -= x.scaling.numel()
+        elif isinstance(x, ShardedParameter):
+            total += x.shape.numel() - x.part.numel()
+    return total

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fgpt.kernels.quantized_linear import FROZEN, QUANTIZED
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.tree import children, walk
 from fgpt.weights import Adapted, Weight
 
@@ -30,14 +31,14 @@ def has_quantized(tree: Any) -> bool:
 
 
 def num_parameters(params: Any) -> int:
-    """The number of parameters of a model: of a quantized or sharded matrix out times in, whatever holds it."""
+    """The number of parameters of a model: of a quantized matrix or one in parts out times in, whatever holds it."""
     if isinstance(params, Tensor):
         return params.numel()
-    if isinstance(params, FROZEN):
+    if isinstance(params, (ShardedParameter, *FROZEN)):
         return params.shape.numel()
     return sum(num_parameters(child) for _, child in children(params))
 
 
 def _has_weight_matrix(layer: Any) -> bool:
     w = getattr(layer, "w", None)
-    return isinstance(w, (Adapted, *FROZEN)) or (isinstance(w, Tensor) and w.ndim == 2)
+    return isinstance(w, (Adapted, ShardedParameter, *FROZEN)) or (isinstance(w, Tensor) and w.ndim == 2)

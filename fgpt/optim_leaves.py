@@ -21,14 +21,14 @@ def leaves_of(params: Tree, *others: Tree) -> list[list[Any]]:
 
 def decay_mask(params: Tree, pattern: str) -> list[bool]:
     """For each leaf whether it has two dimensions or more and its whole path matches `pattern`."""
-    by_path = leaves(params)
+    by_path = _leaves_by_path(params)
     decayed = set(matching(pattern, [path for path, x in by_path.items() if x.ndim > 1]))
     return [path in decayed for path in by_path]
 
 
 def lr_patterns(params: Tree, multipliers: Mapping[str, Any]) -> list[str | None]:
     """For each leaf the pattern of `multipliers` that gives its factor; None is a factor of 1."""
-    paths = list(leaves(params))
+    paths = list(_leaves_by_path(params))
     first = first_matches(paths, multipliers)
     return [first.get(path) for path in paths]
 
@@ -42,4 +42,11 @@ def check_multipliers(multipliers: Mapping[str, Any], params: Tree | None = None
         if not isinstance(factor, Tensor) and not 0 <= factor < float("inf"):
             raise InputError(f"lr_multipliers {short_repr(pattern)} is {factor}: expected a number of 0 or more")
     if params is not None:
-        check_patterns(list(leaves(params)), multipliers, "lr_multipliers")
+        check_patterns(list(_leaves_by_path(params)), multipliers, "lr_multipliers")
+
+
+def _leaves_by_path(params: Tree) -> dict[str, Tensor]:
+    """The leaves, of a matrix that is trained in parts by the path of the matrix: so options name it alike in any
+    number of processes.
+    """
+    return {path.removesuffix("/part"): x for path, x in leaves(params).items()}

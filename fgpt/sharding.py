@@ -15,12 +15,14 @@ evaluate and generate on all of them, of as many rows and tokens, and merge and 
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fgpt import distributed
-from fgpt.distributed import World
+from fgpt.distributed import World, from_first_rank
 from fgpt.errors import InputError
+from fgpt.kernels.leaf_lists import square_norm
 from fgpt.kernels.quantized_linear import (
     QUANTIZED,
     Blockwise4bit,
@@ -30,13 +32,15 @@ from fgpt.kernels.quantized_linear import (
     quantize_scales,
 )
 from fgpt.kernels.sharded_matrix import Sharded, fill_rows, gather_rows, row_range, split_rows
+from fgpt.kernels.sharded_parameter import ShardedParameter, gather, split_parameter
 from fgpt.layers import weight_matrices
 from fgpt.quantization import quantize_weight
-from fgpt.tree import replace_at, select, tree_map, walk
+from fgpt.tree import get_at, leaves, replace_at, select, tree_map, walk
 from fgpt.weights import Weight
 
 T = TypeVar("T")
 
+PARTS = (Sharded, ShardedParameter)
 BLOCKS = r"blocks\..*"
 """The layers of all blocks."""
 
@@ -149,8 +153,13 @@ def quantize_rows(
 
 
 def has_sharded(params: Any) -> bool:
-    """Whether a part of `params` is a sharded matrix."""
-    return any(isinstance(x, Sharded) for _, x in walk(params))
+    """Whether a matrix in `params` is in parts, frozen or trained."""
+    return any(isinstance(x, PARTS) for _, x in walk(params))
+
+
+def has_sharded_parameters(tree: Any) -> bool:
+    """Whether a matrix in `tree` is trained in parts."""
+    return any(isinstance(x, ShardedParameter) for _, x in walk(tree))
 
 
 def is_tensor_parallel(params: Any) -> bool:
@@ -159,10 +168,11 @@ def is_tensor_parallel(params: Any) -> bool:
 
 
 def unshard(params: T) -> T:
-    """`params` with every sharded weight whole again, in each process: all of them must call it.
+    """`params` with every matrix that is in parts whole again, in each process: all of them must call it. A trained
+    one keeps the dtype of its part.
 
     Args:
-        params: A tree of `shard`, adapted or not.
+        params: A tree of `shard`, adapted or not, or what is trained over it, or its optimizer's state.
 
     Raises:
         InputError: if the process group is not the one that the weights were sharded for.
@@ -172,22 +182,83 @@ def unshard(params: T) -> T:
     >>> fgpt.unshard(fgpt.shard(params)) is params  # a process by itself
     True
     """
-    whole = {path: gather_rows(x) for path, x in walk(params) if isinstance(x, Sharded)}
+    whole = {path: _gather(x) for path, x in walk(params) if isinstance(x, PARTS)}
     return replace_at(params, whole) if whole else params
 
 
 def gather_on_first(params: T) -> T | None:
-    """`params` with every sharded weight whole, on the host, in the process of rank 0; None in the others. All must
-    call it; on a device there is never more than one whole matrix.
+    """`params`, or another tree, with every matrix that is in parts whole, on the host, in the process of rank 0; None
+    in the others. All must call it; on a device there is never more than one whole matrix.
     """
     is_first = distributed.world().rank == 0
     whole: dict[str, Any] = {}
     for path, x in walk(params):
-        if isinstance(x, Sharded):
-            matrix = gather_rows(x)
+        if isinstance(x, PARTS):
+            matrix = _gather(x)
             if is_first:
                 whole[path] = _on_host(matrix)
     return _on_host(replace_at(params, whole)) if is_first else None
+
+
+def split_from_first(whole: Any | None, like: T) -> T:
+    """The tree that `gather_on_first` has made of one as `like`, in parts again: each process gets its own, and all
+    other leaves. All must call it; it sends one whole matrix after the other.
+
+    Args:
+        whole: The tree, in the process of rank 0; None in the others.
+        like: A tree of the same structure whose matrices are in parts.
+    """
+    parts: dict[str, Any] = {path: x for path, x in walk(like) if isinstance(x, ShardedParameter)}
+    others, _ = _whole_and_parts(like)
+    sources = {path: get_at(whole, path) for path in [*parts, *others]} if whole is not None else {}
+
+    def receive(path: str, size: torch.Size, like: Tensor) -> Tensor:
+        x = sources[path].to(like.device, like.dtype) if sources else like.new_empty(size)
+        return from_first_rank(x)
+
+    for path, x in parts.items():
+        parts[path] = split_parameter(receive(path, x.shape, x.part), x)
+    return replace_at(like, {**parts, **{path: receive(path, x.shape, x) for path, x in others.items()}})
+
+
+def whole_on_meta(tree: T) -> T:
+    """`tree` with the shapes and dtypes that `gather_on_first` gives it, and no elements."""
+    parts = {path: x for path, x in walk(tree) if isinstance(x, ShardedParameter)}
+    bare = replace_at(tree, {path: x.part.new_empty(x.shape, device="meta") for path, x in parts.items()})
+    return tree_map(lambda x: x.to("meta"), bare)
+
+
+def sum_over_ranks(tree: T) -> T:
+    """`fgpt.distributed.sum_over_ranks` of the leaves that every process holds whole: gradients of what is trained in
+    parts are sums already.
+    """
+    if not has_sharded_parameters(tree):
+        return distributed.sum_over_ranks(tree)
+    whole, _ = _whole_and_parts(tree)
+    return replace_at(tree, distributed.sum_over_ranks(whole))
+
+
+def global_norm_over_ranks(tree: Any) -> Float[Tensor, ""]:
+    """`fgpt.optim.global_norm` of a tree with leaves in parts, of all processes' parts."""
+    whole, parts = _whole_and_parts(tree)
+    squares = distributed.sum_over_ranks(square_norm([*parts.values()])) if parts else 0.0
+    return (squares + square_norm([*whole.values()])).sqrt() if whole else torch.as_tensor(squares).sqrt()
+
+
+def _whole_and_parts(tree: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The leaves by path: those that every process holds whole, and those that are this one's part."""
+    nodes = [path for path, x in walk(tree) if isinstance(x, ShardedParameter)]
+    in_parts = {path + separator + "part" for path in nodes for separator in "./"}
+    whole: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for path, x in leaves(tree).items():
+        (parts if path in in_parts else whole)[path] = x
+    return whole, parts
+
+
+def _gather(x: Any) -> Any:
+    """The whole of a matrix that is in parts."""
+    return gather(x, x.part.dtype).detach() if isinstance(x, ShardedParameter) else gather_rows(x)
 
 
 def _on_host(tree: T) -> T:

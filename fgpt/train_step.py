@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
 
-from fgpt.distributed import ALONE, World, sum_over_ranks
+from fgpt.distributed import ALONE, World
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
@@ -18,7 +18,13 @@ from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated, is_mapped, is_one_vmap
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
-from fgpt.sharding import has_sharded, is_tensor_parallel
+from fgpt.sharding import (
+    global_norm_over_ranks,
+    has_sharded,
+    has_sharded_parameters,
+    is_tensor_parallel,
+    sum_over_ranks,
+)
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 UNCOMPILED = "a step with compile=True runs uncompiled when it is mapped over or differentiated"
@@ -87,10 +93,15 @@ def init_state(trainable: Tree, optimizer: Optimizer) -> State:
         trainable: The tree to train, such as adapters.
         optimizer: Such as `adamw(lr)`.
 
+    Raises:
+        InputError: for `muon` or `adamw8bit` of what is trained in parts.
+
     >>> import fgpt
     >>> init_state({"w": torch.zeros(2)}, fgpt.adamw(0.1)).step
     tensor(0)
     """
+    if has_sharded_parameters(trainable) and not optimizer.is_elementwise:
+        raise InputError("muon and adamw8bit are of whole matrices and blocks, and these are in parts: expected adamw")
     step = torch.zeros((), dtype=torch.int64, device=device(trainable))
     return State(trainable, optimizer.init(trainable), step)
 
@@ -254,6 +265,16 @@ def micro_batch_seeds(rng: Key | Seeds, count: int, where: torch.device) -> Seed
     return tuple(seed_tensor(fold_in(rng, i), where) for i in range(count))
 
 
+def _without_value(loss: Loss) -> Loss:
+    """`loss`, with sums and gradients of 0."""
+
+    def call(*args: Any) -> tuple[Tensor, Tensor]:
+        value, weight = loss(*args)
+        return 0 * value, 0 * weight
+
+    return call
+
+
 def _no_sums(trainable: Tree) -> tuple[Tree, Tensor, Tensor]:
     """Those of no micro-batch."""
     zero = torch.zeros((), device=device(trainable))
@@ -347,24 +368,26 @@ def make_step(
         if prepare is not None:
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
-        share = world.share([*zip(batches, seeds, strict=True)])
-        if world.size > 1 and not share:
-            grads, value, weight = _no_sums(state.trainable)
+        share = [(loss, *x) for x in world.share([*zip(batches, seeds, strict=True)])]
+        in_parts = world.size > 1 and (has_sharded(frozen) or has_sharded_parameters(state.trainable))
+        if in_parts and len(share) < -(-len(batches) // world.size):
+            share.append((_without_value(loss), batches[0], seeds[0]))  # the others multiply with this one's parts
+        if share:
+            (first, batch, seed), *share = share
+            grads, (value, weight) = compute(first, state.trainable, frozen, batch, seed)
         else:
-            grads, (value, weight) = compute(loss, state.trainable, frozen, *share[0])
-        for batch, seed in share[1:]:
-            more, (v, w) = compute(loss, state.trainable, frozen, batch, seed)
+            grads, value, weight = _no_sums(state.trainable)
+        for term, batch, seed in share:
+            more, (v, w) = compute(term, state.trainable, frozen, batch, seed)
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
         if world.size > 1:
-            if has_sharded(frozen) and len(share) < -(-len(batches) // world.size):
-                compute(loss, state.trainable, frozen, batches[0], seeds[0])  # the others multiply with this part
             grads, value, weight = sum_over_ranks((grads, value, weight))
         # A batch that has lost all its rows changes nothing.
         divisor = weight_or_one = torch.where(weight == 0, 1, weight)
         if finish is not None:
             grads, divisor = finish(grads, weight, None if seeds[0] is None else fold_in(seeds[0], "finish"))
-        norm = global_norm(grads) / divisor
+        norm = (global_norm_over_ranks if in_parts else global_norm)(grads) / divisor
         divisor = divisor if max_norm is None else divisor / clip_factor(norm, max_norm)
         grads = unflatten_like(grads, leaf_lists.divide(tree_leaves(grads), divisor))
         trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

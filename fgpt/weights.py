@@ -1,4 +1,4 @@
-"""The weight algebra. A weight is a tensor, a quantized or sharded matrix, or an adapted weight. It has one meaning,
+"""The weight algebra. A weight is a tensor, a quantized matrix, one in parts, or an adapted weight. It has one meaning,
 `dense`, and one fast reading, `linear`:
 
     linear(x, w) == x @ dense(w).T
@@ -29,6 +29,7 @@ from fgpt.kernels.quantized_linear import FROZEN, FrozenMatrix, Rotated, dequant
 from fgpt.kernels.scaled_linear import scale_rows
 from fgpt.kernels.second_moments import SecondMoments, collect_moments
 from fgpt.kernels.sharded_matrix import local_part
+from fgpt.kernels.sharded_parameter import ShardedParameter, gather
 from fgpt.tree import node, static
 
 
@@ -74,7 +75,9 @@ class Adapted:
         return self.a if self.a is None or self.mid is None else self.mid @ self.a
 
 
-Weight: TypeAlias = Union[Tensor, FrozenMatrix, GradOnly, Adapted]
+Weight: TypeAlias = Union[Tensor, FrozenMatrix, ShardedParameter, GradOnly, Adapted]
+NOT_FUSED = (Adapted, GradOnly, ShardedParameter)
+"""What no kernel multiplies with and adapts at once."""
 
 
 def dense(w: Weight) -> Float[Tensor, "out in"]:
@@ -92,6 +95,8 @@ def dense(w: Weight) -> Float[Tensor, "out in"]:
         return dense(w.base)
     if isinstance(w, FROZEN):
         return dequantize(w)
+    if isinstance(w, ShardedParameter):
+        return gather(w)
     m, down = dense(w.base), w.down
     if down is not None and w.b is not None:
         m = m + w.scale * (w.b @ down)
@@ -122,7 +127,7 @@ def linear(
     if w.moments is not None:
         return collect_moments(linear(x, replace(w, moments=None), bias), x, w.moments)
     x = x if w.col is None else x * w.col.to(x.dtype)
-    if not isinstance(w.base, Adapted | GradOnly):  # one adapter over a base weight: a kernel may fuse the rest
+    if not isinstance(w.base, NOT_FUSED):  # one adapter over a base weight: a kernel may fuse the rest
         return adapted_linear(x, w.base, bias, a=w.down, b=w.b, row=w.row, scale=w.scale, seed=w.seed, p=w.dropout)
     y = linear(x, w.base, bias)
     if w.a is not None and w.b is not None:
@@ -164,7 +169,7 @@ def linear_group(
     for i, ((w, bias), base) in enumerate(zip(layers, bases, strict=True)):
         rows, q = (xr, base.base) if isinstance(base, Rotated) else (x, base)
         if isinstance(w, Adapted) and i in lows:
-            assert not isinstance(q, Adapted | GradOnly)
+            assert not isinstance(q, NOT_FUSED)
             y = adapted_linear(rows, q, bias, a=w.down, b=w.b, row=None, scale=w.scale, seed=None, p=0.0, low=lows[i])
         else:
             y = linear(rows, q, bias)
@@ -174,7 +179,7 @@ def linear_group(
 
 def _is_plain_low_rank(w: Adapted) -> bool:
     """Whether `w` is W + s·B·A over a base weight, without dropout: its A reads x as it is."""
-    if isinstance(w.base, Adapted | GradOnly):
+    if isinstance(w.base, NOT_FUSED):
         return False
     has_others = w.row is not None or w.col is not None or w.seed is not None or w.moments is not None
     return w.a is not None and w.b is not None and not has_others
@@ -234,7 +239,7 @@ def row_sq_and_cross(w: Weight, a: Float[Tensor, "rank in"]) -> tuple[Float[Tens
     if isinstance(w, GradOnly):
         return row_sq_and_cross(w.base, a)
     if not isinstance(w, Adapted):
-        return base_rows.row_sq_and_cross(w, a)
+        return base_rows.row_sq_and_cross(dense(w) if isinstance(w, ShardedParameter) else w, a)
     if w.col is not None:  # columns are scaled after both terms: the norms of W alone do not give those of the product
         m = dense(w).to(a.dtype)
         return m.square().sum(-1), m @ a.T

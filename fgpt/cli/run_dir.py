@@ -41,6 +41,7 @@ from fgpt.io.peft.adapter_files import load_peft, pack, save_peft
 from fgpt.io.serialization import load_adapters, save_adapters
 from fgpt.model import GPT
 from fgpt.recipes import RECIPES, AnyRecipe, FineTuningRecipe, InstructionRecipe, TrainingRecipe
+from fgpt.sharding import has_sharded
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.tree import device, leaves
 from fgpt.weights import dtype
@@ -344,7 +345,7 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str, tokeniz
     A classifier is always saved as adapters: `merge` exports it in Hugging Face's layout. A `tokenizer` other than the
     base's is saved beside.
     """
-    whole = adapters.keys() == leaves(params).keys()
+    whole = adapters.keys() == leaves(adapt(params, adapters)).keys()
     if whole and num_classes(params) is None:
         with atomic_dir(folder / MODEL) as partial:
             save(merge(adapt(params, adapters)), partial, like=tokenizer or base)
@@ -367,7 +368,7 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str, tokeniz
 def load_tuned(folder: Path, base: GPT) -> GPT:
     """The tuned model of a run, on the device and in the dtype of `base`, the base that it was trained on."""
     if (folder / MODEL).is_dir():
-        return load(str(folder / MODEL), dtype(base.wte.w), device=device(base))
+        return load(str(folder / MODEL), dtype(base.wte.w), device=device(base), shard=has_sharded(base))
     return adapt(base, load_adapters_of(folder, base))
 
 

@@ -5,7 +5,7 @@ over 1,000 occurrences and 32 % over 4,096. A table that is trained is therefore
 and those rows are repeated in fp32.
 
     reference     W[tokens]
-    fast path     torch's embedding; of a quantized table, the rows alone are dequantized; a sharded one is gathered
+    fast path     torch's embedding; of a quantized table, the rows alone are dequantized; one in parts is gathered
     transforms    every one; where a half-precision table is trained inside a transform, or compiled, the whole table is
                   cast to fp32 instead of its rows
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated
 from fgpt.kernels.precision import accumulates_in_half
 from fgpt.kernels.quantized_linear import FrozenMatrix, gather_matrix, quantized_embedding
+from fgpt.kernels.sharded_parameter import ShardedParameter, gather
 
 
 def reference(tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"]) -> Float[Tensor, "*batch d"]:
@@ -25,9 +26,11 @@ def reference(tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"]) -> Flo
     return w[tokens]
 
 
-def embedding(tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"] | FrozenMatrix) -> Float[Tensor, "*batch d"]:
+def embedding(
+    tokens: Int[Tensor, "*batch"], w: Float[Tensor, "vocab d"] | FrozenMatrix | ShardedParameter
+) -> Float[Tensor, "*batch d"]:
     """W[tokens] in the dtype of W."""
-    w = gather_matrix(w)
+    w = gather(w) if isinstance(w, ShardedParameter) else gather_matrix(w)
     if not isinstance(w, Tensor):
         return quantized_embedding(w, tokens)
     if not (accumulates_in_half(w) and is_differentiated(w)):

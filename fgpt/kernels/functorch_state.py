@@ -75,6 +75,13 @@ def is_one_vmap() -> bool:
     return not torch.compiler.is_compiling() and not _dual() and _kinds() == [functorch.TransformType.Vmap]
 
 
+def is_nested_jvp() -> bool:
+    """True under torch.func.jvp of torch.func.jvp: there what an autograd.Function has saved for its forward mode has
+    lost the tangents of the outer one, and a jvp that reads it is silently wrong.
+    """
+    return _kinds().count(functorch.TransformType.Jvp) > 1
+
+
 def in_transform_or_compile() -> bool:
     """True under any transform, and while compiling."""
     return torch.compiler.is_compiling() or in_transform()

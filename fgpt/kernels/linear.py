@@ -23,6 +23,7 @@ from fgpt.kernels.mapped_linear import applies as maps
 from fgpt.kernels.mapped_linear import mapped_linear
 from fgpt.kernels.quantized_linear import FrozenMatrix, frozen_product, is_quantized
 from fgpt.kernels.scaled_linear import can_reconstruct, fused_scaled_linear, scale_rows
+from fgpt.kernels.sharded_parameter import ShardedParameter, parameter_linear
 
 
 def reference(
@@ -43,10 +44,12 @@ def reference(
 
 def base_linear(
     x: Float[Tensor, "*batch in"],
-    w: Float[Tensor, "out in"] | FrozenMatrix | GradOnly,
+    w: Float[Tensor, "out in"] | FrozenMatrix | ShardedParameter | GradOnly,
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias."""
+    if isinstance(w, ShardedParameter):
+        return parameter_linear(x, w, bias)
     if isinstance(w, GradOnly):
         y = grad_only_linear(x, w.base)
         return y if bias is None else y + bias

@@ -130,13 +130,13 @@ def gather_rows(w: Sharded) -> Any:
     Raises:
         InputError: if the default process group is not the one that the matrix was sharded for.
     """
-    _check_group(w)
+    check_group(w)
     return _whole(w, {path: _AllGather.apply(x, w.size) for path, x in _row_leaves(w.part).items()})
 
 
 def gather_columns(y: Float[Tensor, "*batch rows"], w: Sharded) -> Float[Tensor, "*batch out"]:
     """x Wᵀ of the whole matrix, by the y = x W_rᵀ of all ranks. Raises InputError as `gather_rows` does."""
-    _check_group(w)
+    check_group(w)
     whole = _AllGather.forward(y.movedim(-1, 0), w.size)
     return whole[: w.out].movedim(0, -1).contiguous()
 
@@ -149,13 +149,16 @@ def part_columns(g: Float[Tensor, "*batch out"], w: Sharded) -> Float[Tensor, "*
 
 def sum_over_parts(x: Float[Tensor, "*batch in"], w: Sharded) -> Float[Tensor, "*batch in"]:
     """Σ_r g_r W_r over all ranks, added in at least fp32. Raises InputError as `gather_rows` does."""
-    _check_group(w)
+    check_group(w)
     total = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
     dist.all_reduce(total)
     return total.to(x.dtype)
 
 
-def _check_group(w: Sharded) -> None:
+def check_group(w: Any) -> None:
+    """Raises InputError if the default process group is not the one that `w`, which has a rank and a size, was split
+    for.
+    """
     there = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     if there != (w.rank, w.size):
         raise InputError(

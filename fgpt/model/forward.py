@@ -34,6 +34,7 @@ from fgpt.kernels.grad_only_linear import GradOnly
 from fgpt.kernels.norm import layer_norm, rms_norm
 from fgpt.kernels.remat import remat as rematerialize
 from fgpt.kernels.rotary import DynamicScaling, RopeCosSin, apply_rope, rope_cos_sin
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
@@ -198,7 +199,7 @@ def _grad_only(w: Weight) -> Weight:
     """`w` for a product whose value nobody reads. If rows are scaled, their gradient reads it: then `w` itself."""
     if isinstance(w, Adapted):
         return w if w.row is not None else replace(w, base=_grad_only(w.base))
-    return w if isinstance(w, GradOnly) else GradOnly(w)
+    return w if isinstance(w, GradOnly | ShardedParameter) else GradOnly(w)
 
 
 def _without_kv(fn: Callable[..., tuple[Tensor, LayerKV]]) -> Callable[..., tuple[Tensor, None]]:

@@ -144,7 +144,8 @@ class FineTuningRecipe(TrainingRecipe):
     before it rounds, with a sixth of int8's cost in loss. nf4 is the small one."""
     shard_base: bool = False
     """Under torchrun, hold only this process's part of each matrix of the blocks, and gather what a product needs: the
-    same bits, for a base that does not fit otherwise."""
+    same bits, for a base that does not fit otherwise. With --adapter.kind full it is also what is trained that is in
+    parts, with its gradients and moments."""
     remat: bool = False
     """Activation (gradient) checkpointing: recompute each block in the backward pass. A step takes a quarter more time,
     and its peak memory above the model falls to some 0.6."""

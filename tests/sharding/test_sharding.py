@@ -54,10 +54,19 @@ def test_what_is_sharded_or_adapted_is_refused(rotate: bool):
         fgpt.shard(fgpt.adapt(params, fgpt.lora(params, fgpt.key(0), rank=2)), world=TWO)
 
 
-def test_a_part_is_neither_tuned_nor_quantized_nor_fused():
+def test_a_tuned_part_counts_as_the_whole():
+    params = wide_gpt()
+    part = fgpt.shard(params, world=TWO)
+    whole, trained = fgpt.trainable_leaves(params), fgpt.trainable_leaves(part)
+    assert trained.keys() == whole.keys()
+    assert fgpt.num_trainable(trained) == fgpt.num_trainable(whole) == num_parameters(fgpt.adapt(part, trained))
+    assert 0.5 * nbytes(trained["blocks.0.mlp.up.w"]) < 0.6 * nbytes(whole["blocks.0.mlp.up.w"])
+    with pytest.raises(fgpt.InputError, match="has shape"):
+        fgpt.adapt(part, {"blocks.0.attn.q.w": trained["blocks.0.mlp.up.w"]})
+
+
+def test_a_part_is_not_quantized_or_fused():
     part = fgpt.shard(wide_gpt(), world=TWO)
-    with pytest.raises(fgpt.InputError, match=r"cannot tune blocks\.0\.attn\.q\.w, which is sharded: narrow"):
-        fgpt.trainable_leaves(part)
     with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is Sharded already: quantize a plain params tree"):
         fgpt.quantize(part, "int8")
     with pytest.raises(fgpt.InputError, match="q, k and v are quantized, sharded or adapted already"):

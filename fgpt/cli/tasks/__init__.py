@@ -45,6 +45,7 @@ from fgpt.recipes import (
     TrainingRecipe,
 )
 from fgpt.recipes.tuning import INITIALIZATIONS
+from fgpt.sharding import gather_on_first, has_sharded_parameters
 
 
 @runtime_checkable
@@ -182,11 +183,13 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         before = task.score_initial()
         result = train_loop(job, out)
         check_final_state(job, result.state)
+        trained: Any = job.evaluation_params(result.state)
+        if has_sharded_parameters(trained):
+            trained = gather_on_first(trained)
         if not processes.leave():
             if result.interrupted:
                 raise KeyboardInterrupt
             return out
-        trained = job.evaluation_params(result.state)
         saved = task.save(trained, out)
         classes = task_type(recipe).class_names(recipe)
         write_trained_card(out, recipe, classes)

@@ -38,13 +38,14 @@ from fgpt.distributed import world
 from fgpt.embedding_noise import neftune
 from fgpt.errors import InputError
 from fgpt.io import models
-from fgpt.layers import num_parameters
+from fgpt.layers import num_parameters, weight_matrices
 from fgpt.losses import Batch, pad_loss_positions
 from fgpt.model import GPT, Config, fuse_qkv
 from fgpt.optim import Optimizer
 from fgpt.quantization import quantize
 from fgpt.recipes import FineTuningRecipe, InstructionRecipe
 from fgpt.rng import fold_in, key
+from fgpt.sharding import shard
 from fgpt.step_graphs import StepGraphs
 from fgpt.tokenizers.tokenizer_files import Tokenizer
 from fgpt.train_step import Loss, Step, init_state, make_step
@@ -83,7 +84,18 @@ def _load_base(recipe: FineTuningRecipe) -> GPT:
             params = models.load(recipe.base, dtype, format, device=device, rotate=rotate, shard=shares_base(recipe))
         if (classes := num_classes(params)) is not None:
             raise InputError(f"{recipe.base} is a classifier of {classes} classes: expected a language model")
-        return with_rows(params, 1 + max(load_tokenizer(recipe).new_ids)) if recipe.new_tokens else params
+        if recipe.new_tokens:
+            params = with_rows(params, 1 + max(load_tokenizer(recipe).new_ids))
+        return _with_tables_in_parts(recipe, params) if shares_base(recipe) else params
+
+
+def _with_tables_in_parts(recipe: FineTuningRecipe, params: GPT) -> GPT:
+    """`params` with those of its embeddings and its head in parts that the recipe trains whole."""
+    if recipe.adapter.kind != "full":
+        return params
+    tables = [path for path in weight_matrices(params) if not path.startswith("blocks.")]
+    trained = [path for path in tables if matches(recipe.adapter.target_pattern, f"{path}.w")]
+    return shard(params, target="|".join(trained)) if trained else params
 
 
 def shares_base(recipe: FineTuningRecipe) -> bool:
@@ -137,7 +149,8 @@ def _of_kind(recipe: FineTuningRecipe, params: GPT) -> Adapters:
 
 def drop_replaced_leaves(params: GPT, adapters: Adapters) -> GPT:
     """`params` without the storage of the leaves that `adapters` replace: full tuning then holds its weights once."""
-    return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in adapters})
+    replaced = {*adapters, *(f"{path}.part" for path in adapters)}
+    return replace_at(params, {path: x.to("meta") for path, x in leaves(params).items() if path in replaced})
 
 
 WIDTH_UNIT = 64

@@ -249,7 +249,12 @@ def _load(folder: Path, manifest: dict[str, Any], like: State, inputs: Inputs) -
         path = min(path for path, _, _ in differing)
         raise InputError(f"{folder / STATE} is not a state of this run ({path} differs): begin a new run")
     paths = iter(expected)  # in the order in which tree_map visits the leaves
-    return tree_map(lambda x: stored[next(paths)].to(x.device), like)
+
+    def restore(x: Tensor) -> Tensor:
+        value = stored[next(paths)]
+        return value if x.is_meta else value.to(x.device)  # a state that will be in parts stays on the host
+
+    return tree_map(restore, like)
 
 
 def _signatures(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size, torch.dtype]]:

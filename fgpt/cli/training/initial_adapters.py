@@ -20,6 +20,7 @@ from fgpt.cli.console import show_progress
 from fgpt.errors import InputError
 from fgpt.io.peft.adapter_files import CONFIG
 from fgpt.kernels.quantized_linear import is_quantized
+from fgpt.kernels.sharded_parameter import ShardedParameter, split_parameter
 from fgpt.layers import weight_matrices
 from fgpt.losses import Batch
 from fgpt.model import GPT
@@ -119,6 +120,10 @@ def trained_before(recipe: FineTuningRecipe, base: GPT, fresh: Adapters) -> Adap
         raise InputError(f"--adapter.init {source} {which} {path}, unlike this recipe: give its --adapter.target")
     result: Adapters = {}
     for path, x in fresh.items():
+        whole = adapters[path]
+        if isinstance(x, ShardedParameter) and isinstance(whole, Tensor) and whole.shape == x.shape:
+            result[path] = split_parameter(whole, x)
+            continue
         before, now = _form(adapters[path]), _form(x)
         if before != now:
             raise InputError(f"--adapter.init {source}: {path} is {before} there, here {now}: make them equal")

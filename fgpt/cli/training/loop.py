@@ -26,8 +26,9 @@ from fgpt.cli.training.pending import SAMPLED_TOKENS, PendingMetrics
 from fgpt.cli.training.reproducibility import rounding
 from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
-from fgpt.distributed import any_rank, from_first_rank, object_from_first_rank
+from fgpt.distributed import any_rank, from_first_rank, object_from_first_rank, sum_over_ranks
 from fgpt.errors import InputError
+from fgpt.sharding import gather_on_first, has_sharded_parameters, split_from_first, whole_on_meta
 from fgpt.train_step import State
 from fgpt.tree import device, leaves
 
@@ -53,7 +54,8 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     stopping, which is an end and no interruption.
 
     Of several processes all train, and evaluate; rank 0 alone reads and writes the directory. They end at one step:
-    each learns after a step whether another one was interrupted.
+    each learns after a step whether another one was interrupted. A state in parts is gathered for each checkpoint, so
+    that all learn after a step whether one is due; if a process is lost, so is its part.
 
     On a GPU a step's metrics are read while it computes the next step, and a thread prepares the batches. A step that
     is followed by a checkpoint or a held-out loss is read before the next one begins: no state is saved whose loss is
@@ -64,6 +66,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
     state, first = _resume_or_start(job, out), processes.is_first()
     keep_freed_memory()
     begin, target = int(state.step), device(state.trainable)
+    in_parts = has_sharded_parameters(state.trainable)
     is_ahead = target.type in AHEAD_DEVICES
     log = MetricsLog(out / METRICS if first else None, begin, rounding(job.recipe, target))
     guard = FrozenLeafGuard(job, state)
@@ -94,7 +97,7 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
             try:
                 state, metrics = job.train_step(previous, micro_batches, step - 1)
             except RuntimeError as err:
-                if processes.is_of_others(err) and unread is None and step - 1 > begin:
+                if processes.is_of_others(err) and unread is None and step - 1 > begin and not in_parts:
                     checkpointer.save_if_later(previous)  # the last step that all have taken
                 raise
             tokens = sum(batch.tokens.numel() for batch in micro_batches)
@@ -105,7 +108,8 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                 write(log.measure(unread, device=target, mfu=job.mfu))
                 unread = None
             is_last = any_rank(interrupt_requested()) or step == job.steps
-            if is_ahead and not (step <= 2 or evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)):
+            reads_now = in_parts or step <= 2 or evaluation_is_due(job, step) or checkpointer.is_due(None, is_last)
+            if is_ahead and not reads_now:
                 unread = pending
                 continue
             line = log.measure(pending, device=target, mfu=job.mfu)
@@ -123,9 +127,13 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
                     console.print(f"step {step}  privacy spent: epsilon {line['epsilon']:.3f}")
                 write(line | losses)
                 best_loss = followed_loss if keeps_best else None
-                if checkpointer.is_due(best_loss, is_last):
-                    log.sync()  # the metrics up to a checkpoint are on disk before it
-                    checkpointer.save(state, best_loss)
+                is_due = checkpointer.is_due(best_loss, is_last)
+                if any_rank(is_due) if in_parts else is_due:
+                    whole = gather_on_first(state) if in_parts else state
+                    if whole is not None:
+                        log.sync()  # the metrics up to a checkpoint are on disk before it
+                        checkpointer.save(whole, best_loss)
+                    del whole
             if is_last:
                 break
     checkpointer.prune()  # for a training that was killed while it pruned after its last step
@@ -143,13 +151,25 @@ def train_loop(job: TrainingJob, out: Path) -> TrainResult:
 
 def _resume_or_start(job: TrainingJob, out: Path) -> State:
     initial = job.initial_state.take()
-    state = checkpoints.resume(out, initial, job.fingerprint) if processes.is_first() else None
+    state = checkpoints.resume(out, _on_file(initial), job.fingerprint) if processes.is_first() else None
     if object_from_first_rank(state is None):
         return initial
-    state = from_first_rank(initial if state is None else state)
+    state = _from_file(state, initial)
     if int(state.step):
         console.print(f"resuming after step {int(state.step)} of {job.steps}")
     return state
+
+
+def _on_file(state: State) -> State:
+    """A state as a checkpoint has it: whole."""
+    return whole_on_meta(state) if has_sharded_parameters(state.trainable) else state
+
+
+def _from_file(read: State | None, like: State) -> State:
+    """On every rank what rank 0 has read, in parts as `like` is; None in the others."""
+    if has_sharded_parameters(like.trainable):
+        return split_from_first(read, like)
+    return from_first_rank(like if read is None else read)
 
 
 class FrozenLeafGuard:
@@ -174,8 +194,10 @@ class FrozenLeafGuard:
             return
         before, after = leaves(previous.trainable), leaves(state.trainable)
         paths = sorted(self._unchanged)
-        unchanged = torch.stack([(before[path] == after[path]).all() for path in paths]).tolist()  # waits once
-        self._unchanged = {path for path, same in zip(paths, unchanged, strict=True) if same}
+        changed = torch.stack([(before[path] != after[path]).any() for path in paths]).float()
+        if has_sharded_parameters(state.trainable):  # another process's part may have
+            changed = sum_over_ranks(changed)
+        self._unchanged = {path for path, x in zip(paths, changed.tolist(), strict=True) if not x}
         if self._unchanged and step == self._last_step:
             some_paths = ", ".join(sorted(self._unchanged)[:4])
             leave_out = ", or leave them out by --adapter.target" if self._job.frozen is not None else ""
@@ -227,11 +249,11 @@ def _evaluate_if_due(job: TrainingJob, state: State, step: int) -> dict[str, flo
 
 def _best_state(job: TrainingJob, last: State, out: Path) -> State:
     """The state of least held-out loss; the last one if no checkpoint has a held-out loss."""
-    best = checkpoints.load_best(out, last, job.fingerprint) if processes.is_first() else None
+    best = checkpoints.load_best(out, _on_file(last), job.fingerprint) if processes.is_first() else None
     if object_from_first_rank(best is None):
         console.print("no checkpoint has a held-out loss: keeping the last state")
         return last
-    best = from_first_rank(last if best is None else best)
+    best = _from_file(best, last)
     console.print(f"keeping the state after step {int(best.step)}, of the least held-out loss")
     return best
 

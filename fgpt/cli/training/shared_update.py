@@ -43,14 +43,18 @@ def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
 
 def _check_sharded(recipe: FineTuningRecipe) -> None:
     """Raises InputError for a training in which processes would multiply with the base another number of times, or
-    whose base is no tree of matrices that are frozen.
+    whose optimizer needs whole matrices where they are trained in parts.
     """
     if type(recipe) not in SUPERVISED:
         raise InputError("--shard-base is of instruction tuning and classification: leave it out")
+    if recipe.adapter.kind == "full" and recipe.optimizer in ("muon", "adamw8bit"):
+        raise InputError(
+            f"--shard-base puts what --adapter.kind full trains in parts, and --optimizer {recipe.optimizer} is of "
+            "whole matrices and blocks: give --optimizer adamw, or leave --shard-base out"
+        )
     for option, is_set in (
         ("--compile", recipe.compile),
         ("--privacy.epsilon", recipe.privacy.epsilon is not None),
-        ("--adapter.kind full", recipe.adapter.kind == "full"),
         ("--adapter.target of a fused qkv", adapts_fused_qkv(recipe)),
     ):
         if is_set:

@@ -68,7 +68,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert line["tokens"] == others[step]["tokens"]
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     recipes = [json.loads((at / "run.json").read_text()) for at in (run, expected)]
-    assert len({json.dumps({**recipe, "out": ""}) for recipe in recipes}) == 1
+    assert len({json.dumps({**recipe, "out": "", "shard_base": False}) for recipe in recipes}) == 1
 
 
 @pytest.mark.slow
@@ -185,6 +185,60 @@ def test_a_base_in_parts_trains_to_the_bit(args: dict[str, list[str]], tmp_path:
 
 
 @pytest.mark.slow
+def test_full_tuning_in_parts_is_that_of_one(args: dict[str, list[str]], tmp_path: Path) -> None:
+    """On three processes with the best state kept; and ended on two, gone on with by one, whole, and by three."""
+    log, runs = tmp_path / "log", {}
+    full = [*args["instruct"], "--adapter.kind", "full", "--adapter.target", ".*", "--lr", "5e-4", "--ema-decay", "0.5"]
+    full += ["--lr-multipliers", r"wte\.w=0.5", r"blocks\.0\..*=2"]
+    for name, count, parts in (("alone", 1, []), ("parts", 3, ["--shard-base"])):
+        command = ["train", *full, *parts, "--out", str(tmp_path / name)]
+        assert run_processes(command, count, log) == [0] * count, log.read_text()
+        (runs[name],) = run_in(tmp_path / name)
+        assert not errors_in(log)
+    assert_same_run(runs["parts"], runs["alone"])
+    states = [read_tensors(best_checkpoint(run)) for run in runs.values()]
+    assert {name: x.shape for name, x in states[0].items()} == {name: x.shape for name, x in states[1].items()}
+
+    out = tmp_path / "ended"
+    pids = start_processes(["train", *full, "--shard-base", "--out", str(out)], 2, log)
+    wait_for_step(out, 2)
+    os.kill(pids[1], signal.SIGTERM)
+    assert [exit_status(pid) for pid in pids] == [130, 130]
+    (run,) = run_in(out)
+    shutil.copytree(run, tmp_path / "copy" / run.name)
+    assert run_processes(["train", str(run), "--resume"], 3, log) == [0, 0, 0], log.read_text()
+    assert_same_run(run, runs["alone"])
+    copy = tmp_path / "copy" / run.name
+    assert run_processes(["train", str(copy), "--resume", "--no-shard-base"], 1, log) == [0], log.read_text()
+    assert_same_run(copy, runs["alone"])
+
+
+def best_checkpoint(run: Path) -> Path:
+    folder = checkpoints.best(run)
+    assert folder is not None
+    return folder / checkpoints.STATE
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_loses_its_part(args: dict[str, list[str]], tmp_path: Path) -> None:
+    """So the run goes on from its last periodic checkpoint, here from none."""
+    log, out = tmp_path / "log", tmp_path / "runs"
+    full = [*args["instruct"], "--adapter.kind", "full", "--adapter.target", ".*", "--shard-base"]
+    full += ["--no-keep-best", "--checkpoint-every-minutes", "60", "--steps", "30"]
+    pids = start_processes(["train", *full, "--eval-every", "1000", "--out", str(out)], 2, log)
+    wait_until(lambda: any(len(path.read_text().splitlines()) >= 3 for path in out.glob("*/metrics.jsonl")))
+    os.kill(pids[1], signal.SIGKILL)
+    assert exit_status(pids[0]) == 2
+    exit_status(pids[1])
+    (line,) = errors_in(log)
+    assert "rank 1 was lost: resume with" in line
+    (run,) = run_in(out)
+    assert not list((run / checkpoints.FOLDER).glob("step-*"))
+    assert run_processes(["train", str(run), "--resume"], 2, log) == [0, 0], log.read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(args: dict[str, list[str]], tmp_path: Path) -> None:
     out, log = tmp_path / "runs", tmp_path / "log"
     pids = start_processes(["train", *args["instruct"], "--out", str(out)], 2, log, FGPT_TIMEOUT="3")
@@ -260,9 +314,9 @@ def test_an_error_of_all_is_one_line(args: dict[str, list[str]], tmp_path: Path)
         ),
         (["train", "lora-nano", "--cuda-graphs"], 2, "error: --cuda-graphs records the step of one process"),
         (
-            ["train", "lora-nano", "--shard-base", "--adapter.kind", "full"],
+            ["train", "full-nano", "--shard-base"],
             2,
-            "error: --shard-base and --adapter.kind full do not go together: leave one of them out",
+            "error: --shard-base puts what --adapter.kind full trains in parts, and --optimizer adamw8bit is of whole",
         ),
         (["train", "dpo-nano", "--shard-base"], 2, "error: --shard-base is of instruction tuning and classification"),
     ],
