@@ -138,13 +138,13 @@ def group_rewards(
     """
     return torch.tensor(
         [
-            [_check_reward(reward(row, decode(answer.tokens), answer.finished)) for answer in group]
+            [check_reward(reward(row, decode(answer.tokens), answer.finished)) for answer in group]
             for row, group in zip(rows, groups, strict=True)
         ]
     )
 
 
-def _check_reward(value: Any) -> float:
+def check_reward(value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     try:
@@ -159,7 +159,7 @@ def _check_reward(value: Any) -> float:
 def rollout_batches(
     prompts: Sequence[Sequence[int]],
     groups: Groups,
-    advantages: Float[Tensor, "groups answers"],
+    advantages: Float[Tensor, "groups answers"] | Sequence[Sequence[float]],
     *,
     eos_token_id: int,
     micro_batch_size: int,
@@ -168,13 +168,14 @@ def rollout_batches(
 
     Args:
         prompts: Token ids of each prompt.
-        groups: The answers to each prompt.
+        groups: The answers to each prompt, of which some may have more than others.
         advantages: Of each answer.
         eos_token_id: What follows a finished answer, and is learned with it.
         micro_batch_size: Most rows in a micro-batch.
     """
     rows: list[tuple[list[int], int, float]] = []
-    for prompt, group, group_advantages in zip(prompts, groups, advantages.tolist(), strict=True):
+    of_groups = advantages.tolist() if isinstance(advantages, Tensor) else advantages
+    for prompt, group, group_advantages in zip(prompts, groups, of_groups, strict=True):
         for answer, advantage in zip(group, group_advantages, strict=True):
             end = [eos_token_id] if answer.finished else []
             rows.append(([*prompt, *answer.tokens, *end], len(prompt), advantage))

@@ -25,9 +25,10 @@ from fgpt.data import packing
 from fgpt.data.prompt_templates import InstructionRow
 from fgpt.distributed import ALONE, World, sum_over_ranks, world
 from fgpt.errors import InputError
+from fgpt.generation.loop import GenerationOutput
 from fgpt.losses import Batch, token_nll
 from fgpt.model import GPT
-from fgpt.objectives.grpo import RolloutBatch, group_advantages, grpo
+from fgpt.objectives.grpo import RolloutBatch, grpo
 from fgpt.objectives.rollouts import (
     Groups,
     RewardFunction,
@@ -36,6 +37,7 @@ from fgpt.objectives.rollouts import (
     sample_groups,
     with_temperature,
 )
+from fgpt.objectives.span_answers import SpanAnswer, advantages_with_spans, better_spans
 from fgpt.recipes import GRPORecipe
 from fgpt.rng import fold_in, key
 from fgpt.tokenizers.tokenizer_files import Tokenizer
@@ -168,13 +170,16 @@ def rollout_step(
                 world=here,
             )
             rewards = group_rewards(reward, batch_rows, groups, tokenizer.decode)
-            advantages = group_advantages(rewards, scale=recipe.scale_rewards)
             kl = reference_kl(policy, reference, prompts, groups, eos, here)
+        spans: list[SpanAnswer | None] = [None for _ in groups]
+        if recipe.span_words:
+            spans = better_spans(reward, batch_rows, [row.input for row in batch_rows], recipe.span_words, rewards)
+        advantages = advantages_with_spans(rewards, spans, scale=recipe.scale_rewards)
         used = range(len(groups)) if recipe.beta else informative(advantages)
         rollouts = rollout_batches(
             [prompts[i] for i in used],
-            [groups[i] for i in used],
-            advantages[list(used)],
+            [[*groups[i], *span_outputs(spans[i], tokenizer)] for i in used],
+            [advantages[i] for i in used],
             eos_token_id=eos,
             micro_batch_size=int(recipe.micro_batch_size),
         )
@@ -195,6 +200,8 @@ def rollout_step(
             "finished_ratio": finished.mean(),
             SAMPLED_TOKENS: lengths.sum(),
         }
+        if recipe.span_words:
+            figures["span_ratio"] = torch.tensor(sum(span is not None for span in spans) / len(spans))
         others = {name: x.to(metrics.loss.device) for name, x in figures.items()}
         return state, Metrics(metrics.loss, metrics.grad_norm, metrics.weight, others)
 
@@ -207,10 +214,14 @@ def prompts_of(batch: PromptBatch) -> list[list[int]]:
     return [row[:length] for row, length in zip(batch.tokens.tolist(), batch.segments.sum(-1).tolist(), strict=True)]
 
 
-def informative(advantages: Tensor) -> list[int]:
+def informative(advantages: Sequence[Sequence[float]]) -> list[int]:
     """The groups whose rewards differ; the first one if none do, so that a step has a batch."""
-    differing = advantages.ne(0).any(-1).nonzero().flatten().tolist()
-    return differing or [0]
+    return [i for i, of_group in enumerate(advantages) if any(of_group)] or [0]
+
+
+def span_outputs(span: SpanAnswer | None, tokenizer: Tokenizer) -> list[GenerationOutput]:
+    """A span as what could have been sampled; none for None."""
+    return [] if span is None else [GenerationOutput(tokenizer.encode(span.text), True, [])]
 
 
 def with_reference(reference: GPT, rollouts: RolloutBatch, beta: float) -> RolloutBatch:
