@@ -25,7 +25,7 @@ GROUPS = {
     "training": (
         "lr lr_scheduler_type lr_multipliers epochs steps micro_batch_size grad_accumulation_steps packing "
         "warmup_steps min_lr_ratio lengthened_at weight_decay optimizer ema_decay neftune_noise_alpha betas seed "
-        "reward num_generations max_completion_length temperature objective loss_type beta label_smoothing "
+        "reward num_generations max_completion_length span_words temperature objective loss_type beta label_smoothing "
         "rpo_alpha gamma desirable_weight undesirable_weight scale_rewards center_rewards_coefficient "
         "label_smoothing_factor kd_ratio kd_temperature privacy"
     ),
