@@ -52,6 +52,7 @@ class GRPOTask(InstructionTask):
         recipe = cast(GRPORecipe, resolve_template(recipe, tokenizer))
         rows, heldout = load_rows_to_answer(recipe, encoding_of(recipe, loaded))
         reward = reward_function(recipe.reward, [*rows, *heldout])
+        searched = _describe_spans(recipe, rows)
         rows, prompts = _encode_prompts(recipe, rows, tokenizer, row_length(recipe, cfg))
         base = load_base(recipe)
         adapters = build_adapters(recipe, base)
@@ -76,10 +77,24 @@ class GRPOTask(InstructionTask):
             describe_precision(recipe),
             f"{len(prompts):,} prompts, {recipe.prompts_per_update} of them with {recipe.num_generations} answers each "
             f"in a step, {job.steps} steps",
+            *searched,
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         print_format_cost(recipe, base, (Example(tokens, ()) for tokens in prompts))
         return cls(cast(GRPORecipe, job.recipe), job, heldout)
+
+
+def _describe_spans(recipe: GRPORecipe, rows: Sequence[InstructionRow]) -> list[str]:
+    """What is searched for spans, in words; nothing if nothing is. Raises InputError if no row has an input."""
+    if not recipe.span_words:
+        return []
+    count = sum(bool(row.input.strip()) for row in rows)
+    if not count:
+        raise InputError(
+            f"--span-words {recipe.span_words} searches the inputs of rows, and none has one: leave it out, or name "
+            "their column by --columns.input"
+        )
+    return [f"spans of up to {recipe.span_words} words are tried as answers to the {count:,} rows with an input"]
 
 
 def _encode_prompts(

@@ -19,7 +19,7 @@ from fgpt.tree import leaves
 
 SHORT = ["--steps", "4", "--micro-batch-size", "8", "--grad-accumulation-steps", "2", "--max-completion-length", "40"]
 SHORT += ["--lr", "1e-3", "--beta", "0.1", "--compare-prompts", "2", "--max-new-tokens", "4", "--eval-every", "2"]
-SHORT += ["--no-scale-rewards"]
+SHORT += ["--no-scale-rewards", "--span-words", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,8 @@ def test_a_run_leaves_its_figures(grpo_run: Path):
         assert 0 < line["mean_completion_length"] <= 40
         assert line["sampled_tokens"] == 16 * line["mean_completion_length"]
         assert 0 <= line["reward"] <= 1
+        assert line["span_ratio"] in (0, 0.5, 1)
+    assert any(line["span_ratio"] for line in lines)
     assert "heldout_loss" in lines[1]
     assert {"adapter", "compare.json", "loss.png", "checkpoints"} <= {path.name for path in grpo_run.iterdir()}
     run = run_dir.read_run(grpo_run)
@@ -150,6 +152,12 @@ def test_gsm8k_s_reward():
 def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", "grpo-nano", *options, "--out", str(tmp_path)]) == 2
     assert message in one_line(capsys)
+
+
+def test_rows_without_an_input_to_search(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--data", str(instruction_file), "--reward", "gsm8k", "--span-words", "4", "--num-heldout", "4"]
+    assert main(["train", "grpo-nano", *options, "--out", str(tmp_path)]) == 2
+    assert "error: --span-words 4 searches the inputs of rows, and none has one" in capsys.readouterr().err
 
 
 def test_rows_that_nothing_can_judge(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
