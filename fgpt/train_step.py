@@ -322,8 +322,9 @@ def make_step(
             compile the loss.
 
     Raises:
-        InputError: from the step, if `loss` returns anything else, and for a `world` over a tensor-parallel base; and
-            for a `gradient` that is to be compiled.
+        InputError: from the step, if `loss` returns anything else, for a `world` over a tensor-parallel base, and for
+            parameters in parts without a `world`, or with another gradient; and for a `gradient` that is to be
+            compiled.
 
     >>> import fgpt
     >>> config = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=11, d_mlp=16)
@@ -365,11 +366,17 @@ def make_step(
         where = device(state.trainable)
         if world.size > 1 and is_tensor_parallel(frozen):
             raise InputError("over a tensor-parallel base all processes take the same examples: leave out world=")
+        trains_parts = has_sharded_parameters(state.trainable)
+        if trains_parts and (world.size == 1 or gradient is not None or finish is not None):
+            raise InputError(
+                "gradients of parameters in parts are sums over all processes: expected world=fgpt.world(), and no "
+                "gradient= or finish="
+            )
         if prepare is not None:
             frozen = prepare(state.trainable, frozen)
         seeds = [None] * len(batches) if rng is None else micro_batch_seeds(rng, len(batches), where)
         share = [(loss, *x) for x in world.share([*zip(batches, seeds, strict=True)])]
-        in_parts = world.size > 1 and (has_sharded(frozen) or has_sharded_parameters(state.trainable))
+        in_parts = world.size > 1 and (has_sharded(frozen) or trains_parts)
         if in_parts and len(share) < -(-len(batches) // world.size):
             share.append((_without_value(loss), batches[0], seeds[0]))  # the others multiply with this one's parts
         if share:

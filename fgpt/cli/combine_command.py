@@ -94,10 +94,9 @@ def run(options: CombineOptions) -> Path:
         write_trained_card(out, recipe, ())
     parts = ", ".join(f"{weight:g} {folder.name}" for weight, folder in zip(weights, folders, strict=True))
     console.print(f"{options.method} combination of {parts}: {describe(adapters)}", markup=False, soft_wrap=True)
-    if options.rank is not None:
-        loss = _truncation(base, combine(base, sets, weights, rng=key(options.seed)), adapters, options)
-        if loss is not None:
-            console.print(f"rank {options.rank} leaves out {loss:.1%} of the change's norm".replace("%", " %"))
+    if options.rank is not None and options.method == "linear":
+        loss = _truncation(base, combine(base, sets, weights), adapters)
+        console.print(f"rank {options.rank} leaves out {loss:.1%} of the change's norm".replace("%", " %"))
     console.print(f"saved in {saved}; {recipe.suggest_use(out)}", markup=False, soft_wrap=True)
     return out
 
@@ -111,10 +110,8 @@ def describe(adapters: Adapters) -> str:
     return f"{' and '.join(parts)}, {num_trainable(adapters):,} parameters"
 
 
-def _truncation(base: GPT, exact: Adapters, adapters: Adapters, options: CombineOptions) -> float | None:
+def _truncation(base: GPT, exact: Adapters, adapters: Adapters) -> float:
     """The norm of what a rank leaves out of a linear combination, as a share of its norm."""
-    if options.method != "linear":
-        return None
     before, after = task_vector(base, exact), task_vector(base, adapters)
     total = sum(float(x.square().sum()) for x in before.values())
     rest = sum(float((x - after.get(path, torch.zeros_like(x))).square().sum()) for path, x in before.items())

@@ -19,6 +19,7 @@ from fgpt.distributed import ALONE, sum_over_ranks, world
 from fgpt.errors import InputError
 from fgpt.sharding import gather_on_first, split_from_first, whole_on_meta
 from fgpt.train_step import State
+from fgpt.transforms.step_gradients import forward_gradient
 from fgpt.tree import leaves, nbytes, tree_leaves, tree_map, unflatten_like
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -145,6 +146,10 @@ def refusals(report: dict[str, float]) -> None:
         "outputs": lambda: fgpt.trainable_leaves(fgpt.tensor_parallel(base("gpt2"))),
         "elsewhere": lambda: fgpt.unshard(
             fgpt.trainable_leaves(fgpt.shard(base("gpt2"), world=fgpt.World(0, 7)), ".*up.*")
+        ),
+        "no world": lambda: train(parts, trained, ALONE, {}),
+        "gradient": lambda: fgpt.make_step(loss, fgpt.adamw(1e-2), gradient=forward_gradient(), world=world())(
+            fgpt.init_state(trained, fgpt.adamw(1e-2)), parts, [batch], fgpt.key(0)
         ),
         "muon": lambda: fgpt.init_state(trained, fgpt.muon(1e-2)),
     }
