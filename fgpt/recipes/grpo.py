@@ -54,9 +54,10 @@ def grpo_nano() -> GRPORecipe:
     """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
     for.
 
-    fgpt train grpo-nano. From 12.9 points, a script with these settings but lr 2e-3 reached 37.9 after 280 steps and
-    then moved between 29 and 35: stories 61, of the questions the titles alone. Without a penalty on the divergence and
-    at temperature 1 the policy recited names and animals after 33 steps (0 points).
+    fgpt train grpo-nano. 12.9 points before, 47.1 after (seed 0); 33 minutes on two cores, 1.6 GB. Stories rise from 24
+    to 60 points by sampling alone; questions from 0 to 33 by spans of the text that they ask about: without them 37.9
+    points were the best. Without a penalty on the divergence and at temperature 1 the policy recited names and animals
+    after 33 steps (0 points).
     """
     return GRPORecipe(
         name="grpo-nano",
@@ -66,12 +67,14 @@ def grpo_nano() -> GRPORecipe:
         reward="nano",
         temperature=0.8,
         adapter=Adapter(rank=16, alpha=32, target=r"blocks\..*\.(q|k|v|o|up|down)"),
-        lr=1e-3,
-        beta=0.02,
-        steps=300,
-        num_generations=8,
+        lr=1.5e-3,
+        warmup_steps=20,
+        beta=0.04,
+        steps=500,
+        num_generations=6,
         max_completion_length=64,
-        micro_batch_size=32,
+        span_words=16,
+        micro_batch_size=36,
         grad_accumulation_steps=4,
         compare_prompts=120,
         max_new_tokens=160,

@@ -85,15 +85,12 @@ class GRPOTask(InstructionTask):
 
 
 def _describe_spans(recipe: GRPORecipe, rows: Sequence[InstructionRow]) -> list[str]:
-    """What is searched for spans, in words; nothing if nothing is. Raises InputError if no row has an input."""
+    """What is searched for spans, in words; nothing if nothing is asked for."""
     if not recipe.span_words:
         return []
     count = sum(bool(row.input.strip()) for row in rows)
     if not count:
-        raise InputError(
-            f"--span-words {recipe.span_words} searches the inputs of rows, and none has one: leave it out, or name "
-            "their column by --columns.input"
-        )
+        return [f"no row has an input whose spans could be tried as answers (--span-words {recipe.span_words})"]
     return [f"spans of up to {recipe.span_words} words are tried as answers to the {count:,} rows with an input"]
 
 
