@@ -145,6 +145,14 @@ def group_rewards(
 
 
 def check_reward(value: Any) -> float:
+    """A reward as a float.
+
+    Raises:
+        InputError: for what is not a finite number, or is larger than `LARGEST_REWARD`.
+
+    >>> check_reward(torch.tensor([0.5])), check_reward(True)
+    (0.5, 1.0)
+    """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     try:

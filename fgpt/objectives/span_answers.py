@@ -7,7 +7,8 @@ that has never answered a question hardly ever samples an answer, so that reward
 answer stands in the text that is asked about, the search costs no model, and no answer is shown: the reward judges
 spans as it judges samples.
 
-Source: Oh et al. 2018 (Self-Imitation Learning), section 3: what is better than expected is imitated, whoever found it.
+Source: Oh et al. 2018 (Self-Imitation Learning), section 3: an action is imitated if its return is above
+what was expected. There it is the agent's own, of the past.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,15 +30,19 @@ class SpanAnswer(NamedTuple):
     reward: float
 
 
-def best_span(reward: Callable[[str], float], text: str, max_words: int) -> SpanAnswer | None:
+def best_span(
+    reward: Callable[[str], float], text: str, max_words: int, *, fits: Callable[[str], bool] | None = None
+) -> SpanAnswer | None:
     """The span of up to `max_words` words with the highest reward, of equal ones the shortest, then the first; None of
-    a text without words.
+    a text in which no span fits.
 
     Args:
         reward: A function of an answer, which is called once for each different span: max_words times the words of the
             text, at most.
         text: Such as what a question is asked about.
-        max_words: Of the longest span; words are what spaces separate.
+        max_words: Of the longest span; words are what white space separates, and a span has one space in its place.
+        fits: Whether a span may be an answer, such as one of few enough tokens; asked only of spans that are better
+            than the best so far. None: every span may.
 
     Raises:
         InputError: for a reward that is not a finite number.
@@ -45,16 +50,16 @@ def best_span(reward: Callable[[str], float], text: str, max_words: int) -> Span
     >>> best_span(lambda answer: float("zoo" in answer), "Kate went to the zoo.", max_words=3)
     SpanAnswer(text='zoo.', reward=1.0)
     """
-    words, seen = text.split(), set[str]()
+    words, distinct = text.split(), set[str]()
     best: SpanAnswer | None = None
     for length in range(1, min(max_words, len(words)) + 1):
         for start in range(len(words) - length + 1):
             span = " ".join(words[start : start + length])
-            if span in seen:
+            if span in distinct:
                 continue
-            seen.add(span)
+            distinct.add(span)
             value = check_reward(reward(span))
-            if best is None or value > best.reward:
+            if (best is None or value > best.reward) and (fits is None or fits(span)):
                 best = SpanAnswer(span, value)
     return best
 
@@ -65,8 +70,11 @@ def better_spans(
     texts: Sequence[str],
     max_words: int,
     rewards: Float[Tensor, "groups answers"],
+    *,
+    fits: Callable[[str], bool] | None = None,
 ) -> list[SpanAnswer | None]:
-    """The best span of each text, if its reward as a finished answer is above those of all sampled ones; else None.
+    """The best span of each text, if its reward as a finished answer is above those of all sampled ones, in the
+    precision of `rewards`; else None.
 
     Args:
         reward: From a row, an answer and whether it is finished to a number.
@@ -74,6 +82,7 @@ def better_spans(
         texts: Of each row, what is searched.
         max_words: Of the longest span.
         rewards: Of the sampled answers.
+        fits: As `best_span` takes it.
 
     Raises:
         InputError: for a reward that is not a finite number.
@@ -83,11 +92,12 @@ def better_spans(
     >>> better_spans(reward, ["a", "b"], ["c a d", "c a d"], 2, torch.zeros(2, 4))
     [SpanAnswer(text='a', reward=1.0), None]
     """
-    found: list[SpanAnswer | None] = []
-    for row, text, best_sampled in zip(rows, texts, rewards.amax(-1).tolist(), strict=True):
-        best = best_span(partial(_finished_reward, reward, row), text, max_words)
-        found.append(best if best is not None and best.reward > best_sampled else None)
-    return found
+    spans: list[SpanAnswer | None] = []
+    for row, text, best_sampled in zip(rows, texts, rewards.amax(-1), strict=True):
+        best = best_span(partial(_finished_reward, reward, row), text, max_words, fits=fits)
+        # In fp32, as the samples: there 0.7 is less than 0.7 in Python, and a span equal to a sample would be better.
+        spans.append(best if best is not None and rewards.new_tensor(best.reward) > best_sampled else None)
+    return spans
 
 
 def _finished_reward(reward: RewardFunction, row: Any, answer: str) -> float:

@@ -53,6 +53,21 @@ def test_a_span_no_better_than_the_samples_is_none():
     assert found == [None, SpanAnswer("x", 1.0), None]
 
 
+@pytest.mark.parametrize("reward", [0.7, 0.9, 1 / 3])
+def test_a_span_equal_to_a_sample_is_no_better(reward: float):
+    """Also where the nearest fp32 is below the number: 0.7 and 0.9."""
+    assert better_spans(lambda row, answer, done: reward, ["x"], ["x"], 1, torch.tensor([[0.0, reward]])) == [None]
+
+
+def test_a_span_has_to_fit():
+    """The best that fits, even if a better one does not; the better one is not an answer that is too long."""
+    assert best_span(len, "a bb ccc", 3, fits=lambda span: len(span) < 5) == SpanAnswer("a bb", 4)
+    assert best_span(len, "a bb ccc", 3, fits=lambda span: False) is None
+    rewards = torch.tensor([[0.0, 2.0]])
+    found = better_spans(lambda row, answer, done: len(answer), ["x"], ["bb a"], 2, rewards, fits=lambda x: len(x) < 3)
+    assert found == [None]  # "bb a" would be better than 2
+
+
 def test_a_reward_of_a_span_is_a_number():
     with pytest.raises(InputError, match="a reward is nan"):
         best_span(lambda span: math.nan, "a", 1)

@@ -145,10 +145,13 @@ def rollout_step(
     """A step of a training: answers to its prompts, their rewards, and one update from them.
 
     The answers are the policy's own, with its adapters merged into the weights (equal to rounding), so that every ratio
-    of the update is 1. Without a penalty on the divergence, answers of groups of equal rewards give no gradient, and
-    are left out.
+    of the update is 1; a span counts as one of them. Without a penalty on the divergence, groups of equal rewards and
+    no span give no gradient, and are left out.
     """
     eos = tokenizer.eos_token_id
+
+    def fits(span: str) -> bool:
+        return len(tokenizer.encode(span)) < recipe.max_completion_length  # EOS follows
 
     def step(state: State, frozen: Tree, batches: Sequence[Batch], rng: Key | None = None) -> tuple[State, Metrics]:
         (batch,) = batches
@@ -173,7 +176,9 @@ def rollout_step(
             kl = reference_kl(policy, reference, prompts, groups, eos, here)
         spans: list[SpanAnswer | None] = [None for _ in groups]
         if recipe.span_words:
-            spans = better_spans(reward, batch_rows, [row.input for row in batch_rows], recipe.span_words, rewards)
+            longest = min(recipe.span_words, recipe.max_completion_length - 1)  # a word has a token, and EOS is one
+            texts = [row.input for row in batch_rows]
+            spans = better_spans(reward, batch_rows, texts, longest, rewards, fits=fits)
         advantages = advantages_with_spans(rewards, spans, scale=recipe.scale_rewards)
         used = range(len(groups)) if recipe.beta else informative(advantages)
         rollouts = rollout_batches(
@@ -215,7 +220,7 @@ def prompts_of(batch: PromptBatch) -> list[list[int]]:
 
 
 def informative(advantages: Sequence[Sequence[float]]) -> list[int]:
-    """The groups whose rewards differ; the first one if none do, so that a step has a batch."""
+    """The groups with an advantage; the first one if none has any, so that a step has a batch."""
     return [i for i, of_group in enumerate(advantages) if any(of_group)] or [0]
 
 
