@@ -176,7 +176,7 @@ class FrozenLeafGuard:
     """Finds trained leaves that do not change in the first two steps: nothing would be trained, in silence.
 
     A LoRA's A changes from the second step on, since its B begins at 0; every other leaf has changed by then. Steps
-    whose rewards are all equal do not count: they have no gradient.
+    whose rewards are all equal, and that learn no span, do not count: they have no gradient.
     """
 
     def __init__(self, job: TrainingJob, state: State) -> None:
@@ -189,7 +189,7 @@ class FrozenLeafGuard:
         step, lr = line["step"], line["lr"]
         if not self._unchanged or step > self._last_step:
             return
-        if line.get("frac_reward_zero_std") == 1:
+        if line.get("frac_reward_zero_std") == 1 and not line.get("span_ratio"):
             self._last_step = step + 2
             return
         before, after = leaves(previous.trainable), leaves(state.trainable)

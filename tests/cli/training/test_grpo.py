@@ -1,5 +1,6 @@
 """GRPO from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,46 @@ def test_rows_without_an_input_to_search(instruction_file: Path, tmp_path: Path,
     shown = " ".join(capsys.readouterr().err.split())
     assert "no row has an input whose spans could be tried as answers (--span-words 8)" in shown
     assert read_metrics(tmp_path / "grpo-nano" / "metrics.jsonl")[0]["span_ratio"] == 0
+
+
+# -------------------------------------------------------------------------------------------------- spans of its input
+
+
+TINY = ["--reward", "gsm8k", "--template", "plain", "--num-heldout", "1", "--steps", "1", "--num-generations", "2"]
+TINY += ["--micro-batch-size", "2", "--grad-accumulation-steps", "1", "--compare-prompts", "0", "--beta", "0"]
+LONG_WORD = "qz" * 200 + "7"
+"""Some 400 tokens of nano: with a prompt that holds it, more than the context."""
+
+
+@pytest.mark.parametrize(("input_text", "ratio"), [(LONG_WORD, 0.0), (f"{LONG_WORD} 7", 1.0)])
+def test_a_span_is_an_answer_of_few_enough_tokens(input_text: str, ratio: float, tmp_path: Path):
+    """Both words end in the right number; one with its prompt is longer than the context."""
+    rows = [{"instruction": "How many?", "input": input_text, "output": "7"}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--data", str(tmp_path / "rows.json"), *TINY, "--max-completion-length", "4", "--span-words", "9"]
+    assert main(["train", "grpo-nano", *options, "--out", str(tmp_path)]) == 0
+    (line,) = read_metrics(tmp_path / "grpo-nano" / "metrics.jsonl")
+    assert line["reward"] == 0  # nothing that was sampled ends in a 7: the span is better
+    assert line["span_ratio"] == ratio
+
+
+def test_spans_alone_move_the_trained_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All sampled answers have reward 0, but a step that learns a span has a gradient: at such a rate it is lost."""
+    rows = [{"instruction": "How many?", "input": "There are 7", "output": "7"}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--data", str(tmp_path / "rows.json"), *TINY, "--max-completion-length", "4", "--span-words", "1"]
+    options += ["--steps", "2", "--optimizer", "adamw", "--adapter.kind", "ln", "--adapter.target", r".*ln_.*\.w"]
+    assert main(["train", "grpo-nano", *options, "--lr", "1e-12", "--out", str(tmp_path)]) == 2
+    assert "trained leaves did not change in two steps" in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_with_an_input_that_are_left_out_are_not_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    long, short = " ".join([LONG_WORD] * 3), ""
+    rows = [{"instruction": "How many?", "input": text, "output": "7"} for text in [long, short] * 4]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--data", str(tmp_path / "rows.json"), *TINY, "--overlong", "drop", "--span-words", "9"]
+    assert main(["train", "grpo-nano", *options, "--out", str(tmp_path)]) == 2
+    assert "error: --span-words 9 searches the inputs of rows, and none has one" in capsys.readouterr().err
 
 
 def test_rows_that_nothing_can_judge(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
