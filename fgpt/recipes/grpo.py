@@ -37,9 +37,10 @@ class GRPORecipe(InstructionRecipe):
     micro_batch_size: BatchSize = 32
     """Answers in a micro-batch."""
     span_words: NonNegativeInt = 0
-    """Words of the longest span of a row's input that is tried as its answer. The best span is learned with the sampled
-    answers if its reward is above all of theirs: for questions whose answers stand in the text, which a base model
-    does not sample. It costs calls of the reward alone. 0 tries none."""
+    """Words of the longest span of a row's input that is tried as its answer. The best span of fewer tokens than
+    max_completion_length is learned with the sampled answers if its reward is above all of theirs: for questions whose
+    answers stand in the text, which a base model does not sample. In each step the search calls the reward up to
+    span_words times for each word of the inputs. 0 tries none."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with prompts that leave no room for max_completion_length tokens within max_seq_len: error refuses to
     start, drop leaves them out."""
