@@ -352,7 +352,9 @@ def make_step(
         once: Any = partial(value_and_grad_once, loss)
         compiled = compile_or_warn(transformable, "the gradient", fallback=once, dynamic=False)
 
-        def compiled_or_not(loss: Loss, *args: Any) -> Any:
+        def compiled_or_not(term: Loss, *args: Any) -> Any:
+            if term is not loss:  # without its value, of a micro-batch that is another process's
+                return value_and_grad(term, *args)
             if not (in_transform_or_compile() or _requires_grad(args)):
                 return compiled(*args)
             warnings.warn(UNCOMPILED, stacklevel=3)

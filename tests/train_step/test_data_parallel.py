@@ -64,3 +64,27 @@ def test_a_rank_without_micro_batches_adds_nothing(monkeypatch: pytest.MonkeyPat
 def test_a_process_by_itself_sums_nothing() -> None:
     tree = {"w": torch.ones(2)}
     assert sum_over_ranks(tree) is tree
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_a_rank_computes_for_the_others_alone_is_not_counted(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a base in parts a rank without micro-batches multiplies with those of another one."""
+    calls: list[object] = []
+
+    def loss(trainable: dict[str, torch.Tensor], *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(None)
+        return trainable["w"].sum(), torch.tensor(2.0)
+
+    def interpret(fn: object, *_: object, **options: object) -> object:
+        return options["fallback"]
+
+    monkeypatch.setattr("fgpt.train_step.compile_or_warn", interpret)
+    optimizer = fgpt.adamw(0.1)
+    state = fgpt.init_state({"w": torch.ones(2)}, optimizer)
+    frozen = fgpt.shard({"layer": fgpt.model.Linear(torch.eye(2))}, world=World(1, 2), target="layer")
+    step = fgpt.make_step(loss, optimizer, world=World(1, 2), compile=compile)
+    after, metrics = step(state, frozen, [torch.zeros(1)])
+    assert len(calls) == 1
+    close((after.trainable, metrics.weight, metrics.grad_norm), (state.trainable, torch.zeros(()), torch.zeros(())), 0)
