@@ -19,9 +19,9 @@ Source: Chowdhery et al. 2022 (PaLM), appendix B.
 import time
 
 import torch
-from torch import Tensor
 
 from fgpt.adapter_types import Adapters
+from fgpt.adapters import LEAVES
 from fgpt.layers import num_parameters
 from fgpt.model import GPT, lm_head
 from fgpt.tree import num_elements
@@ -58,9 +58,9 @@ def tuning_flops(base: GPT, trained: Adapters, loss_share: float) -> float:
     total = 4 * (frozen + loss_share * head)
     for path, adapter in trained.items():
         is_head = path in ("head.w", "wte.w" if base.head is None else "head.w")
-        if isinstance(adapter, Tensor):  # it stands for a parameter of the base, which is counted already
+        if isinstance(adapter, LEAVES):  # it stands for a parameter of the base, which is counted already
             is_table = path.startswith(("wte.", "wpe.")) and not is_head
-            total += 0 if is_table else 2 * adapter.numel() * (loss_share if is_head else 1)
+            total += 0 if is_table else 2 * num_parameters(adapter) * (loss_share if is_head else 1)
         else:
             total += 6 * num_elements(adapter)
     return total

@@ -31,6 +31,14 @@ def test_a_tuning_of_everything_counts_as_pretraining_does(tied: bool):
     assert mfu.tuning_flops(base, trainable_leaves(base), 1.0) == mfu.flops(base, 0)
 
 
+def test_parameters_in_parts_count_as_the_whole():
+    base = fgpt.init(fgpt.Config(**SIZES), fgpt.key(0))
+    part = fgpt.shard(base, world=fgpt.World(rank=1, size=3), target=".*")
+    for target in (".*", r"blocks\..*\.q\.w", "wte.w"):
+        whole, trained = fgpt.trainable_leaves(base, target), fgpt.trainable_leaves(part, target)
+        assert mfu.tuning_flops(part, trained, 0.25) == mfu.tuning_flops(base, whole, 0.25)
+
+
 def test_a_quantized_base_counts_as_its_parameters():
     sizes = SIZES | {"d_model": 64, "d_mlp": 64}
     base = fgpt.init(fgpt.Config(**sizes), fgpt.key(0))
