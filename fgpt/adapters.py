@@ -90,7 +90,7 @@ def _replace_leaves(params: T, tree: Mapping[str, Any]) -> T:
         if x.shape != old.shape:
             got, expected = list(x.shape), list(old.shape)
             raise InputError(f"tensor at {path} has shape {got}, but the base has {expected}")
-        new[path] = x.to(old.dtype) if isinstance(x, Tensor) else x
+        new[path] = x.to(old.dtype) if isinstance(x, Tensor) else replace(x, dtype=old.dtype)
     return replace_at(params, new)
 
 
@@ -117,7 +117,7 @@ def dora_norms(params: Any, adapters: Adapters) -> dict[str, Float[Tensor, " out
     {'layer': tensor([1., 1.])}
     """
     doras = {path: x for path, x in adapters.items() if isinstance(x, DoRA)}
-    replaced = {path: x for path, x in adapters.items() if path.removesuffix(".w") in doras and isinstance(x, Tensor)}
+    replaced = {path: x for path, x in adapters.items() if path.removesuffix(".w") in doras and isinstance(x, LEAVES)}
     params = _replace_leaves(own_head(params, adapters), replaced)
     return {path: x.direction_norms(get_at(params, path).w) for path, x in doras.items()}
 
@@ -176,6 +176,8 @@ def _merge_weight(w: Weight, original: Weight | None = None) -> Tensor | Sharded
     """The matrix that `w` means, over another base if one is given; sharded as that of `w` is."""
     base, merged = _base_weight(w), dense(w if original is None else _with_base(w, original))
     base = base.base if isinstance(base, Rotated) else base
+    if isinstance(base, ShardedParameter):
+        return split_rows(merged, base.rank, base.size)
     if not isinstance(base, Sharded):
         return merged
     return replace(split_rows(merged, base.rank, base.size), gathers=base.gathers)
@@ -207,7 +209,10 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
     ['ln_f.w', 'ln_f.b']
     """
     frozen = {path: x for path, x in walk(params) if isinstance(x, FROZEN)}
-    in_parts = {path: x for path, x in frozen.items() if isinstance(x, Sharded) and isinstance(x.part, Tensor)}
+    in_parts: dict[str, Sharded | ShardedParameter] = {}
+    for path, x in walk(params):
+        if isinstance(x, ShardedParameter) or (isinstance(x, Sharded) and isinstance(x.part, Tensor)):
+            in_parts[path] = x
     tensors: dict[str, Tensor] = {}
     for path, x in leaves(params).items():
         matrix = path.removesuffix(".part")
@@ -217,15 +222,15 @@ def trainable_leaves(params: Any, target: str = ".*") -> Adapters:
         if parents := [q for q in frozen if path.startswith(f"{q}.")]:
             raise InputError(f"cannot tune {parents[0]}, which is quantized: narrow the target, or tune, then quantize")
         x, sharded = at_least_fp32(tensors[path]), in_parts.get(path)
-        if sharded is not None and sharded.gathers == "outputs":
+        if isinstance(sharded, Sharded) and sharded.gathers == "outputs":
             raise InputError(f"cannot tune {path}, whose products gather outputs: narrow the target, or use shard")
-        trained[path] = x if sharded is None else parameter_of(sharded, x)
+        trained[path] = x if sharded is None else _parameter(sharded, x)
     return trained
 
 
-def parameter_of(w: Sharded, part: Float[Tensor, "rows in"]) -> ShardedParameter:
-    """The trained form of a sharded matrix."""
-    return ShardedParameter(part, w.out, w.rank, w.size, w.dtype)
+def _parameter(w: Sharded | ShardedParameter, part: Float[Tensor, "rows in"]) -> ShardedParameter:
+    """The trained form of a matrix in parts."""
+    return ShardedParameter(part, w.out, w.rank, w.size, part.dtype)
 
 
 def functional_call(fn: Callable[..., R], trees: tuple[Any, ...], *args: Any) -> R:

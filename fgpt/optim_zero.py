@@ -19,8 +19,9 @@ from fgpt import distributed
 from fgpt.distributed import World
 from fgpt.errors import InputError
 from fgpt.kernels.sharded_matrix import all_gather, fill_rows, row_range
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.optim import Optimizer
-from fgpt.tree import tree_leaves, tree_map, unflatten_like
+from fgpt.tree import tree_leaves, tree_map, unflatten_like, walk
 
 T = TypeVar("T")
 
@@ -39,7 +40,8 @@ def zero_redundancy(optimizer: Optimizer, *, world: World | None = None) -> Opti
         An optimizer; of a process by itself, `optimizer` as it is.
 
     Raises:
-        InputError: for an optimizer of whole matrices or blocks, which are `muon` and `adamw8bit`.
+        InputError: for an optimizer of whole matrices or blocks, which are `muon` and `adamw8bit`; and from `init`, for
+            parameters that are in parts themselves.
 
     Source: Rajbhandari et al. 2020 (ZeRO), section 5.1.
 
@@ -55,6 +57,8 @@ def zero_redundancy(optimizer: Optimizer, *, world: World | None = None) -> Opti
         raise InputError("the state of muon and adamw8bit is of whole matrices and blocks: expected adamw")
 
     def init(params: Any) -> Any:
+        if any(isinstance(x, ShardedParameter) for _, x in walk(params)):
+            raise InputError("the state of what is trained in parts is in parts already: leave out zero_redundancy")
         return optimizer.init(_split(params, here))
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:

@@ -118,8 +118,8 @@ def shard_weight(path: str, w: Weight, here: World) -> FrozenMatrix:
     """The part of a rank of the weight of the layer at `path`. Raises InputError as `shard` does."""
     if isinstance(w, Rotated) and not isinstance(w.base, Sharded):
         return replace(w, base=split_rows(w.base, here.rank, here.size))
-    if isinstance(w, Rotated | Sharded) or not isinstance(w, (Tensor, *QUANTIZED)):
-        form = "adapted" if not isinstance(w, Rotated | Sharded) else "sharded"
+    if isinstance(w, (Rotated, *PARTS)) or not isinstance(w, (Tensor, *QUANTIZED)):
+        form = "sharded" if isinstance(w, (Rotated, *PARTS)) else "adapted"
         raise InputError(f"{path} is {form} already: shard a plain or quantized params tree, then adapt it")
     return split_rows(w, here.rank, here.size)
 
@@ -168,8 +168,8 @@ def is_tensor_parallel(params: Any) -> bool:
 
 
 def unshard(params: T) -> T:
-    """`params` with every matrix that is in parts whole again, in each process: all of them must call it. A trained
-    one keeps the dtype of its part.
+    """`params` with every matrix that is in parts whole again, in each process: all of them must call it. What is
+    trained is in the dtype of its parts, and a model that it replaces leaves of in that of the base.
 
     Args:
         params: A tree of `shard`, adapted or not, or what is trained over it, or its optimizer's state.
@@ -258,7 +258,7 @@ def _whole_and_parts(tree: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _gather(x: Any) -> Any:
     """The whole of a matrix that is in parts."""
-    return gather(x, x.part.dtype).detach() if isinstance(x, ShardedParameter) else gather_rows(x)
+    return gather(x).detach() if isinstance(x, ShardedParameter) else gather_rows(x)
 
 
 def _on_host(tree: T) -> T:

@@ -35,6 +35,8 @@ from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.hadamard import MAX_BLOCK, MIN_BLOCK
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
+from fgpt.kernels.sharded_matrix import Sharded
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.layers import has_quantized
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.model.config import BIASES
@@ -98,7 +100,8 @@ def _structure(x: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any
     if isinstance(x, tuple):
         return {"tuple": [_structure(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(x)]}
     if type(x) not in NODES.values():
-        raise InputError(f"{name or 'the tree'} is {type(x).__name__}, which files do not hold; merge(params) first")
+        remedy = "unshard(tree)" if isinstance(x, Sharded | ShardedParameter) else "merge(params)"
+        raise InputError(f"{name or 'the tree'} is {type(x).__name__}, which files do not hold; {remedy} first")
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(x):
         value = getattr(x, f.name)

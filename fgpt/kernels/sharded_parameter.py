@@ -50,7 +50,7 @@ class ShardedParameter:
         out: The rows of the whole matrix.
         rank: The number of the process.
         size: How many there are.
-        dtype: Of the whole matrix in products; the part may have more digits.
+        dtype: Of the whole matrix. `adapt` makes it that of the base; the part may have more digits.
 
     >>> ShardedParameter(torch.ones(2, 4), out=3, rank=0, size=2).shape
     torch.Size([3, 4])
@@ -74,8 +74,8 @@ def split_parameter(w: Float[Tensor, "out in"], like: ShardedParameter) -> Shard
 
 
 def gather(w: ShardedParameter, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-    """The whole matrix, differentiable, in the dtype of products unless another is given: each process must call this
-    at the same point of its program.
+    """The whole matrix, differentiable, in its dtype unless another is given: each process must call this at the same
+    point of its program.
 
     Raises:
         InputError: if the default process group is not the one that the matrix was split for.

@@ -15,6 +15,8 @@ from torch.func import grad, jvp, vmap
 
 import fgpt
 from fgpt import sharding
+from fgpt.adapter_dora import with_norms
+from fgpt.adapters import dora_norms
 from fgpt.distributed import ALONE, sum_over_ranks, world
 from fgpt.errors import InputError
 from fgpt.sharding import gather_on_first, split_from_first, whole_on_meta
@@ -60,6 +62,35 @@ def compare_training(report: dict[str, float]) -> None:
                 report[f"figures, {what}"] = difference(figures, expected_figures)
                 share = nbytes(state) / nbytes(expected)
                 report[f"share, {what}"] = float(share > 1.05 / world().size + 0.05)
+
+
+def compare_compositions(report: dict[str, float]) -> None:
+    """Low-rank adapters over what is trained in parts, whose row norms a step computes once; and the tuned model."""
+
+    def prepare(trained: Any, frozen: fgpt.GPT) -> Any:
+        return frozen, dora_norms(frozen, trained)
+
+    def of_norms(trained: Any, constants: Any, batch: fgpt.Batch, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        frozen, norms = constants
+        return loss(with_norms(trained, norms), frozen, batch, seed)
+
+    for name in ("fp64", "bf16"):
+        frozen = tree_map(lambda x, to=DTYPES[name]: x.to(to), base("gpt2"))
+        optimizer, low_rank = fgpt.adamw(1e-2, eps=1e-4), fgpt.lora(frozen, fgpt.key(1), rank=2, target=".*(q|wte)")
+        low_rank |= fgpt.dora(frozen, fgpt.key(2), rank=2, target=r".*\.(up|o)")
+        models: list[fgpt.GPT] = []
+        for params, here in ((in_parts(frozen), world()), (frozen, ALONE)):
+            state = fgpt.init_state(fgpt.trainable_leaves(params) | low_rank, optimizer)
+            step = fgpt.make_step(of_norms, optimizer, prepare=prepare, world=here)
+            for i in range(2):
+                batches = [micro_batch(2 * i), micro_batch(2 * i + 1)]
+                state, _ = step(state, params, batches, fgpt.fold_in(fgpt.key(9), i))
+            models.append(fgpt.adapt(params, state.trainable))
+        merged = [fgpt.merge(model) for model in models]
+        bare = [fgpt.adapt(params, fgpt.trainable_leaves(params)) for params in (in_parts(frozen), frozen)]
+        report[f"train, adapters, {name}"] = difference(fgpt.unshard(merged[0]), merged[1])
+        report[f"whole model, {name}"] = difference(fgpt.unshard(bare[0]), bare[1])
+        assert not isinstance(merged[0].wte.w, Tensor)  # in parts, as the adapters' base is
 
 
 def compare_derivatives(report: dict[str, float]) -> None:
@@ -165,6 +196,7 @@ def refusals(report: dict[str, float]) -> None:
 def main() -> None:
     with gloo_report() as report:
         compare_training(report)
+        compare_compositions(report)
         compare_derivatives(report)
         compare_files(report)
         refusals(report)

@@ -1,5 +1,7 @@
 """`shard` as a transform of a params tree: what it splits, counts, leaves alone and refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from builders import same
@@ -10,7 +12,7 @@ from fgpt.distributed import World
 from fgpt.kernels.sharded_matrix import Sharded
 from fgpt.layers import has_quantized, num_parameters
 from fgpt.sharding import has_sharded
-from fgpt.tree import nbytes, num_elements, walk
+from fgpt.tree import nbytes, num_elements, tree_map, walk
 
 TWO = World(rank=1, size=2)
 
@@ -60,9 +62,38 @@ def test_a_tuned_part_counts_as_the_whole():
     whole, trained = fgpt.trainable_leaves(params), fgpt.trainable_leaves(part)
     assert trained.keys() == whole.keys()
     assert fgpt.num_trainable(trained) == fgpt.num_trainable(whole) == num_parameters(fgpt.adapt(part, trained))
-    assert 0.5 * nbytes(trained["blocks.0.mlp.up.w"]) < 0.6 * nbytes(whole["blocks.0.mlp.up.w"])
+    assert num_elements(trained["blocks.0.mlp.up.w"]) == whole["blocks.0.mlp.up.w"].numel() / 2
     with pytest.raises(fgpt.InputError, match="has shape"):
         fgpt.adapt(part, {"blocks.0.attn.q.w": trained["blocks.0.mlp.up.w"]})
+
+
+def test_what_replaces_a_part_has_its_dtype_in_the_model_alone():
+    part = fgpt.shard(tree_map(torch.Tensor.bfloat16, wide_gpt()), world=TWO)
+    trained = fgpt.trainable_leaves(part)
+    model = fgpt.adapt(part, trained)
+    assert trained["blocks.0.mlp.up.w"].dtype == torch.float32
+    assert model.blocks[0].mlp.up.w.dtype == torch.bfloat16
+    assert model.blocks[0].mlp.up.w.part.dtype == torch.float32
+
+
+def test_the_leaves_of_a_tuned_model_in_parts_are_parts():
+    part = fgpt.shard(wide_gpt(), world=TWO)
+    trained = fgpt.trainable_leaves(part)
+    again = fgpt.trainable_leaves(fgpt.adapt(part, trained))
+    assert again.keys() == trained.keys()
+    assert isinstance(again["blocks.0.mlp.up.w"], fgpt.ShardedParameter)
+    assert same(again, trained)
+
+
+def test_what_parts_of_parameters_are_refused(tmp_path: Path):
+    part = fgpt.shard(wide_gpt(), world=TWO)
+    trained = fgpt.trainable_leaves(part)
+    with pytest.raises(fgpt.InputError, match="is in parts already: leave out zero_redundancy"):
+        fgpt.zero_redundancy(fgpt.adamw(1e-3), world=TWO).init(trained)
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is sharded already"):
+        fgpt.shard(fgpt.adapt(part, trained), world=TWO)
+    with pytest.raises(fgpt.InputError, match=r"is ShardedParameter, which files do not hold; unshard\(tree\) first"):
+        fgpt.save_adapters(trained, tmp_path / "adapters.safetensors")
 
 
 def test_a_part_is_not_quantized_or_fused():
