@@ -45,7 +45,7 @@ from fgpt.recipes import (
     TrainingRecipe,
 )
 from fgpt.recipes.tuning import INITIALIZATIONS
-from fgpt.sharding import gather_on_first, has_sharded_parameters
+from fgpt.sharding import gather_on_first, has_sharded, has_sharded_parameters
 
 
 @runtime_checkable
@@ -184,6 +184,9 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         result = train_loop(job, out)
         check_final_state(job, result.state)
         trained: Any = job.evaluation_params(result.state)
+        scores, scores_parts = None, isinstance(task, ClassificationTask) and has_sharded(job.frozen)
+        if scores_parts and not result.interrupted:
+            scores = task.score(trained, out)  # while those that hold the other parts are there
         if has_sharded_parameters(trained):
             trained = gather_on_first(trained)
         if not processes.leave():
@@ -198,7 +201,7 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         if result.interrupted:
             console.print(f"what was trained so far is usable: {recipe.suggest_use(out)}; {resume_hint(out)}")
             raise KeyboardInterrupt
-        task.report(before, task.score(trained, out), out)
+        task.report(before, scores if scores_parts else task.score(trained, out), out)
         write_trained_card(out, recipe, classes)  # with the scores
         console.print(recipe.suggest_use(out), markup=False, soft_wrap=True)
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:

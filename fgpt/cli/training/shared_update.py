@@ -42,8 +42,8 @@ def check_shared_update(recipe: AnyRecipe, num_processes: int) -> None:
 
 
 def _check_sharded(recipe: FineTuningRecipe) -> None:
-    """Raises InputError for a training in which processes would multiply with the base another number of times, or
-    whose optimizer needs whole matrices where they are trained in parts.
+    """Raises InputError for a training in which processes would multiply with the base another number of times, whose
+    optimizer needs whole matrices where they are trained in parts, or that maps over rows at its end.
     """
     if type(recipe) not in SUPERVISED:
         raise InputError("--shard-base is of instruction tuning and classification: leave it out")
@@ -55,6 +55,7 @@ def _check_sharded(recipe: FineTuningRecipe) -> None:
     for option, is_set in (
         ("--compile", recipe.compile),
         ("--privacy.epsilon", recipe.privacy.epsilon is not None),
+        ("--per-example", recipe.per_example),
         ("--adapter.target of a fused qkv", adapts_fused_qkv(recipe)),
     ):
         if is_set:

@@ -213,6 +213,23 @@ def test_full_tuning_in_parts_is_that_of_one(args: dict[str, list[str]], tmp_pat
     assert_same_run(copy, runs["alone"])
 
 
+@pytest.mark.slow
+def test_a_classifier_in_parts_is_scored_as_a_whole_one(args: dict[str, list[str]], tmp_path: Path) -> None:
+    """Where a part of the base stays frozen, all processes score it."""
+    log, scores = tmp_path / "log", {}
+    part = [*args["classify"], "--adapter.kind", "full", "--adapter.target", r"blocks\..*mlp.*\.w"]
+    lora = [*args["classify"], "--adapter.kind", "lora"]
+    for kind, options in (("full", part), ("lora", lora)):
+        for count, parts in ((1, []), (2, ["--shard-base"])):
+            out = tmp_path / f"{kind}-{count}"
+            command = ["train", *options, "--optimizer", "adamw", "--steps", "3", *parts, "--out", str(out)]
+            assert run_processes(command, count, log) == [0] * count, log.read_text()
+            (run,) = run_in(out)
+            scores[count] = json.loads((run / "metrics.json").read_text())["scores"]["tuned"]
+        assert scores[2]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-4), kind
+        assert scores[2]["accuracy"] == scores[1]["accuracy"], kind
+
+
 def best_checkpoint(run: Path) -> Path:
     folder = checkpoints.best(run)
     assert folder is not None
@@ -317,6 +334,11 @@ def test_an_error_of_all_is_one_line(args: dict[str, list[str]], tmp_path: Path)
             ["train", "full-nano", "--shard-base"],
             2,
             "error: --shard-base puts what --adapter.kind full trains in parts, and --optimizer adamw8bit is of whole",
+        ),
+        (
+            ["train", "lora-nano", "--shard-base", "--per-example"],
+            2,
+            "error: --shard-base and --per-example do not go together: leave one of them out",
         ),
         (["train", "dpo-nano", "--shard-base"], 2, "error: --shard-base is of instruction tuning and classification"),
     ],
