@@ -74,23 +74,22 @@ def compare_compositions(report: dict[str, float]) -> None:
         frozen, norms = constants
         return loss(with_norms(trained, norms), frozen, batch, seed)
 
-    for name in ("fp64", "bf16"):
-        frozen = tree_map(lambda x, to=DTYPES[name]: x.to(to), base("gpt2"))
-        optimizer, low_rank = fgpt.adamw(1e-2, eps=1e-4), fgpt.lora(frozen, fgpt.key(1), rank=2, target=".*(q|wte)")
-        low_rank |= fgpt.dora(frozen, fgpt.key(2), rank=2, target=r".*\.(up|o)")
-        models: list[fgpt.GPT] = []
-        for params, here in ((in_parts(frozen), world()), (frozen, ALONE)):
-            state = fgpt.init_state(fgpt.trainable_leaves(params) | low_rank, optimizer)
-            step = fgpt.make_step(of_norms, optimizer, prepare=prepare, world=here)
-            for i in range(2):
-                batches = [micro_batch(2 * i), micro_batch(2 * i + 1)]
-                state, _ = step(state, params, batches, fgpt.fold_in(fgpt.key(9), i))
-            models.append(fgpt.adapt(params, state.trainable))
-        merged = [fgpt.merge(model) for model in models]
-        bare = [fgpt.adapt(params, fgpt.trainable_leaves(params)) for params in (in_parts(frozen), frozen)]
-        report[f"train, adapters, {name}"] = difference(fgpt.unshard(merged[0]), merged[1])
-        report[f"whole model, {name}"] = difference(fgpt.unshard(bare[0]), bare[1])
-        assert not isinstance(merged[0].wte.w, Tensor)  # in parts, as the adapters' base is
+    frozen = tree_map(Tensor.double, base("gpt2"))
+    optimizer, low_rank = fgpt.adamw(1e-2, eps=1e-4), fgpt.lora(frozen, fgpt.key(1), rank=2, target=".*(q|wte)")
+    low_rank |= fgpt.dora(frozen, fgpt.key(2), rank=2, target=r".*\.(up|o)")
+    merged: list[fgpt.GPT] = []
+    for params, here in ((in_parts(frozen), world()), (frozen, ALONE)):
+        state = fgpt.init_state(fgpt.trainable_leaves(params) | low_rank, optimizer)
+        step = fgpt.make_step(of_norms, optimizer, prepare=prepare, world=here)
+        for i in range(2):
+            batches = [micro_batch(2 * i), micro_batch(2 * i + 1)]
+            state, _ = step(state, params, batches, fgpt.fold_in(fgpt.key(9), i))
+        merged.append(fgpt.merge(fgpt.adapt(params, state.trainable)))
+    assert not isinstance(merged[0].wte.w, Tensor)  # in parts, as the adapters' base is
+    report["train, adapters, fp64"] = difference(fgpt.unshard(merged[0]), merged[1])
+    half = tree_map(Tensor.bfloat16, frozen)
+    models = [fgpt.adapt(params, fgpt.trainable_leaves(params)) for params in (in_parts(half), half)]
+    report["whole model"] = difference(fgpt.unshard(models[0]), models[1])
 
 
 def compare_derivatives(report: dict[str, float]) -> None:

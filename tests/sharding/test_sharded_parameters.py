@@ -19,9 +19,9 @@ def test_parameters_in_parts_are_trained_as_whole_ones(count: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     kinds = Counter(name.partition(",")[0] for name in report)
-    assert kinds["train"] == 18 + 2
+    assert kinds["train"] == 18 + 1
     assert kinds["figures"] == kinds["share"] == 18
-    assert kinds["whole model"] == 2
+    assert kinds["whole model"] == 1
     assert kinds["grad"] == kinds["jvp"] == kinds["jvp(grad)"] == kinds["jvp(jvp(grad))"] == 3
     assert kinds["grad of a squared grad"] == 3
     for name, error in report.items():
