@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, merge
@@ -345,7 +346,8 @@ def save_tuned(folder: Path, params: GPT, adapters: Adapters, base: str, tokeniz
     A classifier is always saved as adapters: `merge` exports it in Hugging Face's layout. A `tokenizer` other than the
     base's is saved beside.
     """
-    whole = adapters.keys() == leaves(adapt(params, adapters)).keys()
+    are_leaves = all(isinstance(x, Tensor) for x in adapters.values())
+    whole = are_leaves and adapters.keys() == leaves(adapt(params, adapters)).keys()
     if whole and num_classes(params) is None:
         with atomic_dir(folder / MODEL) as partial:
             save(merge(adapt(params, adapters)), partial, like=tokenizer or base)

@@ -104,3 +104,12 @@ def test_a_part_is_not_quantized_or_fused():
         fgpt.fuse_qkv(part)
     with pytest.raises(fgpt.InputError, match="part 1 of 2 of a sharded matrix in process 0 of 1"):
         fgpt.apply(part, torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_a_dora_over_parts_is_saved_by_one_process(tmp_path: Path):
+    """Files hold the adapter alone: no norms of the base are computed for them."""
+    params = wide_gpt()
+    adapters = fgpt.dora(params, fgpt.key(0), rank=2)
+    for name, base in (("whole", params), ("part", fgpt.shard(params, world=TWO))):
+        fgpt.save_peft(adapters, base, tmp_path / name, "gpt2")
+    assert same(fgpt.load_peft(tmp_path / "part", params), fgpt.load_peft(tmp_path / "whole", params))

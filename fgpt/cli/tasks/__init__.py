@@ -184,7 +184,8 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
         result = train_loop(job, out)
         check_final_state(job, result.state)
         trained: Any = job.evaluation_params(result.state)
-        scores, scores_parts = None, isinstance(task, ClassificationTask) and has_sharded(job.frozen)
+        scores: Any = None
+        scores_parts = isinstance(task, ClassificationTask) and has_sharded(job.frozen)
         if scores_parts and not result.interrupted:
             scores = task.score(trained, out)  # while those that hold the other parts are there
         if has_sharded_parameters(trained):

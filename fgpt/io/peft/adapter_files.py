@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fgpt._typing import StrPath
-from fgpt.adapter_dora import DoRA
+from fgpt.adapter_dora import DoRA, with_norms
 from fgpt.adapter_ia3 import IA3
 from fgpt.adapter_lora import LoRA
 from fgpt.adapter_trainable_tokens import TrainableTokens
@@ -124,7 +124,8 @@ def pack(adapters: Adapters, params: GPT, base: str) -> Packed:
 
     Raises InputError for adapters that do not fit `params`, or that no format of PEFT's holds.
     """
-    adapt(params, adapters)  # a path or shape that does not fit is better met now than at loading
+    norms = {path: x.m for path, x in adapters.items() if isinstance(x, DoRA)}  # any will do: of a base in parts too
+    adapt(params, with_norms(adapters, norms))  # a path or shape that does not fit is better met now than at loading
     tokens, adapters = split_tokens(adapters)
     adapters = both_sides(adapters, params)
     classes = num_classes(params) is not None
