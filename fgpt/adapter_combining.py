@@ -25,6 +25,7 @@ from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, own_head
 from fgpt.errors import InputError
 from fgpt.kernels.quantized_linear import is_quantized
+from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.rng import fold_in, key
 from fgpt.tree import children, get_at
 from fgpt.weights import Adapted, dense, shape
@@ -117,7 +118,7 @@ def task_vector(params: Any, adapters: Adapters) -> TaskVector:
         adapters: What lies over it.
 
     Raises:
-        InputError: as `adapt` does.
+        InputError: for what is trained in parts, and as `adapt` does.
 
     Source: Ilharco et al. 2023, section 2.
 
@@ -127,6 +128,8 @@ def task_vector(params: Any, adapters: Adapters) -> TaskVector:
     {'layer.w': tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])}
     """
+    if in_parts := [path for path, x in adapters.items() if isinstance(x, ShardedParameter)]:
+        raise InputError(f"{in_parts[0]} is trained in parts: unshard the adapters and their base first")
     adapted = adapt(params, adapters)
     params = own_head(params, {path: x for path, x in adapters.items() if path != "wte.w"})
     vector: TaskVector = {}

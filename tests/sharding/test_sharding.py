@@ -96,6 +96,12 @@ def test_what_parts_of_parameters_are_refused(tmp_path: Path):
         fgpt.save_adapters(trained, tmp_path / "adapters.safetensors")
 
 
+def test_a_part_has_no_task_vector():
+    part = fgpt.shard(wide_gpt(), world=TWO)
+    with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q\.w is trained in parts: unshard"):
+        fgpt.combine(part, [fgpt.trainable_leaves(part, ".*attn.q.w")] * 2)
+
+
 def test_a_part_is_not_quantized_or_fused():
     part = fgpt.shard(wide_gpt(), world=TWO)
     with pytest.raises(fgpt.InputError, match=r"blocks\.0\.attn\.q is Sharded already: quantize a plain params tree"):
