@@ -19,9 +19,9 @@ from fgpt import distributed
 from fgpt.distributed import World
 from fgpt.errors import InputError
 from fgpt.kernels.sharded_matrix import all_gather, fill_rows, row_range
-from fgpt.kernels.sharded_parameter import ShardedParameter
+from fgpt.kernels.sharded_parameter import has_sharded_parameters
 from fgpt.optim import Optimizer
-from fgpt.tree import tree_leaves, tree_map, unflatten_like, walk
+from fgpt.tree import tree_leaves, tree_map, unflatten_like
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def zero_redundancy(optimizer: Optimizer, *, world: World | None = None) -> Opti
         raise InputError("the state of muon and adamw8bit is of whole matrices and blocks: expected adamw")
 
     def init(params: Any) -> Any:
-        if any(isinstance(x, ShardedParameter) for _, x in walk(params)):
+        if has_sharded_parameters(params):
             raise InputError("the state of what is trained in parts is in parts already: leave out zero_redundancy")
         return optimizer.init(_split(params, here))
 

@@ -32,7 +32,7 @@ from fgpt.kernels.quantized_linear import (
     quantize_scales,
 )
 from fgpt.kernels.sharded_matrix import Sharded, fill_rows, gather_rows, row_range, split_rows
-from fgpt.kernels.sharded_parameter import ShardedParameter, gather, split_parameter
+from fgpt.kernels.sharded_parameter import ShardedParameter, gather, has_sharded_parameters, split_parameter
 from fgpt.layers import weight_matrices
 from fgpt.quantization import quantize_weight
 from fgpt.tree import get_at, leaves, replace_at, select, tree_map, walk
@@ -157,11 +157,6 @@ def has_sharded(params: Any) -> bool:
     return any(isinstance(x, PARTS) for _, x in walk(params))
 
 
-def has_sharded_parameters(tree: Any) -> bool:
-    """Whether a matrix in `tree` is trained in parts."""
-    return any(isinstance(x, ShardedParameter) for _, x in walk(tree))
-
-
 def is_tensor_parallel(params: Any) -> bool:
     """Whether products with a part of `params` gather outputs."""
     return any(isinstance(x, Sharded) and x.gathers == "outputs" for _, x in walk(params))
@@ -228,7 +223,7 @@ def whole_on_meta(tree: T) -> T:
     return tree_map(lambda x: x.to("meta"), bare)
 
 
-def sum_over_ranks(tree: T) -> T:
+def sum_grads_over_ranks(tree: T) -> T:
     """`fgpt.distributed.sum_over_ranks` of the leaves that every process holds whole: gradients of what is trained in
     parts are sums already.
     """

@@ -10,21 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import grad_and_value
 
+from fgpt import distributed
 from fgpt.distributed import ALONE, World
 from fgpt.errors import InputError
 from fgpt.kernels import leaf_lists
 from fgpt.kernels.compilation import compile_or_warn
 from fgpt.kernels.cuda_graphs import is_capturing
 from fgpt.kernels.functorch_state import in_transform_or_compile, is_differentiated, is_mapped, is_one_vmap
+from fgpt.kernels.sharded_parameter import has_sharded_parameters
 from fgpt.optim import Optimizer, clip_factor, global_norm
 from fgpt.rng import fold_in, seed_tensor
-from fgpt.sharding import (
-    global_norm_over_ranks,
-    has_sharded,
-    has_sharded_parameters,
-    is_tensor_parallel,
-    sum_over_ranks,
-)
+from fgpt.sharding import global_norm_over_ranks, has_sharded, is_tensor_parallel, sum_grads_over_ranks
 from fgpt.tree import device, node, tree_leaves, tree_map, unflatten_like
 
 UNCOMPILED = "a step with compile=True runs uncompiled when it is mapped over or differentiated"
@@ -368,7 +364,8 @@ def make_step(
         where = device(state.trainable)
         if world.size > 1 and is_tensor_parallel(frozen):
             raise InputError("over a tensor-parallel base all processes take the same examples: leave out world=")
-        trains_parts = has_sharded_parameters(state.trainable)
+        # A process by itself has no parts: it is spared the walk over the tree.
+        trains_parts = distributed.world().size > 1 and has_sharded_parameters(state.trainable)
         if trains_parts and (world.size == 1 or gradient is not None or finish is not None):
             raise InputError(
                 "gradients of parameters in parts are sums over all processes: expected world=fgpt.world(), and no "
@@ -391,7 +388,7 @@ def make_step(
             total = leaf_lists.add(tree_leaves(grads), tree_leaves(more))
             grads, value, weight = unflatten_like(grads, total), value + v, weight + w
         if world.size > 1:
-            grads, value, weight = sum_over_ranks((grads, value, weight))
+            grads, value, weight = sum_grads_over_ranks((grads, value, weight))
         # A batch that has lost all its rows changes nothing.
         divisor = weight_or_one = torch.where(weight == 0, 1, weight)
         if finish is not None:

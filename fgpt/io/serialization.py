@@ -35,11 +35,10 @@ from fgpt.kernels.bitsandbytes_ops import register
 from fgpt.kernels.hadamard import MAX_BLOCK, MIN_BLOCK
 from fgpt.kernels.quantized_linear import BLOCK, QUANTIZED, Blockwise4bit, Blockwise8bit, Quantized, Rotated
 from fgpt.kernels.rotary import DynamicScaling, YarnScaling
-from fgpt.kernels.sharded_matrix import Sharded
-from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.layers import has_quantized
 from fgpt.model import GPT, MLP, Attention, Block, Config, Embedding, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.model.config import BIASES
+from fgpt.sharding import PARTS
 from fgpt.tree import device, leaves, tree_map
 
 PARAMS = (GPT, Embedding, Block, Norm, RMSNorm, Attention, FusedAttention, MLP, Linear, *QUANTIZED)
@@ -100,7 +99,7 @@ def _structure(x: Any, name: str, below: str, tensors: dict[str, Tensor]) -> Any
     if isinstance(x, tuple):
         return {"tuple": [_structure(v, f"{below}{i}", f"{below}{i}.", tensors) for i, v in enumerate(x)]}
     if type(x) not in NODES.values():
-        remedy = "unshard(tree)" if isinstance(x, Sharded | ShardedParameter) else "merge(params)"
+        remedy = "unshard(tree)" if isinstance(x, PARTS) else "merge(params)"
         raise InputError(f"{name or 'the tree'} is {type(x).__name__}, which files do not hold; {remedy} first")
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(x):

@@ -134,10 +134,17 @@ def gather_rows(w: Sharded) -> Any:
     return _whole(w, {path: _AllGather.apply(x, w.size) for path, x in _row_leaves(w.part).items()})
 
 
+def gather_parts(x: Shaped[Tensor, "rows *_"], size: int) -> Shaped[Tensor, "all *_"]:
+    """The x of all `size` ranks, one below the other."""
+    whole = x.new_empty(size * len(x), *x.shape[1:])
+    all_gather(whole.view(torch.uint8), x.contiguous().view(torch.uint8))  # as bytes, which every backend takes
+    return whole
+
+
 def gather_columns(y: Float[Tensor, "*batch rows"], w: Sharded) -> Float[Tensor, "*batch out"]:
     """x Wᵀ of the whole matrix, by the y = x W_rᵀ of all ranks. Raises InputError as `gather_rows` does."""
     check_group(w)
-    whole = _AllGather.forward(y.movedim(-1, 0), w.size)
+    whole = gather_parts(y.movedim(-1, 0), w.size)
     return whole[: w.out].movedim(0, -1).contiguous()
 
 
@@ -184,10 +191,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, size: int) -> Tensor:
-        whole = x.new_empty(size * len(x), *x.shape[1:])
-        # as bytes, which every backend takes
-        all_gather(whole.view(torch.uint8), x.contiguous().view(torch.uint8))
-        return whole
+        return gather_parts(x, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from fgpt.errors import InputError
 from fgpt.kernels.functorch_state import is_nested_jvp, is_undisturbed
-from fgpt.kernels.sharded_matrix import all_gather, check_group, fill_rows, row_range
-from fgpt.tree import node, static
+from fgpt.kernels.sharded_matrix import check_group, fill_rows, gather_parts, row_range
+from fgpt.tree import node, static, walk
 
 reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 """By the name that it has since torch 2.13, or the older one."""
@@ -81,7 +81,7 @@ def gather(w: ShardedParameter, dtype: torch.dtype | None = None) -> Float[Tenso
         InputError: if the default process group is not the one that the matrix was split for.
     """
     check_group(w)
-    whole: Tensor = _Gather.apply(w.part, dtype or w.dtype, w.size)  # pyright: ignore[reportAssignmentType]
+    whole: Tensor = _GatherOrScatter.apply(w.part, False, dtype or w.dtype, w.size)  # pyright: ignore
     return whole[: w.out]
 
 
@@ -101,12 +101,13 @@ def parameter_linear(
     return y if is_undisturbed(bias) else y + (bias - bias.detach())  # 0, with the derivatives of the bias
 
 
-def _gather_rows(part: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """All parts, one below the other, with the rows that fill the last ones."""
-    part = part.to(dtype).contiguous()
-    whole = part.new_empty(size * len(part), *part.shape[1:])
-    all_gather(whole.view(torch.uint8), part.view(torch.uint8))  # as bytes, which every backend takes
-    return whole
+def has_sharded_parameters(tree: Any) -> bool:
+    """Whether a matrix in `tree` is trained in parts.
+
+    >>> has_sharded_parameters({"w": torch.ones(2, 4)})
+    False
+    """
+    return any(isinstance(x, ShardedParameter) for _, x in walk(tree))
 
 
 def _scatter_sums(whole: Tensor, dtype: torch.dtype, size: int) -> Tensor:
@@ -118,50 +119,26 @@ def _scatter_sums(whole: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     return part
 
 
-class _Gather(torch.autograd.Function):
-    """G: (part, dtype, size) -> all parts, one below the other."""
+class _GatherOrScatter(torch.autograd.Function):
+    """(x, scatters, dtype, size) -> G(x), or S(x) if it scatters. Each is linear, and the adjoint of the other."""
 
     @staticmethod
-    def forward(part: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-        return _gather_rows(part, dtype, size)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        part, ctx.dtype, ctx.size = inputs
-        ctx.part_dtype = part.dtype
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Scatter.apply(g, ctx.part_dtype, ctx.size), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Gather.apply(t, ctx.dtype, ctx.size)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise InputError(MAPPED)
-
-
-class _Scatter(torch.autograd.Function):
-    """S: (matrix, dtype, size) -> this process's rows of the sum over all processes."""
-
-    @staticmethod
-    def forward(whole: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-        return _scatter_sums(whole, dtype, size)
+    def forward(x: Tensor, scatters: bool, dtype: torch.dtype, size: int) -> Tensor:
+        return _scatter_sums(x, dtype, size) if scatters else gather_parts(x.to(dtype), size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        whole, ctx.dtype, ctx.size = inputs
-        ctx.whole_dtype = whole.dtype
+        x, *ctx.form = inputs
+        ctx.input_dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Gather.apply(g, ctx.whole_dtype, ctx.size), None, None
+        scatters, _, size = ctx.form
+        return _GatherOrScatter.apply(g, not scatters, ctx.input_dtype, size), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Scatter.apply(t, ctx.dtype, ctx.size)
+        return _GatherOrScatter.apply(t, *ctx.form)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -182,7 +159,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         if kind == "R":
             return _scatter_sums(a.T @ b, part_dtype, size)
-        whole = _gather_rows(b, a.dtype, size)[:out]
+        whole = gather_parts(b.to(a.dtype), size)[:out]
         return F.linear(a, whole, bias) if kind == "P" else a @ whole
 
     @staticmethod

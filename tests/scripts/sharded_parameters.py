@@ -144,7 +144,7 @@ def squared_gradient_slope(fn: Callable[[Any], Tensor], at: Any) -> Any:
 
 
 def sum_of_whole_leaves(tree: Any) -> Any:
-    return sharding.sum_over_ranks(tree)
+    return sharding.sum_grads_over_ranks(tree)
 
 
 def compare_files(report: dict[str, float]) -> None:

@@ -54,7 +54,7 @@ def test_a_rank_without_micro_batches_adds_nothing(monkeypatch: pytest.MonkeyPat
         return (trainable["w"] * sums[0]["w"]).sum() + 7, torch.tensor(2.0)  # Σ weight · nll = 6 at w = 1
 
     expected, of_one = fgpt.make_step(loss, optimizer)(state, None, [None])
-    monkeypatch.setattr("fgpt.train_step.sum_over_ranks", receive)
+    monkeypatch.setattr("fgpt.train_step.sum_grads_over_ranks", receive)
     after, metrics = fgpt.make_step(loss, optimizer, world=World(1, 2))(state, None, [None])
     close(sent, [({"w": torch.zeros(2)}, torch.zeros(()), torch.zeros(()))], 0)
     close(after, expected, 0)

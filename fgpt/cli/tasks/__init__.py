@@ -31,6 +31,7 @@ from fgpt.cli.training.shared_update import check_shared_update, describe_inputs
 from fgpt.data.examples import Example
 from fgpt.distributed import object_from_first_rank, world
 from fgpt.errors import InputError
+from fgpt.kernels.sharded_parameter import has_sharded_parameters
 from fgpt.model import GPT
 from fgpt.recipes import (
     AnyRecipe,
@@ -45,7 +46,7 @@ from fgpt.recipes import (
     TrainingRecipe,
 )
 from fgpt.recipes.tuning import INITIALIZATIONS
-from fgpt.sharding import gather_on_first, has_sharded, has_sharded_parameters
+from fgpt.sharding import gather_on_first, has_sharded
 
 
 @runtime_checkable

@@ -28,7 +28,8 @@ from fgpt.cli.training.step_log import MetricsLog, progress_line
 from fgpt.cli.training.trackers import tracking
 from fgpt.distributed import any_rank, from_first_rank, object_from_first_rank, sum_over_ranks
 from fgpt.errors import InputError
-from fgpt.sharding import gather_on_first, has_sharded_parameters, split_from_first, whole_on_meta
+from fgpt.kernels.sharded_parameter import has_sharded_parameters
+from fgpt.sharding import gather_on_first, split_from_first, whole_on_meta
 from fgpt.train_step import State
 from fgpt.tree import device, leaves
 
