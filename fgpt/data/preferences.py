@@ -1,4 +1,5 @@
-"""Preference data: pairs of a better and a worse answer (DPO, ORPO), and answers judged good or bad (KTO).
+"""Preference data: pairs of a better and a worse answer (DPO, ORPO), and answers judged good or bad (KTO). A pair can
+be read as two judged answers.
 
 {"prompt": .., "chosen": .., "rejected": ..}                      texts, or lists of messages
 {"messages" or "conversations": .., "chosen": .., "rejected": ..}
@@ -94,7 +95,7 @@ def load_preferences(source: str | Path | Source, columns: PreferenceColumns | N
 
 
 def load_judgments(source: str | Path | Source, columns: PreferenceColumns | None = None) -> list[Judgment]:
-    """The judged answers of a source; see `load_preferences`.
+    """The judged answers of a source; see `load_preferences`. Of a source of pairs, both answers of each.
 
     Raises:
         InputError: if the source cannot be read, a row is not a judged answer, or all answers have the same label.
@@ -118,14 +119,24 @@ def read_preferences(
 ) -> PreferenceRows[Preference]:
     """`load_preferences`, and the format."""
     columns = columns or PreferenceColumns()
-    return _read(source, columns, _preference, "preference pairs", (columns.chosen, columns.rejected))
+    pairs = _Layout("preference pairs", (columns.chosen, columns.rejected), lambda *row: (_preference(*row),))
+    return _read(source, columns, lambda first: pairs)
 
 
 def read_judgments(source: str | Path | Source, columns: PreferenceColumns | None = None) -> PreferenceRows[Judgment]:
     """`load_judgments`, and the format; of one source the labels may all be the same."""
     columns = columns or PreferenceColumns()
-    names = (columns.completion or "completion", *((columns.label,) if columns.label else LABELS))
-    return _read(source, columns, _judgment, "judged answers", names)
+    labels = (columns.label,) if columns.label else LABELS
+    completion = columns.completion or "completion"
+    judged = _Layout("judged answers", (completion, *labels), lambda *row: (_judgment(*row),))
+    pair = (columns.chosen, columns.rejected)
+    pairs = _Layout("preference pairs, each a good and a bad answer", pair, _judged_pair)
+
+    def layout(first: Mapping[str, Any]) -> _Layout[Judgment]:
+        named = columns.label or columns.completion or any(name in first for name in labels)
+        return pairs if not named and all(name in first for name in pair) else judged
+
+    return _read(source, columns, layout)
 
 
 def check_labels(rows: Sequence[Judgment], source: str) -> None:
@@ -135,29 +146,37 @@ def check_labels(rows: Sequence[Judgment], source: str) -> None:
         raise InputError(f"{source}: all {len(rows):,} labels are {label}: expected both good and bad answers")
 
 
+@dataclass(frozen=True)
+class _Layout(Generic[R]):
+    """A format: its name, its columns besides prompt and conversation, and the rows of a record."""
+
+    name: str
+    names: Sequence[str]
+    rows: Callable[[Mapping[str, Any], PreferenceColumns, str], Sequence[R]]
+
+
 def _read(
-    source: str | Path | Source,
-    columns: PreferenceColumns,
-    read: Callable[[Mapping[str, Any], PreferenceColumns, str], R],
-    name: str,
-    names: Sequence[str],
+    source: str | Path | Source, columns: PreferenceColumns, layout: Callable[[Mapping[str, Any]], _Layout[R]]
 ) -> PreferenceRows[R]:
-    """The rows, of a format with this name and with these columns besides prompt and conversation."""
+    """The rows, of the layout that the first record has."""
     columns.check()
     records, _ = open_source(source if isinstance(source, Source) else str(source), dict[str, HubDataset]())
     rows: list[R] = []
     first: Mapping[str, Any] = {}
+    count = 0
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{source}, {where}: expected an object of columns, got {type(record).__name__}")
         first = first or record
-        rows.append(read(record, columns, f"{source}, {where}"))
+        rows += layout(first).rows(record, columns, f"{source}, {where}")
+        count += 1
     if not rows:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     conversation = (columns.messages,) if columns.messages else COLUMNS
-    used = {*names, columns.prompt or "prompt", *conversation, *ASIDE}
+    form = layout(first)
+    used = {*form.names, columns.prompt or "prompt", *conversation, *ASIDE}
     read_columns, others = (tuple(str(x) for x in first if (x in used) == is_read) for is_read in (True, False))
-    return PreferenceRows(rows, f"{source}: {Format(name, (), read_columns, others).describe(len(rows))}")
+    return PreferenceRows(rows, f"{source}: {Format(form.name, (), read_columns, others).describe(count)}")
 
 
 def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> Preference:
@@ -185,6 +204,11 @@ def _preference(record: Mapping[str, Any], columns: PreferenceColumns, where: st
     if chosen == rejected:
         raise InputError(f"{where}: {columns.chosen} and {columns.rejected} are the same answer: remove the row")
     return Preference(prompt, chosen, rejected, where)
+
+
+def _judged_pair(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> tuple[Judgment, Judgment]:
+    pair = _preference(record, columns, where)
+    return Judgment(pair.prompt, pair.chosen, True, where), Judgment(pair.prompt, pair.rejected, False, where)
 
 
 def _judgment(record: Mapping[str, Any], columns: PreferenceColumns, where: str) -> Judgment:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from builders import SharedData
 from builders.conversations import TALK, messages_row, write_json_rows
+from datasets import Dataset
+from trl.data_utils import unpair_preference_dataset
 
 from fgpt.data.conversations import Message
 from fgpt.data.preferences import (
@@ -64,6 +66,44 @@ def test_judgments_of_every_format(record: dict[str, Any], tmp_path: Path):
     good, bad = load_judgments(write_json_rows(tmp_path / "a.jsonl", record, other))
     assert (good.messages, good.answer) == (messages_row(ASK), messages_row(GOOD))
     assert (good.label, bad.label) == (True, False)
+
+
+def test_pairs_are_judgments_as_trl_takes_them_apart(tmp_path: Path):
+    """The same answers with the same labels; TRL puts the good ones first."""
+    pairs = [
+        {"prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASK], "chosen": [GOOD], "rejected": [ASK | BAD]},
+    ]
+    path = write_json_rows(tmp_path / "a.jsonl", *pairs)
+    theirs = unpair_preference_dataset(Dataset.from_list(pairs))
+    expected = [(messages_row(*x["prompt"]), messages_row(*x["completion"]), x["label"]) for x in theirs.to_list()]
+    got = [(row.messages, row.answer, row.label) for row in load_judgments(path)]
+    assert sorted(got, key=repr) == sorted(expected, key=repr)
+    assert [row[2] for row in got] == [True, False] * 2
+    assert read_judgments(path).format == (
+        f"{path}: preference pairs, each a good and a bad answer (columns prompt, chosen, rejected), 2 rows"
+    )
+
+
+def test_a_label_beside_a_pair_makes_it_a_judgment(tmp_path: Path):
+    record = PAIR | {"completion": "4", "label": True}
+    judgments = load_judgments(write_json_rows(tmp_path / "a.jsonl", record, record | {"label": False}))
+    assert [(row.answer[0].content, row.label) for row in judgments] == [("4", True), ("4", False)]
+
+
+def test_pairs_and_judgments_in_one_source_are_refused(tmp_path: Path):
+    judged = {"prompt": "2 + 2?", "completion": "4", "label": True}
+    for rows, message in [
+        ((PAIR, judged), r"line 2: no column 'chosen'"),
+        ((judged, PAIR), r"line 2: no column 'label'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_judgments(write_json_rows(tmp_path / "a.jsonl", *rows))
+
+
+def test_a_pair_without_a_difference_is_no_judgment(tmp_path: Path):
+    with pytest.raises(InputError, match=r"line 1: chosen and rejected are the same answer: remove the row$"):
+        load_judgments(write_json_rows(tmp_path / "a.jsonl", PAIR | {"rejected": "4"}))
 
 
 def test_columns_by_other_names(tmp_path: Path):

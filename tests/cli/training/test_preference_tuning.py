@@ -1,6 +1,7 @@
 """Preference tuning from the command line: what a run leaves, that it resumes exactly, and what it refuses."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.training import preference_batches, reference_cache
 from fgpt.cli.training.preference_batches import batch_of, batches, preference_order, reference_logprobs
 from fgpt.cli.training.preference_rows import encode_rows, load_split
+from fgpt.data.preferences import Judgment
 from fgpt.data.prompt_templates import template
 from fgpt.objectives.logprobs import sequence_logprobs
 from fgpt.objectives.pairs import PairBatch
@@ -111,6 +113,16 @@ def test_kto(tmp_path: Path):
     assert main(["eval", "run", str(tmp_path / "kto-nano"), "--limit", "1"]) == 0  # of one label, as no training may be
 
 
+def test_kto_takes_pairs_apart(pairs_file: Path):
+    train, heldout = load_split(recipe_of(pairs_file, objective="kto", rpo_alpha=0.0), judged=True)
+    assert (len(train), len(heldout)) == (37, 3)
+    rows = [row for row in (*train, *heldout) if isinstance(row, Judgment)]
+    assert Counter((row.messages[0].content, row.label) for row in rows) == Counter(
+        (pair(i)["prompt"], label) for i in range(20) for label in (True, False)
+    )
+    assert {row.answer[0].content for row in rows if row.label} == {pair(i)["chosen"] for i in range(20)}
+
+
 def recipe_of(path: Path, **changes: Any) -> PreferenceRecipe:
     from dataclasses import replace
 
@@ -152,7 +164,7 @@ def test_every_pair_is_read_once_an_epoch_with_its_own_reference(pairs_file: Pat
         (["--eval-data", "x.jsonl", "--eval-every", "1"], "--eval-data is of instruction tuning"),
         (["--max-seq-len", "8", "--overlong", "error"], "raise --max-seq-len, or give --overlong drop"),
         (["--max-seq-len", "4"], "no row fits 4 tokens"),
-        (["--objective", "kto", "--rpo-alpha", "0"], "no column 'label'"),
+        (["--objective", "kto", "--rpo-alpha", "0", "--columns.label", "good"], "no column 'good'"),
         (["--objective", "kto"], "--objective kto has no --rpo-alpha: give --rpo-alpha 0"),
         (["--objective", "kto", "--rpo-alpha", "0", "--micro-batch-size", "1"], "give 2 rows or more"),
         (["--gamma", "3"], "--gamma is of simpo"),
