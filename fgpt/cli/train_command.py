@@ -121,6 +121,7 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
     option.
     """
     path, options = config_file.split_config(options)
+    _check_length(options)
     if path is not None:
         from_file = config_file.as_options(config_file.read_config(path), path)
         options = [*config_file.without_overridden(from_file, options), *options]
@@ -135,6 +136,13 @@ def recipe_with_options(name: str, options: Sequence[str], command: str) -> reci
     except InputError as err:
         raise err if path is None else InputError(f"{err} (some of the options are those of {path})") from None
     return _with_target_of_kind(recipe, _with_update_of(recipe, run))
+
+
+def _check_length(options: Sequence[str]) -> None:
+    """Raises InputError for a number of steps and of epochs, of which only one could be kept."""
+    steps, epochs = _value_of("--steps", options), _value_of("--epochs", options)
+    if epochs is not None and steps not in (None, "None"):
+        raise InputError(f"--steps {steps} and --epochs {epochs} both say how long to train: leave one out")
 
 
 LOW_RANK = ("lora", "dora")
@@ -194,6 +202,7 @@ def resume(name: str, options: Sequence[str]) -> tuple[recipes.AnyRecipe, Path]:
     else:
         folder = _find_resumable(name, _out_option(options), bool(lengths))
     started = run_dir.read_run(folder)
+    _check_length(options)
     run = parse(type(started), options, started, command)
     is_lengthened = bool(lengths) and run_dir.read_state(folder) == "finished"
     if is_lengthened:
@@ -261,9 +270,15 @@ def _auto_resume(recipe_name: str, options: Sequence[str]) -> tuple[recipes.AnyR
 
 def _out_option(options: Sequence[str]) -> Path:
     """The value of --out, which is needed before it is known which recipe's options these are."""
-    for option, value in itertools.pairwise([*options, ""]):
-        if option == "--out":
-            return Path(value)
-        if option.startswith("--out="):
-            return Path(option.removeprefix("--out="))
-    return Path("runs")
+    return Path(_value_of("--out", options) or "runs")
+
+
+def _value_of(name: str, options: Sequence[str]) -> str | None:
+    """The value of an option as it was typed, the last one; None if it was not."""
+    value = None
+    for option, following in itertools.pairwise([*options, ""]):
+        if option == name:
+            value = following
+        elif option.startswith(f"{name}="):
+            value = option.removeprefix(f"{name}=")
+    return value

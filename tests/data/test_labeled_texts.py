@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from builders import ROOT, SharedData
 
-from fgpt.cli.training.examples import load_classification_split, load_test_texts
+from fgpt.cli.training.examples import load_classification_split, load_test_texts, warn_of_shared_texts
 from fgpt.data.classification_datasets import HUB_DATASETS, Columns, load_labeled_texts
 from fgpt.data.classification_prompts import (
     LabeledText,
@@ -119,6 +119,15 @@ def test_a_file_to_train_on_is_scored_on_its_own_rows(tmp_path: Path):
         given_test = replace(recipe, test=str(put(tmp_path / "test.csv", [{"text": "x", "label": 0}])))
         assert [len(part) for part in load_classification_split(given_test)] == [400, 1]
         assert load_test_texts(given_test) == load_classification_split(given_test)[1]
+
+
+def test_texts_that_are_trained_on_and_scored_are_said(capsys: pytest.CaptureFixture[str]):
+    train = [LabeledText("a", label="x"), LabeledText("a", "b", label="x"), LabeledText("c", label="y")]
+    warn_of_shared_texts(train, [LabeledText("b"), LabeledText("c", "b")])
+    assert capsys.readouterr().err == ""
+    warn_of_shared_texts(train, [LabeledText("a", label="y"), LabeledText("a", "b"), LabeledText("b")])
+    message = "warning: 2 of the 3 texts to score are trained on, too: the scores are too high\n"
+    assert capsys.readouterr().err == message
 
 
 def test_folders_and_the_hub_s_cache(tmp_path: Path):

@@ -28,7 +28,7 @@ from fgpt.cli.training.build import (
     save_trained,
     warn_if_all_warmup,
 )
-from fgpt.cli.training.examples import load_classification_split, train_heldout_split
+from fgpt.cli.training.examples import load_classification_split, train_heldout_split, warn_of_shared_texts
 from fgpt.cli.training.format_cost import print_format_cost
 from fgpt.cli.training.job import Origin, TrainingJob
 from fgpt.cli.training.tokenizer import load_tokenizer
@@ -84,6 +84,7 @@ class ClassificationTask:
         cfg, tokenizer, _ = load_tokenizer(recipe)
         names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
         recipe = replace(recipe, labels=recipe.labels or names)
+        warn_of_shared_texts(train, test)
         heldout = []
         if recipe.eval_every:
             train, heldout = train_heldout_split(train, min(recipe.num_heldout, len(train) // 2), recipe.seed)

@@ -137,6 +137,8 @@ def check_data_options(recipe: InstructionRecipe) -> None:
     """Raises InputError for options of data that have no effect, and for evaluations without rows."""
     if recipe.data == NANO and recipe.columns != instruction_datasets.Columns():
         raise InputError("--columns name the columns of a file, and --data nano is embedded: leave them out")
+    if recipe.data == NANO and recipe.num_heldout != InstructionRecipe.num_heldout:
+        raise InputError("--num-heldout is of data of your own, and --data nano has held-out rows: leave it out")
     if recipe.documents is None and recipe.num_passages != InstructionRecipe.num_passages:
         raise InputError("--num-passages is of --documents: give both, or leave it out")
     if recipe.documents is not None and recipe.data == NANO:
@@ -359,6 +361,16 @@ def load_classification_split(recipe: ClassificationRecipe) -> tuple[list[Labele
             f"--num-heldout {recipe.num_heldout}: expected 1 or more rows to score, or other rows with --test"
         )
     return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, recipe.train), recipe.seed)
+
+
+def warn_of_shared_texts(train: Sequence[LabeledText], test: Sequence[LabeledText]) -> None:
+    """Print a warning if texts that are scored are trained on."""
+    texts = {(row.text, row.text2) for row in train}
+    if shared := sum((row.text, row.text2) in texts for row in test):
+        console.print(
+            f"warning: {shared:,} of the {len(test):,} texts to score are trained on, too: the scores are too high",
+            soft_wrap=True,
+        )
 
 
 def load_test_texts(recipe: ClassificationRecipe) -> list[LabeledText]:

@@ -46,6 +46,8 @@ def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
         (["train", "lora-nanno"], "did you mean lora-nano"),
         (["train", "lora-nano", "--lrr", "1"], "no option --lrr; did you mean --lr"),
         (["train", "lora-nano", "--lr", "fast"], "fast"),
+        (["train", "lora-nano", "--steps", "4", "--epochs=2"], "--steps 4 and --epochs 2 both say how long to train"),
+        (["train", "lora-nano", "--num-heldout", "5"], "--data nano has held-out rows: leave it out"),
         (["train", "lora-nano", "--template", "chta"], "no template named 'chta'; there are alpaca, plain, chat"),
         (["train", "lora-nano", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["train", "lora-nano", "--data", "missing.json"], "missing.json: no such file"),
