@@ -11,6 +11,7 @@ meets at most half of them.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fgpt.cli.inference.generation import LoadedRun, load_run
 from fgpt.cli.training.examples import NANO_TASKS
 from fgpt.cli.training.nano_rows import Task, read_tasks
 from fgpt.data.prompt_templates import encode_prompt, template
+from fgpt.errors import InputError
 from fgpt.generation.sampling import SamplingParams
 from fgpt.io.files import write
 
@@ -84,4 +86,7 @@ def judge(tasks: list[Task], answers: list[list[Answer]]) -> Iterator[dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as err:
+        sys.exit(f"error: {err}")
