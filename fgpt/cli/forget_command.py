@@ -3,7 +3,6 @@
 forget.json    in the new run: the rows, where the training was taken up, hashes of what was trained before and after
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable
@@ -20,15 +19,13 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.cli.paths import shareable
 from fgpt.cli.run_json import write_run
 from fgpt.cli.training import checkpoints
+from fgpt.cli.training.forgotten_rows import MANIFEST, hashes_of_trained
 from fgpt.cli.training.job import TrainingJob
 from fgpt.cli.training.shared_models import share_models
 from fgpt.errors import InputError
 from fgpt.io.files import write, write_json
-from fgpt.io.models import CARD
 from fgpt.recipes import InstructionRecipe
 from fgpt.train_step import State
-
-FORGET = "forget.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def run(options: ForgetOptions) -> Path:
         "first_step_that_reads_them": first_step,
         "taken_up_after_step": begin,
         "steps": task.job.steps,
-        "before": _hashes(folder),
+        "before": hashes_of_trained(folder),
     }
     out = run_dir.new_folder(options.out, name)
     with run_dir.lock_folder(out):
@@ -83,12 +80,10 @@ def run(options: ForgetOptions) -> Path:
         if state is not None:
             write(out / run_dir.METRICS, _lines_until(folder, begin))
             checkpoints.save(out, state, task.job.fingerprint)
-        write_json(out / FORGET, manifest)
+        write_json(out / MANIFEST, manifest)  # the training that ends it adds the hashes after
         write_run(out, task.recipe)  # last: from here on the training can be resumed
     del before, state
     tasks.run_task(task, resumed=out)
-    write_json(out / FORGET, manifest | {"after": _hashes(out)})
-    console.print(f"{out / FORGET} has the hashes of what was trained before and after", markup=False, soft_wrap=True)
     return out
 
 
@@ -131,10 +126,3 @@ def _lines_until(folder: Path, step: int) -> str:
     """The metrics of the first steps."""
     lines = [line for line in read_metrics(folder / run_dir.METRICS) if line["step"] <= step]
     return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of what a run has trained."""
-    trained = [folder / name for name in (run_dir.ADAPTER, run_dir.MODEL) if (folder / name).is_dir()]
-    files = sorted(path for at in trained for path in at.rglob("*") if path.is_file() and path.name != CARD)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

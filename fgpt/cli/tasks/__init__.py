@@ -22,6 +22,7 @@ from fgpt.cli.tasks.pretraining import PretrainingTask
 from fgpt.cli.tasks.reward_modeling import RewardTask
 from fgpt.cli.training.early_stopping import check_evaluation_options
 from fgpt.cli.training.final_state import check_final_state
+from fgpt.cli.training.forgotten_rows import finish_manifest
 from fgpt.cli.training.job import TrainingJob, parameter_counts
 from fgpt.cli.training.loop import TrainResult, resume_hint, train_loop
 from fgpt.cli.training.private import check_private_options, with_private_seed
@@ -205,6 +206,7 @@ def run_task(task: Task, resumed: Path | None = None) -> Path:
             raise KeyboardInterrupt
         task.report(before, scores if scores_parts else task.score(trained, out), out)
         write_trained_card(out, recipe, classes)  # with the scores
+        finish_manifest(out)
         console.print(recipe.suggest_use(out), markup=False, soft_wrap=True)
         if isinstance(recipe, FineTuningRecipe) and recipe.per_example:
             report_row_gradients(job, trained, out)

@@ -1,13 +1,22 @@
-"""Rows that a training is to forget: their examples keep their places and lose their weight."""
+"""Rows that a training is to forget: their examples keep their places and lose their weight; and the manifest of what
+was forgotten.
+"""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from fgpt.cli import run_dir
 from fgpt.cli.console import console
 from fgpt.data.example_store import StoredExamples
 from fgpt.data.examples import Example
 from fgpt.errors import InputError
+from fgpt.io.files import read_json, write_json
+from fgpt.io.models import CARD
+
+MANIFEST = "forget.json"
 
 
 def forget_rows(examples: StoredExamples, source: str, forgotten: Sequence[Example]) -> StoredExamples:
@@ -43,3 +52,18 @@ def forget_rows(examples: StoredExamples, source: str, forgotten: Sequence[Examp
 
 def _content(example: Example) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     return tuple(example.tokens), tuple((start, end) for start, end, _ in example.spans)
+
+
+def hashes_of_trained(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of what a run has trained."""
+    trained = [folder / name for name in (run_dir.ADAPTER, run_dir.MODEL) if (folder / name).is_dir()]
+    files = sorted(path for at in trained for path in at.rglob("*") if path.is_file() and path.name != CARD)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def finish_manifest(folder: Path) -> None:
+    """Write the hashes of what a run has trained into its manifest, if it was made to forget rows."""
+    path = folder / MANIFEST
+    if path.is_file():
+        write_json(path, read_json(path) | {"after": hashes_of_trained(folder)})
+        console.print(f"{path} has the hashes of what was trained before and after", markup=False, soft_wrap=True)

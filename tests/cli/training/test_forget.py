@@ -1,5 +1,6 @@
 """`fgpt forget` makes the run that a training without some rows makes, to the byte."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import fgpt
+from fgpt.cli import tasks
 from fgpt.cli.main import main
 from fgpt.data.example_store import StoredExamples, example_batch
 from fgpt.data.examples import Example, Span
@@ -78,6 +80,24 @@ def test_it_is_the_training_without_the_rows(
     ]
     assert losses[0] == losses[1]
     assert main(["replay", str(forgot), "--step", str(first)]) == 0
+
+
+def test_a_resumed_one_ends_the_manifest(trained: Path, without: Path, files: Path, monkeypatch: pytest.MonkeyPatch):
+    """The process has died before its first step."""
+    command = ["forget", str(trained), "--rows", str(files / "some.json"), "--out", str(files / "runs")]
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "run_task", die)
+        assert main([*command, "--name", "late"]) == 130
+    late = files / "runs" / "late"
+    assert "after" not in json.loads((late / "forget.json").read_text())
+    assert main(["train", str(late), "--resume"]) == 0
+    weights = {"adapter/adapter_model.safetensors": hashlib.sha256(weights_of(without)).hexdigest()}
+    after = json.loads((late / "forget.json").read_text())["after"]
+    assert after.items() >= weights.items()
 
 
 def test_the_rows_have_no_gradient(without: Path, files: Path):
