@@ -17,6 +17,7 @@ it holds a single file of our own.
 
 import contextlib
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,18 @@ def check_name(name: str) -> None:
             f"the run's name is {short_repr(name)}: expected the name of one folder, printable characters without /, "
             f"not starting with . or -, at most {LONGEST_NAME} bytes; --out sets the folder it is in"
         )
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError for a folder of runs that cannot be made or written to, before a training is prepared."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        reason = f"{nearest} is a file"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"{nearest} may not be written to"
+    else:
+        return
+    raise InputError(f"cannot make {out}: {reason}; choose another place with --out FOLDER")
 
 
 def new_folder(out: Path, name: str) -> Path:

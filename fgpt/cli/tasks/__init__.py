@@ -164,10 +164,12 @@ def build_job(recipe: AnyRecipe) -> TrainingJob:
 def run_recipe(recipe: AnyRecipe, resumed: Path | None = None) -> Path:
     """Train, save, score and report: in a new run directory, or in `resumed`. Returns the run directory.
 
-    Raises InputError for a name that no folder can have, before anything is read, and as `build_task` and `train_loop`
-    do.
+    Raises InputError for a name that no folder can have and a place that none can be made in, before anything is read,
+    and as `build_task` and `train_loop` do.
     """
     run_dir.check_name(recipe.name)
+    if resumed is None:
+        run_dir.check_out(recipe.out)
     return run_task(build_task(recipe), resumed)
 
 

@@ -14,7 +14,9 @@ import pytest
 import safetensors.torch
 from builders.resume import assert_same_files, exit_status, final_files, resume, run_in, run_in_fork, wait_until
 
+from fgpt.cli import run_dir
 from fgpt.cli.main import main
+from fgpt.errors import InputError
 
 
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
@@ -81,9 +83,20 @@ def test_a_folder_that_turns_read_only(
 def test_a_folder_that_cannot_be_written_is_one_line(
     training_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "file").write_text("")
-    assert main(["train", *training_args["instruct"], "--out", str(tmp_path / "file")]) == 2
-    assert "cannot make" in capsys.readouterr().err
+    """Before anything is read."""
+    file, locked = tmp_path / "file", tmp_path / "locked"
+    file.write_text("")
+    locked.mkdir(mode=0o500)
+    for out, reason in [(file, f"{file} is a file"), (file / "runs", f"{file} is a file")]:
+        assert main(["train", *training_args["instruct"], "--out", str(out)]) == 2
+        assert (
+            capsys.readouterr().err == f"error: cannot make {out}: {reason}; choose another place with --out FOLDER\n"
+        )
+    if not os.access(locked, os.W_OK):  # root may write anywhere
+        with pytest.raises(InputError, match="locked may not be written to; choose another place with --out FOLDER"):
+            run_dir.check_out(locked / "runs")
+    run_dir.check_out(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
 
 
 def test_no_two_processes_train_in_one_folder(training_args: Any, undisturbed_results: Any, tmp_path: Path):
