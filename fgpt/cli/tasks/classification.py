@@ -84,7 +84,6 @@ class ClassificationTask:
         cfg, tokenizer, _ = load_tokenizer(recipe)
         names, train, test = resolve_labels(recipe.labels, *load_classification_split(recipe))
         recipe = replace(recipe, labels=recipe.labels or names)
-        warn_of_shared_texts(train, test)
         heldout = []
         if recipe.eval_every:
             train, heldout = train_heldout_split(train, min(recipe.num_heldout, len(train) // 2), recipe.seed)
@@ -133,6 +132,7 @@ class ClassificationTask:
             describe_precision(recipe),
             f"{len(train):,} rows of {len(names)} labels ({', '.join(names)}), {job.steps} steps",
             f"{len(test):,} test rows",
+            *warn_of_shared_texts(train, test),
             *warn_if_all_warmup(recipe.peak_lr, job.steps, recipe.num_warmup_steps(job.steps)),
         )
         print_format_cost(recipe, base, examples)

@@ -363,14 +363,16 @@ def load_classification_split(recipe: ClassificationRecipe) -> tuple[list[Labele
     return train_heldout_split(rows, num_heldout(rows, recipe.num_heldout, recipe.train), recipe.seed)
 
 
-def warn_of_shared_texts(train: Sequence[LabeledText], test: Sequence[LabeledText]) -> None:
-    """Print a warning if texts that are scored are trained on."""
+def warn_of_shared_texts(train: Sequence[LabeledText], test: Sequence[LabeledText]) -> list[str]:
+    """A warning if texts that are scored are trained on.
+
+    >>> warn_of_shared_texts([LabeledText("a"), LabeledText("b")], [LabeledText("a", label="x"), LabeledText("c")])
+    ['warning: 1 of the test rows has a text that is trained on, too: the scores are too high']
+    """
     texts = {(row.text, row.text2) for row in train}
-    if shared := sum((row.text, row.text2) in texts for row in test):
-        console.print(
-            f"warning: {shared:,} of the {len(test):,} texts to score are trained on, too: the scores are too high",
-            soft_wrap=True,
-        )
+    shared = sum((row.text, row.text2) in texts for row in test)
+    have = "has a text that is" if shared == 1 else "have texts that are"
+    return [f"warning: {shared:,} of the test rows {have} trained on, too: the scores are too high"] if shared else []
 
 
 def load_test_texts(recipe: ClassificationRecipe) -> list[LabeledText]:
