@@ -268,14 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         print(f"round {i}: mean weight of clean and shuffled rows {means}; a, b {coefficients.tolist()}", flush=True)
     if options.tune:
         heldout, unshuffled = read_tasks(NANO_HELDOUT), [encode(task, PLAIN, tokenizer) for task in tasks]
-        kept = (row_weights > 0.5).nonzero().flatten().tolist()
-        print(f"kept rows: {len(kept)}, of which {int(shuffled[kept].sum())} are shuffled", flush=True)
+        trusted_rows = (row_weights > 0.5).nonzero().flatten().tolist()
+        print(f"kept rows: {len(trusted_rows)}, of which {int(shuffled[trusted_rows].sum())} are shuffled", flush=True)
         ones = torch.ones(len(rows))
         for name, of, subset, weights in (
             ("clean", unshuffled, everything, ones),
             ("shuffled", examples, everything, ones),
             ("weighted", examples, everything, row_weights),
-            ("kept", examples, kept or everything, ones),
+            ("kept", examples, trusted_rows or everything, ones),
         ):
             adapters = training(subset, options.tune, 50, rank=16, of=of).run(weights)
             results[f"{name} points"], error = points(fgpt.merge(fgpt.adapt(base, adapters)), heldout)

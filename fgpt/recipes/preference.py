@@ -89,9 +89,9 @@ def kto_nano() -> PreferenceRecipe:
     """KTO on the embedded base after lora-nano, on its own answers judged by their instructions' demands.
 
     As dpo-nano, but on judged.jsonl, which the script writes beside the pairs if it is named, too. On 2,988 good and
-    4,617 bad answers it gains nothing: 55.6 points before; 52.8, 54.2 and 55.4 after with seeds 0, 1, 2; KL 0.01 nats per
-    token; 220 s on a core of an AMD EPYC, 0.96 GB. At lr 5e-4 it unlearns the questions, most of whose answers are bad:
-    35.9 points, KL 0.86. Pairs can be given as well (--data pairs.jsonl).
+    4,617 bad answers it gains nothing: 55.6 points before; 52.8, 54.2 and 55.4 after with seeds 0, 1, 2; KL 0.01 nats
+    per token; 220 s on a core of an AMD EPYC, 0.96 GB. At lr 5e-4 it unlearns the questions, most of whose answers are
+    bad: 35.9 points, KL 0.86. Pairs can be given as well (--data pairs.jsonl).
     """
     return replace(
         dpo_nano(),
