@@ -163,17 +163,18 @@ def _read(
     records, _ = open_source(source if isinstance(source, Source) else str(source), dict[str, HubDataset]())
     rows: list[R] = []
     first: Mapping[str, Any] = {}
+    form: _Layout[R] | None = None
     count = 0
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{source}, {where}: expected an object of columns, got {type(record).__name__}")
         first = first or record
-        rows += layout(first).rows(record, columns, f"{source}, {where}")
+        form = form or layout(first)
+        rows += form.rows(record, columns, f"{source}, {where}")
         count += 1
-    if not rows:
+    if form is None:
         raise InputError(f"{source}: it holds no rows, expected at least one")
     conversation = (columns.messages,) if columns.messages else COLUMNS
-    form = layout(first)
     used = {*form.names, columns.prompt or "prompt", *conversation, *ASIDE}
     read_columns, others = (tuple(str(x) for x in first if (x in used) == is_read) for is_read in (True, False))
     return PreferenceRows(rows, f"{source}: {Format(form.name, (), read_columns, others).describe(count)}")
