@@ -56,9 +56,9 @@ def grpo_nano() -> GRPORecipe:
     for.
 
     fgpt train grpo-nano. 12.9 points before; 47.1, 43.1 and 41.2 after with seeds 0, 1, 2; 33 minutes on two cores,
-    1.6 GB. Stories rise from 24 to 54 to 60 points by sampling alone; questions from 0 to some 30 by spans of the text
-    that they ask about: without them 37.9 points were the best. Without a penalty on the divergence and at temperature
-    1 the policy recited names and animals after 33 steps (0 points).
+    1.6 GB. Stories rise from 24 points to between 54 and 60 by sampling alone, questions from 0 to between 25 and 33 by
+    spans of the text that they ask about: without them 37.9 points were the best. Without a penalty on the divergence
+    and at temperature 1 the policy recited names and animals after 33 steps (0 points).
     """
     return GRPORecipe(
         name="grpo-nano",
