@@ -12,7 +12,7 @@ from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import cross_entropy
 from fgpt.kernels.functorch_state import is_mapped
-from fgpt.model import GPT, hidden, hidden_at, lm_head
+from fgpt.model import GPT, SharedPrompts, hidden, hidden_after, hidden_at, lm_head
 from fgpt.tree import node
 from fgpt.weights import Adapted, Weight, dense, lora_down
 
@@ -143,7 +143,7 @@ def _row_sums(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "*batc
 
 
 def token_nll(
-    params: GPT, batch: Batch, remat: bool = False, compile: bool = False
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False, prompts: SharedPrompts | None = None
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """The nll of each target in nats, and its weight: of the batch's `loss_positions`, or of all positions, flat.
 
@@ -152,13 +152,19 @@ def token_nll(
         batch: Tokens, targets and the weight of each target.
         remat: Activation checkpointing, see `hidden`.
         compile: Compile the transformer block, see `hidden`.
+        prompts: What the rows of the batch continue; None if they are whole.
+
+    Raises:
+        InputError: for prompts and `compile`: a compiled block keeps no keys and values.
     """
-    h = loss_hidden(params, batch, remat, compile)
+    h = loss_hidden(params, batch, remat, compile, prompts)
     losses = cross_entropy(linear_terms(h, lm_head(params).w), lm_head(params).b, at_loss(batch.targets, batch))
     return losses, at_loss(batch.weights, batch).to(losses.dtype)
 
 
-def loss_hidden(params: GPT, batch: Batch, remat: bool = False, compile: bool = False) -> Float[Tensor, "n d_model"]:
+def loss_hidden(
+    params: GPT, batch: Batch, remat: bool = False, compile: bool = False, prompts: SharedPrompts | None = None
+) -> Float[Tensor, "n d_model"]:
     """The hidden states from which a loss is computed: at the batch's `loss_positions`, or at all positions, flat.
 
     Args:
@@ -166,8 +172,17 @@ def loss_hidden(params: GPT, batch: Batch, remat: bool = False, compile: bool = 
         batch: Tokens, and where the loss is.
         remat: Activation checkpointing, see `hidden`.
         compile: Compile the transformer block, see `hidden`.
+        prompts: As in `token_nll`.
     """
     positions = batch.loss_positions
+    if prompts is not None:
+        if compile:
+            raise InputError(
+                "the compiled block reads no shared prompts: expected rows that have their prompts in them"
+            )
+        if positions is not None:
+            _check_distinct(positions)
+        return hidden_after(params, prompts, batch.tokens, positions, remat).view(-1, params.cfg.d_model)
     if positions is None:
         return hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
     _check_distinct(positions)

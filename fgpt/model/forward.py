@@ -40,7 +40,7 @@ from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, EmbeddingNoise, FusedAttention, Linear, Norm, RMSNorm
 from fgpt.model.taps import BoundTap, Tap, bind, edit, inside, select_points
-from fgpt.tree import replace_at
+from fgpt.tree import node, replace_at, tree_map
 from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
 
@@ -209,6 +209,7 @@ def _without_kv(fn: Callable[..., tuple[Tensor, LayerKV]]) -> Callable[..., tupl
 
 rematerialized_block = rematerialize(_without_kv(block), recompute_fn=_without_kv(_block_for_gradient))
 """`block` that saves only its inputs for the backward pass, which computes the rest again."""
+rematerialized_block_with_kv = rematerialize(block, recompute_fn=_block_for_gradient)
 compiled_block = compile_block(block, "the transformer block")
 compiled_rematerialized_block = rematerialize(
     compiled_block, recompute_fn=compile_block(_block_for_gradient, "the recomputed transformer block")
@@ -604,10 +605,12 @@ def forward_with_cache(
     segments: Int[Tensor, "*batch seq"] | None = None,
     *,
     tap: Tap | None = None,
-) -> tuple[Float[Tensor, "*batch seq d_model"], KVCache]:
+    positions: Int[Tensor, " n"] | None = None,
+    remat: bool = False,
+) -> tuple[Float[Tensor, "*batch seq d_model"] | Float[Tensor, "n d_model"], KVCache]:
     """`hidden` of tokens that follow those in `cache`, and the cache that holds them too.
 
-    Prefill and decode are this one function: a text in any number of chunks equals one pass.
+    Prefill and decode are this one function: a text in any number of chunks equals one pass, and so do the gradients.
 
     Args:
         params: The model, adapted or not.
@@ -615,7 +618,9 @@ def forward_with_cache(
         cache: What the last call returned, or `KVCache()`. It is not changed.
         segments: As in `hidden`. Prompts of different lengths are padded on the left, with segment 0 for padding and 1
             for text.
-        tap: As in `hidden`, for the activations of these tokens.
+        tap: As in `hidden`, for the activations of these tokens; not with `positions`.
+        positions: As in `hidden_at`: hidden states are returned at these positions alone. None returns all.
+        remat: As in `hidden`.
 
     Raises:
         InputError: as `hidden` does, and if a row is longer than a dynamic rope allows keys to be cached.
@@ -634,4 +639,56 @@ def forward_with_cache(
             f"{total} tokens in a row, but a dynamic rope rotates all keys anew beyond {params.cfg.cached_context}, so "
             "they cannot be cached: shorten the row, or pass it whole to apply or hidden"
         )
-    return _forward(params, tokens, segments, cache, tap=bind(tap, params))
+    block_fn = rematerialized_block_with_kv if remat else block
+    return _forward(params, tokens, segments, cache, block_fn, output_positions=positions, tap=bind(tap, params))
+
+
+@node
+class SharedPrompts:
+    """Prompts that rows of a batch continue, each read once, whatever the number of its rows.
+
+    Args:
+        tokens: Token ids, padded on the left.
+        segments: 1 for text and 0 for padding.
+        prompt_of_row: Which prompt each row of the batch continues.
+    """
+
+    tokens: Int[Tensor, "prompts seq"]
+    segments: Int[Tensor, "prompts seq"]
+    prompt_of_row: Int[Tensor, " rows"]
+
+
+@check_shapes
+def hidden_after(
+    params: GPT,
+    prompts: SharedPrompts,
+    tokens: Int[Tensor, "rows seq"],
+    positions: Int[Tensor, " n"] | None = None,
+    remat: bool = False,
+) -> Float[Tensor, "rows seq d_model"] | Float[Tensor, "n d_model"]:
+    """`hidden` of rows that continue prompts, for the cost of each prompt once: rows of the same prompt attend to the
+    same keys and values. Its gradients are those of whole rows, too.
+
+    Args:
+        params: The model, adapted or not.
+        prompts: What comes before each row.
+        tokens: Token ids of the rows without their prompts, padded on the right.
+        positions: As in `hidden_at`; None returns the hidden states at all positions of the rows.
+        remat: As in `hidden`.
+
+    Raises:
+        InputError: as `forward_with_cache` does, for the longest prompt followed by the longest row.
+
+    >>> import fgpt
+    >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
+    >>> params = fgpt.init(cfg, fgpt.key(0))
+    >>> prompt = torch.tensor([[1, 2, 3]])
+    >>> prompts = SharedPrompts(prompt, torch.ones_like(prompt), prompt_of_row=torch.tensor([0, 0]))
+    >>> h = hidden_after(params, prompts, torch.tensor([[4, 5], [6, 7]]))
+    >>> torch.allclose(h[1], fgpt.hidden(params, torch.tensor([1, 2, 3, 6, 7]))[3:], atol=1e-5)
+    True
+    """
+    nowhere = prompts.tokens.new_zeros(0)  # of a prompt, keys and values are all that its rows read
+    _, cache = forward_with_cache(params, prompts.tokens, KVCache(), prompts.segments, positions=nowhere, remat=remat)
+    of_rows = tree_map(lambda x: x.index_select(0, prompts.prompt_of_row), cache)
+    return forward_with_cache(params, tokens, of_rows, positions=positions, remat=remat)[0]

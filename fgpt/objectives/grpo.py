@@ -9,7 +9,7 @@ from torch import Tensor
 from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.losses import Batch, token_nll
-from fgpt.model import GPT
+from fgpt.model import GPT, SharedPrompts
 from fgpt.tree import node
 
 
@@ -18,18 +18,20 @@ class RolloutBatch:
     """Sampled answers and their advantages.
 
     Args:
-        batch: A row for each prompt with its answer; the weights are 1 on the answer. Its `loss_positions`, if any, are
-            those.
+        batch: A row for each prompt with its answer, or for each answer alone if there are `prompts`; the weights are 1
+            on the answer. Its `loss_positions`, if any, are those.
         advantages: Of each row.
         old: The log-probability of each target under the policy that sampled the answers, in the order of
             `fgpt.losses.token_nll`. None takes the policy itself: the first update after sampling.
         reference: The same under the reference policy; needed for a penalty on the divergence from it.
+        prompts: What the rows continue, each prompt once; None if they have their prompts in them.
     """
 
     batch: Batch
     advantages: Float[Tensor, " rows"]
     old: Float[Tensor, " n"] | None = None
     reference: Float[Tensor, " n"] | None = None
+    prompts: SharedPrompts | None = None
 
 
 @check_shapes
@@ -130,7 +132,7 @@ def grpo(
         InputError: as `grpo_losses` does.
     """
     batch = rollouts.batch
-    nll, weights = token_nll(params, batch, remat, compile)
+    nll, weights = token_nll(params, batch, remat, compile, rollouts.prompts)
     seq = batch.tokens.shape[-1]
     positions = batch.loss_positions
     if positions is None:

@@ -2,7 +2,7 @@
 
 groups  = sample_groups(params, prompts, rng=key, num_generations=8, ..)       a function of params and key
 rewards = group_rewards(reward, rows, groups, decode)                          a number for each text
-batches = rollout_batches(prompts, groups, group_advantages(rewards), ..)      rows of prompt and answer
+batches = rollout_batches(prompts, groups, group_advantages(rewards), ..)      answers, and their prompts once
 """
 
 import math
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fgpt.distributed import ALONE, World, gather_objects
 from fgpt.errors import InputError, short_repr
-from fgpt.generation.loop import GenerationOutput, generate
+from fgpt.generation.loop import GenerationOutput, generate, left_pad
 from fgpt.generation.sampling import SamplingParams
 from fgpt.losses import Batch
-from fgpt.model import GPT, Norm
+from fgpt.model import GPT, Norm, SharedPrompts
 from fgpt.objectives.grpo import RolloutBatch
 from fgpt.rng import fold_in
 
@@ -171,37 +171,57 @@ def rollout_batches(
     *,
     eos_token_id: int,
     micro_batch_size: int,
+    share_prompts: bool = True,
 ) -> list[RolloutBatch]:
-    """Micro-batches of prompts with their answers, of similar lengths, whose union is all of them.
+    """Micro-batches of answers, whose union is all of them.
 
     Args:
         prompts: Token ids of each prompt.
         groups: The answers to each prompt, of which some may have more than others.
         advantages: Of each answer.
         eos_token_id: What follows a finished answer, and is learned with it.
-        micro_batch_size: Most rows in a micro-batch.
+        micro_batch_size: Most answers in a micro-batch.
+        share_prompts: In a micro-batch each prompt is read once for all its answers; so the answers to a prompt follow
+            one another, beside groups whose longest answers are of similar lengths. False: a row is a prompt with its
+            answer, as `compile` and a vmap over rows need them, beside rows of similar lengths.
     """
-    rows: list[tuple[list[int], int, float]] = []
     of_groups = advantages.tolist() if isinstance(advantages, Tensor) else advantages
-    for prompt, group, group_advantages in zip(prompts, groups, of_groups, strict=True):
-        for answer, advantage in zip(group, group_advantages, strict=True):
-            end = [eos_token_id] if answer.finished else []
-            rows.append(([*prompt, *answer.tokens, *end], len(prompt), advantage))
-    rows.sort(key=lambda row: len(row[0]))
-    parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-    return [
-        RolloutBatch(
-            _collate([(text, start) for text, start, _ in part]), torch.tensor([advantage for _, _, advantage in part])
-        )
-        for part in parts
-    ]
+    rows: list[tuple[int, list[int], float]] = []
+    for i in sorted(range(len(groups)), key=lambda i: max((len(answer.tokens) for answer in groups[i]), default=0)):
+        for answer, advantage in zip(groups[i], of_groups[i], strict=True):
+            rows.append((i, [*answer.tokens, *([eos_token_id] if answer.finished else [])], advantage))
+    if not share_prompts:
+        rows.sort(key=lambda row: len(prompts[row[0]]) + len(row[1]))
+    parts = [rows[begin : begin + micro_batch_size] for begin in range(0, len(rows), micro_batch_size)]
+    batches: list[RolloutBatch] = []
+    for part in parts:
+        # The last token of a prompt predicts the first one of the answer: it is in the row.
+        texts = [(prompts[prompt][-1:] if share_prompts else prompts[prompt], answer) for prompt, answer, _ in part]
+        shared = _shared_prompts(prompts, [prompt for prompt, _, _ in part]) if share_prompts else None
+        batches.append(RolloutBatch(_collate(texts), torch.tensor([row[2] for row in part]), prompts=shared))
+    return batches
 
 
-def _collate(rows: Sequence[tuple[list[int], int]]) -> Batch:
-    """Texts padded on the right; those of their tokens are weighted that follow the prompt, whose length is given."""
-    width = max(len(text) for text, _ in rows) - 1
-    tokens, weights = torch.zeros(2, len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width)
-    for i, (text, start) in enumerate(rows):
-        tokens[:, i, : len(text) - 1] = torch.tensor([text[:-1], text[1:]])
-        weights[i, start - 1 : len(text) - 1] = 1.0
+def _collate(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+    """Rows of a beginning and an answer, padded on the right; the answer's tokens are weighted."""
+    width = max(len(beginning) + len(answer) for beginning, answer in texts) - 1
+    tokens, weights = torch.zeros(2, len(texts), width, dtype=torch.int64), torch.zeros(len(texts), width)
+    for i, (beginning, answer) in enumerate(texts):
+        row = [*beginning, *answer]
+        tokens[:, i, : len(row) - 1] = torch.tensor([row[:-1], row[1:]])
+        weights[i, len(beginning) - 1 : len(row) - 1] = 1.0
     return Batch(tokens[0], tokens[1], weights, loss_positions=weights.flatten().nonzero().flatten())
+
+
+def _shared_prompts(prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> SharedPrompts | None:
+    """The prompts of these rows without their last tokens; None if nothing is left."""
+    distinct = list(dict.fromkeys(prompt_of_row))
+    beginnings = [prompts[prompt][:-1] for prompt in distinct]
+    if not any(beginnings):
+        return None
+    device = torch.device("cpu")
+    return SharedPrompts(
+        left_pad(beginnings, 0, device),
+        left_pad([[1] * len(beginning) for beginning in beginnings], 0, device),
+        torch.tensor([distinct.index(prompt) for prompt in prompt_of_row]),
+    )

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from builders import close, gpt2_shape, hf_gpt2, load_hf_model, same, tiny, tokens
+from builders import close, gpt2_shape, hf_gpt2, load_hf_model, same, tiny, tokens, with_noise
+from builders.hf_models import hf_model, save_and_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.func import grad, vmap
 
 import fgpt
-from fgpt.tree import num_elements
+from fgpt.model import SharedPrompts, hidden_after
+from fgpt.tree import num_elements, ravel
 
 # -------------------------------------------------------------------------------------------------------------- files
 
@@ -55,6 +58,52 @@ def test_any_chunking_is_one_pass(data: st.DataObject):
         close(whole, fgpt.hidden(params, x), 1e-5)
     for row, n in enumerate(lengths):
         close(whole[row, width - n :], fgpt.hidden(params, x[row : row + 1, width - n :])[0], 1e-5)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gptj", "llama", "mistral", "int8", "nf4"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_rows_after_shared_prompts_are_whole_rows(model: Any, remat: bool):
+    """In value and gradient, under grad and vmap(grad), at all positions and at some."""
+    if model in ("gptj", "llama", "mistral"):
+        base = save_and_load(hf_model(model))
+    else:
+        base = with_noise(tiny(d_model=64, d_mlp=64), seed=3)
+    base = fgpt.quantize(base, model) if model in ("int8", "nf4") else base
+    adapters = with_noise(fgpt.lora(base, fgpt.key(0), 2, target=r"blocks\..*"), seed=1)
+    prompts, ends = [[5, 6, 7, 8], [9, 10]], tokens(31, 3, 5)
+    of_row, positions = torch.tensor([0, 1, 0]), torch.tensor([1, 7, 8, 14])
+    shared = SharedPrompts(
+        torch.tensor([prompts[0], [0, 0, *prompts[1]]]), torch.tensor([[1] * 4, [0, 0, 1, 1]]), of_row
+    )
+    weights = torch.randn(3, 5, base.cfg.d_model, generator=fgpt.key(2))
+
+    def after(adapters: Any, weights: Any) -> torch.Tensor:
+        return (hidden_after(fgpt.adapt(base, adapters), shared, ends, remat=remat) * weights).sum()
+
+    def after_at(adapters: Any, weights: Any) -> torch.Tensor:
+        h = hidden_after(fgpt.adapt(base, adapters), shared, ends, positions, remat)
+        return (h * weights.flatten(0, 1)[positions]).sum()
+
+    def whole(adapters: Any, weights: Any) -> torch.Tensor:
+        params = fgpt.adapt(base, adapters)
+        rows = [torch.cat([torch.tensor(prompts[p]), end]) for p, end in zip(of_row.tolist(), ends, strict=True)]
+        return sum((fgpt.hidden(params, row)[-5:] * w).sum() for row, w in zip(rows, weights, strict=True))
+
+    def equal(a: Any, b: Any) -> None:
+        if model == "int8":  # it rounds cotangents: those of a prompt's tokens are added up over rows before, not after
+            x, y = ravel(a)[0], ravel(b)[0]
+            assert float((x - y).norm() / y.norm()) < 0.02
+        else:
+            close(a, b, 2e-4, 1e-4)
+
+    close(after(adapters, weights), whole(adapters, weights), 2e-4, 1e-4)
+    equal(grad(after)(adapters, weights), grad(whole)(adapters, weights))
+    selected = torch.zeros(15, 1).index_fill(0, positions, 1.0).view(3, 5, 1) * weights
+    close(after_at(adapters, weights), whole(adapters, selected), 2e-4, 1e-4)
+    equal(grad(after_at)(adapters, weights), grad(whole)(adapters, selected))
+    both = torch.stack([weights, selected])
+    per_example = vmap(grad(after), in_dims=(None, 0))(adapters, both)
+    equal(per_example, vmap(grad(whole), in_dims=(None, 0))(adapters, both))
 
 
 def test_a_row_longer_than_the_context_is_refused(gpt: fgpt.GPT):

@@ -1,6 +1,7 @@
 """Rollouts are functions of their keys; equal rewards teach nothing; rewards are numbers."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from builders import close, tiny, with_noise
 from builders.hf_models import hf_model, save_and_load
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad
+from torch.func import grad, grad_and_value
 
 import fgpt
 from fgpt.generation.loop import GenerationOutput
+from fgpt.losses import token_nll
 from fgpt.objectives.grpo import group_advantages, grpo
 from fgpt.objectives.number_reward import final_number, number_reward
 from fgpt.objectives.rollouts import group_rewards, rollout_batches, sample_groups, with_temperature
@@ -92,10 +94,60 @@ def test_micro_batches_are_their_union():
 
 def test_the_weights_lie_on_the_answer_and_its_end():
     groups = [[GenerationOutput([7, 8], True, []), GenerationOutput([9], False, [])]]
-    (x,) = rollout_batches([[1, 2, 3]], groups, torch.tensor([[1.0, -1.0]]), eos_token_id=EOS, micro_batch_size=2)
+    advantages = torch.tensor([[1.0, -1.0]])
+    (x,) = rollout_batches([[1, 2, 3]], groups, advantages, eos_token_id=EOS, micro_batch_size=2, share_prompts=False)
+    assert x.prompts is None
     assert x.advantages.tolist() == [-1.0, 1.0]  # the shorter one comes first
     assert x.batch.targets.tolist() == [[2, 3, 9, 0, 0], [2, 3, 7, 8, EOS]]
     assert x.batch.weights.tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 1]]
+    (x,) = rollout_batches([[1, 2, 3]], groups, advantages, eos_token_id=EOS, micro_batch_size=2)
+    assert x.prompts is not None
+    assert (x.prompts.tokens.tolist(), x.prompts.prompt_of_row.tolist()) == ([[1, 2]], [0, 0])
+    assert x.advantages.tolist() == [1.0, -1.0]
+    assert x.batch.tokens.tolist() == [[3, 7, 8], [3, 0, 0]]
+    assert x.batch.targets.tolist() == [[7, 8, EOS], [9, 0, 0]]
+    assert x.batch.weights.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@given(st.data())
+def test_shared_prompts_are_whole_rows(data: st.DataObject):
+    """In value and gradient, whatever the lengths and however the groups are cut, with a reference and without."""
+    prompts = data.draw(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=4))
+    texts = st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.booleans())
+    groups = [
+        [GenerationOutput(*answer, []) for answer in data.draw(st.lists(texts, min_size=1, max_size=4))]
+        for _ in prompts
+    ]
+    advantages = [[0.5 * i - j + 1 for j in range(len(group))] for i, group in enumerate(groups)]
+    size, beta, remat = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0.0, 0.3])), data.draw(st.booleans())
+
+    def value_and_gradient(share_prompts: bool) -> Any:
+        batches = rollout_batches(
+            prompts, groups, advantages, eos_token_id=EOS, micro_batch_size=size, share_prompts=share_prompts
+        )
+        assert all(batch.prompts is None for batch in batches) or share_prompts
+
+        def total(adapters: Any) -> torch.Tensor:
+            losses = torch.zeros(())
+            for x in batches:
+                reference = -token_nll(BASE, x.batch, prompts=x.prompts)[0].detach()
+                losses = (
+                    losses
+                    + grpo(fgpt.adapt(BASE, adapters), replace(x, reference=reference), beta=beta, remat=remat)[0]
+                )
+            return losses
+
+        return grad_and_value(total)(ADAPTERS)
+
+    shared, whole = value_and_gradient(True), value_and_gradient(False)
+    close(shared, whole, 2e-5, 1e-5)
+    assert max(float(x.b.abs().max()) for x in shared[0].values()) > 0
+
+
+def test_a_compiled_block_reads_no_shared_prompts():
+    (batch,) = rollouts(torch.ones(3, 4), 12)
+    with pytest.raises(fgpt.InputError, match="the compiled block reads no shared prompts: expected rows"):
+        grpo(BASE, batch, compile=True)
 
 
 def test_rewards_are_functions_of_the_text():

@@ -8,6 +8,7 @@ Several processes share the answers that are sampled and the micro-batches of th
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,6 +188,7 @@ def rollout_step(
             [advantages[i] for i in used],
             eos_token_id=eos,
             micro_batch_size=int(recipe.micro_batch_size),
+            share_prompts=not recipe.compile,
         )
         target = device(state.trainable)
         placed: list[Any] = list(rollouts)
@@ -234,7 +236,8 @@ def with_reference(reference: GPT, rollouts: RolloutBatch, beta: float) -> Rollo
     if not beta:
         return rollouts
     with torch.no_grad():
-        return RolloutBatch(rollouts.batch, rollouts.advantages, None, -token_nll(reference, rollouts.batch)[0])
+        nll, _ = token_nll(reference, rollouts.batch, prompts=rollouts.prompts)
+        return replace(rollouts, reference=-nll)
 
 
 def reference_kl(
@@ -255,8 +258,9 @@ def reference_kl(
     for rollouts in rollout_batches(
         prompts, first, torch.zeros(len(first), 1), eos_token_id=eos_token_id, micro_batch_size=max(1, len(first))
     ):  # one batch, or none
-        batch = place(rollouts.batch, target)
-        log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
+        placed = place(rollouts, target)
+        logprobs, others = (-token_nll(of, placed.batch, prompts=placed.prompts)[0] for of in (policy, reference))
+        log_q = others - logprobs  # log of reference / policy
         total, count = total + (torch.expm1(log_q) - log_q).sum(), count + log_q.numel()
     if here.size > 1:
         total, count = sum_over_ranks((total, count))
