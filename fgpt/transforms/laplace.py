@@ -453,7 +453,7 @@ def _pull_back(
     if max_elements and examples:  # the gradients of all classes are kept
         with torch.no_grad():
             max_rows = max_elements // (size * logits(params, examples[0]).numel())
-    for indices, stacked in stacked_chunks(examples, max_rows, chunk_size):
+    for indices, stacked in stacked_chunks(examples, size, max_rows, chunk_size):
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.detach().expand(n, *x.shape).requires_grad_(), params)
         z = vmap(logits)(copies, stacked)

@@ -27,8 +27,10 @@ ExampleLoss: TypeAlias = Callable[[Tree, Any], Float[Tensor, ""]]
 """(params, example) -> loss. Padding of weight 0 must not change it, as is so of `fgpt.nll`'s sum. What it closes over
 is a constant to plain autograd, as in a training step."""
 
-CHUNK_POSITIONS, CPU_CHUNK_POSITIONS = 4096, 1024
-"""Positions, padding included, of the examples that are computed at once. A CPU gains nothing by more."""
+CHUNK_POSITIONS = 4096
+"""Positions, padding included, of the examples that are computed at once. A CPU computes fewer of large params, whose
+activations need memory: see `chunk_positions`.
+"""
 CHUNK_ELEMENTS = 2**28
 """Elements of all gradients that are computed at once, unless one alone has more."""
 
@@ -57,8 +59,8 @@ def per_example_grads(
         loss: The loss of one example, such as `lambda adapters, row: fgpt.nll(fgpt.adapt(base, adapters), row)[0]`.
         params: What is differentiated, such as adapters.
         examples: Batches of one row each, of any lengths.
-        chunk_size: Examples that are computed at once. None takes those of 4,096 positions, of 1,024 on a
-            CPU, and fewer of large params.
+        chunk_size: Examples that are computed at once. None takes those of 4,096 positions, on a CPU of 1,024 or more
+            if the params are large, and fewer of very large ones.
 
     Raises:
         InputError: if there are no examples.
@@ -296,8 +298,9 @@ def grads_in_chunks(
         value = loss(tree, example)
         return value, value.detach()
 
-    max_rows = CHUNK_ELEMENTS // max(1, num_elements(params))
-    for indices, stacked in stacked_chunks(examples, max_rows, chunk_size, max_positions=max_positions):
+    size = num_elements(params)
+    max_rows = CHUNK_ELEMENTS // max(1, size)
+    for indices, stacked in stacked_chunks(examples, size, max_rows, chunk_size, max_positions=max_positions):
         n = len(indices)
         copies = tree_map(lambda x, n=n: x.expand(n, *x.shape), params)
         grads, (losses, _) = vmap(lambda t, e: value_and_grad_of_member(with_aux, t, e))(copies, stacked)
@@ -305,12 +308,18 @@ def grads_in_chunks(
 
 
 def stacked_chunks(
-    examples: Sequence[Batch], max_rows: int, chunk_size: int | None = None, *, max_positions: int = CHUNK_POSITIONS
+    examples: Sequence[Batch],
+    size: int,
+    max_rows: int,
+    chunk_size: int | None = None,
+    *,
+    max_positions: int = CHUNK_POSITIONS,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Indices of examples of about one length, and these with a leading axis, filled up to one length.
 
     Args:
         examples: Batches of one row each.
+        size: Elements of what is differentiated.
         max_rows: The most examples in a chunk, if that is 1 or more.
         chunk_size: Examples in a chunk, instead of what these numbers and the device say.
         max_positions: The most positions in a chunk, if one example has not more.
@@ -322,12 +331,27 @@ def stacked_chunks(
         raise InputError("there are no examples: expected one batch of one row or more")
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}: expected 1 or more")
-    on_cpu = examples[0].tokens.device.type == "cpu"
-    positions = min(max_positions, CPU_CHUNK_POSITIONS if on_cpu else CHUNK_POSITIONS)
+    positions = min(max_positions, chunk_positions(size, examples[0].tokens.device))
     widths = [example.tokens.shape[-1] for example in examples]
     for indices in chunks_by_width(widths, positions, chunk_size, max(1, max_rows)):
         (stacked,) = stack_batches([[examples[i]] for i in indices])
         yield indices, stacked
+
+
+def chunk_positions(size: int, at: torch.device) -> int:
+    """How many positions are computed at once. On a CPU the calls of a chunk take as long as some 150 positions of
+    `nano`: of a small model many positions are needed to hide them, of a large one few.
+
+    Args:
+        size: Elements of what is differentiated, which grow with the model.
+        at: The device.
+
+    >>> chunk_positions(147_456, torch.device("cpu"))  # a LoRA of rank 8 on nano
+    3640
+    >>> chunk_positions(2_440_000, torch.device("cpu"))  # on SmolLM2-135M
+    1024
+    """
+    return CHUNK_POSITIONS if at.type != "cpu" else min(CHUNK_POSITIONS, max(1024, 2**29 // max(1, size)))
 
 
 def chunks_by_width(
