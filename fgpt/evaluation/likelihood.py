@@ -3,7 +3,8 @@
     ln p(continuation | context) = Σ ln p(token_i | context, token_1 .. token_i-1)
 
 A log-likelihood depends on its own request alone: batches are padded on the right, where the causal mask separates
-padding from text, so that the other requests of a batch change nothing but the last bits of rounding. Nothing is left
+padding from text, so that the other requests of a batch change nothing but the last bits of rounding. What several
+requests begin with is read once. Nothing is left
 out silently: tokens that a context lost are counted, and what cannot be scored is refused.
 
 Several processes share the batches, if they are asked to: batch i is computed by rank i mod N, and every rank gets all
@@ -12,7 +13,7 @@ results. The batches are those of one process, and so are the results, to the la
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,11 @@ from torch import Tensor
 
 from fgpt.distributed import ALONE, World, map_over_ranks
 from fgpt.errors import InputError
+from fgpt.evaluation.request_batches import Group, Request, request_batches
 from fgpt.kernels.cross_entropy import CHUNK_BYTES
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.model import GPT, Config, hidden_at, logits
-from fgpt.tree import device
-
-Request: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""(context, continuation): the tokens before, one at least, and the tokens to score after them."""
+from fgpt.model import GPT, Config, hidden_after, hidden_at, logits, pad_prompts
+from fgpt.tree import device, tree_map
 
 
 class LogLikelihood(NamedTuple):
@@ -85,7 +84,7 @@ def iter_loglikelihood(
 
     The longest come first, so that a lack of memory shows at once, and a batch has texts of similar length. Requests
     of which one's model input begins another's share one row: one-token choices after one context, and the turns of one
-    conversation.
+    conversation. Choices of several tokens after one context are rows that share it: it is read once.
 
     Args:
         params: The model.
@@ -98,66 +97,37 @@ def iter_loglikelihood(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: expected 1 or more")
-    rows = _share_rows(_requests_by_input(requests, params.cfg.n_ctx))
-    rows.sort(key=lambda row: len(row[0]), reverse=True)
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = request_batches(requests, batch_size, params.cfg)
 
-    def score(batch: Sequence[Row]) -> list[tuple[int, LogLikelihood]]:
+    def score(batch: Sequence[Group]) -> list[tuple[int, LogLikelihood]]:
         return _score_batch(params, requests, batch)
 
     return map_over_ranks(score, batches, world)
 
 
-Input: TypeAlias = tuple[int, ...]
-"""The tokens that a model reads for a request: context and continuation without its last token, cut to n_ctx."""
-Row: TypeAlias = tuple[Input, list[tuple[int, int]]]
-"""The tokens of a row of a batch, and the requests that it serves: index, and length of the input."""
-
-
-def _share_rows(by_input: dict[Input, list[int]]) -> list[Row]:
-    """The rows that serve all inputs: one that another begins with has no row of its own. In lexicographic order an
-    input is followed by those that begin with it.
-    """
-    rows: list[Row] = []
-    for tokens in sorted(by_input, reverse=True):
-        if not rows or rows[-1][0][: len(tokens)] != tokens:
-            rows.append((tokens, []))
-        rows[-1][1].extend((i, len(tokens)) for i in by_input[tokens])
-    return rows
-
-
-def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[Input, list[int]]:
-    """The indices of requests by model input."""
-    by_input: dict[Input, list[int]] = {}
-    for i, (context, continuation) in enumerate(requests):
-        if not context or not 0 < len(continuation) <= n_ctx:
-            raise InputError(
-                f"request {i} has {len(context)} tokens of context and {len(continuation)} to score: expected 1 or "
-                f"more of context (the beginning-of-sequence token, if nothing else), and 1 to {n_ctx} to score, the "
-                "model's context"
-            )
-        tokens = (*context, *continuation)[:-1][-n_ctx:]
-        by_input.setdefault(tokens, []).append(i)
-    return by_input
-
-
 @torch.no_grad()
-def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Row]) -> list[tuple[int, LogLikelihood]]:
-    """The log-likelihoods of the requests of a batch, whose first row is the longest."""
-    at, width = device(params), len(batch[0][0])
-    padded = np.zeros((len(batch), width), np.int64)
-    for row, (tokens, _) in enumerate(batch):
-        padded[row, : len(tokens)] = tokens
+def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Group]) -> list[tuple[int, LogLikelihood]]:
+    """The log-likelihoods of the requests of a batch."""
+    at, width = device(params), max(group.longest_end for group in batch)
+    rows = [(row, group.shared) for group in batch for row in group.rows]
+    padded = np.zeros((len(rows), width), np.int64)
     indices: list[int] = []
     positions: list[int] = []  # flat
     targets: list[int] = []
-    for row, (_, served) in enumerate(batch):
-        for i, length in served:
-            end, continuation = row * width + length, requests[i][1]
+    for number, (row, shared) in enumerate(rows):
+        padded[number, : len(row.tokens) - shared] = row.tokens[shared:]
+        for i, length in row.served:
+            end, continuation = number * width + length - shared, requests[i][1]
             indices.append(i)
             positions += range(end - len(continuation), end)
             targets += continuation
-    h = hidden_at(params, torch.from_numpy(padded).to(at), torch.tensor(positions, device=at))
+    tokens, where = torch.from_numpy(padded).to(at), torch.tensor(positions, device=at)
+    if batch[0].shared:
+        beginnings = [group.rows[0].tokens[: group.shared] for group in batch]
+        prompts = pad_prompts(beginnings, [number for number, group in enumerate(batch) for _ in group.rows])
+        h = hidden_after(params, tree_map(lambda x: x.to(at), prompts), tokens, where)
+    else:
+        h = hidden_at(params, tokens, where)
     logprobs, greedy = _token_logprobs(params, h, torch.tensor(targets, device=at))
     results: list[tuple[int, LogLikelihood]] = []
     start = 0

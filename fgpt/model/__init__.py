@@ -6,7 +6,6 @@ from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.forward import (
     BlockFunction,
-    SharedPrompts,
     apply,
     block_functions,
     final_norm,
@@ -35,6 +34,7 @@ from fgpt.model.params import (
     fused_qkv,
     init,
 )
+from fgpt.model.shared_prompts import SharedPrompts, pad_prompts
 from fgpt.model.taps import Tap
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "init",
     "lm_head",
     "logits",
+    "pad_prompts",
     "trace",
     "transformer_layers",
 ]

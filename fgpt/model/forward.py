@@ -39,8 +39,9 @@ from fgpt.model.block_compilation import compile_block
 from fgpt.model.cache import KVCache, LayerKV, StaticLayerCache
 from fgpt.model.config import Config
 from fgpt.model.params import GPT, MLP, Attention, Block, EmbeddingNoise, FusedAttention, Linear, Norm, RMSNorm
+from fgpt.model.shared_prompts import SharedPrompts
 from fgpt.model.taps import BoundTap, Tap, bind, edit, inside, select_points
-from fgpt.tree import node, replace_at, tree_map
+from fgpt.tree import replace_at, tree_map
 from fgpt.weights import Adapted, Weight, dtype, embed, linear, linear_group
 
 
@@ -643,21 +644,6 @@ def forward_with_cache(
     return _forward(params, tokens, segments, cache, block_fn, output_positions=positions, tap=bind(tap, params))
 
 
-@node
-class SharedPrompts:
-    """Prompts that rows of a batch continue, each read once, whatever the number of its rows.
-
-    Args:
-        tokens: Token ids, padded on the left.
-        segments: 1 for text and 0 for padding.
-        prompt_of_row: Which prompt each row of the batch continues.
-    """
-
-    tokens: Int[Tensor, "prompts seq"]
-    segments: Int[Tensor, "prompts seq"]
-    prompt_of_row: Int[Tensor, " rows"]
-
-
 @check_shapes
 def hidden_after(
     params: GPT,
@@ -682,9 +668,8 @@ def hidden_after(
     >>> import fgpt
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> params = fgpt.init(cfg, fgpt.key(0))
-    >>> prompt = torch.tensor([[1, 2, 3]])
-    >>> prompts = SharedPrompts(prompt, torch.ones_like(prompt), prompt_of_row=torch.tensor([0, 0]))
-    >>> h = hidden_after(params, prompts, torch.tensor([[4, 5], [6, 7]]))
+    >>> from fgpt.model.shared_prompts import pad_prompts
+    >>> h = hidden_after(params, pad_prompts([[1, 2, 3]], [0, 0]), torch.tensor([[4, 5], [6, 7]]))
     >>> torch.allclose(h[1], fgpt.hidden(params, torch.tensor([1, 2, 3, 6, 7]))[3:], atol=1e-5)
     True
     """

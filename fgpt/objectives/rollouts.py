@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fgpt.distributed import ALONE, World, gather_objects
 from fgpt.errors import InputError, short_repr
-from fgpt.generation.loop import GenerationOutput, generate, left_pad
+from fgpt.generation.loop import GenerationOutput, generate
 from fgpt.generation.sampling import SamplingParams
 from fgpt.losses import Batch
-from fgpt.model import GPT, Norm, SharedPrompts
+from fgpt.model import GPT, Norm, SharedPrompts, pad_prompts
 from fgpt.objectives.grpo import RolloutBatch
 from fgpt.rng import fold_in
 
@@ -219,9 +219,4 @@ def _shared_prompts(prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[in
     beginnings = [prompts[prompt][:-1] for prompt in distinct]
     if not any(beginnings):
         return None
-    device = torch.device("cpu")
-    return SharedPrompts(
-        left_pad(beginnings, 0, device),
-        left_pad([[1] * len(beginning) for beginning in beginnings], 0, device),
-        torch.tensor([distinct.index(prompt) for prompt in prompt_of_row]),
-    )
+    return pad_prompts(beginnings, [distinct.index(prompt) for prompt in prompt_of_row])

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fgpt
-from fgpt.evaluation import likelihood
+from fgpt.evaluation import likelihood, request_batches
 from fgpt.evaluation.likelihood import (
     LogLikelihood,
     loglikelihood,
@@ -21,6 +22,7 @@ from fgpt.evaluation.likelihood import (
     window_and_stride,
     windows,
 )
+from fgpt.model import hidden_after
 from fgpt.tree import astype, replace_at
 
 MODELS = ("gpt2", "llama", "neox")
@@ -90,6 +92,49 @@ def test_a_score_is_its_pairs_alone_and_transformers(name: str, pairs: list[Any]
         assert got.greedy == alone.greedy == greedy
         assert got.total == pytest.approx(math.fsum(expected), abs=1e-4)
         assert got.truncated == alone.truncated == max(0, len(pairs[i][0]) + len(pairs[i][1]) - 1 - 24)
+
+
+some_choices = st.lists(st.lists(some_tokens, min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(
+    header=st.lists(some_tokens, min_size=1, max_size=9),
+    questions=st.lists(st.tuples(st.lists(some_tokens, min_size=1, max_size=12), some_choices), min_size=1, max_size=3),
+    least=st.integers(1, 6),
+    rows=st.integers(1, 8),
+)
+def test_choices_after_one_context_score_as_by_themselves(
+    name: str, header: list[int], questions: list[Any], least: int, rows: int
+):
+    """However many examples and questions they share, and whatever of a context is lost."""
+    model, params = both(name)
+    pairs = [([*header, *question], choice) for question, choices in questions for choice in choices]
+    with patch.object(request_batches, "LEAST_SHARED", least):
+        together = loglikelihood(params, pairs, batch_size=rows)
+    for pair, got in zip(pairs, together, strict=True):
+        expected, greedy = reference(model, *pair)
+        assert got.logprobs == pytest.approx(expected, abs=2e-5)
+        assert got.greedy == greedy
+        assert got.truncated == max(0, len(pair[0]) + len(pair[1]) - 1 - 24)
+
+
+def test_a_context_is_read_once_for_all_its_choices(monkeypatch: pytest.MonkeyPatch):
+    """By hand: two contexts of 16 and 18 tokens and one, five choices of three tokens each."""
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def record(params: fgpt.GPT, prompts: Any, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        shapes.append((tuple(prompts.tokens.shape), tuple(x.shape)))
+        return hidden_after(params, prompts, x, positions)
+
+    monkeypatch.setattr(likelihood, "hidden_after", record)
+    contexts = [tokens(31, n, seed=n).tolist() for n in (17, 19)]
+    pairs = [(context, [choice, 1, 2]) for context in contexts for choice in range(5)]
+    loglikelihood(tiny(), pairs, batch_size=10)
+    assert shapes == [((2, 18), (10, 3))]  # of a context's tokens the last is in the rows
+    shapes.clear()
+    loglikelihood(tiny(), pairs, batch_size=4)
+    assert shapes == [((1, 18), (4, 3)), ((2, 18), (4, 3)), ((1, 16), (2, 3))]
 
 
 def test_what_greedy_decoding_writes_is_greedy():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.func import grad, vmap
 
 import fgpt
-from fgpt.model import SharedPrompts, hidden_after
+from fgpt.model import hidden_after, pad_prompts
 from fgpt.tree import num_elements, ravel
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -72,9 +72,7 @@ def test_rows_after_shared_prompts_are_whole_rows(model: Any, remat: bool):
     adapters = with_noise(fgpt.lora(base, fgpt.key(0), 2, target=r"blocks\..*"), seed=1)
     prompts, ends = [[5, 6, 7, 8], [9, 10]], tokens(31, 3, 5)
     of_row, positions = torch.tensor([0, 1, 0]), torch.tensor([1, 7, 8, 14])
-    shared = SharedPrompts(
-        torch.tensor([prompts[0], [0, 0, *prompts[1]]]), torch.tensor([[1] * 4, [0, 0, 1, 1]]), of_row
-    )
+    shared = pad_prompts(prompts, of_row.tolist())
     weights = torch.randn(3, 5, base.cfg.d_model, generator=fgpt.key(2))
 
     def after(adapters: Any, weights: Any) -> torch.Tensor:
