@@ -132,10 +132,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     mask = None if visible is None else _with_one_batch_axis(visible, 3)
     if mask is None and 1 < queries < keys:
         mask = causal(queries, keys, q.device)[None, None]
-    if mask is not None or not has_flash(*kind):
+    if mask is not None and k.shape[1] < q.shape[1] and queries < 2 * k.shape[1] * k.shape[3]:
+        # Heads with the same keys as more queries of one head: a mask for each is less than keys and values for each.
+        group = q.shape[1] // k.shape[1]
+        q, mask = q.unflatten(1, (-1, group)).flatten(2, 3), mask.repeat(1, 1, group, 1)
+    elif mask is not None or not has_flash(*kind):
         k, v = _repeat_heads(q, k, v)
     if in_vmap() and takes_mask(*kind):
-        y = fused_attention(q, k, v, None if mask is None else mask.expand(rows, 1, queries, keys))
+        y = fused_attention(q, k, v, None if mask is None else mask.expand(rows, 1, q.shape[2], keys))
     else:
         is_causal, fewer_keys = mask is None, False
         if queries == 1:  # branches, as a compiler's answer for a size that varies would be no bool
@@ -143,7 +147,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         if k.shape[1] < q.shape[1]:
             fewer_keys = True
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=fewer_keys)
-    return y.view(shape)
+    return y.reshape(shape)
 
 
 def _with_one_batch_axis(x: Tensor, others: int) -> Tensor:
