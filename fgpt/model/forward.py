@@ -673,7 +673,8 @@ def hidden_after(
     >>> torch.allclose(h[1], fgpt.hidden(params, torch.tensor([1, 2, 3, 6, 7]))[3:], atol=1e-5)
     True
     """
-    nowhere = prompts.tokens.new_zeros(0)  # of a prompt, keys and values are all that its rows read
-    _, cache = forward_with_cache(params, prompts.tokens, KVCache(), prompts.segments, positions=nowhere, remat=remat)
+    # Of a prompt its rows read keys and values alone; one position, as not every kernel multiplies no rows.
+    one = prompts.tokens.new_zeros(1)
+    _, cache = forward_with_cache(params, prompts.tokens, KVCache(), prompts.segments, positions=one, remat=remat)
     of_rows = tree_map(lambda x: x.index_select(0, prompts.prompt_of_row), cache)
     return forward_with_cache(params, tokens, of_rows, positions=positions, remat=remat)[0]
