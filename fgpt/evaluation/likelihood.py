@@ -11,8 +11,9 @@ Several processes share the batches, if they are asked to: batch i is computed b
 results. The batches are those of one process, and so are the results, to the last bit.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from fgpt.distributed import ALONE, World, map_over_ranks
 from fgpt.errors import InputError
-from fgpt.evaluation.request_batches import Group, Request, request_batches
+from fgpt.evaluation.request_batches import Group, Input, Request, request_batches
 from fgpt.kernels.cross_entropy import CHUNK_BYTES
 from fgpt.kernels.precision import at_least_fp32
-from fgpt.model import GPT, Config, hidden_after, hidden_at, logits, pad_prompts
+from fgpt.model import GPT, Config, KVCache, hidden_after, hidden_at, logits, pad_prompts, read_prompts
 from fgpt.tree import device, tree_map
 
 
@@ -84,7 +85,8 @@ def iter_loglikelihood(
 
     The longest come first, so that a lack of memory shows at once, and a batch has texts of similar length. Requests
     of which one's model input begins another's share one row: one-token choices after one context, and the turns of one
-    conversation. Choices of several tokens after one context are rows that share it: it is read once.
+    conversation. Choices of several tokens after one context are rows that share it: it is read once, and so are the
+    examples before several questions.
 
     Args:
         params: The model.
@@ -99,15 +101,26 @@ def iter_loglikelihood(
         raise InputError(f"batch_size is {batch_size}: expected 1 or more")
     batches = request_batches(requests, batch_size, params.cfg)
 
+    @functools.lru_cache(maxsize=1)  # one beginning may serve several batches, one after the other
+    @torch.no_grad()
+    def read(beginnings: tuple[Input, ...]) -> KVCache:
+        prompts = pad_prompts(beginnings, range(len(beginnings)))
+        return read_prompts(params, tree_map(lambda x: x.to(device(params)), prompts))
+
     def score(batch: Sequence[Group]) -> list[tuple[int, LogLikelihood]]:
-        return _score_batch(params, requests, batch)
+        return _score_batch(params, requests, batch, read)
 
     return map_over_ranks(score, batches, world)
 
 
 @torch.no_grad()
-def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Group]) -> list[tuple[int, LogLikelihood]]:
-    """The log-likelihoods of the requests of a batch."""
+def _score_batch(
+    params: GPT,
+    requests: Sequence[Request],
+    batch: Sequence[Group],
+    read: Callable[[tuple[Input, ...]], KVCache],
+) -> list[tuple[int, LogLikelihood]]:
+    """The log-likelihoods of the requests of a batch. `read` gives the keys and values of beginnings."""
     at, width = device(params), max(group.longest_end for group in batch)
     rows = [(row, group.shared) for group in batch for row in group.rows]
     padded = np.zeros((len(rows), width), np.int64)
@@ -123,9 +136,9 @@ def _score_batch(params: GPT, requests: Sequence[Request], batch: Sequence[Group
             targets += continuation
     tokens, where = torch.from_numpy(padded).to(at), torch.tensor(positions, device=at)
     if batch[0].shared:
-        beginnings = [group.rows[0].tokens[: group.shared] for group in batch]
+        beginnings = tuple(group.rows[0].tokens[: group.shared] for group in batch)
         prompts = pad_prompts(beginnings, [number for number, group in enumerate(batch) for _ in group.rows])
-        h = hidden_after(params, tree_map(lambda x: x.to(at), prompts), tokens, where)
+        h = hidden_after(params, tree_map(lambda x: x.to(at), prompts), tokens, where, cache=read(beginnings))
     else:
         h = hidden_at(params, tokens, where)
     logprobs, greedy = _token_logprobs(params, h, torch.tensor(targets, device=at))

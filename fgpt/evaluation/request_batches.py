@@ -4,6 +4,7 @@ one input begins another          one row serves both: choices of one token, the
 inputs have a common beginning    a group of rows after it: choices of several tokens, examples before a question
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -43,8 +44,9 @@ class Group:
 
 
 def request_batches(requests: Sequence[Request], batch_size: int, cfg: Config) -> list[list[Group]]:
-    """Batches of rows by themselves, and batches of groups or parts of them, those with the longest rows first. In a
-    batch of groups the longest beginning and the longest end fit into the context together.
+    """Batches of rows by themselves, and batches of groups or parts of them, each kind with its longest first and the
+    parts of a group one after the other. In a batch of groups the longest beginning and the longest end fit into the
+    context together.
 
     Args:
         requests: Pairs of token ids (context, continuation).
@@ -68,8 +70,9 @@ def request_batches(requests: Sequence[Request], batch_size: int, cfg: Config) -
             shared.append(group)
         else:
             alone += [Group([row]) for row in group.rows]
-    batches = [*_batches(alone, batch_size, cfg.n_ctx), *_batches(shared, batch_size, cfg.cached_context)]
-    return sorted(batches, key=lambda batch: max(map(_width, batch)), reverse=True)
+    batches = [_batches(shared, batch_size, cfg.cached_context), _batches(alone, batch_size, cfg.n_ctx)]
+    batches.sort(key=lambda part: max((_width(group) for group in itertools.chain(*part)), default=0), reverse=True)
+    return [batch for part in batches for batch in part]
 
 
 def _requests_by_input(requests: Sequence[Request], n_ctx: int) -> dict[Input, list[int]]:
@@ -135,7 +138,7 @@ def _batches(groups: Sequence[Group], batch_size: int, context: int) -> list[lis
     batches: list[list[Group]] = []
     last, count = None, batch_size
     for group in sorted(groups, key=_width, reverse=True):
-        for row in group.rows:
+        for row in sorted(group.rows, key=lambda row: len(row.tokens), reverse=True):
             one = Group([row], group.shared)
             if count == batch_size or not _fits_beside(one, batches[-1], context):
                 batches.append([])

@@ -15,6 +15,7 @@ from fgpt.model.forward import (
     hidden_at,
     lm_head,
     logits,
+    read_prompts,
     trace,
     transformer_layers,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "lm_head",
     "logits",
     "pad_prompts",
+    "read_prompts",
     "trace",
     "transformer_layers",
 ]

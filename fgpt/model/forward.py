@@ -645,12 +645,29 @@ def forward_with_cache(
 
 
 @check_shapes
+def read_prompts(params: GPT, prompts: SharedPrompts, remat: bool = False) -> KVCache:
+    """The keys and values of prompts, a row for each.
+
+    Args:
+        params: The model, adapted or not.
+        prompts: What rows continue.
+        remat: As in `hidden`.
+
+    Raises:
+        InputError: as `forward_with_cache` does.
+    """
+    one = prompts.tokens.new_zeros(1)  # no hidden state is read, but not every kernel multiplies no rows
+    return forward_with_cache(params, prompts.tokens, KVCache(), prompts.segments, positions=one, remat=remat)[1]
+
+
+@check_shapes
 def hidden_after(
     params: GPT,
     prompts: SharedPrompts,
     tokens: Int[Tensor, "rows seq"],
     positions: Int[Tensor, " n"] | None = None,
     remat: bool = False,
+    cache: KVCache | None = None,
 ) -> Float[Tensor, "rows seq d_model"] | Float[Tensor, "n d_model"]:
     """`hidden` of rows that continue prompts, for the cost of each prompt once: rows of the same prompt attend to the
     same keys and values. Its gradients are those of whole rows, too.
@@ -661,6 +678,7 @@ def hidden_after(
         tokens: Token ids of the rows without their prompts, padded on the right.
         positions: As in `hidden_at`; None returns the hidden states at all positions of the rows.
         remat: As in `hidden`.
+        cache: What `read_prompts` returns, if it is known.
 
     Raises:
         InputError: as `forward_with_cache` does, for the longest prompt followed by the longest row.
@@ -673,8 +691,6 @@ def hidden_after(
     >>> torch.allclose(h[1], fgpt.hidden(params, torch.tensor([1, 2, 3, 6, 7]))[3:], atol=1e-5)
     True
     """
-    # Of a prompt its rows read keys and values alone; one position, as not every kernel multiplies no rows.
-    one = prompts.tokens.new_zeros(1)
-    _, cache = forward_with_cache(params, prompts.tokens, KVCache(), prompts.segments, positions=one, remat=remat)
+    cache = read_prompts(params, prompts, remat) if cache is None else cache
     of_rows = tree_map(lambda x: x.index_select(0, prompts.prompt_of_row), cache)
     return forward_with_cache(params, tokens, of_rows, positions=positions, remat=remat)[0]

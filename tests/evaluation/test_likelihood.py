@@ -22,7 +22,7 @@ from fgpt.evaluation.likelihood import (
     window_and_stride,
     windows,
 )
-from fgpt.model import hidden_after
+from fgpt.model import hidden_after, read_prompts
 from fgpt.tree import astype, replace_at
 
 MODELS = ("gpt2", "llama", "neox")
@@ -120,21 +120,32 @@ def test_choices_after_one_context_score_as_by_themselves(
 
 
 def test_a_context_is_read_once_for_all_its_choices(monkeypatch: pytest.MonkeyPatch):
-    """By hand: two contexts of 16 and 18 tokens and one, five choices of three tokens each."""
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    """By hand: two contexts of 17 and 19 tokens, five choices of three tokens each; then one of 17 for ten."""
+    prompts_read: list[tuple[int, ...]] = []
+    rows_read: list[tuple[int, ...]] = []
 
-    def record(params: fgpt.GPT, prompts: Any, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        shapes.append((tuple(prompts.tokens.shape), tuple(x.shape)))
-        return hidden_after(params, prompts, x, positions)
+    def record_prompts(params: fgpt.GPT, prompts: Any) -> fgpt.KVCache:
+        prompts_read.append(tuple(prompts.tokens.shape))
+        return read_prompts(params, prompts)
 
-    monkeypatch.setattr(likelihood, "hidden_after", record)
+    def record_rows(params: fgpt.GPT, prompts: Any, x: torch.Tensor, *options: Any, **others: Any) -> torch.Tensor:
+        rows_read.append(tuple(x.shape))
+        return hidden_after(params, prompts, x, *options, **others)
+
+    monkeypatch.setattr(likelihood, "read_prompts", record_prompts)
+    monkeypatch.setattr(likelihood, "hidden_after", record_rows)
+
+    def read(pairs: list[Any], batch_size: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        prompts_read.clear()
+        rows_read.clear()
+        loglikelihood(tiny(), pairs, batch_size=batch_size)
+        return prompts_read, rows_read
+
     contexts = [tokens(31, n, seed=n).tolist() for n in (17, 19)]
     pairs = [(context, [choice, 1, 2]) for context in contexts for choice in range(5)]
-    loglikelihood(tiny(), pairs, batch_size=10)
-    assert shapes == [((2, 18), (10, 3))]  # of a context's tokens the last is in the rows
-    shapes.clear()
-    loglikelihood(tiny(), pairs, batch_size=4)
-    assert shapes == [((1, 18), (4, 3)), ((2, 18), (4, 3)), ((1, 16), (2, 3))]
+    assert read(pairs, 10) == ([(2, 18)], [(10, 3)])  # of a context's tokens the last is in the rows
+    assert read(pairs, 4) == ([(1, 18), (2, 18), (1, 16)], [(4, 3), (4, 3), (2, 3)])
+    assert read([(contexts[0], [choice, 1, 2]) for choice in range(10)], 4) == ([(1, 16)], [(4, 3), (4, 3), (2, 3)])
 
 
 def test_what_greedy_decoding_writes_is_greedy():
