@@ -132,7 +132,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     mask = None if visible is None else _with_one_batch_axis(visible, 3)
     if mask is None and 1 < queries < keys:
         mask = causal(queries, keys, q.device)[None, None]
-    if mask is not None and k.shape[1] < q.shape[1] and queries < 2 * k.shape[1] * k.shape[3]:
+    if mask is not None and k.shape[1] < q.shape[1] and _are_few(queries, k):
         # Heads with the same keys as more queries of one head: a mask for each is less than keys and values for each.
         group = q.shape[1] // k.shape[1]
         q, mask = q.unflatten(1, (-1, group)).flatten(2, 3), mask.repeat(1, 1, group, 1)
@@ -148,6 +148,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
             fewer_keys = True
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=fewer_keys)
     return y.reshape(shape)
+
+
+def _are_few(queries: int, k: Float[Tensor, "rows kv key d_head"]) -> bool:
+    """Whether a mask has fewer elements than keys and values. A compiled program takes sizes as they come: it knows one
+    query from several.
+    """
+    return queries == 1 if torch.compiler.is_compiling() else queries < 2 * k.shape[1] * k.shape[3]
 
 
 def _with_one_batch_axis(x: Tensor, others: int) -> Tensor:
