@@ -55,10 +55,10 @@ def grpo_nano() -> GRPORecipe:
     """GRPO on the embedded base and instructions: no answers shown, rewards are the demands that a text can be checked
     for.
 
-    fgpt train grpo-nano. 12.9 points before; 47.7, 48.0 and 44.3 after with seeds 0, 1, 2; about 40 minutes on two cores,
-    1.2 GB. Stories rise from 24 points to between 58 and 64 by sampling alone, questions from 0 to between 29 and 37 by
-    spans of the text that they ask about: without them 37.9 points were the best. Without a penalty on the divergence
-    and at temperature 1 the policy recited names and animals after 33 steps (0 points).
+    fgpt train grpo-nano. 12.9 points before; 47.7, 48.0 and 44.3 after with seeds 0, 1, 2; about 40 minutes on two
+    cores, 1.2 GB. Stories rise from 24 points to between 58 and 64 by sampling alone, questions from 0 to between 29
+    and 37 by spans of the text that they ask about: without them 37.9 points were the best. Without a penalty on the
+    divergence and at temperature 1 the policy recited names and animals after 33 steps (0 points).
     """
     return GRPORecipe(
         name="grpo-nano",
