@@ -12,7 +12,7 @@ from fgpt._typing import check_shapes
 from fgpt.errors import InputError
 from fgpt.kernels.cross_entropy import cross_entropy
 from fgpt.kernels.functorch_state import is_mapped
-from fgpt.model import GPT, SharedPrompts, hidden, hidden_after, hidden_at, lm_head
+from fgpt.model import GPT, SharedPrompts, hidden, hidden_after, hidden_at, lm_head, read_prompts
 from fgpt.tree import node
 from fgpt.weights import Adapted, Weight, dense, lora_down
 
@@ -182,7 +182,9 @@ def loss_hidden(
             )
         if positions is not None:
             _check_distinct(positions)
-        return hidden_after(params, prompts, batch.tokens, positions, remat).view(-1, params.cfg.d_model)
+        cache = read_prompts(params, prompts, remat)
+        h = hidden_after(params, cache, prompts.prompt_of_row, batch.tokens, positions, remat)
+        return h.view(-1, params.cfg.d_model)
     if positions is None:
         return hidden(params, batch.tokens, batch.segments, remat, compile, batch.cu_seqlens).flatten(0, -2)
     _check_distinct(positions)

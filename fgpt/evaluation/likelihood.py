@@ -4,8 +4,8 @@
 
 A log-likelihood depends on its own request alone: batches are padded on the right, where the causal mask separates
 padding from text, so that the other requests of a batch change nothing but the last bits of rounding. What several
-requests begin with is read once. Nothing is left
-out silently: tokens that a context lost are counted, and what cannot be scored is refused.
+requests begin with is read once. Nothing is left out silently: tokens that a context lost are counted, and what cannot
+be scored is refused.
 
 Several processes share the batches, if they are asked to: batch i is computed by rank i mod N, and every rank gets all
 results. The batches are those of one process, and so are the results, to the last bit.
@@ -136,9 +136,9 @@ def _score_batch(
             targets += continuation
     tokens, where = torch.from_numpy(padded).to(at), torch.tensor(positions, device=at)
     if batch[0].shared:
-        beginnings = tuple(group.rows[0].tokens[: group.shared] for group in batch)
-        prompts = pad_prompts(beginnings, [number for number, group in enumerate(batch) for _ in group.rows])
-        h = hidden_after(params, tree_map(lambda x: x.to(at), prompts), tokens, where, cache=read(beginnings))
+        cache = read(tuple(group.rows[0].tokens[: group.shared] for group in batch))
+        group_of_row = [number for number, group in enumerate(batch) for _ in group.rows]
+        h = hidden_after(params, cache, torch.tensor(group_of_row, device=at), tokens, where)
     else:
         h = hidden_at(params, tokens, where)
     logprobs, greedy = _token_logprobs(params, h, torch.tensor(targets, device=at))

@@ -663,22 +663,22 @@ def read_prompts(params: GPT, prompts: SharedPrompts, remat: bool = False) -> KV
 @check_shapes
 def hidden_after(
     params: GPT,
-    prompts: SharedPrompts,
+    cache: KVCache,
+    prompt_of_row: Int[Tensor, " rows"],
     tokens: Int[Tensor, "rows seq"],
     positions: Int[Tensor, " n"] | None = None,
     remat: bool = False,
-    cache: KVCache | None = None,
 ) -> Float[Tensor, "rows seq d_model"] | Float[Tensor, "n d_model"]:
     """`hidden` of rows that continue prompts, for the cost of each prompt once: rows of the same prompt attend to the
     same keys and values. Its gradients are those of whole rows, too.
 
     Args:
         params: The model, adapted or not.
-        prompts: What comes before each row.
+        cache: The keys and values of the prompts, as `read_prompts` returns them.
+        prompt_of_row: Which prompt each row continues.
         tokens: Token ids of the rows without their prompts, padded on the right.
         positions: As in `hidden_at`; None returns the hidden states at all positions of the rows.
         remat: As in `hidden`.
-        cache: What `read_prompts` returns, if it is known.
 
     Raises:
         InputError: as `forward_with_cache` does, for the longest prompt followed by the longest row.
@@ -687,10 +687,10 @@ def hidden_after(
     >>> cfg = fgpt.Config(n_layer=1, n_head=2, d_model=8, n_ctx=16, vocab_size=10, d_mlp=32)
     >>> params = fgpt.init(cfg, fgpt.key(0))
     >>> from fgpt.model.shared_prompts import pad_prompts
-    >>> h = hidden_after(params, pad_prompts([[1, 2, 3]], [0, 0]), torch.tensor([[4, 5], [6, 7]]))
+    >>> prompts = pad_prompts([[1, 2, 3]], [0, 0])
+    >>> h = hidden_after(params, read_prompts(params, prompts), prompts.prompt_of_row, torch.tensor([[4, 5], [6, 7]]))
     >>> torch.allclose(h[1], fgpt.hidden(params, torch.tensor([1, 2, 3, 6, 7]))[3:], atol=1e-5)
     True
     """
-    cache = read_prompts(params, prompts, remat) if cache is None else cache
-    of_rows = tree_map(lambda x: x.index_select(0, prompts.prompt_of_row), cache)
+    of_rows = tree_map(lambda x: x.index_select(0, prompt_of_row), cache)
     return forward_with_cache(params, tokens, of_rows, positions=positions, remat=remat)[0]

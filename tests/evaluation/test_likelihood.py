@@ -128,9 +128,9 @@ def test_a_context_is_read_once_for_all_its_choices(monkeypatch: pytest.MonkeyPa
         prompts_read.append(tuple(prompts.tokens.shape))
         return read_prompts(params, prompts)
 
-    def record_rows(params: fgpt.GPT, prompts: Any, x: torch.Tensor, *options: Any, **others: Any) -> torch.Tensor:
+    def record_rows(params: fgpt.GPT, cache: fgpt.KVCache, rows: Any, x: torch.Tensor, where: Any) -> torch.Tensor:
         rows_read.append(tuple(x.shape))
-        return hidden_after(params, prompts, x, *options, **others)
+        return hidden_after(params, cache, rows, x, where)
 
     monkeypatch.setattr(likelihood, "read_prompts", record_prompts)
     monkeypatch.setattr(likelihood, "hidden_after", record_rows)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.func import grad, vmap
 
 import fgpt
-from fgpt.model import hidden_after, pad_prompts
+from fgpt.model import hidden_after, pad_prompts, read_prompts
 from fgpt.tree import num_elements, ravel
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -76,10 +76,12 @@ def test_rows_after_shared_prompts_are_whole_rows(model: Any, remat: bool):
     weights = torch.randn(3, 5, base.cfg.d_model, generator=fgpt.key(2))
 
     def after(adapters: Any, weights: Any) -> torch.Tensor:
-        return (hidden_after(fgpt.adapt(base, adapters), shared, ends, remat=remat) * weights).sum()
+        params = fgpt.adapt(base, adapters)
+        return (hidden_after(params, read_prompts(params, shared, remat), of_row, ends, remat=remat) * weights).sum()
 
     def after_at(adapters: Any, weights: Any) -> torch.Tensor:
-        h = hidden_after(fgpt.adapt(base, adapters), shared, ends, positions, remat)
+        params = fgpt.adapt(base, adapters)
+        h = hidden_after(params, read_prompts(params, shared, remat), of_row, ends, positions, remat)
         return (h * weights.flatten(0, 1)[positions]).sum()
 
     def whole(adapters: Any, weights: Any) -> torch.Tensor:

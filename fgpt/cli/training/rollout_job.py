@@ -256,11 +256,15 @@ def reference_kl(
     target = device(policy)
     total, count = torch.zeros((), device=target), torch.zeros((), device=target)
     for rollouts in rollout_batches(
-        prompts, first, torch.zeros(len(first), 1), eos_token_id=eos_token_id, micro_batch_size=max(1, len(first))
+        prompts,
+        first,
+        torch.zeros(len(first), 1),
+        eos_token_id=eos_token_id,
+        micro_batch_size=max(1, len(first)),
+        share_prompts=False,  # each has one answer here
     ):  # one batch, or none
-        placed = place(rollouts, target)
-        logprobs, others = (-token_nll(of, placed.batch, prompts=placed.prompts)[0] for of in (policy, reference))
-        log_q = others - logprobs  # log of reference / policy
+        batch = place(rollouts.batch, target)
+        log_q = token_nll(policy, batch)[0] - token_nll(reference, batch)[0]  # log of reference / policy
         total, count = total + (torch.expm1(log_q) - log_q).sum(), count + log_q.numel()
     if here.size > 1:
         total, count = sum_over_ranks((total, count))
