@@ -173,9 +173,14 @@ docs-serve *args: setup-docs
 docs-pictures *args: setup-docs
     @"{{ python }}" docs/pictures.py "$@"
 
-# All tests, two processes of one thread each; one file: `just test tests/model/test_forward.py`
+# The tests that are not marked slow, two processes of one thread each; one file: `just test tests/model/test_forward.py`
 [no-exit-message]
 test *args: setup-dev
+    @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal --max-worker-restart 0 -m "not slow" "$@"
+
+# Every test, slow ones too: what CI runs
+[no-exit-message]
+test-all *args: setup-dev
     @OMP_NUM_THREADS=1 "{{ python }}" -m pytest -n 2 --dist worksteal --max-worker-restart 0 "$@"
 
 # What depends on torch's transforms and its compiler, under torch 2.11, the oldest that fgpt runs on

@@ -1,6 +1,7 @@
 """What every test has: Hypothesis without deadlines, shared data, a tiny model, a trap for the merged weight."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ import fgpt
 from fgpt.kernels import quantized_linear as kernel
 from fgpt.weights import dense
 
+# A shell has what it starts in the background ignore SIGINT, and so would the processes that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fgpt", deadline=None, max_examples=20)
 settings.load_profile("fgpt")
 disable_progress_bar()

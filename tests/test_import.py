@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from builders import ROOT
 
 PROBE = """
@@ -30,6 +31,7 @@ print(json.dumps([json.loads(before), json.loads(after), [m for m in heavy if m 
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_and_is_quick():
     """Under a second beyond torch (of CPU, so that a busy machine tells the same; the best of three), nothing heavy."""
     took = []

@@ -109,6 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     return options, at / "runs" / "emotion-small"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["((.*)*)*!", "(((.?)+)+)+!", "(?:(?:.|..|...|....|.....)+)+[^qkv]"])
 def test_a_selector_from_a_run_s_file_ends(pattern: str, run: tuple[list[str], Path]):
     at = run[1] / "run.json"

@@ -4,14 +4,16 @@
 
 The tasks are kinds of the nano instructions, each with a LoRA of its own over the embedded base. A quarter of each
 kind's rows is set apart and answered greedily; points are those of `fgpt.cli.evaluation.metrics.nano`. Combinations see
-`--shots` rows of each task that the adapters have seen, too.
+`--shots` other rows of each kind, which no adapter has seen. What these rows teach without any of the adapters, a new
+LoRA on them shows.
 """
 
 import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,34 +40,36 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of each adapter")
     parser.add_argument("--joint-steps", type=int, default=0, help="updates on all tasks, merged into the base before")
     parser.add_argument("--merge-lr", type=float, default=0.05, help="learning rate of merging by gradient")
-    parser.add_argument("--shots", type=int, default=16, help="rows of each task that combinations may see")
-    parser.add_argument("--limit", type=int, default=24, help="rows of each task that are answered")
+    parser.add_argument("--shots", type=int, default=16, help="rows of each kind that combinations may see")
+    parser.add_argument("--limit", type=int, default=24, help="rows of each kind that are answered")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     base, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
-    train, test = split(options.seed, options.limit)
+    rows = split(options.seed, options.limit, options.shots)
+    train, few, test = ({kind: parts[i] for kind, parts in rows.items()} for i in range(3))
     if options.joint_steps:
         mixed = [random.Random(i).choice(train[KINDS[i % len(KINDS)]]) for i in range(6000)]
-        joint = tune(base, tokenizer, mixed, options.joint_steps, 99, lr=5e-3, rank=16)
+        joint = tune(base, batches(tokenizer, mixed, options.joint_steps, 99), options.joint_steps, 99, 5e-3, 16)
         base = fgpt.merge(fgpt.adapt(base, joint))
     begin = time.monotonic()
     tasks = [
-        tune(base, tokenizer, train[kind], options.steps, options.seed + i, lr=options.lr)
-        for i, kind in enumerate(KINDS)
+        tune(base, batches(tokenizer, train[kind], options.steps, seed), options.steps, seed, options.lr)
+        for seed, kind in enumerate(KINDS, options.seed)
     ]
     print(f"six adapters in {time.monotonic() - begin:.0f} s")
     alone = {kind: points(base, x, tokenizer, test[kind]) for kind, x in zip(KINDS, tasks, strict=True)}
     report("its own adapter", alone)
     report("the base", {kind: points(base, {}, tokenizer, test[kind]) for kind in KINDS})
-    few = [row for kind in KINDS for row in train[kind][: options.shots]]
     candidates: list[tuple[str, Adapters]] = [("soup", fgpt.combine(base, tasks)), ("sum", sum_of(base, tasks, 1.0))]
     for method, density, scale in itertools.product(("ties", "dare"), (0.2, 0.5), (1.0, 2.0)):
         name = f"{method}, density {density:g}, weights {scale:g}"
         candidates.append((name, sum_of(base, tasks, scale if method == "ties" else scale / 3, method, density)))
     begin = time.monotonic()
-    merged = fgpt.merge_by_gradient(base, tasks, batches(tokenizer, few, 150, options.seed), lr=options.merge_lr)
+    merged = fgpt.merge_by_gradient(base, tasks, even_batches(tokenizer, few, 150, options.seed), lr=options.merge_lr)
     seconds = time.monotonic() - begin
-    candidates.append((f"by gradient ({seconds:.0f} s, {len(few)} rows)", merged.adapters))
+    candidates.append((f"by gradient ({seconds:.0f} s, {options.shots} rows of each)", merged.adapters))
+    alone_on_few = tune(base, even_batches(tokenizer, few, 150, options.seed), 150, options.seed, 3e-3, 16)
+    candidates.append(("a new LoRA on the same rows", alone_on_few))
     for name, adapters in candidates:
         report(name, {kind: points(base, adapters, tokenizer, test[kind]) for kind in KINDS}, alone)
 
@@ -76,16 +80,15 @@ def sum_of(
     return fgpt.combine(base, tasks, [weight] * len(tasks), method=method, density=density, rng=fgpt.key(0))
 
 
-def split(seed: int, limit: int) -> tuple[dict[str, list[Task]], dict[str, list[Task]]]:
-    """Rows of each kind to train on, and others to be answered."""
-    train: dict[str, list[Task]] = {}
-    test: dict[str, list[Task]] = {}
+def split(seed: int, limit: int, shots: int) -> dict[str, tuple[list[Task], list[Task], list[Task]]]:
+    """Rows of each kind to train on, `shots` to combine by, and up to `limit` to be answered."""
+    parts: dict[str, tuple[list[Task], list[Task], list[Task]]] = {}
     for kind in KINDS:
         rows = [task for task in read_tasks(NANO_TASKS) if task.kind == kind]
         random.Random(seed).shuffle(rows)
         count = min(limit, len(rows) // 4)
-        test[kind], train[kind] = rows[:count], rows[count:]
-    return train, test
+        parts[kind] = rows[count + shots :], rows[count : count + shots], rows[:count]
+    return parts
 
 
 def batches(tokenizer: Tokenizer, rows: Sequence[Task], count: int, seed: int) -> Iterator[list[fgpt.Batch]]:
@@ -96,10 +99,21 @@ def batches(tokenizer: Tokenizer, rows: Sequence[Task], count: int, seed: int) -
         yield [collate([[draw.choice(examples)] for _ in range(BATCH)], None)]
 
 
+def even_batches(
+    tokenizer: Tokenizer, rows: Mapping[str, Sequence[Task]], count: int, seed: int
+) -> Iterator[list[fgpt.Batch]]:
+    """`count` batches of two rows of each kind. Each row counts once: by tokens, stories would outweigh the rest."""
+    draw = random.Random(seed)
+    examples = {kind: [encode(row, PLAIN, tokenizer) for row in of] for kind, of in rows.items()}
+    for _ in range(count):
+        batch = collate([[draw.choice(examples[kind])] for kind in KINDS * 2], None)
+        yield [replace(batch, weights=batch.weights / batch.weights.sum(1, keepdim=True))]
+
+
 def tune(
-    base: fgpt.GPT, tokenizer: Tokenizer, rows: Sequence[Task], steps: int, seed: int, *, lr: float, rank: int = 8
+    base: fgpt.GPT, batches: Iterable[list[fgpt.Batch]], steps: int, seed: int, lr: float, rank: int = 8
 ) -> Adapters:
-    """A LoRA on every matrix, trained on the rows."""
+    """A LoRA on every matrix, trained on the batches."""
     optimizer = fgpt.adamw(cosine_schedule(lr, steps, warmup_steps=10))
 
     def loss(adapters: Any, params: Any, batch: fgpt.Batch, rng: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +121,7 @@ def tune(
 
     step = fgpt.make_step(loss, optimizer)
     state = fgpt.init_state(fgpt.lora(base, fgpt.key(seed), rank=rank), optimizer)
-    for micro_batches in batches(tokenizer, rows, steps, seed):
+    for micro_batches in batches:
         state, _ = step(state, base, micro_batches, None)
     return state.trainable
 

@@ -17,6 +17,7 @@ BASES = ("fp32", "bf16", "nf4", "int8", "blockwise8")
 lengths = st.lists(st.lists(st.integers(4, 8), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(list(FAMILIES)), st.sampled_from(BASES), st.sampled_from(list(METHODS)), lengths)
 @settings(max_examples=8)
 def test_the_laws_hold(family: str, base: str, method: str, rows: list[tuple[int, ...]]):
@@ -52,6 +53,7 @@ def test_what_cannot_be_asked_is_not_passed_in_silence():
     assert (noise.error, noise.holds, noise.note) == (None, None, "no adapters")
 
 
+@pytest.mark.slow
 def test_it_leaves_everything_as_it_was():
     params = doctor_model()
     adapters, before = METHODS["lora"](params), leaves(params)

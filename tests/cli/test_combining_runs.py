@@ -39,6 +39,7 @@ def meaning(folder: Path) -> dict[str, torch.Tensor]:
     return leaves(fgpt.merge(run_dir.load_tuned(folder, base)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("lora", "dora"), ("lora", "full"), ("lora", "lora")])
 def test_a_combination_is_a_run(names: tuple[str, str], runs: Path, capsys: pytest.CaptureFixture[str]):
     name = f"both-{'-'.join(names)}"

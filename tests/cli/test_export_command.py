@@ -79,6 +79,7 @@ def export(run: Path, to: str, *options: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "full", "words", "bias", "dora"])
 def test_merged(name: str, runs: Path):
     folder = export(runs / name, "merged")
@@ -115,6 +116,7 @@ def test_the_default_type_is_f16(runs: Path):
     assert read_header(path).entries["blk.0.attn_qkv.weight"].kind == "F16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["dequantized", "original"])
 def test_gguf_of_a_quantized_base(base: str, runs: Path, project: Path):
     folder = export(runs / "int8", "gguf", "--type", "f32", "--merge-base", base)

@@ -120,6 +120,7 @@ except ValueError as err:
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_documents_name_their_extra():
     """Each of the two packages, before anything is embedded."""
     code = "from fgpt.__main__ import main\nsys.exit(main())"

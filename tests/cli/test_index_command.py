@@ -146,6 +146,7 @@ def test_a_chat_has_the_passages_of_its_newest_question(project: Path, index: Pa
     assert capsys.readouterr().out.splitlines()[-1] == "sources: [1] bear.txt"
 
 
+@pytest.mark.slow
 def test_training_has_the_prompts_of_generation(
     project: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

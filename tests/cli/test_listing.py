@@ -16,6 +16,7 @@ from fgpt.cli.metrics_log import read_metrics
 from fgpt.recipes import RECIPES
 
 
+@pytest.mark.slow
 def test_a_second_run_of_a_name_keeps_the_first(tmp_path: Path, instruction_file: Path):
     for _ in range(2):
         options = [
@@ -41,6 +42,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
     assert all(name in listed for name in RECIPES)
 
 
+@pytest.mark.slow
 def test_runs_are_listed_newest_first(lora_run: Path, capsys: pytest.CaptureFixture[str]):
     out = lora_run.parent
     for age, name, state in ((300, "mine", "running"), (600, "broken", "failed")):

@@ -103,6 +103,7 @@ def runs(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "fused", "words", "bias"])
 def test_the_code_loads_what_was_trained(name: str, runs: Path, project: Path):
     run = runs / name
@@ -149,6 +150,7 @@ def test_a_private_run_shows_no_figures(project: Path):
         assert secret not in text
 
 
+@pytest.mark.slow
 def test_names_of_the_hub():
     run = recipes.find("dora-medium").to_json() | {"base": "openai-community/gpt2@main"}
     found = metadata(run, "instruction", "peft")

@@ -104,6 +104,7 @@ def test_a_run_with_a_name_of_its_own_is_had_again_by_its_recipe():
 # ------------------------------------------------------------------------------------------------- options and help
 
 
+@pytest.mark.slow
 def test_hints_are_options_that_exist(capsys: pytest.CaptureFixture[str]):
     """By the names of transformers, TRL, litgpt and PEFT, with dashes or underscores."""
     known = {option: cls for cls in reversed(OPTION_CLASSES) for option in option_names(cls)} | {"--resume": None}

@@ -30,6 +30,7 @@ def windows(path: Path, seq: int) -> list[fgpt.Batch]:
     return [fgpt.Batch(x[:, :-1], x[:, 1:], torch.ones(1, seq)) for x in tokens]
 
 
+@pytest.mark.slow
 def test_the_table_and_the_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = run(QuantizeOptions("nano", text, "rotated-int8", tmp_path / "small", max_seq_len=48, windows=2))
     assert folder == tmp_path / "small"
@@ -53,6 +54,7 @@ def test_the_table_and_the_folder(text: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"recommended: {fast} (" in printed
 
 
+@pytest.mark.slow
 def test_gptq_reads_the_windows_before(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
     monkeypatch.setattr(
@@ -74,6 +76,7 @@ def test_without_a_text_it_only_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "│" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_little_text_for_gptq_leaves_out_its_row(text: Path, capsys: pytest.CaptureFixture[str]):
     text.write_text(text.read_text()[:2000])
     run(QuantizeOptions("nano", text, max_seq_len=48))

@@ -54,6 +54,7 @@ def slow_steps() -> None:
     fgpt.cli.training.step_log.peak_memory = peak_memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prepare", "begun", "answer"),
     [(endless_batches, "steps", "ending after this step"), (endless_loading, "loading", "swallowed")],

@@ -25,6 +25,7 @@ def closed_pipe() -> int:
     return write
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_ends_a_command_quietly(project: Path):
     command = [sys.executable, "-m", "fgpt", "runs"]
     done = subprocess.run(command, cwd=ROOT, stdout=closed_pipe(), stderr=subprocess.PIPE, text=True, check=False)
@@ -77,6 +78,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding: str, project: Path):
     assert "no recipe named '??'" in err
 
 
+@pytest.mark.slow
 def test_the_oldest_locale_is_enough(project: Path):
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     args = ["classify", str(project / "runs" / "told[b]"), "--file", "-"]
@@ -88,6 +90,7 @@ def test_the_oldest_locale_is_enough(project: Path):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_paths_that_are_no_text(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     base, data = Path(odd) / "base", Path(odd) / "rows.json"

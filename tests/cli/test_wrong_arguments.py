@@ -79,6 +79,7 @@ def test_beam_search_ignores_no_option(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_row_longer_than_the_context_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--steps", "1", "--max-seq-len", "4096", "--compare-prompts", "0", "--out", str(tmp_path)]
     assert main(["train", "lora-nano", *options]) == 0
@@ -86,6 +87,7 @@ def test_a_row_longer_than_the_context_is_said(tmp_path: Path, capsys: pytest.Ca
     assert expected in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [

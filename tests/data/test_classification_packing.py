@@ -43,6 +43,7 @@ def test_packing_keeps_every_label_at_its_text_s_end(examples: list[Example], se
     assert counts == Counter((*x.tokens, x.label or 0) for x in examples)
 
 
+@pytest.mark.slow
 @given(st.lists(labeled, min_size=1, max_size=20), st.integers(9, 24))
 def test_packed_scoring_is_scoring_one_by_one(examples: list[Example], width: int):
     params = fgpt.with_classification_head(tiny(), 3, fgpt.key(1))

@@ -271,6 +271,7 @@ def smollm2() -> Tokenizer:
     return of_gguf(read_header(path).fields, 49152, path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "conversations", "spans"), [("messages_demo.jsonl", 500, 500), ("sharegpt_tools_demo.json", 300, 957)]
 )

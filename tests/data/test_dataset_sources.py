@@ -18,6 +18,7 @@ from builders.datasets import JSON_ROWS, ROWS, load_rows_elsewhere
 from fgpt.data.prompt_templates import InstructionRow
 
 
+@pytest.mark.slow
 def test_folder_in_the_hubs_layout(tmp_path: Path):
     data = tmp_path / "mine" / "data"
     data.mkdir(parents=True)
@@ -92,6 +93,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_gated_dataset(tmp_path: Path, hub: str):
     error = load_rows_elsewhere(tmp_path, "lima", HF_ENDPOINT=hub)
     assert error.startswith(

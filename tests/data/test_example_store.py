@@ -120,6 +120,7 @@ def _is_list(text: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_list_is_not_held(tmp_path: Path):
     import subprocess
 

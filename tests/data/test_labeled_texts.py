@@ -129,6 +129,7 @@ def test_texts_that_are_trained_on_and_scored_are_said():
     ]
 
 
+@pytest.mark.slow
 def test_folders_and_the_hub_s_cache(tmp_path: Path):
     """A split of a local folder, and a dataset of the hub that was fetched before, its classes by name."""
     data = tmp_path / "mine" / "data"

@@ -43,6 +43,7 @@ def test_a_local_folder_stays_local(card: str, files: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_folder_s_own_words_on_its_files_count(tmp_path: Path):
     (tmp_path / "mine" / "parts").mkdir(parents=True)
     (tmp_path / "mine" / "parts" / "one.csv").write_text("instruction,output\na,b\n")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from builders import tiny, with_noise
 
@@ -9,6 +10,7 @@ import fgpt
 from experiments.research.calibration import Classifier, in_batches, main, make_rows
 
 
+@pytest.mark.slow
 def test_every_method_is_scored():
     scores = main(["--tiny", "--structures", "Kronecker", "last layer", "--members", "2"])
     structures = {"last layer by evidence", "Kronecker by evidence", "Kronecker by validation"}

@@ -22,6 +22,7 @@ def test_one_vmap_is_the_loop_and_the_name_moves_from_its_position_to_the_last()
     assert table[2, -1] > 0.3
 
 
+@pytest.mark.slow
 def test_the_tiny_form_prints_the_table_and_the_ratio(capsys: pytest.CaptureFixture[str]):
     C.main(["--tiny"])
     header, *rows, last = capsys.readouterr().out.splitlines()

@@ -13,6 +13,7 @@ def figure(line: str, name: str) -> float:
     return float(match[1])
 
 
+@pytest.mark.slow
 def test_the_tiny_form_is_exact_where_it_says_so(capsys: pytest.CaptureFixture[str]):
     curvature.main(["--tiny"])
     first, _, lanczos, product, fp32, nf4, int8, _, times = capsys.readouterr().out.splitlines()

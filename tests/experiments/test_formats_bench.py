@@ -18,6 +18,7 @@ def batches(seed: int) -> list[fgpt.Batch]:
     return [fgpt.Batch(x[:, :-1], x[:, 1:], torch.ones(4, 24)) for x in rows]
 
 
+@pytest.mark.slow
 def test_each_format_is_compared_with_fp32():
     evaluation = batches(7)
     scores = {score.format: score for score in compare(MODEL, batches(0), evaluation, FORMATS)}

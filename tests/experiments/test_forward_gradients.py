@@ -9,6 +9,7 @@ from experiments.research import forward_gradients as F
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 
 
+@pytest.mark.slow
 @linux_only
 def test_the_tiny_form_prints_memory_and_losses(capsys: pytest.CaptureFixture[str]):
     curves = F.main(["--tiny"])

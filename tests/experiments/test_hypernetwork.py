@@ -59,6 +59,7 @@ def test_it_begins_as_the_bank_itself():
     close(values, H.shared_loss(bank, base, BATCH, None), 1e-4)
 
 
+@pytest.mark.slow
 def test_the_tiny_form_prints_both_sides(capsys: pytest.CaptureFixture[str]):
     results = H.main(["--tiny"])
     assert all(x.after < x.before for each in results.values() for x in each)

@@ -7,6 +7,7 @@ from experiments.research import learning_rates
 from experiments.research.learning_rates import main, schedules
 
 
+@pytest.mark.slow
 def test_the_learned_schedule_improves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(learning_rates, "PEAKS", (1e-4, 1e-4))  # so that only learning helps
     sizes = ["--steps", "5", "--micro-batch-size", "3", "--rounds", "4", "--heldout", "4"]

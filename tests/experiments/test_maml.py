@@ -84,6 +84,7 @@ def test_support_and_query_share_no_row():
     assert M.sample(kinds, fgpt.key(0), tasks=1, shots=1, queries=1).query.tokens.shape == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_the_tiny_form_prints_both_sides(capsys: pytest.CaptureFixture[str]):
     results = M.main(["--tiny"])
     assert [len(side[0]) for side in results.values()] == [1 + len(M.RATES)] * 2

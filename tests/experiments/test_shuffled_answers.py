@@ -90,6 +90,7 @@ def test_weights_are_between_0_and_1_and_a_half_at_first():
     assert torch.allclose(weights_of(z, torch.tensor([1.0, -2.0, 3.0])), torch.sigmoid(z[:, 0] - 2 * z[:, 1] + 3))
 
 
+@pytest.mark.slow
 def test_the_tiny_form_prints_every_figure(capsys: pytest.CaptureFixture[str]):
     sizes = "--rows 8 --clean 2 --rounds 1 --steps 2 --meta-rounds 1 --meta-steps 2 --batch-size 4"
     results = main([*sizes.split(), *["--folds", "2", "--prompts", "1", "--tune", "1"]])

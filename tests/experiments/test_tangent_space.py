@@ -67,6 +67,7 @@ def test_the_kernel_is_that_of_gradients_one_by_one():
             assert float(got[i, j]) == pytest.approx(mean, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tiny_form_prints_its_losses_and_the_table(capsys: pytest.CaptureFixture[str]):
     results = T.main(["--tiny"])
     assert all(x.alone < x.before for each in results.values() for x in each)

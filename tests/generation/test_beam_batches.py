@@ -73,6 +73,7 @@ def test_a_ragged_batch_has_transformers_texts(prompt_counts: bool, length_penal
         close(torch.tensor([hypothesis.score for hypothesis in hypotheses]), scores, 1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 23), min_size=1, max_size=4),

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from builders import close, hf_gpt2, load_hf_model, tokens
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ def text(row: torch.Tensor, start: int) -> tuple[list[int], bool]:
     return (generated[: generated.index(0)], True) if 0 in generated else (generated, False)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=3),
@@ -56,6 +58,7 @@ def test_penalised_greedy_text_is_transformers(lengths: list[int], penalty: Any,
         assert (got.tokens, got.finished) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.integers(1, 12),

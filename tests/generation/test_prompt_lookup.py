@@ -11,6 +11,7 @@ import fgpt
 from fgpt.generation.prompt_lookup import prompt_lookup_decode, propose_ngram
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99))
 def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, seed: int):
@@ -26,6 +27,7 @@ def test_lookup_writes_what_greedy_writes(length: int, ngram: int, ahead: int, s
         )
 
 
+@pytest.mark.slow
 def test_lookup_takes_fewer_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch):
     params, passes = tiny(n_ctx=200), 0
 

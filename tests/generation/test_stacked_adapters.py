@@ -12,6 +12,7 @@ from fgpt.generation.sampling import SamplingParams
 from fgpt.tree import leaves, tree_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [None, "int8", "nf4"])
 def test_a_row_is_written_by_its_own_adapters(to: Any):
     """In one batch, ragged and sampled, equal to each alone; and to the same with no cache."""

@@ -29,6 +29,7 @@ def test_pieces_are_whole_characters_and_stop_before_the_stop(text: str, strings
         assert len(got) == len(text)  # each as soon as it is whole
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(st.integers(0, 99))
 def test_stop_strings(seed: int):

@@ -67,6 +67,7 @@ def check_bitsandbytes(params: fgpt.GPT, path: Path) -> None:
             assert_same_reading({name: weights[s.paths[0]]}, {name: tensors[name].float()})
 
 
+@pytest.mark.slow
 def test_spoiled_files_of_bitsandbytes(tmp_path: Path):
     params = tiny(**LLAMA | {"n_layer": 1, "d_model": 64, "d_mlp": 64, "rotary_dim": 32})
     fgpt.save(params, tmp_path)

@@ -44,6 +44,7 @@ def check_gguf(arch: str, params: fgpt.GPT, path: Path, config: Any) -> None:
         assert reader.fields[f"{arch}.{key}"].contents() == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", GGUFS)
 def test_spoiled_gguf_files(arch: str, tmp_path: Path):
     path = tmp_path / "m.gguf"

@@ -132,6 +132,7 @@ def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path):
         file.read(last)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(data=st.data())
 def test_a_header_with_flipped_bytes_is_refused_or_read(

@@ -21,6 +21,7 @@ def smollm2() -> Path:
     return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.mark.slow
 def test_smollm2_is_what_its_publisher_says():
     file = open_gguf(smollm2())
     expected = {

@@ -140,6 +140,7 @@ def test_others_refuse_a_quantized_folder(tmp_path: Path):
     assert GPT2LMHeadModel.from_pretrained(tmp_path).config.n_embd == 64
 
 
+@pytest.mark.slow
 def test_a_fresh_process_computes_with_what_it_loads(tmp_path: Path):
     """bitsandbytes' operators are there, though nothing was quantized."""
     params = fgpt.quantize(wide_gpt(n_layer=1))

@@ -39,6 +39,7 @@ def join(parts: list[fgpt.GPT]) -> fgpt.GPT:
     return replace_at(parts[0], {path: join_rows([get_at(part, path) for part in parts]) for path in paths})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_are_the_whole_model(family: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ SLOW: dict[str, Callable[[str, str], tuple[int, float] | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SLOW)
 def test_a_hub_that_stands_still_is_not_waited_for(
     what: str, tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
@@ -47,6 +48,7 @@ def test_a_dataset_that_stands_still_is_not_waited_for(fake: FakeHub, monkeypatc
         instruction_datasets.load_rows("made")
 
 
+@pytest.mark.slow
 def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """A download that takes longer than the silence that is borne, at three times the least rate."""
     monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)
@@ -59,6 +61,7 @@ def test_a_slow_line_is_waited_for(tmp_path: Path, fake: FakeHub, monkeypatch: p
     assert time.perf_counter() - begin > 3
 
 
+@pytest.mark.slow
 def test_a_user_may_wait_longer(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """By the library's own variable."""
     monkeypatch.setattr(hub_files, "STALL_SECONDS", 1.0)

@@ -1,5 +1,6 @@
 """Attention is its reference, under every transform."""
 
+import pytest
 import torch
 from builders import close
 from hypothesis import given
@@ -33,6 +34,7 @@ def test_attention_is_its_reference(queries: int, past: int, masked: bool, seed:
 # ------------------------------------------------------------------------------------------------------- cross entropy
 
 
+@pytest.mark.slow
 def test_a_second_backward_of_attention():
     rng = fgpt.key(0)
     q, k, v = (torch.randn(2, h, 5, 4, generator=rng, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))

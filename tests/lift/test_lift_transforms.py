@@ -40,6 +40,7 @@ for thing in (lambda x: x, nn.Linear):
 """
 
 
+@pytest.mark.slow
 def test_gradients_compile_whole_and_what_is_no_module_is_named():
     """In a process of its own: the whole-package check of these tests is what a compiler cannot trace, and what
     refuses an argument of another type first.

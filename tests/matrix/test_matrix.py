@@ -49,6 +49,7 @@ def test_eager(kind: str, on: str):
     assert not wrong_cells(kind, on, EAGER)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 @pytest.mark.parametrize(("kind", "on"), [(kind, list(BASES)[i % len(BASES)]) for i, kind in enumerate(KINDS)])
 def test_traced(kind: str, on: str):
@@ -93,6 +94,7 @@ def test_a_wrong_gradient_is_noticed(on: str):
         assert error(want | {path: tree_map(torch.zeros_like, want[path])}, want) > TOLERANCE[on]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mistake"),
     [

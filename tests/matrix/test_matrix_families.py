@@ -26,6 +26,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(("kind", "on"), CELLS)
 @pytest.mark.parametrize("name", SIZES)

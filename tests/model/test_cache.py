@@ -117,6 +117,7 @@ def test_a_row_longer_than_the_context_is_refused(gpt: fgpt.GPT):
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.lists(st.integers(1, 23), min_size=2, max_size=3), st.integers(0, 99))
 def test_greedy_text_is_transformers(lengths: list[int], seed: int):

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from builders import SharedData, close, hf_gpt2, load_hf_model, tokens
 from hypothesis import given
@@ -39,6 +40,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @given(architectures(), st.integers(0, 99))
 def test_logits_are_transformers(architecture: dict[str, Any], seed: int):
     model = hf_gpt2(seed, **architecture)
@@ -56,6 +58,7 @@ def test_logits_are_transformers(architecture: dict[str, Any], seed: int):
     assert num_elements(params) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
 def test_padded_rows_are_transformers(lengths: list[int], left: bool, seed: int):
     """A padded row gives its text what transformers gives it under an attention mask and positions from 0."""
@@ -73,6 +76,7 @@ def test_padded_rows_are_transformers(lengths: list[int], left: bool, seed: int)
         close(fgpt.apply(params, x)[text.bool()], expected[text.bool()], 1e-5)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3), st.integers(0, 99))
 def test_packed_rows_are_transformers_document_by_document(lengths: list[int], seed: int):
     x = tokens(31, 1, sum(lengths), seed=seed)

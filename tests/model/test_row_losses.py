@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from builders import close, tiny, with_noise
 from hypothesis import given, settings
@@ -43,6 +44,7 @@ def total(adapters: Any, batch: fgpt.Batch) -> Tensor:
     return fgpt.nll(fgpt.adapt(BASE, adapters), batch)[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(SIZES, st.booleans(), st.integers(0, 99))
 def test_each_row_as_if_alone(sizes: list[list[int]], everywhere: bool, seed: int):

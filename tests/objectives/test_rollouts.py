@@ -35,6 +35,7 @@ def as_text(tokens: list[int]) -> str:
     return " ".join(map(str, tokens))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99))
 def test_a_key_reproduces_its_rollouts(seed: int):
     groups = sample(seed)
@@ -109,6 +110,7 @@ def test_the_weights_lie_on_the_answer_and_its_end():
     assert x.batch.weights.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_shared_prompts_are_whole_rows(data: st.DataObject):
     """In value and gradient, whatever the lengths and however the groups are cut, with a reference and without."""

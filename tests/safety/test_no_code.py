@@ -193,6 +193,7 @@ def test_no_file_of_ours_can_run_what_it_reads():
     assert len(files) > 80  # and they were found
 
 
+@pytest.mark.slow
 def test_nor_do_the_tests_but_where_they_say_so():
     """Ours run the README and model cards, and write the pickle below; nothing else, and no file of another's."""
     allowed = {

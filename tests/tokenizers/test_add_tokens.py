@@ -99,6 +99,7 @@ def test_rows_are_added_where_they_lack(tied: bool, dtype: torch.dtype):
     close(fgpt.apply(params, x)[..., :4097], fgpt.apply(base, x), 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(["<a>", "<b>", "<c>", "<d>", "<|endoftext|>", "ab"]), min_size=1, unique=True))
 def test_added_twice_is_added_once(tokens: list[str]):
     """A token that exists keeps its id, a rank of several letters too, and needs no row."""

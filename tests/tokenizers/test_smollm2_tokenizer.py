@@ -25,6 +25,7 @@ def smollm2() -> tuple[HFTokenizer, Any]:
     return of_gguf(read_header(path).fields, 49152, path.name), reference
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(text=ordinary_text)
 @example(text=STRINGS[4])

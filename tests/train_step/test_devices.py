@@ -129,6 +129,7 @@ def cases() -> Iterator[tuple[str, str, bool, str]]:
                 yield base, kind, False, "adamw8bit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "kind", "remat", "optimizer_name"), cases())
 def test_steps(base: str, kind: str, remat: bool, optimizer_name: str):
     params = params_of(base)

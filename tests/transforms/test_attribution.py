@@ -57,6 +57,7 @@ def test_gradient_products_are_those_of_a_loop():
     close(got, products(POINTS[0]), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diagonal", "full", "kronecker"])
 def test_influence_is_that_of_an_explicit_inverse(kind: str):
     params, damping = POINTS[0], 0.3

@@ -42,6 +42,7 @@ def loop(loss: Any, params: Any, examples: list[Batch]) -> Any:
     return tree_map(lambda *xs: torch.stack(xs), *(grad(loss)(params, row) for row in examples))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=7), st.sampled_from([None, 1, 2, 5]))
 def test_they_are_those_of_a_loop(widths: list[int], chunk_size: int | None):

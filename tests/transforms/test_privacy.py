@@ -111,6 +111,7 @@ def test_the_bound_holds_over_a_quantized_base(quantized: Any):
     assert change == pytest.approx(0.5, rel=1e-2)  # these rows are clipped
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_variance_of_the_mechanism():
     """Over 400 keys, in each leaf: σC, mean zero, and none of it shared by leaves."""
     tree, batch = {"a": torch.zeros(3, 40), "b": torch.zeros(70)}, joined(rows_of([6, 9]))

@@ -66,6 +66,7 @@ def test_one_step_on_a_sampled_lot(sigma: float, rate: float, delta: float):
     assert expected < 0.95 * full  # sampling adds privacy
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([20, 400]))
 def test_the_noise_of_a_budget_spends_it(epsilon: float, rate: float, steps: int):
@@ -76,6 +77,7 @@ def test_the_noise_of_a_budget_spends_it(epsilon: float, rate: float, steps: int
     assert spent_epsilon(sigma, delta=1e-5, sampling_rate=rate, steps=0) == 0.0
 
 
+@pytest.mark.slow
 def test_a_budget_that_needs_little_noise():
     """Below the first bracket: here one step is sampled so seldom that a third of the usual noise is enough."""
     sigma = find_noise_multiplier(3.0, delta=2e-3, sampling_rate=0.01, steps=1)

@@ -78,6 +78,7 @@ def slope(fn: Callable[[float], float], h: float = 1e-3) -> float:
     return (45 * ends[0] - 9 * ends[1] + ends[2]) / (60 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_derivatives_are_those_of_finite_differences(name: str):
     """By weights of rows, learning rates of steps and initial adapters, with dropout, decay, clipping and two
@@ -107,6 +108,7 @@ def test_derivatives_are_those_of_finite_differences(name: str):
     assert float(sum(products)) == pytest.approx(slope(from_near), abs=1e-8)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([None, 1, 2]))
 def test_segments_and_cotangents_change_nothing(steps: int, every: int, chunk_size: int | None):

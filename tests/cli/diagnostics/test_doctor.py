@@ -18,6 +18,7 @@ from fgpt.tree import leaves
 NANO = replace(find("lora-nano"), max_seq_len=160, micro_batch_size=2, overlong="drop")  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.slow
 def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
     found = doctor.run(NANO)
     assert {x.check for x in found if not x.holds} <= {"packing"}  # which short rows give nothing to be asked of
@@ -27,6 +28,7 @@ def test_doctor_of_a_run(capsys: pytest.CaptureFixture[str]):
     assert "FAIL" not in printed
 
 
+@pytest.mark.slow
 def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.CaptureFixture[str]):
     patch("fgpt.checks.persistence", "load_peft", lambda load: lambda *_: {})
     with pytest.raises(InputError, match="lora-nano: save and load: broken on this machine"):
@@ -34,6 +36,7 @@ def test_doctor_of_a_broken_run_says_which_laws(patch: Patch, capsys: pytest.Cap
     assert "FAIL" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_doctor_of_full_tuning_asks_of_the_base_itself():
     run = find("full-nano")
     base, adapters, first = doctor.first_step_inputs(tasks.build_job(run))
@@ -42,6 +45,7 @@ def test_doctor_of_full_tuning_asks_of_the_base_itself():
     assert len(first.tokens) >= doctor.NUM_ROWS
 
 
+@pytest.mark.slow
 def test_doctor_of_pretraining_and_of_a_classifier(tmp_path: Path):
     stories, rows = tmp_path / "stories.txt", tmp_path / "rows.txt"
     stories.write_text("<|endoftext|>".join(f"Once there was a fox who had {i} hats." for i in range(40)))

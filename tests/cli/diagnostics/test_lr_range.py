@@ -25,6 +25,7 @@ def loss(adapters: Any, params: Any, batch: fgpt.Batch, seed: Any) -> Any:
     return fgpt.nll(fgpt.adapt(params, adapters, rng=seed), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [fgpt.adamw, fgpt.muon, fgpt.schedule_free_adamw])
 def test_each_rate_is_a_training_of_its_own(make: Any):
     lrs = torch.tensor([1e-4, 1e-2, 1e-1], dtype=torch.float64)
@@ -72,6 +73,7 @@ def test_bad_rates(lrs: list[float]):
         fgpt.lr_range(lambda lr: fgpt.make_step(loss, fgpt.adamw(lr)), start, BASE, BATCHES, lrs=torch.tensor(lrs))
 
 
+@pytest.mark.slow
 def test_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     picture = tmp_path / "picture.png"
     options = [*training_options(project), "--num-lrs", "4", "--num-steps=3", "--picture", str(picture)]

@@ -30,6 +30,7 @@ def test_labels_tell_sides_apart():
     assert compare_sides.labels([Path("/a/base"), Path("/a/tuned")]) == ["a/base", "a/tuned"]
 
 
+@pytest.mark.slow
 def test_several_runs(compared_runs: Path):
     lora, ia3 = (str(compared_runs / name) for name in RUN_NAMES)
     assert main(["compare", lora, ia3]) == 0
@@ -56,6 +57,7 @@ def test_several_runs(compared_runs: Path):
     assert "| | base | lora-nano, 4 steps | ia3-nano, 4 steps |" in text
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_run_itself(compared_runs: Path):
     """From the files by hand: greedy, each prompt alone."""
     main(
@@ -81,6 +83,7 @@ def test_answers_are_those_of_the_run_itself(compared_runs: Path):
             assert row[side] == {"text": tokenizer.decode(generated.tokens).strip(), "finished": generated.finished}
 
 
+@pytest.mark.slow
 def test_no_comparison_is_written_over(compared_runs: Path, tmp_path: Path):
     """One of other settings has another name; the same again has its own. Files of one name are told apart."""
     run = shutil.copytree(compared_runs / "lora-nano", tmp_path / "lora-nano")
@@ -112,6 +115,7 @@ def test_no_comparison_is_written_over(compared_runs: Path, tmp_path: Path):
     assert shown.index("held-out prompts of lora-nano") < shown.index("<h3>compare-2-prompts</h3>")
 
 
+@pytest.mark.slow
 def test_each_run_answers_in_its_own_template(compared_runs: Path, tmp_path: Path):
     assert main(["train", "lora-nano", *SHORT_TRAINING, "--template", "alpaca", "--out", str(tmp_path)]) == 0
     runs = [str(tmp_path / "lora-nano"), str(compared_runs / "lora-nano")]
@@ -126,6 +130,7 @@ def test_each_run_answers_in_its_own_template(compared_runs: Path, tmp_path: Pat
     assert [row[two] for row in found["answers"]] == [row["tuned"] for row in alone["answers"][:2]]
 
 
+@pytest.mark.slow
 def test_the_same_key_for_every_side(compared_runs: Path, tmp_path: Path):
     """A run whose adapter changes nothing writes what the base writes, drawn or not; another seed writes otherwise."""
     still = tmp_path / "still"
@@ -152,6 +157,7 @@ def test_the_same_key_for_every_side(compared_runs: Path, tmp_path: Path):
     assert "temperature 1.0, top-p 0.95, seed 1" in (tmp_path / "1" / "compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_base_is_loaded_once(compared_runs: Path, monkeypatch: pytest.MonkeyPatch):
     loads = []
     load: Callable[..., object] = models.load
@@ -174,6 +180,7 @@ def test_the_package_s_prompts():
     assert any(row.input for row in rows)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file(compared_runs: Path, tmp_path: Path):
     """Texts and objects alike; a prompt's own answer, where it has one, is held against."""
     rows = ["Tell me of a <b>fox</b>.", {"instruction": "Say no.", "input": "To Tim & Sue.", "output": "No, Tim."}]

@@ -31,6 +31,7 @@ def rows_of_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_answers_are_scored_as_compared(instruction_run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["eval", "run", str(instruction_run), "--num-generations", "4", "--limit", "3"]) == 0
     output, found = (

@@ -53,6 +53,7 @@ def test_eval_of_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert f"{expected.bits_per_byte:.4f}" in output
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_is_its_loss_on_what_it_held_out(text_run: Path):
     from fgpt.cli import run_dir
     from fgpt.cli.training.build import load_base

@@ -98,6 +98,7 @@ def test_our_windows_are_lm_evals(text: list[int], width: int, data: st.DataObje
     assert windows(text, 99, width=width, stride=stride) == [utils.make_disjoint_window(each) for each in found]
 
 
+@pytest.mark.slow
 def test_sampled_texts_are_their_requests_alone():
     how = {"do_sample": True, "temperature": 1.5, "top_k": 50, "max_gen_toks": 10}
     requests = requests_of("generate_until", [(text, how) for text in CONTEXTS if text])

@@ -34,6 +34,7 @@ def test_turns_are_numbered_by_the_answers_before_them():
     assert [turn_number(turn) for turn in turns_of([conversation_row(chat)])] == [1, 2]
 
 
+@pytest.mark.slow
 def test_evaluation_and_comparison_show_each_turn(tmp_path: Path):
     answers = ("A red ball.", "Tim has it.", "It is late.")
     messages = [

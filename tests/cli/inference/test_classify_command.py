@@ -42,6 +42,7 @@ def lines(out: str) -> list[list[str]]:
     return [line.split("\t") for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_label_is_the_likeliest_next_word(token_classifier: Path, capsys: pytest.CaptureFixture[str]):
     """Against logits of the model that was trained, read by hand."""
     texts = ["Tim was happy.", "Sue was [lost]."]
@@ -86,6 +87,7 @@ def test_labels_it_was_not_trained_on(token_classifier: Path, capsys: pytest.Cap
     assert lines(capsys.readouterr().out)[0][0] in ("good", "bad")
 
 
+@pytest.mark.slow
 def test_pairs_have_a_tab(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = ["sentence1\tsentence2\tlabel", "Tim ran.\tHe ran.\tyes", "Tim ran.\tHe sat.\tno"]
     (tmp_path / "a.tsv").write_text("\n".join(table))

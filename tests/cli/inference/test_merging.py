@@ -13,6 +13,7 @@ from fgpt.cli.main import main
 from fgpt.cli.training.build import load_base
 
 
+@pytest.mark.slow
 def test_merge_says_what_it_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = [
         "--steps",

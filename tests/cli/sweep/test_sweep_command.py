@@ -38,6 +38,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_each_member_is_its_run_alone(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """With a seed, that is data order, initial adapter and dropout, a rate, a rank and a strength of its own."""
     swept = ["--lr", "1e-2", "1e-3", "--seed", "0", "1", "--adapter.rank", "2", "4"]
@@ -70,6 +71,7 @@ def test_each_member_is_its_run_alone(project: Path, tmp_path: Path, capsys: pyt
     assert main(["generate", str(folder / "lr-1e-2-seed-0-rank-2"), "Say 1.", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_what_it_prints_and_writes(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert sweep(project, tmp_path, "--lr", "1e-3", "1e-2", "--seed", "0", "1", "2", "--name", "mine") == 0
     output = " ".join(capsys.readouterr().err.split())
@@ -110,6 +112,7 @@ class Interrupt:
         yield requested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 5])
 @pytest.mark.parametrize("pruner", ["none", "halving"])
 def test_a_resumed_sweep_has_the_same_bits(
@@ -135,6 +138,7 @@ def test_a_resumed_sweep_has_the_same_bits(
     assert main(["sweep", str(folder), "--resume"]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_from_its_checkpoints(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """sweep.json is older than the checkpoints then, and no line of metrics that they cover is lost."""
     options = ["--lr", "1e-3", "1e-2", "--seed", "0", "1"]
@@ -164,6 +168,7 @@ def test_a_killed_sweep_resumes_from_its_checkpoints(project: Path, tmp_path: Pa
             assert same(adapter(folder / name), adapter(whole / name)), name
 
 
+@pytest.mark.slow
 def test_members_of_other_lengths(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An epoch has other numbers of rows in another order; each member takes its own number of steps, interrupted or
     not.
@@ -186,6 +191,7 @@ def test_members_of_other_lengths(project: Path, tmp_path: Path, monkeypatch: py
         assert all(same(adapter(folder / name), adapter(whole / name)) for name in steps)
 
 
+@pytest.mark.slow
 def test_a_refused_resume_changes_nothing(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """While another process trains, of a sweep that has ended, and of one whose files are damaged."""
     assert sweep(project, tmp_path, "--lr", "1e-3", "1e-2", "1e-6", "--pruner", "median", "--min-steps", "2") == 0
@@ -220,6 +226,7 @@ def test_a_refused_resume_changes_nothing(project: Path, tmp_path: Path, capsys:
     refused("sweep.json")
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_the_run_alone(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Equal batches have equal shapes: the same elements are dropped, and replay gives the same loss."""
     swept = ["--lr", "1e-2", "1e-3", "--adapter.dropout", "0.3", "--neftune-noise-alpha", "5"]
@@ -233,6 +240,7 @@ def test_dropout_is_that_of_the_run_alone(project: Path, tmp_path: Path, capsys:
     assert "a sweep multiplies all members at once" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_runs_and_reports_know_sweeps(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -253,6 +261,7 @@ def test_runs_and_reports_know_sweeps(
     assert "--pruner" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_halving_keeps_the_best_and_a_stopped_member_can_go_on_alone(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -275,6 +284,7 @@ def test_halving_keeps_the_best_and_a_stopped_member_can_go_on_alone(
     assert "resuming after step 4 of 6" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_median_rule_stops_the_worse_half(project: Path, tmp_path: Path):
     options = ["--pruner", "median", "--min-steps", "2"]
     assert sweep(project, tmp_path, "--lr", "1e-2", "1e-3", "1e-6", *options) == 0
@@ -282,6 +292,7 @@ def test_the_median_rule_stops_the_worse_half(project: Path, tmp_path: Path):
     assert (found["lr-1e-2"], found["lr-1e-6"]) == ("finished", "stopped")
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_is_stopped_alone(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -307,6 +318,7 @@ def test_a_member_that_diverges_is_stopped_alone(
             assert torch.allclose(x, adapter(tmp_path / "a" / "lora-nano-sweep" / name)[path], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_tasks_are_swept_too(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A classifier, whose head begins from the member's seed; and preferences, whose batches hold pairs."""
     labels = ["--base", str(project / "base"), "--train", str(project / "texts.csv"), "--test", "None"]

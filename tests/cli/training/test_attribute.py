@@ -44,6 +44,7 @@ def query_of(job: TrainingJob) -> fgpt.Batch:
     return collate([[Example.completion(tuple(tokens), len(tokens) - 6)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_effects_are_slopes_of_trainings(kind: str, tmp_path: Path):
     """Of trainings by the smooth AdamW, whose loop is written out here, in weights of one example."""
@@ -107,6 +108,7 @@ def test_cosines_are_those_of_a_loop(trained: Path):
         assert float(result.effects[index]) == pytest.approx(float(cosine), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_page_names_rows(trained: Path, capsys: pytest.CaptureFixture[str]):
     runs = ["--out", str(trained.parent)]
     assert main(["attribute", "lora-nano", "Say 3.", "--response", "The number is 3.", *runs]) == 0
@@ -125,6 +127,7 @@ def test_the_page_names_rows(trained: Path, capsys: pytest.CaptureFixture[str]):
     assert json.loads((trained / "attribution-Say-3.json").read_text()) == saved
 
 
+@pytest.mark.slow
 def test_wrong_uses(trained: Path, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = ["--out", str(trained.parent)]
 

@@ -16,6 +16,7 @@ from fgpt.cli.training import checkpoints
 from fgpt.tree import leaves
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_are_kept(checkpointed_run: Path):
     steps = sorted(int(p.name.removeprefix("step-")) for p in (checkpointed_run / "checkpoints").iterdir())
     judged = {

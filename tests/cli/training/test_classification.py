@@ -56,6 +56,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rate = ["--lr", "1e-3"] if kind == "full" else []
@@ -81,6 +82,7 @@ def test_a_head_of_classes_learns(kind: str, feelings: list[str], tmp_path: Path
     assert "is not an instruction-tuned run: it classifies: fgpt classify" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wording = ["--prompt.instruction", "One of {labels}.\n", "--prompt.suffix", " It was"]
     labels = ["--labels", "joy=love", "fear"]
@@ -103,6 +105,7 @@ def test_a_label_as_the_next_token_learns(feelings: list[str], tmp_path: Path, c
         predict(trained, texts, ["hate", "no"])
 
 
+@pytest.mark.slow
 def test_pairs_train_over_a_quantized_base(tmp_path: Path):
     entails = [(f"{a} saw {b}.", f"{c} saw {b}.", "yes" if a == c else "no") for a in NEW for b in NEW[:2] for c in NEW]
     lines = ["sentence1\tsentence2\tlabel", *("\t".join(row) for row in entails)]

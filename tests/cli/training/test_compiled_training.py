@@ -25,6 +25,7 @@ def options(tmp_path: Path) -> list[str]:
     return ["lora-nano", *where, *size, *target, "--compare-prompts", "0", "--compile"]
 
 
+@pytest.mark.slow
 def test_what_is_not_compiled_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]):
     """The checks that the tests put on all of fgpt are what a compiler cannot trace."""
     assert main(["train", *options]) == 0

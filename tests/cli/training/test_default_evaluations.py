@@ -20,6 +20,7 @@ def train(file: Path, out: Path, *options: str) -> Path:
     return out / "lora-nano"
 
 
+@pytest.mark.slow
 def test_ten_evaluations_and_the_epoch_of_each_step(instruction_file: Path, tmp_path: Path):
     run = train(instruction_file, tmp_path, "--steps", "22")
     lines = read_metrics(run / "metrics.jsonl")
@@ -34,12 +35,14 @@ def test_ten_evaluations_and_the_epoch_of_each_step(instruction_file: Path, tmp_
     assert json.loads((run / "run.json").read_text())["eval_every"] == "auto"
 
 
+@pytest.mark.slow
 def test_no_evaluation_where_there_is_nothing_to_see(instruction_file: Path, tmp_path: Path):
     for i, options in enumerate((["--steps", "6"], ["--steps", "20", "--eval-every", "None"])):
         run = train(instruction_file, tmp_path / str(i), *options)
         assert not any("heldout_loss" in line for line in read_metrics(run / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_short_training_whose_result_depends_on_it_is_evaluated(instruction_file: Path, tmp_path: Path):
     run = train(instruction_file, tmp_path, "--steps", "3", "--keep-best")
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "heldout_loss" in line] == [1, 2, 3]

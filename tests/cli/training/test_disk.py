@@ -19,6 +19,7 @@ from fgpt.cli.main import main
 from fgpt.errors import InputError
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -53,6 +54,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(
     assert_same_files(final_files(tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_a_folder_that_turns_read_only(
     training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -99,6 +101,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_no_two_processes_train_in_one_folder(training_args: Any, undisturbed_results: Any, tmp_path: Path):
     """Two begun at once have folders of their own; one that runs cannot be taken up."""
     args, (expected, _) = training_args["instruct"], undisturbed_results["instruct"]

@@ -27,6 +27,7 @@ def resolve_as_on_a_gpu(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "auto" else getattr(torch, name)
 
 
+@pytest.mark.slow
 def test_a_run_records_its_dtype_and_is_used_in_it(bf16_run: Path, capsys: pytest.CaptureFixture[str]):
     """On a machine where auto is another dtype."""
     assert json.loads((bf16_run / "run.json").read_text())["dtype"] == "bfloat16"
@@ -41,6 +42,7 @@ def test_a_run_records_its_dtype_and_is_used_in_it(bf16_run: Path, capsys: pytes
     assert "bfloat16" in (bf16_run / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--dtype", "auto"]])
 def test_a_run_is_resumed_in_its_dtype(bf16_run: Path, more: list[str], capsys: pytest.CaptureFixture[str]):
     before = (bf16_run / "adapter" / "adapter_model.safetensors").read_bytes()

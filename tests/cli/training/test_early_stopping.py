@@ -83,6 +83,7 @@ def untimed(out: Path) -> list[str]:
     return [json.dumps({k: v for k, v in line.items() if k not in timed}) for line in lines]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])  # an example takes half a second
 @example(losses=[1.0, *[2.0] * 7], patience=3, eval_every=1, kills=[3], minutes=99.0, keep_best=False)
 @example(losses=[1.0, *[2.0] * 7], patience=3, eval_every=1, kills=[3, 2], minutes=0.0, keep_best=True)
@@ -130,6 +131,7 @@ def test_a_training_that_had_ended_takes_no_step_more(tmp_path: Path, capsys: py
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_has_finished(training_args: Any, tmp_path: Path):
     """As status, list and report say; resumed after an interruption it ends with the same files."""
     args = [*training_args["instruct"], "--lr", "0.5", "--eval-every", "1", "--early-stopping-patience", "2"]

@@ -73,6 +73,7 @@ def test_each_set_has_its_loss(mixed_args: list[str], files: Path, tmp_path: Pat
     assert evaluated["evaluation set long"]["rows left out"] == 1
 
 
+@pytest.mark.slow
 def test_other_rows_of_a_set_are_other_inputs(
     mixed_args: list[str], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

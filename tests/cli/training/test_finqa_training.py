@@ -31,6 +31,7 @@ def test_what_the_runs_train(name: str, shape: tuple[int, int, int], trained: in
     assert (run.max_seq_len, run.adapter.rank, run.adapter.alpha, run.peak_lr) == (1024, 8, 16, 3e-4)
 
 
+@pytest.mark.slow
 def test_a_mixed_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Pages longer than the rows are trained on whole but for their text; comparison and evaluation see the same."""
     dolly, finqa, out = tmp_path / "dolly.jsonl", tmp_path / "train.json", tmp_path / "runs"

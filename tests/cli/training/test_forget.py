@@ -58,6 +58,7 @@ def weights_of(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", ["all", "none"])
 def test_it_is_the_training_without_the_rows(
     checkpoints: str, trained: Path, without: Path, tmp_path: Path, files: Path
@@ -82,6 +83,7 @@ def test_it_is_the_training_without_the_rows(
     assert main(["replay", str(forgot), "--step", str(first)]) == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_one_ends_the_manifest(trained: Path, without: Path, files: Path, monkeypatch: pytest.MonkeyPatch):
     """The process has died before its first step."""
     command = ["forget", str(trained), "--rows", str(files / "some.json"), "--out", str(files / "runs")]
@@ -100,6 +102,7 @@ def test_a_resumed_one_ends_the_manifest(trained: Path, without: Path, files: Pa
     assert after.items() >= weights.items()
 
 
+@pytest.mark.slow
 def test_the_rows_have_no_gradient(without: Path, files: Path):
     """What the run without them has never seen: other answers to the same prompts train the same model."""
     other = [
@@ -116,6 +119,7 @@ def test_the_rows_have_no_gradient(without: Path, files: Path):
     assert weights_of(at / "runs" / "lora-nano") == weights_of(without)
 
 
+@pytest.mark.slow
 def test_wrong_uses(trained: Path, without: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = ["--out", str(tmp_path)]
     capsys.readouterr()
@@ -134,6 +138,7 @@ def test_wrong_uses(trained: Path, without: Path, files: Path, tmp_path: Path, c
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_rows_after_the_last_step(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A run that never came to a row has nothing to forget; and one may forget all that it has read."""
     out, folder = ["--out", str(tmp_path / "runs")], str(tmp_path / "runs" / "lora-nano")

@@ -32,6 +32,7 @@ def header(recipe: InstructionRecipe, capsys: pytest.CaptureFixture[str]) -> str
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_header_of_a_quantized_base_alone_has_its_cost(capsys: pytest.CaptureFixture[str]):
     pattern = r"{} changes the loss by [+-].* % \(.* to .* nats\) and a LoRA's first gradient by (.*) %, on 128 tokens"
     plain = re.search(pattern.format("int8"), header(RECIPE, capsys))
@@ -73,6 +74,7 @@ def test_where_the_full_base_does_not_fit_the_header_says_so(
     assert "what int8 costs is not measured: the full base does not fit beside it" in header(RECIPE, capsys)
 
 
+@pytest.mark.slow
 def test_doctor_measures_its_rows(capsys: pytest.CaptureFixture[str]):
     doctor.run(RECIPE)
     printed = " ".join(capsys.readouterr().err.split())

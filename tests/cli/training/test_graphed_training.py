@@ -48,6 +48,7 @@ def final_state(run: Path) -> bytes:
     return sorted((run / "checkpoints").glob("*/state.safetensors"))[-1].read_bytes()
 
 
+@pytest.mark.slow
 def test_instruction_tuning(
     recordings: list[int], training_args: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -75,6 +76,7 @@ def test_without_cuda(training_args: dict[str, list[str]], tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_preference_tuning(objective: str, recordings: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows: list[dict[str, Any]] = []

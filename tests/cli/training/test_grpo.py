@@ -32,6 +32,7 @@ def grpo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "grpo-nano"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_figures(grpo_run: Path):
     lines = read_metrics(grpo_run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -53,6 +54,7 @@ def test_a_run_leaves_its_figures(grpo_run: Path):
     assert main(["report", str(grpo_run)]) == 0
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly(grpo_run: Path, tmp_path: Path):
     """After step 2 it samples the answers of step 3 that the undisturbed training sampled."""
     resumed = tmp_path / "grpo-nano"
@@ -65,6 +67,7 @@ def test_it_resumes_exactly(grpo_run: Path, tmp_path: Path):
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_any_step_is_replayed(grpo_run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["replay", str(grpo_run), "--step", "3"]) == 0
     output = capsys.readouterr().err
@@ -156,6 +159,7 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
     assert message in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_rows_without_an_input_to_search(instruction_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--data", str(instruction_file), "--reward", "gsm8k", "--num-heldout", "4", "--steps", "1"]
     assert main(["train", "grpo-nano", *SHORT, *options, "--eval-every", "1", "--out", str(tmp_path)]) == 0
@@ -173,6 +177,7 @@ LONG_WORD = "qz" * 200 + "7"
 """Some 400 tokens of nano: with a prompt that holds it, more than the context."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("input_text", "ratio"), [(LONG_WORD, 0.0), (f"{LONG_WORD} 7", 1.0)])
 def test_a_span_is_an_answer_of_few_enough_tokens(input_text: str, ratio: float, tmp_path: Path):
     """Both words end in the right number; one with its prompt is longer than the context."""
@@ -195,6 +200,7 @@ def test_spans_alone_move_the_trained_leaves(tmp_path: Path, capsys: pytest.Capt
     assert "trained leaves did not change in two steps" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_rows_with_an_input_that_are_left_out_are_not_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     long, short = " ".join([LONG_WORD] * 3), ""
     rows = [{"instruction": "How many?", "input": text, "output": "7"} for text in [long, short] * 4]

@@ -46,6 +46,7 @@ def test_the_model_begins_as_itself_and_is_saved_over_its_base(init: str, projec
     torch.testing.assert_close(fgpt.apply(loaded, TOKENS), trained, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_an_adapter(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     common = [*training_options(project), *QUICK, "--out", str(tmp_path)]
     assert main(["train", *common, "--name", "first"]) == 0

@@ -55,6 +55,7 @@ def test_the_adapter_is_peft_s(lora_run: Path):
     assert not torch.equal(ours, fgpt.apply(nano, tokens))
 
 
+@pytest.mark.slow
 def test_generate_and_compare_again(lora_run: Path, capsys: pytest.CaptureFixture[str]):
     before = (lora_run / "compare.json").read_text()
     assert main(["generate", str(lora_run), "Write a story about a fox named Tim.", "--max-new-tokens", "12"]) == 0
@@ -63,6 +64,7 @@ def test_generate_and_compare_again(lora_run: Path, capsys: pytest.CaptureFixtur
     assert (lora_run / "compare.json").read_text() == before  # greedy: the same again, from the files alone
 
 
+@pytest.mark.slow
 def test_full_tuning_leaves_a_model(tmp_path: Path, instruction_file: Path):
     options = ["--adapter.kind", "full", "--adapter.target", ".*", "--lr", "1e-4", "--num-heldout", "4"]
     assert (

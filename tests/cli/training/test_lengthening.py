@@ -25,6 +25,7 @@ def lengthened(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "long"
 
 
+@pytest.mark.slow
 def test_the_course_so_far_stays(lengthened: Path, project: Path, tmp_path: Path):
     assert main(["train", *training_options(project), *QUICK, "--name", "short", "--out", str(tmp_path)]) == 0
     short, long = read_metrics(tmp_path / "short" / "metrics.jsonl"), read_metrics(lengthened / "metrics.jsonl")

@@ -25,6 +25,7 @@ METHODS = {name: [name] for name in NANO if name != "grpo-nano"} | {
 }
 
 
+@pytest.mark.slow
 def test_every_method_trains_saves_and_answers(
     tmp_path: Path, instruction_file: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -81,6 +81,7 @@ def test_elsewhere_the_update_keeps_its_rows():
     assert (run.micro_batch_size, run.grad_accumulation_steps, run.rows_per_update) == ("auto", 16, 16)
 
 
+@pytest.mark.slow
 def test_the_same_training_and_its_numbers_in_the_run(
     training_args: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -17,6 +17,7 @@ def losses(out: Path, name: str) -> list[float]:
     return [line[name] for line in read_metrics(out / "lora-nano" / "metrics.jsonl") if name in line]
 
 
+@pytest.mark.slow
 def test_noise_is_of_training_and_resumes_to_the_bit(tmp_path: Path):
     for name, options in (("noisy", NOISE), ("plain", [])):
         assert main([*COMMAND, *options, "--out", str(tmp_path / name)]) == 0

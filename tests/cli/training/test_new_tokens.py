@@ -33,6 +33,7 @@ def train(rows: Path, out: Path, *args: str) -> int:
     return main(["train", "lora-nano", "--steps", "3", *options, *args])
 
 
+@pytest.mark.slow
 def test_a_run_with_new_tokens_is_used_with_them(rows: Path, tmp_path: Path):
     assert train(rows, tmp_path) == 0
     out = tmp_path / "lora-nano"
@@ -59,6 +60,7 @@ def test_a_run_with_new_tokens_is_used_with_them(rows: Path, tmp_path: Path):
     assert main(["eval", "text", str(tmp_path / "text.txt"), "--run", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(rows: Path, tmp_path: Path):
     assert train(rows, tmp_path, "--checkpoint-every-minutes", "0") == 0
     done = tmp_path / "lora-nano"
@@ -71,6 +73,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(rows: Path, tmp_path: Path)
     assert all(torch.equal(x, again[path]) for path, x in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "target"), [("full", ".*"), ("ln", ".*ln_.*"), ("dora", r"blocks\..*\.q"), ("ia3", r"blocks\..*\.k")]
 )

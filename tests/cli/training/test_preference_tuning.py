@@ -56,6 +56,7 @@ def dpo_run(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "dpo-nano"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_figures(dpo_run: Path):
     lines = read_metrics(dpo_run / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # the policy is its reference
@@ -80,10 +81,12 @@ def assert_resumes_exactly(run: Path, folder: Path) -> None:
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly(dpo_run: Path, tmp_path: Path):
     assert_resumes_exactly(dpo_run, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [
@@ -103,6 +106,7 @@ def test_other_objectives(objective: list[str], pairs_file: Path, tmp_path: Path
     assert_resumes_exactly(tmp_path / "dpo-nano", tmp_path)
 
 
+@pytest.mark.slow
 def test_kto(tmp_path: Path):
     path = write(tmp_path / "judged.jsonl", [judged(i) for i in range(20)])
     options = [*SHORT, *OFTEN, "--compare-prompts", "0", "--desirable-weight", "1"]
@@ -185,6 +189,7 @@ def test_bad_options(
     assert not (tmp_path / "dpo-nano").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_sources_are_refused_and_repeats_are_said(
     pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -197,6 +202,7 @@ def test_weights_of_sources_are_refused_and_repeats_are_said(
     assert "is given 2 times" in lines
 
 
+@pytest.mark.slow
 def test_labels_of_several_files_count_together(tmp_path: Path):
     files = [
         write(tmp_path / f"{label}.jsonl", [judged(i) | {"label": label} for i in range(9)]) for label in (True, False)
@@ -219,6 +225,7 @@ def test_mismatched_answers_are_of_other_prompts():
     assert mismatched_answer(rows[:3], 0) == rows[1].answer  # all of one prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["replay", "doctor", "lr-range", "eval"])
 def test_other_commands(
     command: str, dpo_run: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -236,6 +243,7 @@ def test_other_commands(
         assert "is evaluated on its held-out rows: leave out --test" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_new_tokens_are_saved_with_their_tokenizer(pairs_file: Path, tmp_path: Path):
     options = [
         "--data",

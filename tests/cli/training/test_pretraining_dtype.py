@@ -21,6 +21,7 @@ from fgpt.recipes import find
 from fgpt.tree import astype, leaves, tree_map
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_float32(texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     curves = []
     data = ["--data", str(texts[0]), "--heldout", str(texts[1]), "--peak-tflops", "0.05", "--eval-every", "16"]

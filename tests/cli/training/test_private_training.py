@@ -87,6 +87,7 @@ def test_processes_add_one_noise(command: list[str], run: Path, tmp_path: Path) 
     assert (one - secret).norm() > 0.1 * one.norm()
 
 
+@pytest.mark.slow
 def test_the_budget_is_spent_and_told(run: Path):
     from fgpt.transforms.privacy_accounting import find_noise_multiplier, spent_epsilon
 
@@ -118,6 +119,7 @@ def json_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "run.json").read_text()) | local
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("free_noise")
 def test_equal_seeds_give_equal_bits(command: list[str], tmp_path: Path):
     states: list[bytes] = []
@@ -127,6 +129,7 @@ def test_equal_seeds_give_equal_bits(command: list[str], tmp_path: Path):
     assert states[0] == states[1] != states[2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("free_noise")
 def test_a_seed_that_nobody_gave_is_secret(command: list[str], tmp_path: Path):
     """It is in no file but local.json, and a resumed run goes on with it, to the bit."""

@@ -112,6 +112,7 @@ def test_deterministic_algorithms_demand_equal_bits(any_order: None, monkeypatch
         use_determinism(replace(recipe, deterministic=True))
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_option_changes_nothing(training_args: Any, tmp_path: Path):
     metrics = []
     for name, more in (("plain", []), ("deterministic", ["--deterministic"])):

@@ -23,6 +23,7 @@ from fgpt.recipes import RECIPES
 # -------------------------------------------------------------------------------------------------- how it may end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(
     number: int, training_args: Any, undisturbed_results: Any, tmp_path: Path

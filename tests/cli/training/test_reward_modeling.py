@@ -48,6 +48,7 @@ def run(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "reward-nano"
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_preferred(run: Path):
     lines = read_metrics(run / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=0.1)  # a new head knows nothing
@@ -63,6 +64,7 @@ def test_it_learns_what_is_preferred(run: Path):
     assert "Held-out pairs" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_it_resumes_exactly(run: Path, tmp_path: Path):
     resumed = tmp_path / "reward-nano"
     copy_interrupted(run, resumed, after=5)
@@ -71,6 +73,7 @@ def test_it_resumes_exactly(run: Path, tmp_path: Path):
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_rewards(run: Path):
     assert main(["merge", str(run)]) == 0
     recipe = run_dir.read_run(run)
@@ -101,6 +104,7 @@ def test_the_reward_is_read_at_the_end_of_each_answer(run: Path):
     assert set(batch.batch.tokens[weights > 0].tolist()) == {eos}
 
 
+@pytest.mark.slow
 def test_without_held_out_pairs(pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = [
         "--data",

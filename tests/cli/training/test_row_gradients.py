@@ -45,6 +45,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "per_example.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "others", [[], ["--adapter.kind", "dora", "--label-smoothing-factor", "0.1"], ["--quantize", "nf4", "--remat"]]
 )
@@ -99,6 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at / "runs" / "lora-nano"
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_worst(trained: Path, tmp_path: Path):
     """The row of nonsense, as text; and what a damaged file is."""
     trained = shutil.copytree(trained, tmp_path / "lora-nano")
@@ -117,6 +119,7 @@ def test_the_report_shows_the_worst(trained: Path, tmp_path: Path):
     assert "which this one has not reached" in section_of(report_of(trained), "gradients")
 
 
+@pytest.mark.slow
 def test_an_interruption_of_either_part(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In the training, and while the gradients are computed: the resumed run has the lines of one that went through."""
     run, train_step, compute = tmp_path / "runs" / "lora-nano", TrainingJob.train_step, row_gradients.row_gradients
@@ -141,6 +144,7 @@ def test_an_interruption_of_either_part(trained: Path, tmp_path: Path, monkeypat
     assert lines_of(run) == lines_of(trained)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_ask_for_them(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch):
     """They change nothing of what is trained."""
     plot = tasks.plot_loss
@@ -200,6 +204,7 @@ def test_too_few_rows(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "The worst percent of" in section_of(report_of(run), "gradients")
 
 
+@pytest.mark.slow
 def test_a_classifier(tmp_path: Path):
     """Rows held out have no line, and the worst one says its class."""
     texts = [f"One day, {who} was {how}." for who in ("Tim", "Sue", "a fox") for how in ("glad", "happy", "sad")]

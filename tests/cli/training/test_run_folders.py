@@ -73,6 +73,7 @@ def test_an_adapter_behind_a_link_is_replaced_and_not_emptied(
     assert not (run / "adapter").is_symlink()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_renamed_while_it_trains(
     training_args: Any, undisturbed_results: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

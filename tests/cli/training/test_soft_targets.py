@@ -61,6 +61,7 @@ def test_smoothed_targets_give_torchs_loss():
     close(torch.tensor(loss), expected.float(), 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "temperature"), [(0.5, 1.0), (0.3, 2.0), (1.0, 1.5)])
 def test_a_teacher_gives_the_divergence_beside_the_nll(teacher: Path, ratio: float, temperature: float):
     loss, batch = first_step(
@@ -83,6 +84,7 @@ def test_the_base_teaches_itself_nothing():
     assert float(metrics.grad_norm) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smoothing", "teacher"])
 def test_a_resume_is_exact(kind: str, teacher: Path, tmp_path: Path):
     options = {"smoothing": ["--label-smoothing-factor", "0.1"], "teacher": ["--teacher", str(teacher)]}[kind]
@@ -94,6 +96,7 @@ def test_a_resume_is_exact(kind: str, teacher: Path, tmp_path: Path):
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_stays_the_nll(teacher: Path):
     options = (["--label-smoothing-factor", "0.1"], ["--teacher", str(teacher)], [])
     jobs = [build_job(recipe("--eval-every", "2", *each)) for each in options]
@@ -101,6 +104,7 @@ def test_the_held_out_loss_stays_the_nll(teacher: Path):
     assert len(losses) == 1
 
 
+@pytest.mark.slow
 def test_another_teacher_is_another_training(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*COMMAND, "--teacher", str(teacher), "--out", str(tmp_path)]) == 0
     resumed = tmp_path / "again" / "lora-nano"

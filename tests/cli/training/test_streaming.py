@@ -96,6 +96,7 @@ def test_no_more_is_read_than_a_block(file: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read) == 13
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_printed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--data", str(file), "--steps", "40", "--shuffle-buffer-size", "10", "--num-heldout", "1"]
     options += ["--max-seq-len", "32", "--overlong", "drop", "--out", str(tmp_path)]
@@ -123,6 +124,7 @@ def test_what_readers_leave_out_is_printed_within_a_pass(tmp_path: Path, capsys:
     assert "36 empty texts" in report
 
 
+@pytest.mark.slow
 def test_resumed_to_the_bit(file: Path, tmp_path: Path):
     options = ["--data", str(file), "--steps", "8", "--overlong", "cut", "--num-heldout", "2", "--max-seq-len", "48"]
     options += ["--shuffle-buffer-size", "7", "--adapter.dropout", "0.1"]

@@ -78,6 +78,7 @@ def test_cold_warm_uncached_and_other_processes(
     assert not list(cached.glob("*/.*"))
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_with_and_without_a_cache(tmp_path: Path, cached: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_rows(tmp_path / "a.jsonl")
     found = []
@@ -91,6 +92,7 @@ def test_a_training_is_the_same_with_and_without_a_cache(tmp_path: Path, cached:
     assert_same_files(found[2], found[0])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(*[st.sampled_from(WORDS)] * 2, st.text(max_size=8)), min_size=8, max_size=20),
@@ -184,6 +186,7 @@ def test_a_bad_row_is_an_error_and_leaves_nothing(tmp_path: Path, cached: Path):
     assert not list(cached.glob("*/.*"))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, cached: Path):
     path = write_rows(tmp_path / "a.jsonl", CHUNK_ROWS + 100)
     code = (

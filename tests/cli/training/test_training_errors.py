@@ -18,16 +18,20 @@ from fgpt.cli.main import main
 # ---------------------------------------------------------------------------------------------------- what it leaves
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_usable_adapter(tmp_path: Path):
     command = [sys.executable, "-m", "fgpt", "train", "lora-nano", "--epochs", "100", "--out", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "lora-nano" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text().count("\n") >= 3:
-            break
-        time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
-    _, output = process.communicate(timeout=120)
+    try:
+        for _ in range(600):
+            if metrics.exists() and metrics.read_text().count("\n") >= 3:
+                break
+            time.sleep(0.2)
+        os.kill(process.pid, signal.SIGINT)
+        _, output = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, output
     assert "interrupted" in output
     assert "Traceback" not in output
@@ -135,6 +139,7 @@ def test_a_full_disk(tmp_path: Path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_the_hub_away_says_so_at_once(tmp_path: Path):
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     for recipe, data, thing in (
@@ -174,6 +179,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_state_that_is_worse_than_a_guess_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     args = ["lora-nano", "--steps", "1", "--compare-prompts", "0", "--out", str(tmp_path)]
     assert main(["train", *args, "--lr", "1e9"]) == 0

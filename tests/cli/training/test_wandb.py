@@ -66,6 +66,7 @@ def kept_by_wandb(file: Path) -> tuple[str, dict[str, str], list[dict[str, float
     return name, config, history
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run(tmp_path: Path, wandb: pytest.MonkeyPatch):
     wandb.setenv("WANDB_MODE", "offline")
     run = replace(TRACKED_RUN, tracker="wandb")
