@@ -148,7 +148,7 @@ data *args: setup
 completion *args: setup
     @"{{ python }}" -m fgpt completion "$@"
 
-# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `sweep`, `formats`, `retrieval`
+# Benchmarks, side by side with transformers + peft: `just bench train`, `adapters`, `load`, `decode`, `likelihood`, `sweep`, `formats`, `retrieval`
 [no-exit-message]
 bench *args: setup-dev
     @"{{ python }}" -m experiments.bench "$@"

@@ -9,6 +9,7 @@ import tyro
 from experiments.bench.adapters import Bench, adapters
 from experiments.bench.decode import Decode, decode
 from experiments.bench.formats import Formats, formats
+from experiments.bench.likelihood import Likelihood, likelihood
 from experiments.bench.load import Load, loading
 from experiments.bench.processes import Processes, processes
 from experiments.bench.retrieval import Retrieval, retrieval
@@ -21,6 +22,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Bench: adapters,
     Load: loading,
     Decode: decode,
+    Likelihood: likelihood,
     Sweep: sweep,
     Formats: formats,
     Processes: processes,
@@ -34,6 +36,7 @@ if __name__ == "__main__":
             "adapters": Bench(),
             "load": Load(),
             "decode": Decode(),
+            "likelihood": Likelihood(),
             "sweep": Sweep(),
             "formats": Formats(calibration=tyro.MISSING, evaluation=tyro.MISSING),
             "processes": Processes(),
