@@ -1,12 +1,13 @@
 """Answers that were shuffled are found: the weight of a row is a function of what a tuned model makes of it, and this
 function is learned by the derivative of clean rows' loss through a whole training.
 
-    python -m experiments.research.shuffled_answers [--rounds 3 --tune 300]
+    python -m experiments.research.shuffled_answers [--tune 300]
 
 40 % of nano's answers are given to one another. In each round LoRAs are trained on all rows but a fold, times their
 weights, and look at the fold: a row's features are how far the loss of its answer is above that of the same answer
-after other prompts, drawn at random, and such that share rare words with the answer. (The loss alone is high of long
-and of rare answers.) The weight of a row is
+after other prompts, in all and per token. (The loss alone is high of long and of rare answers.) From the second round
+on features are means over the rounds: those of the first, whose LoRAs have read every answer as true, are left out. The
+weight of a row is
 
     w = sigmoid(a · features + b)
 
@@ -46,7 +47,7 @@ from fgpt.optim import linear_schedule
 from fgpt.train_step import State, Step
 from fgpt.transforms.unroll import metagradient, unroll
 
-FEATURES = ("loss above that after random prompts", "loss above that after nearest prompts")
+FEATURES = ("loss above that after other prompts", "the same per token")
 EPS_ROOT = 1e-6
 """Under AdamW's root where it is differentiated: it has no derivative where a moment is 0. It learns more slowly."""
 LR = 5e-3
@@ -125,20 +126,6 @@ def row_losses(params: fgpt.GPT, examples: Sequence[Example]) -> Float[Tensor, "
     return losses
 
 
-def nearest_prompts(rows: Sequence[Task], count: int) -> Int[Tensor, "rows count"]:
-    """For each row the others whose prompts share most with its answer: the sum of the inverse document frequencies of
-    common tokens, over the root of that of the prompt's tokens.
-    """
-    tokenizer = fgpt.tokenizer("nano")
-    prompts, answers = (torch.zeros(len(rows), tokenizer.n_vocab) for _ in range(2))
-    for i, row in enumerate(rows):
-        prompts[i, tokenizer.encode(f"{row.instruction}\n{row.input}")] = 1
-        answers[i, tokenizer.encode(row.output)] = 1
-    idf = (len(rows) / (1 + prompts.sum(0))).log().clamp(min=0)
-    similarity = (answers * idf) @ prompts.T / (prompts @ idf + 1).sqrt()
-    return similarity.fill_diagonal_(-math.inf).topk(count).indices
-
-
 def random_prompts(num_rows: int, count: int, rng: torch.Generator) -> Int[Tensor, "rows count"]:
     """For each row some others."""
     shifts = 1 + torch.randperm(num_rows - 1, generator=rng)[:count]
@@ -155,9 +142,9 @@ class Features(NamedTuple):
 
 
 def features_of(
-    params: fgpt.GPT, rows: Sequence[Task], which: Sequence[int], others: Sequence[Int[Tensor, "rows _count"]]
+    params: fgpt.GPT, rows: Sequence[Task], which: Sequence[int], others: Int[Tensor, "rows _count"]
 ) -> Features:
-    """The features of the rows in `which`, one for each set of other prompts."""
+    """The features of the rows in `which`, whose answers are compared with themselves after other prompts."""
     tokenizer = fgpt.tokenizer("nano")
     lengths = torch.tensor([len(tokenizer.encode(rows[i].output)) + 1 for i in which])
 
@@ -165,11 +152,10 @@ def features_of(
         mixed = [replace(rows[j], output=rows[i].output) for i, j in zip(which, prompts, strict=True)]
         return row_losses(params, [encode(row, PLAIN, tokenizer) for row in mixed])
 
-    own_losses, above = losses(which), list[Tensor]()
-    for prompts in others:
-        after = torch.stack([losses(column) for column in prompts[list(which)].T.tolist()])
-        above.append(own_losses + torch.logsumexp(-after, 0) - math.log(len(after)))
-    return Features(own_losses / lengths, torch.stack(above, 1))
+    own_losses = losses(which)
+    after = torch.stack([losses(column) for column in others[list(which)].T.tolist()])
+    above = own_losses + torch.logsumexp(-after, 0) - math.log(len(after))
+    return Features(own_losses / lengths, torch.stack([above, above / lengths], 1))
 
 
 def auc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
@@ -199,14 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--rows", type=int, help="rows to train on; all by default")
     parser.add_argument("--share", type=float, default=0.4, help="of the rows whose answers are shuffled")
     parser.add_argument("--clean", type=int, default=80, help="rows that only the derivative sees")
-    parser.add_argument("--rounds", type=int, default=3, help="times that features are computed")
+    parser.add_argument("--rounds", type=int, default=5, help="times that features are computed")
     parser.add_argument("--steps", type=int, default=200, help="updates of the trainings that features come from")
-    parser.add_argument("--meta-rounds", type=int, default=2, help="updates of a and b in a round")
+    parser.add_argument("--meta-rounds", type=int, default=4, help="updates of a and b in a round")
     parser.add_argument("--meta-steps", type=int, default=40, help="updates of the trainings that they go through")
     parser.add_argument("--batch-size", type=int, default=16, help="rows of an update")
     parser.add_argument("--folds", type=int, default=4, help="trainings of a round; each row is judged by one of them")
     parser.add_argument(
-        "--prompts", type=int, default=4, help="nearest other prompts, and three times as many random ones"
+        "--prompts", type=int, default=24, help="other prompts, after which an answer is compared with itself"
     )
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="updates of the trainings with points")
     parser.add_argument("--seed", type=int, default=0)
@@ -225,7 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     def validation_loss(adapters: Adapters) -> Float[Tensor, ""]:
         return fgpt.loss(fgpt.adapt(base, adapters), validation)
 
-    nearest = nearest_prompts(rows, options.prompts)
     everything, order = range(len(rows)), np.array(permutation(len(rows), rng))
     through = replace(training(everything, options.meta_steps, 0, rank=4), eps_root=EPS_ROOT)
     results: dict[str, float] = {}
@@ -243,14 +228,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     results["row by row"] = auc(derivative[read], shuffled[read])
     print(f"by each row's own derivative: AUC {results['row by row']:.3f} of {len(read)} rows read", flush=True)
     coefficients = torch.zeros(len(FEATURES) + 1, requires_grad=True)
+    by_round: list[Float[Tensor, "rows features"]] = []
     for i in range(options.rounds):
         losses, above = torch.zeros(len(rows)), torch.zeros(len(rows), len(FEATURES))
-        others = (random_prompts(len(rows), 3 * options.prompts, rng), nearest)
+        others = random_prompts(len(rows), options.prompts, rng)
         for k, fold in enumerate(np.array_split(order, options.folds)):
             to_train = order[~np.isin(order, fold)].tolist()
             adapters = training(to_train, options.steps, options.folds * i + k + 1).run(row_weights)
             params = fgpt.merge(fgpt.adapt(base, adapters))
             losses[fold], above[fold] = features_of(params, rows, fold.tolist(), others)
+        by_round.append(above)
+        above = torch.stack(by_round[1:] or by_round).mean(0)
         z = (above - above.mean(0)) / above.std(0)
         alone = ", ".join(f"{name} {auc(z[:, k], shuffled):.3f}" for k, name in enumerate(FEATURES))
         print(f"round {i}: AUC by {alone}, loss per token {auc(losses, shuffled):.3f}", flush=True)

@@ -15,7 +15,6 @@ from experiments.research.shuffled_answers import (
     auc,
     features_of,
     main,
-    nearest_prompts,
     random_prompts,
     shuffle_answers,
     weights_of,
@@ -46,8 +45,6 @@ def test_features_are_differences_of_log_probabilities():
     """Of two rows each one is compared with the other's prompt."""
     base, tokenizer = fgpt.load("nano"), fgpt.tokenizer("nano")
     rows = [task for task in read_tasks(NANO_TASKS) if task.kind == "who"][:2]
-    others = nearest_prompts(rows, 1)
-    assert others.tolist() == [[1], [0]]
 
     def loss(prompt: Task, answer: Task) -> float:
         example = encode(replace(prompt, output=answer.output), PLAIN, tokenizer)
@@ -57,13 +54,13 @@ def test_features_are_differences_of_log_probabilities():
         return -sum(float(log_probs[i - count - 1, token]) for i, token in enumerate(last))
 
     with torch.no_grad():
-        losses, above = features_of(base, rows, [0, 1], [others, torch.tensor([[1, 0], [0, 1]])])
+        losses, above = features_of(base, rows, [0, 1], torch.tensor([[1, 0], [0, 1]]))
         for i, row in enumerate(rows):
             own, other = loss(row, row), loss(rows[1 - i], row)
-            assert float(losses[i]) == pytest.approx(own / (len(tokenizer.encode(row.output)) + 1), rel=1e-4)
-            assert float(above[i, 0]) == pytest.approx(own - other, rel=1e-3, abs=1e-3)
-            mean = math.log((math.exp(-own) + math.exp(-other)) / 2)
-            assert float(above[i, 1]) == pytest.approx(own + mean, rel=1e-3, abs=1e-3)
+            length = len(tokenizer.encode(row.output)) + 1
+            difference = own + math.log((math.exp(-own) + math.exp(-other)) / 2)
+            assert float(losses[i]) == pytest.approx(own / length, rel=1e-4)
+            assert above[i].tolist() == pytest.approx([difference, difference / length], rel=1e-3, abs=1e-3)
 
 
 def test_random_prompts_are_those_of_others():
@@ -74,16 +71,6 @@ def test_random_prompts_are_those_of_others():
         assert len(set(others)) == 4
 
 
-def test_nearest_prompts_share_rare_words():
-    rows = [
-        Task("Write a story about a fox named Tim.", "", "Once there was a dog named Sue."),
-        Task("Write a story about a dog named Sue.", "", "Once there was a cat named Tom."),
-        Task("Write a story about a cat named Tom.", "", "Once there was a fox named Tim."),
-        Task("Write a story.", "", "Once there was a cat named Tom."),
-    ]
-    assert nearest_prompts(rows, 1).flatten().tolist() == [1, 2, 0, 2]
-
-
 def test_weights_are_between_0_and_1_and_a_half_at_first():
     z = torch.randn(5, 2, generator=fgpt.key(0))
     assert torch.equal(weights_of(z, torch.zeros(3)), torch.full((5,), 0.5))
@@ -92,7 +79,7 @@ def test_weights_are_between_0_and_1_and_a_half_at_first():
 
 @pytest.mark.slow
 def test_the_tiny_form_prints_every_figure(capsys: pytest.CaptureFixture[str]):
-    sizes = "--rows 8 --clean 2 --rounds 1 --steps 2 --meta-rounds 1 --meta-steps 2 --batch-size 4"
+    sizes = "--rows 8 --clean 2 --rounds 3 --steps 2 --meta-rounds 1 --meta-steps 2 --batch-size 4"
     results = main([*sizes.split(), *["--folds", "2", "--prompts", "1", "--tune", "1"]])
     printed = capsys.readouterr().out
     assert set(results) == {
