@@ -101,8 +101,8 @@ def of_whole_rows(params: GPT, requests: Sequence[Request], batch_size: int = 8)
     """The log-likelihood of each continuation, by forward passes over the whole of each row, `batch_size` at a time."""
     sums: list[Tensor] = []
     for begin in range(0, len(requests), batch_size):
-        some = requests[begin : begin + batch_size]
-        batch = collate([[Example.completion([*context, *answer], len(context))] for context, answer in some])
+        batch_requests = requests[begin : begin + batch_size]
+        batch = collate([[Example.completion([*context, *answer], len(context))] for context, answer in batch_requests])
         scored = replace(batch, loss_positions=batch.weights.flatten().nonzero().flatten())
         sums.append(-nll(params, scored, per_example=True)[0])
     return torch.cat(sums)

@@ -14,7 +14,7 @@ weight of a row is
 a and b follow the derivative of the loss of clean rows, which no training reads, after a training on all rows times
 their weights. Figures are AUCs of finding the shuffled rows, by each feature, by the weights, and by the derivative by
 each row's own weight; and, with --tune, the points of a tuning on clean rows, on all, on weighted ones, and on those
-whose weight is above a half.
+whose weight is above the mean. (A batch's loss is a weighted mean: it sees weights up to a factor.)
 
 Sources: Engstrom et al. 2025, "Optimizing ML Training with Metagradient Descent"; Shu et al. 2019, "Meta-Weight-Net:
 Learning an Explicit Mapping For Sample Weighting", section 2; Northcutt et al. 2021, "Confident Learning", section 3
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         print(f"round {i}: mean weight of clean and shuffled rows {means}; a, b {coefficients.tolist()}", flush=True)
     if options.tune:
         heldout, unshuffled = read_tasks(NANO_HELDOUT), [encode(task, PLAIN, tokenizer) for task in tasks]
-        trusted_rows = (row_weights > 0.5).nonzero().flatten().tolist()
+        trusted_rows = (row_weights > row_weights.mean()).nonzero().flatten().tolist()
         print(f"kept rows: {len(trusted_rows)}, of which {int(shuffled[trusted_rows].sum())} are shuffled", flush=True)
         ones = torch.ones(len(rows))
         for name, of, subset, weights in (
