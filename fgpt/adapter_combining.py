@@ -23,7 +23,7 @@ from torch import Tensor
 from fgpt.adapter_lora import LoRA
 from fgpt.adapter_types import Adapters
 from fgpt.adapters import adapt, own_head
-from fgpt.errors import InputError
+from fgpt.errors import InputError, check_choice
 from fgpt.kernels.quantized_linear import is_quantized
 from fgpt.kernels.sharded_parameter import ShardedParameter
 from fgpt.rng import fold_in, key
@@ -72,8 +72,8 @@ def combine(
         rng: A key, for dare.
 
     Raises:
-        InputError: for no adapters, weights or options that do not fit, and for a combination that is no LoRA over a
-            quantized matrix, without a `rank`.
+        InputError: for no adapters, for a method, weights or options that do not fit, and for a combination that is no
+            LoRA over a quantized matrix, without a `rank`.
 
     Source: Ilharco et al. 2023 (task arithmetic); Wortsman et al. 2022 (soups); Yadav et al. 2023 (TIES), algorithm 1;
     Yu et al. 2024 (DARE), equation 2; Shoemake 1985 (slerp).
@@ -87,6 +87,7 @@ def combine(
     """
     if not adapters:
         raise InputError("no adapters to combine: expected one or more")
+    check_choice("method", method, Method)
     weights = _check_weights(weights, len(adapters), method)
     if not 0 < density <= 1:
         raise InputError(f"density is {density}: expected a share above 0, up to 1")

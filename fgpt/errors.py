@@ -1,6 +1,6 @@
 """The error for bad input, and how its one line shows a value."""
 
-from typing import Any
+from typing import Any, get_args
 
 MAX_CHARS = 80
 """Characters shown of a value or a name."""
@@ -32,6 +32,20 @@ class CompileWarning(UserWarning):
     """What was to be compiled, or recorded as a CUDA graph, runs as it is: as right, and slower. The message is one
     line that says why.
     """
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raises InputError if `value` is none of the words or numbers of the type `choices`, a Literal.
+
+    >>> from typing import Literal
+    >>> try:
+    ...     check_choice("norm_type", "rmss", Literal["layer", "rms"])
+    ... except InputError as err:
+    ...     print(err)
+    norm_type is 'rmss': expected one of layer, rms
+    """
+    if value not in get_args(choices):
+        raise InputError(f"{name} is {short_repr(value)}: expected one of {', '.join(map(str, get_args(choices)))}")
 
 
 def short_repr(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fgpt.errors import InputError
+from fgpt.errors import check_choice
 from fgpt.kernels.adam import Number
 from fgpt.kernels.newton_schulz import orthogonalize
 from fgpt.kernels.precision import at_least_fp32
@@ -16,6 +16,7 @@ from fgpt.optim_leaves import check_multipliers, decay_mask, lr_patterns
 from fgpt.patterns import matching
 from fgpt.tree import device, leaves, node, unflatten_like
 
+AdjustLR: TypeAlias = Literal["match_rms_adamw", "original"]
 HIDDEN = r"(?!(wte|wpe|head)\b).*"
 """All but embeddings and the head, whose rows are tokens: the authors leave them to AdamW."""
 
@@ -43,7 +44,7 @@ def muon(
     *,
     nesterov: bool = True,
     ns_steps: int = 5,
-    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+    adjust_lr: AdjustLR = "match_rms_adamw",
     matrices: str = HIDDEN,
     betas: tuple[Number, Number] = (0.9, 0.999),
     eps: Number = 1e-8,
@@ -87,8 +88,7 @@ def muon(
     for pattern in (matrices, decay):
         matching(pattern, [])
     check_multipliers(lr_multipliers)
-    if adjust_lr not in ("match_rms_adamw", "original"):
-        raise InputError(f"adjust_lr {adjust_lr!r}: expected match_rms_adamw or original")
+    check_choice("adjust_lr", adjust_lr, AdjustLR)
     schedule = lr if callable(lr) else constant_schedule(lr)
     rest = adamw(lr, betas, eps=eps, weight_decay=weight_decay, decay=decay, lr_multipliers=lr_multipliers)
     has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0

@@ -1,11 +1,11 @@
 """Quantization as a transform of the params tree."""
 
 from dataclasses import replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, check_choice
 from fgpt.kernels.hadamard import MIN_BLOCK, hadamard_block
 from fgpt.kernels.hadamard import rotate as rotate_rows
 from fgpt.kernels.quantized_linear import BLOCK, Format, Quantized, Rotated, quantize_matrix
@@ -60,8 +60,7 @@ def quantize(
 
 def quantize_weight(path: str, w: Weight, format: Any, double_quant: bool = True, rotate: bool = False) -> Quantized:
     """The weight of the layer at `path`, quantized. Raises InputError as `quantize` does."""
-    if format not in get_args(Format):
-        raise InputError(f"format is {format!r}: expected one of {', '.join(get_args(Format))}")
+    check_choice("format", format, Format)
     if not isinstance(w, Tensor):
         raise InputError(f"{path} is {type(w).__name__} already: quantize a plain params tree, then adapt it")
     if format != "int8" and w.shape[1] % BLOCK:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from fgpt.errors import InputError
+from fgpt.errors import InputError, check_choice
 from fgpt.ranges import Range
 from fgpt.rng import fold_in
 
@@ -73,12 +73,13 @@ def mix(sources: Sequence[MixtureSource], unit: MixtureUnit = "examples") -> Mix
             proportion to the mean length of its examples.
 
     Raises:
-        InputError: as `check_weights` does, and for a source with a weight and no examples.
+        InputError: as `check_weights` does, for a unit that is neither, and for a source with a weight and no examples.
 
     >>> sources = [MixtureSource("a", 0.75, 50, 1000), MixtureSource("b", 0.25, 50, 3000)]
     >>> mix(sources).counts, mix(sources, "tokens").counts
     ((75, 25), (90, 10))
     """
+    check_choice("unit", unit, MixtureUnit)
     check_weights([(source.name, source.weight) for source in sources])
     sizes = tuple(source.size for source in sources)
     shares = []

@@ -25,7 +25,7 @@ from torch import Tensor
 from fgpt import families
 from fgpt._typing import StrPath
 from fgpt.classification_head import num_classes
-from fgpt.errors import InputError
+from fgpt.errors import InputError, check_choice
 from fgpt.extras import require_extra
 from fgpt.families import mapping
 from fgpt.io import models
@@ -95,6 +95,7 @@ def save_gguf(
     True
     """
     require_extra("gguf", "GGUF files", "gguf")
+    check_choice("type", type, GGUFType)
     if (classes := num_classes(params)) is not None:
         raise InputError(f"a classifier of {classes} classes has no GGUF file: expected a language model")
     if has_quantized(params):

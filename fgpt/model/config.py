@@ -1,12 +1,16 @@
 """What the shapes of a GPT's leaves do not say."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from fgpt.kernels.rotary import DynamicScaling, RopeScaling, YarnScaling
 
 BIASES = frozenset({"q", "k", "v", "o", "up", "down", "gate", "norm", "head"})
 """The layers that may have a bias."""
+
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+NormType: TypeAlias = Literal["layer", "rms"]
+NumNorms: TypeAlias = Literal[1, 2]
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,14 @@ class Config:
     """Heads of k and v, each shared by n_head / n_kv heads of q; None means n_head."""
     d_head: int | None = None
     """The size of a head; None means d_model / n_head."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"] = "gelu_tanh"
-    norm_type: Literal["layer", "rms"] = "layer"
+    activation: Activation = "gelu_tanh"
+    norm_type: NormType = "layer"
     qk_norm: bool = False
     """Whether q and k are normalized, head by head."""
     gated_mlp: bool = False
     parallel_residual: bool = False
     """Whether attention and MLP read the same x and are added to it together."""
-    n_norms: Literal[1, 2] = 2
+    n_norms: NumNorms = 2
     """Norms of a block; if there is one, both branches read it."""
     biases: frozenset[str] = frozenset({"q", "k", "v", "o", "up", "down", "norm"})
     """Layers that have a bias: names of BIASES."""

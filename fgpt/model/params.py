@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fgpt.errors import InputError
-from fgpt.model.config import BIASES, Config
+from fgpt.errors import InputError, check_choice
+from fgpt.model.config import BIASES, Activation, Config, NormType, NumNorms
 from fgpt.rng import fold_in
 from fgpt.tree import leaves, node, replace_at, static
 from fgpt.weights import Weight
@@ -137,8 +137,12 @@ def abstract_params(cfg: Config) -> GPT:
     """The params tree of a config with leaves on the meta device, without storage: the shapes that files must have.
 
     Raises:
-        InputError: if the sizes of `cfg` do not fit one another, or it names a bias that no layer has.
+        InputError: if the sizes of `cfg` do not fit one another, or names a bias, a norm or an
+            activation that does not exist.
     """
+    check_choice("activation", cfg.activation, Activation)
+    check_choice("norm_type", cfg.norm_type, NormType)
+    check_choice("n_norms", cfg.n_norms, NumNorms)
     d, m, n, kv = cfg.d_model, cfg.d_mlp, cfg.head_size * cfg.n_head, cfg.head_size * cfg.kv_heads
     if cfg.d_head is None and d % cfg.n_head:
         raise InputError(f"d_model {d} does not divide into {cfg.n_head} heads")

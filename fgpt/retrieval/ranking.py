@@ -8,9 +8,9 @@ Source: Robertson and Zaragoza 2009, section 3 (BM25); Cormack et al. 2009 (reci
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from fgpt.errors import InputError, short_repr
+from fgpt.errors import check_choice
 from fgpt.retrieval.embedder import Embedder
 from fgpt.retrieval.index import FIELDS, DocumentIndex, Passage
 
@@ -49,8 +49,7 @@ def search_vector(
     index: DocumentIndex, vector: Sequence[float], question: str, *, count: int, method: Method = "hybrid"
 ) -> list[Passage]:
     """`search` for a question whose vector is known."""
-    if method not in get_args(Method):
-        raise InputError(f"method is {short_repr(method)}: expected one of {', '.join(get_args(Method))}")
+    check_choice("method", method, Method)
     num_ranked = max(count, RANKED) if method == "hybrid" else count
     rankings: list[list[Passage]] = []
     if method != "bm25":
